@@ -1,0 +1,79 @@
+"""The errors a user can meet, each with the exit status that the command line gives it.
+
+    OnefoldError                 the root: catch it to catch them all
+    +-- GateFailed          1    a check did not hold: drift, accuracy or parity
+    +-- BadArgument         2    an argument that cannot be (also a ValueError)
+    +-- MissingExtra        2    an optional package that this verb needs is not installed
+    +-- BadData             3    images, labels or folders that cannot be used (also a ValueError)
+    +-- BadCheckpoint       4    weights that are damaged, hostile or of another model (also a ValueError)
+    |   +-- BadArtifact     4    the same for an exported artifact
+    +-- NotWritable         5    no space, or a place that cannot be written (also an OSError)
+    +-- RunBusy             6    another process is using this run folder
+    +-- NonFiniteLoss       7    the loss became NaN or infinite (also an ArithmeticError)
+    +-- Stopped            75    stopped by a signal, after saving
+
+A message is one sentence or two: what was expected, what came, and what to type.
+The algebra (`onefold.reparam`) is plain mathematics and raises plain ValueError and TypeError.
+"""
+
+
+class OnefoldError(Exception):
+    """The root of all errors that are meant for a user."""
+
+    exit_status = 1
+
+
+class GateFailed(OnefoldError):
+    """A check did not hold: drift, accuracy or parity."""
+
+
+class BadArgument(OnefoldError, ValueError):
+    """An argument that cannot be."""
+
+    exit_status = 2
+
+
+class MissingExtra(OnefoldError, ImportError):
+    """An optional package is needed and is not installed; the message names the extra."""
+
+    exit_status = 2
+
+
+class BadData(OnefoldError, ValueError):
+    """Images, labels or folders that cannot be used."""
+
+    exit_status = 3
+
+
+class BadCheckpoint(OnefoldError, ValueError):
+    """Weights that are damaged, hostile, or of another model."""
+
+    exit_status = 4
+
+
+class BadArtifact(BadCheckpoint):
+    """An exported artifact that is damaged, or whose answer is not the one it promises."""
+
+
+class NotWritable(OnefoldError, OSError):
+    """There is no space, or the place cannot be written."""
+
+    exit_status = 5
+
+
+class RunBusy(OnefoldError):
+    """Another process is using this run folder."""
+
+    exit_status = 6
+
+
+class NonFiniteLoss(OnefoldError, ArithmeticError):
+    """The loss became NaN or infinite."""
+
+    exit_status = 7
+
+
+class Stopped(OnefoldError):
+    """Stopped by a signal, after everything was saved."""
+
+    exit_status = 75
