@@ -1,0 +1,20 @@
+"""Folding as an algebra: linear layers in series and in parallel, and the one convolution that they are.
+
+Reading order: `stencil` (the data), `linear` (the connectives and the rules), `fuse` (a network), `routes`
+(training), `foreign` (other projects' networks). Imports torch only.
+"""
+
+from onefold.reparam.fuse import UnfoldedWarning as UnfoldedWarning
+from onefold.reparam.fuse import drift as drift
+from onefold.reparam.fuse import fuse as fuse
+from onefold.reparam.fuse import leftovers as leftovers
+from onefold.reparam.linear import Chain as Chain
+from onefold.reparam.linear import Route as Route
+from onefold.reparam.linear import Scale as Scale
+from onefold.reparam.linear import Sum as Sum
+from onefold.reparam.linear import each as each
+from onefold.reparam.linear import fold as fold
+from onefold.reparam.linear import is_linear as is_linear
+from onefold.reparam.routes import moments as moments
+from onefold.reparam.routes import set_route_ as set_route_
+from onefold.reparam.stencil import Stencil as Stencil
