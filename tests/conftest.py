@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,3 +31,29 @@ def seeded() -> int:
     """A fixed seed for torch, given back so that a test can state it."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, for parity tests only; torchvision's operator schemas are declared first, which its CPU build lacks."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("timm")
+    except ImportError as error:
+        pytest.skip(f"needs timm (pip install --no-deps timm torchvision): {error}")
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """The model in eval mode with random norm statistics, gains and biases, so that folding has work to do."""
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.normal_(std=0.3)
+            norm.running_var.uniform_(0.5, 2.0)
+            if norm.weight is not None:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.normal_(norm.bias, std=0.3)
+    return model.eval()

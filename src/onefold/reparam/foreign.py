@@ -30,6 +30,7 @@ def fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
     """Call the fusing method of every block that has one, outermost first; what stands there afterwards."""
     verb = next((v for v in VERBS if _offers(module, v)), None)
     if verb is not None:
+        like = next(module.parameters(), torch.empty(0))
         trainable = any(p.requires_grad for p in module.parameters())
         before = {id(p) for p in module.parameters()}
         try:
@@ -38,8 +39,9 @@ def fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
             _log.warning("%s() of %s failed and the block is left unfused: %s", verb, name or "the model", error)
         else:
             module = result if isinstance(result, nn.Module) else module
+            module.to(device=like.device, dtype=like.dtype)  # some such methods make float32 kernels whatever came
             for parameter in module.parameters():
-                if id(parameter) not in before:  # many such methods leave the new kernel detached, hence frozen
+                if id(parameter) not in before:  # and many leave the new kernel detached, hence frozen
                     parameter.requires_grad_(trainable)
     for key, child in list(module.named_children()):
         fused = fuse_blocks_(child, f"{name}.{key}" if name else key)

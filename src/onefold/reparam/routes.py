@@ -24,8 +24,9 @@ _Geometry = tuple[int, Pair, Pair, Pair, Pair]
 def moments(branches: Sum, x: Tensor) -> Tensor:
     """One convolution in all, in training mode too, and exactly; (B, I, H, W) to (B, O, H', W').
 
-    The statistics are centred and taken in float32 at least, whatever the dtype of `x`; the convolution itself
-    runs in the dtype of `x`, or that of the autocast region around it. Any tree of linear layers will do.
+    The statistics and the kernel are made in float64 (float32 on a device that lacks it): summed in float32, the
+    moments of some thousand values lose a digit against BatchNorm's own statistics. The convolution itself runs
+    in the dtype of `x`, or that of the autocast region around it. Any tree of linear layers will do.
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
     channels = width(branches)
@@ -33,7 +34,7 @@ def moments(branches: Sum, x: Tensor) -> Tensor:
         return each(branches, x)
     images = x if x.dim() == 4 else x[..., None, None]
     with torch.autocast(x.device.type, enabled=False):
-        wide = images.to(torch.promote_types(x.dtype, torch.float32))
+        wide = images.to(torch.float32 if x.device.type == "mps" else torch.float64)
         one = Stencil.diagonal(wide.new_ones(channels))
         total = fold(branches, Stencil(one.weight, one.bias, one.groups, source=_Patches(wide)))
     kernel, bias = total.weight.to(x.dtype), total.bias.to(x.dtype)
