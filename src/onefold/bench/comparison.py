@@ -1,0 +1,170 @@
+"""Which of several calls is faster, by how much, and how sure one may be of it.
+
+The calls are timed in rounds, each once a round, in an order drawn anew; the first one, the baseline, is timed twice
+a round. What its two series differ by is the noise floor: a difference inside it is called no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from onefold.bench.clock import Call, Clock, Instruments, as_measurements, run_series
+from onefold.bench.measurement import Measurement, Procedure
+from onefold.bench.statistics import interval_over, paired_interval
+from onefold.errors import BadArgument, BadData
+
+_FEWEST_ROUNDS = 16
+_FEWEST_PROCESSES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Time of one call over time of another, with its 95 % interval; `floor` is the A/A band (0.01: within 1 %)."""
+
+    value: float
+    low: float
+    high: float
+    floor: float = 0.0
+
+    @property
+    def verdict(self) -> Literal["faster", "slower", "no difference"]:
+        """A difference counts when the interval leaves out 1 and the value lies outside the noise floor."""
+        inside = abs(math.log(self.value)) <= math.log1p(self.floor)
+        if inside or self.low <= 1 <= self.high:
+            return "no difference"
+        return "faster" if self.value < 1 else "slower"
+
+    def words(self, name: str, baseline: str) -> str:
+        """The verdict as a sentence."""
+        if self.verdict == "no difference":
+            seen = f"{_percent(self.value)} (95 % CI {_percent(self.low)} to {_percent(self.high)})"
+            return f"No difference between {name} and {baseline}: {seen} lies within the noise."
+        quick = self.verdict == "faster"
+        times = [1 / self.value, 1 / self.high, 1 / self.low] if quick else [self.value, self.low, self.high]
+        if times[0] >= 1.2:
+            much = f"{times[0]:.3g}x (95 % CI {times[1]:.3g}-{times[2]:.3g}) {self.verdict} than"
+        else:
+            share = sorted(100 * abs(1 - bound) for bound in (self.low, self.high))
+            much = f"{100 * abs(1 - self.value):.1f} % (95 % CI {share[0]:.1f}-{share[1]:.1f} %) {self.verdict} than"
+        return f"{name} is {much} {baseline}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several calls measured in the same rounds, under their names, the baseline first; `twin` is the baseline again.
+
+    Sample i of every measurement was taken in round i. Ratios are computed from the raw samples when asked for.
+    """
+
+    measurements: Mapping[str, Measurement]
+    twin: Measurement
+
+    def __post_init__(self) -> None:
+        rounds = {len(each.samples_ns) for each in (*self.measurements.values(), self.twin)}
+        if len(self.measurements) < 1 or len(rounds) != 1:
+            raise BadData(f"a comparison needs the same number of samples of each call; this one has {sorted(rounds)}")
+
+    @property
+    def baseline(self) -> str:
+        """The name that the others are compared with."""
+        return next(iter(self.measurements))
+
+    @cached_property
+    def floor(self) -> Ratio:
+        """The A/A ratio: the baseline against itself; its farther bound is the noise floor of all other ratios."""
+        value, low, high = self._interval(self.twin)
+        band = math.expm1(max(abs(math.log(low)), abs(math.log(high))))
+        return Ratio(value=value, low=low, high=high, floor=band)
+
+    def ratio(self, name: str) -> Ratio:
+        """Time of `name` over time of the baseline: the median of the rounds' ratios, and its bootstrap interval."""
+        if name not in self.measurements:
+            raise BadArgument(f"no {name!r} in this comparison; it has {', '.join(self.measurements)}")
+        value, low, high = self._interval(self.measurements[name])
+        return Ratio(value=value, low=low, high=high, floor=self.floor.floor)
+
+    def sentences(self) -> list[str]:
+        """One sentence for each call but the baseline."""
+        others = list(self.measurements)[1:]
+        return [self.ratio(name).words(name, self.baseline) for name in others]
+
+    def _interval(self, other: Measurement) -> tuple[float, float, float]:
+        base = self.measurements[self.baseline]
+        return paired_interval(base.latencies_ns, other.latencies_ns, base.procedure.seed)
+
+
+def compare(
+    calls: Mapping[str, Call],
+    procedure: Procedure,
+    subjects: Mapping[str, Mapping[str, Any]] | None = None,
+    instruments: Instruments | None = None,
+) -> Comparison:
+    """Time the calls against the first of them, interleaved; `subjects` say what they are, under the same names.
+
+    `procedure.samples` is the number of rounds. Every subject is given its name as `name`.
+    """
+    if len(calls) < 2:
+        raise BadArgument(f"a comparison needs two calls or more; got {len(calls)}")
+    if unknown := set(subjects or {}) - set(calls):
+        raise BadArgument(f"subjects are named {sorted(unknown)}, but the calls are {list(calls)}")
+    measured, twin = _measure_together(calls, procedure, subjects or {}, instruments or Instruments())
+    return Comparison(measurements=measured, twin=twin)
+
+
+def aa(call: Call, procedure: Procedure, instruments: Instruments | None = None) -> Ratio:
+    """The self-test: a call against itself. Its `floor` is the least difference that this machine can show now."""
+    measured, twin = _measure_together({"a": call}, procedure, {}, instruments or Instruments())
+    return Comparison(measurements=measured, twin=twin).floor
+
+
+def planted(call: Call, share: float, clock: Clock) -> Call:
+    """The same call made slower by `share` of its time (0.05: 5 %), to see that a comparison finds it."""
+
+    def slower() -> object:
+        start = clock()
+        answer = call()
+        end = clock()
+        until = end + share * (end - start)
+        while clock() < until:
+            pass
+        return answer
+
+    return slower
+
+
+def pooled(comparisons: Sequence[Comparison], name: str) -> Ratio:
+    """The ratio of `name` over several processes, one comparison each: the process is the unit, not the sample.
+
+    The median of the processes' ratios and a bootstrap interval over processes; at least five are needed (BadArgument).
+    The floor is the same for the baseline's twin.
+    """
+    if len(comparisons) < _FEWEST_PROCESSES:
+        raise BadArgument(f"pooling needs {_FEWEST_PROCESSES} comparisons or more; got {len(comparisons)}")
+    seed = comparisons[0].twin.procedure.seed
+    _, low, high = interval_over([each.floor.value for each in comparisons], seed)
+    band = math.expm1(max(abs(math.log(low)), abs(math.log(high))))
+    value, low, high = interval_over([each.ratio(name).value for each in comparisons], seed)
+    return Ratio(value=value, low=low, high=high, floor=band)
+
+
+def _measure_together(
+    calls: Mapping[str, Call],
+    procedure: Procedure,
+    subjects: Mapping[str, Mapping[str, Any]],
+    instruments: Instruments,
+) -> tuple[dict[str, Measurement], Measurement]:
+    if procedure.samples < _FEWEST_ROUNDS:
+        raise BadArgument(f"a comparison needs {_FEWEST_ROUNDS} samples or more; got {procedure.samples}")
+    names = list(calls)
+    named = [{**subjects.get(name, {}), "name": name} for name in names]
+    series = run_series([*calls.values(), calls[names[0]]], procedure, instruments)
+    *measured, twin = as_measurements([*named, named[0]], series, procedure, instruments)
+    return dict(zip(names, measured, strict=True)), twin
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"

@@ -1,0 +1,217 @@
+"""What this machine is, for whoever reads a latency later: chip, cores, features, versions.
+
+The name of the machine and of its user are not recorded: a results file can be published as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "onefold",
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "executorch",
+    "ai-edge-litert",
+    "coremltools",
+    "ncnn",
+)
+
+# What speeds up a convolution, under one name for every kernel's spelling of it.
+_FEATURES = {
+    "avx2": ("avx2",),
+    "fma": ("fma",),
+    "avx512": ("avx512f",),
+    "vnni": ("avx512_vnni", "avx_vnni"),
+    "bf16": ("avx512_bf16", "bf16", "feat_bf16"),
+    "fp16": ("avx512_fp16", "asimdhp", "feat_fp16"),
+    "amx": ("amx_tile",),
+    "neon": ("asimd", "neon", "advsimd"),
+    "dotprod": ("asimddp", "feat_dotprod"),
+    "i8mm": ("i8mm", "feat_i8mm"),
+    "sve": ("sve",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine as a value. What cannot be seen from here is None, or empty."""
+
+    chip: str
+    architecture: str
+    cores: int
+    usable_cores: int
+    quota: float | None = None
+    memory_bytes: int | None = None
+    features: tuple[str, ...] = ()
+    system: str = ""
+    python: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    governor: str | None = None
+    max_mhz: float | None = None
+    load: float | None = None
+
+    @classmethod
+    def this(cls, packages: Sequence[str] = PACKAGES, root: Path = Path("/")) -> Machine:
+        """The machine this runs on; `packages` are those whose versions matter, `root` is where /proc and /sys are."""
+        cpuinfo = _read(root / "proc/cpuinfo")
+        return cls(
+            chip=_chip(cpuinfo),
+            architecture=platform.machine(),
+            cores=os.cpu_count() or 1,
+            usable_cores=_usable_cores(),
+            quota=_quota(root),
+            memory_bytes=_memory(root),
+            features=_features(cpuinfo),
+            system=f"{platform.system()} {platform.release()}".strip(),
+            python=platform.python_version(),
+            versions=_versions(packages),
+            governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+            max_mhz=_max_mhz(root),
+            load=load_average(root),
+        )
+
+    @property
+    def slug(self) -> str:
+        """A short stable name for files: chip, cores and system, and nothing that changes from run to run."""
+        system = self.system.split(" ")[0]
+        words = re.sub(r"[^a-z0-9]+", "-", self.chip.lower()).strip("-")[:40].strip("-")
+        return "-".join(part for part in (words or "unknown", f"{self.cores}c", system.lower()) if part)
+
+    @property
+    def available_cores(self) -> float:
+        """How many cores' worth of time this process may use: what its affinity and its quota leave of them."""
+        return min(self.usable_cores, self.quota or self.usable_cores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {name.name: getattr(self, name.name) for name in fields(self)}
+        return {**plain, "features": list(self.features), "versions": dict(self.versions)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Machine:
+        """The inverse of `to_dict`; what is missing is unknown, and keys of a later version are left out."""
+        numbers = {name: plain.get(name) for name in ("quota", "max_mhz", "load", "memory_bytes")}
+        real = {name: None if value is None else float(value) for name, value in numbers.items()}
+        memory = real.pop("memory_bytes")
+        return cls(
+            chip=str(plain["chip"]),
+            architecture=str(plain.get("architecture", "")),
+            cores=int(plain["cores"]),
+            usable_cores=int(plain.get("usable_cores", plain["cores"])),
+            memory_bytes=None if memory is None else int(memory),
+            features=tuple(str(name) for name in plain.get("features", ())),
+            system=str(plain.get("system", "")),
+            python=str(plain.get("python", "")),
+            versions={str(name): str(version) for name, version in plain.get("versions", {}).items()},
+            governor=None if plain.get("governor") is None else str(plain["governor"]),
+            **real,
+        )
+
+
+def load_average(root: Path = Path("/")) -> float | None:
+    """The load of the last minute, in runnable processes; None where the system does not say."""
+    words = _read(root / "proc/loadavg").split()
+    if words:
+        return float(words[0])
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _field(text: str, *names: str) -> str:
+    """The value of the first line `name : value` under one of these names."""
+    for name in names:
+        found = re.search(rf"^{re.escape(name)}\s*:\s*(\S.*)$", text, re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return ""
+
+
+def _chip(cpuinfo: str) -> str:
+    named = _field(cpuinfo, "model name", "Model", "Hardware", "Processor") or _sysctl("machdep.cpu.brand_string")
+    named = named or platform.processor() or platform.machine()
+    named = re.sub(r"\((R|TM|C)\)|@.*$|\b\d+-Core Processor\b|\bCPU\b|\bProcessor\b|\bwith .* Graphics\b", " ", named)
+    return " ".join(named.split()) or "unknown"
+
+
+def _features(cpuinfo: str) -> tuple[str, ...]:
+    flags = set(_field(cpuinfo, "flags", "Features").lower().split())
+    if not flags:
+        listed = re.findall(r"^hw\.optional\.(?:arm\.)?(\w+): 1$", _sysctl("hw.optional", bare=False), re.MULTILINE)
+        flags = {name.lower() for name in listed}
+    return tuple(ours for ours, theirs in _FEATURES.items() if flags.intersection(theirs))
+
+
+def _sysctl(name: str, bare: bool = True) -> str:
+    """What macOS says of itself under `name`; empty elsewhere."""
+    if platform.system() != "Darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", *(["-n"] if bare else []), name]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on macOS or Windows
+        return os.cpu_count() or 1
+
+
+def _quota(root: Path) -> float | None:
+    """Cores' worth of time that a container may use (cgroup v2, else v1); None where there is no limit."""
+    folders = [root / "sys/fs/cgroup"]
+    own = re.search(r"^0::/(.+)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    if own:
+        folders.insert(0, folders[0] / own.group(1))
+    for folder in folders:
+        limit, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            return int(limit) / int(period)
+    legacy = root / "sys/fs/cgroup/cpu"
+    limit, period = (_read(legacy / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return int(limit) / int(period) if limit.isdigit() and period.isdigit() and int(limit) > 0 else None
+
+
+def _memory(root: Path) -> int | None:
+    kib = _field(_read(root / "proc/meminfo"), "MemTotal").split(" ")[0]
+    if kib.isdigit():
+        return int(kib) * 1024
+    macos = _sysctl("hw.memsize")
+    return int(macos) if macos.isdigit() else None
+
+
+def _max_mhz(root: Path) -> float | None:
+    khz = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").strip()
+    return int(khz) / 1000 if khz.isdigit() else None
+
+
+def _versions(packages: Sequence[str]) -> Mapping[str, str]:
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

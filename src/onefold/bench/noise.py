@@ -1,0 +1,186 @@
+"""What else the machine was doing while it was measured, and when that is too much to trust a figure."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from onefold.bench.machine import Machine, load_average
+from onefold.bench.statistics import percentile
+
+# pyperf calls a benchmark unstable at a standard deviation of 10 % of the mean or an extreme 50 % off it, on some sixty
+# averaged values. On a thousand single calls one hiccup is normal, so the deviation is read off p90 - p10 (2.563
+# standard deviations of a normal distribution), and extremes count once they are more than one in a hundred.
+_MOST_DEVIATION = 0.10
+_DEVIATIONS_P10_TO_P90 = 2.563
+_FAR_OFF = 1.5
+_MOST_FAR_OFF = 0.01
+_MOST_STEAL = 0.01
+_MOST_TREND = 0.05
+_MOST_OTHERS = 0.25
+_FEWEST_FOR_TREND = 64
+_FEWEST_TICKS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vitals:
+    """One look at the system's counters, since its start. None where the system does not say.
+
+    Ticks count the time of all `host_cores` together; `own_ns` is this process's processor time, `at_ns` the time of
+    the look.
+    """
+
+    load: float | None = None
+    switches: int | None = None
+    stolen_ticks: int | None = None
+    busy_ticks: int | None = None
+    ticks: int | None = None
+    host_cores: int = 1
+    own_ns: int = 0
+    at_ns: int = 0
+
+    @classmethod
+    def now(cls, root: Path = Path("/")) -> Vitals:
+        """Read them all; `root` is where /proc is."""
+        stolen, busy, ticks, cores = _ticks(root)
+        return cls(
+            load=load_average(root),
+            switches=_switches(),
+            stolen_ticks=stolen,
+            busy_ticks=busy,
+            ticks=ticks,
+            host_cores=cores,
+            own_ns=time.process_time_ns(),
+            at_ns=time.monotonic_ns(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What happened between two looks.
+
+    `switches`: how often this process lost its core to another. `steal`: the share (0 to 1) of all cores' time that a
+    hypervisor took. `others`: how many cores' worth of time other processes used.
+    """
+
+    load_before: float | None = None
+    load_after: float | None = None
+    switches: float | None = None
+    steal: float | None = None
+    others: float | None = None
+
+    @classmethod
+    def between(cls, before: Vitals, after: Vitals) -> Noise:
+        """The difference of two looks; shares are None when too little time passed to tell."""
+        ticks = _difference(before.ticks, after.ticks)
+        enough = ticks is not None and ticks >= _FEWEST_TICKS
+        stolen = _difference(before.stolen_ticks, after.stolen_ticks)
+        return cls(
+            load_before=before.load,
+            load_after=after.load,
+            switches=_difference(before.switches, after.switches),
+            steal=stolen / ticks if enough and ticks and stolen is not None else None,
+            others=_others(before, after) if enough else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Noise:
+        """The inverse of `to_dict`."""
+        known = {each.name: plain.get(each.name) for each in fields(cls)}
+        return cls(**{name: None if value is None else float(value) for name, value in known.items()})
+
+    def reasons(self, samples: Sequence[float], machine: Machine, threads: int) -> tuple[str, ...]:
+        """Why a figure from these samples is not to be trusted, one sentence each; empty when it is."""
+        of_machine = (*_of_load(self, machine.available_cores, threads), *_of_others(self, machine.available_cores))
+        return (*of_machine, *_of_samples(samples))
+
+
+def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:
+    """The load rule: more than half the cores; where other processes' time is known, on top of this process's own."""
+    allowed = cores / 2 + (0 if noise.others is None else threads)
+    found = []
+    if noise.load_before is not None and noise.load_before > allowed:
+        found.append(f"The machine was busy before: load {noise.load_before:.2f} on {cores:g} cores.")
+    if noise.load_after is not None and noise.load_after > cores / 2 + threads:
+        found.append(
+            f"The machine was busy after: load {noise.load_after:.2f} on {cores:g} cores, with {threads} our own."
+        )
+    if threads > cores:
+        found.append(f"{threads} threads shared {cores:g} cores.")
+    return found
+
+
+def _of_others(noise: Noise, cores: float) -> list[str]:
+    found = []
+    if noise.others is not None and noise.others > _MOST_OTHERS * cores:
+        found.append(f"Other programs used {noise.others:.1f} of {cores:g} cores meanwhile.")
+    if noise.steal is not None and noise.steal > _MOST_STEAL:
+        found.append(f"The hypervisor took {100 * noise.steal:.1f} % of the time for others.")
+    return found
+
+
+def _of_samples(samples: Sequence[float]) -> list[str]:
+    found = []
+    median = percentile(samples, 0.5)
+    deviation = (percentile(samples, 0.9) - percentile(samples, 0.1)) / (_DEVIATIONS_P10_TO_P90 * median)
+    if deviation >= _MOST_DEVIATION:
+        found.append(f"The samples scatter: their standard deviation is {100 * deviation:.0f} % of the median.")
+    far = sum(sample >= _FAR_OFF * median for sample in samples) / len(samples)
+    if far > _MOST_FAR_OFF:
+        found.append(f"{100 * far:.1f} % of the samples took more than {_FAR_OFF:g} times the median.")
+    trend = _trend(samples, median)
+    if abs(trend) >= _MOST_TREND:
+        change = "slower" if trend > 0 else "faster"
+        found.append(f"It did not hold still: the second half ran {100 * abs(trend):.0f} % {change} than the first.")
+    return found
+
+
+def _trend(samples: Sequence[float], median: float) -> float:
+    """How much the median of the second half differs from the first's, as a share of the whole's."""
+    if len(samples) < _FEWEST_FOR_TREND:
+        return 0.0
+    half = len(samples) // 2
+    return (percentile(samples[half:], 0.5) - percentile(samples[:half], 0.5)) / median
+
+
+def _others(before: Vitals, after: Vitals) -> float | None:
+    busy, ticks = _difference(before.busy_ticks, after.busy_ticks), _difference(before.ticks, after.ticks)
+    passed = after.at_ns - before.at_ns
+    if busy is None or not ticks or passed <= 0:
+        return None
+    return max(0.0, busy / ticks * after.host_cores - (after.own_ns - before.own_ns) / passed)
+
+
+def _difference(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
+
+
+def _ticks(root: Path) -> tuple[int | None, int | None, int | None, int]:
+    """(stolen, busy, all) ticks since the start of the system, over all cores, and their number: /proc/stat."""
+    try:
+        lines = (root / "proc/stat").read_text().splitlines()
+    except OSError:
+        return None, None, None, 1
+    words = lines[0].split() if lines else []
+    if len(words) < 9:
+        return None, None, None, 1
+    counts = [int(word) for word in words[1:9]]
+    _user, _nice, _system, idle, waiting, _irq, _softirq, stolen = counts
+    cores = sum(line.startswith("cpu") for line in lines) - 1
+    return stolen, sum(counts) - idle - waiting - stolen, sum(counts), max(1, cores)
+
+
+def _switches() -> int | None:
+    try:
+        resource = importlib.import_module("resource")  # not on Windows
+    except ImportError:
+        return None
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)

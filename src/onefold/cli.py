@@ -1,0 +1,317 @@
+"""The command line: `onefold VERB ...`. Argument parsing and printing, nothing else; a verb is a stage.
+
+torch is imported by the verbs that need it, so that `onefold --help` answers at once. Exit status: see `errors`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer import Argument, Option
+
+from onefold import display
+from onefold.errors import BadArgument, BadData, OnefoldError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
+Name = Annotated[str | None, Option("--model", help="the network's name, where the weights do not tell it")]
+Threads = Annotated[int, Option(min=1, max=1024, help="threads that compute")]
+AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]
+Batch = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images a step or call")]
+Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line")]
+Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, Option("--version", help="print the version and stop", is_eager=True)] = False,
+    debug: Annotated[bool, Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Mobile vision backbones, trained wide and deployed thin: train, fuse, export, measure, report, use.
+
+    A first look: `onefold demo`. Every verb explains itself: `onefold VERB --help`.
+    """
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"onefold {version_of('onefold')}")
+        raise typer.Exit
+    if debug:
+        os.environ["ONEFOLD_DEBUG"] = "1"
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, Argument(help='a name or pattern, such as "mobileone*"')] = "*",
+    img_size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the networks: parameters and multiply-adds before and after folding, and the paper's accuracy."""
+    from onefold.stages import table
+
+    rows = display.track(table(pattern, img_size), "counting")
+    display.emit_json(rows) if as_json else display.model_table(rows)
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, Option(help="family:recipe; `onefold train --list` shows all")] = "photos:scratch",
+    data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
+    model: Annotated[str | None, Option(help="another network than the recipe's")] = None,
+    weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
+    out: Annotated[Path | None, Option("--out", "--output", help="the run folder; by default runs/<recipe>")] = None,
+    resume: Annotated[Path | None, Option(help="go on with the run in this folder")] = None,
+    img_size: Size = None,
+    epochs: Annotated[int | None, Option(help="short for --plan.epochs")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
+    lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
+    seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
+    list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
+) -> None:
+    """Train a network by a recipe. Any field of the recipe can be changed: --plan.epochs 5, --data.seed 1 ...
+
+    The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
+    data/val/<class>/, or data/<class>/, which is then split by a stated seed.
+    """
+    from onefold.recipes import at_size, find_recipe, override, recipes
+    from onefold.stages import resume_run, start_run
+
+    if list_recipes:
+        display.recipe_table(recipes())
+        return
+    short = {"plan.epochs": epochs, "plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
+    given = {"data.spec": data, "model": model, "weights": weights, **short}
+    changes = {field: str(value) for field, value in given.items() if value is not None}
+    changes |= _dotted(context.args)
+    with display.training() as on_progress:
+        if resume is not None:
+            if changes or out is not None or img_size is not None:
+                raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
+            outcome = resume_run(resume, on_progress=on_progress)
+        else:
+            found = find_recipe(recipe)
+            chosen = override(found if img_size is None else at_size(found, img_size), changes)
+            display.recipe(chosen)
+            outcome = start_run(chosen, out or Path("runs") / chosen.name.replace(":", "-"), on_progress=on_progress)
+    display.trained(outcome)
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    data: Annotated[str | None, Option("--data", "--data-dir", help='labelled images, or "digits"')] = None,
+    model: Name = None,
+    classes: Classes = None,
+    img_size: Size = None,
+    batch_size: Batch = 32,
+    threads: Threads = 2,
+    results: Annotated[Path, Option(help="where to note the accuracy for `bench` and `report`")] = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Score a network or an artifact on labelled images: top-1, top-5, loss.
+
+    Without --data a run is scored on the validation images of its own recipe. A folder that has val/ is scored on
+    that; one of class folders, or with a labels.csv, on all of it.
+    """
+    from onefold.stages import evaluate, named, note_accuracy, open_predictor, validation_images
+
+    images, label = validation_images(source, data)
+    with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+        with display.waiting(f"scoring {len(images)} images"):
+            score = evaluate(predictor, images, batch_size=batch_size)
+        note_accuracy(predictor, label, score.top1, results)
+        display.accuracy(predictor.title, label, score, as_json=as_json)
+
+
+@app.command()
+def predict(
+    source: Source,
+    images: Annotated[list[Path], Argument(help="photos, or folders of photos")],
+    model: Name = None,
+    classes: Classes = None,
+    img_size: Size = None,
+    top: Annotated[int, Option(min=1, help="classes to tell of each image")] = 5,
+    batch_size: Batch = 32,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in photos. Any format and orientation; one that cannot be read is told, and the rest go on."""
+    from onefold.data import find_images
+    from onefold.stages import named, open_predictor
+    from onefold.stages import predict as answers
+
+    paths = find_images(images)
+    unread = 0
+    with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+        for answer in answers(predictor, paths, top=top, batch_size=batch_size):
+            unread += answer.problem is not None
+            display.prediction(answer, as_json=as_json)
+    if unread:
+        raise BadData(f"{unread} of {len(paths)} images could not be read: they are named above")
+
+
+@app.command()
+def fuse(
+    source: Source,
+    out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
+    model: Name = None,
+    tolerance: Annotated[float, Option(min=0.0, help="the largest relative drift that passes")] = 1e-5,
+) -> None:
+    """Fold every multi-branch unit into one convolution, prove that the answer is the same, and save the result."""
+    from onefold.stages import fuse as fold
+
+    display.fused(fold(source, out, name=model, tolerance=tolerance))
+
+
+@app.command()
+def export(
+    source: Source,
+    out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
+    to: Annotated[str, Option(help="runtimes, by comma: eager, onnx, openvino")] = "onnx",
+    precision: Annotated[str, Option(help="of the numbers")] = "fp32",
+    model: Name = None,
+    img_size: Size = None,
+    no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
+) -> None:
+    """Export to runtimes, fused, with classes, preprocessing and a proof of the answer inside."""
+    from onefold.stages import Order
+    from onefold.stages import export as export_all
+
+    runtimes = [name.strip() for name in to.split(",") if name.strip()]
+    if not runtimes:
+        raise BadArgument("--to names no runtime: give one or more of eager, onnx, openvino")
+    order = Order(runtimes=runtimes, precision=precision, size=img_size, fused=not no_fuse)
+    with display.waiting("exporting"):
+        artifacts = export_all(source, out, order, name=model)
+    display.artifacts(artifacts)
+
+
+@app.command()
+def bench(
+    sources: Annotated[list[str], Argument(help="artifacts, runs or weights; the first is the baseline")],
+    results: Annotated[Path, Option(help="the folder of results")] = Path("results"),
+    samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
+    warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,
+    batch_size: Batch = 1,
+    threads: Threads = 1,
+    seed: Annotated[int, Option(min=0, help="of the order of calls")] = 0,
+    model: Name = None,
+    allow_unfused: Annotated[bool, Option("--allow-unfused", help="measure training networks, labelled so")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time artifacts side by side: interleaved, warmed up, with percentiles, a noise verdict, the machine's record."""
+    from onefold.bench import Procedure
+    from onefold.stages import Bench
+    from onefold.stages import bench as run
+
+    procedure = Procedure(warmup_seconds=warmup, samples=samples, threads=threads, seed=seed)
+    order = Bench(sources=sources, procedure=procedure, batch=batch_size, allow_unfused=allow_unfused, name=model)
+    with display.waiting(f"measuring {len(sources)}"):
+        outcome, path = run(order, results)
+    display.measured(outcome, path, as_json=as_json)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path] | None, Argument(help="where runs, results and artifacts lie")] = None,
+    out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
+) -> None:
+    """Write one HTML page of all that was trained, exported and measured; it needs no network to be read."""
+    from onefold.stages import write_page
+
+    typer.echo(f"wrote {write_page(folders or [Path()], out)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, Option("--out", "-o", help="the folder for everything it makes")] = Path("demo"),
+    epochs: Annotated[int | None, Option(min=1, help="fewer for a glance, more for accuracy")] = None,
+) -> None:
+    """The main road on embedded data: train MobileOne-S0 on digits, fuse, export, check, time, report."""
+    from onefold.stages import demo as run
+
+    with display.training() as on_progress:
+        page = run(out, say=display.say, on_progress=on_progress, epochs=epochs)
+    typer.echo(f"\nThe report: {page}")
+
+
+def _dotted(arguments: Sequence[str]) -> dict[str, str]:
+    """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}."""
+    rest, changes = list(arguments), {}
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--") or "." not in flag:
+            raise BadArgument(f"no such option: {flag}; a recipe's field is changed like --plan.epochs 5")
+        if not equals:
+            if not rest:
+                raise BadArgument(f"{flag} needs a value: {flag} 5")
+            value = rest.pop(0)
+        changes[flag.removeprefix("--").replace("-", "_")] = value
+    return changes
+
+
+def _speak_plainly() -> None:
+    """Library warnings and log lines as single lines on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger = logging.getLogger("onefold")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_place: Any, **_more: Any) -> None:
+    """Ours as a line; those that other packages address to programmers are not for a user."""
+    if category.__module__.startswith("onefold"):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
+    _speak_plainly()
+    try:
+        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return int(status or 0)
+    except OnefoldError as error:
+        return _failed(error, error.exit_status)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.UsageError as error:
+        hint = f" (try `{error.ctx.command_path} --help`)" if error.ctx else ""
+        return _failed(error, 2, error.format_message() + hint)
+    except click.Abort:
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError as error:
+        return _failed(error, 1, "out of memory: try a smaller --batch-size or --img-size")
+    except Exception as error:
+        return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
+
+
+def _failed(error: BaseException, status: int, text: str | None = None) -> int:
+    if os.environ.get("ONEFOLD_DEBUG"):
+        raise error
+    line = " ".join((text or str(error)).split())
+    print(f"error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Any image a user has, as 8-bit RGB, or one sentence that says why not.
+
+| what comes | what is made of it |
+|---|---|
+| EXIF orientation | applied; an unreadable EXIF block counts as none |
+| alpha, palette or colour-key transparency | over white |
+| 16-bit grey | scaled, round(v / 257); deeper colour by its high byte |
+| CMYK | the naive conversion; JPEG as Adobe stores it, inverted |
+| animated GIF, WebP, PNG; multi-picture JPEG and TIFF | the first frame |
+| colour profile | ignored, as networks are trained |
+| float or 32-bit integer samples | refused: their range is not known |
+| more than `MAX_PIXELS` | refused from the header, before anything is decoded |
+| truncated, empty, not an image, not a regular file | refused |
+
+Colour conversion and decoding are Pillow's, so what Pillow raises on damaged bytes becomes BadData here.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from onefold.errors import BadData
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+) | {".ppm", ".pgm", ".pbm", ".pnm"}
+
+_ORIENTATION = 0x0112  # the tag's number, EXIF 2.3 table 4
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What people have in place of an image, by the bytes it starts with.
+_IMPOSTORS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the image: run `git lfs pull`"),
+    (b"%PDF", "a PDF document: export its pages as PNG"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"8BPS", "a Photoshop document: export it as PNG"),
+)
+_TEXT = frozenset(range(32, 127)) | {9, 10, 13}
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def decode(image: Path | str | bytes, *, name: str | None = None, at_least: int = 0) -> Image.Image:
+    """The picture in a file or in a file's bytes, upright, mode RGB.
+
+    `name` stands for the bytes in messages. With `at_least` above 0 a JPEG may come at 1/2, 1/4 or 1/8 of its scale,
+    each side still `at_least` pixels or more: quicker, and for training only. Raises BadData, and nothing else.
+    """
+    if isinstance(image, bytes):
+        shown = printable(name or f"an image of {len(image)} bytes")
+        return _decode(BytesIO(image), len(image), shown, at_least)
+    path = Path(image)
+    shown = printable(name or path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # before opening it: a FIFO would wait for ever, a device may not end
+            raise BadData(f"{shown} is {_kind(status.st_mode)}: expected an image file")
+        with path.open("rb") as file:
+            return _decode(file, status.st_size, shown, at_least)
+    except BadData:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that holds a null character
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise BadData(f"cannot read {shown}: {reason}") from error
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """A file's name fit for a message: control characters and bytes that are not UTF-8 escaped."""
+    text = os.fspath(name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _decode(file: BinaryIO, num_bytes: int, shown: str, at_least: int) -> Image.Image:
+    if num_bytes == 0:
+        raise BadData(f"{shown} is empty (0 bytes)")
+    Image.init()  # an allow-list that names an unloaded plugin is a KeyError otherwise
+    try:
+        opened = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        _refuse(opened, shown)
+        if at_least > 0 and opened.format in ("JPEG", "MPO"):
+            opened.draft(None, (at_least, at_least))
+        opened.load()
+        return _upright(_to_rgb(opened), _orientation(opened))
+    except BadData:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadData(f"{shown} has more than {MAX_PIXELS} pixels: make it smaller first") from error
+    except UnidentifiedImageError as error:
+        raise BadData(f"{shown} is {_what_else(file)}") from error
+    except MemoryError as error:
+        raise BadData(f"{shown} needs more memory to decode than there is") from error
+    except (
+        Exception
+    ) as error:  # Pillow has no one error for damaged bytes: OSError, SyntaxError, KeyError, struct.error
+        raise BadData(f"{shown} is truncated or damaged ({type(error).__name__}: {error})") from error
+
+
+def _refuse(image: Image.Image, shown: str) -> None:
+    """BadData for what the header alone shows to be unusable."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadData(f"{shown} has {width} x {height} pixels, more than {MAX_PIXELS}: make it smaller first")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        kind = "float" if image.mode == "F" else "integer"
+        raise BadData(f"{shown} has {kind} samples whose range is not known: save it with 8 or 16 bits, unsigned")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        straight = image.convert("RGBA")
+        over = Image.new("RGB", image.size, (255, 255, 255))
+        over.paste(straight.convert("RGB"), mask=straight.getchannel("A"))
+        return over
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    with suppress(Exception):  # an EXIF block that cannot be read says nothing, and the picture is still one
+        return int(image.getexif().get(_ORIENTATION, 1))
+    return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _UPRIGHT.get(orientation)
+    upright = image if method is None else image.transpose(method)
+    upright.info.clear()  # what it said about the file (orientation, profile, transparency) is no longer so
+    return upright
+
+
+def _what_else(file: BinaryIO) -> str:
+    """What bytes that are no known image seem to be."""
+    file.seek(0)
+    head = file.read(512)
+    for magic, what in _IMPOSTORS:
+        if head.startswith(magic):
+            return what
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
+        return "a HEIC photo: convert it to JPEG (heif-convert, or the export of a photo program)"
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, not an image: the download went wrong"
+    if b"<svg" in text:
+        return "an SVG drawing: export it as PNG"
+    if sum(byte in _TEXT for byte in head) > 0.8 * len(head):
+        return "text, not an image"
+    return f"not an image that can be read (one of {', '.join(FORMATS)}), or damaged at its start"
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISFIFO(mode):
+        return "a named pipe"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device"

@@ -1,0 +1,235 @@
+"""How results look in a terminal: tables and answers on stdout, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from onefold.bench import Comparison, Measurement
+    from onefold.recipes import Recipe
+    from onefold.runtimes import Artifact
+    from onefold.stages import Fused, Outcome, Prediction, Row
+    from onefold.train import Accuracy, Progress
+
+T = TypeVar("T")
+OnProgress = Callable[["Progress"], None]
+
+
+def say(text: str) -> None:
+    """A line for a person; it never fails on a name that the terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def emit_json(values: Iterable[Any]) -> None:
+    """One JSON object a line."""
+    for value in values:
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        print(json.dumps(plain, default=str), flush=True)
+
+
+# ------------------------------------------------------------------------------------------ progress
+
+
+def track(items: Iterable[T], what: str) -> Iterator[T]:
+    """The items, with a spinner on stderr while they come, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield from items
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def training() -> Iterator[OnProgress]:
+    """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TextColumn("{task.fields[now]}"),
+        bars.TimeRemainingColumn(),
+    )
+    live = sys.stderr.isatty() and not os.environ.get("NO_PROGRESS")
+    bar = bars.Progress(*columns, console=Console(stderr=True), disable=not live)
+    tasks: list[Any] = []
+    told: Any = None
+
+    def on_progress(at: Progress) -> None:
+        nonlocal told
+        now = f"loss {at.loss:.3f}  {at.images_per_s:.0f} images/s"
+        if live:
+            if not tasks:
+                tasks.append(bar.add_task("training", total=at.epochs * at.steps, now=now))
+            done = (at.epoch - 1) * at.steps + at.step
+            bar.update(tasks[0], completed=done, now=now, description=f"epoch {at.epoch}/{at.epochs}")
+        if at.metrics and at.step == at.steps and at.metrics is not told:
+            told = at.metrics
+            line = f"epoch {at.epoch}/{at.epochs}  {now}  top-1 {at.metrics['top1']:.2f} %"
+            bar.console.print(line) if live else print(line, file=sys.stderr, flush=True)
+
+    with bar:
+        yield on_progress
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as their cells: the first to the left, numbers to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if i == 0 or not _is_numeric(lines[1:], i) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        say("  ".join(cells).rstrip())
+
+
+def _is_numeric(lines: Sequence[Sequence[str]], column: int) -> bool:
+    return all(line[column][:1] in "0123456789-+" for line in lines)
+
+
+def model_table(rows: Iterable[Row]) -> None:
+    """The catalogue, one network a line; counts are exact."""
+    head = ["model", "size", "params", "folded", "MACs", "folded", "top-1 %", "stated by"]
+    table(
+        head,
+        [
+            [
+                row.name,
+                str(row.size),
+                f"{row.train.params:,}",
+                f"{row.folded.params:,}",
+                f"{row.train.macs:,}",
+                f"{row.folded.macs:,}",
+                "-" if row.top1 is None else f"{row.top1:.1f}",
+                row.source or "-",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def recipe_table(recipes: Iterable[Recipe]) -> None:
+    """The recipes, one a line, with what they promise."""
+    table(
+        ["recipe", "model", "data", "epochs", "expected top-1 %"],
+        [[r.name, r.model, r.data.spec or "--data", str(r.plan.epochs), _expected(r)] for r in recipes],
+    )
+
+
+def _expected(recipe: Recipe) -> str:
+    if recipe.expect is None:
+        return "-"
+    return f"{recipe.expect.top1:.1f} ({recipe.expect.source})"
+
+
+def recipe(chosen: Recipe) -> None:
+    """The complete recipe, as it is saved."""
+    print(json.dumps(chosen.to_dict(), indent=2), file=sys.stderr)
+
+
+def artifacts(made: Sequence[Artifact]) -> None:
+    """What was exported, with the proof of it."""
+    for artifact in made:
+        fused = "" if artifact.fused else "   NOT FUSED"
+        agree = f"top-1 equal on {100 * artifact.parity.top1_agreement:.0f} %"
+        size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
+        say(f"{artifact.folder}  {size:.1f} MiB  parity {artifact.parity.difference:.1e}, {agree}{fused}")
+
+
+# ------------------------------------------------------------------------------------------ outcomes
+
+
+def trained(outcome: Outcome) -> None:
+    """Where the best weights are, and how they score."""
+    say(
+        f"best top-1 {outcome.top1:.2f} % (epoch {outcome.epoch}), the fused averaged network on {outcome.count} images"
+    )
+    say(f"weights: {outcome.weights}")
+
+
+def fused(made: Fused) -> None:
+    """What folding changed, and the proof that the answer is not among it."""
+    before, after = made.before, made.after
+    say(f"{made.path}: drift {made.drift:.1e}")
+    say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
+
+
+def accuracy(title: str, data: str, score: Accuracy, *, as_json: bool) -> None:
+    """Top-1, top-5 and loss."""
+    if as_json:
+        emit_json([{"subject": title, "data": data, "count": score.count, **score.metrics()}])
+        return
+    rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
+    say(f"{title} on {data}: {rates}, {score.count} images")
+
+
+def prediction(answer: Prediction, *, as_json: bool) -> None:
+    """One image: its likeliest classes, or on stderr why it was not read."""
+    path = str(answer.path).encode("utf-8", "backslashreplace").decode()
+    if as_json:
+        best = [{"index": index, "class": name, "probability": share} for index, name, share in answer.best]
+        emit_json([{"file": path, "predictions": best, "problem": answer.problem}])
+    elif answer.problem is not None:
+        print(f"unread: {answer.problem}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    else:
+        say(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for _, name, share in answer.best))
+
+
+def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) -> None:
+    """Latencies of one call, and in words what is faster than what."""
+    from onefold.bench import Comparison
+
+    together = outcome.measurements if isinstance(outcome, Comparison) else {str(outcome.subject["name"]): outcome}
+    rows = [(name, m) for name, m in together.items()]
+    if as_json:
+        emit_json({"subject": dict(m.subject), "median_ms": m.median_ns / 1e6, "verdict": m.verdict} for _, m in rows)
+        return
+    head = ["", "median ms", "p90 ms", "min ms", "spread", "verdict"]
+    table(
+        head,
+        [
+            [
+                name,
+                f"{m.median_ns / 1e6:.3f}",
+                "-" if m.p90_ns is None else f"{m.p90_ns / 1e6:.3f}",
+                f"{m.min_ns / 1e6:.3f}",
+                f"{100 * m.spread:.1f} %",
+                m.verdict,
+            ]
+            for name, m in rows
+        ],
+    )
+    for reason in dict.fromkeys(reason for _, m in rows for reason in m.reasons):
+        say(f"  {reason}")
+    if isinstance(outcome, Comparison):
+        for sentence in outcome.sentences():
+            say(sentence)
+    say(f"appended to {path}")

@@ -1,0 +1,215 @@
+"""Reading tensors out of a file that may be anything: another kind of file, damaged, or hostile.
+
+What a file is is told by its first bytes, never by its name: safetensors, a zip of torch.save or of numpy.savez,
+the older torch.save, HDF5. Nothing in a file is ever executed, and no file makes more memory than it has a right to:
+what it declares is held against its size before it is read.
+
+Every failure is a BadCheckpoint of one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from onefold.errors import BadCheckpoint, MissingExtra
+
+# Weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros.
+MAX_GROWTH = 20
+ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
+
+# Where trainers put the weights, averaged ones first: those are what the trainers themselves evaluate.
+_SLOTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_HINT = "give weights as .safetensors, .pth, .npz or .h5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a file holds: tensors by name, the texts of its header, and plain values that stand beside the weights."""
+
+    tensors: dict[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+
+def read(path: Path) -> Contents:
+    """The tensors of a file, on the CPU. Raises BadCheckpoint, or MissingExtra where HDF5 needs h5py."""
+    _must_be_file(path)
+    with _one_sentence(path):
+        with path.open("rb") as file:
+            head = file.read(512)
+        contents = _reader(head, path)(path)
+        _must_be_numbers(contents.tensors, path)
+    return contents
+
+
+def allowance(path: Path) -> int:
+    """Bytes of tensors that a file of this size can honestly hold."""
+    return ALWAYS_ALLOWED + MAX_GROWTH * path.stat().st_size
+
+
+# -------------------------------------------------------------------------------- which kind it is
+
+
+def _must_be_file(path: Path) -> None:
+    if not path.exists():
+        raise BadCheckpoint(f"there is no file {path}: {_HINT}")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise BadCheckpoint(f"{path} is {kind}, not a file of weights: {_HINT}")
+    if path.stat().st_size == 0:
+        raise BadCheckpoint(f"{path} is empty: get it again")
+
+
+def _reader(head: bytes, path: Path) -> Callable[[Path], Contents]:
+    if head.startswith(b"PK\x03\x04"):
+        return _read_npz if _is_npz(path) else _read_torch
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return _read_hdf5
+    if head[8:9] == b"{":
+        return _read_safetensors
+    if re.match(rb"\x80[\x02-\x05]", head):
+        return _read_torch
+    raise BadCheckpoint(f"{path} is {_guess(head)}: {_HINT}")
+
+
+def _guess(head: bytes) -> str:
+    text = head.lstrip().lower()
+    if text.startswith(b"<"):
+        return "a web page, not weights (the download was probably refused)"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (type `git lfs pull`)"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or head[257:262] == b"ustar":
+        return "a packed archive, not weights (unpack it and give the file inside)"
+    return "not a file of weights that is known here"
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether a zip is numpy's; a bomb of either kind is refused here."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise BadCheckpoint(f"{path} is a damaged or truncated zip archive: get it again") from error
+    _must_fit(sum(entry.file_size for entry in entries), path)
+    return bool(entries) and all(entry.filename.endswith(".npy") for entry in entries)
+
+
+# --------------------------------------------------------------------------------------- the kinds
+
+
+def _read_safetensors(path: Path) -> Contents:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > size - 8:
+        raise BadCheckpoint(f"{path} declares a header of {header} bytes and has {size}: it is truncated or forged")
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return Contents(tensors={name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
+
+
+def _read_npz(path: Path) -> Contents:
+    with np.load(path, allow_pickle=False) as archive:
+        return Contents(tensors={name: torch.from_numpy(np.array(archive[name])) for name in archive.files})
+
+
+def _read_torch(path: Path) -> Contents:
+    """torch.save's file: of its pickle only tensors, plain values, and argparse's namespaces of those are built."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile pickle raises what it likes
+        raise BadCheckpoint(f"cannot read {path}: {_why_not_loaded(error)}") from error
+    if not isinstance(saved, Mapping):
+        raise BadCheckpoint(f"{path} holds a {type(saved).__name__}, not a state dict: save model.state_dict()")
+    weights = next((saved[slot] for slot in _SLOTS if isinstance(saved.get(slot), Mapping)), saved)
+    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    notes = {
+        str(name): value for name, value in saved.items() if not isinstance(value, Tensor) and value is not weights
+    }
+    return Contents(tensors=_unwrapped(tensors), notes=notes)
+
+
+def _read_hdf5(path: Path) -> Contents:
+    try:
+        import h5py
+    except ImportError as error:
+        raise MissingExtra(f"reading {path} needs h5py: type `pip install h5py`") from error
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, item: object) -> None:
+        if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
+            return  # groups, and a Keras model's strings
+        if item.external or item.is_virtual:
+            raise BadCheckpoint(f"{path} keeps {name!r} in another file: give one file that holds its weights itself")
+        _must_fit(item.nbytes + sum(tensor.nbytes for tensor in found.values()), path)
+        found[name] = torch.from_numpy(np.asarray(item[()]))
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return Contents(tensors=found)
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Whatever a reader raises on a damaged file becomes a BadCheckpoint."""
+    try:
+        yield
+    except (BadCheckpoint, MissingExtra):
+        raise
+    except PermissionError as error:
+        raise BadCheckpoint(f"{path} may not be read by you: change its permissions") from error
+    except Exception as error:  # SafetensorError, zlib.error, struct.error, MemoryError ...: the readers' own zoo
+        reason = " ".join(str(error).split())[:200]
+        raise BadCheckpoint(f"cannot read {path}, it is damaged or truncated ({reason}): get it again") from error
+
+
+def _why_not_loaded(error: Exception) -> str:
+    text = str(error)
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    if named or "weights_only" in text or "Weights only" in text:
+        what = f" ({named.group(1)})" if named else ""
+        return f"it holds pickled objects{what} besides tensors, which are never loaded: save model.state_dict() alone"
+    return "it is damaged, truncated, or no file of torch.save: get it again"
+
+
+def _must_fit(declared: int, path: Path) -> None:
+    if declared > allowance(path):
+        size = path.stat().st_size
+        raise BadCheckpoint(f"{path} has {size} bytes and claims to hold {declared}: that is a bomb, not weights")
+
+
+def _must_be_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Dense tensors of ordinary numbers, not more than the file can hold. Raises BadCheckpoint."""
+    if not tensors:
+        raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+            raise BadCheckpoint(
+                f"{path} holds {name!r}, which is not a dense tensor of real numbers: save it as floats"
+            )
+    _must_fit(sum(tensor.nbytes for tensor in tensors.values()), path)

@@ -1,0 +1,98 @@
+"""MobileOne: An Improved One millisecond Mobile Backbone (arXiv 2206.04040, CVPR 2023).
+
+A unit is a sum of linear branches - k convolutions, a 1x1 convolution, a skip, each with its norm - then perhaps a
+squeeze-excite gate, then ReLU. A depthwise 3x3 unit and a pointwise 1x1 unit make a block; blocks make stages.
+Folded, each sum is one convolution (`onefold.reparam.fuse`); nothing here knows of it.
+
+    stem                    one dense 3x3 unit, stride 2
+    stages.<0..3>.<j>       units: depthwise where j is even, pointwise where it is odd; the first of a stage strides 2
+    <unit>.conv             Sum: the k branches, the 1x1 branch if the kernel is larger, the skip if the shape allows
+    <unit>.attn, .act       SqueezeExcite or Identity, ReLU
+    head.fc                 Linear, on the mean of the last map
+
+Shapes: (B, 3, H, W) -> maps at H/2, H/4, H/8, H/16, H/32 -> (B, N).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
+from onefold.reparam import Sum
+
+BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
+MAX_STEM = 64  # Table 7 has 64a; the published weights and FLOPs have min(64, 64a)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A column of Table 7: for each stage its width multiplier, its blocks, and how many of the last ones are gated.
+
+    `branches` is the paper's k: the convolutions in a sum.
+    """
+
+    widths: tuple[float, float, float, float]
+    branches: int
+    depths: tuple[int, int, int, int] = (2, 8, 10, 1)
+    gated: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+# Table 7. The paper gives S0's stem k = 4 branches too; the published weights have one there, and so has this.
+VARIANTS = {
+    "s0": Variant(widths=(0.75, 1.0, 1.0, 2.0), branches=4),
+    "s1": Variant(widths=(1.5, 1.5, 2.0, 2.5), branches=1),
+    "s2": Variant(widths=(1.5, 2.0, 2.5, 4.0), branches=1),
+    "s3": Variant(widths=(2.0, 2.5, 3.0, 4.0), branches=1),
+    "s4": Variant(widths=(3.0, 3.5, 3.5, 4.0), branches=1, gated=(0, 0, 5, 1)),
+}
+
+
+class Unit(nn.Module):
+    """act(attn(sum of branches)): Figure 3, left of a fold."""
+
+    def __init__(self, conv: Sum, attn: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.attn, self.act = conv, attn, nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        y: Tensor = self.act(self.attn(self.conv(x)))
+        return y
+
+
+def branches(c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, num: int) -> Sum:
+    """`num` convolutions, a 1x1 one if they are larger, and a skip if input and output have one shape; all normed."""
+    parallel: list[nn.Module] = [conv_norm(c_in, c_out, kernel_size, stride, groups) for _ in range(num)]
+    if kernel_size > 1:
+        parallel.append(conv_norm(c_in, c_out, 1, stride, groups))
+    if c_in == c_out and stride == 1:
+        parallel.append(nn.BatchNorm2d(c_in))
+    return Sum(*parallel)
+
+
+def block(c_in: int, c_out: int, stride: int, num: int, gated: bool) -> list[Unit]:
+    """A depthwise unit and a pointwise unit, with `num` convolutions each."""
+    depthwise = branches(c_in, c_in, 3, stride, c_in, num)
+    pointwise = branches(c_in, c_out, 1, 1, 1, num)
+    return [
+        Unit(conv, SqueezeExcite(c) if gated else nn.Identity()) for conv, c in ((depthwise, c_in), (pointwise, c_out))
+    ]
+
+
+def mobileone(variant: Variant, num_classes: int, in_chans: int) -> Classifier:
+    """The training network of a variant; `num_classes` 0 leaves pooled features."""
+    width = min(MAX_STEM, int(BASE_WIDTHS[0] * variant.widths[0]))
+    stem = Unit(branches(in_chans, width, 3, 2, 1, num=1), nn.Identity())
+    stages, features = nn.Sequential(), [Feature(width, 2, "stem")]
+    for base, a, depth, gated in zip(BASE_WIDTHS, variant.widths, variant.depths, variant.gated, strict=True):
+        units: list[Unit] = []
+        for n in range(depth):
+            c_in, width = width, int(base * a)
+            units += block(c_in, width, 2 if n == 0 else 1, variant.branches, gated=n >= depth - gated)
+        features.append(Feature(width, 4 << len(stages), f"stages.{len(stages)}"))
+        stages.append(nn.Sequential(*units))
+    net = Classifier(stem, stages, PooledHead(width, num_classes), features)
+    init_(net)
+    return net

@@ -1,0 +1,38 @@
+"""scikit-learn's handwritten digits, 1797 scans of 8x8: data that are always there, for a first look."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from onefold.data import Preprocessing, RandomAffine, Resize
+from onefold.recipes.recipe import Data, Expected, Recipe
+from onefold.train import SGD, Cosine, Ema, Epochs, Plan, WeightDecay
+
+_CENTRED = (0.5, 0.5, 0.5)
+
+
+def s0() -> Recipe:
+    """MobileOne-S0 on the digits at 32 px; about a minute and a half on two cores."""
+    preprocessing = Preprocessing(size=32, crop_pct=1.0, mean=_CENTRED, std=_CENTRED)
+    return Recipe(
+        name="digits:s0",
+        model="mobileone_s0",
+        data=Data(spec="digits", seed=0, val_fraction=0.2),
+        steps=(Resize(size=32), RandomAffine(degrees=10.0, shift=0.08, zoom=(0.9, 1.1))),
+        preprocessing=preprocessing,
+        plan=Plan(
+            epochs=12,
+            batch_size=64,
+            optimizer=SGD(lr=0.1, momentum=0.9, nesterov=True),
+            schedule=Cosine(warmup=Epochs(1)),
+            weight_decay=WeightDecay(start=1e-4, skip=("norm", "bias")),
+            label_smoothing=0.1,
+            ema=Ema(decay=0.99, warmup=True),
+        ),
+        expect=Expected(top1=97.0, source="measured here", cost="2 minutes on two cores"),
+    )
+
+
+def w025() -> Recipe:
+    """MobileNetV1 of width 0.25 on the digits: the quickest of all."""
+    return replace(s0(), name="digits:w025", model="mobilenetv1_025", expect=None)

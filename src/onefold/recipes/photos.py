@@ -1,0 +1,43 @@
+"""A folder of the user's own photos: from scratch, or from weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from onefold.data import HorizontalFlip, Preprocessing, RandomResizedCrop
+from onefold.recipes.recipe import Data, Recipe
+from onefold.train import SGD, Cosine, Ema, Epochs, Plan, WeightDecay
+
+
+def scratch() -> Recipe:
+    """From scratch on a few thousand photos: MobileOne-S0 at 128 px. Give --data, and --model for another network."""
+    return Recipe(
+        name="photos:scratch",
+        model="mobileone_s0",
+        data=Data(),
+        steps=(RandomResizedCrop(size=128, scale=(0.25, 1.0)), HorizontalFlip()),
+        preprocessing=Preprocessing(size=128),
+        plan=Plan(
+            epochs=60,
+            batch_size=64,
+            optimizer=SGD(lr=0.1, momentum=0.9, nesterov=True),
+            schedule=Cosine(warmup=Epochs(3)),
+            weight_decay=WeightDecay(start=1e-4, final=1e-5, skip=("norm", "bias")),
+            label_smoothing=0.1,
+            ema=Ema(decay=0.999, warmup=True),
+            workers=2,
+        ),
+    )
+
+
+def finetune() -> Recipe:
+    """From ImageNet weights: give --data and --weights; a low rate, few epochs, 224 px, mild crops."""
+    base = scratch()
+    plan = replace(base.plan, epochs=10, optimizer=SGD(lr=0.01, momentum=0.9), schedule=Cosine(warmup=Epochs(1)))
+    return replace(
+        base,
+        name="photos:finetune",
+        steps=(RandomResizedCrop(size=224, scale=(0.5, 1.0)), HorizontalFlip()),
+        preprocessing=Preprocessing(size=224),
+        plan=replace(plan, ema=Ema(decay=0.99, warmup=True)),
+    )

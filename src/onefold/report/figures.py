@@ -1,0 +1,306 @@
+"""The figures, drawn by matplotlib as SVG that takes its colours from the page: one drawing for light and dark.
+
+The same data give the same bytes: no date, no random ids. Text stays text. A figure is drawn small (360 points wide) so
+that its letters are still letters on a phone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onefold.bench import Ratio, percentile
+from onefold.errors import MissingExtra
+from onefold.report.html import Markup, classed, element, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+_WIDTH = 5.0
+_POINTS = 72
+_FAR_APART = 6.0  # an axis that spans more than this factor is logarithmic
+SERIES = 8
+
+# Colours that matplotlib is given to draw with, and that the page's style sheet then replaces.
+_INK, _MUTED, _GRID, _SURFACE, _ALARM = "#010101", "#020202", "#030303", "#040404", "#050505"
+_COLOURS = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--grid)",
+    _SURFACE: "var(--surface)",
+    _ALARM: "var(--alarm)",
+    **{f"#0a000{index}": f"var(--series-{index})" for index in range(SERIES)},
+}
+_DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # type: ignore[assignment]
+_MARKERS = "osD^vP*X"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of (x, y) points, and the value it was expected to reach."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    expected: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The latencies of one subject, in milliseconds."""
+
+    label: str
+    note: str
+    latencies_ms: tuple[float, ...]
+    median_ms: float
+    p90_ms: float | None
+    fused: bool | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One subject by latency and accuracy; `number` is its name in the list below the figure."""
+
+    number: int
+    latency_ms: float
+    top1: float
+    fused: bool | None
+    on_front: bool
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A ratio of two latencies under a label."""
+
+    label: str
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a figure is for those who do not see it, and what stands below it for all."""
+
+    key: str
+    title: str
+    description: str
+
+
+def swatch(index: int, label: str) -> Markup:
+    """An entry of a legend: the colour, the dashes and the marker of series `index`, and its name."""
+    return classed("span", f"swatch series-{index % SERIES}", element("i", _glyph(index)), " ", label)
+
+
+def curves(words: Words, lines: Sequence[Line], unit: str) -> Markup:
+    """Curves over epochs, with a dotted line at what was expected; a line without points keeps its colour free."""
+    figure, axes = _canvas(2.5)
+    for index, line in enumerate(lines):
+        if not line.points:
+            continue
+        colour, (x, y) = _series(index), zip(*line.points, strict=True)
+        marker = _MARKERS[index % len(_MARKERS)]
+        every = max(1, len(x) // 8)
+        axes.plot(x, y, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.6, ls=_DASHES[index % len(_DASHES)])
+        if line.expected is not None:
+            axes.axhline(line.expected, color=colour, lw=1.0, ls=(0, (1, 2)))
+    values = [y for line in lines for _, y in line.points]
+    if min(values) > 0 and max(values) / min(values) > 50:
+        _logarithmic(axes.yaxis, min(values), max(values))
+    _whole_numbers(axes)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(unit)
+    return _svg(figure, words)
+
+
+def distributions(words: Words, rows: Sequence[Row]) -> Markup:
+    """One histogram a row over a shared axis of milliseconds, with marks at the median and at p90."""
+    figure, axes = _canvas(0.62 + 0.52 * len(rows))
+    edges = _edges(rows)
+    for index, row in enumerate(rows):
+        foot = float(len(rows) - 1 - index)
+        colour = _ALARM if row.fused is False else _series(0 if row.fused else 7)
+        _ridge(axes, row, edges, foot, colour)
+        axes.plot([row.median_ms] * 2, [foot, foot + 0.6], color=_INK, lw=1.4)
+        if row.p90_ms is not None:
+            axes.plot([row.p90_ms] * 2, [foot, foot + 0.34], color=_INK, lw=1.0, ls=(0, (2, 1.2)))
+        for at, text, side, tone in ((0.0, row.label, "left", _INK), (1.0, row.note, "right", _MUTED)):
+            axes.text(
+                at, foot + 0.68, plain(text, 44), transform=axes.get_yaxis_transform(), ha=side, fontsize=8
+            ).set_color(_ALARM if row.fused is False and side == "left" else tone)
+    _scale(axes, edges[0], edges[-1])
+    axes.set_ylim(-0.05, len(rows) + 0.02)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("latency of one call, milliseconds")
+    return _svg(figure, words)
+
+
+def scatter(words: Words, points: Sequence[Point]) -> Markup:
+    """Accuracy over latency, every point numbered, the front joined by a line."""
+    figure, axes = _canvas(3.2)
+    front = [(point.latency_ms, point.top1) for point in points if point.on_front]
+    axes.plot(*zip(*front, strict=True), color=_series(0), lw=1.4, alpha=0.55, drawstyle="steps-post", zorder=1)
+    for point in points:
+        colour = _ALARM if point.fused is False else _series(0) if point.on_front else _MUTED
+        filled = point.on_front
+        axes.plot(
+            point.latency_ms,
+            point.top1,
+            "s" if point.fused is False else "o",
+            ms=13,
+            mfc=colour if filled else _SURFACE,
+            mec=colour,
+            mew=1.4,
+        )
+        axes.annotate(
+            str(point.number), (point.latency_ms, point.top1), ha="center", va="center_baseline", fontsize=8
+        ).set_color(_SURFACE if filled else colour)
+    latencies = [point.latency_ms for point in points]
+    axes.margins(0.12, 0.16)
+    gap = (max(latencies) / min(latencies)) ** 0.12
+    _scale(axes, min(latencies) / max(gap, 1.1), max(latencies) * max(gap, 1.1))
+    axes.set_xlabel("median latency, milliseconds (left is better)")
+    axes.set_ylabel("top-1 accuracy, % (up is better)")
+    return _svg(figure, words)
+
+
+def forest(words: Words, contests: Sequence[Contest]) -> Markup:
+    """Ratios with their intervals on a logarithmic axis; the band around 1 is the noise floor."""
+    figure, axes = _canvas(0.72 + 0.42 * len(contests))
+    floor = max(contest.ratio.floor for contest in contests)
+    axes.axvspan(1 / (1 + floor), 1 + floor, color=_MUTED, alpha=0.22, lw=0)
+    axes.axvline(1, color=_MUTED, lw=1)
+    for index, contest in enumerate(contests):
+        ratio, foot = contest.ratio, len(contests) - 1 - index
+        colour = _MUTED if ratio.verdict == "no difference" else _series(0)
+        axes.plot([ratio.low, ratio.high], [foot, foot], color=colour, lw=2.6, solid_capstyle="round")
+        axes.plot(ratio.value, foot, "o", color=colour, ms=6)
+        axes.text(0, foot + 0.24, plain(contest.label, 70), transform=axes.get_yaxis_transform(), fontsize=8).set_color(
+            _INK
+        )
+    bounds = [bound for contest in contests for bound in (contest.ratio.low, contest.ratio.high)]
+    _scale(axes, min(0.93, *bounds) / 1.06, max(1.07, *bounds) * 1.06)
+    axes.set_ylim(-0.4, len(contests) - 0.3)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("time relative to the baseline (left is faster)")
+    return _svg(figure, words)
+
+
+def _ridge(axes: Axes, row: Row, edges: Sequence[float], foot: float, colour: str) -> None:
+    import numpy as np
+
+    counts, _ = np.histogram(np.clip(row.latencies_ms, edges[0], edges[-1]), bins=list(edges))
+    heights = 0.6 * counts / max(1, counts.max())
+    axes.stairs(foot + heights, list(edges), baseline=foot, fill=True, color=colour, alpha=0.55, lw=0)
+    axes.plot([edges[0], edges[-1]], [foot, foot], color=_GRID, lw=0.8, zorder=0)
+
+
+def _edges(rows: Sequence[Row]) -> list[float]:
+    """Bins that all rows share: logarithmic where the rows lie far apart; the last one takes what is beyond."""
+    low = min(min(row.latencies_ms) for row in rows)
+    high = max(max(percentile(row.latencies_ms, 0.99), row.p90_ms or 0) for row in rows)
+    count = 90
+    if high / low >= _FAR_APART:
+        low, high = low * 0.9, high * 1.1
+        return [low * (high / low) ** (index / count) for index in range(count + 1)]
+    gap = max((high - low) * 0.06, low * 0.02)
+    low, high = max(low - gap, low / 2), min(high + gap, 0.99 * _FAR_APART * low)
+    return [low + (high - low) * index / count for index in range(count + 1)]
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure_of, settings = _matplotlib()
+    with settings:
+        figure: Figure = figure_of(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, axis="both", color=_GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _matplotlib() -> tuple[type[Figure], AbstractContextManager[None]]:
+    """The class of figures and the settings they are drawn under, whatever the user's own; MissingExtra without it."""
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("a report needs matplotlib for its figures: pip install 'onefold[report]'") from error
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "onefold",
+        "text.parse_math": False,
+        "font.size": 9,
+        "axes.edgecolor": _MUTED,
+        "axes.labelcolor": _MUTED,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "axes.unicode_minus": False,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+    }
+    return Figure, style.context(["default", settings])
+
+
+def _scale(axes: Axes, low: float, high: float) -> None:
+    """The x axis from low to high, logarithmic where they lie far apart."""
+    axes.set_xlim(low, high)
+    if high / low >= _FAR_APART:
+        _logarithmic(axes.xaxis, low, high)
+
+
+def _logarithmic(axis: Axis, low: float, high: float) -> None:
+    """A logarithmic axis with plain numbers, as many as there is room for."""
+    from matplotlib.axis import XAxis
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 300 else (1.0,)
+    scale = axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale
+    scale("log")
+    axis.set_major_locator(LogLocator(10, subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _series(index: int) -> str:
+    return f"#0a000{index % SERIES}"
+
+
+def _glyph(index: int) -> str:
+    return "●■◆▲▼✚★✖"[index % len(_MARKERS)]
+
+
+def _svg(figure: Figure, words: Words) -> Markup:
+    """The figure as an `svg` element that stands alone in the page: its own ids, the page's colours, a title."""
+    drawn = io.StringIO()
+    _, settings = _matplotlib()
+    with settings, warnings.catch_warnings():
+        # The page's fonts draw the letters; that matplotlib's own lacks one is of no account.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(drawn, format="svg", metadata=empty)
+    text = drawn.getvalue()
+    inner = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    inner = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", inner, flags=re.DOTALL)
+    inner = re.sub(r'\bid="([^"]+)"', rf'id="{words.key}-\1"', inner)
+    inner = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{words.key}-", inner)
+    inner = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {_COLOURS[found[2]]}", inner)
+    width, height = (size * _POINTS for size in figure.get_size_inches())
+    named = f'role="img" aria-labelledby="{words.key}-name {words.key}-words"'
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" {named} xmlns:xlink="http://www.w3.org/1999/xlink">'
+    name = element("title", words.title, attributes={"id": f"{words.key}-name"})
+    description = element("desc", words.description, attributes={"id": f"{words.key}-words"})
+    return Markup(f"{head}{name}{description}{inner}</svg>")

@@ -1,0 +1,278 @@
+"""An artifact: the folder that an export leaves, which says what it is and proves it.
+
+    artifacts/onnx-fp32/
+        model.onnx       what the runtime runs; each runtime has its own model.* files
+        reference.npz    images (B, C, H, W) and the PyTorch model's logits (B, classes) for them, both float32
+        manifest.json    all that a user of the model must know, and the size and SHA-256 of every other file
+
+Nothing is used before it is checked: every file is read once, compared with its hash, and handed on as bytes, so a
+model cannot point to a file outside. The manifest carries the digest of itself. Hashes tell damage from health, not
+friend from foe: who can write the folder can write its hashes. So nothing in it is trusted further than it is
+checked - no file is ever unpickled or run as Python - and a stranger's artifact deserves a stranger's welcome.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from onefold.errors import BadArtifact
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+REFERENCE = "reference.npz"
+
+_LARGEST_MANIFEST = 64 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_T = TypeVar("_T", str, int, float, bool, list[object], dict[str, object])
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What only the giver of a model knows: its name, its classes in the order of its logits, where it comes from.
+
+    `preprocessing` is any plain mapping that JSON can hold. `fused` says whether every foldable tree of the model was
+    folded, and `drift` how far the folded model's answer lies from the trained one's.
+    """
+
+    model: str
+    fused: bool
+    drift: float | None = None
+    classes: tuple[str, ...] | None = None
+    preprocessing: Mapping[str, object] = field(default_factory=dict)
+    licence: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far the runtime's answer lay from PyTorch's when it was exported.
+
+    `difference` is the largest difference of any two logits over the largest logit; `top1_agreement` the share of
+    images whose best class is the same; `images` how many were compared.
+    """
+
+    difference: float
+    top1_agreement: float
+    tolerance: float
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """Size and SHA-256 (hex) of a file of an artifact."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An exported model on disk, as its manifest tells it; `files` does not list the manifest itself."""
+
+    folder: Path
+    runtime: str
+    precision: str
+    model: str
+    fused: bool
+    drift: float | None
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    dynamic_batch: bool
+    classes: tuple[str, ...] | None
+    preprocessing: Mapping[str, object]
+    parity: Parity
+    licence: str | None
+    source: str | None
+    details: Mapping[str, object]
+    made_with: Mapping[str, str]
+    files: Mapping[str, StoredFile]
+
+    @property
+    def title(self) -> str:
+        """One line for a table or a log; an unfused model is called so."""
+        return f"{self.model} {self.runtime} {self.precision}" + ("" if self.fused else " NOT FUSED")
+
+
+def seal(folder: Path) -> dict[str, StoredFile]:
+    """Size and hash of every file that now lies in the folder."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        files[path.name] = StoredFile(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return files
+
+
+def render(artifact: Artifact) -> str:
+    """The text of the manifest; its last line is the SHA-256 of the lines before it."""
+    fields = asdict(artifact)
+    del fields["folder"]
+    return _sealed({"schema": SCHEMA, **fields})
+
+
+def read_manifest(folder: Path) -> Artifact:
+    """The artifact in `folder`, as its manifest tells it; no other file is looked at. Raises BadArtifact."""
+    if not folder.is_dir():
+        came = "a file" if folder.exists() else "nothing"
+        raise BadArtifact(f"expected an artifact folder at {folder}, found {came} there; give the folder of an export")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST}; give the folder of an export")
+    data = _read(path, None)
+    try:
+        text = data.decode("utf-8")
+        fields = json.loads(text)
+        intact = isinstance(fields, dict) and _sealed({k: v for k, v in fields.items() if k != "sha256"}) == text
+    except (ValueError, RecursionError) as error:
+        raise BadArtifact(f"{path} is damaged: it is not JSON ({error}); export the model again") from error
+    _check_schema(fields, path)
+    if not intact:
+        raise BadArtifact(f"{path} was changed after the export: its digest does not fit; export the model again")
+    return _parse(_Fields(fields, path), folder)
+
+
+def read_files(artifact: Artifact) -> dict[str, bytes]:
+    """The bytes of every file of the artifact, each compared with its size and hash. Raises BadArtifact."""
+    content = {}
+    for name, stored in artifact.files.items():
+        path = artifact.folder / name
+        data = _read(path, stored.num_bytes)
+        if hashlib.sha256(data).hexdigest() != stored.sha256:
+            raise BadArtifact(f"{path} is damaged: its SHA-256 is not the manifest's; export the model again")
+        content[name] = data
+    return content
+
+
+def _sealed(fields: Mapping[str, object]) -> str:
+    digest = hashlib.sha256(json.dumps(fields, indent=1, allow_nan=False).encode()).hexdigest()
+    return json.dumps({**fields, "sha256": digest}, indent=1, allow_nan=False) + "\n"
+
+
+def _read(path: Path, num_bytes: int | None) -> bytes:
+    """The bytes of a plain file that has no other name; None stands for the manifest, whose size is not known."""
+    try:
+        info = path.lstat()
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+            raise BadArtifact(f"{path} is a link or not a plain file, which an artifact may not hold; copy the files")
+        if num_bytes is None and info.st_size > _LARGEST_MANIFEST:
+            raise BadArtifact(f"{path} has {info.st_size} bytes, more than a manifest can have; export the model again")
+        if num_bytes is not None and info.st_size != num_bytes:
+            raise BadArtifact(f"{path} is damaged: expected {num_bytes} bytes, found {info.st_size}; export again")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadArtifact(f"{path} is missing; export the model again") from error
+    except OSError as error:
+        raise BadArtifact(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _check_schema(fields: object, path: Path) -> None:
+    schema = fields.get("schema") if isinstance(fields, dict) else None
+    if type(schema) is int and schema > SCHEMA:
+        raise BadArtifact(f"{path} has schema {schema}, this onefold reads up to {SCHEMA}; update onefold")
+    if type(schema) is not int or schema < 1:
+        raise BadArtifact(f"{path} is not the manifest of an artifact of onefold; give the folder of an export")
+
+
+class _Fields:
+    """The fields of a manifest, handed out with the type that is asked for."""
+
+    def __init__(self, fields: Mapping[str, object], path: Path) -> None:
+        self._fields, self._path = fields, path
+
+    def get(self, name: str, kind: type[_T]) -> _T:
+        value = self._fields.get(name)
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+            raise self.error(f"{name!r} must be {kind.__name__}, not {value!r:.80}")
+        return value
+
+    def optional(self, name: str, kind: type[_T]) -> _T | None:
+        return None if name in self._fields and self._fields[name] is None else self.get(name, kind)
+
+    def inner(self, name: str) -> _Fields:
+        return _Fields(self.get(name, dict), self._path)
+
+    def names(self) -> set[str]:
+        return set(self._fields)
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        values = self.get(name, list)
+        if not all(isinstance(value, str) for value in values):
+            raise self.error(f"{name!r} must be a list of strings")
+        return tuple(str(value) for value in values)
+
+    def error(self, why: str) -> BadArtifact:
+        return BadArtifact(f"{self._path} cannot be used: {why}; export the model again")
+
+
+def _parse(fields: _Fields, folder: Path) -> Artifact:
+    expected = {"schema", "sha256", *Artifact.__dataclass_fields__} - {"folder"}
+    if fields.names() != expected:
+        raise fields.error(f"missing or unknown fields: {', '.join(sorted(fields.names() ^ expected))}")
+    num_classes = fields.get("num_classes", int)
+    classes = fields.strings("classes") if fields.optional("classes", list) is not None else None
+    if num_classes < 1 or (classes is not None and len(classes) != num_classes):
+        raise fields.error(f"{num_classes} logits do not fit {len(classes or ())} classes")
+    return Artifact(
+        folder=folder,
+        runtime=fields.get("runtime", str),
+        precision=fields.get("precision", str),
+        model=fields.get("model", str),
+        fused=fields.get("fused", bool),
+        drift=fields.optional("drift", float),
+        input_shape=_parse_shape(fields),
+        num_classes=num_classes,
+        dynamic_batch=fields.get("dynamic_batch", bool),
+        classes=classes,
+        preprocessing=fields.get("preprocessing", dict),
+        parity=_parse_parity(fields.inner("parity")),
+        licence=fields.optional("licence", str),
+        source=fields.optional("source", str),
+        details=fields.get("details", dict),
+        made_with={
+            name: fields.inner("made_with").get(name, str) for name in sorted(fields.inner("made_with").names())
+        },
+        files=_parse_files(fields.inner("files")),
+    )
+
+
+def _parse_shape(fields: _Fields) -> tuple[int, int, int]:
+    shape = fields.get("input_shape", list)
+    sizes = [size for size in shape if type(size) is int and size > 0]
+    if len(shape) != 3 or len(sizes) != 3:
+        raise fields.error(f"'input_shape' must be three sizes (channels, height, width), not {shape!r:.80}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _parse_parity(fields: _Fields) -> Parity:
+    parity = Parity(
+        difference=fields.get("difference", float),
+        top1_agreement=fields.get("top1_agreement", float),
+        tolerance=fields.get("tolerance", float),
+        images=fields.get("images", int),
+    )
+    if not 0 <= parity.difference <= parity.tolerance or not 0 <= parity.top1_agreement <= 1:
+        raise fields.error(f"its parity did not hold: {parity}")
+    return parity
+
+
+def _parse_files(fields: _Fields) -> dict[str, StoredFile]:
+    files = {}
+    for name in sorted(fields.names()):
+        if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
+            raise fields.error(f"{name!r} is not the name of a file inside the folder")
+        entry = fields.inner(name)
+        stored = StoredFile(num_bytes=entry.get("num_bytes", int), sha256=entry.get("sha256", str))
+        if not _SHA256.fullmatch(stored.sha256):
+            raise fields.error(f"the hash of {name} is not a SHA-256")
+        files[name] = stored
+    if REFERENCE not in files:
+        raise fields.error(f"it lists no {REFERENCE}")
+    return files

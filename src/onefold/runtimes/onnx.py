@@ -1,0 +1,116 @@
+"""ONNX, run by ONNX Runtime on the CPU: one model.onnx that holds its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onefold.errors import BadArtifact
+from onefold.runtimes.artifact import About
+from onefold.runtimes.base import Engine
+from onefold.runtimes.reference import Floats
+from onefold.runtimes.vendor import quiet, require
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OPSET = 20
+
+FILES = ("model.onnx",)
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+PRECISIONS = ("fp32",)
+DETAILS: Mapping[str, object] = {"opset": OPSET, "input": "images", "output": "logits"}
+
+_FATAL_ONLY = 4
+
+
+def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+    """Convert the network and write it with its name, classes and preprocessing inside."""
+    onnx = require("onnx", extra="onnx")
+    require("onnxscript", extra="onnx")
+    require("onnxruntime", extra="onnx")
+    import torch
+
+    with quiet():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+    if converted is None:
+        raise RuntimeError("the converter of PyTorch gave nothing")
+    model = converted.model_proto
+    _forget_where(model.graph)
+    model.graph.name = about.model
+    onnx.helper.set_model_props(model, _metadata(about))
+    onnx.checker.check_model(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+    """The network, optimized by ONNX Runtime for this CPU."""
+    onnx = require("onnx", extra="onnx")
+    runtime = require("onnxruntime", extra="onnx")
+    message_type = require("google.protobuf.message", extra="onnx").Message
+    model = onnx.load_model_from_string(content["model.onnx"])
+    if any(tensor.data_location or tensor.external_data for tensor in _tensors(model, message_type)):
+        raise BadArtifact("model.onnx reads weights from other files, which is refused; export the model again")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _FATAL_ONLY
+    # Threads that spin after the answer would slow whoever is measured next to this one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = runtime.InferenceSession(content["model.onnx"], options, providers=["CPUExecutionProvider"])
+    return _Onnx(session)
+
+
+class _Onnx:
+    """A session of ONNX Runtime."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._input = session.get_inputs()[0].name
+
+    @property
+    def threads(self) -> int:
+        return int(self._session.get_session_options().intra_op_num_threads)
+
+    def __call__(self, images: Floats) -> Floats:
+        (logits,) = self._session.run(None, {self._input: images})
+        return logits
+
+    def close(self) -> None:
+        del self._session
+
+
+def _metadata(about: About) -> dict[str, str]:
+    found = {"model": about.model, "preprocessing": json.dumps(dict(about.preprocessing)), "fused": str(about.fused)}
+    if about.classes is not None:
+        found["classes"] = json.dumps(about.classes)
+    return found | {k: v for k, v in (("licence", about.licence), ("source", about.source)) if v is not None}
+
+
+def _forget_where(graph: Any) -> None:
+    """Drop the exporter's notes of the source code that each operation came from: they name folders of this machine."""
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def _tensors(message: Any, message_type: Any) -> Iterator[Any]:
+    """Every tensor anywhere in an ONNX message: initializers, attributes, sparse ones, inner graphs, functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for inner in [value] if isinstance(value, message_type) else value:
+                yield from _tensors(inner, message_type)

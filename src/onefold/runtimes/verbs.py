@@ -1,0 +1,281 @@
+"""Export a model to a runtime, open what was exported, load it: the same road for every runtime.
+
+`export` traces the model, lets the runtime write its files aside, loads them again, compares the answers with
+PyTorch's, and only then puts the folder in its place. `load` checks every byte, and the answer, before it hands out a
+session.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from onefold.errors import BadArgument, BadArtifact, GateFailed, OnefoldError
+from onefold.files import replacing
+from onefold.runtimes import reference as proof
+from onefold.runtimes.artifact import (
+    MANIFEST,
+    REFERENCE,
+    About,
+    Artifact,
+    Parity,
+    read_files,
+    read_manifest,
+    render,
+    seal,
+)
+from onefold.runtimes.base import Engine, Runtime, Session, find_runtime
+from onefold.runtimes.reference import Floats, Reference
+from onefold.runtimes.vendor import first_line, versions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+# The largest difference from PyTorch's logits, relative to the largest logit. A manifest cannot widen it.
+TOLERANCES: dict[str, float] = {"fp32": 1e-4}
+
+Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
+
+
+class UnfusedWarning(UserWarning):
+    """A model was exported with branches that could have been folded into one convolution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """What is asked of a runtime."""
+
+    name: str
+    runtime: Runtime
+    precision: str
+    about: About
+    reference: Reference
+
+
+def export(
+    model: nn.Module, example: Example, folder: Path | str, *, runtime: str, about: About, precision: str = "fp32"
+) -> Artifact:
+    """Write `model` (in eval mode, left as it is) for a runtime into `folder`, in place of an older artifact there.
+
+    `example` is images (B, C, H, W) float32 as the model sees them, which become the proof that travels with the
+    artifact, or only their shape (C, H, W), for two made-up ones. Raises GateFailed, and leaves nothing, where the
+    runtime's answer is not PyTorch's; BadArgument where the model, the place or an argument cannot be; MissingExtra.
+    """
+    from onefold.runtimes.program import trace
+
+    kind, folder = find_runtime(runtime), Path(folder)
+    _check_precision(runtime, kind, precision)
+    _check_place(folder)
+    network, images = _frozen(model), _images(example)
+    reference = Reference(images=images, logits=_answer(network, images))
+    _check_about(about, reference.logits.shape[1])
+    order = _Order(name=runtime, runtime=kind, precision=precision, about=about, reference=reference)
+    program = trace(network, _tensor(images[:2]))
+    with replacing(folder) as aside:
+        aside.mkdir()
+        _write(order, program, aside)
+    if not about.fused:
+        warnings.warn(f"{about.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
+    return read_manifest(folder)
+
+
+def open_artifact(folder: Path | str) -> Artifact:
+    """The artifact in a folder, its manifest validated and every file compared with its hash. Raises BadArtifact."""
+    artifact = read_manifest(Path(folder))
+    _runtime_of(artifact)
+    read_files(artifact)
+    return artifact
+
+
+def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
+    """A session of the artifact on this machine's CPU, once every file and its answer to the reference are checked.
+
+    Raises BadArtifact where anything is not as it was when exported, MissingExtra where the runtime is not installed.
+    """
+    if type(threads) is not int or threads < 1:
+        raise BadArgument(f"expected a number of threads of 1 or more, came {threads!r}")
+    found = artifact if isinstance(artifact, Artifact) else read_manifest(Path(artifact))
+    kind = _runtime_of(found)
+    content = read_files(found)
+    reference = proof.read_reference(content[REFERENCE], found.input_shape, found.num_classes)
+    tolerance = min(found.parity.tolerance, TOLERANCES[found.precision])
+    try:
+        engine = kind.load(content, precision=found.precision, threads=threads)
+        distance = proof.difference(engine(reference.images), reference.logits)
+    except OnefoldError:
+        raise
+    except Exception as error:
+        raise BadArtifact(f"{found.runtime} cannot run {found.folder}: {first_line(error)}; export again") from error
+    if not distance <= tolerance:
+        engine.close()
+        raise BadArtifact(
+            f"{found.folder} does not answer as it promises: its logits differ from the reference by {distance:.2g} of "
+            f"the largest, {tolerance:.2g} is allowed; export the model again on, or for, this machine"
+        )
+    return Session(found, engine)
+
+
+def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
+    """The runtime's files, the reference and the manifest, once the files have answered as PyTorch does."""
+    engine = _convert(order, program, folder)
+    parity = _parity(engine, order.reference, TOLERANCES[order.precision])
+    engine.close()
+    if not parity.difference <= parity.tolerance:
+        raise GateFailed(
+            f"{order.name} does not answer as PyTorch does: the logits differ by {parity.difference:.2g} of the "
+            f"largest, {parity.tolerance:.2g} is allowed; nothing was written"
+        )
+    proof.write_reference(folder / REFERENCE, order.reference)
+    about, images = order.about, order.reference.images
+    made = Artifact(
+        folder=folder,
+        runtime=order.name,
+        precision=order.precision,
+        model=about.model,
+        fused=about.fused,
+        drift=None if about.drift is None else float(about.drift),
+        input_shape=(images.shape[1], images.shape[2], images.shape[3]),
+        num_classes=order.reference.logits.shape[1],
+        dynamic_batch=True,
+        classes=about.classes,
+        preprocessing=dict(about.preprocessing),
+        parity=parity,
+        licence=about.licence,
+        source=about.source,
+        details=dict(order.runtime.DETAILS),
+        made_with=versions(("onefold", *order.runtime.PACKAGES)),
+        files=seal(folder),
+    )
+    (folder / MANIFEST).write_text(render(made), encoding="utf-8")
+
+
+def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Engine:
+    """The files in the folder, and the engine that they give when loaded again."""
+    kind = order.runtime
+    try:
+        kind.export(program, folder, about=order.about, precision=order.precision)
+        content = {name: (folder / name).read_bytes() for name in kind.FILES}
+        return kind.load(content, precision=order.precision, threads=1)
+    except (OnefoldError, OSError):
+        raise
+    except Exception as error:
+        raise BadArgument(f"{order.name} cannot take this network: {first_line(error)}") from error
+
+
+def _parity(engine: Engine, reference: Reference, tolerance: float) -> Parity:
+    """Compares the answers for the reference batch, for one image alone and for one image more than the batch."""
+    images, logits = reference.images, reference.logits
+    worst, agreement = 0.0, 1.0
+    for rows in (range(len(images)), range(1), range(-1, len(images))):
+        answer = engine(np.ascontiguousarray(images[rows]))
+        worst = max(worst, proof.difference(answer, logits[rows]))
+        if not math.isfinite(worst):
+            return Parity(difference=worst, top1_agreement=0.0, tolerance=tolerance, images=len(images))
+        agreement = min(agreement, proof.top1_agreement(answer, logits[rows]))
+    return Parity(difference=worst, top1_agreement=agreement, tolerance=tolerance, images=len(images))
+
+
+def _runtime_of(artifact: Artifact) -> Runtime:
+    """The runtime of an artifact, once its files and its precision are the runtime's. Raises BadArtifact."""
+    try:
+        kind = find_runtime(artifact.runtime)
+    except BadArgument as error:
+        raise BadArtifact(f"{artifact.folder} cannot be used: {error}; or update onefold") from error
+    if set(artifact.files) != {*kind.FILES, REFERENCE}:
+        raise BadArtifact(
+            f"{artifact.folder} is not an artifact of {artifact.runtime}: expected {', '.join(kind.FILES)} and "
+            f"{REFERENCE}, its manifest lists {', '.join(artifact.files)}; export the model again"
+        )
+    if artifact.precision not in kind.PRECISIONS:
+        raise BadArtifact(f"{artifact.folder} has the unknown precision {artifact.precision!r:.80}; update onefold")
+    return kind
+
+
+def _check_precision(name: str, kind: Runtime, precision: str) -> None:
+    if precision not in kind.PRECISIONS:
+        raise BadArgument(f"{name} cannot export {precision!r}; choose one of: {', '.join(kind.PRECISIONS)}")
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse to put an artifact in the place of anything but an artifact or an empty folder."""
+    if not folder.exists():
+        return
+    ours = folder.is_dir() and all(
+        p.name in (MANIFEST, REFERENCE) or p.name.startswith("model.") for p in folder.iterdir()
+    )
+    if not ours:
+        raise BadArgument(
+            f"{folder} holds something else than an artifact, which an export would replace; choose a new name"
+        )
+
+
+def _check_about(about: About, num_classes: int) -> None:
+    if not about.model or type(about.fused) is not bool:
+        raise BadArgument(
+            f"expected the name of a model and whether it is fused, came {about.model!r}, {about.fused!r}"
+        )
+    if about.classes is not None and len(about.classes) != num_classes:
+        raise BadArgument(f"the model gives {num_classes} logits, but {len(about.classes)} classes were named")
+    if about.drift is not None and not (math.isfinite(about.drift) and about.drift >= 0):
+        raise BadArgument(f"expected a drift of 0 or more, came {about.drift}")
+    try:
+        json.dumps(dict(about.preprocessing), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadArgument(f"the preprocessing must be a plain mapping that JSON can hold: {error}") from error
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """A copy of the model on the CPU in float32, so that nothing here can change the giver's."""
+    import torch
+
+    if any(module.training for module in model.modules()):
+        raise BadArgument("the model is in train mode, where its answer depends on the batch; call model.eval() first")
+    return copy.deepcopy(model).to("cpu", torch.float32)
+
+
+def _images(example: Example) -> Floats:
+    """At least two images: the example, with its mirror image where it is only one."""
+    if isinstance(example, tuple):
+        if len(example) != 3 or not all(type(size) is int and size > 0 for size in example):
+            raise BadArgument(f"expected a shape of three sizes (channels, height, width), came {example!r}")
+        return proof.make_images(example)
+    images = example if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
+    if images.dtype != np.float32 or images.ndim != 4 or len(images) == 0 or not np.isfinite(images).all():
+        raise BadArgument(f"expected finite float32 images (B, C, H, W), came {images.dtype} of shape {images.shape}")
+    return np.ascontiguousarray(images if len(images) > 1 else np.concatenate([images, images[..., ::-1]]))
+
+
+def _tensor(images: Floats) -> Tensor:
+    import torch
+
+    return torch.from_numpy(images.copy())
+
+
+def _answer(network: nn.Module, images: Floats) -> Floats:
+    """PyTorch's logits (B, classes), once it has given them twice. Raises BadArgument where they cannot be a proof."""
+    import torch
+
+    x = _tensor(images)
+    try:
+        with torch.inference_mode():
+            first, second = network(x), network(x)
+    except Exception as error:
+        raise BadArgument(f"the model does not take images of shape {images.shape}: {first_line(error)}") from error
+    if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(images):
+        came = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+        raise BadArgument(f"expected a model that answers with one tensor (B, classes), came {came}")
+    if not torch.equal(first, second) or not np.array_equal(x.numpy(), images):
+        raise BadArgument(
+            "the model gives two answers to the same images, or changes them; an artifact cannot hold that"
+        )
+    if not torch.isfinite(first).all() or not first.any():
+        raise BadArgument("the model's logits are not finite, or all zero: they would prove nothing")
+    return first.numpy().copy()

@@ -1,0 +1,149 @@
+"""recipe -> runs/<name>/: a recipe resolved - its data opened, its network built - and trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from onefold.data import Batches, Cached, Source, open_source
+from onefold.data.sources import Split
+from onefold.errors import BadArgument, BadCheckpoint
+from onefold.files import write_text
+from onefold.models import create_model
+from onefold.models.hub import Card
+from onefold.recipes import Data, Recipe
+from onefold.reparam import leftovers
+from onefold.stages.network import Network, weights_file
+from onefold.train import Progress, Run, RunFolder, World, accuracy, start_world, train
+
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end of a training: the best weights, when they were reached and how they score. `top1` in percent."""
+
+    weights: Path
+    top1: float
+    epoch: int
+    count: int
+
+
+def start_run(recipe: Recipe, out: Path, *, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
+    """Train from the beginning into the run folder `out`, which must not hold a run."""
+    if not recipe.data.spec:
+        raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
+    if RunFolder(out).has_run:
+        raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
+    return _run(recipe, out, resume=False, on_progress=on_progress)
+
+
+def resume_run(out: Path, *, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
+    """Go on with the run in `out`, by the recipe that lies in it."""
+    return _run(read_recipe(out), out, resume=True, on_progress=on_progress)
+
+
+def read_recipe(out: Path) -> Recipe:
+    """The recipe of a run folder. Raises BadCheckpoint where there is none."""
+    try:
+        return Recipe.from_dict(json.loads((out / RECIPE).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
+
+
+def validation_images(source: str | Path, data: str | None) -> tuple[Source, str]:
+    """The labelled images to score on, and what to call them.
+
+    Without `data` those that the run in `source` was validated on. A folder with val/ gives that, another one all of
+    its images; "digits" gives the ones that the demo holds out.
+    """
+    if data is None:
+        run = Path(source)
+        if not (run / RECIPE).is_file():
+            raise BadArgument("there is nothing to score on: give --data FOLDER (or digits)")
+        recipe = read_recipe(run)
+        return _open(recipe.data, "val"), f"{recipe.data.spec} (held out)"
+    whole = Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0)
+    return _open(whole, "val"), data
+
+
+def _run(recipe: Recipe, out: Path, *, resume: bool, on_progress: Callable[[Progress], None] | None) -> Outcome:
+    training, held_out = _open(recipe.data, "train"), Cached(_open(recipe.data, "val"))
+    num_classes, channels = len(training.classes), recipe.preprocessing.channels
+    weights = None if recipe.weights is None else weights_file(recipe.weights)
+    model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights).train()
+    card = _card(recipe, training.classes, fused=not leftovers(model))
+    with start_world() as world:
+        if not resume and world.is_first:
+            write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+        run = Run(
+            out=out,
+            evaluate=_Judge(card=card, held_out=held_out, recipe=recipe),
+            world=world,
+            metadata=card.to_metadata(),
+            resume=resume,
+            on_progress=on_progress,
+        )
+        best = train(model, _batches(training, recipe, world), recipe.plan, run).best
+    return Outcome(
+        weights=RunFolder(out).best / "model.safetensors",
+        top1=float(best["top1"]),
+        epoch=int(best["epoch"]),
+        count=len(held_out),
+    )
+
+
+def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
+    plan = recipe.plan
+    return Batches(
+        Cached(source),
+        recipe.augment,
+        batch_size=plan.images_per_batch(world.size) * world.size,
+        seed=plan.seed,
+        shuffle=True,
+        rank=world.rank,
+        world=world.size,
+        num_workers=plan.workers,
+        on_bad="skip",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """Scores what will be shipped: the averaged network, fused."""
+
+    card: Card
+    held_out: Source
+    recipe: Recipe
+
+    def __call__(self, model: nn.Module) -> Mapping[str, float]:
+        network, drift = Network(model=model.cpu(), card=self.card, title=self.recipe.name), 0.0
+        if not network.is_fused:
+            network, drift = network.fused()
+        batches = Batches(
+            self.held_out, self.recipe.preprocessing, batch_size=self.recipe.plan.batch_size, on_bad="skip"
+        )
+        return {**accuracy(network.model, batches.epoch(0)).metrics(), "drift": drift}
+
+
+def _card(recipe: Recipe, classes: tuple[str, ...], *, fused: bool) -> Card:
+    return Card(
+        model=recipe.model,
+        num_classes=len(classes),
+        in_chans=recipe.preprocessing.channels,
+        classes=classes,
+        preprocessing=recipe.preprocessing.to_dict(),
+        fused=fused,
+        recipe=recipe.name,
+        source=f"trained on {Path(recipe.data.spec).name}",
+    )
+
+
+def _open(data: Data, split: Split) -> Source:
+    return open_source(data.spec, split, seed=data.seed, val_fraction=data.val_fraction)

@@ -1,0 +1,132 @@
+"""Accuracy: one code for networks and for runtime sessions, on images and labels.
+
+Shapes: B images in a batch, C classes, N images in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from onefold.errors import BadArgument, BadData
+
+Floats = NDArray[np.float32]
+Session = Callable[[Floats], NDArray[np.floating[Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How often the answers are right. `top1`, `top5` and `per_class` are in percent, as papers print them.
+
+    `loss` is the mean cross-entropy in nats. `confusion[label, answer]` counts images, int64 (C, C);
+    `per_class` (C,) is the top-1 of each label's images, NaN where it has none. An answer that is not finite is
+    wrong and counts for no class in `confusion`. `logits` (N, C) and `labels` (N,) are there when asked for.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    per_class: NDArray[np.float64] = field(repr=False)
+    confusion: NDArray[np.int64] = field(repr=False)
+    logits: Floats | None = field(default=None, repr=False)
+    labels: NDArray[np.int64] | None = field(default=None, repr=False)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers a training logs and chooses by."""
+        return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss}
+
+
+def accuracy(
+    predict: nn.Module | Session, batches: Iterable[tuple[Tensor, Tensor]], *, keep_logits: bool = False
+) -> Accuracy:
+    """Score `predict` on pairs of images (B, C_in, H, W) float32 and labels (B,) of classes.
+
+    A module, in eval mode, is called with tensors on its own device; anything else (a runtime session) takes and
+    gives numpy float32. The answer to an image is its greatest logit, the first of equals. Raises BadArgument for a
+    module in training mode or a label without a logit, BadData where there is no image.
+    """
+    answer = _of_module(predict) if isinstance(predict, nn.Module) else predict
+    judged: list[_Judged] = []
+    kept: list[Floats] = []
+    num_classes = 0
+    for images, labels in batches:
+        logits = np.asarray(answer(np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)), dtype=np.float32)
+        judged.append(_judge(logits, labels.cpu().numpy().astype(np.int64)))
+        num_classes = logits.shape[1]
+        if keep_logits:
+            kept.append(logits)
+    if not sum(len(one.labels) for one in judged):
+        raise BadData("there is no image to evaluate on: the batches are empty")
+    labels_, answers, ranks, losses = (np.concatenate(column) for column in zip(*judged, strict=True))
+    every = _Judged(labels_, answers, ranks, losses)
+    return _summary(every, num_classes, np.concatenate(kept) if keep_logits else None)
+
+
+def _of_module(model: nn.Module) -> Session:
+    if model.training:
+        raise BadArgument("accuracy needs the model in eval mode: call model.eval() first")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def answer(images: Floats) -> Floats:
+        with torch.inference_mode():
+            logits: Floats = model(torch.from_numpy(images).to(device)).float().cpu().numpy()
+        return logits
+
+    return answer
+
+
+class _Judged(NamedTuple):
+    """What the answers to some images are worth, an entry an image."""
+
+    labels: NDArray[np.int64]
+    answers: NDArray[np.int64]  # -1 where the logits are not finite
+    ranks: NDArray[np.int64]  # how many classes stand before the label; C where the logits are not finite
+    losses: NDArray[np.float64]
+
+
+def _judge(logits: Floats, labels: NDArray[np.int64]) -> _Judged:
+    count, num_classes = logits.shape
+    if len(labels) != count or (count and not 0 <= labels.min() <= labels.max() < num_classes):
+        raise BadArgument(
+            f"{count} answers of {num_classes} classes do not fit the {len(labels)} labels {sorted(set(labels))}: "
+            f"is this the network for these data?"
+        )
+    finite = np.asarray(np.isfinite(logits).all(axis=1))
+    wide = np.where(finite[:, None], logits, 0.0).astype(np.float64)
+    own = wide[np.arange(count), labels][:, None]
+    earlier = np.arange(num_classes) < labels[:, None]  # of equal logits the first one is the answer
+    ranks = ((wide > own) | ((wide == own) & earlier)).sum(axis=1)
+    top = wide.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(wide - top).sum(axis=1)) + (top - own)[:, 0]
+    return _Judged(
+        labels,
+        np.where(finite, wide.argmax(axis=1), -1),
+        np.where(finite, ranks, num_classes),
+        np.where(finite, losses, np.nan),
+    )
+
+
+def _summary(every: _Judged, num_classes: int, logits: Floats | None) -> Accuracy:
+    labels, answers = every.labels, every.answers
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(confusion, (labels[answers >= 0], answers[answers >= 0]), 1)
+    per_label = np.bincount(labels, minlength=num_classes)
+    per_class = np.full(num_classes, np.nan)
+    np.divide(100.0 * confusion.diagonal(), per_label, out=per_class, where=per_label > 0)
+    return Accuracy(
+        top1=100.0 * float((every.ranks < 1).mean()),
+        top5=100.0 * float((every.ranks < min(5, num_classes)).mean()),
+        loss=float(every.losses.mean()),
+        count=len(labels),
+        per_class=per_class,
+        confusion=confusion,
+        logits=logits,
+        labels=None if logits is None else labels,
+    )

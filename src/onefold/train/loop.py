@@ -1,0 +1,279 @@
+"""train(model, batches, plan, run): the story of a training, from the first seed to the last checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import nn
+
+from onefold.errors import BadArgument, BadCheckpoint, BadData, Stopped
+from onefold.train.checkpoint import Checkpoint, restore_last, save_best
+from onefold.train.distributed import World
+from onefold.train.folder import RunFolder
+from onefold.train.plan import Plan
+from onefold.train.progress import Pace, Progress
+from onefold.train.randomness import apart, seed_everything
+from onefold.train.state import Batch, State, snapshot
+from onefold.train.stopping import Interrupted, StopSignals
+
+_log = logging.getLogger(__name__)
+
+_EVALUATION = 2**31  # the place of an epoch's evaluation among its steps, for the seed it runs under
+
+
+class Batches(Protocol):
+    """The images and labels of this process, in an order that depends on nothing but the epoch."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch; the same for every epoch."""
+        ...
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[Batch]:
+        """Batches start, start + 1, ... of epoch n: images (B, C, H, W) float32 and labels.
+
+        Labels are (B,) int64 classes, or (B, classes) float32 shares. What a batch holds must not depend on `start`.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """What tells these data from others."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The surroundings of a training, which do not change what it computes.
+
+    `evaluate` is given a copy of the averaged network, in eval mode, after each epoch; its "top1" decides which epoch
+    is best. `metadata` goes into the header of the weights. With `resume` the run in `out` goes on.
+    """
+
+    out: Path
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    world: World = field(default_factory=World)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    resume: bool = False
+    on_progress: Callable[[Progress], None] | None = None
+
+
+def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoint:
+    """Train `model`, in place, as `plan` says, and return the run's last checkpoint.
+
+    The run folder then holds `best/model.safetensors` (averaged weights), `last/` and `log.jsonl`. A run that is
+    resumed ends in the bits of one that was not stopped (one process, same threads); `checkpoint` lists the order.
+
+    Raises BadArgument where `out` holds a run and resume is false, BadCheckpoint where there is none to resume or it
+    is of another plan, data or model, RunBusy, NotWritable, NonFiniteLoss (before the weights take it in), and
+    Stopped after a SIGTERM or SIGINT, once the state is saved.
+    """
+    if run.resume and not run.out.exists():
+        Checkpoint.load(run.out)  # says that there is none, before a folder is made
+    with RunFolder(run.out).held() if run.world.is_first else nullcontext(), StopSignals() as signals:
+        run.world.wait()
+
+        # ---- The beginning: a state that follows from the plan, or the one that was saved
+        seed_everything(plan.seed, *([run.world.rank] if run.world.rank else []))
+        training = _Training(model, batches, plan, run, signals)
+        if run.resume:
+            training.resume()
+        else:
+            training.begin()
+
+        # ---- The epochs: their steps, then an evaluation, then a checkpoint
+        while not training.saved.is_complete:
+            training.fit()
+            training.judge()
+        return training.saved
+
+
+class _Training:
+    """A state, the folder it is kept in, and those who want to hear of it."""
+
+    saved: Checkpoint  # the last one; there is one from `begin` or `resume` on
+
+    def __init__(self, model: nn.Module, batches: Batches, plan: Plan, run: Run, signals: StopSignals) -> None:
+        if len(batches) < 1:
+            raise BadData("there is no batch to train on: are there fewer images than plan.batch_size?")
+        self.batches, self.plan, self.run, self.signals = batches, plan, run, signals
+        self.data = batches.fingerprint()
+        self.folder, self.world = RunFolder(run.out), run.world
+        self.state = State(model, plan, run.world, steps_per_epoch=math.ceil(len(batches) / plan.accumulate))
+        self.pace = Pace()
+
+    # ---------------------------------------------------------------------------- begin or resume
+
+    def begin(self) -> None:
+        """Start a new run. Its first checkpoint is of step 0: it shows that there is room before hours are spent."""
+        if self.world.is_first and self.folder.has_run:
+            raise BadArgument(f"{self.run.out} already holds a run: resume it, or choose another folder")
+        if self.world.is_first:
+            self.folder.cut_log(0)
+        self._tell("start", plan=self.plan.to_dict(), data=self.data, **self._made_with())
+        self._save()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, in the order that `checkpoint` lists."""
+        saved = restore_last(self.folder) if self.world.is_first else None
+        self.world.wait()
+        self.saved = saved or Checkpoint.load(self.run.out)
+        self._must_be_of_this_run(self.saved)
+        self.state.restore_(self.saved)
+        if self.saved.is_complete:
+            _log.info("%s is complete: all %d epochs are done", self.run.out, self.plan.epochs)
+            return
+        at = self.saved.position
+        if self.world.is_first:
+            self.folder.cut_log(self.saved.log_bytes)
+        self._tell("resume", epoch=at.epoch + 1, step=at.total, **self._made_with())
+        if self.world.is_first:
+            self.saved.randomness.restore(self.world.device)
+        else:
+            seed_everything(self.plan.seed, self.world.rank, at.total)
+
+    def _must_be_of_this_run(self, saved: Checkpoint) -> None:
+        steps = self.state.position.steps_per_epoch
+        changed = [f"plan.{difference}" for difference in saved.plan.differences(self.plan)]
+        if saved.data != self.data:
+            changed.append(f"data: {saved.data} -> {self.data}")
+        if saved.position.steps_per_epoch != steps:
+            changed.append(f"steps an epoch: {saved.position.steps_per_epoch} -> {steps}")
+        if changed:
+            raise BadCheckpoint(f"{self.run.out} is another run; choose another folder. Changed: {'; '.join(changed)}")
+        for key, value in self._made_with().items():
+            if saved.made_with.get(key) != value:
+                before = saved.made_with.get(key)
+                _log.warning("%s: was %s, is %s: the last bits will not be those of one run", key, before, value)
+
+    # ---------------------------------------------------------------------------------- the steps
+
+    def fit(self) -> None:
+        """The steps of this epoch that are still to do."""
+        self.state.model.train()
+        self.pace = Pace()
+        for pieces in self._steps():
+            loss = self.state.step(pieces)
+            self.pace.add(sum(len(labels) for _, labels in pieces) * self.world.size)
+            self._report(loss)
+            if self._is_due():
+                self._save()
+            if self.world.any(bool(self.signals.asked)):
+                self._stop()
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The batches of one step at a time, loaded under random states of their own."""
+        at, accumulate, world = self.state.position, self.plan.accumulate, self.world
+        if at.step == at.steps_per_epoch:
+            return
+        batches = iter(self.batches.epoch(at.epoch, at.step * accumulate))
+        for step in range(at.step, at.steps_per_epoch):
+            with apart(world.device, self.plan.seed, world.rank, at.epoch, step):
+                pieces = list(islice(batches, accumulate))
+            count = sum(len(labels) for _, labels in pieces) * world.size
+            if not count:
+                raise BadData(f"epoch {at.epoch + 1} ended at step {step} of {at.steps_per_epoch}: images are missing")
+            if count > self.plan.batch_size:
+                raise BadArgument(f"plan.batch_size is {self.plan.batch_size}, but the batches give {count} a step")
+            yield pieces
+
+    def _is_due(self) -> bool:
+        """Whether the plan wants a checkpoint here; at the end of an epoch there is one after the evaluation."""
+        at, every = self.state.position, self.plan.checkpoint_every
+        if every is None or at.step == at.steps_per_epoch:
+            return False
+        return at.total % max(1, every.steps(at.steps_per_epoch)) == 0
+
+    # ------------------------------------------------------- the evaluation, the checkpoint, the end
+
+    def judge(self) -> None:
+        """Evaluate the epoch, keep its weights if they are the best, and save."""
+        state, at = self.state, self.state.position
+        state.weights_must_be_finite()
+        state.metrics = self.world.share(self._evaluate())
+        if _is_better(state.metrics["top1"], state.best.get("top1", math.nan)):
+            state.best = {**state.metrics, "epoch": at.epoch + 1, "step": at.total}
+            if self.world.is_first:
+                save_best(self.folder, snapshot(state.deliverable.state_dict()), state.best, self.run.metadata)
+        loss, (lr, decay) = state.loss_sum / state.num_images, state.rates(at.total - 1)
+        own = {"epoch": at.epoch + 1, "step": at.total, "loss": loss, "lr": lr, "weight_decay": decay}
+        own["images_per_s"] = self.pace.images_per_s
+        measured = {f"eval_{name}" if name in own else name: value for name, value in state.metrics.items()}
+        self._tell("epoch", **own, **measured)
+        self._report(loss)
+        state.end_epoch()
+        self._save()
+        if self.world.any(bool(self.signals.asked)) and not self.saved.is_complete:
+            self._stop()
+
+    def _evaluate(self) -> dict[str, float]:
+        if not self.world.is_first:
+            return {}
+        # other processes would wait for ever for one that left in the middle
+        interrupting = self.signals.interrupting() if self.world.size == 1 else nullcontext()
+        try:
+            with apart(self.world.device, self.plan.seed, 0, self.state.position.epoch, _EVALUATION), interrupting:
+                given = self.run.evaluate(copy.deepcopy(self.state.deliverable).eval())
+        except Interrupted:
+            self._stop()
+        metrics = {str(name): float(value) for name, value in given.items()}
+        if "top1" not in metrics:
+            raise BadArgument(
+                f"evaluate must give 'top1', by which the best epoch is chosen; it gave {sorted(metrics)}"
+            )
+        return metrics
+
+    def _save(self) -> None:
+        self.saved = self.state.capture(self.data, self.folder.log_bytes(), self._made_with())
+        if self.world.is_first:
+            self.saved.save(self.folder, self.run.metadata)
+        self.world.wait()
+
+    def _stop(self) -> NoReturn:
+        at = self.state.position
+        if self.saved.position != at:
+            self._save()
+        raise Stopped(
+            f"stopped by {self.signals.asked or 'a signal'} at epoch {at.epoch + 1}, step {at.step} of "
+            f"{at.steps_per_epoch}; everything is saved in {self.folder.last}: resume to go on"
+        )
+
+    # --------------------------------------------------------------------------------- to be heard
+
+    def _made_with(self) -> dict[str, str]:
+        made_with = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        made_with |= {"device": self.world.device.type, "processes": self.world.size}
+        return {key: str(value) for key, value in made_with.items()}
+
+    def _tell(self, kind: str, **numbers: Any) -> None:
+        if self.world.is_first:
+            self.folder.append({"kind": kind, **numbers})
+
+    def _report(self, loss: float) -> None:
+        if not self.run.on_progress or not self.world.is_first:
+            return
+        at, total = self.state.position, self.plan.epochs * self.state.position.steps_per_epoch
+        progress = Progress(
+            epoch=at.epoch + 1,
+            epochs=self.plan.epochs,
+            step=at.step,
+            steps=at.steps_per_epoch,
+            loss=loss,
+            lr=self.state.rates(at.total - 1)[0],
+            images_per_s=self.pace.images_per_s,
+            eta_s=self.pace.seconds_per_step * (total - at.total),
+            metrics=self.state.metrics,
+        )
+        self.run.on_progress(progress)
+
+
+def _is_better(top1: float, best: float) -> bool:
+    """Of equals the first one stays; anything is better than nothing (NaN)."""
+    return math.isnan(best) or top1 > best

@@ -1,0 +1,165 @@
+"""What a Plan means for an optimizer: parameter groups, rates as closed forms of the step, averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from onefold.errors import BadArgument, BadCheckpoint
+from onefold.train.plan import SGD, AdamW, Ema, Exponential, ParameterKind, Plan
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+# ------------------------------------------------------------------- rates, as functions of the step
+
+
+def learning_rate(plan: Plan, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0 over the whole run.
+
+    Cosine with W warm-up steps of T: warmup_from + (lr - warmup_from) * t / W for t < W, and then
+    final + (lr - final) / 2 * (1 + cos(pi * (t - W) / (T - W))).
+    """
+    peak, schedule = plan.optimizer.lr, plan.schedule
+    if isinstance(schedule, Exponential):
+        every = max(1, schedule.every.steps(steps_per_epoch))
+        return float(peak * schedule.factor ** (step // every))
+    total, warmup = plan.epochs * steps_per_epoch, schedule.warmup.steps(steps_per_epoch)
+    if warmup > total:
+        raise BadArgument(f"plan.schedule.warmup must be within the run's {total} steps, not {schedule.warmup}")
+    if step < warmup:
+        return schedule.warmup_from + (peak - schedule.warmup_from) * step / warmup
+    return _half_cosine(peak, schedule.final, (step - warmup) / max(1, total - warmup))
+
+
+def weight_decay(plan: Plan, step: int, steps_per_epoch: int) -> float:
+    """The coefficient of weight decay at optimizer step `step`, counted from 0 over the whole run."""
+    decay = plan.weight_decay
+    if decay.final is None:
+        return decay.start
+    return _half_cosine(decay.start, decay.final, step / (plan.epochs * steps_per_epoch))
+
+
+def ema_decay(ema: Ema, step: int) -> float:
+    """What the average keeps of itself at optimizer step `step`, counted from 0 over the whole run."""
+    return min(ema.decay, (1 + step) / (10 + step)) if ema.warmup else ema.decay
+
+
+def _half_cosine(start: float, final: float, part: float) -> float:
+    return final + (start - final) / 2 * (1 + math.cos(math.pi * part))
+
+
+# ------------------------------------------------------------------------ groups and the optimizer
+
+
+def decay_groups(model: nn.Module, skip: tuple[ParameterKind, ...]) -> dict[str, list[str]]:
+    """Names of the trainable parameters that decay and of those that `skip` spares: {"decay": ..., "skip": ...}."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups: dict[str, list[str]] = {"decay": [], "skip": []}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            path = f"{prefix}.{name}" if prefix else name
+            if path in trainable:
+                spared = _kinds(module, name, parameter) & set(skip)
+                groups["skip" if spared else "decay"].append(path)
+    return groups
+
+
+def _kinds(module: nn.Module, name: str, parameter: Tensor) -> set[str]:
+    kinds = {"vector"} if parameter.ndim <= 1 else set()
+    if isinstance(module, _NORMS):
+        kinds.add("norm")
+    elif name == "bias" or name.endswith("_bias"):
+        kinds.add("bias")
+    elif isinstance(module, _ConvNd) and module.groups == module.in_channels > 1:
+        kinds.add("depthwise")
+    return kinds
+
+
+def make_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
+    """The plan's optimizer over the trainable parameters of `model`, in the groups of `decay_groups`."""
+    named = dict(model.named_parameters())
+    names = decay_groups(model, plan.weight_decay.skip)
+    groups = [{"params": [named[name] for name in names[kind]], "decays": kind == "decay"} for kind in names]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise BadArgument("the model has no parameter to train: set requires_grad on some")
+    rule = plan.optimizer
+    if isinstance(rule, SGD):
+        return torch.optim.SGD(groups, lr=rule.lr, momentum=rule.momentum, nesterov=rule.nesterov)
+    if isinstance(rule, AdamW):
+        return torch.optim.AdamW(groups, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=0.0)
+    return torch.optim.RMSprop(groups, lr=rule.lr, alpha=rule.alpha, eps=rule.eps, momentum=rule.momentum)
+
+
+def set_rates_(optimizer: Optimizer, lr: float, decay: float) -> None:
+    """Put the rates of one step into the optimizer's groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = decay if group["decays"] else 0.0
+
+
+# ------------------------------------------------------------------------- the optimizer's tensors
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>/<slot>` -> tensor.
+
+    The groups are not in it: they are a function of the model, the plan and the step.
+    """
+    return {
+        f"{name}/{slot}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def load_optimizer_(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back; raises BadCheckpoint for a parameter the model does not have."""
+    named = dict(model.named_parameters())
+    places = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        if name not in named or id(named[name]) not in places:
+            raise BadCheckpoint(f"the optimizer's state is for {name!r}, which this model does not train")
+        like = named[name]
+        # the parameter's strides, so that a channels_last model goes on with channels_last state
+        fits = value.shape == like.shape and value.ndim > 0
+        state.setdefault(places[id(like)], {})[slot] = torch.empty_like(like).copy_(value) if fits else value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# -------------------------------------------------------------------------------- averaged weights
+
+
+class WeightAverage:
+    """A copy of the model, in eval mode, whose weights are an exponential moving average.
+
+    Floating-point buffers are averaged with the weights: a BatchNorm's running statistics belong to the weights
+    they were gathered under, and the average of the statistics is nearer to what the averaged weights produce than
+    the latest ones are. Counters are copied.
+    """
+
+    def __init__(self, model: nn.Module, ema: Ema) -> None:
+        self.ema = ema
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update_(self, model: nn.Module, step: int) -> None:
+        """Move towards the weights of `model` after optimizer step `step`, counted from 0 over the whole run."""
+        ours, theirs = self.module.state_dict(), model.state_dict()
+        averaged = [name for name, value in ours.items() if value.is_floating_point()]
+        move = get_ema_multi_avg_fn(ema_decay(self.ema, step))
+        move([ours[name] for name in averaged], [theirs[name] for name in averaged], None)
+        for name, value in ours.items():
+            if not value.is_floating_point():
+                value.copy_(theirs[name])

@@ -1,0 +1,180 @@
+"""Plan: everything that decides what a training computes, as one frozen value.
+
+Two runs with equal plans on equal data, from equal weights, on one thread, end in equal bits. What does not change
+the result (the folder, a callback) is not here; see `loop.Run`. No paper's number is a default: recipes state them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from onefold.errors import BadArgument
+from onefold.train.values import Duration, Epochs, Steps, Within, check, from_dict, to_dict
+
+Rate = Annotated[float, Within(0.0, 1000.0)]
+Share = Annotated[float, Within(0.0, 1.0)]
+Small = Annotated[float, Within(0.0, 1.0)]
+
+ParameterKind = Literal["norm", "bias", "vector", "depthwise"]
+
+NO_WARMUP = Steps(0)
+
+MECHANICS = ("workers", "checkpoint_every")
+"""The fields that leave every result as it is, and so may differ between a run and its resume."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent; the weight decay is added to the gradient."""
+
+    lr: Rate
+    momentum: Share = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "plan.optimizer")
+        if self.nesterov and not self.momentum:
+            raise BadArgument("plan.optimizer.nesterov needs a plan.optimizer.momentum above 0, not 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101): a step shrinks a weight by lr * decay."""
+
+    lr: Rate
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Small = 1e-8
+
+    def __post_init__(self) -> None:
+        check(self, "plan.optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSprop:
+    """RMSprop as torch computes it: eps is added after the root; the weight decay is added to the gradient."""
+
+    lr: Rate
+    alpha: Share = 0.99
+    eps: Small = 1e-8
+    momentum: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, "plan.optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """From the optimizer's lr to `final` on half a cosine, after a linear warm-up that starts at `warmup_from`."""
+
+    final: Rate = 0.0
+    warmup: Duration = NO_WARMUP
+    warmup_from: Rate = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, "plan.schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """The optimizer's lr times `factor` after every `every`, in stairs."""
+
+    factor: Share
+    every: Duration
+
+    def __post_init__(self) -> None:
+        check(self, "plan.schedule")
+        if not self.every.count:
+            raise BadArgument(f"plan.schedule.every must be longer than nothing, not {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightDecay:
+    """The coefficient of weight decay, and which parameters it spares.
+
+    With a `final`, the coefficient goes from `start` to it on half a cosine over the whole run, warm-up included
+    (MobileOne, arXiv 2206.04040: wd(t) = final + (start - final) / 2 * (1 + cos(pi t / T))).
+    `skip` names what does not decay: "norm" all parameters of normalization layers, "bias" biases of other layers,
+    "vector" whatever has one dimension or none, "depthwise" kernels with one input channel a group. () decays all.
+    """
+
+    start: Rate = 0.0
+    final: Rate | None = None
+    skip: tuple[ParameterKind, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self, "plan.weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """An exponential moving average of the weights; with `warmup`, the decay starts low: (1 + t) / (10 + t)."""
+
+    decay: Share
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "plan.ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training computes.
+
+    `batch_size` counts the images of one optimizer step, over all processes and all `accumulate` pieces of it.
+    `clip_grad_norm` is the greatest allowed l2 norm of the whole gradient. `checkpoint_every` adds checkpoints to
+    the one at the end of each epoch. Raises BadArgument naming the field, what is allowed and what came.
+    """
+
+    epochs: Annotated[int, Within(1, 1_000_000)]
+    batch_size: Annotated[int, Within(1, 10_000_000)]
+    optimizer: SGD | AdamW | RMSprop
+    schedule: Cosine | Exponential = Cosine()
+    weight_decay: WeightDecay = WeightDecay()
+    label_smoothing: Share = 0.0
+    ema: Ema | None = None
+    clip_grad_norm: Annotated[float, Within(1e-12, 1e12)] | None = None
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    channels_last: bool = False
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 0
+    accumulate: Annotated[int, Within(1, 1_000_000)] = 1
+    workers: Annotated[int, Within(0, 1024)] = 0
+    checkpoint_every: Duration | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "plan")
+        if self.batch_size % self.accumulate:
+            raise BadArgument(
+                f"plan.accumulate must divide plan.batch_size, but {self.accumulate} does not divide {self.batch_size}"
+            )
+        if isinstance(self.schedule, Cosine):
+            warmup = self.schedule.warmup
+            if isinstance(warmup, Epochs) and warmup.count > self.epochs:
+                raise BadArgument(f"plan.schedule.warmup must be within plan.epochs ({self.epochs}), not {warmup}")
+        if self.checkpoint_every is not None and not self.checkpoint_every.count:
+            raise BadArgument(f"plan.checkpoint_every must be longer than nothing or none, not {self.checkpoint_every}")
+
+    def images_per_batch(self, num_processes: int = 1) -> int:
+        """The size of one batch as one of `num_processes` loads it; raises BadArgument where it is not whole."""
+        size, rest = divmod(self.batch_size, self.accumulate * num_processes)
+        if rest:
+            raise BadArgument(
+                f"plan.batch_size {self.batch_size} is not a multiple of {self.accumulate} pieces on "
+                f"{num_processes} processes: choose a multiple of {self.accumulate * num_processes}"
+            )
+        return size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as JSON holds them; `from_dict` is the exact inverse."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote; raises BadArgument for an unknown, missing or impossible field."""
+        return from_dict(cls, given, "plan")
+
+    def differences(self, other: Plan) -> list[str]:
+        """One sentence part for each field in which two plans would compute something else."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b and name not in MECHANICS]

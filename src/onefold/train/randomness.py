@@ -1,0 +1,73 @@
+"""Random states: python's, numpy's and torch's, seeded together, kept in a checkpoint, and kept apart.
+
+The network's draws (dropout) come from the global states. Loading and evaluating run in `apart`, under a seed of
+their own place in the run, so that they neither move those states nor depend on when the run was resumed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """The global random states of one process: tensors, and numbers that JSON can hold."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+    @classmethod
+    def take(cls, device: torch.device) -> RandomState:
+        """The states as they are now; `device` adds its own if it is a GPU."""
+        version, words, gauss = random.getstate()
+        legacy: Any = np.random.get_state(legacy=False)
+        tensors = {
+            "torch": torch.get_rng_state(),
+            "python": torch.tensor(words, dtype=torch.int64),
+            "numpy": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
+        }
+        if device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(device)
+        numbers = {
+            "python": [version, gauss],
+            "numpy": [int(legacy["state"]["pos"]), int(legacy["has_gauss"]), float(legacy["gauss"])],
+        }
+        return cls(tensors=tensors, numbers=numbers)
+
+    def restore(self, device: torch.device) -> None:
+        """Make the global states what they were."""
+        version, gauss = self.numbers["python"]
+        random.setstate((version, tuple(self.tensors["python"].tolist()), gauss))
+        position, has_gauss, cached = self.numbers["numpy"]
+        key = self.tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", key, position, has_gauss, cached))
+        torch.set_rng_state(self.tensors["torch"])
+        if device.type == "cuda" and "cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["cuda"], device)
+
+
+def seed_everything(seed: int, *place: int) -> None:
+    """Seed python, numpy and torch with `seed`, or with a mix of it and the numbers of a place (rank, step, ...)."""
+    mixed = int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]) if place else seed
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+@contextmanager
+def apart(device: torch.device, seed: int, *place: int) -> Iterator[None]:
+    """A block with random states of its own, seeded by its place; the global states are untouched by it."""
+    before = RandomState.take(device)
+    seed_everything(seed, *place)
+    try:
+        yield
+    finally:
+        before.restore(device)

@@ -1,0 +1,362 @@
+"""Decoding: what each kind of image becomes, what is refused, and that damaged bytes give BadData or a picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import resource
+import socket
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from onefold.data import decode, printable
+from onefold.data.decode import MAX_PIXELS
+from onefold.errors import BadData
+
+RNG = np.random.default_rng(0)
+SCENE = np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 48 x 64 px, blocks of 8
+
+
+def saved(image: Image.Image, format: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def pixels(image: bytes | Path) -> np.ndarray:
+    decoded = decode(image)
+    assert decoded.mode == "RGB"
+    return np.asarray(decoded)
+
+
+def png(width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
+    """A PNG put together by hand, so that its header can claim anything."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+    9: lambda a: a,  # not an orientation
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = saved(Image.fromarray(SCENE), format, exif=exif, **options)
+    np.testing.assert_array_equal(pixels(data), UPRIGHT[orientation](SCENE))
+
+
+def test_a_jpeg_of_a_phone_is_turned_upright_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = decode(saved(Image.fromarray(SCENE), "JPEG", exif=exif, quality=95, subsampling=0))
+    assert image.size == (48, 64)
+    assert np.abs(np.asarray(image).astype(int) - np.rot90(SCENE, -1)).mean() < 3
+    assert not image.info
+    assert 0x0112 not in image.getexif()
+
+
+def test_an_exif_block_that_cannot_be_read_counts_as_none() -> None:
+    data = saved(Image.fromarray(SCENE), "PNG", exif=b"Exif\0\0not a TIFF header at all")
+    np.testing.assert_array_equal(pixels(data), SCENE)
+
+
+WIDE = np.array([[0, 128, 129, 257, 40000, 65535]], np.uint16)
+SCALED = [0, 0, 1, 1, 156, 255]  # round(v / 257)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    image = Image.fromarray(WIDE)
+    pgm = b"P5 6 1 65535\n" + WIDE.astype(">u2").tobytes()
+    for data in (saved(image, "PNG"), saved(image, "TIFF"), saved(image, "TIFF", compression="tiff_lzw"), pgm):
+        np.testing.assert_array_equal(pixels(data), np.repeat(SCALED, 3).reshape(1, 6, 3))
+
+
+def test_16_bit_colour_keeps_its_high_byte() -> None:
+    rows = b"\0" + struct.pack(">6H", 0, 0x80FF, 0xFFFF, 0x1234, 0x00FF, 0xFF00)
+    np.testing.assert_array_equal(pixels(png(2, 1, rows, depth=16)), [[[0, 0x80, 0xFF], [0x12, 0, 0xFF]]])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_cmyk_is_not_a_negative(format: str) -> None:
+    cyan, black, paper = ((255, 0, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0))
+    inks = np.zeros((16, 48, 4), np.uint8)
+    inks[:, :16], inks[:, 16:32], inks[:, 32:] = cyan, black, paper
+    data = saved(Image.frombytes("CMYK", (48, 16), inks.tobytes()), format)
+    if format == "JPEG":
+        assert b"Adobe" in data  # the marker of inverted inks
+    seen = pixels(data)[8, [8, 24, 40]].astype(int)
+    assert np.abs(seen - [[0, 255, 255], [0, 0, 0], [255, 255, 255]]).max() <= 6
+
+
+def test_transparency_is_laid_over_white() -> None:
+    black_half = Image.new("RGBA", (2, 2), (0, 0, 0, 51))
+    for data in (saved(black_half, "PNG"), saved(black_half, "TIFF"), saved(Image.new("LA", (2, 2), (0, 51)), "PNG")):
+        np.testing.assert_array_equal(pixels(data), np.full((2, 2, 3), 204))  # 255 * (1 - 51 / 255)
+
+
+def test_a_palette_is_looked_up_and_its_transparent_entry_is_white() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([0, 1, 2])
+    opaque = [[[10, 20, 30], [40, 50, 60], [70, 80, 90]]]
+    np.testing.assert_array_equal(pixels(saved(image, "PNG")), opaque)
+    through = [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]]
+    for data in (saved(image, "PNG", transparency=1), saved(image, "GIF", transparency=1)):
+        np.testing.assert_array_equal(pixels(data), through)
+    half = saved(image, "PNG", transparency=bytes([255, 0, 255]))
+    np.testing.assert_array_equal(pixels(half), through)
+
+
+def test_a_colour_key_is_transparent() -> None:
+    data = saved(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)), "PNG", transparency=(1, 2, 3))
+    np.testing.assert_array_equal(pixels(data), [[[255, 255, 255], [4, 5, 6]]])
+
+
+def test_one_bit() -> None:
+    data = saved(Image.fromarray(np.array([[True, False, True]])), "PNG")
+    np.testing.assert_array_equal(pixels(data)[0, :, 0], [255, 0, 255])
+    np.testing.assert_array_equal(pixels(b"P4 3 1\n\x40")[0, :, 0], [255, 0, 255])  # in PBM a 1 is black
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = saved(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    np.testing.assert_array_equal(pixels(data), np.broadcast_to([255, 0, 0], (8, 8, 3)))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float", np.float32), ("integer", np.int32)])
+def test_samples_of_unknown_range_are_refused(kind: str, dtype: type) -> None:
+    data = saved(Image.fromarray(np.full((4, 4), 0.5, np.float32).astype(dtype)), "TIFF")
+    with pytest.raises(BadData, match=rf"x\.tif has {kind} samples whose range is not known"):
+        decode(data, name="x.tif")
+
+
+@pytest.mark.parametrize(("width", "height"), [(7100, 7100), (9800, 9800), (30000, 30000), (MAX_PIXELS + 1, 1)])
+def test_a_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    bomb = png(width, height, b"\0" * 100)
+    with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
+        decode(bomb, name="bomb.png")  # here Pillow's own warning is an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
+            decode(bomb, name="bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"hello, this is\nplain text", "is text, not an image"),
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "is an HTML page"),
+        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"%PDF-1.7\n", "is a PDF document"),
+        (b"PK\x03\x04" + bytes(40), "is a zip archive"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "is a HEIC photo: convert it to JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # EPS: Pillow would run Ghostscript
+        (bytes(range(256)), "is not an image that can be read"),
+        (b"\xff\xd8\xff", "is not an image that can be read"),
+    ],
+)
+def test_what_is_no_image_is_named(data: bytes, sentence: str) -> None:
+    with pytest.raises(BadData) as caught:
+        decode(data, name="it.jpg")
+    assert str(caught.value).startswith("it.jpg ")
+    assert sentence in str(caught.value)
+
+
+def seeds() -> dict[str, bytes]:
+    """One small image in each way of storing images."""
+    scene = Image.fromarray(SCENE)
+    grey = Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21)
+    turned = scene.rotate(90)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    return {
+        "jpeg": saved(scene, "JPEG", exif=exif, comment=b"a comment"),
+        "progressive": saved(scene, "JPEG", progressive=True, subsampling=0),
+        "cmyk": saved(scene.convert("CMYK"), "JPEG"),
+        "mpo": saved(scene, "MPO", save_all=True, append_images=[turned]),
+        "png": saved(scene, "PNG", exif=exif),
+        "palette": saved(scene.convert("P"), "PNG", transparency=3),
+        "png16": saved(grey, "PNG"),
+        "gif": saved(scene, "GIF", save_all=True, append_images=[turned], transparency=0),
+        "webp": saved(scene, "WEBP", exif=exif),
+        "webp animated": saved(scene.convert("RGBA"), "WEBP", lossless=True, save_all=True, append_images=[turned]),
+        "bmp": saved(scene, "BMP"),
+        "tiff": saved(scene, "TIFF"),
+        "tiff lzw": saved(scene.convert("RGBA"), "TIFF", compression="tiff_lzw"),
+        "tiff jpeg": saved(scene, "TIFF", compression="jpeg"),
+        "ppm": saved(scene, "PPM"),
+        "plain ppm": b"P3 4 2 255\n" + b"1 22 133 " * 8,
+        "avif": saved(scene, "AVIF"),
+    }
+
+
+SEEDS = seeds()
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_a_file_cut_in_half_is_refused_and_a_tail_of_garbage_is_not(kind: str) -> None:
+    data = SEEDS[kind]
+    whole = pixels(data)
+    with pytest.raises(BadData, match="half"):
+        decode(data[: len(data) // 2], name="half")
+    if kind not in ("tiff", "tiff lzw", "tiff jpeg", "plain ppm"):  # a TIFF may keep its directory anywhere
+        np.testing.assert_array_equal(pixels(data + b"garbage" * 9), whole)
+
+
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        place = rng.randrange(len(out))
+        match rng.randrange(6):
+            case 0:
+                out[place] ^= 1 << rng.randrange(8)
+            case 1:
+                out[place : place + 4] = rng.choice(
+                    (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\1\0")
+                )
+            case 2:
+                del out[place : place + rng.randrange(1, 64)]
+            case 3:
+                start = rng.randrange(len(other))
+                out[place:place] = other[start : start + rng.randrange(1, 64)]
+            case 4:
+                out[place : place + 16] = rng.randbytes(16)
+            case 5:
+                del out[rng.randrange(max(1, place)) :]
+        out = out or bytearray(b"\0")
+    return bytes(out)
+
+
+def decoded_or_refused(data: bytes, at_least: int) -> Image.Image | str:
+    try:
+        return decode(data, name="fuzzed", at_least=at_least)
+    except BadData as error:
+        return str(error)
+
+
+def fuzz(count: int) -> None:
+    """`count` damaged files; each is a picture or BadData with a fit message, soon and in bounded memory."""
+    rng = random.Random(20)
+    kinds = list(SEEDS.values())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for i in range(count):
+        data = mutated(kinds[i % len(kinds)], rng.choice(kinds), rng)
+        started = time.process_time()
+        outcome = decoded_or_refused(data, rng.choice((0, 0, 16)))
+        assert time.process_time() - started < 5, f"mutation {i} took long"
+        if isinstance(outcome, str):
+            refused += 1
+            assert outcome.startswith(("fuzzed is ", "fuzzed has ", "fuzzed needs "))
+        else:
+            assert outcome.mode == "RGB"
+            assert outcome.width * outcome.height <= MAX_PIXELS
+    assert 0.2 < refused / count < 0.98  # the mutations reach the decoders, and some of them hurt
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: 1 GiB
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_a_picture_or_bad_data() -> None:
+    fuzz(600)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_a_picture_or_bad_data_at_length() -> None:
+    fuzz(5000)
+
+
+def test_damaged_bytes_where_warnings_are_errors() -> None:
+    fuzz(150)
+
+
+@pytest.mark.timeout(20)
+def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "dangling.jpg").symlink_to("nothing.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "linked-pipe.jpg").symlink_to("pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.jpg"))  # a socket's absolute path may be too long
+    sentences = {
+        "pipe.jpg": "is a named pipe",
+        "linked-pipe.jpg": "is a named pipe",
+        "folder.jpg": "is a folder",
+        "socket.jpg": "is a socket",
+        "zero.jpg": "is a device",
+        "loop.jpg": "cannot read",
+        "dangling.jpg": "No such file",
+        "missing.jpg": "No such file",
+        "null\0.jpg": "cannot read",
+    }
+    for name, sentence in sentences.items():
+        with pytest.raises(BadData, match=sentence):
+            decode(tmp_path / name)
+
+
+def test_a_name_that_is_not_utf8_can_be_read_and_printed(tmp_path: Path) -> None:
+    good = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Path(good).write_bytes(SEEDS["png16"])
+    assert decode(good).size == (64, 48)
+    bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff<script>\n.png"))
+    bad.write_bytes(b"")
+    with pytest.raises(BadData) as caught:
+        decode(bad)
+    assert "\\udcff<script>\\n.png is empty" in str(caught.value).encode("utf-8").decode()
+    assert printable("plain näme.jpg") == "plain näme.jpg"
+
+
+def test_a_large_jpeg_comes_smaller_where_that_is_allowed(tmp_path: Path) -> None:
+    photo = Image.fromarray(SCENE).resize((1600, 1200), Image.Resampling.BICUBIC)
+    path = tmp_path / "photo.jpg"
+    photo.save(path, quality=95)
+    assert decode(path).size == (1600, 1200)
+    for at_least, size in (
+        (1201, (1600, 1200)),
+        (601, (1600, 1200)),
+        (600, (800, 600)),
+        (151, (400, 300)),
+        (1, (200, 150)),
+    ):
+        small = decode(path, at_least=at_least)
+        assert small.size == size
+        if size != photo.size:
+            away = np.asarray(small).astype(int) - np.asarray(photo.resize(size, Image.Resampling.BOX))
+            assert np.abs(away).mean() < 1
+    np.testing.assert_array_equal(decode(path, at_least=1200), decode(path))

@@ -1,0 +1,821 @@
+"""The contract of every runtime, over RUNTIMES: a new one is picked up by its name; then what each has of its own.
+
+Answers are compared with the module's own; hashes and digests are computed here by their written rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onefold import runtimes
+from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
+from onefold.runtimes import RUNTIMES, About, Artifact, export, find_runtime, load, open_artifact
+from onefold.runtimes.program import Program
+from onefold.runtimes.reference import difference, make_images, read_reference, top1_agreement
+
+SHAPE = (3, 17, 19)
+CLASSES = ("ant", "bee", "cat", "caf\u00e9", "<b>", "new\nline", "\udce9")
+ABOUT = About(
+    model="padded",
+    fused=True,
+    drift=2e-7,
+    classes=CLASSES,
+    preprocessing={"mean": [0.5, 0.5, 0.5], "size": 17},
+    licence="Apache-2.0",
+    source="made here",
+)
+
+
+class Padded(nn.Module):
+    """Padding that depends on the image's size, activations in place, a depthwise layer and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.act = nn.ReLU6(inplace=True)
+        self.fc = nn.Linear(8, len(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = ((-(-n // 2) - 1) * 2 + 3 - n for n in x.shape[-2:])
+        x = self.act(self.stem(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))))
+        x = self.depthwise(x)
+        x = x * F.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Tokens(nn.Module):
+    """Tokens that meet the image by attention, a dynamic activation, a norm, a constant: what Mobile-Former asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish(inplace=True))
+        self.tokens = nn.Parameter(torch.randn(1, 4, 8))
+        self.norm = nn.LayerNorm(8)
+        self.slopes = nn.Linear(8, 16)
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        batch = x.shape[0]
+        local = x.flatten(2)
+        tokens = self.tokens.expand(batch, -1, -1)
+        tokens = self.norm(tokens + torch.softmax(tokens @ local / 8**0.5, -1) @ local.transpose(1, 2))
+        low, high = self.slopes(tokens[:, 0]).view(batch, 2, 8, 1, 1).unbind(1)
+        x = torch.maximum(x * low, x * high + torch.tensor(0.1))
+        return self.head(torch.cat([x.amax((2, 3)), tokens.mean(1)], 1))
+
+
+def padded() -> nn.Module:
+    torch.manual_seed(1)
+    return Padded().eval()
+
+
+def images(num_images: int, seed: int = 5) -> np.ndarray:
+    return make_images(SHAPE, num_images=num_images, seed=seed)
+
+
+def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(x.copy())).numpy()
+
+
+@pytest.fixture(scope="session", params=RUNTIMES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The padded network, exported once for each runtime."""
+    folder = tmp_path_factory.mktemp("artifacts") / f"{request.param}-fp32"
+    try:
+        return export(padded(), images(2, seed=0), folder, runtime=request.param, about=ABOUT)
+    except MissingExtra as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The padded network for PyTorch: for what is the same for all runtimes."""
+    folder = tmp_path_factory.mktemp("eager") / "eager-fp32"
+    return export(padded(), images(2, seed=0), folder, runtime="eager", about=ABOUT)
+
+
+@pytest.fixture
+def copied(made: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def copied_eager(eager: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(eager.folder, tmp_path / "copy"))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def reseal(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -> None:
+    """What a forger would do: edit the manifest and set every hash right again."""
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    for name, entry in fields["files"].items():
+        entry |= {"num_bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+    edit(fields)
+    fields["sha256"] = hashlib.sha256(json.dumps(fields, indent=1).encode()).hexdigest()
+    path.write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def refuses(folder: Path) -> str:
+    """The message with which the folder is refused."""
+    with pytest.raises(BadArtifact) as refused:
+        load(folder)
+    assert refused.value.exit_status == 4
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# --- every runtime: what it answers -------------------------------------------------------------------------------
+
+
+def test_it_answers_as_the_module_does_for_any_batch(made: Artifact) -> None:
+    model = padded()
+    with load(made.folder) as session:
+        for num_images in (1, 2, 3, 5):
+            x = images(num_images)
+            logits = session(x)
+            assert logits.shape == (num_images, len(CLASSES))
+            assert logits.dtype == np.float32
+            np.testing.assert_allclose(logits, answer(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_answer_is_the_callers_own_and_so_are_the_images(made: Artifact) -> None:
+    x = images(2)
+    before = x.copy()
+    x.flags.writeable = False
+    with load(made) as session:
+        first = session(x)
+        kept = first.copy()
+        session(images(2, seed=6))
+        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_array_equal(x, before)
+        strided = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(session(strided), kept)
+
+
+def test_calls_from_several_threads_do_not_mix(made: Artifact) -> None:
+    batches = [images(1 + i % 3, seed=i) for i in range(12)]
+    model, found = padded(), {}
+    with load(made) as session:
+        ask = [threading.Thread(target=lambda i=i: found.update({i: session(batches[i])})) for i in range(len(batches))]
+        for thread in ask:
+            thread.start()
+        for thread in ask:
+            thread.join()
+    for i, x in enumerate(batches):
+        np.testing.assert_allclose(found[i], answer(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_tokens_exports_without_a_sound(
+    made: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(2)
+    model = Tokens().eval()
+    artifact = export(model, SHAPE, tmp_path / "tokens", runtime=made.runtime, about=About(model="tokens", fused=True))
+    with load(artifact) as session:
+        np.testing.assert_allclose(session(images(3)), answer(model, images(3)), rtol=1e-4, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [
+        (images(2).astype(np.float64), "float64"),
+        ((images(2) * 50).astype(np.uint8), "uint8"),
+        (images(1)[0], "(3, 17, 19)"),
+        (images(2)[:, :1], "(2, 1, 17, 19)"),
+        (images(2).transpose(0, 2, 3, 1), "(2, 17, 19, 3)"),
+        (images(2)[:0], "(0, 3, 17, 19)"),
+        (images(1).tolist(), "list"),
+        (torch.from_numpy(images(1)), "Tensor"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_words(made: Artifact, wrong: object, came: str) -> None:
+    with load(made) as session, pytest.raises(BadArgument) as refused:
+        session(wrong)  # type: ignore[arg-type]
+    assert "expected" in str(refused.value)
+    assert f"came {came}" in str(refused.value)
+
+
+def test_threads_are_what_the_runtime_says_it_uses(made: Artifact) -> None:
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        with load(made, threads=threads) as session:
+            assert session.threads == threads
+            session(images(1))
+    assert torch.get_num_threads() == before
+    for wrong in (0, -1, True, 1.5, "2"):
+        with pytest.raises(BadArgument, match="number of threads"):
+            load(made, threads=wrong)  # type: ignore[arg-type]
+
+
+def test_a_closed_session_says_so(made: Artifact) -> None:
+    session = load(made)
+    assert session.artifact == made
+    assert repr(session) == f"Session(padded {made.runtime} fp32, open)"
+    session.close()
+    session.close()
+    assert repr(session) == f"Session(padded {made.runtime} fp32, closed)"
+    with pytest.raises(BadArgument, match="closed"):
+        session(images(1))
+
+
+# --- every runtime: what it leaves on disk ------------------------------------------------------------------------
+
+
+def test_the_manifest_tells_all_that_a_user_must_know(made: Artifact) -> None:
+    fields = json.loads((made.folder / "manifest.json").read_text())
+    on_disk = {path.name for path in made.folder.iterdir()} - {"manifest.json"}
+    assert set(fields["files"]) == on_disk == {*find_runtime(made.runtime).FILES, "reference.npz"}
+    for name, entry in fields["files"].items():
+        assert entry == {"num_bytes": (made.folder / name).stat().st_size, "sha256": digest(made.folder / name)}
+    told = {"model": "padded", "fused": True, "drift": 2e-7, "classes": list(CLASSES), "licence": "Apache-2.0"}
+    told |= {"input_shape": list(SHAPE), "num_classes": 7, "dynamic_batch": True, "precision": "fp32", "schema": 1}
+    told |= {"preprocessing": ABOUT.preprocessing, "source": "made here", "runtime": made.runtime}
+    assert {name: fields[name] for name in told} == told
+    assert fields["made_with"]["torch"] == torch.__version__
+    assert {"onefold", *find_runtime(made.runtime).PACKAGES} == set(fields["made_with"])
+    assert 0 <= fields["parity"]["difference"] < 1e-5 < fields["parity"]["tolerance"] == 1e-4
+    assert fields["parity"]["top1_agreement"] == 1
+    assert open_artifact(made.folder) == made == open_artifact(str(made.folder))
+
+
+def test_the_reference_holds_the_example_and_pytorchs_answer(made: Artifact) -> None:
+    with np.load(made.folder / "reference.npz") as reference:
+        np.testing.assert_array_equal(reference["images"], images(2, seed=0))
+        np.testing.assert_array_equal(reference["logits"], answer(padded(), images(2, seed=0)))
+
+
+def test_no_file_names_a_folder_of_the_machine_that_made_it(made: Artifact) -> None:
+    here = str(Path(__file__).parent).encode()
+    for path in made.folder.iterdir():
+        assert here not in path.read_bytes()
+        assert b"site-packages" not in path.read_bytes()
+
+
+def flip(data: bytes, at: float) -> bytes:
+    index = int(at * (len(data) - 1))
+    return data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "first byte": lambda data: flip(data, 0),
+    "middle bit": lambda data: flip(data, 0.5),
+    "late bit": lambda data: flip(data, 0.9),
+    "last byte": lambda data: flip(data, 1),
+    "truncated": lambda data: data[: len(data) // 2],
+    "one byte less": lambda data: data[:-1],
+    "one byte more": lambda data: data + b"\n",
+    "zeros": lambda data: bytes(len(data)),
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_is_found(copied: Path, damage: str) -> None:
+    for path in sorted(copied.iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(DAMAGE[damage](whole))
+        assert path.name in refuses(copied)
+        with pytest.raises(BadArtifact):
+            open_artifact(copied)
+        path.write_bytes(whole)
+    load(copied).close()
+
+
+def test_a_missing_file_is_named(copied: Path) -> None:
+    for path in sorted(copied.iterdir()):
+        whole = path.read_bytes()
+        path.unlink()
+        assert path.name in refuses(copied)
+        path.write_bytes(whole)
+
+
+def test_a_resealed_but_broken_model_is_refused(copied: Path, made: Artifact) -> None:
+    """The hashes fit; what then fails is the runtime's own reader, and it fails as an error of ours."""
+    for name in find_runtime(made.runtime).FILES:
+        whole = (copied / name).read_bytes()
+        for damage in ("empty", "truncated", "zeros"):
+            (copied / name).write_bytes(DAMAGE[damage](whole))
+            reseal(copied)
+            refuses(copied)
+        (copied / name).write_bytes(whole)
+
+
+def test_the_answer_is_checked_even_when_all_hashes_fit(copied: Path, tmp_path: Path) -> None:
+    """A reference that is 1 % off is refused, whatever tolerance the forged manifest states."""
+
+    def widen(fields: dict) -> None:
+        fields["parity"]["tolerance"] = 0.5
+
+    with np.load(copied / "reference.npz") as reference:
+        x, logits = reference["images"], reference["logits"]
+    np.savez(copied / "reference.npz", images=x, logits=logits * np.float32(1.01))
+    reseal(copied)
+    assert "does not answer as it promises" in refuses(copied)
+    reseal(copied, widen)
+    assert "0.0001 is allowed" in refuses(copied)
+    np.savez(copied / "reference.npz", images=x, logits=logits)
+    reseal(copied, widen)
+    load(copied).close()
+
+
+# --- what is the same for all runtimes: folders and manifests -----------------------------------------------------
+
+
+def test_weights_of_another_model_are_refused(copied_eager: Path, tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    other = export(Padded().eval(), SHAPE, tmp_path / "other", runtime="eager", about=ABOUT)
+    shutil.copy(other.folder / "model.safetensors", copied_eager)
+    assert "damaged" in refuses(copied_eager)
+    reseal(copied_eager)
+    assert "does not answer as it promises" in refuses(copied_eager)
+    shutil.copy(other.folder / "reference.npz", copied_eager)
+    reseal(copied_eager)
+    load(copied_eager).close()
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(copied_eager: Path) -> None:
+    path = copied_eager / "manifest.json"
+    whole = path.read_bytes()
+    for index in range(len(whole)):
+        bit = 1 << (index * 5 % 8)
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ bit]) + whole[index + 1 :])
+        with pytest.raises(BadArtifact):
+            open_artifact(copied_eager)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"ant"', '"ape"'), ('"fused": true', '"fused": false'), ("0.0001", "0.5"), ('"padded"', '"padded", "a": 1')],
+)
+def test_an_edited_manifest_is_refused(copied_eager: Path, old: str, new: str) -> None:
+    path = copied_eager / "manifest.json"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    assert "manifest.json was changed" in refuses(copied_eager)
+
+
+FORGERIES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "future schema": (lambda f: f.update(schema=2), "update onefold"),
+    "no schema": (lambda f: f.update(schema="1"), "not the manifest"),
+    "zero schema": (lambda f: f.update(schema=0), "not the manifest"),
+    "more fields": (lambda f: f.update(trust="me"), "trust"),
+    "fewer fields": (lambda f: f.pop("licence"), "licence"),
+    "near runtime": (lambda f: f.update(runtime="eagre"), "did you mean 'eager'"),
+    "far runtime": (lambda f: f.update(runtime="os"), "choose one of"),
+    "other runtime": (lambda f: f.update(runtime="openvino"), "not an artifact of openvino"),
+    "precision": (lambda f: f.update(precision="int3"), "int3"),
+    "classes": (lambda f: f.update(classes=["one"]), "1 classes"),
+    "class of number": (lambda f: f.update(classes=[1] * 7), "strings"),
+    "fused as text": (lambda f: f.update(fused="yes"), "'fused' must be bool"),
+    "drift as whole": (lambda f: f.update(drift=True), "'drift' must be float"),
+    "two sizes": (lambda f: f.update(input_shape=[3, 17]), "input_shape"),
+    "size of text": (lambda f: f.update(input_shape=[3, 17, "19"]), "input_shape"),
+    "huge shape": (lambda f: f.update(input_shape=[3, 1 << 40, 1 << 40]), "does not fit"),
+    "no logits": (lambda f: f.update(num_classes=0, classes=None), "logits"),
+    "other logits": (lambda f: f.update(num_classes=8, classes=None), "does not fit"),
+    "parity failed": (lambda f: f["parity"].update(difference=1.0), "parity"),
+    "parity negative": (lambda f: f["parity"].update(difference=-1.0), "parity"),
+    "up": (lambda f: f["files"].update({"../model.json": f["files"].pop("model.json")}), "inside the folder"),
+    "absolute": (lambda f: f["files"].update({"/etc/passwd": f["files"].pop("model.json")}), "inside the folder"),
+    "below": (lambda f: f["files"].update({"a/b": f["files"].pop("model.json")}), "inside the folder"),
+    "backslash": (lambda f: f["files"].update({"..\\b": f["files"].pop("model.json")}), "inside the folder"),
+    "itself": (lambda f: f["files"].update({"manifest.json": f["files"].pop("model.json")}), "inside the folder"),
+    "no reference": (lambda f: f["files"].pop("reference.npz"), "reference.npz"),
+    "no model": (lambda f: f["files"].pop("model.json"), "not an artifact of eager"),
+    "bad hash": (lambda f: f["files"]["model.json"].update(sha256="0" * 63), "SHA-256"),
+    "negative size": (lambda f: f["files"]["model.json"].update(num_bytes=-1), "damaged"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_resealed_manifest_is_still_validated(copied_eager: Path, forgery: str) -> None:
+    edit, said = FORGERIES[forgery]
+    reseal(copied_eager, edit)
+    assert said in refuses(copied_eager)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", "{", "[" * 100_000, '{"schema": NaN}', '{"schema": 1e999}', "\0"]
+)
+def test_a_manifest_that_is_none_is_refused(copied_eager: Path, text: str) -> None:
+    (copied_eager / "manifest.json").write_text(text)
+    assert "manifest" in refuses(copied_eager)
+
+
+def test_a_place_that_holds_no_artifact_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("{}")
+    assert "has no manifest.json" in refuses(tmp_path / "empty")
+    assert "has no manifest.json" in refuses(tmp_path / "foreign")
+    assert "found a file there" in refuses(tmp_path / "file")
+    assert "found nothing there" in refuses(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.json", "model.safetensors", "reference.npz"])
+def test_links_and_special_files_are_refused(copied_eager: Path, tmp_path: Path, name: str) -> None:
+    path, aside = copied_eager / name, tmp_path / "aside"
+    path.rename(aside)
+    path.symlink_to(aside)
+    assert name in refuses(copied_eager)
+    path.unlink()
+    path.hardlink_to(aside)
+    assert name in refuses(copied_eager)
+    path.unlink()
+    os.mkfifo(path)
+    assert name in refuses(copied_eager)
+    path.unlink()
+    path.mkdir()
+    assert name in refuses(copied_eager)
+
+
+def test_a_reference_is_never_unpickled_nor_inflated(copied_eager: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(marker),)
+
+    logits = np.zeros((2, 7), np.float32)
+    hostile = np.array([Trap()], dtype=object)
+    np.savez(copied_eager / "reference.npz", images=hostile, logits=logits)
+    reseal(copied_eager)
+    refuses(copied_eager)
+    assert not marker.exists()
+    np.savez_compressed(copied_eager / "reference.npz", images=np.zeros((2, *SHAPE), np.float32), logits=logits)
+    reseal(copied_eager)
+    assert "compressed" in refuses(copied_eager)
+
+
+def test_a_reference_whose_header_lies_takes_no_memory() -> None:
+    data = io.BytesIO()
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 4000000, 4000000), }"
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(96))
+    with pytest.raises(BadArtifact, match="not a float32 array"):
+        read_reference(data.getvalue(), (3, 4_000_000, 4_000_000), 7)
+
+
+@pytest.mark.parametrize(
+    "logits", [np.zeros((2, 7)), np.full((2, 7), np.nan), np.full((2, 7), np.inf), np.ones((3, 7))]
+)
+def test_a_reference_that_proves_nothing_is_refused(copied_eager: Path, logits: np.ndarray) -> None:
+    np.savez(copied_eager / "reference.npz", images=images(2), logits=logits.astype(np.float32))
+    reseal(copied_eager)
+    assert "reference.npz" in refuses(copied_eager)
+
+
+def test_difference_and_agreement_have_their_written_values() -> None:
+    a, b = np.float32([[1, -4], [2, 0]]), np.float32([[1, -3], [0, 2]])
+    assert difference(a, b) == 2 / 3
+    assert difference(b, a) == 2 / 4
+    assert difference(a, a) == 0
+    assert difference(np.float32([[np.nan, 0]]), np.float32([[1, 0]])) == np.inf
+    assert difference(a, b[:1]) == np.inf
+    assert top1_agreement(a, b) == 0.5
+
+
+def test_made_up_images_are_the_same_everywhere_and_normalised() -> None:
+    x = make_images((3, 40, 24))
+    assert x.dtype == np.float32
+    assert x.shape == (2, 3, 40, 24)
+    np.testing.assert_array_equal(x, make_images((3, 40, 24)))
+    assert abs(x.mean()) < 1e-5
+    assert abs(x.std() - 1) < 1e-5
+    assert np.abs(x[0] - x[1]).max() > 1
+
+
+# --- what cannot be exported --------------------------------------------------------------------------------------
+
+
+class Answering(nn.Module):
+    """A model that answers what a function says."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x * self.scale)
+
+
+def pooled(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+CANNOT: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "a fixed batch": (lambda x: pooled(x.reshape(2, *x.shape[1:])), "any batch size"),
+    "a course that depends on values": (lambda x: pooled(x) if x.sum() > -1e9 else pooled(-x), "any batch size"),
+    "several answers": (lambda x: (pooled(x), pooled(x)), "one tensor"),
+    "a dict": (lambda x: {"logits": pooled(x)}, "one tensor"),
+    "a map": (lambda x: x, "one tensor"),
+    "chance": (lambda x: pooled(F.dropout(x, 0.5, training=True)), "two answers"),
+    "zeros": (lambda x: pooled(x) * 0, "prove nothing"),
+    "not a number": (lambda x: pooled(x) / 0 * 0, "prove nothing"),
+    "a crash": (lambda x: pooled(x[:, :, :0]) @ torch.ones(7, 7), "does not take images"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_be_exported_is_refused_in_words(tmp_path: Path, case: str) -> None:
+    function, said = CANNOT[case]
+    with pytest.raises(BadArgument, match=said):
+        export(Answering(function).eval(), SHAPE, tmp_path / "out", runtime="eager", about=replace(ABOUT, classes=None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_changed_in_place_is_refused(tmp_path: Path) -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return pooled(x[:, :].clamp_(min=0))
+
+    with pytest.raises(BadArgument, match="changes them"):
+        export(Greedy().eval(), SHAPE, tmp_path / "out", runtime="eager", about=replace(ABOUT, classes=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"runtime": "onnxruntime"}, "did you mean 'onnx'"),
+        ({"runtime": "Eager"}, "did you mean 'eager'"),
+        ({"precision": "int4"}, "choose one of: fp32"),
+        ({"about": replace(ABOUT, classes=("one",))}, "7 logits, but 1 classes"),
+        ({"about": replace(ABOUT, model="")}, "name of a model"),
+        ({"about": replace(ABOUT, drift=float("nan"))}, "drift"),
+        ({"about": replace(ABOUT, preprocessing={"mean": object()})}, "JSON"),
+        ({"about": replace(ABOUT, preprocessing={"mean": float("inf")})}, "JSON"),
+        ({"example": (3, 17)}, "three sizes"),
+        ({"example": (3, 17, 0)}, "three sizes"),
+        ({"example": images(2).astype(np.float64)}, "float64"),
+        ({"example": images(2)[0]}, "(3, 17, 19)"),
+        ({"example": images(2)[:, :2]}, "does not take images"),
+        ({"example": images(2) * np.float32("nan")}, "finite"),
+        ({"model": Padded()}, "model.eval()"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(tmp_path: Path, change: dict, said: str) -> None:
+    call = {
+        "model": padded(),
+        "example": SHAPE,
+        "folder": tmp_path / "out",
+        "runtime": "eager",
+        "about": ABOUT,
+    } | change
+    with pytest.raises(BadArgument) as refused:
+        export(**call)
+    assert said in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_artifact_is_ever_replaced(eager: Artifact, copied_eager: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    new = export(Padded().eval(), torch.from_numpy(images(2)), copied_eager, runtime="eager", about=ABOUT)
+    assert new.files["model.safetensors"] != eager.files["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+    (copied_eager / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for place in (copied_eager, tmp_path / "file"):
+        with pytest.raises(BadArgument, match="choose a new name"):
+            export(padded(), SHAPE, place, runtime="eager", about=ABOUT)
+    assert (copied_eager / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def test_one_image_is_joined_by_its_mirror_image(tmp_path: Path) -> None:
+    artifact = export(padded(), images(1), tmp_path / "out", runtime="eager", about=ABOUT)
+    with np.load(artifact.folder / "reference.npz") as reference:
+        np.testing.assert_array_equal(reference["images"], np.concatenate([images(1), images(1)[..., ::-1]]))
+
+
+def test_the_model_given_is_left_as_it_was(tmp_path: Path) -> None:
+    model = padded().double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, SHAPE, tmp_path / "out", runtime="eager", about=ABOUT)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_unfused_model_is_exported_loudly(tmp_path: Path) -> None:
+    with pytest.warns(runtimes.UnfusedWarning, match="NOT FUSED"):
+        artifact = export(padded(), SHAPE, tmp_path / "out", runtime="eager", about=replace(ABOUT, fused=False))
+    assert artifact.fused is False
+    assert artifact.title == "padded eager fp32 NOT FUSED"
+
+
+@pytest.fixture
+def liar(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A runtime whose answer is off by `module.error` of the largest logit."""
+    module = ModuleType("liar")
+    truth = find_runtime("eager")
+
+    class Engine:
+        threads = 1
+
+        def __init__(self, engine: Callable[[np.ndarray], np.ndarray]) -> None:
+            self.engine = engine
+
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            logits = self.engine(x)
+            return logits + np.abs(logits).max() * np.float32(module.error)
+
+        def close(self) -> None: ...
+
+    for name in ("FILES", "PACKAGES", "PRECISIONS", "DETAILS", "export"):
+        setattr(module, name, getattr(truth, name))
+    module.load = lambda content, **how: Engine(truth.load(content, **how))
+    monkeypatch.setitem(sys.modules, "liar", module)
+    monkeypatch.setitem(RUNTIMES, "liar", "liar")
+    yield module
+
+
+def test_the_gate_is_parity_of_a_ten_thousandth(liar: ModuleType, tmp_path: Path) -> None:
+    liar.error = 3e-5
+    artifact = export(padded(), SHAPE, tmp_path / "out", runtime="liar", about=ABOUT)
+    assert artifact.parity.difference == pytest.approx(3e-5, rel=0.2)
+    for error in (3e-4, np.nan, np.inf):
+        liar.error = error
+        with pytest.raises(GateFailed, match="does not answer as PyTorch does"):
+            export(padded(), SHAPE, tmp_path / "out", runtime="liar", about=ABOUT)
+        refuses(tmp_path / "out")
+    liar.error = 3e-5
+    assert load(tmp_path / "out").artifact == artifact
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+# --- what each runtime has of its own -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("runtime", "package"), [("onnx", "onnxruntime"), ("onnx", "onnx"), ("openvino", "openvino")])
+def test_a_missing_package_is_named_with_the_line_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra) as missing:
+        export(padded(), SHAPE, tmp_path / "out", runtime=runtime, about=ABOUT)
+    assert f'pip install "onefold[{runtime}]"' in str(missing.value)
+    assert missing.value.exit_status == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+ALONE = """
+import socket, sys
+def refuse(*_): raise SystemExit("the network was asked for")
+socket.socket.connect = socket.getaddrinfo = refuse
+from onefold.runtimes import load
+assert not {"torch", "onnx", "onnxruntime", "openvino"} & set(sys.modules), "imported before it is used"
+with load(sys.argv[1]) as session:
+    assert session.artifact.runtime == sys.argv[2]
+assert sys.argv[2] == "eager" or "torch" not in sys.modules, "torch is not needed to run it"
+assert "openvino_telemetry" not in sys.modules
+"""
+
+
+def test_a_session_needs_its_own_package_only_and_no_network(made: Artifact, tmp_path: Path) -> None:
+    """In a fresh process with an empty home, where telemetry would ask for the network and leave its files."""
+    call = [sys.executable, "-W", "error", "-c", ALONE, str(made.folder), made.runtime]
+    done = subprocess.run(call, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_openvino_converts_with_its_telemetrys_stand_in(made: Artifact) -> None:
+    if made.runtime != "openvino":
+        pytest.skip("about openvino only")
+    from openvino.tools.ovc import convert_impl, telemetry_utils
+
+    stand_ins = {convert_impl.tm.__name__, telemetry_utils.tm.__name__}
+    assert stand_ins == {"openvino.tools.ovc.telemetry_stub"}
+
+
+def test_openvino_stores_32_bits(made: Artifact) -> None:
+    if made.runtime != "openvino":
+        pytest.skip("about openvino only")
+    num_params = sum(p.numel() for p in padded().parameters())
+    assert made.files["model.bin"].num_bytes >= 4 * num_params
+
+
+def test_onnx_carries_its_metadata_and_its_opset(made: Artifact) -> None:
+    if made.runtime != "onnx":
+        pytest.skip("about onnx only")
+    import onnx
+
+    model = onnx.load(made.folder / "model.onnx")
+    props = {prop.key: prop.value for prop in model.metadata_props}
+    assert props["model"] == "padded"
+    assert tuple(json.loads(props["classes"])) == CLASSES
+    assert json.loads(props["preprocessing"]) == ABOUT.preprocessing
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+    assert made.details["opset"] == 20
+    assert [i.name for i in model.graph.input] == ["images"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert {tensor.data_location for tensor in model.graph.initializer} == {0}
+
+
+def outside(folder: Path) -> bytes:
+    """An ONNX network that reads its weights from a file in the current folder."""
+    import onnx
+
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], np.float32([1]).tobytes(), raw=True)
+    onnx.external_data_helper.set_external_data(weight, "secret.bin")
+    weight.ClearField("raw_data")
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, None) for name in ("images", "logits"))
+    node = onnx.helper.make_node("Add", ["images", "w"], ["logits"])
+    inner = onnx.helper.make_graph([node], "inner", [], [y], [weight])
+    either = onnx.helper.make_node("If", ["c"], ["logits"], then_branch=inner, else_branch=inner)
+    yes = onnx.helper.make_tensor("c", onnx.TensorProto.BOOL, [], [True])
+    graph = onnx.helper.make_graph([either], "outer", [x], [y], [yes])
+    (folder / "secret.bin").write_bytes(np.float32([7]).tobytes())
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]).SerializeToString()
+
+
+def test_a_network_that_reads_other_files_is_refused(
+    made: Artifact, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"onnx": "model.onnx", "openvino": "model.xml"}
+    if made.runtime not in names:
+        pytest.skip("about runtimes that read ONNX only")
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(tmp_path)
+    (copied / names[made.runtime]).write_bytes(outside(tmp_path))
+    reseal(copied)
+    said = refuses(copied)
+    assert "other files" in said or "not a network of OpenVINO" in said
+
+
+def step(op: str, *args: object, **kwargs: object) -> dict:
+    return {"op": op, "args": list(args), "kwargs": kwargs}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {"schema": 2, "steps": [], "answer": {"input": 0}},
+        {"schema": 1, "steps": [step("os.system", "true")], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("python.eval", "1")], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.from_file.default", "/etc/passwd")], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.__class__.__bases__", 1)], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.resize_.default", {"input": 0}, [9])], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.empty.memory_format", [9])], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.as_strided.default", {"input": 0}, [9], [1])], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.set_.source_Tensor", {"input": 0}, {"input": 0})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.out", {"input": 0}, out={"input": 0})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.nothing.default", {"input": 0})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.default", {"step": 0})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.default", {"weight": "w"})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.default", {"input": 1})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.default", {"dtype": "load"})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.default", {"pickle": "x"})], "answer": {"step": 0}},
+        {"schema": 1, "steps": [step("aten.relu.default", {"input": 0})], "answer": {"step": True}},
+        {"schema": 1, "steps": [{"op": "aten.relu.default", "args": {}, "kwargs": {}}], "answer": {"step": 0}},
+    ],
+)
+def test_a_program_calls_nothing_but_plain_operators(data: object) -> None:
+    with pytest.raises(BadArtifact):
+        Program(data, {})  # type: ignore[arg-type]
+
+
+def test_a_program_runs_its_steps() -> None:
+    """y = relu(x) * 2 + sum of a weight, written by hand."""
+    steps = [
+        step("aten.relu.default", {"input": 0}),
+        step("aten.mul.Tensor", {"step": 0}, 2),
+        step("aten.sum.dim_IntList", {"weight": "w"}, [0], dtype={"dtype": "float32"}),
+        step("aten.add.Tensor", {"step": 1}, {"step": 2}),
+    ]
+    program = Program({"schema": 1, "steps": steps, "answer": {"step": 3}}, {"w": torch.tensor([1, 2])})
+    for _ in range(2):
+        assert program(torch.tensor([[-1.0, 4.0]])).tolist() == [[3.0, 11.0]]
+    assert program(torch.zeros(0, 2)).shape == (0, 2)

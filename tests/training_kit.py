@@ -1,0 +1,105 @@
+"""A tiny network, tiny data, and a training of them that a test can start, stop and kill.
+
+As a program: `python training_kit.py OUT resume|begin [slow]` trains to the end and prints a line a step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from onefold.train import SGD, Checkpoint, Cosine, Ema, Plan, Progress, Run, Steps, WeightDecay, accuracy, train
+
+NUM_CLASSES = 6
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Conv, BatchNorm, depthwise conv, dropout: everything with a state."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(8, NUM_CLASSES),
+    )
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Images of a colour a class, with noise that is a function of the epoch and the image."""
+
+    num_images: int = 24
+    batch_size: int = 4
+    seed: int = 0
+    spoilt: int = -1  # from this epoch on the images are infinite
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def fingerprint(self) -> str:
+        return f"blobs {self.num_images} {self.seed}"
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = torch.Generator().manual_seed(1000 * self.seed + n)
+        order = torch.randperm(self.num_images, generator=rng)
+        for chosen in order.split(self.batch_size)[start:]:
+            yield self.images(chosen, n), chosen % NUM_CLASSES
+
+    def images(self, chosen: Tensor, n: int = 0) -> Tensor:
+        noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(int(97 * i + n))) for i in chosen]
+        colours = torch.randn(NUM_CLASSES, 3, 1, 1, generator=torch.Generator().manual_seed(self.seed))
+        images = colours[chosen % NUM_CLASSES] + 0.5 * torch.stack(noise)
+        return images / 0.0 if 0 <= self.spoilt <= n else images
+
+
+PLAN = Plan(
+    epochs=3,
+    batch_size=4,
+    optimizer=SGD(lr=0.1, momentum=0.9),
+    schedule=Cosine(final=1e-3, warmup=Steps(3)),
+    weight_decay=WeightDecay(start=1e-3, final=1e-4, skip=("norm", "bias")),
+    label_smoothing=0.1,
+    ema=Ema(decay=0.95, warmup=True),
+    clip_grad_norm=5.0,
+    checkpoint_every=Steps(2),
+    seed=3,
+)
+
+
+def score(model: nn.Module) -> Mapping[str, float]:
+    """Accuracy on images that training does not see."""
+    data = Blobs(num_images=18, batch_size=9)
+    torch.rand(1)  # an evaluation may draw, and must not change the run
+    return accuracy(model, data.epoch(10_000)).metrics()
+
+
+def fresh(out: Path, plan: Plan = PLAN, data: Blobs = Blobs(), **run: object) -> Checkpoint:
+    """A training of a new network in `out`."""
+    given: dict[str, object] = {"evaluate": score, **run}
+    return train(network(), data, plan, Run(out=out, **given))  # type: ignore[arg-type]
+
+
+def main(out: str, how: str, speed: str = "fast") -> None:
+    torch.set_num_threads(1)
+
+    def say(progress: Progress) -> None:
+        print(progress.epoch, progress.step, flush=True)
+        time.sleep(0.02 if speed == "slow" else 0.0)
+
+    print("digest", fresh(Path(out), resume=how == "resume", on_progress=say).digest(), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
