@@ -14,7 +14,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

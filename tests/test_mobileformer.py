@@ -416,7 +416,7 @@ class Blocks(nn.Sequential):
 
 def test_blocks_compile_whole() -> None:
     blocks, state = Blocks(), (MAP.float(), TOKENS.float())
-    compiled = torch.compile(blocks, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(blocks, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(state), blocks(state))
 
 
@@ -429,7 +429,7 @@ def test_blocks_export_with_any_batch_and_size() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["26m", "294m"])
 def test_network_compiles_and_exports_whole(variant: str) -> None:
     net = mobileformer(variant, 5, 2).eval()
     fill_(net)

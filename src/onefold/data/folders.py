@@ -61,7 +61,7 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):
             if not os.path.lexists(path):
                 raise BadData(f"{printable(path)} is not there: expected an image or a folder of images")
             found[path] = None
@@ -112,10 +112,10 @@ def walk(folder: Path) -> tuple[list[str], Counter[str]]:
     waiting = [""]
     while waiting:
         inner = waiting.pop()
-        status = (folder / inner).stat()
-        if (status.st_dev, status.st_ino) in seen:
+        identity = _identity(folder / inner)
+        if identity in seen:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         for name, is_folder in _entries(folder / inner):
             suffix = os.path.splitext(name)[1].lower()
             if is_folder:
@@ -140,7 +140,19 @@ def _entries(folder: Path) -> list[tuple[str, bool]]:
             visible = [e for e in entries if not e.name.startswith(".") and e.name not in _DROPPINGS]
             return sorted((entry.name, _is_folder(entry)) for entry in visible)
     except OSError as error:
-        raise BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}") from error
+        raise _unreadable(folder, error) from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(folder: Path, error: OSError) -> BadData:
+    return BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

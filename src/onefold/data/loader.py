@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -118,15 +119,16 @@ class Batches:
 
     def _epoch(self, n: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         shares = (self.samples(n, step) for step in range(start, len(self)))
-        for samples, made in self._inline(n, shares) if self.num_workers == 0 else self._threaded(n, shares):
-            batch = self._batch(samples, made)
-            if batch is not None:
-                yield batch
+        with closing(self._threaded(n, shares) if self.num_workers else self._inline(n, shares)) as stream:
+            for samples, made in stream:
+                batch = self._batch(samples, made)
+                if batch is not None:
+                    yield batch
 
-    def _inline(self, n: int, shares: Iterable[NDArray[np.int64]]) -> Iterator[_Made]:
+    def _inline(self, n: int, shares: Iterable[NDArray[np.int64]]) -> Generator[_Made, None, None]:
         return ((samples, self._make(n, samples)) for samples in shares)
 
-    def _threaded(self, n: int, shares: Iterable[NDArray[np.int64]]) -> Iterator[_Made]:
+    def _threaded(self, n: int, shares: Iterable[NDArray[np.int64]]) -> Generator[_Made, None, None]:
         """Each batch made by all threads, a few batches ahead of the one in use."""
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="onefold-data")
         under_way: deque[tuple[NDArray[np.int64], list[Future[list[_Sample]]]]] = deque()

@@ -15,6 +15,7 @@ side: 1 to evaluate on everything. A folder with val/ but no train/ can be evalu
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -192,9 +193,9 @@ def fingerprint(source: Source) -> str:
 
 def _check_folder(folder: Path) -> None:
     shown = printable(folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise BadData(f"{shown} is not there: expected a folder of images, or the word digits")
     if folder.suffix.lower() in _ARCHIVES:
         raise BadData(f"{shown} is an archive: unpack it and give the folder")
@@ -212,22 +213,27 @@ def _held_out(folder: Path) -> Path | None:
 def _is_split(folder: Path, name: str) -> bool:
     """Whether folder/name holds classes of its own, rather than being a class that happens to be called so."""
     inner = folder / name
-    return inner.is_dir() and ((inner / "labels.csv").is_file() or bool(visible_folders(inner)))
+    return os.path.isdir(inner) and (_table(inner) is not None or bool(visible_folders(inner)))
+
+
+def _table(folder: Path) -> Path | None:
+    table = folder / "labels.csv"
+    return table if os.path.isfile(table) else None
 
 
 def _labelled(folder: Path) -> Files:
-    table = folder / "labels.csv"
-    return labels_csv(table) if table.is_file() else class_folders(folder)
+    table = _table(folder)
+    return labels_csv(table) if table else class_folders(folder)
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    table = folder / "labels.csv"
-    return labels_csv(table).classes if table.is_file() else tuple(visible_folders(folder))
+    table = _table(folder)
+    return labels_csv(table).classes if table else tuple(visible_folders(folder))
 
 
 def _given(train: Path, held_out: Path, split: Split) -> Source:
     """One half of a set that is split already, if both halves have the same classes."""
-    if not train.is_dir():
+    if not os.path.isdir(train):
         if split == "train":
             raise BadData(f"{printable(train.parent)} has {held_out.name}/ and no train/: there is nothing to train on")
         return _labelled(held_out)

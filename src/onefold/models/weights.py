@@ -186,6 +186,8 @@ def _other_classes(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
         return weights.tensors
     text = "%s: its classifier is for %d classes and the model's for %d: the model's keeps its fresh values"
     logger.info(text, weights.source, weights.num_classes, wanted)
+    if weights.num_classes == 0:
+        return weights.tensors  # half a classifier, if there is one, is for _must_match to refuse
     return {name: tensor for name, tensor in weights.tensors.items() if name not in HEAD}
 
 

@@ -96,7 +96,8 @@ def evidence(inputs: Inputs) -> Evidence:
     """Put together what belongs together."""
     within = (each for comparison in inputs.comparisons for each in _without_names(comparison))
     everything = [*inputs.measurements, *within]
-    accuracies = {subject_key(each.subject): inputs.top1_of(each.subject) for each in everything}
+    found = ((subject_key(each.subject), inputs.top1_of(each.subject)) for each in everything)
+    accuracies = {key: top1 for key, top1 in found if top1 is not None}
     return Evidence(inputs=inputs, groups=tuple(grouped(everything, accuracies)), pairs=tuple(_pairs(inputs)))
 
 

@@ -1,12 +1,13 @@
 """The figures, drawn by matplotlib as SVG that takes its colours from the page: one drawing for light and dark.
 
-The same data give the same bytes: no date, no random ids. Text stays text. A figure is drawn small (360 points wide) so
+The same data give the same bytes: no date, no random ids. Text stays text. A figure is drawn small (324 points wide) so
 that its letters are still letters on a phone.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_WIDTH = 5.0
+_WIDTH = 4.5
+_SCATTER_HEIGHT = 3.2
 _POINTS = 72
+_APART = 8.5
+_SIDES = ((0.0, 9.0), (9.0, 3.0), (0.0, -10.0), (-9.0, 3.0), (8.0, 9.0), (8.0, -9.0), (-8.0, 9.0), (-8.0, -9.0))
 _FAR_APART = 6.0  # an axis that spans more than this factor is logarithmic
 SERIES = 8
 
@@ -76,9 +80,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Contest:
-    """A ratio of two latencies under a label."""
+    """A ratio of two latencies under a label, and the ratio in words."""
 
     label: str
+    note: str
     ratio: Ratio
 
 
@@ -128,10 +133,8 @@ def distributions(words: Words, rows: Sequence[Row]) -> Markup:
         axes.plot([row.median_ms] * 2, [foot, foot + 0.6], color=_INK, lw=1.4)
         if row.p90_ms is not None:
             axes.plot([row.p90_ms] * 2, [foot, foot + 0.34], color=_INK, lw=1.0, ls=(0, (2, 1.2)))
-        for at, text, side, tone in ((0.0, row.label, "left", _INK), (1.0, row.note, "right", _MUTED)):
-            axes.text(
-                at, foot + 0.68, plain(text, 44), transform=axes.get_yaxis_transform(), ha=side, fontsize=8
-            ).set_color(_ALARM if row.fused is False and side == "left" else tone)
+        _write(axes, (0.0, foot + 0.68), row.label, _ALARM if row.fused is False else _INK)
+        _write(axes, (1.0, foot + 0.68), row.note, _MUTED)
     _scale(axes, edges[0], edges[-1])
     axes.set_ylim(-0.05, len(rows) + 0.02)
     axes.set_yticks([])
@@ -142,54 +145,75 @@ def distributions(words: Words, rows: Sequence[Row]) -> Markup:
 
 def scatter(words: Words, points: Sequence[Point]) -> Markup:
     """Accuracy over latency, every point numbered, the front joined by a line."""
-    figure, axes = _canvas(3.2)
+    figure, axes = _canvas(_SCATTER_HEIGHT)
     front = [(point.latency_ms, point.top1) for point in points if point.on_front]
     axes.plot(*zip(*front, strict=True), color=_series(0), lw=1.4, alpha=0.55, drawstyle="steps-post", zorder=1)
-    for point in points:
+    latencies, accuracies = [point.latency_ms for point in points], [point.top1 for point in points]
+    gap = max(1.1, (max(latencies) / min(latencies)) ** 0.12)
+    _scale(axes, min(latencies) / gap, max(latencies) * gap)
+    room = max(0.5, 0.16 * (max(accuracies) - min(accuracies)))
+    axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
+    sides = _sides(list(zip(latencies, accuracies, strict=True)), axes)
+    for point, side in zip(points, sides, strict=True):
         colour = _ALARM if point.fused is False else _series(0) if point.on_front else _MUTED
-        filled = point.on_front
-        axes.plot(
-            point.latency_ms,
-            point.top1,
-            "s" if point.fused is False else "o",
-            ms=13,
-            mfc=colour if filled else _SURFACE,
-            mec=colour,
-            mew=1.4,
-        )
-        axes.annotate(
-            str(point.number), (point.latency_ms, point.top1), ha="center", va="center_baseline", fontsize=8
-        ).set_color(_SURFACE if filled else colour)
-    latencies = [point.latency_ms for point in points]
-    axes.margins(0.12, 0.16)
-    gap = (max(latencies) / min(latencies)) ** 0.12
-    _scale(axes, min(latencies) / max(gap, 1.1), max(latencies) * max(gap, 1.1))
+        marker, place = "s" if point.fused is False else "o", (point.latency_ms, point.top1)
+        axes.plot(*place, marker, ms=6, mfc=colour if point.on_front else _SURFACE, mec=colour, mew=1.4)
+        name = axes.annotate(str(point.number), place, side, textcoords="offset points", ha="center", va="center")
+        name.set_color(colour)
     axes.set_xlabel("median latency, milliseconds (left is better)")
     axes.set_ylabel("top-1 accuracy, % (up is better)")
     return _svg(figure, words)
 
 
 def forest(words: Words, contests: Sequence[Contest]) -> Markup:
-    """Ratios with their intervals on a logarithmic axis; the band around 1 is the noise floor."""
-    figure, axes = _canvas(0.72 + 0.42 * len(contests))
+    """Ratios with their intervals; the band around 1 is the noise floor."""
+    figure, axes = _canvas(0.72 + 0.44 * len(contests))
     floor = max(contest.ratio.floor for contest in contests)
     axes.axvspan(1 / (1 + floor), 1 + floor, color=_MUTED, alpha=0.22, lw=0)
     axes.axvline(1, color=_MUTED, lw=1)
+    bounds = [bound for contest in contests for bound in (contest.ratio.low, contest.ratio.high)]
+    low, high = min(0.93, *bounds) / 1.06, max(1.07, *bounds) * 1.06
+    _scale(axes, low, high)
     for index, contest in enumerate(contests):
         ratio, foot = contest.ratio, len(contests) - 1 - index
         colour = _MUTED if ratio.verdict == "no difference" else _series(0)
         axes.plot([ratio.low, ratio.high], [foot, foot], color=colour, lw=2.6, solid_capstyle="round")
         axes.plot(ratio.value, foot, "o", color=colour, ms=6)
-        axes.text(0, foot + 0.24, plain(contest.label, 70), transform=axes.get_yaxis_transform(), fontsize=8).set_color(
-            _INK
-        )
-    bounds = [bound for contest in contests for bound in (contest.ratio.low, contest.ratio.high)]
-    _scale(axes, min(0.93, *bounds) / 1.06, max(1.07, *bounds) * 1.06)
+        _write(axes, (0.0, foot + 0.24), contest.label, _INK)
+        right = ratio.value < (low + high) / 2  # the side with more room
+        place, gap, side = (ratio.high, 7, "left") if right else (ratio.low, -7, "right")
+        beside = axes.annotate(contest.note, (place, foot), (gap, 0), textcoords="offset points", ha=side, va="center")
+        beside.set(color=_MUTED, fontsize=8.5)
     axes.set_ylim(-0.4, len(contests) - 0.3)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("time relative to the baseline (left is faster)")
     return _svg(figure, words)
+
+
+def _write(axes: Axes, place: tuple[float, float], text: str, colour: str) -> None:
+    """A line of text at `place`: x as a share of the width (from its left end at 0, its right end at 1), y as data."""
+    side = "right" if place[0] else "left"
+    written = axes.text(*place, plain(text, 64), transform=axes.get_yaxis_transform(), ha=side, fontsize=8.5)
+    written.set_color(colour)
+
+
+def _sides(places: Sequence[tuple[float, float]], axes: Axes) -> list[tuple[float, float]]:
+    """For each point the offset, in points, of its number: the first of eight sides that is free, else above."""
+    to_axes = (axes.transData + axes.transAxes.inverted()).transform
+    width, height = 0.85 * _WIDTH * _POINTS, 0.85 * _SCATTER_HEIGHT * _POINTS
+    dots = [(float(x) * width, float(y) * height) for x, y in map(to_axes, places)]
+    taken, chosen = list(dots), []
+    for dot in dots:
+        free = (side for side in _SIDES if _is_free(dot, side, [each for each in taken if each != dot]))
+        side = next(free, _SIDES[0])
+        taken.append((dot[0] + side[0], dot[1] + side[1]))
+        chosen.append(side)
+    return chosen
+
+
+def _is_free(dot: tuple[float, float], side: tuple[float, float], taken: Sequence[tuple[float, float]]) -> bool:
+    return all(math.dist((dot[0] + side[0], dot[1] + side[1]), other) >= _APART for other in taken)
 
 
 def _ridge(axes: Axes, row: Row, edges: Sequence[float], foot: float, colour: str) -> None:

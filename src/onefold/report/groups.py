@@ -11,6 +11,8 @@ from typing import Any
 from onefold.bench import Machine, Measurement
 from onefold.report.html import plain
 
+_FINDINGS = frozenset({"drift", "macs", "params", "parity", "top1", "top5"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -91,7 +93,7 @@ def label(subject: Mapping[str, Any]) -> str:
     return " ".join(known) + ("" if told.issuperset(name.lower().split()) else f" ({name})")
 
 
-def grouped(measurements: Iterable[Measurement], accuracies: Mapping[str, float | None]) -> list[Group]:
+def grouped(measurements: Iterable[Measurement], accuracies: Mapping[str, float]) -> list[Group]:
     """Groups, the quickest first, machine by machine in the order they come; `accuracies` by the key of a subject."""
     found: dict[tuple[str, int, str], list[Measurement]] = {}
     for each in measurements:
@@ -104,8 +106,8 @@ def grouped(measurements: Iterable[Measurement], accuracies: Mapping[str, float 
 
 
 def subject_key(subject: Mapping[str, Any]) -> str:
-    """The subject as one string, the same for the same subject."""
-    return json.dumps(subject, sort_keys=True)
+    """What tells subjects apart, as one string: all but what was found out about them."""
+    return json.dumps({key: value for key, value in subject.items() if key not in _FINDINGS}, sort_keys=True)
 
 
 def pareto_front(groups: Iterable[Group]) -> list[Group]:

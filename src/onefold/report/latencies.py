@@ -27,12 +27,9 @@ def latencies(evidence: Evidence) -> Markup:
         if several:
             parts.append(element("h3", f"On {plain(machine.chip)}, {many(machine.cores, 'core')}"))
         groups, pairs = evidence.groups_on(machine), evidence.pairs_on(machine)
-        parts += [
-            _compared(pairs, place),
-            _distributed(groups, place),
-            _weighed(groups, place),
-            _table(groups, machine),
-        ]
+        drawn = [*_compared(pairs, place), *_distributed(groups, place), *_weighed(groups, place)]
+        said = [joined(element("strong", pair.sentence()), f" ({pair.context}; {_floor(pair)})") for pair in pairs]
+        parts += [bullets(said), classed("div", "figures packed", *drawn), _unknown(groups), _table(groups, machine)]
     return joined(*parts)
 
 
@@ -41,24 +38,31 @@ def tag(fused: bool | None) -> Markup:
     return _UNSTATED if fused is None else _FUSED if fused else UNFUSED
 
 
-def _compared(pairs: Sequence[Pair], place: int) -> Markup:
-    if not pairs:
-        return Markup("")
-    said = [joined(element("strong", pair.sentence()), " ", f"({pair.context}; {_floor(pair)})") for pair in pairs]
-    drawn = pairs[: 2 * _MOST_ROWS]
-    contests = [Contest(f"{pair.first} / {pair.second}: {pair.context}", pair.ratio) for pair in drawn]
-    description = " ".join(pair.sentence() for pair in drawn)
-    words = Words(f"ratios-{place}", "Compared, with 95 % intervals", description)
+def _compared(pairs: Sequence[Pair], place: int) -> list[Markup]:
+    """Every ratio with its interval, in one figure."""
+    drawn = pairs[:_MOST_ROWS]
+    if not drawn:
+        return []
+    contests = [Contest(f"{pair.first} / {pair.second}, {pair.context}", _times(pair), pair.ratio) for pair in drawn]
+    words = Words(f"ratios-{place}", "Compared, with 95 % intervals", " ".join(pair.sentence() for pair in drawn))
     note = "Dots are ratios of times, bars 95 % intervals, the grey band the noise floor; a grey dot is no difference."
-    figure = element("figure", element("h3", words.title), figures.forest(words, contests), element("figcaption", note))
-    return joined(bullets(said), classed("div", "figures", figure))
+    return [_figure(words, figures.forest(words, contests), note)]
+
+
+def _figure(words: Words, svg: Markup, note: str, *more: Markup) -> Markup:
+    return element("figure", element("h3", words.title), svg, *more, element("figcaption", note))
 
 
 def _floor(pair: Pair) -> str:
     return f"the same network against itself differs by up to {100 * pair.ratio.floor:.1f} % here"
 
 
-def _distributed(groups: Sequence[Group], place: int) -> Markup:
+def _times(pair: Pair) -> str:
+    ratio = pair.ratio
+    return f"{digits(ratio.value)} ({digits(ratio.low)}–{digits(ratio.high)})"
+
+
+def _distributed(groups: Sequence[Group], place: int) -> list[Markup]:
     """One figure a model, one row a subject."""
     by_model = sorted(groups, key=_model)
     drawn = []
@@ -66,11 +70,13 @@ def _distributed(groups: Sequence[Group], place: int) -> Markup:
         rows = [_row(group) for group in members]
         words = Words(f"latency-{place}-{at}", f"Latency of {model}" if model else "Latency", _told(rows))
         more = f" The quickest {_MOST_ROWS} of {len(rows)} are drawn." if len(rows) > _MOST_ROWS else ""
-        note = f"Each row: every call measured. The line marks the median, the broken line p90 (99 % sure).{more}"
+        note = (
+            "Each row holds every call measured, the last bar all that took longer still. "
+            f"The line marks the median, the broken line p90 (99 % sure).{more}"
+        )
         legend = classed("div", "legend", *_legend(rows[:_MOST_ROWS]))
-        svg = figures.distributions(words, rows[:_MOST_ROWS])
-        drawn.append(element("figure", element("h3", words.title), legend, svg, element("figcaption", note)))
-    return classed("div", "figures packed", *drawn)
+        drawn.append(_figure(words, joined(legend, figures.distributions(words, rows[:_MOST_ROWS])), note))
+    return drawn
 
 
 def _model(group: Group) -> str:
@@ -106,19 +112,20 @@ def _legend(rows: Sequence[Row]) -> list[Markup]:
     ]
 
 
-def _weighed(groups: Sequence[Group], place: int) -> Markup:
-    """Accuracy against latency, for each number of threads."""
-    if not groups:
+def _weighed(groups: Sequence[Group], place: int) -> list[Markup]:
+    """Accuracy against latency, one figure for each number of threads."""
+    known = sorted((group for group in groups if group.top1 is not None), key=lambda group: group.threads)
+    by_threads = groupby(known, key=lambda group: group.threads)
+    return [_scatter(list(members), f"pareto-{place}-{threads}", threads) for threads, members in by_threads]
+
+
+def _unknown(groups: Sequence[Group]) -> Markup:
+    names = list(dict.fromkeys(group.label for group in groups if group.top1 is None))
+    if not names:
         return Markup("")
-    known = [group for group in groups if group.top1 is not None]
-    unknown = list(dict.fromkeys(group.label for group in groups if group.top1 is None))
-    missing = f"The accuracy of {many(len(unknown), 'thing')} measured is unknown, so not drawn: {', '.join(unknown)}."
-    parts = []
-    for threads, members in groupby(sorted(known, key=lambda group: group.threads), key=lambda group: group.threads):
-        parts.append(_scatter(list(members), f"pareto-{place}-{threads}", threads))
-    return joined(
-        classed("div", "figures", *parts) if parts else None, classed("p", "note", missing) if unknown else None
-    )
+    count = "Nothing" if len(names) == len({group.label for group in groups}) else "Not everything"
+    said = f"{count} measured has a known accuracy; not drawn against it: {', '.join(names)}."
+    return classed("p", "note", said)
 
 
 def _scatter(groups: Sequence[Group], key: str, threads: int) -> Markup:
@@ -134,15 +141,14 @@ def _scatter(groups: Sequence[Group], key: str, threads: int) -> Markup:
     words = Words(key, f"Accuracy against latency, {many(threads, 'thread')}", f"On the front: {best}.")
     note = "Filled points are on the Pareto front: nothing measured is both quicker and more accurate."
     listed = classed("ol", "points", *entries)
-    svg = figures.scatter(words, points)
-    return element("figure", element("h3", words.title), svg, listed, element("figcaption", note))
+    return _figure(words, figures.scatter(words, points), note, listed)
 
 
 def _table(groups: Sequence[Group], machine: Machine) -> Markup:
     has_p99 = any(group.p99_ns is not None for group in groups)
-    columns = [Column("measured"), Column("threads", True), Column("input"), Column("median", True)]
+    columns = [Column("measured"), Column("network"), Column("threads, input"), Column("median", True)]
     columns += [Column("p90", True), *([Column("p99", True)] if has_p99 else []), Column("spread", True)]
-    columns += [Column("first call", True), Column("samples", True), Column("machine was")]
+    columns += [Column("first call", True), Column("samples"), Column("machine was")]
     rows = [_cells(group, has_p99) for group in groups]
     caption = (
         f"Latency of one call on {plain(machine.chip)}, the quickest first. p90 and p99 are bounds that hold with 99 % "
@@ -158,7 +164,7 @@ def _cells(group: Group, has_p99: bool) -> list[str]:
     count = sum(len(each.samples_ns) for each in group.measurements)
     runs = f" in {len(group.measurements)} runs" if len(group.measurements) > 1 else ""
     calls = f" of {digits(first.calls_per_sample)} calls" if first.calls_per_sample > 1 else ""
-    cells: list[str] = [joined(group.label, " ", tag(group.fused)), str(group.threads), _shape(group)]
+    cells: list[str] = [group.label, tag(group.fused), _setting(group)]
     cells += [latency(group.median_ns), latency(group.p90_ns)]
     cells += [latency(group.p99_ns)] if has_p99 else []
     cells += [share(group.spread), latency(float(first.warmup_ns[0]) if first.warmup_ns else None)]
@@ -169,11 +175,10 @@ def _verdict(group: Group) -> Markup:
     total = len(group.measurements)
     if not group.noisy:
         return classed("span", "tag good", "quiet")
-    return classed("span", "tag alarm", "noisy" if total == 1 else f"noisy: {group.noisy} of {total}")
+    return classed("span", "tag alarm", "noisy" if total == 1 else f"noisy, {group.noisy}/{total}")
 
 
-def _shape(group: Group) -> str:
+def _setting(group: Group) -> str:
     shape = group.subject.get("input_shape")
-    if isinstance(shape, tuple) and shape:
-        return "×".join(plain(size, 12) for size in shape)
-    return "–"
+    known = "×".join(plain(size, 12) for size in shape) if isinstance(shape, tuple) else ""
+    return ", ".join(part for part in (many(group.threads, "thread"), known) if part)

@@ -74,7 +74,7 @@ def _sections(found: Evidence) -> list[tuple[str, str, Markup]]:
         ("latency", "Latency", latencies(found) if found.groups else missing["latency"]),
         ("artifacts", "Artifacts", artifacts(inputs.exports) if inputs.exports else missing["artifacts"]),
         ("procedure", "How it was measured", joined(procedure(inputs.all_measurements), machines(found.machines))),
-        ("again", "Again, by yourself", again(found)),
+        ("again", "How to reproduce it", again(found)),
     ]
 
 

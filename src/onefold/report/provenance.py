@@ -28,7 +28,7 @@ _TERMS = (
 
 def artifacts(exports: Sequence[Export]) -> Markup:
     """The table of what was exported."""
-    columns = [Column("artifact"), Column("model"), Column("runtime"), Column("precision"), Column("size", True)]
+    columns = [Column("artifact"), Column("network"), Column("what it is"), Column("size", True)]
     columns += [Column("drift", True), Column("parity", True), Column("top-1", True), Column("classes", True)]
     columns += [Column("licence"), Column("SHA-256")]
     caption = (
@@ -72,10 +72,9 @@ def _artifact(export: Export) -> list[str]:
     short = plain(digest)[:12] if isinstance(digest, str) else next(iter(sorted(export.hashes)), "")[:12]
     count = export.num_classes
     return [
-        joined(export.folder, " ", tag(export.fused)),
-        export.text("model") or "–",
-        export.text("runtime") or "–",
-        export.text("precision") or "–",
+        export.folder,
+        tag(export.fused),
+        " ".join(part for part in map(export.text, ("model", "runtime", "precision")) if part) or "–",
         size(export.num_bytes),
         scientific(number(export.manifest, "drift")),
         _parity(export.manifest.get("parity")),
@@ -92,7 +91,8 @@ def _parity(parity: Any) -> str:
     difference, agreement = number(values, "difference"), number(values, "top1_agreement")
     if difference is None:
         return "–"
-    return scientific(difference) + (f" (top-1 {share(agreement, 0)})" if agreement is not None else "")
+    other = agreement is not None and agreement < 1
+    return scientific(difference) + (f", best class the same in {share(agreement, 0)}" if other else "")
 
 
 def _machine(machine: Machine) -> Markup:
@@ -120,7 +120,7 @@ def _machine(machine: Machine) -> Markup:
 def _way(way: Procedure) -> str:
     least = f" and {way.min_seconds:g} s" if way.min_seconds else ""
     return (
-        f"With {many(way.threads, 'thread')}: {many(way.warmup_calls, 'call')} and {way.warmup_seconds:g} s of warm-up, "
+        f"With {many(way.threads, 'thread')}: {many(way.warmup_calls, 'call')} and {way.warmup_seconds:g} s warm-up, "
         f"then {many(way.samples, 'sample')}{least} of each; seed {way.seed}."
     )
 

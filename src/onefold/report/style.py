@@ -35,7 +35,6 @@ pre{background:var(--surface);border:1px solid var(--line);border-radius:10px;pa
 margin:1em 0}
 .figures.packed{display:block;columns:2 440px;column-gap:16px}
 .figures.packed figure{break-inside:avoid;margin-bottom:16px}
-.figures>figure:only-child{max-width:640px;width:100%}
 figure{background:var(--surface);border:1px solid var(--line);border-radius:12px;padding:14px 14px 10px;margin:0}
 figure h3{margin:0 0 .3em}
 figure svg{display:block;width:100%;max-width:620px;height:auto;margin:0 auto}
@@ -57,9 +56,9 @@ font-size:.82em;line-height:1.4;margin-right:.35em;color:var(--muted)}
 .callout{border-left:4px solid var(--muted);background:var(--surface);border-radius:0 10px 10px 0;padding:10px 16px;
 margin:1em 0}
 .callout.alarm{border-color:var(--alarm);background:var(--alarm-soft)}
-.callout p,.callout ul{margin:.2em 0}
 ul.plain{padding-left:1.2em;margin:.4em 0 1em;max-width:76ch}
 ul.plain li{margin:.25em 0;overflow-wrap:anywhere}
+.callout ul.plain{margin:.2em 0}
 .tag{display:inline-block;border-radius:5px;padding:0 .45em;font-size:.78rem;font-weight:650;letter-spacing:.03em;
 border:1px solid currentColor;color:var(--muted);white-space:nowrap}
 .tag.alarm{background:var(--alarm);border-color:var(--alarm);color:var(--surface)}
@@ -67,12 +66,13 @@ border:1px solid currentColor;color:var(--muted);white-space:nowrap}
 .scroll{overflow-x:auto;background:var(--surface);border:1px solid var(--line);border-radius:12px;margin:1em 0}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 caption{text-align:left;padding:12px 14px 8px;color:var(--muted);font-size:.9rem}
-th,td{padding:7px 10px;text-align:left;vertical-align:top;border-top:1px solid var(--line);overflow-wrap:anywhere}
+th,td{padding:7px 10px;text-align:left;vertical-align:top;border-top:1px solid var(--line);overflow-wrap:break-word}
+td code{white-space:nowrap}
 thead th{font-size:.82rem;color:var(--muted);font-weight:600;vertical-align:bottom;overflow-wrap:normal}
-tbody th{font-weight:600;min-width:11em}
+tbody th{font-weight:600;min-width:12em}
 th:first-child,td:first-child{padding-left:14px}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.facts th{width:34%;min-width:0;font-weight:600}
+.facts tbody th{width:9.5em;min-width:0;overflow-wrap:normal}
 details{margin:1em 0}
 summary{cursor:pointer;color:var(--accent)}
 footer{padding-top:2em;padding-bottom:3em}
@@ -89,6 +89,7 @@ ol.points{columns:1}
 table:not(.facts),table:not(.facts) tbody,table:not(.facts) tr,table:not(.facts) th,table:not(.facts) td,
 table:not(.facts) caption{display:block;width:auto}
 table:not(.facts) thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+table:not(.facts) th,table td{overflow-wrap:anywhere}
 table:not(.facts) tr{border-top:1px solid var(--line);padding:8px 14px}
 table:not(.facts) tbody th{border:0;padding:2px 0 4px}
 table:not(.facts) td,table:not(.facts) td.number{border:0;padding:1px 0;display:flex;justify-content:space-between;

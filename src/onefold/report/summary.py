@@ -34,6 +34,8 @@ def lead(evidence: Evidence) -> str:
     sentences = [f"This report covers {listed(present)}." if present else "There is nothing to report yet."]
     if len(inputs.runs) == 1:
         sentences.append(verdict(inputs.runs[0]))
+    elif inputs.runs:
+        sentences.append(_reached(evidence))
     quickest = _quickest(evidence)
     if quickest:
         p90 = f" and nine in ten at most {latency(quickest.p90_ns)}" if quickest.p90_ns is not None else ""
@@ -49,7 +51,8 @@ def lead(evidence: Evidence) -> str:
             f"{latency(quickest.median_ns)}{p90}, with {many(quickest.threads, 'thread')}."
         )
     folding = _folding(evidence)
-    sentences += [pair.sentence() for pair in ([folding] if folding else list(evidence.pairs[:1]))]
+    told = [folding] if folding else list(evidence.pairs[:1])
+    sentences += [f"{pair.sentence().rstrip('.')} ({pair.context})." for pair in told]
     return " ".join(sentences)
 
 
@@ -86,6 +89,15 @@ def warnings(evidence: Evidence) -> Markup:
 
 
 _TILE = {"class": "tile"}
+
+
+def _reached(evidence: Evidence) -> str:
+    """How many of several runs kept their promise."""
+    promised = [run for run in evidence.inputs.runs if run.expected_top1 is not None]
+    if not promised:
+        return "None of the runs states what it should reach."
+    kept = sum(bool(run.best and run.best[1] >= (run.expected_top1 or 0.0) - 0.05) for run in promised)
+    return f"{kept} of the {many(len(promised), 'run')} with an expected accuracy reached it."
 
 
 def _quickest(evidence: Evidence) -> Group | None:
@@ -128,7 +140,8 @@ def _folding_tile(evidence: Evidence) -> list[tuple[str, str, str]]:
         return []
     ratio = pair.ratio
     beside = f"95 % CI {digits(1 / ratio.high)}–{digits(1 / ratio.low)}; {pair.context}"
-    return [("Faster by folding", f"{digits(1 / ratio.value)}×", beside)]
+    what = "Faster by folding" if ratio.verdict == "faster" else "Speed by folding, not a gain"
+    return [(what, f"{digits(1 / ratio.value)}×", beside)]
 
 
 def _drift_tile(evidence: Evidence) -> list[tuple[str, str, str]]:

@@ -1,8 +1,10 @@
-"""Numbers as people read them: with a unit, and no more digits than they carry."""
+"""Numbers as people read them: with a unit that stays beside them, and no more digits than they carry."""
 
 from __future__ import annotations
 
 import math
+
+_SPACE = "\N{NO-BREAK SPACE}"
 
 
 def latency(nanoseconds: float | None) -> str:
@@ -10,8 +12,8 @@ def latency(nanoseconds: float | None) -> str:
     if nanoseconds is None:
         return "–"
     if nanoseconds >= 1e10:
-        return f"{digits(nanoseconds / 1e9)} s"
-    return f"{digits(nanoseconds / 1e6)} ms" if nanoseconds >= 1e5 else f"{digits(nanoseconds / 1e3)} µs"
+        return f"{digits(nanoseconds / 1e9)}{_SPACE}s"
+    return f"{digits(nanoseconds / 1e6)}{_SPACE}ms" if nanoseconds >= 1e5 else f"{digits(nanoseconds / 1e3)}{_SPACE}µs"
 
 
 def digits(number: float, count: int = 3) -> str:
@@ -24,7 +26,7 @@ def digits(number: float, count: int = 3) -> str:
 
 def percent(number: float | None, places: int = 1) -> str:
     """A number that is already in percent."""
-    return "–" if number is None else f"{number:.{places}f} %"
+    return "–" if number is None else f"{number:.{places}f}{_SPACE}%"
 
 
 def share(number: float | None, places: int = 1) -> str:
@@ -41,7 +43,7 @@ def size(num_bytes: int | None) -> str:
     """Bytes in MB or kB (powers of ten, as file managers show them)."""
     if num_bytes is None:
         return "–"
-    return f"{digits(num_bytes / 1e6)} MB" if num_bytes >= 1e5 else f"{digits(num_bytes / 1e3)} kB"
+    return f"{digits(num_bytes / 1e6)}{_SPACE}MB" if num_bytes >= 1e5 else f"{digits(num_bytes / 1e3)}{_SPACE}kB"
 
 
 def many(number: int, thing: str, things: str | None = None) -> str:

@@ -1,10 +1,16 @@
-"""ONNX, run by ONNX Runtime on the CPU: one model.onnx that holds its weights."""
+"""ONNX, run by ONNX Runtime on the CPU: one model.onnx that holds its weights.
+
+From 1.29 on, ONNX Runtime reports its use to its makers from the moment it is imported: a device id in the user's
+cache, and what it knows of each model. Imported here it does not, unless the user has set ORT_DISABLE_TELEMETRY to 0.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from onefold.errors import BadArtifact
@@ -30,7 +36,7 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
     """Convert the network and write it with its name, classes and preprocessing inside."""
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
-    require("onnxruntime", extra="onnx")
+    _onnxruntime()
     import torch
 
     with quiet():
@@ -56,7 +62,7 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
     """The network, optimized by ONNX Runtime for this CPU."""
     onnx = require("onnx", extra="onnx")
-    runtime = require("onnxruntime", extra="onnx")
+    runtime = _onnxruntime()
     message_type = require("google.protobuf.message", extra="onnx").Message
     model = onnx.load_model_from_string(content["model.onnx"])
     if any(tensor.data_location or tensor.external_data for tensor in _tensors(model, message_type)):
@@ -89,6 +95,15 @@ class _Onnx:
 
     def close(self) -> None:
         del self._session
+
+
+def _onnxruntime() -> ModuleType:
+    """The package, its telemetry switched off; the variable counts only when set before the first import."""
+    if os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") == "0":
+        return require("onnxruntime", extra="onnx")
+    runtime = require("onnxruntime", extra="onnx")
+    runtime.disable_telemetry_events()
+    return runtime
 
 
 def _metadata(about: About) -> dict[str, str]:

@@ -52,8 +52,9 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line that fits in a message: the first line of its first cause."""
+    """What an error says, cut to one line that fits in a message: the first line of its first cause, headings apart."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.endswith(":")] or lines
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

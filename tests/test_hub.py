@@ -1,0 +1,699 @@
+"""Our own format, hostile and damaged files, folders and the hub (which is never reached from here)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NotWritable
+from onefold.models import create_model
+from onefold.models.card import Card, digest, verified
+from onefold.models.containers import read
+from onefold.models.hub import (
+    from_pretrained,
+    load_model,
+    load_weights_,
+    push_to_hub,
+    read_card,
+    save_pretrained,
+    save_weights,
+)
+from onefold.reparam import drift, fuse
+
+NAME = "mobilenetv1_025"
+CLASSES = ("cat", "dog", "caf\u00e9 <b>", "a|b\n---")
+
+
+def card(**changes: Any) -> Card:
+    values: dict[str, Any] = {
+        "model": NAME,
+        "num_classes": 4,
+        "classes": CLASSES,
+        "preprocessing": {"size": 96, "mean": (0.5, 0.4, 0.3), "crop_pct": 0.9, "interpolation": "bicubic"},
+        "recipe": "digits:tiny",
+        "licence": "Apache-2.0",
+        "source": "trained here",
+    }
+    return Card(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(NAME, num_classes=4).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "model.safetensors"
+    save_weights(model, path, card())
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise AssertionError("a test tried to reach the network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+
+
+# ------------------------------------------------------------------------------------ own format
+
+
+def test_a_network_comes_back_as_it_was(model: nn.Module, saved: Path) -> None:
+    again, read_back = load_model(saved)
+    assert read_back == card()
+    assert read_card(saved) == card()
+    assert not again.training
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_fused_network_comes_back_fused(model: nn.Module, tmp_path: Path) -> None:
+    fused = fuse(model)
+    x = torch.randn(1, 3, 64, 64)
+    told = card(fused=True, drift=drift(model, fused, x))
+    save_weights(fused, tmp_path / "fused.safetensors", told)
+    again, read_back = load_model(tmp_path / "fused.safetensors")
+    assert read_back == told
+    assert drift(fused, again, x) == 0
+
+
+def test_the_digest_is_the_one_that_is_documented(saved: Path) -> None:
+    import hashlib
+
+    contents = read(saved)
+    sums = hashlib.sha256()
+    for name, tensor in sorted(contents.tensors.items()):
+        kind = {torch.float32: "float32", torch.int64: "int64"}[tensor.dtype]
+        sums.update(f"{name} {kind} [{', '.join(map(str, tensor.shape))}]\n".encode())
+        sums.update(tensor.numpy().tobytes())
+    assert contents.metadata["sha256"] == sums.hexdigest() == digest(contents.tensors)
+
+
+def test_the_digest_sees_names_kinds_and_shapes() -> None:
+    t = torch.zeros(4)
+    variants: list[dict[str, Tensor]] = [
+        {"a": t},
+        {"b": t},
+        {"a": t.view(2, 2)},
+        {"a": t.half().view(4)},
+        {"a": t.int()},
+        {"a": t[:2], "b": t[2:]},
+    ]
+    assert len({digest(v) for v in variants}) == len(variants)
+
+
+def test_any_flipped_bit_is_noticed(saved: Path, tmp_path: Path) -> None:
+    """600 damaged copies: each is refused, or (a space in the header) holds exactly what was written."""
+    whole, draw = saved.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    before = read(saved)
+    path, refused = tmp_path / "w.safetensors", 0
+    for i in range(600):
+        at = draw.randrange(8 * (header if i % 3 else len(whole)))
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            contents = read(path)
+            found = verified(contents, path)
+        except BadCheckpoint:
+            refused += 1
+            continue
+        assert found == card()
+        assert contents.tensors.keys() == before.tensors.keys()
+        assert all(torch.equal(contents.tensors[k], before.tensors[k]) for k in before.tensors)
+    assert refused > 550
+
+
+def test_a_truncated_file_is_refused(saved: Path, tmp_path: Path) -> None:
+    whole, draw = saved.read_bytes(), random.Random(1)
+    for size in [0, 1, 7, 8, 9, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(40))]:
+        (tmp_path / "w.safetensors").write_bytes(whole[:size])
+        with pytest.raises(BadCheckpoint):
+            load_model(tmp_path / "w.safetensors")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    model_name=TEXT,
+    classes=st.none() | st.lists(TEXT, max_size=6),
+    loss=st.none() | st.floats(0, 1e3),
+    fused=st.booleans(),
+    recipe=TEXT,
+)
+def test_a_card_survives_its_metadata(
+    model_name: str, classes: list[str] | None, loss: float | None, fused: bool, recipe: str
+) -> None:
+    told = Card(
+        model=model_name,
+        num_classes=7 if classes is None else len(classes),
+        classes=None if classes is None else tuple(classes),
+        fused=fused,
+        drift=loss,
+        recipe=recipe,
+        source=recipe[::-1],
+    )
+    metadata = told.to_metadata()
+    assert all(isinstance(key, str) and isinstance(value, str) for key, value in metadata.items())
+    assert Card.from_metadata(metadata) == told
+
+
+def resealed(**changes: Any) -> dict[str, str]:
+    """Metadata whose card was changed by somebody who knows the format."""
+    import hashlib
+
+    text = json.dumps(card().to_dict() | changes)
+    return {"onefold": "1", "card": text, "card_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "carries no card"),
+        ({"onefold": "1"}, "carries no card"),
+        ({"onefold": "2", "card": "{}"}, "pip install --upgrade onefold"),
+        ({"onefold": "1", "card": "{}", "card_sha256": "0"}, "not what was written"),
+        (resealed(num_classes="4"), "num_classes is a str"),
+        (resealed(num_classes=True), "num_classes is a bool"),
+        (resealed(num_classes=3), "cannot name 4"),
+        (resealed(classes=[1, 2, 3, 4]), "classes are not all texts"),
+        (resealed(preprocessing=[1]), "preprocessing is a list"),
+        (resealed(model=None), "model is a NoneType"),
+    ],
+)
+def test_a_card_that_cannot_be_is_refused(metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(BadCheckpoint, match=message):
+        Card.from_metadata(metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 10**9, "classes": None}, "contradicts itself"),
+        ({"in_chans": 10**9}, "contradicts itself"),
+        ({"fused": True}, "contradicts itself"),
+        ({"model": "resnet50"}, "a model that this onefold does not have"),
+        ({"model": "mobilenetv1_050"}, "It seems to be mobilenetv1_025"),
+    ],
+)
+def test_a_card_that_does_not_fit_its_tensors_is_refused(
+    changes: dict[str, Any], message: str, saved: Path, tmp_path: Path
+) -> None:
+    save_file(read(saved).tensors, tmp_path / "w.safetensors", resealed(**changes))
+    with pytest.raises(BadCheckpoint, match=message):
+        load_model(tmp_path / "w.safetensors")
+
+
+def test_the_writer_refuses_a_card_of_other_classes(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(BadArgument, match="the card says 5 classes and the model has 4"):
+        save_weights(model, tmp_path / "w.safetensors", card(num_classes=5, classes=None))
+    with pytest.raises(BadArgument, match="cannot name 4"):
+        card(num_classes=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_where_nothing_can_be_written(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotWritable):
+        save_weights(model, tmp_path / "file" / "w.safetensors", card())
+
+
+def test_an_own_file_starts_another_network_too(saved: Path) -> None:
+    """Fine-tuning what one has: the same names as for anybody's weights, other classes allowed."""
+    started = create_model(NAME, num_classes=2, weights=saved)
+    assert torch.equal(started.state_dict()["stem.conv.0.weight"], read(saved).tensors["stem.conv.0.weight"])
+    with pytest.raises(BadCheckpoint, match="other padding, activation or epsilon"):
+        create_model(f"{NAME}.tf", num_classes=4, weights=saved)
+    other, told = load_model(saved, num_classes=7)
+    assert (told.num_classes, told.classes) == (7, None)
+    assert "fresh classifier" in told.source
+    assert other(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_a_bare_state_dict_of_ours_needs_a_name(model: nn.Module, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match="does not tell which of these it is"):
+        load_model(tmp_path / "w.pth")
+    again, told = load_model(tmp_path / "w.pth", name=NAME)
+    assert told.num_classes == 4
+    assert drift(model, again, torch.randn(1, 3, 32, 32)) == 0
+    with pytest.raises(BadArgument, match="there is no model 'mobilenet_v9'"):
+        load_model(tmp_path / "w.pth", name="mobilenet_v9")
+
+
+def test_a_runs_folder_is_vouched_for_by_its_manifest(model: nn.Module, tmp_path: Path) -> None:
+    """What training writes: the card in the header, the sums in a manifest beside the file."""
+    from safetensors.torch import save
+
+    from onefold.train.folder import seal
+
+    data = save(dict(model.state_dict()), card().to_metadata())
+    seal(tmp_path / "best", {"model.safetensors": data, "metrics.json": b"{}"})
+    assert load_model(tmp_path / "best")[1] == card()
+    damaged = bytearray(data)
+    damaged[-1000] ^= 1
+    (tmp_path / "best" / "model.safetensors").write_bytes(damaged)
+    for path in (tmp_path / "best", tmp_path / "best" / "model.safetensors"):
+        with pytest.raises(BadCheckpoint, match="it is not what was written"):
+            load_model(path)
+    (tmp_path / "best" / "manifest.json").write_text("[]")
+    with pytest.raises(BadCheckpoint, match="does not vouch"):
+        load_model(tmp_path / "best")
+
+
+# --------------------------------------------------------------------------- damaged and hostile
+
+
+class Evil:
+    """Unpickled, it makes the file that it was given."""
+
+    def __init__(self, call: Callable[..., Any], *args: Any) -> None:
+        self.made = (call, args)
+
+    def __reduce__(self) -> Any:
+        return self.made
+
+
+def as_pth(path: Path, content: Any) -> None:
+    torch.save(content, path)
+
+
+def as_old_pth(path: Path, content: Any) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def as_pickle(path: Path, content: Any) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+def safetensors_of(header: bytes, body: bytes = b"", length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + body
+
+
+def entry(shape: list[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+
+
+def zipped(entries: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def npy(array: Any, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def vast_npy() -> bytes:
+    """A header that claims 2^40 floats, and no floats."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def deflated_pth() -> bytes:
+    """torch.save's file of 64 MiB of zeros, its entries deflated: some 64 KiB."""
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {"stem.conv.weight": torch.zeros(16 << 20)}}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        return zipped({name: archive.read(name) for name in archive.namelist()})
+
+
+def spread_pth() -> bytes:
+    """One number, viewed as 2^40 of them."""
+    buffer = io.BytesIO()
+    torch.save({"stem.conv.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, buffer)
+    return buffer.getvalue()
+
+
+def gadgets(marker: Path) -> dict[str, Callable[[Path], object]]:
+    """Files that would make `marker` if anything in them ran."""
+    touch = f"touch {marker}"
+    evil = {
+        "os.system": Evil(os.system, touch),
+        "eval": Evil(eval, f"open({str(marker)!r}, 'w')"),
+        "open": Evil(open, str(marker), "w"),
+        "nested": Evil(list, [Evil(os.system, touch)]),
+        "getattr": Evil(getattr, Evil(__import__, "os"), "system"),
+        "torch.load": Evil(torch.load, str(marker)),
+        "hub": Evil(torch.hub.load, "owner/name", "model"),
+    }
+    files: dict[str, Callable[[Path], object]] = {}
+    for name, content in evil.items():
+        files[f"{name} in .pth"] = lambda p, c=content: as_pth(p, {"state_dict": c})
+        files[f"{name} beside weights"] = lambda p, c=content: as_pth(p, {"stem.conv.weight": torch.zeros(1), "x": c})
+        files[f"{name} in old .pth"] = lambda p, c=content: as_old_pth(p, {"state_dict": c})
+        files[f"{name} in a pickle"] = lambda p, c=content: as_pickle(p, c)
+        files[f"{name} in .npz"] = lambda p, c=content: p.write_bytes(
+            zipped({"stem.conv.weight.npy": npy(np.array([c], dtype=object), allow_pickle=True)})
+        )
+    return files
+
+
+HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "one byte": (b"\x80", "not a file of weights"),
+    "web page": (HTML, "a web page, not weights"),
+    "web page after spaces": (b"\n  " + HTML, "a web page, not weights"),
+    "LFS pointer": (LFS, "git lfs pull"),
+    "text": (b"mobileone_s0\n" * 100, "not a file of weights that is known here"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(100), "a packed archive"),
+    "tar": (bytes(257) + b"ustar" + bytes(250), "a packed archive"),
+    "noise": (random.Random(2).randbytes(5000), "not a file of weights"),
+    "zeros": (bytes(5000), "not a file of weights"),
+    "bare .npy": (npy(np.zeros(5)), "not a file of weights"),
+    "zip of nothing": (zipped({}), "not a file of weights|no file of torch.save"),
+    "zip of a text": (zipped({"readme.txt": b"hello"}), "no file of torch.save"),
+    "torn zip": (zipped({"a.npy": npy(np.zeros(1000))})[:200], "damaged or truncated zip"),
+    "npz of text": (zipped({"a.npy": b"hello"}), "cannot read"),
+    "npz that claims 4 TiB": (zipped({"a.npy": vast_npy()}), "cannot read"),
+    "npz of words": (zipped({"a.npy": npy(np.array(["x", "y"]))}), "cannot read"),
+    "npz bomb": (zipped({"a.npy": npy(np.zeros(16 << 20, np.float32))}), "that is a bomb"),
+    "pth bomb": (deflated_pth(), "that is a bomb"),
+    "pth of one number spread": (spread_pth(), "that is a bomb"),
+    "huge header": (safetensors_of(b"{" + b" " * 100, length=1 << 60), "truncated or forged"),
+    "header past the end": (safetensors_of(b"{}", length=3000), "truncated or forged"),
+    "header not JSON": (safetensors_of(b"{'a': 1}" + b" " * 8), "cannot read"),
+    "header deep": (safetensors_of(b'{"a":' * 5000), "cannot read"),
+    "header empty": (safetensors_of(b"{}"), "holds no tensors"),
+    "tensor past the end": (
+        safetensors_of(json.dumps({"a": entry([100], 0, 400)}).encode(), bytes(8)),
+        "cannot read",
+    ),
+    "tensors that overlap": (
+        safetensors_of(json.dumps({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}).encode(), bytes(12)),
+        "cannot read",
+    ),
+    "shape that overflows": (
+        safetensors_of(json.dumps({"a": entry([1 << 62, 8], 0, 8)}).encode(), bytes(8)),
+        "cannot read",
+    ),
+    "hdf5 of noise": (b"\x89HDF\r\n\x1a\n" + random.Random(3).randbytes(3000), "cannot read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_damaged_file_is_refused_with_a_sentence(kind: str, suffix: str, tmp_path: Path) -> None:
+    data, message = DAMAGED[kind]
+    path = tmp_path / f"w{suffix}"  # the name says nothing
+    path.write_bytes(data)
+    with pytest.raises(BadCheckpoint, match=message) as caught:
+        load_model(path)
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    assert len(text) < 600
+
+
+def test_nothing_in_a_file_is_ever_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    files = gadgets(marker)
+    assert len(files) == 35
+    path = tmp_path / "w.pth"
+    for kind, write in files.items():
+        write(path)
+        with pytest.raises(BadCheckpoint) as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value), kind
+        assert "weights_only" not in str(caught.value), kind
+        assert not marker.exists(), kind
+    path.write_bytes(pickle.dumps(Evil(os.system, f"touch {marker}")))
+    pickle.loads(path.read_bytes())  # the corpus is live: a careless reader runs it
+    assert marker.exists()
+
+
+def test_a_program_or_a_whole_network_is_no_state_dict(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "m.pth")
+    with pytest.raises(BadCheckpoint, match=r"pickled objects \(torch\.nn\.modules\.linear\.Linear\)"):
+        load_model(tmp_path / "m.pth")
+    for content in ([1, 2], torch.zeros(3), "text", {}, {"epoch": 3}, {"state_dict": {}}):
+        torch.save(content, tmp_path / "m.pth")
+        with pytest.raises(BadCheckpoint, match=r"save model\.state_dict\(\)"):
+            load_model(tmp_path / "m.pth")
+
+
+def test_truncated_and_torn_torch_files_are_refused(model: nn.Module, tmp_path: Path) -> None:
+    draw = random.Random(4)
+    for new in (True, False):
+        torch.save(model.state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=new)
+        whole = (tmp_path / "w.pth").read_bytes()
+        for _ in range(12):
+            (tmp_path / "w.pth").write_bytes(whole[: draw.randrange(1, len(whole) - 1)])
+            with pytest.raises(BadCheckpoint):
+                load_model(tmp_path / "w.pth", name=NAME)
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="there is no file"):
+        load_model(tmp_path / "nowhere.pth")
+    with pytest.raises(BadCheckpoint, match=r"is a folder without model\.safetensors"):
+        load_model(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(BadCheckpoint, match="not a regular file"):
+        load_model(tmp_path / "pipe.pth")
+    with pytest.raises(BadCheckpoint, match="cannot look for"):
+        load_model("x" * 5000)
+    with pytest.raises(BadCheckpoint):
+        load_model(tmp_path / "a\0b")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(BadCheckpoint):
+        load_model(tmp_path / "loop")
+
+
+def test_hdf5_that_points_elsewhere_or_inflates_is_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="needs h5py")
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(400))
+    with h5py.File(tmp_path / "outside.h5", "w") as file:
+        file.create_dataset("conv1", (100,), "f4", external=[(str(secret), 0, 400)])
+    with pytest.raises(BadCheckpoint, match="keeps 'conv1' in another file"):
+        load_model(tmp_path / "outside.h5")
+    with h5py.File(tmp_path / "bomb.h5", "w") as file:
+        file.create_dataset("conv1", (1 << 40,), "f4", chunks=(1 << 20,))
+    with pytest.raises(BadCheckpoint, match="that is a bomb"):
+        load_model(tmp_path / "bomb.h5")
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        file["words"] = "text"
+    with pytest.raises(BadCheckpoint, match="holds no tensors"):
+        load_model(tmp_path / "empty.h5")
+
+
+def test_hdf5_without_h5py_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    (tmp_path / "w.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(MissingExtra, match="pip install h5py"):
+        load_model(tmp_path / "w.h5")
+
+
+# ----------------------------------------------------------------------------- folders, and the hub
+
+
+def test_a_pretrained_folder_goes_out_and_comes_back(model: nn.Module, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    save_pretrained(model, tmp_path / "out", card(), metrics={"top1": 71.4, "top5": 89.9})
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    again, told = from_pretrained(tmp_path / "out")
+    assert told == card()
+    assert drift(model, again, torch.randn(1, 3, 32, 32)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == NAME
+    assert config["num_features"] == 256
+    assert config["label_names"] == list(CLASSES)
+    assert config["id2label"]["2"] == CLASSES[2]
+    assert config["label2id"][CLASSES[3]] == 3
+    assert config["pretrained_cfg"]["input_size"] == [3, 96, 96]
+    page = ModelCard((tmp_path / "out" / "README.md").read_text())
+    front = page.data.to_dict()
+    assert (front["library_name"], front["license"], front["pipeline_tag"]) == (
+        "onefold",
+        "apache-2.0",
+        "image-classification",
+    )
+    results = {r.metric_name: r.metric_value for r in page.data.eval_results}
+    assert results == {"top1": 71.4, "top5": 89.9}
+    assert "trained here" in page.text
+
+
+def test_a_page_cannot_be_broken_by_its_texts(model: nn.Module, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    nasty = 'x" \n---\n- y: [*a] | <script>alert(1)</script> #'
+    save_pretrained(model, tmp_path, card(licence=nasty, source=nasty, recipe=nasty))
+    text = (tmp_path / "README.md").read_text()
+    front = ModelCard(text).data.to_dict()
+    assert front["license"] == "other"
+    assert front["license_name"] == nasty
+    assert "<script" not in text.partition("\n---\n")[2]
+
+
+def test_a_foreign_folder_tells_its_preprocessing_and_classes(tmp_path: Path, model: nn.Module) -> None:
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "whatever",
+        "label_names": list(CLASSES),
+        "pretrained_cfg": {
+            "mean": [0.1, 0.2, 0.3],
+            "std": "no list",
+            "crop_pct": 0.95,
+            "interpolation": "random",
+            "input_size": [3, 256, 256],
+            "license": "mit",
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, told = load_model(tmp_path, name=NAME)
+    assert told.classes == CLASSES
+    assert told.licence == "mit"
+    assert told.preprocessing["mean"] == (0.1, 0.2, 0.3)
+    assert told.preprocessing["std"] == (0.229, 0.224, 0.225)  # the catalogue's, where the config says nothing sound
+    assert told.preprocessing["interpolation"] == "bilinear"
+    assert (told.preprocessing["size"], told.preprocessing["crop_pct"]) == (256, 0.95)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {str(i): c for i, c in enumerate(CLASSES)}}))
+    assert load_model(tmp_path, name=NAME)[1].classes == CLASSES
+    for bad in ("[1]", "{", '{"a":' * 100_000, "\udcff"):
+        (tmp_path / "config.json").write_bytes(bad.encode("utf-8", "surrogateescape"))
+        with pytest.raises(BadCheckpoint, match=r"config\.json cannot be read"):
+            load_model(tmp_path, name=NAME)
+
+
+def test_a_config_that_asks_for_another_network_is_refused(tmp_path: Path) -> None:
+    from test_weights import hf_names, torch_file, v1_layers
+
+    generator = torch.Generator().manual_seed(9)
+    head = {"weight": torch.randn(3, 256, generator=generator), "bias": torch.zeros(3)}
+    save_file(torch_file(v1_layers(0.25, generator), head, hf_names), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"tf_padding": True, "hidden_act": "relu6"}))
+    assert load_model(tmp_path)[1].model == "mobilenetv1_025.tf"
+    (tmp_path / "config.json").write_text(json.dumps({"tf_padding": False}))
+    with pytest.raises(BadCheckpoint, match="tf_padding False"):
+        load_model(tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Path) -> Iterator[dict[str, dict[str, Path]]]:
+    """A hub of one process: repository -> file name -> file."""
+    import httpx
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    repositories: dict[str, dict[str, Path]] = {"me/mine": {"model.safetensors": saved}}
+
+    def download(repo_id: str, filename: str) -> str:
+        answer = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+        if repo_id not in repositories:
+            raise RepositoryNotFoundError(f"no {repo_id}", response=answer)
+        if filename not in repositories[repo_id]:
+            raise RemoteEntryNotFoundError(f"no {filename}", response=answer)
+        return str(repositories[repo_id][filename])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    yield repositories
+
+
+def test_ids_of_the_hub_are_downloaded_as_safetensors_only(
+    hub: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_model("me/mine")[1] == card()
+    assert load_model("hf-hub:me/mine")[1] == card()
+    hub["me/pickled"] = {"pytorch_model.bin": tmp_path / "w.bin", "config.json": tmp_path / "c.json"}
+    with pytest.raises(BadCheckpoint, match=r"has no model\.safetensors, and pickled files from there are not read"):
+        load_model("me/pickled")
+    with pytest.raises(BadCheckpoint, match=r"there is no file me/nothing.*HF_HUB_OFFLINE.*give the path"):
+        create_model(NAME, num_classes=4, weights="me/nothing")
+
+
+def test_a_timm_repository_needs_no_name(hub: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    from test_weights import small
+
+    save_file(small(), tmp_path / "model.safetensors")
+    config = {"architecture": "mobilenetv1_025", "pretrained_cfg": {"crop_pct": 0.95, "license": "apache-2.0"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hub["timm/mobilenetv1_025.in1k"] = {n: tmp_path / n for n in ("model.safetensors", "config.json")}
+    _, told = load_model("timm/mobilenetv1_025.in1k")
+    assert told.model == "mobilenetv1_025.timm"
+    assert told.preprocessing["crop_pct"] == 0.95
+    assert told.source == "timm/mobilenetv1_025.in1k"
+    assert told.licence == "apache-2.0"
+
+
+@pytest.mark.parametrize("what", ["no/such.pth", "a/b/c", "plainname", "", "/etc/nothing", "../up/x"])
+@pytest.mark.usefixtures("offline")
+def test_what_is_no_id_never_reaches_the_network(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadCheckpoint, match="there is no file|a folder without"):
+        load_model(what)
+
+
+def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    monkeypatch.chdir(tmp_path)
+    for error in (LocalEntryNotFoundError("x"), OfflineModeIsEnabled("x"), OSError("no route")):
+
+        def fail(*_: Any, error: Exception = error) -> str:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+        with pytest.raises(BadCheckpoint, match=r"copy its model\.safetensors here from another machine"):
+            load_weights_(create_model(NAME, num_classes=4), "timm/x", NAME)
+
+
+class FakeApi:
+    """Keeps what it is sent."""
+
+    def __init__(self, refuse: bool = False) -> None:
+        self.made: list[tuple[str, bool]] = []
+        self.files: dict[str, bytes] = {}
+        self.refuse = refuse
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        if self.refuse:
+            raise OSError("401\nnot you")
+        assert exist_ok
+        self.made.append((repo_id, private))
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
+        assert NAME in commit_message
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+
+def test_a_push_sends_the_pretrained_folder(model: nn.Module, tmp_path: Path) -> None:
+    api = FakeApi()
+    assert push_to_hub(model, "me/mine", card(), private=True, api=api) == "https://huggingface.co/me/mine"
+    assert api.made == [("me/mine", True)]
+    for name, data in api.files.items():
+        (tmp_path / name).write_bytes(data)
+    assert from_pretrained(tmp_path)[1] == card()
+    with pytest.raises(BadCheckpoint, match=r"the hub refused me/mine \(401 not you\).*hf auth login"):
+        push_to_hub(model, "me/mine", card(), api=FakeApi(refuse=True))
+    with pytest.raises(BadArgument, match="no id of the hub"):
+        push_to_hub(model, "mine", card(), api=api)
