@@ -313,7 +313,7 @@ def test_a_subject_unfit_for_json_is_refused_before_the_run(wrong: dict[str, obj
 
 
 def test_samples_of_a_broken_clock_are_refused() -> None:
-    for samples in ([], [5, 0], [5, -1], [1.5]):
+    for samples in ([], [5, 0], [5, -1], [1.5], [10**400]):
         with pytest.raises(BadData, match="clock"):
             measurement(samples)
 

@@ -226,7 +226,9 @@ def test_feature_networks_fold_too(net: Classifier) -> None:
     assert folded.feature_info == features.feature_info
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "mobileone_s0" else pytest.mark.slow) for n in CATALOGUE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "mobileone_s0" else pytest.mark.slow) for n in CATALOGUE]
+)
 def test_folding_at_full_size(name: str) -> None:
     net = shaken(name, size=(224, 224))
     x = images(1, 3, 224, 224)

@@ -572,6 +572,8 @@ def test_an_input_changed_in_place_is_refused(tmp_path: Path) -> None:
         ({"precision": "int4"}, "choose one of: fp32"),
         ({"about": replace(ABOUT, classes=("one",))}, "7 logits, but 1 classes"),
         ({"about": replace(ABOUT, model="")}, "name of a model"),
+        ({"about": replace(ABOUT, classes=range(7))}, "text for every class"),
+        ({"about": replace(ABOUT, licence=7)}, "text"),
         ({"about": replace(ABOUT, drift=float("nan"))}, "drift"),
         ({"about": replace(ABOUT, preprocessing={"mean": object()})}, "JSON"),
         ({"about": replace(ABOUT, preprocessing={"mean": float("inf")})}, "JSON"),

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer import Argument, Option
 
 from onefold import display
 from onefold.errors import BadArgument, BadData, OnefoldError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or of the click that typer carries
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
@@ -73,7 +73,7 @@ def train(
     out: Annotated[Path | None, Option("--out", "--output", help="the run folder; by default runs/<recipe>")] = None,
     resume: Annotated[Path | None, Option(help="go on with the run in this folder")] = None,
     img_size: Size = None,
-    epochs: Annotated[int | None, Option(help="short for --plan.epochs")] = None,
+    epochs: Annotated[int | None, Option(help="another length, the warm-up in proportion")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
     lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
@@ -84,26 +84,27 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    from onefold.recipes import at_size, find_recipe, override, recipes
+    from onefold.recipes import at_epochs, at_size, find_recipe, override, recipes
     from onefold.stages import resume_run, start_run
 
     if list_recipes:
         display.recipe_table(recipes())
         return
-    short = {"plan.epochs": epochs, "plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
+    short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
     given = {"data.spec": data, "model": model, "weights": weights, **short}
     changes = {field: str(value) for field, value in given.items() if value is not None}
     changes |= _dotted(context.args)
     with display.training() as on_progress:
         if resume is not None:
-            if changes or out is not None or img_size is not None:
+            if changes or [given for given in (out, img_size, epochs) if given is not None]:
                 raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
             outcome = resume_run(resume, on_progress=on_progress)
         else:
-            found = find_recipe(recipe)
-            chosen = override(found if img_size is None else at_size(found, img_size), changes)
-            display.recipe(chosen)
-            outcome = start_run(chosen, out or Path("runs") / chosen.name.replace(":", "-"), on_progress=on_progress)
+            chosen = find_recipe(recipe)
+            chosen = chosen if img_size is None else at_size(chosen, img_size)
+            chosen = override(chosen if epochs is None else at_epochs(chosen, epochs), changes)
+            folder = out or Path("runs") / chosen.name.replace(":", "-")
+            outcome = start_run(chosen, folder, on_progress=on_progress, on_start=display.recipe)
     display.trained(outcome)
 
 
@@ -281,20 +282,15 @@ def _show_warning(message: Warning | str, category: type[Warning], *_place: Any,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     _speak_plainly()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        status = app(args=given or ["--help"], standalone_mode=False)
         return int(status or 0)
     except OnefoldError as error:
         return _failed(error, error.exit_status)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.UsageError as error:
-        hint = f" (try `{error.ctx.command_path} --help`)" if error.ctx else ""
-        return _failed(error, 2, error.format_message() + hint)
-    except click.Abort:
-        return 130
-    except KeyboardInterrupt:
+    except _UsageError as error:
+        return _failed(error, 2, _usage(error))
+    except (typer.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -303,6 +299,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 1, "out of memory: try a smaller --batch-size or --img-size")
     except Exception as error:
         return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (try `{context.command_path} --help`)" if context else ""
+    return getattr(error, "format_message", error.__str__)() + hint
 
 
 def _failed(error: BaseException, status: int, text: str | None = None) -> int:

@@ -151,8 +151,20 @@ def _expected(recipe: Recipe) -> str:
 
 
 def recipe(chosen: Recipe) -> None:
-    """The complete recipe, as it is saved."""
-    print(json.dumps(chosen.to_dict(), indent=2), file=sys.stderr)
+    """The complete recipe, each field under the name by which it can be changed."""
+    for path, value in _fields(chosen.to_dict()):
+        print(f"  {path:32} {value}", file=sys.stderr)
+
+
+def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            yield from _fields(value, f"{path}.{key}" if path else key)
+    elif isinstance(plain, list) and plain and isinstance(plain[0], dict):
+        for number, value in enumerate(plain):
+            yield from _fields(value, f"{path}.{number}")
+    else:
+        yield path, json.dumps(plain)
 
 
 def artifacts(made: Sequence[Artifact]) -> None:

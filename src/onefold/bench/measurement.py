@@ -13,6 +13,8 @@ from onefold.bench.noise import Noise
 from onefold.bench.statistics import percentile, sure_percentile
 from onefold.errors import BadArgument, BadData
 
+_CENTURY_NS = 100 * 366 * 24 * 3600 * 10**9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Procedure:
@@ -73,7 +75,8 @@ class Measurement:
             raise BadData(f"the subject of a measurement is a mapping of names to values; got {self.subject!r}")
         object.__setattr__(self, "subject", settled(self.subject))
         whole = all(isinstance(each, int) for each in (*self.samples_ns, *self.warmup_ns, self.calls_per_sample))
-        if not self.samples_ns or not whole or min(self.samples_ns) <= 0 or self.calls_per_sample < 1:
+        sane = whole and self.samples_ns and min(self.samples_ns) > 0 and max(self.samples_ns) < _CENTURY_NS
+        if not sane or self.calls_per_sample < 1:
             raise BadData("a measurement needs samples, each a whole number of ns above 0; is the clock broken?")
 
     @cached_property

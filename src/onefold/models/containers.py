@@ -10,13 +10,16 @@ Every failure is a BadCheckpoint of one sentence.
 from __future__ import annotations
 
 import argparse
+import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -31,7 +34,24 @@ ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 
 # Where trainers put the weights, averaged ones first: those are what the trainers themselves evaluate.
 _SLOTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+# What a pickle of weights may ask for. torch's own list for weights_only runs nothing either, but has names, such as
+# bytearray, with which a file of a kilobyte takes all memory.
+_BENIGN = frozenset(
+    (
+        "collections.OrderedDict",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "argparse.Namespace",
+        "_codecs.encode",
+        "builtins.set",
+        "__builtin__.set",
+    )
+)
+_BENIGN_OF_TORCH = r"torch\.(\w+Storage|storage\.\w+Storage|Size|device|b?float\d+|u?int\d+|bool)"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_ZIP = b"PK\x03\x04"
 _HINT = "give weights as .safetensors, .pth, .npz or .h5"
 
 
@@ -74,7 +94,7 @@ def _must_be_file(path: Path) -> None:
 
 
 def _reader(head: bytes, path: Path) -> Callable[[Path], Contents]:
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(_ZIP):
         return _read_npz if _is_npz(path) else _read_torch
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return _read_hdf5
@@ -128,12 +148,18 @@ def _read_npz(path: Path) -> Contents:
 
 def _read_torch(path: Path) -> Contents:
     """torch.save's file: of its pickle only tensors, plain values, and argparse's namespaces of those are built."""
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile pickle raises what it likes
-        raise BadCheckpoint(f"cannot read {path}: {_why_not_loaded(error)}") from error
+    with _pickles(path) as pickles:
+        odd = sorted({name for pickled in pickles for name in _globals_of(pickled)} - _BENIGN)
+    odd = [name for name in odd if re.fullmatch(_BENIGN_OF_TORCH, name) is None]
+    if odd:
+        what = f"{odd[0]}{', ...' if len(odd) > 1 else ''}"
+        raise BadCheckpoint(
+            f"{path} holds pickled objects ({what}) besides tensors, and those are never loaded: "
+            "save model.state_dict() alone"
+        )
+    with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")
+        saved = torch.load(file, map_location="cpu", weights_only=True)  # by handle: a path's suffix would tell
     if not isinstance(saved, Mapping):
         raise BadCheckpoint(f"{path} holds a {type(saved).__name__}, not a state dict: save model.state_dict()")
     weights = next((saved[slot] for slot in _SLOTS if isinstance(saved.get(slot), Mapping)), saved)
@@ -142,6 +168,31 @@ def _read_torch(path: Path) -> Contents:
         str(name): value for name, value in saved.items() if not isinstance(value, Tensor) and value is not weights
     }
     return Contents(tensors=_unwrapped(tensors), notes=notes)
+
+
+@contextmanager
+def _pickles(path: Path) -> Iterator[Iterable[IO[bytes]]]:
+    """The pickles of torch.save's file: one in a zip; five at the start of a file of the older kind."""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:  # told as torch tells it: by the first bytes
+            file.seek(0)
+            yield repeat(file, 5)
+            return
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(set(names)) < len(names) or sum(name.endswith("/data.pkl") for name in names) != 1:
+            raise BadCheckpoint(f"{path} is a zip archive, but no file of torch.save: {_HINT}")
+        with archive.open(next(name for name in names if name.endswith("/data.pkl"))) as file:
+            yield [file]
+
+
+def _globals_of(pickled: IO[bytes]) -> Iterator[str]:
+    """What a pickle asks for by name; it is read, not run."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield str(argument).replace(" ", ".", 1)
+        elif opcode.name == "STACK_GLOBAL":
+            yield "a name made while loading"
 
 
 def _read_hdf5(path: Path) -> Contents:
@@ -186,15 +237,6 @@ def _one_sentence(path: Path) -> Iterator[None]:
     except Exception as error:  # SafetensorError, zlib.error, struct.error, MemoryError ...: the readers' own zoo
         reason = " ".join(str(error).split())[:200]
         raise BadCheckpoint(f"cannot read {path}, it is damaged or truncated ({reason}): get it again") from error
-
-
-def _why_not_loaded(error: Exception) -> str:
-    text = str(error)
-    named = re.search(r"GLOBAL ([\w.]+)", text)
-    if named or "weights_only" in text or "Weights only" in text:
-        what = f" ({named.group(1)})" if named else ""
-        return f"it holds pickled objects{what} besides tensors, which are never loaded: save model.state_dict() alone"
-    return "it is damaged, truncated, or no file of torch.save: get it again"
 
 
 def _must_fit(declared: int, path: Path) -> None:

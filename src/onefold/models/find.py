@@ -53,26 +53,36 @@ def _in_folder(folder: Path) -> Found:
 
 
 def _on_hub(repo_id: str) -> Found:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        path = Path(hf_hub_download(repo_id, FILE))
-    except LocalEntryNotFoundError as error:
+        path = _download(repo_id, FILE)
+    except LocalEntryNotFoundError as error:  # neither in the cache nor within reach
         raise BadCheckpoint(_unreachable(repo_id)) from error
     except EntryNotFoundError as error:
         raise BadCheckpoint(
             f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
             "download the file you trust and give its path"
         ) from error
-    except Exception as error:  # no network, no such repository, gated, offline: the hub's own zoo
-        reason = " ".join(str(error).split())[:160]
-        raise BadCheckpoint(f"{_unreachable(repo_id)} ({type(error).__name__}: {reason})") from error
     try:
-        config = _config(Path(hf_hub_download(repo_id, CONFIG)))
+        config = _config(_download(repo_id, CONFIG))
     except EntryNotFoundError:
         config = {}
     return Found(path=path, source=repo_id, config=config)
+
+
+def _download(repo_id: str, name: str) -> Path:
+    """A file of a repository. Raises EntryNotFoundError where it has none of this name, BadCheckpoint otherwise."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, name))
+    except EntryNotFoundError:
+        raise
+    except Exception as error:  # no network, no such repository, gated, offline: the hub's own zoo
+        reason = " ".join(str(error).split())[:160]
+        raise BadCheckpoint(f"{_unreachable(repo_id)} ({type(error).__name__}: {reason})") from error
 
 
 def _unreachable(repo_id: str) -> str:

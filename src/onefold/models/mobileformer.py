@@ -17,8 +17,8 @@ map looks at the new tokens (`to_mobile`). The state between stages is the pair 
     head                            .to_former .conv .act .fc1 .dropout .fc
 
 Convolutions, and head.fc1, are chains with their norm: <name>.0 and <name>.1; act1 and act2 are DynamicReLU. The
-released weights name the same tensors otherwise but hold no other ones and in no other layout: a table of names is
-enough to load them (their features.<n> counts the blocks of all stages through).
+released weights are the same tensors in the same shapes under other names, so a table of names is enough to load them:
+their features.<n> is the n-th block of all stages, and within a block each part here is one part there.
 
 Shapes: (B, 3, H, W) -> maps at H/2, H/4, H/8, H/16, H/32 with tokens (B, T, D) -> (B, N).
 """
@@ -39,7 +39,7 @@ from onefold.reparam import Chain
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Tokens and their width, widths of the stem and the head, the stages, dropout, groups of 1x1 convolutions."""
+    """Tokens (number, width), width of the stem, stages, the head's two widths, dropout, groups of 1x1 convolutions."""
 
     tokens: tuple[int, int]
     stem: int
@@ -49,8 +49,8 @@ class Variant:
     groups: int = 1
 
 
-# The paper's tables of 294M and of its six siblings, one row of blocks a stage; dropout as the released weights had it.
-# A Down has two expansions and four convolutions; the tables print its first expansion only.
+# The paper's specification tables, one line a stage, completed by the released code: the tables print only the first of
+# a Down's two expansions. Dropout is that of the training commands published with the weights.
 SMALL = (
     (Lite(24, 12, 2), Keep(36, 12)),
     (Down(72, 96, 24), Keep(72, 24)),

@@ -14,6 +14,7 @@ from onefold.errors import BadArgument
 from onefold.recipes.recipe import Data as Data
 from onefold.recipes.recipe import Expected as Expected
 from onefold.recipes.recipe import Recipe as Recipe
+from onefold.recipes.recipe import at_epochs as at_epochs
 from onefold.recipes.recipe import at_size as at_size
 from onefold.recipes.recipe import override as override
 

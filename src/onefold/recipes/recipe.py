@@ -18,7 +18,7 @@ from onefold.data import (
     Resize,
 )
 from onefold.errors import BadArgument
-from onefold.train import Plan
+from onefold.train import Cosine, Epochs, Plan
 from onefold.train.values import Within, check, from_dict, to_dict
 
 Step = RandomResizedCrop | HorizontalFlip | RandomAffine | RandomShift | Resize | CentreCrop
@@ -103,6 +103,15 @@ def at_size(recipe: Recipe, size: int) -> Recipe:
     sized = (RandomResizedCrop, Resize, CentreCrop)
     steps = tuple(replace(step, size=size) if isinstance(step, sized) else step for step in recipe.steps)
     return replace(recipe, steps=steps, preprocessing=replace(recipe.preprocessing, size=size))
+
+
+def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with another length; a warm-up counted in epochs stays the same share of it."""
+    plan = recipe.plan
+    schedule = plan.schedule
+    if isinstance(schedule, Cosine) and isinstance(schedule.warmup, Epochs) and epochs > 0:
+        schedule = replace(schedule, warmup=Epochs(schedule.warmup.count * epochs / plan.epochs))
+    return replace(recipe, plan=replace(plan, epochs=epochs, schedule=schedule))
 
 
 def _value(text: str) -> Any:

@@ -1,49 +1,43 @@
-"""The figures, drawn by matplotlib as SVG that takes its colours from the page: one drawing for light and dark.
-
-The same data give the same bytes: no date, no random ids. Text stays text. A figure is drawn small (324 points wide) so
-that its letters are still letters on a phone.
-"""
+"""The figures: curves, distributions, accuracy against latency, ratios; plain values in, an `svg` element out."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onefold.bench import Ratio, percentile
-from onefold.errors import MissingExtra
+from onefold.report.canvas import (
+    ALARM,
+    FAR_APART,
+    GRID,
+    INK,
+    MUTED,
+    POINTS,
+    SERIES,
+    SURFACE,
+    WIDTH,
+    Words,
+    canvas,
+    finished,
+    logarithmic,
+    scale,
+    series,
+    whole_numbers,
+)
 from onefold.report.html import Markup, classed, element, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
-_WIDTH = 4.5
-_SCATTER_HEIGHT = 3.2
-_POINTS = 72
-_APART = 8.5
+_SCATTER_HEIGHT = 3.2  # inches
+_APART = 8.5  # points between a number and anything else
 _SIDES = ((0.0, 9.0), (9.0, 3.0), (0.0, -10.0), (-9.0, 3.0), (8.0, 9.0), (8.0, -9.0), (-8.0, 9.0), (-8.0, -9.0))
-_FAR_APART = 6.0  # an axis that spans more than this factor is logarithmic
-SERIES = 8
 
-# Colours that matplotlib is given to draw with, and that the page's style sheet then replaces.
-_INK, _MUTED, _GRID, _SURFACE, _ALARM = "#010101", "#020202", "#030303", "#040404", "#050505"
-_COLOURS = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--grid)",
-    _SURFACE: "var(--surface)",
-    _ALARM: "var(--alarm)",
-    **{f"#0a000{index}": f"var(--series-{index})" for index in range(SERIES)},
-}
-_DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # type: ignore[assignment]
+_DASHES: Sequence[str | tuple[int, tuple[float, ...]]] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _MARKERS = "osD^vP*X"
+_GLYPHS = "●■◆▲▼✚★✖"  # the same for a legend
 
 
 @dataclass(frozen=True)
@@ -87,108 +81,103 @@ class Contest:
     ratio: Ratio
 
 
-@dataclass(frozen=True)
-class Words:
-    """What a figure is for those who do not see it, and what stands below it for all."""
-
-    key: str
-    title: str
-    description: str
-
-
 def swatch(index: int, label: str) -> Markup:
     """An entry of a legend: the colour, the dashes and the marker of series `index`, and its name."""
-    return classed("span", f"swatch series-{index % SERIES}", element("i", _glyph(index)), " ", label)
+    return classed("span", f"swatch series-{index % SERIES}", element("i", _GLYPHS[index % len(_GLYPHS)]), " ", label)
 
 
 def curves(words: Words, lines: Sequence[Line], unit: str) -> Markup:
     """Curves over epochs, with a dotted line at what was expected; a line without points keeps its colour free."""
-    figure, axes = _canvas(2.5)
-    for index, line in enumerate(lines):
-        if not line.points:
-            continue
-        colour, (x, y) = _series(index), zip(*line.points, strict=True)
-        marker = _MARKERS[index % len(_MARKERS)]
-        every = max(1, len(x) // 8)
-        axes.plot(x, y, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.6, ls=_DASHES[index % len(_DASHES)])
-        if line.expected is not None:
-            axes.axhline(line.expected, color=colour, lw=1.0, ls=(0, (1, 2)))
-    values = [y for line in lines for _, y in line.points]
-    if min(values) > 0 and max(values) / min(values) > 50:
-        _logarithmic(axes.yaxis, min(values), max(values))
-    _whole_numbers(axes)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(unit)
-    return _svg(figure, words)
+    with canvas(2.5) as (figure, axes):
+        for index, line in enumerate(lines):
+            if not line.points:
+                continue
+            colour, (x, y) = series(index), zip(*line.points, strict=True)
+            marker = _MARKERS[index % len(_MARKERS)]
+            every = max(1, len(x) // 8)
+            axes.plot(
+                x, y, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.6, ls=_DASHES[index % len(_DASHES)]
+            )
+            if line.expected is not None:
+                axes.axhline(line.expected, color=colour, lw=1.0, ls=(0, (1, 2)))
+        values = [y for line in lines for _, y in line.points]
+        if min(values) > 0 and max(values) / min(values) > 50:
+            logarithmic(axes.yaxis, min(values), max(values))
+        whole_numbers(axes)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(unit)
+        return finished(figure, words)
 
 
 def distributions(words: Words, rows: Sequence[Row]) -> Markup:
     """One histogram a row over a shared axis of milliseconds, with marks at the median and at p90."""
-    figure, axes = _canvas(0.62 + 0.52 * len(rows))
-    edges = _edges(rows)
-    for index, row in enumerate(rows):
-        foot = float(len(rows) - 1 - index)
-        colour = _ALARM if row.fused is False else _series(0 if row.fused else 7)
-        _ridge(axes, row, edges, foot, colour)
-        axes.plot([row.median_ms] * 2, [foot, foot + 0.6], color=_INK, lw=1.4)
-        if row.p90_ms is not None:
-            axes.plot([row.p90_ms] * 2, [foot, foot + 0.34], color=_INK, lw=1.0, ls=(0, (2, 1.2)))
-        _write(axes, (0.0, foot + 0.68), row.label, _ALARM if row.fused is False else _INK)
-        _write(axes, (1.0, foot + 0.68), row.note, _MUTED)
-    _scale(axes, edges[0], edges[-1])
-    axes.set_ylim(-0.05, len(rows) + 0.02)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("latency of one call, milliseconds")
-    return _svg(figure, words)
+    with canvas(0.62 + 0.52 * len(rows)) as (figure, axes):
+        edges = _edges(rows)
+        for index, row in enumerate(rows):
+            foot = float(len(rows) - 1 - index)
+            colour = ALARM if row.fused is False else series(0 if row.fused else 7)
+            _ridge(axes, row, edges, foot, colour)
+            axes.plot([row.median_ms] * 2, [foot, foot + 0.6], color=INK, lw=1.4)
+            if row.p90_ms is not None:
+                axes.plot([row.p90_ms] * 2, [foot, foot + 0.34], color=INK, lw=1.0, ls=(0, (2, 1.2)))
+            _write(axes, (0.0, foot + 0.68), row.label, ALARM if row.fused is False else INK)
+            _write(axes, (1.0, foot + 0.68), row.note, MUTED)
+        scale(axes, edges[0], edges[-1])
+        axes.set_ylim(-0.05, len(rows) + 0.02)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("latency of one call, milliseconds")
+        return finished(figure, words)
 
 
 def scatter(words: Words, points: Sequence[Point]) -> Markup:
     """Accuracy over latency, every point numbered, the front joined by a line."""
-    figure, axes = _canvas(_SCATTER_HEIGHT)
-    front = [(point.latency_ms, point.top1) for point in points if point.on_front]
-    axes.plot(*zip(*front, strict=True), color=_series(0), lw=1.4, alpha=0.55, drawstyle="steps-post", zorder=1)
-    latencies, accuracies = [point.latency_ms for point in points], [point.top1 for point in points]
-    gap = max(1.1, (max(latencies) / min(latencies)) ** 0.12)
-    _scale(axes, min(latencies) / gap, max(latencies) * gap)
-    room = max(0.5, 0.16 * (max(accuracies) - min(accuracies)))
-    axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
-    sides = _sides(list(zip(latencies, accuracies, strict=True)), axes)
-    for point, side in zip(points, sides, strict=True):
-        colour = _ALARM if point.fused is False else _series(0) if point.on_front else _MUTED
-        marker, place = "s" if point.fused is False else "o", (point.latency_ms, point.top1)
-        axes.plot(*place, marker, ms=6, mfc=colour if point.on_front else _SURFACE, mec=colour, mew=1.4)
-        name = axes.annotate(str(point.number), place, side, textcoords="offset points", ha="center", va="center")
-        name.set_color(colour)
-    axes.set_xlabel("median latency, milliseconds (left is better)")
-    axes.set_ylabel("top-1 accuracy, % (up is better)")
-    return _svg(figure, words)
+    with canvas(_SCATTER_HEIGHT) as (figure, axes):
+        front = [(point.latency_ms, point.top1) for point in points if point.on_front]
+        axes.plot(*zip(*front, strict=True), color=series(0), lw=1.4, alpha=0.55, drawstyle="steps-post", zorder=1)
+        latencies, accuracies = [point.latency_ms for point in points], [point.top1 for point in points]
+        gap = max(1.1, (max(latencies) / min(latencies)) ** 0.12)
+        scale(axes, min(latencies) / gap, max(latencies) * gap)
+        room = max(0.5, 0.16 * (max(accuracies) - min(accuracies)))
+        axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
+        sides = _sides(list(zip(latencies, accuracies, strict=True)), axes)
+        for point, side in zip(points, sides, strict=True):
+            colour = ALARM if point.fused is False else series(0) if point.on_front else MUTED
+            marker, place = "s" if point.fused is False else "o", (point.latency_ms, point.top1)
+            axes.plot(*place, marker, ms=6, mfc=colour if point.on_front else SURFACE, mec=colour, mew=1.4)
+            name = axes.annotate(str(point.number), place, side, textcoords="offset points", ha="center", va="center")
+            name.set_color(colour)
+        axes.set_xlabel("median latency, milliseconds (left is better)")
+        axes.set_ylabel("top-1 accuracy, % (up is better)")
+        return finished(figure, words)
 
 
 def forest(words: Words, contests: Sequence[Contest]) -> Markup:
     """Ratios with their intervals; the band around 1 is the noise floor."""
-    figure, axes = _canvas(0.72 + 0.44 * len(contests))
-    floor = max(contest.ratio.floor for contest in contests)
-    axes.axvspan(1 / (1 + floor), 1 + floor, color=_MUTED, alpha=0.22, lw=0)
-    axes.axvline(1, color=_MUTED, lw=1)
-    bounds = [bound for contest in contests for bound in (contest.ratio.low, contest.ratio.high)]
-    low, high = min(0.93, *bounds) / 1.06, max(1.07, *bounds) * 1.06
-    _scale(axes, low, high)
-    for index, contest in enumerate(contests):
-        ratio, foot = contest.ratio, len(contests) - 1 - index
-        colour = _MUTED if ratio.verdict == "no difference" else _series(0)
-        axes.plot([ratio.low, ratio.high], [foot, foot], color=colour, lw=2.6, solid_capstyle="round")
-        axes.plot(ratio.value, foot, "o", color=colour, ms=6)
-        _write(axes, (0.0, foot + 0.24), contest.label, _INK)
-        right = ratio.value < (low + high) / 2  # the side with more room
-        place, gap, side = (ratio.high, 7, "left") if right else (ratio.low, -7, "right")
-        beside = axes.annotate(contest.note, (place, foot), (gap, 0), textcoords="offset points", ha=side, va="center")
-        beside.set(color=_MUTED, fontsize=8.5)
-    axes.set_ylim(-0.4, len(contests) - 0.3)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("time relative to the baseline (left is faster)")
-    return _svg(figure, words)
+    with canvas(0.72 + 0.44 * len(contests)) as (figure, axes):
+        floor = max(contest.ratio.floor for contest in contests)
+        axes.axvspan(1 / (1 + floor), 1 + floor, color=MUTED, alpha=0.22, lw=0)
+        axes.axvline(1, color=MUTED, lw=1)
+        bounds = [bound for contest in contests for bound in (contest.ratio.low, contest.ratio.high)]
+        low, high = min(0.93, *bounds) / 1.06, max(1.07, *bounds) * 1.06
+        scale(axes, low, high)
+        for index, contest in enumerate(contests):
+            ratio, foot = contest.ratio, len(contests) - 1 - index
+            colour = MUTED if ratio.verdict == "no difference" else series(0)
+            axes.plot([ratio.low, ratio.high], [foot, foot], color=colour, lw=2.6, solid_capstyle="round")
+            axes.plot(ratio.value, foot, "o", color=colour, ms=6)
+            _write(axes, (0.0, foot + 0.24), contest.label, INK)
+            right = ratio.value < (low + high) / 2  # the side with more room
+            place, gap, side = (ratio.high, 7, "left") if right else (ratio.low, -7, "right")
+            beside = axes.annotate(
+                contest.note, (place, foot), (gap, 0), textcoords="offset points", ha=side, va="center"
+            )
+            beside.set(color=MUTED, fontsize=8.5)
+        axes.set_ylim(-0.4, len(contests) - 0.3)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("time relative to the baseline (left is faster)")
+        return finished(figure, words)
 
 
 def _write(axes: Axes, place: tuple[float, float], text: str, colour: str) -> None:
@@ -201,7 +190,7 @@ def _write(axes: Axes, place: tuple[float, float], text: str, colour: str) -> No
 def _sides(places: Sequence[tuple[float, float]], axes: Axes) -> list[tuple[float, float]]:
     """For each point the offset, in points, of its number: the first of eight sides that is free, else above."""
     to_axes = (axes.transData + axes.transAxes.inverted()).transform
-    width, height = 0.85 * _WIDTH * _POINTS, 0.85 * _SCATTER_HEIGHT * _POINTS
+    width, height = 0.85 * WIDTH * POINTS, 0.85 * _SCATTER_HEIGHT * POINTS
     dots = [(float(x) * width, float(y) * height) for x, y in map(to_axes, places)]
     taken, chosen = list(dots), []
     for dot in dots:
@@ -222,7 +211,7 @@ def _ridge(axes: Axes, row: Row, edges: Sequence[float], foot: float, colour: st
     counts, _ = np.histogram(np.clip(row.latencies_ms, edges[0], edges[-1]), bins=list(edges))
     heights = 0.6 * counts / max(1, counts.max())
     axes.stairs(foot + heights, list(edges), baseline=foot, fill=True, color=colour, alpha=0.55, lw=0)
-    axes.plot([edges[0], edges[-1]], [foot, foot], color=_GRID, lw=0.8, zorder=0)
+    axes.plot([edges[0], edges[-1]], [foot, foot], color=GRID, lw=0.8, zorder=0)
 
 
 def _edges(rows: Sequence[Row]) -> list[float]:
@@ -230,101 +219,9 @@ def _edges(rows: Sequence[Row]) -> list[float]:
     low = min(min(row.latencies_ms) for row in rows)
     high = max(max(percentile(row.latencies_ms, 0.99), row.p90_ms or 0) for row in rows)
     count = 90
-    if high / low >= _FAR_APART:
+    if high / low >= FAR_APART:
         low, high = low * 0.9, high * 1.1
         return [low * (high / low) ** (index / count) for index in range(count + 1)]
     gap = max((high - low) * 0.06, low * 0.02)
-    low, high = max(low - gap, low / 2), min(high + gap, 0.99 * _FAR_APART * low)
+    low, high = max(low - gap, low / 2), min(high + gap, 0.99 * FAR_APART * low)
     return [low + (high - low) * index / count for index in range(count + 1)]
-
-
-def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure_of, settings = _matplotlib()
-    with settings:
-        figure: Figure = figure_of(figsize=(_WIDTH, height), layout="constrained")
-        axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(True, axis="both", color=_GRID, lw=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _matplotlib() -> tuple[type[Figure], AbstractContextManager[None]]:
-    """The class of figures and the settings they are drawn under, whatever the user's own; MissingExtra without it."""
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("a report needs matplotlib for its figures: pip install 'onefold[report]'") from error
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "onefold",
-        "text.parse_math": False,
-        "font.size": 9,
-        "axes.edgecolor": _MUTED,
-        "axes.labelcolor": _MUTED,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "axes.unicode_minus": False,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-    }
-    return Figure, style.context(["default", settings])
-
-
-def _scale(axes: Axes, low: float, high: float) -> None:
-    """The x axis from low to high, logarithmic where they lie far apart."""
-    axes.set_xlim(low, high)
-    if high / low >= _FAR_APART:
-        _logarithmic(axes.xaxis, low, high)
-
-
-def _logarithmic(axis: Axis, low: float, high: float) -> None:
-    """A logarithmic axis with plain numbers, as many as there is room for."""
-    from matplotlib.axis import XAxis
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 300 else (1.0,)
-    scale = axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale
-    scale("log")
-    axis.set_major_locator(LogLocator(10, subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-
-
-def _series(index: int) -> str:
-    return f"#0a000{index % SERIES}"
-
-
-def _glyph(index: int) -> str:
-    return "●■◆▲▼✚★✖"[index % len(_MARKERS)]
-
-
-def _svg(figure: Figure, words: Words) -> Markup:
-    """The figure as an `svg` element that stands alone in the page: its own ids, the page's colours, a title."""
-    drawn = io.StringIO()
-    _, settings = _matplotlib()
-    with settings, warnings.catch_warnings():
-        # The page's fonts draw the letters; that matplotlib's own lacks one is of no account.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(drawn, format="svg", metadata=empty)
-    text = drawn.getvalue()
-    inner = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    inner = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", inner, flags=re.DOTALL)
-    inner = re.sub(r'\bid="([^"]+)"', rf'id="{words.key}-\1"', inner)
-    inner = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{words.key}-", inner)
-    inner = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {_COLOURS[found[2]]}", inner)
-    width, height = (size * _POINTS for size in figure.get_size_inches())
-    named = f'role="img" aria-labelledby="{words.key}-name {words.key}-words"'
-    head = f'<svg viewBox="0 0 {width:g} {height:g}" {named} xmlns:xlink="http://www.w3.org/1999/xlink">'
-    name = element("title", words.title, attributes={"id": f"{words.key}-name"})
-    description = element("desc", words.description, attributes={"id": f"{words.key}-words"})
-    return Markup(f"{head}{name}{description}{inner}</svg>")

@@ -6,7 +6,6 @@ Whatever is missing or damaged becomes a note, one sentence for the page, and ne
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 from onefold.bench import Comparison, Measurement, read_all
 from onefold.errors import BadData
 from onefold.report.html import plain
+
+_ABSURD = 1e15  # also leaves out what is infinite or no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +137,11 @@ def gather(runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Pa
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
-    """The finite number under `key`; None where there is none."""
+    """The number under `key`; None where there is none, or none that any figure here could have."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        real = float(value)
-    except OverflowError:
-        return None
-    return real if math.isfinite(real) else None
+    return float(value) if abs(value) < _ABSURD else None
 
 
 def _read_run(path: Path, notes: list[str]) -> Run:

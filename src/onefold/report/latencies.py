@@ -7,8 +7,9 @@ from itertools import groupby
 
 from onefold.bench import Machine
 from onefold.report import figures
+from onefold.report.canvas import Words
 from onefold.report.evidence import Evidence, Pair
-from onefold.report.figures import Contest, Point, Row, Words
+from onefold.report.figures import Contest, Point, Row
 from onefold.report.groups import Group, pareto_front
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, paragraph, plain, table
 from onefold.report.words import digits, latency, many, percent, share
@@ -123,7 +124,7 @@ def _unknown(groups: Sequence[Group]) -> Markup:
     names = list(dict.fromkeys(group.label for group in groups if group.top1 is None))
     if not names:
         return Markup("")
-    count = "Nothing" if len(names) == len({group.label for group in groups}) else "Not everything"
+    count = "Nothing" if all(group.top1 is None for group in groups) else "Not everything"
     said = f"{count} measured has a known accuracy; not drawn against it: {', '.join(names)}."
     return classed("p", "note", said)
 

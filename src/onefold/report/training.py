@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onefold.report import figures
-from onefold.report.figures import Line, Words
+from onefold.report.canvas import SERIES, Words
+from onefold.report.figures import Line
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, table
 from onefold.report.inputs import Run
 from onefold.report.words import digits, many, percent
 
-_MOST_CURVES = figures.SERIES
+_MOST_CURVES = SERIES
 
 
 def training(runs: Sequence[Run]) -> Markup:

@@ -74,7 +74,9 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
     options.log_severity_level = _FATAL_ONLY
     # Threads that spin after the answer would slow whoever is measured next to this one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = runtime.InferenceSession(content["model.onnx"], options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        content["model.onnx"], options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
     return _Onnx(session)
 
 

@@ -125,9 +125,7 @@ def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
 
 def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
     """The runtime's files, the reference and the manifest, once the files have answered as PyTorch does."""
-    engine = _convert(order, program, folder)
-    parity = _parity(engine, order.reference, TOLERANCES[order.precision])
-    engine.close()
+    parity = _convert(order, program, folder)
     if not parity.difference <= parity.tolerance:
         raise GateFailed(
             f"{order.name} does not answer as PyTorch does: the logits differ by {parity.difference:.2g} of the "
@@ -157,13 +155,16 @@ def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
     (folder / MANIFEST).write_text(render(made), encoding="utf-8")
 
 
-def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Engine:
-    """The files in the folder, and the engine that they give when loaded again."""
+def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Parity:
+    """Put the runtime's files into the folder, load them again, and compare the answers."""
     kind = order.runtime
     try:
         kind.export(program, folder, about=order.about, precision=order.precision)
         content = {name: (folder / name).read_bytes() for name in kind.FILES}
-        return kind.load(content, precision=order.precision, threads=1)
+        engine = kind.load(content, precision=order.precision, threads=1)
+        parity = _parity(engine, order.reference, TOLERANCES[order.precision])
+        engine.close()
+        return parity
     except (OnefoldError, OSError):
         raise
     except Exception as error:
@@ -218,12 +219,14 @@ def _check_place(folder: Path) -> None:
 
 
 def _check_about(about: About, num_classes: int) -> None:
-    if not about.model or type(about.fused) is not bool:
+    if not (isinstance(about.model, str) and about.model) or type(about.fused) is not bool:
         raise BadArgument(
             f"expected the name of a model and whether it is fused, came {about.model!r}, {about.fused!r}"
         )
     if about.classes is not None and len(about.classes) != num_classes:
         raise BadArgument(f"the model gives {num_classes} logits, but {len(about.classes)} classes were named")
+    if not all(isinstance(text, str) for text in (*(about.classes or ()), about.licence or "", about.source or "")):
+        raise BadArgument("expected text for every class, for the licence and for the source")
     if about.drift is not None and not (math.isfinite(about.drift) and about.drift >= 0):
         raise BadArgument(f"expected a drift of 0 or more, came {about.drift}")
     try:

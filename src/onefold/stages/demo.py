@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from onefold.bench import Comparison, Procedure
 from onefold.data import Batches, Source
 from onefold.errors import BadArgument, GateFailed
-from onefold.recipes import find_recipe
+from onefold.recipes import at_epochs, find_recipe
 from onefold.stages.answers import evaluate
 from onefold.stages.folding import Order, export, fuse
 from onefold.stages.measuring import Bench, bench, note_accuracy
@@ -34,7 +33,7 @@ def demo(
 
     recipe = find_recipe("digits:s0")
     if epochs is not None:
-        recipe = replace(recipe, plan=replace(recipe.plan, epochs=epochs))
+        recipe = at_epochs(recipe, epochs)
     say(f"1/6  train   {recipe.model} on scikit-learn's digits, {recipe.plan.epochs} epochs")
     outcome = start_run(recipe, run, on_progress=on_progress)
     say(f"             top-1 {outcome.top1:.2f} % on {outcome.count} held-out digits")

@@ -18,7 +18,7 @@ from onefold.models.hub import Card
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.network import Network, weights_file
-from onefold.train import Progress, Run, RunFolder, World, accuracy, start_world, train
+from onefold.train import Progress, Run, RunFolder, World, accuracy, seed_everything, start_world, train
 
 RECIPE = "recipe.json"
 
@@ -33,18 +33,27 @@ class Outcome:
     count: int
 
 
-def start_run(recipe: Recipe, out: Path, *, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Train from the beginning into the run folder `out`, which must not hold a run."""
+def start_run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_start: Callable[[Recipe], None] | None = None,
+) -> Outcome:
+    """Train from the beginning into the run folder `out`, which must not hold a run.
+
+    `on_start` is told the recipe once data and network are found to be sound.
+    """
     if not recipe.data.spec:
         raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
     if RunFolder(out).has_run:
         raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-    return _run(recipe, out, resume=False, on_progress=on_progress)
+    return _run(recipe, out, on_progress, on_start)
 
 
 def resume_run(out: Path, *, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Go on with the run in `out`, by the recipe that lies in it."""
-    return _run(read_recipe(out), out, resume=True, on_progress=on_progress)
+    return _run(read_recipe(out), out, on_progress)
 
 
 def read_recipe(out: Path) -> Recipe:
@@ -73,13 +82,22 @@ def validation_images(source: str | Path, data: str | None) -> tuple[Source, str
     return _open(whole, "val"), data
 
 
-def _run(recipe: Recipe, out: Path, *, resume: bool, on_progress: Callable[[Progress], None] | None) -> Outcome:
+def _run(
+    recipe: Recipe,
+    out: Path,
+    on_progress: Callable[[Progress], None] | None,
+    on_start: Callable[[Recipe], None] | None = None,
+) -> Outcome:
     training, held_out = _open(recipe.data, "train"), Cached(_open(recipe.data, "val"))
     num_classes, channels = len(training.classes), recipe.preprocessing.channels
     weights = None if recipe.weights is None else weights_file(recipe.weights)
+    seed_everything(recipe.plan.seed)
     model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights).train()
     card = _card(recipe, training.classes, fused=not leftovers(model))
     with start_world() as world:
+        batches, resume = _batches(training, recipe, world), RunFolder(out).has_run
+        if on_start and world.is_first:
+            on_start(recipe)
         if not resume and world.is_first:
             write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
         run = Run(
@@ -90,7 +108,7 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, on_progress: Callable[[Prog
             resume=resume,
             on_progress=on_progress,
         )
-        best = train(model, _batches(training, recipe, world), recipe.plan, run).best
+        best = train(model, batches, recipe.plan, run).best
     return Outcome(
         weights=RunFolder(out).best / "model.safetensors",
         top1=float(best["top1"]),

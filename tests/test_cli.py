@@ -1,0 +1,378 @@
+"""The command line, from outside: the main road on a handful of photos, and every mistake with its sentence.
+
+Verbs run in this process, which is quick; what must be seen from outside (the time to the first help, a signal) runs
+as a program of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from onefold.cli import app, main
+
+CLASSES = ("cat", "dog", "newt")
+TRAIN = ("--model", "mobilenetv1_025", "--img-size", "32", "--epochs", "1", "--batch-size", "8")
+
+
+def photo(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, a run trained on them, its fused weights and their ONNX artifact: all made by the verbs."""
+    home = tmp_path_factory.mktemp("home")
+    for c, name in enumerate(CLASSES):
+        for i in range(10):
+            photo(home / "photos" / name / f"{i}.png", 100 * c + i)
+    assert run("train", "--data", home / "photos", *TRAIN, "--out", home / "run") == 0
+    assert run("fuse", home / "run", "--out", home / "fused.safetensors") == 0
+    assert run("export", home / "fused.safetensors", "--out", home / "artifacts") == 0
+    return home
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+@pytest.fixture
+def scratch(home: Path, tmp_path: Path) -> Path:
+    """A fresh folder that holds copies of what `home` has, to be damaged at will."""
+    for name in ("run", "artifacts", "photos"):
+        shutil.copytree(home / name, tmp_path / name)
+    shutil.copy(home / "fused.safetensors", tmp_path)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------- the main road
+
+
+def test_the_run_folder_holds_what_was_promised(home: Path):
+    recipe = json.loads((home / "run" / "recipe.json").read_text())
+    assert recipe["model"] == "mobilenetv1_025"
+    assert recipe["plan"]["epochs"] == 1
+    lines = [json.loads(line) for line in (home / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["start", "epoch"]
+    assert lines[-1]["drift"] < 1e-5  # what is validated is the fused network
+
+
+def test_predict_says_the_same_from_run_weights_and_artifact(home: Path, capsys):
+    said = []
+    for source in ("run", "fused.safetensors", "artifacts/onnx-fp32"):
+        assert run("predict", home / source, home / "photos" / "cat", "--json", "--top", 3) == 0
+        said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert len(said[0]) == 10
+    assert {p["class"] for line in said[0] for p in line["predictions"]} == set(CLASSES)
+    for others in said[1:]:
+        for ours, theirs in zip(said[0], others, strict=True):
+            assert ours["file"] == theirs["file"]
+            assert [p["class"] for p in ours["predictions"]] == [p["class"] for p in theirs["predictions"]]
+            shares = [[p["probability"] for p in each["predictions"]] for each in (ours, theirs)]
+            assert np.allclose(*shares, atol=1e-5)
+
+
+def test_eval_of_a_run_is_the_accuracy_that_its_training_logged(home: Path, capsys, tmp_path: Path):
+    assert run("eval", home / "run", "--json", "--results", tmp_path) == 0
+    score = json.loads(capsys.readouterr().out)
+    logged = json.loads((home / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert score["count"] == 6
+    assert score["top1"] == pytest.approx(logged["top1"])
+
+
+def test_eval_matches_classes_by_name_not_by_position(scratch: Path, capsys):
+    shutil.rmtree(scratch / "photos" / "cat")  # dog is now the first folder
+    assert run("eval", scratch / "run", "--data", scratch / "photos", "--json", "--results", scratch) == 0
+    part = json.loads(capsys.readouterr().out)
+    assert run("predict", scratch / "run", scratch / "photos", "--json", "--top", 1) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [line["predictions"][0]["class"] == Path(line["file"]).parent.name for line in lines]
+    assert part["count"] == len(right) == 20
+    assert part["top1"] == pytest.approx(100 * np.mean(right))
+
+
+def test_bench_and_report(scratch: Path, capsys):
+    assert (
+        run("eval", scratch / "artifacts/onnx-fp32", "--data", scratch / "photos", "--results", scratch / "results")
+        == 0
+    )
+    bench = ("--samples", 20, "--warmup", 0, "--results", scratch / "results")
+    assert run("bench", scratch / "artifacts/onnx-fp32", scratch / "run", "--allow-unfused", *bench) == 0
+    said = capsys.readouterr().out
+    assert "UNFUSED" in said
+    (ledger,) = (scratch / "results").glob("*.jsonl")
+    (line,) = ledger.read_text().splitlines()
+    subjects = [m["subject"] for m in json.loads(line)["measurements"].values()]
+    assert [s["fused"] for s in subjects] == [True, False]
+    assert 0 <= subjects[0]["top1"] <= 100
+    assert run("report", scratch, "--out", scratch / "report.html") == 0
+    page = (scratch / "report.html").read_text()
+    assert "UNFUSED" in page
+    assert "mobilenetv1_025" in page
+
+
+def test_a_resumed_run_that_is_complete_changes_nothing(scratch: Path, capsys):
+    before = (scratch / "run" / "best" / "model.safetensors").read_bytes()
+    assert run("train", "--resume", scratch / "run") == 0
+    assert (scratch / "run" / "best" / "model.safetensors").read_bytes() == before
+
+
+def test_models_prints_the_papers_counts(capsys):
+    assert run("models", "mobileone_s0") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mobileone_s0")]
+    for number in ("5,293,272", "2,078,504", "1,051,935,232", "275,110,400", "71.4"):
+        assert number in line
+
+
+# ----------------------------------------------------------------------------------------- mistakes
+
+
+def _class_folders(folder: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            photo(folder / name / f"{i}.png", i)
+    return folder
+
+
+def _write(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def _flip(path: Path) -> Path:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def _pickled(path: Path) -> Path:
+    torch.save({"state_dict": {"x": Evil()}}, path)
+    return path
+
+
+class Evil:
+    """Would leave a marker if anything unpickled it."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
+
+
+def _split(folder: Path) -> Path:
+    _class_folders(folder / "train", {"cat": 2, "dog": 2})
+    _class_folders(folder / "val", {"cat": 2, "dgo": 2})
+    return folder
+
+
+MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
+    # what is typed
+    "unknown verb": (2, "No such command 'trian'", lambda _: ["trian"]),
+    "unknown option": (2, "No such option: --tpo", lambda h: ["predict", h / "run", h / "photos", "--tpo", 3]),
+    "missing argument": (2, "Missing argument", lambda _: ["predict"]),
+    "a number that is none": (2, "valid integer", lambda h: ["predict", h / "run", h / "photos", "--top", "x"]),
+    "top of nothing": (2, "--top", lambda h: ["predict", h / "run", h / "photos", "--top", 0]),
+    "no model of that name": (2, "'resnet*'", lambda _: ["models", "resnet*"]),
+    "impossible resolution": (2, "size must be from 32", lambda _: ["models", "mobileone_s0", "--img-size", 8]),
+    # training
+    "no data": (2, "needs data: --data FOLDER", lambda _: ["train"]),
+    "data not there": (3, "is not there", lambda h: ["train", "--data", h / "nowhere"]),
+    "data is a file": (3, "is a file", lambda h: ["train", "--data", photo(h / "a.png", 0)]),
+    "data is an archive": (3, "is an archive", lambda h: ["train", "--data", _write(h / "a.zip", b"PK")]),
+    "an empty folder": (3, "no images", lambda h: ["train", "--data", (h / "e").mkdir() or h / "e"]),
+    "an empty class": (3, "newt", lambda h: ["train", "--data", _class_folders(h / "d", {"cat": 2, "newt": 0})]),
+    "one class": (3, "one class only, cat", lambda h: ["train", "--data", _class_folders(h / "d", {"cat": 3})]),
+    "classes that differ": (3, "only in val: dgo", lambda h: ["train", "--data", _split(h / "d")]),
+    "fewer images than a batch": (
+        3,
+        "choose a smaller batch size",
+        lambda h: ["train", "--data", h / "photos", *TRAIN[:-1], 64, "--out", h / "new"],
+    ),
+    "unknown recipe": (2, "did you mean mobileone:s0", lambda _: ["train", "--recipe", "mobileone:s00"]),
+    "unknown model": (
+        2,
+        "did you mean mobileone_s",
+        lambda h: ["train", "--data", h / "photos", "--model", "mobileone_s9", "--out", h / "new"],
+    ),
+    "unknown field": (2, "did you mean 'epochs'", lambda h: ["train", "--data", h / "photos", "--plan.epoch", 5]),
+    "unknown section": (2, "the recipe has no 'plam.epochs'", lambda _: ["train", "--plam.epochs", 5]),
+    "a field without a value": (2, "needs a value", lambda _: ["train", "--plan.epochs"]),
+    "a word for a number": (2, "plan.epochs must be a whole number", lambda _: ["train", "--plan.epochs", "five"]),
+    "no epochs": (2, "plan.epochs must be a whole number from 1", lambda _: ["train", "--epochs", 0]),
+    "a negative rate": (2, "plan.optimizer.lr must be a number from 0", lambda _: ["train", "--lr", "-0.1"]),
+    "an infinite rate": (2, "plan.optimizer.lr", lambda _: ["train", "--plan.optimizer.lr", "1e999"]),
+    "a loose word": (2, "no such option: photos", lambda _: ["train", "photos"]),
+    "a size without pixels": (2, "--img-size", lambda h: ["train", "--data", h / "photos", "--img-size", 0]),
+    "a run is there already": (
+        2,
+        "already holds a run",
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--out", h / "run"],
+    ),
+    "nothing to resume": (4, "is not a run", lambda h: ["train", "--resume", h / "photos"]),
+    "resume with a change": (2, "give nothing else", lambda h: ["train", "--resume", h / "run", "--epochs", 3]),
+    "a damaged recipe": (
+        4,
+        "recipe.json cannot be read",
+        lambda h: [_write(h / "run" / "recipe.json", "{"), "train", "--resume", h / "run"][1:],
+    ),
+    "another recipe in the run": (
+        4,
+        "is another run",
+        lambda h: [
+            _write(h / "run/recipe.json", (h / "run/recipe.json").read_text().replace('"epochs": 1', '"epochs": 2')),
+            *("train", "--resume", h / "run"),
+        ][1:],
+    ),
+    "a place that is a file": (
+        5,
+        "cannot write",
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--out", photo(h / "a.png", 0) / "run"],
+    ),
+    # weights
+    "weights not there": (4, "nothing.safetensors", lambda h: ["predict", h / "nothing.safetensors", h / "photos"]),
+    "empty weights": (4, "empty", lambda h: ["predict", _write(h / "w.pth", b""), h / "photos"]),
+    "a web page": (4, "w.safetensors", lambda h: ["predict", _write(h / "w.safetensors", "<html>"), h / "photos"]),
+    "a hostile pickle": (4, "w.pth", lambda h: ["predict", _pickled(h / "w.pth"), h / "photos"]),
+    "a flipped bit": (4, "damaged", lambda h: ["predict", _flip(h / "fused.safetensors"), h / "photos"]),
+    "half of the weights": (
+        4,
+        "t.safetensors",
+        lambda h: [
+            "predict",
+            _write(h / "t.safetensors", (h / "fused.safetensors").read_bytes()[:5000]),
+            h / "photos",
+        ],
+    ),
+    "weights of nothing known": (
+        4,
+        "no layout known here",
+        lambda h: [save_file({"a.b": torch.zeros(3)}, h / "x.safetensors"), "fuse", h / "x.safetensors"][1:],
+    ),
+    "weights of another model": (
+        4,
+        "mobilenetv1_025: type that name",
+        lambda h: ["predict", h / "fused.safetensors", h / "photos", "--model", "mobilenetv1_050"],
+    ),
+    "a damaged run": (4, "damaged", lambda h: ["fuse", _flip(h / "run/best/model.safetensors")]),
+    # photos
+    "photo not there": (3, "nowhere.jpg", lambda h: ["predict", h / "run", h / "nowhere.jpg"]),
+    "no photos in the folder": (3, "no images", lambda h: ["predict", h / "run", _class_folders(h / "e", {"x": 0})]),
+    "a corrupt photo": (3, "1 of 1 images", lambda h: ["predict", h / "run", _write(h / "a.jpg", b"\xff\xd8\xff")]),
+    # evaluation
+    "nothing to score on": (2, "give --data", lambda h: ["eval", h / "fused.safetensors"]),
+    "other classes": (
+        3,
+        "does not know: newts",
+        lambda h: ["eval", h / "run", "--data", _class_folders(h / "d", {"cat": 1, "newts": 1})],
+    ),
+    "too few class names": (
+        3,
+        "names 1 classes",
+        lambda h: ["predict", h / "run", h / "photos", "--classes", _write(h / "c.txt", "cat\n")],
+    ),
+    "an artifact at another size": (
+        2,
+        "export again for 64",
+        lambda h: ["predict", h / "artifacts/onnx-fp32", h / "photos", "--img-size", 64],
+    ),
+    # fusing and exporting
+    "fused already": (2, "is fused already", lambda h: ["fuse", h / "fused.safetensors"]),
+    "a drift above the bound": (1, "is off by", lambda h: ["fuse", h / "run", "--tolerance", 0, "--out", h / "f"]),
+    "unknown runtime": (2, "did you mean 'onnx'", lambda h: ["export", h / "run", "--to", "onxx", "--out", h / "n"]),
+    "no runtime": (2, "names no runtime", lambda h: ["export", h / "run", "--to", ","]),
+    "unknown precision": (
+        2,
+        "cannot export 'int7'",
+        lambda h: ["export", h / "run", "--precision", "int7", "--out", h / "n"],
+    ),
+    "export of an artifact": (2, "the weights that it was made from", lambda h: ["export", h / "artifacts/onnx-fp32"]),
+    "something else in the place": (
+        2,
+        "something else",
+        lambda h: [photo(h / "n/onnx-fp32/cat.png", 0), "export", h / "run", "--out", h / "n"][1:],
+    ),
+    # measuring and reporting
+    "an unfused network": (2, "--allow-unfused", lambda h: ["bench", h / "run", "--results", h / "results"]),
+    "a tampered artifact": (4, "damaged", lambda h: ["bench", _flip(h / "artifacts/onnx-fp32/model.onnx").parent]),
+    "a part of an artifact": (
+        4,
+        "reference.npz",
+        lambda h: [(h / "artifacts/onnx-fp32/reference.npz").unlink(), "bench", h / "artifacts/onnx-fp32"][1:],
+    ),
+    "no samples": (2, "--samples", lambda h: ["bench", h / "artifacts/onnx-fp32", "--samples", 0]),
+    "a report of nowhere": (3, "is not a folder", lambda h: ["report", h / "nowhere"]),
+    "a report of nothing": (3, "", lambda h: ["report", _class_folders(h / "e", {"x": 0}), "--out", h / "r.html"]),
+    "a demo over something": (2, "is not empty", lambda h: ["demo", "--out", h / "photos"]),
+}
+
+
+@pytest.mark.parametrize(("status", "says", "typed"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_one_sentence_and_its_status(status, says, typed, scratch, capsys, monkeypatch):
+    monkeypatch.chdir(scratch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(*typed(scratch)) == status
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert says.lower() in lines[0].lower()
+    assert "internal" not in lines[0]
+    assert not (scratch / "executed").exists()
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run("predict", "timm/no_such_model_here", photo(tmp_path / "a.png", 0)) == 4
+    error = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE" in error
+    assert "give the path" in error
+
+
+def test_one_corrupt_photo_does_not_stop_the_others(scratch: Path, capsys):
+    _write(scratch / "photos" / "cat" / "3.png", b"not a picture")
+    assert run("predict", scratch / "run", scratch / "photos" / "cat", "--top", 1) == 3
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 9
+    assert "3.png" in said.err
+
+
+# ----------------------------------------------------------------------------------- from outside
+
+
+def test_the_verbs_and_their_options_are_frozen():
+    """A change of the command line is a change of everyone's scripts: make it here too, knowingly."""
+    import typer
+
+    group = typer.main.get_command(app)
+    found = {
+        name: sorted(opt for p in verb.params for opt in p.opts if opt.startswith("--"))
+        for name, verb in group.commands.items()
+    }
+    assert found == json.loads((Path(__file__).parent / "golden" / "cli.json").read_text())
+
+
+def test_help_is_there_for_every_verb(capsys):
+    import typer
+
+    for name in typer.main.get_command(app).commands:
+        assert run(name, "--help") == 0
+        assert "Usage:" in capsys.readouterr().out
+
+
+def test_help_imports_no_torch():
+    """What makes `onefold --help` quick: a time would depend on the machine, an import does not."""
+    code = "import sys; from onefold.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

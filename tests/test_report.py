@@ -1,0 +1,553 @@
+"""The report: what it says is what the inputs hold, and nothing in them can break the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onefold import bench
+from onefold.errors import BadData, MissingExtra
+from onefold.report import write_report
+from onefold.report.evidence import evidence
+from onefold.report.groups import Group, grouped, label, pareto_front
+from onefold.report.html import Column, element, plain, table
+from onefold.report.inputs import gather
+from onefold.report.words import digits, latency, listed, many, size
+
+MACHINE = bench.Machine(
+    chip="Test Chip 9",
+    architecture="x86_64",
+    cores=4,
+    usable_cores=4,
+    memory_bytes=2**34,
+    system="Linux 6.1",
+    versions={"onnxruntime": "1.32.0"},
+)
+SUBJECT = {
+    "model": "mobileone_s0",
+    "runtime": "onnx",
+    "precision": "fp32",
+    "fused": True,
+    "input_shape": [1, 3, 64, 64],
+}
+HOSTILE = (
+    '"><script>alert(1)</script><img src=x onerror=alert(2)>\n$\\frac{a}{$ \x00\x1b --> ]]> fill: #123456 url(#x) '
+    "\u202e\ud800 &amp; 漢字"
+)
+
+
+class Page(HTMLParser):
+    """A page taken apart: every tag closed in its order, ids, links, the text of each kind of element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.said: dict[str, list[str]] = {}
+        self.pieces: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
+                self.links.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+        if tag != "meta":
+            self.open.append(tag)
+            self.said.setdefault(tag, []).append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.said[tag][-1] += data
+        if "body" in self.open:
+            self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.pieces).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
+def samples(milliseconds: float, seed: int = 0, count: int = 100) -> tuple[int, ...]:
+    source = np.random.default_rng(seed)
+    return tuple(int(each) for each in milliseconds * 1e6 * np.exp(source.normal(0, 0.02, count)))
+
+
+def measured(milliseconds: float, seed: int = 0, **subject: object) -> bench.Measurement:
+    return bench.Measurement(
+        subject={**SUBJECT, **subject},
+        machine=MACHINE,
+        procedure=bench.Procedure(samples=100),
+        samples_ns=samples(milliseconds, seed),
+        warmup_ns=(int(9e6),),
+        noise=bench.Noise(load_before=0.1, others=0.0),
+    )
+
+
+def compared(fused_ms: float, unfused_ms: float, seed: int = 0) -> bench.Comparison:
+    pair = {
+        "fused": measured(fused_ms, seed, name="fused"),
+        "unfused": measured(unfused_ms, seed + 1, name="unfused", fused=False),
+    }
+    return bench.Comparison(measurements=pair, twin=measured(fused_ms, seed + 2, name="fused"))
+
+
+def a_run(
+    folder: Path, name: str = "digits", top1: tuple[float, ...] = (50.0, 97.5, 96.0), expect: float = 97.0
+) -> Path:
+    run = folder / "runs" / name
+    run.mkdir(parents=True)
+    lines = [{"kind": "start", "plan": {"epochs": len(top1)}}]
+    lines += [
+        {
+            "kind": "epoch",
+            "epoch": epoch,
+            "loss": 2.0 / epoch,
+            "val_loss": 2.1 / epoch,
+            "top1": value,
+            "images_per_s": 512,
+        }
+        for epoch, value in enumerate(top1, 1)
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "recipe.json").write_text(
+        json.dumps({"name": "digits", "expect": {"top1": expect, "source": "three seeds"}})
+    )
+    return run
+
+
+def an_artifact(folder: Path, name: str = "onnx-fp32", **changes: object) -> Path:
+    artifact = folder / "artifacts" / name
+    artifact.mkdir(parents=True)
+    manifest = {
+        "schema": 1,
+        "model": "mobileone_s0",
+        "runtime": "onnx",
+        "precision": "fp32",
+        "fused": True,
+        "drift": 4.14e-7,
+        "parity": {"difference": 1.2e-6, "top1_agreement": 1.0, "tolerance": 1e-4, "images": 2},
+        "num_classes": 10,
+        "classes": None,
+        "licence": "Apache-2.0",
+        "files": {
+            "model.onnx": {"num_bytes": 8_410_000, "sha256": "b" * 64},
+            "reference.npz": {"num_bytes": 10**9, "sha256": "c" * 64},
+        },
+        "made_with": {"torch": "2.13.0"},
+        "sha256": "a" * 64,
+    }
+    (artifact / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return artifact
+
+
+def results(folder: Path, *found: bench.Measurement | bench.Comparison, name: str = "machine.jsonl") -> Path:
+    path = folder / "results" / name
+    bench.append(path, found)
+    return path
+
+
+def report(folder: Path, **inputs: list[Path]) -> str:
+    write_report(folder / "report.html", **inputs)
+    return (folder / "report.html").read_bytes().decode("utf-8")
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A page of one run, one artifact, two measurements and one comparison."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = results(
+        folder, measured(6.0, 3, sha256="a" * 64, top1=71.4), measured(2.3, 4, precision="int8"), compared(6, 17)
+    )
+    return folder, report(folder, runs=[a_run(folder)], results=[file], artifacts=[an_artifact(folder)])
+
+
+def test_the_figures_on_the_page_are_those_of_the_samples(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    quickest = sorted(samples(2.3, 4))
+    median, p90 = statistics.median(quickest) / 1e6, quickest[-1 - 3] / 1e6  # of 100 samples, t = 4: three are left out
+    assert f"half of its calls took at most {median:.2f} ms and nine in ten at most {p90:.2f} ms, with 1 thread" in text
+    assert f"mobileone_s0 onnx fp32 fused 1 thread, 1×3×64×64 {statistics.median(samples(6.0, 3)) / 1e6:.2f} ms" in text
+    assert "9.00 ms 100 quiet" in text  # the first call, the samples, the verdict
+
+
+def test_what_was_reached_is_held_against_what_was_expected(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    assert (
+        "digits reached 97.5 % top-1, in epoch 2 of 3: 0.5 points above the 97.0 % that was expected (three seeds)"
+        in text
+    )
+    assert "digits 3 97.5 % 97.0 % 96.0 %" in text  # epochs, best, expected, last
+
+
+def test_folding_is_told_as_a_ratio_with_its_interval(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    told = re.search(
+        r"The fused network is ([\d.]+)x \(95 % CI ([\d.]+)-([\d.]+)\) faster than the unfused network", text
+    )
+    assert told
+    value, low, high = map(float, told.groups())
+    a, b = samples(6, 0), samples(17, 1)
+    assert value == pytest.approx(math.exp(np.median(np.log(b) - np.log(a))), rel=0.005)
+    assert low < value < high
+    assert "the same network against itself differs by up to" in text
+
+
+def test_an_unfused_network_is_called_so_loudly(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    assert "UNFUSED networks are among these: mobileone_s0 onnx fp32." in text
+    assert "mobileone_s0 onnx fp32 UNFUSED 1 thread" in text
+    assert "onnx fp32 UNFUSED, 1 thread" in text  # in the figure
+
+
+def test_the_artifact_is_told_by_its_manifest(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    assert "onnx-fp32 fused mobileone_s0 onnx fp32 8.41 MB 4.1e-07 1.2e-06 – 10 Apache-2.0 aaaaaaaaaaaa" in text
+
+
+def test_an_unknown_accuracy_is_said_to_be_unknown(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    assert "Not everything measured has a known accuracy; not drawn against it: mobileone_s0 onnx int8" in text
+
+
+def test_machine_and_procedure_and_sources_are_there(whole: tuple[Path, str]) -> None:
+    text = Page(whole[1]).text
+    for said in (
+        "Test Chip 9",
+        "16.0 GiB",
+        "onnxruntime 1.32.0",
+        "20 calls and 1 s warm-up, then 100 samples",
+        "seed 0",
+    ):
+        assert said in text
+    assert "The raw samples are in machine.jsonl" in text
+    assert "onefold bench onnx-fp32" in text
+
+
+def test_noise_is_given_with_its_reasons(tmp_path: Path) -> None:
+    noisy = bench.Measurement(
+        subject=SUBJECT,
+        machine=MACHINE,
+        procedure=bench.Procedure(),
+        samples_ns=samples(6),
+        noise=bench.Noise(steal=0.05),
+    )
+    text = Page(report(tmp_path, results=[results(tmp_path, noisy)])).text
+    assert "1 of 1 measured latency came from a noisy machine" in text
+    assert "mobileone_s0 onnx fp32: The hypervisor took 5.0 % of the time for others." in text
+
+
+def test_repeated_measurements_are_one_row_of_process_medians(tmp_path: Path) -> None:
+    single = [measured(ms, seed) for seed, ms in enumerate((5.0, 6.0, 9.0))]
+    (group,) = grouped(single, {})
+    assert group.median_ns == sorted(each.median_ns for each in single)[1]
+    assert group.p90_ns == sorted(each.p90_ns or 0 for each in single)[1]
+    text = Page(report(tmp_path, results=[results(tmp_path, *single)])).text
+    assert "300 in 3 runs" in text
+
+
+def test_five_processes_are_pooled(tmp_path: Path) -> None:
+    rounds = [compared(6, 17, seed) for seed in range(0, 15, 3)]
+    inputs = gather([], [results(tmp_path, *rounds)], [])
+    (pair,) = evidence(inputs).pairs
+    assert pair.processes == 5
+    assert pair.sentence().endswith("faster than the unfused network. Over 5 processes.")
+    assert 1 / pair.ratio.value == pytest.approx(17 / 6, rel=0.02)
+    assert len(evidence(gather([], [results(tmp_path, *rounds[:4], name="four.jsonl")], [])).pairs) == 4
+
+
+def test_two_machines_do_not_share_a_figure(tmp_path: Path) -> None:
+    other = bench.Machine(chip="Other Chip", architecture="aarch64", cores=8, usable_cores=8, system="Linux 6.1")
+    elsewhere = bench.Measurement(
+        subject=SUBJECT, machine=other, procedure=bench.Procedure(), samples_ns=samples(1), noise=bench.Noise()
+    )
+    page = Page(report(tmp_path, results=[results(tmp_path, measured(6), elsewhere)]))
+    assert page.tags["svg"] == 2
+    assert {"On Test Chip 9, 4 cores", "On Other Chip, 8 cores"} <= set(page.said["h3"])
+
+
+def test_accuracy_is_found_through_the_hash_of_the_artifact(tmp_path: Path) -> None:
+    artifact = an_artifact(tmp_path, details={"top1": 70.25})
+    found = evidence(
+        gather([], [results(tmp_path, measured(6, sha256="b" * 64), measured(7, sha256="d" * 64))], [artifact])
+    )
+    assert [group.top1 for group in found.groups] == [70.25, None]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.one_of(st.none(), st.integers(1, 6))), max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int | None]]) -> None:
+    def at(milliseconds: int, top1: int | None) -> Group:
+        one = bench.Measurement(
+            subject={}, machine=MACHINE, procedure=bench.Procedure(), samples_ns=(milliseconds,), noise=bench.Noise()
+        )
+        return Group(measurements=(one,), top1=top1)
+
+    front = {(int(group.median_ns), group.top1) for group in pareto_front([at(*point) for point in points])}
+    known = {(ms, top1) for ms, top1 in points if top1 is not None}
+
+    def beats(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return a != b and a[0] <= b[0] and a[1] >= b[1]
+
+    assert front == {point for point in known if not any(beats(other, point) for other in known)}
+
+
+# ---- a page that holds -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_loads_nothing(whole: tuple[Path, str]) -> None:
+    folder, text = whole
+    page = Page(text)
+    assert all(link.startswith("#") for link in page.links)
+    targets = [link[1:] for link in page.links]
+    assert set(targets) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags["script"] == page.tags["img"] == page.tags["link"] == page.tags["iframe"] == 0
+    outside = [each for each in re.findall(r"https?://[^\s\"<]+|@import|url\((?!#)", text) if "www.w3.org" not in each]
+    assert outside == []
+    assert "default-src 'none'" in unescape(text)
+    assert str(folder) not in text
+    assert "prefers-color-scheme:dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_figures_and_tables_can_be_read_without_eyes(whole: tuple[Path, str]) -> None:
+    page = Page(whole[1])
+    assert page.tags["svg"] == 5  # accuracy, loss, ratios, latencies, accuracy against latency
+    assert page.tags["desc"] == page.tags["figcaption"] == 5
+    assert all(page.said["desc"])
+    assert page.tags["title"] == 6  # the page's own too
+    assert page.tags["caption"] == page.tags["table"] == 4
+    assert "onnx int8, 1 thread: median" in " ".join(page.said["desc"]).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_axes_have_units_and_colours_come_from_the_page(whole: tuple[Path, str]) -> None:
+    drawn = " ".join(Page(whole[1]).said["svg"])
+    for unit in (
+        "top-1 accuracy, %",
+        "loss, nats",
+        "latency of one call, milliseconds",
+        "median latency, milliseconds",
+    ):
+        assert unit in drawn
+    used = set(re.findall(r"(?:fill|stroke): (#\w+|[a-z]+\([^)]*\)|\w+)", re.sub(r"<style>.*?</style>", "", whole[1])))
+    assert all(colour == "none" or colour.startswith("var(--") for colour in used), used
+
+
+def test_the_same_inputs_give_the_same_bytes_in_any_process(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """With another hash seed and another matplotlib style; and neither torch nor a runtime is imported on the way."""
+    folder, text = whole
+    (tmp_path / "matplotlibrc").write_text("svg.fonttype: path\nfont.size: 20\naxes.grid: False\n")
+    code = (
+        "import sys; from pathlib import Path; from onefold.report import write_report\n"
+        "root, out = map(Path, sys.argv[1:])\n"
+        "write_report(out, runs=[root / 'runs/digits'], results=[root / 'results/machine.jsonl'],"
+        " artifacts=[root / 'artifacts/onnx-fp32'])\n"
+        "assert not {'torch', 'onnxruntime', 'openvino', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    changed = {**os.environ, "PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "again.html")], check=True, env=changed)
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
+
+
+def test_no_name_can_break_the_page(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "r\udcff <script>alert(3)<script>")
+    log = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**log, "name": HOSTILE, "expect": {"top1": 99.0, "source": HOSTILE}}))
+    words = dict.fromkeys(("model", "runtime", "precision", "name"), HOSTILE)
+    found = [measured(6, top1=70.0, **words), measured(7, 1, input_shape=[HOSTILE], sha256=HOSTILE)]
+    hostile = bench.Machine(
+        **{**MACHINE.to_dict(), "chip": HOSTILE, "versions": {HOSTILE: HOSTILE}, "features": (HOSTILE,)}
+    )
+    elsewhere = bench.Measurement(
+        subject=words, machine=hostile, procedure=bench.Procedure(), samples_ns=samples(3), noise=bench.Noise()
+    )
+    names = {HOSTILE: measured(3, name=HOSTILE), "b": measured(4, 1, name="b")}
+    contest = bench.Comparison(measurements=names, twin=measured(3, 2))
+    strange = dict.fromkeys(("model", "runtime", "licence", "source", "sha256", "parity", "drift"), HOSTILE)
+    artifact = an_artifact(tmp_path, "a <b>", classes=[HOSTILE], made_with={HOSTILE: HOSTILE}, **strange)
+    page = Page(
+        report(tmp_path, runs=[run], results=[results(tmp_path, *found, elsewhere, contest)], artifacts=[artifact])
+    )
+    assert page.tags["script"] == page.tags["img"] == 0
+    assert page.handlers == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.startswith("#") for link in page.links)
+    assert '"><script>alert(1)</script>' in page.text  # shown, as text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800-\udfff]", page.text)
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_text_comes_out_as_it_went_in(text: str) -> None:
+    page = Page(f"<body>{element('p', text, attributes={'title': text})}</body>")
+    assert set(page.tags) == {"body", "p"}
+    assert page.said["p"] == [page.said["p"][0]]
+    visible = "".join(plain(text).split()).replace("\ufffd", "")
+    kept = "".join(page.said["p"][0].split()).replace("\ufffd", "")
+    assert visible == kept
+
+
+def test_long_text_is_cut_in_its_middle() -> None:
+    assert plain("a" * 300 + "b" * 300, 21) == "a" * 10 + "…" + "b" * 10
+    assert plain("one\n two\t") == "one two"
+
+
+def test_every_cell_of_a_table_carries_the_name_of_its_column() -> None:
+    text = table("c", [Column("x"), Column("y <b>", True)], [["1", "2"], ["3", "4"]])
+    page = Page(f"<body>{text}</body>")
+    assert text.count('data-label="y &lt;b&gt;"') == 2
+    assert (page.tags["tr"], page.tags["td"], page.tags["b"]) == (3, 2, 0)
+
+
+# ---- inputs that are not there ---------------------------------------------------------------------------------------
+
+
+def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="something to report"):
+        write_report(tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("only", ["runs", "results", "artifacts"])
+def test_each_kind_of_input_is_enough(tmp_path: Path, only: str) -> None:
+    given = {
+        "runs": lambda: [a_run(tmp_path)],
+        "results": lambda: [results(tmp_path, measured(6))],
+        "artifacts": lambda: [an_artifact(tmp_path)],
+    }
+    text = Page(report(tmp_path, **{only: given[only]()})).text
+    told = {"runs": "No training run was given.", "results": "No measured latency was given."}
+    told["artifacts"] = "No exported artifact was given."
+    for kind, sentence in told.items():
+        assert (sentence in text) == (kind != only)
+
+
+def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
+    empty, odd, bare = (tmp_path / name for name in ("empty", "odd", "bare"))
+    for folder in (empty, odd, bare):
+        folder.mkdir()
+    (odd / "log.jsonl").write_text(
+        '{"kind": "epoch", "epoch": 1}\n{"kind": "epoch", "epoch": 2, "top1": null, "loss": 1e999}\n'
+        '{"kind": "epoch"}\n7\n{"kind": "epoch", "epoch": "x"}\n{"kind": "epo'
+    )
+    (odd / "recipe.json").write_text("[]")
+    (bare / "manifest.json").write_text("{}")
+    strange = an_artifact(
+        tmp_path, "strange", files=[1], classes=[], parity=None, fused="yes", drift="x", sha256={"a": 3}
+    )
+    torn = results(tmp_path, measured(6))
+    with torn.open("a") as file:
+        file.write('{"kind": "measurement", "subj')
+    rubbish = tmp_path / "rubbish.jsonl"
+    rubbish.write_text("rubbish")
+    blank = tmp_path / "blank.jsonl"
+    blank.touch()
+    text = Page(
+        report(
+            tmp_path,
+            runs=[empty, odd, tmp_path / "nowhere"],
+            results=[torn, rubbish, blank, tmp_path / "gone.jsonl"],
+            artifacts=[empty, bare, strange],
+        )
+    ).text
+    for said in (
+        "The run empty has no log",
+        "The run nowhere has no log",
+        "2 lines of the log of odd are damaged.",
+        "odd has no accuracy in its log.",
+        "machine.jsonl, line 2: left out, it was cut off while being written.",
+        "The results rubbish.jsonl could not be used",
+        "blank.jsonl holds no results.",
+        "The results gone.jsonl could not be used: cannot read results from gone.jsonl",
+        "The artifact empty has no manifest.json that can be read.",
+        "The artifact bare has no manifest.json that can be read.",
+        "strange fused: not stated",
+        "Nothing measured has a known accuracy",
+    ):
+        assert said in text
+    assert str(tmp_path) not in text
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra, match=r"onefold\[report\]"):
+        write_report(tmp_path / "r.html", runs=[a_run(tmp_path)])
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "said"),
+    [
+        (None, "–"),
+        (850.4, "0.850 µs"),
+        (45_600, "45.6 µs"),
+        (123_456, "0.123 ms"),
+        (3_416_000, "3.42 ms"),
+        (34_160_000, "34.2 ms"),
+        (1_234_000_000, "1234 ms"),
+        (12_340_000_000, "12.3 s"),
+    ],
+)
+def test_latencies_in_words(nanoseconds: float | None, said: str) -> None:
+    assert latency(nanoseconds).replace("\N{NO-BREAK SPACE}", " ") == said
+
+
+def test_other_words() -> None:
+    assert [digits(each) for each in (0, 0.04123, 9.999, 412.7, 123456.0)] == ["0", "0.0412", "10.00", "413", "123456"]
+    assert [many(each, "run") for each in (0, 1, 2)] == ["no runs", "1 run", "2 runs"]
+    assert [listed(each) for each in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+    assert [size(each).replace("\N{NO-BREAK SPACE}", " ") for each in (None, 999, 8_410_000)] == [
+        "–",
+        "0.999 kB",
+        "8.41 MB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("subject", "said"),
+    [
+        ({"model": "m", "runtime": "onnx", "precision": "fp32", "name": "onnx fp32"}, "m onnx fp32"),
+        ({"model": "m", "name": "unfused"}, "m"),
+        ({"model": "m", "name": "planted"}, "m (planted)"),
+        ({"name": "a"}, "a"),
+        ({}, "something unnamed"),
+    ],
+)
+def test_a_label_says_what_is_known(subject: dict[str, str], said: str) -> None:
+    assert label(subject) == said
