@@ -544,6 +544,8 @@ def test_other_words() -> None:
     [
         ({"model": "m", "runtime": "onnx", "precision": "fp32", "name": "onnx fp32"}, "m onnx fp32"),
         ({"model": "m", "name": "unfused"}, "m"),
+        ({"model": "m", "runtime": "onnx", "name": "m onnx NOT FUSED"}, "m onnx"),
+        ({"model": "m", "runtime": "onnx", "name": "m onnx #2"}, "m onnx (m onnx #2)"),
         ({"model": "m", "name": "planted"}, "m (planted)"),
         ({"name": "a"}, "a"),
         ({}, "something unnamed"),

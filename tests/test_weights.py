@@ -787,6 +787,15 @@ def test_training_weights_go_into_a_training_network(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["stem.conv.0.weight"], small()["conv_stem.weight"])
 
 
+def test_weights_go_into_feature_networks(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "w.pth")
+    whole = create_model(SMALL, num_classes=10, weights=tmp_path / "w.pth").eval()
+    maps = create_model(SMALL, weights=tmp_path / "w.pth", features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(10))
+    with torch.no_grad():
+        assert torch.equal(maps(x)[-1], whole.forward_features(x))
+
+
 def test_a_misfit_says_what_is_missing_strange_or_bent_and_what_would_fit(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=r"have another shape .*It seems to be mobilenetv1_025\.timm"):
@@ -828,6 +837,13 @@ def test_each_size_of_each_family_is_recognized_by_its_shapes() -> None:
         ("bn1.weight", lambda t: t * float("nan"), "damaged or diverged"),
         ("conv_stem.weight", lambda t: t / 0, "damaged or diverged"),
         ("conv_stem.weight", lambda t: (t * 100).to(torch.int8), "floats: save it unquantized"),
+        ("conv_stem.weight", lambda t: t.to(torch.float8_e4m3fn), "pickled objects"),
+        ("conv_stem.weight", lambda t: t[:0], "which is empty"),
+        ("classifier.weight", lambda t: torch.tensor(1.0), r"a classifier of shape \(\)"),
+        ("classifier.weight", lambda t: torch.zeros(1 << 20, 1), r"a classifier of shape \(1048576, 1\)"),
+        ("classifier.bias", lambda t: torch.tensor(1.0), "another shape"),
+        ("conv_stem.weight", lambda t: torch.zeros(1, 1 << 20, 1, 1), "another shape"),
+        ("conv_stem.weight", lambda t: torch.tensor(1.0), "another shape"),
         ("conv_stem.weight", lambda t: t.to_sparse(), "pickled objects"),
         ("conv_stem.weight", lambda t: t.to(torch.complex64), "not a dense tensor"),
     ],
@@ -839,6 +855,14 @@ def test_numbers_that_are_no_weights_are_refused(
     torch.save(file | {key: change(file[key])}, tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=message):
         load_model(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "stem.conv" + ".0" * 100_000])
+def test_names_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
+    torch.save(small() | {name: torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match="whose name is none") as caught:
+        load_model(tmp_path / "w.pth")
+    assert str(caught.value).isprintable()
 
 
 def test_each_container_gives_the_same_tensors(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from onefold.errors import BadCheckpoint, MissingExtra
 MAX_GROWTH = 20
 ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 
+MAX_NAME = 300  # characters; the longest known has 68
+
 # Where trainers put the weights, averaged ones first: those are what the trainers themselves evaluate.
 _SLOTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # What a pickle of weights may ask for. torch's own list for weights_only runs nothing either, but has names, such as
@@ -250,6 +252,10 @@ def _must_be_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     if not tensors:
         raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
     for name, tensor in tensors.items():
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise BadCheckpoint(f"{path} holds a tensor whose name is none ({name[:40]!a}): it is damaged or forged")
+        if tensor.numel() == 0:
+            raise BadCheckpoint(f"{path} holds {name!r}, which is empty: it is damaged or forged")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
             raise BadCheckpoint(
                 f"{path} holds {name!r}, which is not a dense tensor of real numbers: save it as floats"

@@ -84,7 +84,7 @@ def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
         **{name: f"{value:.6g}" for name, value in metrics.items()},
     }
     table = [f"| {_cell(word)} | {_cell(value)} |" for word, value in rows.items() if value]
-    load = ["from onefold.models.hub import from_pretrained", "", 'model, card = from_pretrained("<owner>/<name>")']
+    load = ["import onefold", "", 'model, card = onefold.from_pretrained("<owner>/<name>")']
     return [f"# {_cell(card.model)}", "", "| | |", "|---|---|", *table, "", "```python", *load, "```"]
 
 

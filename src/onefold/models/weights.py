@@ -26,6 +26,10 @@ logger = logging.getLogger("onefold")
 HEAD = ("head.fc.weight", "head.fc.bias")
 COUNTER = ".num_batches_tracked"  # says nothing in eval mode, and TensorFlow has none
 IMAGENET = 1000
+# Less than any network here has. A network is made for as many classes and channels as a file's tensors tell: they
+# have to be about as large as what is made.
+MIN_FEATURES, MIN_STEM = 128, 8
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 3  # keys that a message names
 
 
@@ -46,12 +50,13 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """Rows of the classifier; 0 where there is none."""
-        return len(self.tensors[HEAD[0]]) if HEAD[0] in self.tensors else 0
+        return self.tensors[HEAD[0]].shape[0] if HEAD[0] in self.tensors else 0
 
     @property
     def in_chans(self) -> int:
         """Channels of the images; 3 where the stem is missing."""
-        return next((t.shape[1] for name, t in self.tensors.items() if _is_stem(name) and t.ndim == 4), 3)
+        stems = (t for name, t in self.tensors.items() if _is_stem(name))
+        return next((t.shape[1] for t in stems if t.ndim == 4 and t.shape[0] >= MIN_STEM and t.shape[2] > 1), 3)
 
     @property
     def variant(self) -> str | None:
@@ -78,6 +83,9 @@ def understand(contents: Contents, path: Path) -> Weights:
         strange=tuple(key for key in keys if key not in names),
         card=card,
     )
+    head = weights.tensors.get(HEAD[0])
+    if head is not None and (head.ndim != 2 or head.shape[1] < MIN_FEATURES):
+        raise BadCheckpoint(f"{path} has a classifier of shape {tuple(head.shape)}, which no network here has")
     if card is None:
         return replace(weights, classes=_classes(contents.notes, weights))
     _must_be_as_told(weights, card)
@@ -131,7 +139,7 @@ def _flat_head(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     for name in HEAD:
         if name in out and out[name].ndim == 4 and out[name].shape[2:] == (1, 1):
             out[name] = out[name].flatten(1)
-        if name in out and layout.background and len(out[name]) == IMAGENET + 1:
+        if name in out and layout.background and out[name].shape[:1] == (IMAGENET + 1,):
             out[name] = out[name][1:]
     return out
 
@@ -257,7 +265,7 @@ def _advice(weights: Weights, name: str) -> str:
 def _must_be_sound(tensors: Mapping[str, Tensor], source: str) -> None:
     """Floats are finite and variances not negative. Raises BadCheckpoint."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in FLOATS:
             if not name.endswith(COUNTER):
                 raise BadCheckpoint(f"{source}: {name} is {tensor.dtype}, and weights are floats: save it unquantized")
         elif not bool(torch.isfinite(tensor).all()) or (name.endswith("running_var") and bool((tensor < 0).any())):

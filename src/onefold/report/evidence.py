@@ -17,7 +17,10 @@ _WHAT = ("model", "runtime", "precision")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One call against the baseline of its comparison: time of `first` over time of `second`."""
+    """One call against the baseline of its comparison: time of `first` over time of `second`.
+
+    Of a network before and after folding, `first` is the folded one.
+    """
 
     first: str
     second: str
@@ -65,9 +68,10 @@ class Pair:
 
     def sentence(self) -> str:
         """The verdict, with its context and how many processes it rests on."""
-        said = self.ratio.words(_spoken(self.first), _spoken(self.second))
+        names = ("the fused network", "the unfused network") if self.is_folding else (self.first, self.second)
+        said = self.ratio.words(*names)
         over = f" Over {self.processes} processes." if self.processes > 1 else ""
-        return f"{said[0].upper()}{said[1:]}{over}"
+        return f"T{said[1:]}{over}" if said.startswith("the ") else f"{said}{over}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +145,3 @@ def _pair(comparisons: list[Comparison], name: str, ratio: Ratio) -> Pair:
         processes=len(comparisons),
     )
     return pair.flipped() if pair.is_folding and pair.second_subject["fused"] else pair
-
-
-def _spoken(name: str) -> str:
-    return f"the {name.lower()} network" if name.lower() in ("fused", "unfused") else name

@@ -11,7 +11,8 @@ from typing import Any
 from onefold.bench import Machine, Measurement
 from onefold.report.html import plain
 
-_FINDINGS = frozenset({"drift", "macs", "params", "parity", "top1", "top5"})
+# What was found out about a subject, or how it came here: none of it makes it another one.
+_FINDINGS = frozenset({"drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def label(subject: Mapping[str, Any]) -> str:
     name = plain(subject.get("name") or "", 60)
     if not known:
         return name or "something unnamed"
-    told = {"fused", "unfused", *" ".join(known).lower().split()}
+    told = {"fused", "unfused", "not", *" ".join(known).lower().split()}
     return " ".join(known) + ("" if told.issuperset(name.lower().split()) else f" ({name})")
 
 
@@ -107,7 +108,10 @@ def grouped(measurements: Iterable[Measurement], accuracies: Mapping[str, float]
 
 def subject_key(subject: Mapping[str, Any]) -> str:
     """What tells subjects apart, as one string: all but what was found out about them."""
-    return json.dumps({key: value for key, value in subject.items() if key not in _FINDINGS}, sort_keys=True)
+    bare = {key: value for key, value in subject.items() if key not in _FINDINGS}
+    if label({**bare, "name": ""}) == label(subject):  # its name says nothing more
+        bare.pop("name", None)
+    return json.dumps(bare, sort_keys=True)
 
 
 def pareto_front(groups: Iterable[Group]) -> list[Group]:

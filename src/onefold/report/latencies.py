@@ -44,7 +44,7 @@ def _compared(pairs: Sequence[Pair], place: int) -> list[Markup]:
     drawn = pairs[:_MOST_ROWS]
     if not drawn:
         return []
-    contests = [Contest(f"{pair.first} / {pair.second}, {pair.context}", _times(pair), pair.ratio) for pair in drawn]
+    contests = [Contest(_contest(pair), _times(pair), pair.ratio) for pair in drawn]
     words = Words(f"ratios-{place}", "Compared, with 95 % intervals", " ".join(pair.sentence() for pair in drawn))
     note = "Dots are ratios of times, bars 95 % intervals, the grey band the noise floor; a grey dot is no difference."
     return [_figure(words, figures.forest(words, contests), note)]
@@ -56,6 +56,11 @@ def _figure(words: Words, svg: Markup, note: str, *more: Markup) -> Markup:
 
 def _floor(pair: Pair) -> str:
     return f"the same network against itself differs by up to {100 * pair.ratio.floor:.1f} % here"
+
+
+def _contest(pair: Pair) -> str:
+    names = ("fused", "unfused") if pair.is_folding else (pair.first, pair.second)
+    return f"{' / '.join(names)}, {pair.context}"
 
 
 def _times(pair: Pair) -> str:
@@ -90,7 +95,7 @@ def _row(group: Group) -> Row:
     name = " ".join(known) if model and known else group.label
     p90 = group.p90_ns
     return Row(
-        label=f"{name}{' UNFUSED' if group.fused is False else ''}, {threads}",
+        label=f"{plain(name, 32)}{' UNFUSED' if group.fused is False else ''}, {threads}",
         note=latency(group.median_ns) + ("" if p90 is None else f", p90 {latency(p90)}"),
         latencies_ms=group.latencies_ms,
         median_ms=group.median_ns / 1e6,

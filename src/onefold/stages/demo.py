@@ -42,7 +42,6 @@ def demo(
     say(f"2/6  fuse    drift {folded.drift:.1e}; {folded.before.params:,} -> {folded.after.params:,} parameters")
 
     fused = export(folded.path, artifacts, Order(runtimes=["onnx"]))[0]
-    unfused = export(run, artifacts, Order(runtimes=["onnx"], fused=False))[0]
     say(f"3/6  export  {fused.folder}, parity {fused.parity.difference:.1e}")
 
     images, label = validation_images(run, None)
@@ -52,13 +51,14 @@ def demo(
     say(f"4/6  check   ONNX Runtime answers as PyTorch on all {len(images)} digits: top-1 {top1:.2f} %")
 
     order = Bench(
-        sources=[str(unfused.folder), str(fused.folder)],
-        procedure=Procedure(samples=300, warmup_seconds=0.5),
+        sources=[str(run), str(folded.path), str(fused.folder)],
+        procedure=Procedure(samples=200, warmup_seconds=0.5),
         allow_unfused=True,
     )
     compared, _ = bench(order, results)
     assert isinstance(compared, Comparison)
-    say(f"5/6  bench   {' '.join(compared.sentences())}")
+    for number, sentence in enumerate(compared.sentences()):
+        say(f"{'5/6  bench ' if not number else '':11}  {sentence}")
 
     page = write_page([out], out / "report.html")
     say(f"6/6  report  {page}")

@@ -1,0 +1,75 @@
+"""Writing aside: whatever goes wrong, what was there before is there after."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from onefold.errors import NotWritable
+from onefold.files import replacing, write_text
+
+
+def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
+    write_text(tmp_path / "deep" / "a.txt", "hello")
+    assert (tmp_path / "deep" / "a.txt").read_text() == "hello"
+    assert os.listdir(tmp_path / "deep") == ["a.txt"]
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path):
+    for content in ("old", "new"):
+        with replacing(tmp_path / "f") as aside:
+            aside.mkdir()
+            (aside / content).write_text(content)
+    assert os.listdir(tmp_path) == ["f"]
+    assert os.listdir(tmp_path / "f") == ["new"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_an_error_in_the_block_changes_nothing(tmp_path: Path, folder: bool):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(RuntimeError, match="halfway"), replacing(tmp_path / "a") as aside:
+        (aside.mkdir() if folder else aside.write_text("half"))
+        raise RuntimeError("halfway")
+    assert (tmp_path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "no space"), (errno.EACCES, "cannot write")])
+def test_a_full_or_forbidden_disk_is_told_and_the_old_file_stands(tmp_path: Path, code: int, says: str):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(NotWritable, match=says), replacing(tmp_path / "a") as aside:
+        raise OSError(code, os.strerror(code), str(aside))
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_place_below_a_file_is_told(tmp_path: Path):
+    write_text(tmp_path / "a", "a file")
+    with pytest.raises(NotWritable, match="choose a folder"):
+        write_text(tmp_path / "a" / "b" / "c.txt", "x")
+
+
+def test_errors_of_reading_elsewhere_are_not_blamed_on_the_place(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a") as aside:
+        aside.write_text(Path("/nowhere/at/all").read_text())
+
+
+def test_data_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch):
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(handle: int) -> None:
+        order.append("fsync " + Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def noting_replace(a: object, b: object) -> None:
+        order.append("rename")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    write_text(tmp_path / "a.txt", "x")
+    assert order[0].startswith("fsync .a.")
+    assert order[1:] == ["rename", f"fsync {tmp_path.name}"]

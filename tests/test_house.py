@@ -1,0 +1,77 @@
+"""The house keeps its own laws: imports, the public face, sizes, and a README that tells the truth."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onefold
+from onefold.recipes import Recipe, find_recipe, recipes
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def test_the_law_of_imports_holds():
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_face_is_exactly_what_can_be_had():
+    for name in onefold.__all__:
+        assert getattr(onefold, name).__module__.startswith("onefold.")
+    assert sorted(onefold._HOME_OF) == sorted(onefold.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = onefold.nothing_like_this
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, onefold; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_room_is_an_attic_and_no_file_two_ideas():
+    for path in SOURCES:
+        assert path.stem not in ("utils", "helpers", "misc", "common"), path
+        assert len(path.read_text().splitlines()) <= 320, path
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+def test_every_recipe_is_found_by_its_name_and_survives_its_file(recipe: Recipe):
+    assert find_recipe(recipe.name) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_architecture_names_every_file_there_is():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"[a-z0-9_]+\.py", text))
+    for path in SOURCES:
+        if path.name != "__init__.py" and "layouts" not in path.parts and "report" not in path.parts:
+            if path.parent.name == "recipes":
+                continue
+            assert path.name in named, f"ARCHITECTURE.md does not mention {path.relative_to(ROOT)}"
+
+
+def readme_commands() -> list[str]:
+    """The commands of README's newcomer's path: its blocks marked `console`, lines that start with a dollar."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_work_when_typed(tmp_path: Path):
+    binary = Path(sys.executable).parent
+    commands = [c for c in readme_commands() if not c.startswith(("git ", "make ", "pip ", "cd "))]
+    assert len(commands) >= 5
+    for command in commands:
+        words = shlex.split(command)
+        done = subprocess.run(
+            [binary / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
