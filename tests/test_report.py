@@ -234,7 +234,7 @@ def test_an_unfused_network_is_called_so_loudly(whole: tuple[Path, str]) -> None
 
 def test_the_artifact_is_told_by_its_manifest(whole: tuple[Path, str]) -> None:
     text = Page(whole[1]).text
-    assert "onnx-fp32 fused mobileone_s0 onnx fp32 8.41 MB 4.1e-07 1.2e-06 – 10 Apache-2.0 aaaaaaaaaaaa" in text
+    assert "onnx-fp32 fused mobileone_s0 onnx fp32 8.41 MB 4.1e-07 1.2e-06 71.4 % 10 Apache-2.0 aaaaaaaaaaaa" in text
 
 
 def test_an_unknown_accuracy_is_said_to_be_unknown(whole: tuple[Path, str]) -> None:

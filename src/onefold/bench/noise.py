@@ -111,7 +111,7 @@ def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:
         found.append(f"The machine was busy before: load {noise.load_before:.2f} on {cores:g} cores.")
     if noise.load_after is not None and noise.load_after > cores / 2 + threads:
         found.append(
-            f"The machine was busy after: load {noise.load_after:.2f} on {cores:g} cores, {threads} of it allowed for this run."
+            f"The machine was busy after: load {noise.load_after:.2f} on {cores:g} cores, this run's included."
         )
     if threads > cores:
         found.append(f"{threads} threads shared {cores:g} cores.")

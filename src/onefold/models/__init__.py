@@ -81,7 +81,7 @@ _V1 = "arXiv 1704.04861, Table 6"
 _SLIM = "TF-slim mobilenet_v1.md, checkpoints of 2018-02-22"
 
 CATALOGUE: dict[str, Entry] = {
-    # MobileOne. The paper states no crop; these are the ones at which its weights give its accuracies.
+    # MobileOne. The paper states no crop; these are the ones that timm gives its weights.
     "mobileone_s0": Entry(build=_mobileone("s0"), input=_IMAGENET, top1=71.4, source=_ONE),
     "mobileone_s1": Entry(build=_mobileone("s1"), input=_CROP_90, top1=75.9, source=_ONE),
     "mobileone_s2": Entry(build=_mobileone("s2"), input=_CROP_90, top1=77.4, source=_ONE),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onefold.errors import BadArgument
-from onefold.reparam import Chain
+from onefold.reparam import Chain, fold
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -26,8 +26,25 @@ State = Tensor | tuple[Tensor, Tensor]
 
 def conv_norm(c_in: int, c_out: int, kernel_size: int, stride: int = 1, groups: int = 1, *, eps: float = 1e-5) -> Chain:
     """A convolution without bias, padded symmetrically by half its kernel, and its BatchNorm."""
-    conv = nn.Conv2d(c_in, c_out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+    kind = SparsePointwise if kernel_size == 1 and stride > 1 and groups == 1 else nn.Conv2d
+    conv = kind(c_in, c_out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return Chain(conv, nn.BatchNorm2d(c_out, eps=eps))
+
+
+class SparsePointwise(nn.Conv2d):
+    """A strided 1x1 convolution that first picks the pixels it needs, then has no stride: the same numbers.
+
+    torch 2.13's own kernel for few input channels in channels_last reads past its memory in the backward pass on
+    processors without AVX-512.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        down, across = self.stride
+        return F.conv2d(x[:, :, ::down, ::across], self.weight, self.bias)
+
+
+fold.register(SparsePointwise, fold.dispatch(nn.Conv2d))
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ class Group:
         return label(self.subject)
 
     @property
+    def title(self) -> str:
+        """The label where nothing beside it says that the network is unfused."""
+        return f"{self.label} UNFUSED" if self.fused is False else self.label
+
+    @property
     def fused(self) -> bool | None:
         """Whether the network was folded; None where nobody said."""
         fused = self.subject.get("fused")

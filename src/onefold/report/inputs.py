@@ -111,6 +111,14 @@ class Inputs:
         same = (export.top1 for export in self.exports if digest and str(digest) in export.hashes)
         return next((top1 for top1 in same if top1 is not None), None)
 
+    def top1_of_export(self, export: Export) -> float | None:
+        """The accuracy of an artifact, in percent: its own, or that of a measurement of the same bytes."""
+        if export.top1 is not None:
+            return export.top1
+        subjects = (each.subject for each in self.all_measurements)
+        same = (number(subject, "top1") for subject in subjects if str(subject.get("sha256")) in export.hashes)
+        return next((top1 for top1 in same if top1 is not None), None)
+
 
 def gather(runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Path]) -> Inputs:
     """Read it all."""

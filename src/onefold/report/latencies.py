@@ -126,7 +126,7 @@ def _weighed(groups: Sequence[Group], place: int) -> list[Markup]:
 
 
 def _unknown(groups: Sequence[Group]) -> Markup:
-    names = list(dict.fromkeys(group.label for group in groups if group.top1 is None))
+    names = list(dict.fromkeys(group.title for group in groups if group.top1 is None))
     if not names:
         return Markup("")
     count = "Nothing" if all(group.top1 is None for group in groups) else "Not everything"
@@ -160,7 +160,7 @@ def _table(groups: Sequence[Group], machine: Machine) -> Markup:
         f"Latency of one call on {plain(machine.chip)}, the quickest first. p90 and p99 are bounds that hold with 99 % "
         "confidence; a dash means too few samples to say. Spread is the width of the middle 80 % over the median."
     )
-    noisy = [f"{group.label}: {' '.join(group.reasons)}" for group in groups if group.noisy]
+    noisy = [f"{group.title}: {' '.join(group.reasons)}" for group in groups if group.noisy]
     reasons = joined(paragraph("Why some are noisy:"), bullets(noisy)) if noisy else None
     return joined(table(caption, columns, rows), reasons)
 

@@ -72,7 +72,7 @@ def _sections(found: Evidence) -> list[tuple[str, str, Markup]]:
     return [
         ("training", "Training", training(inputs.runs) if inputs.runs else missing["training"]),
         ("latency", "Latency", latencies(found) if found.groups else missing["latency"]),
-        ("artifacts", "Artifacts", artifacts(inputs.exports) if inputs.exports else missing["artifacts"]),
+        ("artifacts", "Artifacts", artifacts(inputs) if inputs.exports else missing["artifacts"]),
         ("procedure", "How it was measured", joined(procedure(inputs.all_measurements), machines(found.machines))),
         ("again", "How to reproduce it", again(found)),
     ]

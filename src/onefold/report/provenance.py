@@ -26,7 +26,7 @@ _TERMS = (
 )
 
 
-def artifacts(exports: Sequence[Export]) -> Markup:
+def artifacts(inputs: Inputs) -> Markup:
     """The table of what was exported."""
     columns = [Column("artifact"), Column("network"), Column("what it is"), Column("size", True)]
     columns += [Column("drift", True), Column("parity", True), Column("top-1", True), Column("classes", True)]
@@ -34,7 +34,7 @@ def artifacts(exports: Sequence[Export]) -> Markup:
     caption = (
         "Exported artifacts. Each carries a reference input and its answer, and is measured only after it has given it."
     )
-    return table(caption, columns, [_artifact(export) for export in exports])
+    return table(caption, columns, [_artifact(export, inputs.top1_of_export(export)) for export in inputs.exports])
 
 
 def machines(found: Sequence[Machine]) -> Markup:
@@ -67,7 +67,7 @@ def again(evidence: Evidence) -> Markup:
     return joined(paragraph(raw, near), commands, paragraph(f"Made with {versions}.") if versions else None)
 
 
-def _artifact(export: Export) -> list[str]:
+def _artifact(export: Export, top1: float | None) -> list[str]:
     digest = export.manifest.get("sha256")
     short = plain(digest)[:12] if isinstance(digest, str) else next(iter(sorted(export.hashes)), "")[:12]
     count = export.num_classes
@@ -78,7 +78,7 @@ def _artifact(export: Export) -> list[str]:
         size(export.num_bytes),
         scientific(number(export.manifest, "drift")),
         _parity(export.manifest.get("parity")),
-        percent(export.top1),
+        percent(top1),
         "–" if count is None else str(count),
         export.text("licence") or "not stated",
         element("code", short) if short else "–",

@@ -149,7 +149,8 @@ def _drift_tile(evidence: Evidence) -> list[tuple[str, str, str]]:
     if not known:
         return []
     worst, export = max(known, key=lambda entry: entry[0])
-    return [("Largest drift by folding", scientific(worst), f"{export.folder}, of {many(len(known), 'artifact')}")]
+    among = f", of {many(len(known), 'artifact')}" if len(known) > 1 else ""
+    return [("Largest drift by folding", scientific(worst), f"{export.folder}{among}")]
 
 
 def _drift(export: Export) -> float | None:
