@@ -329,6 +329,7 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_training_network_compiles(backend: str) -> None:
     torch._dynamo.reset()

@@ -167,7 +167,7 @@ def fuse(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
     model: Name = None,
-    tolerance: Annotated[float, Option(min=0.0, help="the largest relative drift that passes")] = 1e-5,
+    tolerance: Annotated[float, Option(min=0.0, help="the largest relative drift that passes")] = 1e-4,
 ) -> None:
     """Fold every multi-branch unit into one convolution, prove that the answer is the same, and save the result."""
     from onefold.stages import fuse as fold

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from onefold.bench import Comparison, Procedure
 from onefold.data import Batches, Source
 from onefold.errors import BadArgument, GateFailed
@@ -31,6 +33,7 @@ def demo(
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
     run, results, artifacts = out / "runs" / "digits-s0", out / "results", out / "artifacts"
 
+    torch.set_num_threads(1)  # on maps of 16 pixels and less, threads wait for each other longer than they compute
     recipe = find_recipe("digits:s0")
     if epochs is not None:
         recipe = at_epochs(recipe, epochs)
