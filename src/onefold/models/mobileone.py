@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
-from onefold.reparam import Sum
+from onefold.reparam import Chain, Sum
 
 BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
 MAX_STEM = 64  # Table 7 has 64a; the published weights and FLOPs have min(64, 64a)
@@ -70,6 +70,22 @@ def branches(c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, 
     if c_in == c_out and stride == 1:
         parallel.append(nn.BatchNorm2d(c_in))
     return Sum(*parallel)
+
+
+def start_from_skips_(model: nn.Module) -> None:
+    """Begin training at the skips, in place: where a unit has one, the gains of its other norms are 0.
+
+    So a fresh network is shallow, and learns within few steps; elsewhere the branches share the unit's variance. The
+    papers do not do this, long trainings do not need it. Source: zero gains as in arXiv 1706.02677, section 5.1.
+    """
+    for unit in model.modules():
+        if isinstance(unit, Unit):
+            has_skip = any(isinstance(branch, nn.BatchNorm2d) for branch in unit.conv)
+            for branch in unit.conv:
+                if isinstance(branch, Chain):
+                    norm = branch[-1]
+                    assert isinstance(norm, nn.BatchNorm2d)
+                    nn.init.constant_(norm.weight, 0.0 if has_skip else len(unit.conv) ** -0.5)
 
 
 def block(c_in: int, c_out: int, stride: int, num: int, gated: bool) -> list[Unit]:

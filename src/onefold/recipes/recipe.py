@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from onefold.data import (
     Augment,
@@ -49,7 +49,8 @@ class Expected:
 class Recipe:
     """A complete training: which network, on what, how. `steps` augment; `preprocessing` is the network's for ever.
 
-    `weights` is what to start from: a file, a run folder or an id of the hub; None starts from scratch.
+    `weights` is what to start from: a file, a run folder or an id of the hub; None starts from scratch, and then
+    `start` says how: "plain", as the papers do, or from the "skips" (see `mobileone.start_from_skips_`).
     """
 
     name: str
@@ -59,7 +60,11 @@ class Recipe:
     preprocessing: Preprocessing
     plan: Plan
     weights: str | None = None
+    start: Literal["plain", "skips"] = "plain"
     expect: Expected | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "recipe")
 
     @property
     def augment(self) -> Augment:

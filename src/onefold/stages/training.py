@@ -16,6 +16,7 @@ from onefold.errors import BadArgument, BadCheckpoint
 from onefold.files import write_text
 from onefold.models import create_model
 from onefold.models.hub import Card
+from onefold.models.mobileone import start_from_skips_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.network import Network, weights_file
@@ -94,6 +95,8 @@ def _run(
     weights = None if recipe.weights is None else weights_file(recipe.weights)
     seed_everything(recipe.plan.seed)
     model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights).train()
+    if recipe.start == "skips" and weights is None:
+        start_from_skips_(model)
     card = _card(recipe, training.classes, fused=not leftovers(model))
     with start_world() as world:
         batches, resume = _batches(training, recipe, world), RunFolder(out).has_run

@@ -1,0 +1,69 @@
+"""Fused against unfused, in torch and in runtimes: latencies of one image, interleaved in one run.
+
+    python benchmarks/fused_latency.py [--models mobileone_s0,mobilenetv1_100] [--samples 100] [--threads 1]
+
+Prints a table and the comparison in words, and appends every raw sample to benchmarks/results/<machine>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from onefold.bench import Comparison, Machine, Procedure, append, compare
+from onefold.models import CATALOGUE, create_model
+from onefold.models.hub import Card, save_weights
+from onefold.stages import Order, export, open_predictor
+
+HERE = Path(__file__).parent
+
+
+def weights_of(name: str, folder: Path) -> Path:
+    """Fresh weights: a latency does not depend on their values."""
+    path = folder / f"{name}.safetensors"
+    card = Card(model=name, num_classes=1000, preprocessing=dict(CATALOGUE[name].input))
+    save_weights(create_model(name), path, card)
+    return path
+
+
+def measured(name: str, procedure: Procedure, folder: Path) -> Comparison:
+    """Torch unfused (the baseline), torch fused, ONNX Runtime fused, OpenVINO fused."""
+    weights = weights_of(name, folder)
+    artifacts = export(weights, folder / name, Order(runtimes=["onnx", "openvino"]))
+    threads = procedure.threads
+    predictors = [open_predictor(weights, threads=threads, fused=fused) for fused in (False, True)]
+    predictors += [open_predictor(artifact.folder, threads=threads) for artifact in artifacts]
+    images = create_images(predictors[0].facts["input_shape"])
+    calls = {p.title: (lambda p=p: p.answer(images)) for p in predictors}
+    outcome = compare(calls, procedure, {p.title: p.facts for p in predictors})
+    for predictor in predictors:
+        predictor.close()
+    return outcome
+
+
+def create_images(shape: tuple[int, ...]):
+    import numpy as np
+
+    return np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="mobileone_s0,mobileone_s1,mobilenetv1_100,mobileformer_96m")
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    procedure = Procedure(samples=given.samples, threads=given.threads, warmup_calls=10)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in given.models.split(","):
+            outcome = measured(name, procedure, Path(folder))
+            append(HERE / "results" / f"{Machine.this().slug}.jsonl", [outcome])
+            for title, measurement in outcome.measurements.items():
+                spread = f"spread {100 * measurement.spread:.0f} %"
+                print(f"{title:40} median {measurement.median_ns / 1e6:8.2f} ms  {spread}  {measurement.verdict}")
+            print(*outcome.sentences(), "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
