@@ -48,21 +48,50 @@ def create_images(shape: tuple[int, ...]):
     return np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
 
 
+def draw(outcomes: dict[str, Comparison], path: Path) -> None:
+    """Bars of the medians, a group a network, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    colours = ("#c2410c", "#f59e0b", "#2563eb", "#0d9488")
+    figure = Figure(figsize=(8, 0.9 + 1.0 * len(outcomes)), layout="constrained")
+    axes = figure.subplots()
+    kinds: list[str] = []
+    for row, (name, outcome) in enumerate(outcomes.items()):
+        for number, (title, m) in enumerate(outcome.measurements.items()):
+            kind = title.removeprefix(f"{name} ").replace("eager fp32", "torch").replace(" fp32", "")
+            label = kind if kind not in kinds else None
+            kinds.append(kind)
+            ms, y = m.median_ns / 1e6, row + 0.2 * number
+            axes.barh(y, ms, 0.18, color=colours[number], label=label)
+            axes.text(ms * 1.03, y, f"{ms:.1f}", va="center", fontsize=8)
+    axes.set_yticks([row + 0.3 for row in range(len(outcomes))], list(outcomes))
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.set_xlabel("median latency of one 224 px image, one thread, milliseconds (logarithmic)")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="mobileone_s0,mobileone_s1,mobilenetv1_100,mobileformer_96m")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "latency.svg")
     given = parser.parse_args()
     procedure = Procedure(samples=given.samples, threads=given.threads, warmup_calls=10)
+    outcomes: dict[str, Comparison] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models.split(","):
-            outcome = measured(name, procedure, Path(folder))
+            outcome = outcomes[name] = measured(name, procedure, Path(folder))
             append(HERE / "results" / f"{Machine.this().slug}.jsonl", [outcome])
             for title, measurement in outcome.measurements.items():
                 spread = f"spread {100 * measurement.spread:.0f} %"
                 print(f"{title:40} median {measurement.median_ns / 1e6:8.2f} ms  {spread}  {measurement.verdict}")
             print(*outcome.sentences(), "", sep="\n")
+    draw(outcomes, given.figure)
 
 
 if __name__ == "__main__":
