@@ -12,7 +12,7 @@ _CENTRED = (0.5, 0.5, 0.5)
 
 
 def s0() -> Recipe:
-    """MobileOne-S0 on the digits at 32 px; about two minutes on one core."""
+    """MobileOne-S0 on the digits at 32 px; about three minutes on one core."""
     preprocessing = Preprocessing(size=32, crop_pct=1.0, mean=_CENTRED, std=_CENTRED)
     return Recipe(
         name="digits:s0",
@@ -31,7 +31,7 @@ def s0() -> Recipe:
             channels_last=True,
         ),
         start="skips",
-        expect=Expected(top1=97.0, source="measured here", cost="2 minutes on one core"),
+        expect=Expected(top1=98.3, source="measured here", cost="3 minutes on one core"),
     )
 
 

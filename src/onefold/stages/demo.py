@@ -55,7 +55,7 @@ def demo(
 
     order = Bench(
         sources=[str(run), str(folded.path), str(fused.folder)],
-        procedure=Procedure(samples=200, warmup_seconds=0.5),
+        procedure=Procedure(samples=80, warmup_seconds=0.5),
         allow_unfused=True,
     )
     compared, _ = bench(order, results)
