@@ -50,7 +50,8 @@ def demo(
     images, label = validation_images(run, None)
     with open_predictor(folded.path) as network, open_predictor(fused.folder) as artifact:
         top1 = _check(network, artifact, images)
-        note_accuracy(artifact, label, top1, results)
+        for each in (network, artifact):
+            note_accuracy(each, label, top1, results)
     say(f"4/6  check   ONNX Runtime answers as PyTorch on all {len(images)} digits: top-1 {top1:.2f} %")
 
     order = Bench(
