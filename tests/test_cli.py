@@ -314,7 +314,11 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     ),
     "no samples": (2, "--samples", lambda h: ["bench", h / "artifacts/onnx-fp32", "--samples", 0]),
     "a report of nowhere": (3, "is not a folder", lambda h: ["report", h / "nowhere"]),
-    "a report of nothing": (3, "", lambda h: ["report", _class_folders(h / "e", {"x": 0}), "--out", h / "r.html"]),
+    "a report of nothing": (
+        3,
+        "needs something to report",
+        lambda h: ["report", _class_folders(h / "e", {"x": 0}), "--out", h / "r.html"],
+    ),
     "a demo over something": (2, "is not empty", lambda h: ["demo", "--out", h / "photos"]),
 }
 

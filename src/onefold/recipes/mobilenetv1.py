@@ -2,7 +2,8 @@
 
 What the paper states: RMSprop, little or no weight decay on depthwise kernels, no label smoothing, less augmentation
 for small networks. It gives no numbers for rate or length; those here are TF-slim's (0.045, times 0.94 every 2.5
-epochs, decay 4e-5), with 200 epochs. Asynchronous updates are replaced by synchronous ones.
+epochs, decay 4e-5). The 200 epochs and RMSprop's own numbers are choices, not tried on ImageNet here. Asynchronous
+updates are replaced by synchronous ones.
 """
 
 from __future__ import annotations

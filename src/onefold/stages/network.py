@@ -70,6 +70,9 @@ class Answers(Protocol):
     def __call__(self, images: Floats) -> Floats:
         """The logits."""
 
+    def close(self) -> None:
+        """Give memory and threads back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
@@ -96,9 +99,7 @@ class Predictor:
 
     def close(self) -> None:
         """Give a runtime's memory and threads back."""
-        closing = getattr(self.answer, "close", None)
-        if closing is not None:
-            closing()
+        self.answer.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -226,3 +227,6 @@ class _Eager:
         with torch.inference_mode():
             logits: Floats = self.model(torch.from_numpy(images)).numpy()
         return logits
+
+    def close(self) -> None:
+        """Nothing is held."""
