@@ -25,6 +25,7 @@ from onefold.models.cost import Cost as Cost
 from onefold.models.cost import cost as cost
 from onefold.models.parts import Classifier as Classifier
 from onefold.models.parts import FeatureNet as FeatureNet
+from onefold.reparam import quickest, set_route_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ def create_model(
         raise BadArgument(f"num_classes must be 0 or more and in_chans 1 or more, not {num_classes} and {in_chans}")
     if out_indices is not None and not features_only:
         raise BadArgument("out_indices chooses among feature maps: pass features_only=True with it")
-    model: nn.Module = CATALOGUE[known].build(num_classes, in_chans)
+    model: nn.Module = set_route_(CATALOGUE[known].build(num_classes, in_chans), quickest)
     if weights is not None:
         from onefold.models.hub import load_weights_  # downloads and file formats are loaded when asked for
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from onefold.models.parts import Classifier, Feature, Head, State, conv_norm, init_
 from onefold.models.twostream import Down, Keep, Lite, MobileToFormer, Row, Streams, block, shuffle
-from onefold.reparam import Chain
+from onefold.reparam import Chain, rectified
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Streams:
         """Images (B, C, H, W) -> a map at half their size and, for each image, the same tokens."""
-        return self.act(self.conv(x)), self.tokens.expand(x.shape[0], -1, -1)
+        return rectified(self.conv, self.act, x), self.tokens.expand(x.shape[0], -1, -1)
 
 
 class TwoStreamHead(Head):
@@ -163,7 +163,7 @@ class TwoStreamHead(Head):
             )
         x, tokens = state
         first = self.to_former(x, tokens)[:, 0]
-        mean = self.act(self.conv(self.shuffle(x))).mean((2, 3))
+        mean = rectified(self.conv, self.act, self.shuffle(x)).mean((2, 3))
         both = torch.cat((F.hardswish(mean), first), dim=1)
         pooled: Tensor = self.dropout(F.hardswish(self.fc1(both)))
         return pooled

@@ -21,7 +21,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from onefold.models.parts import Classifier, Feature, PooledHead, SamePad, init_
-from onefold.reparam import Chain
+from onefold.reparam import Chain, rectified
 
 Layers = tuple[tuple[int, int], ...]
 """Output channels and stride of each layer after the stem, at width 1."""
@@ -75,8 +75,7 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        y: Tensor = self.act(self.conv(self.pad(x)))
-        return y
+        return rectified(self.conv, self.act, self.pad(x))
 
 
 def layer(c_in: int, c_out: int, stride: int, variant: Variant) -> list[ConvUnit]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
-from onefold.reparam import Chain, Sum
+from onefold.reparam import Chain, Sum, rectified
 
 BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
 MAX_STEM = 64  # Table 7 has 64a; the published weights and FLOPs have min(64, 64a)
@@ -58,6 +58,8 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
+        if isinstance(self.attn, nn.Identity):
+            return rectified(self.conv, self.act, x)
         y: Tensor = self.act(self.attn(self.conv(x)))
         return y
 

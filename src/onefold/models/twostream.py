@@ -18,6 +18,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from onefold.models.parts import DynamicReLU, conv_norm, hard_sigmoid
+from onefold.reparam import rectified
 
 Streams = tuple[Tensor, Tensor]
 """The map (B, C, H, W) and the tokens (B, T, D)."""
@@ -171,7 +172,7 @@ class LiteBlock(nn.Module):
     def forward(self, state: Streams) -> Streams:
         """(map, tokens) -> (map, tokens)."""
         x, tokens = state
-        y = self.pointwise(self.shuffle(self.act(self.depthwise(x))))
+        y = self.pointwise(self.shuffle(rectified(self.depthwise, self.act, x)))
         return (x + y if self.skips else y), tokens
 
 

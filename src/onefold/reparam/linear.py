@@ -40,6 +40,8 @@ def is_linear(op: nn.Module) -> bool:
 class Chain(nn.Sequential):
     """Linear layers in series. Only the first may pad: then folding is exact up to the image's border.
 
+    `route` says how it is evaluated, as a Sum's does: a chain is a sum of one.
+
     Raises TypeError for a layer that is not linear, ValueError for one that pads and is not the first.
     """
 
@@ -49,6 +51,11 @@ class Chain(nn.Sequential):
         for op in ops[1:]:
             if pads(op):
                 raise ValueError(f"only the first layer of a Chain may pad, but {op} does: pad the first instead")
+        self.route: Route = each
+
+    def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        """(B, I, H, W) to (B, O, H', W'); through `act` if there is one."""
+        return self.route(self, x, act)
 
     def fuse(self) -> nn.Module:
         """The one layer that stands for this chain (the name that other projects' fusing tools look for)."""
@@ -68,9 +75,9 @@ class Sum(nn.ModuleList):
         _must_be_linear(self)
         self.route: Route = each
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, I, H, W) to (B, O, H', W')."""
-        return self.route(self, x)
+    def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        """(B, I, H, W) to (B, O, H', W'); through `act` if there is one."""
+        return self.route(self, x, act)
 
     def fuse(self) -> nn.Module:
         """The one layer that stands for this sum (the name that other projects' fusing tools look for)."""
@@ -89,12 +96,22 @@ class Scale(nn.Module):
         return x * self.weight.view(-1, 1, 1)
 
 
-Route = Callable[[Sum, Tensor], Tensor]
+Route = Callable[[nn.Module, Tensor, nn.Module | None], Tensor]  # a Chain or Sum, its input, an activation or None
 
 
-def each(branches: Sum, x: Tensor) -> Tensor:
-    """The reference route: every branch by itself, then the sum."""
-    return reduce(torch.add, (branch(x) for branch in branches))
+def each(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """The reference route: every layer by itself, then the sum, then the activation."""
+    if isinstance(tree, Sum):
+        y = reduce(torch.add, (branch(x) for branch in tree))
+    else:
+        y = reduce(lambda value, layer: layer(value), tree.children(), x)
+    return y if act is None else act(y)
+
+
+def rectified(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """act(layer(x)); in one where `layer` is a Chain or Sum whose route can."""
+    y: Tensor = layer(x, act) if isinstance(layer, (Chain, Sum)) else act(layer(x))
+    return y
 
 
 # ---------------------------------------------------------------------------------------- the rules
@@ -185,16 +202,15 @@ def _statistics(norm: _BatchNorm, onto: Stencil) -> tuple[Tensor, Tensor]:
             raise ValueError("a BatchNorm folds only with its running statistics: call model.eval() first")
         raise ValueError("a BatchNorm without running statistics (track_running_stats=False) cannot fold")
     mean, var, count = onto.source.statistics(onto)
-    if norm.training and norm.running_mean is not None and norm.running_var is not None:
-        _track_(norm, mean.detach(), var.detach() * (count / (count - 1)))
+    track_(norm, mean.detach(), var.detach() * (count / (count - 1)))
     return mean, var
 
 
 @torch.no_grad()
-def _track_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Move the running statistics towards the batch's (unbiased variance), as the norm's own forward does."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+def track_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Move the running statistics, if kept, towards the batch's (unbiased variance), as the norm's own forward does."""
+    if not norm.training or norm.running_mean is None or norm.running_var is None:
+        return
     factor = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -1,0 +1,30 @@
+"""The passes over the batch that the `moments` route needs, and who does them.
+
+Reading order: `passes` (what a back end does), `reference` (plain torch), `cpu` with `build`, `*.cpp`, `gpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+from torch import Tensor
+
+from onefold.reparam.kernels import cpu
+from onefold.reparam.kernels.passes import Geometry, Passes
+from onefold.reparam.kernels.reference import Reference
+
+
+def passes_for(x: Tensor, geometry: Geometry) -> Passes:
+    """The fastest back end for such a batch and unit; plain torch where there is none."""
+    if x.is_cuda and _has_triton():
+        from onefold.reparam.kernels import gpu
+
+        if gpu.supports(x, geometry):
+            return gpu.Triton()
+    return cpu.Compiled() if cpu.supports(x, geometry) else Reference()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,201 @@
+"""The four passes on a CPU, by the compiled kernels: pointwise, depthwise of any stride, and small dense units.
+
+The kernels work on float32 images in channels_last order; other layouts and half types are converted. They take a
+centre in float32, near the mean; what rounding leaves between the two is put right here, in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onefold.reparam.kernels.build import library
+from onefold.reparam.kernels.passes import Act, Geometry, Moments
+
+SMALL = 64  # values a patch: a dense unit up to this (a stem) is done on written-out patches
+PILOT = 256  # rows whose mean is the first guess of the mean
+DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are made again, centred
+
+
+def supports(x: Tensor, geometry: Geometry) -> bool:
+    """Whether these kernels do this unit, and are there."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    known = _is_pointwise(geometry) or _is_depthwise(x, geometry) or _is_small(x, geometry)
+    return known and library() is not None
+
+
+class Compiled:
+    """The compiled kernels; see `supports`."""
+
+    def moments(self, x: Tensor, geometry: Geometry) -> Moments:
+        """Mean and covariance of the patches, in float64."""
+        if _is_depthwise(x, geometry):
+            return _depthwise_moments(x, geometry)
+        rows = _rows(x, geometry)
+        n, c = rows.shape
+        centre = rows[:PILOT].mean(0)
+        total, products = _double(c), _double(c, c)
+        _call("pointwise_moments", rows, n, c, centre, total, products)
+        return _centred(centre.double()[None], total[None], products[None], n)
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
+        """act(bias + kernel (patch - mean)): (B, O, H', W')."""
+        centre = _centre(x, mean, geometry)
+        offset = bias.double() - (kernel.double() @ (mean - centre)[..., None]).flatten()
+        weight, offset, top = _float(kernel), _float(offset), _top(act)
+        size = _places(x, geometry)
+        y = torch.empty(x.shape[0], *size, len(offset))
+        if _is_depthwise(x, geometry):
+            shape, taps = _shape(x, geometry)
+            _call("depthwise_convolve", _image(x), shape, taps, _float(centre[:, 0]), weight, offset, top, y)
+        else:
+            rows = _rows(x, geometry)
+            _call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, y)
+        return y.permute(0, 3, 1, 2).to(x.dtype)
+
+    def kernel_grad(
+        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,), in float64."""
+        centre, out = _centre(x, mean, geometry), grad.shape[1]
+        g, after, top = _image(grad), _image(y), _top(act)
+        products, total = _double(geometry.groups, out // geometry.groups, mean.shape[1]), _double(out)
+        if _is_depthwise(x, geometry):
+            shape, taps = _shape(x, geometry)
+            _call("depthwise_kernel_grad", g, after, _image(x), shape, taps, _float(centre[:, 0]), top, products, total)
+        else:
+            rows = _rows(x, geometry)
+            _call("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
+        return products - total.view(geometry.groups, -1, 1) * (mean - centre)[:, None], total
+
+    def input_grad(
+        self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
+        geometry: Geometry, act: Act,
+    ) -> Tensor:  # fmt: skip
+        """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""
+        centre = _centre(x, mean, geometry)
+        g, after, top, weight, square = _image(grad), _image(y), _top(act), _float(kernel), _float(quad)
+        if _is_depthwise(x, geometry):
+            shape, taps = _shape(x, geometry)
+            image, middle, offset = _image(x), _float(centre[:, 0]), _float(mean - centre)
+            dx = torch.empty_like(image)
+            tables = (middle, weight, square, offset, _float(shift))
+            _call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
+            return dx.permute(0, 3, 1, 2).to(x.dtype)
+        rows = _rows(x, geometry)
+        dx, constant = torch.empty_like(rows), _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1))
+        sizes = (*rows.shape, grad.shape[1])
+        _call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
+        return _unrows(dx, x, geometry).to(x.dtype)
+
+
+def _depthwise_moments(x: Tensor, geometry: Geometry) -> Moments:
+    """Uncentred first, which is cheaper; once more around the mean where that dominates."""
+    image, (shape, taps) = _image(x), _shape(x, geometry)
+    c, k, n = x.shape[1], taps * taps, x.shape[0]
+    for size in _places(x, geometry):
+        n *= size
+    centre, found = torch.zeros(c), None
+    for again in (0, 1):
+        total, products = _double(c, k), _double(c, k, k)
+        _call("depthwise_moments", image, shape, taps, centre, again, total, products)
+        found = _centred(centre.double()[:, None], total, products, n)
+        middle = found.mean[:, k // 2]
+        if not (middle.square() > DOMINANT * found.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
+            break
+        centre = _float(middle)
+    assert found is not None
+    return found
+
+
+def _centred(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments:
+    """Moments out of sums around a centre."""
+    off = total / n
+    return Moments(centre + off, products.div_(n).baddbmm_(off[:, :, None], off[:, None], alpha=-1), n)
+
+
+def _is_pointwise(geometry: Geometry) -> bool:
+    return geometry == Geometry(1, (1, 1), (1, 1), (0, 0))
+
+
+def _is_depthwise(x: Tensor, geometry: Geometry) -> bool:
+    (tall, wide), (down, across), (above, beside) = geometry.taps, geometry.stride, geometry.reach
+    square = tall == wide and down == across and above == beside and tall in (1, 3, 5, 7) and above < tall
+    return square and geometry.groups == x.shape[1] > 1 and (tall < 7 or down == 1)
+
+
+def _is_small(x: Tensor, geometry: Geometry) -> bool:
+    return geometry.groups == 1 and x.shape[1] * geometry.taps[0] * geometry.taps[1] <= SMALL
+
+
+def _image(x: Tensor) -> Tensor:
+    """(B, C, H, W) to a dense (B, H, W, C) in float32; no copy of channels_last float32."""
+    return x.detach().permute(0, 2, 3, 1).to(torch.float32).contiguous()
+
+
+def _rows(x: Tensor, geometry: Geometry) -> Tensor:
+    """(N, K): the patches, dense."""
+    if _is_pointwise(geometry):
+        return _image(x).flatten(0, 2)
+    columns = F.unfold(x.detach().to(torch.float32), geometry.taps, 1, geometry.reach, geometry.stride)  # (B, K, L)
+    return columns.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _unrows(rows: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """The transpose of `_rows`."""
+    b, _, h, w = x.shape
+    if _is_pointwise(geometry):
+        return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
+    columns = rows.view(b, -1, rows.shape[1]).transpose(1, 2)
+    return F.fold(columns, (h, w), geometry.taps, 1, geometry.reach, geometry.stride)
+
+
+def _places(x: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """(H', W')."""
+    tall, wide = (
+        (n + 2 * r - k) // s + 1
+        for n, r, k, s in zip(x.shape[2:], geometry.reach, geometry.taps, geometry.stride, strict=True)
+    )
+    return tall, wide
+
+
+def _centre(x: Tensor, mean: Tensor, geometry: Geometry) -> Tensor:
+    """The float32 centre that the kernels take off, as float64 (G, K): of a depthwise patch one value a channel."""
+    if _is_depthwise(x, geometry):
+        return mean[:, mean.shape[1] // 2].float().double()[:, None].expand_as(mean)
+    return mean.float().double()
+
+
+def _shape(x: Tensor, geometry: Geometry) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+    b, c, h, w = x.shape
+    return (ctypes.c_int64 * 6)(b, h, w, c, geometry.stride[0], geometry.reach[0]), geometry.taps[0]
+
+
+def _top(act: Act) -> float:
+    """The activation's ceiling as the kernels take it."""
+    return -1.0 if act is None else act
+
+
+def _float(values: Tensor) -> Tensor:
+    return values.detach().to(torch.float32).contiguous()
+
+
+def _double(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float64)
+
+
+def _call(name: str, *arguments: Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> None:
+    """Run a kernel on all of torch's threads."""
+    kernels = library()
+    assert kernels is not None
+    getattr(kernels, name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value) if isinstance(value, int) else value

@@ -1,0 +1,578 @@
+// The four passes for a depthwise unit on (B, H, W, C) images: K x K taps a channel, zeros around the image.
+//
+// Work is cut into pieces: some rows of an image, a block of PANEL channels. What a piece reads is copied into a scratch
+// near the core, with the image's border written out, less the channel's centre - border included, so a patch is centred
+// as a whole. Sums are float32 for some dozen places, then float64.
+//
+// Second moments at stride 1: the product of the taps t and u at a place p is x[p+t] x[p+u], which is x[q] x[q+lag] with
+// q = p+t. So one sum a lag serves all pairs of taps that far apart, but for the q near the border where p would leave the
+// grid: those are summed apart, by row and column. 13 products a pixel for K = 3 in place of 45.
+#include "vector.h"
+
+namespace {
+
+struct Shape {
+    int64_t b, h, w, c, stride, reach;
+    int64_t blocks() const { return (c + PANEL - 1) / PANEL; }
+    int64_t out(int64_t n, int taps) const { return (n + 2 * reach - taps) / stride + 1; }
+};
+
+// A piece: rows first ... last-1 of an image, and a block of channels.
+struct Piece {
+    int64_t image, block, first, last;
+};
+
+// All images' rows in pieces that fit near the core, blocks of the same rows side by side.
+struct Pieces {
+    int64_t rows, height, strips, blocks, count;
+    Pieces(const Shape& s, int64_t rows, int64_t width)
+        : rows(rows),
+          height(std::min(rows, std::max<int64_t>(8, 96 * 1024 / (4 * PANEL * (width + 4))))),
+          strips((rows + height - 1) / height),
+          blocks(s.blocks()),
+          count(s.b * strips * blocks) {}
+    Piece at(int64_t i) const {
+        const int64_t strip = i / blocks % strips;
+        return {i / blocks / strips, i % blocks, strip * height, std::min(rows, (strip + 1) * height)};
+    }
+};
+
+// A block of channels of some rows of a map, with columns to spare on both sides; at(y, x) counts as the map does.
+struct Plane {
+    int64_t w, margin, top = 0, rows = 0;
+    Buffer<float> data;
+    Plane(int64_t most, int64_t w, int64_t margin)
+        : w(w), margin(margin), data(buffer<float>(most * (w + 2 * margin) * PANEL)) {}
+    int64_t row() const { return (w + 2 * margin) * PANEL; }
+    float* at(int64_t y, int64_t x) { return data.get() + (y - top) * row() + (x + margin) * PANEL; }
+    // Rows first ... last-1 from now on, all zero.
+    void start(int64_t first, int64_t last) {
+        top = first, rows = last - first;
+        std::fill_n(data.get(), rows * row(), 0.0f);
+    }
+};
+
+// n values, zeros up to PANEL.
+void copy_block(const float* from, int64_t n, float* to) {
+    if (n >= PANEL) {
+        store(to, load(from)), store(to + LANES, load(from + LANES));
+    } else {
+        for (int64_t j = 0; j < PANEL; j++) to[j] = j < n ? from[j] : 0;
+    }
+}
+
+// The first n lanes of v, all if there are as many.
+INLINE void store_some(float* to, vec v, int64_t n) {
+    if (n >= LANES) return store(to, v);
+    for (int j = 0; j < n; j++) to[j] = v[j];
+}
+
+// Rows first ... last-1 of an image less centre; up to `border` pixels around it zero less centre, beyond those zero.
+void fill(Plane& plane, int64_t first, int64_t last, const float* image, const Shape& s, int64_t block, const float* centre,
+          int64_t border) {
+    const int64_t n = s.c - block * PANEL;
+    float around[PANEL];
+    copy_block(centre + block * PANEL, n, around);
+    const vec left = load(around), right = load(around + LANES);
+    plane.start(first, last);
+    for (int64_t y = std::max(first, -border); y < std::min(last, s.h + border); y++)
+        for (int64_t x = -border; x < s.w + border; x++) {
+            float* to = plane.at(y, x);
+            if (y < 0 || x < 0 || y >= s.h || x >= s.w) {
+                store(to, -left), store(to + LANES, -right);
+            } else {
+                const float* from = image + (y * s.w + x) * s.c + block * PANEL;
+                if (n < PANEL) copy_block(from, n, to), from = to;
+                store(to, load(from) - left), store(to + LANES, load(from + LANES) - right);
+            }
+        }
+}
+
+// Rows first ... last-1 of the gradient through the activation; zeros outside its grid of `height` rows.
+void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, const float* g, const float* y,
+                   const Shape& s, int64_t block, float top) {
+    const int64_t n = s.c - block * PANEL;
+    float value[PANEL];
+    plane.start(first, last);
+    for (int64_t p = std::max<int64_t>(first, 0); p < std::min(last, height); p++)
+        for (int64_t x = 0; x < plane.w; x++) {
+            const int64_t at = (p * plane.w + x) * s.c + block * PANEL;
+            const float* after = y + at;
+            float* to = plane.at(p, x);
+            copy_block(g + at, n, to);
+            if (top < 0) continue;
+            if (n < PANEL) copy_block(after, n, value), after = value;
+            store(to, through(load(to), load(after), top));
+            store(to + LANES, through(load(to + LANES), load(after + LANES), top));
+        }
+}
+
+// A (count, C) table as [block][count][PANEL], zeros past the last channel; table is (C, count) row-major.
+Buffer<float> by_block(const float* table, int64_t c, int64_t count) {
+    const int64_t blocks = (c + PANEL - 1) / PANEL;
+    auto out = buffer<float>(blocks * count * PANEL);
+    for (int64_t i = 0; i < blocks * PANEL; i++)
+        for (int64_t k = 0; k < count; k++)
+            out[(i / PANEL * count + k) * PANEL + i % PANEL] = i < c ? table[i * count + k] : 0;
+    return out;
+}
+
+// Where q may stand along an axis: near the start one by one, in the middle, near the end one by one.
+struct Axis {
+    int64_t n, edge;                       // length; places on each side where a tap has no place
+    Axis(int64_t n, int64_t edge) : n(n), edge(edge) {}
+    int64_t kinds() const { return 2 * edge + 1; }
+    int64_t kind(int64_t q) const { return q < edge ? q : q < n - edge ? edge : 2 * edge - (n - 1 - q); }
+    // Whether tap t (0 ... K-1) of some place reads a q of this kind: place q + reach - t is on the grid.
+    bool allows(int64_t kind, int64_t t, int64_t taps, int64_t reach) const {
+        if (kind < edge) return kind + reach - t >= 0;
+        if (kind == edge) return true;
+        const int64_t back = 2 * edge - kind;  // from the end
+        return (n - 1 - back) + reach - t <= n + 2 * reach - taps;
+    }
+};
+
+template <int K>
+struct Lags {
+    static constexpr int count = (2 * K - 1) * (2 * K - 1) / 2 + 1;  // those ahead in reading order, and 0
+    static int of(int dy, int dx) { return dy * (2 * K - 1) + dx; }  // 0 for (0, 0); dx from 1-K
+};
+
+// Adds x[q] x[q + lag] and x[q], for n places q along a row, to sums[lag or last][PANEL] in float32.
+template <int K>
+void add_lags(const float* first, int64_t row, int64_t n, float* sums) {
+    constexpr int count = Lags<K>::count;
+    for (int half = 0; half < PANEL; half += LANES) {
+        const float* const end = first + half + n * PANEL;
+        if (K == 3) {  // 13 sums, a total and the pixel just fit the registers
+            vec acc[count + 1];
+#pragma GCC unroll 32
+            for (int l = 0; l <= count; l++) acc[l] = load(sums + l * PANEL + half);
+            for (const float* p = first + half; p != end; p += PANEL) {
+                const vec v = load(p);
+                acc[count] += v;
+                int l = 0;
+#pragma GCC unroll 8
+                for (int dy = 0; dy < K; dy++)
+#pragma GCC unroll 8
+                    for (int dx = dy ? 1 - K : 0; dx < K; dx++, l++) acc[l] += v * load(p + dy * row + dx * PANEL);
+            }
+#pragma GCC unroll 32
+            for (int l = 0; l <= count; l++) store(sums + l * PANEL + half, acc[l]);
+        } else {
+            for (int dy = 0; dy < K; dy++)
+                for (int dx = dy ? 1 - K : 0; dx < K; dx++) {
+                    float* to = sums + Lags<K>::of(dy, dx) * PANEL + half;
+                    vec acc = load(to);
+                    for (const float* p = first + half; p != end; p += PANEL) acc += load(p) * load(p + dy * row + dx * PANEL);
+                    store(to, acc);
+                }
+            vec acc = load(sums + count * PANEL + half);
+            for (const float* p = first + half; p != end; p += PANEL) acc += load(p);
+            store(sums + count * PANEL + half, acc);
+        }
+    }
+}
+
+// Adds n float32 sums to float64 ones and forgets them.
+void flush(float* from, int64_t n, double* to) {
+    for (int64_t i = 0; i < n; i += LANES) add(to + i, load(from + i)), store(from + i, vec{});
+}
+
+// All sums by lag, kind of row and kind of column, of rows first ... last-1, counted with `border` pixels around the image;
+// total is [kind y][kind x][count + 1][PANEL].
+template <int K>
+void lags_of(Plane& z, int64_t border, int64_t first, int64_t last, const Axis& tall, const Axis& wide,
+             std::vector<float>& some, double* total) {
+    const int64_t each = (Lags<K>::count + 1) * PANEL, line = wide.kinds() * each;
+    int64_t pending = 0;
+    for (int64_t y = first; y < last; y++) {
+        const int64_t kind = tall.kind(y);
+        const auto from = [&](int64_t x) { return z.at(y - border, x - border); };
+        for (int64_t x = 0; x < wide.edge; x++) add_lags<K>(from(x), z.row(), 1, &some[x * each]);
+        add_lags<K>(from(wide.edge), z.row(), wide.n - 2 * wide.edge, &some[wide.edge * each]);
+        for (int64_t x = wide.n - wide.edge; x < wide.n; x++) add_lags<K>(from(x), z.row(), 1, &some[wide.kind(x) * each]);
+        pending += wide.n;
+        if (y + 1 == last || tall.kind(y + 1) != kind || pending + wide.n > 128)
+            flush(some.data(), line, total + kind * line), pending = 0;
+    }
+}
+
+// sum[K*K] and products[K*K][K*K] of one channel out of its sums by lag.
+template <int K>
+void pair_taps(const double* total, int64_t lane, const Axis& tall, const Axis& wide, int64_t reach, double* sum,
+               double* products) {
+    constexpr int each = Lags<K>::count + 1, taps = K * K;
+    for (int t = 0; t < taps; t++) {
+        double of_t = 0, with[taps] = {};
+        for (int64_t ky = 0; ky < tall.kinds(); ky++)
+            for (int64_t kx = 0; kx < wide.kinds(); kx++) {
+                if (!tall.allows(ky, t / K, K, reach) || !wide.allows(kx, t % K, K, reach)) continue;
+                const double* at = total + (ky * wide.kinds() + kx) * each * PANEL + lane;
+                of_t += at[Lags<K>::count * PANEL];
+                for (int u = t; u < taps; u++) with[u] += at[Lags<K>::of(u / K - t / K, u % K - t % K) * PANEL];
+            }
+        sum[t] = of_t;
+        for (int u = t; u < taps; u++) products[t * taps + u] = products[u * taps + t] = with[u];
+    }
+}
+
+// The same sums place by place, for any stride: total is [taps (taps + 1) / 2 pairs, then taps][PANEL].
+template <int K>
+void pairs_of(Plane& z, const Piece& piece, const Shape& s, std::vector<float>& some, double* total) {
+    constexpr int taps = K * K, count = taps * (taps + 1) / 2 + taps;
+    int pending = 0;
+    for (int64_t y = piece.first; y < piece.last; y++)
+        for (int64_t x = 0; x < s.out(s.w, K); x++) {
+            const float* p = z.at(y * s.stride - s.reach, x * s.stride - s.reach);
+            for (int half = 0; half < PANEL; half += LANES) {
+                vec v[taps];
+#pragma GCC unroll 64
+                for (int t = 0; t < taps; t++) v[t] = load(p + t / K * z.row() + t % K * PANEL + half);
+                float* to = some.data() + half;
+                for (int t = 0; t < taps; t++)
+                    for (int u = t; u < taps; u++, to += PANEL) store(to, load(to) + v[t] * v[u]);
+                for (int t = 0; t < taps; t++, to += PANEL) store(to, load(to) + v[t]);
+            }
+            if (++pending == 32) flush(some.data(), count * PANEL, total), pending = 0;
+        }
+    flush(some.data(), count * PANEL, total);
+}
+
+// The same in float64 throughout: around a centre the image's border is large, and so are its squares.
+template <int K>
+void wide_pairs_of(Plane& z, const Piece& piece, const Shape& s, double* total) {
+    constexpr int taps = K * K;
+    for (int64_t y = piece.first; y < piece.last; y++)
+        for (int64_t x = 0; x < s.out(s.w, K); x++) {
+            const float* p = z.at(y * s.stride - s.reach, x * s.stride - s.reach);
+            const auto tap = [&](int t) { return p + t / K * z.row() + t % K * PANEL; };
+            double* to = total;
+            for (int t = 0; t < taps; t++)
+                for (int u = t; u < taps; u++, to += PANEL)
+                    for (int j = 0; j < PANEL; j++) to[j] += double(tap(t)[j]) * tap(u)[j];
+            for (int t = 0; t < taps; t++, to += PANEL)
+                for (int j = 0; j < PANEL; j++) to[j] += tap(t)[j];
+        }
+}
+
+template <int K>
+void moments(const float* x, const Shape& s, const float* centre, bool centred, double* sum, double* products, int threads) {
+    constexpr int taps = K * K;
+    // Centred, the border is no longer zero: the image is then the whole of what patches read, and has no reach.
+    const int64_t border = centred ? s.reach : 0, reach = s.reach - border, edge = K - 1 - reach;
+    const Axis tall(s.h + 2 * border, edge), wide(s.w + 2 * border, edge);
+    const bool lags = s.stride == 1 && tall.n >= 2 * edge && wide.n >= 2 * edge && edge >= 0;
+    const int64_t each = lags ? tall.kinds() * wide.kinds() * (Lags<K>::count + 1) : taps * (taps + 1) / 2 + taps;
+    const int64_t size = s.blocks() * each * PANEL;
+    const Pieces pieces(s, lags ? tall.n : s.out(s.h, K), s.w);
+    std::vector<double> totals(size_t(threads) * size);
+    share(pieces.count, threads, [&](int t, int64_t first, int64_t last) {
+        std::vector<float> some(each * PANEL);
+        Plane z(pieces.height * s.stride + K, s.w, s.reach + K - 1);
+        for (int64_t i = first; i < last; i++) {
+            const Piece piece = pieces.at(i);
+            double* total = &totals[t * size + piece.block * each * PANEL];
+            const float* image = x + piece.image * s.h * s.w * s.c;
+            if (lags) {
+                fill(z, piece.first - border, piece.last - border + K - 1, image, s, piece.block, centre, border);
+                lags_of<K>(z, border, piece.first, piece.last, tall, wide, some, total);
+            } else {
+                const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
+                fill(z, from, to, image, s, piece.block, centre, s.reach);
+                centred ? wide_pairs_of<K>(z, piece, s, total) : pairs_of<K>(z, piece, s, some, total);
+            }
+        }
+    });
+    for (int t = 1; t < threads; t++)
+        for (int64_t i = 0; i < size; i++) totals[i] += totals[t * size + i];
+    for (int64_t c = 0; c < s.c; c++) {
+        const double* total = &totals[c / PANEL * each * PANEL];
+        double *to = sum + c * taps, *pairs = products + c * taps * taps;
+        if (lags) {
+            pair_taps<K>(total, c % PANEL, tall, wide, reach, to, pairs);
+            continue;
+        }
+        const double* at = total + c % PANEL;
+        for (int t = 0; t < taps; t++)
+            for (int u = t; u < taps; u++, at += PANEL) pairs[t * taps + u] = pairs[u * taps + t] = *at;
+        for (int t = 0; t < taps; t++, at += PANEL) to[t] = *at;
+    }
+}
+
+template <int K>
+void convolve(const float* x, const Shape& s, const float* centre, const float* kernel, const float* bias, float top,
+              float* y, int threads) {
+    constexpr int taps = K * K;
+    const auto weights = by_block(kernel, s.c, taps), shifts = by_block(bias, s.c, 1);
+    const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K);
+    const Pieces pieces(s, rows, s.w);
+    share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
+        Plane z(pieces.height * s.stride + K, s.w, s.reach);
+        for (int64_t i = first; i < last; i++) {
+            const Piece piece = pieces.at(i);
+            const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
+            const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
+            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            for (int half = 0; half < PANEL && half < channels; half += LANES) {
+                vec w[taps];
+#pragma GCC unroll 64
+                for (int t = 0; t < taps; t++) w[t] = load(&weights[at * taps + t * PANEL + half]);
+                const vec shift = load(&shifts[at + half]);
+                for (int64_t p = piece.first; p < piece.last; p++) {
+                    const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
+                    float* to = y + ((piece.image * rows + p) * columns) * s.c + at + half;
+                    for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, to += s.c) {
+                        vec v = shift;
+#pragma GCC unroll 64
+                        for (int t = 0; t < taps; t++) v += w[t] * load(from + t / K * z.row() + t % K * PANEL);
+                        if (top >= 0) v = clamp(v, top);
+                        store_some(to, v, channels - half);
+                    }
+                }
+            }
+        }
+    });
+}
+
+template <int K>
+void kernel_grad(const float* g, const float* y, const float* x, const Shape& s, const float* centre, float top,
+                 double* products, double* sum, int threads) {
+    constexpr int taps = K * K;
+    const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K), size = s.blocks() * (taps + 1) * PANEL;
+    const Pieces pieces(s, rows, s.w);
+    std::vector<double> totals(size_t(threads) * size);
+    share(pieces.count, threads, [&](int t, int64_t first, int64_t last) {
+        Plane z(pieces.height * s.stride + K, s.w, s.reach), grad(pieces.height, columns, 0);
+        for (int64_t i = first; i < last; i++) {
+            const Piece piece = pieces.at(i);
+            const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
+            const int64_t at = piece.image * rows * columns * s.c;
+            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            fill_gradient(grad, piece.first, piece.last, rows, g + at, y + at, s, piece.block, top);
+            double* total = &totals[t * size + piece.block * (taps + 1) * PANEL];
+            for (int half = 0; half < PANEL; half += LANES)
+                for (int64_t p = piece.first; p < piece.last; p++) {
+                    const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
+                    const float* by = grad.at(p, 0) + half;
+                    vec acc[taps + 1] = {};
+                    for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, by += PANEL) {
+                        const vec v = load(by);
+                        acc[taps] += v;
+#pragma GCC unroll 64
+                        for (int k = 0; k < taps; k++) acc[k] += v * load(from + k / K * z.row() + k % K * PANEL);
+                    }
+#pragma GCC unroll 64
+                    for (int k = 0; k <= taps; k++) add(total + k * PANEL + half, acc[k]);
+                }
+        }
+    });
+    for (int t = 1; t < threads; t++)
+        for (int64_t i = 0; i < size; i++) totals[i] += totals[t * size + i];
+    for (int64_t c = 0; c < s.c; c++) {
+        const double* total = &totals[c / PANEL * (taps + 1) * PANEL + c % PANEL];
+        for (int k = 0; k < taps; k++) products[c * taps + k] = total[k * PANEL];
+        sum[c] = total[taps * PANEL];
+    }
+}
+
+// At stride 1 the gradient of a pixel is a stencil of taps on the output's gradient and one of lags on the input, the
+// latter by kind of pixel: lag_weights is [block][kind y][kind x][(2K-1)^2 + 1][PANEL], its last row the constant.
+template <int K>
+Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset, const float* shift, const Axis& tall,
+                          const Axis& wide) {
+    constexpr int taps = K * K, side = 2 * K - 1, each = side * side + 1;
+    const int64_t kinds = tall.kinds() * wide.kinds(), blocks = s.blocks();
+    auto out = buffer<float>(blocks * kinds * each * PANEL);
+    std::fill_n(out.get(), blocks * kinds * each * PANEL, 0.0f);
+    for (int64_t c = 0; c < s.c; c++)
+        for (int64_t ky = 0; ky < tall.kinds(); ky++)
+            for (int64_t kx = 0; kx < wide.kinds(); kx++) {
+                const int64_t kind = ky * wide.kinds() + kx;
+                float* to = &out[((c / PANEL * kinds + kind) * each) * PANEL + c % PANEL];
+                for (int t = 0; t < taps; t++) {
+                    if (!tall.allows(ky, t / K, K, s.reach) || !wide.allows(kx, t % K, K, s.reach)) continue;
+                    double constant = shift[c * taps + t];
+                    for (int u = 0; u < taps; u++) {
+                        const int lag = (u / K - t / K + K - 1) * side + u % K - t % K + K - 1;
+                        to[lag * PANEL] += quad[(c * taps + t) * taps + u];
+                        constant -= double(quad[(c * taps + t) * taps + u]) * offset[c * taps + u];
+                    }
+                    to[side * side * PANEL] += float(constant);
+                }
+            }
+    return out;
+}
+
+// out[x] = the two stencils at (y, from ... to-1), for pixels of one kind.
+template <int K, int N>
+INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half, float* out,
+                  int64_t step, int64_t channels, int64_t reach) {
+    constexpr int side = 2 * K - 1;
+    vec acc[N];
+    const vec constant = load(lags + side * side * PANEL + half);
+    for (int n = 0; n < N; n++) acc[n] = constant;
+    const float* p = z.at(y + 1 - K, x + 1 - K) + half;
+    for (int dy = 0; dy < side; dy++, p += z.row())
+#pragma GCC unroll 16
+        for (int dx = 0; dx < side; dx++) {
+            const vec w = load(lags + (dy * side + dx) * PANEL + half);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) acc[n] += w * load(p + (dx + n) * PANEL);
+        }
+    const float* g = grad.at(y + reach, x + reach) + half;
+    for (int ty = 0; ty < K; ty++, g -= grad.row())
+#pragma GCC unroll 8
+        for (int tx = 0; tx < K; tx++) {
+            const vec w = load(kernel + (ty * K + tx) * PANEL + half);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) acc[n] += w * load(g + (n - tx) * PANEL);
+        }
+    for (int n = 0; n < N; n++) store_some(out + n * step + half, acc[n], channels - half);
+}
+
+template <int K>
+void input_grad_by_lag(const float* g, const float* y, const float* x, const Shape& s, const float* centre,
+                       const float* kernel, const float* quad, const float* offset, const float* shift,
+    float top, float* dx, int threads) {
+    constexpr int taps = K * K, each = (2 * K - 1) * (2 * K - 1) + 1;
+    const Axis tall(s.h, K - 1 - s.reach), wide(s.w, K - 1 - s.reach);
+    const auto weights = by_block(kernel, s.c, taps);
+    const auto lags = lag_weights<K>(s, quad, offset, shift, tall, wide);
+    const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K), edge = wide.edge, kinds = tall.kinds() * wide.kinds();
+    const Pieces pieces(s, s.h, s.w);
+    share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
+        Plane z(pieces.height + 2 * K, s.w, s.reach + K - 1), grad(pieces.height + 2 * K, columns, K - 1);
+        for (int64_t i = first; i < last; i++) {
+            const Piece piece = pieces.at(i);
+            const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
+            const int64_t of_grad = piece.image * rows * columns * s.c;
+            fill(z, piece.first + 1 - K, piece.last + K - 1, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            fill_gradient(grad, piece.first + s.reach + 1 - K, piece.last + s.reach, rows, g + of_grad, y + of_grad, s,
+                          piece.block, top);
+            const float* w = &weights[at * taps];
+            for (int64_t p = piece.first; p < piece.last; p++) {
+                const float* of_row = &lags[(piece.block * kinds + tall.kind(p) * wide.kinds()) * each * PANEL];
+                float* to = dx + ((piece.image * s.h + p) * s.w) * s.c + at;
+                for (int half = 0; half < PANEL && half < channels; half += LANES)
+                    for (int64_t q = 0; q < s.w;) {
+                        const float* of = of_row + wide.kind(q) * each * PANEL;
+                        const int64_t left = q >= edge ? s.w - edge - q : 0;
+                        if (left >= 4) {
+                            blend<K, 4>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 4;
+                        } else if (left >= 2) {
+                            blend<K, 2>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 2;
+                        } else {
+                            blend<K, 1>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 1;
+                        }
+                    }
+            }
+        }
+    });
+}
+
+// At any stride: every place adds its patch's gradient to the pixels that it read.
+template <int K>
+void input_grad_by_place(const float* g, const float* y, const float* x, const Shape& s, const float* centre,
+                         const float* kernel, const float* quad, const float* offset, const float* shift,
+    float top, float* dx, int threads) {
+    constexpr int taps = K * K;
+    const auto weights = by_block(kernel, s.c, taps), quads = by_block(quad, s.c, taps * taps);
+    const auto shifts = by_block(shift, s.c, taps), offsets = by_block(offset, s.c, taps);
+    const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K);
+    const Pieces pieces(s, s.h, s.w);
+    share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
+        const int64_t most = pieces.height + 2 * (K + s.stride);
+        Plane z(most, s.w, s.reach + K), grad(most, columns, 0), sum(most, s.w, s.reach + K);
+        for (int64_t i = first; i < last; i++) {
+            const Piece piece = pieces.at(i);
+            const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
+            // The places that read rows first ... last-1; those at the rim also belong to the pieces beside.
+            const int64_t low = std::max<int64_t>(0, (piece.first + s.reach - K) / s.stride);
+            const int64_t high = std::min(rows, (piece.last - 1 + s.reach) / s.stride + 1);
+            const int64_t from = std::min(piece.first, low * s.stride - s.reach);
+            const int64_t to = std::max(piece.last, (high - 1) * s.stride - s.reach + K);
+            const int64_t of_grad = piece.image * rows * columns * s.c;
+            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            fill_gradient(grad, low, high, rows, g + of_grad, y + of_grad, s, piece.block, top);
+            sum.start(from, to);
+            const float *w = &weights[at * taps], *q = &quads[at * taps * taps], *c = &shifts[at * taps], *m = &offsets[at * taps];
+            for (int64_t p = low; p < high; p++)
+                for (int64_t r = 0; r < columns; r++)
+                    for (int half = 0; half < PANEL; half += LANES) {
+                        const float* from = z.at(p * s.stride - s.reach, r * s.stride - s.reach) + half;
+                        float* to = sum.at(p * s.stride - s.reach, r * s.stride - s.reach) + half;
+                        const vec by = load(grad.at(p, r) + half);
+                        vec v[taps];
+#pragma GCC unroll 64
+                        for (int t = 0; t < taps; t++)
+                            v[t] = load(from + t / K * z.row() + t % K * PANEL) - load(m + t * PANEL + half);
+                        for (int t = 0; t < taps; t++) {
+                            vec acc = load(c + t * PANEL + half) + by * load(w + t * PANEL + half);
+#pragma GCC unroll 64
+                            for (int u = 0; u < taps; u++) acc += v[u] * load(q + (t * taps + u) * PANEL + half);
+                            float* cell = to + t / K * sum.row() + t % K * PANEL;
+                            store(cell, load(cell) + acc);
+                        }
+                    }
+            for (int64_t p = piece.first; p < piece.last; p++)
+                for (int64_t r = 0; r < s.w; r++) {
+                    const float* from = sum.at(p, r);
+                    std::copy(from, from + channels, dx + ((piece.image * s.h + p) * s.w + r) * s.c + at);
+                }
+        }
+    });
+}
+
+template <int K>
+void input_grad(const float* g, const float* y, const float* x, const Shape& s, const float* centre, const float* kernel,
+                const float* quad, const float* offset, const float* shift,
+    float top, float* dx, int threads) {
+    const int64_t edge = K - 1 - s.reach;
+    const bool lags = s.stride == 1 && edge >= 0 && s.h >= 2 * edge && s.w >= 2 * edge;
+    auto pass = lags ? input_grad_by_lag<K> : input_grad_by_place<K>;
+    pass(g, y, x, s, centre, kernel, quad, offset, shift, top, dx, threads);
+}
+
+}  // namespace
+
+#define FOR_SIZE(K, CALL) \
+    if (K == 1) CALL(1); else if (K == 3) CALL(3); else if (K == 5) CALL(5); else CALL(7)
+
+// sum[c][t] and products[c][t][u] over all places of the patch less centre; centre is taken as zero unless centred.
+API void depthwise_moments(const float* x, const int64_t* shape, int taps, const float* centre, int centred, double* sum,
+                           double* products, int threads) {
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+#define CALL(K) moments<K>(x, s, centre, centred, sum, products, threads)
+    FOR_SIZE(taps, CALL);
+#undef CALL
+}
+
+// y = act(bias + kernel (patch - centre)); kernel is (C, taps).
+API void depthwise_convolve(const float* x, const int64_t* shape, int taps, const float* centre, const float* kernel,
+                            const float* bias, float top, float* y, int threads) {
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+#define CALL(K) convolve<K>(x, s, centre, kernel, bias, top, y, threads)
+    FOR_SIZE(taps, CALL);
+#undef CALL
+}
+
+// products[c][t] = sum over places of grad' (patch - centre)[t]; sum[c] = sum of grad'.
+API void depthwise_kernel_grad(const float* g, const float* y, const float* x, const int64_t* shape, int taps,
+                               const float* centre, float top, double* products, double* sum, int threads) {
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+#define CALL(K) kernel_grad<K>(g, y, x, s, centre, top, products, sum, threads)
+    FOR_SIZE(taps, CALL);
+#undef CALL
+}
+
+// dx = the sum over places of kernel grad' + quad (patch - centre - offset) + shift, at the pixels that they read.
+API void depthwise_input_grad(const float* g, const float* y, const float* x, const int64_t* shape, int taps,
+                              const float* centre, const float* kernel, const float* quad, const float* offset, const float* shift,
+    float top,
+                              float* dx, int threads) {
+    const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+#define CALL(K) input_grad<K>(g, y, x, s, centre, kernel, quad, offset, shift, top, dx, threads)
+    FOR_SIZE(taps, CALL);
+#undef CALL
+}

@@ -1,0 +1,226 @@
+// The four passes for a pointwise unit, on rows: x is (N, C), y and its gradient (N, O), all dense and row-major.
+//
+// Sums over the batch are made in float32 over RUN rows, then over the runs of a SLAB, then in float64. A longer run would
+// be biased: behind a ReLU many values are one and the same, and adding a constant rounds the same way every time.
+#include "vector.h"
+
+namespace {
+
+constexpr int SLAB = 256;              // rows packed at a time
+constexpr int64_t CACHE = 192 * 1024;  // bytes of a block of rows that should stay near the core
+
+// out = x - centre, row by row.
+void centre_rows(const float* x, int64_t rows, int64_t width, const float* centre, float* out, int64_t stride) {
+    for (int64_t n = 0; n < rows; n++, x += width, out += stride)
+        for (int64_t c = 0; c < width; c++) out[c] = x[c] - centre[c];
+}
+
+// out = the gradient through the activation, row by row.
+void mask_rows(const float* g, const float* y, int64_t rows, int64_t width, float top, float* out, int64_t stride) {
+    for (int64_t n = 0; n < rows; n++, g += width, y += width, out += stride) {
+        int64_t c = 0;
+        if (top < 0) c = width, std::copy(g, g + width, out);
+        for (; c + LANES <= width; c += LANES) store(out + c, through(load(g + c), load(y + c), top));
+        for (; c < width; c++) out[c] = through(g[c], y[c], top);
+    }
+}
+
+// x - centre in groups of W columns: [group][row][W], zeros past the last column.
+template <int W>
+void pack_centred(const float* x, int64_t rows, int64_t width, const float* centre, float* out) {
+    int64_t c = 0;
+    for (; c + W <= width; c += W, out += rows * W)
+        for (int64_t n = 0; n < rows; n++)
+            for (int j = 0; j < W; j++) out[n * W + j] = x[n * width + c + j] - centre[c + j];
+    if (c < width)
+        for (int64_t n = 0; n < rows; n++)
+            for (int j = 0; j < W; j++) out[n * W + j] = c + j < width ? x[n * width + c + j] - centre[c + j] : 0;
+}
+
+// The gradient through the activation in panels: [panel][row][PANEL], zeros past the last column.
+void pack_masked(const float* g, const float* y, int64_t rows, int64_t width, float top, float* out) {
+    int64_t c = 0;
+    for (; c + PANEL <= width; c += PANEL, out += rows * PANEL)
+        for (int64_t n = 0; n < rows; n++)
+            for (int j = 0; j < PANEL; j += LANES) {
+                const int64_t at = n * width + c + j;
+                store(out + n * PANEL + j, top < 0 ? load(g + at) : through(load(g + at), load(y + at), top));
+            }
+    if (c < width)
+        for (int64_t n = 0; n < rows; n++)
+            for (int j = 0; j < PANEL; j++) {
+                const int64_t at = n * width + c + j;
+                out[n * PANEL + j] = c + j >= width ? 0 : top < 0 ? g[at] : through(g[at], y[at], top);
+            }
+}
+
+// sum[c] += the sums of the columns of panels, in float32 over a few rows.
+void add_columns(const float* panels, int64_t rows, int64_t width, double* sum) {
+    constexpr int few = 16;
+    for (int64_t c = 0; c < width; c += PANEL, panels += rows * PANEL)
+        for (int64_t from = 0; from < rows; from += few) {
+            vec left = {}, right = {};
+            for (int64_t n = from; n < std::min<int64_t>(rows, from + few); n++)
+                left += load(panels + n * PANEL), right += load(panels + n * PANEL + LANES);
+            add(sum + c, left), add(sum + c + LANES, right);
+        }
+}
+
+// total[i][j] += sum over rows of a[row][i] * b[row][j], a packed by TILE_ROWS and b by PANEL; tiles below the diagonal
+// are left out if half.
+void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, int64_t wide_b, bool half, double* total) {
+    const int64_t stride = up(wide_b, PANEL);
+    for (int64_t j = 0; j < wide_b; j += PANEL)
+        for (int64_t i = 0; i < wide_a && !(half && i >= j + PANEL); i += TILE_ROWS) {
+            const float *left = a + i * rows, *right = b + j * rows;
+            vec out[TILE_ROWS][2];
+            tile_in_runs<TILE_ROWS>(rows, left, 1, TILE_ROWS, right, out);
+            for (int r = 0; r < TILE_ROWS; r++) {
+                double* to = total + (i + r) * stride + j;
+                add(to, out[r][0]), add(to + LANES, out[r][1]);
+            }
+        }
+}
+
+// Columns of a (depth, width) matrix in panels: [panel][depth at start..][PANEL]; transposed reads b[column][k].
+void pack_matrix(const float* b, int64_t depth, int64_t width, bool transposed, int64_t start, int64_t whole, float* out) {
+    for (int64_t c = 0; c < width; c += PANEL, out += whole * PANEL)
+        for (int64_t k = 0; k < depth; k++)
+            for (int j = 0; j < PANEL; j++)
+                out[(start + k) * PANEL + j] = c + j >= width ? 0 : transposed ? b[(c + j) * depth + k] : b[k * width + c + j];
+}
+
+// out (rows, width) = a (rows, depth) times the panels, plus bias, clamped where top >= 0.
+void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels, const float* bias, int64_t width,
+                float top, float* out) {
+    for (int64_t c = 0; c < width; c += PANEL) {
+        const float* panel = panels + c * depth;
+        const vec left = load(bias + c), right = load(bias + c + LANES);
+        for (int64_t n = 0; n < rows; n += TILE_ROWS) {
+            const int count = int(std::min<int64_t>(TILE_ROWS, rows - n));
+            vec acc[TILE_ROWS][2];
+            tile_of(count, depth, a + n * depth, depth, 1, panel, acc);
+            for (int r = 0; r < count; r++) {
+                vec u = acc[r][0] + left, v = acc[r][1] + right;
+                if (top >= 0) u = clamp(u, top), v = clamp(v, top);
+                float* to = out + (n + r) * width + c;
+                if (c + PANEL <= width) {
+                    store(to, u), store(to + LANES, v);
+                } else {
+                    for (int j = 0; c + j < width; j++) to[j] = j < LANES ? u[j] : v[j - LANES];
+                }
+            }
+        }
+    }
+}
+
+int64_t block_rows(int64_t depth) {
+    return std::max<int64_t>(2 * TILE_ROWS, CACHE / (4 * depth) / TILE_ROWS * TILE_ROWS);
+}
+
+Buffer<float> padded(const float* values, int64_t n) {
+    auto out = buffer<float>(up(n, PANEL));
+    for (int64_t i = 0; i < up(n, PANEL); i++) out[i] = i < n ? values[i] : 0;
+    return out;
+}
+
+// One float64 matrix a thread, all zero at first, added up in the order of the threads.
+struct Totals {
+    int threads;
+    int64_t size;
+    std::vector<double> all;
+    Totals(int threads, int64_t size) : threads(threads), size(size), all(size_t(threads) * size) {}
+    double* of(int thread) { return all.data() + thread * size; }
+    double* sum() {
+        for (int t = 1; t < threads; t++)
+            for (int64_t i = 0; i < size; i++) all[i] += all[t * size + i];
+        return all.data();
+    }
+};
+
+}  // namespace
+
+// sum[c] and products[c][d]: sums over the rows of x - centre, and of its products.
+API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* centre, double* sum, double* products,
+                           int threads) {
+    const int64_t tall = up(c, TILE_ROWS), wide = up(c, PANEL);
+    Totals totals(threads, tall * wide), sums(threads, wide);
+    share(n, threads, [&](int t, int64_t first, int64_t last) {
+        auto a = buffer<float>(SLAB * tall), b = buffer<float>(SLAB * wide);
+        for (int64_t at = first; at < last; at += SLAB) {
+            const int64_t rows = std::min<int64_t>(SLAB, last - at);
+            pack_centred<TILE_ROWS>(x + at * c, rows, c, centre, a.get());
+            pack_centred<PANEL>(x + at * c, rows, c, centre, b.get());
+            add_columns(b.get(), rows, c, sums.of(t));
+            add_products(rows, a.get(), c, b.get(), c, true, totals.of(t));
+        }
+    });
+    const double *total = totals.sum(), *first = sums.sum();
+    for (int64_t i = 0; i < c; i++) {
+        sum[i] = first[i];
+        for (int64_t j = i; j < c; j++) products[i * c + j] = products[j * c + i] = total[i * wide + j];
+    }
+}
+
+// y = act(bias + (x - mean) kernel^T); kernel is (O, C).
+API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* mean, const float* kernel,
+                            const float* bias, int64_t o, float top, float* y, int threads) {
+    auto panels = buffer<float>(up(o, PANEL) * c);
+    pack_matrix(kernel, c, o, true, 0, c, panels.get());
+    auto shift = padded(bias, o);
+    const int64_t block = block_rows(c);
+    share(n, threads, [&](int, int64_t first, int64_t last) {
+        auto a = buffer<float>(block * c);
+        for (int64_t at = first; at < last; at += block) {
+            const int64_t rows = std::min(block, last - at);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < c; i++) a[r * c + i] = x[(at + r) * c + i] - mean[i];
+            rows_times(a.get(), rows, c, panels.get(), shift.get(), o, top, y + at * o);
+        }
+    });
+}
+
+// products[o][c] = sum over rows of grad'[o] (x - mean)[c]; sum[o] = sum of grad'.
+API void pointwise_kernel_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
+                               const float* mean, float top, double* products, double* sum, int threads) {
+    const int64_t tall = up(c, TILE_ROWS), wide = up(o, PANEL);
+    Totals totals(threads, tall * wide), sums(threads, wide);
+    share(n, threads, [&](int t, int64_t first, int64_t last) {
+        auto a = buffer<float>(SLAB * tall), b = buffer<float>(SLAB * wide);
+        for (int64_t at = first; at < last; at += SLAB) {
+            const int64_t rows = std::min<int64_t>(SLAB, last - at);
+            pack_centred<TILE_ROWS>(x + at * c, rows, c, mean, a.get());
+            pack_masked(g + at * o, y + at * o, rows, o, top, b.get());
+            add_columns(b.get(), rows, o, sums.of(t));
+            add_products(rows, a.get(), c, b.get(), o, false, totals.of(t));
+        }
+    });
+    const double *total = totals.sum(), *first = sums.sum();
+    for (int64_t j = 0; j < o; j++) {
+        sum[j] = first[j];
+        for (int64_t i = 0; i < c; i++) products[j * c + i] = total[i * wide + j];
+    }
+}
+
+// dx = grad' kernel + (x - mean) quad + shift: one product over O + C columns side by side.
+API void pointwise_input_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
+                              const float* kernel, const float* mean, const float* quad, const float* shift, float top,
+                              float* dx, int threads) {
+    const int64_t depth = o + c, block = block_rows(depth);
+    auto panels = buffer<float>(up(c, PANEL) * depth);
+    pack_matrix(kernel, o, c, false, 0, depth, panels.get());
+    pack_matrix(quad, c, c, false, o, depth, panels.get());
+    auto bias = padded(shift, c);
+    share(n, threads, [&](int, int64_t first, int64_t last) {
+        auto a = buffer<float>(block * depth);
+        for (int64_t at = first; at < last; at += block) {
+            const int64_t rows = std::min(block, last - at);
+            for (int64_t r = 0; r < rows; r++) {
+                float* to = a.get() + r * depth;
+                mask_rows(g + (at + r) * o, y + (at + r) * o, 1, o, top, to, o);
+                centre_rows(x + (at + r) * c, 1, c, mean, to + o, c);
+            }
+            rows_times(a.get(), rows, depth, panels.get(), bias.get(), c, -1, dx + at * c);
+        }
+    });
+}

@@ -1,0 +1,117 @@
+// Vectors of floats, the threads' rows, and the one tile that every matrix product here is made of.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define API extern "C" __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 12;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_ROWS = 6;
+#else
+constexpr int LANES = 4, TILE_ROWS = 6;
+#endif
+constexpr int PANEL = 2 * LANES;  // columns of a tile; also the channels of a depthwise block
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float half __attribute__((vector_size(2 * LANES), aligned(4)));
+typedef double wide __attribute__((vector_size(4 * LANES), aligned(8)));
+typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4)));
+
+INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+INLINE void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+INLINE vec clamp(vec v, float top) {
+    vec zero = {};
+    v = v > zero ? v : zero;
+    return v < top + zero ? v : top + zero;
+}
+// to[0..LANES) += v, in float64.
+INLINE void add(double* to, vec v) {
+    half low, high;
+    std::memcpy(&low, &v, sizeof low), std::memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
+    wide* at = reinterpret_cast<wide*>(to);
+    at[0] += __builtin_convertvector(low, wide);
+    at[1] += __builtin_convertvector(high, wide);
+}
+// The gradient where the activation let the value y through; top is its ceiling, below 0 where there is none.
+INLINE vec through(vec g, vec y, float top) {
+    vec zero = {};
+    mask open = (y > zero) & (y < top + zero);
+    return reinterpret_cast<vec>(reinterpret_cast<mask>(g) & open);
+}
+INLINE float through(float g, float y, float top) { return y > 0 && y < top ? g : 0.0f; }
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+template <class T>
+Buffer<T> buffer(size_t n) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, std::max<size_t>(n, 1) * sizeof(T))) std::abort();
+    return Buffer<T>(static_cast<T*>(p));
+}
+INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Runs work(thread, first, last) on equal shares of n items; the shares depend on the number of threads alone.
+template <class Work>
+void share(int64_t n, int threads, Work work) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#endif
+    for (int t = 0; t < threads; t++) work(t, n * t / threads, n * (t + 1) / threads);
+}
+
+// out[r][0..PANEL) = sum over k of a[r * row + k * step] * b[k][0..PANEL), for R rows.
+template <int R>
+INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
+                 vec (&out)[TILE_ROWS][2]) {
+    vec acc[R][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = vec{};
+    for (int64_t k = 0; k < depth; k++) {
+        const vec left = load(b + k * PANEL), right = load(b + k * PANEL + LANES);
+        const float* at = a + k * step;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const float value = at[r * row];
+            acc[r][0] += value * left;
+            acc[r][1] += value * right;
+        }
+    }
+    for (int r = 0; r < R; r++) out[r][0] = acc[r][0], out[r][1] = acc[r][1];
+}
+
+constexpr int RUN = 32;  // products summed one by one; more are summed run by run, which keeps their rounding small
+
+template <int R>
+INLINE void tile_in_runs(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
+                         vec (&out)[TILE_ROWS][2]) {
+    tile<R>(std::min<int64_t>(RUN, depth), a, row, step, b, out);
+    for (int64_t k = RUN; k < depth; k += RUN) {
+        vec run[TILE_ROWS][2];
+        tile<R>(std::min<int64_t>(RUN, depth - k), a + k * step, row, step, b + k * PANEL, run);
+        for (int r = 0; r < R; r++) out[r][0] += run[r][0], out[r][1] += run[r][1];
+    }
+}
+
+// The same for any number of rows up to TILE_ROWS.
+INLINE void tile_of(int rows, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
+                    vec (&out)[TILE_ROWS][2]) {
+    if (rows == TILE_ROWS) return tile_in_runs<TILE_ROWS>(depth, a, row, step, b, out);
+    for (int r = 0; r < rows; r++) {
+        vec one[TILE_ROWS][2];
+        tile_in_runs<1>(depth, a + r * row, row, step, b, one);
+        out[r][0] = one[0][0], out[r][1] = one[0][1];
+    }
+}
