@@ -36,7 +36,7 @@ WIDE = 2**24  # multiplications of the small algebra above which float32 inputs 
 
 
 class _Kept(NamedTuple):
-    """What the backward needs of the algebra: (B, G, O/G, K) rows and rows times S; (B+1, O) or (B, O) of the norms."""
+    """What the backward needs of the algebra: (G, B, O/G, K) rows and rows times S; (B, O) of the norms, the skip last."""
 
     rows: Tensor
     spread: Tensor
@@ -76,7 +76,7 @@ class _Moments(torch.autograd.Function):
         unit, geometry = call.unit, call.unit.geometry
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(call.dtype)
-            passes = passes_for(x, geometry)
+            passes = passes_for(x, geometry, unit.channels[1])
             moments = _synchronized(unit, passes.moments(x, geometry))
             kept, bias = _fold(unit, moments, parameters, x.dtype)
             y = passes.convolve(x, kept.kernel, bias, moments.mean, geometry, call.act)
@@ -91,7 +91,7 @@ class _Moments(torch.autograd.Function):
         x, y, *rest = ctx.saved_tensors
         kept, parameters = _Kept(*rest[:7], ctx.count), rest[7:]
         geometry = call.unit.geometry
-        passes = passes_for(x, geometry)
+        passes = passes_for(x, geometry, call.unit.channels[1])
         y = grad if y is None else y
         with torch.autocast(x.device.type, enabled=False):
             rows, total = passes.kernel_grad(grad, y, x, kept.mean, geometry, call.act)
@@ -113,10 +113,10 @@ def _fold(unit: Unit, moments: Moments, parameters: tuple[Tensor, ...], dtype: t
     weights = [unit.rows(w.detach(), conv) for w, conv in zip(parameters, convs, strict=False)]
     mean, covariance, count = moments
     wide = _algebra_dtype(unit, len(convs), dtype, mean.dtype)
-    rows, cov = torch.stack(weights).to(wide), covariance.to(wide)  # (B, G, O/G, K)
-    spread = rows @ cov
-    var = (spread * rows).sum(-1, dtype=mean.dtype).flatten(1)  # (B, O)
-    centre = (rows.to(mean.dtype) @ mean[..., None]).flatten(1)
+    rows = torch.stack(weights, 1).to(wide)  # (G, B, O/G, K)
+    spread = (rows.flatten(1, 2) @ covariance.to(wide)).view_as(rows)
+    var = _by_branch((spread * rows).sum(-1, dtype=mean.dtype))
+    centre = _by_branch((rows.flatten(1, 2).to(mean.dtype) @ mean[..., None]).view(rows.shape[:3]))
     group, row, value = unit.diagonal(mean.device)
     if unit.skip is not None:
         var = torch.cat([var, covariance[group, value, value][None]])
@@ -126,7 +126,7 @@ def _fold(unit: Unit, moments: Moments, parameters: tuple[Tensor, ...], dtype: t
     inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
     gamma = torch.stack([torch.ones_like(i) if n.weight is None else n.weight.detach().to(i) for n, i in zip(norms, inverse)])
     gain = gamma * inverse
-    kernel = (gain[: len(convs)].view(len(convs), *rows.shape[1:3], 1).to(wide) * rows).sum(0)
+    kernel = (_by_row(gain, rows) * rows).sum(1)
     if unit.skip is not None:
         kernel[group, row, value] += gain[-1].to(wide)
     bias = sum((n.bias.detach().to(mean) for n in norms if n.bias is not None), mean.new_zeros(unit.channels[1]))
@@ -138,27 +138,35 @@ def _unfold(
     unit: Unit, kept: _Kept, rows: Tensor, total: Tensor, parameters: list[Tensor]
 ) -> tuple[list[Tensor | None], Tensor]:
     """Gradients of the parameters, in their order, and d S, from A (G, O/G, K) and s (O,): the transpose of `_fold`."""
-    num, wide = len(kept.rows), kept.rows.dtype
+    wide, rows = kept.rows.dtype, rows.to(kept.rows.dtype)
     group, row, value = unit.diagonal(total.device)
-    slope = (rows.to(wide) * kept.rows).sum(-1, dtype=total.dtype).flatten(1)  # d g, (B, O)
+    slope = _by_branch((rows[:, None] * kept.rows).sum(-1, dtype=kept.gain.dtype))  # d g
     if unit.skip is not None:
         slope = torch.cat([slope, rows[group, row, value][None]])
-    slope = slope.to(kept.gain.dtype)
     d_var = -0.5 * slope * kept.gain * kept.inverse.square()
-    by_row = d_var[:num].view(num, *kept.rows.shape[1:3], 1).to(wide)
-    gains = kept.gain[:num].view(num, *kept.rows.shape[1:3], 1).to(wide)
-    d_rows = gains * rows.to(wide) + 2 * by_row * kept.spread
-    merged = kept.rows.transpose(0, 1).flatten(1, 2)  # (G, B*O/G, K)
-    quad = (by_row * kept.rows).transpose(0, 1).flatten(1, 2).mT @ merged
+    weighted = _by_row(d_var, kept.rows) * kept.rows
+    d_rows = _by_row(kept.gain, kept.rows) * rows[:, None] + 2 * _by_row(d_var, kept.rows) * kept.spread
+    quad = weighted.flatten(1, 2).mT @ kept.rows.flatten(1, 2)
     if unit.skip is not None:
         quad[group, value, value] += d_var[-1].to(wide)
     convs = [branch.conv for branch in unit.convolutions if branch.conv is not None]
-    grads: list[Tensor | None] = [unit.unrows(d, conv) for d, conv in zip(d_rows, convs, strict=True)]
+    grads: list[Tensor | None] = [unit.unrows(d, conv) for d, conv in zip(d_rows.unbind(1), convs, strict=True)]
     for norm, of_gain, inverse in zip([b.norm for b in _ordered(unit)], slope, kept.inverse, strict=True):
         if norm.weight is not None:
             grads += [of_gain * inverse, total]
     grads += [torch.zeros_like(p) for p in parameters[len(grads) :]]  # a bias before a norm does nothing
     return [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True) if g is not None], quad
+
+
+def _by_branch(values: Tensor) -> Tensor:
+    """(G, B, O/G) to (B, O)."""
+    return values.transpose(0, 1).flatten(1)
+
+
+def _by_row(values: Tensor, rows: Tensor) -> Tensor:
+    """The first B of (B, O) as factors of rows (G, B, O/G, K)."""
+    groups, num, each, _ = rows.shape
+    return values[:num].view(num, groups, each, 1).transpose(0, 1).to(rows.dtype)
 
 
 def _ordered(unit: Unit) -> list[Any]:

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onefold.reparam.count import costs
 from onefold.reparam.linear import Chain, Route, Sum, each, fold, width
+from onefold.reparam.mixed import mix
+from onefold.reparam.mixed import supports as mix_supports
 from onefold.reparam.moments import convolve
 from onefold.reparam.patches import Patches
 from onefold.reparam.stencil import Stencil
 from onefold.reparam.unit import ceiling, read
 
-__all__ = ["Route", "each", "moments", "quickest", "set_route_"]
+__all__ = ["Route", "each", "mixed", "moments", "quickest", "set_route_"]
 
 
 @torch.compiler.disable
@@ -39,11 +42,29 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 
 
 @torch.compiler.disable
+def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """Every convolution by itself, then all norms, their sum and the activation in one pass.
+
+    `each` where there are no kernels for that: on other devices and dtypes, and for trees that are not units.
+    """
+    unit = read(tree) if x.dim() == 4 else None
+    if unit is None or not mix_supports(unit, x):
+        return each(tree, x, act)
+    included, clamp = ceiling(act)
+    y = mix(unit, x, clamp if included else None)
+    return y if included or act is None else act(y)
+
+
+@torch.compiler.disable
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """The route that costs least here; outside training, and where a hook listens inside the tree, `each`."""
+    """The route that costs least for this unit and batch, by count (see `cost`); outside training `each`."""
     unit = read(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
-    route = each if unit is None else moments
-    return route(tree, x, act)
+    if unit is None:
+        return each(tree, x, act)
+    by_moments, by_mixing, by_each = costs(unit, x)
+    if by_moments <= min(by_mixing, by_each):
+        return moments(tree, x, act)
+    return (mixed if by_mixing <= by_each else each)(tree, x, act)
 
 
 def set_route_(model: nn.Module, route: Route) -> nn.Module:

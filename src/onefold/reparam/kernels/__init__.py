@@ -12,11 +12,13 @@ from torch import Tensor
 
 from onefold.reparam.kernels import cpu
 from onefold.reparam.kernels.passes import Geometry, Passes
-from onefold.reparam.kernels.reference import Reference
+from onefold.reparam.kernels.reference import Reference as Reference
 
 
-def passes_for(x: Tensor, geometry: Geometry) -> Passes:
-    """The fastest back end for such a batch and unit; plain torch where there is none."""
+def passes_for(x: Tensor, geometry: Geometry, outputs: int) -> Passes:
+    """The fastest back end for such a batch and unit of so many output channels; plain torch where there is none."""
+    if geometry.groups > 1 and outputs != geometry.groups:
+        return Reference()
     if x.is_cuda and _has_triton():
         from onefold.reparam.kernels import gpu
 

@@ -7,14 +7,19 @@ centre in float32, near the mean; what rounding leaves between the two is put ri
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from onefold.reparam.kernels.build import library
 from onefold.reparam.kernels.passes import Act, Geometry, Moments
 
+MAPS = 8  # in a `mix`
+SIZES = (1, 3, 5, 7)  # of depthwise kernels
 SMALL = 64  # values a patch: a dense unit up to this (a stem) is done on written-out patches
 PILOT = 256  # rows whose mean is the first guess of the mean
 DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are made again, centred
@@ -29,13 +34,16 @@ def supports(x: Tensor, geometry: Geometry) -> bool:
 
 
 class Compiled:
-    """The compiled kernels; see `supports`."""
+    """The compiled kernels; see `supports`. One instance serves one unit and batch, forward or backward."""
+
+    def __init__(self) -> None:
+        self._patches: Tensor | None = None  # of a small dense unit, which two passes in a row need
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches, in float64."""
         if _is_depthwise(x, geometry):
             return _depthwise_moments(x, geometry)
-        rows = _rows(x, geometry)
+        rows = self._rows(x, geometry)
         n, c = rows.shape
         centre = rows[:PILOT].mean(0)
         total, products = _double(c), _double(c, c)
@@ -53,7 +61,7 @@ class Compiled:
             shape, taps = _shape(x, geometry)
             _call("depthwise_convolve", _image(x), shape, taps, _float(centre[:, 0]), weight, offset, top, y)
         else:
-            rows = _rows(x, geometry)
+            rows = self._rows(x, geometry)
             _call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, y)
         return y.permute(0, 3, 1, 2).to(x.dtype)
 
@@ -68,7 +76,7 @@ class Compiled:
             shape, taps = _shape(x, geometry)
             _call("depthwise_kernel_grad", g, after, _image(x), shape, taps, _float(centre[:, 0]), top, products, total)
         else:
-            rows = _rows(x, geometry)
+            rows = self._rows(x, geometry)
             _call("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
         return products - total.view(geometry.groups, -1, 1) * (mean - centre)[:, None], total
 
@@ -86,11 +94,21 @@ class Compiled:
             tables = (middle, weight, square, offset, _float(shift))
             _call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
-        rows = _rows(x, geometry)
+        rows = self._rows(x, geometry)
         dx, constant = torch.empty_like(rows), _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1))
         sizes = (*rows.shape, grad.shape[1])
         _call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
         return _unrows(dx, x, geometry).to(x.dtype)
+
+    def _rows(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """(N, K): the patches, dense."""
+        if _is_pointwise(geometry):
+            return _image(x).flatten(0, 2)
+        if self._patches is None:
+            (tall, wide), (shape, taps) = _places(x, geometry), _shape(x, geometry)
+            self._patches = torch.empty(x.shape[0] * tall * wide, x.shape[1] * taps * taps)
+            _call("write_patches", _image(x), shape, taps, self._patches)
+        return self._patches
 
 
 def _depthwise_moments(x: Tensor, geometry: Geometry) -> Moments:
@@ -118,31 +136,97 @@ def _centred(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments
     return Moments(centre + off, products.div_(n).baddbmm_(off[:, :, None], off[:, None], alpha=-1), n)
 
 
+class Product(torch.autograd.Function):
+    """A pointwise convolution (B, I, H, W) x (O, I, 1, 1) -> (B, O, H, W), by the kernels' matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        (b, c, h, w), out = x.shape, len(weight)
+        y = torch.empty(b, h, w, out)
+        _call("pointwise_convolve", _image(x), b * h * w, c, torch.zeros(c), _float(weight), torch.zeros(out), out, -1.0, y)
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        (b, c, h, w), out = x.shape, len(weight)
+        g, rows, zero, n = _image(grad), _image(x), torch.zeros(c), b * h * w
+        products, total, dx = _double(out, c), _double(out), None
+        _call("pointwise_kernel_grad", g, g, rows, n, c, out, zero, -1.0, products, total)
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(rows)
+            _call("pointwise_convolve", g, n, out, torch.zeros(out), _float(weight.view(out, c).T), zero, c, -1.0, dx)
+            dx = dx.permute(0, 3, 1, 2)
+        return dx, products.to(weight.dtype).view_as(weight)
+
+
+def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of (B, C, H, W), in float64."""
+    rows = _image(x).flatten(0, 2)
+    n, c = rows.shape
+    centre, total, squares = rows[:PILOT].mean(0), _double(c), _double(c)
+    _call("column_moments", rows, n, c, centre, total, squares)
+    off = total / n
+    return centre + off, (squares / n - off.square()).clamp_min_(0)
+
+
+def mix(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Tensor, act: Act) -> Tensor:
+    """act(bias + sum over maps of gain (map - mean)); maps (B, C, H, W), mean and gain (M, C), bias (C,)."""
+    images = [_image(m) for m in maps]
+    out = torch.empty_like(images[0])
+    c = out.shape[-1]
+    tables = (_float(mean), _float(gain), _float(bias))
+    _call("mix", _pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
+    return out.permute(0, 3, 1, 2)
+
+
+def mix_sums(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act: Act) -> Tensor:
+    """Sums over places of grad' (map - mean) for each map, then of grad': (M + 1, C), in float64."""
+    images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
+    c = g.shape[-1]
+    sums = _double(len(maps) + 1, c)
+    _call("mix_sums", g, after, _pointers(images), len(maps), g.numel() // c, c, _float(mean), _top(act), sums)
+    return sums
+
+
+def mix_back(
+    grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, gain: Tensor, slope: Tensor, constant: Tensor, act: Act
+) -> list[Tensor]:
+    """gain grad' + slope (map - mean) + constant, for each map; tables (M, C)."""
+    images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
+    grads = [torch.empty_like(g) for _ in maps]
+    tables = [_float(table) for table in (mean, gain, slope, constant)]
+    c = g.shape[-1]
+    _call("mix_back", g, after, _pointers(images), len(maps), g.numel() // c, c, *tables, _top(act), _pointers(grads))
+    return [d.permute(0, 3, 1, 2) for d in grads]
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
 def _is_pointwise(geometry: Geometry) -> bool:
     return geometry == Geometry(1, (1, 1), (1, 1), (0, 0))
 
 
 def _is_depthwise(x: Tensor, geometry: Geometry) -> bool:
-    (tall, wide), (down, across), (above, beside) = geometry.taps, geometry.stride, geometry.reach
-    square = tall == wide and down == across and above == beside and tall in (1, 3, 5, 7) and above < tall
-    return square and geometry.groups == x.shape[1] > 1 and (tall < 7 or down == 1)
+    tall, above = geometry.taps[0], geometry.reach[0]
+    return _is_square(geometry) and geometry.groups == x.shape[1] > 1 and tall in SIZES and above < tall
+
+
+def _is_square(geometry: Geometry) -> bool:
+    return all(pair[0] == pair[1] for pair in (geometry.taps, geometry.stride, geometry.reach))
 
 
 def _is_small(x: Tensor, geometry: Geometry) -> bool:
-    return geometry.groups == 1 and x.shape[1] * geometry.taps[0] * geometry.taps[1] <= SMALL
+    return _is_square(geometry) and geometry.groups == 1 and x.shape[1] * geometry.taps[0] * geometry.taps[1] <= SMALL
 
 
 def _image(x: Tensor) -> Tensor:
     """(B, C, H, W) to a dense (B, H, W, C) in float32; no copy of channels_last float32."""
     return x.detach().permute(0, 2, 3, 1).to(torch.float32).contiguous()
-
-
-def _rows(x: Tensor, geometry: Geometry) -> Tensor:
-    """(N, K): the patches, dense."""
-    if _is_pointwise(geometry):
-        return _image(x).flatten(0, 2)
-    columns = F.unfold(x.detach().to(torch.float32), geometry.taps, 1, geometry.reach, geometry.stride)  # (B, K, L)
-    return columns.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _unrows(rows: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
@@ -188,14 +272,14 @@ def _double(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float64)
 
 
-def _call(name: str, *arguments: Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> None:
+def _call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> None:
     """Run a kernel on all of torch's threads."""
     kernels = library()
     assert kernels is not None
     getattr(kernels, name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def _argument(value: Tensor | int | float | ctypes.Array[ctypes.c_int64]) -> object:
+def _argument(value: Tensor | int | float | ctypes.Array[Any]) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value) if isinstance(value, int) else value

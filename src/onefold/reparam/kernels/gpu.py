@@ -8,8 +8,6 @@ Shapes: B batch, I and O input and output channels, N places of the batch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from onefold.reparam.kernels.gpu_base import (
     num_parts,
     pilot,
     product_block,
+    tensor,
     through,
     tl,
 )
@@ -80,7 +79,9 @@ def _passes(geometry: Geometry) -> Passes:
 
 
 @jit
-def _tile(x: Any, tile: Any, c: Any, places: Any, channels: Any, block_n: constexpr, channels_last: constexpr) -> Any:
+def _tile(
+    x: tensor, tile: tensor, c: tensor, places: tensor, channels: tensor, block_n: constexpr, channels_last: constexpr
+) -> tensor:
     """Where the values of block_n places lie (block_n, channels), and which there are."""
     tiles = tl.cdiv(places, block_n)  # of an image
     image = tile // tiles
@@ -93,7 +94,7 @@ def _tile(x: Any, tile: Any, c: Any, places: Any, channels: Any, block_n: conste
 
 
 @jit
-def _block(matrix: Any, row: Any, column: Any, rows: Any, columns: Any) -> Any:
+def _block(matrix: tensor, row: tensor, column: tensor, rows: tensor, columns: tensor) -> tensor:
     """A block of a matrix in memory order, zero outside."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(matrix + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
@@ -101,9 +102,9 @@ def _block(matrix: Any, row: Any, column: Any, rows: Any, columns: Any) -> Any:
 
 @jit
 def _gradient(
-    grad: Any, y: Any, top: Any, clamp: constexpr, tile: Any, o: Any, places: Any, outputs: Any, block_n: constexpr,
-    channels_last: constexpr,
-) -> Any:  # fmt: skip
+    grad: tensor, y: tensor, top: tensor, clamp: constexpr, tile: tensor, o: tensor,
+    places: tensor, outputs: tensor, block_n: constexpr, channels_last: constexpr,
+) -> tensor:  # fmt: skip
     """What the clamp lets through of the gradient at block_n places (block_n, outputs)."""
     pointer, inside = _tile(grad, tile, o, places, outputs, block_n, channels_last)
     value = tl.load(pointer, mask=inside, other=0.0)
@@ -115,8 +116,9 @@ def _gradient(
 
 @jit
 def _centred(
-    x: Any, shifts: Any, tile: Any, c: Any, places: Any, channels: Any, block_n: constexpr, channels_last: constexpr
-) -> Any:
+    x: tensor, shifts: tensor, tile: tensor, c: tensor,
+    places: tensor, channels: tensor, block_n: constexpr, channels_last: constexpr,
+) -> tensor:  # fmt: skip
     """x less the shift at block_n places (block_n, channels), in its own dtype; zero outside."""
     pointer, inside = _tile(x, tile, c, places, channels, block_n, channels_last)
     shift = tl.load(shifts + c, mask=c < channels, other=0.0)
@@ -126,7 +128,8 @@ def _centred(
 
 @jit
 def _moments_kernel(
-    x: Any, shifts: Any, second: Any, first: Any, tiles: Any, places: Any, channels: Any, channels_last: constexpr,
+    x: tensor, shifts: tensor, second: tensor, first: tensor, tiles: tensor,
+    places: tensor, channels: tensor, channels_last: constexpr,
     block_n: constexpr, block_a: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
     """Products of two blocks of channels over this program's places; the lower triangle is left as it is."""
@@ -150,8 +153,9 @@ def _moments_kernel(
 
 @jit
 def _convolve_kernel(
-    x: Any, kernel: Any, offset: Any, y: Any, top: Any, clamp: constexpr, outputs: Any,
-    places: Any, channels: Any, channels_last: constexpr, block_n: constexpr, block_k: constexpr, block_b: constexpr,
+    x: tensor, kernel: tensor, offset: tensor, y: tensor, top: tensor, clamp: constexpr, outputs: tensor,
+    places: tensor, channels: tensor, channels_last: constexpr,
+    block_n: constexpr, block_k: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
     """Rows of x times the kernel (O, I); programs with the same rows are neighbours."""
     across = tl.cdiv(outputs, block_b)
@@ -172,8 +176,9 @@ def _convolve_kernel(
 
 @jit
 def _kernel_grad_kernel(
-    x: Any, shifts: Any, centred: constexpr, grad: Any, y: Any, products: Any, sums: Any, top: Any, clamp: constexpr,
-    outputs: Any, tiles: Any, places: Any, channels: Any, channels_last: constexpr,
+    x: tensor, shifts: tensor, centred: constexpr, grad: tensor, y: tensor, products: tensor, sums: tensor,
+    top: tensor, clamp: constexpr, outputs: tensor, tiles: tensor,
+    places: tensor, channels: tensor, channels_last: constexpr,
     block_n: constexpr, block_a: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
     """Products of the gradient and x over this program's places."""
@@ -199,8 +204,9 @@ def _kernel_grad_kernel(
 
 @jit
 def _input_grad_kernel(
-    x: Any, grad: Any, y: Any, kernel: Any, quad: Any, scale: Any, offset: Any, dx: Any, top: Any, clamp: constexpr,
-    outputs: Any, places: Any, channels: Any, channels_last: constexpr,
+    x: tensor, grad: tensor, y: tensor, kernel: tensor, quad: tensor, scale: tensor, offset: tensor, dx: tensor,
+    top: tensor, clamp: constexpr, outputs: tensor,
+    places: tensor, channels: tensor, channels_last: constexpr,
     block_n: constexpr, block_k: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
     """Rows of x times quad^T, and rows of the gradient times the kernel (O, I)."""
@@ -247,12 +253,13 @@ class _Pointwise:
         x = x.contiguous(memory_format=layout(x))
         weight, (top, clamp) = kernel[0].to(x.dtype).contiguous(), ceiling(act)
         offset = (bias.double() - weight.double() @ mean[0].double()).float()
-        outputs, block = len(weight), product_block(x, len(weight))
+        outputs, sizes = len(weight), _sizes(x)
+        block = product_block(x, sizes["places"], outputs)
         shape = (x.shape[0], outputs, *x.shape[2:])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
         grid = (_num_tiles(x, block) * -(-outputs // block["block_b"]),)
         with torch.cuda.device_of(x):
-            _convolve_kernel[grid](x, weight, offset, y, top, clamp, outputs, **_sizes(x), **block)
+            _convolve_kernel[grid](x, weight, offset, y, top, clamp, outputs, **sizes, **block)
         return y
 
     def kernel_grad(
@@ -284,12 +291,12 @@ class _Pointwise:
         scale = quad.abs().amax().clamp_min(1e-30).float()  # a batch's quad may be below float16's least
         weight, square = kernel[0].to(x.dtype).contiguous(), (quad[0] / scale).to(x.dtype).contiguous()
         offset = (shift[0].double() - scale.double() * (square.double() @ mean[0].double())).float()
-        block = product_block(x, channels)
-        dx = torch.empty_like(x, memory_format=layout(x))
+        sizes, dx = _sizes(x), torch.empty_like(x, memory_format=layout(x))
+        block = product_block(x, sizes["places"], channels)
         grid = (_num_tiles(x, block) * -(-channels // block["block_b"]),)
         with torch.cuda.device_of(x):
             _input_grad_kernel[grid](
-                x, grad, y, weight, square, scale, offset, dx, top, clamp, outputs, **_sizes(x), **block
+                x, grad, y, weight, square, scale, offset, dx, top, clamp, outputs, **sizes, **block
             )
         return dx
 

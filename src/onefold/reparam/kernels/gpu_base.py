@@ -18,13 +18,14 @@ from onefold.reparam.kernels.passes import Act, Geometry
 if TYPE_CHECKING:  # triton has no types, and is not on every machine
     tl: Any
     constexpr: TypeAlias = Any
+    tensor: TypeAlias = Any
 
     def jit(kernel: Callable[..., Any]) -> Any:
         """Compile a kernel when it is first launched."""
 else:
     import triton.language as tl
     from triton import jit
-    from triton.language import constexpr
+    from triton.language import constexpr, tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 Launch = dict[str, Any]  # what a kernel takes by name
@@ -51,10 +52,10 @@ def ceiling(act: Act) -> tuple[float, bool]:
     return (0.0, False) if act is None else (float(act), True)
 
 
-def map_block(x: Tensor) -> Launch:
-    """The block of a program that makes a depthwise map: 2048 values, along the memory."""
+def map_block(x: Tensor, places: int) -> Launch:
+    """The block of a program that makes a depthwise map: 1024 values, along the memory."""
     block_c = min(64, _power_of_2(x.shape[1])) if layout(x) == torch.channels_last else 1
-    return {"block_c": block_c, "block_p": 2048 // block_c, "num_warps": 4}
+    return {"block_c": block_c, "block_p": min(1024 // block_c, _power_of_2(places)), **_staged(1024, 1)}
 
 
 def patch_block(x: Tensor, geometry: Geometry) -> Launch:
@@ -62,27 +63,35 @@ def patch_block(x: Tensor, geometry: Geometry) -> Launch:
     block_t = max(16, _power_of_2(geometry.taps[0] * geometry.taps[1] + 1))
     block_c = max(1, 8192 // block_t**2 // (1 if layout(x) == torch.channels_last else 8))
     block_c = min(block_c, _power_of_2(x.shape[1]))
-    return {"block_t": block_t, "block_c": block_c, "block_p": 8192 // (block_t * block_c), "num_warps": 4}
+    return {"block_t": block_t, "block_c": block_c, "block_p": 8192 // (block_t * block_c), **_staged(8192, 2)}
 
 
-def product_block(x: Tensor, columns: int) -> Launch:
+def product_block(x: Tensor, places: int, columns: int) -> Launch:
     """The block of a program that multiplies the rows of a map by a matrix of so many columns."""
-    side = 64 if x.dtype == torch.float32 else 128  # without tensor cores the registers hold less
-    block_b = min(side, max(16, _power_of_2(columns)))
-    return {"block_n": side, "block_k": 32, "block_b": block_b, "num_warps": 4 if side * block_b < 128**2 else 8}
+    block_n, block_b = (_side(x, size) for size in (places, columns))
+    return {"block_n": block_n, "block_k": 32, "block_b": block_b, **_staged(block_n * block_b, 3)}
 
 
 def gram_block(x: Tensor, rows: int, columns: int) -> Launch:
     """The block of a program that sums products of two maps over their places."""
-    side = 64 if x.dtype == torch.float32 else 128
-    block_a, block_b = (min(side, max(16, _power_of_2(size))) for size in (rows, columns))
-    num_warps = 4 if block_a * block_b < 128**2 else 8
-    return {"block_n": side // 2, "block_a": block_a, "block_b": block_b, "num_warps": num_warps}
+    block_a, block_b = (_side(x, size) for size in (rows, columns))
+    block_n = 32 if x.dtype == torch.float32 else 64
+    return {"block_n": block_n, "block_a": block_a, "block_b": block_b, **_staged(block_a * block_b, 2)}
 
 
 def num_parts(tiles: int, across: int) -> int:
     """In how many parts to sum over the batch: some waves of a large GPU in all, and partials of a few megabytes."""
     return min(tiles, max(1, 512 // across))
+
+
+def _side(x: Tensor, size: int) -> int:
+    """The side of a block of products; without tensor cores the registers hold less."""
+    return min(64 if x.dtype == torch.float32 else 128, max(16, _power_of_2(size)))
+
+
+def _staged(sums: int, num_stages: int) -> Launch:
+    """Threads for 64 sums each at the most, and how many steps ahead to load: what 99 KiB of shared memory hold."""
+    return {"num_warps": 8 if sums > 8192 else 4, "num_stages": num_stages}
 
 
 def _power_of_2(number: int) -> int:
@@ -91,7 +100,7 @@ def _power_of_2(number: int) -> int:
 
 
 @jit
-def place(p: Any, rows: Any, columns: Any) -> Any:
+def place(p: tensor, rows: tensor, columns: tensor) -> tensor:
     """Image, row and column of place p."""
     area = rows * columns
     image = p // area
@@ -101,7 +110,10 @@ def place(p: Any, rows: Any, columns: Any) -> Any:
 
 
 @jit
-def at(image: Any, i: Any, j: Any, c: Any, channels: Any, height: Any, width: Any, channels_last: constexpr) -> Any:
+def at(
+    image: tensor, i: tensor, j: tensor, c: tensor,
+    channels: tensor, height: tensor, width: tensor, channels_last: constexpr,
+) -> tensor:  # fmt: skip
     """Where channel c of a pixel lies; in 64 bits, since a batch may pass 2^31 values."""
     start = image.to(tl.int64) * (channels * height * width)
     across = channels if channels_last else 1
@@ -111,9 +123,9 @@ def at(image: Any, i: Any, j: Any, c: Any, channels: Any, height: Any, width: An
 
 @jit
 def read(
-    x: Any, real: Any, image: Any, i: Any, j: Any, c: Any, channels: Any, height: Any, width: Any,
-    channels_last: constexpr,
-) -> Any:  # fmt: skip
+    x: tensor, real: tensor, image: tensor, i: tensor, j: tensor, c: tensor,
+    channels: tensor, height: tensor, width: tensor, channels_last: constexpr,
+) -> tensor:  # fmt: skip
     """Channel c of a pixel in float32, zero outside the image."""
     inside = real & (i >= 0) & (i < height) & (j >= 0) & (j < width)
     pixel = x + at(image, i, j, c, channels, height, width, channels_last)
@@ -121,21 +133,21 @@ def read(
 
 
 @jit
-def activate(y: Any, top: Any) -> Any:
+def activate(y: tensor, top: tensor) -> tensor:
     """The clamp from 0 to top; a NaN stays one, as in torch."""
     y = tl.where(y < 0, 0.0, y)
     return tl.where(y > top, top, y)
 
 
 @jit
-def through(grad: Any, y: Any, top: Any) -> Any:
+def through(grad: tensor, y: tensor, top: tensor) -> tensor:
     """The gradient where the clamp let the value through."""
     y = y.to(tl.float32)
     return tl.where((y > 0) & (y < top), grad, 0.0)
 
 
 @jit
-def multiply(a: Any, b: Any, total: Any) -> Any:
+def multiply(a: tensor, b: tensor, total: tensor) -> tensor:
     """Matrix product a b added to total, in float32."""
     if _WIDEN:  # the interpreter keeps bfloat16 as bare bits, and would multiply those
         a = a.to(tl.float32)

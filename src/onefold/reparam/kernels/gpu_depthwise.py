@@ -8,7 +8,7 @@ Shapes: B batch, C channels, M outputs a channel, O = C M, T taps, N places of t
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from onefold.reparam.kernels.gpu_base import (
     pilot,
     place,
     read,
+    tensor,
     through,
     tl,
 )
@@ -36,10 +37,10 @@ from onefold.reparam.kernels.passes import Act, Geometry, Moments
 
 @jit
 def _patches(
-    x: Any, shift: Any, image: Any, row: Any, column: Any, c: Any, t: Any, real: Any,
-    channels: Any, height: Any, width: Any,
+    x: tensor, shift: tensor, image: tensor, row: tensor, column: tensor, c: tensor, t: tensor, real: tensor,
+    channels: tensor, height: tensor, width: tensor,
     taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
-) -> Any:  # fmt: skip
+) -> tensor:  # fmt: skip
     """Patches less the shift (C, T, N) in float32; the row after the last tap is ones, and the rest zeros."""
     i = row * stride[0] + t // taps[1] - reach[0]
     j = column * stride[1] + t % taps[1] - reach[1]
@@ -50,7 +51,8 @@ def _patches(
 
 @jit
 def _moments_kernel(
-    x: Any, shifts: Any, partial: Any, places: Any, channels: Any, height: Any, width: Any, rows: Any, columns: Any,
+    x: tensor, shifts: tensor, partial: tensor,
+    places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
     taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
     block_t: constexpr, block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
@@ -74,8 +76,8 @@ def _moments_kernel(
 
 @jit
 def _convolve_kernel(
-    x: Any, kernel: Any, offset: Any, y: Any, top: Any, clamp: constexpr, times: constexpr,
-    places: Any, channels: Any, height: Any, width: Any, rows: Any, columns: Any,
+    x: tensor, kernel: tensor, offset: tensor, y: tensor, top: tensor, clamp: constexpr, times: constexpr,
+    places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
     taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
@@ -99,8 +101,9 @@ def _convolve_kernel(
 
 @jit
 def _kernel_grad_kernel(
-    x: Any, shifts: Any, grad: Any, y: Any, partial: Any, top: Any, clamp: constexpr, times: constexpr,
-    places: Any, channels: Any, height: Any, width: Any, rows: Any, columns: Any,
+    x: tensor, shifts: tensor, grad: tensor, y: tensor, partial: tensor,
+    top: tensor, clamp: constexpr, times: constexpr,
+    places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
     taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
     block_t: constexpr, block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
@@ -128,7 +131,7 @@ def _kernel_grad_kernel(
 
 
 @jit
-def _kind(row: Any, size: Any, low: Any, kinds: Any, stride: constexpr) -> Any:
+def _kind(row: tensor, size: tensor, low: tensor, kinds: tensor, stride: constexpr) -> tensor:
     """The kind of a row, as `_readers` numbers them."""
     middle = tl.where(row < size - (kinds - low - stride), low + (row - low) % stride, row - (size - kinds))
     return tl.where(row < low, row, middle)
@@ -136,9 +139,10 @@ def _kind(row: Any, size: Any, low: Any, kinds: Any, stride: constexpr) -> Any:
 
 @jit
 def _input_grad_kernel(
-    x: Any, grad: Any, y: Any, kernel: Any, table: Any, dx: Any, top: Any, clamp: constexpr, times: constexpr,
-    low_h: Any, kinds_h: Any, low_w: Any, kinds_w: Any,
-    places: Any, channels: Any, height: Any, width: Any, rows: Any, columns: Any,
+    x: tensor, grad: tensor, y: tensor, kernel: tensor, table: tensor, dx: tensor,
+    top: tensor, clamp: constexpr, times: constexpr,
+    low_h: tensor, kinds_h: tensor, low_w: tensor, kinds_w: tensor,
+    places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
     taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
@@ -151,23 +155,25 @@ def _input_grad_kernel(
     kind = _kind(i, height, low_h, kinds_h, stride[0]) * kinds_w + _kind(j, width, low_w, kinds_w, stride[1])
     entry = table + kind * (lags + 1) * channels + c
     total = tl.load(entry + lags * channels, mask=real, other=0.0)
-    for lag in tl.static_range(lags):
-        row = i + (lag // (2 * taps[1] - 1) - (taps[0] - 1))
-        column = j + (lag % (2 * taps[1] - 1) - (taps[1] - 1))
-        value = read(x, real, image, row, column, c, channels, height, width, channels_last)
-        total += value * tl.load(entry + lag * channels, mask=real, other=0.0)
-    for t in tl.static_range(taps[0] * taps[1]):
-        u = i + (reach[0] - t // taps[1])
-        v = j + (reach[1] - t % taps[1])
-        reads = real & (u >= 0) & (v >= 0) & (u % stride[0] == 0) & (v % stride[1] == 0)
-        row, column = u // stride[0], v // stride[1]
-        for m in tl.static_range(times):
-            o = c * times + m
-            value = read(grad, reads, image, row, column, o, channels * times, rows, columns, channels_last)
-            if clamp:
-                kept = read(y, reads, image, row, column, o, channels * times, rows, columns, channels_last)
-                value = through(value, kept, top)
-            total += value * tl.load(kernel + t * channels * times + o, mask=c < channels, other=0.0)
+    for di in range(2 * taps[0] - 1):  # not unrolled: all loads of all rows at once do not fit the registers
+        for dj in tl.static_range(2 * taps[1] - 1):
+            row, column = i + (di - (taps[0] - 1)), j + (dj - (taps[1] - 1))
+            value = read(x, real, image, row, column, c, channels, height, width, channels_last)
+            lag = di * (2 * taps[1] - 1) + dj
+            total += value * tl.load(entry + lag * channels, mask=real, other=0.0)
+    for ti in range(taps[0]):
+        for tj in tl.static_range(taps[1]):
+            u, v = i + (reach[0] - ti), j + (reach[1] - tj)
+            reads = real & (u >= 0) & (v >= 0) & (u % stride[0] == 0) & (v % stride[1] == 0)
+            row, column = u // stride[0], v // stride[1]
+            for m in tl.static_range(times):
+                o = c * times + m
+                value = read(grad, reads, image, row, column, o, channels * times, rows, columns, channels_last)
+                if clamp:
+                    kept = read(y, reads, image, row, column, o, channels * times, rows, columns, channels_last)
+                    value = through(value, kept, top)
+                weight = tl.load(kernel + (ti * taps[1] + tj) * channels * times + o, mask=c < channels, other=0.0)
+                total += value * weight
     tl.store(dx + at(image, i, j, c, channels, height, width, channels_last), total.to(dx.dtype.element_ty), mask=real)
 
 
@@ -190,7 +196,8 @@ class Depthwise:
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W'); the kernel stays in float32."""
         x = x.contiguous(memory_format=layout(x))
-        sizes, block, times, (top, clamp) = _sizes(x, geometry), map_block(x), kernel.shape[1], ceiling(act)
+        sizes, times, (top, clamp) = _sizes(x, geometry), kernel.shape[1], ceiling(act)
+        block = map_block(x, sizes["places"])
         kernel, weight = kernel.double(), _by_tap(kernel)
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
         shape = (x.shape[0], x.shape[1] * times, sizes["rows"], sizes["columns"])
@@ -224,7 +231,7 @@ class Depthwise:
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, gathered by the pixels."""
         x, grad, y = (each.contiguous(memory_format=layout(x)) for each in (x, grad, y))
-        sizes, block, times, (top, clamp) = _sizes(x, geometry), map_block(x), kernel.shape[1], ceiling(act)
+        sizes, times, (top, clamp) = _sizes(x, geometry), kernel.shape[1], ceiling(act)
         high, wide = (
             _readers(size, out, *along, x.device)
             for size, out, *along in zip(
@@ -234,6 +241,7 @@ class Depthwise:
         constant = shift.double() - (quad.double() @ mean.double()[..., None]).squeeze(-1)
         table = _table(quad.double(), constant, high, wide)
         sizes["places"] = x.shape[0] * x.shape[2] * x.shape[3]
+        block = map_block(x, sizes["places"])
         dx = torch.empty_like(x, memory_format=layout(x))
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):

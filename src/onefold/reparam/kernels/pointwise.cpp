@@ -224,3 +224,22 @@ API void pointwise_input_grad(const float* g, const float* y, const float* x, in
         }
     });
 }
+
+// What a dense unit of `taps` x `taps` reads at each place, one row each: rows is (places, C * taps * taps), x (B, H, W, C).
+API void write_patches(const float* x, const int64_t* shape, int64_t taps, float* rows, int threads) {
+    const int64_t h = shape[1], w = shape[2], c = shape[3], stride = shape[4], reach = shape[5];
+    const int64_t tall = (h + 2 * reach - taps) / stride + 1, wide = (w + 2 * reach - taps) / stride + 1;
+    share(shape[0] * tall, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t line = first; line < last; line++) {
+            const float* image = x + line / tall * h * w * c;
+            float* to = rows + line * wide * c * taps * taps;
+            for (int64_t p = 0; p < wide; p++)
+                for (int64_t i = 0; i < c; i++)
+                    for (int64_t ty = 0; ty < taps; ty++)
+                        for (int64_t tx = 0; tx < taps; tx++) {
+                            const int64_t y = line % tall * stride - reach + ty, q = p * stride - reach + tx;
+                            *to++ = y < 0 || q < 0 || y >= h || q >= w ? 0 : image[(y * w + q) * c + i];
+                        }
+        }
+    });
+}

@@ -1,0 +1,97 @@
+"""The `mixed` route: each convolution by itself, then all norms, their sum and the activation in one pass.
+
+It costs one pass over the maps for the statistics and one for the output, and two in the backward, however many
+branches there are; where a unit has one wide convolution this is cheaper than that convolution's moments.
+
+Shapes: M maps (the branches' outputs, and the input where there is a skip), each (B, O, H', W'); tables (M, O).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from onefold.reparam.kernels import cpu
+from onefold.reparam.kernels.passes import Act
+from onefold.reparam.linear import track_
+from onefold.reparam.unit import Unit
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is not a tensor of an evaluation."""
+
+    unit: Unit
+    act: Act
+
+
+def supports(unit: Unit, x: Tensor) -> bool:
+    """Whether the kernels for this are there: float32 on a CPU, each process with statistics of its own."""
+    known = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in unit.branches)
+    return known and not synchronized and len(unit.branches) <= cpu.MAPS and cpu.library() is not None
+
+
+def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
+    """act(unit(x)) with batch statistics; (B, I, H, W) to (B, O, H', W'). Updates the norms' buffers."""
+    maps = [x if branch.conv is None else _convolution(branch.conv, x) for branch in unit.branches]
+    norms = [branch.norm for branch in unit.branches]
+    affine = [p for norm in norms if norm.weight is not None for p in (norm.weight, norm.bias)]
+    y: Tensor = _Mix.apply(_Call(unit, act), *maps, *affine)
+    return y
+
+
+def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """One branch's convolution; without its bias, which the norm takes off again, but for a running mean."""
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
+        y: Tensor = cpu.Product.apply(x, conv.weight)
+        return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
+    z: Tensor = conv(x)
+    return z
+
+
+class _Mix(torch.autograd.Function):
+    """One node of the autograd graph a unit, behind its convolutions."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
+        norms = [branch.norm for branch in call.unit.branches]
+        maps, parameters = tensors[: len(norms)], tensors[len(norms) :]
+        count = maps[0].numel() // maps[0].shape[1]
+        if count < 2:
+            raise ValueError(f"a norm in train mode needs more than one value a channel, got {tuple(maps[0].shape)}")
+        moments = [cpu.column_moments(m) for m in maps]
+        mean, var = (torch.stack([pair[i] for pair in moments]) for i in (0, 1))
+        inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
+        gain = torch.stack([i if n.weight is None else n.weight.detach() * i for n, i in zip(norms, inverse, strict=True)])
+        bias = (gain * (mean.float() - mean)).sum(0)  # what rounding the means leaves
+        for norm, m, v in zip(norms, mean, var, strict=True):
+            track_(norm, m, v * (count / (count - 1)))
+            if norm.bias is not None:
+                bias = bias + norm.bias.detach()
+        y = cpu.mix(maps, mean, gain, bias, call.act)
+        ctx.call, ctx.count = call, count
+        ctx.save_for_backward(y if call.act is not None else None, mean, inverse, gain, *maps, *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: _Call = ctx.call
+        norms = [branch.norm for branch in call.unit.branches]
+        y, mean, inverse, gain, *rest = ctx.saved_tensors
+        maps, parameters = rest[: len(norms)], rest[len(norms) :]
+        y = grad if y is None else y
+        *slopes, total = cpu.mix_sums(grad, y, maps, mean, call.act)
+        slope = torch.stack(slopes)  # d gain
+        grads = cpu.mix_back(
+            grad, y, maps, mean, gain, -gain * inverse.square() * slope / ctx.count, -gain * total / ctx.count, call.act
+        )
+        affine = [
+            g for n, s, i in zip(norms, slope, inverse, strict=True) if n.weight is not None for g in (s * i, total)
+        ]
+        return (None, *grads, *(g.to(p.dtype) for g, p in zip(affine, parameters, strict=True)))
