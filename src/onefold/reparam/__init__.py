@@ -4,6 +4,7 @@ Reading order: `stencil` (the data), `linear` (the connectives and the rules), `
 (training), `foreign` (other projects' networks). Imports torch only.
 """
 
+from onefold.reparam.accelerate import accelerate as accelerate
 from onefold.reparam.fuse import UnfoldedWarning as UnfoldedWarning
 from onefold.reparam.fuse import drift as drift
 from onefold.reparam.fuse import fuse as fuse

@@ -45,7 +45,7 @@ def _moments(unit: Unit, x: Tensor) -> float:
     depthwise = c_in == geometry.groups
     square = geometry.groups * size * size
     products = 3 * c_out * size + 1.5 * square * (LAG if depthwise and geometry.stride == (1, 1) else 1)
-    algebra = 2 * len(unit.convolutions) * c_out * size * size / _places(unit, x)
+    algebra = 2 * len(unit.convs) * c_out * size * size / _places(unit, x)
     moved = MOVE * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
     plain = isinstance(passes_for(x, geometry, c_out), Reference)
     return (products + moved) * (PLAIN if plain else 1) + algebra

@@ -211,13 +211,18 @@ def track_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Move the running statistics, if kept, towards the batch's (unbiased variance), as the norm's own forward does."""
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
-    factor = norm.momentum
+    factor = momentum_(norm)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+    norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
+
+
+def momentum_(norm: _BatchNorm) -> float:
+    """How far the running statistics move at this batch, which is counted: 1/n where the average is cumulative."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if factor is None:  # the cumulative average
-            factor = 1.0 / float(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor or 0.0)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype), factor or 0.0)
+    if norm.momentum is not None:
+        return norm.momentum
+    return 0.0 if norm.num_batches_tracked is None else 1 / int(norm.num_batches_tracked)
 
 
 # ---------------------------------------------------------------------------------- questions on layers

@@ -8,20 +8,23 @@ quickest   whichever of them costs least for this unit and batch, by count; what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onefold.reparam.count import costs
+from onefold.reparam.kernels.passes import Act
 from onefold.reparam.linear import Chain, Route, Sum, each, fold, width
 from onefold.reparam.mixed import mix
 from onefold.reparam.mixed import supports as mix_supports
 from onefold.reparam.moments import convolve
 from onefold.reparam.patches import Patches
 from onefold.reparam.stencil import Stencil
-from onefold.reparam.unit import ceiling, read
+from onefold.reparam.unit import Unit, ceiling, read
 
-__all__ = ["Route", "each", "mixed", "moments", "quickest", "set_route_"]
+__all__ = ["Route", "each", "evaluate", "mixed", "moments", "quickest", "set_route_"]
 
 
 @torch.compiler.disable
@@ -33,12 +36,7 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
     unit = read(tree) if x.dim() == 4 else None
-    if unit is None:
-        y = _by_rules(tree, x)
-        return y if act is None else act(y)
-    included, clamp = ceiling(act)
-    y = convolve(unit, x, clamp if included else None)
-    return y if included or act is None else act(y)
+    return _then(act, _by_rules(tree, x)) if unit is None else _with(act, unit, x, convolve)
 
 
 @torch.compiler.disable
@@ -48,23 +46,24 @@ def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     `each` where there are no kernels for that: on other devices and dtypes, and for trees that are not units.
     """
     unit = read(tree) if x.dim() == 4 else None
-    if unit is None or not mix_supports(unit, x):
-        return each(tree, x, act)
-    included, clamp = ceiling(act)
-    y = mix(unit, x, clamp if included else None)
-    return y if included or act is None else act(y)
+    return each(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
 
 
 @torch.compiler.disable
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """The route that costs least for this unit and batch, by count (see `cost`); outside training `each`."""
+    """The route that costs least for this unit and batch, by count (see `count`); outside training `each`."""
     unit = read(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
-    if unit is None:
-        return each(tree, x, act)
+    y = None if unit is None else evaluate(unit, x, act)
+    return each(tree, x, act) if y is None else y
+
+
+@torch.compiler.disable
+def evaluate(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
+    """act(unit(x)) by `moments` or `mixed`, whichever costs less; None where evaluating each layer costs least."""
     by_moments, by_mixing, by_each = costs(unit, x)
-    if by_moments <= min(by_mixing, by_each):
-        return moments(tree, x, act)
-    return (mixed if by_mixing <= by_each else each)(tree, x, act)
+    if by_each < min(by_moments, by_mixing):
+        return None
+    return _with(act, unit, x, convolve if by_moments <= by_mixing else mix)
 
 
 def set_route_(model: nn.Module, route: Route) -> nn.Module:
@@ -75,6 +74,16 @@ def set_route_(model: nn.Module, route: Route) -> nn.Module:
     for child in model.children():
         set_route_(child, route)
     return model
+
+
+def _with(act: nn.Module | None, unit: Unit, x: Tensor, route: Callable[[Unit, Tensor, Act], Tensor]) -> Tensor:
+    """act(unit(x)), the activation within the route if it is one that routes know."""
+    included, clamp = ceiling(act)
+    return _then(None if included else act, route(unit, x, clamp if included else None))
+
+
+def _then(act: nn.Module | None, y: Tensor) -> Tensor:
+    return y if act is None else act(y)
 
 
 def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:

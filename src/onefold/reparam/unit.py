@@ -8,7 +8,7 @@ Shapes: G groups, O/G outputs a group, K = I/G * taps values a patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,9 +41,14 @@ class Unit:
         return next((branch for branch in self.branches if branch.conv is None), None)
 
     @property
-    def convolutions(self) -> list[Branch]:
-        """The others, in order."""
-        return [branch for branch in self.branches if branch.conv is not None]
+    def convs(self) -> list[nn.Conv2d]:
+        """The others' convolutions, in order."""
+        return [branch.conv for branch in self.branches if branch.conv is not None]
+
+    @property
+    def ordered(self) -> list[Branch]:
+        """The branches with a convolution, then the skip: the order of rows in the algebra."""
+        return sorted(self.branches, key=lambda branch: branch.conv is None)
 
     def window(self, conv: nn.Conv2d) -> tuple[slice, slice]:
         """Where a branch's taps lie on the unit's."""
@@ -102,7 +107,7 @@ def ceiling(act: nn.Module | None) -> tuple[bool, Act]:
     """Whether a unit can do this activation itself, and the clamp that it is."""
     if act is None or type(act) is nn.Identity:
         return True, None
-    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
+    if hooked([act]):
         return False, None
     if type(act) is nn.ReLU:
         return True, float("inf")
@@ -114,14 +119,14 @@ def ceiling(act: nn.Module | None) -> tuple[bool, Act]:
 def _branch(part: nn.Module) -> Branch | None:
     layers = list(part) if isinstance(part, Chain) else [part]
     norm = layers[-1]
-    if _hooked([part, *layers]) or not isinstance(norm, _BatchNorm) or len(layers) > 2:
+    if hooked([part, *layers]) or not isinstance(norm, _BatchNorm) or len(layers) > 2:
         return None
     if len(layers) == 1:
         return Branch(None, norm)
     return Branch(layers[0], norm) if isinstance(layers[0], nn.Conv2d) else None
 
 
-def _hooked(modules: Sequence[nn.Module]) -> bool:
+def hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether someone listens inside: then every layer must run by itself."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules

@@ -47,7 +47,7 @@ class Compiled:
         n, c = rows.shape
         centre = rows[:PILOT].mean(0)
         total, products = _double(c), _double(c, c)
-        _call("pointwise_moments", rows, n, c, centre, total, products)
+        call("pointwise_moments", rows, n, c, centre, total, products)
         return _centred(centre.double()[None], total[None], products[None], n)
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
@@ -59,10 +59,10 @@ class Compiled:
         y = torch.empty(x.shape[0], *size, len(offset))
         if _is_depthwise(x, geometry):
             shape, taps = _shape(x, geometry)
-            _call("depthwise_convolve", _image(x), shape, taps, _float(centre[:, 0]), weight, offset, top, y)
+            call("depthwise_convolve", _image(x), shape, taps, _float(centre[:, 0]), weight, offset, top, y)
         else:
             rows = self._rows(x, geometry)
-            _call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, y)
+            call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, y)
         return y.permute(0, 3, 1, 2).to(x.dtype)
 
     def kernel_grad(
@@ -74,10 +74,10 @@ class Compiled:
         products, total = _double(geometry.groups, out // geometry.groups, mean.shape[1]), _double(out)
         if _is_depthwise(x, geometry):
             shape, taps = _shape(x, geometry)
-            _call("depthwise_kernel_grad", g, after, _image(x), shape, taps, _float(centre[:, 0]), top, products, total)
+            call("depthwise_kernel_grad", g, after, _image(x), shape, taps, _float(centre[:, 0]), top, products, total)
         else:
             rows = self._rows(x, geometry)
-            _call("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
+            call("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
         return products - total.view(geometry.groups, -1, 1) * (mean - centre)[:, None], total
 
     def input_grad(
@@ -92,12 +92,12 @@ class Compiled:
             image, middle, offset = _image(x), _float(centre[:, 0]), _float(mean - centre)
             dx = torch.empty_like(image)
             tables = (middle, weight, square, offset, _float(shift))
-            _call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
+            call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
         rows = self._rows(x, geometry)
         dx, constant = torch.empty_like(rows), _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1))
         sizes = (*rows.shape, grad.shape[1])
-        _call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
+        call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
         return _unrows(dx, x, geometry).to(x.dtype)
 
     def _rows(self, x: Tensor, geometry: Geometry) -> Tensor:
@@ -107,7 +107,7 @@ class Compiled:
         if self._patches is None:
             (tall, wide), (shape, taps) = _places(x, geometry), _shape(x, geometry)
             self._patches = torch.empty(x.shape[0] * tall * wide, x.shape[1] * taps * taps)
-            _call("write_patches", _image(x), shape, taps, self._patches)
+            call("write_patches", _image(x), shape, taps, self._patches)
         return self._patches
 
 
@@ -120,7 +120,7 @@ def _depthwise_moments(x: Tensor, geometry: Geometry) -> Moments:
     centre, found = torch.zeros(c), None
     for again in (0, 1):
         total, products = _double(c, k), _double(c, k, k)
-        _call("depthwise_moments", image, shape, taps, centre, again, total, products)
+        call("depthwise_moments", image, shape, taps, centre, again, total, products)
         found = _centred(centre.double()[:, None], total, products, n)
         middle = found.mean[:, k // 2]
         if not (middle.square() > DOMINANT * found.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
@@ -144,7 +144,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         (b, c, h, w), out = x.shape, len(weight)
         y = torch.empty(b, h, w, out)
-        _call("pointwise_convolve", _image(x), b * h * w, c, torch.zeros(c), _float(weight), torch.zeros(out), out, -1.0, y)
+        call("pointwise_convolve", _image(x), b * h * w, c, torch.zeros(c), _float(weight), torch.zeros(out), out, -1.0, y)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -154,10 +154,10 @@ class Product(torch.autograd.Function):
         (b, c, h, w), out = x.shape, len(weight)
         g, rows, zero, n = _image(grad), _image(x), torch.zeros(c), b * h * w
         products, total, dx = _double(out, c), _double(out), None
-        _call("pointwise_kernel_grad", g, g, rows, n, c, out, zero, -1.0, products, total)
+        call("pointwise_kernel_grad", g, g, rows, n, c, out, zero, -1.0, products, total)
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(rows)
-            _call("pointwise_convolve", g, n, out, torch.zeros(out), _float(weight.view(out, c).T), zero, c, -1.0, dx)
+            call("pointwise_convolve", g, n, out, torch.zeros(out), _float(weight.view(out, c).T), zero, c, -1.0, dx)
             dx = dx.permute(0, 3, 1, 2)
         return dx, products.to(weight.dtype).view_as(weight)
 
@@ -167,7 +167,7 @@ def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = _image(x).flatten(0, 2)
     n, c = rows.shape
     centre, total, squares = rows[:PILOT].mean(0), _double(c), _double(c)
-    _call("column_moments", rows, n, c, centre, total, squares)
+    call("column_moments", rows, n, c, centre, total, squares)
     off = total / n
     return centre + off, (squares / n - off.square()).clamp_min_(0)
 
@@ -178,7 +178,7 @@ def mix(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Tensor, act: A
     out = torch.empty_like(images[0])
     c = out.shape[-1]
     tables = (_float(mean), _float(gain), _float(bias))
-    _call("mix", _pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
+    call("mix", pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
     return out.permute(0, 3, 1, 2)
 
 
@@ -187,7 +187,7 @@ def mix_sums(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act:
     images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
     c = g.shape[-1]
     sums = _double(len(maps) + 1, c)
-    _call("mix_sums", g, after, _pointers(images), len(maps), g.numel() // c, c, _float(mean), _top(act), sums)
+    call("mix_sums", g, after, pointers(images), len(maps), g.numel() // c, c, _float(mean), _top(act), sums)
     return sums
 
 
@@ -199,12 +199,13 @@ def mix_back(
     grads = [torch.empty_like(g) for _ in maps]
     tables = [_float(table) for table in (mean, gain, slope, constant)]
     c = g.shape[-1]
-    _call("mix_back", g, after, _pointers(images), len(maps), g.numel() // c, c, *tables, _top(act), _pointers(grads))
+    call("mix_back", g, after, pointers(images), len(maps), g.numel() // c, c, *tables, _top(act), pointers(grads))
     return [d.permute(0, 3, 1, 2) for d in grads]
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """Their addresses, 0 for None."""
+    return (ctypes.c_void_p * len(tensors))(*(0 if t is None else t.data_ptr() for t in tensors))
 
 
 def _is_pointwise(geometry: Geometry) -> bool:
@@ -272,7 +273,7 @@ def _double(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float64)
 
 
-def _call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> None:
+def call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> None:
     """Run a kernel on all of torch's threads."""
     kernels = library()
     assert kernels is not None

@@ -145,9 +145,7 @@ void add_lags(const float* first, int64_t row, int64_t n, float* sums) {
     for (int half = 0; half < PANEL; half += LANES) {
         const float* const end = first + half + n * PANEL;
         if (K == 3) {  // 13 sums, a total and the pixel just fit the registers
-            vec acc[count + 1];
-#pragma GCC unroll 32
-            for (int l = 0; l <= count; l++) acc[l] = load(sums + l * PANEL + half);
+            vec acc[count + 1] = {};
             for (const float* p = first + half; p != end; p += PANEL) {
                 const vec v = load(p);
                 acc[count] += v;
@@ -158,18 +156,17 @@ void add_lags(const float* first, int64_t row, int64_t n, float* sums) {
                     for (int dx = dy ? 1 - K : 0; dx < K; dx++, l++) acc[l] += v * load(p + dy * row + dx * PANEL);
             }
 #pragma GCC unroll 32
-            for (int l = 0; l <= count; l++) store(sums + l * PANEL + half, acc[l]);
+            for (int l = 0; l <= count; l++) add_to(sums + l * PANEL + half, acc[l]);
         } else {
             for (int dy = 0; dy < K; dy++)
                 for (int dx = dy ? 1 - K : 0; dx < K; dx++) {
-                    float* to = sums + Lags<K>::of(dy, dx) * PANEL + half;
-                    vec acc = load(to);
+                    vec acc = {};
                     for (const float* p = first + half; p != end; p += PANEL) acc += load(p) * load(p + dy * row + dx * PANEL);
-                    store(to, acc);
+                    add_to(sums + Lags<K>::of(dy, dx) * PANEL + half, acc);
                 }
-            vec acc = load(sums + count * PANEL + half);
+            vec acc = {};
             for (const float* p = first + half; p != end; p += PANEL) acc += load(p);
-            store(sums + count * PANEL + half, acc);
+            add_to(sums + count * PANEL + half, acc);
         }
     }
 }
@@ -190,7 +187,8 @@ void lags_of(Plane& z, int64_t border, int64_t first, int64_t last, const Axis& 
         const int64_t kind = tall.kind(y);
         const auto from = [&](int64_t x) { return z.at(y - border, x - border); };
         for (int64_t x = 0; x < wide.edge; x++) add_lags<K>(from(x), z.row(), 1, &some[x * each]);
-        add_lags<K>(from(wide.edge), z.row(), wide.n - 2 * wide.edge, &some[wide.edge * each]);
+        for (int64_t x = wide.edge; x < wide.n - wide.edge; x += 32)
+            add_lags<K>(from(x), z.row(), std::min<int64_t>(32, wide.n - wide.edge - x), &some[wide.edge * each]);
         for (int64_t x = wide.n - wide.edge; x < wide.n; x++) add_lags<K>(from(x), z.row(), 1, &some[wide.kind(x) * each]);
         pending += wide.n;
         if (y + 1 == last || tall.kind(y + 1) != kind || pending + wide.n > 128)

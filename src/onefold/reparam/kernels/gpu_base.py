@@ -28,6 +28,7 @@ else:
     from triton.language import constexpr, tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+PROGRAMS = 512  # that share a sum over the batch: some waves of a large GPU, and partials of a few megabytes
 Launch = dict[str, Any]  # what a kernel takes by name
 _WIDEN = tl.constexpr(INTERPRETED)
 
@@ -55,15 +56,19 @@ def ceiling(act: Act) -> tuple[float, bool]:
 def map_block(x: Tensor, places: int) -> Launch:
     """The block of a program that makes a depthwise map: 1024 values, along the memory."""
     block_c = min(64, _power_of_2(x.shape[1])) if layout(x) == torch.channels_last else 1
-    return {"block_c": block_c, "block_p": min(1024 // block_c, _power_of_2(places)), **_staged(1024, 1)}
+    return {"block_c": block_c, "block_p": min(1024 // block_c, _power_of_2(places)), "num_warps": 4, "num_stages": 1}
 
 
 def patch_block(x: Tensor, geometry: Geometry) -> Launch:
-    """The block of a program that sums patches: 8192 values at most, so that 128 threads hold them in registers."""
+    """The block of a program that sums patches: 8192 values, which is what the registers hold.
+
+    One step at a time: Triton 3.2 cannot load three-dimensional blocks ahead.
+    """
+    last = layout(x) == torch.channels_last
     block_t = max(16, _power_of_2(geometry.taps[0] * geometry.taps[1] + 1))
-    block_c = max(1, 8192 // block_t**2 // (1 if layout(x) == torch.channels_last else 8))
-    block_c = min(block_c, _power_of_2(x.shape[1]))
-    return {"block_t": block_t, "block_c": block_c, "block_p": 8192 // (block_t * block_c), **_staged(8192, 2)}
+    block_c = min(_power_of_2(x.shape[1]), max(1, 8192 // block_t**2 // (1 if last else 8)))
+    block_p = 8192 // (block_t * block_c)
+    return {"block_t": block_t, "block_c": block_c, "block_p": block_p, "num_warps": 4 if last else 8, "num_stages": 1}
 
 
 def product_block(x: Tensor, places: int, columns: int) -> Launch:
@@ -80,8 +85,19 @@ def gram_block(x: Tensor, rows: int, columns: int) -> Launch:
 
 
 def num_parts(tiles: int, across: int) -> int:
-    """In how many parts to sum over the batch: some waves of a large GPU in all, and partials of a few megabytes."""
-    return min(tiles, max(1, 512 // across))
+    """In how many parts to sum over the batch, for `PROGRAMS` in all."""
+    return min(tiles, max(1, PROGRAMS // across))
+
+
+def grid_of(sizes: Launch, block: Launch) -> tuple[int, int]:
+    """Programs along the places and along the channels."""
+    return -(-sizes["places"] // block["block_p"]), -(-sizes["channels"] // block["block_c"])
+
+
+def parted_grid(sizes: Launch, block: Launch) -> tuple[int, int]:
+    """Programs along the channels, and as many parts of the places as make enough of them."""
+    parts, across = grid_of(sizes, block)
+    return across, num_parts(parts, across)
 
 
 def _side(x: Tensor, size: int) -> int:
@@ -130,6 +146,21 @@ def read(
     inside = real & (i >= 0) & (i < height) & (j >= 0) & (j < width)
     pixel = x + at(image, i, j, c, channels, height, width, channels_last)
     return tl.load(pixel, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def read_patches(
+    x: tensor, shift: tensor, image: tensor, row: tensor, column: tensor, c: tensor, t: tensor, real: tensor,
+    channels: tensor, height: tensor, width: tensor,
+    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr,
+) -> tensor:  # fmt: skip
+    """Patches less the shift (C, T, N) in float32; the row after the last tap is ones, and the rest zeros."""
+    i = row * stride_h + t // taps_w - reach_h
+    j = column * stride_w + t % taps_w - reach_w
+    tap = real & (t < taps_h * taps_w)
+    value = read(x, tap, image, i, j, c, channels, height, width, channels_last)
+    return tl.where(real & (t == taps_h * taps_w), 1.0, tl.where(tap, value - shift, 0.0))
 
 
 @jit

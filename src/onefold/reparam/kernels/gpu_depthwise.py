@@ -19,15 +19,17 @@ from onefold.reparam.kernels.gpu_base import (
     at,
     ceiling,
     constexpr,
+    grid_of,
     jit,
     layout,
     map_block,
     multiply,
-    num_parts,
+    parted_grid,
     patch_block,
     pilot,
     place,
     read,
+    read_patches,
     tensor,
     through,
     tl,
@@ -36,63 +38,62 @@ from onefold.reparam.kernels.passes import Act, Geometry, Moments
 
 
 @jit
-def _patches(
-    x: tensor, shift: tensor, image: tensor, row: tensor, column: tensor, c: tensor, t: tensor, real: tensor,
-    channels: tensor, height: tensor, width: tensor,
-    taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
-) -> tensor:  # fmt: skip
-    """Patches less the shift (C, T, N) in float32; the row after the last tap is ones, and the rest zeros."""
-    i = row * stride[0] + t // taps[1] - reach[0]
-    j = column * stride[1] + t % taps[1] - reach[1]
-    tap = real & (t < taps[0] * taps[1])
-    value = read(x, tap, image, i, j, c, channels, height, width, channels_last)
-    return tl.where(real & (t == taps[0] * taps[1]), 1.0, tl.where(tap, value - shift, 0.0))
-
-
-@jit
 def _moments_kernel(
-    x: tensor, shifts: tensor, partial: tensor,
+    x: tensor, shifts: tensor, partial: tensor, by_tap: constexpr,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
-    block_t: constexpr, block_p: constexpr, block_c: constexpr,
+    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr, block_t: constexpr,
+    block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
-    """Second moments of the patches and a one, (block_c, block_t, block_t), over this program's places."""
+    """Products of the patches' taps and a one, (block_c, block_t, block_t), over this program's places."""
     c = (tl.program_id(0) * block_c + tl.arange(0, block_c))[:, None, None]
     t = tl.arange(0, block_t)[None, :, None]
     shift = tl.load(shifts + c, mask=c < channels, other=0.0)
-    total = tl.zeros((block_c, block_t, block_t), tl.float32)
+    one = tl.zeros((1, 1, 1), tl.int32) + tl.program_id(2)
+    total = tl.zeros((block_c, block_t, block_p if by_tap else block_t), tl.float32)
     for first in range(tl.program_id(1) * block_p, places, tl.num_programs(1) * block_p):
         p = (first + tl.arange(0, block_p))[None, None, :]
+        real = (p < places) & (c < channels)
         image, row, column = place(p, rows, columns)
-        block = _patches(
-            x, shift, image, row, column, c, t, (p < places) & (c < channels), channels, height, width,
-            taps, stride, reach, channels_last,
+        block = read_patches(
+            x, shift, image, row, column, c, t, real, channels, height, width,
+            taps_h, taps_w, stride_h, stride_w, reach_h, reach_w, channels_last,
         )  # fmt: skip
-        block = block.to(x.dtype.element_ty)
-        total = multiply(block, tl.permute(block, (0, 2, 1)), total)
-    to = ((tl.program_id(1) * channels + c) * block_t + t) * block_t + tl.arange(0, block_t)[None, None, :]
-    tl.store(partial + to, total, mask=c < channels)
+        if by_tap:
+            total += block * read_patches(
+                x, shift, image, row, column, c, one, real, channels, height, width,
+                taps_h, taps_w, stride_h, stride_w, reach_h, reach_w, channels_last,
+            )  # fmt: skip
+        else:
+            block = block.to(x.dtype.element_ty)
+            total = multiply(block, tl.permute(block, (0, 2, 1)), total)
+    to = partial + ((tl.program_id(1) * channels + c) * block_t + t) * block_t
+    if by_tap:
+        tl.store(to + one, tl.sum(total, 2, keep_dims=True), mask=c < channels)
+    else:
+        tl.store(to + tl.arange(0, block_t)[None, None, :], total, mask=c < channels)
 
 
 @jit
 def _convolve_kernel(
     x: tensor, kernel: tensor, offset: tensor, y: tensor, top: tensor, clamp: constexpr, times: constexpr,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
+    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """The convolution at block_p places, one of the `times` outputs of each channel."""
     p = (tl.program_id(0) * block_p + tl.arange(0, block_p))[:, None]
     c = (tl.program_id(1) * block_c + tl.arange(0, block_c))[None, :]
-    o = c * times + tl.program_id(2)
+    o = c if times == 1 else c * times + tl.program_id(2)  # a known 0: whole vectors are read
     real = (p < places) & (c < channels)
     image, row, column = place(p, rows, columns)
     total = tl.zeros((block_p, block_c), tl.float32) + tl.load(offset + o, mask=c < channels, other=0.0)
-    for t in tl.static_range(taps[0] * taps[1]):
-        i = row * stride[0] + (t // taps[1] - reach[0])
-        j = column * stride[1] + (t % taps[1] - reach[1])
-        weight = tl.load(kernel + t * channels * times + o, mask=c < channels, other=0.0)
-        total += weight * read(x, real, image, i, j, c, channels, height, width, channels_last)
+    for ti in range(taps_h):
+        for tj in tl.static_range(taps_w):
+            i, j = row * stride_h + (ti - reach_h), column * stride_w + (tj - reach_w)
+            weight = tl.load(kernel + (ti * taps_w + tj) * channels * times + o, mask=c < channels, other=0.0)
+            total += weight * read(x, real, image, i, j, c, channels, height, width, channels_last)
     if clamp:
         total = activate(total, top)
     to = at(image, row, column, o, channels * times, rows, columns, channels_last)
@@ -104,22 +105,23 @@ def _kernel_grad_kernel(
     x: tensor, shifts: tensor, grad: tensor, y: tensor, partial: tensor,
     top: tensor, clamp: constexpr, times: constexpr,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
-    block_t: constexpr, block_p: constexpr, block_c: constexpr,
+    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr, block_t: constexpr,
+    block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """The gradient's products with the patches and a one, (block_c, block_t), over this program's places."""
     c = (tl.program_id(0) * block_c + tl.arange(0, block_c))[:, None, None]
     t = tl.arange(0, block_t)[None, :, None]
-    o = c * times + tl.program_id(2)
+    o = c if times == 1 else c * times + tl.program_id(2)  # a known 0: whole vectors are read
     shift = tl.load(shifts + c, mask=c < channels, other=0.0)
     total = tl.zeros((block_c, block_t, block_p), tl.float32)
     for first in range(tl.program_id(1) * block_p, places, tl.num_programs(1) * block_p):
         p = (first + tl.arange(0, block_p))[None, None, :]
         real = (p < places) & (c < channels)
         image, row, column = place(p, rows, columns)
-        block = _patches(
+        block = read_patches(
             x, shift, image, row, column, c, t, real, channels, height, width,
-            taps, stride, reach, channels_last,
+            taps_h, taps_w, stride_h, stride_w, reach_h, reach_w, channels_last,
         )  # fmt: skip
         value = read(grad, real, image, row, column, o, channels * times, rows, columns, channels_last)
         if clamp:
@@ -143,7 +145,8 @@ def _input_grad_kernel(
     top: tensor, clamp: constexpr, times: constexpr,
     low_h: tensor, kinds_h: tensor, low_w: tensor, kinds_w: tensor,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps: constexpr, stride: constexpr, reach: constexpr, channels_last: constexpr,
+    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """The gradient at block_p pixels: what is around, by `_table`; and the gradient of the places that read them."""
@@ -151,28 +154,28 @@ def _input_grad_kernel(
     c = (tl.program_id(1) * block_c + tl.arange(0, block_c))[None, :]
     real = (p < places) & (c < channels)
     image, i, j = place(p, height, width)
-    lags: constexpr = (2 * taps[0] - 1) * (2 * taps[1] - 1)
-    kind = _kind(i, height, low_h, kinds_h, stride[0]) * kinds_w + _kind(j, width, low_w, kinds_w, stride[1])
+    lags: constexpr = (2 * taps_h - 1) * (2 * taps_w - 1)
+    kind = _kind(i, height, low_h, kinds_h, stride_h) * kinds_w + _kind(j, width, low_w, kinds_w, stride_w)
     entry = table + kind * (lags + 1) * channels + c
     total = tl.load(entry + lags * channels, mask=real, other=0.0)
-    for di in range(2 * taps[0] - 1):  # not unrolled: all loads of all rows at once do not fit the registers
-        for dj in tl.static_range(2 * taps[1] - 1):
-            row, column = i + (di - (taps[0] - 1)), j + (dj - (taps[1] - 1))
+    for di in range(2 * taps_h - 1):  # not unrolled: all loads of all rows at once do not fit the registers
+        for dj in tl.static_range(2 * taps_w - 1):
+            row, column = i + (di - (taps_h - 1)), j + (dj - (taps_w - 1))
             value = read(x, real, image, row, column, c, channels, height, width, channels_last)
-            lag = di * (2 * taps[1] - 1) + dj
+            lag = di * (2 * taps_w - 1) + dj
             total += value * tl.load(entry + lag * channels, mask=real, other=0.0)
-    for ti in range(taps[0]):
-        for tj in tl.static_range(taps[1]):
-            u, v = i + (reach[0] - ti), j + (reach[1] - tj)
-            reads = real & (u >= 0) & (v >= 0) & (u % stride[0] == 0) & (v % stride[1] == 0)
-            row, column = u // stride[0], v // stride[1]
+    for ti in range(taps_h):
+        for tj in tl.static_range(taps_w):
+            u, v = i + (reach_h - ti), j + (reach_w - tj)
+            reads = real & (u >= 0) & (v >= 0) & (u % stride_h == 0) & (v % stride_w == 0)
+            row, column = u // stride_h, v // stride_w
             for m in tl.static_range(times):
                 o = c * times + m
                 value = read(grad, reads, image, row, column, o, channels * times, rows, columns, channels_last)
                 if clamp:
                     kept = read(y, reads, image, row, column, o, channels * times, rows, columns, channels_last)
                     value = through(value, kept, top)
-                weight = tl.load(kernel + (ti * taps[1] + tj) * channels * times + o, mask=c < channels, other=0.0)
+                weight = tl.load(kernel + (ti * taps_w + tj) * channels * times + o, mask=c < channels, other=0.0)
                 total += value * weight
     tl.store(dx + at(image, i, j, c, channels, height, width, channels_last), total.to(dx.dtype.element_ty), mask=real)
 
@@ -184,11 +187,12 @@ class Depthwise:
         """Mean and covariance of the patches; those of a half-precision x are of its differences from the pilot."""
         x = x.contiguous(memory_format=layout(x))
         shift, sizes, block = pilot(x), _sizes(x, geometry), patch_block(x, geometry)
-        grid = _grid_of_sums(sizes, block)
+        taps = geometry.taps[0] * geometry.taps[1]
+        by_tap = x.dtype == torch.float32  # a program a tap: there are no tensor cores for all pairs at once
+        grid = (*parted_grid(sizes, block), taps if by_tap else 1)
         partial = shift.new_empty(grid[1], x.shape[1], block["block_t"], block["block_t"])
         with torch.cuda.device_of(x):
-            _moments_kernel[grid](x, shift, partial, **sizes, **block)
-        taps = geometry.taps[0] * geometry.taps[1]
+            _moments_kernel[grid](x, shift, partial, by_tap, **sizes, **block)
         total = partial.sum(0, dtype=torch.float64)[:, : taps + 1, :taps] / sizes["places"]
         mean, second = total[:, taps], total[:, :taps]
         return Moments(mean + shift[:, None], second - mean[:, :, None] * mean[:, None], sizes["places"])
@@ -202,7 +206,7 @@ class Depthwise:
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
         shape = (x.shape[0], x.shape[1] * times, sizes["rows"], sizes["columns"])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
-        grid = (*_grid(sizes, block), times)
+        grid = (*grid_of(sizes, block), times)
         with torch.cuda.device_of(x):
             _convolve_kernel[grid](x, weight, offset.float(), y, top, clamp, times, **sizes, **block)
         return y
@@ -215,7 +219,7 @@ class Depthwise:
         sizes, block, (top, clamp) = _sizes(x, geometry), patch_block(x, geometry), ceiling(act)
         times = grad.shape[1] // x.shape[1]
         shift = mean.mean(1).float()
-        grid = (*_grid_of_sums(sizes, block), times)
+        grid = (*parted_grid(sizes, block), times)
         partial = shift.new_empty(grid[1], times, x.shape[1], block["block_t"])
         with torch.cuda.device_of(x):
             _kernel_grad_kernel[grid](x, shift, grad, y, partial, top, clamp, times, **sizes, **block)
@@ -245,7 +249,7 @@ class Depthwise:
         dx = torch.empty_like(x, memory_format=layout(x))
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):
-            _input_grad_kernel[_grid(sizes, block)](
+            _input_grad_kernel[grid_of(sizes, block)](
                 x, grad, y, _by_tap(kernel), table, dx, top, clamp, times, *kinds, **sizes, **block
             )
         return dx
@@ -305,16 +309,6 @@ def _sizes(x: Tensor, geometry: Geometry) -> Launch:
     return {
         "places": x.shape[0] * rows * columns, "channels": x.shape[1],
         "height": height, "width": width, "rows": rows, "columns": columns,
-        "taps": taps, "stride": stride, "reach": reach, "channels_last": layout(x) == torch.channels_last,
+        "taps_h": taps[0], "taps_w": taps[1], "stride_h": stride[0], "stride_w": stride[1],
+        "reach_h": reach[0], "reach_w": reach[1], "channels_last": layout(x) == torch.channels_last,
     }  # fmt: skip
-
-
-def _grid(sizes: Launch, block: Launch) -> tuple[int, int]:
-    """Programs along the places and along the channels."""
-    return -(-sizes["places"] // block["block_p"]), -(-sizes["channels"] // block["block_c"])
-
-
-def _grid_of_sums(sizes: Launch, block: Launch) -> tuple[int, int]:
-    """Programs along the channels, and as many parts of the places as make enough of them."""
-    parts, across = _grid(sizes, block)
-    return across, num_parts(parts, across)

@@ -1,6 +1,6 @@
 // The four passes for a pointwise unit, on rows: x is (N, C), y and its gradient (N, O), all dense and row-major.
 //
-// Sums over the batch are made in float32 over RUN rows, then over the runs of a SLAB, then in float64. A longer run would
+// Sums over the batch are made in float32 over some rows, then over the runs of a SLAB, then in float64. A longer run would
 // be biased: behind a ReLU many values are one and the same, and adding a constant rounds the same way every time.
 #include "vector.h"
 
@@ -74,7 +74,7 @@ void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, 
         for (int64_t i = 0; i < wide_a && !(half && i >= j + PANEL); i += TILE_ROWS) {
             const float *left = a + i * rows, *right = b + j * rows;
             vec out[TILE_ROWS][2];
-            tile_in_runs<TILE_ROWS>(rows, left, 1, TILE_ROWS, right, out);
+            tile<TILE_ROWS, 32>(rows, left, 1, TILE_ROWS, right, out);
             for (int r = 0; r < TILE_ROWS; r++) {
                 double* to = total + (i + r) * stride + j;
                 add(to, out[r][0]), add(to + LANES, out[r][1]);
@@ -99,7 +99,7 @@ void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels
         for (int64_t n = 0; n < rows; n += TILE_ROWS) {
             const int count = int(std::min<int64_t>(TILE_ROWS, rows - n));
             vec acc[TILE_ROWS][2];
-            tile_of(count, depth, a + n * depth, depth, 1, panel, acc);
+            tile_of<64>(count, depth, a + n * depth, depth, 1, panel, acc);
             for (int r = 0; r < count; r++) {
                 vec u = acc[r][0] + left, v = acc[r][1] + right;
                 if (top >= 0) u = clamp(u, top), v = clamp(v, top);

@@ -30,6 +30,7 @@ typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4)));
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 INLINE void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+INLINE void add_to(float* p, vec v) { store(p, load(p) + v); }
 INLINE vec clamp(vec v, float top) {
     vec zero = {};
     v = v > zero ? v : zero;
@@ -73,45 +74,38 @@ void share(int64_t n, int threads, Work work) {
     for (int t = 0; t < threads; t++) work(t, n * t / threads, n * (t + 1) / threads);
 }
 
-// out[r][0..PANEL) = sum over k of a[r * row + k * step] * b[k][0..PANEL), for R rows.
-template <int R>
-INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                 vec (&out)[TILE_ROWS][2]) {
-    vec acc[R][2];
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = vec{};
-    for (int64_t k = 0; k < depth; k++) {
-        const vec left = load(b + k * PANEL), right = load(b + k * PANEL + LANES);
-        const float* at = a + k * step;
+// out[r][0..PANEL) = sum over k of a[r * row + k * step] * b[k][0..PANEL), for R rows. RUN products are summed one by one,
+// more run by run, which keeps their rounding small.
+template <int R, int RUN>
+INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, vec (&out)[TILE_ROWS][2]) {
+    for (int64_t from = 0; from < depth; from += RUN) {
+        const float* const end = b + std::min<int64_t>(RUN, depth - from) * PANEL;
+        vec acc[R][2] = {};
+        for (; b != end; b += PANEL, a += step) {
+            const vec left = load(b), right = load(b + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                const float value = a[r * row];
+                acc[r][0] += value * left;
+                acc[r][1] += value * right;
+            }
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            const float value = at[r * row];
-            acc[r][0] += value * left;
-            acc[r][1] += value * right;
+            out[r][0] = from ? out[r][0] + acc[r][0] : acc[r][0];
+            out[r][1] = from ? out[r][1] + acc[r][1] : acc[r][1];
         }
-    }
-    for (int r = 0; r < R; r++) out[r][0] = acc[r][0], out[r][1] = acc[r][1];
-}
-
-constexpr int RUN = 32;  // products summed one by one; more are summed run by run, which keeps their rounding small
-
-template <int R>
-INLINE void tile_in_runs(int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                         vec (&out)[TILE_ROWS][2]) {
-    tile<R>(std::min<int64_t>(RUN, depth), a, row, step, b, out);
-    for (int64_t k = RUN; k < depth; k += RUN) {
-        vec run[TILE_ROWS][2];
-        tile<R>(std::min<int64_t>(RUN, depth - k), a + k * step, row, step, b + k * PANEL, run);
-        for (int r = 0; r < R; r++) out[r][0] += run[r][0], out[r][1] += run[r][1];
     }
 }
 
 // The same for any number of rows up to TILE_ROWS.
+template <int RUN>
 INLINE void tile_of(int rows, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
                     vec (&out)[TILE_ROWS][2]) {
-    if (rows == TILE_ROWS) return tile_in_runs<TILE_ROWS>(depth, a, row, step, b, out);
+    if (rows == TILE_ROWS) return tile<TILE_ROWS, RUN>(depth, a, row, step, b, out);
     for (int r = 0; r < rows; r++) {
         vec one[TILE_ROWS][2];
-        tile_in_runs<1>(depth, a + r * row, row, step, b, one);
+        tile<1, RUN>(depth, a + r * row, row, step, b, one);
         out[r][0] = one[0][0], out[r][1] = one[0][1];
     }
 }

@@ -1,0 +1,160 @@
+// The algebra of a unit between its passes over the batch: from moments to one kernel, and back to all gradients.
+//
+// A unit is B branches with a kernel and perhaps a skip; branch B is the skip. Rows are the kernels on the unit's patch,
+// (B, O, K) with K = channels a group * taps; see `unit.py` and `moments.py` for the formulas.
+#include "vector.h"
+
+API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* mean, const float* kernel,
+                            const float* bias, int64_t o, float top, float* y, int threads);
+API void pointwise_kernel_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
+                               const float* mean, float top, double* products, double* sum, int threads);
+
+namespace {
+
+struct Unit {
+    int64_t groups, outs, inputs, tall, wide, above, beside, kernels, skip;  // outs and inputs a group; the patch's taps
+    int64_t taps() const { return tall * wide; }
+    int64_t k() const { return inputs * taps(); }
+    int64_t o() const { return groups * outs; }
+    int64_t branches() const { return kernels + skip; }
+    // Where the skip's one stands in row o of the patch.
+    int64_t one(int64_t o) const { return o % outs * taps() + above * wide + beside; }
+};
+
+// A branch's window: its taps and where they lie on the unit's.
+struct Window {
+    int64_t tall, wide, down, right;
+};
+
+// Runs work(value of the row, weight's index in the row) for every weight of one row.
+template <class Work>
+void each_weight(const Unit& u, const Window& w, Work work) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < u.inputs; i++)
+        for (int64_t y = 0; y < w.tall; y++)
+            for (int64_t x = 0; x < w.wide; x++) work((i * u.tall + w.down + y) * u.wide + w.right + x, at++);
+}
+
+}  // namespace
+
+// rows, rows S, the norms' 1 / sqrt(v + eps) and gains (branches, O), the kernel (O, K) and bias (O,). The running
+// statistics, if given, move by factor towards the batch's.
+API void fold_unit(const int64_t* unit, const int64_t* windows, const float** weights, const double* mean,
+                   const double* covariance, int64_t count, const float** gamma, const float** beta, const double* eps,
+                   float** running_mean, float** running_var, const double* factor, float* rows, float* spread,
+                   double* inverse, double* gain, float* kernel, double* bias, int threads) {
+    const Unit& u = *reinterpret_cast<const Unit*>(unit);
+    const Window* window = reinterpret_cast<const Window*>(windows);
+    const int64_t k = u.k(), o = u.o();
+    std::fill_n(rows, u.kernels * o * k, 0.0f);
+    for (int64_t b = 0; b < u.kernels; b++)
+        for (int64_t r = 0; r < o; r++) {
+            const float* from = weights[b] + r * u.inputs * window[b].tall * window[b].wide;
+            float* to = rows + (b * o + r) * k;
+            each_weight(u, window[b], [&](int64_t value, int64_t at) { to[value] = from[at]; });
+        }
+    if (u.groups == 1) {
+        std::vector<float> square(covariance, covariance + k * k), zero(std::max(k, o));
+        pointwise_convolve(rows, u.kernels * o, k, zero.data(), square.data(), zero.data(), k, -1, spread, threads);
+    } else {
+        for (int64_t b = 0; b < u.kernels; b++)
+            for (int64_t r = 0; r < o; r++) {
+                const double* square = covariance + r / u.outs * k * k;
+                for (int64_t j = 0; j < k; j++) {
+                    double sum = 0;
+                    for (int64_t i = 0; i < k; i++) sum += rows[(b * o + r) * k + i] * square[i * k + j];
+                    spread[(b * o + r) * k + j] = float(sum);
+                }
+            }
+    }
+    share(o, o * k < 4096 ? 1 : threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) {
+            const double *centre = mean + r / u.outs * k, *square = covariance + r / u.outs * k * k;
+            std::vector<double> sum(k);
+            double total = 0;
+            for (int64_t b = 0; b < u.branches(); b++) {
+                double m, v = 0;
+                if (b < u.kernels) {
+                    const float *row = rows + (b * o + r) * k, *with = spread + (b * o + r) * k;
+                    m = 0;
+                    for (int64_t i = 0; i < k; i++) m += row[i] * centre[i], v += double(row[i]) * with[i];
+                } else {
+                    m = centre[u.one(r)], v = square[u.one(r) * (k + 1)];
+                }
+                v = std::max(v, 0.0);
+                const double i = 1 / std::sqrt(v + eps[b]), g = gamma[b] ? gamma[b][r] * i : i;
+                inverse[b * o + r] = i, gain[b * o + r] = g;
+                if (beta[b]) total += beta[b][r];
+                if (running_mean[b]) {
+                    const double unbiased = v * count / (count - 1);
+                    running_mean[b][r] = float(running_mean[b][r] + factor[b] * (m - running_mean[b][r]));
+                    running_var[b][r] = float(running_var[b][r] + factor[b] * (unbiased - running_var[b][r]));
+                }
+                if (b < u.kernels) {
+                    const float* row = rows + (b * o + r) * k;
+                    for (int64_t j = 0; j < k; j++) sum[j] += g * row[j];
+                } else {
+                    sum[u.one(r)] += g;
+                }
+            }
+            bias[r] = total;
+            for (int64_t j = 0; j < k; j++) kernel[r * k + j] = float(sum[j]);
+        }
+    });
+}
+
+// From A (O, K) and the sum of the gradient (O,): the gradients of every weight and norm, d S (G, K, K) in quad, and
+// kernel^T sum (G, K) in pull.
+API void unfold_unit(const int64_t* unit, const int64_t* windows, const float* rows, const float* spread,
+                     const double* inverse, const double* gain, const float* kernel, const double* products,
+                     const double* total, float** d_weights, float** d_gamma, double* quad, double* pull, int threads) {
+    const Unit& u = *reinterpret_cast<const Unit*>(unit);
+    const Window* window = reinterpret_cast<const Window*>(windows);
+    const int64_t k = u.k(), o = u.o(), branches = u.branches();
+    std::vector<double> d_var(branches * o);
+    auto weighted = buffer<float>(u.groups == 1 ? u.kernels * o * k : 0);
+    share(o, o * k < 4096 ? 1 : threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++)
+            for (int64_t b = 0; b < branches; b++) {
+                const double* a = products + r * k;
+                const int64_t at = b * o + r;
+                const float *row = rows + at * k, *with = spread + at * k;
+                double slope = 0;
+                if (b < u.kernels) {
+                    for (int64_t i = 0; i < k; i++) slope += a[i] * row[i];
+                } else {
+                    slope = a[u.one(r)];
+                }
+                if (d_gamma[b]) d_gamma[b][r] = float(slope * inverse[at]);
+                const double d = -0.5 * slope * gain[at] * inverse[at] * inverse[at];
+                d_var[at] = d;
+                if (b == u.kernels) continue;
+                float* to = d_weights[b] + r * u.inputs * window[b].tall * window[b].wide;
+                each_weight(u, window[b], [&](int64_t value, int64_t weight) {
+                    to[weight] = float(gain[at] * a[value] + 2 * d * with[value]);
+                });
+                if (u.groups == 1)
+                    for (int64_t i = 0; i < k; i++) weighted[at * k + i] = float(d * row[i]);
+            }
+    });
+    if (u.groups == 1) {
+        std::vector<float> zero(k);
+        std::vector<double> sums(k);
+        pointwise_kernel_grad(weighted.get(), weighted.get(), rows, u.kernels * o, k, k, zero.data(), -1, quad, sums.data(),
+                              threads);
+    } else {
+        std::fill_n(quad, u.groups * k * k, 0.0);
+        for (int64_t at = 0; at < u.kernels * o; at++) {
+            const float* row = rows + at * k;
+            double* to = quad + at % o / u.outs * k * k;
+            for (int64_t i = 0; i < k; i++)
+                for (int64_t j = 0; j < k; j++) to[i * k + j] += d_var[at] * row[i] * row[j];
+        }
+    }
+    std::fill_n(pull, u.groups * k, 0.0);
+    for (int64_t r = 0; r < o; r++) {
+        double* to = pull + r / u.outs * k;
+        for (int64_t i = 0; i < k; i++) to[i] += kernel[r * k + i] * total[r];
+        if (u.skip) quad[r / u.outs * k * k + u.one(r) * (k + 1)] += d_var[u.kernels * o + r];
+    }
+}
