@@ -40,7 +40,7 @@ CASES = {
     "point, 1x1 map": ((9, 24, 1, 1), 12, POINT),
     "point, one channel": ((2, 1, 6, 5), 1, POINT),
     "depth": ((2, 5, 7, 9), 5, depth(5)),
-    "depth, blocks": ((1, 70, 3, 7), 70, depth(70)),
+    "depth, blocks": ((1, 66, 3, 6), 66, depth(66)),
     "depth, stride 2": ((2, 3, 8, 7), 3, depth(3, stride=2)),
     "depth, 1x1 map": ((6, 17, 1, 1), 17, depth(17)),
     "depth, 2x3 map": ((4, 5, 2, 3), 5, depth(5)),
@@ -198,7 +198,7 @@ def test_a_slice_of_a_map_is_read_where_it_lies() -> None:
 def test_a_program_sums_many_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(name, dtype, LAST, INF)
     sums: Any = (batch.grad, batch.y, batch.x, batch.mean, batch.geometry, INF)
-    monkeypatch.setattr(gpu_base, "PROGRAMS", 2)
+    monkeypatch.setattr(gpu_base, "PROGRAMS", 1)
     ours, exact = Triton().moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
     assert away(ours.covariance, exact.covariance) < CLOSE[dtype]
     assert away(Triton().kernel_grad(*sums)[0], Reference().kernel_grad(*sums)[0]) < 1e-5
@@ -206,7 +206,7 @@ def test_a_program_sums_many_blocks(name: str, dtype: torch.dtype, monkeypatch: 
 
 def test_the_same_bits_twice() -> None:
     for name in ("point", "depth"):
-        batch = Batch(name, torch.float32, LAST, None)
+        batch = Batch(name, torch.bfloat16, LAST, None)
         once, again = (Triton().moments(batch.x, batch.geometry).covariance for _ in range(2))
         assert torch.equal(once, again)
 

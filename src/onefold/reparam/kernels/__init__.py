@@ -17,14 +17,13 @@ from onefold.reparam.kernels.reference import Reference as Reference
 
 def passes_for(x: Tensor, geometry: Geometry, outputs: int) -> Passes:
     """The fastest back end for such a batch and unit of so many output channels; plain torch where there is none."""
-    if geometry.groups > 1 and outputs != geometry.groups:
-        return Reference()
     if x.is_cuda and _has_triton():
         from onefold.reparam.kernels import gpu
 
         if gpu.supports(x, geometry):
             return gpu.Triton()
-    return cpu.Compiled() if cpu.supports(x, geometry) else Reference()
+    known = geometry.groups in (1, outputs) and cpu.supports(x, geometry)
+    return cpu.Compiled() if known else Reference()
 
 
 @cache

@@ -46,31 +46,39 @@ API void fold_unit(const int64_t* unit, const int64_t* windows, const float** we
     const Unit& u = *reinterpret_cast<const Unit*>(unit);
     const Window* window = reinterpret_cast<const Window*>(windows);
     const int64_t k = u.k(), o = u.o();
-    std::fill_n(rows, u.kernels * o * k, 0.0f);
-    for (int64_t b = 0; b < u.kernels; b++)
-        for (int64_t r = 0; r < o; r++) {
-            const float* from = weights[b] + r * u.inputs * window[b].tall * window[b].wide;
-            float* to = rows + (b * o + r) * k;
-            each_weight(u, window[b], [&](int64_t value, int64_t at) { to[value] = from[at]; });
+    share(u.kernels * o, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; at++) {
+            const int64_t b = at / o, size = u.inputs * window[b].tall * window[b].wide;
+            const float* from = weights[b] + at % o * size;
+            float* to = rows + at * k;
+            if (size == k) {
+                std::copy_n(from, k, to);
+                continue;
+            }
+            std::fill_n(to, k, 0.0f);
+            each_weight(u, window[b], [&](int64_t value, int64_t weight) { to[value] = from[weight]; });
         }
+    });
     if (u.groups == 1) {
         std::vector<float> square(covariance, covariance + k * k), zero(std::max(k, o));
         pointwise_convolve(rows, u.kernels * o, k, zero.data(), square.data(), zero.data(), k, -1, spread, threads);
     } else {
-        for (int64_t b = 0; b < u.kernels; b++)
-            for (int64_t r = 0; r < o; r++) {
-                const double* square = covariance + r / u.outs * k * k;
-                for (int64_t j = 0; j < k; j++) {
-                    double sum = 0;
-                    for (int64_t i = 0; i < k; i++) sum += rows[(b * o + r) * k + i] * square[i * k + j];
-                    spread[(b * o + r) * k + j] = float(sum);
-                }
+        share(u.kernels * o, threads, [&](int, int64_t first, int64_t last) {
+            std::vector<double> sum(k);
+            for (int64_t at = first; at < last; at++) {
+                const double* square = covariance + at % o / u.outs * k * k;
+                std::fill(sum.begin(), sum.end(), 0.0);
+                for (int64_t i = 0; i < k; i++)
+                    for (int64_t j = 0; j < k; j++) sum[j] += rows[at * k + i] * square[i * k + j];
+                std::copy_n(sum.begin(), k, spread + at * k);
             }
+        });
     }
-    share(o, o * k < 4096 ? 1 : threads, [&](int, int64_t first, int64_t last) {
+    share(o, threads, [&](int, int64_t first, int64_t last) {
+        std::vector<double> sum(k);
         for (int64_t r = first; r < last; r++) {
             const double *centre = mean + r / u.outs * k, *square = covariance + r / u.outs * k * k;
-            std::vector<double> sum(k);
+            std::fill(sum.begin(), sum.end(), 0.0);
             double total = 0;
             for (int64_t b = 0; b < u.branches(); b++) {
                 double m, v = 0;
@@ -113,7 +121,7 @@ API void unfold_unit(const int64_t* unit, const int64_t* windows, const float* r
     const int64_t k = u.k(), o = u.o(), branches = u.branches();
     std::vector<double> d_var(branches * o);
     auto weighted = buffer<float>(u.groups == 1 ? u.kernels * o * k : 0);
-    share(o, o * k < 4096 ? 1 : threads, [&](int, int64_t first, int64_t last) {
+    share(o, threads, [&](int, int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++)
             for (int64_t b = 0; b < branches; b++) {
                 const double* a = products + r * k;
@@ -143,13 +151,16 @@ API void unfold_unit(const int64_t* unit, const int64_t* windows, const float* r
         pointwise_kernel_grad(weighted.get(), weighted.get(), rows, u.kernels * o, k, k, zero.data(), -1, quad, sums.data(),
                               threads);
     } else {
-        std::fill_n(quad, u.groups * k * k, 0.0);
-        for (int64_t at = 0; at < u.kernels * o; at++) {
-            const float* row = rows + at * k;
-            double* to = quad + at % o / u.outs * k * k;
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t j = 0; j < k; j++) to[i * k + j] += d_var[at] * row[i] * row[j];
-        }
+        share(u.groups, threads, [&](int, int64_t first, int64_t last) {
+            std::fill_n(quad + first * k * k, (last - first) * k * k, 0.0);
+            for (int64_t b = 0; b < u.kernels; b++)
+                for (int64_t r = first * u.outs; r < last * u.outs; r++) {
+                    const float* row = rows + (b * o + r) * k;
+                    double* to = quad + r / u.outs * k * k;
+                    for (int64_t i = 0; i < k; i++)
+                        for (int64_t j = 0; j < k; j++) to[i * k + j] += d_var[b * o + r] * row[i] * row[j];
+                }
+        });
     }
     std::fill_n(pull, u.groups * k, 0.0);
     for (int64_t r = 0; r < o; r++) {

@@ -7,7 +7,8 @@ centre in float32, near the mean; what rounding leaves between the two is put ri
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -274,13 +275,18 @@ def _double(*shape: int) -> Tensor:
 
 
 def call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> None:
-    """Run a kernel on all of torch's threads."""
+    """Run a kernel on all of torch's threads: tensors and arrays go by address, int as int64, float as float32."""
+    kernel = _kernel(name, tuple(map(type, arguments)))
+    kernel(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
+
+
+@cache
+def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
+    """A kernel that knows its arguments' types."""
     kernels = library()
     assert kernels is not None
-    getattr(kernels, name)(*map(_argument, arguments), ctypes.c_int(torch.get_num_threads()))
-
-
-def _argument(value: Tensor | int | float | ctypes.Array[Any]) -> object:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value) if isinstance(value, int) else value
+    kernel = kernels[name]  # a function object of its own
+    numbers: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
+    kernel.argtypes = [*(numbers.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_int]
+    kernel.restype = None
+    return kernel

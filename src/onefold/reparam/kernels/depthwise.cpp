@@ -39,16 +39,24 @@ struct Pieces {
 
 // A block of channels of some rows of a map, with columns to spare on both sides; at(y, x) counts as the map does.
 struct Plane {
-    int64_t w, margin, top = 0, rows = 0;
+    int64_t w, margin, top = 0;
     Buffer<float> data;
     Plane(int64_t most, int64_t w, int64_t margin)
         : w(w), margin(margin), data(buffer<float>(most * (w + 2 * margin) * PANEL)) {}
     int64_t row() const { return (w + 2 * margin) * PANEL; }
     float* at(int64_t y, int64_t x) { return data.get() + (y - top) * row() + (x + margin) * PANEL; }
-    // Rows first ... last-1 from now on, all zero.
-    void start(int64_t first, int64_t last) {
-        top = first, rows = last - first;
-        std::fill_n(data.get(), rows * row(), 0.0f);
+    // Rows first ... last-1 from now on; zero but for rows and columns within `border` of a map of h rows, which follow.
+    void start(int64_t first, int64_t last, int64_t h, int64_t border) {
+        top = first;
+        const int64_t side = (margin - border) * PANEL;
+        for (int64_t y = first; y < last; y++) {
+            float* line = at(y, -margin);
+            if (y < -border || y >= h + border) {
+                std::fill_n(line, row(), 0.0f);
+            } else {
+                std::fill_n(line, side, 0.0f), std::fill_n(line + row() - side, side, 0.0f);
+            }
+        }
     }
 };
 
@@ -74,7 +82,7 @@ void fill(Plane& plane, int64_t first, int64_t last, const float* image, const S
     float around[PANEL];
     copy_block(centre + block * PANEL, n, around);
     const vec left = load(around), right = load(around + LANES);
-    plane.start(first, last);
+    plane.start(first, last, s.h, border);
     for (int64_t y = std::max(first, -border); y < std::min(last, s.h + border); y++)
         for (int64_t x = -border; x < s.w + border; x++) {
             float* to = plane.at(y, x);
@@ -82,6 +90,7 @@ void fill(Plane& plane, int64_t first, int64_t last, const float* image, const S
                 store(to, -left), store(to + LANES, -right);
             } else {
                 const float* from = image + (y * s.w + x) * s.c + block * PANEL;
+                __builtin_prefetch(from + PANEL, 0, 2);  // the next block's piece, which comes next
                 if (n < PANEL) copy_block(from, n, to), from = to;
                 store(to, load(from) - left), store(to + LANES, load(from + LANES) - right);
             }
@@ -93,12 +102,13 @@ void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, co
                    const Shape& s, int64_t block, float top) {
     const int64_t n = s.c - block * PANEL;
     float value[PANEL];
-    plane.start(first, last);
+    plane.start(first, last, height, 0);
     for (int64_t p = std::max<int64_t>(first, 0); p < std::min(last, height); p++)
         for (int64_t x = 0; x < plane.w; x++) {
             const int64_t at = (p * plane.w + x) * s.c + block * PANEL;
             const float* after = y + at;
             float* to = plane.at(p, x);
+            __builtin_prefetch(g + at + PANEL, 0, 2), __builtin_prefetch(after + PANEL, 0, 2);
             copy_block(g + at, n, to);
             if (top < 0) continue;
             if (n < PANEL) copy_block(after, n, value), after = value;
@@ -312,12 +322,12 @@ void convolve(const float* x, const Shape& s, const float* centre, const float* 
             const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
             const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
             fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
-            for (int half = 0; half < PANEL && half < channels; half += LANES) {
-                vec w[taps];
+            for (int64_t p = piece.first; p < piece.last; p++)
+                for (int half = 0; half < PANEL && half < channels; half += LANES) {
+                    vec w[taps];
 #pragma GCC unroll 64
-                for (int t = 0; t < taps; t++) w[t] = load(&weights[at * taps + t * PANEL + half]);
-                const vec shift = load(&shifts[at + half]);
-                for (int64_t p = piece.first; p < piece.last; p++) {
+                    for (int t = 0; t < taps; t++) w[t] = load(&weights[at * taps + t * PANEL + half]);
+                    const vec shift = load(&shifts[at + half]);
                     const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
                     float* to = y + ((piece.image * rows + p) * columns) * s.c + at + half;
                     for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, to += s.c) {
@@ -328,7 +338,6 @@ void convolve(const float* x, const Shape& s, const float* centre, const float* 
                         store_some(to, v, channels - half);
                     }
                 }
-            }
         }
     });
 }
@@ -378,45 +387,47 @@ void kernel_grad(const float* g, const float* y, const float* x, const Shape& s,
 // latter by kind of pixel: lag_weights is [block][kind y][kind x][(2K-1)^2 + 1][PANEL], its last row the constant.
 template <int K>
 Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset, const float* shift, const Axis& tall,
-                          const Axis& wide) {
+                          const Axis& wide, int threads) {
     constexpr int taps = K * K, side = 2 * K - 1, each = side * side + 1;
     const int64_t kinds = tall.kinds() * wide.kinds(), blocks = s.blocks();
     auto out = buffer<float>(blocks * kinds * each * PANEL);
     std::fill_n(out.get(), blocks * kinds * each * PANEL, 0.0f);
-    for (int64_t c = 0; c < s.c; c++)
-        for (int64_t ky = 0; ky < tall.kinds(); ky++)
-            for (int64_t kx = 0; kx < wide.kinds(); kx++) {
-                const int64_t kind = ky * wide.kinds() + kx;
-                float* to = &out[((c / PANEL * kinds + kind) * each) * PANEL + c % PANEL];
-                for (int t = 0; t < taps; t++) {
-                    if (!tall.allows(ky, t / K, K, s.reach) || !wide.allows(kx, t % K, K, s.reach)) continue;
-                    double constant = shift[c * taps + t];
-                    for (int u = 0; u < taps; u++) {
-                        const int lag = (u / K - t / K + K - 1) * side + u % K - t % K + K - 1;
-                        to[lag * PANEL] += quad[(c * taps + t) * taps + u];
-                        constant -= double(quad[(c * taps + t) * taps + u]) * offset[c * taps + u];
-                    }
-                    to[side * side * PANEL] += float(constant);
-                }
+    const auto write = [&](int64_t c, int64_t ky, int64_t kx) {
+        float* to = &out[((c / PANEL * kinds + ky * wide.kinds() + kx) * each) * PANEL + c % PANEL];
+        for (int t = 0; t < taps; t++) {
+            if (!tall.allows(ky, t / K, K, s.reach) || !wide.allows(kx, t % K, K, s.reach)) continue;
+            double constant = shift[c * taps + t];
+            for (int u = 0; u < taps; u++) {
+                const int lag = (u / K - t / K + K - 1) * side + u % K - t % K + K - 1;
+                to[lag * PANEL] += quad[(c * taps + t) * taps + u];
+                constant -= double(quad[(c * taps + t) * taps + u]) * offset[c * taps + u];
             }
+            to[side * side * PANEL] += float(constant);
+        }
+    };
+    share(s.c, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; c++)
+            for (int64_t ky = 0; ky < tall.kinds(); ky++)
+                for (int64_t kx = 0; kx < wide.kinds(); kx++) write(c, ky, kx);
+    });
     return out;
 }
 
-// out[x] = the two stencils at (y, from ... to-1), for pixels of one kind.
+// out = the two stencils at N pixels of one kind, from (y, x) on. Few pixels have several sums each, to keep busy.
 template <int K, int N>
 INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half, float* out,
                   int64_t step, int64_t channels, int64_t reach) {
-    constexpr int side = 2 * K - 1;
-    vec acc[N];
+    constexpr int side = 2 * K - 1, sums = 4 / N;
+    vec acc[N][sums] = {};
     const vec constant = load(lags + side * side * PANEL + half);
-    for (int n = 0; n < N; n++) acc[n] = constant;
+    for (int n = 0; n < N; n++) acc[n][0] = constant;
     const float* p = z.at(y + 1 - K, x + 1 - K) + half;
     for (int dy = 0; dy < side; dy++, p += z.row())
 #pragma GCC unroll 16
         for (int dx = 0; dx < side; dx++) {
             const vec w = load(lags + (dy * side + dx) * PANEL + half);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) acc[n] += w * load(p + (dx + n) * PANEL);
+            for (int n = 0; n < N; n++) acc[n][dx % sums] += w * load(p + (dx + n) * PANEL);
         }
     const float* g = grad.at(y + reach, x + reach) + half;
     for (int ty = 0; ty < K; ty++, g -= grad.row())
@@ -424,9 +435,14 @@ INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kern
         for (int tx = 0; tx < K; tx++) {
             const vec w = load(kernel + (ty * K + tx) * PANEL + half);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) acc[n] += w * load(g + (n - tx) * PANEL);
+            for (int n = 0; n < N; n++) acc[n][tx % sums] += w * load(g + (n - tx) * PANEL);
         }
-    for (int n = 0; n < N; n++) store_some(out + n * step + half, acc[n], channels - half);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+#pragma GCC unroll 4
+        for (int s = 1; s < sums; s++) acc[n][0] += acc[n][s];
+        store_some(out + n * step + half, acc[n][0], channels - half);
+    }
 }
 
 template <int K>
@@ -436,7 +452,7 @@ void input_grad_by_lag(const float* g, const float* y, const float* x, const Sha
     constexpr int taps = K * K, each = (2 * K - 1) * (2 * K - 1) + 1;
     const Axis tall(s.h, K - 1 - s.reach), wide(s.w, K - 1 - s.reach);
     const auto weights = by_block(kernel, s.c, taps);
-    const auto lags = lag_weights<K>(s, quad, offset, shift, tall, wide);
+    const auto lags = lag_weights<K>(s, quad, offset, shift, tall, wide, threads);
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K), edge = wide.edge, kinds = tall.kinds() * wide.kinds();
     const Pieces pieces(s, s.h, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
@@ -493,7 +509,7 @@ void input_grad_by_place(const float* g, const float* y, const float* x, const S
             const int64_t of_grad = piece.image * rows * columns * s.c;
             fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
             fill_gradient(grad, low, high, rows, g + of_grad, y + of_grad, s, piece.block, top);
-            sum.start(from, to);
+            sum.start(from, to, 0, 0);
             const float *w = &weights[at * taps], *q = &quads[at * taps * taps], *c = &shifts[at * taps], *m = &offsets[at * taps];
             for (int64_t p = low; p < high; p++)
                 for (int64_t r = 0; r < columns; r++)

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int SLAB = 256;              // rows packed at a time
+constexpr int FEW = 8;                 // rows that are read together
 constexpr int64_t CACHE = 192 * 1024;  // bytes of a block of rows that should stay near the core
 
 // out = x - centre, row by row.
@@ -25,42 +26,61 @@ void mask_rows(const float* g, const float* y, int64_t rows, int64_t width, floa
     }
 }
 
-// x - centre in groups of W columns: [group][row][W], zeros past the last column.
+// Floats that a group of `rows` rows takes when packed by W: a store may run over the last row's end.
+template <int W>
+int64_t group_of(int64_t rows) {
+    return W % LANES ? rows * W + LANES : rows * W;
+}
+
+// x - centre in groups of W columns: [group][row][W], zeros past the last column. A few rows at a time, which stay near
+// the core while the groups pick from them; row after row, since a store may run into the next.
 template <int W>
 void pack_centred(const float* x, int64_t rows, int64_t width, const float* centre, float* out) {
-    int64_t c = 0;
-    for (; c + W <= width; c += W, out += rows * W)
-        for (int64_t n = 0; n < rows; n++)
-            for (int j = 0; j < W; j++) out[n * W + j] = x[n * width + c + j] - centre[c + j];
-    if (c < width)
-        for (int64_t n = 0; n < rows; n++)
-            for (int j = 0; j < W; j++) out[n * W + j] = c + j < width ? x[n * width + c + j] - centre[c + j] : 0;
+    constexpr int whole = (W + LANES - 1) / LANES * LANES;
+    for (int64_t first = 0; first < rows; first += FEW) {
+        const int64_t last = std::min<int64_t>(rows, first + FEW);
+        for (int64_t c = 0; c < width; c += W) {
+            float* group = out + c / W * group_of<W>(rows);
+            for (int64_t n = first; n < last; n++) {
+                const float *from = x + n * width + c, *middle = centre + c;
+                float* to = group + n * W;
+                if (c + whole <= width) {
+                    for (int j = 0; j < W; j += LANES) store(to + j, load(from + j) - load(middle + j));
+                } else {
+                    for (int j = 0; j < W; j++) to[j] = c + j < width ? from[j] - middle[j] : 0;
+                }
+            }
+        }
+    }
 }
 
 // The gradient through the activation in panels: [panel][row][PANEL], zeros past the last column.
 void pack_masked(const float* g, const float* y, int64_t rows, int64_t width, float top, float* out) {
-    int64_t c = 0;
-    for (; c + PANEL <= width; c += PANEL, out += rows * PANEL)
-        for (int64_t n = 0; n < rows; n++)
-            for (int j = 0; j < PANEL; j += LANES) {
-                const int64_t at = n * width + c + j;
-                store(out + n * PANEL + j, top < 0 ? load(g + at) : through(load(g + at), load(y + at), top));
-            }
-    if (c < width)
-        for (int64_t n = 0; n < rows; n++)
-            for (int j = 0; j < PANEL; j++) {
-                const int64_t at = n * width + c + j;
-                out[n * PANEL + j] = c + j >= width ? 0 : top < 0 ? g[at] : through(g[at], y[at], top);
-            }
+    for (int64_t first = 0; first < rows; first += FEW) {
+        const int64_t last = std::min<int64_t>(rows, first + FEW);
+        int64_t c = 0;
+        for (; c + PANEL <= width; c += PANEL)
+            for (int64_t n = first; n < last; n++)
+                for (int j = 0; j < PANEL; j += LANES) {
+                    const int64_t at = n * width + c + j;
+                    store(out + c * rows + n * PANEL + j, top < 0 ? load(g + at) : through(load(g + at), load(y + at), top));
+                }
+        if (c < width)
+            for (int64_t n = first; n < last; n++)
+                for (int j = 0; j < PANEL; j++) {
+                    const int64_t at = n * width + c + j;
+                    const bool inside = c + j < width;
+                    out[c * rows + n * PANEL + j] = !inside ? 0 : top < 0 ? g[at] : through(g[at], y[at], top);
+                }
+    }
 }
 
 // sum[c] += the sums of the columns of panels, in float32 over a few rows.
 void add_columns(const float* panels, int64_t rows, int64_t width, double* sum) {
-    constexpr int few = 16;
     for (int64_t c = 0; c < width; c += PANEL, panels += rows * PANEL)
-        for (int64_t from = 0; from < rows; from += few) {
+        for (int64_t from = 0; from < rows; from += 2 * FEW) {
             vec left = {}, right = {};
-            for (int64_t n = from; n < std::min<int64_t>(rows, from + few); n++)
+            for (int64_t n = from; n < std::min<int64_t>(rows, from + 2 * FEW); n++)
                 left += load(panels + n * PANEL), right += load(panels + n * PANEL + LANES);
             add(sum + c, left), add(sum + c + LANES, right);
         }
@@ -72,7 +92,7 @@ void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, 
     const int64_t stride = up(wide_b, PANEL);
     for (int64_t j = 0; j < wide_b; j += PANEL)
         for (int64_t i = 0; i < wide_a && !(half && i >= j + PANEL); i += TILE_ROWS) {
-            const float *left = a + i * rows, *right = b + j * rows;
+            const float *left = a + i / TILE_ROWS * group_of<TILE_ROWS>(rows), *right = b + j * rows;
             vec out[TILE_ROWS][2];
             tile<TILE_ROWS, 32>(rows, left, 1, TILE_ROWS, right, out);
             for (int r = 0; r < TILE_ROWS; r++) {
@@ -83,11 +103,17 @@ void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, 
 }
 
 // Columns of a (depth, width) matrix in panels: [panel][depth at start..][PANEL]; transposed reads b[column][k].
-void pack_matrix(const float* b, int64_t depth, int64_t width, bool transposed, int64_t start, int64_t whole, float* out) {
-    for (int64_t c = 0; c < width; c += PANEL, out += whole * PANEL)
-        for (int64_t k = 0; k < depth; k++)
-            for (int j = 0; j < PANEL; j++)
-                out[(start + k) * PANEL + j] = c + j >= width ? 0 : transposed ? b[(c + j) * depth + k] : b[k * width + c + j];
+void pack_matrix(const float* b, int64_t depth, int64_t width, bool transposed, int64_t start, int64_t whole, float* out,
+                 int threads) {
+    share(up(width, PANEL) / PANEL, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t panel = first; panel < last; panel++)
+            for (int64_t k = 0; k < depth; k++)
+                for (int j = 0; j < PANEL; j++) {
+                    const int64_t c = panel * PANEL + j;
+                    out[(panel * whole + start + k) * PANEL + j] =
+                        c >= width ? 0 : transposed ? b[c * depth + k] : b[k * width + c];
+                }
+    });
 }
 
 // out (rows, width) = a (rows, depth) times the panels, plus bias, clamped where top >= 0.
@@ -124,17 +150,17 @@ Buffer<float> padded(const float* values, int64_t n) {
     return out;
 }
 
-// One float64 matrix a thread, all zero at first, added up in the order of the threads.
+// One float64 matrix a thread, all zero at first; at() adds them up in the order of the threads.
 struct Totals {
     int threads;
     int64_t size;
     std::vector<double> all;
     Totals(int threads, int64_t size) : threads(threads), size(size), all(size_t(threads) * size) {}
     double* of(int thread) { return all.data() + thread * size; }
-    double* sum() {
-        for (int t = 1; t < threads; t++)
-            for (int64_t i = 0; i < size; i++) all[i] += all[t * size + i];
-        return all.data();
+    double at(int64_t i) const {
+        double sum = all[i];
+        for (int t = 1; t < threads; t++) sum += all[t * size + i];
+        return sum;
     }
 };
 
@@ -146,7 +172,7 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
     const int64_t tall = up(c, TILE_ROWS), wide = up(c, PANEL);
     Totals totals(threads, tall * wide), sums(threads, wide);
     share(n, threads, [&](int t, int64_t first, int64_t last) {
-        auto a = buffer<float>(SLAB * tall), b = buffer<float>(SLAB * wide);
+        auto a = buffer<float>(tall / TILE_ROWS * group_of<TILE_ROWS>(SLAB)), b = buffer<float>(SLAB * wide);
         for (int64_t at = first; at < last; at += SLAB) {
             const int64_t rows = std::min<int64_t>(SLAB, last - at);
             pack_centred<TILE_ROWS>(x + at * c, rows, c, centre, a.get());
@@ -155,18 +181,19 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
             add_products(rows, a.get(), c, b.get(), c, true, totals.of(t));
         }
     });
-    const double *total = totals.sum(), *first = sums.sum();
-    for (int64_t i = 0; i < c; i++) {
-        sum[i] = first[i];
-        for (int64_t j = i; j < c; j++) products[i * c + j] = products[j * c + i] = total[i * wide + j];
-    }
+    share(c, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            sum[i] = sums.at(i);
+            for (int64_t j = 0; j < c; j++) products[i * c + j] = totals.at(std::min(i, j) * wide + std::max(i, j));
+        }
+    });
 }
 
 // y = act(bias + (x - mean) kernel^T); kernel is (O, C).
 API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* mean, const float* kernel,
                             const float* bias, int64_t o, float top, float* y, int threads) {
     auto panels = buffer<float>(up(o, PANEL) * c);
-    pack_matrix(kernel, c, o, true, 0, c, panels.get());
+    pack_matrix(kernel, c, o, true, 0, c, panels.get(), threads);
     auto shift = padded(bias, o);
     const int64_t block = block_rows(c);
     share(n, threads, [&](int, int64_t first, int64_t last) {
@@ -186,7 +213,7 @@ API void pointwise_kernel_grad(const float* g, const float* y, const float* x, i
     const int64_t tall = up(c, TILE_ROWS), wide = up(o, PANEL);
     Totals totals(threads, tall * wide), sums(threads, wide);
     share(n, threads, [&](int t, int64_t first, int64_t last) {
-        auto a = buffer<float>(SLAB * tall), b = buffer<float>(SLAB * wide);
+        auto a = buffer<float>(tall / TILE_ROWS * group_of<TILE_ROWS>(SLAB)), b = buffer<float>(SLAB * wide);
         for (int64_t at = first; at < last; at += SLAB) {
             const int64_t rows = std::min<int64_t>(SLAB, last - at);
             pack_centred<TILE_ROWS>(x + at * c, rows, c, mean, a.get());
@@ -195,11 +222,12 @@ API void pointwise_kernel_grad(const float* g, const float* y, const float* x, i
             add_products(rows, a.get(), c, b.get(), o, false, totals.of(t));
         }
     });
-    const double *total = totals.sum(), *first = sums.sum();
-    for (int64_t j = 0; j < o; j++) {
-        sum[j] = first[j];
-        for (int64_t i = 0; i < c; i++) products[j * c + i] = total[i * wide + j];
-    }
+    share(o, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t j = first; j < last; j++) {
+            sum[j] = sums.at(j);
+            for (int64_t i = 0; i < c; i++) products[j * c + i] = totals.at(i * wide + j);
+        }
+    });
 }
 
 // dx = grad' kernel + (x - mean) quad + shift: one product over O + C columns side by side.
@@ -208,8 +236,8 @@ API void pointwise_input_grad(const float* g, const float* y, const float* x, in
                               float* dx, int threads) {
     const int64_t depth = o + c, block = block_rows(depth);
     auto panels = buffer<float>(up(c, PANEL) * depth);
-    pack_matrix(kernel, o, c, false, 0, depth, panels.get());
-    pack_matrix(quad, c, c, false, o, depth, panels.get());
+    pack_matrix(kernel, o, c, false, 0, depth, panels.get(), threads);
+    pack_matrix(quad, c, c, false, o, depth, panels.get(), threads);
     auto bias = padded(shift, c);
     share(n, threads, [&](int, int64_t first, int64_t last) {
         auto a = buffer<float>(block * depth);
@@ -229,17 +257,20 @@ API void pointwise_input_grad(const float* g, const float* y, const float* x, in
 API void write_patches(const float* x, const int64_t* shape, int64_t taps, float* rows, int threads) {
     const int64_t h = shape[1], w = shape[2], c = shape[3], stride = shape[4], reach = shape[5];
     const int64_t tall = (h + 2 * reach - taps) / stride + 1, wide = (w + 2 * reach - taps) / stride + 1;
-    share(shape[0] * tall, threads, [&](int, int64_t first, int64_t last) {
-        for (int64_t line = first; line < last; line++) {
-            const float* image = x + line / tall * h * w * c;
-            float* to = rows + line * wide * c * taps * taps;
-            for (int64_t p = 0; p < wide; p++)
+    const int64_t high = h + 2 * reach, row = (w + 2 * reach) * c;
+    share(shape[0], threads, [&](int, int64_t first, int64_t last) {
+        auto image = buffer<float>(high * row);  // with its border, so that no place asks where it is
+        std::fill_n(image.get(), high * row, 0.0f);
+        for (int64_t b = first; b < last; b++) {
+            for (int64_t y = 0; y < h; y++)
+                std::copy_n(x + (b * h + y) * w * c, w * c, &image[(y + reach) * row + reach * c]);
+            float* to = rows + b * tall * wide * c * taps * taps;
+            for (int64_t p = 0; p < tall * wide; p++) {
+                const float* corner = &image[p / wide * stride * row + p % wide * stride * c];
                 for (int64_t i = 0; i < c; i++)
                     for (int64_t ty = 0; ty < taps; ty++)
-                        for (int64_t tx = 0; tx < taps; tx++) {
-                            const int64_t y = line % tall * stride - reach + ty, q = p * stride - reach + tx;
-                            *to++ = y < 0 || q < 0 || y >= h || q >= w ? 0 : image[(y * w + q) * c + i];
-                        }
+                        for (int64_t tx = 0; tx < taps; tx++) *to++ = corner[ty * row + tx * c + i];
+            }
         }
     });
 }
