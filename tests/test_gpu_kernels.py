@@ -110,7 +110,7 @@ def test_moments(name: str, dtype: torch.dtype, where: torch.memory_format) -> N
     batch = Batch(name, dtype, where, None)
     assert supports(batch.x, batch.geometry)
     ours, exact = Triton().moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
-    assert ours.count == exact.count
+    assert ours.num == exact.num
     assert ours.mean.dtype == ours.covariance.dtype == torch.float64
     assert away(ours.mean, exact.mean) < CLOSE[dtype] / 10
     assert away(ours.covariance, exact.covariance) < CLOSE[dtype]

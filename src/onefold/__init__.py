@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onefold.models.hub import push_to_hub as push_to_hub
     from onefold.models.hub import save_pretrained as save_pretrained
     from onefold.models.hub import save_weights as save_weights
+    from onefold.reparam import accelerate as accelerate
     from onefold.reparam import drift as drift
     from onefold.reparam import fuse as fuse
     from onefold.reparam import leftovers as leftovers
@@ -41,7 +42,7 @@ _HOMES = {
         "save_pretrained",
         "save_weights",
     ),
-    "onefold.reparam": ("drift", "fuse", "leftovers"),
+    "onefold.reparam": ("accelerate", "drift", "fuse", "leftovers"),
     "onefold.runtimes": ("export", "load"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -49,6 +50,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Card",
     "OnefoldError",
+    "accelerate",
     "create_model",
     "drift",
     "export",

@@ -50,13 +50,15 @@ def accelerate(model: nn.Module) -> nn.Module:
     for module in model.modules():
         form = next((form for form in FORMS if _has(module, form)), None)
         if form is not None:
-            module.forward = partial(_forward, module, form)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, form)
             found = True
     if any(isinstance(module, (Chain, Sum)) for module in model.modules()):
         set_route_(model, quickest)
         found = True
     if not found:
-        raise ValueError(f"{type(model).__name__} has no block that accelerate knows: {', '.join({f.name for f in FORMS})}")
+        raise ValueError(
+            f"{type(model).__name__} has no block that accelerate knows: {', '.join({f.name for f in FORMS})}"
+        )
     return model
 
 
@@ -92,8 +94,10 @@ def _branches(part: object) -> Iterator[Branch | None]:
         conv, norm = getattr(part, "conv", None), getattr(part, "bn", None)
         rest = [child for child in part.children() if child is not conv and child is not norm]
         bare = all(isinstance(child, nn.Identity) for child in rest)
-        known = isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm) and _is_bare(norm) and bare
-        yield Branch(conv, norm) if known else None
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm) and _is_bare(norm) and bare:
+            yield Branch(conv, norm)
+        else:
+            yield None
 
 
 def _is_bare(norm: _BatchNorm) -> bool:

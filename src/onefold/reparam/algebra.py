@@ -55,7 +55,9 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     var = var.clamp_min(0)  # of a dead channel rounding may leave less
     norms = [branch.norm for branch in unit.ordered]
     inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
-    gain = torch.stack([i if n.weight is None else n.weight.detach().to(i) * i for n, i in zip(norms, inverse, strict=True)])
+    gain = torch.stack(
+        [i if n.weight is None else n.weight.detach().to(i) * i for n, i in zip(norms, inverse, strict=True)]
+    )
     kernel = (_by_row(gain, rows) * rows).sum(1)
     if unit.skip is not None:
         kernel[group, row, value] += gain[-1].to(kernel.dtype)

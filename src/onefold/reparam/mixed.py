@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onefold.reparam.kernels import cpu
+from onefold.reparam.kernels import build, cpu
 from onefold.reparam.kernels.passes import Act
 from onefold.reparam.linear import track_
 from onefold.reparam.unit import Unit
@@ -33,7 +33,7 @@ def supports(unit: Unit, x: Tensor) -> bool:
     """Whether the kernels for this are there: float32 on a CPU, each process with statistics of its own."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in unit.branches)
-    return known and not synchronized and len(unit.branches) <= cpu.MAPS and cpu.library() is not None
+    return known and not synchronized and len(unit.branches) <= cpu.MAPS and build.library() is not None
 
 
 def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
@@ -41,14 +41,16 @@ def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
     maps = [x if branch.conv is None else _convolution(branch.conv, x) for branch in unit.branches]
     norms = [branch.norm for branch in unit.branches]
     affine = [p for norm in norms if norm.weight is not None for p in (norm.weight, norm.bias)]
-    y: Tensor = _Mix.apply(_Call(unit, act), *maps, *affine)
+    y: Tensor = _Mix.apply(  # type: ignore[no-untyped-call]
+        _Call(unit, act), *maps, *affine
+    )
     return y
 
 
 def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """One branch's convolution; without its bias, which the norm takes off again, but for a running mean."""
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
-        y: Tensor = cpu.Product.apply(x, conv.weight)
+        y: Tensor = cpu.Product.apply(x, conv.weight)  # type: ignore[no-untyped-call]
         return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
     z: Tensor = conv(x)
     return z
@@ -67,7 +69,9 @@ class _Mix(torch.autograd.Function):
         moments = [cpu.column_moments(m) for m in maps]
         mean, var = (torch.stack([pair[i] for pair in moments]) for i in (0, 1))
         inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
-        gain = torch.stack([i if n.weight is None else n.weight.detach() * i for n, i in zip(norms, inverse, strict=True)])
+        gain = torch.stack(
+            [i if n.weight is None else n.weight.detach() * i for n, i in zip(norms, inverse, strict=True)]
+        )
         bias = (gain * (mean.float() - mean)).sum(0)  # what rounding the means leaves
         for norm, m, v in zip(norms, mean, var, strict=True):
             track_(norm, m, v * (count / (count - 1)))
@@ -80,7 +84,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         norms = [branch.norm for branch in call.unit.branches]
         y, mean, inverse, gain, *rest = ctx.saved_tensors

@@ -49,9 +49,13 @@ def convolve(unit: Unit, x: Tensor, act: Act) -> Tensor:
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    affine = [p for branch in unit.ordered if branch.norm.weight is not None for p in (branch.norm.weight, branch.norm.bias)]
+    affine = [
+        p for branch in unit.ordered if branch.norm.weight is not None for p in (branch.norm.weight, branch.norm.bias)
+    ]
     idle = [conv.bias for conv in unit.convs if conv.bias is not None]
-    y: Tensor = _Moments.apply(_Call(unit, act, dtype), x, *(conv.weight for conv in unit.convs), *affine, *idle)
+    y: Tensor = _Moments.apply(  # type: ignore[no-untyped-call]
+        _Call(unit, act, dtype), x, *(conv.weight for conv in unit.convs), *affine, *idle
+    )
     return y
 
 
@@ -65,20 +69,20 @@ class _Moments(torch.autograd.Function):
             x = x.to(call.dtype)
             passes = passes_for(x, geometry, unit.channels[1])
             moments = _synchronized(unit, passes.moments(x, geometry))
-            if moments.count < 2:
+            if moments.num < 2:
                 shape = tuple(x.shape)
                 raise ValueError(f"a norm in train mode needs more than one value a channel, got an input of {shape}")
             weights, ctx.compiled = parameters[: len(unit.convs)], compiled.supports(passes, unit)
             fold = compiled.fold if ctx.compiled else algebra.fold
             folded, bias = fold(unit, moments, weights, x.dtype)
             y = passes.convolve(x, folded.kernel, bias, moments.mean, geometry, call.act)
-        ctx.call, ctx.count = call, moments.count
+        ctx.call, ctx.count = call, moments.num
         ctx.save_for_backward(x, y if call.act is not None else None, *folded, *parameters)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unit, geometry, act = ctx.call.unit, ctx.call.unit.geometry, ctx.call.act
         x, y, *rest = ctx.saved_tensors
         folded, parameters = algebra.Folded(*rest[:6]), rest[6:]
@@ -89,7 +93,10 @@ class _Moments(torch.autograd.Function):
             unfold = compiled.unfold if ctx.compiled else algebra.unfold
             d = unfold(unit, folded, products, total)
             affine = [
-                g for branch, of in zip(unit.ordered, d.gamma, strict=True) if branch.norm.weight is not None for g in (of, total)
+                g
+                for branch, of in zip(unit.ordered, d.gamma, strict=True)
+                if branch.norm.weight is not None
+                for g in (of, total)
             ]
             grads = [g.to(p.dtype) for g, p in zip([*d.weights, *affine], parameters, strict=False)]
             grads += [torch.zeros_like(p) for p in parameters[len(grads) :]]  # a bias before a norm does nothing

@@ -9,6 +9,7 @@ quickest   whichever of them costs least for this unit and batch, by count; what
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,13 @@ from onefold.reparam.patches import Patches
 from onefold.reparam.stencil import Stencil
 from onefold.reparam.unit import Unit, ceiling, read
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
+_opaque: Callable[[_Function], _Function] = torch.compiler.disable  # torch.compile breaks its graph at a unit
+
 __all__ = ["Route", "each", "evaluate", "mixed", "moments", "quickest", "set_route_"]
 
 
-@torch.compiler.disable
+@_opaque
 def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """One convolution in all, in training mode too, and exactly; (B, I, H, W) to (B, O, H', W').
 
@@ -39,7 +43,7 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     return _then(act, _by_rules(tree, x)) if unit is None else _with(act, unit, x, convolve)
 
 
-@torch.compiler.disable
+@_opaque
 def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """Every convolution by itself, then all norms, their sum and the activation in one pass.
 
@@ -49,7 +53,7 @@ def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     return each(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
 
 
-@torch.compiler.disable
+@_opaque
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """The route that costs least for this unit and batch, by count (see `count`); outside training `each`."""
     unit = read(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
@@ -57,7 +61,7 @@ def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     return each(tree, x, act) if y is None else y
 
 
-@torch.compiler.disable
+@_opaque
 def evaluate(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
     """act(unit(x)) by `moments` or `mixed`, whichever costs less; None where evaluating each layer costs least."""
     by_moments, by_mixing, by_each = costs(unit, x)

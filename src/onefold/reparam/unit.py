@@ -62,14 +62,16 @@ class Unit:
         """A branch's kernel (O, I/G, h, w) on the unit's patch: (G, O/G, K)."""
         if conv.kernel_size != self.geometry.taps:
             whole = weight.new_zeros(*weight.shape[:2], *self.geometry.taps)
-            whole[:, :, *self.window(conv)] = weight
+            tall, wide = self.window(conv)
+            whole[:, :, tall, wide] = weight
             weight = whole
         return weight.flatten(1).unflatten(0, (self.geometry.groups, -1))
 
     def unrows(self, rows: Tensor, conv: nn.Conv2d) -> Tensor:
         """The transpose of `rows`."""
         whole = rows.flatten(0, 1).unflatten(1, (-1, *self.geometry.taps))
-        return whole[:, :, *self.window(conv)]
+        tall, wide = self.window(conv)
+        return whole[:, :, tall, wide]
 
     def diagonal(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Where the identity's ones stand among rows: group, output in the group and patch value, each (I,)."""
@@ -128,9 +130,7 @@ def _branch(part: nn.Module) -> Branch | None:
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether someone listens inside: then every layer must run by itself."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def _uses_batch(norm: _BatchNorm) -> bool:

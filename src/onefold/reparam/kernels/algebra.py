@@ -33,12 +33,15 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     num, (_, out), k = len(weights), unit.channels, moments.mean.shape[1]
     rows, spread = torch.empty(2, num, out, k)
     inverse, gain = torch.empty(2, len(unit.branches), out, dtype=torch.float64)
-    kernel, bias = torch.empty(unit.geometry.groups, out // unit.geometry.groups, k), torch.empty(out, dtype=torch.float64)
+    kernel, bias = (
+        torch.empty(unit.geometry.groups, out // unit.geometry.groups, k),
+        torch.empty(out, dtype=torch.float64),
+    )
     norms = [branch.norm for branch in unit.ordered]
     tracked = [norm.training and norm.running_mean is not None for norm in norms]
     call(
         "fold_unit", *_shape(unit), pointers([w.detach() for w in weights]), moments.mean.contiguous(),
-        moments.covariance.contiguous(), moments.count, pointers([norm.weight for norm in norms]),
+        moments.covariance.contiguous(), moments.num, pointers([norm.weight for norm in norms]),
         pointers([norm.bias for norm in norms]), _doubles([norm.eps for norm in norms]),
         pointers([norm.running_mean if t else None for norm, t in zip(norms, tracked, strict=True)]),
         pointers([norm.running_var if t else None for norm, t in zip(norms, tracked, strict=True)]),

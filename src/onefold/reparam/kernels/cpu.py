@@ -96,7 +96,10 @@ class Compiled:
             call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
         rows = self._rows(x, geometry)
-        dx, constant = torch.empty_like(rows), _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1))
+        dx, constant = (
+            torch.empty_like(rows),
+            _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1)),
+        )
         sizes = (*rows.shape, grad.shape[1])
         call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
         return _unrows(dx, x, geometry).to(x.dtype)
@@ -142,15 +145,28 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution."""
         ctx.save_for_backward(x, weight)
         (b, c, h, w), out = x.shape, len(weight)
         y = torch.empty(b, h, w, out)
-        call("pointwise_convolve", _image(x), b * h * w, c, torch.zeros(c), _float(weight), torch.zeros(out), out, -1.0, y)
+        call(
+            "pointwise_convolve",
+            _image(x),
+            b * h * w,
+            c,
+            torch.zeros(c),
+            _float(weight),
+            torch.zeros(out),
+            out,
+            -1.0,
+            y,
+        )
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Its gradients."""
         x, weight = ctx.saved_tensors
         (b, c, h, w), out = x.shape, len(weight)
         g, rows, zero, n = _image(grad), _image(x), torch.zeros(c), b * h * w
@@ -193,7 +209,14 @@ def mix_sums(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act:
 
 
 def mix_back(
-    grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, gain: Tensor, slope: Tensor, constant: Tensor, act: Act
+    grad: Tensor,
+    y: Tensor,
+    maps: Sequence[Tensor],
+    mean: Tensor,
+    gain: Tensor,
+    slope: Tensor,
+    constant: Tensor,
+    act: Act,
 ) -> list[Tensor]:
     """gain grad' + slope (map - mean) + constant, for each map; tables (M, C)."""
     images, g, after = [_image(m) for m in maps], _image(grad), _image(y)

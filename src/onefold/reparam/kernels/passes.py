@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    num: int
 
 
 class Passes(Protocol):
@@ -50,7 +50,15 @@ class Passes(Protocol):
         """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,)."""
 
     def input_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
-        geometry: Geometry, act: Act,
+        self,
+        grad: Tensor,
+        y: Tensor,
+        x: Tensor,
+        kernel: Tensor,
+        mean: Tensor,
+        quad: Tensor,
+        shift: Tensor,
+        geometry: Geometry,
+        act: Act,
     ) -> Tensor:
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""

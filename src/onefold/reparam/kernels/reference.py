@@ -1,4 +1,4 @@
-"""The four passes over the batch in plain torch: any geometry, dtype and device. The other back ends must agree with it.
+"""The four passes over the batch in plain torch, for any geometry, dtype and device: the other back ends agree with it.
 
 A unit's output at a place is an affine map of the patch that it reads there; `patches` writes them out, and every
 pass is a matrix product with them. Shapes: see `kernels`.
@@ -34,15 +34,23 @@ class Reference:
     def kernel_grad(
         self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
     ) -> tuple[Tensor, Tensor]:
-        """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,); grad' is grad where act let through."""
+        """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,): grad where act let through."""
         wide = _wide(x)
         rows = patches(x, geometry).to(wide) - mean[..., None].to(wide)
         grads = _by_group(_through(grad, y, act), geometry).to(wide)
         return grads @ rows.mT, grads.sum(-1).flatten()
 
     def input_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
-        geometry: Geometry, act: Act,
+        self,
+        grad: Tensor,
+        y: Tensor,
+        x: Tensor,
+        kernel: Tensor,
+        mean: Tensor,
+        quad: Tensor,
+        shift: Tensor,
+        geometry: Geometry,
+        act: Act,
     ) -> Tensor:
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""
         wide = _wide(x)
