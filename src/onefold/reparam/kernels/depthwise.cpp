@@ -332,8 +332,13 @@ void convolve(const float* x, const Shape& s, const float* centre, const float* 
                     float* to = y + ((piece.image * rows + p) * columns) * s.c + at + half;
                     for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, to += s.c) {
                         vec v = shift;
-#pragma GCC unroll 64
-                        for (int t = 0; t < taps; t++) v += w[t] * load(from + t / K * z.row() + t % K * PANEL);
+#pragma GCC unroll 8
+                        for (int ty = 0; ty < K; ty++) {
+                            vec line = w[ty * K] * load(from + ty * z.row());
+#pragma GCC unroll 8
+                            for (int tx = 1; tx < K; tx++) line += w[ty * K + tx] * load(from + ty * z.row() + tx * PANEL);
+                            v += line;
+                        }
                         if (top >= 0) v = clamp(v, top);
                         store_some(to, v, channels - half);
                     }

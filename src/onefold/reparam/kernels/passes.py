@@ -61,4 +61,7 @@ class Passes(Protocol):
         geometry: Geometry,
         act: Act,
     ) -> Tensor:
-        """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""
+        """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x.
+
+        quad is symmetric.
+        """

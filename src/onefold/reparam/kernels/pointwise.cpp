@@ -88,13 +88,14 @@ void add_columns(const float* panels, int64_t rows, int64_t width, double* sum) 
 
 // total[i][j] += sum over rows of a[row][i] * b[row][j], a packed by TILE_ROWS and b by PANEL; tiles below the diagonal
 // are left out if half.
+template <int RUN>
 void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, int64_t wide_b, bool half, double* total) {
     const int64_t stride = up(wide_b, PANEL);
     for (int64_t j = 0; j < wide_b; j += PANEL)
         for (int64_t i = 0; i < wide_a && !(half && i >= j + PANEL); i += TILE_ROWS) {
             const float *left = a + i / TILE_ROWS * group_of<TILE_ROWS>(rows), *right = b + j * rows;
             vec out[TILE_ROWS][2];
-            tile<TILE_ROWS, 32>(rows, left, 1, TILE_ROWS, right, out);
+            tile<TILE_ROWS, RUN>(rows, left, 1, TILE_ROWS, right, out);
             for (int r = 0; r < TILE_ROWS; r++) {
                 double* to = total + (i + r) * stride + j;
                 add(to, out[r][0]), add(to + LANES, out[r][1]);
@@ -178,7 +179,7 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
             pack_centred<TILE_ROWS>(x + at * c, rows, c, centre, a.get());
             pack_centred<PANEL>(x + at * c, rows, c, centre, b.get());
             add_columns(b.get(), rows, c, sums.of(t));
-            add_products(rows, a.get(), c, b.get(), c, true, totals.of(t));
+            add_products<32>(rows, a.get(), c, b.get(), c, true, totals.of(t));
         }
     });
     share(c, threads, [&](int, int64_t first, int64_t last) {
@@ -219,7 +220,9 @@ API void pointwise_kernel_grad(const float* g, const float* y, const float* x, i
             pack_centred<TILE_ROWS>(x + at * c, rows, c, mean, a.get());
             pack_masked(g + at * o, y + at * o, rows, o, top, b.get());
             add_columns(b.get(), rows, o, sums.of(t));
-            add_products(rows, a.get(), c, b.get(), o, false, totals.of(t));
+            // A stem's patches hold the image's border, which is far from the mean: shorter runs there.
+            auto pass = c <= 64 ? add_products<16> : add_products<32>;
+            pass(rows, a.get(), c, b.get(), o, false, totals.of(t));
         }
     });
     share(o, threads, [&](int, int64_t first, int64_t last) {

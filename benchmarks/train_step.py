@@ -1,0 +1,273 @@
+"""A training step (forward, loss, backward), ours against timm, branch-by-branch code and the plain skeleton.
+
+    python benchmarks/train_step.py [--models mobileone_s0,...] [--batch 32] [--size 224] [--threads 2] [--rounds 5]
+                                    [--compile] [--device cuda] [--units]
+
+Interleaved in one run: every round steps each contender once, in a random order. Prints medians, images a second,
+their ratio to ours (median and range of the rounds), the peak memory of a process that does nothing else, and the
+bytes that the tensors of a step pass through memory, by count. `--units` adds a table of unit shapes: every route's
+time. Raw samples are appended to benchmarks/results/train-step-<machine>.jsonl. On a GPU: `--device cuda --batch 256`,
+in bf16 autocast.
+Needs timm, whose operator schemas are declared here where torchvision lacks them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import math
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onefold import accelerate
+from onefold.bench import Machine
+from onefold.models import create_model
+from onefold.models.mobileone import branches
+from onefold.reparam import Chain, Sum, each, mixed, moments, quickest, set_route_
+from onefold.reparam.count import costs
+from onefold.reparam.unit import read
+
+HERE = Path(__file__).parent
+CONTENDERS = ("ours", "each", "plain", "timm", "timm channels_last", "timm accelerated", "timm compiled")
+
+
+def timm_model(name: str) -> nn.Module:
+    """timm's network, trained as it comes; its MobileOne stem picks pixels first in its 1x1 branch.
+
+    That branch - a strided 1x1 convolution of 3 channels - makes torch 2.13 crash in channels_last on processors
+    without AVX-512; the change costs nothing and keeps the numbers.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    if name.startswith("mobileone"):
+        conv = model.stem.conv_scale.conv
+        conv.stride, forward = (1, 1), conv.forward
+        conv.forward = lambda x: forward(x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last))
+    model.libraries = [library]
+    return model
+
+
+def plain_(model: nn.Module) -> nn.Module:
+    """One convolution and one norm in place of each tree: the branchless network of the same shape."""
+    for name, child in list(model.named_children()):
+        unit = read(child.train()) if isinstance(child, (Chain, Sum)) else None
+        if unit is not None:
+            (c_in, c_out), g = unit.channels, unit.geometry
+            conv = nn.Conv2d(c_in, c_out, g.taps, g.stride, g.reach, groups=g.groups, bias=False)
+            setattr(model, name, nn.Sequential(conv, nn.BatchNorm2d(c_out)))
+        else:
+            plain_(child)
+    return model
+
+
+def build(name: str, contender: str) -> nn.Module:
+    if contender.startswith("timm"):
+        model = timm_model(name)
+        model = accelerate(model) if contender == "timm accelerated" else model
+        return torch.compile(model) if contender == "timm compiled" else model
+    model = create_model(name)
+    return plain_(model) if contender == "plain" else set_route_(model, each if contender == "each" else quickest)
+
+
+def step_of(name: str, contender: str, given: argparse.Namespace) -> Callable[[], None]:
+    torch.manual_seed(0)
+    device = torch.device(given.device)
+    model = build(name, contender).to(device).train()
+    x, y = torch.randn(given.batch, 3, given.size, given.size), torch.randint(0, 1000, (given.batch,))
+    x, y = x.to(device), y.to(device)
+    if contender not in ("timm",):
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def peak_memory(name: str, contender: str, given: argparse.Namespace) -> float:
+    """Gigabytes over what the process held before its first step; in a process of its own on a CPU."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import train_step as t\n"
+        "given = t.parser().parse_args(sys.argv[4:]); t.torch.set_num_threads(given.threads)\n"
+        "print(t.memory_here(sys.argv[2], sys.argv[3], given))"
+    )
+    arguments = [str(HERE), name, contender, *sys.argv[1:]]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def memory_here(name: str, contender: str, given: argparse.Namespace) -> float:
+    step = step_of(name, contender, given)
+    if given.device == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**30
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def bytes_moved(name: str, given: argparse.Namespace) -> tuple[float, float, float]:
+    """GB a step of units: branch by branch, as the plain skeleton, and by moments; float32, by count.
+
+    A convolution reads x and writes y; a norm reads y twice and writes; a sum and a ReLU read and write. Backward, a
+    ReLU reads two and writes one, a norm reads y and its gradient twice and writes, a convolution reads both twice and
+    writes one. Moments: the input three times, the output written; backward, input, output and gradient twice each.
+    """
+    totals = [0.0, 0.0, 0.0]
+
+    def count(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        y = each(tree, x, act)
+        unit = read(tree) if x.dim() == 4 else None
+        if unit is not None:
+            i, o, convs, branches = x.numel(), y.numel(), len(unit.convs), len(unit.branches)
+            norm, relu, conv = 8 * o, 5 * o, 3 * i + 3 * o
+            totals[0] += convs * conv + branches * norm + 3 * (branches - 1) * (o + i) + relu
+            totals[1] += conv + norm + relu
+            totals[2] += 2 * i + o + 3 * i + 4 * o
+        return y
+
+    model = set_route_(create_model(name).train(), count)
+    model(torch.randn(2, 3, given.size, given.size))
+    return tuple(4 * t * given.batch / 2 / 1e9 for t in totals)
+
+
+def interleave(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call in every round, in an order drawn anew each round; one round before is not counted.
+
+    (`onefold.bench.compare` wants sixteen rounds or more, which for steps of many seconds is too long.)
+    """
+    order, random_source = list(calls), random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        random_source.shuffle(order)
+        for name in order:
+            gc.collect()
+            start = time.perf_counter()
+            calls[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def run_model(name: str, given: argparse.Namespace) -> None:
+    contenders = [c for c in CONTENDERS if given.compile or c != "timm compiled"]
+    memory = {c: peak_memory(name, c, given) if given.memory and c != "timm compiled" else math.nan for c in contenders}
+    seconds = interleave({c: step_of(name, c, given) for c in contenders}, given.rounds)
+    keep({"model": name, **vars(given), "seconds": seconds, "peak_memory_gb": memory})
+    where = f"{given.size} px, {given.device}, {given.threads} threads, {given.rounds} rounds"
+    print(f"\n{name}: batch {given.batch}, {where}")
+    print(f"{'':22}{'median':>9}{'min-max':>15}{'images/s':>10}{'time / ours':>20}{'peak memory':>13}")
+    for c in contenders:
+        mid, low, high = statistics.median(seconds[c]), min(seconds[c]), max(seconds[c])
+        ratios = [its / ours for its, ours in zip(seconds[c], seconds["ours"], strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        rate = given.batch / mid
+        print(f"{c:22}{mid:7.3f} s{f'{low:.2f}-{high:.2f}':>15}{rate:10.1f}{ratio:>20}{memory[c]:10.2f} GB")
+    moved = bytes_moved(name, given)
+    print("moved by count, GB a step: branch by branch {:.1f}, plain {:.1f}, moments {:.1f}".format(*moved), flush=True)
+
+
+def keep(result: dict[str, object]) -> None:
+    """The raw samples, one line a run."""
+    machine = Machine.this()
+    line = {
+        "benchmark": "train_step",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.to_dict(),
+        **result,
+    }
+    with open(HERE / "results" / f"train-step-{machine.slug}.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+UNITS = (
+    (3, 48, 3, 2, 1, 1, 224), (48, 48, 3, 2, 48, 4, 112), (48, 48, 3, 1, 48, 4, 56), (48, 48, 1, 1, 1, 4, 56),
+    (48, 128, 1, 1, 1, 4, 28), (128, 128, 3, 1, 128, 4, 28), (128, 128, 1, 1, 1, 4, 28), (256, 256, 3, 1, 256, 4, 14),
+    (256, 256, 1, 1, 1, 4, 14), (256, 1024, 1, 1, 1, 4, 7), (192, 192, 3, 1, 192, 1, 28), (192, 192, 1, 1, 1, 1, 28),
+    (512, 512, 1, 1, 1, 1, 14),
+)  # fmt: skip
+
+
+def run_units(given: argparse.Namespace) -> None:
+    """Milliseconds of a unit with its ReLU, forward and backward, by every route and as one convolution and norm."""
+    title = "".join(f"{name:>9}" for name in ("each", "moments", "mixed", "plain"))
+    print(f"\n{'unit: in, out, kernel, stride, k, map':42}{title}  quickest takes")
+    for c_in, c_out, kernel, stride, groups, k, size in UNITS:
+        torch.manual_seed(0)
+        unit, act = branches(c_in, c_out, kernel, stride, groups, k).train(), nn.ReLU()
+        x = (
+            torch.randn(given.batch, c_in, size, size)
+            .relu()
+            .to(memory_format=torch.channels_last)
+            .requires_grad_(c_in > 3)
+        )
+        skeleton = plain_(nn.Sequential(copy.deepcopy(unit), act)).to(memory_format=torch.channels_last)
+        calls = {r.__name__: partial(_unit_step, partial(r, unit), x, act) for r in (each, moments, mixed)}
+        calls["plain"] = partial(_unit_step, lambda x, _, net=skeleton: net(x), x, act)
+        ms = {name: 1e3 * statistics.median(times) for name, times in interleave(calls, 9).items()}
+        cost = costs(read(unit), x)._asdict()
+        row = "".join(f"{ms[name]:9.1f}" for name in ("each", "moments", "mixed", "plain"))
+        label = f"{c_in}, {c_out}, {kernel}x{kernel}, {stride}, {k}, {size}"
+        print(f"{label:42}{row}  {min(cost, key=cost.get)}", flush=True)
+
+
+def _unit_step(unit: Callable[[Tensor, nn.Module], Tensor], x: Tensor, act: nn.Module) -> None:
+    unit(x, act).sum().backward()
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument(
+        "--models", default="mobileone_s0,mobileone_s1,mobileone_s2,mobileone_s3,mobileone_s4,mobilenetv1_100"
+    )
+    options.add_argument("--batch", type=int, default=32)
+    options.add_argument("--size", type=int, default=224)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options.add_argument("--compile", action="store_true", help="also timm under torch.compile, which takes minutes")
+    options.add_argument("--no-memory", dest="memory", action="store_false")
+    options.add_argument("--units", action="store_true", help="also the table of unit shapes")
+    return options
+
+
+def main() -> None:
+    given = parser().parse_args()
+    torch.set_num_threads(given.threads)
+    machine = Machine.this()
+    print(f"{machine.slug}; torch {torch.__version__}")
+    for name in filter(None, given.models.split(",")):
+        run_model(name, given)
+    if given.units:
+        run_units(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The compiled kernels and the routes on them: as exact in float32 as branch by branch, in every corner."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from onefold import accelerate
+from onefold.reparam import each, fuse, mixed, moments, quickest
+from onefold.reparam.count import costs
+from onefold.reparam.kernels import Reference, passes_for
+from onefold.reparam.kernels.build import library
+from onefold.reparam.kernels.cpu import Compiled
+from onefold.reparam.kernels.passes import Geometry
+from onefold.reparam.unit import read
+from test_routes import unit
+
+pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler for the kernels")
+INFINITY = float("inf")
+
+
+def results(sums: nn.Module, x: Tensor, grad: Tensor, route, act: nn.Module | None) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of one training step."""
+    sums = copy.deepcopy(sums)
+    x = x.clone().requires_grad_()
+    y = route(sums, x, act)
+    y.backward(grad)
+    found = {"y": y.detach(), "x": x.grad}
+    found |= {name: p.grad for name, p in sums.named_parameters()}
+    return found | {name: b for name, b in sums.named_buffers() if b.is_floating_point()}
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def against_truth(sums: nn.Module, x: Tensor, route, act: nn.Module | None = None) -> dict[str, tuple[float, float]]:
+    """Relative errors, of `each` and of the route, in float32 against float64."""
+    for norm in sums.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        grad = torch.randn_like(each(copy.deepcopy(sums), x))
+    truth = results(sums.double(), x.double(), grad.double(), each, act)
+    sums = sums.float()
+    ours, reference = (results(sums, x, grad, r, act) for r in (route, each))
+    return {name: (error(reference[name], truth[name]), error(ours[name], truth[name])) for name in truth}
+
+
+SHAPES = {  # c_in, c_out, kernel, stride, groups, k
+    "stem": (3, 48, 3, 2, 1, 1),
+    "pointwise": (48, 48, 1, 1, 1, 4),
+    "wide pointwise": (128, 256, 1, 1, 1, 4),
+    "one branch": (96, 96, 1, 1, 1, 1),
+    "depthwise": (48, 48, 3, 1, 48, 4),
+    "depthwise, stride 2": (48, 48, 3, 2, 48, 4),
+    "depthwise 5x5": (24, 24, 5, 1, 24, 2),
+    "depthwise 7x7": (24, 24, 7, 1, 24, 2),
+    "depthwise, odd width": (19, 19, 3, 1, 19, 1),
+}
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 20.0])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_float32_errors_are_those_of_each(shape, mean, seeded):
+    """At most 1.5x: two roundings of one size. Values near float32's own resolution (1e-7) are both noise."""
+    x = torch.randn(8, shape[0], 14, 14).relu() + mean
+    for name, (reference, ours) in against_truth(unit(*shape), x, moments).items():
+        assert ours <= 1.5 * max(reference, 6e-8), (name, ours, reference)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["pointwise"], SHAPES["one branch"], SHAPES["depthwise"]])
+def test_mixed_is_as_exact_as_each(shape, seeded):
+    x = torch.randn(8, shape[0], 14, 14).relu()
+    for name, (reference, ours) in against_truth(unit(*shape), x, mixed).items():
+        assert ours <= 1.5 * max(reference, 6e-8), (name, ours, reference)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0, 2.5), nn.GELU()])
+@pytest.mark.parametrize("route", [moments, mixed, quickest])
+def test_activations_within_the_unit(route, act, seeded):
+    for shape in (SHAPES["pointwise"], SHAPES["depthwise"], SHAPES["one branch"]):
+        sums, x = unit(*shape), torch.randn(4, shape[0], 9, 9).relu()
+        grad = torch.randn(4, shape[1], 9, 9)
+        ours, reference = (results(sums, x, grad, r, act) for r in (route, each))
+        assert all(error(ours[k], reference[k].double()) < 2e-5 for k in ours if reference[k].abs().max() > 1e-4)
+
+
+@given(
+    c=st.integers(2, 40),
+    size=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 2),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    images=st.integers(1, 3),
+    top=st.sampled_from([None, 6.0, INFINITY]),
+    shift=st.sampled_from([0.0, 8.0]),
+)
+@settings(max_examples=80, deadline=None)
+def test_depthwise_passes_agree_with_the_reference(c, size, stride, height, width, images, top, shift):
+    geometry = Geometry(c, (size, size), (stride, stride), (size // 2, size // 2))
+    x = torch.randn(images, c, height, width, generator=torch.Generator().manual_seed(c)).relu() + shift
+    if isinstance(passes_for(x, geometry, c), Compiled):
+        passes_agree(x, geometry, c, top)
+
+
+@given(
+    c=st.integers(1, 40), out=st.integers(1, 40), pixels=st.integers(1, 300), top=st.sampled_from([None, 6.0, INFINITY])
+)
+@settings(max_examples=60, deadline=None)
+def test_pointwise_passes_agree_with_the_reference(c, out, pixels, top):
+    x = torch.randn(1, c, pixels, 1, generator=torch.Generator().manual_seed(pixels)).relu()
+    passes_agree(x, Geometry(1, (1, 1), (1, 1), (0, 0)), out, top)
+
+
+def passes_agree(x: Tensor, geometry: Geometry, out: int, top: float | None) -> None:
+    torch.manual_seed(0)
+    ours, exact, wide = Compiled(), Reference(), x.double()
+    groups, k = geometry.groups, x.shape[1] // geometry.groups * geometry.taps[0] * geometry.taps[1]
+    kernel, bias = torch.randn(groups, out // groups, k).double(), torch.randn(out).double()
+    quad, shift = torch.randn(groups, k, k).double(), torch.randn(groups, k).double()
+    quad = quad + quad.mT
+    found, truth = ours.moments(x, geometry), exact.moments(wide, geometry)
+    scale = 1 + wide.square().max().item()
+    assert (found.mean - truth.mean).abs().max() <= 1e-6 * scale
+    assert (found.covariance - truth.covariance).abs().max() <= 1e-6 * scale
+    y = ours.convolve(x, kernel, bias, truth.mean, geometry, top)
+    other = exact.convolve(wide, kernel, bias, truth.mean, geometry, top)
+    near(y, other)
+    grad = torch.randn_like(y)
+    for a, b in zip(
+        ours.kernel_grad(grad, y, x, truth.mean, geometry, top),
+        exact.kernel_grad(grad.double(), y.double(), wide, truth.mean, geometry, top),
+        strict=True,
+    ):
+        near(a, b)
+    rest = (kernel, truth.mean, quad, shift, geometry, top)
+    near(ours.input_grad(grad, y, x, *rest), exact.input_grad(grad.double(), y.double(), wide, *rest))
+
+
+def near(a: Tensor, b: Tensor) -> None:
+    assert (a.double() - b).abs().max() <= 1e-5 * (1 + b.abs().max())
+
+
+def test_dead_channels_and_tiny_variances(seeded):
+    """Channels that are zero, constant or nearly so, as behind a ReLU: finite, and as `each` has them."""
+    for shape in (SHAPES["pointwise"], SHAPES["depthwise"]):
+        x = torch.randn(8, shape[0], 8, 8).relu()
+        x[:, 0] = 0
+        x[:, 1] = 3.0
+        x[:, 2] = 5 + 1e-3 * x[:, 2]
+        errors = against_truth(unit(*shape), x, moments)
+        assert errors["y"][1] <= 1.5 * errors["y"][0]
+        found = results(unit(*shape), x, torch.randn(8, shape[1], 8, 8), moments, nn.ReLU())
+        assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2), (2, 1, 1), (5, 1, 1), (1, 1, 7)])
+def test_one_pixel_maps_and_single_images(size, seeded):
+    images, height, width = size
+    for shape in (SHAPES["pointwise"], SHAPES["depthwise"]):
+        sums, x = unit(*shape), torch.randn(images, shape[0], height, width)
+        ours, reference = (
+            results(sums.double(), x.double(), torch.ones(images, shape[1], height, width).double(), r, None)
+            for r in (moments, each)
+        )
+        single = results(sums.float(), x, torch.ones(images, shape[1], height, width), moments, None)
+        assert all((ours[k] - reference[k]).abs().max() <= 1e-9 * (1 + reference[k].abs().max()) for k in ours)
+        assert error(single["y"], reference["y"]) < 1e-3  # two values a channel: normalizing amplifies rounding
+
+
+def test_the_quickest_route_by_count():
+    """Moments for several branches and for depthwise; mixed for one wide convolution; each where there is neither."""
+    x = torch.randn(8, 512, 14, 14)
+    cost = {k: costs(read(unit(512, 512, 1, 1, 1, k)), x) for k in (1, 4)}
+    assert min(cost[1]) == cost[1].mixed
+    assert min(cost[4]) == cost[4].moments
+    depthwise = costs(read(unit(512, 512, 3, 1, 512, 1)), x)
+    assert min(depthwise) == depthwise.moments
+    assert costs(read(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s1", "repvgg_a0", "fastvit_t8"])
+def test_accelerate_gives_timm_the_same_numbers(name, timm, seeded):
+    model = timm.create_model(name, num_classes=7).double().train()
+    faster = accelerate(copy.deepcopy(model))
+    assert list(faster.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    y = faster(x)
+    assert error(y, expected.detach()) < 1e-9
+    expected.square().sum().backward()
+    y.square().sum().backward()
+    for p, q in zip(model.parameters(), faster.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-7 * (1 + p.grad.abs().max())
+    for p, q in zip(model.buffers(), faster.buffers(), strict=True):
+        assert (p - q).abs().max() <= 1e-9 * (1 + p.abs().max())
+    assert fuse(faster.eval())(x).shape == expected.shape
+
+
+def test_accelerate_names_what_it_knows():
+    with pytest.raises(ValueError, match="no block that accelerate knows"):
+        accelerate(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def test_without_a_compiler_training_goes_on(tmp_path):
+    """One warning, plain torch, the same numbers; and none is asked for where the environment says so."""
+    code = (
+        "import torch, warnings; from onefold import create_model\n"
+        "model = create_model('mobilenetv1_025', num_classes=3)\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always'); model(torch.randn(2, 3, 32, 32)).sum().backward()\n"
+        "print(len([w for w in seen if 'training is slower' in str(w.message)]))"
+    )
+    for extra, warned in (({"CXX": "no-such-compiler"}, "1"), ({"ONEFOLD_KERNELS": "plain"}, "0")):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **extra}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == warned
