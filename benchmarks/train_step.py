@@ -177,7 +177,8 @@ def interleave(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
 
 
 def run_model(name: str, given: argparse.Namespace) -> None:
-    contenders = [c for c in CONTENDERS if given.compile or c != "timm compiled"]
+    chosen = given.contenders.split(",")
+    contenders = ["ours", *(c for c in CONTENDERS[1:] if c in chosen and (given.compile or c != "timm compiled"))]
     memory = {c: peak_memory(name, c, given) if given.memory and c != "timm compiled" else math.nan for c in contenders}
     seconds = interleave({c: step_of(name, c, given) for c in contenders}, given.rounds)
     keep({"model": name, **vars(given), "seconds": seconds, "peak_memory_gb": memory})
@@ -252,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options.add_argument("--contenders", default=",".join(CONTENDERS), help="ours is always there")
     options.add_argument("--compile", action="store_true", help="also timm under torch.compile, which takes minutes")
     options.add_argument("--no-memory", dest="memory", action="store_false")
     options.add_argument("--units", action="store_true", help="also the table of unit shapes")
