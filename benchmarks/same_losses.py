@@ -82,4 +82,5 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    report() if sys.argv[1] == "report" else run(sys.argv[2], Path(sys.argv[sys.argv.index("--data") + 1]))
+    words = sys.argv[1:] or ["report"]
+    report() if words[0] == "report" else run(words[1], Path(words[words.index("--data") + 1]))
