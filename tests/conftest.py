@@ -14,6 +14,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 
+if not torch.cuda.is_available():  # triton reads this once, when whoever comes first imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other
 
 
