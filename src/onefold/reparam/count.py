@@ -1,8 +1,8 @@
 """What the routes of a training step cost for a unit and a batch, by count: multiply-adds, and floats moved.
 
-A float moved between a core and the memory takes as long as MOVE multiply-adds; that and the other constants were
-measured on two cores with AVX2 (benchmarks/train_step.py prints every unit's times), and need not be near: where two
-routes cost about the same, either will do.
+A float moved between a core and the memory takes as long as MOVE multiply-adds, from the rates of both on a core with
+AVX2; the other constants are estimates. They need not be near: where two routes cost about the same, either will do.
+`benchmarks/train_step.py --units` times the routes of single units, to hold against the choice.
 
 Shapes: per place of the output; I and O channels, G groups, K values a patch.
 """

@@ -48,7 +48,7 @@ def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
 
 
 def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """One branch's convolution; without its bias, which the norm takes off again, but for a running mean."""
+    """One branch's convolution; a pointwise one by the kernels' product."""
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
         y: Tensor = cpu.Product.apply(x, conv.weight)  # type: ignore[no-untyped-call]
         return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
