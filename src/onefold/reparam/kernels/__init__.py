@@ -1,7 +1,7 @@
 """The passes over the batch that the `moments` route needs, and who does them.
 
-Reading order: `passes` (what a back end does), `reference` (plain torch), `cpu` with `build` and `*.cpp`, `algebra` (what
-lies between the passes, compiled), `gpu`.
+Reading order: `passes` (what a back end does), `reference` (plain torch), `cpu` with `build` and `*.cpp`, `algebra`
+(what lies between the passes, compiled), `gpu`.
 """
 
 from __future__ import annotations
