@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from onefold.reparam.count import costs
 from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.build import library
 from onefold.reparam.kernels.cpu import Compiled
+from onefold.reparam.kernels.memory import new_map, release
 from onefold.reparam.kernels.passes import Geometry
 from onefold.reparam.unit import read
 from test_routes import unit
@@ -228,3 +230,33 @@ def test_without_a_compiler_training_goes_on(tmp_path):
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **extra}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == warned
+
+
+def test_maps_reuse_memory_and_hold_no_more_than_was_in_use():
+    if library() is None:
+        pytest.skip("no compiler")
+    release()
+    first = new_map(64, 64, 128)
+    place = first.data_ptr()
+    first.fill_(1.0)
+    view = first[3:]
+    del first
+    second = new_map(64, 64, 128)
+    assert second.data_ptr() != place  # a view keeps its memory
+    assert bool((view == 1).all())
+    del view
+    again = new_map(32, 128, 128)  # as many values
+    assert again.data_ptr() == place
+    del again
+    release()
+    page, before = 2 << 20, resident()
+    maps = [new_map(n * page // 4).fill_(0.0) for n in range(1, 9)]
+    del maps
+    for n in range(9, 20):  # sizes that nothing waiting fits: what waits goes first
+        new_map(n * page // 4).fill_(0.0)
+    assert resident() - before < 40 * page
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if sys.platform == "linux" else 0

@@ -38,8 +38,7 @@ def supports(unit: Unit, x: Tensor) -> bool:
 
 def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
     """act(unit(x)) with batch statistics; (B, I, H, W) to (B, O, H', W'). Updates the norms' buffers."""
-    maps = [x if branch.conv is None else _convolution(branch.conv, x) for branch in unit.branches]
-    norms = [branch.norm for branch in unit.branches]
+    maps, norms = _maps(unit, x), [branch.norm for branch in unit.branches]
     affine = [p for norm in norms if norm.weight is not None for p in (norm.weight, norm.bias)]
     y: Tensor = _Mix.apply(  # type: ignore[no-untyped-call]
         _Call(unit, act), *maps, *affine
@@ -47,13 +46,18 @@ def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
     return y
 
 
-def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """One branch's convolution; a pointwise one by the kernels' product."""
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
-        y: Tensor = cpu.Product.apply(x, conv.weight)  # type: ignore[no-untyped-call]
-        return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
-    z: Tensor = conv(x)
-    return z
+def _maps(unit: Unit, x: Tensor) -> list[Tensor]:
+    """What the norms of the branches see; pointwise convolutions hand the input on, the skip takes it last."""
+    maps: dict[int, Tensor] = {}
+    for number, (conv, _) in sorted(enumerate(unit.branches), key=lambda pair: pair[1].conv is None):
+        if conv is None:
+            maps[number] = x
+        elif conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
+            y, x = cpu.Product.apply(x, conv.weight)  # type: ignore[no-untyped-call]
+            maps[number] = y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
+        else:
+            maps[number] = conv(x)
+    return [maps[number] for number in range(len(maps))]
 
 
 class _Mix(torch.autograd.Function):

@@ -2,12 +2,7 @@
 //
 // A unit is B branches with a kernel and perhaps a skip; branch B is the skip. Rows are the kernels on the unit's patch,
 // (B, O, K) with K = channels a group * taps; see `unit.py` and `moments.py` for the formulas.
-#include "vector.h"
-
-API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* mean, const float* kernel,
-                            const float* bias, int64_t o, float top, float* y, int threads);
-API void pointwise_kernel_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
-                               const float* mean, float top, double* products, double* sum, int threads);
+#include "pointwise.h"
 
 namespace {
 
@@ -61,7 +56,7 @@ API void fold_unit(const int64_t* unit, const int64_t* windows, const float** we
     });
     if (u.groups == 1) {
         std::vector<float> square(covariance, covariance + k * k), zero(std::max(k, o));
-        pointwise_convolve(rows, u.kernels * o, k, zero.data(), square.data(), zero.data(), k, -1, spread, threads);
+        pointwise_convolve(rows, u.kernels * o, k, zero.data(), square.data(), zero.data(), k, -1, nullptr, spread, threads);
     } else {
         share(u.kernels * o, threads, [&](int, int64_t first, int64_t last) {
             std::vector<double> sum(k);

@@ -13,8 +13,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("pointwise.cpp", "depthwise.cpp", "mixed.cpp", "algebra.cpp")
-HEADERS = ("vector.h",)
+SOURCES = ("pointwise.cpp", "depthwise.cpp", "mixed.cpp", "algebra.cpp", "memory.cpp")
+HEADERS = ("vector.h", "pointwise.h")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 LIMIT_S = 300  # a compiler that takes longer hangs
 

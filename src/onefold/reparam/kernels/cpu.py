@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from onefold.reparam.kernels.build import library
+from onefold.reparam.kernels.memory import new_map
 from onefold.reparam.kernels.passes import Act, Geometry, Moments
 
 MAPS = 8  # in a `mix`
@@ -57,13 +58,13 @@ class Compiled:
         offset = bias.double() - (kernel.double() @ (mean - centre)[..., None]).flatten()
         weight, offset, top = _float(kernel), _float(offset), _top(act)
         size = _places(x, geometry)
-        y = torch.empty(x.shape[0], *size, len(offset))
+        y = new_map(x.shape[0], *size, len(offset))
         if _is_depthwise(x, geometry):
             shape, taps = _shape(x, geometry)
             call("depthwise_convolve", _image(x), shape, taps, _float(centre[:, 0]), weight, offset, top, y)
         else:
             rows = self._rows(x, geometry)
-            call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, y)
+            call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, 0, y)
         return y.permute(0, 3, 1, 2).to(x.dtype)
 
     def kernel_grad(
@@ -91,13 +92,13 @@ class Compiled:
         if _is_depthwise(x, geometry):
             shape, taps = _shape(x, geometry)
             image, middle, offset = _image(x), _float(centre[:, 0]), _float(mean - centre)
-            dx = torch.empty_like(image)
+            dx = new_map(*image.shape)
             tables = (middle, weight, square, offset, _float(shift))
             call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
         rows = self._rows(x, geometry)
         dx, constant = (
-            torch.empty_like(rows),
+            new_map(*rows.shape),
             _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1)),
         )
         sizes = (*rows.shape, grad.shape[1])
@@ -110,7 +111,7 @@ class Compiled:
             return _image(x).flatten(0, 2)
         if self._patches is None:
             (tall, wide), (shape, taps) = _places(x, geometry), _shape(x, geometry)
-            self._patches = torch.empty(x.shape[0] * tall * wide, x.shape[1] * taps * taps)
+            self._patches = new_map(x.shape[0] * tall * wide, x.shape[1] * taps * taps)
             call("write_patches", _image(x), shape, taps, self._patches)
         return self._patches
 
@@ -141,42 +142,37 @@ def _centred(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments
 
 
 class Product(torch.autograd.Function):
-    """A pointwise convolution (B, I, H, W) x (O, I, 1, 1) -> (B, O, H, W), by the kernels' matrix product."""
+    """A pointwise convolution (B, I, H, W) x (O, I, 1, 1) -> (B, O, H, W), and its input once more.
+
+    Who uses the input beside the convolution takes the second output: their gradients are then summed in one pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution, and x."""
         ctx.save_for_backward(x, weight)
-        (b, c, h, w), out = x.shape, len(weight)
-        y = torch.empty(b, h, w, out)
-        call(
-            "pointwise_convolve",
-            _image(x),
-            b * h * w,
-            c,
-            torch.zeros(c),
-            _float(weight),
-            torch.zeros(out),
-            out,
-            -1.0,
-            y,
-        )
-        return y.permute(0, 3, 1, 2)
+        ctx.set_materialize_grads(False)
+        return _product(x, weight.detach().flatten(1)), x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Its gradients."""
+    def backward(ctx: Any, grad: Tensor, beside: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of both uses."""
         x, weight = ctx.saved_tensors
-        (b, c, h, w), out = x.shape, len(weight)
-        g, rows, zero, n = _image(grad), _image(x), torch.zeros(c), b * h * w
-        products, total, dx = _double(out, c), _double(out), None
-        call("pointwise_kernel_grad", g, g, rows, n, c, out, zero, -1.0, products, total)
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(rows)
-            call("pointwise_convolve", g, n, out, torch.zeros(out), _float(weight.view(out, c).T), zero, c, -1.0, dx)
-            dx = dx.permute(0, 3, 1, 2)
+        if grad is None:
+            return beside, None
+        products = _image(grad).flatten(0, 2).T @ _image(x).flatten(0, 2)
+        dx = _product(grad, weight.flatten(1).T, beside) if ctx.needs_input_grad[0] else None
         return dx, products.to(weight.dtype).view_as(weight)
+
+
+def _product(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
+    """weight (O, I) times each pixel of (B, I, H, W), plus `more`: (B, O, H, W)."""
+    (b, c, h, w), out = x.shape, len(weight)
+    y, zeros = new_map(b, h, w, out), (torch.zeros(c), torch.zeros(out))
+    kernel, other = _float(weight), 0 if more is None else (more := _image(more)).data_ptr()
+    call("pointwise_convolve", _image(x), b * h * w, c, zeros[0], kernel, zeros[1], out, -1.0, other, y)
+    return y.permute(0, 3, 1, 2)
 
 
 def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +188,7 @@ def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def mix(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Tensor, act: Act) -> Tensor:
     """act(bias + sum over maps of gain (map - mean)); maps (B, C, H, W), mean and gain (M, C), bias (C,)."""
     images = [_image(m) for m in maps]
-    out = torch.empty_like(images[0])
+    out = new_map(*images[0].shape)
     c = out.shape[-1]
     tables = (_float(mean), _float(gain), _float(bias))
     call("mix", pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
@@ -220,7 +216,7 @@ def mix_back(
 ) -> list[Tensor]:
     """gain grad' + slope (map - mean) + constant, for each map; tables (M, C)."""
     images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
-    grads = [torch.empty_like(g) for _ in maps]
+    grads = [new_map(*g.shape) for _ in maps]
     tables = [_float(table) for table in (mean, gain, slope, constant)]
     c = g.shape[-1]
     call("mix_back", g, after, pointers(images), len(maps), g.numel() // c, c, *tables, _top(act), pointers(grads))

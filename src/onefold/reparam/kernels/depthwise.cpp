@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t SOME = 28;  // places summed in float32 where a row has fewer
+
 struct Shape {
     int64_t b, h, w, c, stride, reach;
     int64_t blocks() const { return (c + PANEL - 1) / PANEL; }
@@ -83,39 +85,66 @@ void fill(Plane& plane, int64_t first, int64_t last, const float* image, const S
     copy_block(centre + block * PANEL, n, around);
     const vec left = load(around), right = load(around + LANES);
     plane.start(first, last, s.h, border);
-    for (int64_t y = std::max(first, -border); y < std::min(last, s.h + border); y++)
-        for (int64_t x = -border; x < s.w + border; x++) {
-            float* to = plane.at(y, x);
-            if (y < 0 || x < 0 || y >= s.h || x >= s.w) {
-                store(to, -left), store(to + LANES, -right);
-            } else {
-                const float* from = image + (y * s.w + x) * s.c + block * PANEL;
+    const auto outside = [&](int64_t y, int64_t from, int64_t to) {
+        for (float* at = plane.at(y, from); from < to; from++, at += PANEL) store(at, -left), store(at + LANES, -right);
+    };
+    for (int64_t y = std::max(first, -border); y < std::min(last, s.h + border); y++) {
+        if (y < 0 || y >= s.h) {
+            outside(y, -border, s.w + border);
+            continue;
+        }
+        outside(y, -border, 0), outside(y, s.w, s.w + border);
+        const float* from = image + y * s.w * s.c + block * PANEL;
+        float* to = plane.at(y, 0);
+        if (n >= PANEL) {
+            for (int64_t x = 0; x < s.w; x++, from += s.c, to += PANEL) {
                 __builtin_prefetch(from + PANEL, 0, 2);  // the next block's piece, which comes next
-                if (n < PANEL) copy_block(from, n, to), from = to;
                 store(to, load(from) - left), store(to + LANES, load(from + LANES) - right);
             }
+        } else {
+            for (int64_t x = 0; x < s.w; x++, from += s.c, to += PANEL)
+                for (int64_t j = 0; j < PANEL; j++) to[j] = j < n ? from[j] - around[j] : 0;
         }
+    }
 }
 
 // Rows first ... last-1 of the gradient through the activation; zeros outside its grid of `height` rows.
 void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, const float* g, const float* y,
                    const Shape& s, int64_t block, float top) {
     const int64_t n = s.c - block * PANEL;
-    float value[PANEL];
     plane.start(first, last, height, 0);
-    for (int64_t p = std::max<int64_t>(first, 0); p < std::min(last, height); p++)
-        for (int64_t x = 0; x < plane.w; x++) {
-            const int64_t at = (p * plane.w + x) * s.c + block * PANEL;
-            const float* after = y + at;
-            float* to = plane.at(p, x);
-            __builtin_prefetch(g + at + PANEL, 0, 2), __builtin_prefetch(after + PANEL, 0, 2);
-            copy_block(g + at, n, to);
-            if (top < 0) continue;
-            if (n < PANEL) copy_block(after, n, value), after = value;
-            store(to, through(load(to), load(after), top));
-            store(to + LANES, through(load(to + LANES), load(after + LANES), top));
+    for (int64_t p = std::max<int64_t>(first, 0); p < std::min(last, height); p++) {
+        const float *from = g + p * plane.w * s.c + block * PANEL, *after = y + (from - g);
+        float* to = plane.at(p, 0);
+        for (int64_t x = 0; x < plane.w; x++, from += s.c, after += s.c, to += PANEL) {
+            __builtin_prefetch(from + PANEL, 0, 2), __builtin_prefetch(after + PANEL, 0, 2);
+            if (n < PANEL) {
+                for (int64_t j = 0; j < PANEL; j++)
+                    to[j] = j >= n ? 0 : top < 0 ? from[j] : through(from[j], after[j], top);
+            } else if (top < 0) {
+                store(to, load(from)), store(to + LANES, load(from + LANES));
+            } else {
+                store(to, through(load(from), load(after), top));
+                store(to + LANES, through(load(from + LANES), load(after + LANES), top));
+            }
         }
+    }
 }
+
+// Asks for what the next piece reads of a map, pixel by pixel, while this one is computed. It may ask beyond the map,
+// which does nothing.
+struct Ahead {
+    const float* at;
+    int64_t c;
+    // The rows of `map` (`height` x `width` pixels an image) that belong to piece `i`'s, from `row` on.
+    Ahead(const float* map, const Pieces& pieces, int64_t i, int64_t height, int64_t width, int64_t scale, int64_t c) : c(c) {
+        const Piece next = pieces.at(i);
+        at = map + (next.image * height + next.first * scale) * width * c + next.block * PANEL;
+    }
+    void ask(int64_t pixels) {
+        for (int64_t j = 0; j < pixels; j++, at += c) __builtin_prefetch(at, 0, 2);
+    }
+};
 
 // A (count, C) table as [block][count][PANEL], zeros past the last channel; table is (C, count) row-major.
 Buffer<float> by_block(const float* table, int64_t c, int64_t count) {
@@ -363,16 +392,19 @@ void kernel_grad(const float* g, const float* y, const float* x, const Shape& s,
             fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
             fill_gradient(grad, piece.first, piece.last, rows, g + at, y + at, s, piece.block, top);
             double* total = &totals[t * size + piece.block * (taps + 1) * PANEL];
-            for (int half = 0; half < PANEL; half += LANES)
-                for (int64_t p = piece.first; p < piece.last; p++) {
-                    const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
-                    const float* by = grad.at(p, 0) + half;
+            const int64_t together = std::max<int64_t>(1, SOME / columns);  // rows that are summed in float32
+            for (int64_t start = piece.first; start < piece.last; start += together)
+                for (int half = 0; half < PANEL; half += LANES) {
                     vec acc[taps + 1] = {};
-                    for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, by += PANEL) {
-                        const vec v = load(by);
-                        acc[taps] += v;
+                    for (int64_t p = start; p < std::min(piece.last, start + together); p++) {
+                        const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
+                        const float* by = grad.at(p, 0) + half;
+                        for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, by += PANEL) {
+                            const vec v = load(by);
+                            acc[taps] += v;
 #pragma GCC unroll 64
-                        for (int k = 0; k < taps; k++) acc[k] += v * load(from + k / K * z.row() + k % K * PANEL);
+                            for (int k = 0; k < taps; k++) acc[k] += v * load(from + k / K * z.row() + k % K * PANEL);
+                        }
                     }
 #pragma GCC unroll 64
                     for (int k = 0; k <= taps; k++) add(total + k * PANEL + half, acc[k]);
@@ -427,21 +459,29 @@ INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kern
     const vec constant = load(lags + side * side * PANEL + half);
     for (int n = 0; n < N; n++) acc[n][0] = constant;
     const float* p = z.at(y + 1 - K, x + 1 - K) + half;
-    for (int dy = 0; dy < side; dy++, p += z.row())
+    for (int dy = 0; dy < side; dy++, p += z.row()) {
+        vec v[N + side - 1];
+#pragma GCC unroll 32
+        for (int i = 0; i < N + side - 1; i++) v[i] = load(p + i * PANEL);
 #pragma GCC unroll 16
         for (int dx = 0; dx < side; dx++) {
             const vec w = load(lags + (dy * side + dx) * PANEL + half);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) acc[n][dx % sums] += w * load(p + (dx + n) * PANEL);
+            for (int n = 0; n < N; n++) acc[n][dx % sums] += w * v[dx + n];
         }
-    const float* g = grad.at(y + reach, x + reach) + half;
-    for (int ty = 0; ty < K; ty++, g -= grad.row())
+    }
+    const float* g = grad.at(y + reach, x + reach + 1 - K) + half;
+    for (int ty = 0; ty < K; ty++, g -= grad.row()) {
+        vec v[N + K - 1];
+#pragma GCC unroll 32
+        for (int i = 0; i < N + K - 1; i++) v[i] = load(g + i * PANEL);
 #pragma GCC unroll 8
         for (int tx = 0; tx < K; tx++) {
             const vec w = load(kernel + (ty * K + tx) * PANEL + half);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) acc[n][tx % sums] += w * load(g + (n - tx) * PANEL);
+            for (int n = 0; n < N; n++) acc[n][tx % sums] += w * v[K - 1 - tx + n];
         }
+    }
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
 #pragma GCC unroll 4
@@ -470,13 +510,16 @@ void input_grad_by_lag(const float* g, const float* y, const float* x, const Sha
             fill_gradient(grad, piece.first + s.reach + 1 - K, piece.last + s.reach, rows, g + of_grad, y + of_grad, s,
                           piece.block, top);
             const float* w = &weights[at * taps];
+            Ahead of_x(x, pieces, i + 1, s.h, s.w, 1, s.c), of_g(g, pieces, i + 1, rows, columns, 1, s.c);
+            Ahead of_y(y, pieces, i + 1, rows, columns, 1, s.c);
             for (int64_t p = piece.first; p < piece.last; p++) {
                 const float* of_row = &lags[(piece.block * kinds + tall.kind(p) * wide.kinds()) * each * PANEL];
                 float* to = dx + ((piece.image * s.h + p) * s.w) * s.c + at;
                 for (int half = 0; half < PANEL && half < channels; half += LANES)
                     for (int64_t q = 0; q < s.w;) {
                         const float* of = of_row + wide.kind(q) * each * PANEL;
-                        const int64_t left = q >= edge ? s.w - edge - q : 0;
+                        const int64_t left = q >= edge ? s.w - edge - q : 0, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                        if (!half) of_x.ask(step), of_g.ask(step), of_y.ask(step);
                         if (left >= 4) {
                             blend<K, 4>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 4;
                         } else if (left >= 2) {
@@ -516,9 +559,11 @@ void input_grad_by_place(const float* g, const float* y, const float* x, const S
             fill_gradient(grad, low, high, rows, g + of_grad, y + of_grad, s, piece.block, top);
             sum.start(from, to, 0, 0);
             const float *w = &weights[at * taps], *q = &quads[at * taps * taps], *c = &shifts[at * taps], *m = &offsets[at * taps];
+            Ahead of_x(x, pieces, i + 1, s.h, s.w, 1, s.c);
             for (int64_t p = low; p < high; p++)
                 for (int64_t r = 0; r < columns; r++)
                     for (int half = 0; half < PANEL; half += LANES) {
+                        if (!half) of_x.ask(s.stride * s.stride);
                         const float* from = z.at(p * s.stride - s.reach, r * s.stride - s.reach) + half;
                         float* to = sum.at(p * s.stride - s.reach, r * s.stride - s.reach) + half;
                         const vec by = load(grad.at(p, r) + half);

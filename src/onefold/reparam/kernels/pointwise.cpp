@@ -2,7 +2,7 @@
 //
 // Sums over the batch are made in float32 over some rows, then over the runs of a SLAB, then in float64. A longer run would
 // be biased: behind a ReLU many values are one and the same, and adding a constant rounds the same way every time.
-#include "vector.h"
+#include "pointwise.h"
 
 namespace {
 
@@ -117,9 +117,9 @@ void pack_matrix(const float* b, int64_t depth, int64_t width, bool transposed, 
     });
 }
 
-// out (rows, width) = a (rows, depth) times the panels, plus bias, clamped where top >= 0.
+// out (rows, width) = a (rows, depth) times the panels, plus bias, clamped where top >= 0; plus `more` where there is one.
 void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels, const float* bias, int64_t width,
-                float top, float* out) {
+                float top, const float* more, float* out) {
     for (int64_t c = 0; c < width; c += PANEL) {
         const float* panel = panels + c * depth;
         const vec left = load(bias + c), right = load(bias + c + LANES);
@@ -131,10 +131,13 @@ void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels
                 vec u = acc[r][0] + left, v = acc[r][1] + right;
                 if (top >= 0) u = clamp(u, top), v = clamp(v, top);
                 float* to = out + (n + r) * width + c;
+                const float* other = more ? more + (n + r) * width + c : nullptr;
                 if (c + PANEL <= width) {
+                    if (other) u += load(other), v += load(other + LANES);
                     store(to, u), store(to + LANES, v);
                 } else {
-                    for (int j = 0; c + j < width; j++) to[j] = j < LANES ? u[j] : v[j - LANES];
+                    for (int j = 0; c + j < width; j++)
+                        to[j] = (j < LANES ? u[j] : v[j - LANES]) + (other ? other[j] : 0);
                 }
             }
         }
@@ -190,9 +193,8 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
     });
 }
 
-// y = act(bias + (x - mean) kernel^T); kernel is (O, C).
 API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* mean, const float* kernel,
-                            const float* bias, int64_t o, float top, float* y, int threads) {
+                            const float* bias, int64_t o, float top, const float* more, float* y, int threads) {
     auto panels = buffer<float>(up(o, PANEL) * c);
     pack_matrix(kernel, c, o, true, 0, c, panels.get(), threads);
     auto shift = padded(bias, o);
@@ -203,12 +205,11 @@ API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* m
             const int64_t rows = std::min(block, last - at);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t i = 0; i < c; i++) a[r * c + i] = x[(at + r) * c + i] - mean[i];
-            rows_times(a.get(), rows, c, panels.get(), shift.get(), o, top, y + at * o);
+            rows_times(a.get(), rows, c, panels.get(), shift.get(), o, top, more ? more + at * o : nullptr, y + at * o);
         }
     });
 }
 
-// products[o][c] = sum over rows of grad'[o] (x - mean)[c]; sum[o] = sum of grad'.
 API void pointwise_kernel_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
                                const float* mean, float top, double* products, double* sum, int threads) {
     const int64_t tall = up(c, TILE_ROWS), wide = up(o, PANEL);
@@ -251,7 +252,7 @@ API void pointwise_input_grad(const float* g, const float* y, const float* x, in
                 mask_rows(g + (at + r) * o, y + (at + r) * o, 1, o, top, to, o);
                 centre_rows(x + (at + r) * c, 1, c, mean, to + o, c);
             }
-            rows_times(a.get(), rows, depth, panels.get(), bias.get(), c, -1, dx + at * c);
+            rows_times(a.get(), rows, depth, panels.get(), bias.get(), c, -1, nullptr, dx + at * c);
         }
     });
 }
