@@ -17,6 +17,7 @@ from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, BadData, Stopped
 from onefold.train.checkpoint import Checkpoint, restore_last, save_best
+from onefold.train.distill import Teacher
 from onefold.train.distributed import World
 from onefold.train.folder import RunFolder
 from onefold.train.plan import Plan
@@ -54,7 +55,8 @@ class Run:
     """The surroundings of a training, which do not change what it computes.
 
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch; its "top1" decides which epoch
-    is best. `metadata` goes into the header of the weights. With `resume` the run in `out` goes on.
+    is best. `metadata` goes into the header of the weights. With `resume` the run in `out` goes on. `teacher` answers
+    for those whom `plan.distill` names.
     """
 
     out: Path
@@ -63,6 +65,7 @@ class Run:
     metadata: Mapping[str, str] = field(default_factory=dict)
     resume: bool = False
     on_progress: Callable[[Progress], None] | None = None
+    teacher: Teacher | None = None
 
 
 def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoint:
@@ -103,10 +106,13 @@ class _Training:
     def __init__(self, model: nn.Module, batches: Batches, plan: Plan, run: Run, signals: StopSignals) -> None:
         if len(batches) < 1:
             raise BadData("there is no batch to train on: are there fewer images than plan.batch_size?")
+        if (plan.distill is None) != (run.teacher is None):
+            raise BadArgument("plan.distill and a teacher go together: give Run(teacher=...) where the plan distills")
         self.batches, self.plan, self.run, self.signals = batches, plan, run, signals
         self.data = batches.fingerprint()
         self.folder, self.world = RunFolder(run.out), run.world
-        self.state = State(model, plan, run.world, steps_per_epoch=math.ceil(len(batches) / plan.accumulate))
+        steps = math.ceil(len(batches) / plan.accumulate)
+        self.state = State(model, plan, run.world, steps_per_epoch=steps, teacher=run.teacher)
         self.pace = Pace()
 
     # ---------------------------------------------------------------------------- begin or resume
@@ -157,7 +163,7 @@ class _Training:
 
     def fit(self) -> None:
         """The steps of this epoch that are still to do."""
-        self.state.model.train()
+        self.state.train_mode_()
         self.pace = Pace()
         for pieces in self._steps():
             loss = self.state.step(pieces)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from onefold.errors import BadArgument
+from onefold.train.distill import Distill
 from onefold.train.values import Duration, Epochs, Steps, Within, check, from_dict, to_dict
 
 Rate = Annotated[float, Within(0.0, 1000.0)]
@@ -124,7 +125,9 @@ class Plan:
 
     `batch_size` counts the images of one optimizer step, over all processes and all `accumulate` pieces of it.
     `clip_grad_norm` is the greatest allowed l2 norm of the whole gradient. `checkpoint_every` adds checkpoints to
-    the one at the end of each epoch. Raises BadArgument naming the field, what is allowed and what came.
+    the one at the end of each epoch. `freeze` names what stays as it is (see `freeze`); `layer_decay` is what the rate
+    is multiplied with at each level from the head towards the input. Raises BadArgument naming the field, what is
+    allowed and what came.
     """
 
     epochs: Annotated[int, Within(1, 1_000_000)]
@@ -133,6 +136,9 @@ class Plan:
     schedule: Cosine | Exponential = Cosine()
     weight_decay: WeightDecay = WeightDecay()
     label_smoothing: Share = 0.0
+    distill: Distill | None = None
+    freeze: tuple[str, ...] = ()
+    layer_decay: Share = 1.0
     ema: Ema | None = None
     clip_grad_norm: Annotated[float, Within(1e-12, 1e12)] | None = None
     amp: Literal["off", "bf16", "fp16"] = "off"

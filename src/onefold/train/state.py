@@ -14,7 +14,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from onefold.errors import BadCheckpoint, NonFiniteLoss
 from onefold.train.checkpoint import Checkpoint, Position
+from onefold.train.distill import Teacher, distill_loss
 from onefold.train.distributed import World, without_sync
+from onefold.train.freeze import freeze_, train_mode_
 from onefold.train.optim import (
     WeightAverage,
     learning_rate,
@@ -33,9 +35,12 @@ Batch = tuple[Tensor, Tensor]
 class State:
     """Weights, averaged weights, optimizer, loss scale, position and sums of one run."""
 
-    def __init__(self, model: nn.Module, plan: Plan, world: World, steps_per_epoch: int) -> None:
-        self.plan, self.world = plan, world
+    def __init__(
+        self, model: nn.Module, plan: Plan, world: World, steps_per_epoch: int, teacher: Teacher | None = None
+    ) -> None:
+        self.plan, self.world, self.teacher = plan, world, teacher
         self.model = model.to(world.device)
+        freeze_(self.model, plan.freeze)
         if plan.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = world.wrap(self.model)
@@ -56,6 +61,10 @@ class State:
         """Learning rate and weight decay of optimizer step `step`, counted from 0 over the whole run."""
         steps_per_epoch = self.position.steps_per_epoch
         return learning_rate(self.plan, step, steps_per_epoch), weight_decay(self.plan, step, steps_per_epoch)
+
+    def train_mode_(self) -> None:
+        """Ready to step: in train mode, but for what the plan freezes."""
+        train_mode_(self.model, self.plan.freeze)
 
     # -------------------------------------------------------------------------------------- a step
 
@@ -86,7 +95,17 @@ class State:
         with torch.autocast(device.type, dtype=half, enabled=amp != "off"):
             logits = self.network(images)
         labels = labels.to(device, non_blocking=True)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.plan.label_smoothing)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.plan.label_smoothing)
+        return self._taught(loss, images, logits)
+
+    def _taught(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """The loss, with the teachers' part where the plan distills."""
+        how = self.plan.distill
+        if how is None or self.teacher is None:
+            return loss
+        with torch.no_grad():
+            answers = self.teacher(images)
+        return (1 - how.weight) * loss + how.weight * distill_loss(how, logits, answers)
 
     def _apply_gradient(self) -> None:
         self.scaler.unscale_(self.optimizer)
