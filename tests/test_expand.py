@@ -35,6 +35,9 @@ def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
             norm.momentum = 1.0
     with torch.no_grad():
         source(torch.randn(16, 3, 32, 32).to(dtype))
+        for norm in source.modules():  # no channel is dead, or blown up by a small variance
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.running_var.clamp_(min=float(norm.running_var.mean()) / 2)
     return create_model(name, num_classes=4).to(dtype), fuse(source.eval())
 
 

@@ -144,12 +144,12 @@ def _begin_(norm: _BatchNorm, gain: Tensor, bias: Tensor) -> None:
 
 def _branch(name: str, part: nn.Module, layer: nn.Conv2d | nn.Linear) -> _Branch:
     ops = list(part) if isinstance(part, Chain) else [part]
-    conv, norm = (None, ops[0]) if len(ops) == 1 else (ops[0], ops[-1])
-    known = conv is None or isinstance(conv, (nn.Conv2d, nn.Linear))
-    if len(ops) > 2 or not known or not isinstance(norm, _BatchNorm) or not _can_restate(norm):
-        raise ValueError(
-            f"{name!r} cannot be expanded: a branch must be a convolution, or none, and a norm that tracks"
-        )
+    conv: nn.Module | None = ops[0] if len(ops) == 2 else None
+    norm = ops[-1]
+    if len(ops) > 2 or not isinstance(norm, _BatchNorm) or not _can_restate(norm):
+        raise ValueError(f"{name!r} cannot be expanded: a branch ends in a norm with gains and running statistics")
+    if conv is not None and not isinstance(conv, (nn.Conv2d, nn.Linear)):
+        raise ValueError(f"{name!r} cannot be expanded: a branch is a convolution, or none, and a norm, not {conv}")
     if not isinstance(conv, nn.Conv2d):
         return _Branch(conv, norm, (slice(None), slice(None)))
     if not isinstance(layer, nn.Conv2d) or (conv.groups, conv.stride) != (layer.groups, layer.stride):
