@@ -1,4 +1,4 @@
-"""Logical workers: one result at any number of processes, also when every life has another number and none ends well."""
+"""Logical workers: one result at any number of processes, also where each life has another and none ends well."""
 
 from __future__ import annotations
 
@@ -230,7 +230,9 @@ def test_threads_are_pinned_where_bits_are_promised(tmp_path: Path, caplog: pyte
 # ------------------------------------------------------------------------------ killed, and another number
 
 
-def killed_often(lives: Lives, out: Path, plan: Plan, kills: int, processes: tuple[int, ...]) -> tuple[int, Counter[int]]:
+def killed_often(
+    lives: Lives, out: Path, plan: Plan, kills: int, processes: tuple[int, ...]
+) -> tuple[int, Counter[int]]:
     """Kill a run that often, each life with another number of processes; how often that was within saving."""
     rng, saving, used = random.Random(kills), 0, Counter[int]()
     for _ in range(kills):

@@ -15,7 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from onefold.train import SGD, Checkpoint, Cosine, Ema, Plan, Progress, Run, Steps, WeightDecay, accuracy, of_workers, train
+from onefold.train import (
+    SGD,
+    Checkpoint,
+    Cosine,
+    Ema,
+    Plan,
+    Progress,
+    Run,
+    Steps,
+    WeightDecay,
+    accuracy,
+    of_workers,
+    train,
+)
 
 NUM_CLASSES = 6
 
@@ -98,7 +111,9 @@ def fresh(out: Path, plan: Plan = PLAN, data: Blobs = Blobs(), **run: object) ->
     given: dict[str, object] = {"evaluate": score, **run}
     around = Run(out=out, **given)  # type: ignore[arg-type]
     num_workers = plan.logical_workers
-    batches = of_workers(lambda v: replace(data, worker=v, num_workers=num_workers), plan, around.world)
+    batches = of_workers(
+        lambda v: replace(data, worker=v, num_workers=num_workers) if num_workers > 1 else data, plan, around.world
+    )
     return train(network(), batches, plan, around)
 
 

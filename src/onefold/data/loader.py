@@ -68,7 +68,7 @@ class Batches:
     num_workers: int = 0
     on_bad: Literal["error", "skip"] = "error"
     max_bad: int | None = None  # None: one in a hundred, or ten
-    bad: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # name -> why, in the order of meeting
+    bad: dict[str, str] = field(default_factory=dict, repr=False)  # name -> why, in the order of meeting; may be shared
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from onefold.data import Batches, Cached, Source, open_source
+from onefold.data import Batches as ImageBatches
+from onefold.data import Cached, Source, open_source
 from onefold.data.sources import Split
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.files import write_text
@@ -20,7 +21,20 @@ from onefold.models.mobileone import start_from_skips_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.network import Network, weights_file
-from onefold.train import Progress, Run, RunFolder, World, accuracy, seed_everything, start_world, train
+from onefold.train import (
+    Batches,
+    Progress,
+    Run,
+    RunFolder,
+    World,
+    accuracy,
+    is_restarted,
+    of_workers,
+    own_workers,
+    seed_everything,
+    start_world,
+    train,
+)
 
 RECIPE = "recipe.json"
 
@@ -49,6 +63,8 @@ def start_run(
     if not recipe.data.spec:
         raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
     if RunFolder(out).has_run:
+        if is_restarted():
+            return resume_run(out, on_progress=on_progress)
         raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
     return _run(recipe, out, on_progress, on_start)
 
@@ -99,7 +115,10 @@ def _run(
         start_from_skips_(model)
     card = _card(recipe, training.classes, fused=not leftovers(model))
     with start_world() as world:
-        batches, resume = _batches(training, recipe, world), RunFolder(out).has_run
+        resume = world.share(RunFolder(out).has_run)
+        if not resume:
+            recipe = _for_processes(recipe, world)
+        batches = _batches(training, recipe, world)
         if on_start and world.is_first:
             on_start(recipe)
         if not resume and world.is_first:
@@ -121,19 +140,32 @@ def _run(
     )
 
 
+def _for_processes(recipe: Recipe, world: World) -> Recipe:
+    """The recipe of a new run in these processes: as many logical workers, where it does not say how many."""
+    if world.size == 1 or recipe.plan.logical_workers > 1:
+        return recipe
+    return replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
+
+
 def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
-    plan = recipe.plan
-    return Batches(
-        Cached(source),
-        recipe.augment,
-        batch_size=plan.images_per_batch(world.size) * world.size,
-        seed=plan.seed,
-        shuffle=True,
-        rank=world.rank,
-        world=world.size,
-        num_workers=plan.workers,
-        on_bad="skip",
-    )
+    plan, cached, bad = recipe.plan, Cached(source), dict[str, str]()
+    share = len(own_workers(plan, world))
+
+    def of_worker(v: int) -> Batches:
+        return ImageBatches(
+            cached,
+            recipe.augment,
+            batch_size=plan.images_per_batch() * plan.logical_workers,
+            seed=plan.seed,
+            shuffle=True,
+            rank=v,
+            world=plan.logical_workers,
+            num_workers=-(-plan.workers // share),
+            on_bad="skip",
+            bad=bad,
+        )
+
+    return of_workers(of_worker, plan, world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +180,7 @@ class _Judge:
         network, drift = Network(model=model.cpu(), card=self.card, title=self.recipe.name), 0.0
         if not network.is_fused:
             network, drift = network.fused(tolerance=math.inf)  # told in the log: an epoch is not the end
-        batches = Batches(
+        batches = ImageBatches(
             self.held_out, self.recipe.preprocessing, batch_size=self.recipe.plan.batch_size, on_bad="skip"
         )
         return {**accuracy(network.model, batches.epoch(0)).metrics(), "drift": drift}

@@ -14,6 +14,7 @@ from onefold.train.freeze import NORMS as NORMS
 from onefold.train.freeze import frozen_parts as frozen_parts
 from onefold.train.logical import Batches as Batches
 from onefold.train.logical import of_workers as of_workers
+from onefold.train.logical import own_workers as own_workers
 from onefold.train.loop import Run as Run
 from onefold.train.loop import train as train
 from onefold.train.optim import decay_groups as decay_groups

@@ -1,4 +1,4 @@
-"""Writing in the background: the step goes on while a checkpoint is made into bytes, hashed, and brought to the disk."""
+"""Writing in the background: steps go on while a checkpoint is made into bytes, hashed, and brought to the disk."""
 
 from __future__ import annotations
 
