@@ -8,6 +8,9 @@ from onefold.data.augment import RandomResizedCrop as RandomResizedCrop
 from onefold.data.augment import RandomShift as RandomShift
 from onefold.data.augment import Resize as Resize
 from onefold.data.augment import Step as Step
+from onefold.data.curriculum import Curriculum as Curriculum
+from onefold.data.curriculum import Progressive as Progressive
+from onefold.data.curriculum import Stage as Stage
 from onefold.data.decode import decode as decode
 from onefold.data.decode import printable as printable
 from onefold.data.folders import Files as Files
@@ -16,8 +19,14 @@ from onefold.data.images import IMAGENET as IMAGENET
 from onefold.data.images import IMAGENET_MEAN as IMAGENET_MEAN
 from onefold.data.images import IMAGENET_STD as IMAGENET_STD
 from onefold.data.images import Preprocessing as Preprocessing
+from onefold.data.jitter import ColorJitter as ColorJitter
+from onefold.data.jitter import RandomErasing as RandomErasing
 from onefold.data.loader import Batches as Batches
 from onefold.data.loader import Transform as Transform
+from onefold.data.mixing import Mixed as Mixed
+from onefold.data.mixing import Mixing as Mixing
+from onefold.data.policies import AutoAugment as AutoAugment
+from onefold.data.policies import RandAugment as RandAugment
 from onefold.data.sources import Cached as Cached
 from onefold.data.sources import Source as Source
 from onefold.data.sources import Subset as Subset

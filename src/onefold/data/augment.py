@@ -7,14 +7,15 @@ nothing else, so what a sample becomes does not hang on workers, batches or orde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.images import FILTERS, Interpolation, Preprocessing, centre_crop, resize_short_side
+from onefold.data.jitter import RandomErasing
 from onefold.errors import BadArgument
 
 _ATTEMPTS = 10  # to fit a crop of the drawn area and shape, before the middle is taken
@@ -29,6 +30,9 @@ class Step(Protocol):
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """A new picture; the given one stays as it is."""
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +157,14 @@ class RandomAffine:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What training does to each picture: the steps in their order, then the preprocessing's normalisation.
+    """What training does to each picture: the steps in their order, the preprocessing's normalisation, then `erase`.
 
     The steps leave the preprocessing's size (RandomResizedCrop, or Resize and CentreCrop): nothing is resized unasked.
     """
 
     steps: tuple[Step, ...]
     preprocessing: Preprocessing
+    erase: RandomErasing | None = None
 
     @property
     def at_least(self) -> int:
@@ -174,9 +179,17 @@ class Augment:
         if image.size != (size, size):
             came = f"{image.width} x {image.height} pixels, the network takes {size} x {size}"
             raise BadArgument(f"the augmentation leaves {came}: have it resize and crop to that")
-        return self.preprocessing.normalise(image)
+        pixels = self.preprocessing.normalise(image)
+        return pixels if self.erase is None else self.erase(pixels, rng)
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, for logs."""
         steps = [{"step": type(step).__name__, **vars(step)} for step in self.steps]
-        return {"steps": steps, "preprocessing": self.preprocessing.to_dict()}
+        erase = None if self.erase is None else vars(self.erase)
+        return {"steps": steps, "preprocessing": self.preprocessing.to_dict(), "erase": erase}
+
+
+def at_size(steps: tuple[AnyStep, ...], size: int) -> tuple[AnyStep, ...]:
+    """The same steps for images of another size, in pixels."""
+    sized = (RandomResizedCrop, Resize, CentreCrop)
+    return tuple(replace(step, size=size) if isinstance(step, sized) else step for step in steps)

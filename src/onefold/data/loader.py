@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from onefold.data.curriculum import Progressive
 from onefold.data.images import Preprocessing
 from onefold.data.order import generator, shuffled
 from onefold.data.sources import Source, fingerprint
@@ -58,7 +59,7 @@ class Batches:
     """
 
     source: Source
-    transform: Preprocessing | Transform
+    transform: Preprocessing | Transform | Progressive
     _: KW_ONLY
     batch_size: int
     seed: int = 0
@@ -155,8 +156,9 @@ class Batches:
     def _sample(self, n: int, i: int) -> NDArray[np.float32]:
         if isinstance(self.transform, Preprocessing):
             return self.transform(self.source.image(i))
-        image = self.source.image(i, at_least=self.transform.at_least)
-        return self.transform(image, generator(self.seed, n, i))
+        transform = self.transform.at_epoch(n) if isinstance(self.transform, Progressive) else self.transform
+        image = self.source.image(i, at_least=transform.at_least)
+        return transform(image, generator(self.seed, n, i))
 
     def _batch(self, samples: NDArray[np.int64], made: list[_Sample]) -> tuple[Tensor, Tensor] | None:
         """The batch of what could be made; nothing where nothing could, which in training is an error."""

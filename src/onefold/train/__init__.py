@@ -17,6 +17,7 @@ from onefold.train.logical import of_workers as of_workers
 from onefold.train.logical import own_workers as own_workers
 from onefold.train.loop import Run as Run
 from onefold.train.loop import train as train
+from onefold.train.loss import cross_entropy as cross_entropy
 from onefold.train.optim import decay_groups as decay_groups
 from onefold.train.optim import learning_rate as learning_rate
 from onefold.train.optim import weight_decay as weight_decay

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -18,6 +17,7 @@ from onefold.train.distill import Teacher, distill_loss
 from onefold.train.distributed import World, talking, without_sync
 from onefold.train.freeze import freeze_, train_mode_
 from onefold.train.logical import Batch, own_workers
+from onefold.train.loss import cross_entropy
 from onefold.train.optim import (
     WeightAverage,
     learning_rate,
@@ -126,7 +126,7 @@ class State:
         with torch.autocast(device.type, dtype=half, enabled=amp != "off"):
             logits = self.network(images)
         labels = labels.to(device, non_blocking=True)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.plan.label_smoothing)
+        loss = cross_entropy(logits, labels, smoothing=self.plan.label_smoothing)
         return self._taught(loss, images, logits)
 
     def _taught(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
