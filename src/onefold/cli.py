@@ -75,6 +75,9 @@ def train(
     img_size: Size = None,
     epochs: Annotated[int | None, Option(help="another length, the warm-up in proportion")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
+    scale_to_batch: Annotated[
+        int | None, Option(help="this batch size, lr and EMA scaled to it by stated rules")
+    ] = None,
     lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
@@ -84,7 +87,7 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    from onefold.recipes import at_epochs, at_size, find_recipe, override, recipes
+    from onefold.recipes import recipe_for, recipes
     from onefold.stages import resume_run, start_run
 
     if list_recipes:
@@ -96,13 +99,11 @@ def train(
     changes |= _dotted(context.args)
     with display.training() as on_progress:
         if resume is not None:
-            if changes or [given for given in (out, img_size, epochs) if given is not None]:
+            if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
                 raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
             outcome = resume_run(resume, on_progress=on_progress)
         else:
-            chosen = find_recipe(recipe)
-            chosen = chosen if img_size is None else at_size(chosen, img_size)
-            chosen = override(chosen if epochs is None else at_epochs(chosen, epochs), changes)
+            chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
             folder = out or Path("runs") / chosen.name.replace(":", "-")
             outcome = start_run(chosen, folder, on_progress=on_progress, on_start=display.recipe)
     display.trained(outcome)

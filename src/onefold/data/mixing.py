@@ -1,7 +1,7 @@
 """Mixup and CutMix: pictures of a batch blended or pasted into each other, and their labels with them.
 
-B = images of a batch (of one rank), C = channels, K = classes. Each picture meets the one at the opposite place of its
-batch: the order of a batch is random already. One draw a batch, keyed by (seed, epoch, step, rank), so that a batch
+B = images of a batch (of one logical worker), C = channels, K = classes. Each picture meets the one at the opposite place of its
+batch: the order of a batch is random already. One draw a batch, keyed by (seed, epoch, step, worker), so that a batch
 is mixed alike wherever, and however late, it is made.
 """
 

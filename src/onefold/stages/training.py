@@ -11,13 +11,14 @@ from pathlib import Path
 from torch import nn
 
 from onefold.data import Batches as ImageBatches
-from onefold.data import Cached, Source, open_source
+from onefold.data import Cached, Mixed, Source, open_source
 from onefold.data.sources import Split
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.files import write_text
 from onefold.models import create_model
 from onefold.models.hub import Card
 from onefold.models.mobileone import start_from_skips_
+from onefold.models.parts import set_dropout_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.network import Network, weights_file
@@ -113,6 +114,8 @@ def _run(
     model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights).train()
     if recipe.start == "skips" and weights is None:
         start_from_skips_(model)
+    if recipe.dropout is not None:
+        set_dropout_(model, recipe.dropout)
     card = _card(recipe, training.classes, fused=not leftovers(model))
     with start_world() as world:
         resume = world.share(RunFolder(out).has_run)
@@ -152,9 +155,9 @@ def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
     share = len(own_workers(plan, world))
 
     def of_worker(v: int) -> Batches:
-        return ImageBatches(
+        batches = ImageBatches(
             cached,
-            recipe.augment,
+            recipe.transform,
             batch_size=plan.images_per_batch() * plan.logical_workers,
             seed=plan.seed,
             shuffle=True,
@@ -164,6 +167,10 @@ def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
             on_bad="skip",
             bad=bad,
         )
+        if recipe.mixing is None:
+            return batches
+        num_classes = len(source.classes)
+        return Mixed(batches, recipe.mixing, num_classes=num_classes, seed=plan.seed, rank=v, device=world.device)
 
     return of_workers(of_worker, plan, world)
 
