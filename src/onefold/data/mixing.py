@@ -1,8 +1,8 @@
 """Mixup and CutMix: pictures of a batch blended or pasted into each other, and their labels with them.
 
-B = images of a batch (of one logical worker), C = channels, K = classes. Each picture meets the one at the opposite place of its
-batch: the order of a batch is random already. One draw a batch, keyed by (seed, epoch, step, worker), so that a batch
-is mixed alike wherever, and however late, it is made.
+B = images of a batch (of one logical worker), C = channels, K = classes. Each picture meets the one at the opposite
+place of its batch: the order of a batch is random already. One draw a batch, keyed by (seed, epoch, step, worker), so
+that a batch is mixed alike wherever, and however late, it is made.
 """
 
 from __future__ import annotations
