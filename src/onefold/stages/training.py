@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from onefold.models.parts import set_dropout_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.network import Network, weights_file
+from onefold.stages.watching import UNWATCHED, Watch, draw_sheet, keep_check
 from onefold.train import (
     Batches,
-    Progress,
     Run,
     RunFolder,
     World,
@@ -36,6 +36,7 @@ from onefold.train import (
     start_world,
     train,
 )
+from onefold.train.listeners import check_names
 
 RECIPE = "recipe.json"
 
@@ -54,25 +55,23 @@ def start_run(
     recipe: Recipe,
     out: Path,
     *,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_start: Callable[[Recipe], None] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> Outcome:
-    """Train from the beginning into the run folder `out`, which must not hold a run.
-
-    `on_start` is told the recipe once data and network are found to be sound.
-    """
+    """Train from the beginning into the run folder `out`, which must not hold a run; `watch` says who sees it."""
+    check_names(watch.log_to)
     if not recipe.data.spec:
         raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
     if RunFolder(out).has_run:
         if is_restarted():
-            return resume_run(out, on_progress=on_progress)
+            return resume_run(out, watch=watch)
         raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-    return _run(recipe, out, on_progress, on_start)
+    return _run(recipe, out, watch)
 
 
-def resume_run(out: Path, *, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Go on with the run in `out`, by the recipe that lies in it."""
-    return _run(read_recipe(out), out, on_progress)
+def resume_run(out: Path, *, watch: Watch = UNWATCHED) -> Outcome:
+    """Go on with the run in `out`, by the recipe that lies in it; its data are not looked at again."""
+    check_names(watch.log_to)
+    return _run(read_recipe(out), out, replace(watch, on_start=None, check=False))
 
 
 def read_recipe(out: Path) -> Recipe:
@@ -101,12 +100,7 @@ def validation_images(source: str | Path, data: str | None) -> tuple[Source, str
     return _open(whole, "val"), data
 
 
-def _run(
-    recipe: Recipe,
-    out: Path,
-    on_progress: Callable[[Progress], None] | None,
-    on_start: Callable[[Recipe], None] | None = None,
-) -> Outcome:
+def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
     training, held_out = _open(recipe.data, "train"), Cached(_open(recipe.data, "val"))
     num_classes, channels = len(training.classes), recipe.preprocessing.channels
     weights = None if recipe.weights is None else weights_file(recipe.weights)
@@ -122,19 +116,18 @@ def _run(
         if not resume:
             recipe = _for_processes(recipe, world)
         batches = _batches(training, recipe, world)
-        if on_start and world.is_first:
-            on_start(recipe)
         if not resume and world.is_first:
-            write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+            _begin(recipe, out, watch, (training, held_out), batches)
+        quiet = watch if world.is_first else UNWATCHED
         run = Run(
             out=out,
             evaluate=_Judge(card=card, held_out=held_out, recipe=recipe),
             world=world,
             metadata=card.to_metadata(),
             resume=resume,
-            on_progress=on_progress,
         )
-        best = train(model, batches, recipe.plan, run).best
+        with quiet.heard_by(out, recipe) as heard:
+            best = train(model, batches, recipe.plan, replace(run, on_progress=heard)).best
     return Outcome(
         weights=RunFolder(out).best / "model.safetensors",
         top1=float(best["top1"]),
@@ -148,6 +141,17 @@ def _for_processes(recipe: Recipe, world: World) -> Recipe:
     if world.size == 1 or recipe.plan.logical_workers > 1:
         return recipe
     return replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
+
+
+def _begin(recipe: Recipe, out: Path, watch: Watch, data: tuple[Source, Source], batches: Batches) -> None:
+    """Look at the data, say what is about to be done, and write what does not change in a run."""
+    checked = watch.looked_at(*data, recipe.preprocessing.size)
+    if watch.on_start:
+        watch.on_start(recipe)
+    write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+    if checked:
+        keep_check(out, checked)
+    draw_sheet(out, batches, data[0].classes, recipe.preprocessing)
 
 
 def _batches(source: Source, recipe: Recipe, world: World) -> Batches:

@@ -12,6 +12,7 @@ from onefold.train.evaluate import accuracy as accuracy
 from onefold.train.folder import RunFolder as RunFolder
 from onefold.train.freeze import NORMS as NORMS
 from onefold.train.freeze import frozen_parts as frozen_parts
+from onefold.train.listeners import listening as listening
 from onefold.train.logical import Batches as Batches
 from onefold.train.logical import of_workers as of_workers
 from onefold.train.logical import own_workers as own_workers

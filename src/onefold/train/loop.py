@@ -22,7 +22,7 @@ from onefold.train.distributed import World
 from onefold.train.folder import RunFolder
 from onefold.train.logical import Batch, Batches, own_workers
 from onefold.train.plan import Plan
-from onefold.train.progress import Pace, Progress
+from onefold.train.progress import Pace, Progress, memory_in_use
 from onefold.train.randomness import apart, seed_everything
 from onefold.train.state import State, snapshot
 from onefold.train.stopping import Interrupted, StopSignals
@@ -209,7 +209,7 @@ class _Training:
         own["images_per_s"] = self.pace.images_per_s
         measured = {f"eval_{name}" if name in own else name: value for name, value in state.metrics.items()}
         self._tell("epoch", **own, **measured)
-        self._report(loss)
+        self._report(loss, is_evaluation=True)
         state.end_epoch()
         self._save(weights)
         self._heed()
@@ -287,7 +287,7 @@ class _Training:
         if self.world.is_first:
             self.folder.append({"kind": kind, **numbers})
 
-    def _report(self, loss: float) -> None:
+    def _report(self, loss: float, *, is_evaluation: bool = False) -> None:
         if not self.run.on_progress or not self.world.is_first:
             return
         at, total = self.state.position, self.plan.epochs * self.state.position.steps_per_epoch
@@ -301,6 +301,8 @@ class _Training:
             images_per_s=self.pace.images_per_s,
             eta_s=self.pace.seconds_per_step * (total - at.total),
             metrics=self.state.metrics,
+            is_evaluation=is_evaluation,
+            memory_bytes=memory_in_use(self.world.device),
         )
         self.run.on_progress(progress)
 
