@@ -21,6 +21,7 @@ from onefold.data import (
     Cached,
     ColorJitter,
     Curriculum,
+    Cut,
     HorizontalFlip,
     Mixed,
     Mixing,
@@ -30,6 +31,7 @@ from onefold.data import (
     RandomErasing,
     RandomResizedCrop,
     Stage,
+    Window,
 )
 from onefold.data.operations import LEVELLESS, NAMES, amount, apply
 from onefold.data.order import batch_generator, generator
@@ -362,6 +364,9 @@ class Pictures:
 
     def image(self, i: int, at_least: int = 0) -> Image.Image:
         return picture(i)
+
+    def crop(self, i: int, window: Window) -> Cut:
+        return window.of(picture(i))
 
     def label(self, i: int) -> int:
         return i % 3

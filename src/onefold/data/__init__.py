@@ -8,10 +8,12 @@ from onefold.data.augment import RandomResizedCrop as RandomResizedCrop
 from onefold.data.augment import RandomShift as RandomShift
 from onefold.data.augment import Resize as Resize
 from onefold.data.augment import Step as Step
+from onefold.data.cache import Cached as Cached
 from onefold.data.curriculum import Curriculum as Curriculum
 from onefold.data.curriculum import Progressive as Progressive
 from onefold.data.curriculum import Stage as Stage
 from onefold.data.decode import decode as decode
+from onefold.data.decode import decode_crop as decode_crop
 from onefold.data.decode import printable as printable
 from onefold.data.folders import Files as Files
 from onefold.data.folders import find_images as find_images
@@ -27,8 +29,9 @@ from onefold.data.mixing import Mixed as Mixed
 from onefold.data.mixing import Mixing as Mixing
 from onefold.data.policies import AutoAugment as AutoAugment
 from onefold.data.policies import RandAugment as RandAugment
-from onefold.data.sources import Cached as Cached
 from onefold.data.sources import Source as Source
 from onefold.data.sources import Subset as Subset
 from onefold.data.sources import fingerprint as fingerprint
 from onefold.data.sources import open_source as open_source
+from onefold.data.window import Cut as Cut
+from onefold.data.window import Window as Window

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.images import FILTERS, Interpolation, Preprocessing, centre_crop, resize_short_side
+from onefold.data.images import Interpolation, Preprocessing, centre_crop, resize_short_side
 from onefold.data.jitter import RandomErasing
+from onefold.data.window import Cut, Window
 from onefold.errors import BadArgument
 
 _ATTEMPTS = 10  # to fit a crop of the drawn area and shape, before the middle is taken
@@ -90,7 +92,11 @@ class RandomResizedCrop:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The crop, resized."""
-        return image.resize((self.size, self.size), FILTERS[self.interpolation], box=self.box(image.size, rng))
+        return self.window(rng).of(image).image()
+
+    def window(self, rng: np.random.Generator) -> Window:
+        """The crop as it can be asked of a source, which then need not decode what lies outside."""
+        return Window(size=self.size, place=partial(self.box, rng=rng), interpolation=self.interpolation)
 
     def box(self, sides: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Where the crop lies: left, top, right, bottom."""
@@ -173,7 +179,25 @@ class Augment:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.float32]:
         """float32 (C, H, W); BadArgument where the steps leave another size than the preprocessing's."""
-        for step in self.steps:
+        return self._finished(image, rng, self.steps)
+
+    def window(self, rng: np.random.Generator) -> Window | None:
+        """The crop that the first step takes of the stored picture; None where it wants the whole picture."""
+        first = self.steps[0] if self.steps else None
+        return first.window(rng) if isinstance(first, RandomResizedCrop) else None
+
+    def after_crop(self, cut: Cut, rng: np.random.Generator) -> NDArray[np.float32]:
+        """float32 (C, H, W) of what `window` asked for: the steps after the first."""
+        steps = self.steps[1:]
+        flips = all(isinstance(step, HorizontalFlip) for step in steps)
+        if not flips or self.preprocessing.channels != 3 or cut.size != self.preprocessing.size:
+            return self._finished(cut.image(), rng, steps)
+        mirror = sum(rng.random() < step.p for step in steps if isinstance(step, HorizontalFlip)) % 2 == 1
+        pixels = cut.scaled(*self.preprocessing.line(), mirror=mirror)
+        return pixels if self.erase is None else self.erase(pixels, rng)
+
+    def _finished(self, image: Image.Image, rng: np.random.Generator, steps: tuple[Step, ...]) -> NDArray[np.float32]:
+        for step in steps:
             image = step(image, rng)
         size = self.preprocessing.size
         if image.size != (size, size):

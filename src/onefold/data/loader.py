@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from onefold.data.augment import Augment
 from onefold.data.curriculum import Progressive
 from onefold.data.images import Preprocessing
 from onefold.data.order import generator, shuffled
@@ -154,11 +155,14 @@ class Batches:
         return made
 
     def _sample(self, n: int, i: int) -> NDArray[np.float32]:
-        if isinstance(self.transform, Preprocessing):
-            return self.transform(self.source.image(i))
         transform = self.transform.at_epoch(n) if isinstance(self.transform, Progressive) else self.transform
-        image = self.source.image(i, at_least=transform.at_least)
-        return transform(image, generator(self.seed, n, i))
+        if isinstance(transform, Preprocessing):
+            return transform(self.source.image(i))
+        rng = generator(self.seed, n, i)
+        window = transform.window(rng) if isinstance(transform, Augment) else None
+        if isinstance(transform, Augment) and window is not None:
+            return transform.after_crop(self.source.crop(i, window), rng)
+        return transform(self.source.image(i, at_least=transform.at_least), rng)
 
     def _batch(self, samples: NDArray[np.int64], made: list[_Sample]) -> tuple[Tensor, Tensor] | None:
         """The batch of what could be made; nothing where nothing could, which in training is an error."""
