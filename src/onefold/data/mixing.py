@@ -50,7 +50,7 @@ class Mixing:
             images, share = self._pasted(images, rng)
         else:
             share = float(rng.beta(self.mixup, self.mixup))
-            images = torch.lerp(images.flip(0), images, share)
+            images = images.flip(0).lerp_(images, share)
         return images, torch.lerp(own.flip(0), own, share)
 
     def _pasted(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, float]:
@@ -60,7 +60,7 @@ class Mixing:
         rows = _span(height, side, rng)
         columns = _span(width, side, rng)
         pasted = images.clone()
-        pasted[..., rows, columns] = images.flip(0)[..., rows, columns]
+        pasted[..., rows, columns] = images[..., rows, columns].flip(0)
         covered = (rows.stop - rows.start) * (columns.stop - columns.start)
         return pasted, 1 - covered / (height * width)
 
