@@ -22,7 +22,7 @@ from onefold.data import Batches, Curriculum, Mixed, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe, override, recipe_for, recipes, scaled
-from onefold.stages import start_run
+from onefold.stages import Watch, resume_run, start_run
 from onefold.stages.training import read_recipe
 from onefold.train import SGD, AdamW, Checkpoint, Cosine, Ema, Epochs, RMSprop, Steps, decay_groups
 
@@ -194,10 +194,8 @@ def test_a_mixed_and_grown_run_resumes_to_the_bit(data: Path, tmp_path: Path) ->
         if (progress.epoch, progress.step) == (2, 2):  # type: ignore[attr-defined]
             raise Enough
 
-    from onefold.stages import resume_run
-
     with pytest.raises(Enough):
-        start_run(recipe, tmp_path / "cut", on_progress=stop)
+        start_run(recipe, tmp_path / "cut", watch=Watch(on_progress=stop))
     resume_run(tmp_path / "cut")
     assert Checkpoint.load(tmp_path / "cut").digest() == Checkpoint.load(tmp_path / "whole").digest()
 
