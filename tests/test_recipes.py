@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from onefold import display
+from onefold.cli import main
 from onefold.data import Batches, Curriculum, Mixed, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model
@@ -209,6 +210,8 @@ def test_another_length_keeps_the_shares_of_warm_up_and_curriculum() -> None:
     assert recipe.plan.schedule.warmup == Epochs(5 / 3)
     assert recipe.curriculum is not None
     assert [stage.epoch for stage in recipe.curriculum.stages] == [0, 12, 37]
+    assert recipe.expect is None
+    assert at_epochs(recipe, 100) is recipe
     one = at_epochs(recipe, 1).curriculum
     assert one is not None
     assert one.stages == (Stage(epoch=0, size=224),)  # of stages that would share an epoch the last stays
@@ -287,6 +290,24 @@ def test_scaling_from_the_command_line() -> None:
         recipe_for("mobileone:s2", {"plan.batch_size": "8"}, scale_to_batch=1024)
     with pytest.raises(BadArgument, match="expected 1 or more"):
         recipe_for("mobileone:s2", {}, scale_to_batch=0)
+
+
+def test_a_complete_recipe_is_shown_with_what_was_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--img-size", "160", "--epochs", "30", "--scale-to-batch", "512", "--curriculum", "none"]
+    changes += ["--mixing", '{"cutmix": 1.0}', "--erase.p=0.25", "--plan.seed", "5"]
+    assert main(["train", "--show", "--recipe", "mobileformer:294m", *changes]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    wanted = {
+        "mixing.cutmix": "1.0",
+        "erase.p": "0.25",
+        "plan.seed": "5",
+        "plan.batch_size": "512",
+        "curriculum": "null",
+    }
+    wanted |= {"plan.optimizer.lr": str(1e-3 * math.sqrt(0.5)), "steps.0.size": "160", "plan.epochs": "30"}
+    assert {field: shown[field] for field in wanted} == wanted
+    assert main(["train", "--show", "--recipe", "mobileone:s2", "--mixin", "none"]) == 2
+    assert "no such option: --mixin" in capsys.readouterr().err
 
 
 def test_a_recipe_makes_the_batches_it_says(data: Path) -> None:

@@ -18,6 +18,7 @@ from onefold import display, exits
 from onefold.errors import BadArgument, BadData
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+_WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
@@ -80,6 +81,7 @@ def train(
     log_to: Annotated[str, Option(help="services that hear of it beside TensorBoard: wandb, trackio")] = "",
     no_check: Annotated[bool, Option("--no-check", help="train without a first look at the data")] = False,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
+    show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
 ) -> None:
     """Train a network by a recipe. Any field of the recipe can be changed: --plan.epochs 5, --data.seed 1 ...
 
@@ -96,6 +98,10 @@ def train(
     given = {"data.spec": data, "model": model, "weights": weights, **short}
     changes = {field: str(value) for field, value in given.items() if value is not None}
     changes |= _dotted(context.args)
+    if show:
+        chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+        display.recipe(chosen, to=sys.stdout)
+        return
     services = tuple(name.strip() for name in log_to.split(",") if name.strip())
     with display.training() as on_progress:
         watch = Watch(on_progress=on_progress, on_start=display.recipe, log_to=services, check=not no_check)
@@ -250,11 +256,11 @@ def demo(
 
 
 def _dotted(arguments: Sequence[str]) -> dict[str, str]:
-    """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}."""
+    """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}; --mixing none, for a part as a whole."""
     rest, changes = list(arguments), {}
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if not flag.startswith("--") or "." not in flag:
+        if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
             raise BadArgument(f"no such option: {flag}; a recipe's field is changed like --plan.epochs 5")
         if not equals:
             if not rest:

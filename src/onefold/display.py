@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,10 +157,10 @@ def _expected(recipe: Recipe) -> str:
     return f"{recipe.expect.top1:.1f} ({recipe.expect.source})"
 
 
-def recipe(chosen: Recipe) -> None:
-    """The complete recipe, each field under the name by which it can be changed."""
+def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
+    """The complete recipe, each field under the name by which it can be changed; beside a progress, on stderr."""
     for path, value in _fields(chosen.to_dict()):
-        print(f"  {path:32} {value}", file=sys.stderr)
+        print(f"  {path:32} {value}", file=to or sys.stderr)
 
 
 def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:

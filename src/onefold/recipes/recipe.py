@@ -140,7 +140,9 @@ def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
             else:
                 place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict):
-            raise BadArgument(f"the recipe has no {path!r}: `onefold train --recipe {recipe.name}` prints its fields")
+            raise BadArgument(
+                f"the recipe has no {path!r}: `onefold train --recipe {recipe.name} --show` prints its fields"
+            )
         place[field] = _value(text)
     return Recipe.from_dict(plain)
 
@@ -167,8 +169,13 @@ def at_size(recipe: Recipe, size: int) -> Recipe:
 
 
 def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe with another length; a warm-up counted in epochs and a curriculum stay the same shares of it."""
+    """The recipe with another length; a warm-up counted in epochs and a curriculum stay the same shares of it.
+
+    At another length the recipe's expected result is nobody's: it is left out.
+    """
     plan = recipe.plan
+    if epochs == plan.epochs:
+        return recipe
     schedule, curriculum = plan.schedule, recipe.curriculum
     if isinstance(schedule, Cosine) and isinstance(schedule.warmup, Epochs) and epochs > 0:
         schedule = replace(schedule, warmup=Epochs(schedule.warmup.count * epochs / plan.epochs))
@@ -176,7 +183,7 @@ def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
         begins = {min(s.epoch * epochs // plan.epochs, epochs - 1): s for s in curriculum.stages}  # later ones win
         curriculum = Curriculum(stages=tuple(replace(stage, epoch=epoch) for epoch, stage in begins.items()))
     plan = replace(plan, epochs=epochs, schedule=schedule)
-    return replace(recipe, plan=plan, curriculum=curriculum)
+    return replace(recipe, plan=plan, curriculum=curriculum, expect=None)
 
 
 def _value(text: str) -> Any:
