@@ -138,9 +138,9 @@ def test_mechanics_are_no_difference() -> None:
 def test_a_batch_is_a_share_of_a_step() -> None:
     plan = replace(PLAN, batch_size=256, accumulate=4)
     assert plan.images_per_batch() == 64
-    assert plan.images_per_batch(8) == 8
+    assert replace(plan, logical_workers=8).images_per_batch() == 8
     with pytest.raises(BadArgument, match="choose a multiple of 12"):
-        plan.images_per_batch(3)
+        replace(plan, logical_workers=3).images_per_batch()
 
 
 # ------------------------------------------------------------------- closed forms, written again

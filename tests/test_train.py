@@ -185,7 +185,9 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         "from onefold.train.stopping import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # at once: a launcher that passes on what came to all
         "    assert signals.asked == 'SIGINT'\n"
+        "    time.sleep(0.6)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )

@@ -5,16 +5,30 @@ As a program: `python training_kit.py OUT resume|begin [slow]` trains to the end
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from onefold.train import SGD, Checkpoint, Cosine, Ema, Plan, Progress, Run, Steps, WeightDecay, accuracy, train
+from onefold.train import (
+    SGD,
+    Checkpoint,
+    Cosine,
+    Ema,
+    Plan,
+    Progress,
+    Run,
+    Steps,
+    WeightDecay,
+    accuracy,
+    of_workers,
+    train,
+)
 
 NUM_CLASSES = 6
 
@@ -44,6 +58,9 @@ class Blobs:
     batch_size: int = 4
     seed: int = 0
     spoilt: int = -1  # from this epoch on the images are infinite
+    worker: int = 0
+    num_workers: int = 1
+    log: str = ""  # a file for a line a batch: which images it holds
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -54,7 +71,11 @@ class Blobs:
     def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         rng = torch.Generator().manual_seed(1000 * self.seed + n)
         order = torch.randperm(self.num_images, generator=rng)
-        for chosen in order.split(self.batch_size)[start:]:
+        for at, whole in enumerate(order.split(self.batch_size)[start:], start):
+            chosen = whole[self.worker :: self.num_workers]
+            if self.log:
+                with open(self.log, "ab", buffering=0) as log:  # one write: whole, whoever else writes
+                    log.write(json.dumps([n, at, self.worker, chosen.tolist()]).encode() + b"\n")
             yield self.images(chosen, n), chosen % NUM_CLASSES
 
     def images(self, chosen: Tensor, n: int = 0) -> Tensor:
@@ -86,9 +107,14 @@ def score(model: nn.Module) -> Mapping[str, float]:
 
 
 def fresh(out: Path, plan: Plan = PLAN, data: Blobs = Blobs(), **run: object) -> Checkpoint:
-    """A training of a new network in `out`."""
+    """A training of a new network in `out`, by as many logical workers as the plan says."""
     given: dict[str, object] = {"evaluate": score, **run}
-    return train(network(), data, plan, Run(out=out, **given))  # type: ignore[arg-type]
+    around = Run(out=out, **given)  # type: ignore[arg-type]
+    num_workers = plan.logical_workers
+    batches = of_workers(
+        lambda v: replace(data, worker=v, num_workers=num_workers) if num_workers > 1 else data, plan, around.world
+    )
+    return train(network(), batches, plan, around)
 
 
 def main(out: str, how: str, speed: str = "fast") -> None:

@@ -5,22 +5,20 @@ torch is imported by the verbs that need it, so that `onefold --help` answers at
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from onefold import display
-from onefold.errors import BadArgument, BadData, OnefoldError
+from onefold import display, exits
+from onefold.errors import BadArgument, BadData
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or of the click that typer carries
+_WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
@@ -75,17 +73,23 @@ def train(
     img_size: Size = None,
     epochs: Annotated[int | None, Option(help="another length, the warm-up in proportion")] = None,
     batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
+    scale_to_batch: Annotated[
+        int | None, Option(help="this batch size, lr and EMA scaled to it by stated rules")
+    ] = None,
     lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
+    log_to: Annotated[str, Option(help="services that hear of it beside TensorBoard: wandb, trackio")] = "",
+    no_check: Annotated[bool, Option("--no-check", help="train without a first look at the data")] = False,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
+    show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
 ) -> None:
     """Train a network by a recipe. Any field of the recipe can be changed: --plan.epochs 5, --data.seed 1 ...
 
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    from onefold.recipes import at_epochs, at_size, find_recipe, override, recipes
-    from onefold.stages import resume_run, start_run
+    from onefold.recipes import recipe_for, recipes
+    from onefold.stages import Watch, resume_run, start_run
 
     if list_recipes:
         display.recipe_table(recipes())
@@ -94,17 +98,21 @@ def train(
     given = {"data.spec": data, "model": model, "weights": weights, **short}
     changes = {field: str(value) for field, value in given.items() if value is not None}
     changes |= _dotted(context.args)
+    if show:
+        chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+        display.recipe(chosen, to=sys.stdout)
+        return
+    services = tuple(name.strip() for name in log_to.split(",") if name.strip())
     with display.training() as on_progress:
+        watch = Watch(on_progress=on_progress, on_start=display.recipe, log_to=services, check=not no_check)
         if resume is not None:
-            if changes or [given for given in (out, img_size, epochs) if given is not None]:
+            if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
                 raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
-            outcome = resume_run(resume, on_progress=on_progress)
+            outcome = resume_run(resume, watch=watch)
         else:
-            chosen = find_recipe(recipe)
-            chosen = chosen if img_size is None else at_size(chosen, img_size)
-            chosen = override(chosen if epochs is None else at_epochs(chosen, epochs), changes)
+            chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
             folder = out or Path("runs") / chosen.name.replace(":", "-")
-            outcome = start_run(chosen, folder, on_progress=on_progress, on_start=display.recipe)
+            outcome = start_run(chosen, folder, watch=watch)
     display.trained(outcome)
 
 
@@ -248,11 +256,11 @@ def demo(
 
 
 def _dotted(arguments: Sequence[str]) -> dict[str, str]:
-    """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}."""
+    """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}; --mixing none, for a part as a whole."""
     rest, changes = list(arguments), {}
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if not flag.startswith("--") or "." not in flag:
+        if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
             raise BadArgument(f"no such option: {flag}; a recipe's field is changed like --plan.epochs 5")
         if not equals:
             if not rest:
@@ -262,57 +270,10 @@ def _dotted(arguments: Sequence[str]) -> dict[str, str]:
     return changes
 
 
-def _speak_plainly() -> None:
-    """Library warnings and log lines as single lines on stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logger = logging.getLogger("onefold")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_place: Any, **_more: Any) -> None:
-    """Ours as a line; those that other packages address to programmers are not for a user."""
-    if category.__module__.startswith("onefold"):
-        print(f"warning: {message}", file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
-    _speak_plainly()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        status = app(args=given or ["--help"], standalone_mode=False)
-        return int(status or 0)
-    except OnefoldError as error:
-        return _failed(error, error.exit_status)
-    except _UsageError as error:
-        return _failed(error, 2, _usage(error))
-    except (typer.Abort, KeyboardInterrupt):
-        return 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError as error:
-        return _failed(error, 1, "out of memory: try a smaller --batch-size or --img-size")
-    except Exception as error:
-        return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
-
-
-def _usage(error: Exception) -> str:
-    context = getattr(error, "ctx", None)
-    hint = f" (try `{context.command_path} --help`)" if context else ""
-    return getattr(error, "format_message", error.__str__)() + hint
-
-
-def _failed(error: BaseException, status: int, text: str | None = None) -> int:
-    if os.environ.get("ONEFOLD_DEBUG"):
-        raise error
-    line = " ".join((text or str(error)).split())
-    print(f"error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-    return status
+    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False) or 0))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,36 +66,41 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextmanager
 def training() -> Iterator[OnProgress]:
-    """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere."""
+    """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere; both on stderr."""
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.TextColumn("{task.fields[now]}"),
-        bars.TimeRemainingColumn(),
-    )
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(None), bars.TextColumn("{task.fields[now]}"))
     live = sys.stderr.isatty() and not os.environ.get("NO_PROGRESS")
-    bar = bars.Progress(*columns, console=Console(stderr=True), disable=not live)
+    bar = bars.Progress(*columns, console=Console(stderr=True, highlight=False), disable=not live, expand=True)
     tasks: list[Any] = []
-    told: Any = None
 
     def on_progress(at: Progress) -> None:
-        nonlocal told
-        now = f"loss {at.loss:.3f}  {at.images_per_s:.0f} images/s"
+        epoch, now = f"epoch {at.epoch}/{at.epochs}", state_of(at)
         if live:
             if not tasks:
-                tasks.append(bar.add_task("training", total=at.epochs * at.steps, now=now))
-            done = (at.epoch - 1) * at.steps + at.step
-            bar.update(tasks[0], completed=done, now=now, description=f"epoch {at.epoch}/{at.epochs}")
-        if at.metrics and at.step == at.steps and at.metrics is not told:
-            told = at.metrics
-            line = f"epoch {at.epoch}/{at.epochs}  {now}  top-1 {at.metrics['top1']:.2f} %"
+                tasks.append(bar.add_task(epoch, total=at.epochs * at.steps, now=now))
+            bar.update(tasks[0], completed=at.total, now=now, description=epoch)
+        if at.is_evaluation:
+            line = f"{epoch}  {now}"
             bar.console.print(line) if live else print(line, file=sys.stderr, flush=True)
 
     with bar:
         yield on_progress
+
+
+def state_of(at: Progress) -> str:
+    """Loss, accuracy of the last evaluation, speed, memory and the time that is left, as far as they are known."""
+    told = [f"loss {at.loss:.3f}"]
+    if "top1" in at.metrics:
+        told.append(f"top-1 {at.metrics['top1']:.2f} %")
+    if math.isfinite(at.images_per_s):
+        told.append(f"{at.images_per_s:.0f} images/s")
+    if at.memory_bytes:
+        told.append(f"{at.memory_bytes / 2**20:.0f} MiB")
+    if math.isfinite(at.eta_s):
+        told.append(f"{timedelta(seconds=round(at.eta_s))} left")
+    return "  ".join(told)
 
 
 # -------------------------------------------------------------------------------------------- tables
@@ -150,10 +157,10 @@ def _expected(recipe: Recipe) -> str:
     return f"{recipe.expect.top1:.1f} ({recipe.expect.source})"
 
 
-def recipe(chosen: Recipe) -> None:
-    """The complete recipe, each field under the name by which it can be changed."""
+def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
+    """The complete recipe, each field under the name by which it can be changed; beside a progress, on stderr."""
     for path, value in _fields(chosen.to_dict()):
-        print(f"  {path:32} {value}", file=sys.stderr)
+        print(f"  {path:32} {value}", file=to or sys.stderr)
 
 
 def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@
     +-- NotWritable         5    no space, or a place that cannot be written (also an OSError)
     +-- RunBusy             6    another process is using this run folder
     +-- NonFiniteLoss       7    the loss became NaN or infinite (also an ArithmeticError)
+    +-- LostWorker          8    a process that trains along was lost, and could not be replaced
     +-- Stopped            75    stopped by a signal, after saving
 
 A message is one sentence or two: what was expected, what came, and what to type.
@@ -71,6 +72,12 @@ class NonFiniteLoss(OnefoldError, ArithmeticError):
     """The loss became NaN or infinite."""
 
     exit_status = 7
+
+
+class LostWorker(OnefoldError):
+    """A process that trains along was lost, and could not be replaced."""
+
+    exit_status = 8
 
 
 class Stopped(OnefoldError):

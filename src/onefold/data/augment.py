@@ -7,14 +7,17 @@ nothing else, so what a sample becomes does not hang on workers, batches or orde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.images import FILTERS, Interpolation, Preprocessing, centre_crop, resize_short_side
+from onefold.data.images import Interpolation, Preprocessing, centre_crop, resize_short_side
+from onefold.data.jitter import RandomErasing
+from onefold.data.window import Cut, Window
 from onefold.errors import BadArgument
 
 _ATTEMPTS = 10  # to fit a crop of the drawn area and shape, before the middle is taken
@@ -29,6 +32,9 @@ class Step(Protocol):
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """A new picture; the given one stays as it is."""
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,11 @@ class RandomResizedCrop:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The crop, resized."""
-        return image.resize((self.size, self.size), FILTERS[self.interpolation], box=self.box(image.size, rng))
+        return self.window(rng).of(image).image()
+
+    def window(self, rng: np.random.Generator) -> Window:
+        """The crop as it can be asked of a source, which then need not decode what lies outside."""
+        return Window(size=self.size, place=partial(self.box, rng=rng), interpolation=self.interpolation)
 
     def box(self, sides: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Where the crop lies: left, top, right, bottom."""
@@ -153,13 +163,14 @@ class RandomAffine:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What training does to each picture: the steps in their order, then the preprocessing's normalisation.
+    """What training does to each picture: the steps in their order, the preprocessing's normalisation, then `erase`.
 
     The steps leave the preprocessing's size (RandomResizedCrop, or Resize and CentreCrop): nothing is resized unasked.
     """
 
     steps: tuple[Step, ...]
     preprocessing: Preprocessing
+    erase: RandomErasing | None = None
 
     @property
     def at_least(self) -> int:
@@ -168,15 +179,41 @@ class Augment:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.float32]:
         """float32 (C, H, W); BadArgument where the steps leave another size than the preprocessing's."""
-        for step in self.steps:
+        return self._finished(image, rng, self.steps)
+
+    def window(self, rng: np.random.Generator) -> Window | None:
+        """The crop that the first step takes of the stored picture; None where it wants the whole picture."""
+        first = self.steps[0] if self.steps else None
+        return first.window(rng) if isinstance(first, RandomResizedCrop) else None
+
+    def after_crop(self, cut: Cut, rng: np.random.Generator) -> NDArray[np.float32]:
+        """float32 (C, H, W) of what `window` asked for: the steps after the first."""
+        steps = self.steps[1:]
+        flips = all(isinstance(step, HorizontalFlip) for step in steps)
+        if not flips or self.preprocessing.channels != 3 or cut.size != self.preprocessing.size:
+            return self._finished(cut.image(), rng, steps)
+        mirror = sum(rng.random() < step.p for step in steps if isinstance(step, HorizontalFlip)) % 2 == 1
+        pixels = cut.scaled(*self.preprocessing.line(), mirror=mirror)
+        return pixels if self.erase is None else self.erase(pixels, rng)
+
+    def _finished(self, image: Image.Image, rng: np.random.Generator, steps: tuple[Step, ...]) -> NDArray[np.float32]:
+        for step in steps:
             image = step(image, rng)
         size = self.preprocessing.size
         if image.size != (size, size):
             came = f"{image.width} x {image.height} pixels, the network takes {size} x {size}"
             raise BadArgument(f"the augmentation leaves {came}: have it resize and crop to that")
-        return self.preprocessing.normalise(image)
+        pixels = self.preprocessing.normalise(image)
+        return pixels if self.erase is None else self.erase(pixels, rng)
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold, for logs."""
         steps = [{"step": type(step).__name__, **vars(step)} for step in self.steps]
-        return {"steps": steps, "preprocessing": self.preprocessing.to_dict()}
+        erase = None if self.erase is None else vars(self.erase)
+        return {"steps": steps, "preprocessing": self.preprocessing.to_dict(), "erase": erase}
+
+
+def at_size(steps: tuple[AnyStep, ...], size: int) -> tuple[AnyStep, ...]:
+    """The same steps for images of another size, in pixels."""
+    sized = (RandomResizedCrop, Resize, CentreCrop)
+    return tuple(replace(step, size=size) if isinstance(step, sized) else step for step in steps)

@@ -19,15 +19,23 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
+from onefold.data.jpeg import crop_jpeg
+from onefold.data.upright import ORIENTATION, TRANSPOSE, stored_box, upright_cut
+from onefold.data.window import Cut, Window
 from onefold.errors import BadData
+
+_Made = TypeVar("_Made")
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -35,16 +43,6 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
 
-_ORIENTATION = 0x0112  # the tag's number, EXIF 2.3 table 4
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # What people have in place of an image, by the bytes it starts with.
 _IMPOSTORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the image: run `git lfs pull`"),
@@ -53,6 +51,8 @@ _IMPOSTORS = (
     (b"\x1f\x8b", "a gzip archive: unpack it"),
     (b"8BPS", "a Photoshop document: export it as PNG"),
 )
+_JPEG = ("JPEG", "MPO")
+_MAX_JPEG_BYTES = 4 * MAX_PIXELS  # more cannot be a photo, and is not read into memory
 _TEXT = frozenset(range(32, 127)) | {9, 10, 13}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
@@ -63,17 +63,37 @@ def decode(image: Path | str | bytes, *, name: str | None = None, at_least: int 
     `name` stands for the bytes in messages. With `at_least` above 0 a JPEG may come at 1/2, 1/4 or 1/8 of its scale,
     each side still `at_least` pixels or more: quicker, and for training only. Raises BadData, and nothing else.
     """
+    return _opened(image, name, lambda file, size, shown: _decode(file, size, shown, partial(_whole, at_least)))
+
+
+def decode_crop(image: Path | str | bytes, window: Window, *, name: str | None = None) -> Cut:
+    """A crop of the picture, with no more of it decoded than must be; for training.
+
+    The crop is placed in the picture at its full size, upright. A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where
+    the crop then still is not enlarged; otherwise the result is that of the whole picture. Raises BadData only.
+    """
+    return _opened(image, name, lambda file, size, shown: _decode_crop(file, size, shown, window))
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """A file's name fit for a message: control characters and bytes that are not UTF-8 escaped."""
+    text = os.fspath(name)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _opened(image: Path | str | bytes, name: str | None, use: Callable[[BinaryIO, int, str], _Made]) -> _Made:
+    """What `use` makes of the file, its size in bytes and its name for messages. Raises BadData only."""
     if isinstance(image, bytes):
-        shown = printable(name or f"an image of {len(image)} bytes")
-        return _decode(BytesIO(image), len(image), shown, at_least)
-    path = Path(image)
-    shown = printable(name or path)
+        return use(BytesIO(image), len(image), printable(name or f"an image of {len(image)} bytes"))
+    shown = printable(name or image)
     try:
-        status = path.stat()
+        status = os.stat(image)
         if not stat.S_ISREG(status.st_mode):  # before opening it: a FIFO would wait for ever, a device may not end
             raise BadData(f"{shown} is {_kind(status.st_mode)}: expected an image file")
-        with path.open("rb") as file:
-            return _decode(file, status.st_size, shown, at_least)
+        with open(image, "rb") as file:
+            return use(file, status.st_size, shown)
     except BadData:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name that holds a null character
@@ -81,23 +101,24 @@ def decode(image: Path | str | bytes, *, name: str | None = None, at_least: int 
         raise BadData(f"cannot read {shown}: {reason}") from error
 
 
-def printable(name: str | os.PathLike[str]) -> str:
-    """A file's name fit for a message: control characters and bytes that are not UTF-8 escaped."""
-    text = os.fspath(name)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def _decode_crop(file: BinaryIO, num_bytes: int, shown: str, window: Window) -> Cut:
+    if num_bytes <= _MAX_JPEG_BYTES:
+        data = file.read()
+        crop = crop_jpeg(data, window, MAX_PIXELS)
+        if crop is not None:
+            return crop
+        file = BytesIO(data)
+    return _decode(file, num_bytes, shown, partial(_cropped, window))
 
 
-def _decode(file: BinaryIO, num_bytes: int, shown: str, at_least: int) -> Image.Image:
+def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageFile], _Made]) -> _Made:
     if num_bytes == 0:
         raise BadData(f"{shown} is empty (0 bytes)")
     Image.init()  # an allow-list that names an unloaded plugin is a KeyError otherwise
     try:
         opened = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
         _refuse(opened, shown)
-        if at_least > 0 and opened.format in ("JPEG", "MPO"):
-            opened.draft(None, (at_least, at_least))
-        opened.load()
-        return _upright(_to_rgb(opened), _orientation(opened))
+        return finish(opened)
     except BadData:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -110,6 +131,25 @@ def _decode(file: BinaryIO, num_bytes: int, shown: str, at_least: int) -> Image.
         Exception
     ) as error:  # Pillow has no one error for damaged bytes: OSError, SyntaxError, KeyError, struct.error
         raise BadData(f"{shown} is truncated or damaged ({type(error).__name__}: {error})") from error
+
+
+def _whole(at_least: int, opened: ImageFile) -> Image.Image:
+    if at_least > 0 and opened.format in _JPEG:
+        opened.draft(None, (at_least, at_least))
+    opened.load()
+    return _upright(_to_rgb(opened), _orientation(opened))
+
+
+def _cropped(window: Window, opened: ImageFile) -> Cut:
+    if opened.format not in _JPEG:
+        return window.of(_whole(0, opened))
+    orientation, (width, height) = _orientation(opened), opened.size
+    box, by = stored_box(window, opened.size, orientation)
+    if by > 1:
+        opened.draft(None, (width // by, height // by))
+    opened.load()
+    by = round(width / opened.width)
+    return upright_cut(window, np.asarray(_to_rgb(opened)), box, by, orientation)
 
 
 def _refuse(image: Image.Image, shown: str) -> None:
@@ -136,12 +176,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     with suppress(Exception):  # an EXIF block that cannot be read says nothing, and the picture is still one
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    method = _UPRIGHT.get(orientation)
+    method = TRANSPOSE.get(orientation)
     upright = image if method is None else image.transpose(method)
     upright.info.clear()  # what it said about the file (orientation, profile, transparency) is no longer so
     return upright

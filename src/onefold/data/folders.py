@@ -16,7 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from onefold.data.decode import SUFFIXES, decode, printable
+from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
+from onefold.data.window import Cut, Window
 from onefold.errors import BadData
 
 _DROPPINGS = frozenset(("__MACOSX", "@eaDir", "lost+found"))
@@ -45,6 +46,10 @@ class Files:
     def image(self, i: int, *, at_least: int = 0) -> Image.Image:
         """Image i as `decode` gives it; BadData where it cannot."""
         return decode(self.root / self.names[i], at_least=at_least)
+
+    def crop(self, i: int, window: Window) -> Cut:
+        """A part of image i as `decode_crop` gives it; BadData where it cannot."""
+        return decode_crop(os.path.join(self.root, self.names[i]), window)
 
     def num_bytes(self, i: int) -> int:
         """The size of the file of image i, or -1 where it cannot be seen."""

@@ -64,6 +64,10 @@ class Preprocessing:
         table = _levels(self.mean, self.std)
         return np.stack([table[c].take(planes[:, :, c]) for c in range(self.channels)])
 
+    def line(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(gain, offset), (C,) each: level * gain + offset is within 1e-6 of `normalise`, and quicker."""
+        return _line(self.mean, self.std)
+
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold; `from_dict` reads it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -124,3 +128,9 @@ def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float
     values = np.arange(256) / 255
     table = (values - np.array(mean)[:, None]) / np.array(std)[:, None]
     return table.astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _line(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    gain, offset = 1 / (255 * np.array(std)), -np.array(mean) / np.array(std)
+    return gain.astype(np.float32), offset.astype(np.float32)

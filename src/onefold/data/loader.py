@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from onefold.data.augment import Augment
+from onefold.data.curriculum import Progressive
 from onefold.data.images import Preprocessing
 from onefold.data.order import generator, shuffled
 from onefold.data.sources import Source, fingerprint
@@ -58,7 +60,7 @@ class Batches:
     """
 
     source: Source
-    transform: Preprocessing | Transform
+    transform: Preprocessing | Transform | Progressive
     _: KW_ONLY
     batch_size: int
     seed: int = 0
@@ -68,7 +70,7 @@ class Batches:
     num_workers: int = 0
     on_bad: Literal["error", "skip"] = "error"
     max_bad: int | None = None  # None: one in a hundred, or ten
-    bad: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # name -> why, in the order of meeting
+    bad: dict[str, str] = field(default_factory=dict, repr=False)  # name -> why, in the order of meeting; may be shared
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:
@@ -153,10 +155,14 @@ class Batches:
         return made
 
     def _sample(self, n: int, i: int) -> NDArray[np.float32]:
-        if isinstance(self.transform, Preprocessing):
-            return self.transform(self.source.image(i))
-        image = self.source.image(i, at_least=self.transform.at_least)
-        return self.transform(image, generator(self.seed, n, i))
+        transform = self.transform.at_epoch(n) if isinstance(self.transform, Progressive) else self.transform
+        if isinstance(transform, Preprocessing):
+            return transform(self.source.image(i))
+        rng = generator(self.seed, n, i)
+        window = transform.window(rng) if isinstance(transform, Augment) else None
+        if isinstance(transform, Augment) and window is not None:
+            return transform.after_crop(self.source.crop(i, window), rng)
+        return transform(self.source.image(i, at_least=transform.at_least), rng)
 
     def _batch(self, samples: NDArray[np.int64], made: list[_Sample]) -> tuple[Tensor, Tensor] | None:
         """The batch of what could be made; nothing where nothing could, which in training is an error."""

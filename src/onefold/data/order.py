@@ -34,6 +34,12 @@ def generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed & _WORD, 0], np.uint64)))
 
 
+def batch_generator(seed: int, epoch: int, step: int, rank: int) -> np.random.Generator:
+    """The random numbers of one rank's batch at one step: a stream apart from every other, and from the samples'."""
+    counter = np.array([0, rank, epoch, step], np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed & _WORD, 1], np.uint64)))
+
+
 def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask

@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,6 +29,7 @@ from PIL import Image
 from onefold.data.decode import printable
 from onefold.data.folders import Files, class_folders, listed, visible_folders
 from onefold.data.labels import labels_csv
+from onefold.data.window import Cut, Window
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 Split = Literal["train", "val"]
@@ -54,6 +54,9 @@ class Source(Protocol):
 
     def image(self, i: int, *, at_least: int = 0) -> Image.Image:
         """Image i, RGB; with `at_least` above 0 perhaps smaller, but each side no less than that."""
+
+    def crop(self, i: int, window: Window) -> Cut:
+        """A part of image i, as the window asks; no more of it need be decoded."""
 
     def num_bytes(self, i: int) -> int:
         """The stored size of image i, or -1 where it is gone."""
@@ -81,6 +84,10 @@ class Digits:
     def image(self, i: int, *, at_least: int = 0) -> Image.Image:
         """Image i, 8 x 8, RGB."""
         return Image.fromarray(self.pixels[i]).convert("RGB")
+
+    def crop(self, i: int, window: Window) -> Cut:
+        """A part of image i."""
+        return window.of(self.image(i))
 
     def num_bytes(self, i: int) -> int:
         """64, of each."""
@@ -114,52 +121,13 @@ class Subset:
         """Image i of the subset."""
         return self.source.image(self.indices[i], at_least=at_least)
 
+    def crop(self, i: int, window: Window) -> Cut:
+        """A part of image i of the subset."""
+        return self.source.crop(self.indices[i], window)
+
     def num_bytes(self, i: int) -> int:
         """The stored size of image i of the subset."""
         return self.source.num_bytes(self.indices[i])
-
-
-class Cached:
-    """A source whose decoded images stay in memory, the first `limit_mib` of them: for small sets. A Source."""
-
-    def __init__(self, source: Source, limit_mib: int = 256) -> None:
-        self.source = source
-        self._room = limit_mib << 20
-        self._kept: dict[tuple[int, int], Image.Image] = {}
-        self._lock = Lock()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The classes of the source."""
-        return self.source.classes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def label(self, i: int) -> int:
-        """The class index of image i."""
-        return self.source.label(i)
-
-    def name(self, i: int) -> str:
-        """The name of image i."""
-        return self.source.name(i)
-
-    def image(self, i: int, *, at_least: int = 0) -> Image.Image:
-        """Image i, decoded the first time it is asked for; not to be changed in place."""
-        kept = self._kept.get((i, at_least))
-        if kept is not None:
-            return kept
-        image = self.source.image(i, at_least=at_least)
-        num_bytes = 4 * image.width * image.height  # Pillow holds RGB in four bytes
-        with self._lock:
-            if num_bytes <= self._room:
-                self._room -= num_bytes
-                self._kept[i, at_least] = image
-        return image
-
-    def num_bytes(self, i: int) -> int:
-        """The stored size of image i."""
-        return self.source.num_bytes(i)
 
 
 def open_source(spec: str | Path, split: Split, *, seed: int, val_fraction: float) -> Source:

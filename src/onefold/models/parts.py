@@ -135,6 +135,7 @@ class Head(nn.Module, ABC):
     """The end of a classifier: `pool` makes (B, num_features) of the last state, `fc` makes logits of that."""
 
     fc: nn.Module
+    dropout: nn.Dropout
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -170,6 +171,13 @@ class PooledHead(Head):
         """The mean over the map: (B, C, H, W) -> (B, C)."""
         pooled: Tensor = self.dropout(map_of(state).mean((2, 3)))
         return pooled
+
+
+def set_dropout_(model: nn.Module, p: float) -> None:
+    """Drop features before the last layer with chance `p` from now on. Raises BadArgument where there is no head."""
+    if not isinstance(model, Classifier) or not isinstance(model.head, Head):
+        raise BadArgument(f"dropout needs a network with a head of ours, not a {type(model).__name__}")
+    model.head.dropout.p = p
 
 
 def map_of(state: State) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from onefold.errors import BadArgument
@@ -17,26 +18,61 @@ from onefold.recipes.recipe import Recipe as Recipe
 from onefold.recipes.recipe import at_epochs as at_epochs
 from onefold.recipes.recipe import at_size as at_size
 from onefold.recipes.recipe import override as override
+from onefold.recipes.scaling import scaled as scaled
 
-FAMILIES = ("digits", "photos", "mobileone", "mobilenetv1")
+FAMILIES = ("digits", "photos", "mobileone", "mobileformer", "mobilenetv1")
 
 
 def recipes() -> list[Recipe]:
     """Every recipe, family by family."""
-    found = []
-    for family in FAMILIES:
-        module = import_module(f"onefold.recipes.{family}")
-        for name, make in vars(module).items():
-            if inspect.isfunction(make) and make.__module__ == module.__name__ and not name.startswith("_"):
-                found.append(make())
-    return found
+    return [make() for make in _makers()]
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe called family:name. Raises BadArgument with the nearest names."""
-    known = {recipe.name: recipe for recipe in recipes()}
+def find_recipe(name: str, size: int | None = None) -> Recipe:
+    """The recipe called family:name, on images of `size` pixels where that is given (see `at_size`).
+
+    Raises BadArgument with the nearest names.
+    """
+    known = {make().name: make for make in _makers()}
     if name in known:
-        return known[name]
+        make = known[name]
+        if size is None:
+            return make()
+        if "size" in inspect.signature(make).parameters:  # a family that knows what to expect there
+            return make(size=size)
+        return at_size(make(), size)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
     raise BadArgument(f"there is no recipe {name!r}: {hint}")
+
+
+def recipe_for(
+    name: str,
+    changes: Mapping[str, str],
+    *,
+    size: int | None = None,
+    epochs: int | None = None,
+    scale_to_batch: int | None = None,
+) -> Recipe:
+    """The recipe called `name` as a command line wants it: another size, length or batch, and then single fields.
+
+    Raises BadArgument, naming the field, where it cannot be.
+    """
+    recipe = find_recipe(name, size)
+    recipe = recipe if epochs is None else at_epochs(recipe, epochs)
+    if scale_to_batch is not None:
+        if "plan.batch_size" in changes:
+            raise BadArgument("--batch-size sets the batch size alone, --scale-to-batch lr and EMA too: give one")
+        recipe = scaled(recipe, batch_size=scale_to_batch)
+    return override(recipe, changes)
+
+
+def _makers() -> list[Callable[..., Recipe]]:
+    """The functions of the families: those that their files show."""
+    modules = [import_module(f"onefold.recipes.{family}") for family in FAMILIES]
+    return [
+        make
+        for module in modules
+        for name, make in vars(module).items()
+        if inspect.isfunction(make) and make.__module__ == module.__name__ and not name.startswith("_")
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onefold.data import Preprocessing, RandomShift, Resize
+from onefold.data import Preprocessing, RandomAffine, Resize
 from onefold.recipes.recipe import Data, Expected, Recipe
 from onefold.train import AdamW, Cosine, Ema, Epochs, Plan, WeightDecay
 
@@ -18,12 +18,12 @@ def s0() -> Recipe:
         name="digits:s0",
         model="mobileone_s0",
         data=Data(spec="digits", seed=0, val_fraction=0.2),
-        steps=(Resize(size=32), RandomShift(pixels=1)),
+        steps=(Resize(size=32), RandomAffine(degrees=8.0, shift=0.05, zoom=(0.9, 1.1))),
         preprocessing=preprocessing,
         plan=Plan(
-            epochs=8,
-            batch_size=32,
-            optimizer=AdamW(lr=3e-3),
+            epochs=20,
+            batch_size=128,
+            optimizer=AdamW(lr=4e-3),
             schedule=Cosine(warmup=Epochs(1)),
             weight_decay=WeightDecay(start=0.02, skip=("norm", "bias")),
             label_smoothing=0.1,

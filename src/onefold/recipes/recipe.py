@@ -9,19 +9,31 @@ from typing import Annotated, Any, Literal
 
 from onefold.data import (
     Augment,
+    AutoAugment,
     CentreCrop,
+    ColorJitter,
+    Curriculum,
     HorizontalFlip,
+    Mixing,
     Preprocessing,
+    Progressive,
+    RandAugment,
     RandomAffine,
+    RandomErasing,
     RandomResizedCrop,
     RandomShift,
     Resize,
+    Stage,
 )
+from onefold.data.augment import at_size as steps_at_size
 from onefold.errors import BadArgument
 from onefold.train import Cosine, Epochs, Plan
 from onefold.train.values import Within, check, from_dict, to_dict
 
-Step = RandomResizedCrop | HorizontalFlip | RandomAffine | RandomShift | Resize | CentreCrop
+Sized = RandomResizedCrop | Resize | CentreCrop
+Step = Sized | HorizontalFlip | RandomAffine | RandomShift | ColorJitter | AutoAugment | RandAugment
+
+_GRID = 8  # pixels: to a multiple of it the sizes of a curriculum's stages are rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +61,10 @@ class Expected:
 class Recipe:
     """A complete training: which network, on what, how. `steps` augment; `preprocessing` is the network's for ever.
 
+    `erase` puts out a part of each normalised image, `mixing` blends the images of a batch, `curriculum` says how size
+    and strength of the augmentation grow with the epochs. `dropout` is that before the last layer; None leaves what the
+    network was built with. `notes` say how this recipe came from another.
+
     `weights` is what to start from: a file, a run folder or an id of the hub; None starts from scratch, and then
     `start` says how: "plain", as the papers do, or from the "skips" (see `mobileone.start_from_skips_`).
     """
@@ -59,17 +75,43 @@ class Recipe:
     steps: tuple[Step, ...]
     preprocessing: Preprocessing
     plan: Plan
+    erase: RandomErasing | None = None
+    mixing: Mixing | None = None
+    curriculum: Curriculum | None = None
+    dropout: Annotated[float, Within(0.0, 1.0)] | None = None
     weights: str | None = None
     start: Literal["plain", "skips"] = "plain"
     expect: Expected | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self, "recipe")
+        if self.curriculum is not None:
+            self._check_stages(self.curriculum.stages)
+
+    def _check_stages(self, stages: tuple[Stage, ...]) -> None:
+        last, size, epochs = stages[-1], self.preprocessing.size, self.plan.epochs
+        if last.epoch >= epochs:
+            raise BadArgument(
+                f"the curriculum's last stage begins at epoch {last.epoch}, but plan.epochs is {epochs}: "
+                f"--epochs {epochs} shortens both, --curriculum none leaves it out"
+            )
+        if last.size != size:
+            raise BadArgument(
+                f"the curriculum ends at {last.size} px, but preprocessing.size is {size}: --img-size changes both"
+            )
 
     @property
     def augment(self) -> Augment:
-        """What training does to each image."""
-        return Augment(steps=self.steps, preprocessing=self.preprocessing)
+        """What training does to each image; with a curriculum, in its end."""
+        return Augment(steps=self.steps, preprocessing=self.preprocessing, erase=self.erase)
+
+    @property
+    def transform(self) -> Augment | Progressive:
+        """What training does to each image, from the first epoch to the last."""
+        if self.curriculum is None:
+            return self.augment
+        return Progressive(augment=self.augment, curriculum=self.curriculum)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as recipe.json holds them; `from_dict` is the exact inverse."""
@@ -98,25 +140,50 @@ def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
             else:
                 place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict):
-            raise BadArgument(f"the recipe has no {path!r}: `onefold train --recipe {recipe.name}` prints its fields")
+            raise BadArgument(
+                f"the recipe has no {path!r}: `onefold train --recipe {recipe.name} --show` prints its fields"
+            )
         place[field] = _value(text)
     return Recipe.from_dict(plain)
 
 
 def at_size(recipe: Recipe, size: int) -> Recipe:
-    """The recipe on images of another size, in pixels: its preprocessing and every step that has one."""
-    sized = (RandomResizedCrop, Resize, CentreCrop)
-    steps = tuple(replace(step, size=size) if isinstance(step, sized) else step for step in recipe.steps)
-    return replace(recipe, steps=steps, preprocessing=replace(recipe.preprocessing, size=size))
+    """The recipe on images of another size, in pixels: its preprocessing, its curriculum and every step with a size.
+
+    At another size the recipe's expected result is nobody's: it is left out.
+    """
+    own = recipe.preprocessing.size
+    if size == own:
+        return recipe
+    curriculum = recipe.curriculum
+    if curriculum is not None:
+        stages = [replace(s, size=max(_GRID, round(s.size * size / own / _GRID) * _GRID)) for s in curriculum.stages]
+        curriculum = Curriculum(stages=(*stages[:-1], replace(stages[-1], size=size)))
+    return replace(
+        recipe,
+        steps=steps_at_size(recipe.steps, size),
+        preprocessing=replace(recipe.preprocessing, size=size),
+        curriculum=curriculum,
+        expect=None,
+    )
 
 
 def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe with another length; a warm-up counted in epochs stays the same share of it."""
+    """The recipe with another length; a warm-up counted in epochs and a curriculum stay the same shares of it.
+
+    At another length the recipe's expected result is nobody's: it is left out.
+    """
     plan = recipe.plan
-    schedule = plan.schedule
+    if epochs == plan.epochs:
+        return recipe
+    schedule, curriculum = plan.schedule, recipe.curriculum
     if isinstance(schedule, Cosine) and isinstance(schedule.warmup, Epochs) and epochs > 0:
         schedule = replace(schedule, warmup=Epochs(schedule.warmup.count * epochs / plan.epochs))
-    return replace(recipe, plan=replace(plan, epochs=epochs, schedule=schedule))
+    if curriculum is not None and epochs > 0:
+        begins = {min(s.epoch * epochs // plan.epochs, epochs - 1): s for s in curriculum.stages}  # later ones win
+        curriculum = Curriculum(stages=tuple(replace(stage, epoch=epoch) for epoch, stage in begins.items()))
+    plan = replace(plan, epochs=epochs, schedule=schedule)
+    return replace(recipe, plan=plan, curriculum=curriculum, expect=None)
 
 
 def _value(text: str) -> Any:

@@ -5,6 +5,8 @@ Reading order: `stencil` (the data), `linear` (the connectives and the rules), `
 """
 
 from onefold.reparam.accelerate import accelerate as accelerate
+from onefold.reparam.expand import expand as expand
+from onefold.reparam.expand import restate_norms_ as restate_norms_
 from onefold.reparam.fuse import UnfoldedWarning as UnfoldedWarning
 from onefold.reparam.fuse import drift as drift
 from onefold.reparam.fuse import fuse as fuse

@@ -36,7 +36,7 @@ def fuse(model: nn.Module) -> nn.Module:
     training = next((name for name, norm in _norms(model) if norm.training), None)
     if training is not None:
         raise ValueError(f"norm {training!r} is in train mode, where it has no fixed answer: call model.eval() first")
-    trees = dict(_outermost(model))
+    trees = dict(outermost(model))
     _refuse_shared(model, trees)
     _refuse_inner_hooks(trees)
     memo: dict[int, object] = {id(tree): _stand_in(tree) for tree in trees.values()}
@@ -91,13 +91,13 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
 
 
-def _outermost(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def outermost(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The linear trees of a network that are not inside another one."""
     if isinstance(module, (Chain, Sum)):
         yield name, module
         return
     for key, child in module.named_children():
-        yield from _outermost(child, f"{name}.{key}" if name else key)
+        yield from outermost(child, f"{name}.{key}" if name else key)
 
 
 def _stand_in(tree: nn.Module) -> nn.Module:

@@ -27,3 +27,4 @@ from onefold.stages.training import Outcome as Outcome
 from onefold.stages.training import resume_run as resume_run
 from onefold.stages.training import start_run as start_run
 from onefold.stages.training import validation_images as validation_images
+from onefold.stages.watching import Watch as Watch

@@ -17,6 +17,7 @@ from onefold.stages.measuring import Bench, bench, note_accuracy
 from onefold.stages.network import Predictor, open_predictor
 from onefold.stages.page import write_page
 from onefold.stages.training import start_run, validation_images
+from onefold.stages.watching import Watch
 from onefold.train import Progress
 
 Say = Callable[[str], None]
@@ -38,7 +39,7 @@ def demo(
     if epochs is not None:
         recipe = at_epochs(recipe, epochs)
     say(f"1/6  train   {recipe.model} on scikit-learn's digits, {recipe.plan.epochs} epochs")
-    outcome = start_run(recipe, run, on_progress=on_progress)
+    outcome = start_run(recipe, run, watch=Watch(on_progress=on_progress))
     say(f"             top-1 {outcome.top1:.2f} % on {outcome.count} held-out digits")
 
     folded = fuse(run, out / "fused.safetensors")

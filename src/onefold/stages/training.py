@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from onefold.data import Batches, Cached, Source, open_source
+from onefold.data import Batches as ImageBatches
+from onefold.data import Cached, Mixed, Source, open_source
 from onefold.data.sources import Split
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.files import write_text
 from onefold.models import create_model
 from onefold.models.hub import Card
 from onefold.models.mobileone import start_from_skips_
+from onefold.models.parts import set_dropout_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.network import Network, weights_file
-from onefold.train import Progress, Run, RunFolder, World, accuracy, seed_everything, start_world, train
+from onefold.stages.watching import UNWATCHED, Watch, draw_sheet, keep_check
+from onefold.train import (
+    Batches,
+    Run,
+    RunFolder,
+    World,
+    accuracy,
+    is_restarted,
+    of_workers,
+    own_workers,
+    seed_everything,
+    start_world,
+    train,
+)
+from onefold.train.listeners import check_names
 
 RECIPE = "recipe.json"
 
@@ -39,23 +55,23 @@ def start_run(
     recipe: Recipe,
     out: Path,
     *,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_start: Callable[[Recipe], None] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> Outcome:
-    """Train from the beginning into the run folder `out`, which must not hold a run.
-
-    `on_start` is told the recipe once data and network are found to be sound.
-    """
+    """Train from the beginning into the run folder `out`, which must not hold a run; `watch` says who sees it."""
+    check_names(watch.log_to)
     if not recipe.data.spec:
         raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
     if RunFolder(out).has_run:
+        if is_restarted():
+            return resume_run(out, watch=watch)
         raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-    return _run(recipe, out, on_progress, on_start)
+    return _run(recipe, out, watch)
 
 
-def resume_run(out: Path, *, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Go on with the run in `out`, by the recipe that lies in it."""
-    return _run(read_recipe(out), out, on_progress)
+def resume_run(out: Path, *, watch: Watch = UNWATCHED) -> Outcome:
+    """Go on with the run in `out`, by the recipe that lies in it; its data are not looked at again."""
+    check_names(watch.log_to)
+    return _run(read_recipe(out), out, replace(watch, on_start=None, check=False))
 
 
 def read_recipe(out: Path) -> Recipe:
@@ -84,12 +100,7 @@ def validation_images(source: str | Path, data: str | None) -> tuple[Source, str
     return _open(whole, "val"), data
 
 
-def _run(
-    recipe: Recipe,
-    out: Path,
-    on_progress: Callable[[Progress], None] | None,
-    on_start: Callable[[Recipe], None] | None = None,
-) -> Outcome:
+def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
     training, held_out = _open(recipe.data, "train"), Cached(_open(recipe.data, "val"))
     num_classes, channels = len(training.classes), recipe.preprocessing.channels
     weights = None if recipe.weights is None else weights_file(recipe.weights)
@@ -97,22 +108,26 @@ def _run(
     model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights).train()
     if recipe.start == "skips" and weights is None:
         start_from_skips_(model)
+    if recipe.dropout is not None:
+        set_dropout_(model, recipe.dropout)
     card = _card(recipe, training.classes, fused=not leftovers(model))
     with start_world() as world:
-        batches, resume = _batches(training, recipe, world), RunFolder(out).has_run
-        if on_start and world.is_first:
-            on_start(recipe)
+        resume = world.share(RunFolder(out).has_run)
+        if not resume:
+            recipe = _for_processes(recipe, world)
+        batches = _batches(training, recipe, world)
         if not resume and world.is_first:
-            write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+            _begin(recipe, out, watch, (training, held_out), batches)
+        quiet = watch if world.is_first else UNWATCHED
         run = Run(
             out=out,
             evaluate=_Judge(card=card, held_out=held_out, recipe=recipe),
             world=world,
             metadata=card.to_metadata(),
             resume=resume,
-            on_progress=on_progress,
         )
-        best = train(model, batches, recipe.plan, run).best
+        with quiet.heard_by(out, recipe) as heard:
+            best = train(model, batches, recipe.plan, replace(run, on_progress=heard)).best
     return Outcome(
         weights=RunFolder(out).best / "model.safetensors",
         top1=float(best["top1"]),
@@ -121,19 +136,47 @@ def _run(
     )
 
 
+def _for_processes(recipe: Recipe, world: World) -> Recipe:
+    """The recipe of a new run in these processes: as many logical workers, where it does not say how many."""
+    if world.size == 1 or recipe.plan.logical_workers > 1:
+        return recipe
+    return replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
+
+
+def _begin(recipe: Recipe, out: Path, watch: Watch, data: tuple[Source, Source], batches: Batches) -> None:
+    """Look at the data, say what is about to be done, and write what does not change in a run."""
+    checked = watch.looked_at(*data, recipe.preprocessing.size)
+    if watch.on_start:
+        watch.on_start(recipe)
+    write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+    if checked:
+        keep_check(out, checked)
+    draw_sheet(out, batches, data[0].classes, recipe.preprocessing)
+
+
 def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
-    plan = recipe.plan
-    return Batches(
-        Cached(source),
-        recipe.augment,
-        batch_size=plan.images_per_batch(world.size) * world.size,
-        seed=plan.seed,
-        shuffle=True,
-        rank=world.rank,
-        world=world.size,
-        num_workers=plan.workers,
-        on_bad="skip",
-    )
+    plan, cached, bad = recipe.plan, Cached(source), dict[str, str]()
+    share = len(own_workers(plan, world))
+
+    def of_worker(v: int) -> Batches:
+        batches = ImageBatches(
+            cached,
+            recipe.transform,
+            batch_size=plan.images_per_batch() * plan.logical_workers,
+            seed=plan.seed,
+            shuffle=True,
+            rank=v,
+            world=plan.logical_workers,
+            num_workers=-(-plan.workers // share),
+            on_bad="skip",
+            bad=bad,
+        )
+        if recipe.mixing is None:
+            return batches
+        num_classes = len(source.classes)
+        return Mixed(batches, recipe.mixing, num_classes=num_classes, seed=plan.seed, rank=v, device=world.device)
+
+    return of_workers(of_worker, plan, world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +191,7 @@ class _Judge:
         network, drift = Network(model=model.cpu(), card=self.card, title=self.recipe.name), 0.0
         if not network.is_fused:
             network, drift = network.fused(tolerance=math.inf)  # told in the log: an epoch is not the end
-        batches = Batches(
+        batches = ImageBatches(
             self.held_out, self.recipe.preprocessing, batch_size=self.recipe.plan.batch_size, on_bad="skip"
         )
         return {**accuracy(network.model, batches.epoch(0)).metrics(), "drift": drift}

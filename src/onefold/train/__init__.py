@@ -2,14 +2,23 @@
 
 from onefold.train.checkpoint import Checkpoint as Checkpoint
 from onefold.train.checkpoint import Position as Position
+from onefold.train.distill import Distill as Distill
+from onefold.train.distill import Teacher as Teacher
 from onefold.train.distributed import World as World
+from onefold.train.distributed import is_restarted as is_restarted
 from onefold.train.distributed import start_world as start_world
 from onefold.train.evaluate import Accuracy as Accuracy
 from onefold.train.evaluate import accuracy as accuracy
 from onefold.train.folder import RunFolder as RunFolder
-from onefold.train.loop import Batches as Batches
+from onefold.train.freeze import NORMS as NORMS
+from onefold.train.freeze import frozen_parts as frozen_parts
+from onefold.train.listeners import listening as listening
+from onefold.train.logical import Batches as Batches
+from onefold.train.logical import of_workers as of_workers
+from onefold.train.logical import own_workers as own_workers
 from onefold.train.loop import Run as Run
 from onefold.train.loop import train as train
+from onefold.train.loss import cross_entropy as cross_entropy
 from onefold.train.optim import decay_groups as decay_groups
 from onefold.train.optim import learning_rate as learning_rate
 from onefold.train.optim import weight_decay as weight_decay

@@ -30,7 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from onefold.errors import BadArgument, BadCheckpoint
+from onefold.errors import BadArgument, BadCheckpoint, NotWritable
 from onefold.train.folder import RunFolder, keep_previous, seal, unseal
 from onefold.train.plan import Plan
 from onefold.train.randomness import RandomState
@@ -99,8 +99,12 @@ class Checkpoint:
 
         Raises NotWritable where there is no room; one of the two then is what `last/` was.
         """
-        keep_previous(folder.last, folder.previous)
-        seal(folder.last, self._contents(metadata))
+        try:
+            keep_previous(folder.last, folder.previous)
+            seal(folder.last, self._contents(metadata))
+        except NotWritable as error:
+            stands = "; the checkpoint before it stands: resume when there is room" if folder.has_run else ""
+            raise NotWritable(f"{error}{stands}") from error
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from onefold.errors import BadArgument, BadCheckpoint
+from onefold.train.freeze import rate_scales
 from onefold.train.plan import SGD, AdamW, Ema, Exponential, ParameterKind, Plan
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -84,13 +85,16 @@ def _kinds(module: nn.Module, name: str, parameter: Tensor) -> set[str]:
 
 
 def make_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
-    """The plan's optimizer over the trainable parameters of `model`, in the groups of `decay_groups`."""
+    """The plan's optimizer over the trainable parameters of `model`: `decay_groups`, by scale of their rate."""
     named = dict(model.named_parameters())
-    names = decay_groups(model, plan.weight_decay.skip)
-    groups = [{"params": [named[name] for name in names[kind]], "decays": kind == "decay"} for kind in names]
-    groups = [group for group in groups if group["params"]]
+    scales = rate_scales(model, plan.layer_decay)
+    parts: dict[tuple[bool, float], list[Tensor]] = {}
+    for kind, names in decay_groups(model, plan.weight_decay.skip).items():
+        for name in names:
+            parts.setdefault((kind == "decay", scales[name]), []).append(named[name])
+    groups = [{"params": params, "decays": decays, "scale": scale} for (decays, scale), params in parts.items()]
     if not groups:
-        raise BadArgument("the model has no parameter to train: set requires_grad on some")
+        raise BadArgument("the model has no parameter to train: does plan.freeze name all of it?")
     rule = plan.optimizer
     if isinstance(rule, SGD):
         return torch.optim.SGD(groups, lr=rule.lr, momentum=rule.momentum, nesterov=rule.nesterov)
@@ -102,7 +106,7 @@ def make_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
 def set_rates_(optimizer: Optimizer, lr: float, decay: float) -> None:
     """Put the rates of one step into the optimizer's groups."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
         group["weight_decay"] = decay if group["decays"] else 0.0
 
 

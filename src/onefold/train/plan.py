@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from onefold.errors import BadArgument
+from onefold.train.distill import Distill
 from onefold.train.values import Duration, Epochs, Steps, Within, check, from_dict, to_dict
 
 Rate = Annotated[float, Within(0.0, 1000.0)]
@@ -124,7 +125,10 @@ class Plan:
 
     `batch_size` counts the images of one optimizer step, over all processes and all `accumulate` pieces of it.
     `clip_grad_norm` is the greatest allowed l2 norm of the whole gradient. `checkpoint_every` adds checkpoints to
-    the one at the end of each epoch. Raises BadArgument naming the field, what is allowed and what came.
+    the one at the end of each epoch. `freeze` names what stays as it is (see `freeze`); `layer_decay` is what the rate
+    is multiplied with at each level from the head towards the input. A step is shared by `logical_workers`, whatever
+    number of processes stands in for them, and `reduce` says how their gradients are added (see `logical`). Raises
+    BadArgument naming the field, what is allowed and what came.
     """
 
     epochs: Annotated[int, Within(1, 1_000_000)]
@@ -133,12 +137,17 @@ class Plan:
     schedule: Cosine | Exponential = Cosine()
     weight_decay: WeightDecay = WeightDecay()
     label_smoothing: Share = 0.0
+    distill: Distill | None = None
+    freeze: tuple[str, ...] = ()
+    layer_decay: Share = 1.0
     ema: Ema | None = None
     clip_grad_norm: Annotated[float, Within(1e-12, 1e12)] | None = None
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = False
     seed: Annotated[int, Within(0, 2**32 - 1)] = 0
     accumulate: Annotated[int, Within(1, 1_000_000)] = 1
+    logical_workers: Annotated[int, Within(1, 1_000_000)] = 1
+    reduce: Literal["fast", "exact"] = "fast"
     workers: Annotated[int, Within(0, 1024)] = 0
     checkpoint_every: Duration | None = None
 
@@ -148,6 +157,11 @@ class Plan:
             raise BadArgument(
                 f"plan.accumulate must divide plan.batch_size, but {self.accumulate} does not divide {self.batch_size}"
             )
+        if self.reduce == "exact" and self.logical_workers & (self.logical_workers - 1):
+            raise BadArgument(
+                "plan.logical_workers must be a power of two where plan.reduce is 'exact' (gradients are added in a "
+                f"binary tree), not {self.logical_workers}"
+            )
         if isinstance(self.schedule, Cosine):
             warmup = self.schedule.warmup
             if isinstance(warmup, Epochs) and warmup.count > self.epochs:
@@ -155,13 +169,13 @@ class Plan:
         if self.checkpoint_every is not None and not self.checkpoint_every.count:
             raise BadArgument(f"plan.checkpoint_every must be longer than nothing or none, not {self.checkpoint_every}")
 
-    def images_per_batch(self, num_processes: int = 1) -> int:
-        """The size of one batch as one of `num_processes` loads it; raises BadArgument where it is not whole."""
-        size, rest = divmod(self.batch_size, self.accumulate * num_processes)
+    def images_per_batch(self) -> int:
+        """The size of one batch as a logical worker loads it; raises BadArgument where it is not whole."""
+        size, rest = divmod(self.batch_size, self.accumulate * self.logical_workers)
         if rest:
             raise BadArgument(
-                f"plan.batch_size {self.batch_size} is not a multiple of {self.accumulate} pieces on "
-                f"{num_processes} processes: choose a multiple of {self.accumulate * num_processes}"
+                f"plan.batch_size {self.batch_size} is not a multiple of {self.accumulate} pieces for each of "
+                f"{self.logical_workers} logical workers: choose a multiple of {self.accumulate * self.logical_workers}"
             )
         return size
 

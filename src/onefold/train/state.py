@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from onefold.errors import BadCheckpoint, NonFiniteLoss
 from onefold.train.checkpoint import Checkpoint, Position
-from onefold.train.distributed import World, without_sync
+from onefold.train.distill import Teacher, distill_loss
+from onefold.train.distributed import World, talking, without_sync
+from onefold.train.freeze import freeze_, train_mode_
+from onefold.train.logical import Batch, own_workers
+from onefold.train.loss import cross_entropy
 from onefold.train.optim import (
     WeightAverage,
     learning_rate,
@@ -25,20 +28,26 @@ from onefold.train.optim import (
     weight_decay,
 )
 from onefold.train.plan import Plan
-from onefold.train.randomness import RandomState
+from onefold.train.randomness import RandomState, seed_everything
+from onefold.train.reduce import make_reducer
 
-Batch = tuple[Tensor, Tensor]
+_FORWARD, _BETWEEN = 2**31 + 1, 2**31 + 2  # places of random numbers, apart from those of loading
 
 
 class State:
     """Weights, averaged weights, optimizer, loss scale, position and sums of one run."""
 
-    def __init__(self, model: nn.Module, plan: Plan, world: World, steps_per_epoch: int) -> None:
-        self.plan, self.world = plan, world
+    def __init__(
+        self, model: nn.Module, plan: Plan, world: World, steps_per_epoch: int, teacher: Teacher | None = None
+    ) -> None:
+        self.plan, self.world, self.teacher = plan, world, teacher
         self.model = model.to(world.device)
+        freeze_(self.model, plan.freeze)
         if plan.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.network = world.wrap(self.model)
+        self.workers = own_workers(plan, world)
+        self.reducer = make_reducer(self.model, plan, world)
+        self.network = world.wrap(self.model) if plan.reduce == "fast" else self.model
         self.optimizer = make_optimizer(self.model, plan)
         self.average = WeightAverage(self.model, plan.ema) if plan.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=plan.amp == "fp16")
@@ -57,6 +66,10 @@ class State:
         steps_per_epoch = self.position.steps_per_epoch
         return learning_rate(self.plan, step, steps_per_epoch), weight_decay(self.plan, step, steps_per_epoch)
 
+    def train_mode_(self) -> None:
+        """Ready to step: in train mode, but for what the plan freezes."""
+        train_mode_(self.model, self.plan.freeze)
+
     # -------------------------------------------------------------------------------------- a step
 
     def step(self, pieces: list[Batch]) -> float:
@@ -65,18 +78,45 @@ class State:
         Raises NonFiniteLoss, with the weights as they were, where the loss or its gradient is not finite.
         """
         set_rates_(self.optimizer, *self.rates(self.position.total))
-        count, loss = sum(len(labels) for _, labels in pieces), 0.0
-        for i, (images, labels) in enumerate(pieces):
-            with without_sync(self.network) if i + 1 < len(pieces) else nullcontext():
-                share = self._loss(images, labels) * (len(labels) / count)
-                loss += self.world.mean(share.item())
-                self._must_be_finite("loss", loss)
-                self.scaler.scale(share).backward()
+        loss, count = self._together(pieces) if self.reducer else self._alone(pieces)
         self._apply_gradient()
         if self.average:
             self.average.update_(self.model, self.position.total)
-        self._count(loss, count * self.world.size)
+        self._count(loss, count)
         return loss
+
+    def _alone(self, pieces: list[Batch]) -> tuple[float, int]:
+        """Backward of all pieces; the mean loss and the number of images."""
+        count, loss = sum(len(labels) for _, labels in pieces), 0.0
+        for images, labels in pieces:
+            share = self._loss(images, labels) * (len(labels) / count)
+            loss += share.item()
+            self._must_be_finite("loss", loss)
+            self.scaler.scale(share).backward()
+        return loss, count
+
+    def _together(self, pieces: list[Batch]) -> tuple[float, int]:
+        """The same, of the pieces of one logical worker after another, with the other processes (see `logical`)."""
+        assert self.reducer is not None
+        self.reducer.begin()
+        share, at = len(pieces) // len(self.workers), self.position.total
+        for i, worker in enumerate(self.workers):
+            seed_everything(self.plan.seed, _FORWARD, at, worker)
+            loss, count = 0.0, 0
+            for j, (images, labels) in enumerate(pieces[i * share : (i + 1) * share]):
+                is_last = (i + 1, j + 1) == (len(self.workers), share)
+                with nullcontext() if is_last else without_sync(self.network), self._talking():
+                    mean = self._loss(images, labels)
+                    weight = len(labels) * self.reducer.weight / self.plan.batch_size
+                    self.scaler.scale(mean * weight).backward()
+                loss, count = loss + mean.item() * len(labels), count + len(labels)
+            self.reducer.take(loss, count)
+        loss, count = self.reducer.finish()
+        self._must_be_finite("loss", loss)
+        return loss, count
+
+    def _talking(self) -> AbstractContextManager[None]:
+        return talking() if self.world.size > 1 else nullcontext()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         device, amp = self.world.device, self.plan.amp
@@ -86,7 +126,17 @@ class State:
         with torch.autocast(device.type, dtype=half, enabled=amp != "off"):
             logits = self.network(images)
         labels = labels.to(device, non_blocking=True)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.plan.label_smoothing)
+        loss = cross_entropy(logits, labels, smoothing=self.plan.label_smoothing)
+        return self._taught(loss, images, logits)
+
+    def _taught(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """The loss, with the teachers' part where the plan distills."""
+        how = self.plan.distill
+        if how is None or self.teacher is None:
+            return loss
+        with torch.no_grad():
+            answers = self.teacher(images)
+        return (1 - how.weight) * loss + how.weight * distill_loss(how, logits, answers)
 
     def _apply_gradient(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -136,6 +186,8 @@ class State:
     def capture(self, data: str, log_bytes: int, made_with: Mapping[str, str]) -> Checkpoint:
         """The state as a checkpoint; raises NonFiniteLoss rather than keep a weight that is not finite."""
         self.weights_must_be_finite()
+        if self.reducer:  # each worker is seeded before its forward: what is kept must not depend on who was last
+            seed_everything(self.plan.seed, _BETWEEN, self.position.total)
         return Checkpoint(
             plan=self.plan,
             data=data,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_SECONDS = 0.5  # a launcher passes on what the terminal has sent to all processes already: that is one request
 
 
 class Interrupted(BaseException):
@@ -22,6 +24,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked: str = ""
+        self._since = 0.0
         self._interrupts = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -46,9 +49,11 @@ class StopSignals:
             self._interrupts = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self._since < _SAME_SECONDS:
+            return
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked = signal.Signals(number).name
+        self.asked, self._since = signal.Signals(number).name, time.monotonic()
         if self._interrupts:
             raise Interrupted

@@ -86,11 +86,21 @@ def check(value: Any, where: str) -> None:
 
     Raises BadArgument naming the field (under `where`), what is allowed and what came.
     """
-    hints = get_type_hints(type(value), include_extras=True)
+    hints = _hints(type(value))
     for field in fields(value):
         given = getattr(value, field.name)
         if not _fits(hints[field.name], given):
             raise BadArgument(f"{where}.{field.name} must be {_allowed(hints[field.name])}, not {given!r}")
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass; they are strings, and read once."""
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls, include_extras=True)
+    return _HINTS[cls]
 
 
 def _fits(hint: Any, given: Any) -> bool:
@@ -146,7 +156,7 @@ def from_dict(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in given]
     if needed:
         raise BadArgument(f"{where} needs {', '.join(map(repr, needed))}: give it as {where}.{needed[0]}")
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     return cls(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in given.items()})
 
 

@@ -1,0 +1,120 @@
+"""Fine-tuning: frozen parts, rates by level, heads that are fitted, and fused networks that are expanded again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from onefold.errors import BadArgument
+from onefold.models import create_model
+from onefold.train import SGD, Plan, decay_groups
+from onefold.train.freeze import freeze_, frozen_parts, levels, rate_scales, train_mode_
+from onefold.train.optim import make_optimizer, set_rates_
+from training_kit import PLAN, fresh, network
+
+# ---------------------------------------------------------------------------------- levels and rates
+
+
+def test_levels_are_the_stem_each_stage_and_the_head():
+    assert levels(create_model("mobileone_s1")) == ["stem", *(f"stages.{i}" for i in range(4)), "head"]
+    assert levels(create_model("mobileformer_26m", num_classes=2))[0::5] == ["stem", "head"]
+
+
+def test_rates_fall_by_one_factor_a_level_in_closed_form():
+    model = create_model("mobilenetv1_025", num_classes=3)
+    plan = Plan(epochs=1, batch_size=2, optimizer=SGD(lr=0.4), layer_decay=0.5)
+    optimizer = make_optimizer(model, plan)
+    set_rates_(optimizer, 0.2, 0.01)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert len(rate) == len(named)
+    depth = {"stem": 6, **{f"stages.{i}": 5 - i for i in range(5)}, "head": 0}
+    for name, parameter in named.items():
+        level = next(path for path in depth if name.startswith(f"{path}."))
+        assert rate[id(parameter)] == 0.2 * 0.5 ** depth[level]
+
+
+def test_groups_that_decay_are_the_same_with_and_without_a_layer_decay():
+    model = network()
+    for decay in (1.0, 0.7):
+        optimizer = make_optimizer(model, replace(PLAN, layer_decay=decay))
+        set_rates_(optimizer, 0.1, 0.02)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decaying = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+        assert decaying == set(decay_groups(model, PLAN.weight_decay.skip)["decay"])
+
+
+def test_a_network_that_is_no_sequence_of_levels_has_rates_too():
+    scales = rate_scales(nn.Linear(2, 2), 0.5)
+    assert set(scales) == {"weight", "bias"}
+
+
+# ------------------------------------------------------------------------------------- frozen parts
+
+
+def test_what_is_frozen_does_not_move_by_a_bit_statistics_included(tmp_path: Path):
+    before = network().state_dict()
+    done = fresh(tmp_path, replace(PLAN, epochs=1, freeze=("0", "1")))
+    for name, value in done.weights.items():
+        frozen = name.split(".")[0] in ("0", "1")
+        if value.is_floating_point() and value.ndim:
+            assert torch.equal(value, before[name]) == frozen, name
+        assert torch.equal(done.average[name], before[name]) or not frozen, name
+
+
+def test_frozen_norms_keep_their_statistics_while_convolutions_learn(tmp_path: Path):
+    before = network().state_dict()
+    done = fresh(tmp_path, replace(PLAN, epochs=1, freeze=("norms",)))
+    moved = {name for name, value in done.weights.items() if not torch.equal(value, before[name])}
+    assert moved == {"0.weight", "3.weight", "3.bias", "9.weight", "9.bias"}
+
+
+def test_a_run_with_frozen_parts_resumes_to_the_bit(tmp_path: Path):
+    plan = replace(PLAN, epochs=2, freeze=("0", "1"), layer_decay=0.8)
+    whole = fresh(tmp_path / "whole", plan)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress) -> None:
+        if progress.epoch == 2 and progress.step == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fresh(tmp_path / "cut", plan, on_progress=stop)
+    assert fresh(tmp_path / "cut", plan, resume=True).digest() == whole.digest()
+
+
+def test_a_frozen_stage_of_a_real_network_gives_the_same_answer_in_training_as_in_use(seeded):
+    model = create_model("mobileone_s0", num_classes=5)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2.0)
+    images = torch.randn(4, 3, 32, 32)
+    frozen = ("stem", "stages.0")
+    freeze_(model, frozen)
+    train_mode_(model, frozen)
+    in_training = model.stages[0](model.stem(images))
+    used = copy.deepcopy(model).eval()
+    torch.testing.assert_close(in_training, used.stages[0](used.stem(images)), rtol=1e-4, atol=1e-5)
+    model(images).sum().backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None} == {"stem", "stages"}
+    assert model.stages[1][0].conv[0][1].num_batches_tracked == 1
+    assert model.stages[0][0].conv[0][1].num_batches_tracked == 0
+
+
+def test_a_part_that_is_not_there_is_named_with_what_is():
+    with pytest.raises(BadArgument, match=r"'stages\.9'.*did you mean stages\."):
+        frozen_parts(create_model("mobilenetv1_025", num_classes=2), ("stages.9",))
+    with pytest.raises(BadArgument, match="there are 0, 1"):
+        frozen_parts(network(), ("backbone",))
+    with pytest.raises(BadArgument, match=r"does plan\.freeze name all of it"):
+        model = network()
+        freeze_(model, [str(i) for i in range(10)])
+        make_optimizer(model, PLAN)

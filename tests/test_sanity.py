@@ -1,0 +1,223 @@
+"""The first look at the data: each planted fault is found, named, and nothing is said of sound data."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onefold.data import Preprocessing, open_source
+from onefold.data.looks import look, moved_classes
+from onefold.data.sanity import Checked, check_data
+from onefold.data.sheet import captions, picture_of, sheet
+from onefold.errors import BadData
+
+COLOURS = {"ash": (200, 60, 60), "birch": (60, 200, 60), "cedar": (60, 60, 200)}
+
+
+def picture(seed: int, colour: tuple[int, int, int], side: int = 48) -> Image.Image:
+    """A blurred noise of a class's colour, so that neighbours tell classes apart."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.normal(0, 40, (6, 6, 3)) + np.array(colour)
+    return Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """train/ with 24 and val/ with 10 pictures of each of three classes."""
+    for s, (split, count) in enumerate((("train", 24), ("val", 10))):
+        for c, (name, colour) in enumerate(COLOURS.items()):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture(10_000 * s + 100 * c + i, colour).save(folder / f"{i:02d}.png")
+    return tmp_path
+
+
+def checked(folder: Path, size: int = 32) -> Checked:
+    train, val = (open_source(folder, split, seed=0, val_fraction=0.2) for split in ("train", "val"))
+    return check_data(train, val, size)
+
+
+def test_nothing_is_said_of_sound_data(photos: Path):
+    found = checked(photos)
+    assert found.findings == ()
+    assert (found.num_train, found.num_val) == (72, 30)
+    found.refuse_errors()
+
+
+def swap(folder: Path) -> None:
+    """val/ash and val/birch change names."""
+    (folder / "val/ash").rename(folder / "val/x")
+    (folder / "val/birch").rename(folder / "val/ash")
+    (folder / "val/x").rename(folder / "val/birch")
+
+
+def rotate(folder: Path) -> None:
+    swap(folder)
+    (folder / "val/cedar").rename(folder / "val/x")
+    (folder / "val/ash").rename(folder / "val/cedar")
+    (folder / "val/x").rename(folder / "val/ash")
+
+
+def renumber(folder: Path) -> None:
+    """Tables that number the same classes otherwise."""
+    for split, order in (("train", ("ash", "birch", "cedar")), ("val", ("birch", "ash", "cedar"))):
+        lines = [
+            f"{p.relative_to(folder / split)},{order.index(p.parent.name)},{p.parent.name}"
+            for p in sorted((folder / split).rglob("*.png"))
+        ]
+        (folder / split / "labels.csv").write_text("file,index,label\n" + "\n".join(lines) + "\n")
+
+
+def overlap(count: int) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        for i in range(count):
+            shutil.copy(folder / f"train/ash/{i:02d}.png", folder / f"val/ash/copy{i}.png")
+
+    return plant
+
+
+def recompress(folder: Path) -> None:
+    Image.open(folder / "train/cedar/03.png").save(folder / "val/cedar/again.jpg", quality=90)
+
+
+def two_labels(folder: Path) -> None:
+    for i in range(2):
+        shutil.copy(folder / f"train/ash/{i:02d}.png", folder / f"train/birch/same{i}.png")
+
+
+def black(count: int) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        for n, path in enumerate(sorted((folder / "train").rglob("*.png"))[:count]):
+            Image.new("RGB", (40 + n, 40)).save(path)
+
+    return plant
+
+
+def all_the_same(folder: Path) -> None:
+    for path in (folder / "val").rglob("*.png"):
+        shutil.copy(folder / "train/ash/00.png", path)
+
+
+def unreadable(count: int) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        for path in sorted((folder / "train").rglob("*.png"))[:count]:
+            path.write_bytes(b"not a picture")
+
+    return plant
+
+
+def twin_names(folder: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "ash", folder / split / "Ash ", dirs_exist_ok=True)
+        for n, path in enumerate((folder / split / "Ash ").iterdir()):
+            picture(77_000 + n + 500 * len(split), COLOURS["ash"]).save(path)
+
+
+def uneven(folder: Path) -> None:
+    for path in sorted((folder / "train/birch").iterdir())[1:]:
+        path.unlink()
+
+
+FAULTS: dict[str, tuple[bool, str, Callable[[Path], None]]] = {
+    "classes swapped": (True, "val's ash look like train's birch; val's birch look like train's ash", swap),
+    "classes rotated": (True, "3 classes have changed places", rotate),
+    "classes numbered otherwise": (True, "class 0 is 'ash' in train and 'birch' in val", renumber),
+    "copies in val": (True, "3 of 33 validation images are training images too", overlap(3)),
+    "names of copies": (True, "ash/copy0.png (val) = ash/00.png (train)", overlap(1)),
+    "a copy at another quality": (False, "cedar/again.jpg (val) = cedar/03.png (train)", recompress),
+    "one picture, two labels": (True, "(birch) and ash/00.png (ash) have the same pixels", two_labels),
+    "some black": (False, "2 of 72 images of train are of one colour: ash/00.png, ash/01.png", black(2)),
+    "most black": (True, "40 of 72 images of train are of one colour", black(40)),
+    "all the same": (True, "all 30 images of val are the same picture", all_the_same),
+    "some unreadable": (False, "2 of 72 images of train cannot be read, the first: ", unreadable(2)),
+    "most unreadable": (True, "50 of 72 images of train cannot be read", unreadable(50)),
+    "names alike": (False, "'Ash ', 'ash' differ in case or spacing only", twin_names),
+    "uneven": (False, "24 training images and birch has 1", uneven),
+}
+
+
+@pytest.mark.parametrize(("is_error", "says", "plant"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_planted_fault_is_found_and_named(photos: Path, is_error: bool, says: str, plant: Callable[[Path], None]):
+    plant(photos)
+    found = checked(photos)
+    told = [finding for finding in found.findings if says in finding.text]
+    assert len(told) == 1, found.findings
+    assert told[0].is_error == is_error
+    if is_error:
+        with pytest.raises(BadData, match="train with --no-check"):
+            found.refuse_errors()
+    else:
+        found.refuse_errors()
+
+
+def test_small_photos_for_a_large_input_are_told(photos: Path):
+    (finding,) = checked(photos, size=224).findings
+    assert "48 pixels or less" in finding.text
+    assert "--img-size 64" in finding.text
+    assert checked(photos, size=96).findings == ()
+
+
+class Relabelled:
+    """A source whose labels are a function of the image's number."""
+
+    def __init__(self, source, label_of):
+        self.source, self.label = source, label_of
+        self.classes, self.name, self.image, self.num_bytes = (
+            source.classes,
+            source.name,
+            source.image,
+            source.num_bytes,
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def test_labels_that_have_come_apart_from_the_images_are_told():
+    digits, val = (open_source("digits", split, seed=0, val_fraction=0.2) for split in ("train", "val"))
+    labels = np.random.default_rng(0).integers(0, 10, len(digits))
+    found = check_data(Relabelled(digits, lambda i: int(labels[i])), val, 32)
+    assert any("% is chance" in finding.text for finding in found.findings)
+    assert check_data(digits, val, 32).findings == ()
+
+
+def test_a_copy_is_found_in_more_images_than_are_looked_at(photos: Path):
+    picture(5, COLOURS["ash"], side=99).save(photos / "train/ash/00.png")
+    overlap(1)(photos)
+    train, val = (open_source(photos, split, seed=0, val_fraction=0.2) for split in ("train", "val"))
+    names = {look(train, 8, beside=val).name(n) for n in range(8)}
+    assert "ash/00.png" in names  # its size is the copy's
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_that_have_not_moved_are_left_alone(seed: int):
+    """The likelihood gained by exchanging classes of sound data stays far below what counts as an error (30 nats)."""
+    train, val = (look(open_source("digits", split, seed=seed, val_fraction=0.2), 2000) for split in ("train", "val"))
+    assert all(nats < 10 for _, nats in moved_classes(train, val, 10))
+
+
+def test_the_sheet_shows_what_the_network_sees():
+    preprocessing = Preprocessing(size=24, crop_pct=1.0)
+    original = picture(3, COLOURS["ash"], side=24)
+    pixels = preprocessing(original)
+    assert np.array_equal(np.asarray(picture_of(pixels, preprocessing)), np.asarray(original))
+    paper = sheet(
+        [(pixels, "ash")] * 10 + [(pixels, "a very long name of a class that no tile is wide enough for")],
+        preprocessing,
+    )
+    assert paper.size == (8 + 8 * 104, 8 + 2 * (96 + 20 + 8))
+    shown = np.asarray(paper)[8 : 8 + 96 : 4, 8 : 8 + 96 : 4]
+    assert np.array_equal(shown, np.asarray(original))
+
+
+def test_captions_name_classes_and_shares():
+    classes = ("ash", "birch", "cedar")
+    assert list(captions(np.array([2, 0]), classes)) == ["cedar", "ash"]
+    mixed = np.array([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.9667, 0.0167, 0.0167]])
+    assert list(captions(mixed, classes)) == ["70% ash + 30% birch", "birch", "ash"]
