@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from onefold import display, exits
 from onefold.errors import BadArgument, BadData
+from onefold.launch import is_worker, launch
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
@@ -80,6 +81,8 @@ def train(
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
     log_to: Annotated[str, Option(help="services that hear of it beside TensorBoard: wandb, trackio")] = "",
     no_check: Annotated[bool, Option("--no-check", help="train without a first look at the data")] = False,
+    processes: Annotated[int, Option(min=1, max=1024, help="processes on this machine that train together")] = 1,
+    max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are replaced")] = 3,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
     show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
 ) -> None:
@@ -88,6 +91,9 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
+    if processes > 1 and not is_worker():
+        command = [sys.executable, "-m", "onefold.cli", *context.obj]
+        raise typer.Exit(launch(command, processes, max_restarts))
     from onefold.recipes import recipe_for, recipes
     from onefold.stages import Watch, resume_run, start_run
 
@@ -273,7 +279,7 @@ def _dotted(arguments: Sequence[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False) or 0))
+    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
 
 
 if __name__ == "__main__":
