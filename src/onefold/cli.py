@@ -134,19 +134,20 @@ def evaluate(
     results: Annotated[Path, Option(help="where to note the accuracy for `bench` and `report`")] = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Score a network or an artifact on labelled images: top-1, top-5, loss.
+    """Score a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
 
-    Without --data a run is scored on the validation images of its own recipe. A folder that has val/ is scored on
-    that; one of class folders, or with a labels.csv, on all of it.
+    Without --data a run is scored on the validation images of its own recipe, and the answers are kept for `report`. A
+    folder that has val/ is scored on that; one of class folders, or with a labels.csv, on all of it. ImageNet-A, -R and
+    -Sketch are known by their folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
     """
-    from onefold.stages import evaluate, named, note_accuracy, open_predictor, validation_images
+    from onefold.stages import examine, named, note_accuracy, open_exam, open_predictor
 
-    images, label = validation_images(source, data)
+    exam = open_exam(source, data)
     with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
-        with display.waiting(f"scoring {len(images)} images"):
-            score = evaluate(predictor, images, batch_size=batch_size)
-        note_accuracy(predictor, label, score.top1, results)
-        display.accuracy(predictor.title, label, score, as_json=as_json)
+        with display.waiting(f"scoring {exam.title}"):
+            found = examine(predictor, exam, batch_size=batch_size)
+        note_accuracy(predictor, exam.title, found[0].score.top1, results)
+        display.scores(predictor.title, found, as_json=as_json)
 
 
 @app.command()
