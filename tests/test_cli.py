@@ -326,11 +326,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
         lambda h: ["train", "--data", h / "photos", *TRAIN, "--data.val_fraction", 0, "--out", h / "new"],
     ),
     "val without train": (3, "there is nothing to train on", lambda h: ["train", "--data", _only_val(h / "d")]),
-    "images too small a size for the network": (
-        2,
-        "32",
-        lambda h: ["train", "--data", h / "photos", "--model", "mobileone_s0", "--img-size", 8, "--out", h / "new"],
-    ),
+    "a size beyond all photos": (2, "--img-size", lambda h: ["train", "--data", h / "photos", "--img-size", 9000]),
     "weights that are not there": (
         4,
         "nothing.safetensors",
