@@ -178,6 +178,45 @@ def _split(folder: Path) -> Path:
     return folder
 
 
+def _only_val(folder: Path) -> Path:
+    _class_folders(folder / "val", {"cat": 2, "dog": 2})
+    return folder
+
+
+def _overlapping(folder: Path) -> Path:
+    """Ten images a class in train/, and two of them in val/ too."""
+    for c, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            photo(folder / "train" / name / f"{i}.png", 100 * c + i)
+        for i in range(2):
+            photo(folder / "val" / name / f"{i}.png", 100 * c + i)
+    return folder
+
+
+def _grey(folder: Path) -> Path:
+    for c, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            photo(folder / name / f"{i}.png", 0)
+            Image.new("RGB", (40 + i, 40 + c), (90, 90, 90)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def _spoilt(folder: Path) -> Path:
+    for c, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            photo(folder / name / f"{i}.png", 100 * c + i)
+            if i % 4:
+                _write(folder / name / f"{i}.png", b"not a picture")
+    return folder
+
+
+def _absolute(home: Path) -> None:
+    """The run in `home` trained on the photos in `home`: it was copied with them."""
+    recipe = json.loads((home / "run/recipe.json").read_text())
+    recipe["data"]["spec"] = str(home / "photos")
+    (home / "run/recipe.json").write_text(json.dumps(recipe))
+
+
 MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     # what is typed
     "unknown verb": (2, "No such command 'trian'", lambda _: ["trian"]),
@@ -240,6 +279,119 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
         5,
         "cannot write",
         lambda h: ["train", "--data", h / "photos", *TRAIN, "--out", photo(h / "a.png", 0) / "run"],
+    ),
+    # training, once more: what is asked of it
+    "a rate that is no number": (
+        2,
+        "plan.optimizer.lr must be a number",
+        lambda _: ["train", "--plan.optimizer.lr", "NaN"],
+    ),
+    "a rate of NaN, in short": (2, "plan.optimizer.lr must be", lambda _: ["train", "--lr", "nan"]),
+    "a batch of none": (2, "plan.batch_size must be a whole number from 1", lambda _: ["train", "--batch-size", 0]),
+    "a negative seed": (2, "plan.seed must be a whole number from 0", lambda _: ["train", "--seed", "-1"]),
+    "an unknown optimizer": (
+        2,
+        "plan.optimizer.kind must be one of",
+        lambda _: ["train", "--plan.optimizer.kind", "Adamax"],
+    ),
+    "a duration without a unit": (2, "like '5 epochs'", lambda _: ["train", "--plan.schedule.warmup", "5 weeks"]),
+    "a warm-up longer than the run": (
+        2,
+        "must be within plan.epochs",
+        lambda _: ["train", "--plan.schedule.warmup", "1000 epochs"],
+    ),
+    "accumulation that does not divide": (
+        2,
+        "must divide plan.batch_size",
+        lambda _: ["train", "--plan.accumulate", 7],
+    ),
+    "an impossible share": (2, "plan.label_smoothing", lambda _: ["train", "--plan.label_smoothing", 1.5]),
+    "an average that is no share": (2, "plan.ema", lambda _: ["train", "--plan.ema.decay", 2]),
+    "a word for true or false": (
+        2,
+        "plan.channels_last must be true or false",
+        lambda _: ["train", "--plan.channels_last", "maybe"],
+    ),
+    "half numbers that are unknown": (2, "plan.amp must be one of", lambda _: ["train", "--plan.amp", "fp8"]),
+    "a step that the recipe lacks": (2, "the recipe has no 'steps.9.size'", lambda _: ["train", "--steps.9.size", 64]),
+    "a share of validation above one": (2, "data.val_fraction", lambda _: ["train", "--data.val_fraction", 2]),
+    "nothing left to train on": (
+        3,
+        "leaves no image for train",
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--data.val_fraction", 1, "--out", h / "new"],
+    ),
+    "nothing to validate on": (
+        3,
+        "leaves no image for val",
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--data.val_fraction", 0, "--out", h / "new"],
+    ),
+    "val without train": (3, "there is nothing to train on", lambda h: ["train", "--data", _only_val(h / "d")]),
+    "a size beyond all photos": (2, "--img-size", lambda h: ["train", "--data", h / "photos", "--img-size", 9000]),
+    "weights that are not there": (
+        4,
+        "nothing.safetensors",
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--weights", h / "nothing.safetensors", "--out", h / "new"],
+    ),
+    "an unknown service": (
+        2,
+        "not 'tensorbord'",
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--log-to", "tensorbord", "--out", h / "new"],
+    ),
+    "a service that is not installed": (
+        2,
+        'pip install "onefold[trackio]"',
+        lambda h: ["train", "--data", h / "photos", *TRAIN, "--log-to", "trackio", "--out", h / "new"],
+    ),
+    "copies in val": (
+        3,
+        "--no-check",
+        lambda h: ["train", "--data", _overlapping(h / "d"), *TRAIN, "--out", h / "new"],
+    ),
+    "all of one colour": (
+        3,
+        "of one colour",
+        lambda h: ["train", "--data", _grey(h / "d"), *TRAIN, "--out", h / "new"],
+    ),
+    "one picture under two classes": (
+        3,
+        "stand under two classes",
+        lambda h: ["train", "--data", _class_folders(h / "d", {"cat": 9, "dog": 9}), *TRAIN, "--out", h / "new"],
+    ),
+    "most photos unreadable": (
+        3,
+        "cannot be read",
+        lambda h: ["train", "--data", _spoilt(h / "d"), *TRAIN, "--out", h / "new"],
+    ),
+    "resume of a place that is not there": (4, "is not a run", lambda h: ["train", "--resume", h / "nowhere"]),
+    "resume under another seed": (2, "give nothing else", lambda h: ["train", "--resume", h / "run", "--seed", 3]),
+    "resume of damaged checkpoints": (
+        4,
+        "damaged",
+        lambda h: [[_flip(p) for p in h.glob("run/*/*.safetensors")], "train", "--resume", h / "run"][1:],
+    ),
+    "resume on other photos": (
+        4,
+        "data:",
+        lambda h: [photo(h / "photos/cat/new.png", 999), _absolute(h), "train", "--resume", h / "run"][2:],
+    ),
+    # evaluation, once more
+    "a run without its recipe": (
+        2,
+        "nothing to score on",
+        lambda h: [(h / "run/recipe.json").unlink(), "eval", h / "run"][1:],
+    ),
+    "too many threads": (2, "--threads", lambda h: ["eval", h / "run", "--threads", 0]),
+    "a batch too large": (2, "--batch-size", lambda h: ["eval", h / "run", "--batch-size", 10**6]),
+    "data to score on that are not there": (3, "is not there", lambda h: ["eval", h / "run", "--data", h / "nowhere"]),
+    "a severity without an image": (
+        3,
+        "images",
+        lambda h: ["eval", h / "run", "--data", [_class_folders(h / "c/fog/1", {"cat": 1, "dog": 0}), h / "c"][1]],
+    ),
+    "class names that are no text": (
+        3,
+        "cannot read class names",
+        lambda h: ["eval", h / "run", "--classes", photo(h / "c.png", 1)],
     ),
     # weights
     "weights not there": (4, "nothing.safetensors", lambda h: ["predict", h / "nothing.safetensors", h / "photos"]),
@@ -374,6 +526,48 @@ def test_help_is_there_for_every_verb(capsys):
     for name in typer.main.get_command(app).commands:
         assert run(name, "--help") == 0
         assert "Usage:" in capsys.readouterr().out
+
+
+def test_every_flag_of_every_verb_is_explained_in_its_help(capsys, monkeypatch):
+    """Each option and argument has words of its own, and they stand in what `--help` prints."""
+    import typer
+
+    monkeypatch.setenv("COLUMNS", "200")
+    explained = 0
+    for name, verb in typer.main.get_command(app).commands.items():
+        assert verb.help, name
+        assert run(name, "--help") == 0
+        page = " ".join(capsys.readouterr().out.split())
+        for parameter in verb.params:
+            words = getattr(parameter, "help", None)
+            assert words, f"{name}: {parameter.name} is not explained"
+            assert " ".join(words.split()) in page, f"{name}: {parameter.name}"
+            assert all(option in page for option in parameter.opts if option.startswith("-")), (
+                f"{name}: {parameter.opts}"
+            )
+            explained += 1
+    assert explained > 60
+
+
+def test_what_a_mistake_does_not_write(scratch: Path):
+    """Data that are refused leave no run folder behind, and --no-check trains on them all the same."""
+    data = _overlapping(scratch / "d")
+    assert run("train", "--data", data, *TRAIN, "--out", scratch / "new") == 3
+    assert not (scratch / "new").exists()
+    assert run("train", "--data", data, *TRAIN, "--out", scratch / "new", "--no-check") == 0
+    assert not (scratch / "new/check.json").exists()
+
+
+def test_a_run_shows_its_pictures_and_keeps_its_answers(home: Path):
+    with Image.open(home / "run/samples.png") as sheet:
+        assert sheet.width > 8 * 96
+    assert json.loads((home / "run/check.json").read_text())["num_train"] == 24
+    head, *lines = [json.loads(line) for line in (home / "run/predictions.jsonl").read_text().splitlines()]
+    assert head["classes"] == list(CLASSES)
+    assert len(lines) == head["count"] == 6
+    right = 100 * np.mean([line["label"] == line["answer"] for line in lines])
+    assert head["top1"] == pytest.approx(right)
+    assert [line["label"] for line in lines] == [CLASSES.index(line["name"].split("/")[0]) for line in lines]
 
 
 def test_help_imports_no_torch():

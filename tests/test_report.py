@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -75,7 +76,7 @@ class Page(HTMLParser):
                 self.links.append(value or "")
             if name.startswith("on"):
                 self.handlers.append(name)
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self.open.append(tag)
             self.said.setdefault(tag, []).append("")
 
@@ -322,6 +323,89 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int | None]]) -
         return a != b and a[0] <= b[0] and a[1] >= b[1]
 
     assert front == {point for point in known if not any(beats(other, point) for other in known)}
+
+
+# ---- what a run answered ---------------------------------------------------------------------------------------------
+
+JPEG = base64.b64encode(b"\xff\xd8\xff" + bytes(40)).decode()
+
+
+def answered(run: Path, *lines: object, classes: tuple[str, ...] = ("cat", "dog", "newt"), **head: object) -> Path:
+    """predictions.jsonl in the run's folder."""
+    first = {"kind": "predictions", "data": "photos (held out)", "classes": list(classes), "count": len(lines), **head}
+    text = [line if isinstance(line, str) else json.dumps(line) for line in (first, *lines)]
+    (run / "predictions.jsonl").write_text("\n".join(text) + "\n", errors="surrogatepass")
+    return run
+
+
+def an_answer(label: int, answer: int, confidence: float = 0.8, **more: object) -> dict[str, object]:
+    return {"name": f"{label}/a.jpg", "label": label, "answer": answer, "rank": int(label != answer)} | (
+        {"confidence": confidence, "own": confidence if label == answer else 0.1} | more
+    )
+
+
+def test_answers_are_counted_confused_and_shown(tmp_path: Path) -> None:
+    """Ten answers by hand: 7 right; dog is taken for cat twice and newt for dog once."""
+    lines = [an_answer(0, 0, 0.95)] * 4 + [an_answer(1, 1)] * 2 + [an_answer(1, 0, 0.6, picture=JPEG)] * 2
+    lines += [an_answer(2, 2, 0.5), an_answer(2, 1, 0.99, picture=JPEG, name="newt/odd.jpg")]
+    page = Page(report(tmp_path, runs=[answered(a_run(tmp_path), *lines)]))
+    gaps = 4 * 1 - 4 * 0.95 - 0.99, 2 * 0.2, 2 * 0.6, 0.5  # of the bins; .95 and .99 share the last one
+    error = 100 * sum(map(abs, gaps)) / 10
+    assert f"photos (held out): top-1 70.0 %, calibration error {error:.1f} %, on 10 images." in page.text
+    assert "dog cat 2 50.0 % newt dog 1 50.0 %" in page.text  # the confusions, the most frequent first
+    assert "dog 4 50.0 % cat (2) newt 2 50.0 % dog (1) cat 4 100.0 % –" in page.text  # the classes, the worst first
+    assert page.tags["img"] == 3
+    assert [link for link in page.links if link.startswith("data:")] == [f"data:image/jpeg;base64,{JPEG}"] * 3
+    assert "said dog, 99 % is newt, 10 % newt/odd.jpg" in page.text
+    assert "img-src data:" in unescape(report(tmp_path, runs=[tmp_path / "runs" / "digits"]))
+
+
+def test_many_classes_have_tables_in_place_of_a_matrix(tmp_path: Path) -> None:
+    classes = tuple(f"class {c}" for c in range(50))
+    lines = [an_answer(c, c if c % 5 else (c + 1) % 50) for c in range(50)]
+    page = Page(report(tmp_path, runs=[answered(a_run(tmp_path), *lines, classes=classes)]))
+    assert "Who is taken for whom" not in page.text
+    assert "The worst 30 of 50 classes." in page.text
+    assert "Ten of 10." not in page.text
+    assert "class 5 class 6 1 100.0 %" in page.text
+
+
+def test_what_stands_in_predictions_cannot_break_the_page(tmp_path: Path) -> None:
+    hostile = [
+        an_answer(0, 1, name=HOSTILE, picture=JPEG),
+        an_answer(0, 1, picture='x" onerror="alert(1)'),
+        an_answer(0, 1, picture=base64.b64encode(b"<svg onload=alert(1)>").decode()),
+        an_answer(0, 1, picture=base64.b64encode(b"\xff\xd8\xff" + bytes(200_000)).decode()),
+        an_answer(0, 1, picture=["a"]),
+        an_answer(7, 1),
+        an_answer(0, -2),
+        an_answer(0, 1, confidence=math.nan),
+        an_answer(0, 1, confidence=7),
+        {"label": True, "answer": 0},
+        {"label": "cat"},
+        "{",
+        "[]",
+    ]
+    text = report(tmp_path, runs=[answered(a_run(tmp_path), *hostile, classes=(HOSTILE, "dog"), data=HOSTILE)])
+    page = Page(text)
+    assert page.handlers == []
+    assert page.tags["script"] == 0
+    assert page.tags["svg"] == text.count("<svg viewBox")
+    assert page.tags["img"] == 1
+    assert "6 lines of the predictions of digits are damaged." in page.text
+
+
+@pytest.mark.parametrize("first", ["", "{", '{"kind": "other"}', '{"kind": "predictions", "classes": 3}'])
+def test_a_file_that_is_no_predictions_is_said(tmp_path: Path, first: str) -> None:
+    run = a_run(tmp_path)
+    (run / "predictions.jsonl").write_text(first + "\n")
+    assert "The predictions of digits could not be used" in Page(report(tmp_path, runs=[run])).text
+
+
+def test_what_the_first_look_found_is_told(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    (run / "check.json").write_text(json.dumps({"findings": [{"text": "3 images are black", "is_error": False}, 7]}))
+    assert "The first look at the data found: digits: 3 images are black" in Page(report(tmp_path, runs=[run])).text
 
 
 # ---- a page that holds -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from onefold import display, exits
 from onefold.errors import BadArgument, BadData
+from onefold.launch import is_worker, launch
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
@@ -80,6 +81,8 @@ def train(
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
     log_to: Annotated[str, Option(help="services that hear of it beside TensorBoard: wandb, trackio")] = "",
     no_check: Annotated[bool, Option("--no-check", help="train without a first look at the data")] = False,
+    processes: Annotated[int, Option(min=1, max=1024, help="processes on this machine that train together")] = 1,
+    max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are replaced")] = 3,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
     show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
 ) -> None:
@@ -88,6 +91,9 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
+    if processes > 1 and not is_worker():
+        command = [sys.executable, "-m", "onefold.cli", *context.obj]
+        raise typer.Exit(launch(command, processes, max_restarts))
     from onefold.recipes import recipe_for, recipes
     from onefold.stages import Watch, resume_run, start_run
 
@@ -128,19 +134,20 @@ def evaluate(
     results: Annotated[Path, Option(help="where to note the accuracy for `bench` and `report`")] = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Score a network or an artifact on labelled images: top-1, top-5, loss.
+    """Score a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
 
-    Without --data a run is scored on the validation images of its own recipe. A folder that has val/ is scored on
-    that; one of class folders, or with a labels.csv, on all of it.
+    Without --data a run is scored on the validation images of its own recipe, and the answers are kept for `report`. A
+    folder that has val/ is scored on that; one of class folders, or with a labels.csv, on all of it. ImageNet-A, -R and
+    -Sketch are known by their folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
     """
-    from onefold.stages import evaluate, named, note_accuracy, open_predictor, validation_images
+    from onefold.stages import examine, named, note_accuracy, open_exam, open_predictor
 
-    images, label = validation_images(source, data)
+    exam = open_exam(source, data)
     with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
-        with display.waiting(f"scoring {len(images)} images"):
-            score = evaluate(predictor, images, batch_size=batch_size)
-        note_accuracy(predictor, label, score.top1, results)
-        display.accuracy(predictor.title, label, score, as_json=as_json)
+        with display.waiting(f"scoring {exam.title}"):
+            found = examine(predictor, exam, batch_size=batch_size)
+        note_accuracy(predictor, exam.title, found[0].score.top1, results)
+        display.scores(predictor.title, found, as_json=as_json)
 
 
 @app.command()
@@ -273,7 +280,7 @@ def _dotted(arguments: Sequence[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False) or 0))
+    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from onefold.bench import Comparison, Measurement
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
-    from onefold.stages import Fused, Outcome, Prediction, Row
-    from onefold.train import Accuracy, Progress
+    from onefold.stages import Fused, Outcome, Prediction, Row, Scored
+    from onefold.train import Progress
 
 T = TypeVar("T")
 OnProgress = Callable[["Progress"], None]
@@ -201,13 +201,22 @@ def fused(made: Fused) -> None:
     say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
 
 
-def accuracy(title: str, data: str, score: Accuracy, *, as_json: bool) -> None:
-    """Top-1, top-5 and loss."""
-    if as_json:
-        emit_json([{"subject": title, "data": data, "count": score.count, **score.metrics()}])
-        return
-    rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
-    say(f"{title} on {data}: {rates}, {score.count} images")
+def scores(title: str, found: Sequence[Scored], *, as_json: bool) -> None:
+    """Top-1, top-5, calibration error and loss of each part of an examination, then what sums them up."""
+    for each in found:
+        score = each.score
+        if as_json:
+            plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.more}
+            emit_json([{key: value if _is_known(value) else None for key, value in plain.items()}])
+            continue
+        rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}, ECE {score.ece:.2f} %"
+        say(f"{title} on {each.data}: {rates}, {score.count} images")
+        for name, value in each.more.items():
+            say(f"  {name} {value:.2f}")
+
+
+def _is_known(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def prediction(answer: Prediction, *, as_json: bool) -> None:

@@ -25,6 +25,9 @@ from onefold.data.jitter import ColorJitter as ColorJitter
 from onefold.data.jitter import RandomErasing as RandomErasing
 from onefold.data.loader import Batches as Batches
 from onefold.data.loader import Transform as Transform
+from onefold.data.manifest import Manifest as Manifest
+from onefold.data.manifest import read_manifest as read_manifest
+from onefold.data.manifest import write_manifest as write_manifest
 from onefold.data.mixing import Mixed as Mixed
 from onefold.data.mixing import Mixing as Mixing
 from onefold.data.policies import AutoAugment as AutoAugment
@@ -33,5 +36,6 @@ from onefold.data.sources import Source as Source
 from onefold.data.sources import Subset as Subset
 from onefold.data.sources import fingerprint as fingerprint
 from onefold.data.sources import open_source as open_source
+from onefold.data.stream import Stream as Stream
 from onefold.data.window import Cut as Cut
 from onefold.data.window import Window as Window

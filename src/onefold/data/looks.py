@@ -48,7 +48,7 @@ class Looks:
     @property
     def is_flat(self) -> NDArray[np.bool_]:
         """(N,): whether a picture is of one colour."""
-        planes = self.thumbs.reshape(len(self), -1, 3)
+        planes = self.thumbs.reshape(len(self), _THUMB * _THUMB, 3)
         flat: NDArray[np.bool_] = np.ptp(planes, axis=1).max(axis=1, initial=0) <= 4
         return flat
 

@@ -18,8 +18,13 @@ _WORD = (1 << 64) - 1
 
 def shuffled(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """The samples (0..n-1) at these positions (0..n-1) of an epoch's order; all positions give every sample once."""
+    return permuted(positions, n, f"order {seed} {epoch}")
+
+
+def permuted(positions: NDArray[np.int64], n: int, key: str) -> NDArray[np.int64]:
+    """The images of these positions (0..n-1) under the permutation of 0..n-1 that the key names."""
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    keys = _keys(seed, epoch)
+    keys = _keys(key)
     values = positions.astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):
@@ -55,6 +60,6 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words ^ (words >> np.uint64(31))
 
 
-def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    digest = hashlib.shake_256(f"order {seed} {epoch}".encode()).digest(8 * _ROUNDS)
+def _keys(key: str) -> NDArray[np.uint64]:
+    digest = hashlib.shake_256(key.encode()).digest(8 * _ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -5,6 +5,7 @@
 | "digits" | 0 to 9: scikit-learn's 1797 scanned digits, 8 x 8 | by the seed |
 | a folder with train/ and val/ (or validation/, or test/) | the folders inside, the same in both | as they are |
 | a folder with train/ alone, or a folder of class folders | the folders inside | by the seed |
+| tar shards, Parquet files, local or over http(s) | see archives.py | see archives.py |
 | a folder with labels.csv (each of train/ and val/ may hold one too) | see labels.py | by the seed |
 
 By the seed: of each class the `val_fraction` of images whose names' hashes are smallest. So the split hangs on nothing
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onefold.data.archives import open_packed, places_of
 from onefold.data.decode import printable
 from onefold.data.folders import Files, class_folders, listed, visible_folders
 from onefold.data.labels import labels_csv
@@ -34,7 +36,7 @@ from onefold.errors import BadArgument, BadData, MissingExtra
 
 Split = Literal["train", "val"]
 VALIDATION = ("val", "validation", "test")
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z")
+_ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".zst")
 
 
 class Source(Protocol):
@@ -131,7 +133,7 @@ class Subset:
 
 
 def open_source(spec: str | Path, split: Split, *, seed: int, val_fraction: float) -> Source:
-    """The training or the validation images of `spec`: "digits", or a folder (see the top of this file).
+    """The training or the validation images of `spec`: "digits", a folder, or archives (see the top of this file).
 
     Raises BadData for a folder that cannot be used, and for training with fewer than two classes.
     """
@@ -141,6 +143,9 @@ def open_source(spec: str | Path, split: Split, *, seed: int, val_fraction: floa
         raise BadArgument(f"val_fraction is {val_fraction}, expected 0 to 1")
     if spec == "digits":
         return _part(_digits(), split, seed, val_fraction, "the digits")
+    places = places_of(spec)
+    if places is not None:
+        return _packed(places, split, seed, val_fraction, printable(spec))
     folder = Path(spec)
     _check_folder(folder)
     held_out = _held_out(folder)
@@ -148,6 +153,15 @@ def open_source(spec: str | Path, split: Split, *, seed: int, val_fraction: floa
         return _given(folder / "train", held_out, split)
     whole = _labelled(folder / "train" if _is_split(folder, "train") else folder)
     return _part(whole, split, seed, val_fraction, printable(folder))
+
+
+def _packed(places: dict[str, list[str]], split: Split, seed: int, val_fraction: float, shown: str) -> Source:
+    packed = open_packed(places, split)
+    if "all" in places:
+        return _part(packed, split, seed, val_fraction, shown)
+    if split == "train":
+        _check_training(packed, shown)
+    return packed
 
 
 def fingerprint(source: Source) -> str:

@@ -5,7 +5,8 @@ inputs.py       run folders, results, artifacts: read with patience
 groups.py       measurements of the same thing, put together
 evidence.py     groups and comparisons: what the inputs add up to
 summary.py      the head of the page
-training.py latencies.py provenance.py      its parts
+predictions.py  the answers of a run, as it kept them
+training.py answers.py latencies.py provenance.py      its parts
 figures.py      SVG by matplotlib, in the page's colours
 html.py words.py style.py                   escaping and tables, numbers in words, the style sheet
 """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _LONGEST = 160
 # Characters that turn the direction of the text after them.
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
-_VOID = frozenset({"meta", "br", "hr"})
+_VOID = frozenset({"meta", "br", "hr", "img"})
 
 
 class Markup(str):

@@ -14,6 +14,7 @@ from typing import Any
 from onefold.bench import Comparison, Measurement, read_all
 from onefold.errors import BadData
 from onefold.report.html import plain
+from onefold.report.predictions import Predictions, read_predictions
 
 _ABSURD = 1e15  # also leaves out what is infinite or no number
 
@@ -28,6 +29,8 @@ class Run:
     recipe: str | None = None
     expected_top1: float | None = None
     expected_source: str | None = None
+    predictions: Predictions | None = None
+    findings: tuple[str, ...] = ()
 
     def curve(self, key: str) -> tuple[tuple[float, float], ...]:
         """(epoch, value) wherever the log has a finite number under `key`."""
@@ -168,7 +171,15 @@ def _read_run(path: Path, notes: list[str]) -> Run:
         recipe=plain(recipe["name"]) if isinstance(recipe.get("name"), str) else None,
         expected_top1=number(expected, "top1"),
         expected_source=plain(expected["source"]) if expected.get("source") else None,
+        predictions=read_predictions(path / "predictions.jsonl", name, notes),
+        findings=_findings(_object(path / "check.json")),
     )
+
+
+def _findings(check: Mapping[str, Any]) -> tuple[str, ...]:
+    found = check.get("findings")
+    texts = (each.get("text") for each in found if isinstance(each, Mapping)) if isinstance(found, list) else ()
+    return tuple(plain(text, 400) for text in texts if isinstance(text, str))
 
 
 def _lines(path: Path, name: str, notes: list[str]) -> list[Mapping[str, Any]]:

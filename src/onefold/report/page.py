@@ -7,17 +7,18 @@ from pathlib import Path
 
 from onefold.errors import BadData
 from onefold.files import write_text
+from onefold.report.answers import answers, looked_at
 from onefold.report.evidence import Evidence, evidence
 from onefold.report.html import Markup, classed, element, joined
-from onefold.report.inputs import gather
+from onefold.report.inputs import Run, gather
 from onefold.report.latencies import latencies
 from onefold.report.provenance import again, artifacts, machines, procedure
 from onefold.report.style import STYLE
 from onefold.report.summary import lead, tiles, title, warnings
 from onefold.report.training import training
 
-# No script, no image, no font, nothing from elsewhere, whatever a name in the inputs may hold.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+# No script, no font, nothing from elsewhere, whatever a name in the inputs may hold; pictures lie in the page itself.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(
@@ -70,12 +71,16 @@ def _sections(found: Evidence) -> list[tuple[str, str, Markup]]:
     }
     missing = {key: classed("p", "note", text) for key, text in nothing.items()}
     return [
-        ("training", "Training", training(inputs.runs) if inputs.runs else missing["training"]),
+        ("training", "Training", _training(inputs.runs) if inputs.runs else missing["training"]),
         ("latency", "Latency", latencies(found) if found.groups else missing["latency"]),
         ("artifacts", "Artifacts", artifacts(inputs) if inputs.exports else missing["artifacts"]),
         ("procedure", "How it was measured", joined(procedure(inputs.all_measurements), machines(found.machines))),
         ("again", "How to reproduce it", again(found)),
     ]
+
+
+def _training(runs: Sequence[Run]) -> Markup:
+    return joined(looked_at(runs), training(runs), answers(runs))
 
 
 def _section(key: str, name: str, content: Markup) -> Markup:

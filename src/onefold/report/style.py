@@ -73,6 +73,15 @@ tbody th{font-weight:600;min-width:12em}
 th:first-child,td:first-child{padding-left:14px}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts tbody th{width:9.5em;min-width:0;overflow-wrap:normal}
+h4{font-size:1rem;margin:1.4em 0 .3em}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(112px,1fr));gap:12px;margin:.8em 0 1.4em}
+figure.mistake{padding:8px;border-radius:10px}
+figure.mistake img{display:block;width:100%;height:auto;border-radius:6px}
+figure.mistake figcaption{font-size:.8rem;line-height:1.35;margin-top:.4em}
+figure.mistake span{display:block;overflow-wrap:anywhere}
+.wrong{color:var(--alarm);font-weight:600}
+.label{color:var(--ink)}
+.file{font-size:.72rem}
 details{margin:1em 0}
 summary{cursor:pointer;color:var(--accent)}
 footer{padding-top:2em;padding-bottom:3em}

@@ -8,6 +8,10 @@ from onefold.stages.answers import Prediction as Prediction
 from onefold.stages.answers import evaluate as evaluate
 from onefold.stages.answers import predict as predict
 from onefold.stages.demo import demo as demo
+from onefold.stages.examining import Exam as Exam
+from onefold.stages.examining import Scored as Scored
+from onefold.stages.examining import examine as examine
+from onefold.stages.examining import open_exam as open_exam
 from onefold.stages.folding import Fused as Fused
 from onefold.stages.folding import Order as Order
 from onefold.stages.folding import export as export

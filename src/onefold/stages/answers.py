@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from onefold.data import Batches, Preprocessing, Source, decode
+from onefold.data.imagenet import wordnet_ids
 from onefold.errors import BadArgument, BadData
 from onefold.stages.network import Floats, Predictor
 from onefold.train import Accuracy, accuracy
@@ -44,7 +45,7 @@ def predict(
 
 def evaluate(predictor: Predictor, source: Source, *, batch_size: int = 32) -> Accuracy:
     """Top-1, top-5, loss and per-class accuracy on a labelled source, its classes matched to the network's by name."""
-    index = torch.tensor(_matched(predictor, source))
+    index = torch.tensor(class_indices(predictor, source))
     batches = Batches(source, predictor.preprocessing, batch_size=batch_size, shuffle=False)
     return accuracy(predictor.answer, ((images, index[labels]) for images, labels in batches.epoch(0)))
 
@@ -64,9 +65,12 @@ def _best(predictor: Predictor, logits: Floats, top: int) -> tuple[tuple[int, st
     return tuple((int(i), predictor.class_name(int(i)), float(shares[i])) for i in order)
 
 
-def _matched(predictor: Predictor, source: Source) -> list[int]:
+def class_indices(predictor: Predictor, source: Source) -> list[int]:
     """For each class of the source the network's index of it. Raises BadData where the two cannot be the same."""
     theirs, ours = source.classes, predictor.classes
+    ids = wordnet_ids() if predictor.num_classes == 1000 else ()
+    if set(theirs) <= set(ids) and (ours is None or not set(theirs) <= set(ours)):
+        return [ids.index(name) for name in theirs]
     by_number = theirs == tuple(map(str, range(len(theirs))))
     fits = len(theirs) <= predictor.num_classes if by_number else len(theirs) == predictor.num_classes
     if (ours is None or by_number) and fits:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from onefold.data import Batches as ImageBatches
 from onefold.data import Cached, Mixed, Source, open_source
 from onefold.data.sources import Split
-from onefold.errors import BadArgument, BadCheckpoint
+from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.files import write_text
 from onefold.models import create_model
 from onefold.models.hub import Card
@@ -21,7 +23,9 @@ from onefold.models.mobileone import start_from_skips_
 from onefold.models.parts import set_dropout_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
-from onefold.stages.network import Network, weights_file
+from onefold.stages.answers import evaluate
+from onefold.stages.mistakes import PREDICTIONS, keep_predictions
+from onefold.stages.network import Network, open_predictor, weights_file
 from onefold.stages.watching import UNWATCHED, Watch, draw_sheet, keep_check
 from onefold.train import (
     Batches,
@@ -39,6 +43,8 @@ from onefold.train import (
 from onefold.train.listeners import check_names
 
 RECIPE = "recipe.json"
+
+_log = logging.getLogger("onefold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +134,27 @@ def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
         )
         with quiet.heard_by(out, recipe) as heard:
             best = train(model, batches, recipe.plan, replace(run, on_progress=heard)).best
+    if world.is_first:
+        _keep_answers(out, recipe, held_out)
     return Outcome(
         weights=RunFolder(out).best / "model.safetensors",
         top1=float(best["top1"]),
         epoch=int(best["epoch"]),
         count=len(held_out),
     )
+
+
+def _keep_answers(out: Path, recipe: Recipe, held_out: Source) -> None:
+    """Write what the best network answers to each validation image, unless that is there already."""
+    kept, best = out / PREDICTIONS, RunFolder(out).best
+    if kept.is_file() and kept.stat().st_mtime >= best.stat().st_mtime:
+        return
+    try:
+        with open_predictor(out, threads=torch.get_num_threads()) as predictor:
+            score = evaluate(predictor, held_out, batch_size=recipe.plan.batch_size)
+            keep_predictions(out, predictor, held_out, score, f"{recipe.data.spec} (held out)")
+    except (BadData, GateFailed) as error:
+        _log.warning("the answers to the validation images are not kept for the report: %s", error)
 
 
 def _for_processes(recipe: Recipe, world: World) -> Recipe:

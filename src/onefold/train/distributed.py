@@ -159,13 +159,16 @@ def _end_with_the_launcher() -> None:
 
     torchrun's workers otherwise outlive an agent that was killed, and go on writing beside their successors.
     """
-    launcher = os.getppid()
-    if sys.platform == "linux":
+    launcher = int(os.environ.get("ONEFOLD_LAUNCHER", os.getppid()))
+    kernel_tells = sys.platform == "linux" and os.getppid() == launcher
+    if kernel_tells:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
+        if not kernel_tells:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHANED_SECONDS)
         os._exit(LostWorker.exit_status)  # waiting for another orphan, or in one long evaluation
 

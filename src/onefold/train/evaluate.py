@@ -5,7 +5,8 @@ Shapes: B images in a batch, C classes, N images in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,18 @@ from onefold.errors import BadArgument, BadData
 Floats = NDArray[np.float32]
 Session = Callable[[Floats], NDArray[np.floating[Any]]]
 
+BINS = 15
+
+
+class Judged(NamedTuple):
+    """What the answers to N images are worth, an entry an image."""
+
+    labels: NDArray[np.int64]
+    answers: NDArray[np.int64]  # -1 where the logits are not finite
+    ranks: NDArray[np.int64]  # how many classes stand before the label; C where the logits are not finite
+    losses: NDArray[np.float64]
+    confidences: NDArray[np.float64]  # the answer's softmax share; NaN where the logits are not finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
@@ -26,13 +39,18 @@ class Accuracy:
 
     `loss` is the mean cross-entropy in nats. `confusion[label, answer]` counts images, int64 (C, C);
     `per_class` (C,) is the top-1 of each label's images, NaN where it has none. An answer that is not finite is
-    wrong and counts for no class in `confusion`. `logits` (N, C) and `labels` (N,) are there when asked for.
+    wrong and counts for no class in `confusion`. `ece` is the expected calibration error in percent: the distance of
+    accuracy and mean confidence (greatest softmax share) in `BINS` bins of equal width, the right end of each its own,
+    weighted by their images (Guo et al., arXiv 1706.04599, eq. 3); answers that are not finite are in no bin. `judged`
+    has an entry an image. `logits` (N, C) and `labels` (N,) are there when asked for.
     """
 
     top1: float
     top5: float
     loss: float
+    ece: float
     count: int
+    judged: Judged = field(repr=False)
     per_class: NDArray[np.float64] = field(repr=False)
     confusion: NDArray[np.int64] = field(repr=False)
     logits: Floats | None = field(default=None, repr=False)
@@ -40,7 +58,7 @@ class Accuracy:
 
     def metrics(self) -> dict[str, float]:
         """The numbers a training logs and chooses by."""
-        return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss}
+        return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss, "ece": self.ece}
 
 
 def accuracy(
@@ -53,7 +71,7 @@ def accuracy(
     module in training mode or a label without a logit, BadData where there is no image.
     """
     answer = _of_module(predict) if isinstance(predict, nn.Module) else predict
-    judged: list[_Judged] = []
+    judged: list[Judged] = []
     kept: list[Floats] = []
     num_classes = 0
     for images, labels in batches:
@@ -64,8 +82,7 @@ def accuracy(
             kept.append(logits)
     if not sum(len(one.labels) for one in judged):
         raise BadData("there is no image to evaluate on: the batches are empty")
-    labels_, answers, ranks, losses = (np.concatenate(column) for column in zip(*judged, strict=True))
-    every = _Judged(labels_, answers, ranks, losses)
+    every = Judged(*(np.concatenate(column) for column in zip(*judged, strict=True)))
     return _summary(every, num_classes, np.concatenate(kept) if keep_logits else None)
 
 
@@ -82,16 +99,7 @@ def _of_module(model: nn.Module) -> Session:
     return answer
 
 
-class _Judged(NamedTuple):
-    """What the answers to some images are worth, an entry an image."""
-
-    labels: NDArray[np.int64]
-    answers: NDArray[np.int64]  # -1 where the logits are not finite
-    ranks: NDArray[np.int64]  # how many classes stand before the label; C where the logits are not finite
-    losses: NDArray[np.float64]
-
-
-def _judge(logits: Floats, labels: NDArray[np.int64]) -> _Judged:
+def _judge(logits: Floats, labels: NDArray[np.int64]) -> Judged:
     count, num_classes = logits.shape
     if len(labels) != count or (count and not 0 <= labels.min() <= labels.max() < num_classes):
         raise BadArgument(
@@ -104,16 +112,18 @@ def _judge(logits: Floats, labels: NDArray[np.int64]) -> _Judged:
     earlier = np.arange(num_classes) < labels[:, None]  # of equal logits the first one is the answer
     ranks = ((wide > own) | ((wide == own) & earlier)).sum(axis=1)
     top = wide.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(wide - top).sum(axis=1)) + (top - own)[:, 0]
-    return _Judged(
+    sums = np.exp(wide - top).sum(axis=1)
+    losses = np.log(sums) + (top - own)[:, 0]
+    return Judged(
         labels,
         np.where(finite, wide.argmax(axis=1), -1),
         np.where(finite, ranks, num_classes),
         np.where(finite, losses, np.nan),
+        np.where(finite, 1 / sums, np.nan),
     )
 
 
-def _summary(every: _Judged, num_classes: int, logits: Floats | None) -> Accuracy:
+def _summary(every: Judged, num_classes: int, logits: Floats | None) -> Accuracy:
     labels, answers = every.labels, every.answers
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(confusion, (labels[answers >= 0], answers[answers >= 0]), 1)
@@ -124,9 +134,28 @@ def _summary(every: _Judged, num_classes: int, logits: Floats | None) -> Accurac
         top1=100.0 * float((every.ranks < 1).mean()),
         top5=100.0 * float((every.ranks < min(5, num_classes)).mean()),
         loss=float(every.losses.mean()),
+        ece=calibration_error(every.confidences, every.answers == labels),
+        judged=every,
         count=len(labels),
         per_class=per_class,
         confusion=confusion,
         logits=logits,
         labels=None if logits is None else labels,
     )
+
+
+def calibration_error(confidences: NDArray[np.float64], is_right: NDArray[np.bool_]) -> float:
+    """The expected calibration error in percent, of N answers (see `Accuracy`); NaN where none is finite."""
+    known = np.isfinite(confidences)
+    if not known.any():
+        return math.nan
+    shares, right = confidences[known], is_right[known]
+    bins = np.clip(np.ceil(shares * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    gaps = np.bincount(bins, weights=right - shares, minlength=BINS)  # already weighted by the images of each bin
+    return 100.0 * float(np.abs(gaps).sum() / len(shares))
+
+
+def together(scores: Sequence[Accuracy]) -> Accuracy:
+    """The score on the images of all, which are of the same classes."""
+    every = Judged(*(np.concatenate(column) for column in zip(*(score.judged for score in scores), strict=True)))
+    return _summary(every, len(scores[0].per_class), None)

@@ -1,0 +1,484 @@
+"""Faults: files that are damaged or hostile, disks that are full. Nothing is lost, and nothing is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save as save_tensors
+
+from onefold import cli, create_model
+from onefold.errors import BadCheckpoint, NotWritable, Stopped
+from onefold.models.card import Card, save_weights
+from onefold.models.hub import load_model
+from onefold.stages import open_predictor
+from onefold.train import Checkpoint, Progress, RunFolder, Steps
+from onefold.train.folder import seal, unseal
+from onefold.train.writing import Writer
+from training_kit import PLAN, fresh
+
+NAME = "mobilenetv1_0.25"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ----------------------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A whole run, small."""
+    folder = RunFolder(tmp_path_factory.mktemp("faults") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        fresh(folder.path, replace(PLAN, epochs=1))
+    return folder
+
+
+def foreign(rng: random.Random, whole: dict[str, bytes], name: str) -> bytes:
+    """A file that belongs elsewhere: noise, a picture, another part of this very checkpoint, an archive, a text."""
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), (rng.randrange(256), 7, 7)).save(picture, "PNG")
+    others = [content for part, content in whole.items() if part != name]
+    header = rng.randbytes(rng.randrange(1, 400))
+    kinds = [
+        rng.randbytes(rng.randrange(5000)),
+        picture.getvalue(),
+        rng.choice(others),
+        pickle.dumps({"weight": [rng.random()]}),
+        json.dumps({"files": {}, "format": 1, "x": rng.random()}).encode(),
+        save_tensors({"weight": torch.full((3,), rng.random())}),
+        struct.pack("<Q", len(header)) + header,
+        b"<!DOCTYPE html>" + rng.randbytes(20),
+    ]
+    return kinds[rng.randrange(len(kinds))]
+
+
+def damage(rng: random.Random, whole: dict[str, bytes]) -> tuple[str, str, bytes]:
+    """What was done, to which file, and what is there now: never what was."""
+    name = rng.choice(sorted(whole))
+    content = whole[name]
+    kind = rng.choice(["bit", "bit", "bit", "truncated", "longer", "zeros", "two bits", "swapped", "foreign"])
+    damaged = bytearray(content)
+    if kind in ("bit", "two bits"):
+        for _ in range(2 if kind == "two bits" else 1):
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+    elif kind == "truncated":
+        del damaged[rng.randrange(len(damaged)) :]
+    elif kind == "longer":
+        damaged += rng.randbytes(rng.randrange(1, 100))
+    elif kind == "zeros":
+        at = rng.randrange(len(damaged))
+        damaged[at : at + 512] = bytes(len(damaged[at : at + 512]))
+    elif kind == "swapped":
+        a, b = rng.randrange(len(damaged)), rng.randrange(len(damaged))
+        damaged[a], damaged[b] = damaged[b], damaged[a]
+    else:
+        damaged = bytearray(foreign(rng, whole, name))
+    return (kind, name, bytes(damaged)) if damaged != content else damage(rng, whole)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_damaged_checkpoint_is_taken_for_a_whole_one(run: RunFolder, tmp_path: Path, count: int) -> None:
+    folder, rng, kinds = RunFolder(tmp_path / "run"), random.Random(count), Counter[str]()
+    shutil.copytree(run.last, folder.last)
+    whole = {path.name: path.read_bytes() for path in folder.last.iterdir()}
+    assert Checkpoint.load(folder.path).is_complete
+    for _ in range(count):
+        kind, name, content = damage(rng, whole)
+        (folder.last / name).write_bytes(content)
+        with pytest.raises(BadCheckpoint, match=r"no whole checkpoint in .* damaged") as error:
+            Checkpoint.load(folder.path)
+        assert "\n" not in str(error.value), (kind, name)
+        (folder.last / name).write_bytes(whole[name])
+        kinds[kind] += 1
+    assert Checkpoint.load(folder.path).is_complete
+    print(f"{count} damaged checkpoints refused: {dict(kinds)}")
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_no_damaged_weights_are_taken_for_whole_ones(tmp_path: Path, count: int) -> None:
+    """A file of weights that stands alone, with nothing beside it that could vouch for it."""
+    path, rng = tmp_path / "weights.safetensors", random.Random(count)
+    model = create_model(NAME, num_classes=3)
+    save_weights(model, path, Card(model=NAME, num_classes=3, preprocessing={"size": 32}))
+    whole = path.read_bytes()
+    for _ in range(count):
+        kind, _, content = damage(rng, {path.name: whole, "another": whole[:999]})
+        path.write_bytes(content)
+        with pytest.raises(BadCheckpoint) as error:
+            load_model(path)
+        assert "\n" not in str(error.value), kind
+
+
+# ----------------------------------------------------------------------------- hostile checkpoints
+
+
+class Call:
+    """Unpickled, it is a call."""
+
+    def __init__(self, call: Callable[..., Any], *args: Any) -> None:
+        self.made = (call, args)
+
+    def __reduce__(self) -> Any:
+        return self.made
+
+
+def text_opcodes(module: str, name: str, argument: str) -> bytes:
+    """Protocol 0, written by hand: c<module> <name>, one text, a tuple, REDUCE."""
+    return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
+
+
+def payloads(marker: Path) -> dict[str, bytes]:
+    """Pickles that make `marker` if they are run, by as many ways of naming a call as there are opcodes for it."""
+    touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
+    calls = {
+        "os.system": Call(os.system, touch),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "open": Call(open, str(marker), "w"),
+        "mkdir": Call(os.mkdir, str(marker)),
+        "nested": Call(list, [Call(tuple, [Call(os.system, touch)])]),
+        "import": Call(getattr, Call(__import__, "os"), "system"),
+        "torch.load": Call(torch.load, str(marker)),
+        "hub": Call(torch.hub.load, "owner/name", "model"),
+        "bytearray": Call(bytearray, 10**11),
+        "jit": Call(torch.jit.load, str(marker)),
+        "numpy.load": Call(np.load, str(marker), None, True),
+        "pickle.loads": Call(pickle.loads, pickle.dumps(Call(os.system, touch))),
+        "path": Call(Path.touch, Path(str(marker))),
+    }
+    found = {
+        f"{name}, protocol {p}": pickle.dumps({"x": call}, protocol=p) for name, call in calls.items() for p in (2,)
+    }
+    found |= {f"{name}, protocol 4": pickle.dumps(call, protocol=4) for name, call in calls.items()}
+    found["GLOBAL by hand"] = text_opcodes("posix", "system", touch)
+    found["INST"] = f"(V{touch}\niposix\nsystem\n.".encode()
+    found["OBJ"] = b"\x80\x02(cposix\nsystem\nV" + touch.encode() + b"\no."
+    found["STACK_GLOBAL"] = b"\x80\x04\x8c\x05posix\x8c\x06system\x93(V" + touch.encode() + b"\ntR."
+    found["behind a benign name"] = (
+        b"\x80\x02ccollections\nOrderedDict\n(tR0cposix\nsystem\n(V" + touch.encode() + b"\ntR."
+    )
+    found["extension registry"] = b"\x80\x02\x82\x01(V" + touch.encode() + b"\ntR."
+    return found
+
+
+def legacy(pickled: bytes) -> bytes:
+    """The layout of torch.save before it was a zip: magic number, protocol, machine, object, keys."""
+    magic = [pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    return b"".join(magic) + pickled + pickle.dumps([], protocol=2)
+
+
+def zip_of(entries: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", how) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def torch_zip(pickled: bytes, **more: bytes) -> bytes:
+    entries = {"archive/data.pkl": pickled, "archive/byteorder": b"little", "archive/version": b"3\n"}
+    return zip_of({**entries, **{f"archive/{name}": content for name, content in more.items()}})
+
+
+def legacy_tar(pickled: bytes) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(pickled)
+            archive.addfile(entry, io.BytesIO(pickled))
+    return made.getvalue()
+
+
+def npz_of(pickled: bytes) -> bytes:
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
+    return zip_of({"a.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + pickled})
+
+
+def scripted(marker: Path) -> bytes:
+    """A TorchScript archive: a program, whose loading other loaders call harmless."""
+    made = io.BytesIO()
+    code = zip_of({})
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("m/code/__torch__.py", f"import os\nos.system('touch {marker}')\n")
+        archive.writestr("m/constants.pkl", b"\x80\x02).")
+        archive.writestr("m/data.pkl", b"\x80\x02c__torch__\nM\n)\x81}b.")
+        archive.writestr("m/version", b"3\n")
+        archive.writestr("m/extra", code)
+    return made.getvalue()
+
+
+def safetensors_of(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def forged() -> dict[str, bytes]:
+    """Files that run nothing, and ask for what they have no right to: memory, other places, an overlap."""
+
+    def entry(shape: list[int], start: int, end: int, kind: str = "F32") -> dict[str, Any]:
+        return {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+
+    zeros = zip_of({"a/data.pkl": b"\x80\x02}.", "a/data/0": bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
+    return {
+        "safetensors: overlap": safetensors_of({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
+        "safetensors: hole": safetensors_of({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)),
+        "safetensors: past the end": safetensors_of({"a": entry([99], 0, 396)}, bytes(8)),
+        "safetensors: header of an exabyte": safetensors_of({}, length=1 << 60),
+        "safetensors: header longer than the file": safetensors_of({"a": entry([1], 0, 4)}, bytes(4), length=9999),
+        "safetensors: negative": safetensors_of({"a": entry([1], 0, -4)}, bytes(4)),
+        "safetensors: shape that overflows": safetensors_of({"a": entry([1 << 62, 1 << 62], 0, 4)}, bytes(4)),
+        "safetensors: deep": safetensors_of(b'{"a":' * 9000),
+        "safetensors: twice": safetensors_of(b'{"a":1,"a":2}'),
+        "safetensors: unknown kind": safetensors_of({"a": entry([1], 0, 4, "PICKLE")}, bytes(4)),
+        "zip bomb": zeros,
+        "zip bomb of .npy": zip_of({"a.npy": bytes(64 << 20)}, zipfile.ZIP_DEFLATED),
+        "zip that climbs": zip_of({"../../../etc/data.pkl": b"\x80\x02}."}),
+        "zip with two pickles": zip_of({"a/data.pkl": b"\x80\x02}.", "b/data.pkl": b"\x80\x02}."}),
+        "checkpoint of distributed torch": zip_of({".metadata": pickle.dumps(Call(os.system, "true"))}),
+        "memo that is not there": b"\x80\x02h\x07.",
+        "pickle without an end": b"\x80\x02}q\x00",
+        "deep pickle": b"\x80\x02" + b"(" * 100_000 + b".",
+    }
+
+
+def hostile(marker: Path) -> dict[str, bytes]:
+    """All of them, in all the containers that a loader might open."""
+    found = forged()
+    ran = payloads(marker)
+    for name, pickled in ran.items():
+        found[f"pickle: {name}"] = pickled
+    for name in list(ran)[::3]:
+        found[f"torch.save: {name}"] = torch_zip(ran[name])
+        found[f"old torch.save: {name}"] = legacy(ran[name])
+        found[f"npz: {name}"] = npz_of(ran[name])
+    found["tar: os.system"] = legacy_tar(ran["os.system, protocol 2"])
+    found["TorchScript"] = scripted(marker)
+    return found
+
+
+@pytest.fixture
+def stage(tmp_path: Path, run: RunFolder) -> dict[str, Callable[[Path], object]]:
+    """Every public way to a checkpoint, each a call that is given a file."""
+    picture = tmp_path / "photo.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    sealed = {path.name: path.read_bytes() for path in run.last.iterdir()}
+
+    def resume(part: str, path: Path) -> None:
+        """Somebody has sealed it as their checkpoint, with a manifest that is right."""
+        folder = RunFolder(tmp_path / "theirs")
+        seal(folder.last, {**{n: c for n, c in sealed.items() if n != "manifest.json"}, part: path.read_bytes()})
+        fresh(folder.path, replace(PLAN, epochs=1), resume=True)
+
+    def predict(path: Path) -> None:
+        if (status := cli.main(["predict", str(path), str(picture)])) != 4:
+            raise AssertionError(f"predict ended with {status}")
+        raise BadCheckpoint("as it should")
+
+    return {
+        "load_model": load_model,
+        "create_model": lambda path: create_model(NAME, num_classes=3, weights=path),
+        "open_predictor": open_predictor,
+        "predict": predict,
+        "resume of weights": lambda path: resume("model.safetensors", path),
+        "resume of state": lambda path: resume("state.safetensors", path),
+        "resume of progress": lambda path: resume("progress.json", path),
+    }
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_nothing_hostile_is_run_by_any_way_in(
+    tmp_path: Path, stage: dict[str, Callable[[Path], object]], monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    marker = tmp_path / "ran"
+    corpus = hostile(marker)
+    assert len(corpus) >= 60
+    (tmp_path / "live").write_bytes(payloads(marker)["os.system, protocol 2"])
+    pickle.loads((tmp_path / "live").read_bytes())  # a careless reader runs it
+    assert marker.exists()
+    marker.unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (64 << 30, hard))  # a bomb is an error here, and not the end of the machine
+    try:
+        for kind, content in list(corpus.items())[::every]:
+            path = tmp_path / "weights.pth"
+            path.write_bytes(content)
+            for way, load in stage.items():
+                with pytest.raises(BadCheckpoint) as error:
+                    load(path)
+                assert "\n" not in str(error.value), (kind, way)
+                assert not marker.exists(), (kind, way)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    print(f"{len(corpus) // every} hostile files by {len(stage)} ways in: nothing was run, all refused")
+
+
+# ------------------------------------------------------------- full disks, in the background
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """A block in which no file may grow past that: a write then fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_during_a_run_is_told_at_the_next_step_and_costs_nothing_old(tmp_path: Path) -> None:
+    """The run stops with the checkpoint before standing; with room again it goes on to the bits of one in peace."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told: list[int] = []
+
+    def fill_up(progress: Progress) -> None:
+        told.append(progress.step)
+        if progress.step == 3 and progress.epoch == 2:
+            while Checkpoint.load(tmp_path / "run").position.total < 8:  # step 2's is still on its way
+                time.sleep(0.001)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+
+    try:
+        with pytest.raises(
+            NotWritable, match=r"no space to write .*last: \d+ MiB are free .*before it stands"
+        ) as error:
+            fresh(tmp_path / "run", on_progress=fill_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.exit_status == 5
+    assert len(told) <= 2 * 7  # step 4 of epoch 2 could not be saved: the next save knows at the latest
+    assert Checkpoint.load(tmp_path / "run").position.total == 8
+    done = fresh(tmp_path / "run", resume=True)
+    assert done.digest() == fresh(tmp_path / "whole").digest()
+
+
+def test_a_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps go on while a checkpoint is being written; the run ends when it is."""
+    save, let_go, under_way = Checkpoint.save, threading.Event(), []
+
+    def held_up(self: Checkpoint, *where: Any) -> None:
+        if self.position.total == 2:
+            under_way.append(self.position.total)
+            assert let_go.wait(30)
+        save(self, *where)
+
+    def look(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (1, 4):
+            assert under_way == [2]  # being written since two steps
+            assert Checkpoint.load(tmp_path / "run").position.total == 0
+            let_go.set()
+
+    monkeypatch.setattr(Checkpoint, "save", held_up)
+    plan = replace(PLAN, checkpoint_every=Steps(2))
+    fresh(tmp_path / "run", plan, on_progress=look)
+    assert let_go.is_set()
+    assert Checkpoint.load(tmp_path / "run").is_complete
+
+
+def test_what_is_written_is_the_state_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that lasts through later steps is not touched by them."""
+    digests: dict[int, str] = {}
+    save = Checkpoint.save
+
+    def slowly(self: Checkpoint, *where: Any) -> None:
+        before = self.digest()
+        threading.Event().wait(0.03)
+        assert self.digest() == before
+        digests[self.position.total] = before
+        save(self, *where)
+
+    monkeypatch.setattr(Checkpoint, "save", slowly)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    fresh(tmp_path / "run", replace(PLAN, epochs=2, checkpoint_every=Steps(3)))
+    assert sorted(digests) == [0, 3, 6, 9, 12]
+    with pytest.raises(Stopped):
+
+        def stop(progress: Progress) -> None:
+            if (progress.epoch, progress.step) == (2, 3):
+                os.kill(os.getpid(), 15)
+
+        fresh(tmp_path / "again", replace(PLAN, epochs=2, checkpoint_every=None), on_progress=stop)
+    assert Checkpoint.load(tmp_path / "again").digest() == digests[9]
+
+
+def test_the_writer_does_one_job_at_a_time_and_none_after_a_failure() -> None:
+    done: list[int] = []
+    with pytest.raises(NotWritable, match="full"), Writer() as writer:
+        writer.submit(lambda: done.append(1))
+        writer.submit(lambda: done.append(2))
+
+        def fail() -> None:
+            raise NotWritable("full")
+
+        writer.submit(fail)
+        writer.submit(lambda: done.append(3))
+        writer.wait()
+        assert writer.has_failed
+    assert done == [1, 2]
+    with pytest.raises(KeyError, match="ours"), Writer() as writer:  # the first error is the one to hear of
+        writer.submit(fail)
+        raise KeyError("ours")
+
+
+@pytest.mark.slow
+def test_a_small_disk(tmp_path: Path) -> None:
+    """A file system of a few pages, of our own: each save meets its end somewhere else."""
+    if os.system("unshare -Urm true 2>/dev/null"):
+        pytest.skip("needs user namespaces to mount a small disk")
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[2]]\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from onefold import exits\n"
+        "from training_kit import fresh\n"
+        "sys.exit(exits.status_of(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
+    )
+    statuses = {}
+    for pages in (8, 14, 17, 19, 40):
+        disk = tmp_path / str(pages)
+        disk.mkdir()
+        inner = f'mount -t tmpfs -o size={4096 * pages} tmpfs {disk} && exec "$@"'
+        command = ["unshare", "-Urm", "sh", "-c", inner, "sh", sys.executable, "-W", "ignore", "-c", code, str(disk)]
+        done = subprocess.run([*command, str(Path(__file__).parent)], capture_output=True, text=True, check=False)
+        statuses[pages] = done.returncode
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 0 or "no space to write" in done.stderr, done.stderr
+    print(f"exit status by pages of disk: {statuses}")
+    assert statuses[8] == 5
+    assert statuses[40] == 0
+
+
+def test_a_manifest_is_checked_at_every_load(run: RunFolder) -> None:
+    assert set(unseal(run.last)) == {"model.safetensors", "ema.safetensors", "state.safetensors", "progress.json"}

@@ -1,0 +1,231 @@
+"""Several processes: what the launcher gives them, when it starts them again, and how all of it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import training_kit
+from lives import size_of
+from onefold import cli
+from onefold.errors import LostWorker
+from onefold.launch import launch
+
+# a program of one line: what each process does in each life
+SH = ["sh", "-c"]
+
+
+def wait_until(what: Callable[[], object], seconds: float = 60.0) -> float:
+    """How long it took until a callable gave something true."""
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < seconds, "it never came"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def test_all_end_well(tmp_path: Path) -> None:
+    keys = "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $TORCHELASTIC_RESTART_COUNT $OMP_NUM_THREADS"
+    assert launch([*SH, f"echo {keys} > {tmp_path}/$RANK"], processes=3, max_restarts=0) == 0
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 3)))
+    for rank in range(3):
+        assert (tmp_path / str(rank)).read_text().split() == [f"{rank}", f"{rank}", "3", "127.0.0.1", "0", threads]
+
+
+@pytest.mark.parametrize("lost", ["kill -9 $$", "kill -SEGV $$", "exit 70", "exit 8"])
+def test_who_is_lost_is_replaced_with_all_others(tmp_path: Path, lost: str, caplog: pytest.LogCaptureFixture) -> None:
+    code = f"echo x >> {tmp_path}/$RANK; [ $RANK = 1 ] && [ $TORCHELASTIC_RESTART_COUNT -lt 2 ] && {lost}; sleep 0.7"
+    assert launch([*SH, code], processes=2, max_restarts=2) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["x\n" * 3] * 2
+    assert "process 2 of 2" in caplog.text
+    assert "all 2 start again (2 of 2)" in caplog.text
+
+
+def test_not_for_ever() -> None:
+    with pytest.raises(LostWorker, match=r"process 1 of 2 was killed by SIGKILL, and 2 restarts did not help") as error:
+        launch([*SH, "[ $RANK = 0 ] && kill -9 $$; sleep 60"], processes=2, max_restarts=2)
+    assert error.value.exit_status == 8
+
+
+@pytest.mark.parametrize("status", [2, 3, 4, 5, 6, 7])
+def test_what_a_user_must_mend_is_not_tried_again(status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """The one that knows speaks, although its neighbour ended too, for want of it."""
+    code = f"[ $RANK = 1 ] && echo why >&2 && exit {status}; sleep 0.1; exit 8"
+    assert launch([*SH, code], processes=2, max_restarts=5) == status
+    assert capfd.readouterr().err == "why\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_once_and_all_may_save(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"trap 'echo term >> {tmp_path}/$RANK; sleep 0.5; exit 75' TERM; touch {tmp_path}/up$RANK; sleep 60 & wait"
+    up = [tmp_path / f"up{rank}" for rank in range(2)]
+
+    def ask() -> None:
+        wait_until(lambda: all(path.exists() for path in up))
+        for _ in range(2):  # as a terminal and a job system both do
+            os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert launch([*SH, code], processes=2, max_restarts=5) == 75
+    asking.join()
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["term\n"] * 2
+
+
+def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def note(*arguments: object) -> int:
+        asked.append(arguments)
+        return 75
+
+    monkeypatch.setattr(cli, "launch", note)
+    given = ["train", "--processes", "2", "--data", "photos", "--max-restarts", "9"]
+    assert cli.main(given) == 75
+    assert asked == [([sys.executable, "-m", "onefold.cli", *given], 2, 9)]
+
+
+@pytest.mark.slow
+def test_its_processes_speak_with_one_voice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They find out by themselves that there are no data, and the launcher ends as they did."""
+    given = ["train", "--processes", "2", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    assert cli.main(given) == 3
+    assert capfd.readouterr().err.count("error: ") == 1
+
+
+# ------------------------------------------------------------------------------- real trainings
+
+PROGRAM = """
+import json, os, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+import torch
+torch.set_num_threads(1)
+from onefold.train import Steps, is_restarted, start_world
+from training_kit import PLAN, Blobs, fresh
+out, epochs, nap = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+plan = replace(PLAN, epochs=epochs, batch_size=8, logical_workers=2, reduce="exact", checkpoint_every=Steps(5))
+with start_world("cpu") as world:
+    out.with_name(f"pid{{world.rank}}").write_text(str(os.getpid()))
+    def step(progress):
+        with open(str(out) + ".steps", "ab") as steps:
+            steps.write(b".")
+        time.sleep(nap)
+    resume = world.share((out / "last").exists())
+    data = Blobs(num_images=400, batch_size=8)
+    done = fresh(out, plan, data, resume=resume, world=world, on_progress=step)
+    if world.is_first:
+        print("digest", done.digest(), flush=True)
+"""
+LAUNCH = "import sys; from onefold.launch import launch; sys.exit(launch(sys.argv[2:], 2, int(sys.argv[1])))"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    (tmp_path / "program.py").write_text(PROGRAM.format(tests=str(Path(training_kit.__file__).parent)))
+    return [sys.executable, "-W", "ignore", str(tmp_path / "program.py"), str(tmp_path / "run")]
+
+
+@pytest.fixture
+def quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def pid_of(rank: int, folder: Path) -> int:
+    return int((folder / f"pid{rank}").read_text() or 0)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def until_it_trains_again(steps: Path) -> float:
+    """Seconds from a kill, which was just now, to the next step."""
+    time.sleep(0.4)  # whatever the other process still did is in the file by then
+    before = size_of(steps)
+    return 0.4 + wait_until(lambda: size_of(steps) > before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [20])
+def test_a_process_killed_is_back_within_15_seconds(
+    tmp_path: Path, program: list[str], quietly: None, kills: int
+) -> None:
+    """Twenty times in a row, at random moments of either process; and the result is that of one that nobody killed."""
+    rng, steps, took = random.Random(20), tmp_path / "run.steps", []
+    command = [sys.executable, "-c", LAUNCH, str(kills), *program, "30", "0.01"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        wait_until(lambda: size_of(steps))
+        for _ in range(kills):
+            time.sleep(rng.random() * 0.5)
+            victim = pid_of(rng.randrange(2), tmp_path)
+            os.kill(victim, signal.SIGKILL)
+            took.append(until_it_trains_again(steps))
+        assert launcher.stdout is not None
+        digest = launcher.stdout.read().split()[-1]
+    assert launcher.returncode == 0
+    ordered = sorted(took)
+    print(f"training again after {ordered[len(took) // 2]:.1f} s (median), {ordered[-1]:.1f} s (worst of {kills})")
+    whole = [*program[:-1], str(tmp_path / "whole"), "30", "0"]
+    alone = subprocess.run(whole, stdout=subprocess.PIPE, text=True, check=True)
+    assert alone.stdout.split()[-1] == digest
+    assert ordered[-1] <= 15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("how", ["ours", "torchrun"])
+def test_no_process_outlives_its_launcher(tmp_path: Path, program: list[str], quietly: None, how: str) -> None:
+    """kill -9 of the launcher: its processes save and end, and the run can be resumed at once."""
+    if how == "ours":
+        command = [sys.executable, "-c", LAUNCH, "0", *program, "60", "0.02"]
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, *program[3:], "60", "0.02"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as launcher:
+        wait_until(lambda: size_of(tmp_path / "run.steps") > 10)
+        pids = [pid_of(rank, tmp_path) for rank in range(2)]
+        launcher.kill()
+        launcher.wait()
+        took = wait_until(lambda: not any(map(is_alive, pids)), seconds=15)
+    print(f"all ended {took:.1f} s after the launcher")
+    assert took <= 10
+    position = json.loads((tmp_path / "run" / "last" / "progress.json").read_text())["position"]
+    assert position["epoch"] * 50 + position["step"] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_torchrun_starts_again_too(tmp_path: Path, program: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the variable that docs/distributed.md names."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "3", *program[3:], "4", "0.02"]
+    steps = tmp_path / "run.steps"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as agent:
+        for _ in range(2):
+            until_it_trains_again(steps)
+            time.sleep(0.2)
+            with suppress(ProcessLookupError):
+                os.kill(pid_of(1, tmp_path), signal.SIGKILL)
+            time.sleep(1.0)
+        output = agent.communicate()[0]
+    assert agent.returncode == 0
+    assert "digest" in output

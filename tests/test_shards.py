@@ -1,0 +1,245 @@
+"""Tar shards and Parquet files as sources: the same images, names and classes as the folder they were made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onefold.data import Source, Window, fingerprint, open_source
+from onefold.data.remote import LocalFile
+from onefold.data.tars import members
+from onefold.errors import BadData
+from range_server import serving
+
+RNG = np.random.default_rng(0)
+CLASSES = ("cat", "dog", "eel")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("ONEFOLD_KERNELS", "plain")  # what is compiled lies in the cache as well
+    return folder
+
+
+def jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def tarred(path: Path, files: Sequence[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, bytes]:
+    """train/ and val/ as a folder tree, on disk under `tree`, and as names with bytes."""
+    files = {}
+    for side, count in (("train", 6), ("val", 3)):
+        for i in range(count):
+            name = f"{side}/{CLASSES[i % 3]}/{i}.jpg"
+            files[name] = jpeg()
+            path = tmp_path / "tree" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files[name])
+    return files
+
+
+def opened(spec: Path | str, side: str = "train", fraction: float = 0.3) -> Source:
+    return open_source(spec, side, seed=1, val_fraction=fraction)  # type: ignore[arg-type]
+
+
+def content(source: Source) -> dict[str, tuple[str, bytes]]:
+    return {
+        source.name(i): (source.classes[source.label(i)], np.asarray(source.image(i)).tobytes())
+        for i in range(len(source))
+    }
+
+
+def test_a_folder_a_tar_and_a_tar_on_the_web_are_the_same_source(tmp_path: Path, tree: dict[str, bytes]) -> None:
+    shards = tmp_path / "shards"
+    for side in ("train", "val"):
+        files = [(name, data) for name, data in sorted(tree.items()) if name.startswith(side)]
+        tarred(shards / f"{side}.tar", files)
+        for number in range(3):
+            tarred(tmp_path / "many" / f"{side}-{number:02d}.tar", [(f"./{n}", d) for n, d in files[number::3]])
+    with serving(tmp_path) as server:
+        forms = [
+            shards,
+            tmp_path / "many",
+            str(tmp_path / "many" / "{split}-{00..02}.tar"),
+            str(tmp_path / "many" / "{split}-*.tar"),
+            f"{server.url}/many/{{split}}-{{00..02}}.tar",
+        ]
+        for side in ("train", "val"):
+            folder = opened(tmp_path / "tree", side)
+            assert folder.classes == CLASSES
+            for form in forms:
+                packed = opened(form, side)
+                assert packed.classes == CLASSES
+                assert content(packed) == content(folder)
+                if form is shards:
+                    assert fingerprint(packed) == fingerprint(folder)
+                crop = Window(size=8, place=lambda sides: (2, 3, 20, 17))
+                name = packed.name(0)
+                same = next(i for i in range(len(folder)) if folder.name(i) == name)
+                np.testing.assert_array_equal(packed.crop(0, crop).levels(), folder.crop(same, crop).levels())
+
+
+def test_one_tar_is_split_as_its_folder_is(tmp_path: Path, tree: dict[str, bytes]) -> None:
+    inside = sorted((n, d) for n, d in tree.items() if n.startswith("train/"))
+    tar = tarred(tmp_path / "all.tar", inside)
+    for side in ("train", "val"):
+        assert content(opened(tar, side)) == content(opened(tmp_path / "tree" / "train", side))
+
+
+@pytest.mark.parametrize("kind", ["number", "name", "json number", "json name"])
+def test_webdataset_members_say_the_class(tmp_path: Path, kind: str) -> None:
+    files: list[tuple[str, bytes]] = []
+    for i in range(6):
+        files.append((f"{i:04d}.jpg", jpeg()))
+        label: int | str = i % 2 if "number" in kind else ("ant", "bee")[i % 2]
+        if "json" in kind:
+            files.append((f"{i:04d}.json", json.dumps({"width": 24, "label": label}).encode()))
+        else:
+            files.append((f"{i:04d}.cls", f"{label}\n".encode()))
+    source = opened(tarred(tmp_path / "x.tar", files), fraction=0.0)
+    assert source.classes == (("0", "1") if "number" in kind else ("ant", "bee"))
+    assert [source.label(i) for i in range(6)] == [0, 1] * 3
+    assert source.name(2) == "0002.jpg"
+
+
+def test_the_index_is_read_once_and_again_when_the_tar_changes(
+    tmp_path: Path, tree: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    tar = tarred(tmp_path / "x.tar", sorted(tree.items()))
+    first = members(LocalFile(tar))
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", lambda **_: pytest.fail("the tar was read again"))
+        assert members(LocalFile(tar)) == first
+    (kept,) = (cache / "onefold" / "tars").iterdir()
+    for damaged in ("", "[1, 2", '[{"name": "x"}]'):
+        kept.write_text(damaged)
+        assert members(LocalFile(tar)) == first
+    tarred(tar, [*sorted(tree.items()), ("train/cat/new.jpg", jpeg())])
+    assert len(members(LocalFile(tar))) == len(first) + 1
+
+
+def test_what_cannot_be_used_is_explained(tmp_path: Path) -> None:
+    good = [("a/1.jpg", jpeg()), ("b/1.jpg", jpeg())]
+    whole = tarred(tmp_path / "good.tar", good).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:1500])
+    (tmp_path / "text.tar").write_bytes(b"hello" * 500)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    cases = {
+        "cut.tar": "cut.tar",
+        "text.tar": "no tar that can be read",
+        "empty.tar": "no tar that can be read",
+        "absent.tar": "not there",
+        tarred(tmp_path / "flat.tar", [("1.jpg", jpeg())]).name: "in no class folder",
+        tarred(tmp_path / "none.tar", [("readme.txt", b"x")]).name: "holds no images",
+        tarred(tmp_path / "some.tar", [("1.jpg", jpeg()), ("2.jpg", jpeg()), ("2.cls", b"0")]).name: "have no .cls",
+        tarred(tmp_path / "odd.tar", [("1.jpg", jpeg()), ("1.json", b"{")]).name: "is not JSON",
+        tarred(tmp_path / "nan.tar", [("1.jpg", jpeg()), ("1.json", b'{"label": 1.5}')]).name: "expected in 1.json",
+        tarred(tmp_path / "one.tar", [("a/1.jpg", jpeg()), ("a/2.jpg", jpeg())]).name: "one class only",
+    }
+    for name, sentence in cases.items():
+        with pytest.raises(BadData, match=sentence):
+            opened(tmp_path / name)
+    both = tmp_path / "both"
+    tarred(both / "train.tar", good)
+    tarred(both / "val.tar", good[:1])
+    with pytest.raises(BadData, match="the classes differ; none in val of: b"):
+        opened(both)
+
+
+def test_a_tar_that_goes_or_shrinks_while_it_is_used_is_bad_data(tmp_path: Path) -> None:
+    tar = tarred(tmp_path / "x.tar", [(f"{kind}/{i}.jpg", jpeg()) for kind in "ab" for i in range(3)])
+    source = opened(tar, fraction=0.0)
+    tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(BadData, match="truncated"):
+        source.image(5)
+    tar.unlink()
+    with pytest.raises(BadData, match="cannot read"):
+        source.image(0)
+
+
+def test_links_and_hidden_members_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a/1.jpg", "b/1.jpg", "a/._1.jpg", "__/../.x/2.jpg"):
+            data = jpeg()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        link = tarfile.TarInfo("a/link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert [member.name for member in members(LocalFile(tmp_path / "x.tar"))] == ["a/1.jpg", "b/1.jpg"]
+
+
+def test_a_server_without_ranges_or_without_the_file(tmp_path: Path) -> None:
+    with serving(tmp_path) as server, pytest.raises(BadData, match="404"):
+        opened(f"{server.url}/absent.tar")
+
+
+def parquet(path: Path, images: Sequence[object], labels: Sequence[object], names: Sequence[str] = ()) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"image": list(images), "label": list(labels)})
+    if names:
+        told = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def test_hugging_faces_parquet_is_the_same_source(tmp_path: Path, tree: dict[str, bytes]) -> None:
+    for side, file in (("train", "train-00000-of-00001"), ("val", "validation-00000-of-00001")):
+        names = sorted(name for name in tree if name.startswith(side + "/"))
+        images = [{"bytes": tree[name], "path": None} for name in names]
+        labels = [CLASSES.index(name.split("/")[1]) for name in names]
+        parquet(tmp_path / "hub" / "data" / f"{file}.parquet", images, labels, CLASSES)
+    for side in ("train", "val"):
+        source, folder = opened(tmp_path / "hub", side), opened(tmp_path / "tree", side)
+        assert source.classes == CLASSES
+        assert sorted(content(source).values()) == sorted(content(folder).values())
+
+
+def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
+    good = {"bytes": jpeg(), "path": "x.jpg"}
+    source = opened(
+        parquet(tmp_path / "p.parquet", [{"bytes": None, "path": "x"}, good, good], ["a", "b", "a"]), "val", 1
+    )
+    with pytest.raises(BadData, match="only a path"):
+        source.image(0)
+    assert source.image(1).size == (24, 20)
+    parquet(tmp_path / "odd.parquet", [good], [1.5])
+    (tmp_path / "no.parquet").write_bytes(b"PAR1" * 9)
+    for name, sentence in (("odd", "expected a number or a name"), ("no", "cannot read")):
+        with pytest.raises(BadData, match=sentence):
+            opened(tmp_path / f"{name}.parquet")
+
+
+def test_imagenettes_tars_open(shared_data: Path) -> None:
+    folder = shared_data / "imagenette-224-subset"
+    train, val = opened(folder), opened(folder, "val")
+    assert (len(train), len(val), len(train.classes)) == (2000, 1000, 10)
+    assert train.classes == val.classes
+    assert train.image(1999).size == (224, 224)
+    assert not {train.name(i) for i in range(2000)} & {val.name(i) for i in range(1000)}
