@@ -8,11 +8,11 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +22,14 @@ from onefold import cli
 from onefold.errors import LostWorker
 from onefold.launch import launch
 
-# a program of one line: what each process does in each life
-SH = ["sh", "-c"]
+
+def sh(code: str) -> Callable[[], int]:
+    """A program of a line: what each process does in each life."""
+
+    def work() -> int:
+        os.execvp("sh", ["sh", "-c", code])
+
+    return work
 
 
 def wait_until(what: Callable[[], object], seconds: float = 60.0) -> float:
@@ -37,7 +43,7 @@ def wait_until(what: Callable[[], object], seconds: float = 60.0) -> float:
 
 def test_all_end_well(tmp_path: Path) -> None:
     keys = "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $TORCHELASTIC_RESTART_COUNT $OMP_NUM_THREADS"
-    assert launch([*SH, f"echo {keys} > {tmp_path}/$RANK"], processes=3, max_restarts=0) == 0
+    assert launch(sh(f"echo {keys} > {tmp_path}/$RANK"), processes=3, max_restarts=0) == 0
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 3)))
     for rank in range(3):
         assert (tmp_path / str(rank)).read_text().split() == [f"{rank}", f"{rank}", "3", "127.0.0.1", "0", threads]
@@ -46,7 +52,7 @@ def test_all_end_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", ["kill -9 $$", "kill -SEGV $$", "exit 70", "exit 8"])
 def test_who_is_lost_is_replaced_with_all_others(tmp_path: Path, lost: str, caplog: pytest.LogCaptureFixture) -> None:
     code = f"echo x >> {tmp_path}/$RANK; [ $RANK = 1 ] && [ $TORCHELASTIC_RESTART_COUNT -lt 2 ] && {lost}; sleep 0.7"
-    assert launch([*SH, code], processes=2, max_restarts=2) == 0
+    assert launch(sh(code), processes=2, max_restarts=2) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["x\n" * 3] * 2
     assert "process 2 of 2" in caplog.text
     assert "all 2 start again (2 of 2)" in caplog.text
@@ -54,7 +60,7 @@ def test_who_is_lost_is_replaced_with_all_others(tmp_path: Path, lost: str, capl
 
 def test_not_for_ever() -> None:
     with pytest.raises(LostWorker, match=r"process 1 of 2 was killed by SIGKILL, and 2 restarts did not help") as error:
-        launch([*SH, "[ $RANK = 0 ] && kill -9 $$; sleep 60"], processes=2, max_restarts=2)
+        launch(sh("[ $RANK = 0 ] && kill -9 $$; sleep 60"), processes=2, max_restarts=2)
     assert error.value.exit_status == 8
 
 
@@ -62,7 +68,7 @@ def test_not_for_ever() -> None:
 def test_what_a_user_must_mend_is_not_tried_again(status: int, capfd: pytest.CaptureFixture[str]) -> None:
     """The one that knows speaks, although its neighbour ended too, for want of it."""
     code = f"[ $RANK = 1 ] && echo why >&2 && exit {status}; sleep 0.1; exit 8"
-    assert launch([*SH, code], processes=2, max_restarts=5) == status
+    assert launch(sh(code), processes=2, max_restarts=5) == status
     assert capfd.readouterr().err == "why\n"
 
 
@@ -71,20 +77,15 @@ def test_a_signal_is_passed_on_once_and_all_may_save(tmp_path: Path, number: sig
     code = f"trap 'echo term >> {tmp_path}/$RANK; sleep 0.5; exit 75' TERM; touch {tmp_path}/up$RANK; sleep 60 & wait"
     up = [tmp_path / f"up{rank}" for rank in range(2)]
 
-    def ask() -> None:
-        wait_until(lambda: all(path.exists() for path in up))
-        for _ in range(2):  # as a terminal and a job system both do
-            os.kill(os.getpid(), number)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert launch([*SH, code], processes=2, max_restarts=5) == 75
-    asking.join()
+    waiting = " && ".join(f"[ -e {path} ]" for path in up)
+    twice = f"kill -{int(number)} {os.getpid()}; " * 2  # as a terminal and a job system both do
+    with subprocess.Popen(["sh", "-c", f"until {waiting}; do sleep 0.05; done; {twice}"]):
+        assert launch(sh(code), processes=2, max_restarts=5) == 75
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["term\n"] * 2
 
 
 def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+    asked: list[Any] = []
 
     def note(*arguments: object) -> int:
         asked.append(arguments)
@@ -93,7 +94,10 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cli, "launch", note)
     given = ["train", "--processes", "2", "--data", "photos", "--max-restarts", "9"]
     assert cli.main(given) == 75
-    assert asked == [([sys.executable, "-m", "onefold.cli", *given], 2, 9)]
+    [(work, *numbers)] = asked
+    assert numbers == [2, 9]
+    monkeypatch.setenv("RANK", "0")  # what a process does is the same command, which finds no photos
+    assert work() == 3
 
 
 @pytest.mark.slow
@@ -113,29 +117,37 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
-from onefold.train import Steps, is_restarted, start_world
+from onefold.launch import launch
+from onefold.train import Steps, import_ahead, start_world
 from training_kit import PLAN, Blobs, fresh
-out, epochs, nap = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+max_restarts, out, epochs, nap = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 plan = replace(PLAN, epochs=epochs, batch_size=8, logical_workers=2, reduce="exact", checkpoint_every=Steps(5))
-with start_world("cpu") as world:
-    out.with_name(f"pid{{world.rank}}").write_text(str(os.getpid()))
-    def step(progress):
-        with open(str(out) + ".steps", "ab") as steps:
-            steps.write(b".")
-        time.sleep(nap)
-    resume = world.share((out / "last").exists())
-    data = Blobs(num_images=400, batch_size=8)
-    done = fresh(out, plan, data, resume=resume, world=world, on_progress=step)
-    if world.is_first:
-        print("digest", done.digest(), flush=True)
+
+def work():
+    with start_world("cpu") as world:
+        out.with_name(f"pid{{world.rank}}").write_text(str(os.getpid()))
+        def step(progress):
+            with open(str(out) + ".steps", "ab") as steps:
+                steps.write(b".")
+            time.sleep(nap)
+        resume = world.share((out / "last").exists())
+        data = Blobs(num_images=400, batch_size=8)
+        done = fresh(out, plan, data, resume=resume, world=world, on_progress=step)
+        if world.is_first:
+            print("digest", done.digest(), flush=True)
+    return 0
+
+if max_restarts < 0:  # by torchrun, or alone
+    sys.exit(work())
+import_ahead()
+sys.exit(launch(work, 2, max_restarts))
 """
-LAUNCH = "import sys; from onefold.launch import launch; sys.exit(launch(sys.argv[2:], 2, int(sys.argv[1])))"
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> list[str]:
     (tmp_path / "program.py").write_text(PROGRAM.format(tests=str(Path(training_kit.__file__).parent)))
-    return [sys.executable, "-W", "ignore", str(tmp_path / "program.py"), str(tmp_path / "run")]
+    return [sys.executable, "-W", "ignore", str(tmp_path / "program.py")]
 
 
 @pytest.fixture
@@ -169,7 +181,7 @@ def test_a_process_killed_is_back_within_15_seconds(
 ) -> None:
     """Twenty times in a row, at random moments of either process; and the result is that of one that nobody killed."""
     rng, steps, took = random.Random(20), tmp_path / "run.steps", []
-    command = [sys.executable, "-c", LAUNCH, str(kills), *program, "30", "0.01"]
+    command = [*program, str(kills), str(tmp_path / "run"), "30", "0.01"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         wait_until(lambda: size_of(steps))
         for _ in range(kills):
@@ -182,7 +194,7 @@ def test_a_process_killed_is_back_within_15_seconds(
     assert launcher.returncode == 0
     ordered = sorted(took)
     print(f"training again after {ordered[len(took) // 2]:.1f} s (median), {ordered[-1]:.1f} s (worst of {kills})")
-    whole = [*program[:-1], str(tmp_path / "whole"), "30", "0"]
+    whole = [*program, "-1", str(tmp_path / "whole"), "30", "0"]
     alone = subprocess.run(whole, stdout=subprocess.PIPE, text=True, check=True)
     assert alone.stdout.split()[-1] == digest
     assert ordered[-1] <= 15
@@ -194,10 +206,10 @@ def test_a_process_killed_is_back_within_15_seconds(
 def test_no_process_outlives_its_launcher(tmp_path: Path, program: list[str], quietly: None, how: str) -> None:
     """kill -9 of the launcher: its processes save and end, and the run can be resumed at once."""
     if how == "ours":
-        command = [sys.executable, "-c", LAUNCH, "0", *program, "60", "0.02"]
+        command = [*program, "0", str(tmp_path / "run"), "60", "0.02"]
     else:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*torchrun, *program[3:], "60", "0.02"]
+        command = [*torchrun, program[-1], "-1", str(tmp_path / "run"), "60", "0.02"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as launcher:
         wait_until(lambda: size_of(tmp_path / "run.steps") > 10)
         pids = [pid_of(rank, tmp_path) for rank in range(2)]
@@ -217,7 +229,7 @@ def test_torchrun_starts_again_too(tmp_path: Path, program: list[str], monkeypat
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "--max-restarts", "3", *program[3:], "4", "0.02"]
+    command = [*torchrun, "--max-restarts", "3", program[-1], "-1", str(tmp_path / "run"), "4", "0.02"]
     steps = tmp_path / "run.steps"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as agent:
         for _ in range(2):

@@ -91,15 +91,16 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    if processes > 1 and not is_worker():
-        command = [sys.executable, "-m", "onefold.cli", *context.obj]
-        raise typer.Exit(launch(command, processes, max_restarts))
     from onefold.recipes import recipe_for, recipes
     from onefold.stages import Watch, resume_run, start_run
+    from onefold.train import import_ahead
 
     if list_recipes:
         display.recipe_table(recipes())
         return
+    if processes > 1 and not is_worker():
+        import_ahead()
+        raise typer.Exit(launch(lambda: main(context.obj), processes, max_restarts))
     short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
     given = {"data.spec": data, "model": model, "weights": weights, **short}
     changes = {field: str(value) for field, value in given.items() if value is not None}

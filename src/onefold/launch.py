@@ -1,9 +1,9 @@
-"""Several processes of one program on this machine: started together, started again together when one is lost.
+"""Several processes of one call on this machine: started together, started again together when one is lost.
 
-The processes find each other by the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT, TORCHELASTIC_RESTART_COUNT). They are in sessions of their own, so that a Ctrl-C reaches them once, through
-here; and they end by themselves when this process is gone (`train.distributed`). This file imports no torch: what it
-watches over takes all the memory there is.
+They are forks of this process, which has imported what they need: so they cost one start of torch together, and the
+next life begins within a second or two. They find each other by the variables that torchrun sets (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_RESTART_COUNT); they are in sessions of their own, so that a Ctrl-C
+reaches them once, through here; and they end by themselves when this process is gone (`train.distributed`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any, NoReturn
 
-from onefold.errors import LostWorker, Stopped
+from onefold.errors import BadArgument, LostWorker, Stopped
 
 _log = logging.getLogger("onefold.launch")
 
@@ -31,18 +32,20 @@ _GRACE_SECONDS = {0: 60.0, Stopped.exit_status: 60.0}  # for the others, after o
 _LONG_LIFE_SECONDS = 600.0  # after which earlier losses are forgotten
 
 
-def launch(program: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Run `program` in that many processes to its end; the exit status.
+def launch(work: Callable[[], int], processes: int, max_restarts: int) -> int:
+    """Do `work`, which gives an exit status, in that many processes to its end; the exit status of all.
 
     When one is lost (killed, or ended by something that is not the user's doing) all are ended, and all are started
     again, at most `max_restarts` times in a row. A SIGTERM or SIGINT is passed on once; a second one kills.
-    Raises LostWorker where that does not help.
+    Raises LostWorker where that does not help. Call it before anything has started a thread or touched a GPU.
     """
+    if sys.platform != "linux":
+        raise BadArgument("several processes are started here on Linux alone: start them by torchrun")
     losses, lives = 0, 0
     with _Signals() as signals:
         while True:
             began = time.monotonic()
-            life = _Life(program, processes, lives, signals)
+            life = _Life(work, processes, lives, signals)
             try:
                 status, cause = life.outcome()
             finally:
@@ -66,28 +69,31 @@ def is_worker() -> bool:
 class _Life:
     """The processes from their start to the end of the last one."""
 
-    def __init__(self, program: Sequence[str], processes: int, lives: int, signals: _Signals) -> None:
+    def __init__(self, work: Callable[[], int], processes: int, lives: int, signals: _Signals) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        threads = str(max(1, (os.cpu_count() or 1) // processes))
-        common = {"OMP_NUM_THREADS": threads, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-        common |= {"TORCHELASTIC_RESTART_COUNT": str(lives), "ONEFOLD_LAUNCHER": str(os.getpid())}
-        self._said: list[IO[bytes]] = []
-        self._workers: list[subprocess.Popen[bytes]] = []
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        common |= {"OMP_NUM_THREADS": threads, "TORCHELASTIC_RESTART_COUNT": str(lives)}
+        common |= {"ONEFOLD_LAUNCHER": str(os.getpid())}
+        self._said = [tempfile.TemporaryFile() for _ in range(processes)]  # noqa: SIM115  (closed by `end`)
+        self._pids: list[int] = []
+        self._codes: list[int | None] = [None] * processes
         self._signals = signals
+        sys.stdout.flush()
+        sys.stderr.flush()
         for rank in range(processes):
-            said = tempfile.TemporaryFile()  # noqa: SIM115  (what the first says, the user sees)
-            places: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": said} if rank else {}
-            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._workers.append(subprocess.Popen(program, env=own, start_new_session=True, **places))
-            self._said.append(said)
+            pid = os.fork()
+            if not pid:
+                signals.forget()
+                _begin(work, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, self._said[rank] if rank else None)
+            self._pids.append(pid)
 
     def outcome(self) -> tuple[int, str | None]:
         """How it ended: an exit status; and what was lost, if it is worth another life."""
         deadline: float | None = None
-        while None in (codes := [worker.poll() for worker in self._workers]):
+        while None in (codes := self._poll()):
             if self._signals.wants_end:
                 self.end()
             elif self._signals.is_new():
@@ -121,17 +127,47 @@ class _Life:
             self._said[rank].seek(0)
             sys.stderr.write(self._said[rank].read().decode(errors="replace"))
 
+    def _poll(self, options: int = os.WNOHANG) -> list[int | None]:
+        """The exit statuses so far; a signal is a negative one."""
+        for rank, pid in enumerate(self._pids):
+            if self._codes[rank] is None:
+                ended, status = os.waitpid(pid, options)
+                self._codes[rank] = os.waitstatus_to_exitcode(status) if ended else None
+        return list(self._codes)
+
     def _send(self, number: signal.Signals) -> None:
-        for worker in self._workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+        for pid, code in zip(self._pids, self._poll(), strict=True):
+            if code is None:
+                os.kill(pid, number)
 
     def end(self) -> None:
         """Kill whoever is left."""
         self._send(signal.SIGKILL)
-        for worker, said in zip(self._workers, self._said, strict=True):
-            worker.wait()
+        self._poll(0)
+        for said in self._said:
             said.close()
+
+
+def _begin(work: Callable[[], int], variables: dict[str, str], said: IO[bytes] | None) -> NoReturn:
+    """What a fork does. Of all of them the first one speaks; the others' last words are kept in `said`."""
+    status = 70
+    try:
+        os.setsid()
+        os.environ |= variables
+        if said is not None:
+            os.dup2(said.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
+        if (torch := sys.modules.get("torch")) is not None:  # it has read its variable already
+            torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 class _Signals:
@@ -154,11 +190,15 @@ class _Signals:
         elif time.monotonic() - self._since > _SAME_SECONDS:
             self.wants_end = True
 
+    def forget(self) -> None:
+        """In a fork: signals are the fork's own."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.forget()

@@ -5,6 +5,7 @@ from onefold.train.checkpoint import Position as Position
 from onefold.train.distill import Distill as Distill
 from onefold.train.distill import Teacher as Teacher
 from onefold.train.distributed import World as World
+from onefold.train.distributed import import_ahead as import_ahead
 from onefold.train.distributed import is_restarted as is_restarted
 from onefold.train.distributed import start_world as start_world
 from onefold.train.evaluate import Accuracy as Accuracy

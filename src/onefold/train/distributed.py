@@ -124,6 +124,11 @@ def start_world(device: str = "auto") -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def import_ahead() -> None:
+    """Import what a first step would: torch imports two seconds' worth of itself when an optimizer is made."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+
 def is_restarted() -> bool:
     """Whether a launcher started these processes again after some of them were lost: theirs is the run in the folder.
 
