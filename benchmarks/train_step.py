@@ -244,11 +244,12 @@ def _unit_step(unit: Callable[[Tensor, nn.Module], Tensor], x: Tensor, act: nn.M
 
 
 def draw(path: Path) -> None:
-    """Images a second of the newest run of every model that has been kept on this machine."""
+    """Images a second of every model's newest run beside timm that has been kept on this machine."""
     from matplotlib.figure import Figure
 
     ledger = HERE / "results" / f"train-step-{Machine.this().slug}.jsonl"
-    runs = {run["model"]: run for run in map(json.loads, ledger.read_text().splitlines())}
+    kept = [json.loads(line) for line in ledger.read_text().splitlines()]
+    runs = {run["model"]: run for run in kept if "timm channels_last" in run["seconds"]}
     colours = {"ours": "#0d9488", "plain": "#94a3b8", "timm channels_last": "#f59e0b", "timm": "#c2410c"}
     figure = Figure(figsize=(8, 0.8 + 0.9 * len(runs)), layout="constrained")
     axes = figure.subplots()
