@@ -1,15 +1,17 @@
 """Images a second on one core, from JPEG files to a normalised batch: ours against PIL as torchvision puts it together.
 
-    python benchmarks/input.py --photos FOLDER [--rounds 24] [--side 500x375]
+    python benchmarks/input.py [--photos FOLDER] [--rounds 40] [--side 500x375]
 
-The photos of FOLDER are resized to 500 x 375 (JPEG, quality 90) in a temporary folder. Both sides read the same files,
-draw the same crops and flips from the same numbers, and end with float32 (32, 3, 224, 224). Interleaved in one process,
-one thread; the outputs are compared before anything is timed, and the run ends if they differ by more than stated.
+The photos of FOLDER (without it, of the shared sample of ImageNet) are resized to 500 x 375, JPEG, quality 90, in a
+temporary folder. Both sides read the same files, draw the same crops and flips from the same numbers, and end with
+float32 (32, 3, 224, 224). Interleaved in one process, one thread; the outputs are compared before anything is timed,
+and the run ends if they differ by more than stated.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -92,10 +94,13 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=24)
+    shared = Path(os.environ.get("ONEFOLD_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    parser.add_argument("--photos", type=Path, default=shared / "imagenet-sample")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--side", default="500x375")
     given = parser.parse_args()
+    if not given.photos.is_dir():
+        raise SystemExit(f"no photos at {given.photos}: give --photos FOLDER")
     width, height = map(int, given.side.split("x"))
     torch.set_num_threads(1)
     fast = jpeg.simplejpeg

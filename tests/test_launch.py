@@ -21,6 +21,7 @@ from lives import size_of
 from onefold import cli
 from onefold.errors import LostWorker
 from onefold.launch import launch
+from onefold.train import Checkpoint
 
 
 def sh(code: str) -> Callable[[], int]:
@@ -106,6 +107,24 @@ def test_its_processes_speak_with_one_voice(tmp_path: Path, capfd: pytest.Captur
     given = ["train", "--processes", "2", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
     assert cli.main(given) == 3
     assert capfd.readouterr().err.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_the_digits_come_out_the_same_from_one_process_and_from_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own network, loader, augmentation and recipe, by the command line."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan = ["--epochs", "1", "--plan.logical_workers", "4", "--plan.reduce", "exact"]
+    for processes in ("1", "2"):
+        out = str(tmp_path / processes)
+        given = ["train", "--recipe", "digits:w025", "--data", "digits", "--no-check", "--out", out, *plan]
+        command = [sys.executable, "-W", "ignore", "-m", "onefold.cli", *given, "--processes", processes]
+        subprocess.run(command, check=True, capture_output=True)
+    one, two = (Checkpoint.load(tmp_path / processes) for processes in ("1", "2"))
+    assert (one.made_with["processes"], two.made_with["processes"]) == ("1", "2")
+    assert one.digest() == two.digest()
+    assert (one.metrics, one.position) == (two.metrics, two.position)
 
 
 # ------------------------------------------------------------------------------- real trainings

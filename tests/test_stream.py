@@ -5,7 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import resource
+import shutil
+import socket
+import subprocess
 import tarfile
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +286,41 @@ def test_objects_through_obstore(shards: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BadData, match="s3://bucket/none"):
         open_blob("s3://bucket/none", QUICK).read(0, 5)
     assert digest(stream(read_manifest("s3://bucket", QUICK))) == digest(stream(read_manifest(str(shards))))
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch):
+    """moto's S3, as a server of its own: `pip install "moto[s3,server]"` anywhere, and moto_server on the PATH."""
+    pytest.importorskip("obstore")
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip("needs moto_server on the PATH")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    told = {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "REGION": "us-east-1"}
+    for name, value in {**told, "ALLOW_HTTP": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(300):
+                with suppress(OSError), urllib.request.urlopen(endpoint, timeout=1):
+                    break
+                time.sleep(0.1)
+            yield endpoint
+        finally:
+            server.terminate()
+
+
+@pytest.mark.slow
+def test_a_stream_out_of_s3(shards: Path, s3: str) -> None:
+    stores = pytest.importorskip("obstore.store")
+    make = urllib.request.Request(f"{s3}/photos", method="PUT")
+    urllib.request.urlopen(make, timeout=10).close()
+    store = stores.from_url("s3://photos")
+    for path in shards.iterdir():
+        store.put(path.name, path.read_bytes())
+    assert digest(stream(read_manifest("s3://photos", QUICK))) == digest(stream(read_manifest(str(shards))))
+    with pytest.raises(BadData, match="s3://photos/none"):
+        open_blob("s3://photos/none", QUICK).read(0, 5)
