@@ -3,8 +3,8 @@
     python benchmarks/same_time.py run ours|timm SEED --data FOLDER [--seconds 240]
     python benchmarks/same_time.py report
 
-The recipe is photos:scratch on photos at 64 px, on one thread. A contender's step and evaluation are timed first - timm's
-in both memory formats, of which the quicker is taken -, and the recipe's length is as many epochs as fit into the time:
+The recipe is photos:scratch on photos at 64 px, on one thread. A contender's step and evaluation are timed first -
+timm's in both memory formats, of which the quicker is taken -, and the recipe is as many epochs long as fit the time:
 so each goes through the whole of its schedule. FOLDER holds train/ and val/. Two runs may go side by side on two
 cores. Results are kept beside this file; `report` prints them and draws docs/same-time.svg.
 """
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from onefold.bench import Machine
-from onefold.data import Cached, open_source
 from onefold.data import Batches as ImageBatches
+from onefold.data import Cached, open_source
 from onefold.models import create_model
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe
 from onefold.reparam import quickest, set_route_
@@ -79,15 +79,16 @@ def run(given: argparse.Namespace) -> None:
     training = Cached(open_source(str(given.data), "train", seed=0, val_fraction=0.2))
     held_out = Cached(open_source(str(given.data), "val", seed=0, val_fraction=0.2))
     plan = replace(recipe.plan, seed=given.seed, workers=0)
-    batches = ImageBatches(training, recipe.augment, batch_size=plan.batch_size, seed=given.seed, shuffle=True, on_bad="skip")
+    batches = ImageBatches(
+        training, recipe.augment, batch_size=plan.batch_size, seed=given.seed, shuffle=True, on_bad="skip"
+    )
     judged = ImageBatches(held_out, recipe.preprocessing, batch_size=plan.batch_size)
 
     def score(model: nn.Module) -> dict[str, float]:
         return accuracy(model.eval(), judged.epoch(0)).metrics()
 
-    for _ in batches.epoch(0), judged.epoch(0):
-        for _batch in _:
-            pass  # every photo decoded, for both alike
+    for epoch in (batches.epoch(0), judged.epoch(0)):
+        list(epoch)  # every photo decoded, for both alike
     loading = seconds_of(lambda: [None for _ in batches.epoch(1)], 1)
     formats = (True,) if given.contender == "ours" else (False, True)
     steps = {channels_last: step_seconds(given.contender, batches, channels_last) for channels_last in formats}
@@ -113,7 +114,7 @@ def run(given: argparse.Namespace) -> None:
     }  # fmt: skip
     with open(ledger(), "a") as file:
         file.write(json.dumps(result) + "\n")
-    print(f"{given.contender} seed {given.seed}: {epochs} epochs in {result['wall_s']:.0f} s, top-1 {result['top1']:.1f} %")
+    print(f"{given.contender} {given.seed}: {epochs} epochs, {result['wall_s']:.0f} s, top-1 {result['top1']:.1f} %")
 
 
 def ledger() -> Path:
@@ -132,10 +133,12 @@ def report() -> None:
         spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
         seconds = statistics.median(run["wall_s"] for run in own)
         epochs = statistics.median(run["epochs"] for run in own)
-        print(f"{contender}: top-1 {statistics.mean(scores):.1f} % (seeds {scores}, s.d. {spread:.1f}), {epochs:.0f} epochs, {seconds:.0f} s")
-        for number, run in enumerate(own):
-            label = f"{contender}: {statistics.mean(scores):.1f} % in {seconds:.0f} s, {epochs:.0f} epochs"
-            axes.plot(*zip((0, CLASSES), *run["curve"], strict=True), color=colour, lw=1.2, marker=".", ms=3, label=None if number else label)
+        label: str | None = f"{contender}: {statistics.mean(scores):.1f} % in {seconds:.0f} s, {epochs:.0f} epochs"
+        print(f"{label}; seeds {scores}, s.d. {spread:.1f}")
+        for run in own:
+            at, top1 = zip((0, 100 / CLASSES), *run["curve"], strict=True)
+            axes.plot(at, top1, color=colour, lw=1.2, marker=".", ms=3, label=label)
+            label = None
     axes.set_xlabel("seconds of training on one thread")
     axes.set_ylabel("top-1 on held-out photos, %")
     axes.legend(frameon=False, loc="upper left")
