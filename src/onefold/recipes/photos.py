@@ -31,13 +31,33 @@ def scratch() -> Recipe:
 
 
 def finetune() -> Recipe:
-    """From ImageNet weights: give --data and --weights; a low rate, few epochs, 224 px, mild crops."""
+    """From ImageNet weights, fused ones too: give --data and --weights; a fitted head, then a low rate, 224 px.
+
+    The head is first fitted to the photos, so that the first steps do not spoil the features for it (arXiv 2202.10054).
+    """
     base = scratch()
-    plan = replace(base.plan, epochs=10, optimizer=SGD(lr=0.01, momentum=0.9), schedule=Cosine(warmup=Epochs(1)))
+    plan = replace(
+        base.plan,
+        epochs=3,
+        batch_size=32,
+        optimizer=SGD(lr=0.003, momentum=0.9),
+        schedule=Cosine(warmup=Epochs(0.5)),
+        weight_decay=WeightDecay(start=1e-4, skip=("norm", "bias")),
+        ema=Ema(decay=0.98, warmup=True),
+        channels_last=True,
+    )
     return replace(
         base,
         name="photos:finetune",
         steps=(RandomResizedCrop(size=224, scale=(0.5, 1.0)), HorizontalFlip()),
         preprocessing=Preprocessing(size=224),
-        plan=replace(plan, ema=Ema(decay=0.99, warmup=True)),
+        plan=plan,
+        head="probe",
     )
+
+
+def probe() -> Recipe:
+    """The quickest of all: give --data and --weights; only the last layer is fitted, at once and without steps."""
+    base = finetune()
+    plan = replace(base.plan, epochs=0, schedule=Cosine(), freeze=("stem", "stages"), ema=None)
+    return replace(base, name="photos:probe", plan=plan)
