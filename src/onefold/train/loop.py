@@ -38,8 +38,8 @@ class Run:
     """The surroundings of a training, which do not change what it computes.
 
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch; its "top1" decides which epoch
-    is best; with `judge_start`, before the first step too. `metadata` goes into the header of the weights. With `resume`
-    the run in `out` goes on. `teacher` answers for those whom `plan.distill` names.
+    is best; with `judge_start`, before the first step too. `metadata` goes into the weights' header. With `resume` the
+    run in `out` goes on. `teacher` answers for those whom `plan.distill` names.
     """
 
     out: Path
