@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from onefold.data import HorizontalFlip, Preprocessing, RandomResizedCrop
 from onefold.recipes.recipe import Data, Recipe
-from onefold.train import SGD, Cosine, Ema, Epochs, Plan, WeightDecay
+from onefold.train import SGD, Cosine, Distill, Ema, Epochs, Plan, WeightDecay
 
 
 def scratch() -> Recipe:
@@ -61,3 +61,14 @@ def probe() -> Recipe:
     base = finetune()
     plan = replace(base.plan, epochs=0, schedule=Cosine(), freeze=("stem", "stages"), ema=None)
     return replace(base, name="photos:probe", plan=plan)
+
+
+def distill() -> Recipe:
+    """From a teacher's answers alone: give --data and --teacher RUN, WEIGHTS, ARTIFACT or timm:NAME.
+
+    Soft targets at temperature 1 and no labels, as MEAL V2 (arXiv 2009.08453) trains; several teachers as a list,
+    --plan.distill.teacher '["a", "b"]'. With --weights it starts from those.
+    """
+    base = scratch()
+    taught = Distill(targets="soft", temperature=1.0, weight=1.0)
+    return replace(base, name="photos:distill", plan=replace(base.plan, distill=taught))

@@ -90,6 +90,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self, "recipe")
+        if self.plan.epochs < 1 and self.head != "probe":
+            raise BadArgument("plan.epochs must be a whole number from 1, not 0, where --head is not probe")
         if self.curriculum is not None:
             self._check_stages(self.curriculum.stages)
 

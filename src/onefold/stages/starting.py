@@ -63,7 +63,7 @@ def start_network(recipe: Recipe, photos: Photos) -> nn.Module:
     num_classes = len(photos.source.classes)
     channels, seed = recipe.preprocessing.channels, recipe.plan.seed
     weights = None if recipe.weights is None else weights_file(recipe.weights)
-    if weights is None and (recipe.start == "expanded" or recipe.head != "kept" or not recipe.plan.epochs):
+    if weights is None and (recipe.start == "expanded" or recipe.head != "kept"):
         raise BadArgument(f"the recipe {recipe.name} starts from weights: give --weights FILE, a run or a hub id")
     seed_everything(seed)
     fresh = create_model(recipe.model, num_classes=num_classes, in_chans=channels)

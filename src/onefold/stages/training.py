@@ -17,6 +17,7 @@ from onefold.data import Cached, Mixed, Source, open_source
 from onefold.data.sources import Split
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.files import write_text
+from onefold.models import resolve
 from onefold.models.hub import Card
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
@@ -105,6 +106,7 @@ def validation_images(source: str | Path, data: str | None) -> tuple[Source, str
 
 
 def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
+    resolve(recipe.model)  # a wrong name is told before the data are looked at
     training, held_out = (Cached(_open(recipe.data, split)) for split in ("train", "val"))
     with start_world() as world:
         resume = world.share(RunFolder(out).has_run)

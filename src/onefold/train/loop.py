@@ -200,7 +200,6 @@ class _Training:
         weights = self._judged(epoch=0)
         self._tell("judged", epoch=0, step=0, **self.state.metrics)
         self._save(weights)
-        self.settle()
 
     def _judged(self, epoch: int) -> dict[str, Tensor]:
         """Evaluate; the weights to keep where they are the best so far, else nothing."""
