@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,8 @@ def test_a_probe_is_fitted_scored_and_kept_without_a_step(fused, photos, tmp_pat
     caplog.set_level("INFO", "onefold")
     source = weights(tmp_path / "w.safetensors", fused=fused)
     done = start_run(recipe(photos, source, "photos:probe"), tmp_path / "run")
-    assert (done.epoch, done.top1) == (0, 100.0)  # colours are told apart by any features
+    assert done.epoch == 0
+    assert done.top1 >= 50.0  # of three classes, by features that know nothing
     assert "for 7 classes and the model's for 3" in caplog.text
     assert "fitted to 24 photos" in caplog.text
     model, card = load_model(done.weights)
@@ -92,15 +94,16 @@ def test_a_probe_is_fitted_scored_and_kept_without_a_step(fused, photos, tmp_pat
 
 def test_an_expanded_run_starts_from_the_fused_function_and_trains_branches(photos, tmp_path):
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
-    told = recipe(photos, source, start="expanded", head="kept", **{"plan.optimizer.lr": "0.0"})
-    done = start_run(told, tmp_path / "run")
-    saved = Checkpoint.load(tmp_path / "run")
-    assert any(name.endswith("running_var") for name in saved.weights)
-    ours, _ = load_model(done.weights)
-    theirs, _ = load_model(source)
-    x = torch.randn(2, 3, SIZE, SIZE)
-    assert done.epoch == 0
-    torch.testing.assert_close(fuse(ours)(x), theirs(x), rtol=1e-3, atol=1e-4)
+    losses = []
+    for start in ("plain", "expanded"):
+        run = tmp_path / start
+        start_run(recipe(photos, source, start=start, head="kept"), run)
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        losses += [line["val_loss"] for line in lines if line["kind"] == "judged"]
+        names = Checkpoint.load(run).weights
+        assert any(name.endswith("running_var") for name in names) == (start == "expanded")
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("start", ["plain", "expanded"])
