@@ -74,7 +74,7 @@ def test_a_plan_comes_back_from_json_as_it_was(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, r"plan\.epochs must be a whole number from 1 to 1e\+06, not 0"),
+        ({"epochs": -1}, r"plan\.epochs must be a whole number from 0 to 1e\+06, not -1"),
         ({"epochs": 2.5}, r"plan\.epochs must be a whole number.*not 2\.5"),
         ({"epochs": True}, r"plan\.epochs .*not True"),
         ({"epochs": "٣"}, r"plan\.epochs .*not '٣'"),

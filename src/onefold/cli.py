@@ -69,6 +69,11 @@ def train(
     data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
     model: Annotated[str | None, Option(help="another network than the recipe's")] = None,
     weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
+    start: Annotated[
+        str | None, Option(help="plain, skips, or expanded: give fused weights their branches back")
+    ] = None,
+    head: Annotated[str | None, Option(help="of the weights: kept, fresh, or a probe that is fitted at once")] = None,
+    teacher: Annotated[str | None, Option(help="short for --plan.distill.teacher: a run, weights, timm:NAME")] = None,
     out: Annotated[Path | None, Option("--out", "--output", help="the run folder; by default runs/<recipe>")] = None,
     resume: Annotated[Path | None, Option(help="go on with the run in this folder")] = None,
     img_size: Size = None,
@@ -102,7 +107,8 @@ def train(
         import_ahead()
         raise typer.Exit(launch(lambda: main(context.obj), processes, max_restarts))
     short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
-    given = {"data.spec": data, "model": model, "weights": weights, **short}
+    given = {"data.spec": data, "model": model, "weights": weights, "start": start, "head": head, **short}
+    given["plan.distill.teacher"] = teacher
     changes = {field: str(value) for field, value in given.items() if value is not None}
     changes |= _dotted(context.args)
     if show:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from onefold.data import HorizontalFlip, Preprocessing, RandomResizedCrop
 from onefold.recipes.recipe import Data, Recipe
-from onefold.train import SGD, Cosine, Ema, Epochs, Plan, WeightDecay
+from onefold.train import SGD, Cosine, Distill, Ema, Epochs, Plan, WeightDecay
 
 
 def scratch() -> Recipe:
@@ -31,13 +31,48 @@ def scratch() -> Recipe:
 
 
 def finetune() -> Recipe:
-    """From ImageNet weights: give --data and --weights; a low rate, few epochs, 224 px, mild crops."""
+    """From ImageNet weights, fused ones too: give --data and --weights; a fitted head, then a low rate, 224 px.
+
+    The head is first fitted to the photos, so that the first steps do not spoil the features for it (arXiv 2202.10054).
+    The rate is for a fused network, which has no norms to forgive a large one: at ten times this it diverged here.
+    """
     base = scratch()
-    plan = replace(base.plan, epochs=10, optimizer=SGD(lr=0.01, momentum=0.9), schedule=Cosine(warmup=Epochs(1)))
+    plan = replace(
+        base.plan,
+        epochs=3,
+        batch_size=32,
+        optimizer=SGD(lr=3e-4, momentum=0.9),
+        schedule=Cosine(warmup=Epochs(0.5)),
+        weight_decay=WeightDecay(start=1e-4, skip=("norm", "bias")),
+        label_smoothing=0.0,
+        layer_decay=0.7,
+        ema=Ema(decay=0.98, warmup=True),
+        clip_grad_norm=1.0,
+        channels_last=True,
+    )
     return replace(
         base,
         name="photos:finetune",
         steps=(RandomResizedCrop(size=224, scale=(0.5, 1.0)), HorizontalFlip()),
         preprocessing=Preprocessing(size=224),
-        plan=replace(plan, ema=Ema(decay=0.99, warmup=True)),
+        plan=plan,
+        head="probe",
     )
+
+
+def probe() -> Recipe:
+    """The quickest of all: give --data and --weights; only the last layer is fitted, at once and without steps."""
+    base = finetune()
+    plan = replace(base.plan, epochs=0, schedule=Cosine(), layer_decay=1.0, freeze=("stem", "stages"), ema=None)
+    return replace(base, name="photos:probe", plan=plan)
+
+
+def distill() -> Recipe:
+    """From a teacher's answers alone: give --data and --teacher RUN, WEIGHTS, ARTIFACT or timm:NAME.
+
+    Soft targets at temperature 1 and no labels, as MEAL V2 (arXiv 2009.08453) trains; several teachers as a list,
+    --plan.distill.teacher '["a", "b"]'. With --weights it starts from those.
+    """
+    base = scratch()
+    taught = Distill(targets="soft", temperature=1.0, weight=1.0)
+    return replace(base, name="photos:distill", plan=replace(base.plan, distill=taught))

@@ -65,8 +65,11 @@ class Recipe:
     and strength of the augmentation grow with the epochs. `dropout` is that before the last layer; None leaves what the
     network was built with. `notes` say how this recipe came from another.
 
-    `weights` is what to start from: a file, a run folder or an id of the hub; None starts from scratch, and then
-    `start` says how: "plain", as the papers do, or from the "skips" (see `mobileone.start_from_skips_`).
+    `weights` is what to start from: a file, a run folder or an id of the hub; None starts from scratch. `start` says
+    how: "plain", as the weights are or as the papers begin; from the "skips" (see `mobileone.start_from_skips_`); or,
+    where the weights are fused, "expanded" to branches that fold to them (see `reparam.expand`). `head` is what
+    becomes of the weights' last layer: "kept" where it is for as many classes, "fresh", or the linear "probe" that
+    fits the photos best.
     """
 
     name: str
@@ -80,12 +83,15 @@ class Recipe:
     curriculum: Curriculum | None = None
     dropout: Annotated[float, Within(0.0, 1.0)] | None = None
     weights: str | None = None
-    start: Literal["plain", "skips"] = "plain"
+    start: Literal["plain", "skips", "expanded"] = "plain"
+    head: Literal["kept", "fresh", "probe"] = "kept"
     expect: Expected | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self, "recipe")
+        if self.plan.epochs < 1 and self.head != "probe":
+            raise BadArgument("plan.epochs must be a whole number from 1, not 0, where --head is not probe")
         if self.curriculum is not None:
             self._check_stages(self.curriculum.stages)
 
@@ -177,7 +183,7 @@ def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
     if epochs == plan.epochs:
         return recipe
     schedule, curriculum = plan.schedule, recipe.curriculum
-    if isinstance(schedule, Cosine) and isinstance(schedule.warmup, Epochs) and epochs > 0:
+    if isinstance(schedule, Cosine) and isinstance(schedule.warmup, Epochs) and plan.epochs > 0 <= epochs:
         schedule = replace(schedule, warmup=Epochs(schedule.warmup.count * epochs / plan.epochs))
     if curriculum is not None and epochs > 0:
         begins = {min(s.epoch * epochs // plan.epochs, epochs - 1): s for s in curriculum.stages}  # later ones win

@@ -19,6 +19,7 @@ from onefold.reparam.linear import each as each
 from onefold.reparam.linear import fold as fold
 from onefold.reparam.linear import is_linear as is_linear
 from onefold.reparam.linear import rectified as rectified
+from onefold.reparam.routes import folded as folded
 from onefold.reparam.routes import mixed as mixed
 from onefold.reparam.routes import moments as moments
 from onefold.reparam.routes import quickest as quickest

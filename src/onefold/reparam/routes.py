@@ -3,6 +3,7 @@
 each       every layer by itself: the reference (beside `Sum`)
 moments    one convolution, exactly: the batch's statistics are known from the moments of its patches (`moments.py`)
 mixed      every convolution by itself; all norms, their sum and the activation in one pass (`mixed.py`)
+folded     one convolution, made at each call of parameters and running statistics: where the norms are frozen
 quickest   whichever of them costs least for this unit and batch, by count; what training uses
 """
 
@@ -14,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.count import costs
 from onefold.reparam.kernels.passes import Act
@@ -23,12 +25,12 @@ from onefold.reparam.mixed import supports as mix_supports
 from onefold.reparam.moments import convolve
 from onefold.reparam.patches import Patches
 from onefold.reparam.stencil import Stencil
-from onefold.reparam.unit import Unit, ceiling, read
+from onefold.reparam.unit import Unit, ceiling, hooked, read
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _opaque: Callable[[_Function], _Function] = torch.compiler.disable  # torch.compile breaks its graph at a unit
 
-__all__ = ["Route", "each", "evaluate", "mixed", "moments", "quickest", "set_route_"]
+__all__ = ["Route", "each", "evaluate", "folded", "mixed", "moments", "quickest", "set_route_"]
 
 
 @_opaque
@@ -51,6 +53,24 @@ def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """
     unit = read(tree) if x.dim() == 4 else None
     return each(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
+
+
+@_opaque
+def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """One convolution, folded where it stands, for trees whose norms are frozen; gradients flow to their kernels.
+
+    `each` where a norm uses the batch's statistics, where someone listens inside, and outside of training.
+    """
+    frozen = not any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in tree.modules())
+    if not frozen or not torch.is_grad_enabled() or x.dim() != 4 or hooked(tree.modules()):
+        return each(tree, x, act)
+    like = next(tree.parameters())
+    one = torch.ones(
+        width(tree) or 1, dtype=torch.float32 if x.device.type == "mps" else torch.float64, device=x.device
+    )
+    total = fold(tree, Stencil.diagonal(one))
+    kernel, bias = total.weight.to(like.dtype), total.bias.to(like.dtype)
+    return _then(act, F.conv2d(x, kernel, bias, total.stride, total.reach, total.dilation, total.groups))
 
 
 @_opaque

@@ -17,15 +17,15 @@ from onefold.data import Cached, Mixed, Source, open_source
 from onefold.data.sources import Split
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.files import write_text
-from onefold.models import create_model
+from onefold.models import resolve
 from onefold.models.hub import Card
-from onefold.models.mobileone import start_from_skips_
-from onefold.models.parts import set_dropout_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.answers import evaluate
 from onefold.stages.mistakes import PREDICTIONS, keep_predictions
-from onefold.stages.network import Network, open_predictor, weights_file
+from onefold.stages.network import Network, open_predictor
+from onefold.stages.starting import Photos, quicken_frozen_, resumed_network, start_network
+from onefold.stages.teachers import open_teacher
 from onefold.stages.watching import UNWATCHED, Watch, draw_sheet, keep_check
 from onefold.train import (
     Batches,
@@ -36,7 +36,6 @@ from onefold.train import (
     is_restarted,
     of_workers,
     own_workers,
-    seed_everything,
     start_world,
     train,
 )
@@ -107,21 +106,18 @@ def validation_images(source: str | Path, data: str | None) -> tuple[Source, str
 
 
 def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
-    training, held_out = _open(recipe.data, "train"), Cached(_open(recipe.data, "val"))
-    num_classes, channels = len(training.classes), recipe.preprocessing.channels
-    weights = None if recipe.weights is None else weights_file(recipe.weights)
-    seed_everything(recipe.plan.seed)
-    model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights).train()
-    if recipe.start == "skips" and weights is None:
-        start_from_skips_(model)
-    if recipe.dropout is not None:
-        set_dropout_(model, recipe.dropout)
-    card = _card(recipe, training.classes, fused=not leftovers(model))
+    resolve(recipe.model)  # a wrong name is told before the data are looked at
+    training, held_out = (Cached(_open(recipe.data, split)) for split in ("train", "val"))
     with start_world() as world:
         resume = world.share(RunFolder(out).has_run)
         if not resume:
             recipe = _for_processes(recipe, world)
         batches = _batches(training, recipe, world)
+        photos = Photos(source=training, device=world.device, batch_size=min(len(training), 32))
+        model = resumed_network(recipe, len(training.classes), out) if resume else start_network(recipe, photos)
+        quicken_frozen_(model, recipe.plan.freeze)
+        card = _card(recipe, training.classes, fused=not leftovers(model))
+        teacher = open_teacher(recipe, training.classes, world.device)
         if not resume and world.is_first:
             _begin(recipe, out, watch, (training, held_out), batches)
         quiet = watch if world.is_first else UNWATCHED
@@ -131,6 +127,8 @@ def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
             world=world,
             metadata=card.to_metadata(),
             resume=resume,
+            teacher=teacher,
+            judge_start=recipe.weights is not None,
         )
         with quiet.heard_by(out, recipe) as heard:
             best = train(model, batches, recipe.plan, replace(run, on_progress=heard)).best
@@ -176,12 +174,12 @@ def _begin(recipe: Recipe, out: Path, watch: Watch, data: tuple[Source, Source],
 
 
 def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
-    plan, cached, bad = recipe.plan, Cached(source), dict[str, str]()
+    plan, bad = recipe.plan, dict[str, str]()
     share = len(own_workers(plan, world))
 
     def of_worker(v: int) -> Batches:
         batches = ImageBatches(
-            cached,
+            source,
             recipe.transform,
             batch_size=plan.images_per_batch() * plan.logical_workers,
             seed=plan.seed,

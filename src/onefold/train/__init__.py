@@ -31,6 +31,7 @@ from onefold.train.plan import Exponential as Exponential
 from onefold.train.plan import Plan as Plan
 from onefold.train.plan import RMSprop as RMSprop
 from onefold.train.plan import WeightDecay as WeightDecay
+from onefold.train.probe import fit_linear as fit_linear
 from onefold.train.progress import Progress as Progress
 from onefold.train.randomness import seed_everything as seed_everything
 from onefold.train.values import Epochs as Epochs

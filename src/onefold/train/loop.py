@@ -38,8 +38,8 @@ class Run:
     """The surroundings of a training, which do not change what it computes.
 
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch; its "top1" decides which epoch
-    is best. `metadata` goes into the header of the weights. With `resume` the run in `out` goes on. `teacher` answers
-    for those whom `plan.distill` names.
+    is best; with `judge_start`, before the first step too. `metadata` goes into the weights' header. With `resume` the
+    run in `out` goes on. `teacher` answers for those whom `plan.distill` names.
     """
 
     out: Path
@@ -49,6 +49,7 @@ class Run:
     resume: bool = False
     on_progress: Callable[[Progress], None] | None = None
     teacher: Teacher | None = None
+    judge_start: bool = False
 
 
 def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoint:
@@ -71,10 +72,9 @@ def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoin
         # ---- The beginning: a state that follows from the plan, or the one that was saved
         seed_everything(plan.seed, *([run.world.rank] if run.world.rank else []))
         training = _Training(model, batches, plan, run, (writer, signals))
-        if run.resume:
-            training.resume()
-        else:
-            training.begin()
+        training.resume() if run.resume else training.begin()
+        if run.judge_start:
+            training.judge_start()
 
         # ---- The epochs: their steps, then an evaluation, then a checkpoint
         while not training.saved.is_complete:
@@ -193,17 +193,30 @@ class _Training:
 
     # ------------------------------------------------------- the evaluation, the checkpoint, the end
 
-    def judge(self) -> None:
-        """Evaluate the epoch, keep its weights if they are the best, and save."""
+    def judge_start(self) -> None:
+        """Evaluate what the run starts from, as its first candidate for the best, before the first step."""
+        if self.state.position.total or self.state.metrics:
+            return
+        weights = self._judged(epoch=0)
+        self._tell("judged", epoch=0, step=0, **self.state.metrics)
+        self._save(weights)
+
+    def _judged(self, epoch: int) -> dict[str, Tensor]:
+        """Evaluate; the weights to keep where they are the best so far, else nothing."""
         state, at = self.state, self.state.position
         state.weights_must_be_finite()
         state.metrics = self.world.share(self._evaluate())
         if not state.metrics:  # the first process was asked to stop in the middle
             self._stop()
-        best = _is_better(state.metrics["top1"], state.best.get("top1", math.nan))
+        best = state.metrics["top1"] > state.best.get("top1", -math.inf)  # of equals the first one stays
         if best:
-            state.best = {**state.metrics, "epoch": at.epoch + 1, "step": at.total}
-        weights = snapshot(state.deliverable.state_dict()) if best and self.world.is_first else {}
+            state.best = {**state.metrics, "epoch": epoch, "step": at.total}
+        return snapshot(state.deliverable.state_dict()) if best and self.world.is_first else {}
+
+    def judge(self) -> None:
+        """Evaluate the epoch, keep its weights if they are the best, and save."""
+        state, at = self.state, self.state.position
+        weights = self._judged(epoch=at.epoch + 1)
         loss, (lr, decay) = state.loss_sum / state.num_images, state.rates(at.total - 1)
         own = {"epoch": at.epoch + 1, "step": at.total, "loss": loss, "lr": lr, "weight_decay": decay}
         own["images_per_s"] = self.pace.images_per_s
@@ -305,8 +318,3 @@ class _Training:
             memory_bytes=memory_in_use(self.world.device),
         )
         self.run.on_progress(progress)
-
-
-def _is_better(top1: float, best: float) -> bool:
-    """Of equals the first one stays; anything is better than nothing (NaN)."""
-    return math.isnan(best) or top1 > best

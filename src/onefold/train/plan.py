@@ -131,7 +131,7 @@ class Plan:
     BadArgument naming the field, what is allowed and what came.
     """
 
-    epochs: Annotated[int, Within(1, 1_000_000)]
+    epochs: Annotated[int, Within(0, 1_000_000)]
     batch_size: Annotated[int, Within(1, 10_000_000)]
     optimizer: SGD | AdamW | RMSprop
     schedule: Cosine | Exponential = Cosine()

@@ -1,0 +1,225 @@
+"""What a run starts from, through the main road: fused weights as they are, expanded, with a fitted head; teachers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from conftest import shaken
+from onefold.data import Preprocessing
+from onefold.errors import BadArgument, MissingExtra
+from onefold.models import create_model
+from onefold.models.hub import Card, load_model, save_weights
+from onefold.recipes import Recipe, at_epochs, find_recipe, override
+from onefold.reparam import fuse, leftovers
+from onefold.stages import Order, Watch, export, resume_run, start_run
+from onefold.stages.teachers import Pupil, _Interpreter, _Panel, open_master, open_teacher
+from onefold.train import Checkpoint, Distill, fit_linear
+
+NAME, SIZE = "mobilenetv1_025", 32
+COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of coloured noise, eight images to train on and four to validate on of each."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 4)):
+        for name, colour in COLOURS.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 30, (40, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def weights(path: Path, *, fused: bool, num_classes: int = 7, name: str = NAME, seed: int = 0) -> Path:
+    """A file of weights in our own format."""
+    torch.manual_seed(seed)
+    model = shaken(create_model(name, num_classes=num_classes))
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64))
+    model = fuse(model.eval()) if fused else model.eval()
+    card = Card(
+        model=name,
+        num_classes=num_classes,
+        in_chans=3,
+        classes=tuple(sorted(COLOURS)) if num_classes == len(COLOURS) else None,
+        preprocessing=Preprocessing(size=SIZE).to_dict(),
+        fused=fused,
+    )
+    save_weights(model, path, card)
+    return path
+
+
+def recipe(photos: Path, source: Path, name: str = "photos:finetune", **changes: str) -> Recipe:
+    """A recipe shrunk to one epoch of small images."""
+    small = find_recipe(name, SIZE)
+    small = small if name == "photos:probe" else at_epochs(small, 1)
+    given = {"data.spec": str(photos), "weights": str(source), "model": NAME, "plan.batch_size": "6"}
+    return override(small, {**given, "plan.workers": "0", "start": "plain", **changes})
+
+
+# ------------------------------------------------------------------------------------ where it begins
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_probe_is_fitted_scored_and_kept_without_a_step(fused, photos, tmp_path, caplog):
+    caplog.set_level("INFO", "onefold")
+    source = weights(tmp_path / "w.safetensors", fused=fused)
+    done = start_run(recipe(photos, source, "photos:probe"), tmp_path / "run")
+    assert done.epoch == 0
+    assert done.top1 >= 50.0  # of three classes, by features that know nothing
+    assert "for 7 classes and the model's for 3" in caplog.text
+    assert "fitted to 24 photos" in caplog.text
+    model, card = load_model(done.weights)
+    assert (card.num_classes, card.classes, card.fused) == (3, ("blue", "green", "red"), fused)
+    before, _ = load_model(source)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]) or name.startswith("head.")
+    assert resume_run(tmp_path / "run").top1 == done.top1
+
+
+def test_an_expanded_run_starts_from_the_fused_function_and_trains_branches(photos, tmp_path):
+    source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
+    losses = []
+    for start in ("plain", "expanded"):
+        run = tmp_path / start
+        start_run(recipe(photos, source, start=start, head="kept"), run)
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        losses += [line["val_loss"] for line in lines if line["kind"] == "judged"]
+        names = Checkpoint.load(run).weights
+        assert any(name.endswith("running_var") for name in names) == (start == "expanded")
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("start", ["plain", "expanded"])
+def test_a_run_from_fused_weights_resumes_to_the_bit_though_the_weights_are_gone(start, photos, tmp_path):
+    source = weights(tmp_path / "w.safetensors", fused=True)
+    told = recipe(photos, source, start=start, **{"plan.epochs": "2"})
+    whole = start_run(told, tmp_path / "whole")
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress) -> None:
+        if progress.epoch == 2 and progress.step == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        start_run(told, tmp_path / "cut", watch=Watch(on_progress=stop, check=False))
+    source.unlink()
+    resumed = resume_run(tmp_path / "cut")
+    assert resumed.top1 == whole.top1
+    assert Checkpoint.load(tmp_path / "cut").digest() == Checkpoint.load(tmp_path / "whole").digest()
+    assert leftovers(load_model(resumed.weights)[0]) == [] or start == "expanded"
+
+
+def test_frozen_stages_stay_as_the_weights_had_them(photos, tmp_path):
+    source = weights(tmp_path / "w.safetensors", fused=False)
+    told = recipe(photos, source, **{"plan.freeze": '["stem", "stages.0", "stages.1"]', "plan.optimizer.lr": "0.001"})
+    start_run(told, tmp_path / "run")
+    before, after = load_model(source)[0].state_dict(), Checkpoint.load(tmp_path / "run").weights
+    for name, value in before.items():
+        if not name.startswith("head."):
+            frozen = name.startswith(("stem.", "stages.0.", "stages.1."))
+            assert torch.equal(value, after[name]) == frozen, name
+
+
+def test_what_needs_weights_says_so(photos, tmp_path):
+    told = recipe(photos, Path("x"), **{"weights": "none"})
+    with pytest.raises(BadArgument, match="starts from weights: give --weights"):
+        start_run(told, tmp_path / "run")
+    with pytest.raises(BadArgument, match="where --head is not probe"):
+        recipe(photos, Path("x"), "photos:probe", head="kept")
+
+
+def test_a_fitted_layer_is_where_the_gradient_vanishes():
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 0.1, 1, 0])
+    labels = torch.arange(60) % 3
+    weight, bias = fit_linear(features, labels, 3)
+    std, mean = torch.std_mean(features, 0, correction=0)
+    x = ((features - mean) / std)[:, :4].double()
+    w = (weight * std)[:, :4].double().requires_grad_()
+    b = (bias + weight @ mean).double().requires_grad_()
+    (F.cross_entropy(x @ w.T + b, labels) + 1e-3 * w.square().sum()).backward()
+    assert max(float(g.abs().max()) for g in (w.grad, b.grad)) < 1e-5
+    assert weight[:, 4].abs().max() == 0  # what never varies tells nothing
+
+
+# ------------------------------------------------------------------------------------------- teachers
+
+
+def pupil(size: int = SIZE) -> Pupil:
+    own = Preprocessing(size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return Pupil(classes=tuple(sorted(COLOURS)), preprocessing=own, device=torch.device("cpu"))
+
+
+def test_a_teacher_sees_the_pictures_in_its_own_colours_and_answers_in_our_order(tmp_path):
+    source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
+    master = open_master(str(source), torch.device("cpu"))
+    turned = replace(master, classes=("red", "blue", "green"))
+    pixels = torch.rand(2, 3, SIZE, SIZE)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (master.preprocessing.mean, master.preprocessing.std))
+    with torch.no_grad():
+        expected = load_model(source)[0]((pixels - mean) / std)
+        got = _Panel((_Interpreter.between(turned, pupil()),))((pixels - 0.5) / 0.5)
+    torch.testing.assert_close(got[0], expected[:, [1, 2, 0]], rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_artifact_teaches_as_the_network_does_at_its_own_size(tmp_path):
+    source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
+    [artifact] = export(str(source), tmp_path / "a", Order(runtimes=["eager"]))
+    masters = [open_master(str(s), torch.device("cpu")) for s in (source, artifact.folder)]
+    images = torch.randn(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        one, other = (_Interpreter.between(master, pupil())(images) for master in masters)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert _Interpreter.between(masters[1], pupil())(torch.randn(3, 3, 48, 48)).shape == (3, 3)
+
+
+def test_a_run_learns_from_a_network_and_resumes(photos, tmp_path):
+    teacher = weights(tmp_path / "t.safetensors", fused=False, num_classes=3, seed=4)
+    told = recipe(photos, Path("x"), "photos:distill", **{"weights": "none", "plan.distill.teacher": str(teacher)})
+    done = start_run(told, tmp_path / "run")
+    assert resume_run(tmp_path / "run").top1 == done.top1
+    assert told.plan.distill == Distill(teacher=str(teacher), targets="soft", temperature=1.0, weight=1.0)
+
+
+def test_teachers_that_cannot_teach_are_told(photos, tmp_path, monkeypatch):
+    other = weights(tmp_path / "w.safetensors", fused=True)
+    told = recipe(photos, Path("x"), "photos:distill", **{"weights": "none"})
+    here = torch.device("cpu")
+    with pytest.raises(BadArgument, match=r"needs a teacher: --plan\.distill\.teacher"):
+        open_teacher(told, pupil().classes, here)
+    with pytest.raises(BadArgument, match="tells 7 classes, the data have 3 like 'blue': fine-tune the teacher"):
+        _Interpreter.between(open_master(str(other), here), pupil())
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'onefold\[timm\]'"):
+        open_master("timm:resnet18", here)
+
+
+def test_a_timm_model_teaches_with_the_weights_of_a_file(timm, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "r.pth")
+    master = open_master(f"timm:resnet18@{tmp_path / 'r.pth'}", torch.device("cpu"))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(master.answer(images), model(images))
+    assert (master.num_classes, master.preprocessing.mean) == (3, (0.485, 0.456, 0.406))
+    with pytest.raises(BadArgument, match="timm has no model"):
+        open_master("timm:resnet1800", torch.device("cpu"))
