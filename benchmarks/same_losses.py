@@ -24,7 +24,7 @@ from PIL import Image
 from onefold import create_model, fuse
 from onefold.reparam import each, moments, set_route_
 
-STEPS, BATCH, SIZE, RATE = 200, 16, 128, 0.01
+STEPS, BATCH, SIZE, RATE = 200, 16, 128, 0.05
 RESULTS = Path(__file__).parent / "results"
 
 
