@@ -590,9 +590,12 @@ class Half(Blobs):
     def epoch(self, n, start=0):
         for images, labels in super().epoch(n, start):
             yield images[self.rank::2], labels[self.rank::2]
-plan = Plan(epochs=2, batch_size=8, optimizer=SGD(lr=0.1, momentum=0.9))
+plan = Plan(epochs=2, batch_size=8, optimizer=SGD(lr=0.1, momentum=0.9), logical_workers=2)
 with start_world("cpu") as world:
-    assert world.mean(float(world.rank)) == 0.5 and world.any(world.rank == 1) and not world.any(False)
+    total = torch.tensor([float(world.rank)])
+    world.add_up_(total)
+    assert total.item() == 1.0 and world.most(world.rank) == 1 and world.most(0) == 0 and world.share(world.rank) == 0
+    assert world.swap(torch.tensor(world.rank), 1 - world.rank).item() == 1 - world.rank
     run = Run(out=Path({str(tmp_path / "two")!r}), world=world, evaluate=lambda net: {{"top1": 1.0}})
     train(Idle(), Half(batch_size=8, rank=world.rank), plan, run)
 """
