@@ -3,7 +3,7 @@
     python benchmarks/same_time.py run ours|timm SEED --data FOLDER [--seconds 240]
     python benchmarks/same_time.py report
 
-The recipe is photos:scratch on photos at 64 px, on one thread. A contender's step and evaluation are timed first -
+The recipe is photos:scratch on photos at 64 px, on one thread; both start at their skips, as it says. A contender's step and evaluation are timed first -
 timm's in both memory formats, of which the quicker is taken -, and the recipe is as many epochs long as fit the time:
 so each goes through the whole of its schedule. FOLDER holds train/ and val/. Two runs may go side by side on two
 cores. Results are kept beside this file; `report` prints them and draws docs/same-time.svg.
@@ -30,6 +30,7 @@ from onefold.bench import Machine
 from onefold.data import Batches as ImageBatches
 from onefold.data import Cached, open_source
 from onefold.models import create_model
+from onefold.models.mobileone import start_from_skips_
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe
 from onefold.reparam import quickest, set_route_
 from onefold.train import Run, accuracy, seed_everything, train
@@ -42,9 +43,16 @@ SIZE, CLASSES = 64, 10
 def build(contender: str, seed: int) -> nn.Module:
     seed_everything(seed)
     if contender == "ours":
-        return set_route_(create_model("mobileone_s0", num_classes=CLASSES), quickest)
+        ours = create_model("mobileone_s0", num_classes=CLASSES)
+        start_from_skips_(ours)
+        return set_route_(ours, quickest)
     model = timm_model("mobileone_s0")
     model.reset_classifier(CLASSES)
+    for unit in model.modules():
+        if type(unit).__name__ == "MobileOneBlock":
+            branches = [*unit.conv_kxk, *([] if unit.conv_scale is None else [unit.conv_scale])]
+            for branch in branches:
+                nn.init.constant_(branch.bn.weight, len(branches) ** -0.5 if unit.identity is None else 0.0)
     return model
 
 

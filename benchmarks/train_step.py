@@ -60,10 +60,19 @@ def timm_model(name: str) -> nn.Module:
     model = timm.create_model(name, pretrained=False)
     if name.startswith("mobileone"):
         conv = model.stem.conv_scale.conv
-        conv.stride, forward = (1, 1), conv.forward
-        conv.forward = lambda x: forward(x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last))
-    model.libraries = [library]
+        conv.stride, conv.__class__ = (1, 1), _Picking
+    _LIBRARIES.append(library)
     return model
+
+
+_LIBRARIES: list[torch.library.Library] = []  # operators live as long as what defined them
+
+
+class _Picking(nn.Conv2d):
+    """A 1x1 convolution of every second pixel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last))
 
 
 def plain_(model: nn.Module) -> nn.Module:

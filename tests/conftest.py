@@ -19,6 +19,12 @@ if not torch.cuda.is_available():  # triton reads this once, when whoever comes 
 torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """One thread again, whatever the test before has set."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data and weights, or a skip that says where it was looked for."""

@@ -37,14 +37,6 @@ class Killed(BaseException):
     """What stands for a kill inside of one process."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
     """Checkpoints of successive steps of one run."""

@@ -24,14 +24,6 @@ from training_kit import PLAN, Blobs, fresh, network
 FOUR = replace(PLAN, epochs=2, batch_size=16, logical_workers=4, reduce="exact", checkpoint_every=Steps(3))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def lives() -> Iterator[Lives]:
     server = Lives()

@@ -42,14 +42,6 @@ from training_kit import PLAN, fresh
 NAME = "mobilenetv1_0.25"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ----------------------------------------------------------------------------- damaged checkpoints
 
 

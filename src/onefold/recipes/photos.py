@@ -10,7 +10,10 @@ from onefold.train import SGD, Cosine, Distill, Ema, Epochs, Plan, WeightDecay
 
 
 def scratch() -> Recipe:
-    """From scratch on a few thousand photos: MobileOne-S0 at 128 px. Give --data, and --model for another network."""
+    """From scratch on a few thousand photos: MobileOne-S0 at 128 px. Give --data, and --model for another network.
+
+    A MobileOne starts at its skips: on 2,000 photos ten epochs came to 45 %, and 26 without them to 34 %.
+    """
     return Recipe(
         name="photos:scratch",
         model="mobileone_s0",
@@ -20,13 +23,15 @@ def scratch() -> Recipe:
         plan=Plan(
             epochs=60,
             batch_size=64,
-            optimizer=SGD(lr=0.1, momentum=0.9, nesterov=True),
+            optimizer=SGD(lr=0.05, momentum=0.9, nesterov=True),
             schedule=Cosine(warmup=Epochs(3)),
             weight_decay=WeightDecay(start=1e-4, final=1e-5, skip=("norm", "bias")),
             label_smoothing=0.1,
             ema=Ema(decay=0.999, warmup=True),
+            channels_last=True,
             workers=2,
         ),
+        start="skips",
     )
 
 
@@ -48,7 +53,6 @@ def finetune() -> Recipe:
         layer_decay=0.7,
         ema=Ema(decay=0.98, warmup=True),
         clip_grad_norm=1.0,
-        channels_last=True,
     )
     return replace(
         base,
@@ -57,6 +61,7 @@ def finetune() -> Recipe:
         preprocessing=Preprocessing(size=224),
         plan=plan,
         head="probe",
+        start="plain",
     )
 
 
