@@ -6,7 +6,8 @@
 The recipe is photos:scratch on photos at 64 px, on one thread; both start at their skips, as it says. A contender's
 step and evaluation are timed first - timm's in both memory formats, of which the quicker is taken -, and the recipe is
 as many epochs long as fit the time: so each goes through the whole of its schedule. FOLDER holds train/ and val/. Two
-runs may go side by side on two cores. Results are kept beside this file; `report` prints them and draws docs/same-time.svg.
+runs may go side by side on two cores. Results are kept beside this file; `report` prints them and draws
+docs/same-time.svg.
 """
 
 from __future__ import annotations
