@@ -450,6 +450,8 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
         "cannot export 'int7'",
         lambda h: ["export", h / "run", "--precision", "int7", "--out", h / "n"],
     ),
+    "int8 without photos": (2, "give --data", lambda h: ["export", h / "run", "--precision", "int8", "--out", h / "n"]),
+    "photos without int8": (2, "give --data", lambda h: ["export", h / "run", "--data", "digits", "--out", h / "n"]),
     "export of an artifact": (2, "the weights that it was made from", lambda h: ["export", h / "artifacts/onnx-fp32"]),
     "something else in the place": (
         2,

@@ -674,7 +674,10 @@ def test_the_gate_is_parity_of_a_ten_thousandth(liar: ModuleType, tmp_path: Path
 # --- what each runtime has of its own -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("runtime", "package"), [("onnx", "onnxruntime"), ("onnx", "onnx"), ("openvino", "openvino")])
+@pytest.mark.parametrize(
+    ("runtime", "package"),
+    [("onnx", "onnxruntime"), ("onnx", "onnx"), ("openvino", "openvino"), ("executorch", "executorch.exir")],
+)
 def test_a_missing_package_is_named_with_the_line_to_type(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: str, package: str
 ) -> None:
@@ -691,10 +694,10 @@ import socket, sys
 def refuse(*_): raise SystemExit("the network was asked for")
 socket.socket.connect = socket.getaddrinfo = refuse
 from onefold.runtimes import load
-assert not {"torch", "onnx", "onnxruntime", "openvino"} & set(sys.modules), "imported before it is used"
+assert not {"torch", "onnx", "onnxruntime", "openvino", "executorch"} & set(sys.modules), "imported before it is used"
 with load(sys.argv[1]) as session:
     assert session.artifact.runtime == sys.argv[2]
-assert sys.argv[2] == "eager" or "torch" not in sys.modules, "torch is not needed to run it"
+assert sys.argv[2] in ("eager", "executorch") or "torch" not in sys.modules, "torch is not needed to run it"
 assert "openvino_telemetry" not in sys.modules
 """
 

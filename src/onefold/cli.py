@@ -201,20 +201,26 @@ def fuse(
 def export(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
-    to: Annotated[str, Option(help="runtimes, by comma: eager, onnx, openvino")] = "onnx",
-    precision: Annotated[str, Option(help="of the numbers")] = "fp32",
+    to: Annotated[str, Option(help="runtimes, by comma: eager, onnx, openvino, executorch, litert, ncnn")] = "onnx",
+    precision: Annotated[str, Option(help="fp32, or int8 with --data; the runtime says what it can")] = "fp32",
+    data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
+    calibrate: Annotated[int, Option(min=2, help="how many of them to take, evenly")] = 200,
+    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     model: Name = None,
     img_size: Size = None,
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a proof of the answer inside."""
-    from onefold.stages import Order
+    from onefold.quantize import Method
+    from onefold.stages import Calibration, Order
     from onefold.stages import export as export_all
 
     runtimes = [name.strip() for name in to.split(",") if name.strip()]
     if not runtimes:
-        raise BadArgument("--to names no runtime: give one or more of eager, onnx, openvino")
-    order = Order(runtimes=runtimes, precision=precision, size=img_size, fused=not no_fuse)
+        raise BadArgument("--to names no runtime: give one or more of eager, onnx, openvino, executorch, litert, ncnn")
+    method = Method(weights="tensor" if per_tensor else "channel")
+    calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
+    order = Order(runtimes=runtimes, precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
     with display.waiting("exporting"):
         artifacts = export_all(source, out, order, name=model)
     display.artifacts(artifacts)

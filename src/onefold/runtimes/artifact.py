@@ -40,7 +40,8 @@ class About:
     """What only the giver of a model knows: its name, its classes in the order of its logits, where it comes from.
 
     `preprocessing` is any plain mapping that JSON can hold. `fused` says whether every foldable tree of the model was
-    folded, and `drift` how far the folded model's answer lies from the trained one's.
+    folded, and `drift` how far the folded model's answer lies from the trained one's. `details` are further plain
+    facts, such as how it was quantized.
     """
 
     model: str
@@ -50,6 +51,7 @@ class About:
     preprocessing: Mapping[str, object] = field(default_factory=dict)
     licence: str | None = None
     source: str | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,9 @@ RUNTIMES: dict[str, str] = {
     "eager": "onefold.runtimes.eager",
     "onnx": "onefold.runtimes.onnx",
     "openvino": "onefold.runtimes.openvino",
+    "executorch": "onefold.runtimes.executorch",
+    "litert": "onefold.runtimes.litert",
+    "ncnn": "onefold.runtimes.ncnn",
 }
 
 

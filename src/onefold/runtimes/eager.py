@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FILES = ("model.json", "model.safetensors")
 PACKAGES = ("torch", "safetensors")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {"form": "ATen calls, schema 1"}
 
 

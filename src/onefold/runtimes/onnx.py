@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import About
 from onefold.runtimes.base import Engine
+from onefold.runtimes.qdq import restate_
 from onefold.runtimes.reference import Floats
 from onefold.runtimes.vendor import quiet, require
 
@@ -26,7 +27,7 @@ OPSET = 20
 
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {"opset": OPSET, "input": "images", "output": "logits"}
 
 _FATAL_ONLY = 4
@@ -34,9 +35,19 @@ _FATAL_ONLY = 4
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
-    onnx = require("onnx", extra="onnx")
-    require("onnxscript", extra="onnx")
     _onnxruntime()
+    model = convert(program, precision=precision)
+    onnx = require("onnx", extra="onnx")
+    model.graph.name = about.model
+    onnx.helper.set_model_props(model, _metadata(about))
+    onnx.checker.check_model(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def convert(program: ExportedProgram, *, precision: str) -> Any:
+    """The network as ONNX's ModelProto, one of 8 bits with its quantization in QDQ form."""
+    require("onnx", extra="onnx")
+    require("onnxscript", extra="onnx")
     import torch
 
     with quiet():
@@ -53,10 +64,9 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
         raise RuntimeError("the converter of PyTorch gave nothing")
     model = converted.model_proto
     _forget_where(model.graph)
-    model.graph.name = about.model
-    onnx.helper.set_model_props(model, _metadata(about))
-    onnx.checker.check_model(model)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    if precision == "int8":
+        restate_(model)
+    return model
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
@@ -74,6 +84,9 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
     options.log_severity_level = _FATAL_ONLY
     # Threads that spin after the answer would slow whoever is measured next to this one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if precision == "int8":
+        # Without VNNI, sums of two 8-bit products saturate at 16 bits: this asks for kernels that are exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = runtime.InferenceSession(
         content["model.onnx"], options, providers=["CPUExecutionProvider"], enable_fallback=0
     )

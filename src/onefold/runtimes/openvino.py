@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import About
 from onefold.runtimes.base import Engine
+from onefold.runtimes.onnx import convert
 from onefold.runtimes.reference import Floats
 from onefold.runtimes.vendor import quiet, require
 
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 
 FILES = ("model.xml", "model.bin")
 PACKAGES = ("torch", "openvino")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {}
 
 _TELEMETRY = "openvino_telemetry"
-_HINTS = {"fp32": "f32"}
+_HINTS = {"fp32": "f32", "int8": "f32"}
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
-    """Convert the network, straight from PyTorch's graph, and write it."""
+    """Convert the network, straight from PyTorch's graph or, one of 8 bits, from its QDQ form, and write it."""
     vino = _openvino()
     with quiet():
-        model = vino.convert_model(program)
+        if precision == "int8":
+            model = vino.Core().read_model(convert(program, precision=precision).SerializeToString())
+        else:
+            model = vino.convert_model(program)
         model.reshape([-1, *_input_shape(program)])
         model.set_rt_info(about.model, "model")
         # Left to itself it would store the weights in 16 bits.

@@ -10,9 +10,11 @@ from onefold.data import Preprocessing
 from onefold.errors import BadArgument
 from onefold.models import Cost, cost
 from onefold.models.hub import save_weights
+from onefold.quantize import Quantized
 from onefold.runtimes import About, Artifact
 from onefold.runtimes import export as export_to
 from onefold.stages.network import TOLERANCE, Network, open_network
+from onefold.stages.quantizing import Calibration, quantized, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,17 @@ def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: f
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's)."""
+    """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's).
+
+    int8 needs `calibration`; no other precision takes it.
+    """
 
     runtimes: Sequence[str]
     precision: str = "fp32"
     size: int | None = None
     fused: bool = True
     tolerance: float = TOLERANCE
+    calibration: Calibration | None = None
 
 
 def export(source: str | Path, out: Path, order: Order, *, name: str | None = None) -> list[Artifact]:
@@ -53,6 +59,7 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
     network = _at(network, order.size)
+    made = _quantized(network, order)
     card, size = network.card, network.preprocessing.size
     about = About(
         model=card.model,
@@ -62,11 +69,12 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         preprocessing=network.preprocessing.to_dict(),
         licence=card.licence or None,
         source=card.source or str(source),
+        details={} if made is None else told(made),
     )
     suffix = "" if about.fused else "-unfused"
     return [
         export_to(
-            network.model,
+            network.model if made is None else made.model,
             (card.in_chans, size, size),
             out / f"{runtime}-{order.precision}{suffix}",
             runtime=runtime,
@@ -75,6 +83,13 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         )
         for runtime in order.runtimes
     ]
+
+
+def _quantized(network: Network, order: Order) -> Quantized | None:
+    """The network of 8 bits, where that is what is asked for. BadArgument where photos are missing or too many."""
+    if (order.precision == "int8") != (order.calibration is not None):
+        raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
+    return None if order.calibration is None else quantized(network, order.calibration)
 
 
 def _at(network: Network, size: int | None) -> Network:

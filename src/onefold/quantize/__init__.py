@@ -1,0 +1,17 @@
+"""Networks of 8 bits, made on the folded kernel.
+
+graph.py        a fused network as a graph: its layers, and the points between them
+grid.py         grids of 8-bit numbers, and how a range is chosen
+equalize.py     the ranges of channels made alike
+rounding.py     kernels rounded by the moments of their inputs
+calibrate.py    one walk through the network that chooses every grid, kernel and bias
+network.py      the network of 8 bits, in the form that runtimes read
+method.py       how, as a value; what each layer lost
+quantize.py     the verb
+"""
+
+from onefold.quantize.method import PLAIN as PLAIN
+from onefold.quantize.method import LayerReport as LayerReport
+from onefold.quantize.method import Method as Method
+from onefold.quantize.quantize import Quantized as Quantized
+from onefold.quantize.quantize import quantize as quantize

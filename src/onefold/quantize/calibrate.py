@@ -1,0 +1,190 @@
+"""One walk through the network, image batches in hand: every grid, kernel and bias is chosen where it is met.
+
+The network is run node by node, twice side by side: as it is, and with all that was quantized so far. So a layer is
+rounded for the inputs that it will really get, and its bias makes good what was lost before it.
+
+    F values of the network in floating point    Q those with everything before quantized    both a list of batches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from onefold.errors import BadArgument
+from onefold.quantize.graph import Layer, layers, parameter, points
+from onefold.quantize.grid import Grid, choose, weight_scales
+from onefold.quantize.method import LayerReport, Method
+from onefold.quantize.rounding import by_moments, covariance_of, nearest
+
+_LARGEST_BIAS = 2.0**30
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A layer's kernel as whole numbers (shaped as its weight) with a scale an output (O,), and its bias (O,)."""
+
+    whole: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel in float, on its grid."""
+        return self.whole * self.scales.view(-1, *[1] * (self.whole.dim() - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """All that a network needs to be one of 8 bits: grids by point, kernels by layer, and what each layer lost."""
+
+    grids: Mapping[Node, Grid]
+    kernels: Mapping[Layer, Kernel]
+    reports: tuple[LayerReport, ...]
+
+
+@torch.no_grad()
+def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> Calibration:
+    """Choose every grid and kernel for these batches (B, C, H, W)."""
+    walk = _Walk(graph, batches, method)
+    for node in graph.graph.nodes:
+        if node.op != "output":
+            walk.step(node)
+    return Calibration(walk.grids, walk.kernels, tuple(walk.reports))
+
+
+class _Walk:
+    """Where the walk is: the values that later nodes still read."""
+
+    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: Method) -> None:
+        self._graph, self._batches, self._method = graph, batches, method
+        found = layers(graph)
+        known = {layer.name for layer in found}
+        if unknown := set(method.keep) - known:
+            raise BadArgument(
+                f"there is no layer {sorted(unknown)[0]!r} to keep; the layers are {', '.join(sorted(known))}"
+            )
+        taken = [layer for layer in found if layer.name not in method.keep]
+        self._layers = {layer.node: layer for layer in found}
+        self._taken = {layer.node for layer in taken}
+        self._points = set(points(taken))
+        self._ends = {layer.output: layer for layer in found}
+        self._float: dict[Node, list[object]] = {}
+        self._quant: dict[Node, list[object]] = {}
+        self.grids: dict[Node, Grid] = {}
+        self.kernels: dict[Layer, Kernel] = {}
+        self.reports: list[LayerReport] = []
+
+    def step(self, node: Node) -> None:
+        """Give a node its values, both ways."""
+        if node.op == "placeholder":
+            self._float[node] = list(self._batches)
+            self._quant[node] = list(self._batches)
+        elif node.op == "get_attr":
+            value = parameter(self._graph, str(node.target))
+            self._float[node] = self._quant[node] = [value] * len(self._batches)
+        else:
+            self._float[node] = [self._call(node, self._float, i) for i in range(len(self._batches))]
+            self._quant[node] = self._quantized(node)
+        if node in self._points:
+            self._snap(node)
+        if node in self._ends:
+            self._report(self._ends[node])
+        for before in node.all_input_nodes:
+            if all(user in self._quant for user in before.users):
+                del self._float[before], self._quant[before]
+
+    def _call(self, node: Node, values: Mapping[Node, list[object]], at: int) -> object:
+        def value(before: Node) -> Any:
+            return values[before][at]
+
+        assert callable(node.target)
+        return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+
+    def _quantized(self, node: Node) -> list[object]:
+        if node not in self._taken:
+            return [self._call(node, self._quant, i) for i in range(len(self._batches))]
+        layer = self._layers[node]
+        kernel = self._kernel(layer)
+        self.kernels[layer] = kernel
+        return [_run(layer, x, kernel.weight, kernel.bias) for x in self._tensors(self._quant, layer.node)]
+
+    def _kernel(self, layer: Layer) -> Kernel:
+        method, weight = self._method, parameter(self._graph, layer.weight)
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else parameter(self._graph, layer.bias)
+        flat = weight.flatten(1)
+        scales = weight_scales(flat, limit=method.limit, per_tensor=method.weights == "tensor", search=method.search)
+        # A row of next to nothing would have steps so fine that its bias overflows 32 bits.
+        scales = torch.maximum(scales, bias.abs() / (self.grids[layer.source].scale * _LARGEST_BIAS))
+        inputs = self._tensors(self._quant, layer.node)
+        if method.rounding == "moments":
+            whole = by_moments(flat, scales, method.limit, covariance_of(layer, inputs, weight))
+        else:
+            whole = nearest(flat, scales, method.limit)
+        kernel = Kernel(whole.view_as(weight), scales, bias)
+        if method.correct:
+            kernel = Kernel(kernel.whole, scales, bias + self._shift(layer, kernel))
+        return _settled(kernel, self.grids[layer.source].scale)
+
+    def _shift(self, layer: Layer, kernel: Kernel) -> Tensor:
+        """How much the mean of each output (O,) has fallen."""
+        lost: Tensor | float = 0.0
+        full = self._tensors(self._float, layer.node)
+        weight = parameter(self._graph, layer.weight)
+        bias = torch.zeros_like(kernel.bias) if layer.bias is None else parameter(self._graph, layer.bias)
+        for true, x in zip(full, self._tensors(self._quant, layer.node), strict=True):
+            gap = _run(layer, true, weight, bias) - _run(layer, x, kernel.weight, kernel.bias)
+            lost = lost + gap.transpose(0, 1).flatten(1).mean(1)
+        assert isinstance(lost, Tensor)
+        return lost / len(full)
+
+    def _tensors(self, values: Mapping[Node, list[object]], node: Node) -> list[Tensor]:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        return [x for x in values[source] if isinstance(x, Tensor)]
+
+    def _snap(self, node: Node) -> None:
+        chunks = [x for x in self._quant[node] if isinstance(x, Tensor)]
+        grid = choose(chunks, self._method.ranges)
+        self.grids[node] = grid
+        self._quant[node] = [grid.snap(x) for x in chunks]
+
+    def _report(self, layer: Layer) -> None:
+        taken = layer in self.kernels
+        weight = parameter(self._graph, layer.weight)
+        on_grid = self.kernels[layer].weight if taken else weight
+        pairs = zip(self._float[layer.output], self._quant[layer.output], strict=True)
+        found = [(float((f**2).sum()), float(((f - q) ** 2).sum())) for f, q in pairs]  # type: ignore[operator]
+        signal, noise = (sum(each) for each in zip(*found, strict=True))
+        weight_noise = float(((weight - on_grid) ** 2).sum())
+        self.reports.append(
+            LayerReport(
+                name=layer.name,
+                output_db=_decibels(signal, noise),
+                weight_db=_decibels(float((weight**2).sum()), weight_noise),
+                quantized=taken,
+            )
+        )
+
+
+def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    assert callable(layer.node.target)
+    answer: Tensor = layer.node.target(x, weight, bias, *layer.node.args[3:])
+    return answer
+
+
+def _settled(kernel: Kernel, input_scale: float) -> Kernel:
+    """The kernel with its bias on the grid of its sums, as the 32-bit whole numbers that runtimes add."""
+    step = kernel.scales.double() * input_scale
+    whole = torch.round(kernel.bias.double() / step)
+    return Kernel(kernel.whole, kernel.scales, (whole * step).float())
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return float(10 * torch.log10(torch.tensor(max(signal, 1e-30) / max(noise, 1e-30))))

@@ -1,0 +1,51 @@
+"""How to quantize, as one value; and what came of it, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onefold.quantize.grid import Ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Post-training quantization to 8 bits.
+
+    `equalize` makes the ranges of channels alike first; `ranges` chooses those of activations; `search` clips weights
+    where that lowers their squared error; `rounding` of weights is to the "nearest" or by the "moments" of their
+    inputs; `correct` lets biases take up the mean of what is lost. `weights` have a scale a "channel" or a "tensor",
+    and whole numbers up to `limit`: 127, or 63 for processors whose 16-bit sums saturate (x86 without VNNI). `keep`
+    names layers that stay in floating point.
+    """
+
+    equalize: bool = True
+    ranges: Ranges = "mse"
+    search: bool = True
+    rounding: Literal["nearest", "moments"] = "moments"
+    correct: bool = True
+    weights: Literal["channel", "tensor"] = "channel"
+    limit: int = 127
+    keep: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """A few words for a table."""
+        steps = ["equalized"] * self.equalize + [self.ranges] + ["clipped"] * self.search
+        steps += ["by moments"] * (self.rounding == "moments") + ["corrected"] * self.correct
+        steps += ["7-bit weights"] * (self.limit == 63) + [f"{len(self.keep)} kept"] * bool(self.keep)
+        return f"per {self.weights}, " + ", ".join(steps)
+
+
+PLAIN = Method(equalize=False, ranges="minmax", search=False, rounding="nearest", correct=False)
+"""What a vendor's tool does by default: extremes, rounding to nearest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What a layer lost: signal to quantization noise of its output in decibels, and of its weights alone."""
+
+    name: str
+    output_db: float
+    weight_db: float
+    quantized: bool

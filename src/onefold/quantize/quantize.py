@@ -1,0 +1,51 @@
+"""The verb: a fused network and photos in, a network of 8 bits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from onefold.errors import BadArgument
+from onefold.quantize.calibrate import calibrate
+from onefold.quantize.equalize import equalize_
+from onefold.quantize.graph import trace
+from onefold.quantize.method import LayerReport, Method
+from onefold.quantize.network import build_
+
+_BATCH = 16
+_METHOD = Method()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Quantized:
+    """A network of 8 bits, simulated in float: images (B, C, H, W) to logits (B, N); how it was made; what was lost."""
+
+    model: nn.Module
+    method: Method
+    layers: tuple[LayerReport, ...]
+    images: int
+
+
+def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quantized:
+    """Quantize a fused network (in eval mode, left as it is) by what it does on `images` (B, C, H, W), B >= 2.
+
+    The images are as the network sees them; a hundred or two of the kind that it will meet are enough.
+    Raises BadArgument.
+    """
+    if any(module.training for module in model.modules()):
+        raise BadArgument("the model is in train mode, where its answer depends on the batch; call model.eval() first")
+    if images.dim() != 4 or len(images) < 2:
+        raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, came {tuple(images.shape)}")
+    graph = trace(model, images[:2])
+    if method.equalize:
+        equalize_(graph)
+    found = calibrate(graph, images.split(_BATCH), method)
+    return Quantized(model=build_(graph, found), method=method, layers=found.reports, images=len(images))
+
+
+def worst(layers: Sequence[LayerReport], count: int) -> tuple[str, ...]:
+    """The names of the quantized layers whose outputs are the noisiest."""
+    taken = sorted((layer for layer in layers if layer.quantized), key=lambda layer: layer.output_db)
+    return tuple(layer.name for layer in taken[:count])

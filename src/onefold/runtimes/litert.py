@@ -1,0 +1,148 @@
+"""LiteRT (once TensorFlow Lite) on the CPU: one model.tflite, which takes one image at a time, channels last.
+
+A network of 8 bits takes and gives the whole numbers of its first and last grid; the grids are in the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onefold.runtimes.artifact import About
+from onefold.runtimes.base import Engine
+from onefold.runtimes.reference import Floats
+from onefold.runtimes.vendor import quiet, require
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
+FILES = ("model.tflite",)
+PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
+PRECISIONS = ("fp32", "int8")
+DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
+
+_LOWEST, _HIGHEST = -128, 127
+_muting = Lock()
+
+
+def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+    """Convert the network, its first layer reading channels last, and write it."""
+    converter = require("litert_torch", extra="litert")
+    import torch
+
+    with quiet(), _mute():
+        network: Any = program.module(check_guards=False)
+        if precision == "int8":
+            _requantize_kernels_(network)
+        (images,), _ = program.example_inputs
+        converted = converter.convert(
+            converter.to_channel_last_io(network, args=[0]),
+            (torch.zeros_like(images[:1]).permute(0, 2, 3, 1).contiguous(),),
+            quant_config=_whole_numbers() if precision == "int8" else None,
+        )
+        converted.export(str(folder / "model.tflite"))
+
+
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+    """The network, laid out for this CPU."""
+    runtime = require("ai_edge_litert.interpreter", extra="litert")
+    with quiet(), _mute():
+        interpreter = runtime.Interpreter(model_content=content["model.tflite"], num_threads=threads)
+        interpreter.allocate_tensors()
+    return _LiteRt(interpreter, threads)
+
+
+class _LiteRt:
+    """An interpreter; it has one place for its images and its answer, so calls take turns.
+
+    It does not tell its number of threads: `threads` is what it was given.
+    """
+
+    def __init__(self, interpreter: Any, threads: int) -> None:
+        self._interpreter, self.threads, self._lock = interpreter, threads, Lock()
+        (self._input,), (self._output,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def __call__(self, images: Floats) -> Floats:
+        given = _quantized(images.transpose(0, 2, 3, 1), self._input)
+        with self._lock:
+            return np.concatenate([self._answer(given[i : i + 1]) for i in range(len(given))])
+
+    def close(self) -> None:
+        del self._interpreter
+
+    def _answer(self, image: npt.NDArray[Any]) -> Floats:
+        self._interpreter.set_tensor(self._input["index"], image)
+        self._interpreter.invoke()
+        return _dequantized(self._interpreter.get_tensor(self._output["index"]), self._output)
+
+
+def _quantized(values: Floats, tensor: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """The values as a tensor of the network holds them: on its grid, if it has one."""
+    scale, zero = tensor["quantization"]
+    if tensor["dtype"] is np.float32:
+        return np.ascontiguousarray(values)
+    whole = np.multiply(values, np.float32(1 / scale), order="C")
+    np.rint(whole, out=whole)
+    whole += np.float32(zero)
+    return np.clip(whole, _LOWEST, _HIGHEST, out=whole).astype(np.int8)
+
+
+def _dequantized(values: npt.NDArray[Any], tensor: Mapping[str, Any]) -> Floats:
+    """What a tensor of the network stands for."""
+    scale, zero = tensor["quantization"]
+    if tensor["dtype"] is np.float32:
+        return values
+    return (values.astype(np.float32) - np.float32(zero)) * np.float32(scale)
+
+
+def _requantize_kernels_(network: GraphModule) -> None:
+    """Put in the place of each int8 kernel what it stands for, followed by its quantization: the same whole numbers.
+
+    The converter folds a quantization of constants, and takes no constant that is whole already.
+    """
+    import torch
+    import torch.ao.quantization.fx._decomposed  # registers the operations
+
+    ops = torch.ops.quantized_decomposed
+    graph = network.graph
+    for node in graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default):
+        whole, scales, zeros = (attrgetter(part.target)(network) for part in node.args[:3])
+        name = f"kernel_{node.name}"
+        network.register_buffer(name, ops.dequantize_per_channel(whole, scales, zeros, *node.args[3:]))
+        with graph.inserting_before(node):
+            kernel = graph.get_attr(name)
+            again = graph.call_function(ops.quantize_per_channel.default, (kernel, *node.args[1:]))
+        node.update_arg(0, again)
+    graph.eliminate_dead_code()
+    network.recompile()
+
+
+def _whole_numbers() -> Any:
+    """The converter's wish to compute in whole numbers; the grids are those of the network."""
+    grids = require("litert_torch.quantize.pt2e_quantizer", extra="litert")
+    config = require("litert_torch.quantize.quant_config", extra="litert")
+    return config.QuantConfig(
+        pt2e_quantizer=grids.PT2EQuantizer().set_global(grids.get_symmetric_quantization_config())
+    )
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Hold back what native code writes to the standard error of the process: it greets, and counts operations."""
+    with _muting, open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,307 @@
+"""Quantization: laws of grids, equalization and rounding; the network of 8 bits against whole-number arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from conftest import shaken
+from onefold.cli import main
+from onefold.data import decode, find_images, open_source
+from onefold.errors import BadArgument, MissingExtra
+from onefold.models import create_model
+from onefold.models.hub import Card, save_weights
+from onefold.quantize import PLAIN, Method, quantize
+from onefold.quantize.equalize import equalize_
+from onefold.quantize.graph import layers, trace
+from onefold.quantize.grid import Grid, choose, weight_scales
+from onefold.quantize.rounding import by_moments, nearest
+from onefold.reparam import fuse
+from onefold.runtimes import RUNTIMES, About, export, find_runtime, load
+from onefold.stages import open_network
+
+RANGES = ("minmax", "percentile", "mse", "entropy")
+
+
+class Small(nn.Module):
+    """A dense, a depthwise and a pointwise layer, a gate, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.pointwise = nn.Conv2d(8, 12, 1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.stem, self.depthwise, self.pointwise):
+            x = F.relu(layer(x))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def small(seeded: int) -> nn.Module:
+    return Small().eval()
+
+
+@pytest.fixture
+def images(seeded: int) -> Tensor:
+    return torch.randn(6, 3, 16, 16)
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(x)
+
+
+def noise(true: Tensor, found: Tensor) -> float:
+    return float((true - found).norm() / true.norm())
+
+
+# ------------------------------------------------------------------------------------------ grids
+
+
+@given(low=st.floats(-100, 100), width=st.floats(1e-3, 200))
+def test_a_grid_holds_zero_and_its_range_and_keeps_what_lies_on_it(low: float, width: float) -> None:
+    grid = Grid.over(low, low + width)
+    x = torch.linspace(low, low + width, 101)
+    snapped = grid.snap(x)
+    assert float(grid.snap(torch.zeros(1))) == 0
+    assert torch.allclose(grid.snap(snapped), snapped, rtol=0, atol=1e-5 * grid.scale)
+    assert float((snapped - x).abs().max()) <= grid.scale * 1.001 + 1e-6
+
+
+def test_each_way_to_choose_a_range_does_what_it_says() -> None:
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(1)).abs()
+    values[0] = 20.0
+    grids = {ranges: choose([values[:100_000], values[100_000:]], ranges) for ranges in RANGES}
+    errors = {ranges: float(((grid.snap(values) - values) ** 2).mean()) for ranges, grid in grids.items()}
+    assert all(grid.low == 0 for grid in grids.values())
+    assert grids["minmax"].high == pytest.approx(20, rel=1e-6)
+    assert float((values > grids["percentile"].high).double().mean()) == pytest.approx(1e-4, rel=0.5)
+    assert 2 < grids["entropy"].high < 10
+    assert errors["mse"] <= min(errors.values()) * 1.05
+    assert errors["mse"] < errors["minmax"]
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+def test_a_constant_tensor_has_a_grid(ranges: str) -> None:
+    assert float(choose([torch.full((9,), 3.0)], ranges).snap(torch.tensor(3.0))) == pytest.approx(3.0, rel=0.01)
+    assert choose([torch.zeros(9)], ranges).scale > 0
+
+
+def test_scales_reach_the_limit_in_each_row_and_searching_never_costs() -> None:
+    kernel = torch.randn(5, 40, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 3, 5)[:, None]
+    for search in (False, True):
+        scales = weight_scales(kernel, limit=127, per_tensor=False, search=search)
+        assert (nearest(kernel, scales, 127).abs().amax(1) == 127).all()
+    plain = weight_scales(kernel, limit=127, per_tensor=False, search=False)
+    errors = [((nearest(kernel, s, 127) * s[:, None] - kernel) ** 2).sum(1) for s in (scales, plain)]
+    assert (errors[0] <= errors[1]).all()
+    assert len(set(weight_scales(kernel, limit=127, per_tensor=True, search=False).tolist())) == 1
+
+
+# ----------------------------------------------------------------------------------- equalization
+
+
+def test_equalizing_changes_ranges_and_not_the_answer(images: Tensor) -> None:
+    model = shaken(create_model("mobileone_s0", num_classes=7)).double()
+    fused = fuse(model.eval())
+    graph = trace(fused, images.double())
+    before = answer(graph, images.double())
+    assert equalize_(graph) == len(layers(graph)) - 1  # a chain through and through, the head included
+    assert noise(before, answer(graph, images.double())) < 1e-12
+
+
+def test_equalizing_stops_at_gates(images: Tensor) -> None:
+    fused = fuse(shaken(create_model("mobileone_s4", num_classes=7)).eval()).double()
+    graph = trace(fused, images.double())
+    before = answer(graph, images.double())
+    assert 0 < equalize_(graph) < len(layers(graph)) - 1
+    assert noise(before, answer(graph, images.double())) < 1e-12
+
+
+# --------------------------------------------------------------------------------------- rounding
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 70), (6, 9)])
+def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_others(groups: int, width: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    kernel = torch.randn(groups * 4, width, generator=draw)
+    scales = weight_scales(kernel, limit=7, per_tensor=False, search=False)
+    white = torch.eye(width, dtype=torch.float64).expand(groups, -1, -1)
+    assert torch.equal(by_moments(kernel, scales, 7, white), nearest(kernel, scales, 7))
+    x = torch.randn(groups, width, 3, generator=draw, dtype=torch.float64)
+    covariance = x @ x.mT + 0.01 * white
+    errors = []
+    for whole in (by_moments(kernel, scales, 7, covariance), nearest(kernel, scales, 7)):
+        off = (whole * scales[:, None] - kernel).double().unflatten(0, (groups, -1))
+        errors.append(float(((off @ covariance) * off).sum()))
+    assert errors[0] < 0.5 * errors[1]
+
+
+# ------------------------------------------------------------------------------- the whole network
+
+
+def test_the_simulation_is_whole_number_arithmetic(small: nn.Module, images: Tensor) -> None:
+    """Each layer again with int64 sums and one rescaling, from what the graph stores: the same whole numbers."""
+    made = quantize(small, images, Method(ranges="minmax"))
+    steps = [n for n in made.model.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
+    grids = [(n.args[1], n.args[2]) for n in steps]
+    state = made.model.state_dict()
+    scale, zero = grids[0]
+    q = (torch.round(images.double() / scale) + zero).clamp(-128, 127)
+    geometry = {"stem": (2, 1, 1), "depthwise": (1, 1, 8), "pointwise": (1, 0, 1)}
+    for (name, (stride, padding, groups)), (out_scale, out_zero) in zip(geometry.items(), grids[1:4], strict=True):
+        step = state[f"{name}.weight_scale"].double() * scale
+        whole_bias = torch.round(state[f"{name}.bias"].double() / step)
+        assert torch.allclose(whole_bias * step, state[f"{name}.bias"].double(), rtol=1e-6)
+        kernel = state[f"{name}.weight_int8"].double()
+        assert kernel.abs().max() <= 127
+        sums = F.conv2d(q - zero, kernel, whole_bias, stride, padding, groups=groups)
+        q = (torch.round(sums * (step / out_scale)[:, None, None]) + out_zero).clamp(max(out_zero, -128), 127)
+        scale, zero = out_scale, out_zero
+    pooled = ((q - zero) * scale).mean((2, 3))
+    scale, zero = grids[4]
+    q = (torch.round(pooled / scale) + zero).clamp(-128, 127)
+    step = state["fc.weight_scale"].double() * scale
+    sums = (q - zero) @ state["fc.weight_int8"].double().T + torch.round(state["fc.bias"].double() / step)
+    out_scale, out_zero = grids[5]
+    logits = ((torch.round(sums * step / out_scale) + out_zero).clamp(-128, 127) - out_zero) * out_scale
+    off = (answer(made.model, images).double() - logits).abs() / out_scale
+    assert float(off.max()) <= 1.001  # a tie may fall to either side
+    assert float((off > 0.5).double().mean()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "mobilenetv1_025", "mobileformer_26m"])
+def test_every_family_survives(name: str, seeded: int) -> None:
+    fused = fuse(shaken(create_model(name, num_classes=7)).eval())
+    x = torch.randn(6, 3, 64, 64)
+    made = quantize(fused, x)
+    assert noise(answer(fused, x), answer(made.model, x)) < 0.15
+    assert {each.quantized for each in made.layers} == {True}
+    assert made.images == 6
+
+
+def test_collapse_and_its_cure(small: nn.Module, images: Tensor) -> None:
+    """Channels whose ranges differ by 10,000 say nothing in float, and everything to one scale a tensor."""
+    s = torch.logspace(-2, 2, 8)
+    with torch.no_grad():
+        small.stem.weight /= s[:, None, None, None]
+        small.stem.bias /= s
+        small.depthwise.weight *= s[:, None, None, None]
+
+    def changes(model: nn.Module) -> Tensor:
+        """What of the answer the images decide."""
+        logits = answer(model, images)
+        return logits - logits.mean(0)
+
+    plain = quantize(small, images, Method(**{**vars(PLAIN), "weights": "tensor"}))
+    cured = quantize(small, images, Method(weights="tensor"))
+    assert noise(changes(small), changes(plain.model)) > 0.5
+    assert noise(changes(small), changes(cured.model)) < 0.4
+
+
+def test_a_kept_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
+    made = quantize(small, images, Method(keep=("depthwise",)))
+    assert {each.name: each.quantized for each in made.layers}["depthwise"] is False
+    assert "depthwise.weight_int8" not in made.model.state_dict()
+    with pytest.raises(BadArgument, match="no layer 'stemm'"):
+        quantize(small, images, Method(keep=("stemm",)))
+
+
+def test_the_model_given_is_left_as_it_is(small: nn.Module, images: Tensor) -> None:
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    quantize(small, images)
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_what_cannot_be_quantized_is_said(small: nn.Module, images: Tensor) -> None:
+    with pytest.raises(BadArgument, match=r"call model\.eval\(\)"):
+        quantize(Small().train(), images)
+    with pytest.raises(BadArgument, match="two images or more"):
+        quantize(small, images[:1])
+    with pytest.raises(BadArgument, match="no convolution"):
+        quantize(nn.Sequential(nn.Flatten(), nn.Tanh()).eval(), images)
+
+
+# --------------------------------------------------------------------------------------- runtimes
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_runtimes_compute_the_network_that_was_simulated(
+    runtime: str, small: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    """With 7-bit weights, so that it holds on processors whose 16-bit sums saturate."""
+    if "int8" not in find_runtime(runtime).PRECISIONS:
+        pytest.skip(f"{runtime} has no int8")
+    made = quantize(small, images, Method(limit=63))
+    about = About(model="small", fused=True, details={"quantization": {"method": made.method.title}})
+    x = torch.randn(64, 3, 16, 16)
+    try:
+        artifact = export(made.model, x[:2].numpy(), tmp_path / "a", runtime=runtime, about=about, precision="int8")
+    except MissingExtra as error:
+        pytest.skip(str(error))
+    assert artifact.details["quantization"] == {"method": made.method.title}
+    with load(artifact) as session:
+        found = session(x.numpy())
+    simulated = answer(made.model, x).numpy()
+    step = float(np.diff(np.unique(simulated)).min())
+    assert np.abs(found - simulated).max() <= 2.01 * step
+    assert (np.abs(found - simulated) < 0.5 * step).mean() >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+def test_mobileone_s0_survives(weights: str, shared_data: Path, tmp_path: Path) -> None:
+    """Apple's weights, calibrated on 64 photos of Imagenette's training part, against 200 photos of other classes."""
+    network = open_network(shared_data / "weights" / "mobileone_s0_in1k_fused.npz", name="mobileone_s0")
+    training = open_source(str(shared_data / "imagenette-224-subset"), "train", seed=0, val_fraction=0.2)
+    photos = [training.image(i) for i in range(0, len(training), len(training) // 64)]
+    made = quantize(
+        network.model, torch.stack([torch.from_numpy(network.preprocessing(photo)) for photo in photos]),
+        Method(weights=weights),
+    )  # fmt: skip
+    paths = find_images([shared_data / "imagenet-sample" / "images"])[::5]
+    x = torch.stack([torch.from_numpy(network.preprocessing(decode(path))) for path in paths])
+    same = answer(made.model, x).argmax(1) == answer(network.model, x).argmax(1)
+    assert float(same.double().mean()) >= 0.9
+
+
+def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    made = quantize(small, images)
+    about = About(model="small", fused=True)
+    folder = export(made.model, images.numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8").folder
+    graph = onnx.load(folder / "model.onnx").graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            stored = [kinds.get(makers[name].input[0]) for name in node.input[1:]]
+            assert stored == [onnx.TensorProto.INT8, onnx.TensorProto.INT32]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded: int) -> None:
+    weights = tmp_path / "fused.safetensors"
+    model = fuse(shaken(create_model("mobileone_s0", num_classes=10, in_chans=1)).eval())
+    preprocessing = {"size": 32, "crop_pct": 1.0, "mean": [0.5], "std": [0.5], "channels": 1}
+    facts = {"model": "mobileone_s0", "num_classes": 10, "in_chans": 1, "fused": True}
+    save_weights(model, weights, Card(**facts, preprocessing=preprocessing))
+    order = ["export", str(weights), "--out", str(tmp_path / "artifacts"), "--to", "eager,onnx", "--precision", "int8"]
+    assert main(order) == 2
+    assert "give --data" in capsys.readouterr().err
+    assert main([*order, "--data", "digits", "--calibrate", "24"]) == 0
+    manifest = json.loads((tmp_path / "artifacts" / "onnx-int8" / "manifest.json").read_text())
+    told = manifest["details"]["quantization"]
+    assert told["calibrated_on"] == 24
+    assert len(told["layers"]) == 44
+    assert main([*order, "--data", str(tmp_path / "nowhere")]) == 3
