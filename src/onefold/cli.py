@@ -31,20 +31,25 @@ Classes = Annotated[Path | None, Option(help="a file with the names of the class
 Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"onefold {version_of('onefold')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _main(
-    version: Annotated[bool, Option("--version", help="print the version and stop", is_eager=True)] = False,
+    version: Annotated[
+        bool, Option("--version", help="print the version and stop", is_eager=True, callback=_version)
+    ] = False,
     debug: Annotated[bool, Option("--debug", help="show tracebacks")] = False,
 ) -> None:
     """Mobile vision backbones, trained wide and deployed thin: train, fuse, export, measure, report, use.
 
     A first look: `onefold demo`. Every verb explains itself: `onefold VERB --help`.
     """
-    if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"onefold {version_of('onefold')}")
-        raise typer.Exit
     if debug:
         os.environ["ONEFOLD_DEBUG"] = "1"
 
@@ -205,6 +210,9 @@ def export(
     precision: Annotated[str, Option(help="fp32, or int8 with --data; the runtime says what it can")] = "fp32",
     data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
     calibrate: Annotated[int, Option(min=2, help="how many of them to take, evenly")] = 200,
+    weight_bits: Annotated[
+        int, Option(min=7, max=8, help="7 where 16-bit sums saturate: OpenVINO on x86 without VNNI")
+    ] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     model: Name = None,
     img_size: Size = None,
@@ -218,7 +226,7 @@ def export(
     runtimes = [name.strip() for name in to.split(",") if name.strip()]
     if not runtimes:
         raise BadArgument("--to names no runtime: give one or more of eager, onnx, openvino, executorch, litert, ncnn")
-    method = Method(weights="tensor" if per_tensor else "channel")
+    method = Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
     order = Order(runtimes=runtimes, precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
     with display.waiting("exporting"):
