@@ -128,9 +128,10 @@ def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
     """The runtime's files, the reference and the manifest, once the files have answered as PyTorch does."""
     parity = _convert(order, program, folder)
     if not parity.difference <= parity.tolerance:
+        hint = "; do its sums saturate here? 7-bit weights do not let them" if order.precision == "int8" else ""
         raise GateFailed(
             f"{order.name} does not answer as PyTorch does: the logits differ by {parity.difference:.2g} of the "
-            f"largest, {parity.tolerance:.2g} is allowed; nothing was written"
+            f"largest, {parity.tolerance:.2g} is allowed; nothing was written{hint}"
         )
     proof.write_reference(folder / REFERENCE, order.reference)
     about, images = order.about, order.reference.images
