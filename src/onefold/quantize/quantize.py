@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -43,9 +42,3 @@ def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quan
         equalize_(graph)
     found = calibrate(graph, images.split(_BATCH), method)
     return Quantized(model=build_(graph, found), method=method, layers=found.reports, images=len(images))
-
-
-def worst(layers: Sequence[LayerReport], count: int) -> tuple[str, ...]:
-    """The names of the quantized layers whose outputs are the noisiest."""
-    taken = sorted((layer for layer in layers if layer.quantized), key=lambda layer: layer.output_db)
-    return tuple(layer.name for layer in taken[:count])
