@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from onefold.errors import BadArgument
 from onefold.train import SGD, Distill, Plan
 from onefold.train.distill import distill_loss
-from training_kit import NUM_CLASSES, PLAN, fresh, network
+from training_kit import NUM_CLASSES, PLAN, StoppedError, fresh, network, stop_at
 
 SOFT = Distill(teacher="somebody", targets="soft", temperature=3.0, weight=0.7)
 HARD = Distill(teacher="somebody", targets="hard", weight=0.5)
@@ -117,15 +117,8 @@ def test_a_distillation_resumes_to_the_bit(tmp_path: Path):
     plan = replace(PLAN, epochs=2, distill=SOFT)
     whole = fresh(tmp_path / "whole", plan, teacher=teacher(5, 6))
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(progress) -> None:
-        if progress.epoch == 2 and progress.step == 3:
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        fresh(tmp_path / "cut", plan, teacher=teacher(5, 6), on_progress=stop)
+        fresh(tmp_path / "cut", plan, teacher=teacher(5, 6), on_progress=stop_at(2, 3))
     assert fresh(tmp_path / "cut", plan, teacher=teacher(5, 6), resume=True).digest() == whole.digest()
 
 

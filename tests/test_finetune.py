@@ -15,7 +15,7 @@ from onefold.models import create_model
 from onefold.train import SGD, Plan, decay_groups
 from onefold.train.freeze import freeze_, frozen_parts, levels, rate_scales, train_mode_
 from onefold.train.optim import make_optimizer, set_rates_
-from training_kit import PLAN, fresh, network
+from training_kit import PLAN, StoppedError, fresh, network, stop_at
 
 # ---------------------------------------------------------------------------------- levels and rates
 
@@ -78,15 +78,8 @@ def test_a_run_with_frozen_parts_resumes_to_the_bit(tmp_path: Path):
     plan = replace(PLAN, epochs=2, freeze=("0", "1"), layer_decay=0.8)
     whole = fresh(tmp_path / "whole", plan)
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(progress) -> None:
-        if progress.epoch == 2 and progress.step == 3:
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        fresh(tmp_path / "cut", plan, on_progress=stop)
+        fresh(tmp_path / "cut", plan, on_progress=stop_at(2, 3))
     assert fresh(tmp_path / "cut", plan, resume=True).digest() == whole.digest()
 
 

@@ -33,7 +33,7 @@ RANGES = ("minmax", "percentile", "mse", "entropy")
 
 
 class Small(nn.Module):
-    """A dense, a depthwise and a pointwise layer, a gate, and a Linear."""
+    """A dense, a depthwise and a pointwise layer, and a Linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_o
 
 
 def test_the_simulation_is_whole_number_arithmetic(small: nn.Module, images: Tensor) -> None:
-    """Each layer again with int64 sums and one rescaling, from what the graph stores: the same whole numbers."""
+    """Each layer again with sums of whole numbers and one rescaling, as the graph stores them; a step apart at most."""
     made = quantize(small, images, Method(ranges="minmax"))
     steps = [n for n in made.model.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     grids = [(n.args[1], n.args[2]) for n in steps]
@@ -199,16 +199,17 @@ def test_collapse_and_its_cure(small: nn.Module, images: Tensor) -> None:
         small.stem.weight /= s[:, None, None, None]
         small.stem.bias /= s
         small.depthwise.weight *= s[:, None, None, None]
+    x = images * torch.linspace(0.2, 4, len(images))[:, None, None, None]  # answers that differ
 
     def changes(model: nn.Module) -> Tensor:
         """What of the answer the images decide."""
-        logits = answer(model, images)
+        logits = answer(model, x)
         return logits - logits.mean(0)
 
-    plain = quantize(small, images, Method(**{**vars(PLAIN), "weights": "tensor"}))
-    cured = quantize(small, images, Method(weights="tensor"))
+    plain = quantize(small, x, Method(**{**vars(PLAIN), "weights": "tensor"}))
+    cured = quantize(small, x, Method(weights="tensor"))
     assert noise(changes(small), changes(plain.model)) > 0.5
-    assert noise(changes(small), changes(cured.model)) < 0.4
+    assert noise(changes(small), changes(cured.model)) < 0.06
 
 
 def test_a_kept_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
@@ -262,8 +263,8 @@ def test_runtimes_compute_the_network_that_was_simulated(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["channel", "tensor"])
-def test_mobileone_s0_survives(weights: str, shared_data: Path, tmp_path: Path) -> None:
-    """Apple's weights, calibrated on 64 photos of Imagenette's training part, against 200 photos of other classes."""
+def test_mobileone_s0_survives(weights: str, shared_data: Path) -> None:
+    """Apple's weights, calibrated on 64 photos of Imagenette's training part, on 200 photos of as many classes."""
     network = open_network(shared_data / "weights" / "mobileone_s0_in1k_fused.npz", name="mobileone_s0")
     training = open_source(str(shared_data / "imagenette-224-subset"), "train", seed=0, val_fraction=0.2)
     photos = [training.image(i) for i in range(0, len(training), len(training) // 64)]

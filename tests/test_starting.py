@@ -24,6 +24,7 @@ from onefold.reparam import fuse, leftovers
 from onefold.stages import Order, Watch, export, resume_run, start_run
 from onefold.stages.teachers import Pupil, _Interpreter, _Panel, open_master, open_teacher
 from onefold.train import Checkpoint, Distill, fit_linear
+from training_kit import StoppedError, stop_at
 
 NAME, SIZE = "mobilenetv1_025", 32
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
@@ -112,15 +113,8 @@ def test_a_run_from_fused_weights_resumes_to_the_bit_though_the_weights_are_gone
     told = recipe(photos, source, start=start, **{"plan.epochs": "2"})
     whole = start_run(told, tmp_path / "whole")
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(progress) -> None:
-        if progress.epoch == 2 and progress.step == 2:
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        start_run(told, tmp_path / "cut", watch=Watch(on_progress=stop, check=False))
+        start_run(told, tmp_path / "cut", watch=Watch(on_progress=stop_at(2, 2), check=False))
     source.unlink()
     resumed = resume_run(tmp_path / "cut")
     assert resumed.top1 == whole.top1

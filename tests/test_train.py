@@ -55,12 +55,8 @@ class Killed(Exception):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_fsync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    yield
-    torch.set_num_threads(before)
 
 
 def after(num_steps: int, act: Callable[[], None]) -> Callable[[Progress], None]:

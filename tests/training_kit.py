@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,6 +115,20 @@ def fresh(out: Path, plan: Plan = PLAN, data: Blobs = Blobs(), **run: object) ->
         lambda v: replace(data, worker=v, num_workers=num_workers) if num_workers > 1 else data, plan, around.world
     )
     return train(network(), batches, plan, around)
+
+
+class StoppedError(Exception):
+    """A run that a test has stopped."""
+
+
+def stop_at(epoch: int, step: int) -> Callable[[Progress], None]:
+    """What a run can be told its progress through, to be stopped there."""
+
+    def stop(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (epoch, step):
+            raise StoppedError
+
+    return stop
 
 
 def main(out: str, how: str, speed: str = "fast") -> None:
