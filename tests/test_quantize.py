@@ -153,33 +153,52 @@ def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_o
 
 
 def test_the_simulation_is_whole_number_arithmetic(small: nn.Module, images: Tensor) -> None:
-    """Each layer again with sums of whole numbers and one rescaling, as the graph stores them; a step apart at most."""
+    """Each layer again with sums of int64 and one rescaling in float32, from what the graph stores: the same bits."""
     made = quantize(small, images, Method(ranges="minmax"))
-    steps = [n for n in made.model.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
-    grids = [(n.args[1], n.args[2]) for n in steps]
-    state = made.model.state_dict()
+    steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
+    grids = [(np.float32(n.args[1]), n.args[2]) for n in steps]
+    state = {name: value.numpy() for name, value in made.graph.state_dict().items()}
     scale, zero = grids[0]
-    q = (torch.round(images.double() / scale) + zero).clamp(-128, 127)
+    q = np.clip(np.rint(images.numpy() * np.float32(1 / scale)) + zero, -128, 127).astype(np.int64)
+
+    def requantized(sums: np.ndarray, step: np.ndarray, grid: tuple, least: int) -> np.ndarray:
+        m = (step / grid[0]).reshape(-1, *[1] * (sums.ndim - 2))
+        return np.clip(np.rint(sums.astype(np.float32) * m) + grid[1], least, 127).astype(np.int64)
+
     geometry = {"stem": (2, 1, 1), "depthwise": (1, 1, 8), "pointwise": (1, 0, 1)}
-    for (name, (stride, padding, groups)), (out_scale, out_zero) in zip(geometry.items(), grids[1:4], strict=True):
-        step = state[f"{name}.weight_scale"].double() * scale
-        whole_bias = torch.round(state[f"{name}.bias"].double() / step)
-        assert torch.allclose(whole_bias * step, state[f"{name}.bias"].double(), rtol=1e-6)
-        kernel = state[f"{name}.weight_int8"].double()
-        assert kernel.abs().max() <= 127
-        sums = F.conv2d(q - zero, kernel, whole_bias, stride, padding, groups=groups)
-        q = (torch.round(sums * (step / out_scale)[:, None, None]) + out_zero).clamp(max(out_zero, -128), 127)
-        scale, zero = out_scale, out_zero
-    pooled = ((q - zero) * scale).mean((2, 3))
+    for (name, (stride, padding, groups)), grid in zip(geometry.items(), grids[1:4], strict=True):
+        step = state[f"{name}.weight_scale"] * scale
+        bias = np.rint(state[f"{name}.bias"] / step.astype(np.float64)).astype(np.int64)
+        kernel = state[f"{name}.weight_int8"].astype(np.int64)
+        x, w, b = (torch.from_numpy(each) for each in (q - zero, kernel, bias))
+        sums = F.conv2d(x, w, b, stride, padding, groups=groups).numpy()
+        q = requantized(sums, step, grid, grid[1])
+        scale, zero = grid
+    q = requantized((q - zero).sum((2, 3)), np.array(scale / np.float32(q[0, 0].size)), grids[4], -128)
     scale, zero = grids[4]
-    q = (torch.round(pooled / scale) + zero).clamp(-128, 127)
-    step = state["fc.weight_scale"].double() * scale
-    sums = (q - zero) @ state["fc.weight_int8"].double().T + torch.round(state["fc.bias"].double() / step)
-    out_scale, out_zero = grids[5]
-    logits = ((torch.round(sums * step / out_scale) + out_zero).clamp(-128, 127) - out_zero) * out_scale
-    off = (answer(made.model, images).double() - logits).abs() / out_scale
-    assert float(off.max()) <= 1.001  # a tie may fall to either side
-    assert float((off > 0.5).double().mean()) < 0.1
+    step = state["fc.weight_scale"] * scale
+    bias = np.rint(state["fc.bias"] / step.astype(np.float64)).astype(np.int64)
+    sums = (q - zero) @ state["fc.weight_int8"].astype(np.int64).T + bias
+    logits = (requantized(sums, step, grids[5], -128) - grids[5][1]) * grids[5][0]
+    assert np.array_equal(answer(made.model, images).numpy(), logits.astype(np.float32))
+    assert (
+        noise(answer(made.model, images), answer(made.graph, images)) < 0.05
+    )  # float sums, and ties that fall otherwise
+
+
+def test_sums_beyond_what_float32_holds_are_exact(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """A row of next to nothing has a bias of many steps; ONNX Runtime adds in 32-bit whole numbers."""
+    with torch.no_grad():
+        small.pointwise.weight[0] *= 3e-7
+        small.pointwise.bias[0] = 1.0
+    made = quantize(small, images, Method(equalize=False, correct=False, limit=63))
+    state = made.graph.state_dict()
+    steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
+    step = state["pointwise.weight_scale"][0] * steps[2].args[1]
+    assert (state["pointwise.bias"][0] / step).abs() > 2**24
+    about, x = About(model="small", fused=True), torch.randn(64, 3, 16, 16)
+    with load(export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8")) as session:
+        assert np.array_equal(session(x.numpy()), answer(made.model, x).numpy())
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "mobilenetv1_025", "mobileformer_26m"])
@@ -215,7 +234,7 @@ def test_collapse_and_its_cure(small: nn.Module, images: Tensor) -> None:
 def test_a_kept_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
     made = quantize(small, images, Method(keep=("depthwise",)))
     assert {each.name: each.quantized for each in made.layers}["depthwise"] is False
-    assert "depthwise.weight_int8" not in made.model.state_dict()
+    assert "depthwise.weight_int8" not in made.graph.state_dict()
     with pytest.raises(BadArgument, match="no layer 'stemm'"):
         quantize(small, images, Method(keep=("stemm",)))
 
@@ -249,7 +268,7 @@ def test_runtimes_compute_the_network_that_was_simulated(
     about = About(model="small", fused=True, details={"quantization": {"method": made.method.title}})
     x = torch.randn(64, 3, 16, 16)
     try:
-        artifact = export(made.model, x[:2].numpy(), tmp_path / "a", runtime=runtime, about=about, precision="int8")
+        artifact = export(made, x[:2].numpy(), tmp_path / "a", runtime=runtime, about=about, precision="int8")
     except MissingExtra as error:
         pytest.skip(str(error))
     assert artifact.details["quantization"] == {"method": made.method.title}
@@ -257,8 +276,11 @@ def test_runtimes_compute_the_network_that_was_simulated(
         found = session(x.numpy())
     simulated = answer(made.model, x).numpy()
     step = float(np.diff(np.unique(simulated)).min())
-    assert np.abs(found - simulated).max() <= 2.01 * step
-    assert (np.abs(found - simulated) < 0.5 * step).mean() >= 0.9
+    if runtime == "openvino":  # it scales sums in its own order
+        assert np.abs(found - simulated).max() <= 2.01 * step
+        assert (np.abs(found - simulated) < 0.5 * step).mean() >= 0.9
+    else:
+        assert np.abs(found - simulated).max() <= 1e-4 * step
 
 
 @pytest.mark.slow
@@ -281,7 +303,7 @@ def test_mobileone_s0_survives(weights: str, shared_data: Path) -> None:
 def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
     made = quantize(small, images)
     about = About(model="small", fused=True)
-    folder = export(made.model, images.numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8").folder
+    folder = export(made, images.numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8").folder
     graph = onnx.load(folder / "model.onnx").graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}

@@ -6,6 +6,7 @@ equalize.py     the ranges of channels made alike
 rounding.py     kernels rounded by the moments of their inputs
 calibrate.py    one walk through the network that chooses every grid, kernel and bias
 network.py      the network of 8 bits, in the form that runtimes read
+whole.py        the same, computed on whole numbers as devices do: the simulation
 method.py       how, as a value; what each layer lost
 quantize.py     the verb
 """
@@ -15,3 +16,4 @@ from onefold.quantize.method import LayerReport as LayerReport
 from onefold.quantize.method import Method as Method
 from onefold.quantize.quantize import Quantized as Quantized
 from onefold.quantize.quantize import quantize as quantize
+from onefold.quantize.whole import WholeNumbers as WholeNumbers

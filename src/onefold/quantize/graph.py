@@ -8,6 +8,7 @@ after the ReLU (or clamp) that directly follows it.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,14 +20,14 @@ from torch.fx import GraphModule, Node
 from onefold.errors import BadArgument
 
 aten = torch.ops.aten
-_CONV = (aten.conv2d.default, aten.conv2d.padding)
-_POOLS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
-_LINEAR = (aten.linear.default,)
-_CLAMPS = (
+CONVS = (aten.conv2d.default, aten.conv2d.padding)
+POOLS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+LINEARS = (aten.linear.default,)
+CLAMPS = (
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
     aten.relu6.default, aten.relu6_.default, aten.clamp.default, aten.clamp_min.default,
 )  # fmt: skip
-_SAME = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+SAME = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ class Layer:
         """The attribute that holds its bias (O,), if it has one."""
         given = self.node.args[2] if len(self.node.args) > 2 else None
         return None if given is None else _target(given)
+
+
+def bounds_of(clamp: object, args: tuple[object, ...]) -> tuple[float, float]:
+    """The least and the greatest value that one of CLAMPS lets through, given what follows its first argument."""
+    if clamp in (aten.relu.default, aten.relu_.default):
+        return 0.0, math.inf
+    if clamp in (aten.relu6.default, aten.relu6_.default):
+        return 0.0, 6.0
+    default = (-1.0, 1.0) if clamp in (aten.hardtanh.default, aten.hardtanh_.default) else (-math.inf, math.inf)
+    low, high = (*args, None, None)[:2]
+    return default[0] if low is None else float(low), default[1] if high is None else float(high)  # type: ignore[arg-type]
 
 
 def trace(model: nn.Module, images: Tensor) -> GraphModule:
@@ -93,9 +105,9 @@ def put(graph: GraphModule, name: str, value: Tensor) -> None:
 def _layers(graph: GraphModule) -> Iterator[Layer]:
     answer = next(node for node in graph.graph.nodes if node.op == "output")
     for node in graph.graph.nodes:
-        if node.op != "call_function" or node.target not in (*_CONV, *_LINEAR):
+        if node.op != "call_function" or node.target not in (*CONVS, *LINEARS):
             continue
-        is_conv = node.target in _CONV
+        is_conv = node.target in CONVS
         kept = not _reads_pooled(node) if is_conv else _is_last(node, answer)
         if not kept or not isinstance(node.args[0], Node):
             continue
@@ -110,9 +122,9 @@ def _reads_pooled(conv: Node) -> bool:
     source = conv.args[0]
     assert isinstance(source, Node)
     before = _origin(source)
-    if before.target in _CLAMPS and isinstance(before.args[0], Node):
+    if before.target in CLAMPS and isinstance(before.args[0], Node):
         before = before.args[0]
-    return before.target in _POOLS or (before.target in _CONV and _reads_pooled(before))
+    return before.target in POOLS or (before.target in CONVS and _reads_pooled(before))
 
 
 def _is_last(node: Node, answer: Node) -> bool:
@@ -121,7 +133,7 @@ def _is_last(node: Node, answer: Node) -> bool:
 
 def _origin(node: Node) -> Node:
     """The node that computes a value, past what only passes it on."""
-    while node.target in _SAME and isinstance(node.args[0], Node):
+    while node.target in SAME and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -129,7 +141,7 @@ def _origin(node: Node) -> Node:
 def _clamped(node: Node) -> Node:
     """The ReLU or clamp that alone reads a layer's value, or the layer."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in _CLAMPS else node
+    return users[0] if len(users) == 1 and users[0].target in CLAMPS else node
 
 
 def _target(node: object) -> str:

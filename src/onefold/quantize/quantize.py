@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import calibrate
@@ -12,6 +13,7 @@ from onefold.quantize.equalize import equalize_
 from onefold.quantize.graph import trace
 from onefold.quantize.method import LayerReport, Method
 from onefold.quantize.network import build_
+from onefold.quantize.whole import WholeNumbers
 
 _BATCH = 16
 _METHOD = Method()
@@ -19,12 +21,20 @@ _METHOD = Method()
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Quantized:
-    """A network of 8 bits, simulated in float: images (B, C, H, W) to logits (B, N); how it was made; what was lost."""
+    """A network of 8 bits: images (B, C, H, W) to logits (B, N) as a device computes them; how it was made; its losses.
 
-    model: nn.Module
+    `graph` is the same network with quantize and dequantize operations, which runtimes' converters read.
+    """
+
+    model: WholeNumbers
     method: Method
     layers: tuple[LayerReport, ...]
     images: int
+
+    @property
+    def graph(self) -> GraphModule:
+        """The network as converters read it."""
+        return self.model.network
 
 
 def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quantized:
@@ -41,4 +51,4 @@ def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quan
     if method.equalize:
         equalize_(graph)
     found = calibrate(graph, images.split(_BATCH), method)
-    return Quantized(model=build_(graph, found), method=method, layers=found.reports, images=len(images))
+    return Quantized(model=WholeNumbers(build_(graph, found)), method=method, layers=found.reports, images=len(images))

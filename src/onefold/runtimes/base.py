@@ -6,6 +6,7 @@ A runtime is one module with both halves side by side, named in RUNTIMES and imp
     PACKAGES     the packages whose versions matter
     PRECISIONS   what it can be asked for
     DETAILS      what the manifest says of its form (the opset, ...)
+    READS_GRIDS  whether a network of 8 bits comes to it with quantize and dequantize operations, or as whole numbers
     export       a traced network and a folder in, the files in the folder out
     load         the bytes of these files in, an engine out
 """
@@ -26,6 +27,7 @@ from onefold.runtimes.artifact import About, Artifact
 from onefold.runtimes.reference import Floats
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.export import ExportedProgram
 
 RUNTIMES: dict[str, str] = {
@@ -59,12 +61,25 @@ class Runtime(Protocol):
     PACKAGES: tuple[str, ...]
     PRECISIONS: tuple[str, ...]
     DETAILS: Mapping[str, object]
+    READS_GRIDS: bool
 
     def export(self, program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
         """Write FILES into the folder. May raise anything; MissingExtra where a package is missing."""
 
     def load(self, content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
         """The engine for the bytes of FILES. May raise anything; MissingExtra where a package is missing."""
+
+
+class EightBit(Protocol):
+    """A network of 8 bits, such as `quantize` makes, in both of its forms."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Images to logits, computed on whole numbers: the answer that a device must give."""
+
+    @property
+    def graph(self) -> nn.Module:
+        """The same with quantize and dequantize operations (quantized_decomposed), which converters read."""
 
 
 class Session:

@@ -25,6 +25,7 @@ FILES = ("model.json", "model.safetensors")
 PACKAGES = ("torch", "safetensors")
 PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {"form": "ATen calls, schema 1"}
+READS_GRIDS = False
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:

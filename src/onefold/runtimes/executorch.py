@@ -35,6 +35,7 @@ FILES = ("model.pte",)
 PACKAGES = ("torch", "executorch")
 PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {"backend": "XNNPACK", "input": "one image (1, C, H, W)"}
+READS_GRIDS = True
 
 _METHOD = "forward"
 _LAYERS = (

@@ -29,6 +29,7 @@ FILES = ("model.tflite",)
 PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
 PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
+READS_GRIDS = True
 
 _LOWEST, _HIGHEST = -128, 127
 _muting = Lock()

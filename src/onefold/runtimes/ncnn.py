@@ -28,6 +28,7 @@ FILES = ("model.ncnn.param", "model.ncnn.bin")
 PACKAGES = ("torch", "pnnx", "ncnn")
 PRECISIONS = ("fp32", "bf16")
 DETAILS: Mapping[str, object] = {"input": "in0", "output": "out0", "images_per_call": 1}
+READS_GRIDS = True
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:

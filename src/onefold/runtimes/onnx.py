@@ -29,6 +29,7 @@ FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {"opset": OPSET, "input": "images", "output": "logits"}
+READS_GRIDS = True
 
 _FATAL_ONLY = 4
 

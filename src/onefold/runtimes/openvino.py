@@ -27,6 +27,7 @@ FILES = ("model.xml", "model.bin")
 PACKAGES = ("torch", "openvino")
 PRECISIONS = ("fp32", "int8")
 DETAILS: Mapping[str, object] = {}
+READS_GRIDS = True
 
 _TELEMETRY = "openvino_telemetry"
 _HINTS = {"fp32": "f32", "int8": "f32"}

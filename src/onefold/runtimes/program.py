@@ -31,11 +31,6 @@ SCHEMA = 1
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 _T = TypeVar("_T", str, list[Json], dict[str, Json])
 
-# A network of 8 bits: the operators in which PyTorch writes grids.
-_QUANTIZED = {
-    f"quantized_decomposed.{name}.default"
-    for name in ("quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel")
-}
 _OPERATOR = re.compile(r"aten\.([a-z][A-Za-z0-9_]*)\.([A-Za-z][A-Za-z0-9_]*)")
 _ON_INTEGERS: dict[str, Callable[..., object]] = {
     "python.getitem": operator.getitem,
@@ -251,8 +246,6 @@ def _name(target: object) -> str:
     """The name under which a call is written."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and _is_plain(target):
         return str(target)
-    if str(target) in _QUANTIZED:
-        return str(target)
     for name, function in _ON_INTEGERS.items():
         if function is target:
             return name
@@ -263,8 +256,6 @@ def _find(name: str) -> Callable[..., object]:
     """The function that a written name stands for, if it is one that a program may call."""
     if name in _ON_INTEGERS:
         return _ON_INTEGERS[name]
-    if name in _QUANTIZED:
-        return _quantized(name)
     parts = _OPERATOR.fullmatch(name)
     if parts is None:
         raise ValueError(f"{name!r:.80} is not the name of an operator")
@@ -272,12 +263,6 @@ def _find(name: str) -> Callable[..., object]:
     if not isinstance(found, torch._ops.OpOverload) or not _is_plain(found):
         raise ValueError(f"a program may not call {name}")
     return found
-
-
-def _quantized(name: str) -> Callable[..., object]:
-    import torch.ao.quantization.fx._decomposed  # registers them
-
-    return getattr(torch.ops.quantized_decomposed, name.split(".")[1]).default
 
 
 def _is_plain(target: torch._ops.OpOverload) -> bool:

@@ -31,7 +31,7 @@ from onefold.runtimes.artifact import (
     render,
     seal,
 )
-from onefold.runtimes.base import Engine, Runtime, Session, find_runtime
+from onefold.runtimes.base import EightBit, Engine, Runtime, Session, find_runtime
 from onefold.runtimes.reference import Floats, Reference
 from onefold.runtimes.vendor import first_line, quiet, versions
 
@@ -62,24 +62,32 @@ class _Order:
 
 
 def export(
-    model: nn.Module, example: Example, folder: Path | str, *, runtime: str, about: About, precision: str = "fp32"
+    model: nn.Module | EightBit,
+    example: Example,
+    folder: Path | str,
+    *,
+    runtime: str,
+    about: About,
+    precision: str = "fp32",
 ) -> Artifact:
     """Write `model` (in eval mode, left as it is) for a runtime into `folder`, in place of an older artifact there.
 
-    `example` is images (B, C, H, W) float32 as the model sees them, which become the proof that travels with the
-    artifact, or only their shape (C, H, W), for two made-up ones. Raises GateFailed, and leaves nothing, where the
-    runtime's answer is not PyTorch's; BadArgument where the model, the place or an argument cannot be; MissingExtra.
+    For int8 it is what `quantize` gives. `example` is images (B, C, H, W) float32 as the model sees them, which become
+    the proof that travels with the artifact, or only their shape (C, H, W), for two made-up ones. Raises GateFailed,
+    and leaves nothing, where the runtime's answer is not PyTorch's; BadArgument where the model, the place or an
+    argument cannot be; MissingExtra.
     """
     from onefold.runtimes.program import trace
 
     kind, folder = find_runtime(runtime), Path(folder)
     _check_precision(runtime, kind, precision)
     _check_place(folder)
-    network, images = _frozen(model), _images(example)
+    network, form = _forms(model, kind)
+    images = _images(example)
     reference = Reference(images=images, logits=_answer(network, images))
     _check_about(about, reference.logits.shape[1])
     order = _Order(name=runtime, runtime=kind, precision=precision, about=about, reference=reference)
-    program = trace(network, _tensor(images[:2]))
+    program = trace(form, _tensor(images[:2]))
     with replacing(folder) as aside:
         aside.mkdir()
         _write(order, program, aside)
@@ -235,6 +243,17 @@ def _check_about(about: About, num_classes: int) -> None:
         json.dumps([dict(about.preprocessing), dict(about.details)], allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadArgument(f"preprocessing and details must be plain mappings that JSON can hold: {error}") from error
+
+
+def _forms(model: nn.Module | EightBit, kind: Runtime) -> tuple[nn.Module, nn.Module]:
+    """The network whose answers are the proof, and the same in the form that the runtime reads."""
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        network = _frozen(model)
+        return network, network
+    network = _frozen(model.model)
+    return network, _frozen(model.graph) if kind.READS_GRIDS else network
 
 
 def _frozen(model: nn.Module) -> nn.Module:

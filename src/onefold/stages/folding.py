@@ -74,7 +74,7 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
     suffix = "" if about.fused else "-unfused"
     return [
         export_to(
-            network.model if made is None else made.model,
+            network.model if made is None else made,
             (card.in_chans, size, size),
             out / f"{runtime}-{order.precision}{suffix}",
             runtime=runtime,
