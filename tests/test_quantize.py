@@ -118,7 +118,7 @@ def test_equalizing_changes_ranges_and_not_the_answer(images: Tensor) -> None:
     fused = fuse(model.eval())
     graph = trace(fused, images.double())
     before = answer(graph, images.double())
-    assert equalize_(graph) == len(layers(graph)) - 1  # a chain through and through, the head included
+    assert equalize_(graph, [images.double()]) == len(layers(graph)) - 1  # a chain through and through, the head included
     assert noise(before, answer(graph, images.double())) < 1e-12
 
 
@@ -126,7 +126,7 @@ def test_equalizing_stops_at_gates(images: Tensor) -> None:
     fused = fuse(shaken(create_model("mobileone_s4", num_classes=7)).eval()).double()
     graph = trace(fused, images.double())
     before = answer(graph, images.double())
-    assert 0 < equalize_(graph) < len(layers(graph)) - 1
+    assert 0 < equalize_(graph, [images.double()]) < len(layers(graph)) - 1
     assert noise(before, answer(graph, images.double())) < 1e-12
 
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from onefold.errors import BadArgument
-from onefold.quantize.graph import Layer, layers, parameter, points
+from onefold.quantize.graph import Layer, layers, padded, parameter, points
 from onefold.quantize.grid import Grid, choose, weight_scales
 from onefold.quantize.method import LayerReport, Method
 from onefold.quantize.rounding import by_moments, covariance_of, nearest
@@ -151,7 +151,8 @@ class _Walk:
 
     def _snap(self, node: Node) -> None:
         chunks = [x for x in self._quant[node] if isinstance(x, Tensor)]
-        grid = choose(chunks, self._method.ranges)
+        before = padded(node)
+        grid = self.grids[before] if before in self.grids else choose(chunks, self._method.ranges)
         self.grids[node] = grid
         self._quant[node] = [grid.snap(x) for x in chunks]
 

@@ -4,40 +4,90 @@ Between two layers joined by a ReLU, channel c may be divided by s[c] in the fir
 since relu(x / s) = relu(x) / s. With s = sqrt(r1 / r2), where r1 and r2 are the largest weights of channel c in the
 first (its bias among them, or a channel that is nothing but its bias would grow without end) and in the second, both
 have the range sqrt(r1 r2). A fused MobileOne is a chain of such pairs, broken only at its gates. A clamp from above
-lets no scale through, so layers joined by one are left alone.
+(ReLU6) lets a scale through for a channel that stays below it: on the images given, one that does not is left as it is,
+and the others may grow until they reach it.
 
 Source: Nagel et al., arXiv 1906.04721, section 4.1.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
-from onefold.quantize.graph import Layer, layers, parameter, put
+from onefold.quantize.graph import CLAMPS, Layer, bounds_of, layers, padded, parameter, put
 
 _ROUNDS = 30
 _MOST = 1e4
+_RARE = 1e-4  # the share of a channel's values that may lie at the clamp
 
 
-def equalize_(graph: GraphModule) -> int:
-    """Equalize every pair of layers that can be, in place; the number of pairs."""
-    found = layers(graph)
-    pairs = [pair for pair in pairwise(found) if _joined(*pair)]
+@torch.no_grad()
+def equalize_(graph: GraphModule, batches: Sequence[Tensor]) -> int:
+    """Equalize every pair of layers that can be, in place, by batches (B, C, H, W); the number of pairs."""
+    pairs = [pair for pair in pairwise(layers(graph)) if _joined(*pair)]
+    ends = _ends(graph, [first for first, _ in pairs], batches)
     for _ in range(_ROUNDS):
-        changed = [_equalize(graph, *pair) for pair in pairs]
+        changed = [_equalize(graph, first, second, ends[first]) for first, second in pairs]
         if not any(changed):
             break
     return len(pairs)
 
 
+def _ends(graph: GraphModule, found: list[Layer], batches: Sequence[Tensor]) -> dict[Layer, list[Tensor]]:
+    """The least and the greatest number (C,) that the channels of each layer may still be divided by."""
+    seen = _Seen(graph, {layer.output: _cap(layer) for layer in found})
+    for batch in batches:
+        seen.run(batch)
+    ends = {}
+    for layer in found:
+        peak = seen.peak[layer.output]
+        reached = seen.at_cap[layer.output] > _RARE * seen.count[layer.output]
+        least = (peak / peak.max()).clamp(1 / _MOST, 1)
+        ends[layer] = [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MOST)]
+    return ends
+
+
+class _Seen(Interpreter):
+    """What came before clamps while the graph ran: per channel the peak, and how many values reached the clamp."""
+
+    def __init__(self, graph: GraphModule, caps: dict[Node, float]) -> None:
+        super().__init__(graph)
+        self._caps = caps
+        self.peak: dict[Node, Tensor] = {}
+        self.at_cap: dict[Node, Tensor] = {}
+        self.count = dict.fromkeys(caps, 0)
+
+    def run_node(self, n: Node) -> Any:
+        """The node's value, looked at."""
+        value = super().run_node(n)
+        if n in self._caps:
+            channels = value.transpose(0, 1).flatten(1)
+            reached = (channels >= self._caps[n]).sum(1)
+            peak = channels.abs().amax(1)
+            self.peak[n] = torch.maximum(self.peak[n], peak) if n in self.peak else peak
+            self.at_cap[n] = self.at_cap[n] + reached if n in self.at_cap else reached
+            self.count[n] += channels.shape[1]
+        return value
+
+
+def _cap(layer: Layer) -> float:
+    """The greatest value that a layer's clamp lets through."""
+    if layer.output is layer.node:
+        return math.inf
+    return bounds_of(layer.output.target, layer.output.args[1:])[1]
+
+
 def _joined(first: Layer, second: Layer) -> bool:
-    """Whether the second alone reads the first, through a ReLU or nothing or a mean over the map."""
+    """Whether the second alone reads the first, through a clamp from 0 or nothing or a mean over the map."""
     node = first.output
-    if node is not first.node and "relu.default" not in str(node.target) and "relu_.default" not in str(node.target):
+    if node.target in CLAMPS and bounds_of(node.target, node.args[1:])[0] not in (0.0, -math.inf):
         return False
     while len(node.users) == 1:
         (after,) = node.users
@@ -50,20 +100,20 @@ def _joined(first: Layer, second: Layer) -> bool:
 
 
 def _is_linear(node: Node) -> bool:
-    """A mean or a change of shape, for which scaled channels stay scaled."""
+    """A mean, zeros around or a change of shape, for which scaled channels stay scaled."""
     name = str(node.target)
-    return name.startswith(("aten.mean.", "aten.dropout.", "aten.adaptive_avg_pool2d."))
+    return padded(node) is not None or name.startswith(("aten.mean.", "aten.dropout.", "aten.adaptive_avg_pool2d."))
 
 
-def _equalize(graph: GraphModule, first: Layer, second: Layer) -> bool:
-    """One step of one pair; whether it changed anything by more than a hundredth."""
+def _equalize(graph: GraphModule, first: Layer, second: Layer, ends: list[Tensor]) -> bool:
+    """One step of one pair, and of what is left between its ends; whether anything changed by over a hundredth."""
     one, two = parameter(graph, first.weight), parameter(graph, second.weight)
     out = one.flatten(1).abs().amax(1)
-    if first.bias is not None:  # a channel of nothing but its bias is as large as that
-        out = torch.maximum(out, parameter(graph, first.bias).abs())
     into = _by_input(two, second).abs().amax(1)
     live = (out > 0) & (into > 0)
-    s = torch.where(live, (out / into.clamp(min=1e-30)).sqrt(), torch.ones_like(out)).clamp(1 / _MOST, _MOST)
+    s = torch.where(live, (out / into.clamp(min=1e-30)).sqrt(), torch.ones_like(out))
+    s = torch.minimum(torch.maximum(s, ends[0]), ends[1])
+    ends[:] = [end / s for end in ends]
     put(graph, first.weight, one / s.view(-1, *[1] * (one.dim() - 1)))
     if first.bias is not None:
         put(graph, first.bias, parameter(graph, first.bias) / s)

@@ -27,6 +27,7 @@ CLAMPS = (
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
     aten.relu6.default, aten.relu6_.default, aten.clamp.default, aten.clamp_min.default,
 )  # fmt: skip
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 SAME = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 
 
@@ -83,9 +84,20 @@ def layers(graph: GraphModule) -> list[Layer]:
 
 
 def points(found: list[Layer]) -> list[Node]:
-    """Every point of these layers, once, in order."""
-    ordered = dict.fromkeys(node for layer in found for node in (layer.source, layer.output))
+    """Every point of these layers, once, in order; what is padded with zeros is one before and after."""
+    ordered: dict[Node, None] = {}
+    for layer in found:
+        if (before := padded(layer.source)) is not None:
+            ordered[before] = None
+        ordered |= {layer.source: None, layer.output: None}
     return list(ordered)
+
+
+def padded(node: Node) -> Node | None:
+    """What a node pads with zeros, which every grid has; None where it does something else."""
+    if node.target not in PADS or any(node.args[2:]) and node.args[2:] != ("constant",):
+        return None
+    return _origin(node.args[0]) if isinstance(node.args[0], Node) else None
 
 
 def parameter(graph: GraphModule, name: str) -> Tensor:

@@ -47,8 +47,8 @@ def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quan
         raise BadArgument("the model is in train mode, where its answer depends on the batch; call model.eval() first")
     if images.dim() != 4 or len(images) < 2:
         raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, came {tuple(images.shape)}")
-    graph = trace(model, images[:2])
+    graph, batches = trace(model, images[:2]), images.split(_BATCH)
     if method.equalize:
-        equalize_(graph)
-    found = calibrate(graph, images.split(_BATCH), method)
+        equalize_(graph, batches)
+    found = calibrate(graph, batches, method)
     return Quantized(model=WholeNumbers(build_(graph, found)), method=method, layers=found.reports, images=len(images))

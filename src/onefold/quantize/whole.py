@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
-from onefold.quantize.graph import CLAMPS, CONVS, LINEARS, POOLS, SAME, bounds_of, parameter
+from onefold.quantize.graph import CLAMPS, CONVS, LINEARS, POOLS, SAME, bounds_of, padded, parameter
 from onefold.quantize.grid import HIGHEST, LOWEST
 
 _ops = torch.ops.quantized_decomposed
@@ -98,10 +98,10 @@ class _Run(Interpreter):
     def __init__(self, graph: GraphModule, wide: frozenset[str]) -> None:
         super().__init__(graph)
         self._wide = wide
-        self._node = ""
+        self._node = next(iter(graph.graph.nodes))
 
     def run_node(self, n: Node) -> Any:
-        self._node = n.name
+        self._node = n
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,7 +115,7 @@ class _Run(Interpreter):
                 return self._layer(target, first, args[1], args[2:])
             if target in POOLS and (sums := _pooled(target, first, args[1:])) is not None:
                 return sums
-            if target in SAME:
+            if target in SAME or padded(self._node) is not None:
                 return _Stored(target(first.whole, *args[1:]), first.scale)
         if isinstance(first, _Sums):
             if target in CLAMPS:
@@ -135,7 +135,7 @@ class _Run(Interpreter):
         bias, *geometry = rest
         step = kernel.scales * x.scale
         whole = torch.round(bias.double() / step.double())
-        if self._node in self._wide:
+        if self._node.name in self._wide:
             sums = target(x.whole.double(), kernel.whole.double(), whole, *geometry).float()
         else:
             sums = target(x.whole, kernel.whole, whole.float(), *geometry)
