@@ -83,6 +83,7 @@ def train(
     resume: Annotated[Path | None, Option(help="go on with the run in this folder")] = None,
     img_size: Size = None,
     epochs: Annotated[int | None, Option(help="another length, the warm-up in proportion")] = None,
+    int8: Annotated[bool, Option("--int8", help="train as the network of 8 bits that will ship")] = False,
     batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
     scale_to_batch: Annotated[
         int | None, Option(help="this batch size, lr and EMA scaled to it by stated rules")
@@ -115,7 +116,7 @@ def train(
     given = {"data.spec": data, "model": model, "weights": weights, "start": start, "head": head, **short}
     given["plan.distill.teacher"] = teacher
     changes = {field: str(value) for field, value in given.items() if value is not None}
-    changes |= _dotted(context.args)
+    changes |= ({"int8": "{}"} if int8 else {}) | _dotted(context.args)
     if show:
         chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
         display.recipe(chosen, to=sys.stdout)
@@ -219,19 +220,55 @@ def export(
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a proof of the answer inside."""
-    from onefold.quantize import Method
     from onefold.stages import Calibration, Order
     from onefold.stages import export as export_all
 
-    runtimes = [name.strip() for name in to.split(",") if name.strip()]
-    if not runtimes:
-        raise BadArgument("--to names no runtime: give one or more of eager, onnx, openvino, executorch, litert, ncnn")
-    method = Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
+    method = _method(weight_bits, per_tensor=per_tensor)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
-    order = Order(runtimes=runtimes, precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
+    order = Order(runtimes=_names(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
     with display.waiting("exporting"):
         artifacts = export_all(source, out, order, name=model)
     display.artifacts(artifacts)
+
+
+@app.command()
+def deploy(
+    source: Source,
+    data: Annotated[str, Option("--data", "--data-dir", help="photos that it will meet: to calibrate int8, to score")],
+    out: Annotated[Path, Option("--out", "-o", help="the folder to make")] = Path("deploy"),
+    to: Annotated[str, Option(help="runtimes, by comma")] = "onnx",
+    int8: Annotated[bool, Option("--int8", help="8 bits too, where the runtime has them")] = False,
+    half: Annotated[bool, Option("--half", help="16 bits too (fp16 or bf16), where the runtime has them")] = False,
+    val: Annotated[str | None, Option(help="labelled photos to score on, if not those held out of --data")] = None,
+    max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that may be lost before it fails")] = 1.0,
+    calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
+    weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
+    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
+    samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
+    threads: Threads = 1,
+    model: Name = None,
+    img_size: Size = None,
+) -> None:
+    """Everything for devices in one folder: artifacts, verified, scored and timed; a README, a model card, a report.
+
+    How int8 is calibrated is chosen by measured accuracy on --data. Exit status 1 where an artifact loses more than
+    --max-drop points of top-1; without labels, per cent of the answers.
+    """
+    from onefold.bench import Procedure
+    from onefold.stages import Calibration, Deployment
+    from onefold.stages import deploy as run
+
+    method = _method(weight_bits, per_tensor=per_tensor)
+    order = Deployment(
+        runtimes=_names(to),
+        precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
+        calibration=Calibration(data=data, count=calibrate, method=method, search=True),
+        val=val,
+        max_drop=max_drop,
+        size=img_size,
+        procedure=Procedure(samples=samples, threads=threads),
+    )
+    typer.echo(f"wrote {run(source, out, order, name=model, say=display.say).folder}")
 
 
 @app.command()
@@ -281,6 +318,20 @@ def demo(
     with display.training() as on_progress:
         page = run(out, say=display.say, on_progress=on_progress, epochs=epochs)
     typer.echo(f"\nThe report: {page}")
+
+
+def _names(to: str) -> list[str]:
+    """The runtimes of a list by comma. Raises BadArgument where there is none."""
+    names = [name.strip() for name in to.split(",") if name.strip()]
+    if not names:
+        raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
+    return names
+
+
+def _method(weight_bits: int, *, per_tensor: bool) -> Method:
+    from onefold.quantize import Method
+
+    return Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
 
 
 def _dotted(arguments: Sequence[str]) -> dict[str, str]:

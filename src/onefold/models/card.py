@@ -60,6 +60,8 @@ class Card:
     licence: str = ""
     source: str = ""
     """Where the weights are from, and what was changed on the way."""
+    int8: Mapping[str, Any] | None = None
+    """The grids that the weights were trained on, as `quantize.Grids` writes them; None where they were not."""
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(self.classes) != self.num_classes:
@@ -110,6 +112,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "version": (str,),
     "licence": (str,),
     "source": (str,),
+    "int8": (dict, type(None)),
 }
 
 

@@ -7,13 +7,21 @@ rounding.py     kernels rounded by the moments of their inputs
 calibrate.py    one walk through the network that chooses every grid, kernel and bias
 network.py      the network of 8 bits, in the form that runtimes read
 whole.py        the same, computed on whole numbers as devices do: the simulation
+settled.py      grids as a few numbers beside the weights, and the network of 8 bits made of both
+aware.py        training as the network of 8 bits
 method.py       how, as a value; what each layer lost
 quantize.py     the verb
 """
 
+from onefold.quantize.aware import calibrated as calibrated
+from onefold.quantize.aware import is_aware as is_aware
+from onefold.quantize.aware import make_aware_ as make_aware_
+from onefold.quantize.aware import plain_ as plain_
 from onefold.quantize.method import PLAIN as PLAIN
 from onefold.quantize.method import LayerReport as LayerReport
 from onefold.quantize.method import Method as Method
 from onefold.quantize.quantize import Quantized as Quantized
 from onefold.quantize.quantize import quantize as quantize
+from onefold.quantize.settled import Grids as Grids
+from onefold.quantize.settled import ship as ship
 from onefold.quantize.whole import WholeNumbers as WholeNumbers

@@ -8,7 +8,7 @@ rounded for the inputs that it will really get, and its bias makes good what was
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from onefold.errors import BadArgument
 from onefold.quantize.graph import Layer, layers, padded, parameter, points
 from onefold.quantize.grid import Grid, choose, weight_scales
 from onefold.quantize.method import LayerReport, Method
-from onefold.quantize.rounding import by_moments, covariance_of, nearest
+from onefold.quantize.rounding import by_moments, moments_of, nearest
 
 _LARGEST_BIAS = 2.0**30
 
@@ -118,19 +118,20 @@ class _Walk:
     def _kernel(self, layer: Layer) -> Kernel:
         method, weight = self._method, parameter(self._graph, layer.weight)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else parameter(self._graph, layer.bias)
-        flat = weight.flatten(1)
+        moments = moments_of(layer, *(self._tensors(values, layer.node) for values in (self._quant, self._float)), weight)
+        flat = moments.restored(weight.flatten(1)) if method.restore else weight.flatten(1)
         scales = weight_scales(flat, limit=method.limit, per_tensor=method.weights == "tensor", search=method.search)
-        # A row of next to nothing would have steps so fine that its bias overflows 32 bits.
-        scales = torch.maximum(scales, bias.abs() / (self.grids[layer.source].scale * _LARGEST_BIAS))
-        inputs = self._tensors(self._quant, layer.node)
-        if method.rounding == "moments":
-            whole = by_moments(flat, scales, method.limit, covariance_of(layer, inputs, weight))
-        else:
-            whole = nearest(flat, scales, method.limit)
-        kernel = Kernel(whole.view_as(weight), scales, bias)
+
+        def rounded(scales: Tensor) -> Tensor:
+            if method.rounding == "moments":
+                return by_moments(flat, scales, method.limit, moments.covariance)
+            return nearest(flat, scales, method.limit)
+
+        input_scale = self.grids[layer.source].scale
+        kernel = settle(weight, bias, scales, input_scale, rounded)
         if method.correct:
-            kernel = Kernel(kernel.whole, scales, bias + self._shift(layer, kernel))
-        return _settled(kernel, self.grids[layer.source].scale)
+            kernel = _with_bias(kernel, bias + self._shift(layer, kernel), input_scale)
+        return kernel
 
     def _shift(self, layer: Layer, kernel: Kernel) -> Tensor:
         """How much the mean of each output (O,) has fallen."""
@@ -180,10 +181,21 @@ def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return answer
 
 
-def _settled(kernel: Kernel, input_scale: float) -> Kernel:
-    """The kernel with its bias on the grid of its sums, as the 32-bit whole numbers that runtimes add."""
+def settle(
+    weight: Tensor, bias: Tensor, scales: Tensor, input_scale: float, rounded: Callable[[Tensor], Tensor]
+) -> Kernel:
+    """A kernel (O, ...) and bias (O,) on grids of these scales (O,), whole numbers (O, K) chosen by `rounded`.
+
+    A row of next to nothing would have steps so fine that its bias overflows 32 bits: it gets coarser ones.
+    """
+    scales = torch.maximum(scales, bias.abs() / (input_scale * _LARGEST_BIAS))
+    return _with_bias(Kernel(rounded(scales).view_as(weight), scales, bias), bias, input_scale)
+
+
+def _with_bias(kernel: Kernel, bias: Tensor, input_scale: float) -> Kernel:
+    """The kernel with this bias on the grid of its sums, as the 32-bit whole numbers that runtimes add."""
     step = kernel.scales.double() * input_scale
-    whole = torch.round(kernel.bias.double() / step)
+    whole = torch.round(bias.double() / step)
     return Kernel(kernel.whole, kernel.scales, (whole * step).float())
 
 

@@ -22,6 +22,7 @@ class Method:
     equalize: bool = True
     ranges: Ranges = "mse"
     search: bool = True
+    restore: bool = True
     rounding: Literal["nearest", "moments"] = "moments"
     correct: bool = True
     weights: Literal["channel", "tensor"] = "channel"
@@ -37,7 +38,7 @@ class Method:
         return f"per {self.weights}, " + ", ".join(steps)
 
 
-PLAIN = Method(equalize=False, ranges="minmax", search=False, rounding="nearest", correct=False)
+PLAIN = Method(equalize=False, ranges="minmax", search=False, restore=False, rounding="nearest", correct=False)
 """What a vendor's tool does by default: extremes, rounding to nearest."""
 
 

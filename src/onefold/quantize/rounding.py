@@ -11,6 +11,7 @@ Source: Frantar et al., arXiv 2210.17323 (GPTQ), here for grouped convolutions. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from onefold.quantize.graph import Layer
 
 _DAMP = 0.01
+_DRAWN = 0.01
 _MOST_PATCHES = 60_000
 
 
@@ -46,18 +48,42 @@ def by_moments(kernel: Tensor, scales: Tensor, limit: int, covariance: Tensor) -
     return whole.flatten(0, 1).float()
 
 
-def covariance_of(layer: Layer, chunks: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """The covariance (G, K, K) of the patches that a layer reads, float64, from evenly chosen ones."""
-    each = max(1, _MOST_PATCHES // len(chunks))
-    pilot = _patches(layer, chunks[0], weight, each).mean(-1, keepdim=True)
-    total, mean, count = (pilot @ pilot.mT * 0).double(), (pilot * 0).double(), 0
-    for chunk in chunks:
-        patches = _patches(layer, chunk, weight, each) - pilot
-        total += (patches @ patches.mT).double()
-        mean += patches.sum(-1, keepdim=True).double()
-        count += patches.shape[-1]
-    mean /= count
-    return total / count - mean @ mean.mT
+@dataclass(frozen=True)
+class Moments:
+    """Of the patches that a layer reads, float64: their covariance (G, K, K), and that of the true ones with them.
+
+    The true patches are those of the network in floating point: `cross` is the mean of true x given^T.
+    """
+
+    covariance: Tensor
+    cross: Tensor
+
+    def restored(self, kernel: Tensor) -> Tensor:
+        """The kernel (O, K) that, on the given patches, comes nearest to what `kernel` answers to the true ones.
+
+        Least squares, drawn towards `kernel` where the patches say little.
+        """
+        groups = len(self.covariance)
+        rows = kernel.double().unflatten(0, (groups, -1))
+        lost = rows @ (self.cross - self.covariance)  # (G, O/G, K)
+        step = torch.linalg.solve(_lifted(self.covariance, _DRAWN), lost.mT).mT
+        return (rows + step).flatten(0, 1).to(kernel.dtype)
+
+
+def moments_of(layer: Layer, given: Sequence[Tensor], true: Sequence[Tensor], weight: Tensor) -> Moments:
+    """The moments of the patches that a layer reads, from evenly chosen ones."""
+    each = max(1, _MOST_PATCHES // len(given))
+    pilot = _patches(layer, given[0], weight, each).mean(-1, keepdim=True)
+    squares, products = (pilot @ pilot.mT * 0).double(), (pilot @ pilot.mT * 0).double()
+    means, count = [(pilot * 0).double(), (pilot * 0).double()], 0
+    for x, y in zip(given, true, strict=True):
+        a, b = (_patches(layer, chunk, weight, each) - pilot for chunk in (x, y))
+        squares += (a @ a.mT).double()
+        products += (b @ a.mT).double()
+        means = [mean + part.sum(-1, keepdim=True).double() for mean, part in zip(means, (a, b), strict=True)]
+        count += a.shape[-1]
+    a_mean, b_mean = (mean / count for mean in means)
+    return Moments(squares / count - a_mean @ a_mean.mT, products / count - b_mean @ a_mean.mT)
 
 
 def _patches(layer: Layer, x: Tensor, weight: Tensor, most: int) -> Tensor:
@@ -88,8 +114,12 @@ def _pair(args: tuple[object, ...], at: int, default: int) -> tuple[int, int]:
 
 def _inverse_root(covariance: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse, the diagonal lifted so that there is one."""
-    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
-    lift = (_DAMP * diagonal.mean(-1)).clamp(min=1e-12)
-    lifted = covariance + torch.diag_embed(lift[:, None].expand_as(diagonal))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_lifted(covariance, _DAMP)))
     return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _lifted(covariance: Tensor, share: float) -> Tensor:
+    """The covariance with a share of its mean diagonal added to its diagonal."""
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    lift = (share * diagonal.mean(-1)).clamp(min=1e-12)
+    return covariance + torch.diag_embed(lift[:, None].expand_as(diagonal))

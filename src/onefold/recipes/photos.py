@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onefold.data import HorizontalFlip, Preprocessing, RandomResizedCrop
-from onefold.recipes.recipe import Data, Recipe
+from onefold.recipes.recipe import Data, Int8, Recipe
 from onefold.train import SGD, Cosine, Distill, Ema, Epochs, Plan, WeightDecay
 
 
@@ -63,6 +63,16 @@ def finetune() -> Recipe:
         head="probe",
         start="plain",
     )
+
+
+def int8() -> Recipe:
+    """The same as photos:finetune, but for 8 bits: give --data and --weights, such as the run that photos:finetune made.
+
+    Kernels and activations are rounded in every step as the device will round them, so what is trained is what ships.
+    """
+    base = finetune()
+    plan = replace(base.plan, epochs=2, optimizer=SGD(lr=1e-4, momentum=0.9))
+    return replace(base, name="photos:int8", plan=plan, head="kept", int8=Int8())
 
 
 def probe() -> Recipe:

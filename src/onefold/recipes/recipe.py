@@ -58,6 +58,17 @@ class Expected:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8:
+    """Training as the network of 8 bits: a scale of the weights a "channel" or a "tensor", whole numbers up to `limit`
+    (63 where 16-bit sums saturate), grids of the activations chosen on so many of the training images.
+    """
+
+    weights: Literal["channel", "tensor"] = "channel"
+    limit: Literal[63, 127] = 127
+    images: Annotated[int, Within(2, 100_000)] = 200
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A complete training: which network, on what, how. `steps` augment; `preprocessing` is the network's for ever.
 
@@ -70,6 +81,8 @@ class Recipe:
     where the weights are fused, "expanded" to branches that fold to them (see `reparam.expand`). `head` is what
     becomes of the weights' last layer: "kept" where it is for as many classes, "fresh", or the linear "probe" that
     fits the photos best.
+
+    With `int8` the network trains, is judged and ships as one of 8 bits.
     """
 
     name: str
@@ -85,6 +98,7 @@ class Recipe:
     weights: str | None = None
     start: Literal["plain", "skips", "expanded"] = "plain"
     head: Literal["kept", "fresh", "probe"] = "kept"
+    int8: Int8 | None = None
     expect: Expected | None = None
     notes: tuple[str, ...] = ()
 

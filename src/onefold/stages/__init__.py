@@ -7,6 +7,10 @@ recipe -> `start_run` -> runs/<name>/ -> `fuse` -> fused.safetensors -> `export`
 from onefold.stages.answers import Prediction as Prediction
 from onefold.stages.answers import evaluate as evaluate
 from onefold.stages.answers import predict as predict
+from onefold.stages.deploying import Deployed as Deployed
+from onefold.stages.deploying import Deployment as Deployment
+from onefold.stages.deploying import Verdict as Verdict
+from onefold.stages.deploying import deploy as deploy
 from onefold.stages.demo import demo as demo
 from onefold.stages.examining import Exam as Exam
 from onefold.stages.examining import Scored as Scored

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onefold.data import Preprocessing
 from onefold.errors import BadArgument
 from onefold.models import Cost, cost
 from onefold.models.hub import save_weights
@@ -42,7 +41,7 @@ def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: f
 class Order:
     """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's).
 
-    int8 needs `calibration`; no other precision takes it.
+    int8 needs `calibration`, unless the weights were trained as a network of 8 bits; no other precision takes it.
     """
 
     runtimes: Sequence[str]
@@ -58,8 +57,17 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
-    network = _at(network, order.size)
+    network = network.at(order.size)
     made = _quantized(network, order)
+    suffix = "" if network.is_fused else "-unfused"
+    return [
+        export_made(network, made, out / f"{runtime}-{order.precision}{suffix}", runtime, order.precision)
+        for runtime in order.runtimes
+    ]
+
+
+def export_made(network: Network, made: Quantized | None, folder: Path, runtime: str, precision: str) -> Artifact:
+    """One verified artifact of a network, or of the one of 8 bits that was `made` of it."""
     card, size = network.card, network.preprocessing.size
     about = About(
         model=card.model,
@@ -68,33 +76,16 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         classes=card.classes,
         preprocessing=network.preprocessing.to_dict(),
         licence=card.licence or None,
-        source=card.source or str(source),
+        source=card.source or network.title,
         details={} if made is None else told(made),
     )
-    suffix = "" if about.fused else "-unfused"
-    return [
-        export_to(
-            network.model if made is None else made,
-            (card.in_chans, size, size),
-            out / f"{runtime}-{order.precision}{suffix}",
-            runtime=runtime,
-            about=about,
-            precision=order.precision,
-        )
-        for runtime in order.runtimes
-    ]
+    model = network.model if made is None else made
+    return export_to(model, (card.in_chans, size, size), folder, runtime=runtime, about=about, precision=precision)
 
 
 def _quantized(network: Network, order: Order) -> Quantized | None:
     """The network of 8 bits, where that is what is asked for. BadArgument where photos are missing or too many."""
-    if (order.precision == "int8") != (order.calibration is not None):
+    photos, wanted = order.calibration is not None, order.precision == "int8"
+    if (photos and not wanted) or (wanted and not photos and network.card.int8 is None):
         raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
-    return None if order.calibration is None else quantized(network, order.calibration)
-
-
-def _at(network: Network, size: int | None) -> Network:
-    """The network, told to be used on images of another size."""
-    if size is None:
-        return network
-    other = Preprocessing.from_dict({**network.preprocessing.to_dict(), "size": size})
-    return replace(network, card=replace(network.card, preprocessing=other.to_dict()))
+    return quantized(network, order.calibration) if wanted else None

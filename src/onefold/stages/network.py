@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
+from onefold.quantize import Grids, WholeNumbers, ship
 from onefold.reparam import drift, fuse, leftovers
 from onefold.runtimes import load
 
@@ -56,6 +57,21 @@ class Network:
             )
         facts = {**self.card.to_dict(), "fused": True, "drift": distance}
         return Network(model=fused, card=Card(**facts), title=self.title), distance
+
+    def eight_bit(self) -> WholeNumbers:
+        """The network of 8 bits that the weights were trained as. Raises BadArgument where they were not, or not fused."""
+        if self.card.int8 is None or not self.is_fused:
+            why = "was not trained as one of 8 bits" if self.card.int8 is None else "is not fused"
+            raise BadArgument(f"{self.title} {why}: give photos to calibrate it with (--data)")
+        size = self.preprocessing.size
+        return ship(self.model, Grids.from_dict(self.card.int8), (self.card.in_chans, size, size))
+
+    def at(self, size: int | None) -> Network:
+        """The network, told to be used on images of another size; None leaves it."""
+        if size is None or size == self.preprocessing.size:
+            return self
+        other = Preprocessing.from_dict({**self.preprocessing.to_dict(), "size": size})
+        return replace(self, card=replace(self.card, preprocessing=other.to_dict()))
 
     def noise(self, count: int = 2) -> torch.Tensor:
         """Made-up images (count, C, H, W) of the size it is used on, the same at each call."""
@@ -139,27 +155,30 @@ def open_predictor(
     network = open_network(source, name=name)
     if fused and not network.is_fused:
         network, _ = network.fused()
-    preprocessing = network.preprocessing
-    if size is not None:
-        preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), "size": size})
-    shape = (network.card.in_chans, preprocessing.size, preprocessing.size)
-    counted = cost(network.model, preprocessing.size)
+    return predictor_of(network.at(size), threads=threads)
+
+
+def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
+    """A torch network, ready to answer; one that was trained as a network of 8 bits answers as that, once fused."""
+    card, size = network.card, network.preprocessing.size
+    is_int8 = network.is_fused and card.int8 is not None
+    counted = cost(network.model, size)
     facts = {
-        "model": network.card.model,
+        "model": card.model,
         "runtime": "eager",
-        "precision": "fp32",
+        "precision": "int8" if is_int8 else "fp32",
         "fused": network.is_fused,
-        "drift": network.card.drift,
-        "input_shape": shape,
+        "drift": card.drift,
+        "input_shape": (card.in_chans, size, size),
         "params": counted.params,
         "macs": counted.macs,
-        "source": Path(source).name,
+        "source": Path(network.title).name,
     }
     return Predictor(
-        answer=_Eager(network.model, threads),
-        classes=network.card.classes,
-        num_classes=network.card.num_classes,
-        preprocessing=preprocessing,
+        answer=_Eager(network.eight_bit() if is_int8 else network.model, threads),
+        classes=card.classes,
+        num_classes=card.num_classes,
+        preprocessing=network.preprocessing,
         facts=facts,
     )
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from onefold.data import Preprocessing, decode, find_images, open_source
+from onefold.data import Preprocessing, Source, decode, find_images, open_source
+from onefold.data.folders import Files
 from onefold.errors import BadArgument, BadData
-from onefold.quantize import Method, Quantized, quantize
+from onefold.quantize import PLAIN, Grids, Method, Quantized, quantize
 from onefold.stages.network import Floats, Network
+
+
+_HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +29,13 @@ class Calibration:
     method: Method = field(default_factory=Method)
 
 
-def quantized(network: Network, order: Calibration) -> Quantized:
-    """The network of 8 bits. Raises BadData where there are too few photos, BadArgument where it is not fused."""
+def quantized(network: Network, order: Calibration | None) -> Quantized:
+    """The network of 8 bits: calibrated, or without an order as it was trained.
+
+    Raises BadData where there are too few photos, BadArgument where it is not fused, or was not trained so.
+    """
+    if order is None:
+        return _as_trained(network)
     if not network.is_fused:
         raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
     return quantize(network.model, _images(order, network.preprocessing), order.method)
@@ -41,13 +50,20 @@ def told(made: Quantized) -> dict[str, object]:
     }
     return {
         "quantization": {
-            "method": made.method.title,
+            "method": made.method.title if made.images else f"trained, per {made.method.weights}",
             "activations": "int8, asymmetric, one grid a tensor",
             "weights": f"int8, symmetric, one scale a {made.method.weights}, up to {made.method.limit}",
             "calibrated_on": made.images,
             "layers": layers,
         }
     }
+
+
+def _as_trained(network: Network) -> Quantized:
+    whole = network.eight_bit()
+    grids = Grids.from_dict(network.card.int8 or {})
+    method = replace(PLAIN, weights=grids.weights, limit=grids.limit, keep=grids.keep)
+    return Quantized(model=whole, method=method, layers=(), images=0)
 
 
 def _images(order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
@@ -70,12 +86,24 @@ def _read(order: Calibration, preprocessing: Preprocessing) -> Iterator[Floats]:
 
 
 def _photos(data: str) -> tuple[int, Callable[[int], Image.Image]]:
-    """How many there are, and how to read one."""
-    if Path(data).is_dir():
+    """How many there are, and how to read one: the training part where the photos have classes, else all of them."""
+    try:
+        source = open_source(data, "train", seed=0, val_fraction=_HELD_OUT)
+    except BadData:
         paths = find_images([data])
         return len(paths), lambda i: decode(paths[i])
-    source = open_source(data, "train", seed=0, val_fraction=0.2)
     return len(source), source.image
+
+
+def held_out(data: str) -> Source:
+    """The labelled photos that calibration does not see. Raises BadData where there are none."""
+    return open_source(data, "val", seed=0, val_fraction=_HELD_OUT)
+
+
+def unlabelled(data: str) -> Source:
+    """All photos of a folder at any depth, as if of one class. Raises BadData where there are none."""
+    names = [str(path.relative_to(data)) for path in find_images([data])]
+    return Files(root=Path(data), names=names, labels=[0] * len(names), classes=("photos",))
 
 
 def _spread(length: int, count: int) -> list[int]:

@@ -19,6 +19,7 @@ from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.files import write_text
 from onefold.models import resolve
 from onefold.models.hub import Card
+from onefold.quantize import Grids, Method, calibrated, make_aware_, plain_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.answers import evaluate
@@ -42,6 +43,7 @@ from onefold.train import (
 from onefold.train.listeners import check_names
 
 RECIPE = "recipe.json"
+GRIDS = "int8.json"
 
 _log = logging.getLogger("onefold")
 
@@ -116,10 +118,15 @@ def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
         photos = Photos(source=training, device=world.device, batch_size=min(len(training), 32))
         model = resumed_network(recipe, len(training.classes), out) if resume else start_network(recipe, photos)
         quicken_frozen_(model, recipe.plan.freeze)
-        card = _card(recipe, training.classes, fused=not leftovers(model))
+        grids = None if recipe.int8 is None else _grids(recipe, photos, model, out if resume else None)
+        card = _card(recipe, training.classes, fused=not leftovers(model), grids=grids)
+        if grids is not None:
+            make_aware_(model, grids, _shape(recipe))
         teacher = open_teacher(recipe, training.classes, world.device)
         if not resume and world.is_first:
             _begin(recipe, out, watch, (training, held_out), batches)
+            if grids is not None:
+                write_text(out / GRIDS, json.dumps(grids.to_dict(), indent=1) + "\n")
         quiet = watch if world.is_first else UNWATCHED
         run = Run(
             out=out,
@@ -207,16 +214,37 @@ class _Judge:
     recipe: Recipe
 
     def __call__(self, model: nn.Module) -> Mapping[str, float]:
-        network, drift = Network(model=model.cpu(), card=self.card, title=self.recipe.name), 0.0
+        network, drift = Network(model=plain_(model).cpu(), card=self.card, title=self.recipe.name), 0.0
         if not network.is_fused:
             network, drift = network.fused(tolerance=math.inf)  # told in the log: an epoch is not the end
         batches = ImageBatches(
             self.held_out, self.recipe.preprocessing, batch_size=self.recipe.plan.batch_size, on_bad="skip"
         )
-        return {**accuracy(network.model, batches.epoch(0)).metrics(), "drift": drift}
+        answers = network.model if self.card.int8 is None else network.eight_bit()
+        return {**accuracy(answers, batches.epoch(0)).metrics(), "drift": drift}
 
 
-def _card(recipe: Recipe, classes: tuple[str, ...], *, fused: bool) -> Card:
+def _grids(recipe: Recipe, photos: Photos, model: nn.Module, run: Path | None) -> Grids:
+    """The grids that a network of 8 bits trains on: chosen on training images, or those that a run began with."""
+    if run is not None:
+        try:
+            return Grids.from_dict(json.loads((run / GRIDS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, BadArgument) as error:
+            raise BadCheckpoint(f"{run / GRIDS} cannot be read ({error}): the run cannot go on without it") from error
+    told = recipe.int8
+    assert told is not None
+    some = photos.some(told.images, recipe.plan.seed)
+    seen = [images.contiguous() for images, _ in some.batches(recipe.preprocessing, recipe.plan.seed)]
+    method = Method(weights=told.weights, limit=told.limit, rounding="nearest", search=False, correct=False)
+    return calibrated(model.to(photos.device), seen, method)
+
+
+def _shape(recipe: Recipe) -> tuple[int, int, int]:
+    size = recipe.preprocessing.size
+    return recipe.preprocessing.channels, size, size
+
+
+def _card(recipe: Recipe, classes: tuple[str, ...], *, fused: bool, grids: Grids | None) -> Card:
     return Card(
         model=recipe.model,
         num_classes=len(classes),
@@ -225,6 +253,7 @@ def _card(recipe: Recipe, classes: tuple[str, ...], *, fused: bool) -> Card:
         preprocessing=recipe.preprocessing.to_dict(),
         fused=fused,
         recipe=recipe.name,
+        int8=None if grids is None else grids.to_dict(),
         source=f"trained on {Path(recipe.data.spec).name}",
     )
 
