@@ -14,21 +14,14 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from onefold import display, exits
+from onefold import cli_measuring, display, exits
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
+from onefold.options import AsJson, Batch, Classes, Name, Size, Source, Threads
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
-Name = Annotated[str | None, Option("--model", help="the network's name, where the weights do not tell it")]
-Threads = Annotated[int, Option(min=1, max=1024, help="threads that compute")]
-AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]
-Batch = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images a step or call")]
-Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line")]
-Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
 
 
 def _version(asked: bool) -> None:
@@ -234,29 +227,8 @@ def export(
     display.artifacts(artifacts)
 
 
-@app.command()
-def bench(
-    sources: Annotated[list[str], Argument(help="artifacts, runs or weights; the first is the baseline")],
-    results: Annotated[Path, Option(help="the folder of results")] = Path("results"),
-    samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
-    warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,
-    batch_size: Batch = 1,
-    threads: Threads = 1,
-    seed: Annotated[int, Option(min=0, help="of the order of calls")] = 0,
-    model: Name = None,
-    allow_unfused: Annotated[bool, Option("--allow-unfused", help="measure training networks, labelled so")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time artifacts side by side: interleaved, warmed up, with percentiles, a noise verdict, the machine's record."""
-    from onefold.bench import Procedure
-    from onefold.stages import Bench
-    from onefold.stages import bench as run
-
-    procedure = Procedure(warmup_seconds=warmup, samples=samples, threads=threads, seed=seed)
-    order = Bench(sources=sources, procedure=procedure, batch=batch_size, allow_unfused=allow_unfused, name=model)
-    with display.waiting(f"measuring {len(sources)}"):
-        outcome, path = run(order, results)
-    display.measured(outcome, path, as_json=as_json)
+for verb in (cli_measuring.bench, cli_measuring.limits, cli_measuring.profile):
+    app.command()(verb)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from onefold.stages.folding import Fused as Fused
 from onefold.stages.folding import Order as Order
 from onefold.stages.folding import export as export
 from onefold.stages.folding import fuse as fuse
+from onefold.stages.limits import measured_limits as measured_limits
 from onefold.stages.listing import Row as Row
 from onefold.stages.listing import table as table
 from onefold.stages.measuring import Bench as Bench

@@ -69,7 +69,7 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         preprocessing=network.preprocessing.to_dict(),
         licence=card.licence or None,
         source=card.source or str(source),
-        details={} if made is None else told(made),
+        details={"cost": _cost(network), **({} if made is None else told(made))},
     )
     suffix = "" if about.fused else "-unfused"
     return [
@@ -83,6 +83,12 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         )
         for runtime in order.runtimes
     ]
+
+
+def _cost(network: Network) -> dict[str, int]:
+    """What the exported network computes for one image, for whoever holds its latency against the machine's limits."""
+    counted = cost(network.model, network.preprocessing.size)
+    return {"params": counted.params, "macs": counted.macs}
 
 
 def _quantized(network: Network, order: Order) -> Quantized | None:
