@@ -103,6 +103,16 @@ def test_caches_are_read_from_the_system(tmp_path: Path) -> None:
     assert cache_sizes(tmp_path / "nowhere") == ((1 << 20, False),)
 
 
+def test_a_call_quicker_than_the_limit_casts_doubt_on_it() -> None:
+    def at(*samples_ns: int) -> bench.Measurement:
+        least = bench.Bound(compute_ns=100.0)
+        return bench.Measurement(subject={}, machine=MACHINE, procedure=QUICK, samples_ns=samples_ns, bound=least)
+
+    assert not at(100, 200, 300).beats_limit
+    assert at(99, 200, 300).beats_limit
+    assert at(99, 200, 300).roofline == 0.5
+
+
 # ---- measured here ---------------------------------------------------------------------------------------------------
 
 PRODUCT = """

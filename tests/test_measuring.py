@@ -80,6 +80,25 @@ def test_a_row_says_what_it_reaches_and_how_it_starts(home: Path, capsys: pytest
     assert "in a fresh process opened in" in said
 
 
+def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on a busy machine at first: as slow as no machine is."""
+    rates = iter([1.0, 1e15])
+    asked = []
+
+    def measured(threads: list[int]) -> bench.Roofline:
+        asked.append(threads)
+        best = next(rates)
+        return bench.Roofline(limits=(bench.Limit(kind="fp32", threads=1, median=best, best=best, how="by hand"),))
+
+    monkeypatch.setattr("onefold.stages.limits.measure_roofline", measured)
+    order = Bench(sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0))
+    outcome, _ = run_bench(order, tmp_path)
+    assert isinstance(outcome, bench.Measurement)
+    assert asked == [[1], [1]]
+    assert outcome.roofline is not None
+    assert 0 < outcome.roofline < 1
+
+
 def test_weights_have_limits_but_no_fresh_process(home: Path) -> None:
     order = Bench(sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0))
     outcome, _ = run_bench(order, home / "results")

@@ -88,8 +88,11 @@ def _beside(m: Measurement) -> list[str]:
             f"{100 * m.roofline:.0f} % of the roofline: {m.subject['precision']} with {_threads(m.procedure.threads)} "
             f"cannot take less than {(m.bound.ns or 0) / 1e6:.3f} ms here ({m.bound.how}; bound by {m.bound.side})"
         )
-    if (m.roofline or 0.0) > 1:
-        told.append("it is quicker than the limit, which was measured on a busier machine: `onefold limits --again`")
+    if m.beats_limit:
+        told.append(
+            "its quickest call beats this limit: that was measured on a busier machine (`onefold limits --again`), or the "
+            "runtime saves multiplications"
+        )
     if m.cold is not None:
         peak = (
             "memory not visible" if m.cold.peak_bytes is None else f"{_size(m.cold.peak_bytes)} of memory at the peak"

@@ -127,6 +127,14 @@ class Measurement:
         return None if self.bound is None else self.bound.fraction(self.median_ns)
 
     @property
+    def beats_limit(self) -> bool:
+        """Whether its quickest call took less than the least time: the limit was measured on a busier machine, then.
+
+        Or the runtime saves multiplications, as Winograd's convolutions do.
+        """
+        return self.bound is not None and (self.bound.fraction(self.min_ns) or 0.0) > 1
+
+    @property
     def verdict(self) -> Literal["quiet", "noisy"]:
         """Whether the machine was quiet enough to trust the figures; `reasons` say why not."""
         return "noisy" if self.reasons else "quiet"

@@ -79,6 +79,11 @@ class Group:
         return _median_of([each.roofline for each in self.measurements])
 
     @property
+    def beats_limit(self) -> bool:
+        """Whether a call was quicker than the limit it is held against."""
+        return any(each.beats_limit for each in self.measurements)
+
+    @property
     def binds(self) -> str | None:
         """Which side of the machine binds, compute or memory."""
         return next((each.bound.side for each in self.measurements if each.bound is not None), None)

@@ -157,7 +157,7 @@ def _held_against_limits(outcome: Measurement | Comparison, order: Bench, result
         held_against = partial(_bounded, roofline=measured_limits(results, [threads], again=attempt > 0))
         outcome = _each(outcome, held_against)
         measured = outcome.measurements.values() if isinstance(outcome, Comparison) else [outcome]
-        if max(each.roofline or 0.0 for each in measured) <= 1:
+        if not any(each.beats_limit for each in measured):
             break
     return outcome
 
