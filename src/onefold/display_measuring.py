@@ -90,8 +90,8 @@ def _beside(m: Measurement) -> list[str]:
         )
     if m.beats_limit:
         told.append(
-            "its quickest call beats this limit: that was measured on a busier machine (`onefold limits --again`), or the "
-            "runtime saves multiplications"
+            "its quickest call beats this limit: that was measured on a busier machine (`onefold limits --again`), "
+            "or the runtime saves multiplications"
         )
     if m.cold is not None:
         peak = (

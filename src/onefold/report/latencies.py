@@ -49,9 +49,13 @@ def _compared(pairs: Sequence[Pair], place: int) -> list[Markup]:
     drawn = pairs[:_MOST_ROWS]
     if not drawn:
         return []
-    contests = [Contest(_contest(pair), _times(pair), pair.ratio) for pair in drawn]
+    against = drawn[0].second if len({pair.second for pair in drawn}) == 1 and not drawn[0].is_folding else None
+    contests = [Contest(pair.first if against else _contest(pair), _times(pair), pair.ratio) for pair in drawn]
     words = Words(f"ratios-{place}", "Compared, with 95 % intervals", " ".join(pair.sentence() for pair in drawn))
-    note = "Dots are ratios of times, bars 95 % intervals, the grey band the noise floor; a grey dot is no difference."
+    times = f"times to {against}" if against else "times"
+    note = (
+        f"Dots are ratios of {times}, bars 95 % intervals, the grey band the noise floor; a grey dot is no difference."
+    )
     return [_figure(words, figures.forest(words, contests), note)]
 
 
