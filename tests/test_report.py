@@ -200,7 +200,8 @@ def test_the_figures_on_the_page_are_those_of_the_samples(whole: tuple[Path, str
     quickest = sorted(samples(2.3, 4))
     median, p90 = statistics.median(quickest) / 1e6, quickest[-1 - 3] / 1e6  # of 100 samples, t = 4: three are left out
     assert f"half of its calls took at most {median:.2f} ms and nine in ten at most {p90:.2f} ms, with 1 thread" in text
-    assert f"mobileone_s0 onnx fp32 fused 1 thread, 1×3×64×64 {statistics.median(samples(6.0, 3)) / 1e6:.2f} ms" in text
+    known = f"71.4 % {statistics.median(samples(6.0, 3)) / 1e6:.2f} ms"
+    assert f"mobileone_s0 onnx fp32 fused 1 thread, 1×3×64×64 {known}" in text
     assert "9.00 ms 100 quiet" in text  # the first call, the samples, the verdict
 
 

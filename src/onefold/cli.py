@@ -14,21 +14,15 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from onefold import display, exits
+from onefold import cli_deploying, cli_measuring, display, exits
+from onefold.cli_deploying import method_of, names_of
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
+from onefold.options import AsJson, Batch, Classes, Name, Size, Source, Threads
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
-Name = Annotated[str | None, Option("--model", help="the network's name, where the weights do not tell it")]
-Threads = Annotated[int, Option(min=1, max=1024, help="threads that compute")]
-AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]
-Batch = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images a step or call")]
-Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line")]
-Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
 
 
 def _version(asked: bool) -> None:
@@ -223,77 +217,16 @@ def export(
     from onefold.stages import Calibration, Order
     from onefold.stages import export as export_all
 
-    method = _method(weight_bits, per_tensor=per_tensor)
+    method = method_of(weight_bits, per_tensor=per_tensor)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
-    order = Order(runtimes=_names(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
+    order = Order(runtimes=names_of(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
     with display.waiting("exporting"):
         artifacts = export_all(source, out, order, name=model)
     display.artifacts(artifacts)
 
 
-@app.command()
-def deploy(
-    source: Source,
-    data: Annotated[str, Option("--data", "--data-dir", help="photos that it will meet: to calibrate int8, to score")],
-    out: Annotated[Path, Option("--out", "-o", help="the folder to make")] = Path("deploy"),
-    to: Annotated[str, Option(help="runtimes, by comma")] = "onnx",
-    int8: Annotated[bool, Option("--int8", help="8 bits too, where the runtime has them")] = False,
-    half: Annotated[bool, Option("--half", help="16 bits too (fp16 or bf16), where the runtime has them")] = False,
-    val: Annotated[str | None, Option(help="labelled photos to score on, if not those held out of --data")] = None,
-    max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that may be lost before it fails")] = 1.0,
-    calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
-    weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
-    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
-    samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
-    threads: Threads = 1,
-    model: Name = None,
-    img_size: Size = None,
-) -> None:
-    """Everything for devices in one folder: artifacts, verified, scored and timed; a README, a model card, a report.
-
-    How int8 is calibrated is chosen by measured accuracy on --data. Exit status 1 where an artifact loses more than
-    --max-drop points of top-1; without labels, per cent of the answers.
-    """
-    from onefold.bench import Procedure
-    from onefold.stages import Calibration, Deployment
-    from onefold.stages import deploy as run
-
-    method = _method(weight_bits, per_tensor=per_tensor)
-    order = Deployment(
-        runtimes=_names(to),
-        precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
-        calibration=Calibration(data=data, count=calibrate, method=method, search=True),
-        val=val,
-        max_drop=max_drop,
-        size=img_size,
-        procedure=Procedure(samples=samples, threads=threads),
-    )
-    typer.echo(f"wrote {run(source, out, order, name=model, say=display.say).folder}")
-
-
-@app.command()
-def bench(
-    sources: Annotated[list[str], Argument(help="artifacts, runs or weights; the first is the baseline")],
-    results: Annotated[Path, Option(help="the folder of results")] = Path("results"),
-    samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
-    warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,
-    batch_size: Batch = 1,
-    threads: Threads = 1,
-    seed: Annotated[int, Option(min=0, help="of the order of calls")] = 0,
-    model: Name = None,
-    allow_unfused: Annotated[bool, Option("--allow-unfused", help="measure training networks, labelled so")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time artifacts side by side: interleaved, warmed up, with percentiles, a noise verdict, the machine's record."""
-    from onefold.bench import Procedure
-    from onefold.stages import Bench
-    from onefold.stages import bench as run
-
-    procedure = Procedure(warmup_seconds=warmup, samples=samples, threads=threads, seed=seed)
-    order = Bench(sources=sources, procedure=procedure, batch=batch_size, allow_unfused=allow_unfused, name=model)
-    with display.waiting(f"measuring {len(sources)}"):
-        outcome, path = run(order, results)
-    display.measured(outcome, path, as_json=as_json)
+for verb in (cli_deploying.deploy, cli_measuring.bench, cli_measuring.limits, cli_measuring.profile):
+    app.command()(verb)
 
 
 @app.command()
@@ -318,20 +251,6 @@ def demo(
     with display.training() as on_progress:
         page = run(out, say=display.say, on_progress=on_progress, epochs=epochs)
     typer.echo(f"\nThe report: {page}")
-
-
-def _names(to: str) -> list[str]:
-    """The runtimes of a list by comma. Raises BadArgument where there is none."""
-    names = [name.strip() for name in to.split(",") if name.strip()]
-    if not names:
-        raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
-    return names
-
-
-def _method(weight_bits: int, *, per_tensor: bool) -> Method:
-    from onefold.quantize import Method
-
-    return Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
 
 
 def _dotted(arguments: Sequence[str]) -> dict[str, str]:

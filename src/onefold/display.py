@@ -13,9 +13,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from onefold.bench import Comparison, Measurement
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
     from onefold.stages import Fused, Outcome, Prediction, Row, Scored
@@ -229,35 +226,3 @@ def prediction(answer: Prediction, *, as_json: bool) -> None:
         print(f"unread: {answer.problem}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     else:
         say(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for _, name, share in answer.best))
-
-
-def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) -> None:
-    """Latencies of one call, and in words what is faster than what."""
-    from onefold.bench import Comparison
-
-    together = outcome.measurements if isinstance(outcome, Comparison) else {str(outcome.subject["name"]): outcome}
-    rows = [(name, m) for name, m in together.items()]
-    if as_json:
-        emit_json({"subject": dict(m.subject), "median_ms": m.median_ns / 1e6, "verdict": m.verdict} for _, m in rows)
-        return
-    head = ["", "median ms", "p90 ms", "min ms", "spread", "verdict"]
-    table(
-        head,
-        [
-            [
-                name,
-                f"{m.median_ns / 1e6:.3f}",
-                "-" if m.p90_ns is None else f"{m.p90_ns / 1e6:.3f}",
-                f"{m.min_ns / 1e6:.3f}",
-                f"{100 * m.spread:.1f} %",
-                m.verdict,
-            ]
-            for name, m in rows
-        ],
-    )
-    for reason in dict.fromkeys(reason for _, m in rows for reason in m.reasons):
-        say(f"  {reason}")
-    if isinstance(outcome, Comparison):
-        for sentence in outcome.sentences():
-            say(sentence)
-    say(f"appended to {path}")

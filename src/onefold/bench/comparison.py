@@ -117,8 +117,16 @@ def compare(
 
 def aa(call: Call, procedure: Procedure, instruments: Instruments | None = None) -> Ratio:
     """The self-test: a call against itself. Its `floor` is the least difference that this machine can show now."""
-    measured, twin = _measure_together({"a": call}, procedure, {}, instruments or Instruments())
-    return Comparison(measurements=measured, twin=twin).floor
+    return self_test(call, procedure, {"name": "a"}, instruments).floor
+
+
+def self_test(
+    call: Call, procedure: Procedure, subject: Mapping[str, Any], instruments: Instruments | None = None
+) -> Comparison:
+    """The same with all that was measured: a comparison that holds its baseline, named by the subject, and its twin."""
+    name = str(subject["name"])
+    measured, twin = _measure_together({name: call}, procedure, {name: subject}, instruments or Instruments())
+    return Comparison(measurements=measured, twin=twin)
 
 
 def planted(call: Call, share: float, clock: Clock) -> Call:

@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onefold.bench.cold import Cold
 from onefold.bench.comparison import Comparison
+from onefold.bench.energy import Energy
 from onefold.bench.machine import Machine
 from onefold.bench.measurement import Measurement, Procedure
 from onefold.bench.noise import Noise
+from onefold.bench.roofline import Bound
 from onefold.errors import BadData, NotWritable
 
 
@@ -94,6 +97,7 @@ def _plain(result: Measurement | Comparison) -> dict[str, Any]:
     return {
         "kind": "comparison",
         "summary": {name: {**asdict(each), "verdict": each.verdict} for name, each in ratios.items()},
+        "floor": asdict(result.floor),
         "measurements": {name: _plain_measurement(each) for name, each in result.measurements.items()},
         "twin": _plain_measurement(result.twin),
     }
@@ -107,12 +111,16 @@ def _plain_measurement(measurement: Measurement) -> dict[str, Any]:
             "p90_ns": measurement.p90_ns,
             "p99_ns": measurement.p99_ns,
             "spread": measurement.spread,
+            "roofline": measurement.roofline,
             "verdict": measurement.verdict,
             "reasons": measurement.reasons,
         },
         "machine": measurement.machine.to_dict(),
         "procedure": measurement.procedure.to_dict(),
         "noise": measurement.noise.to_dict(),
+        "bound": None if measurement.bound is None else measurement.bound.to_dict(),
+        "cold": None if measurement.cold is None else measurement.cold.to_dict(),
+        "energy": None if measurement.energy is None else measurement.energy.to_dict(),
         "resolution_ns": measurement.resolution_ns,
         "overhead_ns": measurement.overhead_ns,
         "calls_per_sample": measurement.calls_per_sample,
@@ -127,6 +135,9 @@ def _measurement(plain: Mapping[str, Any]) -> Measurement:
         machine=Machine.from_dict(plain["machine"]),
         procedure=Procedure.from_dict(plain["procedure"]),
         noise=Noise.from_dict(plain.get("noise", {})),
+        bound=None if plain.get("bound") is None else Bound.from_dict(plain["bound"]),
+        cold=None if plain.get("cold") is None else Cold.from_dict(plain["cold"]),
+        energy=None if plain.get("energy") is None else Energy.from_dict(plain["energy"]),
         samples_ns=tuple(plain["samples_ns"]),
         warmup_ns=tuple(plain.get("warmup_ns", ())),
         calls_per_sample=plain.get("calls_per_sample", 1),

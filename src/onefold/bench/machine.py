@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from onefold.bench.affinity import affinity
+
 PACKAGES = (
     "onefold",
     "torch",
@@ -47,7 +49,10 @@ _FEATURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine as a value. What cannot be seen from here is None, or empty."""
+    """A machine as a value. What cannot be seen from here is None, or empty.
+
+    `affinity` are the numbers of the processors that the measuring process was allowed to use.
+    """
 
     chip: str
     architecture: str
@@ -62,6 +67,7 @@ class Machine:
     governor: str | None = None
     max_mhz: float | None = None
     load: float | None = None
+    affinity: tuple[int, ...] = ()
 
     @classmethod
     def this(cls, packages: Sequence[str] = PACKAGES, root: Path = Path("/")) -> Machine:
@@ -81,6 +87,7 @@ class Machine:
             governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
             max_mhz=_max_mhz(root),
             load=load_average(root),
+            affinity=affinity(),
         )
 
     @property
@@ -98,7 +105,8 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         plain = {name.name: getattr(self, name.name) for name in fields(self)}
-        return {**plain, "features": list(self.features), "versions": dict(self.versions)}
+        lists = {"features": list(self.features), "affinity": list(self.affinity)}
+        return {**plain, **lists, "versions": dict(self.versions)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Machine:
@@ -117,6 +125,7 @@ class Machine:
             python=str(plain.get("python", "")),
             versions={str(name): str(version) for name, version in plain.get("versions", {}).items()},
             governor=None if plain.get("governor") is None else str(plain["governor"]),
+            affinity=tuple(int(number) for number in plain.get("affinity", ())),
             **real,
         )
 
@@ -130,6 +139,18 @@ def load_average(root: Path = Path("/")) -> float | None:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
         return None
+
+
+def current_mhz(root: Path = Path("/")) -> float | None:
+    """The clock of the quickest of the processors that this process may use, now; None where the system hides it.
+
+    The quickest, since the one that computes is, and those that idle tell nothing.
+    """
+    frequencies = root / "sys/devices/system/cpu"
+    found = [_read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in affinity() or (0,)]
+    known = [int(khz) / 1000 for khz in found if khz.isdigit()]
+    known = known or [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _read(root / "proc/cpuinfo"), re.M)]
+    return max(known, default=None)
 
 
 def _read(path: Path) -> str:

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from onefold.bench.cold import Cold
+from onefold.bench.energy import Energy
 from onefold.bench.machine import Machine
 from onefold.bench.noise import Noise
+from onefold.bench.roofline import Bound
 from onefold.bench.statistics import percentile, sure_percentile
 from onefold.errors import BadArgument, BadData
 
@@ -57,7 +60,8 @@ class Measurement:
 
     `subject` says what was measured: model, runtime, precision, fused, input_shape, batch, params, macs, drift,
     sha256 ... `samples_ns` are the raw times, each of `calls_per_sample` calls; `warmup_ns` those of the first calls,
-    the cold one first. All properties below are for one call, in nanoseconds.
+    the cold one first. `bound` is the least time that this machine could take, `cold` what a fresh process saw. All
+    properties below are for one call, in nanoseconds.
     """
 
     subject: Mapping[str, Any]
@@ -69,6 +73,9 @@ class Measurement:
     resolution_ns: int = 1
     overhead_ns: int = 0
     noise: Noise = field(default_factory=Noise)
+    bound: Bound | None = None
+    cold: Cold | None = None
+    energy: Energy | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Mapping):
@@ -113,6 +120,19 @@ class Measurement:
     def spread(self) -> float:
         """The width of the middle 80 % of the samples, as a share of the median."""
         return (percentile(self.latencies_ns, 0.9) - percentile(self.latencies_ns, 0.1)) / self.median_ns
+
+    @property
+    def roofline(self) -> float | None:
+        """What share (0 to 1) of the machine's measured limit the median reaches; None where that is not known."""
+        return None if self.bound is None else self.bound.fraction(self.median_ns)
+
+    @property
+    def beats_limit(self) -> bool:
+        """Whether its quickest call took less than the least time: the limit was measured on a busier machine, then.
+
+        Or the runtime saves multiplications, as Winograd's convolutions do.
+        """
+        return self.bound is not None and (self.bound.fraction(self.min_ns) or 0.0) > 1
 
     @property
     def verdict(self) -> Literal["quiet", "noisy"]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from onefold.bench.machine import Machine, load_average
+from onefold.bench.machine import Machine, current_mhz, load_average
 from onefold.bench.statistics import percentile
 
 # pyperf calls a benchmark unstable at a standard deviation of 10 % of the mean or an extreme 50 % off it, on some sixty
@@ -22,6 +23,7 @@ _MOST_FAR_OFF = 0.01
 _MOST_STEAL = 0.01
 _MOST_TREND = 0.05
 _MOST_OTHERS = 0.25
+_MOST_CLOCK = 0.05
 _FEWEST_FOR_TREND = 64
 _FEWEST_TICKS = 20
 
@@ -31,7 +33,7 @@ class Vitals:
     """One look at the system's counters, since its start. None where the system does not say.
 
     Ticks count the time of all `host_cores` together; `own_ns` is this process's processor time, `at_ns` the time of
-    the look.
+    the look, `mhz` the clock of the quickest core.
     """
 
     load: float | None = None
@@ -42,6 +44,7 @@ class Vitals:
     host_cores: int = 1
     own_ns: int = 0
     at_ns: int = 0
+    mhz: float | None = None
 
     @classmethod
     def now(cls, root: Path = Path("/")) -> Vitals:
@@ -56,6 +59,7 @@ class Vitals:
             host_cores=cores,
             own_ns=time.process_time_ns(),
             at_ns=time.monotonic_ns(),
+            mhz=current_mhz(root),
         )
 
 
@@ -64,7 +68,8 @@ class Noise:
     """What happened between two looks.
 
     `switches`: how often this process lost its core to another. `steal`: the share (0 to 1) of all cores' time that a
-    hypervisor took. `others`: how many cores' worth of time other processes used.
+    hypervisor took. `others`: how many cores' worth of time other processes used. `mhz_before` and `mhz_after`:
+    the clock of the quickest core at either end.
     """
 
     load_before: float | None = None
@@ -72,6 +77,8 @@ class Noise:
     switches: float | None = None
     steal: float | None = None
     others: float | None = None
+    mhz_before: float | None = None
+    mhz_after: float | None = None
 
     @classmethod
     def between(cls, before: Vitals, after: Vitals) -> Noise:
@@ -85,6 +92,8 @@ class Noise:
             switches=_difference(before.switches, after.switches),
             steal=stolen / ticks if enough and ticks and stolen is not None else None,
             others=_others(before, after) if enough else None,
+            mhz_before=before.mhz,
+            mhz_after=after.mhz,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +133,9 @@ def _of_others(noise: Noise, cores: float) -> list[str]:
         found.append(f"Other programs used {noise.others:.1f} of {cores:g} cores meanwhile.")
     if noise.steal is not None and noise.steal > _MOST_STEAL:
         found.append(f"The hypervisor took {100 * noise.steal:.1f} % of the time for others.")
+    clocks = noise.mhz_before, noise.mhz_after
+    if clocks[0] and clocks[1] and abs(math.log(clocks[1] / clocks[0])) > _MOST_CLOCK:
+        found.append(f"The processor's clock went from {clocks[0]:.0f} to {clocks[1]:.0f} MHz meanwhile.")
     return found
 
 

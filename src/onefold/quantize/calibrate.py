@@ -118,7 +118,9 @@ class _Walk:
     def _kernel(self, layer: Layer) -> Kernel:
         method, weight = self._method, parameter(self._graph, layer.weight)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else parameter(self._graph, layer.bias)
-        moments = moments_of(layer, *(self._tensors(values, layer.node) for values in (self._quant, self._float)), weight)
+        moments = moments_of(
+            layer, *(self._tensors(values, layer.node) for values in (self._quant, self._float)), weight
+        )
         flat = moments.restored(weight.flatten(1)) if method.restore else weight.flatten(1)
         scales = weight_scales(flat, limit=method.limit, per_tensor=method.weights == "tensor", search=method.search)
 

@@ -95,7 +95,7 @@ def points(found: list[Layer]) -> list[Node]:
 
 def padded(node: Node) -> Node | None:
     """What a node pads with zeros, which every grid has; None where it does something else."""
-    if node.target not in PADS or any(node.args[2:]) and node.args[2:] != ("constant",):
+    if node.target not in PADS or (any(node.args[2:]) and node.args[2:] != ("constant",)):
         return None
     return _origin(node.args[0]) if isinstance(node.args[0], Node) else None
 

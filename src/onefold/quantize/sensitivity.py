@@ -6,7 +6,7 @@ it. Mixed precision leaves in floating point those that cost most.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch

@@ -1,7 +1,8 @@
 """Where figures are drawn: matplotlib's SVG made fit for the page, which lends it the colours.
 
 The same data give the same bytes: no date, no random ids, none of the user's own settings. Text stays text. A figure is
-drawn small (324 points wide) so that its letters are still letters on a phone.
+drawn small (324 points wide) so that its letters are still letters on a phone, unless it must hold much: then a phone
+scrolls.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ class Words:
 
 
 @contextmanager
-def canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure, `height` inches high, and the settings it is to be drawn under, for as long as it is drawn."""
+def canvas(height: float, width: float = WIDTH) -> Iterator[tuple[Figure, Axes]]:
+    """An empty figure of so many inches, and the settings it is to be drawn under, for as long as it is drawn."""
     figure_of, settings = _matplotlib()
     with settings:
-        figure = figure_of(figsize=(WIDTH, height), layout="constrained")
+        figure = figure_of(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -97,7 +98,7 @@ def logarithmic(axis: Axis, low: float, high: float) -> None:
     from matplotlib.axis import XAxis
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 300 else (1.0,)
+    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 3000 else (1.0,)
     (axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale)("log")
     axis.set_major_locator(LogLocator(10, subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

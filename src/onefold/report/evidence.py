@@ -91,6 +91,11 @@ class Evidence:
         """The groups measured there, the quickest first."""
         return [group for group in self.groups if group.machine.slug == machine.slug]
 
+    def self_tests_on(self, machine: Machine) -> list[Comparison]:
+        """The comparisons of something with nothing but itself, measured there."""
+        alone = [each for each in self.inputs.comparisons if len(each.measurements) == 1]
+        return [each for each in alone if each.twin.machine.slug == machine.slug]
+
     def pairs_on(self, machine: Machine) -> list[Pair]:
         """The pairs measured there."""
         return [pair for pair in self.pairs if pair.machine.slug == machine.slug]

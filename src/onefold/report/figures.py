@@ -1,8 +1,7 @@
-"""The figures: curves, distributions, accuracy against latency, ratios; plain values in, an `svg` element out."""
+"""The figures: curves, distributions, ratios; plain values in, an `svg` element out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,10 +13,7 @@ from onefold.report.canvas import (
     GRID,
     INK,
     MUTED,
-    POINTS,
     SERIES,
-    SURFACE,
-    WIDTH,
     Words,
     canvas,
     finished,
@@ -31,12 +27,8 @@ from onefold.report.html import Markup, classed, element, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SCATTER_HEIGHT = 3.2  # inches
-_APART = 8.5  # points between a number and anything else
-_SIDES = ((0.0, 9.0), (9.0, 3.0), (0.0, -10.0), (-9.0, 3.0), (8.0, 9.0), (8.0, -9.0), (-8.0, 9.0), (-8.0, -9.0))
-
 _DASHES: Sequence[str | tuple[int, tuple[float, ...]]] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-_MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X"
 _GLYPHS = "●■◆▲▼✚★✖"  # the same for a legend
 
 
@@ -62,17 +54,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One subject by latency and accuracy; `number` is its name in the list below the figure."""
-
-    number: int
-    latency_ms: float
-    top1: float
-    fused: bool | None
-    on_front: bool
-
-
-@dataclass(frozen=True)
 class Contest:
     """A ratio of two latencies under a label, and the ratio in words."""
 
@@ -93,7 +74,7 @@ def curves(words: Words, lines: Sequence[Line], unit: str) -> Markup:
             if not line.points:
                 continue
             colour, (x, y) = series(index), zip(*line.points, strict=True)
-            marker = _MARKERS[index % len(_MARKERS)]
+            marker = MARKERS[index % len(MARKERS)]
             every = max(1, len(x) // 8)
             axes.plot(
                 x, y, color=colour, marker=marker, markevery=every, ms=3.5, lw=1.6, ls=_DASHES[index % len(_DASHES)]
@@ -117,7 +98,7 @@ def distributions(words: Words, rows: Sequence[Row]) -> Markup:
             foot = float(len(rows) - 1 - index)
             colour = ALARM if row.fused is False else series(0 if row.fused else 7)
             _ridge(axes, row, edges, foot, colour)
-            axes.plot([row.median_ms] * 2, [foot, foot + 0.6], color=INK, lw=1.4)
+            axes.plot([row.median_ms] * 2, [foot, foot + 0.55], color=INK, lw=1.4)
             if row.p90_ms is not None:
                 axes.plot([row.p90_ms] * 2, [foot, foot + 0.34], color=INK, lw=1.0, ls=(0, (2, 1.2)))
             _write(axes, (0.0, foot + 0.68), row.label, ALARM if row.fused is False else INK)
@@ -127,28 +108,6 @@ def distributions(words: Words, rows: Sequence[Row]) -> Markup:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("latency of one call, milliseconds")
-        return finished(figure, words)
-
-
-def scatter(words: Words, points: Sequence[Point]) -> Markup:
-    """Accuracy over latency, every point numbered, the front joined by a line."""
-    with canvas(_SCATTER_HEIGHT) as (figure, axes):
-        front = [(point.latency_ms, point.top1) for point in points if point.on_front]
-        axes.plot(*zip(*front, strict=True), color=series(0), lw=1.4, alpha=0.55, drawstyle="steps-post", zorder=1)
-        latencies, accuracies = [point.latency_ms for point in points], [point.top1 for point in points]
-        gap = max(1.1, (max(latencies) / min(latencies)) ** 0.12)
-        scale(axes, min(latencies) / gap, max(latencies) * gap)
-        room = max(0.5, 0.16 * (max(accuracies) - min(accuracies)))
-        axes.set_ylim(min(accuracies) - room, max(accuracies) + room)
-        sides = _sides(list(zip(latencies, accuracies, strict=True)), axes)
-        for point, side in zip(points, sides, strict=True):
-            colour = ALARM if point.fused is False else series(0) if point.on_front else MUTED
-            marker, place = "s" if point.fused is False else "o", (point.latency_ms, point.top1)
-            axes.plot(*place, marker, ms=6, mfc=colour if point.on_front else SURFACE, mec=colour, mew=1.4)
-            name = axes.annotate(str(point.number), place, side, textcoords="offset points", ha="center", va="center")
-            name.set_color(colour)
-        axes.set_xlabel("median latency, milliseconds (left is better)")
-        axes.set_ylabel("top-1 accuracy, % (up is better)")
         return finished(figure, words)
 
 
@@ -187,29 +146,11 @@ def _write(axes: Axes, place: tuple[float, float], text: str, colour: str) -> No
     written.set_color(colour)
 
 
-def _sides(places: Sequence[tuple[float, float]], axes: Axes) -> list[tuple[float, float]]:
-    """For each point the offset, in points, of its number: the first of eight sides that is free, else above."""
-    to_axes = (axes.transData + axes.transAxes.inverted()).transform
-    width, height = 0.85 * WIDTH * POINTS, 0.85 * _SCATTER_HEIGHT * POINTS
-    dots = [(float(x) * width, float(y) * height) for x, y in map(to_axes, places)]
-    taken, chosen = list(dots), []
-    for dot in dots:
-        free = (side for side in _SIDES if _is_free(dot, side, [each for each in taken if each != dot]))
-        side = next(free, _SIDES[0])
-        taken.append((dot[0] + side[0], dot[1] + side[1]))
-        chosen.append(side)
-    return chosen
-
-
-def _is_free(dot: tuple[float, float], side: tuple[float, float], taken: Sequence[tuple[float, float]]) -> bool:
-    return all(math.dist((dot[0] + side[0], dot[1] + side[1]), other) >= _APART for other in taken)
-
-
 def _ridge(axes: Axes, row: Row, edges: Sequence[float], foot: float, colour: str) -> None:
     import numpy as np
 
     counts, _ = np.histogram(np.clip(row.latencies_ms, edges[0], edges[-1]), bins=list(edges))
-    heights = 0.6 * counts / max(1, counts.max())
+    heights = 0.55 * counts / max(1, counts.max())
     axes.stairs(foot + heights, list(edges), baseline=foot, fill=True, color=colour, alpha=0.55, lw=0)
     axes.plot([edges[0], edges[-1]], [foot, foot], color=GRID, lw=0.8, zorder=0)
 

@@ -74,6 +74,46 @@ class Group:
         return median(each.spread for each in self.measurements)
 
     @property
+    def roofline(self) -> float | None:
+        """The median of the shares (0 to 1) of the machine's limit; None where one of them has none."""
+        return _median_of([each.roofline for each in self.measurements])
+
+    @property
+    def beats_limit(self) -> bool:
+        """Whether a call was quicker than the limit it is held against."""
+        return any(each.beats_limit for each in self.measurements)
+
+    @property
+    def binds(self) -> str | None:
+        """Which side of the machine binds, compute or memory."""
+        return next((each.bound.side for each in self.measurements if each.bound is not None), None)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """The size of what a user ships."""
+        size = self.subject.get("num_bytes")
+        return size if type(size) is int else None
+
+    @property
+    def cold_ns(self) -> float | None:
+        """From nothing to the first answer in a fresh process: the median over those that were started."""
+        seen = [each.cold.start_ns for each in self.measurements if each.cold is not None]
+        return median(seen) if seen else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory that a fresh process used for it."""
+        seen = [each.cold.peak_bytes for each in self.measurements if each.cold is not None]
+        return max((peak for peak in seen if peak is not None), default=None)
+
+    @property
+    def joules(self) -> float | None:
+        """Energy of a call: the median over those whose energy could be read."""
+        seen = [each.energy.joules for each in self.measurements if each.energy is not None]
+        known = [joules for joules in seen if joules is not None]
+        return median(known) if known else None
+
+    @property
     def noisy(self) -> int:
         """How many of the measurements are noisy."""
         return sum(each.verdict == "noisy" for each in self.measurements)
@@ -95,6 +135,9 @@ def label(subject: Mapping[str, Any]) -> str:
     name = plain(subject.get("name") or "", 60)
     if not known:
         return name or "something unnamed"
+    planted = subject.get("planted")
+    if isinstance(planted, int | float):  # slowed on purpose, as a control
+        return f"{' '.join(known)} made {100 * planted:g} % slower"
     told = {"fused", "unfused", "not", *" ".join(known).lower().split()}
     return " ".join(known) + ("" if told.issuperset(name.lower().split()) else f" ({name})")
 

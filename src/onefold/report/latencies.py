@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
-from onefold.bench import Machine
+from onefold.bench import Comparison, Machine
 from onefold.report import figures
 from onefold.report.canvas import Words
 from onefold.report.evidence import Evidence, Pair
-from onefold.report.figures import Contest, Point, Row
-from onefold.report.groups import Group, pareto_front
+from onefold.report.figures import Contest, Row
+from onefold.report.groups import Group, label
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, paragraph, plain, table
-from onefold.report.words import digits, latency, many, percent, share
+from onefold.report.tradeoff import tradeoffs, unknown
+from onefold.report.words import digits, joules, latency, many, percent, share, size
 
 _MOST_ROWS = 12
 UNFUSED = classed("span", "tag alarm", "UNFUSED")
@@ -28,9 +30,12 @@ def latencies(evidence: Evidence) -> Markup:
         if several:
             parts.append(element("h3", f"On {plain(machine.chip)}, {many(machine.cores, 'core')}"))
         groups, pairs = evidence.groups_on(machine), evidence.pairs_on(machine)
-        drawn = [*_compared(pairs, place), *_distributed(groups, place), *_weighed(groups, place)]
-        said = [joined(element("strong", pair.sentence()), f" ({pair.context}; {_floor(pair)})") for pair in pairs]
-        parts += [bullets(said), classed("div", "figures packed", *drawn), _unknown(groups), _table(groups, machine)]
+        said: list[str] = [
+            joined(element("strong", pair.sentence()), f" ({pair.context}; {_floor(pair)})") for pair in pairs
+        ]
+        said += [_self_test(each) for each in evidence.self_tests_on(machine)]
+        drawn = classed("div", "figures packed", *_compared(pairs, place), *_distributed(groups, place))
+        parts += [bullets(said), *tradeoffs(groups, place), unknown(groups), drawn, _table(groups, machine)]
     return joined(*parts)
 
 
@@ -44,9 +49,13 @@ def _compared(pairs: Sequence[Pair], place: int) -> list[Markup]:
     drawn = pairs[:_MOST_ROWS]
     if not drawn:
         return []
-    contests = [Contest(_contest(pair), _times(pair), pair.ratio) for pair in drawn]
+    against = drawn[0].second if len({pair.second for pair in drawn}) == 1 and not drawn[0].is_folding else None
+    contests = [Contest(pair.first if against else _contest(pair), _times(pair), pair.ratio) for pair in drawn]
     words = Words(f"ratios-{place}", "Compared, with 95 % intervals", " ".join(pair.sentence() for pair in drawn))
-    note = "Dots are ratios of times, bars 95 % intervals, the grey band the noise floor; a grey dot is no difference."
+    times = f"times to {against}" if against else "times"
+    note = (
+        f"Dots are ratios of {times}, bars 95 % intervals, the grey band the noise floor; a grey dot is no difference."
+    )
     return [_figure(words, figures.forest(words, contests), note)]
 
 
@@ -56,6 +65,14 @@ def _figure(words: Words, svg: Markup, note: str, *more: Markup) -> Markup:
 
 def _floor(pair: Pair) -> str:
     return f"the same network against itself differs by up to {100 * pair.ratio.floor:.1f} % here"
+
+
+def _self_test(comparison: Comparison) -> str:
+    """The noise floor that a self-test found."""
+    subject, threads = comparison.twin.subject, many(comparison.twin.procedure.threads, "thread")
+    return (
+        f"Self-test: {label(subject)} with {threads} differs by up to {100 * comparison.floor.floor:.1f} % from itself."
+    )
 
 
 def _contest(pair: Pair) -> str:
@@ -118,63 +135,52 @@ def _legend(rows: Sequence[Row]) -> list[Markup]:
     ]
 
 
-def _weighed(groups: Sequence[Group], place: int) -> list[Markup]:
-    """Accuracy against latency, one figure for each number of threads."""
-    known = sorted((group for group in groups if group.top1 is not None), key=lambda group: group.threads)
-    by_threads = groupby(known, key=lambda group: group.threads)
-    return [_scatter(list(members), f"pareto-{place}-{threads}", threads) for threads, members in by_threads]
-
-
-def _unknown(groups: Sequence[Group]) -> Markup:
-    names = list(dict.fromkeys(group.title for group in groups if group.top1 is None))
-    if not names:
-        return Markup("")
-    count = "Nothing" if all(group.top1 is None for group in groups) else "Not everything"
-    said = f"{count} measured has a known accuracy; not drawn against it: {', '.join(names)}."
-    return classed("p", "note", said)
-
-
-def _scatter(groups: Sequence[Group], key: str, threads: int) -> Markup:
-    front = pareto_front(groups)
-    points, entries = [], []
-    for index, group in enumerate(groups, 1):
-        leads = any(group is each for each in front)
-        points.append(Point(index, group.median_ns / 1e6, group.top1 or 0.0, group.fused, leads))
-        told = f"{group.label}: {percent(group.top1)}, {latency(group.median_ns)}"
-        alarm = joined(" ", UNFUSED) if group.fused is False else None
-        entries.append(classed("li", "front" if leads else "behind", classed("span", "key", str(index)), told, alarm))
-    best = "; ".join(f"{group.label} with {percent(group.top1)} at {latency(group.median_ns)}" for group in front)
-    words = Words(key, f"Accuracy against latency, {many(threads, 'thread')}", f"On the front: {best}.")
-    note = "Filled points are on the Pareto front: nothing measured is both quicker and more accurate."
-    listed = classed("ol", "points", *entries)
-    return _figure(words, figures.scatter(words, points), note, listed)
-
-
 def _table(groups: Sequence[Group], machine: Machine) -> Markup:
-    has_p99 = any(group.p99_ns is not None for group in groups)
-    columns = [Column("measured"), Column("network"), Column("threads, input"), Column("median", True)]
-    columns += [Column("p90", True), *([Column("p99", True)] if has_p99 else []), Column("spread", True)]
-    columns += [Column("first call", True), Column("samples"), Column("machine was")]
-    rows = [_cells(group, has_p99) for group in groups]
+    """One row a group; columns of what none of them has are left out."""
+    shown = [column for column in _COLUMNS if any(column.cell(group) not in ("", "–") for group in groups)]
+    columns = [Column("measured"), *(Column(column.title, column.is_number) for column in shown)]
+    rows = [[group.label, *(column.cell(group) for column in shown)] for group in groups]
     caption = (
         f"Latency of one call on {plain(machine.chip)}, the quickest first. p90 and p99 are bounds that hold with 99 % "
         "confidence; a dash means too few samples to say. Spread is the width of the middle 80 % over the median."
     )
+    if any(group.roofline is not None for group in groups):
+        caption += (
+            " Of the limit: the least time in which this machine could do the multiply-adds, or read the weights, over "
+            "the median; the word is what binds."
+        )
     noisy = [f"{group.title}: {' '.join(group.reasons)}" for group in groups if group.noisy]
     reasons = joined(paragraph("Why some are noisy:"), bullets(noisy)) if noisy else None
-    return joined(table(caption, columns, rows), reasons)
+    beaten = ", ".join(group.title for group in groups if group.beats_limit)
+    doubts = f"Some calls were quicker than the limit, which was measured on a busier machine then: {beaten}."
+    return joined(table(caption, columns, rows), classed("p", "note", doubts) if beaten else None, reasons)
 
 
-def _cells(group: Group, has_p99: bool) -> list[str]:
+@dataclass(frozen=True)
+class _Shown:
+    """A column of the table of latencies."""
+
+    title: str
+    cell: Callable[[Group], str]
+    is_number: bool = True
+
+
+def _reached(group: Group) -> str:
+    return "–" if group.roofline is None or group.binds is None else f"{share(group.roofline, 0)} {group.binds}"
+
+
+def _first_call(group: Group) -> str:
+    """In the process that measured, unless a fresh one was asked."""
+    warmup = group.measurements[0].warmup_ns
+    return "–" if group.cold_ns is not None or not warmup else latency(float(warmup[0]))
+
+
+def _samples(group: Group) -> str:
     first = group.measurements[0]
     count = sum(len(each.samples_ns) for each in group.measurements)
     runs = f" in {len(group.measurements)} runs" if len(group.measurements) > 1 else ""
     calls = f" of {digits(first.calls_per_sample)} calls" if first.calls_per_sample > 1 else ""
-    cells: list[str] = [group.label, tag(group.fused), _setting(group)]
-    cells += [latency(group.median_ns), latency(group.p90_ns)]
-    cells += [latency(group.p99_ns)] if has_p99 else []
-    cells += [share(group.spread), latency(float(first.warmup_ns[0]) if first.warmup_ns else None)]
-    return [*cells, f"{count}{calls}{runs}", _verdict(group)]
+    return f"{count}{calls}{runs}"
 
 
 def _verdict(group: Group) -> Markup:
@@ -188,3 +194,22 @@ def _setting(group: Group) -> str:
     shape = group.subject.get("input_shape")
     known = "×".join(plain(size, 12) for size in shape) if isinstance(shape, tuple) else ""
     return ", ".join(part for part in (many(group.threads, "thread"), known) if part)
+
+
+_COLUMNS = (
+    _Shown("network", lambda group: tag(group.fused), False),
+    _Shown("threads, input", _setting, False),
+    _Shown("top-1", lambda group: percent(group.top1)),
+    _Shown("median", lambda group: latency(group.median_ns)),
+    _Shown("p90", lambda group: latency(group.p90_ns)),
+    _Shown("p99", lambda group: latency(group.p99_ns)),
+    _Shown("spread", lambda group: share(group.spread)),
+    _Shown("of the limit", _reached, False),
+    _Shown("size", lambda group: size(group.num_bytes)),
+    _Shown("peak memory", lambda group: size(group.peak_bytes)),
+    _Shown("cold start", lambda group: latency(group.cold_ns)),
+    _Shown("first call", _first_call),
+    _Shown("energy", lambda group: joules(group.joules)),
+    _Shown("samples", _samples, False),
+    _Shown("machine was", _verdict, False),
+)

@@ -19,7 +19,14 @@ _TERMS = (
     ("median", "half of the calls took at most this long"),
     ("p90", "99 % sure: nine calls in ten take at most this long (the early-stopping estimate of MLPerf's LoadGen)"),
     ("spread", "the width of the middle 80 % of the samples over their median"),
-    ("first call", "the very first one, cold: what a user waits for once"),
+    (
+        "of the limit",
+        "the least time that the machine was measured to need for so many multiply-adds in that precision, or for "
+        "reading the weights, over the median: near 100 %, only a smaller network is quicker",
+    ),
+    ("first call", "the very first one in the measuring process: what a user waits for once"),
+    ("cold start", "opening the artifact and the first call, in a fresh process: its imports included"),
+    ("peak memory", "the most that the fresh process held, less what a bare interpreter holds"),
     ("95 % CI", "from a bootstrap over rounds in which the calls took turns, in random order; each round is one pair"),
     ("noise floor", "what the same call differs by against itself in the same rounds; less is called no difference"),
     ("noisy", "something spoke against trusting the figure: load, other programs, or samples that scatter or wander"),
@@ -107,6 +114,7 @@ def _machine(machine: Machine) -> Markup:
             ("chip", plain(machine.chip)),
             ("architecture", plain(machine.architecture)),
             ("cores", cores),
+            ("processors used", plain(", ".join(map(str, machine.affinity)), 80)),
             ("frequency governor", plain(f"{governor}{speed}")),
             ("memory", f"{machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else "not visible"),
             ("features", plain(", ".join(machine.features)) or "none seen"),

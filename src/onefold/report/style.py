@@ -40,6 +40,10 @@ figure h3{margin:0 0 .3em}
 figure svg{display:block;width:100%;max-width:620px;height:auto;margin:0 auto}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}
 figure svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif!important}
+figure.wide{margin:1em 0}
+figure.wide .across{overflow-x:auto}
+figure.wide svg{max-width:none;min-width:620px}
+figure.wide svg text{paint-order:stroke;stroke:var(--surface);stroke-width:2.5px;stroke-linejoin:round}
 figcaption{margin-top:.5em;overflow-wrap:anywhere}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;margin:.1em 0 .5em;font-size:.92rem}
 .swatch{overflow-wrap:anywhere}
@@ -50,9 +54,6 @@ figcaption{margin-top:.5em;overflow-wrap:anywhere}
 .alarm-mark i{color:var(--alarm)}
 ol.points{columns:2;column-gap:24px;padding-left:0;list-style:none;margin:.4em 0 0;font-size:.92rem}
 ol.points li{break-inside:avoid;padding:1px 0;overflow-wrap:anywhere}
-.key{display:inline-block;min-width:1.55em;text-align:center;border:1px solid currentColor;border-radius:1em;
-font-size:.82em;line-height:1.4;margin-right:.35em;color:var(--muted)}
-.front .key{background:var(--series-0);color:var(--surface);border-color:var(--series-0)}
 .callout{border-left:4px solid var(--muted);background:var(--surface);border-radius:0 10px 10px 0;padding:10px 16px;
 margin:1em 0}
 .callout.alarm{border-color:var(--alarm);background:var(--alarm-soft)}
@@ -64,12 +65,13 @@ border:1px solid currentColor;color:var(--muted);white-space:nowrap}
 .tag.alarm{background:var(--alarm);border-color:var(--alarm);color:var(--surface)}
 .tag.good{color:var(--good)}
 .scroll{overflow-x:auto;background:var(--surface);border:1px solid var(--line);border-radius:12px;margin:1em 0}
-table{border-collapse:collapse;width:100%;font-size:.92rem}
+table{border-collapse:collapse;width:100%;font-size:.9rem}
 caption{text-align:left;padding:12px 14px 8px;color:var(--muted);font-size:.9rem}
-th,td{padding:7px 10px;text-align:left;vertical-align:top;border-top:1px solid var(--line);overflow-wrap:break-word}
+th,td{padding:7px 8px;text-align:left;vertical-align:top;border-top:1px solid var(--line);overflow-wrap:break-word}
 td code{white-space:nowrap}
-thead th{font-size:.82rem;color:var(--muted);font-weight:600;vertical-align:bottom;overflow-wrap:normal}
-tbody th{font-weight:600;min-width:12em}
+thead th,thead th.number{font-size:.82rem;color:var(--muted);font-weight:600;vertical-align:bottom;overflow-wrap:normal;
+white-space:normal}
+tbody th{font-weight:600;min-width:10em}
 th:first-child,td:first-child{padding-left:14px}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts tbody th{width:9.5em;min-width:0;overflow-wrap:normal}

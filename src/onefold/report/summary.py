@@ -103,7 +103,7 @@ def _reached(evidence: Evidence) -> str:
 def _quickest(evidence: Evidence) -> Group | None:
     """The quickest fused network, else the quickest of which nothing else is known, else the quickest of all."""
     for state in (True, None, False):
-        matching = [group for group in evidence.groups if group.fused is state]
+        matching = [group for group in evidence.groups if group.fused is state and not group.subject.get("planted")]
         if matching:
             return min(matching, key=lambda group: group.median_ns)
     return None

@@ -14,6 +14,9 @@ from onefold.runtimes.base import RUNTIMES as RUNTIMES
 from onefold.runtimes.base import Runtime as Runtime
 from onefold.runtimes.base import Session as Session
 from onefold.runtimes.base import find_runtime as find_runtime
+from onefold.runtimes.profile import Layer as Layer
+from onefold.runtimes.profile import Profile as Profile
+from onefold.runtimes.profile import profile as profile
 from onefold.runtimes.verbs import TOLERANCES as TOLERANCES
 from onefold.runtimes.verbs import UnfusedWarning as UnfusedWarning
 from onefold.runtimes.verbs import export as export

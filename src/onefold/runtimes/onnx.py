@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import About
 from onefold.runtimes.base import Engine
+from onefold.runtimes.profile import WARMUP, Calls, Layer, medians
 from onefold.runtimes.qdq import restate_
 from onefold.runtimes.reference import Floats
 from onefold.runtimes.vendor import quiet, require
@@ -72,12 +74,43 @@ def convert(program: ExportedProgram, *, precision: str) -> Any:
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
     """The network, optimized by ONNX Runtime for this CPU."""
+    return _Onnx(_session(content, _options(precision, threads)))
+
+
+def profile(content: Mapping[str, bytes], calls: Calls, *, precision: str) -> Sequence[Layer]:
+    """The times that ONNX Runtime writes of each operation, in whole microseconds."""
+    with TemporaryDirectory() as place:
+        options = _options(precision, calls.threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(place) / "profile")
+        session = _session(content, options)
+        engine = _Onnx(session)
+        for _ in range(WARMUP + calls.count):
+            engine(calls.images)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        engine.close()
+    found: dict[str, list[Layer]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name, kind = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
+            found.setdefault(name, []).append(Layer(name=name, kind=kind, ns=1e3 * event["dur"]))
+    return medians(list(zip(*(times[WARMUP:] for times in found.values()), strict=True)))
+
+
+def _session(content: Mapping[str, bytes], options: Any) -> Any:
+    """A session for a network that holds all its weights itself."""
     onnx = require("onnx", extra="onnx")
-    runtime = _onnxruntime()
     message_type = require("google.protobuf.message", extra="onnx").Message
     model = onnx.load_model_from_string(content["model.onnx"])
     if any(tensor.data_location or tensor.external_data for tensor in _tensors(model, message_type)):
         raise BadArtifact("model.onnx reads weights from other files, which is refused; export the model again")
+    return _onnxruntime().InferenceSession(
+        content["model.onnx"], options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
+
+
+def _options(precision: str, threads: int) -> Any:
+    runtime = _onnxruntime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -88,10 +121,7 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
     if precision == "int8":
         # Without VNNI, sums of two 8-bit products saturate at 16 bits: this asks for kernels that are exact.
         options.add_session_config_entry("session.x64quantprecision", "1")
-    session = runtime.InferenceSession(
-        content["model.onnx"], options, providers=["CPUExecutionProvider"], enable_fallback=0
-    )
-    return _Onnx(session)
+    return options
 
 
 class _Onnx:

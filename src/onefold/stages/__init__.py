@@ -7,11 +7,11 @@ recipe -> `start_run` -> runs/<name>/ -> `fuse` -> fused.safetensors -> `export`
 from onefold.stages.answers import Prediction as Prediction
 from onefold.stages.answers import evaluate as evaluate
 from onefold.stages.answers import predict as predict
+from onefold.stages.demo import demo as demo
 from onefold.stages.deploying import Deployed as Deployed
 from onefold.stages.deploying import Deployment as Deployment
 from onefold.stages.deploying import Verdict as Verdict
 from onefold.stages.deploying import deploy as deploy
-from onefold.stages.demo import demo as demo
 from onefold.stages.examining import Exam as Exam
 from onefold.stages.examining import Scored as Scored
 from onefold.stages.examining import examine as examine
@@ -20,6 +20,7 @@ from onefold.stages.folding import Fused as Fused
 from onefold.stages.folding import Order as Order
 from onefold.stages.folding import export as export
 from onefold.stages.folding import fuse as fuse
+from onefold.stages.limits import measured_limits as measured_limits
 from onefold.stages.listing import Row as Row
 from onefold.stages.listing import table as table
 from onefold.stages.measuring import Bench as Bench

@@ -162,9 +162,7 @@ def _deploy(
                 note_accuracy(predictor, title, scored, out / "results")
         changed = int((answers != true).sum())
         drop = 100 * changed / len(true) if top1 is None or scored is None else top1 - scored
-        verdict = Verdict(
-            name=name, artifact=artifacts[name], top1=scored, drop=drop, changed=changed, count=len(true)
-        )
+        verdict = Verdict(name=name, artifact=artifacts[name], top1=scored, drop=drop, changed=changed, count=len(true))
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
     timed = _timed(out, runs, order, say)

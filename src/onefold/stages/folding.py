@@ -77,10 +77,16 @@ def export_made(network: Network, made: Quantized | None, folder: Path, runtime:
         preprocessing=network.preprocessing.to_dict(),
         licence=card.licence or None,
         source=card.source or network.title,
-        details={} if made is None else told(made),
+        details={"cost": _cost(network), **({} if made is None else told(made))},
     )
     model = network.model if made is None else made
     return export_to(model, (card.in_chans, size, size), folder, runtime=runtime, about=about, precision=precision)
+
+
+def _cost(network: Network) -> dict[str, int]:
+    """What the exported network computes for one image, for whoever holds its latency against the machine's limits."""
+    counted = cost(network.model, network.preprocessing.size)
+    return {"params": counted.params, "macs": counted.macs}
 
 
 def _quantized(network: Network, order: Order) -> Quantized | None:

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from onefold.bench import Comparison, Machine, Measurement, Procedure, append, compare, measure
+from onefold.bench import (
+    Cold,
+    Comparison,
+    Energy,
+    Machine,
+    Measurement,
+    Procedure,
+    Roofline,
+    append,
+    compare,
+    measure,
+    measure_cold,
+    measure_energy,
+    pinned,
+    planted,
+    self_test,
+)
 from onefold.errors import BadArgument
 from onefold.files import write_text
-from onefold.stages.network import Floats, Predictor, open_predictor
+from onefold.stages.limits import bound, measured_limits
+from onefold.stages.network import Floats, Predictor, is_artifact, open_predictor
+
+_MORE_ATTEMPTS = 3
 
 DISTINCT = 64
 """Different inputs that a measurement cycles through, so that nothing can be remembered from call to call."""
@@ -23,7 +44,9 @@ DISTINCT = 64
 class Bench:
     """What to measure: artifacts or weights, and how. `batch` images a call.
 
-    A network that is not fused is refused unless `allow_unfused`, and then labelled in every row.
+    A network that is not fused is refused unless `allow_unfused`, and then labelled in every row. `cold` has every
+    artifact started in a fresh process too. `pin` names the processors to use. Two controls, each of one source: `aa`
+    measures it against itself, `plant` against itself made slower by a share (0.02: 2 %).
     """
 
     sources: Sequence[str]
@@ -31,35 +54,122 @@ class Bench:
     batch: int = 1
     allow_unfused: bool = False
     name: str | None = None
+    cold: bool = True
+    pin: tuple[int, ...] | None = None
+    aa: bool = False
+    plant: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """One thing to measure: `cold` and `energy` are filled in once it was."""
+
+    source: str
+    call: Callable[[], object]
+    subject: dict[str, object]
+    cold: Cold | None = None
+    energy: Energy | None = None
 
 
 def bench(order: Bench, results: Path) -> tuple[Measurement | Comparison, Path]:
     """Measure one source, or several interleaved against the first; appends to `results`/<machine>.jsonl."""
+    _must_be_sound(order)
+    with pinned(order.pin), ExitStack() as opened:
+        candidates = _opened(order, results, opened)
+        outcome = _timed(order, candidates)
+        completed = {title: _completed(each, order) for title, each in candidates.items()}
+    outcome = _held_against_limits(_told(outcome, completed), order, results)
+    path = results / f"{Machine.this().slug}.jsonl"
+    append(path, [outcome])
+    return outcome, path
+
+
+def _must_be_sound(order: Bench) -> None:
     if order.batch < 1:
         raise BadArgument(f"batch must be 1 or more, not {order.batch}")
     if not order.sources:
         raise BadArgument("there is nothing to measure: give artifacts, runs or files of weights")
-    with ExitStack() as opened:
-        calls: dict[str, Callable[[], object]] = {}
-        subjects: dict[str, dict[str, object]] = {}
-        for source in order.sources:
-            predictor = opened.enter_context(
-                open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
-            )
-            _must_be_fused(predictor, source, order.allow_unfused)
-            title = _free(predictor.title, calls)
-            calls[title] = _call(predictor, order.batch)
-            subjects[title] = {**predictor.facts, "batch": order.batch, **_known_accuracy(predictor, results)}
-        if len(calls) == 1:
-            title = next(iter(calls))
-            outcome: Measurement | Comparison = measure(
-                calls[title], order.procedure, {**subjects[title], "name": title}
-            )
-        else:
-            outcome = compare(calls, order.procedure, subjects)
-    path = results / f"{Machine.this().slug}.jsonl"
-    append(path, [outcome])
-    return outcome, path
+    if (order.aa or order.plant is not None) and len(order.sources) > 1:
+        raise BadArgument("a self-test is of one source: give --aa or --plant one artifact, run or file of weights")
+    if order.aa and order.plant is not None:
+        raise BadArgument("--aa and --plant are two tests: give one of them; the second holds the first in it")
+    if order.plant is not None and not 0 < order.plant <= 10:
+        raise BadArgument(f"the slowdown to plant must lie above 0 and be at most 1000 %, not {100 * order.plant:g} %")
+
+
+def _opened(order: Bench, results: Path, opened: ExitStack) -> dict[str, _Candidate]:
+    """What is to be measured, under its title; closed with `opened`."""
+    candidates: dict[str, _Candidate] = {}
+    for source in order.sources:
+        predictor = opened.enter_context(
+            open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
+        )
+        _must_be_fused(predictor, source, order.allow_unfused)
+        subject = {**predictor.facts, "batch": order.batch, **_known_accuracy(predictor, results)}
+        call = _call(predictor, order.batch)
+        candidates[_free(predictor.title, candidates)] = _Candidate(source=source, call=call, subject=subject)
+    return candidates
+
+
+def _timed(order: Bench, candidates: dict[str, _Candidate]) -> Measurement | Comparison:
+    calls = {title: each.call for title, each in candidates.items()}
+    subjects = {title: each.subject for title, each in candidates.items()}
+    title = next(iter(calls))
+    if order.aa:
+        return self_test(calls[title], order.procedure, {**subjects[title], "name": title})
+    if order.plant is not None:
+        slower = f"{title} made {100 * order.plant:g} % slower"
+        calls[slower] = planted(calls[title], order.plant, time.perf_counter_ns)
+        subjects[slower] = {**subjects[title], "planted": order.plant}
+    if len(calls) == 1:
+        return measure(calls[title], order.procedure, {**subjects[title], "name": title})
+    return compare(calls, order.procedure, subjects)
+
+
+def _completed(candidate: _Candidate, order: Bench) -> _Candidate:
+    """Its energy, and where it is an artifact its start in a fresh process."""
+    seen = None
+    if order.aa or order.plant is not None:  # a control says something of the machine, not of its subject
+        return candidate
+    if order.cold and is_artifact(Path(candidate.source)):
+        arguments = [candidate.source, str(order.procedure.threads), str(order.batch)]
+        seen = measure_cold("onefold.runtimes.alone:first_call", arguments)
+    return replace(candidate, cold=seen, energy=measure_energy(candidate.call))
+
+
+def _told(outcome: Measurement | Comparison, completed: dict[str, _Candidate]) -> Measurement | Comparison:
+    """The outcome with what was found beside the times."""
+
+    def told(measurement: Measurement) -> Measurement:
+        candidate = completed.get(str(measurement.subject["name"]))
+        return measurement if candidate is None else replace(measurement, cold=candidate.cold, energy=candidate.energy)
+
+    return _each(outcome, told)
+
+
+def _held_against_limits(outcome: Measurement | Comparison, order: Bench, results: Path) -> Measurement | Comparison:
+    """The outcome with the least times that this machine could take.
+
+    Whoever is quicker than a limit proves that it was measured on a busy machine: then it is measured anew, some times.
+    """
+    threads = order.procedure.threads
+    for attempt in range(1 + _MORE_ATTEMPTS):
+        held_against = partial(_bounded, roofline=measured_limits(results, [threads], again=attempt > 0))
+        outcome = _each(outcome, held_against)
+        measured = outcome.measurements.values() if isinstance(outcome, Comparison) else [outcome]
+        if not any(each.beats_limit for each in measured):
+            break
+    return outcome
+
+
+def _bounded(measurement: Measurement, roofline: Roofline) -> Measurement:
+    return replace(measurement, bound=bound(roofline, measurement.subject, measurement.procedure.threads))
+
+
+def _each(outcome: Measurement | Comparison, change: Callable[[Measurement], Measurement]) -> Measurement | Comparison:
+    if isinstance(outcome, Measurement):
+        return change(outcome)
+    return replace(outcome, measurements={name: change(each) for name, each in outcome.measurements.items()})
 
 
 def note_accuracy(predictor: Predictor, data: str, top1: float, results: Path) -> None:
@@ -95,7 +205,7 @@ def _must_be_fused(predictor: Predictor, source: str, allowed: bool) -> None:
         )
 
 
-def _free(title: str, taken: dict[str, Callable[[], object]]) -> str:
+def _free(title: str, taken: Mapping[str, object]) -> str:
     """The title, numbered where it is taken: two sources may be of one kind."""
     if title not in taken:
         return title

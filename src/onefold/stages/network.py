@@ -220,9 +220,10 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
         "fused": artifact.fused,
         "drift": artifact.drift,
         "input_shape": artifact.input_shape,
-        "num_bytes": sum(stored.num_bytes for stored in artifact.files.values()),
+        "num_bytes": sum(stored.num_bytes for name, stored in artifact.files.items() if name != "reference.npz"),
         "sha256": digests[min(digests)],
         "source": folder.name,
+        **_cost_of(artifact.details),
     }
     return Predictor(
         answer=session,
@@ -231,6 +232,13 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
         preprocessing=Preprocessing.from_dict(artifact.preprocessing),
         facts=facts,
     )
+
+
+def _cost_of(details: Mapping[str, object]) -> dict[str, int]:
+    """Parameters and multiply-adds for one image, where the manifest tells them: older ones do not."""
+    told = details.get("cost")
+    known = told if isinstance(told, dict) else {}
+    return {key: known[key] for key in ("params", "macs") if type(known.get(key)) is int and known[key] > 0}
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ from onefold.errors import BadArgument, BadData
 from onefold.quantize import PLAIN, Grids, Method, Quantized, quantize
 from onefold.stages.network import Floats, Network
 
-
 _HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
 
 
