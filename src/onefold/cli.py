@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
+Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, timm:NAME, or an exported artifact")]
 Name = Annotated[str | None, Option("--model", help="the network's name, where the weights do not tell it")]
 Threads = Annotated[int, Option(min=1, max=1024, help="threads that compute")]
 AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]
@@ -236,7 +236,7 @@ def export(
 
 @app.command()
 def bench(
-    sources: Annotated[list[str], Argument(help="artifacts, runs or weights; the first is the baseline")],
+    sources: Annotated[list[str], Argument(help="artifacts, runs, weights or timm:NAME; the first is the baseline")],
     results: Annotated[Path, Option(help="the folder of results")] = Path("results"),
     samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
     warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,

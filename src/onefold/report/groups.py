@@ -92,6 +92,7 @@ class Group:
 def label(subject: Mapping[str, Any]) -> str:
     """Model, runtime and precision, and the name it was compared under where that says more."""
     known = [plain(subject[key], 60) for key in ("model", "runtime", "precision") if subject.get(key)]
+    known += ["random weights"] if known and subject.get("untrained") else []
     name = plain(subject.get("name") or "", 60)
     if not known:
         return name or "something unnamed"

@@ -13,6 +13,7 @@ from onefold.models.hub import save_weights
 from onefold.quantize import Quantized
 from onefold.runtimes import About, Artifact
 from onefold.runtimes import export as export_to
+from onefold.stages.foreign import is_foreign, save_foreign
 from onefold.stages.network import TOLERANCE, Network, open_network
 from onefold.stages.quantizing import Calibration, quantized, told
 
@@ -33,7 +34,8 @@ def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: f
     if network.is_fused:
         raise BadArgument(f"{source} is fused already: use it as it is")
     fused, distance = network.fused(tolerance)
-    save_weights(fused.model, out, replace(fused.card, source=fused.card.source or str(source)))
+    write = save_foreign if is_foreign(fused.card.model) else save_weights
+    write(fused.model, out, replace(fused.card, source=fused.card.source or str(source)))
     size = network.preprocessing.size
     return Fused(path=out, drift=distance, before=cost(network.model, size), after=cost(fused.model, size))
 
@@ -69,7 +71,7 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         preprocessing=network.preprocessing.to_dict(),
         licence=card.licence or None,
         source=card.source or str(source),
-        details={} if made is None else told(made),
+        details={**({} if made is None else told(made)), **({"untrained": True} if card.untrained else {})},
     )
     suffix = "" if about.fused else "-unfused"
     return [

@@ -20,6 +20,7 @@ from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.reparam import drift, fuse, leftovers
 from onefold.runtimes import load
+from onefold.stages.foreign import is_foreign, open_foreign, stored_foreign
 
 Floats = NDArray[np.float32]
 
@@ -90,8 +91,9 @@ class Predictor:
     @property
     def title(self) -> str:
         """One line for a table."""
+        drawn = " random weights" if self.facts.get("untrained") else ""
         fused = "" if self.facts["fused"] else " UNFUSED"
-        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{fused}"
+        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{drawn}{fused}"
 
     def class_name(self, index: int) -> str:
         """The name of a class, or its number where nobody named it."""
@@ -109,8 +111,12 @@ class Predictor:
 
 
 def open_network(source: str | Path, *, name: str | None = None) -> Network:
-    """A torch network from a run folder (its best weights), a file of weights, or an id of the hub."""
-    model, card = load_model(weights_file(source), name=name)
+    """A torch network from a run folder (its best weights), a file of weights, an id of the hub, or `timm:NAME`."""
+    if is_foreign(source):
+        model, card = open_foreign(str(source))
+        return Network(model=model, card=card, title=str(source))
+    file = weights_file(source)
+    model, card = stored_foreign(Path(file)) or load_model(file, name=name)
     return Network(model=model.eval(), card=card, title=str(source))
 
 
@@ -154,6 +160,7 @@ def open_predictor(
         "params": counted.params,
         "macs": counted.macs,
         "source": Path(source).name,
+        **_drawn(network.card.untrained),
     }
     return Predictor(
         answer=_Eager(network.model, threads),
@@ -162,6 +169,11 @@ def open_predictor(
         preprocessing=preprocessing,
         facts=facts,
     )
+
+
+def _drawn(untrained: bool) -> dict[str, object]:
+    """What every row says of weights that were drawn and never trained; nothing of others."""
+    return {"untrained": True} if untrained else {}
 
 
 def named(predictor: Predictor, classes: Path | None) -> Predictor:
@@ -204,6 +216,7 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
         "num_bytes": sum(stored.num_bytes for stored in artifact.files.values()),
         "sha256": digests[min(digests)],
         "source": folder.name,
+        **_drawn(artifact.details.get("untrained") is True),
     }
     return Predictor(
         answer=session,
