@@ -62,8 +62,25 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         network, _ = network.fused(order.tolerance)
     network = _at(network, order.size)
     made = _quantized(network, order)
-    card, size = network.card, network.preprocessing.size
-    about = About(
+    about, size = about_of(network, source, made), network.preprocessing.size
+    suffix = "" if about.fused else "-unfused"
+    return [
+        export_to(
+            network.model if made is None else made,
+            (network.card.in_chans, size, size),
+            out / f"{runtime}-{order.precision}{suffix}",
+            runtime=runtime,
+            about=about,
+            precision=order.precision,
+        )
+        for runtime in order.runtimes
+    ]
+
+
+def about_of(network: Network, source: str | Path, made: Quantized | None = None) -> About:
+    """What an artifact's manifest says of a network, and of how it was quantized."""
+    card = network.card
+    return About(
         model=card.model,
         fused=network.is_fused,
         drift=card.drift,
@@ -73,18 +90,6 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
         source=card.source or str(source),
         details={**({} if made is None else told(made)), **({"untrained": True} if card.untrained else {})},
     )
-    suffix = "" if about.fused else "-unfused"
-    return [
-        export_to(
-            network.model if made is None else made,
-            (card.in_chans, size, size),
-            out / f"{runtime}-{order.precision}{suffix}",
-            runtime=runtime,
-            about=about,
-            precision=order.precision,
-        )
-        for runtime in order.runtimes
-    ]
 
 
 def _quantized(network: Network, order: Order) -> Quantized | None:

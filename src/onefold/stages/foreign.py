@@ -81,7 +81,7 @@ def open_foreign(spec: str) -> tuple[nn.Module, Card]:
             raise BadArgument(
                 f"timm does not make {name!r} ({_brief(error)}): give a name of timm.list_models()"
             ) from (error)
-        _settle_(found.model, found.preprocessing)
+        settle_(found.model, found.preprocessing)
     return found.model, found.card(None)
 
 
@@ -111,6 +111,20 @@ def from_file(spec: str, name: str, file: Path) -> Foreign:
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_weights(spec, name, error) from error
     return _described(timm, name, model)
+
+
+@torch.no_grad()
+def settle_(model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Give every norm over a batch the statistics that it has on noise; in eval mode afterwards."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    model(torch.randn(_IMAGES_TO_SETTLE, preprocessing.channels, preprocessing.size, preprocessing.size))
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 # ------------------------------------------------------------------------------------- in our files
@@ -198,20 +212,6 @@ def _described(timm: Any, name: str, model: Any) -> Foreign:
         licence=str(config.get("license") or "") if "." in name else "",  # without a tag, nobody said whose they are
         version=str(timm.__version__),
     )
-
-
-@torch.no_grad()
-def _settle_(model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Give every norm over a batch the statistics that it has on noise; in eval mode afterwards."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    kept = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.train()
-    model(torch.randn(_IMAGES_TO_SETTLE, preprocessing.channels, preprocessing.size, preprocessing.size))
-    for norm, momentum in zip(norms, kept, strict=True):
-        norm.momentum = momentum
-        norm.eval()
 
 
 def _no_weights(spec: str, name: str, error: Exception) -> BadCheckpoint:
