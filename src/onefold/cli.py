@@ -15,6 +15,7 @@ import typer
 from typer import Argument, Option
 
 from onefold import display, exits
+from onefold.cli_phone import phone
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
 
@@ -257,6 +258,9 @@ def bench(
     with display.waiting(f"measuring {len(sources)}"):
         outcome, path = run(order, results)
     display.measured(outcome, path, as_json=as_json)
+
+
+app.command()(phone)
 
 
 @app.command()

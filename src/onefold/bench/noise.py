@@ -64,7 +64,8 @@ class Noise:
     """What happened between two looks.
 
     `switches`: how often this process lost its core to another. `steal`: the share (0 to 1) of all cores' time that a
-    hypervisor took. `others`: how many cores' worth of time other processes used.
+    hypervisor took. `others`: how many cores' worth of time other processes used. `remarks` are sentences of whoever
+    measured about what else speaks against the figures, such as a phone's heat.
     """
 
     load_before: float | None = None
@@ -72,6 +73,7 @@ class Noise:
     switches: float | None = None
     steal: float | None = None
     others: float | None = None
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def between(cls, before: Vitals, after: Vitals) -> Noise:
@@ -94,13 +96,14 @@ class Noise:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Noise:
         """The inverse of `to_dict`."""
-        known = {each.name: plain.get(each.name) for each in fields(cls)}
-        return cls(**{name: None if value is None else float(value) for name, value in known.items()})
+        known = {each.name: plain.get(each.name) for each in fields(cls) if each.name != "remarks"}
+        numbers = {name: None if value is None else float(value) for name, value in known.items()}
+        return cls(**numbers, remarks=tuple(str(each) for each in plain.get("remarks", ())))
 
     def reasons(self, samples: Sequence[float], machine: Machine, threads: int) -> tuple[str, ...]:
         """Why a figure from these samples is not to be trusted, one sentence each; empty when it is."""
         of_machine = (*_of_load(self, machine.available_cores, threads), *_of_others(self, machine.available_cores))
-        return (*of_machine, *_of_samples(samples))
+        return (*self.remarks, *of_machine, *_of_samples(samples))
 
 
 def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:

@@ -4,8 +4,8 @@
     timm:NAME@FILE    the weights of a file
 
 Drawn weights have an unknown accuracy, and everything made of them says so. Their norms are given the statistics of
-noise: as timm draws them, the answers of some networks are near 1e14 and those of others do not depend on the image,
-and then nothing could be proved by them.
+made-up images: as timm draws them, the answers of some networks are near 1e14 and those of others do not depend on the
+image, and then nothing could be proved by them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
 from onefold.models.card import Card, verified, write_weights
 from onefold.models.containers import read
 from onefold.reparam import fuse
+from onefold.runtimes.reference import make_images
 
 PREFIX = "timm:"
-_IMAGES_TO_SETTLE = 4
+_IMAGES_TO_SETTLE = 8
 _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
 
 
@@ -115,13 +116,19 @@ def from_file(spec: str, name: str, file: Path) -> Foreign:
 
 @torch.no_grad()
 def settle_(model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Give every norm over a batch the statistics that it has on noise; in eval mode afterwards."""
+    """Give every norm over a batch the statistics that it has on made-up images; in eval mode afterwards.
+
+    Half are noise, as `Network.noise` is, and half of the kind that an artifact's proof is made of: to images that
+    their norms know nothing of, some networks answer with values so large that rounding shows.
+    """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     kept = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
-    model(torch.randn(_IMAGES_TO_SETTLE, preprocessing.channels, preprocessing.size, preprocessing.size))
+    shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
+    images = torch.from_numpy(make_images(shape, num_images=_IMAGES_TO_SETTLE, seed=1))
+    model(torch.cat([images, torch.randn(images.shape, generator=torch.Generator().manual_seed(1))]))
     for norm, momentum in zip(norms, kept, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,10 +47,10 @@ def bench(order: Bench, results: Path) -> tuple[Measurement | Comparison, Path]:
             predictor = opened.enter_context(
                 open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
             )
-            _must_be_fused(predictor, source, order.allow_unfused)
-            title = _free(predictor.title, calls)
+            must_be_fused(bool(predictor.facts["fused"]), source, order.allow_unfused)
+            title = free_title(predictor.title, calls)
             calls[title] = _call(predictor, order.batch)
-            subjects[title] = {**predictor.facts, "batch": order.batch, **_known_accuracy(predictor, results)}
+            subjects[title] = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
         if len(calls) == 1:
             title = next(iter(calls))
             outcome: Measurement | Comparison = measure(
@@ -66,12 +67,13 @@ def note_accuracy(predictor: Predictor, data: str, top1: float, results: Path) -
     """Keep the accuracy of what answered, so that measurements of the same bytes can be shown with it."""
     path = results / "accuracy.json"
     known = _accuracies(results)
-    known[_identity(predictor)] = {"top1": top1, "top1_on": data}
+    known[_identity(predictor.facts)] = {"top1": top1, "top1_on": data}
     write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
-def _known_accuracy(predictor: Predictor, results: Path) -> dict[str, object]:
-    return _accuracies(results).get(_identity(predictor), {})
+def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]:
+    """What `note_accuracy` kept of the same bytes; empty where nothing."""
+    return _accuracies(results).get(_identity(facts), {})
 
 
 def _accuracies(results: Path) -> dict[str, dict[str, object]]:
@@ -82,20 +84,20 @@ def _accuracies(results: Path) -> dict[str, dict[str, object]]:
     return known if isinstance(known, dict) else {}
 
 
-def _identity(predictor: Predictor) -> str:
-    facts = predictor.facts
+def _identity(facts: Mapping[str, Any]) -> str:
     return str(facts.get("sha256") or f"{facts['model']}:{facts['runtime']}:{facts['fused']}:{facts['source']}")
 
 
-def _must_be_fused(predictor: Predictor, source: str, allowed: bool) -> None:
-    if not predictor.facts["fused"] and not allowed:
+def must_be_fused(fused: bool, source: str, allowed: bool) -> None:
+    """Raises BadArgument for a network that is not, unless that is allowed."""
+    if not fused and not allowed:
         raise BadArgument(
             f"{source} is not fused, and its time says nothing of the deployed network: `onefold fuse` it first, "
             "or pass --allow-unfused to measure it and have every row say so"
         )
 
 
-def _free(title: str, taken: dict[str, Callable[[], object]]) -> str:
+def free_title(title: str, taken: Collection[str]) -> str:
     """The title, numbered where it is taken: two sources may be of one kind."""
     if title not in taken:
         return title

@@ -19,7 +19,7 @@ from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.reparam import drift, fuse, leftovers
-from onefold.runtimes import load
+from onefold.runtimes import Artifact, load
 from onefold.stages.foreign import is_foreign, open_foreign, stored_foreign
 
 Floats = NDArray[np.float32]
@@ -205,8 +205,19 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
     artifact = session.artifact
     if size is not None and size != artifact.input_shape[1]:
         raise BadArgument(f"{folder} takes images of {artifact.input_shape[1]} pixels: export again for {size}")
+    return Predictor(
+        answer=session,
+        classes=artifact.classes,
+        num_classes=artifact.num_classes,
+        preprocessing=Preprocessing.from_dict(artifact.preprocessing),
+        facts=facts_of(artifact),
+    )
+
+
+def facts_of(artifact: Artifact) -> dict[str, Any]:
+    """What a measurement of an artifact records of it."""
     digests = {name: stored.sha256 for name, stored in artifact.files.items() if name.startswith("model.")}
-    facts = {
+    return {
         "model": artifact.model,
         "runtime": artifact.runtime,
         "precision": artifact.precision,
@@ -215,16 +226,9 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
         "input_shape": artifact.input_shape,
         "num_bytes": sum(stored.num_bytes for stored in artifact.files.values()),
         "sha256": digests[min(digests)],
-        "source": folder.name,
+        "source": artifact.folder.name,
         **_drawn(artifact.details.get("untrained") is True),
     }
-    return Predictor(
-        answer=session,
-        classes=artifact.classes,
-        num_classes=artifact.num_classes,
-        preprocessing=Preprocessing.from_dict(artifact.preprocessing),
-        facts=facts,
-    )
 
 
 @dataclass(frozen=True, eq=False)
