@@ -11,9 +11,9 @@ and number of threads all networks are timed in the same rounds, in an order dra
 twelve networks do not fit into a cache together, so each call finds its own as cold as the others find theirs.
 Each network is used at the size of images that it is published with; the table says which.
 
-Appends every raw sample to benchmarks/results/competitors-<machine>.jsonl and writes a dated table beside it. `--quick`:
-two networks, few samples, nothing kept. Needs timm, whose operator schemas are declared here where torchvision lacks
-them. With onefold[onnx], [openvino], [litert], [executorch], [ncnn]: whichever are installed.
+Appends every raw sample to benchmarks/results/competitors-<machine>.jsonl and writes a dated table beside it. With
+`--quick`: two networks, few samples, nothing kept. Needs timm, whose operator schemas are declared here where
+torchvision lacks them. With onefold[onnx], [openvino], [litert], [executorch], [ncnn]: whichever are installed.
 """
 
 from __future__ import annotations

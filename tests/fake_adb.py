@@ -118,6 +118,8 @@ def program(command):
             end(1, errors=f"adb: device '{sys.argv[2]}' not found\n")
     if fault.get("hangs"):
         time.sleep(30)
+    if TOLD.get("refuses_proof") and any("output_file" in each for each in arguments):
+        end(1, errors="ERROR: unknown command line flag 'output_file'\n")
     flags = dict(each[2:].split("=", 1) for each in arguments if each.startswith("--"))
     {"benchmark_model": tflite, "executor_runner": executorch, "onnxruntime_perf_test": onnxruntime}[name](
         flags, arguments

@@ -72,7 +72,7 @@ class Adb:
 
     def push(self, local: Path, remote: str, sha256: str) -> None:
         """Put a file on the phone, unless it is there already; its hash is compared there. Raises NotWritable."""
-        if self._hash(remote) == sha256:
+        if self.hash_of(remote) == sha256:
             return
         self._make_room(local, remote)
         size = local.stat().st_size
@@ -82,11 +82,11 @@ class Adb:
             if _GONE.search(ran.errors):
                 raise DeviceFailed(f"the phone {self.serial} went away while {local.name} was sent: check the cable")
             raise NotWritable(f"{local.name} cannot be put on the phone at {remote}: {ran.last_words}")
-        there = self._hash(remote)
+        there = self.hash_of(remote)
         if there is not None and there != sha256:
             raise NotWritable(f"{local.name} did not arrive whole on the phone: push it again, and check the cable")
 
-    def _hash(self, remote: str) -> str | None:
+    def hash_of(self, remote: str) -> str | None:
         """The SHA-256 of a file of the phone; None where there is no such file, or no such program."""
         words = self.says("sha256sum", remote).split()
         return words[0] if words and re.fullmatch("[0-9a-f]{64}", words[0]) else None
@@ -177,5 +177,5 @@ def _call(arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedPro
         raise DeviceFailed(f"adb cannot be started: {error.strerror or error}") from error
     except subprocess.TimeoutExpired as error:
         raise DeviceFailed(
-            f"the phone did not answer within {timeout_s:.0f} s: is it stuck, or the network that it measures very slow?"
+            f"the phone did not answer within {timeout_s:.0f} s: is it stuck, or is what it measures very slow?"
         ) from error

@@ -48,7 +48,7 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """Where a program may speak instead of its output: under `tag` in the phone's log, if `sign` is not in its output."""
+    """Where a program speaks if `sign` is not in its output: in the phone's log, under `tag`."""
 
     tag: str
     sign: str

@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ def measure_on(adb: Adb, phone: Phone, loads: Sequence[Load], plan: Plan) -> Mea
     proofs = [runner.prove(load) for load in loads]
     times, heats = runner.series(loads)
     remarks = _remarks(before, condition(adb), heats)
-    told = [{**load.subject, "name": load.title, "answer": proof} for load, proof in zip(loads, proofs, strict=True)]
+    told = [
+        {**load.subject, "name": load.title, "answer": proof, "condition": asdict(before)}
+        for load, proof in zip(loads, proofs, strict=True)
+    ]
     measured = _Result(plan=plan, machine=phone.machine(cores), noise=Noise(remarks=remarks))
     return measured.of(told, times)
 
@@ -140,7 +144,8 @@ class _Runner:
             return f"not checked on the phone: {program.name} cannot be asked for it"
         call = self._call(load)
         self.adb.shell(["rm", "-f", call.answer])
-        self._run(program.proof(call), program)
+        with suppress(DeviceFailed):  # an older program does not know how to be asked; what fails for more, fails again
+            self._run(program.proof(call), program)
         answer = self.adb.read(call.answer)
         if answer is None:
             return f"not checked on the phone: this {program.name} does not write it"

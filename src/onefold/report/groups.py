@@ -12,7 +12,9 @@ from onefold.bench import Machine, Measurement
 from onefold.report.html import plain
 
 # What was found out about a subject, or how it came here: none of it makes it another one.
-_FINDINGS = frozenset({"drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"})
+_FINDINGS = frozenset(
+    {"answer", "condition", "drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,13 +48,13 @@ def bench_on_phone(order: PhoneBench, results: Path) -> tuple[Measurement | Comp
     phone = look(adb)
     if phone.is_emulator:
         raise BadArgument(f"{adb.serial} is an emulator, and its times say nothing of any phone: connect a phone")
-    _send_programs(adb, programs, given)
+    builds = _send_programs(adb, programs, given)
     with tempfile.TemporaryDirectory() as folder:
         loads: list[Load] = []
         for number, (artifact, program) in enumerate(zip(artifacts, programs, strict=True)):
             must_be_fused(artifact.fused, str(artifact.folder), order.allow_unfused)
             title = free_title(artifact.title, {load.title for load in loads})
-            facts = {**facts_of(artifact), "batch": 1, "on": program.name}
+            facts = {**facts_of(artifact), "batch": 1, "program": f"{program.name} {builds[program.name]}"}
             subject = {**facts, **known_accuracy(facts, results)}
             loads.append(_load(artifact, program, (title, subject), Path(folder) / f"{number}.bin"))
             _send(adb, loads[-1])
@@ -125,8 +125,9 @@ def _given(files: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _send_programs(adb: Adb, programs: Sequence[Program], given: dict[str, Path]) -> None:
-    """Put what was given on the phone, and see that every program that is needed is there. Raises MissingExtra."""
+def _send_programs(adb: Adb, programs: Sequence[Program], given: dict[str, Path]) -> dict[str, str]:
+    """Put what was given on the phone; the build of every program that is needed, by its hash. Raises MissingExtra."""
+    builds = {}
     for name, file in given.items():
         adb.push(file, f"{FOLDER}/{name}", hashlib.sha256(file.read_bytes()).hexdigest())
         adb.shell(["chmod", _PROGRAM_MODE, f"{FOLDER}/{name}"])
@@ -134,5 +135,7 @@ def _send_programs(adb: Adb, programs: Sequence[Program], given: dict[str, Path]
         if adb.shell(["test", "-x", f"{FOLDER}/{program}"]).status != 0:
             raise MissingExtra(
                 f"{program} is not on the phone at {FOLDER}: build it for Android, or download it from its vendor "
-                f"(docs/phones.md), and give it with --program PATH"
+                "(docs/phones.md), and give it with --program PATH"
             )
+        builds[program] = (adb.hash_of(f"{FOLDER}/{program}") or "of unknown build")[:12]
+    return builds
