@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from onefold.runtimes.reference import make_images
 from onefold.stages import Order, export, open_network, open_predictor
 from onefold.stages import fuse as fuse_stage
 
+_import = builtins.__import__
 SMALL = "repvgg_a0"
 COMPETITORS = (
     *(f"mobileone_s{size}" for size in range(5)),
@@ -110,6 +112,13 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     assert artifact.num_classes == 5
 
 
+def _misfit(name: str, *more: object) -> object:
+    """Imports, but for a torchvision of another build."""
+    if name == "timm":
+        raise RuntimeError("operator torchvision::nms does not exist")
+    return _import(name, *more)
+
+
 def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
     with pytest.raises(BadArgument, match="timm has no model 'repvgg_a00': did you mean repvgg_a0"):
         open_network("timm:repvgg_a00")
@@ -127,6 +136,10 @@ def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
     torch.save({"fc.weight": torch.zeros(5, 1280)}, tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=r"has no head\.fc\.weight"):
         open_network(f"timm:repvgg_a0@{tmp_path / 'w.pth'}")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.__import__", _misfit)
+        with pytest.raises(MissingExtra, match="was built for another torch"):
+            open_network("timm:repvgg_a0")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r"needs timm.*pip install 'onefold\[timm\]'"):
         open_network("timm:repvgg_a0")

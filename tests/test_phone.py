@@ -169,6 +169,7 @@ def test_the_phone_is_recorded_and_its_serial_is_not(phone: FakePhone):
     assert machine.features == ("bf16", "fp16", "neon", "dotprod", "i8mm")
     assert machine.memory_bytes == 11_800_000 * 1024
     assert found.procedure.threads == 1
+    assert found.subject["cores"] == "big"
     assert found.subject["program"] == f"benchmark_model {hashlib.sha256(b'').hexdigest()[:12]}"
     assert found.subject["condition"] == {
         "heat": 0, "percent": 83, "charging": False, "battery_celsius": 28.1, "awake": True, "saving": False,
@@ -306,7 +307,8 @@ def test_anyway_measures_and_says_so_in_the_ledger(phone: FakePhone, capsys):
 
 
 def test_what_a_condition_refuses_and_what_it_remarks():
-    assert Condition().refusals == Condition().remarks == ()
+    assert Condition(heat=0).refusals == Condition(heat=0).remarks == Condition().refusals == ()
+    assert Condition().remarks == ("Whether the phone was hot is not known: it does not tell.",)
     assert Condition(heat=2).refusals == ("it is hot (thermal status moderate) and slows itself down",)
     assert Condition(heat=1, percent=90, charging=False, awake=True).refusals == ()
     assert Condition(percent=10, charging=True).refusals == ()
@@ -372,6 +374,7 @@ FAULTS: dict[str, tuple[int, str, dict[str, Any]]] = {
         {"program": {"says": "count=4 curr=0 (all same)\nInference (avg): 0\n"}},
     ),
     "unplugged": (9, "went away", {"program": {"gone_after": 2}}),
+    "unplugged without a word": (9, "went away", {"program": {"gone_after": 2, "silently": True}}),
     "no taskset": (9, "--cores all", {"no_taskset": True}),
     "no clocks": (2, "which cores are big", {"no_clocks": True}),
 }

@@ -53,7 +53,7 @@ class Adb:
     def shell(self, command: Sequence[str], *, timeout_s: float = _QUICK_S) -> Ran:
         """Run a command on the phone, whatever its status. Raises DeviceFailed where phone or time runs out."""
         ran = _adb(["-s", self.serial, "shell", shlex.join(command)], timeout_s)
-        if ran.status != 0 and _GONE.search(ran.errors):
+        if ran.status != 0 and (_GONE.search(ran.errors) or (ran.status == 255 and not self._is_there())):
             raise DeviceFailed(
                 f"the phone {self.serial} went away ({ran.last_words}): check the cable, and start again"
             )
@@ -85,6 +85,10 @@ class Adb:
         there = self.hash_of(remote)
         if there is not None and there != sha256:
             raise NotWritable(f"{local.name} did not arrive whole on the phone: push it again, and check the cable")
+
+    def _is_there(self) -> bool:
+        """Whether it still is: a shell that loses its phone may end without a word."""
+        return _devices().get(self.serial) == "device"
 
     def hash_of(self, remote: str) -> str | None:
         """The SHA-256 of a file of the phone; None where there is no such file, or no such program."""

@@ -107,6 +107,8 @@ class Condition:
     def remarks(self) -> tuple[str, ...]:
         """What a reader of the figures must know, a sentence each: all refusals, and lesser things."""
         found = [f"Of the phone: {clause}." for clause in self.refusals]
+        if self.heat is None:
+            found.append("Whether the phone was hot is not known: it does not tell.")
         if self.heat == 1:
             found.append("The phone was warm (thermal status light).")
         if self.charging:

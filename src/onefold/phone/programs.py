@@ -161,7 +161,7 @@ def _executorch_times(text: str, call: Call) -> Times:
     found = [(int(number), float(ms)) for number, total, ms in _ITERATION.findall(text) if int(total) == wanted]
     found = found[-wanted:]  # a log may still hold what an earlier process wrote within the same second
     if [number for number, _ in found] != list(range(1, wanted + 1)):
-        hint = f"{wanted} lines such as `Iteration 1 of {wanted}: 5.1 ms` (a runner of ExecuTorch 1.0 or later)"
+        hint = f"{wanted} lines such as `Iteration 1 of {wanted}: 5.1 ms` (of a recent ExecuTorch)"
         raise _unreadable("executor_runner", hint, text)
     times = [round(ms * 1e6) for _, ms in found]
     kept = Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))

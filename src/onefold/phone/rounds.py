@@ -95,7 +95,7 @@ def measure_on(adb: Adb, phone: Phone, loads: Sequence[Load], plan: Plan) -> Mea
     times, heats = runner.series(loads)
     remarks = _remarks(before, condition(adb), heats)
     told = [
-        {**load.subject, "name": load.title, "answer": proof, "condition": asdict(before)}
+        {**load.subject, "name": load.title, "answer": proof, "cores": plan.cores, "condition": asdict(before)}
         for load, proof in zip(loads, proofs, strict=True)
     ]
     measured = _Result(plan=plan, machine=phone.machine(cores), noise=Noise(remarks=remarks))

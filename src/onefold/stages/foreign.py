@@ -184,10 +184,15 @@ def _timm(spec: str, name: str) -> Any:
     """The package, once it is known to have such a model."""
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # a torchvision of another build raises the latter
+    except RuntimeError as error:
+        raise MissingExtra(
+            f"{spec} needs timm, and the torchvision that timm imports was built for another torch ({error}): install "
+            "the two from one place, as pytorch.org says"
+        ) from error
+    except ImportError as error:
         raise MissingExtra(
             f"{spec} needs timm, and it cannot be imported ({error}): pip install 'onefold[timm]'"
-        ) from (error)
+        ) from error
     base = name.partition(".")[0]
     if not timm.is_model(base):
         near = timm.list_models(f"*{base[:8]}*")[:3] if base else []
