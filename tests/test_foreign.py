@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
+from onefold.quantize import Method, quantize
 from onefold.reparam import drift, fuse, leftovers
+from onefold.runtimes import About
+from onefold.runtimes import export as export_to
 from onefold.runtimes.reference import make_images
 from onefold.stages import Order, export, open_network, open_predictor
 from onefold.stages import fuse as fuse_stage
@@ -143,3 +148,26 @@ def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r"needs timm.*pip install 'onefold\[timm\]'"):
         open_network("timm:repvgg_a0")
+
+
+class Twins(nn.Module):
+    """Two layers with equal kernels: FastViT's mixers are such before they are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.one = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.other = copy.deepcopy(self.one)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(self.stem(x).relu())
+        return self.head((x + self.other(0.5 * x)).mean((2, 3)))
+
+
+def test_equal_kernels_of_8_bits_are_taken_by_onnx_runtime(seeded, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(limit=63))
+    about = About(model="twins", fused=True)
+    artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", about=about, precision="int8")
+    assert artifact.parity.difference < 1e-6
