@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from onefold import cli_deploying, cli_measuring, display, exits
+from onefold import cli_deploying, cli_measuring, cli_phone, display, exits
 from onefold.cli_deploying import method_of, names_of
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
@@ -225,7 +225,7 @@ def export(
     display.artifacts(artifacts)
 
 
-for verb in (cli_deploying.deploy, cli_measuring.bench, cli_measuring.limits, cli_measuring.profile):
+for verb in (cli_deploying.deploy, cli_measuring.bench, cli_measuring.limits, cli_measuring.profile, cli_phone.phone):
     app.command()(verb)
 
 

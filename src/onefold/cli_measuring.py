@@ -15,7 +15,7 @@ Results = Annotated[Path, Option(help="the folder of results")]
 
 
 def bench(
-    sources: Annotated[list[str], Argument(help="artifacts, runs or weights; the first is the baseline")],
+    sources: Annotated[list[str], Argument(help="artifacts, runs, weights or timm:NAME; the first is the baseline")],
     results: Results = Path("results"),
     samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
     warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,

@@ -175,6 +175,7 @@ def artifacts(made: Sequence[Artifact]) -> None:
     """What was exported, with the proof of it."""
     for artifact in made:
         fused = "" if artifact.fused else "   NOT FUSED"
+        fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
         agree = f"top-1 equal on {100 * artifact.parity.top1_agreement:.0f} %"
         size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
         say(f"{artifact.folder}  {size:.1f} MiB  parity {artifact.parity.difference:.1e}, {agree}{fused}")

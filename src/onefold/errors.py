@@ -11,6 +11,7 @@
     +-- RunBusy             6    another process is using this run folder
     +-- NonFiniteLoss       7    the loss became NaN or infinite (also an ArithmeticError)
     +-- LostWorker          8    a process that trains along was lost, and could not be replaced
+    +-- DeviceFailed        9    a phone went away, or a program on it failed or cannot be understood
     +-- Stopped            75    stopped by a signal, after saving
 
 A message is one sentence or two: what was expected, what came, and what to type.
@@ -78,6 +79,12 @@ class LostWorker(OnefoldError):
     """A process that trains along was lost, and could not be replaced."""
 
     exit_status = 8
+
+
+class DeviceFailed(OnefoldError):
+    """A phone went away, or a program on it failed or says what cannot be understood."""
+
+    exit_status = 9
 
 
 class Stopped(OnefoldError):

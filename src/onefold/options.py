@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, or an exported artifact")]
+Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, timm:NAME, or an exported artifact")]
 Name = Annotated[str | None, Option("--model", help="the network's name, where the weights do not tell it")]
 Threads = Annotated[int, Option(min=1, max=1024, help="threads that compute")]
 AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]

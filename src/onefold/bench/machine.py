@@ -80,7 +80,7 @@ class Machine:
             usable_cores=_usable_cores(),
             quota=_quota(root),
             memory_bytes=_memory(root),
-            features=_features(cpuinfo),
+            features=features_of(cpuinfo) or _features_of_macos(),
             system=f"{platform.system()} {platform.release()}".strip(),
             python=platform.python_version(),
             versions=_versions(packages),
@@ -176,11 +176,22 @@ def _chip(cpuinfo: str) -> str:
     return " ".join(named.split()) or "unknown"
 
 
-def _features(cpuinfo: str) -> tuple[str, ...]:
-    flags = set(_field(cpuinfo, "flags", "Features").lower().split())
-    if not flags:
-        listed = re.findall(r"^hw\.optional\.(?:arm\.)?(\w+): 1$", _sysctl("hw.optional", bare=False), re.MULTILINE)
-        flags = {name.lower() for name in listed}
+def features_of(cpuinfo: str) -> tuple[str, ...]:
+    """What a Linux kernel's /proc/cpuinfo says that speeds up a convolution, in our words."""
+    return _in_our_words(set(_field(cpuinfo, "flags", "Features").lower().split()))
+
+
+def own_version() -> Mapping[str, str]:
+    """The version of onefold, under its name."""
+    return _versions(("onefold",))
+
+
+def _features_of_macos() -> tuple[str, ...]:
+    listed = re.findall(r"^hw\.optional\.(?:arm\.)?(\w+): 1$", _sysctl("hw.optional", bare=False), re.MULTILINE)
+    return _in_our_words({name.lower() for name in listed})
+
+
+def _in_our_words(flags: set[str]) -> tuple[str, ...]:
     return tuple(ours for ours, theirs in _FEATURES.items() if flags.intersection(theirs))
 
 

@@ -69,7 +69,8 @@ class Noise:
 
     `switches`: how often this process lost its core to another. `steal`: the share (0 to 1) of all cores' time that a
     hypervisor took. `others`: how many cores' worth of time other processes used. `mhz_before` and `mhz_after`:
-    the clock of the quickest core at either end.
+    the clock of the quickest core at either end. `remarks` are sentences of whoever measured about what else speaks
+    against the figures, such as a phone's heat.
     """
 
     load_before: float | None = None
@@ -79,6 +80,7 @@ class Noise:
     others: float | None = None
     mhz_before: float | None = None
     mhz_after: float | None = None
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def between(cls, before: Vitals, after: Vitals) -> Noise:
@@ -103,13 +105,14 @@ class Noise:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Noise:
         """The inverse of `to_dict`."""
-        known = {each.name: plain.get(each.name) for each in fields(cls)}
-        return cls(**{name: None if value is None else float(value) for name, value in known.items()})
+        known = {each.name: plain.get(each.name) for each in fields(cls) if each.name != "remarks"}
+        numbers = {name: None if value is None else float(value) for name, value in known.items()}
+        return cls(**numbers, remarks=tuple(str(each) for each in plain.get("remarks", ())))
 
     def reasons(self, samples: Sequence[float], machine: Machine, threads: int) -> tuple[str, ...]:
         """Why a figure from these samples is not to be trusted, one sentence each; empty when it is."""
         of_machine = (*_of_load(self, machine.available_cores, threads), *_of_others(self, machine.available_cores))
-        return (*of_machine, *_of_samples(samples))
+        return (*self.remarks, *of_machine, *_of_samples(samples))
 
 
 def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:

@@ -62,6 +62,8 @@ class Card:
     """Where the weights are from, and what was changed on the way."""
     int8: Mapping[str, Any] | None = None
     """The grids that the weights were trained on, as `quantize.Grids` writes them; None where they were not."""
+    untrained: bool = False
+    """Whether the weights were drawn and never trained: good for a latency, of unknown accuracy."""
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(self.classes) != self.num_classes:
@@ -113,6 +115,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "licence": (str,),
     "source": (str,),
     "int8": (dict, type(None)),
+    "untrained": (bool,),
 }
 
 
@@ -122,7 +125,7 @@ def _card(values: Any) -> Card:
         raise TypeError("it is not an object")
     known = {f.name: values[f.name] for f in fields(Card) if f.name in values}
     for name, value in known.items():
-        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "fused"):
+        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
             raise TypeError(f"{name} is a {type(value).__name__}")
     if known.get("classes") is not None:
         if not all(isinstance(name, str) for name in known["classes"]):
@@ -155,10 +158,16 @@ def save_weights(model: nn.Module, path: str | Path, card: Card) -> None:
 
     Raises NotWritable, and BadArgument where the card counts other classes than the network has.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
     rows = len(tensors["head.fc.weight"]) if "head.fc.weight" in tensors else 0
     if rows != card.num_classes:
         raise BadArgument(f"the card says {card.num_classes} classes and the model has {rows}: correct the card")
+    write_weights(model, path, card)
+
+
+def write_weights(model: nn.Module, path: str | Path, card: Card) -> None:
+    """The same for any network, also one that is not of the catalogue: its card is taken at its word."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = save(tensors, card.to_metadata() | {"sha256": digest(tensors)})
     with replacing(Path(path)) as aside:
         aside.write_bytes(data)

@@ -32,7 +32,9 @@ def fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
     if verb is not None:
         like = next(module.parameters(), torch.empty(0))
         trainable = any(p.requires_grad for p in module.parameters())
-        before = {id(p) for p in module.parameters()}
+        kept = (*module.parameters(), *module.modules())  # alive, so that nothing new takes the place of one of them
+        before = {id(part) for part in kept}
+        mode = module.training
         try:
             result = getattr(module, verb)()
         except Exception as error:  # another project's code: whatever it raises, the block stays as it was
@@ -43,6 +45,9 @@ def fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
             for parameter in module.parameters():
                 if id(parameter) not in before:  # and many leave the new kernel detached, hence frozen
                     parameter.requires_grad_(trainable)
+            for part in module.modules():
+                if id(part) not in before:  # a fresh module is in train mode, whatever stood there before
+                    part.training = mode
     for key, child in list(module.named_children()):
         fused = fuse_blocks_(child, f"{name}.{key}" if name else key)
         if fused is not child:
@@ -98,12 +103,12 @@ def _rest_of(norm: nn.Module) -> nn.Module | None:
     if not isinstance(norm, _BatchNorm) or norm.training or norm.running_mean is None:
         return None
     rest = nn.Sequential(*norm.children()) if list(norm.children()) else nn.Identity()
+    rest.eval()
     if type(norm).forward is _BatchNorm.forward:
-        return nn.Identity()
+        return nn.Identity().eval()
     stencil = _as_stencil(norm)
     z = torch.randn(4, norm.num_features, 3, 3, dtype=norm.running_mean.dtype, device=norm.running_mean.device)
     plain = z * stencil.weight.view(-1, 1, 1).to(z) + stencil.bias.view(-1, 1, 1).to(z)
-    rest.eval()
     with torch.no_grad():
         same = torch.allclose(norm(z), rest(plain), rtol=1e-3, atol=1e-4)
     return rest if same else None

@@ -12,7 +12,9 @@ from onefold.bench import Machine, Measurement
 from onefold.report.html import plain
 
 # What was found out about a subject, or how it came here: none of it makes it another one.
-_FINDINGS = frozenset({"drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"})
+_FINDINGS = frozenset(
+    {"answer", "condition", "drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,7 @@ class Group:
 def label(subject: Mapping[str, Any]) -> str:
     """Model, runtime and precision, and the name it was compared under where that says more."""
     known = [plain(subject[key], 60) for key in ("model", "runtime", "precision") if subject.get(key)]
+    known += ["random weights"] if known and subject.get("untrained") else []
     name = plain(subject.get("name") or "", 60)
     if not known:
         return name or "something unnamed"

@@ -103,7 +103,8 @@ def _distributed(groups: Sequence[Group], place: int) -> list[Markup]:
 
 
 def _model(group: Group) -> str:
-    return plain(group.subject.get("model") or "", 60)
+    drawn = " (random weights)" if group.subject.get("untrained") else ""
+    return plain(group.subject.get("model") or "", 60) + drawn
 
 
 def _row(group: Group) -> Row:

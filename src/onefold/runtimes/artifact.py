@@ -100,8 +100,9 @@ class Artifact:
 
     @property
     def title(self) -> str:
-        """One line for a table or a log; an unfused model is called so."""
-        return f"{self.model} {self.runtime} {self.precision}" + ("" if self.fused else " NOT FUSED")
+        """One line for a table or a log; an unfused model is called so, and one that was never trained."""
+        drawn = " random weights" if self.details.get("untrained") is True else ""
+        return f"{self.model} {self.runtime} {self.precision}{drawn}{'' if self.fused else ' NOT FUSED'}"
 
 
 def seal(folder: Path) -> dict[str, StoredFile]:

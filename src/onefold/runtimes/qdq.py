@@ -27,7 +27,7 @@ def restate_(model: Any) -> None:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and graph.is_per_tensor(node):
             graph.without_sign(node)
         elif node.op_type == "DequantizeLinear":
-            graph.own_zeros(node)
+            graph.own_parts(node)
     for node in list(model.graph.node):
         if node.op_type in _LAYERS and len(node.input) == 3:
             graph.whole_bias(node)
@@ -58,11 +58,15 @@ class _Graph:
             self._add(name, np.array(zero))
         node.input[2] = name
 
-    def own_zeros(self, node: Any) -> None:
-        """Zeros of its own: ONNX Runtime turns kernels to uint8 one by one, and trips over shared ones."""
-        name = f"{node.input[0]}_zeros"
-        self._add(name, self._constants[node.input[2]])
-        node.input[2] = name
+    def own_parts(self, node: Any) -> None:
+        """A kernel and zeros of its own: ONNX Runtime turns them to uint8 one by one, and trips over shared ones.
+
+        Equal kernels come as one constant that several layers read.
+        """
+        for place, part in ((0, "whole"), (2, "zeros")):
+            name = f"{node.output[0]}_{part}"
+            self._add(name, self._constants[node.input[place]])
+            node.input[place] = name
 
     def whole_bias(self, node: Any) -> None:
         """A float bias of a layer whose input and weight are dequantized, as int32 with the product of their scales."""

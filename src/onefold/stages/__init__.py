@@ -32,6 +32,8 @@ from onefold.stages.network import named as named
 from onefold.stages.network import open_network as open_network
 from onefold.stages.network import open_predictor as open_predictor
 from onefold.stages.page import write_page as write_page
+from onefold.stages.phones import PhoneBench as PhoneBench
+from onefold.stages.phones import bench_on_phone as bench_on_phone
 from onefold.stages.quantizing import Calibration as Calibration
 from onefold.stages.training import Outcome as Outcome
 from onefold.stages.training import resume_run as resume_run

@@ -12,6 +12,7 @@ from onefold.models.hub import save_weights
 from onefold.quantize import Quantized
 from onefold.runtimes import About, Artifact
 from onefold.runtimes import export as export_to
+from onefold.stages.foreign import is_foreign, save_foreign
 from onefold.stages.network import TOLERANCE, Network, open_network
 from onefold.stages.quantizing import Calibration, quantized, told
 
@@ -32,7 +33,8 @@ def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: f
     if network.is_fused:
         raise BadArgument(f"{source} is fused already: use it as it is")
     fused, distance = network.fused(tolerance)
-    save_weights(fused.model, out, replace(fused.card, source=fused.card.source or str(source)))
+    write = save_foreign if is_foreign(fused.card.model) else save_weights
+    write(fused.model, out, replace(fused.card, source=fused.card.source or str(source)))
     size = network.preprocessing.size
     return Fused(path=out, drift=distance, before=cost(network.model, size), after=cost(fused.model, size))
 
@@ -68,25 +70,40 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
 
 def export_made(network: Network, made: Quantized | None, folder: Path, runtime: str, precision: str) -> Artifact:
     """One verified artifact of a network, or of the one of 8 bits that was `made` of it."""
-    card, size = network.card, network.preprocessing.size
-    about = About(
-        model=card.model,
-        fused=network.is_fused,
-        drift=card.drift,
-        classes=card.classes,
-        preprocessing=network.preprocessing.to_dict(),
-        licence=card.licence or None,
-        source=card.source or network.title,
-        details={"cost": _cost(network), **({} if made is None else told(made))},
+    size = network.preprocessing.size
+    return export_to(
+        network.model if made is None else made,
+        (network.card.in_chans, size, size),
+        folder,
+        runtime=runtime,
+        about=about_of(network, network.title, made),
+        precision=precision,
     )
-    model = network.model if made is None else made
-    return export_to(model, (card.in_chans, size, size), folder, runtime=runtime, about=about, precision=precision)
 
 
 def _cost(network: Network) -> dict[str, int]:
     """What the exported network computes for one image, for whoever holds its latency against the machine's limits."""
     counted = cost(network.model, network.preprocessing.size)
     return {"params": counted.params, "macs": counted.macs}
+
+
+def about_of(network: Network, source: str | Path, made: Quantized | None = None) -> About:
+    """What an artifact's manifest says of a network, and of how it was quantized."""
+    card = network.card
+    return About(
+        model=card.model,
+        fused=network.is_fused,
+        drift=card.drift,
+        classes=card.classes,
+        preprocessing=network.preprocessing.to_dict(),
+        licence=card.licence or None,
+        source=card.source or str(source),
+        details={
+            "cost": _cost(network),
+            **({} if made is None else told(made)),
+            **({"untrained": True} if card.untrained else {}),
+        },
+    )
 
 
 def _quantized(network: Network, order: Order) -> Quantized | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,10 +105,10 @@ def _opened(order: Bench, results: Path, opened: ExitStack) -> dict[str, _Candid
         predictor = opened.enter_context(
             open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
         )
-        _must_be_fused(predictor, source, order.allow_unfused)
-        subject = {**predictor.facts, "batch": order.batch, **_known_accuracy(predictor, results)}
+        must_be_fused(bool(predictor.facts["fused"]), source, order.allow_unfused)
+        subject = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
         call = _call(predictor, order.batch)
-        candidates[_free(predictor.title, candidates)] = _Candidate(source=source, call=call, subject=subject)
+        candidates[free_title(predictor.title, candidates)] = _Candidate(source=source, call=call, subject=subject)
     return candidates
 
 
@@ -176,12 +177,13 @@ def note_accuracy(predictor: Predictor, data: str, top1: float, results: Path) -
     """Keep the accuracy of what answered, so that measurements of the same bytes can be shown with it."""
     path = results / "accuracy.json"
     known = _accuracies(results)
-    known[_identity(predictor)] = {"top1": top1, "top1_on": data}
+    known[_identity(predictor.facts)] = {"top1": top1, "top1_on": data}
     write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
-def _known_accuracy(predictor: Predictor, results: Path) -> dict[str, object]:
-    return _accuracies(results).get(_identity(predictor), {})
+def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]:
+    """What `note_accuracy` kept of the same bytes; empty where nothing."""
+    return _accuracies(results).get(_identity(facts), {})
 
 
 def _accuracies(results: Path) -> dict[str, dict[str, object]]:
@@ -192,20 +194,20 @@ def _accuracies(results: Path) -> dict[str, dict[str, object]]:
     return known if isinstance(known, dict) else {}
 
 
-def _identity(predictor: Predictor) -> str:
-    facts = predictor.facts
+def _identity(facts: Mapping[str, Any]) -> str:
     return str(facts.get("sha256") or f"{facts['model']}:{facts['runtime']}:{facts['fused']}:{facts['source']}")
 
 
-def _must_be_fused(predictor: Predictor, source: str, allowed: bool) -> None:
-    if not predictor.facts["fused"] and not allowed:
+def must_be_fused(fused: bool, source: str, allowed: bool) -> None:
+    """Raises BadArgument for a network that is not, unless that is allowed."""
+    if not fused and not allowed:
         raise BadArgument(
             f"{source} is not fused, and its time says nothing of the deployed network: `onefold fuse` it first, "
             "or pass --allow-unfused to measure it and have every row say so"
         )
 
 
-def _free(title: str, taken: Mapping[str, object]) -> str:
+def free_title(title: str, taken: Collection[str]) -> str:
     """The title, numbered where it is taken: two sources may be of one kind."""
     if title not in taken:
         return title

@@ -20,7 +20,8 @@ from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.quantize import Grids, WholeNumbers, ship
 from onefold.reparam import drift, fuse, leftovers
-from onefold.runtimes import load
+from onefold.runtimes import Artifact, load
+from onefold.stages.foreign import is_foreign, open_foreign, stored_foreign
 
 Floats = NDArray[np.float32]
 
@@ -106,8 +107,9 @@ class Predictor:
     @property
     def title(self) -> str:
         """One line for a table."""
+        drawn = " random weights" if self.facts.get("untrained") else ""
         fused = "" if self.facts["fused"] else " UNFUSED"
-        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{fused}"
+        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{drawn}{fused}"
 
     def class_name(self, index: int) -> str:
         """The name of a class, or its number where nobody named it."""
@@ -125,8 +127,12 @@ class Predictor:
 
 
 def open_network(source: str | Path, *, name: str | None = None) -> Network:
-    """A torch network from a run folder (its best weights), a file of weights, or an id of the hub."""
-    model, card = load_model(weights_file(source), name=name)
+    """A torch network from a run folder (its best weights), a file of weights, an id of the hub, or `timm:NAME`."""
+    if is_foreign(source):
+        model, card = open_foreign(str(source))
+        return Network(model=model, card=card, title=str(source))
+    file = weights_file(source)
+    model, card = stored_foreign(Path(file)) or load_model(file, name=name)
     return Network(model=model.eval(), card=card, title=str(source))
 
 
@@ -173,6 +179,7 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
         "params": counted.params,
         "macs": counted.macs,
         "source": Path(network.title).name,
+        **_drawn(card.untrained),
     }
     return Predictor(
         answer=_Eager(network.eight_bit() if is_int8 else network.model, threads),
@@ -181,6 +188,11 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
         preprocessing=network.preprocessing,
         facts=facts,
     )
+
+
+def _drawn(untrained: bool) -> dict[str, object]:
+    """What every row says of weights that were drawn and never trained; nothing of others."""
+    return {"untrained": True} if untrained else {}
 
 
 def named(predictor: Predictor, classes: Path | None) -> Predictor:
@@ -212,8 +224,19 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
     artifact = session.artifact
     if size is not None and size != artifact.input_shape[1]:
         raise BadArgument(f"{folder} takes images of {artifact.input_shape[1]} pixels: export again for {size}")
+    return Predictor(
+        answer=session,
+        classes=artifact.classes,
+        num_classes=artifact.num_classes,
+        preprocessing=Preprocessing.from_dict(artifact.preprocessing),
+        facts=facts_of(artifact),
+    )
+
+
+def facts_of(artifact: Artifact) -> dict[str, Any]:
+    """What a measurement of an artifact records of it."""
     digests = {name: stored.sha256 for name, stored in artifact.files.items() if name.startswith("model.")}
-    facts = {
+    return {
         "model": artifact.model,
         "runtime": artifact.runtime,
         "precision": artifact.precision,
@@ -222,16 +245,10 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
         "input_shape": artifact.input_shape,
         "num_bytes": sum(stored.num_bytes for name, stored in artifact.files.items() if name != "reference.npz"),
         "sha256": digests[min(digests)],
-        "source": folder.name,
+        "source": artifact.folder.name,
         **_cost_of(artifact.details),
+        **_drawn(artifact.details.get("untrained") is True),
     }
-    return Predictor(
-        answer=session,
-        classes=artifact.classes,
-        num_classes=artifact.num_classes,
-        preprocessing=Preprocessing.from_dict(artifact.preprocessing),
-        facts=facts,
-    )
 
 
 def _cost_of(details: Mapping[str, object]) -> dict[str, int]:

@@ -6,17 +6,16 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from onefold.data import Preprocessing
-from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
-from onefold.models.containers import read
+from onefold.errors import BadArgument
 from onefold.recipes import Recipe
+from onefold.stages.foreign import is_foreign, open_published
 from onefold.stages.network import is_artifact, open_network, open_predictor
 from onefold.train import Teacher
 
@@ -68,7 +67,7 @@ def open_master(spec: str, device: torch.device) -> Master:
 
     Raises BadArgument, BadCheckpoint, MissingExtra.
     """
-    if spec.startswith("timm:"):
+    if is_foreign(spec):
         return _of_timm(spec, device)
     if is_artifact(Path(spec)):
         return _of_artifact(spec)
@@ -170,47 +169,12 @@ def _of_artifact(spec: str) -> Master:
 
 def _of_timm(spec: str, device: torch.device) -> Master:
     """A model of timm by its name, with its own weights, or with those of a file."""
-    name, at, file = spec.removeprefix("timm:").partition("@")
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # a torchvision of another build raises the latter
-        raise MissingExtra(
-            f"the teacher {spec} needs timm, and it cannot be imported ({error}): pip install 'onefold[timm]'"
-        ) from error
-    if not timm.is_model(name.partition(".")[0]):
-        near = timm.list_models(f"*{name.partition('.')[0][:8]}*")[:3]
-        raise BadArgument(f"timm has no model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
-    try:
-        model = _from_file(timm, name, Path(file)) if at else timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, BadCheckpoint):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise BadCheckpoint(f"the weights of {spec} cannot be had ({reason}): give them as timm:{name}@FILE") from error
-    return _master_of(spec, model.eval().to(device).requires_grad_(False))
-
-
-def _from_file(timm: Any, name: str, file: Path) -> nn.Module:
-    """The model, made for as many classes as the file's last layer has."""
-    tensors = read(file).tensors
-    last = timm.get_pretrained_cfg_value(name, "classifier") or "fc"
-    head = tensors.get(f"{last}.weight")
-    if head is None:
-        raise BadCheckpoint(f"{file} has no {last}.weight, the last layer of timm's {name}: it is of another model")
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=head.shape[0])
-    model.load_state_dict(dict(tensors))
-    return model
-
-
-def _master_of(spec: str, model: Any) -> Master:
-    config = model.pretrained_cfg
-    size = int(config["input_size"][-1])
-    names = config.get("label_names")
+    found = open_published(spec)
     return Master(
         title=spec,
-        answer=model,
-        preprocessing=Preprocessing(size=size, mean=tuple(config["mean"]), std=tuple(config["std"])),
-        num_classes=int(model.num_classes),
-        classes=tuple(names) if names and len(names) == model.num_classes else None,
-        fixed_size=size if config.get("fixed_input_size") else None,
+        answer=found.model.to(device).requires_grad_(False),
+        preprocessing=found.preprocessing,
+        num_classes=found.num_classes,
+        classes=found.classes,
+        fixed_size=found.fixed_size,
     )

@@ -1,0 +1,173 @@
+"""timm's networks on our main road: folded, kept, exported, and told apart from networks that were trained."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import shaken
+from onefold.cli import main
+from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
+from onefold.quantize import Method, quantize
+from onefold.reparam import drift, fuse, leftovers
+from onefold.runtimes import About
+from onefold.runtimes import export as export_to
+from onefold.runtimes.reference import make_images
+from onefold.stages import Order, export, open_network, open_predictor
+from onefold.stages import fuse as fuse_stage
+
+_import = builtins.__import__
+SMALL = "repvgg_a0"
+COMPETITORS = (
+    *(f"mobileone_s{size}" for size in range(5)),
+    *("mobilenetv3_large_100", "mobilenetv4_conv_small", "efficientnet_b0", "fastvit_t8", "repvgg_a0", "mobilevit_s"),
+)
+
+
+@pytest.mark.parametrize("name", COMPETITORS)
+def test_every_competitor_folds_through_and_through(timm, seeded, name):
+    """With statistics that give each norm work to do: a norm that were left out would show."""
+    network = shaken(timm.create_model(name))
+    folded = fuse(network)
+    size = network.pretrained_cfg["input_size"][-1]
+    assert leftovers(folded) == []
+    assert not any(part.training for part in folded.modules())
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in network.parameters())
+    assert drift(network, folded, torch.randn(1, 3, size, size)) < 1e-5
+
+
+def test_a_network_of_timm_is_opened_like_ours(timm):
+    network = open_network("timm:mobilenetv3_large_100")
+    card = network.card
+    assert (card.model, card.num_classes, card.untrained) == ("timm:mobilenetv3_large_100", 1000, True)
+    assert "accuracy unknown" in card.source
+    assert f"timm {timm.__version__}" in card.source
+    assert card.licence.startswith("Apache-2.0")
+    told = network.preprocessing
+    assert (told.size, told.crop_pct, told.interpolation) == (224, 0.875, "bicubic")
+    assert told.mean == (0.485, 0.456, 0.406)
+    state = torch.random.get_rng_state()
+    again = open_network("timm:mobilenetv3_large_100")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert drift(network.model, again.model, network.noise()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8"])
+def test_drawn_weights_give_answers_that_depend_on_the_image(timm, name):
+    """As timm draws them they are near 1e14, or the same for every image: a proof by such an answer would be none."""
+    network = open_network(f"timm:{name}")
+    with torch.inference_mode():
+        logits = network.model(torch.from_numpy(make_images((3, *network.noise().shape[2:]))))
+    assert 1e-3 < logits.abs().max() < 1e3
+    assert (logits[0] - logits[1]).norm() > 0.01 * logits.norm()
+
+
+def test_fused_by_us_kept_exported_and_measured(timm, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fuse", f"timm:{SMALL}", "--out", "f.safetensors"]) == 0
+    kept = open_network("f.safetensors")
+    assert kept.is_fused
+    assert kept.card.untrained
+    whole = open_network(f"timm:{SMALL}")
+    assert drift(whole.model, kept.model, whole.noise()) < 1e-5
+    for source in (f"timm:{SMALL}", "f.safetensors"):
+        capsys.readouterr()
+        assert main(["export", source, "--to", "eager", "--img-size", "64"]) == 0
+        assert "random weights: accuracy unknown" in capsys.readouterr().out
+        manifest = json.loads((tmp_path / "artifacts/eager-fp32/manifest.json").read_text())
+        assert (manifest["model"], manifest["fused"]) == (f"timm:{SMALL}", True)
+        assert manifest["details"]["untrained"] is True
+        assert "accuracy unknown" in manifest["source"]
+        assert manifest["preprocessing"]["size"] == 64
+    bench = ("bench", "artifacts/eager-fp32", "f.safetensors", "--samples", "16", "--warmup", "0")
+    assert main([*bench]) == 0
+    assert f"timm:{SMALL} eager fp32 random weights" in capsys.readouterr().out
+    assert main(["bench", f"timm:{SMALL}", "--samples", "2", "--warmup", "0"]) == 2
+    assert "is not fused" in capsys.readouterr().err
+    assert main(["report", ".", "--out", "r.html"]) == 0
+    page = Path("r.html").read_text()
+    assert f"timm:{SMALL} eager fp32 random weights" in page
+    assert f"Latency of timm:{SMALL} (random weights)" in page
+
+
+def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
+    torch.manual_seed(0)
+    model = shaken(timm.create_model(SMALL, num_classes=5))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    spec = f"timm:{SMALL}@{tmp_path / 'w.pth'}"
+    network = open_network(spec)
+    assert (network.card.num_classes, network.card.untrained, network.card.licence) == (5, False, "")
+    images = network.noise()
+    with torch.no_grad():
+        torch.testing.assert_close(network.model(images), model(images))
+    with open_predictor(spec) as predictor:
+        assert "random" not in predictor.title
+    tagged = open_network(f"timm:{SMALL}.rvgg_in1k@{tmp_path / 'w.pth'}")
+    assert tagged.card.licence == "mit"
+    fuse_stage(spec, tmp_path / "f.safetensors")
+    [artifact] = export(tmp_path / "f.safetensors", tmp_path / "a", Order(runtimes=["eager"], size=64))
+    assert "random" not in artifact.title
+    assert artifact.num_classes == 5
+
+
+def _misfit(name: str, *more: object) -> object:
+    """Imports, but for a torchvision of another build."""
+    if name == "timm":
+        raise RuntimeError("operator torchvision::nms does not exist")
+    return _import(name, *more)
+
+
+def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
+    with pytest.raises(BadArgument, match="timm has no model 'repvgg_a00': did you mean repvgg_a0"):
+        open_network("timm:repvgg_a00")
+    with pytest.raises(BadArgument, match="timm has no model ''"):
+        open_network("timm:")
+    with pytest.raises(BadArgument, match=r"does not make 'repvgg_a0\.nobody'"):
+        open_network("timm:repvgg_a0.nobody")
+    with pytest.raises(BadArgument, match="names no file behind its @"):
+        open_network("timm:repvgg_a0@")
+    with pytest.raises(BadCheckpoint, match="there is no file"):
+        open_network("timm:repvgg_a0@nothing.safetensors")
+    torch.save({"head.fc.weight": torch.zeros(5, 1280)}, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match=r"weights of timm:repvgg_a0@.* cannot be had"):
+        open_network(f"timm:repvgg_a0@{tmp_path / 'w.pth'}")
+    torch.save({"fc.weight": torch.zeros(5, 1280)}, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match=r"has no head\.fc\.weight"):
+        open_network(f"timm:repvgg_a0@{tmp_path / 'w.pth'}")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.__import__", _misfit)
+        with pytest.raises(MissingExtra, match="was built for another torch"):
+            open_network("timm:repvgg_a0")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtra, match=r"needs timm.*pip install 'onefold\[timm\]'"):
+        open_network("timm:repvgg_a0")
+
+
+class Twins(nn.Module):
+    """Two layers with equal kernels: FastViT's mixers are such before they are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.one = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.other = copy.deepcopy(self.one)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(self.stem(x).relu())
+        return self.head((x + self.other(0.5 * x)).mean((2, 3)))
+
+
+def test_equal_kernels_of_8_bits_are_taken_by_onnx_runtime(seeded, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(limit=63))
+    about = About(model="twins", fused=True)
+    artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", about=about, precision="int8")
+    assert artifact.parity.difference < 1e-6
