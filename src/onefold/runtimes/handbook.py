@@ -87,7 +87,7 @@ def _facts(artifact: Artifact) -> dict[str, str]:
         "classes": str(artifact.num_classes) + ("" if artifact.classes is not None else ", not named"),
         "licence of the weights": artifact.licence or "not stated",
         "source of the weights": artifact.source or "not stated",
-        "made with": ", ".join(f"{name} {version}" for name, version in artifact.made_with.items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in sorted(artifact.made_with.items())),
         **{name: str(value) for name, value in artifact.details.items() if isinstance(value, str | int | float)},
     }
 

@@ -115,7 +115,8 @@ def code(artifact: Artifact, platform: str) -> str:
 
 def _values(artifact: Artifact) -> dict[str, str]:
     channels, height, width = artifact.input_shape
-    how = _HOW.get(artifact.runtime, {}).get(artifact.precision, "")
+    known = _HOW.get(artifact.runtime, {"": ""})
+    how = known.get(artifact.precision, min(known.values()))
     return {
         "channels": str(channels),
         "height": str(height),
@@ -137,7 +138,7 @@ def _numbers_of(prepared: Preparation, *, last: bool) -> dict[str, str]:
     colour = channels == 3
     return {
         "names": ", ".join(_NAMES[key] for key in prepared.order),
-        "mode": "RGB" if colour else "L",
+        "grey": "" if colour else '.convert("L")',
         "size": str(size),
         "short": str(prepared.short),
         "mean": ", ".join(map(repr, prepared.mean)),
