@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_handbook import PREPARED, SIZES, blocks, fake, python_of
 
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights
 from onefold.runtimes.loading import code, platforms
 from onefold.stages import Calibration, Order, export, open_network, open_predictor, predict
+from test_handbook import PREPARED, SIZES, blocks, fake, python_of
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn"}
 PHOTOS = ("n01440764_tench.jpg", "n02123045_tabby.jpg", "n07747607_orange.jpg")
@@ -91,17 +91,25 @@ def test_ten_lines_in_a_clean_environment(runtime: str, weights: Path, shared_da
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    draw = np.random.default_rng(7)
-    sides = [(97, 61), (50, 133), (37, 37), (20, 26), (301, 100)]
-    return [Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sides]
+    """Steep, but not noise: a pixel's shift is many levels of 255."""
+    draw, sides = np.random.default_rng(7), [(97, 61), (50, 133), (37, 37), (20, 26), (301, 100)]
+    coarse = [Image.fromarray(draw.integers(0, 256, (7, 7, 3), dtype=np.uint8)) for _ in sides]
+    return [each.resize(size, Image.Resampling.BICUBIC) for each, size in zip(coarse, sides, strict=True)]
 
 
 def agrees(given: np.ndarray, expected: np.ndarray, prepared: Preprocessing) -> None:
-    """Equal but for a level of 255 where Pillow's whole numbers round otherwise, in one value of a hundred at most."""
+    """Equal but for what Pillow's versions differ in.
+
+    Some resize the rows first and some the columns, with whole numbers between: a level of 255 here and there. The
+    nearest pixel is another one where the two nearest are equally near: one row or column in 29.
+    """
     step = 1 / 255 / np.array(prepared.std, np.float32)[:, None, None]
     off = np.abs(given - expected) / step
-    assert off.max() < 1.01
-    assert (off > 0.01).mean() < 0.01
+    if prepared.interpolation == "nearest":
+        assert (off > 0.01).mean() < 0.08
+    else:
+        assert off.max() < 2.01
+        assert off.mean() < 0.4
 
 
 WAYS = [PREPARED, *SIZES, Preprocessing(size=24, crop_pct=0.8, interpolation="bicubic")]
