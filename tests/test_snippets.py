@@ -42,7 +42,7 @@ def an_environment(folder: Path, package: str) -> Path:
     if done.returncode:
         pytest.skip(f"pip cannot install {package} here: {done.stderr.strip()[-200:]}")
     there = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ('torch', 'onefold', 'torchvision'))))"
-    assert subprocess.run([python, "-c", there], check=False).returncode == 0
+    assert subprocess.run([str(python), "-I", "-c", there], check=False).returncode == 0
     return python
 
 
