@@ -301,7 +301,7 @@ def test_what_people_wrote_stays_in_its_place() -> None:
 
 FACTS: dict[str, tuple[Callable[[], Artifact], tuple[str, ...]]] = {
     "whole": (
-        lambda: fake("litert", "int8", details={"images_per_call": 1}),
+        lambda: fake("litert", "int8", details={"images_per_call": 1, "input": "one image"}),
         ("# small for LiteRT, int8", "3 x 32 x 32", "(1, 32, 32, 3)", "0.485, 0.456, 0.406", "short side has 37"),
     ),
     "grey": (lambda: fake("onnx", prepared=SIZES[0]), ("19595 R", "minus 0.3, divided by 0.2 (grey)", "cubic filter")),

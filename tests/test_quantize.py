@@ -118,9 +118,7 @@ def test_equalizing_changes_ranges_and_not_the_answer(images: Tensor) -> None:
     fused = fuse(model.eval())
     graph = trace(fused, images.double())
     before = answer(graph, images.double())
-    assert (
-        equalize_(graph, [images.double()]) == len(layers(graph)) - 1
-    )  # a chain through and through, the head included
+    assert equalize_(graph, [images.double()]) == len(layers(graph)) - 1  # a chain through and through, the head included
     assert noise(before, answer(graph, images.double())) < 1e-12
 
 

@@ -83,7 +83,7 @@ def _facts(artifact: Artifact) -> dict[str, str]:
         "precision": f"{artifact.precision}: {_called(artifact.precision, _PRECISIONS)}",
         "structure": "fused: one convolution a unit" if artifact.fused else "NOT FUSED",
         "drift of the fused network": "not measured" if artifact.drift is None else f"{artifact.drift:.1e}, relative",
-        "input": f"{shape} (channels x height x width)",
+        "shape of an image": f"{shape} (channels x height x width)",
         "classes": str(artifact.num_classes) + ("" if artifact.classes is not None else ", not named"),
         "licence of the weights": artifact.licence or "not stated",
         "source of the weights": artifact.source or "not stated",
@@ -198,7 +198,7 @@ def _use(artifact: Artifact, prepared: Preparation | None) -> list[tuple[str, st
         return [("## Use", "`onefold predict FOLDER PHOTOS`, with the path of this folder.")]
     where = "Run it in this folder, with the path of a photo. It prints the best class and its share."
     return [
-        (f"## {PLATFORMS[name]}", f"{where} {code(artifact, name)}" if name == "python" else code(artifact, name))
+        (f"## {PLATFORMS[name]}", f"{where}\n\n{code(artifact, name)}" if name == "python" else code(artifact, name))
         for name in chosen
     ]
 
