@@ -252,7 +252,7 @@ def test_a_closed_session_says_so(made: Artifact) -> None:
 def test_the_manifest_tells_all_that_a_user_must_know(made: Artifact) -> None:
     fields = json.loads((made.folder / "manifest.json").read_text())
     on_disk = {path.name for path in made.folder.iterdir()} - {"manifest.json"}
-    assert set(fields["files"]) == on_disk == {*find_runtime(made.runtime).FILES, "reference.npz"}
+    assert set(fields["files"]) == on_disk == {*find_runtime(made.runtime).FILES, "reference.npz", "README.md"}
     for name, entry in fields["files"].items():
         assert entry == {"num_bytes": (made.folder / name).stat().st_size, "sha256": digest(made.folder / name)}
     told = {"model": "padded", "fused": True, "drift": 2e-7, "classes": list(CLASSES), "licence": "Apache-2.0"}

@@ -66,7 +66,7 @@ def finetune() -> Recipe:
 
 
 def int8() -> Recipe:
-    """The same as photos:finetune, but for 8 bits: give --data and --weights, such as the run that photos:finetune made.
+    """photos:finetune for 8 bits: give --data and --weights, such as the run that photos:finetune made.
 
     Kernels and activations are rounded in every step as the device will round them, so what is trained is what ships.
     """

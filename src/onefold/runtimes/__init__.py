@@ -4,6 +4,7 @@
     with load("artifacts/onnx-fp32", threads=2) as session:
         logits = session(images)
 
+What `export` leaves explains itself: a README.md with code that loads it without onefold (docs/artifacts.md).
 No runtime's own package, and not torch either, is imported before it is used.
 """
 

@@ -11,7 +11,7 @@ import copy
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,6 +21,7 @@ from onefold.errors import BadArgument, BadArtifact, GateFailed, OnefoldError
 from onefold.files import replacing
 from onefold.runtimes import reference as proof
 from onefold.runtimes.artifact import (
+    HANDBOOK,
     MANIFEST,
     REFERENCE,
     About,
@@ -32,6 +33,7 @@ from onefold.runtimes.artifact import (
     seal,
 )
 from onefold.runtimes.base import EightBit, Engine, Runtime, Session, find_runtime
+from onefold.runtimes.handbook import handbook
 from onefold.runtimes.reference import Floats, Reference
 from onefold.runtimes.vendor import first_line, quiet, versions
 
@@ -133,7 +135,7 @@ def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
 
 
 def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
-    """The runtime's files, the reference and the manifest, once the files have answered as PyTorch does."""
+    """The runtime's files, the proof and what is said of them, once the files have answered as PyTorch does."""
     parity = _convert(order, program, folder)
     if not parity.difference <= parity.tolerance:
         hint = "; do its sums saturate here? 7-bit weights do not let them" if order.precision == "int8" else ""
@@ -162,7 +164,8 @@ def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
         made_with=versions(("onefold", *order.runtime.PACKAGES)),
         files=seal(folder),
     )
-    (folder / MANIFEST).write_text(render(made), encoding="utf-8")
+    (folder / HANDBOOK).write_text(handbook(made), encoding="utf-8")
+    (folder / MANIFEST).write_text(render(replace(made, files=seal(folder))), encoding="utf-8")
 
 
 def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Parity:
@@ -200,7 +203,7 @@ def _runtime_of(artifact: Artifact) -> Runtime:
         kind = find_runtime(artifact.runtime)
     except BadArgument as error:
         raise BadArtifact(f"{artifact.folder} cannot be used: {error}; or update onefold") from error
-    if set(artifact.files) != {*kind.FILES, REFERENCE}:
+    if set(artifact.files) - {HANDBOOK} != {*kind.FILES, REFERENCE}:
         raise BadArtifact(
             f"{artifact.folder} is not an artifact of {artifact.runtime}: expected {', '.join(kind.FILES)} and "
             f"{REFERENCE}, its manifest lists {', '.join(artifact.files)}; export the model again"
@@ -220,7 +223,7 @@ def _check_place(folder: Path) -> None:
     if not folder.exists():
         return
     ours = folder.is_dir() and all(
-        p.name in (MANIFEST, REFERENCE) or p.name.startswith("model.") for p in folder.iterdir()
+        p.name in (MANIFEST, REFERENCE, HANDBOOK) or p.name.startswith("model.") for p in folder.iterdir()
     )
     if not ours:
         raise BadArgument(

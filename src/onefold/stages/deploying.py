@@ -12,7 +12,7 @@ folder is there all the same, says so in its first lines, and GateFailed is rais
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ class Deployment:
     val: str | None = None
     max_drop: float = 1.0
     size: int | None = None
-    procedure: Procedure = Procedure(samples=200)
+    procedure: Procedure = field(default_factory=lambda: Procedure(samples=200))
 
 
 @dataclass(frozen=True, kw_only=True)

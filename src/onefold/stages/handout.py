@@ -18,9 +18,9 @@ def handout(done: Deployed) -> str:
     float_score = "without labels" if done.top1 is None else f"top-1 {done.top1:.2f} % in PyTorch, fp32"
     lines += [f"Scored on {done.data}: {float_score}.", "", *_table(done), "", *_choice(done), ""]
     lines += [
-        "Each folder is complete by itself: its `README.md` has code that loads it (Python without PyTorch, C++, Swift, "
-        "Kotlin, JavaScript, as far as the runtime has them), its `manifest.json` the classes and the preprocessing, its "
-        "`reference.npz` a pair of images with the answers that it must give.",
+        "Each folder is complete by itself: its `README.md` has code that loads it (Python without PyTorch, C++, "
+        "Swift, Kotlin, JavaScript, as far as the runtime has them), its `manifest.json` the classes and the "
+        "preprocessing, its `reference.npz` a pair of images with the answers that it must give.",
         "",
         "`report.html` draws the measurements; `results/` has every sample. `MODEL_CARD.md` says what the network is.",
     ]

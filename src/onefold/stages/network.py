@@ -60,7 +60,7 @@ class Network:
         return Network(model=fused, card=Card(**facts), title=self.title), distance
 
     def eight_bit(self) -> WholeNumbers:
-        """The network of 8 bits that the weights were trained as. Raises BadArgument where they were not, or not fused."""
+        """The network of 8 bits that fused weights were trained as. Raises BadArgument where they were not."""
         if self.card.int8 is None or not self.is_fused:
             why = "was not trained as one of 8 bits" if self.card.int8 is None else "is not fused"
             raise BadArgument(f"{self.title} {why}: give photos to calibrate it with (--data)")
