@@ -17,6 +17,7 @@ from typer import Argument, Option
 from onefold import display, exits
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
+from onefold.runtimes import RUNTIMES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
@@ -206,8 +207,10 @@ def fuse(
 def export(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
-    to: Annotated[str, Option(help="runtimes, by comma: eager, onnx, openvino, executorch, litert, ncnn")] = "onnx",
-    precision: Annotated[str, Option(help="fp32, or int8 with --data; the runtime says what it can")] = "fp32",
+    to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
+    precision: Annotated[
+        str, Option(help="fp32, fp16, bf16, or int8 with --data; the runtime says what it can")
+    ] = "fp32",
     data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
     calibrate: Annotated[int, Option(min=2, help="how many of them to take, evenly")] = 200,
     weight_bits: Annotated[
@@ -225,7 +228,7 @@ def export(
 
     runtimes = [name.strip() for name in to.split(",") if name.strip()]
     if not runtimes:
-        raise BadArgument("--to names no runtime: give one or more of eager, onnx, openvino, executorch, litert, ncnn")
+        raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
     method = Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
     order = Order(runtimes=runtimes, precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)

@@ -10,7 +10,7 @@
     +-- NotWritable         5    no space, or a place that cannot be written (also an OSError)
     +-- RunBusy             6    another process is using this run folder
     +-- NonFiniteLoss       7    the loss became NaN or infinite (also an ArithmeticError)
-    +-- LostWorker          8    a process that trains along was lost, and could not be replaced
+    +-- LostWorker          8    a process that trains or computes along was lost
     +-- Stopped            75    stopped by a signal, after saving
 
 A message is one sentence or two: what was expected, what came, and what to type.
@@ -75,7 +75,7 @@ class NonFiniteLoss(OnefoldError, ArithmeticError):
 
 
 class LostWorker(OnefoldError):
-    """A process that trains along was lost, and could not be replaced."""
+    """A process that trains along, or runs a model, was lost and could not be replaced."""
 
     exit_status = 8
 
