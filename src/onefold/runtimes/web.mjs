@@ -5,7 +5,8 @@
 // Messages are a length (uint32) and as many bytes, little-endian, on stdin and stdout.
 // The first holds the number of threads (uint32) and the network (ONNX); each one after it the four sizes of its images
 // (uint32: B, C, H, W) and the images (float32). An answer is a status (uint32) and, where it is 0, the number of
-// threads in use (uint32) to the first and the logits (float32) to the others; where it is 1, what went wrong (UTF-8).
+// threads in use (uint32) to the first and the logits (float32) to the others; where it is 1, what went wrong (UTF-8),
+// and where it is 2, what is wrong with the package (UTF-8).
 
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -44,31 +45,32 @@ function send(status, bytes) {
   process.stdout.write(Buffer.concat([head, bytes]));
 }
 
-async function open(ort, message) {
+async function open(message) {
   ort.env.logLevel = "error";
   ort.env.wasm.numThreads = message.readUInt32LE();
-  const session = await ort.InferenceSession.create(message.subarray(4), { executionProviders: ["wasm"] });
+  const opened = await ort.InferenceSession.create(message.subarray(4), { executionProviders: ["wasm"] });
   const threads = Buffer.alloc(4);
   threads.writeUInt32LE(ort.env.wasm.numThreads);
   send(0, threads);
-  return session;
+  return opened;
 }
 
-async function answer(ort, session, message) {
+async function answer(message) {
   const sizes = [0, 4, 8, 12].map((at) => message.readUInt32LE(at));
   const images = new Float32Array(message.buffer, message.byteOffset + SIZES, (message.length - SIZES) / 4);
   const { logits } = await session.run({ images: new ort.Tensor("float32", images, sizes) });
   send(0, Buffer.from(logits.data.buffer, logits.data.byteOffset, logits.data.byteLength));
 }
 
+let ort = null;
 let session = null;
 for await (const message of messages(process.stdin)) {
   try {
-    const ort = createRequire(join(process.argv[2], "_"))("onnxruntime-web");
-    if (session === null) session = await open(ort, message);
-    else await answer(ort, session, message);
+    ort ??= createRequire(import.meta.url)(join(process.argv[2], "onnxruntime-web"));
+    if (session === null) session = await open(message);
+    else await answer(message);
   } catch (error) {
-    send(1, Buffer.from(String(error?.message ?? error)));
+    send(ort === null ? 2 : 1, Buffer.from(String(error?.message ?? error)));
   }
 }
 process.exit(0);

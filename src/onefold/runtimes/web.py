@@ -83,7 +83,7 @@ class _Web:
         return np.frombuffer(data, "<f4").reshape(len(images), -1).astype(np.float32)
 
     def _ask(self, head: bytes, body: bytes | memoryview) -> bytes:
-        """What the process answers to a message. RuntimeError where it cannot, LostWorker where it has ended."""
+        """What the process answers to a message. RuntimeError where it cannot, LostWorker where it ended."""
         given, told = self._process.stdin, self._process.stdout
         assert given is not None
         assert told is not None
@@ -101,7 +101,12 @@ class _Web:
         if len(data) < length - 4:
             raise self._lost()
         if status:
-            raise RuntimeError(data.decode(errors="replace"))
+            said = data.decode(errors="replace")
+            raise (
+                _missing(f"cannot be used by this Node.js ({said.strip()[:200]})")
+                if status == 2
+                else RuntimeError(said)
+            )
         return data
 
     def _lost(self) -> LostWorker:
@@ -145,8 +150,11 @@ def _modules() -> Path:
     for place in places:
         if (place / "onnxruntime-web" / "package.json").is_file():
             return place
-    where = f"in {named}" if named else f"in node_modules of {here} or above"
-    raise MissingExtra(
-        f"the runtime web needs the npm package onnxruntime-web, which is not {where}; type: npm install "
-        f"onnxruntime-web (or name the node_modules folder that has it in {_PLACE})"
+    raise _missing(f"is not in {named}" if named else f"is not in node_modules of {here} or above")
+
+
+def _missing(why: str) -> MissingExtra:
+    return MissingExtra(
+        f"the runtime web needs the npm package onnxruntime-web, which {why}; type: npm install onnxruntime-web "
+        f"(or name the node_modules folder that has it in {_PLACE})"
     )
