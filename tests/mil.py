@@ -56,23 +56,67 @@ def mean(i: Mapping[str, Any]) -> torch.Tensor:
     return i["x"].mean([int(axis) for axis in i["axes"]], bool(i["keep_dims"]))
 
 
-OPERATIONS: dict[str, Callable[[Mapping[str, Any]], torch.Tensor]] = {
+def layer_norm(i: Mapping[str, Any]) -> torch.Tensor:
+    assert i["axes"].tolist() == [-1]
+    return F.layer_norm(i["x"], i["x"].shape[-1:], i["gamma"], i["beta"], float(i["epsilon"]))
+
+
+def matmul(i: Mapping[str, Any]) -> torch.Tensor:
+    sides = (i[side].mT if bool(i[f"transpose_{side}"]) else i[side] for side in "xy")
+    return torch.matmul(*sides)
+
+
+def sliced(i: Mapping[str, Any]) -> torch.Tensor:
+    x, rank = i["x"], i["x"].dim()
+    ends, begins = (i.get(name, torch.zeros(rank, dtype=torch.bool)).tolist() for name in ("end_mask", "begin_mask"))
+    strides = i["stride"].tolist() if "stride" in i else [1] * rank
+    parts = [
+        slice(None if begins[at] else int(i["begin"][at]), None if ends[at] else int(i["end"][at]), strides[at])
+        for at in range(rank)
+    ]
+    drop = i["squeeze_mask"].tolist() if "squeeze_mask" in i else [False] * rank
+    return x[tuple(int(i["begin"][at]) if drop[at] else parts[at] for at in range(rank))]
+
+
+def expand(i: Mapping[str, Any]) -> torch.Tensor:
+    x = i["x"]
+    for axis in sorted(int(axis) for axis in i["axes"]):
+        x = x.unsqueeze(axis)
+    return x
+
+
+OPERATIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "add": lambda i: i["x"] + i["y"],
     "cast": lambda i: i["x"].to(TYPES[i["dtype"]]),
     "clip": lambda i: i["x"].clamp(float(i["alpha"]), float(i["beta"])),
     "constexpr_affine_dequantize": stored,
+    "concat": lambda i: torch.cat(list(i["values"]), int(i["axis"])),
     "conv": conv,
     "dequantize": dequantize,
+    "expand_dims": expand,
+    "gelu": lambda i: F.gelu(i["x"]),
+    "layer_norm": layer_norm,
     "linear": lambda i: F.linear(i["x"], i["weight"], i.get("bias")),
+    "matmul": matmul,
+    "maximum": lambda i: torch.maximum(i["x"], i["y"]),
     "mul": lambda i: i["x"] * i["y"],
     "pad": lambda i: F.pad(i["x"], [int(n) for pair in i["pad"].reshape(-1, 2).flip(0) for n in pair]),
     "quantize": quantize,
+    "real_div": lambda i: i["x"] / i["y"],
+    "reduce_max": lambda i: i["x"].amax([int(axis) for axis in i["axes"]], bool(i["keep_dims"])),
     "reduce_mean": mean,
     "relu": lambda i: F.relu(i["x"]),
     "relu6": lambda i: F.relu6(i["x"]),
     "reshape": lambda i: i["x"].reshape(i["shape"].tolist()),
     "sigmoid": lambda i: torch.sigmoid(i["x"]),
     "sigmoid_hard": lambda i: (float(i["alpha"]) * i["x"] + float(i["beta"])).clamp(0, 1),
+    "slice_by_index": sliced,
+    "softmax": lambda i: torch.softmax(i["x"], int(i["axis"])),
+    "split": lambda i: i["x"].split(i["split_sizes"].tolist(), int(i["axis"])),
+    "squeeze": lambda i: i["x"].squeeze([int(axis) for axis in i["axes"]]),
+    "sub": lambda i: i["x"] - i["y"],
+    "thresholded_relu": lambda i: torch.where(i["x"] >= float(i["alpha"]), i["x"], 0.0),
+    "transpose": lambda i: i["x"].permute(i["perm"].tolist()),
 }
 
 
@@ -98,9 +142,15 @@ class Machine:
             if operation.op_type == "const":
                 values[operation.outputs[0].name] = constant(operation.outputs[0].val)
                 continue
-            inputs = {name: values[var.name] for name, var in operation.inputs.items() if not isinstance(var, tuple)}
-            values[operation.outputs[0].name] = OPERATIONS[operation.op_type](inputs)
+            inputs = {name: read(var, values) for name, var in operation.inputs.items()}
+            answer = OPERATIONS[operation.op_type](inputs)
+            answers = answer if isinstance(answer, tuple) else (answer,)
+            values |= {var.name: value for var, value in zip(operation.outputs, answers, strict=True)}
         return {var.name: values[var.name].numpy() for var in self.function.outputs}
+
+
+def read(var: Any, values: Mapping[str, Any]) -> Any:
+    return tuple(values[one.name] for one in var) if isinstance(var, (tuple, list)) else values[var.name]
 
 
 def constant(value: Any) -> Any:

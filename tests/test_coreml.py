@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from mil import Machine
 from onefold.errors import BadArgument, BadArtifact
+from onefold.models import create_model
 from onefold.quantize import Method, quantize
+from onefold.reparam import fuse
 from onefold.runtimes import About, Artifact, export, load
 from onefold.runtimes import coreml as runtime
 from onefold.runtimes.vendor import quiet
@@ -69,11 +71,11 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     return Machine
 
 
-def away(model: object, images: np.ndarray, folder: Path, precision: str) -> Artifact:
+def away(model: object, images: np.ndarray, folder: Path, precision: str, about: About = ABOUT) -> Artifact:
     """Exported here, where it cannot run."""
     if sys.platform == "darwin":
         pytest.skip("about machines that are no Mac")
-    return export(model, images, folder, runtime="coreml", about=ABOUT, precision=precision)  # type: ignore[arg-type]
+    return export(model, images, folder, runtime="coreml", about=about, precision=precision)  # type: ignore[arg-type]
 
 
 def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -140,6 +142,16 @@ def test_a_network_of_8_bits_keeps_its_kernels_and_grids(
         found = session(x)
     step = ours[-1].args[1]
     assert np.abs(found - answer(made.model, x)).max() <= 1.01 * step
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "mobilenetv1_025", "mobileformer_26m"])
+def test_every_family_is_converted(name: str, seeded: int, tmp_path: Path) -> None:
+    model = fuse(create_model(name, num_classes=7).eval())
+    images = torch.randn(2, 3, 32, 32).numpy()
+    artifact = away(model, images, tmp_path / "a", "fp32", About(model=name, fused=True))
+    runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
+    logits = Machine(str(tmp_path / "p.mlpackage")).predict({"images": images[:1]})["logits"]
+    np.testing.assert_allclose(logits, answer(model, images[:1]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_network_is_the_same_file(small: nn.Module, x: np.ndarray, tmp_path: Path) -> None:

@@ -376,6 +376,14 @@ def test_the_answer_is_checked_even_when_all_hashes_fit(running: Artifact, copie
     load(copied).close()
 
 
+def test_the_room_has_every_name_it_shows() -> None:
+    for name in runtimes.__all__:
+        assert getattr(runtimes, name) is not None
+    assert set(dir(runtimes)) == set(runtimes.__all__) == {"RUNTIMES", *runtimes._HOME_OF}
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = runtimes.nothing_like_this
+
+
 # --- what is the same for all runtimes: folders and manifests -----------------------------------------------------
 
 

@@ -49,9 +49,11 @@ _turn = Lock()
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
     """Convert the network by way of ONNX, and write it."""
     _mnn()
-    model = convert(program, precision=precision).SerializeToString()
+    model = convert(program, precision=precision)
+    if precision == "fp16":
+        _round_(model.graph)
     with TemporaryDirectory() as place:
-        (Path(place) / "model.onnx").write_bytes(model)
+        (Path(place) / "model.onnx").write_bytes(model.SerializeToString())
         call = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", "model.onnx", "--MNNModel", FILES[0]]
         call += ["--bizCode", "onefold", *_WEIGHTS[precision]]
         done = subprocess.run(call, cwd=place, capture_output=True, text=True, errors="replace", check=False)
@@ -92,6 +94,15 @@ class _Mnn:
     def close(self) -> None:
         with _turn:
             del self._module
+
+
+def _round_(graph: Any) -> None:
+    """Round the weights to the nearest numbers of 16 bits: its converter would cut their digits off."""
+    arrays = require("onnx.numpy_helper", extra="mnn")
+    for tensor in graph.initializer:
+        value = arrays.to_array(tensor)
+        if value.dtype == np.float32:
+            tensor.CopyFrom(arrays.from_array(value.astype(np.float16).astype(np.float32), tensor.name))
 
 
 def _mnn() -> ModuleType:
