@@ -572,7 +572,21 @@ def test_a_run_shows_its_pictures_and_keeps_its_answers(home: Path):
     assert [line["label"] for line in lines] == [CLASSES.index(line["name"].split("/")[0]) for line in lines]
 
 
-def test_help_imports_no_torch():
+def test_an_artifact_that_cannot_run_here_is_exported_and_says_so(home: Path, tmp_path: Path, capsys):
+    """In the list of what was exported, in the report, and where somebody wants to use it."""
+    if torch.cuda.is_available():
+        pytest.skip("TensorRT may run here")
+    assert run("export", home / "fused.safetensors", "--out", tmp_path / "artifacts", "--to", "tensorrt") == 0
+    assert "not run where it was made: the first load where it runs checks its answer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "artifacts/tensorrt-fp32/manifest.json").read_text())["parity"] is None
+    assert run("report", tmp_path, "--out", tmp_path / "page.html") == 0
+    assert "not run where it was made" in (tmp_path / "page.html").read_text()
+    assert run("predict", tmp_path / "artifacts/tensorrt-fp32", photo(tmp_path / "a.png", 0)) == 2
+    assert "TensorRT runs on an NVIDIA GPU, and PyTorch sees none on this machine" in capsys.readouterr().err
+
+
+def test_help_imports_neither_torch_nor_numpy():
     """What makes `onefold --help` quick: a time would depend on the machine, an import does not."""
-    code = "import sys; from onefold.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    names = "{'torch', 'numpy'} & set(sys.modules)"
+    code = f"import sys; from onefold.cli import main; main(['export', '--help']); sys.exit(bool({names}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -272,6 +272,8 @@ def test_runtimes_compute_the_network_that_was_simulated(
     except MissingExtra as error:
         pytest.skip(str(error))
     assert artifact.details["quantization"] == {"method": made.method.title}
+    if artifact.parity is None:
+        pytest.skip(f"{runtime} does not run on this machine")
     with load(artifact) as session:
         found = session(x.numpy())
     simulated = answer(made.model, x).numpy()

@@ -300,6 +300,11 @@ def test_two_machines_do_not_share_a_figure(tmp_path: Path) -> None:
     assert {"On Test Chip 9, 4 cores", "On Other Chip, 8 cores"} <= set(page.said["h3"])
 
 
+def test_an_artifact_that_nobody_has_run_is_told_so(tmp_path: Path) -> None:
+    page = report(tmp_path, artifacts=[an_artifact(tmp_path, "coreml-fp16", runtime="coreml", parity=None)])
+    assert "not run where it was made" in Page(page).text
+
+
 def test_accuracy_is_found_through_the_hash_of_the_artifact(tmp_path: Path) -> None:
     artifact = an_artifact(tmp_path, details={"top1": 70.25})
     found = evidence(

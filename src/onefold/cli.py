@@ -19,6 +19,7 @@ from onefold.cli_deploying import method_of, names_of
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
 from onefold.options import AsJson, Batch, Classes, Name, Size, Source, Threads
+from onefold.runtimes import RUNTIMES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
@@ -201,8 +202,10 @@ def fuse(
 def export(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
-    to: Annotated[str, Option(help="runtimes, by comma: eager, onnx, openvino, executorch, litert, ncnn")] = "onnx",
-    precision: Annotated[str, Option(help="fp32, or int8 with --data; the runtime says what it can")] = "fp32",
+    to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
+    precision: Annotated[
+        str, Option(help="fp32, fp16, bf16, or int8 with --data; the runtime says what it can")
+    ] = "fp32",
     data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
     calibrate: Annotated[int, Option(min=2, help="how many of them to take, evenly")] = 200,
     weight_bits: Annotated[

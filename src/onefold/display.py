@@ -176,9 +176,16 @@ def artifacts(made: Sequence[Artifact]) -> None:
     for artifact in made:
         fused = "" if artifact.fused else "   NOT FUSED"
         fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
-        agree = f"top-1 equal on {100 * artifact.parity.top1_agreement:.0f} %"
         size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
-        say(f"{artifact.folder}  {size:.1f} MiB  parity {artifact.parity.difference:.1e}, {agree}{fused}")
+        say(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
+
+
+def _parity(artifact: Artifact) -> str:
+    """How the runtime's answer compared with PyTorch's."""
+    found = artifact.parity
+    if found is None:
+        return "not run where it was made: the first load where it runs checks its answer"
+    return f"parity {found.difference:.1e}, top-1 equal on {100 * found.top1_agreement:.0f} %"
 
 
 # ------------------------------------------------------------------------------------------ outcomes

@@ -10,7 +10,7 @@
     +-- NotWritable         5    no space, or a place that cannot be written (also an OSError)
     +-- RunBusy             6    another process is using this run folder
     +-- NonFiniteLoss       7    the loss became NaN or infinite (also an ArithmeticError)
-    +-- LostWorker          8    a process that trains along was lost, and could not be replaced
+    +-- LostWorker          8    a process that trains or computes along was lost
     +-- DeviceFailed        9    a phone went away, or a program on it failed or cannot be understood
     +-- Stopped            75    stopped by a signal, after saving
 
@@ -76,7 +76,7 @@ class NonFiniteLoss(OnefoldError, ArithmeticError):
 
 
 class LostWorker(OnefoldError):
-    """A process that trains along was lost, and could not be replaced."""
+    """A process that trains along, or runs a model, was lost and could not be replaced."""
 
     exit_status = 8
 

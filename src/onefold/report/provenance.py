@@ -84,7 +84,7 @@ def _artifact(export: Export, top1: float | None) -> list[str]:
         " ".join(part for part in map(export.text, ("model", "runtime", "precision")) if part) or "–",
         size(export.num_bytes),
         scientific(number(export.manifest, "drift")),
-        _parity(export.manifest.get("parity")),
+        _parity(export.manifest),
         percent(top1),
         "–" if count is None else str(count),
         export.text("licence") or "not stated",
@@ -92,8 +92,11 @@ def _artifact(export: Export, top1: float | None) -> list[str]:
     ]
 
 
-def _parity(parity: Any) -> str:
-    """The difference and the agreement of the best class; a manifest may also hold one number."""
+def _parity(manifest: Mapping[str, Any]) -> str:
+    """The difference and the agreement of the best class; a manifest may also hold one number, or say there is none."""
+    parity = manifest.get("parity")
+    if parity is None and "parity" in manifest:
+        return "not run where it was made"
     values: Mapping[str, Any] = parity if isinstance(parity, Mapping) else {"difference": parity}
     difference, agreement = number(values, "difference"), number(values, "top1_agreement")
     if difference is None:

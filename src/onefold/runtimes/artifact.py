@@ -80,7 +80,10 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """An exported model on disk, as its manifest tells it; `files` does not list the manifest itself."""
+    """An exported model on disk, as its manifest tells it; `files` does not list the manifest itself.
+
+    `parity` is None where the runtime cannot run on the machine that exported; then the first load elsewhere proves it.
+    """
 
     folder: Path
     runtime: str
@@ -93,7 +96,7 @@ class Artifact:
     dynamic_batch: bool
     classes: tuple[str, ...] | None
     preprocessing: Mapping[str, object]
-    parity: Parity
+    parity: Parity | None
     licence: str | None
     source: str | None
     details: Mapping[str, object]
@@ -237,7 +240,7 @@ def _parse(fields: _Fields, folder: Path) -> Artifact:
         dynamic_batch=fields.get("dynamic_batch", bool),
         classes=classes,
         preprocessing=fields.get("preprocessing", dict),
-        parity=_parse_parity(fields.inner("parity")),
+        parity=None if fields.optional("parity", dict) is None else _parse_parity(fields.inner("parity")),
         licence=fields.optional("licence", str),
         source=fields.optional("source", str),
         details=fields.get("details", dict),

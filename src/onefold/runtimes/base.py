@@ -1,12 +1,14 @@
 """What a runtime is, and what everyone holds who has loaded a model from one.
 
-A runtime is one module with both halves side by side, named in RUNTIMES and imported when asked for:
+A runtime is one module with both halves side by side, named in RUNTIMES (names.py) and imported when asked for:
 
     FILES        the files it writes, all named model.*
     PACKAGES     the packages whose versions matter
     PRECISIONS   what it can be asked for
+    REFUSES      what else one would ask it for, and why it has none
     DETAILS      what the manifest says of its form (the opset, ...)
     READS_GRIDS  whether a network of 8 bits comes to it with quantize and dequantize operations, or as whole numbers
+    OBSTACLE     a function: why this machine cannot run it, or None where it can; None for one that runs on any
     export       a traced network and a folder in, the files in the folder out
     load         the bytes of these files in, an engine out
 """
@@ -14,7 +16,7 @@ A runtime is one module with both halves side by side, named in RUNTIMES and imp
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -24,20 +26,12 @@ import numpy as np
 
 from onefold.errors import BadArgument
 from onefold.runtimes.artifact import About, Artifact
+from onefold.runtimes.names import RUNTIMES
 from onefold.runtimes.reference import Floats
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
-
-RUNTIMES: dict[str, str] = {
-    "eager": "onefold.runtimes.eager",
-    "onnx": "onefold.runtimes.onnx",
-    "openvino": "onefold.runtimes.openvino",
-    "executorch": "onefold.runtimes.executorch",
-    "litert": "onefold.runtimes.litert",
-    "ncnn": "onefold.runtimes.ncnn",
-}
 
 
 class Engine(Protocol):
@@ -60,8 +54,10 @@ class Runtime(Protocol):
     FILES: tuple[str, ...]
     PACKAGES: tuple[str, ...]
     PRECISIONS: tuple[str, ...]
+    REFUSES: Mapping[str, str]
     DETAILS: Mapping[str, object]
     READS_GRIDS: bool
+    OBSTACLE: Callable[[], str | None] | None
 
     def export(self, program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
         """Write FILES into the folder. May raise anything; MissingExtra where a package is missing."""

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 FILES = ("model.json", "model.safetensors")
 PACKAGES = ("torch", "safetensors")
 PRECISIONS = ("fp32", "int8")
+REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"form": "ATen calls, schema 1"}
 READS_GRIDS = False
+OBSTACLE = None
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:

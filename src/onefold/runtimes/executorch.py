@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 FILES = ("model.pte",)
 PACKAGES = ("torch", "executorch")
 PRECISIONS = ("fp32", "int8")
+REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"backend": "XNNPACK", "input": "one image (1, C, H, W)"}
 READS_GRIDS = True
+OBSTACLE = None
 
 _METHOD = "forward"
 _LAYERS = (

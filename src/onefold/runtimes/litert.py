@@ -5,9 +5,7 @@ A network of 8 bits takes and gives the whole numbers of its first and last grid
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from threading import Lock
@@ -19,7 +17,7 @@ import numpy.typing as npt
 from onefold.runtimes.artifact import About
 from onefold.runtimes.base import Engine
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import quiet, require
+from onefold.runtimes.vendor import mute, quiet, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -28,11 +26,12 @@ if TYPE_CHECKING:
 FILES = ("model.tflite",)
 PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
 PRECISIONS = ("fp32", "int8")
+REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
 READS_GRIDS = True
+OBSTACLE = None
 
 _LOWEST, _HIGHEST = -128, 127
-_muting = Lock()
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
@@ -40,7 +39,7 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
     converter = require("litert_torch", extra="litert")
     import torch
 
-    with quiet(), _mute():
+    with quiet(), mute():
         network: Any = program.module(check_guards=False)
         if precision == "int8":
             _requantize_kernels_(network)
@@ -56,7 +55,7 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
     """The network, laid out for this CPU."""
     runtime = require("ai_edge_litert.interpreter", extra="litert")
-    with quiet(), _mute():
+    with quiet(), mute():
         interpreter = runtime.Interpreter(model_content=content["model.tflite"], num_threads=threads)
         interpreter.allocate_tensors()
     return _LiteRt(interpreter, threads)
@@ -134,16 +133,3 @@ def _whole_numbers() -> Any:
     return config.QuantConfig(
         pt2e_quantizer=grids.PT2EQuantizer().set_global(grids.get_symmetric_quantization_config())
     )
-
-
-@contextmanager
-def _mute() -> Iterator[None]:
-    """Hold back what native code writes to the standard error of the process: it greets, and counts operations."""
-    with _muting, open(os.devnull, "wb") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 FILES = ("model.ncnn.param", "model.ncnn.bin")
 PACKAGES = ("torch", "pnnx", "ncnn")
 PRECISIONS = ("fp32", "bf16")
+REFUSES: Mapping[str, str] = {"int8": "ncnn has no zeros for its grids, and ours have them"}
 DETAILS: Mapping[str, object] = {"input": "in0", "output": "out0", "images_per_call": 1}
 READS_GRIDS = True
+OBSTACLE = None
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:

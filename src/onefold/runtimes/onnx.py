@@ -30,8 +30,10 @@ OPSET = 20
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PRECISIONS = ("fp32", "int8")
+REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"opset": OPSET, "input": "images", "output": "logits"}
 READS_GRIDS = True
+OBSTACLE = None
 
 _FATAL_ONLY = 4
 
@@ -39,12 +41,17 @@ _FATAL_ONLY = 4
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
     _onnxruntime()
+    write(program, folder / "model.onnx", about=about, precision=precision)
+
+
+def write(program: ExportedProgram, path: Path, *, about: About, precision: str) -> None:
+    """Convert the network and write it: what every runtime that reads ONNX is given."""
     model = convert(program, precision=precision)
     onnx = require("onnx", extra="onnx")
     model.graph.name = about.model
-    onnx.helper.set_model_props(model, _metadata(about))
+    onnx.helper.set_model_props(model, metadata(about))
     onnx.checker.check_model(model)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
 
 
 def convert(program: ExportedProgram, *, precision: str) -> Any:
@@ -99,11 +106,7 @@ def profile(content: Mapping[str, bytes], calls: Calls, *, precision: str) -> Se
 
 def _session(content: Mapping[str, bytes], options: Any) -> Any:
     """A session for a network that holds all its weights itself."""
-    onnx = require("onnx", extra="onnx")
-    message_type = require("google.protobuf.message", extra="onnx").Message
-    model = onnx.load_model_from_string(content["model.onnx"])
-    if any(tensor.data_location or tensor.external_data for tensor in _tensors(model, message_type)):
-        raise BadArtifact("model.onnx reads weights from other files, which is refused; export the model again")
+    refuse_other_files(content["model.onnx"])
     return _onnxruntime().InferenceSession(
         content["model.onnx"], options, providers=["CPUExecutionProvider"], enable_fallback=0
     )
@@ -122,6 +125,23 @@ def _options(precision: str, threads: int) -> Any:
         # Without VNNI, sums of two 8-bit products saturate at 16 bits: this asks for kernels that are exact.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+def refuse_other_files(model: bytes) -> None:
+    """Raise BadArtifact where a network reads weights from files beside it, whose bytes nobody has checked."""
+    onnx = require("onnx", extra="onnx")
+    message_type = require("google.protobuf.message", extra="onnx").Message
+    read = onnx.load_model_from_string(model)
+    if any(tensor.data_location or tensor.external_data for tensor in _tensors(read, message_type)):
+        raise BadArtifact("model.onnx reads weights from other files, which is refused; export the model again")
+
+
+def metadata(about: About) -> dict[str, str]:
+    """What a file that holds plain texts can say of its network, by name."""
+    found = {"model": about.model, "preprocessing": json.dumps(dict(about.preprocessing)), "fused": str(about.fused)}
+    if about.classes is not None:
+        found["classes"] = json.dumps(about.classes)
+    return found | {k: v for k, v in (("licence", about.licence), ("source", about.source)) if v is not None}
 
 
 class _Onnx:
@@ -150,13 +170,6 @@ def _onnxruntime() -> ModuleType:
     runtime = require("onnxruntime", extra="onnx")
     runtime.disable_telemetry_events()
     return runtime
-
-
-def _metadata(about: About) -> dict[str, str]:
-    found = {"model": about.model, "preprocessing": json.dumps(dict(about.preprocessing)), "fused": str(about.fused)}
-    if about.classes is not None:
-        found["classes"] = json.dumps(about.classes)
-    return found | {k: v for k, v in (("licence", about.licence), ("source", about.source)) if v is not None}
 
 
 def _forget_where(graph: Any) -> None:

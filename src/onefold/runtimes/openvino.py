@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 FILES = ("model.xml", "model.bin")
 PACKAGES = ("torch", "openvino")
 PRECISIONS = ("fp32", "int8")
+REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {}
 READS_GRIDS = True
+OBSTACLE = None
 
 _TELEMETRY = "openvino_telemetry"
 _HINTS = {"fp32": "f32", "int8": "f32"}

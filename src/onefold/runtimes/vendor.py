@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
+from threading import Lock
 from types import ModuleType
 
 from onefold.errors import MissingExtra
+
+_muting = Lock()
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -28,7 +33,7 @@ def require(module: str, *, extra: str) -> ModuleType:
 def quiet() -> Iterator[None]:
     """Hold back the warnings, log lines and prints of a converter: what it must say, it says by raising.
 
-    What native code writes is not held back. Not for use from several threads at once.
+    What native code writes is not held back (`mute` does). Not for use from several threads at once.
     """
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -38,6 +43,29 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
+
+
+@contextmanager
+def mute() -> Iterator[None]:
+    """Hold back what native code writes to the standard output and error of the process: it greets, and counts."""
+    with _muting, open(os.devnull, "wb") as nowhere, ExitStack() as back:
+        for stream in (1, 2):
+            kept = os.dup(stream)
+            back.callback(os.close, kept)
+            back.callback(os.dup2, kept, stream)
+        _flush()
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+        try:
+            yield
+        finally:
+            _flush()
+
+
+def _flush() -> None:
+    """Have C write now what it holds in its buffers, as it does by itself in front of a terminal only."""
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

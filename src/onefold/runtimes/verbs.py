@@ -2,18 +2,16 @@
 
 `export` traces the model, lets the runtime write its files aside, loads them again, compares the answers with
 PyTorch's, and only then puts the folder in its place. `load` checks every byte, and the answer, before it hands out a
-session.
+session. Where a runtime cannot run on the machine that exports, the comparison is left to the first `load`.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,19 +31,18 @@ from onefold.runtimes.artifact import (
     seal,
 )
 from onefold.runtimes.base import EightBit, Engine, Runtime, Session, find_runtime
+from onefold.runtimes.given import Example, answer_of, check_about, forms, images_of, tensor
 from onefold.runtimes.handbook import handbook
 from onefold.runtimes.reference import Floats, Reference
-from onefold.runtimes.vendor import first_line, quiet, versions
+from onefold.runtimes.vendor import first_line, versions
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from torch.export import ExportedProgram
 
 # The largest difference from PyTorch's logits, relative to the largest logit. A manifest cannot widen it.
 # Two roundings to nearest may fall on either side of a tie, and what differs by a step differs by more steps later on.
-TOLERANCES: dict[str, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.1}
-
-Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
+TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.1}
 
 
 class UnfusedWarning(UserWarning):
@@ -84,12 +81,12 @@ def export(
     kind, folder = find_runtime(runtime), Path(folder)
     _check_precision(runtime, kind, precision)
     _check_place(folder)
-    network, form = _forms(model, kind)
-    images = _images(example)
-    reference = Reference(images=images, logits=_answer(network, images))
-    _check_about(about, reference.logits.shape[1])
+    network, form = forms(model, kind)
+    images = images_of(example)
+    reference = Reference(images=images, logits=answer_of(network, images))
+    check_about(about, reference.logits.shape[1])
     order = _Order(name=runtime, runtime=kind, precision=precision, about=about, reference=reference)
-    program = trace(form, _tensor(images[:2]))
+    program = trace(form, tensor(images[:2]))
     with replacing(folder) as aside:
         aside.mkdir()
         _write(order, program, aside)
@@ -107,9 +104,10 @@ def open_artifact(folder: Path | str) -> Artifact:
 
 
 def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
-    """A session of the artifact on this machine's CPU, once every file and its answer to the reference are checked.
+    """A session of the artifact on this machine, once every file and its answer to the reference are checked.
 
-    Raises BadArtifact where anything is not as it was when exported, MissingExtra where the runtime is not installed.
+    Raises BadArtifact where anything is not as it was when exported, MissingExtra where the runtime is not installed,
+    BadArgument where this machine cannot run it.
     """
     if type(threads) is not int or threads < 1:
         raise BadArgument(f"expected a number of threads of 1 or more, came {threads!r}")
@@ -117,10 +115,12 @@ def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
     kind = _runtime_of(found)
     content = read_files(found)
     reference = proof.read_reference(content[REFERENCE], found.input_shape, found.num_classes)
-    tolerance = min(found.parity.tolerance, TOLERANCES[found.precision])
+    tolerance = min(found.parity.tolerance if found.parity else math.inf, TOLERANCES[found.precision])
+    if obstacle := _obstacle(kind):
+        raise BadArgument(f"{obstacle}: load {found.folder} on such a machine, or export the model to another runtime")
     try:
         engine = kind.load(content, precision=found.precision, threads=threads)
-        distance = proof.difference(engine(reference.images), reference.logits)
+        distance = proof.difference(_ask(engine, reference.images), reference.logits)
     except OnefoldError:
         raise
     except Exception as error:
@@ -137,7 +137,7 @@ def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
 def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
     """The runtime's files, the proof and what is said of them, once the files have answered as PyTorch does."""
     parity = _convert(order, program, folder)
-    if not parity.difference <= parity.tolerance:
+    if parity is not None and not parity.difference <= parity.tolerance:
         hint = "; do its sums saturate here? 7-bit weights do not let them" if order.precision == "int8" else ""
         raise GateFailed(
             f"{order.name} does not answer as PyTorch does: the logits differ by {parity.difference:.2g} of the "
@@ -168,12 +168,14 @@ def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
     (folder / MANIFEST).write_text(render(replace(made, files=seal(folder))), encoding="utf-8")
 
 
-def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Parity:
-    """Put the runtime's files into the folder, load them again, and compare the answers."""
+def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Parity | None:
+    """Put the runtime's files into the folder, load them again, and compare the answers where this machine can."""
     kind = order.runtime
     try:
         kind.export(program, folder, about=order.about, precision=order.precision)
         content = {name: (folder / name).read_bytes() for name in kind.FILES}
+        if _obstacle(kind):
+            return None
         engine = kind.load(content, precision=order.precision, threads=1)
         parity = _parity(engine, order.reference, TOLERANCES[order.precision])
         engine.close()
@@ -189,12 +191,26 @@ def _parity(engine: Engine, reference: Reference, tolerance: float) -> Parity:
     images, logits = reference.images, reference.logits
     worst, agreement = 0.0, 1.0
     for rows in (range(len(images)), range(1), range(-1, len(images))):
-        answer = engine(np.ascontiguousarray(images[rows]))
+        answer = _ask(engine, np.ascontiguousarray(images[rows]))
         worst = max(worst, proof.difference(answer, logits[rows]))
         if not math.isfinite(worst):
             return Parity(difference=worst, top1_agreement=0.0, tolerance=tolerance, images=len(images))
         agreement = min(agreement, proof.top1_agreement(answer, logits[rows]))
     return Parity(difference=worst, top1_agreement=agreement, tolerance=tolerance, images=len(images))
+
+
+def _ask(engine: Engine, images: Floats) -> Floats:
+    """The engine's answer; one that fails is closed."""
+    try:
+        return engine(images)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _obstacle(kind: Runtime) -> str | None:
+    """Why this machine cannot run the runtime, or None."""
+    return None if kind.OBSTACLE is None else kind.OBSTACLE()
 
 
 def _runtime_of(artifact: Artifact) -> Runtime:
@@ -210,12 +226,15 @@ def _runtime_of(artifact: Artifact) -> Runtime:
         )
     if artifact.precision not in kind.PRECISIONS:
         raise BadArtifact(f"{artifact.folder} has the unknown precision {artifact.precision!r:.80}; update onefold")
+    if artifact.parity is None and kind.OBSTACLE is None:
+        raise BadArtifact(f"{artifact.folder} was never compared with PyTorch, as {artifact.runtime} is; export again")
     return kind
 
 
 def _check_precision(name: str, kind: Runtime, precision: str) -> None:
     if precision not in kind.PRECISIONS:
-        raise BadArgument(f"{name} cannot export {precision!r}; choose one of: {', '.join(kind.PRECISIONS)}")
+        why = f": {kind.REFUSES[precision]}" if precision in kind.REFUSES else ""
+        raise BadArgument(f"{name} cannot export {precision!r}{why}; choose one of: {', '.join(kind.PRECISIONS)}")
 
 
 def _check_place(folder: Path) -> None:
@@ -229,79 +248,3 @@ def _check_place(folder: Path) -> None:
         raise BadArgument(
             f"{folder} holds something else than an artifact, which an export would replace; choose a new name"
         )
-
-
-def _check_about(about: About, num_classes: int) -> None:
-    if not (isinstance(about.model, str) and about.model) or type(about.fused) is not bool:
-        raise BadArgument(
-            f"expected the name of a model and whether it is fused, came {about.model!r}, {about.fused!r}"
-        )
-    if about.classes is not None and len(about.classes) != num_classes:
-        raise BadArgument(f"the model gives {num_classes} logits, but {len(about.classes)} classes were named")
-    if not all(isinstance(text, str) for text in (*(about.classes or ()), about.licence or "", about.source or "")):
-        raise BadArgument("expected text for every class, for the licence and for the source")
-    if about.drift is not None and not (math.isfinite(about.drift) and about.drift >= 0):
-        raise BadArgument(f"expected a drift of 0 or more, came {about.drift}")
-    try:
-        json.dumps([dict(about.preprocessing), dict(about.details)], allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadArgument(f"preprocessing and details must be plain mappings that JSON can hold: {error}") from error
-
-
-def _forms(model: nn.Module | EightBit, kind: Runtime) -> tuple[nn.Module, nn.Module]:
-    """The network whose answers are the proof, and the same in the form that the runtime reads."""
-    from torch import nn
-
-    if isinstance(model, nn.Module):
-        network = _frozen(model)
-        return network, network
-    network = _frozen(model.model)
-    return network, _frozen(model.graph) if kind.READS_GRIDS else network
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    """A copy of the model on the CPU in float32, so that nothing here can change the giver's."""
-    import torch
-
-    if any(module.training for module in model.modules()):
-        raise BadArgument("the model is in train mode, where its answer depends on the batch; call model.eval() first")
-    with quiet():  # torch's own copying of a traced graph warns of its own deprecations
-        return copy.deepcopy(model).to("cpu", torch.float32)
-
-
-def _images(example: Example) -> Floats:
-    """At least two images: the example, with its mirror image where it is only one."""
-    if isinstance(example, tuple):
-        if len(example) != 3 or not all(type(size) is int and size > 0 for size in example):
-            raise BadArgument(f"expected a shape of three sizes (channels, height, width), came {example!r}")
-        return proof.make_images(example)
-    images = example if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
-    if images.dtype != np.float32 or images.ndim != 4 or len(images) == 0 or not np.isfinite(images).all():
-        raise BadArgument(f"expected finite float32 images (B, C, H, W), came {images.dtype} of shape {images.shape}")
-    return np.ascontiguousarray(images if len(images) > 1 else np.concatenate([images, images[..., ::-1]]))
-
-
-def _tensor(images: Floats) -> Tensor:
-    import torch
-
-    return torch.from_numpy(images.copy())
-
-
-def _answer(network: nn.Module, images: Floats) -> Floats:
-    """PyTorch's logits (B, classes), once it has given them twice. Raises BadArgument where they cannot be a proof."""
-    import torch
-
-    x = _tensor(images)
-    try:
-        with torch.inference_mode():
-            first, second = network(x), network(x)
-    except Exception as error:
-        raise BadArgument(f"the model does not take images of shape {images.shape}: {first_line(error)}") from error
-    if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(images):
-        came = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
-        raise BadArgument(f"expected a model that answers with one tensor (B, classes), came {came}")
-    if not torch.isfinite(first).all() or not first.any():
-        raise BadArgument("the model's logits are not finite, or all zero: they would prove nothing")
-    if not torch.equal(first, second) or not np.array_equal(x.numpy(), images):
-        raise BadArgument("the model gives two answers to the same images, or changes them; that cannot be exported")
-    return first.numpy().copy()

@@ -46,7 +46,8 @@ def demo(
     say(f"2/6  fuse    drift {folded.drift:.1e}; {folded.before.params:,} -> {folded.after.params:,} parameters")
 
     fused = export(folded.path, artifacts, Order(runtimes=["onnx"]))[0]
-    say(f"3/6  export  {fused.folder}, parity {fused.parity.difference:.1e}")
+    parity = "not run where it was made" if fused.parity is None else f"parity {fused.parity.difference:.1e}"
+    say(f"3/6  export  {fused.folder}, {parity}")
 
     images, label = validation_images(run, None)
     with open_predictor(folded.path) as network, open_predictor(fused.folder) as artifact:
