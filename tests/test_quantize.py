@@ -191,7 +191,7 @@ def test_sums_beyond_what_float32_holds_are_exact(small: nn.Module, images: Tens
     with torch.no_grad():
         small.pointwise.weight[0] *= 3e-7
         small.pointwise.bias[0] = 1.0
-    made = quantize(small, images, Method(equalize=False, correct=False, limit=63))
+    made = quantize(small, images, Method(equalize="none", correct=False, limit=63))
     state = made.graph.state_dict()
     steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     step = state["pointwise.weight_scale"][0] * steps[2].args[1]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from onefold import display
+from onefold import display, display_measuring
 
 
 def phone(
@@ -49,4 +49,4 @@ def phone(
     order = PhoneBench(sources=sources, serial=serial, programs=program or (), allow_unfused=allow_unfused, plan=plan)
     with display.waiting(f"measuring {len(sources)} on the phone"):
         outcome, path = bench_on_phone(order, results)
-    display.measured(outcome, path, as_json=as_json)
+    display_measuring.measured(outcome, path, as_json=as_json)

@@ -9,6 +9,8 @@ network.py      the network of 8 bits, in the form that runtimes read
 whole.py        the same, computed on whole numbers as devices do: the simulation
 settled.py      grids as a few numbers beside the weights, and the network of 8 bits made of both
 aware.py        training as the network of 8 bits
+sensitivity.py  what each layer alone costs
+choosing.py     the method by measured answers; layers spared from it
 method.py       how, as a value; what each layer lost
 quantize.py     the verb
 """
@@ -17,6 +19,8 @@ from onefold.quantize.aware import calibrated as calibrated
 from onefold.quantize.aware import is_aware as is_aware
 from onefold.quantize.aware import make_aware_ as make_aware_
 from onefold.quantize.aware import plain_ as plain_
+from onefold.quantize.choosing import choose as choose
+from onefold.quantize.choosing import spared as spared
 from onefold.quantize.method import PLAIN as PLAIN
 from onefold.quantize.method import LayerReport as LayerReport
 from onefold.quantize.method import Method as Method

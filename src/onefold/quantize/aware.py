@@ -41,8 +41,8 @@ def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> G
     model.eval()
     fused = fuse(model) if leftovers(model) else model
     graph = trace(fused, batches[0][:2])
-    if method.equalize and fused is model:
-        equalize_(graph, batches)
+    if method.equalize != "none" and fused is model:
+        equalize_(graph, batches, method.equalize)
         own = dict(model.named_parameters())
         with torch.no_grad():
             for layer in layers(graph):
@@ -169,7 +169,7 @@ class _Through(torch.autograd.Function):
         return other.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -193,6 +193,6 @@ class _Snap(torch.autograd.Function):
         return (q.clamp_(LOWEST, HIGHEST) - grid.zero) * grid.scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None

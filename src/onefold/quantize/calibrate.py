@@ -118,14 +118,15 @@ class _Walk:
     def _kernel(self, layer: Layer) -> Kernel:
         method, weight = self._method, parameter(self._graph, layer.weight)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else parameter(self._graph, layer.bias)
-        moments = moments_of(
-            layer, *(self._tensors(values, layer.node) for values in (self._quant, self._float)), weight
-        )
-        flat = moments.restored(weight.flatten(1)) if method.restore else weight.flatten(1)
+        moments = None
+        if method.restore or method.rounding == "moments":
+            given, true = (self._tensors(values, layer.node) for values in (self._quant, self._float))
+            moments = moments_of(layer, given, true, weight)
+        flat = moments.restored(weight.flatten(1)) if moments and method.restore else weight.flatten(1)
         scales = weight_scales(flat, limit=method.limit, per_tensor=method.weights == "tensor", search=method.search)
 
         def rounded(scales: Tensor) -> Tensor:
-            if method.rounding == "moments":
+            if moments and method.rounding == "moments":
                 return by_moments(flat, scales, method.limit, moments.covariance)
             return nearest(flat, scales, method.limit)
 

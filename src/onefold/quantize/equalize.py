@@ -1,13 +1,15 @@
 """Cross-layer equalization: the ranges of a layer's channels made alike, the network's answer unchanged.
 
 Between two layers joined by a ReLU, channel c may be divided by s[c] in the first and multiplied by it in the second,
-since relu(x / s) = relu(x) / s. With s = sqrt(r1 / r2), where r1 and r2 are the largest weights of channel c in the
-first (its bias among them, or a channel that is nothing but its bias would grow without end) and in the second, both
-have the range sqrt(r1 r2). A fused MobileOne is a chain of such pairs, broken only at its gates. A clamp from above
-(ReLU6) lets a scale through for a channel that stays below it: on the images given, one that does not is left as it is,
-and the others may grow until they reach it.
+since relu(x / s) = relu(x) / s. A fused MobileOne is a chain of such pairs, broken only at its gates. A clamp from
+above (ReLU6) lets a scale through for a channel that stays below it: on the images given, one that does not is left as
+it is, and the others may grow until they reach it. Two ways to choose s:
 
-Source: Nagel et al., arXiv 1906.04721, section 4.1.
+"weights"      s = sqrt(r1 / r2) with r1, r2 the largest weights of channel c in the first and the second: for kernels
+               with one scale a tensor. Source: Nagel et al., arXiv 1906.04721, section 4.1.
+"activations"  s = a^(1/2) / r2^(1/2) with a the channel's peak on the images (Xiao et al., arXiv 2211.10438), for
+               kernels with a scale a row: those of the first layer take any s for nothing. Where the second is
+               depthwise its kernels do so too, and s = a: all channels then fill the one grid that they share.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,29 +31,31 @@ _RARE = 1e-4  # the share of a channel's values that may lie at the clamp
 
 
 @torch.no_grad()
-def equalize_(graph: GraphModule, batches: Sequence[Tensor]) -> int:
+def equalize_(graph: GraphModule, batches: Sequence[Tensor], by: Literal["weights", "activations"] = "weights") -> int:
     """Equalize every pair of layers that can be, in place, by batches (B, C, H, W); the number of pairs."""
     pairs = [pair for pair in pairwise(layers(graph)) if _joined(*pair)]
-    ends = _ends(graph, [first for first, _ in pairs], batches)
+    seen = _Seen(graph, {first.output: _cap(first) for first, _ in pairs})
+    for batch in batches:
+        seen.run(batch)
+    if by == "activations":
+        for first, second in pairs:
+            _divide(graph, first, second, _by_peak(graph, second, seen.peak[first.output]), _ends(first, seen))
+        return len(pairs)
+    ends = {first: _ends(first, seen) for first, _ in pairs}
     for _ in range(_ROUNDS):
-        changed = [_equalize(graph, first, second, ends[first]) for first, second in pairs]
+        changed = [_divide(graph, *pair, _by_weights(graph, *pair), ends[pair[0]]) for pair in pairs]
         if not any(changed):
             break
     return len(pairs)
 
 
-def _ends(graph: GraphModule, found: list[Layer], batches: Sequence[Tensor]) -> dict[Layer, list[Tensor]]:
-    """The least and the greatest number (C,) that the channels of each layer may still be divided by."""
-    seen = _Seen(graph, {layer.output: _cap(layer) for layer in found})
-    for batch in batches:
-        seen.run(batch)
-    ends = {}
-    for layer in found:
-        peak = seen.peak[layer.output]
-        reached = seen.at_cap[layer.output] > _RARE * seen.count[layer.output]
-        least = (peak / peak.max()).clamp(1 / _MOST, 1)
-        ends[layer] = [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MOST)]
-    return ends
+def _ends(layer: Layer, seen: _Seen) -> list[Tensor]:
+    """The least and the greatest number (C,) that the channels of a layer may still be divided by."""
+    peak = seen.peak[layer.output]
+    reached = seen.at_cap[layer.output] > _RARE * seen.count[layer.output]
+    ceiling = _cap(layer)
+    least = (peak / peak.max()).clamp(1 / _MOST, 1) if ceiling == math.inf else (peak / ceiling).clamp(min=1 / _MOST)
+    return [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MOST)]
 
 
 class _Seen(Interpreter):
@@ -105,13 +109,27 @@ def _is_linear(node: Node) -> bool:
     return padded(node) is not None or name.startswith(("aten.mean.", "aten.dropout.", "aten.adaptive_avg_pool2d."))
 
 
-def _equalize(graph: GraphModule, first: Layer, second: Layer, ends: list[Tensor]) -> bool:
-    """One step of one pair, and of what is left between its ends; whether anything changed by over a hundredth."""
-    one, two = parameter(graph, first.weight), parameter(graph, second.weight)
-    out = one.flatten(1).abs().amax(1)
-    into = _by_input(two, second).abs().amax(1)
+def _by_weights(graph: GraphModule, first: Layer, second: Layer) -> Tensor:
+    """What to divide the channels (C,) by so that the largest weights on either side are alike."""
+    out = parameter(graph, first.weight).flatten(1).abs().amax(1)
+    into = _by_input(parameter(graph, second.weight), second).abs().amax(1)
     live = (out > 0) & (into > 0)
-    s = torch.where(live, (out / into.clamp(min=1e-30)).sqrt(), torch.ones_like(out))
+    return torch.where(live, (out / into.clamp(min=1e-30)).sqrt(), torch.ones_like(out))
+
+
+def _by_peak(graph: GraphModule, second: Layer, peak: Tensor) -> Tensor:
+    """What to divide the channels (C,) by so that they fill one grid, the second layer's rows left with their bits."""
+    alike = (peak / peak.max()).clamp(min=1 / _MOST)
+    if second.groups == len(peak):
+        return alike
+    into = _by_input(parameter(graph, second.weight), second).abs().amax(1)
+    s = (alike / into.clamp(min=1e-12)).sqrt()
+    return s / s.max()
+
+
+def _divide(graph: GraphModule, first: Layer, second: Layer, s: Tensor, ends: list[Tensor]) -> bool:
+    """Divide channels by s (C,) as far as their ends allow; whether anything changed by over a hundredth."""
+    one, two = parameter(graph, first.weight), parameter(graph, second.weight)
     s = torch.minimum(torch.maximum(s, ends[0]), ends[1])
     ends[:] = [end / s for end in ends]
     put(graph, first.weight, one / s.view(-1, *[1] * (one.dim() - 1)))

@@ -12,17 +12,18 @@ from onefold.quantize.grid import Ranges
 class Method:
     """Post-training quantization to 8 bits.
 
-    `equalize` makes the ranges of channels alike first; `ranges` chooses those of activations; `search` clips weights
-    where that lowers their squared error; `rounding` of weights is to the "nearest" or by the "moments" of their
-    inputs; `correct` lets biases take up the mean of what is lost. `weights` have a scale a "channel" or a "tensor",
-    and whole numbers up to `limit`: 127, or 63 for processors whose 16-bit sums saturate (x86 without VNNI). `keep`
-    names layers that stay in floating point.
+    `equalize` makes the ranges of channels alike first, by "weights" or by "activations" (see there); `ranges` chooses
+    those of activations; `search` clips weights where that lowers their squared error; with `restore` a kernel is first
+    moved to make good what the layers before it lost, which suits photos of the calibration's own kind only; `rounding`
+    of weights is to the "nearest" or by the "moments" of their inputs; `correct` lets biases make up for the mean
+    of what is lost. `weights` have a scale a "channel" or a "tensor", and whole numbers up to `limit`: 127, or 63 for processors
+    whose 16-bit sums saturate (x86 without VNNI). `keep` names layers that stay in floating point.
     """
 
-    equalize: bool = True
+    equalize: Literal["none", "weights", "activations"] = "activations"
     ranges: Ranges = "mse"
     search: bool = True
-    restore: bool = True
+    restore: bool = False
     rounding: Literal["nearest", "moments"] = "moments"
     correct: bool = True
     weights: Literal["channel", "tensor"] = "channel"
@@ -32,13 +33,16 @@ class Method:
     @property
     def title(self) -> str:
         """A few words for a table."""
-        steps = ["equalized"] * self.equalize + [self.ranges] + ["clipped"] * self.search
+        steps = (
+            [f"equalized by {self.equalize}"] * (self.equalize != "none") + [self.ranges] + ["clipped"] * self.search
+        )
+        steps += ["restored"] * self.restore
         steps += ["by moments"] * (self.rounding == "moments") + ["corrected"] * self.correct
         steps += ["7-bit weights"] * (self.limit == 63) + [f"{len(self.keep)} kept"] * bool(self.keep)
         return f"per {self.weights}, " + ", ".join(steps)
 
 
-PLAIN = Method(equalize=False, ranges="minmax", search=False, restore=False, rounding="nearest", correct=False)
+PLAIN = Method(equalize="none", ranges="minmax", search=False, rounding="nearest", correct=False)
 """What a vendor's tool does by default: extremes, rounding to nearest."""
 
 

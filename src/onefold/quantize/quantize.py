@@ -15,7 +15,7 @@ from onefold.quantize.method import LayerReport, Method
 from onefold.quantize.network import build_
 from onefold.quantize.whole import WholeNumbers
 
-_BATCH = 16
+BATCH = 16
 _METHOD = Method()
 
 
@@ -47,8 +47,8 @@ def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quan
         raise BadArgument("the model is in train mode, where its answer depends on the batch; call model.eval() first")
     if images.dim() != 4 or len(images) < 2:
         raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, came {tuple(images.shape)}")
-    graph, batches = trace(model, images[:2]), images.split(_BATCH)
-    if method.equalize:
-        equalize_(graph, batches)
+    graph, batches = trace(model, images[:2]), images.split(BATCH)
+    if method.equalize != "none":
+        equalize_(graph, batches, method.equalize)
     found = calibrate(graph, batches, method)
     return Quantized(model=WholeNumbers(build_(graph, found)), method=method, layers=found.reports, images=len(images))

@@ -13,22 +13,29 @@ from PIL import Image
 from onefold.data import Preprocessing, Source, decode, find_images, open_source
 from onefold.data.folders import Files
 from onefold.errors import BadArgument, BadData
-from onefold.quantize import PLAIN, Grids, Method, Quantized, quantize
+from onefold.quantize import PLAIN, Grids, Method, Quantized, choose, quantize, spared
 from onefold.stages.network import Floats, Network
 
+_FEWEST_TO_SEARCH = 8
 _HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What an 8-bit network is made with: photos (a folder at any depth, shards, "digits"), how many, and how."""
+    """What an 8-bit network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
+
+    With `search` the method is only where a search by measured answers begins; `keep` layers, those that cost most,
+    stay in floating point.
+    """
 
     data: str
     count: int = 200
     method: Method = field(default_factory=Method)
+    search: bool = False
+    keep: int = 0
 
 
-def quantized(network: Network, order: Calibration | None) -> Quantized:
+def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Quantized:
     """The network of 8 bits: calibrated, or without an order as it was trained.
 
     Raises BadData where there are too few photos, BadArgument where it is not fused, or was not trained so.
@@ -37,7 +44,12 @@ def quantized(network: Network, order: Calibration | None) -> Quantized:
         return _as_trained(network)
     if not network.is_fused:
         raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
-    return quantize(network.model, _images(order, network.preprocessing), order.method)
+    images, method = _images(order, network.preprocessing), order.method
+    if order.keep:
+        method = spared(network.model, images, method, order.keep)
+    if order.search and len(images) >= _FEWEST_TO_SEARCH:
+        return choose(network.model, images, method, say or (lambda _: None))
+    return quantize(network.model, images, method)
 
 
 def told(made: Quantized) -> dict[str, object]:
