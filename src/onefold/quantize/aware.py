@@ -12,8 +12,9 @@ The network keeps its parameters, names and modes; only its forward is another o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.quantize.calibrate import Calibration, calibrate
 from onefold.quantize.equalize import equalize_
-from onefold.quantize.graph import CONVS, LINEARS, Layer, layers, parameter, trace
+from onefold.quantize.graph import CONVS, LINEARS, Layer, bounds_of, layers, parameter, trace
 from onefold.quantize.grid import HIGHEST, LOWEST, Grid
 from onefold.quantize.method import Method
 from onefold.quantize.settled import Grids, grids_of, names_of
@@ -44,6 +45,8 @@ def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> G
     graph = trace(fused, batches[0][:2])
     if method.equalize != "none" and fused is model:
         equalize_(graph, batches, method.equalize)
+    if fused is not model or _has_ceilings(graph):  # which could not follow to other values
+        method = replace(method, powers=False)
     found = calibrate(graph, batches, method)
     if fused is model:
         _take_over_(model, graph, found)
@@ -60,6 +63,11 @@ def _take_over_(model: nn.Module, graph: GraphModule, found: Calibration) -> Non
         own[layer.weight].copy_(parameter(graph, layer.weight) if kernel is None else kernel.weight)
         if layer.bias is not None:
             own[layer.bias].copy_(parameter(graph, layer.bias) if kernel is None else kernel.bias)
+
+
+def _has_ceilings(graph: GraphModule) -> bool:
+    clamps = [layer.output for layer in layers(graph) if layer.output is not layer.node]
+    return any(bounds_of(node.target, node.args[1:])[1] < math.inf for node in clamps)
 
 
 def make_aware_(model: nn.Module, grids: Grids, shape: tuple[int, int, int]) -> nn.Module:
