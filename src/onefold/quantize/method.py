@@ -44,6 +44,11 @@ class Method:
         return f"per {self.weights}, " + ", ".join(steps)
 
 
+def per_tensor(limit: int = 127) -> Method:
+    """One scale a kernel, as DSPs want it; without `restore`, which would bend coarse kernels to the calibration's kind."""
+    return Method(equalize="weights", restore=False, weights="tensor", limit=limit)
+
+
 PLAIN = Method(
     equalize="none", ranges="minmax", search=False, restore=False, rounding="nearest", correct=False, powers=False
 )

@@ -19,7 +19,7 @@ from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.files import write_text
 from onefold.models import resolve
 from onefold.models.hub import Card
-from onefold.quantize import Grids, Method, calibrated, make_aware_, plain_
+from onefold.quantize import Grids, Method, calibrated, make_aware_, per_tensor, plain_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.answers import evaluate
@@ -237,7 +237,7 @@ def _grids(recipe: Recipe, photos: Photos, model: nn.Module, run: Path | None) -
     seen = [images.contiguous() for images, _ in some.batches(recipe.preprocessing, recipe.plan.seed)]
     method = Method(weights=told.weights, limit=told.limit, search=False)
     if told.weights == "tensor":
-        method = replace(method, equalize="weights")
+        method = replace(per_tensor(told.limit), search=False)
     return calibrated(model.to(photos.device), seen, method)
 
 
