@@ -45,7 +45,7 @@ class Method:
 
 
 def per_tensor(limit: int = 127) -> Method:
-    """One scale a kernel, as DSPs want it; without `restore`, which would bend coarse kernels to the calibration's kind."""
+    """One scale a kernel, as DSPs want it; without `restore`, which bends coarse kernels to the calibration's kind."""
     return Method(equalize="weights", restore=False, weights="tensor", limit=limit)
 
 
