@@ -235,9 +235,8 @@ def _grids(recipe: Recipe, photos: Photos, model: nn.Module, run: Path | None) -
     assert told is not None
     some = photos.some(told.images, recipe.plan.seed)
     seen = [images.contiguous() for images, _ in some.batches(recipe.preprocessing, recipe.plan.seed)]
-    method = Method(weights=told.weights, limit=told.limit, search=False)
-    if told.weights == "tensor":
-        method = replace(per_tensor(told.limit), search=False)
+    method = per_tensor(told.limit) if told.weights == "tensor" else Method(limit=told.limit)
+    method = replace(method, search=False, restore=True)  # these are the photos that it is for
     return calibrated(model.to(photos.device), seen, method)
 
 
