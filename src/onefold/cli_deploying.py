@@ -67,7 +67,7 @@ def names_of(to: str) -> list[str]:
 
 def method_of(weight_bits: int, *, per_tensor: bool) -> Method:
     """How an 8-bit network is made, as the options say."""
-    from onefold.quantize import Method
+    from onefold import quantize
 
     limit = 2 ** (weight_bits - 1) - 1
-    return per_tensor_method(limit) if per_tensor else Method(limit=limit)
+    return quantize.per_tensor(limit) if per_tensor else quantize.Method(limit=limit)

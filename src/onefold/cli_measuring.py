@@ -82,7 +82,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Say where an artifact's time goes, layer by layer as its runtime runs them: name, type, milliseconds, share."""
-    from onefold.runtimes import profile as layers_of
+    from onefold.runtimes.profile import profile as layers_of
 
     with display.waiting("profiling"):
         found = layers_of(artifact, threads=threads, batch=batch_size, calls=calls)

@@ -54,7 +54,11 @@ def _ends(layer: Layer, seen: _Seen) -> list[Tensor]:
     peak = seen.peak[layer.output]
     reached = seen.at_cap[layer.output] > _RARE * seen.count[layer.output]
     ceiling = _cap(layer)
-    least = (peak / peak.max()).clamp(1 / _MOST, 1) if ceiling == math.inf else (peak / ceiling).clamp(min=1 / _MOST)
+    least = (
+        (peak / peak.max().clamp(min=1e-30)).clamp(1 / _MOST, 1)
+        if ceiling == math.inf
+        else (peak / ceiling).clamp(min=1 / _MOST)
+    )
     return [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MOST)]
 
 
@@ -119,7 +123,7 @@ def _by_weights(graph: GraphModule, first: Layer, second: Layer) -> Tensor:
 
 def _by_peak(graph: GraphModule, second: Layer, peak: Tensor) -> Tensor:
     """What to divide the channels (C,) by so that they fill one grid, the second layer's rows left with their bits."""
-    alike = (peak / peak.max()).clamp(min=1 / _MOST)
+    alike = (peak / peak.max().clamp(min=1e-30)).clamp(min=1 / _MOST)
     if second.groups == len(peak):
         return alike
     into = _by_input(parameter(graph, second.weight), second).abs().amax(1)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from onefold.runtimes.base import find_runtime as find_runtime
     from onefold.runtimes.profile import Layer as Layer
     from onefold.runtimes.profile import Profile as Profile
-    from onefold.runtimes.profile import profile as profile
     from onefold.runtimes.verbs import TOLERANCES as TOLERANCES
     from onefold.runtimes.verbs import UnfusedWarning as UnfusedWarning
     from onefold.runtimes.verbs import export as export
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "onefold.runtimes.artifact": ("About", "Artifact", "Parity"),
     "onefold.runtimes.base": ("Runtime", "Session", "find_runtime"),
-    "onefold.runtimes.profile": ("Layer", "Profile", "profile"),
+    "onefold.runtimes.profile": ("Layer", "Profile"),
     "onefold.runtimes.verbs": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -54,7 +53,6 @@ __all__ = [
     "find_runtime",
     "load",
     "open_artifact",
-    "profile",
 ]
 
 
