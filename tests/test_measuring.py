@@ -13,8 +13,7 @@ from onefold.cli import main
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights
-from onefold.runtimes.profile import profile
-from onefold.runtimes.profile import Layer, medians
+from onefold.runtimes.profile import Layer, medians, profile
 from onefold.stages import Bench, Order, export
 from onefold.stages import bench as run_bench
 

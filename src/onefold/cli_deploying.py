@@ -15,7 +15,6 @@ from onefold.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from onefold.quantize import Method
-    from onefold.quantize import per_tensor as per_tensor_method
 
 
 def deploy(
