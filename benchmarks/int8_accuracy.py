@@ -7,7 +7,7 @@ MobileOne-S0 with Apple's weights, MobileNetV1 1.0 and 0.25 with Google's. Calib
 of Imagenette (every tenth), scored on the 1000 of imagenet-sample, one a class of ImageNet. A row is METHOD:RUNTIME:
 
     fp32            the folded network: PyTorch itself ("torch"), and every runtime
-    ours-channel    our `quantize` with its defaults: computed on whole numbers in PyTorch ("simulation"), and on devices
+    ours-channel    our `quantize` with its defaults: on whole numbers in PyTorch ("simulation"), and in runtimes
     ours-tensor     one scale a kernel; equalized by activations or by weights, whichever puts less noise into the
                     answers to a quarter of the calibration photos, held out from the other three
     ours-searched   what `choose` finds by such answers
@@ -23,41 +23,28 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from int8_table import FLOAT, SIMULATION, Answers, Floats, lines_of, scores, table
+from int8_subject import CALIBRATION, COUNT, DATA, NETWORKS, SCORED, SEED, Floats, Subject, calibration_photos, say
+from int8_table import FLOAT, SIMULATION, Answers, lines_of, page, scores
 from int8_vendors import VENDORS, Given
 from onefold.bench import Machine
-from onefold.data import Source, open_source
 from onefold.errors import OnefoldError
 from onefold.files import write_text
-from onefold.quantize import PLAIN, Method, Quantized, choose, quantize
 from onefold.runtimes import find_runtime, load
 from onefold.runtimes.vendor import first_line, versions
-from onefold.stages import Network, open_network
-from onefold.stages.answers import class_indices
-from onefold.stages.folding import export_made
-from onefold.stages.network import predictor_of
-from onefold.stages.training import validation_images
 
 HERE = Path(__file__).parent
-DATA = Path(os.environ.get("ONEFOLD_TEST_DATA", HERE.parent.parent / "shared" / "data"))
-CALIBRATION, SCORED, COUNT, BATCH, SEED = "imagenette-224-subset", "imagenet-sample", 200, 50, 0
+BATCH = 50
 DEVICES = ("onnx", "openvino", "executorch", "litert", "web")
 FLOATS = ("eager", "onnx", "openvino", "executorch", "litert", "ncnn", "mnn", "web")
 PACKAGES = ("onnxruntime", "openvino", "nncf", "executorch", "torchao", "ai-edge-litert", "litert-torch",
@@ -69,140 +56,6 @@ ROWS = (
     *((f"plain-{kind}", SIMULATION) for kind in ("channel", "tensor")),
     *((f"vendor-{kind}", runtime) for kind in ("channel", "tensor") for runtime in VENDORS),
 )
-PER_TENSOR = (Method(weights="tensor"), Method(weights="tensor", equalize="weights"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """A file of weights, the name of the network that they are of, and what to call them."""
-
-    file: str
-    name: str
-    title: str
-
-
-NETWORKS = {
-    "s0": Weights(file="mobileone_s0_in1k_fused.npz", name="mobileone_s0", title="MobileOne-S0, Apple's weights"),
-    "v1": Weights(
-        file="mobilenetv1_100_224_in1k_tfquant_folded.npz",
-        name="mobilenetv1_100.tf",
-        title="MobileNetV1 1.0, Google's weights of its uint8 network, in float",
-    ),
-    "v1-025": Weights(
-        file="mobilenetv1_025_224_in1k_tf_unfused.npz",
-        name="mobilenetv1_025.tf",
-        title="MobileNetV1 0.25, Google's weights",
-    ),
-}
-
-
-class Subject:
-    """A network with its photos, and what was made of it so far: in `folder`, or when first asked for."""
-
-    def __init__(self, key: str, work: Path, threads: int) -> None:
-        self.key, self.folder, self.threads = key, work / key, threads
-        self._work, self._made = work, {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    @cached_property
-    def network(self) -> Network:
-        weights = NETWORKS[self.key]
-        network = open_network(DATA / "weights" / weights.file, name=weights.name)
-        return network if network.is_fused else network.fused()[0]
-
-    @cached_property
-    def scored(self) -> Source:
-        return validation_images(SCORED, str(DATA / SCORED))[0]
-
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        index = class_indices(predictor_of(self.network), self.scored)
-        return np.array([index[self.scored.label(i)] for i in range(len(self.scored))])
-
-    @cached_property
-    def photos(self) -> Floats:
-        return self._prepared(SCORED, self.scored, list(range(len(self.scored))))
-
-    @cached_property
-    def calibration(self) -> torch.Tensor:
-        source, chosen = calibration_photos()
-        return torch.from_numpy(np.array(self._prepared(CALIBRATION, source, chosen)))
-
-    def made(self, method: str) -> Quantized:
-        """The network of 8 bits by a method of ours, kept while the next row may want it."""
-        if method not in self._made:
-            say(f"{self.key}: quantizing {method}")
-            self._made = {method: quantize(self.network.model, self.calibration, self.method(method)[0])}
-        return self._made[method]
-
-    def method(self, name: str) -> tuple[Method, Mapping[str, float]]:
-        """The method of ours by this name; what was tried for it, with the noise in held-out answers."""
-        if name in FIXED:
-            return FIXED[name], {}
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            say(f"{self.key}: choosing {name}")
-            method, tried = CHOSEN[name](self.network.model, self.calibration)
-            write_text(path, json.dumps({"method": asdict(method), "tried": tried}))
-        known = json.loads(path.read_text())
-        return Method(**{**known["method"], "keep": tuple(known["method"]["keep"])}), known["tried"]
-
-    def artifact(self, method: str, runtime: str) -> Path:
-        """Our export, verified by itself; made where it is missing."""
-        precision = "fp32" if method == "fp32" else "int8"
-        folder = self.folder / method / f"{runtime}-{precision}"
-        if not (folder / "manifest.json").is_file():
-            made = None if method == "fp32" else self.made(method)
-            export_made(self.network, made, folder, runtime, precision)
-        return folder
-
-    def _prepared(self, name: str, source: Source, chosen: list[int]) -> Floats:
-        """The photos as the network sees them (B, C, H, W); kept for all networks that see them so."""
-        preprocessing = self.network.preprocessing
-        told = json.dumps([preprocessing.to_dict(), chosen], sort_keys=True)
-        path = self._work / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
-        if not path.is_file():
-            say(f"{self.key}: reading {len(chosen)} photos of {name}")
-            aside = path.with_suffix(".part.npy")
-            np.save(aside, np.stack([preprocessing(source.image(i)) for i in chosen]))
-            aside.replace(path)
-        return np.load(path, mmap_mode="r")
-
-
-def calibration_photos() -> tuple[Source, list[int]]:
-    """Imagenette's training part, and which of it: every tenth."""
-    source = open_source(DATA / CALIBRATION, "train", seed=SEED, val_fraction=0.2)
-    return source, [i * len(source) // COUNT for i in range(COUNT)]
-
-
-def by_held_out(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, dict[str, float]]:
-    """Of the two methods per tensor the one with less noise in its answers to every fourth photo, which it has not seen."""
-    judged = torch.arange(len(photos)) % 4 == 3
-    with torch.inference_mode():
-        true = model(photos[judged])
-        tried = {}
-        for method in PER_TENSOR:
-            found = quantize(model, photos[~judged], method).model(photos[judged])
-            tried[method] = float((found - true).norm() / (true - true.mean(0)).norm())
-    return min(tried, key=tried.__getitem__), {method.title: noise for method, noise in tried.items()}
-
-
-def by_search(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, dict[str, float]]:
-    """What `choose` finds from the defaults; it tells a method's title and its noise in percent."""
-    told: list[str] = []
-    method = choose(model, photos, Method(), told.append).method
-    return method, {title: float(rest.split(" %")[0]) / 100 for title, _, rest in (t.rpartition(": ") for t in told)}
-
-
-FIXED = {
-    "ours-channel": Method(),
-    "plain-channel": PLAIN,
-    "plain-tensor": Method(**{**asdict(PLAIN), "weights": "tensor"}),
-}
-CHOSEN: dict[str, Callable[[torch.nn.Module, torch.Tensor], tuple[Method, dict[str, float]]]] = {
-    "ours-tensor": by_held_out,
-    "ours-searched": by_search,
-}
 
 
 def answer(subject: Subject, method: str, runtime: str) -> tuple[Floats, dict[str, Any]]:
@@ -281,52 +134,27 @@ def wanted(given: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 
 def report(subjects: Mapping[str, Subject], results: Path) -> str:
-    """The table of all rows that are there, written with its JSON lines beside it; the text."""
+    """The page of all rows that are there, written with its JSON lines beside it; its text."""
     found = []
     for subject in subjects.values():
         rows = [row for each in ROWS if (row := kept(subject, *each)) is not None]
         if rows:
             found += scores(rows, subject.labels)
     machine, (source, chosen) = Machine.this(PACKAGES), calibration_photos()
-    names = [source.name(i) for i in chosen]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    parts = [
-        "What 8 bits cost. drop: points of top-1 against PyTorch's float network; differ: photos of 1000 answered otherwise",
-        "(right before: lost, right now: won); device: photos not answered as in our simulation; noise: of the logits.",
-        f"{machine.chip}, {machine.cores} cores, {machine.system}, Python {machine.python}; "
-        f"{datetime.date.today().isoformat()}; {', '.join(f'{k} {v}' for k, v in machine.versions.items())}",
-        f"Scored on all {found[0].photos if found else 0} photos of {SCORED}. Calibrated on {COUNT} of {len(source)} "
-        f"training photos of {CALIBRATION}, every tenth: {names[0]}, {names[1]}, ... {names[-1]}",
-        f"(SHA-256 of the names {digest[:16]}; all are in the .jsonl). Seed {SEED}; nothing here draws at random.",
-        *(f"{key}: {NETWORKS[key].title} ({NETWORKS[key].file})" for key in subjects),
-        "",
-        table(found),
-        "",
-        *methods(found),
-    ]
-    text = "\n".join(parts) + "\n"
-    about = {"machine": machine.to_dict(), "seed": SEED, "scored": SCORED, "calibration": CALIBRATION, "photos": names}
-    stem = results / f"{datetime.date.today().isoformat()}-int8-accuracy"
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.to_dict(),
+        "seed": SEED,
+        "networks": {key: f"{NETWORKS[key].title} ({NETWORKS[key].file})" for key in subjects},
+        "scored_on": SCORED,
+        "calibrated_on": f"{COUNT} of the {len(source)} training photos of {CALIBRATION}, every tenth",
+        "calibration_photos": [source.name(i) for i in chosen],
+    }
+    text = page(found, about)
+    stem = results / f"{about['date']}-int8-accuracy"
     write_text(stem.with_suffix(".txt"), text)
     write_text(stem.with_suffix(".jsonl"), lines_of(found, about))
     return text
-
-
-def methods(found) -> list[str]:
-    """What each method was, once; and the noise of those that were tried, on calibration photos held out."""
-    lines = {}
-    for row in found:
-        if "method" in row.facts and row.method != "fp32":
-            vendor = row.method.startswith("vendor")
-            name = f"vendor {row.runtime}" if vendor else f"{row.network} {row.method}"
-            tried = row.facts.get("held_out_noise", {})
-            noises = "".join(f"\n    {100 * noise:5.1f} % held-out noise: {title}" for title, noise in tried.items())
-            lines[name] = f"{name}: {row.facts['method']}{noises}"
-    return list(lines.values())
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ noise     of the logits against the float network's: |q - f| / |f - mean of f|
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 FLOAT, SIMULATION = ("fp32", "torch"), "simulation"
-MOST_DROP = {"fp32": 0.1, "ours-channel": 1.0, "ours-tensor": 2.5}
+MOST_DROP = {"fp32": 0.1, "ours-channel": 1.0, "ours-searched": 1.0, "ours-tensor": 2.5}
 LEAST_AGREEMENT = 0.99  # of a device with our simulation
 
 
@@ -112,16 +113,64 @@ def table(found: Sequence[Score]) -> str:
             continue
         bound = "; ".join(f"MISSED: {each}" for each in row.missed) or ("held" if row.method in MOST_DROP else "")
         counts = ["" if n is None else str(n) for n in (row.differ, row.lost, row.won, row.device)]
-        cells = (f"{row.top1:.1f}", f"{row.drop:+.1f}", *counts, f"{100 * row.noise:.2f} %", bound)
+        cells = (f"{row.top1:.1f}", f"{row.drop:+.1f}", *counts, _percent(row.noise), bound)
         lines.append((row.network, row.method, row.runtime, *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     return "\n".join(_line(line, widths) for line in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %" if share >= 5e-5 or share == 0 else "<0.01 %"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     left = {0, 1, 2, len(HEAD) - 1}
     pairs = enumerate(zip(cells, widths, strict=True))
     return "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in pairs).rstrip()
+
+
+def page(found: Sequence[Score], about: Mapping[str, Any]) -> str:
+    """The table with what was measured, on what and with what; then what each method was."""
+    machine, names = about["machine"], about["calibration_photos"]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    missed = [f"{row.network} {row.method}:{row.runtime}: {each}" for row in found for each in row.missed]
+    parts = [
+        "What 8 bits cost: top-1 on real photos, in percent.",
+        "drop      points against PyTorch's float network, whose best class `differ` photos no longer have;",
+        "          of these, `lost` were right before, and `won` are right now",
+        "device    photos whose best class is not the one of our simulation of the same network of 8 bits",
+        "noise     of the logits: |q - f| / |f - mean of f|",
+        f"bound     of drop: {', '.join(f'{method} {most:g}' for method, most in MOST_DROP.items())}; "
+        f"of device: {100 * (1 - LEAST_AGREEMENT):.0f} % of the photos",
+        "",
+        f"{about['date']}; {machine['chip']}, {machine['cores']} cores, {machine['system']}",
+        f"Python {machine['python']}, {', '.join(f'{k} {version}' for k, version in machine['versions'].items())}",
+        f"Scored on all photos of {about['scored_on']}. Calibrated on {about['calibrated_on']}:",
+        f"{names[0]}, {names[1]}, ... {names[-1]} (SHA-256 of the names, a line each: {digest[:16]}; all: .jsonl)",
+        f"Seed {about['seed']}; nothing here draws at random.",
+        *(f"{key}: {title}" for key, title in about["networks"].items()),
+        "",
+        table(found),
+        "",
+        f"Bounds missed: {len(missed)}.",
+        *missed,
+        "",
+        *methods(found),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def methods(found: Sequence[Score]) -> list[str]:
+    """What each method was, once; and the noise of those that were tried, on calibration photos held out."""
+    lines = {}
+    for row in found:
+        if "method" in row.facts and row.method != "fp32":
+            vendor = row.method.startswith("vendor")
+            name = f"vendor, {row.runtime}" if vendor else f"{row.network} {row.method}"
+            tried = row.facts.get("held_out_noise", {})
+            noises = [f"\n    {100 * noise:5.2f} % held-out noise: {title}" for title, noise in tried.items()]
+            lines[name] = f"{name}: {row.facts['method']}{''.join(noises)}"
+    return list(lines.values())
 
 
 def lines_of(found: Sequence[Score], about: Mapping[str, Any]) -> str:
