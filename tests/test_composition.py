@@ -6,9 +6,12 @@ Autocast, memory formats, torch.compile, accumulated and checkpointed gradients,
 from __future__ import annotations
 
 import copy
+import faulthandler
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -209,7 +212,10 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: CLOSE}
 def shard(rank: int, folder: str) -> None:
     """One of two processes: its part of every joint batch, by DDP and synchronized norms."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name need not be one that can be looked up
+    faulthandler.dump_traceback_later(120)  # who waits for whom, should they ever
+    store, patience = f"file://{folder}/meeting", timedelta(seconds=100)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for name, sizes in SPLITS.items():
         for dtype in BOUNDS:
             net = torch.load(f"{folder}/net.pt", weights_only=False).to(dtype)

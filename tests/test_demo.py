@@ -20,8 +20,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_everything_is_there(made: Path):
-    for name in ("runs/digits-s0/best/model.safetensors", "fused.safetensors", "artifacts/onnx-fp32", "report.html"):
+    for name in ("runs/digits-s0/best/model.safetensors", "fused.safetensors", "report.html"):
         assert (made / name).exists(), name
+    for name in ("onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-int8", "README.md", "MODEL_CARD.md"):
+        assert (made / "artifacts" / name).exists(), name
 
 
 def test_the_artifact_can_be_used_by_who_has_nothing_but_the_folder(made: Path):
@@ -41,7 +43,16 @@ def test_fused_and_unfused_were_timed_side_by_side(made: Path):
     assert len({len(m["samples_ns"]) for m in line["measurements"].values()}) == 1
 
 
+def test_the_eight_bit_network_is_the_same_in_both_runtimes(made: Path):
+    x = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    answers = []
+    for name in ("onnx-int8", "openvino-int8"):
+        with load(made / "artifacts" / name) as session:
+            answers.append(session(x))
+    assert np.abs(answers[0] - answers[1]).max() <= 0.1 * np.abs(answers[0]).max()
+
+
 def test_the_page_says_what_happened(made: Path):
     page = (made / "report.html").read_text()
-    for word in ("mobileone_s0", "digits-s0", "UNFUSED", "drift"):
+    for word in ("mobileone_s0", "digits-s0", "UNFUSED", "drift", "Accuracy against latency", "int8", "openvino"):
         assert word in page

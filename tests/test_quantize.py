@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from onefold.quantize import PLAIN, Method, quantize
 from onefold.quantize.equalize import equalize_
 from onefold.quantize.graph import layers, trace
 from onefold.quantize.grid import Grid, choose, weight_scales
+from onefold.quantize.powers import revalue_, short
 from onefold.quantize.rounding import by_moments, nearest
+from onefold.quantize.walk import ranges_of
 from onefold.reparam import fuse
 from onefold.runtimes import RUNTIMES, About, export, find_runtime, load
 from onefold.stages import open_network
@@ -77,7 +80,17 @@ def test_a_grid_holds_zero_and_its_range_and_keeps_what_lies_on_it(low: float, w
     snapped = grid.snap(x)
     assert float(grid.snap(torch.zeros(1))) == 0
     assert torch.allclose(grid.snap(snapped), snapped, rtol=0, atol=1e-5 * grid.scale)
-    assert float((snapped - x).abs().max()) <= grid.scale * 1.001 + 1e-6
+    assert float((snapped - x).abs().max()) <= grid.scale * 0.501 + 1e-5
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.0, 1.0), (0.485, 0.229), (0.456, 0.224)])
+def test_no_pixel_lies_half_way_between_two_steps(mean: float, std: float) -> None:
+    """Runtimes divide by a scale or multiply by its inverse: where a tie decides, one pixel has two values."""
+    pixels = (torch.arange(256, dtype=torch.float32) / 255 - mean) / std
+    grid = Grid.over(float(pixels.min()), float(pixels.max()))
+    scale = torch.tensor(grid.scale)
+    assert torch.equal(torch.round(pixels / scale), torch.round(pixels * (1 / scale)))
+    assert float((torch.frac(pixels.double() / grid.scale).abs() - 0.5).abs().min()) > 1e-4
 
 
 def test_each_way_to_choose_a_range_does_what_it_says() -> None:
@@ -118,7 +131,7 @@ def test_equalizing_changes_ranges_and_not_the_answer(images: Tensor) -> None:
     fused = fuse(model.eval())
     graph = trace(fused, images.double())
     before = answer(graph, images.double())
-    assert equalize_(graph, [images.double()]) == len(layers(graph)) - 1  # a chain through and through, the head included
+    assert equalize_(graph, [images.double()]) == len(layers(graph)) - 1  # a chain, the head too
     assert noise(before, answer(graph, images.double())) < 1e-12
 
 
@@ -147,6 +160,43 @@ def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_o
         off = (whole * scales[:, None] - kernel).double().unflatten(0, (groups, -1))
         errors.append(float(((off @ covariance) * off).sum()))
     assert errors[0] < 0.5 * errors[1]
+
+
+# ----------------------------------------------------------------------------------------- powers
+
+
+def test_revaluing_makes_steps_powers_of_two_and_keeps_the_answer(images: Tensor) -> None:
+    for name in ("mobileone_s0", "mobilenetv1_025", "mobileone_s4"):
+        fused = fuse(shaken(create_model(name, num_classes=7)).eval()).double()
+        graph = trace(fused, images.double())
+        before = answer(graph, images.double())
+        points = revalue_(graph, [images.double()], "mse")
+        assert len(points) > 10
+        assert noise(before, answer(graph, images.double())) < 1e-9  # random gates make much of rounding
+        steps = ranges_of(graph, [images.double()], list(points), "mse")
+        assert all(abs(math.log2(grid.scale) - round(math.log2(grid.scale))) < 1e-3 for grid in steps.values())
+
+
+@given(step=st.floats(1e-6, 1e6))
+def test_short_steps_are_no_shorter_and_have_few_digits(step: float) -> None:
+    for input_step, digits in ((0.25, 6), (0.3, 4)):
+        found = float(short(torch.tensor([step], dtype=torch.float64), input_step))
+        assert step * (1 - 1e-6) <= found <= step * (1 + 2.0 ** (1 - digits))
+        assert (math.frexp(found)[0] * 2**digits) % 1 == 0
+
+
+def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
+    """Whole numbers scaled once, against the graph with every value and every product in float32: the same bits."""
+    chain = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.ReLU(),
+        nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 5, 1), nn.Flatten(),
+    ).eval()  # fmt: skip
+    x = torch.randn(32, 3, 16, 16)
+    exact, plain = (quantize(chain, x, Method(powers=powers)) for powers in (True, False))
+    assert torch.equal(answer(exact.model, x), answer(exact.graph, x))
+    assert not torch.equal(answer(plain.model, x), answer(plain.graph, x))
+    losses = [noise(answer(chain, x), answer(made.model, x)) for made in (exact, plain)]
+    assert losses[0] < 1.3 * losses[1]  # and it costs next to nothing
 
 
 # ------------------------------------------------------------------------------- the whole network
@@ -278,9 +328,9 @@ def test_runtimes_compute_the_network_that_was_simulated(
         found = session(x.numpy())
     simulated = answer(made.model, x).numpy()
     step = float(np.diff(np.unique(simulated)).min())
-    if runtime == "openvino":  # it scales sums in its own order
-        assert np.abs(found - simulated).max() <= 2.01 * step
-        assert (np.abs(found - simulated) < 0.5 * step).mean() >= 0.9
+    if runtime == "openvino":  # it scales sums in its own order, which shows behind a mean over the map alone
+        assert np.abs(found - simulated).max() <= 1.01 * step
+        assert (np.abs(found - simulated) < 0.5 * step).mean() >= 0.97
     else:
         assert np.abs(found - simulated).max() <= 1e-4 * step
 

@@ -12,17 +12,18 @@ The network keeps its parameters, names and modes; only its forward is another o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from onefold.quantize.calibrate import calibrate
+from onefold.quantize.calibrate import Calibration, calibrate
 from onefold.quantize.equalize import equalize_
-from onefold.quantize.graph import CONVS, LINEARS, Layer, layers, parameter, trace
+from onefold.quantize.graph import CONVS, LINEARS, Layer, bounds_of, layers, parameter, trace
 from onefold.quantize.grid import HIGHEST, LOWEST, Grid
 from onefold.quantize.method import Method
 from onefold.quantize.settled import Grids, grids_of, names_of
@@ -35,7 +36,8 @@ _DROPOUT = torch.ops.aten.dropout.default
 def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> Grids:
     """The grids that a training or fused network begins with, by batches (B, C, H, W) as it sees them.
 
-    A fused network is equalized in place first, where the method says so: its answer stays, its channels become alike.
+    A fused network becomes, in place, what the method makes of it after training: channels alike, kernels rounded,
+    biases corrected. It goes on from there.
     """
     was_training = model.training
     model.eval()
@@ -43,14 +45,29 @@ def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> G
     graph = trace(fused, batches[0][:2])
     if method.equalize != "none" and fused is model:
         equalize_(graph, batches, method.equalize)
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for layer in layers(graph):
-                for name in filter(None, (layer.weight, layer.bias)):
-                    own[name].copy_(parameter(graph, name))
+    if fused is not model or _has_ceilings(graph):  # which could not follow to other values
+        method = replace(method, powers=False)
     found = calibrate(graph, batches, method)
+    if fused is model:
+        _take_over_(model, graph, found)
     model.train(was_training)
     return grids_of(found, method)
+
+
+@torch.no_grad()
+def _take_over_(model: nn.Module, graph: GraphModule, found: Calibration) -> None:
+    """Give a fused network the kernels and biases that it was found to have on its grids."""
+    own = dict(model.named_parameters())
+    for layer in layers(graph):
+        kernel = found.kernels.get(layer)
+        own[layer.weight].copy_(parameter(graph, layer.weight) if kernel is None else kernel.weight)
+        if layer.bias is not None:
+            own[layer.bias].copy_(parameter(graph, layer.bias) if kernel is None else kernel.bias)
+
+
+def _has_ceilings(graph: GraphModule) -> bool:
+    clamps = [layer.output for layer in layers(graph) if layer.output is not layer.node]
+    return any(bounds_of(node.target, node.args[1:])[1] < math.inf for node in clamps)
 
 
 def make_aware_(model: nn.Module, grids: Grids, shape: tuple[int, int, int]) -> nn.Module:

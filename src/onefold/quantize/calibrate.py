@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from onefold.errors import BadArgument
 from onefold.quantize.graph import Layer, layers, padded, parameter, points
 from onefold.quantize.grid import Grid, choose, weight_scales
 from onefold.quantize.method import LayerReport, Method
+from onefold.quantize.powers import power_near, revalue_, short, short_grid
 from onefold.quantize.rounding import by_moments, moments_of, nearest
+from onefold.quantize.walk import valued
 
 _LARGEST_BIAS = 2.0**30
 
@@ -51,8 +51,9 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> Calibration:
-    """Choose every grid and kernel for these batches (B, C, H, W)."""
-    walk = _Walk(graph, batches, method)
+    """Choose every grid and kernel for these batches (B, C, H, W); with `method.powers` the graph is revalued first."""
+    powers = revalue_(graph, batches, method.ranges) if method.powers else frozenset()
+    walk = _Walk(graph, batches, method, powers)
     for node in graph.graph.nodes:
         if node.op != "output":
             walk.step(node)
@@ -62,8 +63,8 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> 
 class _Walk:
     """Where the walk is: the values that later nodes still read."""
 
-    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: Method) -> None:
-        self._graph, self._batches, self._method = graph, batches, method
+    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: Method, powers: frozenset[Node]) -> None:
+        self._graph, self._batches, self._method, self._powers = graph, batches, method, powers
         found = layers(graph)
         known = {layer.name for layer in found}
         if unknown := set(method.keep) - known:
@@ -83,15 +84,8 @@ class _Walk:
 
     def step(self, node: Node) -> None:
         """Give a node its values, both ways."""
-        if node.op == "placeholder":
-            self._float[node] = list(self._batches)
-            self._quant[node] = list(self._batches)
-        elif node.op == "get_attr":
-            value = parameter(self._graph, str(node.target))
-            self._float[node] = self._quant[node] = [value] * len(self._batches)
-        else:
-            self._float[node] = [self._call(node, self._float, i) for i in range(len(self._batches))]
-            self._quant[node] = self._quantized(node)
+        self._float[node] = valued(self._graph, node, self._float, self._batches)
+        self._quant[node] = self._quantized(node)
         if node in self._points:
             self._snap(node)
         if node in self._ends:
@@ -100,16 +94,9 @@ class _Walk:
             if all(user in self._quant for user in before.users):
                 del self._float[before], self._quant[before]
 
-    def _call(self, node: Node, values: Mapping[Node, list[object]], at: int) -> object:
-        def value(before: Node) -> Any:
-            return values[before][at]
-
-        assert callable(node.target)
-        return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
-
     def _quantized(self, node: Node) -> list[object]:
         if node not in self._taken:
-            return [self._call(node, self._quant, i) for i in range(len(self._batches))]
+            return valued(self._graph, node, self._quant, self._batches)
         layer = self._layers[node]
         kernel = self._kernel(layer)
         self.kernels[layer] = kernel
@@ -131,6 +118,7 @@ class _Walk:
             return nearest(flat, scales, method.limit)
 
         input_scale = self.grids[layer.source].scale
+        scales = short(scales, input_scale) if method.powers else scales
         kernel = settle(weight, bias, scales, input_scale, rounded)
         if method.correct:
             kernel = _with_bias(kernel, bias + self._shift(layer, kernel), input_scale)
@@ -156,9 +144,16 @@ class _Walk:
     def _snap(self, node: Node) -> None:
         chunks = [x for x in self._quant[node] if isinstance(x, Tensor)]
         before = padded(node)
-        grid = self.grids[before] if before in self.grids else choose(chunks, self._method.ranges)
+        grid = self.grids[before] if before in self.grids else self._chosen(node, chunks)
         self.grids[node] = grid
         self._quant[node] = [grid.snap(x) for x in chunks]
+
+    def _chosen(self, node: Node, chunks: Sequence[Tensor]) -> Grid:
+        """The best grid; with a power of two as its step where that costs nothing."""
+        grid = choose(chunks, self._method.ranges)
+        if node in self._powers:
+            return Grid(power_near(grid.scale), grid.zero)
+        return short_grid(grid) if self._method.powers else grid
 
     def _report(self, layer: Layer) -> None:
         taken = layer in self.kernels
@@ -191,7 +186,8 @@ def settle(
 
     A row of next to nothing would have steps so fine that its bias overflows 32 bits: it gets coarser ones.
     """
-    scales = torch.maximum(scales, bias.abs() / (input_scale * _LARGEST_BIAS))
+    least = bias.abs() / (input_scale * _LARGEST_BIAS)
+    scales = torch.where(scales < least, short(least, input_scale), scales)
     return _with_bias(Kernel(rounded(scales).view_as(weight), scales, bias), bias, input_scale)
 
 

@@ -33,7 +33,7 @@ _RARE = 1e-4  # the share of a channel's values that may lie at the clamp
 @torch.no_grad()
 def equalize_(graph: GraphModule, batches: Sequence[Tensor], by: Literal["weights", "activations"] = "weights") -> int:
     """Equalize every pair of layers that can be, in place, by batches (B, C, H, W); the number of pairs."""
-    pairs = [pair for pair in pairwise(layers(graph)) if _joined(*pair)]
+    pairs = [pair for pair in pairwise(layers(graph)) if joined(*pair)]
     seen = _Seen(graph, {first.output: _cap(first) for first, _ in pairs})
     for batch in batches:
         seen.run(batch)
@@ -88,7 +88,7 @@ def _cap(layer: Layer) -> float:
     return bounds_of(layer.output.target, layer.output.args[1:])[1]
 
 
-def _joined(first: Layer, second: Layer) -> bool:
+def joined(first: Layer, second: Layer) -> bool:
     """Whether the second alone reads the first, through a clamp from 0 or nothing or a mean over the map."""
     node = first.output
     if node.target in CLAMPS and bounds_of(node.target, node.args[1:])[0] not in (0.0, -math.inf):
@@ -135,7 +135,7 @@ def _divide(graph: GraphModule, first: Layer, second: Layer, s: Tensor, ends: li
     put(graph, first.weight, one / s.view(-1, *[1] * (one.dim() - 1)))
     if first.bias is not None:
         put(graph, first.bias, parameter(graph, first.bias) / s)
-    put(graph, second.weight, _scaled(two, second, s))
+    put(graph, second.weight, scaled_inputs(two, second, s))
     return bool(((s - 1).abs() > 0.01).any())
 
 
@@ -147,7 +147,7 @@ def _by_input(weight: Tensor, layer: Layer) -> Tensor:
     return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def _scaled(weight: Tensor, layer: Layer, s: Tensor) -> Tensor:
+def scaled_inputs(weight: Tensor, layer: Layer, s: Tensor) -> Tensor:
     """The weight with its input channels multiplied by s (I,)."""
     if layer.groups == 1:
         return weight * s.view(1, -1, *[1] * (weight.dim() - 2))

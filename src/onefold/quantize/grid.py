@@ -31,11 +31,16 @@ class Grid:
 
     @classmethod
     def over(cls, low: float, high: float) -> Grid:
-        """The grid that spans low..high and has 0 on it, so that padding with zeros is exact."""
+        """The grid that spans low..high and has 0 on it, so that padding with zeros is exact.
+
+        Once the zero is whole, the step is made as long as both ends need. Were it not, -1..1 would put black and white
+        pixels half-way between two steps, and each runtime would round them its own way.
+        """
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32(max(high - low, 1e-8) / (HIGHEST - LOWEST)))
-        zero = round(LOWEST - low / scale)
-        return cls(scale, min(max(zero, LOWEST), HIGHEST))
+        step = max(high - low, 1e-8) / (HIGHEST - LOWEST)
+        zero = min(max(round(LOWEST - low / step), LOWEST), HIGHEST)
+        ends = [-low / (zero - LOWEST) if zero > LOWEST else 0.0, high / (HIGHEST - zero) if zero < HIGHEST else 0.0]
+        return cls(float(np.float32(max(step, *ends))), zero)
 
     @property
     def low(self) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from onefold.quantize.calibrate import Calibration, Kernel
-from onefold.quantize.graph import Layer, put
+from onefold.quantize.graph import CLAMPS, Layer, aten, bounds_of, put
 from onefold.quantize.grid import HIGHEST, LOWEST, Grid
 
 _ops = torch.ops.quantized_decomposed
@@ -25,6 +25,7 @@ def build_(graph: GraphModule, calibration: Calibration) -> GraphModule:
     for layer, kernel in calibration.kernels.items():
         _store(graph, layer, kernel)
     for node, grid in calibration.grids.items():
+        _drop_ceiling(node, grid)
         _put_on_grid(graph, node, grid)
     graph.graph.lint()
     graph.recompile()
@@ -53,6 +54,14 @@ def _store(graph: GraphModule, layer: Layer, kernel: Kernel) -> None:
     if not old.users:
         nodes.erase_node(old)
         del holder.weight
+
+
+def _drop_ceiling(node: Node, grid: Grid) -> None:
+    """Make a ReLU of a clamp from above that the grid's own end does, which every runtime has within its layers."""
+    if node.target in CLAMPS:
+        low, high = bounds_of(node.target, node.args[1:])
+        if low == 0.0 and grid.high <= high * (1 + 1e-5):
+            node.target, node.args = aten.relu.default, node.args[:1]
 
 
 def _put_on_grid(graph: GraphModule, node: Node, grid: Grid) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from onefold.quantize.graph import Layer
 
 _DAMP = 0.01
-_DRAWN = 0.01
+_DRAWN = 1.0
 _MOST_PATCHES = 60_000
 
 

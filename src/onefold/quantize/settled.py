@@ -20,6 +20,7 @@ from onefold.quantize.graph import Layer, layers, padded, parameter, points, tra
 from onefold.quantize.grid import HIGHEST, LOWEST, Grid, weight_scales
 from onefold.quantize.method import Method
 from onefold.quantize.network import build_
+from onefold.quantize.powers import short
 from onefold.quantize.rounding import nearest
 from onefold.quantize.whole import WholeNumbers
 
@@ -57,6 +58,7 @@ class Grids:
         """A kernel (O, ...) and bias (O,) on their grids: the largest weight of each row, or of all, is `limit`."""
         flat = weight.flatten(1)
         scales = weight_scales(flat, limit=self.limit, per_tensor=self.weights == "tensor", search=False)
+        scales = short(scales, input_scale)
         return settle(weight, bias, scales, input_scale, lambda s: nearest(flat, s, self.limit))
 
 

@@ -71,7 +71,7 @@ def int8() -> Recipe:
     Kernels and activations are rounded in every step as the device will round them, so what is trained is what ships.
     """
     base = finetune()
-    plan = replace(base.plan, epochs=2, optimizer=SGD(lr=1e-4, momentum=0.9))
+    plan = replace(base.plan, epochs=2, optimizer=SGD(lr=1e-4, momentum=0.9), layer_decay=1.0)
     return replace(base, name="photos:int8", plan=plan, head="kept", int8=Int8())
 
 

@@ -12,7 +12,7 @@ folder is there all the same, says so in its first lines, and GateFailed is rais
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +113,7 @@ def deploy(source: str | Path, out: Path, order: Deployment, *, name: str | None
         aside.mkdir()
         done = _deploy(network, made, wanted, order, aside, say)
         _explain(done)
+    done = replace(done, folder=out)
     for each in done.failed:
         say(f"FAILED    {each.name}: {_lost(each)}, {order.max_drop:g} points are allowed")
     if done.failed:
@@ -153,7 +154,8 @@ def _deploy(
     asked = _Exam(photos, network, labelled)
     with predictor_of(network, threads=order.procedure.threads) as torch_network:
         true, top1 = asked.answers(torch_network)
-        say(f"scored    {'torch-fp32':20} {_score(top1, 0, len(true))}")
+        if top1 is not None:
+            say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
     verdicts, runs = [], [name for name, each in artifacts.items() if _runs_here(each)]
     for name in runs:
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
@@ -166,7 +168,7 @@ def _deploy(
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
     timed = _timed(out, runs, order, say)
-    verdicts = [Verdict(**{**vars(each), "measurement": timed.get(each.name)}) for each in verdicts]
+    verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
     return Deployed(
         folder=out, network=network, verdicts=tuple(verdicts), top1=top1, data=title, max_drop=order.max_drop
     )

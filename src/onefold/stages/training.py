@@ -235,7 +235,9 @@ def _grids(recipe: Recipe, photos: Photos, model: nn.Module, run: Path | None) -
     assert told is not None
     some = photos.some(told.images, recipe.plan.seed)
     seen = [images.contiguous() for images, _ in some.batches(recipe.preprocessing, recipe.plan.seed)]
-    method = Method(weights=told.weights, limit=told.limit, rounding="nearest", search=False, correct=False)
+    method = Method(weights=told.weights, limit=told.limit, search=False)
+    if told.weights == "tensor":
+        method = replace(method, equalize="weights")
     return calibrated(model.to(photos.device), seen, method)
 
 
