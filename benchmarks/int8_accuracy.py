@@ -26,7 +26,7 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from int8_subject import CALIBRATION, COUNT, DATA, NETWORKS, SCORED, SEED, Floats, Subject, calibration_photos, say
+from int8_subject import (
+    CALIBRATION,
+    COUNT,
+    DATA,
+    DEVICES,
+    NETWORKS,
+    SCORED,
+    SEED,
+    Floats,
+    Subject,
+    asked,
+    calibration_photos,
+    of_torch,
+    say,
+)
 from int8_table import FLOAT, SIMULATION, Answers, lines_of, page, scores
 from int8_vendors import VENDORS, Given
 from onefold.bench import Machine
-from onefold.errors import OnefoldError
+from onefold.errors import GateFailed, OnefoldError
 from onefold.files import write_text
 from onefold.runtimes import find_runtime, load
 from onefold.runtimes.vendor import first_line, versions
 
 HERE = Path(__file__).parent
-BATCH = 50
-DEVICES = ("onnx", "openvino", "executorch", "litert", "web")
 FLOATS = ("eager", "onnx", "openvino", "executorch", "litert", "ncnn", "mnn", "web")
 PACKAGES = ("onnxruntime", "openvino", "nncf", "executorch", "torchao", "ai-edge-litert", "litert-torch",
             "ai-edge-quantizer", "ncnn", "pnnx", "MNN", "onnx", "onnxscript", "torch", "numpy")  # fmt: skip
@@ -58,37 +70,35 @@ ROWS = (
 )
 
 
-def answer(subject: Subject, method: str, runtime: str) -> tuple[Floats, dict[str, Any]]:
+def answer(subject: Subject, method: str, runtime: str, threads: int) -> tuple[Floats, dict[str, Any]]:
     """The logits (N, classes) of a row, and what its method was."""
     if (method, runtime) == FLOAT:
-        return _asked(_torch(subject.network.model), subject.photos), {"method": "the folded network in PyTorch"}
+        return asked(of_torch(subject.network.model), subject.photos), {"method": "the folded network in PyTorch"}
     if method.startswith("vendor"):
         weights, vendor = method.removeprefix("vendor-"), VENDORS[runtime]
-        artifact, network = subject.artifact("fp32", runtime), subject.network.model
-        photos = subject.calibration.numpy()
-        content = vendor.make(Given(network=network, artifact=artifact, photos=photos, weights=weights))
-        engine = find_runtime(runtime).load(content, precision="int8", threads=subject.threads)
-        return _asked(engine, subject.photos), {"method": vendor.title, "packages": versions(vendor.packages)}
-    facts = {"method": "our export, no 8 bits"}
-    if method != "fp32":
-        value, tried = subject.method(method)
-        facts = {"method": value.title, **({"held_out_noise": dict(tried)} if tried else {})}
+        given = Given(
+            network=subject.network.model,
+            artifact=subject.floats(runtime),
+            photos=subject.calibration.numpy(),
+            weights=weights,
+        )
+        engine = find_runtime(runtime).load(vendor.make(given), precision="int8", threads=threads)
+        return asked(engine, subject.photos), {"method": vendor.title, "packages": versions(vendor.packages)}
+    if method == "fp32":
+        return _run(subject, subject.floats(runtime), threads)
+    folder = subject.made(method)
+    facts = json.loads((folder / "facts.json").read_text())
     if runtime == SIMULATION:
-        return _asked(_torch(subject.made(method).model), subject.photos), facts
-    with load(subject.artifact(method, runtime), threads=subject.threads) as session:
-        return _asked(session, subject.photos), {**facts, "packages": dict(session.artifact.made_with)}
+        return np.load(folder / "simulation.npy"), facts
+    if (refused := folder / f"{runtime}.refused").is_file():
+        raise GateFailed(refused.read_text())
+    logits, packages = _run(subject, folder / runtime, threads)
+    return logits, {**facts, **packages}
 
 
-def _torch(model: torch.nn.Module) -> Callable[[Floats], Floats]:
-    def call(images: Floats) -> Floats:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images)).numpy()
-
-    return call
-
-
-def _asked(call: Callable[[Floats], Floats], photos: Floats) -> Floats:
-    return np.concatenate([call(np.array(photos[i : i + BATCH])) for i in range(0, len(photos), BATCH)])
+def _run(subject: Subject, artifact: Path, threads: int) -> tuple[Floats, dict[str, Any]]:
+    with load(artifact, threads=threads) as session:
+        return asked(session, subject.photos), {"packages": dict(session.artifact.made_with)}
 
 
 def kept(subject: Subject, method: str, runtime: str) -> Answers | None:
@@ -104,7 +114,7 @@ def kept(subject: Subject, method: str, runtime: str) -> Answers | None:
     return Answers(**named, logits=np.load(place.with_suffix(".npy")), facts=facts)
 
 
-def make(subject: Subject, method: str, runtime: str) -> None:
+def make(subject: Subject, method: str, runtime: str, threads: int) -> None:
     """Answer a row and keep it; what cannot be had is kept as a sentence."""
     say(f"{subject.key}: {method}:{runtime}")
     place = subject.folder / "rows" / f"{method}-{runtime}"
@@ -112,7 +122,7 @@ def make(subject: Subject, method: str, runtime: str) -> None:
     start = time.monotonic()
     torch.manual_seed(SEED)
     try:
-        logits, facts = answer(subject, method, runtime)
+        logits, facts = answer(subject, method, runtime, threads)
     except Exception as error:  # a vendor's tool may raise anything: the other rows go on
         said = str(error) if isinstance(error, OnefoldError) else first_line(error)
         say(f"  refused: {said}")
@@ -174,11 +184,11 @@ def main() -> None:
         print(f"skipped: needs the shared data, and {DATA} has no {missing[0]}; set ONEFOLD_TEST_DATA")
         return
     torch.set_num_threads(given.threads)
-    subjects = {key: Subject(key, given.work, given.threads) for key in NETWORKS}
+    subjects = {key: Subject(key, given.work) for key in NETWORKS}
     for key, method, runtime in wanted(given):
         row = kept(subjects[key], method, runtime)
         if given.again or row is None or row.refused:
-            make(subjects[key], method, runtime)
+            make(subjects[key], method, runtime, given.threads)
     print(report(subjects, given.results))
 
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from onefold.data import Source, open_source
-from onefold.files import write_text
+from onefold.errors import OnefoldError
+from onefold.files import replacing, write_text
 from onefold.quantize import PLAIN, Method, Quantized, choose, quantize
 from onefold.stages import Network, open_network
 from onefold.stages.answers import class_indices
@@ -28,6 +29,8 @@ Floats = NDArray[np.float32]
 
 DATA = Path(os.environ.get("ONEFOLD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CALIBRATION, SCORED, COUNT, SEED = "imagenette-224-subset", "imagenet-sample", 200, 0
+BATCH = 50
+DEVICES = ("onnx", "openvino", "executorch", "litert", "web")  # those that run 8 bits
 PER_TENSOR = (Method(weights="tensor"), Method(weights="tensor", equalize="weights"))
 
 
@@ -58,9 +61,9 @@ NETWORKS = {
 class Subject:
     """A network with its photos, and what was made of it so far: in `folder`, or when first asked for."""
 
-    def __init__(self, key: str, work: Path, threads: int) -> None:
-        self.key, self.folder, self.threads = key, work / key, threads
-        self._work, self._made = work, {}
+    def __init__(self, key: str, work: Path) -> None:
+        self.key, self.folder = key, work / key
+        self._work = work
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -87,12 +90,40 @@ class Subject:
         source, chosen = calibration_photos()
         return torch.from_numpy(np.array(self._prepared(CALIBRATION, source, chosen)))
 
-    def made(self, method: str) -> Quantized:
-        """The network of 8 bits by a method of ours, kept while the next row may want it."""
-        if method not in self._made:
-            say(f"{self.key}: quantizing {method}")
-            self._made = {method: quantize(self.network.model, self.calibration, self.method(method)[0])}
-        return self._made[method]
+    def made(self, method: str) -> Path:
+        """The folder of a method of ours: the logits of its simulation, and its artifact for each runtime.
+
+        All are of one call of `quantize`, so that they can be compared: on another number of threads, or another
+        processor, sums round otherwise, and some ranges and weights with them.
+        """
+        folder = self.folder / method
+        if folder.is_dir():
+            return folder
+        value, tried = self.method(method)
+        say(f"{self.key}: quantizing {method}")
+        made = quantize(self.network.model, self.calibration, value)
+        with replacing(folder) as aside:
+            aside.mkdir()
+            facts = {"method": value.title, "threads": torch.get_num_threads(), "held_out_noise": dict(tried)}
+            write_text(aside / "facts.json", json.dumps(facts))
+            np.save(aside / "simulation.npy", asked(of_torch(made.model), self.photos))
+            for runtime in DEVICES if method.startswith("ours") else ():
+                self._export(made, aside, runtime)
+        return folder
+
+    def _export(self, made: Quantized, folder: Path, runtime: str) -> None:
+        """Our artifact, or beside its place the reason why there is none."""
+        try:
+            export_made(self.network, made, folder / runtime, runtime, "int8")
+        except OnefoldError as error:
+            write_text(folder / f"{runtime}.refused", str(error))
+
+    def floats(self, runtime: str) -> Path:
+        """Our artifact of the float network."""
+        folder = self.folder / "fp32" / runtime
+        if not (folder / "manifest.json").is_file():
+            export_made(self.network, None, folder, runtime, "fp32")
+        return folder
 
     def method(self, name: str) -> tuple[Method, Mapping[str, float]]:
         """The method of ours by this name; what was tried for it, with the noise in held-out answers."""
@@ -105,15 +136,6 @@ class Subject:
             write_text(path, json.dumps({"method": asdict(method), "tried": tried}))
         known = json.loads(path.read_text())
         return Method(**{**known["method"], "keep": tuple(known["method"]["keep"])}), known["tried"]
-
-    def artifact(self, method: str, runtime: str) -> Path:
-        """Our export, verified by itself; made where it is missing."""
-        precision = "fp32" if method == "fp32" else "int8"
-        folder = self.folder / method / f"{runtime}-{precision}"
-        if not (folder / "manifest.json").is_file():
-            made = None if method == "fp32" else self.made(method)
-            export_made(self.network, made, folder, runtime, precision)
-        return folder
 
     def _prepared(self, name: str, source: Source, chosen: list[int]) -> Floats:
         """The photos as the network sees them (B, C, H, W); kept for all networks that see them so."""
@@ -162,6 +184,21 @@ CHOSEN: dict[str, Callable[[torch.nn.Module, torch.Tensor], tuple[Method, dict[s
     "ours-tensor": by_held_out,
     "ours-searched": by_search,
 }
+
+
+def of_torch(model: torch.nn.Module) -> Callable[[Floats], Floats]:
+    """A network in PyTorch behind numpy's face."""
+
+    def call(images: Floats) -> Floats:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images)).numpy()
+
+    return call
+
+
+def asked(call: Callable[[Floats], Floats], photos: Floats) -> Floats:
+    """The logits (N, classes) of photos (N, C, H, W) that may lie on the disk, asked for in batches."""
+    return np.concatenate([call(np.array(photos[i : i + BATCH])) for i in range(0, len(photos), BATCH)])
 
 
 def say(text: str) -> None:

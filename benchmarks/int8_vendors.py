@@ -8,7 +8,7 @@ gives the bytes that the runtime's own half of onefold loads. Nothing is measure
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,9 +125,8 @@ def by_ai_edge(given: Given) -> Mapping[str, bytes]:
         return {"model.tflite": out.read_bytes()}
 
 
-def _channels_last(name: str, photos: NDArray[np.float32]) -> Iterator[dict[str, NDArray[np.float32]]]:
-    for photo in photos:
-        yield {name: np.ascontiguousarray(photo[None].transpose(0, 2, 3, 1))}
+def _channels_last(name: str, photos: NDArray[np.float32]) -> list[dict[str, NDArray[np.float32]]]:
+    return [{name: np.ascontiguousarray(photo[None].transpose(0, 2, 3, 1))} for photo in photos]
 
 
 def _nncf() -> Any:
