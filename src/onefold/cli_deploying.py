@@ -15,6 +15,7 @@ from onefold.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from onefold.quantize import Method
+    from onefold.quantize import per_tensor as per_tensor_method
 
 
 def deploy(
@@ -68,4 +69,5 @@ def method_of(weight_bits: int, *, per_tensor: bool) -> Method:
     """How an 8-bit network is made, as the options say."""
     from onefold.quantize import Method
 
-    return Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
+    limit = 2 ** (weight_bits - 1) - 1
+    return per_tensor_method(limit) if per_tensor else Method(limit=limit)

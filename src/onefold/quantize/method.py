@@ -14,7 +14,7 @@ class Method:
 
     `equalize` makes the ranges of channels alike first, by "weights" or by "activations" (see there); `ranges` chooses
     those of activations; `search` clips weights where that lowers their squared error; with `restore` a kernel is first
-    moved to make good what the layers before it lost, as far as the photos call for it; `rounding`
+    moved to make good what the layers before it lost, which suits photos of the calibration's own kind; `rounding`
     of weights is to the "nearest" or by the "moments" of their inputs; `correct` lets biases make up for the mean
     of what is lost. `weights` have a scale a "channel" or a "tensor", and whole numbers up to `limit`: 127, or 63 where
     16-bit sums saturate (x86 without VNNI). With `powers` every runtime
@@ -24,7 +24,7 @@ class Method:
     equalize: Literal["none", "weights", "activations"] = "activations"
     ranges: Ranges = "mse"
     search: bool = True
-    restore: bool = True
+    restore: bool = False
     rounding: Literal["nearest", "moments"] = "moments"
     correct: bool = True
     weights: Literal["channel", "tensor"] = "channel"
@@ -44,9 +44,12 @@ class Method:
         return f"per {self.weights}, " + ", ".join(steps)
 
 
-PLAIN = Method(
-    equalize="none", ranges="minmax", search=False, restore=False, rounding="nearest", correct=False, powers=False
-)
+def per_tensor(limit: int = 127) -> Method:
+    """One scale a kernel, as DSPs want it."""
+    return Method(equalize="weights", weights="tensor", limit=limit)
+
+
+PLAIN = Method(equalize="none", ranges="minmax", search=False, rounding="nearest", correct=False, powers=False)
 """What a vendor's tool does by default: extremes, rounding to nearest."""
 
 

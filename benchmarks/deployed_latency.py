@@ -1,0 +1,210 @@
+"""MobileOne deployed: our artifact against the best of timm's network in any runtime, and against the machine's limit.
+
+    python benchmarks/deployed_latency.py [--models mobileone_s0,...] [--threads 1,2] [--samples 120]
+                                          [--folder artifacts/deployed] [--runtimes onnx,openvino,litert,executorch]
+
+For each network and number of threads ours in fp32 and int8 and timm's in fp32, in every runtime, are timed in the
+same rounds, each once a round in an order drawn anew. timm's fold is timm's own (`reparameterize_model`), so that the
+network compared with is what a user of timm has. Before anything else an A/A self-test of one artifact against itself.
+All are opened twice, the second time in the reverse order: where a network's weights come to lie in memory is worth up
+to 2 %, and the first to be opened is not always the luckiest. Our default artifact of a precision is the one with the
+least median of *other* rounds: the first third chooses, the rest is told, for timm's likewise. The limit is that of
+`onefold limits`, measured in the same run.
+
+Weights are drawn at random, norms settled: a latency does not depend on them. Appends every raw sample to
+benchmarks/results/deployed-<machine>.jsonl and writes a dated table beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from competitors import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
+from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
+from onefold.bench.statistics import paired_interval
+from onefold.errors import OnefoldError
+from onefold.files import write_text
+from onefold.quantize import PLAIN
+from onefold.stages import Calibration, Network, Predictor, open_predictor
+from onefold.stages.limits import bound, measured_limits
+from onefold.stages.quantizing import quantized
+
+HERE = Path(__file__).parent
+MODELS = tuple(f"mobileone_s{n}" for n in range(5))
+QUICK = replace(PLAIN, powers=True)  # how kernels are rounded does not change how long they take
+
+
+def timms_own(name: str) -> Network:
+    """timm's network, its norms settled, folded by timm."""
+    from timm.utils.model import reparameterize_model
+
+    from onefold.stages import open_network
+
+    opened = open_network(f"timm:{name}")
+    return replace(opened, model=reparameterize_model(opened.model).eval(), title=f"timm:{name}")
+
+
+def export_all(job: Job, name: str) -> None:
+    """Every artifact of one size that is not there yet."""
+    for title, precisions in ((name, ("fp32", "int8")), (f"timm:{name}", ("fp32",))):
+        missing = [
+            (runtime, precision)
+            for precision in precisions
+            for runtime in job.runtimes
+            if is_missing(job, place_of(job, title, runtime, precision))
+        ]
+        if not missing:
+            continue
+        network = timms_own(name) if title.startswith("timm:") else network_of(name)
+        made = None
+        if any(precision == "int8" for _, precision in missing):
+            made = quantized(network, Calibration(data=job.photos, count=8, method=QUICK))
+        for to in missing:
+            export_one(job, network, made if to[1] == "int8" else None, to)
+
+
+def opened(job: Job, name: str, threads: int, stack: ExitStack, *, reverse: bool = False) -> dict[str, Predictor]:
+    """Everything of one size, by "ours fp32 onnx" and the like."""
+    places = {
+        f"{who} {precision} {runtime}": place_of(job, title, runtime, precision)
+        for title, who in ((name, "ours"), (f"timm:{name}", "timm"))
+        for precision in ("fp32", "int8")
+        for runtime in job.runtimes
+    }
+    found = {}
+    for title in reversed(places) if reverse else places:
+        if (places[title] / "manifest.json").is_file():
+            try:
+                found[title] = stack.enter_context(open_predictor(places[title], threads=threads))
+            except OnefoldError as error:
+                say(f"  left out: {places[title]}: {error}")
+    return found
+
+
+def call_of(predictor: Predictor):
+    inputs = list(np.random.default_rng(0).standard_normal((16, 1, *predictor.facts["input_shape"]), dtype=np.float32))
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(inputs)
+        return predictor.answer(inputs[turn])
+
+    return call
+
+
+def best_of(outcome: Comparison, kind: str) -> str:
+    """The quickest of a kind in the first third of the rounds."""
+    names = [name for name in outcome.measurements if name.startswith(kind)]
+    third = len(outcome.twin.samples_ns) // 3
+    return min(names, key=lambda name: median(outcome.measurements[name].latencies_ns[:third]))
+
+
+def told(outcome: Comparison, name: str, threads: int, results: Path) -> list[str]:
+    """The table of one size: medians, and the two ratios over the rounds that did not choose."""
+    limits = measured_limits(results, [threads])
+    lines = [
+        f"{name}, {threads} thread(s), {len(outcome.twin.samples_ns)} rounds; "
+        f"A/A band {100 * outcome.floor.floor:.1f} %"
+    ]
+    for title, each in outcome.measurements.items():
+        share = bound(limits, each.subject, threads)
+        of_limit = (
+            "" if share is None else f"{100 * (share.ns or 0) / each.median_ns:5.0f} % of the limit ({share.side})"
+        )
+        p90 = "-" if each.p90_ns is None else f"{each.p90_ns / 1e6:.2f}"
+        times = f"{each.median_ns / 1e6:7.2f} ms  p90 {p90:>6}  spread {100 * each.spread:4.0f} %"
+        lines.append(f"  {title:24} {times}  {of_limit}  {each.verdict}")
+    return lines
+
+
+def ratios(outcomes: list[Comparison]) -> list[str]:
+    """Our default artifacts over timm's best, by each order of opening, and the geometric mean of the two."""
+    lines = []
+    for kind in ("ours fp32", "ours int8"):
+        found = []
+        for outcome in outcomes:
+            rival, mine, third = (
+                best_of(outcome, "timm fp32"),
+                best_of(outcome, kind),
+                len(outcome.twin.samples_ns) // 3,
+            )
+            a, b = (outcome.measurements[each].latencies_ns[third:] for each in (rival, mine))
+            value, low, high = paired_interval(a, b, 0)
+            found.append((value, f"{mine} over {rival} {value:.3f}x (95 % CI {low:.3f}-{high:.3f})"))
+        mean = math.prod(value for value, _ in found) ** (1 / len(found))
+        lines.append(f"  {kind}: {mean:.3f}x; {'; opened in reverse '.join(text for _, text in found)}")
+    return lines
+
+
+def run(job: Job, procedures: list[Procedure], results: Path) -> str:
+    machine, started = Machine.this(), datetime.datetime.now(datetime.timezone.utc)
+    parts = [
+        f"{machine.chip}, {machine.cores} cores, {machine.system}; {started:%Y-%m-%d %H:%M} UTC; load {machine.load}"
+    ]
+    parts += [", ".join(f"{package} {version}" for package, version in machine.versions.items())]
+    for name in job.names:
+        export_all(job, name)
+    for procedure in procedures:
+        with ExitStack() as stack:
+            first = opened(job, job.names[0], procedure.threads, stack)
+            subject = next(title for title in first if title.startswith("ours fp32"))
+            floor = aa(call_of(first[subject]), replace(procedure, samples=max(300, procedure.samples)))
+        ratio = f"{floor.value:.4f} (95 % CI {floor.low:.4f}-{floor.high:.4f})"
+        parts += ["", f"A/A, {job.names[0]} {subject}, {procedure.threads} thread(s), against itself: ratio {ratio}"]
+        say(parts[-1])
+        for name in job.names:
+            outcomes = []
+            for reverse in (False, True):
+                with ExitStack() as stack:
+                    found = opened(job, name, procedure.threads, stack, reverse=reverse)
+                    calls = {title: call_of(predictor) for title, predictor in found.items()}
+                    outcomes.append(compare(calls, procedure, {t: {**p.facts, "batch": 1} for t, p in found.items()}))
+            append(results / f"deployed-{machine.slug}.jsonl", outcomes)
+            parts += ["", *told(outcomes[0], name, procedure.threads, results), *ratios(outcomes)]
+            say("\n".join(parts[-len(found) - 3 :]))
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--runtimes", default="onnx,openvino,litert,executorch")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--samples", type=int, default=120)
+    parser.add_argument("--folder", type=Path, default=Path("artifacts/deployed"))
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--export-only", action="store_true")
+    given = parser.parse_args()
+    declare_operators()
+    with tempfile.TemporaryDirectory() as aside:
+        job = Job(
+            names=tuple(given.models.split(",")),
+            runtimes=tuple(given.runtimes.split(",")),
+            precisions=("fp32", "int8"),
+            folder=given.folder,
+            photos=make_photos(Path(aside) / "photos"),
+            again=False,
+        )
+        if given.export_only:
+            for name in job.names:
+                export_all(job, name)
+            return
+        procedures = [Procedure(samples=given.samples, threads=int(count)) for count in given.threads.split(",")]
+        text = run(job, procedures, given.results)
+    print(text)
+    write_text(given.results / f"{datetime.date.today().isoformat()}-deployed-latency.txt", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Deploying: one folder with everything, a gate on accuracy, and methods chosen by measured answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from onefold.cli import main
+from onefold.models import create_model
+from onefold.models.hub import Card, save_weights
+from onefold.quantize import PLAIN, Method, choose, quantize, spared
+from onefold.quantize.calibrate import calibrate
+from onefold.quantize.graph import trace
+from onefold.quantize.sensitivity import damage
+from onefold.reparam import fuse
+from onefold.runtimes import load, open_artifact
+
+PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 3}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network that knows the digits somewhat: its last layer is fitted, the rest as drawn."""
+    from onefold.stages import validation_images
+    from onefold.train import fit_linear
+
+    torch.manual_seed(0)
+    model = create_model("mobilenetv1_025", num_classes=10)
+    card = Card(model="mobilenetv1_025", num_classes=10, fused=True, preprocessing=PREPROCESSING,
+                classes=tuple(map(str, range(10))), licence="Apache-2.0")  # fmt: skip
+    digits, _ = validation_images("", "digits")
+    from onefold.data import Preprocessing
+
+    prepare = Preprocessing.from_dict(PREPROCESSING)
+    x = torch.stack([torch.from_numpy(prepare(digits.image(i))) for i in range(len(digits))])
+    y = torch.tensor([digits.label(i) for i in range(len(digits))])
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        model(x)
+        fused = fuse(model.eval())
+        features = fused.forward_head(fused.forward_features(x), pre_logits=True)
+        weight, bias = fit_linear(features, y, 10)
+        fused.head.fc.weight.copy_(weight)
+        fused.head.fc.bias.copy_(bias)
+    path = tmp_path_factory.mktemp("weights") / "fused.safetensors"
+    save_weights(fused, path, card)
+    return path
+
+
+@pytest.fixture(scope="module")
+def deployed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("deployed") / "deploy"
+    order = ["deploy", str(weights), "--data", "digits", "--to", "onnx,eager", "--int8", "--samples", "20"]
+    assert main([*order, "--out", str(out), "--max-drop", "100", "--calibrate", "32"]) == 0
+    return out
+
+
+def test_the_folder_holds_everything_and_names_no_place_it_was_made_in(deployed: Path) -> None:
+    names = {path.name for path in deployed.iterdir()}
+    artifacts = {f"{runtime}-{precision}" for runtime in ("onnx", "eager") for precision in ("fp32", "int8")}
+    assert names == artifacts | {"README.md", "MODEL_CARD.md", "report.html", "results"}
+    for text in (deployed / "README.md", deployed / "MODEL_CARD.md", deployed / "report.html"):
+        assert str(deployed.parent) not in text.read_text()
+    for name in artifacts:
+        assert open_artifact(deployed / name).fused
+    assert not [path for path in deployed.parent.iterdir() if path != deployed]
+
+
+def test_the_table_says_what_the_artifacts_do(deployed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = re.findall(
+        r"^\| (\S+-\S+) \| ([\d.]+) \| (-?[\d.]+) \| (\d+) of (\d+) \|", (deployed / "README.md").read_text(), re.M
+    )
+    scores = {name: (float(top1), float(lost), int(changed)) for name, top1, lost, changed, _ in rows}
+    assert set(scores) == {"onnx-fp32", "onnx-int8", "eager-fp32", "eager-int8"}
+    assert scores["onnx-fp32"][1:] == (0.0, 0)
+    assert scores["onnx-int8"] == scores["eager-int8"]  # the same network of 8 bits
+    capsys.readouterr()
+    assert main(["eval", str(deployed / "onnx-int8"), "--data", "digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(scores["onnx-int8"][0], abs=0.01)
+
+
+def test_measurements_carry_the_accuracy_and_the_method(deployed: Path) -> None:
+    (ledger,) = (deployed / "results").glob("*-linux.jsonl")
+    (line,) = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert {m["subject"]["top1"] for m in line["measurements"].values()} - {None}
+    manifest = json.loads((deployed / "onnx-int8" / "manifest.json").read_text())
+    assert manifest["details"]["quantization"]["calibrated_on"] == 32
+    assert manifest["details"]["cost"]["macs"] > 0
+
+
+def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deploy"
+    order = ["deploy", str(weights), "--data", "digits", "--to", "onnx", "--int8", "--samples", "20", "--per-tensor"]
+    assert main([*order, "--out", str(out), "--max-drop", "0", "--calibrate", "2", "--weight-bits", "7"]) == 1
+    said = capsys.readouterr()
+    assert "FAILED    onnx-int8" in said.out
+    assert "onnx-int8; " in said.err
+    assert "Not to be shipped: onnx-int8" in (out / "README.md").read_text()
+    assert main([*order, "--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_photos_without_labels_are_compared_with_the_float_network(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(photos / f"{number}.png")
+    order = ["deploy", str(weights), "--data", str(photos), "--to", "onnx", "--out", str(tmp_path / "deploy")]
+    assert main([*order, "--samples", "16"]) == 0
+    assert "0 of 12 answers are not the float network's" in capsys.readouterr().out
+    assert "not labelled" in (tmp_path / "deploy" / "README.md").read_text()
+
+
+def test_mistakes_are_said_before_anything_is_done(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = ["deploy", str(weights), "--data", "digits", "--out", str(tmp_path / "deploy")]
+    assert main([*start, "--to", "onyx"]) == 2
+    assert "did you mean 'onnx'" in capsys.readouterr().err
+    assert main([*start, "--to", ","]) == 2
+    monkeypatch.setattr("onefold.stages.deploying.versions", lambda packages: {})
+    assert main([*start, "--to", "ncnn"]) == 2
+    assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err
+    assert not (tmp_path / "deploy").exists()
+
+
+# ----------------------------------------------------------------------------------------- choosing
+
+
+class Uneven(nn.Module):
+    """Channels of very different size, and one layer that 8 bits hurt most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)
+        with torch.no_grad():
+            self.stem.weight *= torch.logspace(-2, 1, 8)[:, None, None, None]
+            self.middle.weight /= torch.logspace(-2, 1, 8)[None, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.middle(F.relu(self.stem(x))))).mean((2, 3))
+
+
+def test_the_chosen_method_is_at_least_as_good_as_where_it_began(seeded: int) -> None:
+    model, x, told = Uneven().eval(), torch.randn(32, 3, 12, 12), []
+    start = Method(**{**vars(PLAIN), "weights": "tensor"})
+    made = choose(model, x, start, told.append)
+    fresh = torch.randn(64, 3, 12, 12)
+    with torch.inference_mode():
+        noise = [float((q.model(fresh) - model(fresh)).norm()) for q in (made, quantize(model, x, start))]
+    assert noise[0] < 0.7 * noise[1]
+    assert made.method.weights == "tensor"
+    assert made.images == 32
+    assert len(told) >= 6
+    assert all("8 other photos" in line for line in told)
+
+
+def test_damage_is_that_of_one_layer_alone_and_the_worst_are_spared(seeded: int) -> None:
+    model, x = Uneven().eval(), torch.randn(16, 3, 12, 12)
+    method = Method(**{**vars(PLAIN), "weights": "tensor"})
+    graph = trace(model, x[:2])
+    costs = damage(graph, calibrate(graph, [x], method), [x])
+    assert set(costs) == {"stem", "middle", "last"}
+    kept = spared(model, x, method, 1)
+    assert kept.keep == (max(costs, key=costs.__getitem__),)
+    with torch.inference_mode():
+        noise = [float((quantize(model, x, m).model(x) - model(x)).norm()) for m in (kept, method)]
+    assert noise[0] < noise[1]
+
+
+def test_a_spared_layer_runs_in_floating_point_on_a_device(seeded: int, tmp_path: Path) -> None:
+    from onefold.runtimes import About, export
+
+    model, x = Uneven().eval(), torch.randn(16, 3, 12, 12)
+    made = quantize(model, x, Method(keep=("middle",)))
+    about = About(model="uneven", fused=True)
+    with load(export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8")) as session:
+        found = session(x.numpy())
+    with torch.inference_mode():
+        expected = made.model(x).numpy()
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
