@@ -147,8 +147,8 @@ def page(found: Sequence[Score], about: Mapping[str, Any]) -> str:
         f"Python {machine['python']}, {', '.join(f'{k} {version}' for k, version in machine['versions'].items())}",
         f"Scored on all photos of {about['scored_on']}. Calibrated on {about['calibrated_on']}:",
         f"{names[0]}, {names[1]}, ... {names[-1]} (SHA-256 of the names, a line each: {digest[:16]}; all: .jsonl)",
-        f"Seed {about['seed']}; nothing here draws at random. On another number of threads our calibration rounds its sums",
-        "otherwise, and the network of 8 bits is another one: a few answers more or less.",
+        f"Seed {about['seed']}; nothing here draws at random. On another number of threads our calibration rounds its "
+        "sums otherwise, and the network of 8 bits is another one: a few answers more or less.",
         *(f"{key}: {title}" for key, title in about["networks"].items()),
         "",
         table(found),
