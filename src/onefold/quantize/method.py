@@ -17,8 +17,9 @@ class Method:
     moved to make good what the layers before it lost, which suits photos of the calibration's own kind; `rounding`
     of weights is to the "nearest" or by the "moments" of their inputs; `correct` lets biases make up for the mean
     of what is lost. `weights` have a scale a "channel" or a "tensor", and whole numbers up to `limit`: 127, or 63 where
-    16-bit sums saturate (x86 without VNNI). With `powers` every runtime
-    computes the same bits (see `powers`). `keep` names layers that stay in floating point.
+    16-bit sums saturate (x86 without VNNI); a scale a tensor wants "weights" equalized, as `per_tensor` has it. With
+    `powers` the order in which a runtime scales sums hardly matters (see there). `keep` names layers left in floating
+    point.
     """
 
     equalize: Literal["none", "weights", "activations"] = "activations"

@@ -1,9 +1,9 @@
-"""Steps that are powers of two, for nothing: then every order of arithmetic gives the same bits.
+"""Steps that are powers of two, for nothing: then the order of arithmetic hardly matters.
 
 Runtimes scale a layer's sums each in their own order - times one factor, or channel by channel, then the bias, then
 over the next step - and round in between. Where a sum lies near the middle between two steps they part, and forty
 layers later half of all values differ. With steps of powers of two, and weights' steps of few binary digits, all these
-products are exact in float32, so the order does not matter.
+products are exact in float32. What meets the images or a mean, or sums beyond 2^18, may still round.
 
 It costs nothing: what a value between two layers is worth is a convention. If the best step is c 2^k, the first layer's
 kernel and bias are divided by c and the second's kernel multiplied by it, as in `equalize`, and the step is 2^k.
