@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +363,42 @@ def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Pa
         if node.op_type in ("Conv", "Gemm"):
             stored = [kinds.get(makers[name].input[0]) for name in node.input[1:]]
             assert stored == [onnx.TensorProto.INT8, onnx.TensorProto.INT32]
+
+
+def test_onnx_gives_images_channels_in_fours_for_its_quick_kernels(
+    small: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    made = quantize(small, images, Method(limit=63))
+    export(
+        made,
+        images[:2].numpy(),
+        tmp_path / "a",
+        runtime="onnx",
+        about=About(model="small", fused=True),
+        precision="int8",
+    )
+    graph = onnx.load(tmp_path / "a" / "model.onnx").graph
+    (pad,) = (node for node in graph.node if node.op_type == "Pad")
+    first = next(node for node in graph.node if node.op_type == "Conv")
+    makers, constants = ({o: n for n in graph.node for o in n.output}, {t.name: t for t in graph.initializer})
+    assert makers[makers[first.input[0]].input[0]] == pad
+    whole = onnx.numpy_helper.to_array(constants[makers[first.input[1]].input[0]])
+    assert whole.shape[1] == 4
+    assert not whole[:, 3].any()
+    assert whole[:, :3].any()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only on x86 do 8-bit sums saturate")
+def test_whether_sums_saturate_is_found_out() -> None:
+    """The processor's own list of what it can do knows too."""
+    runtime = pytest.importorskip("onefold.runtimes.onnx")
+    pytest.importorskip("onnxruntime")
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii").partition("flags")[2].split("\n")[0].split()
+    except OSError:
+        pytest.skip("this system has no /proc/cpuinfo")
+    assert runtime._sums_saturate() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded: int) -> None:

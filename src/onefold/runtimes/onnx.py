@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import About
 from onefold.runtimes.base import Engine
 from onefold.runtimes.profile import WARMUP, Calls, Layer, medians
-from onefold.runtimes.qdq import restate_
+from onefold.runtimes.qdq import images_in_fours_, restate_
 from onefold.runtimes.reference import Floats
 from onefold.runtimes.vendor import quiet, require
 
@@ -49,6 +52,8 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
 def write(program: ExportedProgram, path: Path, *, about: About, precision: str) -> None:
     """Convert the network and write it: what every runtime that reads ONNX is given."""
     model = convert(program, precision=precision)
+    if precision == "int8":
+        images_in_fours_(model)
     onnx = require("onnx", extra="onnx")
     model.graph.name = about.model
     onnx.helper.set_model_props(model, metadata(about))
@@ -127,10 +132,28 @@ def _options(precision: str, threads: int) -> Any:
     options.log_severity_level = _FATAL_ONLY
     # Threads that spin after the answer would slow whoever is measured next to this one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if precision == "int8":
-        # Without VNNI, sums of two 8-bit products saturate at 16 bits: this asks for kernels that are exact.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    if precision == "int8" and _sums_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # kernels that are exact, and half as quick
     return options
+
+
+@cache
+def _sums_saturate() -> bool:
+    """Whether sums of two 8-bit products saturate at 16 bits here, as on x86 without VNNI: a product tells."""
+    onnx, runtime = require("onnx", extra="onnx"), _onnxruntime()
+    tensor, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    rows, columns = np.full((4, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    product = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMulInteger", ["rows", "columns"], ["sums"])],
+        "product",
+        [tensor("rows", kinds.UINT8, rows.shape)],
+        [tensor("sums", kinds.INT32, (4, 16))],
+        [onnx.numpy_helper.from_array(columns, "columns")],
+    )
+    model = onnx.helper.make_model(product, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10)
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"rows": rows})
+    return bool((sums != rows.astype(np.int32) @ columns.astype(np.int32)).any())
 
 
 def refuse_other_files(model: bytes) -> None:

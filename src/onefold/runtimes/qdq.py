@@ -35,6 +35,19 @@ def restate_(model: Any) -> None:
     del model.graph.value_info[:]  # types that no longer hold
 
 
+def images_in_fours_(model: Any) -> None:
+    """Add channels of zeros to the images of a restated ModelProto, in place, until four divide their number.
+
+    ONNX Runtime has quick kernels for four channels and its multiples only: without them MobileOne-S0's first layer
+    takes a quarter of the whole network's time. The answers are the same.
+    """
+    graph = _Graph(model.graph)
+    for node in list(model.graph.node):
+        if node.op_type == "Conv" and not any(each.name == "group" and each.i > 1 for each in node.attribute):
+            graph.pad_to_fours(node)
+    graph.prune()
+
+
 class _Graph:
     """The graph and its constants by name."""
 
@@ -85,6 +98,26 @@ class _Graph:
         dequantized = self._onnx.helper.make_node("DequantizeLinear", parts, [f"{name}_value"], axis=0)
         self._graph.node.insert(0, dequantized)
         node.input[2] = f"{name}_value"
+
+    def pad_to_fours(self, conv: Any) -> None:
+        """Channels of zeros beside the images that this convolution alone reads, and in its kernel."""
+        value, kernel = (self._makers.get(name) for name in conv.input[:2])
+        given = None if value is None else self._makers.get(value.input[0])
+        if value is None or kernel is None or given is None or given.input[0] in self._makers:
+            return  # it reads no images, or not on a grid
+        if sum(value.output[0] in node.input for node in self._graph.node) > 1:
+            return
+        weight = self._constants[kernel.input[0]]
+        more = -weight.shape[1] % 4
+        if not more:
+            return
+        self._add(f"{kernel.input[0]}_in_fours", np.pad(weight, ((0, 0), (0, more), (0, 0), (0, 0))))
+        kernel.input[0] += "_in_fours"
+        widths, name = f"{conv.name}_more_channels", f"{conv.name}_images_in_fours"
+        self._add(widths, np.array([0, 0, 0, 0, 0, more, 0, 0]))
+        padded = self._onnx.helper.make_node("Pad", [given.output[0], widths, given.input[2]], [name], f"{name}_pad")
+        self._graph.node.insert(list(self._graph.node).index(value), padded)
+        value.input[0] = name
 
     def prune(self) -> None:
         """Drop the constants that nothing reads any more."""
