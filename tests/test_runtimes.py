@@ -755,11 +755,15 @@ assert "openvino_telemetry" not in sys.modules
 
 
 def test_a_session_needs_its_own_package_only_and_no_network(running: Artifact, tmp_path: Path) -> None:
-    """In a fresh process with an empty home, where telemetry would ask for the network and leave its files."""
+    """In a fresh process with an empty home, where telemetry would ask for the network and leave its files.
+
+    What onefold compiles (see pixels.py) is all that may be left there.
+    """
     call = [sys.executable, "-W", "error", "-c", ALONE, str(running.folder), running.runtime]
     done = subprocess.run(call, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert all(".cache/onefold/pixels-".startswith(name) or name.startswith(".cache/onefold/pixels-") for name in left)
 
 
 def test_openvino_converts_with_its_telemetrys_stand_in(made: Artifact) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from onefold.runtimes.artifact import About
 from onefold.runtimes.base import Engine
+from onefold.runtimes.pixels import put_as_they_are, put_on_grid
 from onefold.runtimes.reference import Floats
 from onefold.runtimes.vendor import mute, quiet, require
 
@@ -30,8 +31,6 @@ REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
 READS_GRIDS = True
 OBSTACLE = None
-
-_LOWEST, _HIGHEST = -128, 127
 
 
 def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
@@ -72,28 +71,24 @@ class _LiteRt:
         (self._input,), (self._output,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def __call__(self, images: Floats) -> Floats:
-        given = _quantized(images.transpose(0, 2, 3, 1), self._input)
         with self._lock:
-            return np.concatenate([self._answer(given[i : i + 1]) for i in range(len(given))])
+            return np.concatenate([self._answer(images[i : i + 1]) for i in range(len(images))])
 
     def close(self) -> None:
         del self._interpreter
 
-    def _answer(self, image: npt.NDArray[Any]) -> Floats:
-        self._interpreter.set_tensor(self._input["index"], image)
+    def _answer(self, image: Floats) -> Floats:
+        self._take_in(image)
         self._interpreter.invoke()
         return _dequantized(self._interpreter.get_tensor(self._output["index"]), self._output)
 
-
-def _quantized(values: Floats, tensor: Mapping[str, Any]) -> npt.NDArray[Any]:
-    """The values as a tensor of the network holds them: on its grid, if it has one."""
-    scale, zero = tensor["quantization"]
-    if tensor["dtype"] is np.float32:
-        return np.ascontiguousarray(values)
-    whole = np.multiply(values, np.float32(1 / scale), order="C")
-    np.rint(whole, out=whole)
-    whole += np.float32(zero)
-    return np.clip(whole, _LOWEST, _HIGHEST, out=whole).astype(np.int8)
+    def _take_in(self, image: Floats) -> None:
+        """Put an image into the network's own memory, which must not be held while the network runs."""
+        place = self._interpreter.tensor(self._input["index"])()
+        if self._input["dtype"] is np.float32:
+            put_as_they_are(image, place)
+        else:
+            put_on_grid(image, place, *self._input["quantization"])
 
 
 def _dequantized(values: npt.NDArray[Any], tensor: Mapping[str, Any]) -> Floats:
