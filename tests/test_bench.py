@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -171,7 +172,8 @@ def test_a_comparison_interleaves_its_calls() -> None:
     def noted(name: str) -> Callable[[], None]:
         return clock.call(lambda: seen.append(name) or 5000)
 
-    comparison = bench.compare({"a": noted("a"), "b": noted("b")}, QUICK, instruments=instruments(clock))
+    procedure = replace(QUICK, lead_calls=0)
+    comparison = bench.compare({"a": noted("a"), "b": noted("b")}, procedure, instruments=instruments(clock))
     rounds = [seen[start : start + 3] for start in range(0, len(seen), 3)]
     assert all(sorted(each) == ["a", "a", "b"] for each in rounds)  # the baseline twice: once as its own twin
     places = Counter(each.index("b") for each in rounds[3:])
@@ -179,6 +181,31 @@ def test_a_comparison_interleaves_its_calls() -> None:
     assert len({tuple(each) for each in rounds[3:9]}) > 1
     assert list(comparison.measurements) == ["a", "b"]
     assert [len(each.samples_ns) for each in comparison.measurements.values()] == [64, 64]
+
+
+@pytest.mark.parametrize(("lead_calls", "slower"), [(0, 2.0), (1, 1.0)])
+def test_what_others_leave_in_the_caches_is_not_timed(lead_calls: int, slower: float) -> None:
+    """A call takes 2 ms after another's and 1 ms after its own, as in a stream: so it does beside five others."""
+    clock, last = FakeClock(), [""]
+
+    def cached(name: str) -> Callable[[], None]:
+        def cost() -> int:
+            before, last[0] = last[0], name
+            return 1_000_000 if before == name else 2_000_000
+
+        return clock.call(cost)
+
+    procedure = replace(QUICK, lead_calls=lead_calls)
+    result = bench.compare({name: cached(name) for name in "abcdef"}, procedure, instruments=instruments(clock))
+    alone = bench.measure(cached("a"), procedure, instruments=instruments(clock))
+    assert result.measurements["f"].median_ns / alone.median_ns == pytest.approx(slower, rel=1e-3)
+
+
+def test_rows_from_before_lead_calls_had_none() -> None:
+    plain = bench.Procedure().to_dict()
+    assert bench.Procedure.from_dict(plain) == bench.Procedure()
+    del plain["lead_calls"]
+    assert bench.Procedure.from_dict(plain).lead_calls == 0
 
 
 def test_a_drifting_machine_does_not_fool_a_comparison() -> None:
@@ -293,6 +320,7 @@ def test_an_error_of_the_call_passes_through() -> None:
         {"samples": 1.5},
         {"samples": True},
         {"warmup_calls": 0},
+        {"lead_calls": -1},
         {"threads": 0},
         {"seed": -1},
         {"warmup_seconds": -1.0},

@@ -91,8 +91,9 @@ def as_measurements(
 
 
 def run_series(calls: Sequence[Call], procedure: Procedure, instruments: Instruments) -> Series:
-    """Time the calls in rounds: each once a round, in an order drawn anew (see `orders`)."""
+    """Time the calls in rounds: each once a round after its lead calls, in an order drawn anew (see `orders`)."""
     clock = instruments.clock
+    lead = range(procedure.lead_calls if len(calls) > 1 else 0)  # one alone follows itself in any case
     resolution = _resolution(clock)
     order = orders(len(calls), random.Random(procedure.seed))
     samples: list[list[int]] = [[] for _ in calls]
@@ -105,6 +106,8 @@ def run_series(calls: Sequence[Call], procedure: Procedure, instruments: Instrum
         enough = procedure.min_seconds * 1e9 * len(calls)
         while len(samples[0]) < procedure.samples or clock() - start < enough:
             for which in next(order):
+                for _ in lead:
+                    calls[which]()
                 samples[which].append(_time(calls[which], repeats[which], clock))
         after = instruments.vitals()
     timings = (

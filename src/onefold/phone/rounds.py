@@ -216,7 +216,12 @@ class _Result:
         plan = self.plan
         samples = tuple(ns for each in series for ns in each.samples_ns)
         procedure = Procedure(
-            warmup_calls=plan.warmup, warmup_seconds=0.0, samples=len(samples), threads=plan.threads, seed=plan.seed
+            warmup_calls=plan.warmup,
+            warmup_seconds=0.0,
+            lead_calls=0,  # each sample is one of a program's own run
+            samples=len(samples),
+            threads=plan.threads,
+            seed=plan.seed,
         )
         return Measurement(
             subject=subject,

@@ -130,9 +130,10 @@ def _machine(machine: Machine) -> Markup:
 
 def _way(way: Procedure) -> str:
     least = f" and {way.min_seconds:g} s" if way.min_seconds else ""
+    led = f", each after {many(way.lead_calls, 'call')} of its own" if way.lead_calls else ""
     return (
         f"With {many(way.threads, 'thread')}: {many(way.warmup_calls, 'call')} and {way.warmup_seconds:g} s warm-up, "
-        f"then {many(way.samples, 'sample')}{least} of each; seed {way.seed}."
+        f"then {many(way.samples, 'sample')}{least} of each{led}; seed {way.seed}."
     )
 
 
