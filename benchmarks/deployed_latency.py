@@ -2,14 +2,15 @@
 
     python benchmarks/deployed_latency.py [--models mobileone_s0,...] [--threads 1,2] [--samples 120]
                                           [--folder artifacts/deployed] [--runtimes onnx,openvino,litert,executorch]
+                                          [--openings 4]
 
 For each network and number of threads ours in fp32 and int8 and timm's in fp32, in every runtime, are timed in the
 same rounds, each once a round in an order drawn anew. timm's fold is timm's own (`reparameterize_model`), so that the
 network compared with is what a user of timm has. Before anything else an A/A self-test of one artifact against itself.
-All are opened twice, the second time in the reverse order: where a network's weights come to lie in memory is worth up
-to 2 %, and the first to be opened is not always the luckiest. Our default artifact of a precision is the one with the
-least median of *other* rounds: the first third chooses, the rest is told, for timm's likewise. The limit is that of
-`onefold limits`, measured in the same run.
+All are opened several times, in orders drawn anew: where a network's weights come to lie in memory is worth some per
+cent, and two files of one network differ by as much. Our default artifact of a precision is the one with the least
+median of *other* rounds: the first third chooses, the rest is told, for timm's likewise. The ratio is the geometric
+mean over the openings, and their range is told. The limit is that of `onefold limits`, measured in the same run.
 
 Weights are drawn at random, norms settled: a latency does not depend on them. Appends every raw sample to
 benchmarks/results/deployed-<machine>.jsonl and writes a dated table beside it.
@@ -20,14 +21,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import random
 import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-
-import numpy as np
 
 from competitors import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
@@ -37,6 +37,7 @@ from onefold.files import write_text
 from onefold.quantize import PLAIN
 from onefold.stages import Calibration, Network, Predictor, open_predictor
 from onefold.stages.limits import bound, measured_limits
+from onefold.stages.measuring import call_of
 from onefold.stages.quantizing import quantized
 
 HERE = Path(__file__).parent
@@ -73,8 +74,8 @@ def export_all(job: Job, name: str) -> None:
             export_one(job, network, made if to[1] == "int8" else None, to)
 
 
-def opened(job: Job, name: str, threads: int, stack: ExitStack, *, reverse: bool = False) -> dict[str, Predictor]:
-    """Everything of one size, by "ours fp32 onnx" and the like."""
+def opened(job: Job, name: str, threads: int, stack: ExitStack, seed: int = 0) -> dict[str, Predictor]:
+    """Everything of one size, by "ours fp32 onnx" and the like; the order in which they are opened is the seed's."""
     places = {
         f"{who} {precision} {runtime}": place_of(job, title, runtime, precision)
         for title, who in ((name, "ours"), (f"timm:{name}", "timm"))
@@ -82,25 +83,13 @@ def opened(job: Job, name: str, threads: int, stack: ExitStack, *, reverse: bool
         for runtime in job.runtimes
     }
     found = {}
-    for title in reversed(places) if reverse else places:
+    for title in random.Random(seed).sample(sorted(places), len(places)):
         if (places[title] / "manifest.json").is_file():
             try:
                 found[title] = stack.enter_context(open_predictor(places[title], threads=threads))
             except OnefoldError as error:
                 say(f"  left out: {places[title]}: {error}")
     return found
-
-
-def call_of(predictor: Predictor):
-    inputs = list(np.random.default_rng(0).standard_normal((16, 1, *predictor.facts["input_shape"]), dtype=np.float32))
-    turn = 0
-
-    def call() -> object:
-        nonlocal turn
-        turn = (turn + 1) % len(inputs)
-        return predictor.answer(inputs[turn])
-
-    return call
 
 
 def best_of(outcome: Comparison, kind: str) -> str:
@@ -117,7 +106,7 @@ def told(outcome: Comparison, name: str, threads: int, results: Path) -> list[st
         f"{name}, {threads} thread(s), {len(outcome.twin.samples_ns)} rounds; "
         f"A/A band {100 * outcome.floor.floor:.1f} %"
     ]
-    for title, each in outcome.measurements.items():
+    for title, each in sorted(outcome.measurements.items()):
         share = bound(limits, each.subject, threads)
         of_limit = (
             "" if share is None else f"{100 * (share.ns or 0) / each.median_ns:5.0f} % of the limit ({share.side})"
@@ -129,25 +118,24 @@ def told(outcome: Comparison, name: str, threads: int, results: Path) -> list[st
 
 
 def ratios(outcomes: list[Comparison]) -> list[str]:
-    """Our default artifacts over timm's best, by each order of opening, and the geometric mean of the two."""
+    """Our default artifacts over timm's best: the geometric mean of all openings, and each of them."""
     lines = []
     for kind in ("ours fp32", "ours int8"):
         found = []
         for outcome in outcomes:
-            rival, mine, third = (
-                best_of(outcome, "timm fp32"),
-                best_of(outcome, kind),
-                len(outcome.twin.samples_ns) // 3,
-            )
+            rival, mine = best_of(outcome, "timm fp32"), best_of(outcome, kind)
+            third = len(outcome.twin.samples_ns) // 3
             a, b = (outcome.measurements[each].latencies_ns[third:] for each in (rival, mine))
             value, low, high = paired_interval(a, b, 0)
             found.append((value, f"{mine} over {rival} {value:.3f}x (95 % CI {low:.3f}-{high:.3f})"))
-        mean = math.prod(value for value, _ in found) ** (1 / len(found))
-        lines.append(f"  {kind}: {mean:.3f}x; {'; opened in reverse '.join(text for _, text in found)}")
+        values = [value for value, _ in found]
+        mean = math.prod(values) ** (1 / len(values))
+        lines.append(f"  {kind}: {mean:.3f}x, in {len(values)} openings {min(values):.3f}-{max(values):.3f}")
+        lines += [f"    {text}" for _, text in found]
     return lines
 
 
-def run(job: Job, procedures: list[Procedure], results: Path) -> str:
+def run(job: Job, procedures: list[Procedure], openings: int, results: Path) -> str:
     machine, started = Machine.this(), datetime.datetime.now(datetime.timezone.utc)
     parts = [
         f"{machine.chip}, {machine.cores} cores, {machine.system}; {started:%Y-%m-%d %H:%M} UTC; load {machine.load}"
@@ -165,14 +153,14 @@ def run(job: Job, procedures: list[Procedure], results: Path) -> str:
         say(parts[-1])
         for name in job.names:
             outcomes = []
-            for reverse in (False, True):
+            for seed in range(openings):
                 with ExitStack() as stack:
-                    found = opened(job, name, procedure.threads, stack, reverse=reverse)
+                    found = opened(job, name, procedure.threads, stack, seed)
                     calls = {title: call_of(predictor) for title, predictor in found.items()}
                     outcomes.append(compare(calls, procedure, {t: {**p.facts, "batch": 1} for t, p in found.items()}))
             append(results / f"deployed-{machine.slug}.jsonl", outcomes)
             parts += ["", *told(outcomes[0], name, procedure.threads, results), *ratios(outcomes)]
-            say("\n".join(parts[-len(found) - 3 :]))
+            say("\n".join(parts[-len(found) - 2 * openings - 4 :]))
     return "\n".join(parts) + "\n"
 
 
@@ -182,6 +170,7 @@ def main() -> None:
     parser.add_argument("--runtimes", default="onnx,openvino,litert,executorch")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--samples", type=int, default=120)
+    parser.add_argument("--openings", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("artifacts/deployed"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--export-only", action="store_true")
@@ -201,7 +190,7 @@ def main() -> None:
                 export_all(job, name)
             return
         procedures = [Procedure(samples=given.samples, threads=int(count)) for count in given.threads.split(",")]
-        text = run(job, procedures, given.results)
+        text = run(job, procedures, given.openings, given.results)
     print(text)
     write_text(given.results / f"{datetime.date.today().isoformat()}-deployed-latency.txt", text)
 

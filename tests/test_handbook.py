@@ -111,6 +111,9 @@ def python_of(artifact: Artifact) -> str:
     return lines
 
 
+GREETING = "The device supports: "  # MNN says so of the processor on standard output
+
+
 def ran(artifact: Artifact, photos: list[Path], place: Path) -> list[tuple[str, float]]:
     """What the README's lines print of each photo, run in the artifact's folder."""
     (place / "lines.py").write_text(python_of(artifact), encoding="utf-8")
@@ -121,7 +124,7 @@ def ran(artifact: Artifact, photos: list[Path], place: Path) -> list[tuple[str, 
         list(map(str, call)), cwd=artifact.folder, capture_output=True, text=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith(GREETING)]
     if artifact.runtime == "eager":  # it prints onefold's own predictions
         found = [ast.literal_eval(line)[0] for line in lines]
         return [(name, share) for _, name, share in found]

@@ -107,7 +107,7 @@ def _opened(order: Bench, results: Path, opened: ExitStack) -> dict[str, _Candid
         )
         must_be_fused(bool(predictor.facts["fused"]), source, order.allow_unfused)
         subject = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
-        call = _call(predictor, order.batch)
+        call = call_of(predictor, order.batch)
         candidates[free_title(predictor.title, candidates)] = _Candidate(source=source, call=call, subject=subject)
     return candidates
 
@@ -217,7 +217,7 @@ def free_title(title: str, taken: Collection[str]) -> str:
     return f"{title} #{number}"
 
 
-def _call(predictor: Predictor, batch: int) -> Callable[[], object]:
+def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
     """A call without arguments that answers the next of some made-up inputs."""
     channels, height, width = predictor.facts["input_shape"]
     drawn = np.random.default_rng(0).standard_normal((DISTINCT, batch, channels, height, width), dtype=np.float32)
