@@ -112,6 +112,19 @@ def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_the_costliest_layers_can_be_left_in_32_bits(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deploy"
+    order = ["deploy", str(weights), "--data", "digits", "--to", "onnx", "--int8", "--samples", "16", "--out", str(out)]
+    assert main([*order, "--max-drop", "100", "--calibrate", "16", "--keep", "2"]) == 0
+    told = json.loads((out / "onnx-int8" / "manifest.json").read_text())["details"]["quantization"]
+    assert told["method"].endswith("2 kept")
+    assert len(told["layers"]) == 28 - 2  # a stem, 13 pairs and the head
+    assert main([*order[:-1], str(tmp_path / "other"), "--calibrate", "16", "--keep", "28"]) == 2
+    assert "28 layers, and 28 of them were to be left in 32 bits" in capsys.readouterr().err
+
+
 def test_photos_without_labels_are_compared_with_the_float_network(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

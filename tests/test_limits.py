@@ -131,6 +131,7 @@ print(max(peaks), sorted(product)[len(product) // 2])
 """
 
 
+@pytest.mark.slow  # a relation of two rates, which a busy machine may turn round
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 def test_no_matrix_product_is_quicker_than_the_measured_peak() -> None:
     """Taken in turns, one thread each, in a process of its own; a tenth is left to a machine that wanders."""

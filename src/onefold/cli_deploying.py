@@ -29,6 +29,7 @@ def deploy(
     calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
     weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
+    keep: Annotated[int, Option(min=0, help="layers to leave in 32 bits: those whose 8 bits cost most")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
     threads: Threads = 1,
     model: Name = None,
@@ -47,7 +48,7 @@ def deploy(
     order = Deployment(
         runtimes=names_of(to),
         precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
-        calibration=Calibration(data=data, count=calibrate, method=method, search=True),
+        calibration=Calibration(data=data, count=calibrate, method=method, search=True, keep=keep),
         val=val,
         max_drop=max_drop,
         size=img_size,

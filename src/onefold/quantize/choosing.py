@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from onefold.errors import BadArgument
 from onefold.quantize.calibrate import calibrate
 from onefold.quantize.equalize import equalize_
 from onefold.quantize.graph import trace
@@ -57,11 +58,16 @@ def choose(model: nn.Module, images: Tensor, start: Method, tell: Callable[[str]
 
 @torch.no_grad()
 def spared(model: nn.Module, images: Tensor, method: Method, count: int) -> Method:
-    """The method, with the `count` layers kept in floating point that would put most noise into the answers."""
+    """The method, with the `count` layers kept in floating point that would put most noise into the answers.
+
+    Raises BadArgument where none would be left in 8 bits.
+    """
     graph, batches = trace(model, images[:2]), images.split(BATCH)
     if method.equalize != "none":
         equalize_(graph, batches, method.equalize)
     costs = damage(graph, calibrate(graph, batches, method), batches[:4])
+    if count >= len(costs):
+        raise BadArgument(f"the network has {len(costs)} layers, and {count} of them were to be left in 32 bits")
     worst = sorted(costs, key=costs.__getitem__, reverse=True)[:count]
     return replace(method, keep=(*method.keep, *worst))
 

@@ -5,12 +5,15 @@
 
 namespace {
 
-constexpr std::int64_t BLOCK = 8192;  // pixels at a time: memory is read in long runs, and what is made stays near
-constexpr std::int64_t MOST = 4;      // channels that are done so
+constexpr std::int64_t ROOM = 65536;  // bytes of a channel at a time: memory is read in long runs, what is made stays near
+constexpr std::int64_t MOST = 4;  // channels that are done so
+
+template <class T>
+constexpr std::int64_t BLOCK = ROOM / sizeof(T);  // pixels
 
 template <class T, class Value>
 void block(const float* planes, T* out, std::int64_t channels, std::int64_t pixels, std::int64_t count, Value value) {
-    T made[MOST][BLOCK];
+    T made[MOST][BLOCK<T>];
     for (std::int64_t c = 0; c < channels; ++c)
         for (std::int64_t i = 0; i < count; ++i) made[c][i] = value(planes[c * pixels + i]);
     if (channels == 3) {  // of a known width the compiler makes whole vectors
@@ -25,8 +28,8 @@ void block(const float* planes, T* out, std::int64_t channels, std::int64_t pixe
 template <class T, class Value>
 void images(const float* planes, T* out, std::int64_t batch, std::int64_t channels, std::int64_t pixels, Value value) {
     for (std::int64_t image = 0; image < batch; ++image, planes += channels * pixels, out += channels * pixels)
-        for (std::int64_t start = 0; start < pixels; start += BLOCK) {
-            const std::int64_t count = pixels - start < BLOCK ? pixels - start : BLOCK;
+        for (std::int64_t start = 0; start < pixels; start += BLOCK<T>) {
+            const std::int64_t count = pixels - start < BLOCK<T> ? pixels - start : BLOCK<T>;
             block(planes + start, out + channels * start, channels, pixels, count, value);
         }
 }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +218,8 @@ def free_title(title: str, taken: Collection[str]) -> str:
 
 
 def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
-    """A call without arguments that answers the next of some made-up inputs."""
-    channels, height, width = predictor.facts["input_shape"]
-    drawn = np.random.default_rng(0).standard_normal((DISTINCT, batch, channels, height, width), dtype=np.float32)
-    inputs: list[Floats] = list(drawn)
+    """A call without arguments that answers the next of some made-up inputs, the same for all who take their shape."""
+    inputs = _drawn((batch, *predictor.facts["input_shape"]))
     turn = 0
 
     def call() -> object:
@@ -230,3 +228,8 @@ def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
         return predictor.answer(inputs[turn])
 
     return call
+
+
+@lru_cache(maxsize=4)
+def _drawn(shape: tuple[int, ...]) -> list[Floats]:
+    return list(np.random.default_rng(0).standard_normal((DISTINCT, *shape), dtype=np.float32))
