@@ -7,9 +7,8 @@
 Every network is folded by our `fuse`, quantized by our `quantize` and exported by our `export`, which proves its
 answer; what is exported already is not exported again, and what was refused is not tried again without `--again`. All
 weights are drawn at random: latencies do not depend on them, and accuracies are not told. For each runtime, precision
-and number of threads all networks are timed in the same rounds, in an order drawn anew each round; the weights of
-twelve networks do not fit into a cache together, so each call finds its own as cold as the others find theirs.
-Each network is used at the size of images that it is published with; the table says which.
+and number of threads all networks are timed in the same rounds, in an order drawn anew each round, each timed call
+after two of its own. Each network is used at the size of images that it is published with; the table says which.
 
 Appends every raw sample to benchmarks/results/competitors-<machine>.jsonl and writes a dated table beside it. With
 `--quick`: two networks, few samples, nothing kept. Needs timm, whose operator schemas are declared here where
@@ -43,6 +42,7 @@ from onefold.runtimes import export as export_to
 from onefold.stages import Calibration, Network, Predictor, open_network, open_predictor
 from onefold.stages.folding import about_of
 from onefold.stages.foreign import is_foreign, settle_
+from onefold.stages.measuring import call_of
 from onefold.stages.quantizing import quantized
 
 HERE = Path(__file__).parent
@@ -59,7 +59,6 @@ THEIRS = (
     *("mobileone_s0", "mobilenetv3_large_100", "mobilenetv4_conv_small", "efficientnet_b0", "fastvit_t8"),
     *("repvgg_a0", "mobilevit_s"),
 )
-DISTINCT = 16  # inputs that a measurement cycles through
 PHOTOS = 32  # made up, to calibrate with
 
 
@@ -194,20 +193,6 @@ def opened(job: Job, costs: dict[str, dict[str, object]], to: tuple[str, str], t
 
 def measured(predictors: dict[str, Predictor], procedure: Procedure) -> Comparison:
     """All of them against the first, interleaved; networks of one size are given the same images."""
-    draw = np.random.default_rng(0)
-    shapes = {tuple(p.facts["input_shape"]) for p in predictors.values()}
-    images = {s: draw.standard_normal((DISTINCT, 1, *s), dtype=np.float32) for s in sorted(shapes)}
-
-    def call_of(predictor: Predictor):
-        inputs, turn = list(images[tuple(predictor.facts["input_shape"])]), 0
-
-        def call() -> object:
-            nonlocal turn
-            turn = (turn + 1) % len(inputs)
-            return predictor.answer(inputs[turn])
-
-        return call
-
     calls = {name: call_of(predictor) for name, predictor in predictors.items()}
     return compare(calls, procedure, {name: dict(p.facts) for name, p in predictors.items()})
 
