@@ -93,6 +93,14 @@ def test_sixty_points_have_a_figure_with_every_precision_in_its_legend() -> None
     assert "54 points behind the fronts" in figure
 
 
+def test_no_accuracy_beyond_all_is_on_the_scale() -> None:
+    (figure,) = tradeoffs(groups_of(measured("a", "fp32", 2, 99.4), measured("b", "fp32", 3, 99.9)), 0)
+    drawn = figure[figure.index("</desc>") : figure.index("</svg>")]
+    ticks = [float(text) for text in re.findall(r">(\d+\.\d)</text>", drawn)]
+    assert len(ticks) >= 3
+    assert max(ticks) <= 100
+
+
 def test_what_was_slowed_on_purpose_is_called_so_and_not_drawn() -> None:
     plain, slow = (measured("a", "fp32", ms, 70.0, sha256="x", **more) for ms, more in ((2, {}), (3, {"planted": 0.5})))
     contest = bench.Comparison(measurements={"a": plain, "a made 50 % slower": slow}, twin=plain)

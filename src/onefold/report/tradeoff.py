@@ -158,7 +158,9 @@ def _limit_(axes: Axes, points: Sequence[Point]) -> None:
     gap = max(1.16, (max(latencies) / min(latencies)) ** 0.1)
     scale(axes, min(latencies) / gap**1.3, max(latencies) * gap)
     room = max(0.5, 0.1 * (max(accuracies) - min(accuracies)))
-    axes.set_ylim(min(accuracies) - room, max(accuracies) + 1.6 * room)
+    low, high = min(accuracies) - room, max(accuracies) + 1.6 * room
+    axes.set_ylim(low, high)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 100.0)])  # no scale beyond all
 
 
 def _steps(points: Sequence[Point], kind: int) -> list[Spot]:
