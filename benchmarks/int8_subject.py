@@ -31,7 +31,7 @@ DATA = Path(os.environ.get("ONEFOLD_TEST_DATA", Path(__file__).parents[2] / "sha
 CALIBRATION, SCORED, COUNT, SEED = "imagenette-224-subset", "imagenet-sample", 200, 0
 BATCH = 50
 DEVICES = ("onnx", "openvino", "executorch", "litert", "web")  # those that run 8 bits
-PER_TENSOR = (Method(weights="tensor"), Method(weights="tensor", equalize="weights"))
+PER_TENSOR = tuple(Method(weights="tensor", equalize=by) for by in ("activations", "weights"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -289,6 +289,11 @@ def test_a_kept_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
         quantize(small, images, Method(keep=("stemm",)))
 
 
+def test_a_scale_a_tensor_has_its_equalization() -> None:
+    assert (Method().equalize, Method(weights="tensor").equalize) == ("activations", "weights")
+    assert Method(weights="tensor", equalize="none").equalize == "none"
+
+
 def test_the_model_given_is_left_as_it_is(small: nn.Module, images: Tensor) -> None:
     before = {name: value.clone() for name, value in small.state_dict().items()}
     quantize(small, images)

@@ -69,5 +69,4 @@ def method_of(weight_bits: int, *, per_tensor: bool) -> Method:
     """How an 8-bit network is made, as the options say."""
     from onefold import quantize
 
-    limit = 2 ** (weight_bits - 1) - 1
-    return quantize.per_tensor(limit) if per_tensor else quantize.Method(limit=limit)
+    return quantize.Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)

@@ -24,7 +24,6 @@ from onefold.quantize.choosing import spared as spared
 from onefold.quantize.method import PLAIN as PLAIN
 from onefold.quantize.method import LayerReport as LayerReport
 from onefold.quantize.method import Method as Method
-from onefold.quantize.method import per_tensor as per_tensor
 from onefold.quantize.quantize import Quantized as Quantized
 from onefold.quantize.quantize import quantize as quantize
 from onefold.quantize.settled import Grids as Grids

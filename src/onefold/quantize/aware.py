@@ -43,7 +43,7 @@ def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> G
     model.eval()
     fused = fuse(model) if leftovers(model) else model
     graph = trace(fused, batches[0][:2])
-    if method.equalize != "none" and fused is model:
+    if fused is model:
         equalize_(graph, batches, method.equalize)
     if fused is not model or _has_ceilings(graph):  # which could not follow to other values
         method = replace(method, powers=False)

@@ -63,8 +63,7 @@ def spared(model: nn.Module, images: Tensor, method: Method, count: int) -> Meth
     Raises BadArgument where none would be left in 8 bits.
     """
     graph, batches = trace(model, images[:2]), images.split(BATCH)
-    if method.equalize != "none":
-        equalize_(graph, batches, method.equalize)
+    equalize_(graph, batches, method.equalize)
     costs = damage(graph, calibrate(graph, batches, method), batches[:4])
     if count >= len(costs):
         raise BadArgument(f"the network has {len(costs)} layers, and {count} of them were to be left in 32 bits")

@@ -31,8 +31,12 @@ _RARE = 1e-4  # the share of a channel's values that may lie at the clamp
 
 
 @torch.no_grad()
-def equalize_(graph: GraphModule, batches: Sequence[Tensor], by: Literal["weights", "activations"] = "weights") -> int:
+def equalize_(
+    graph: GraphModule, batches: Sequence[Tensor], by: Literal["none", "weights", "activations"] | None = "weights"
+) -> int:
     """Equalize every pair of layers that can be, in place, by batches (B, C, H, W); the number of pairs."""
+    if by in ("none", None):
+        return 0
     pairs = [pair for pair in pairwise(layers(graph)) if joined(*pair)]
     seen = _Seen(graph, {first.output: _cap(first) for first, _ in pairs})
     for batch in batches:

@@ -12,17 +12,17 @@ from onefold.quantize.grid import Ranges
 class Method:
     """Post-training quantization to 8 bits.
 
-    `equalize` makes the ranges of channels alike first, by "weights" or by "activations" (see there); `ranges` chooses
-    those of activations; `search` clips weights where that lowers their squared error; with `restore` a kernel is first
-    moved to make good what the layers before it lost, which suits photos of the calibration's own kind; `rounding`
-    of weights is to the "nearest" or by the "moments" of their inputs; `correct` lets biases make up for the mean
-    of what is lost. `weights` have a scale a "channel" or a "tensor", and whole numbers up to `limit`: 127, or 63 where
-    16-bit sums saturate (x86 without VNNI); a scale a tensor wants "weights" equalized, as `per_tensor` has it. With
-    `powers` the order in which a runtime scales sums hardly matters (see there). `keep` names layers left in floating
-    point.
+    `equalize` makes the ranges of channels alike first, by "weights" or by "activations" (see there); without it by
+    what suits `weights`. `ranges` chooses those of activations; `search` clips weights where that lowers their
+    squared error; with `restore` a kernel is first moved to make good what the layers before it lost, which suits
+    photos of the calibration's own kind; `rounding` of weights is to the "nearest" or by the "moments" of their
+    inputs; `correct` lets biases make up for the mean of what is lost. `weights` have a scale a "channel" or, as DSPs
+    want it, a "tensor", and whole numbers up to `limit`: 127, or 63 where 16-bit sums saturate (x86 without VNNI).
+    With `powers` the order in which a runtime scales sums hardly matters (see there). `keep` names layers left in
+    floating point.
     """
 
-    equalize: Literal["none", "weights", "activations"] = "activations"
+    equalize: Literal["none", "weights", "activations"] | None = None
     ranges: Ranges = "mse"
     search: bool = True
     restore: bool = False
@@ -32,6 +32,10 @@ class Method:
     limit: int = 127
     powers: bool = True
     keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.equalize is None:
+            object.__setattr__(self, "equalize", "weights" if self.weights == "tensor" else "activations")
 
     @property
     def title(self) -> str:
@@ -43,11 +47,6 @@ class Method:
         steps += ["by moments"] * (self.rounding == "moments") + ["corrected"] * self.correct
         steps += ["7-bit weights"] * (self.limit == 63) + [f"{len(self.keep)} kept"] * bool(self.keep)
         return f"per {self.weights}, " + ", ".join(steps)
-
-
-def per_tensor(limit: int = 127) -> Method:
-    """One scale a kernel, as DSPs want it."""
-    return Method(equalize="weights", weights="tensor", limit=limit)
 
 
 PLAIN = Method(equalize="none", ranges="minmax", search=False, rounding="nearest", correct=False, powers=False)

@@ -48,7 +48,6 @@ def quantize(model: nn.Module, images: Tensor, method: Method = _METHOD) -> Quan
     if images.dim() != 4 or len(images) < 2:
         raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, came {tuple(images.shape)}")
     graph, batches = trace(model, images[:2]), images.split(BATCH)
-    if method.equalize != "none":
-        equalize_(graph, batches, method.equalize)
+    equalize_(graph, batches, method.equalize)
     found = calibrate(graph, batches, method)
     return Quantized(model=WholeNumbers(build_(graph, found)), method=method, layers=found.reports, images=len(images))

@@ -19,7 +19,7 @@ from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.files import write_text
 from onefold.models import resolve
 from onefold.models.hub import Card
-from onefold.quantize import Grids, Method, calibrated, make_aware_, per_tensor, plain_
+from onefold.quantize import Grids, Method, calibrated, make_aware_, plain_
 from onefold.recipes import Data, Recipe
 from onefold.reparam import leftovers
 from onefold.stages.answers import evaluate
@@ -235,8 +235,8 @@ def _grids(recipe: Recipe, photos: Photos, model: nn.Module, run: Path | None) -
     assert told is not None
     some = photos.some(told.images, recipe.plan.seed)
     seen = [images.contiguous() for images, _ in some.batches(recipe.preprocessing, recipe.plan.seed)]
-    method = per_tensor(told.limit) if told.weights == "tensor" else Method(limit=told.limit)
-    method = replace(method, search=False, restore=True)  # these are the photos that it is for
+    # Restored, since these are the photos that it is for.
+    method = Method(weights=told.weights, limit=told.limit, search=False, restore=True)
     return calibrated(model.to(photos.device), seen, method)
 
 
