@@ -24,7 +24,7 @@ from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.quantize import PLAIN, Method, quantize
 from onefold.quantize.equalize import equalize_
-from onefold.quantize.graph import layers, trace
+from onefold.quantize.graph import layers, parameter, trace
 from onefold.quantize.grid import Grid, choose, weight_scales
 from onefold.quantize.powers import revalue_, short
 from onefold.quantize.rounding import by_moments, nearest
@@ -186,6 +186,23 @@ def test_short_steps_are_no_shorter_and_have_few_digits(step: float) -> None:
         assert (math.frexp(found)[0] * 2**digits) % 1 == 0
 
 
+def steps_of(graph: nn.Module) -> list[tuple[float, Tensor, float]]:
+    """Of each convolution: the step of its input, those of its kernel, that of what it gives."""
+    found = []
+    for conv in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+        after = next(iter(conv.users))
+        after = after if "quantize_per_tensor" in str(after.target) else next(iter(after.users))
+        found.append((conv.args[0].args[1], parameter(graph, conv.args[1].args[1].target), after.args[1]))
+    return found
+
+
+def orders_agree(given: float, kernel: Tensor, gives: float) -> bool:
+    """Whether sums scaled factor by factor, and by one factor made before, are the same float32."""
+    sums = torch.arange(-(2**17), 2**17, 5, dtype=torch.float32)[:, None]
+    one_by_one = sums * kernel * torch.tensor(given) / torch.tensor(gives)
+    return torch.equal(one_by_one, sums * (kernel * torch.tensor(given) / torch.tensor(gives)))
+
+
 def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
     """Whole numbers scaled once, against the graph with every value and every product in float32: the same bits."""
     chain = nn.Sequential(
@@ -195,6 +212,8 @@ def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
     x = torch.randn(32, 3, 16, 16)
     exact, plain = (quantize(chain, x, Method(powers=powers)) for powers in (True, False))
     assert torch.equal(answer(exact.model, x), answer(exact.graph, x))
+    assert [orders_agree(*steps) for steps in steps_of(exact.graph)[1:3]] == [True, True]
+    assert [orders_agree(*steps) for steps in steps_of(plain.graph)[1:3]] == [False, False]
     losses = [noise(answer(chain, x), answer(made.model, x)) for made in (exact, plain)]
     assert losses[0] < 1.3 * losses[1]  # and it costs next to nothing
 
