@@ -101,7 +101,7 @@ def best_of(outcome: Comparison, kind: str) -> str:
 
 
 def told(outcome: Comparison, name: str, threads: int, results: Path) -> list[str]:
-    """The table of one size: medians, and the two ratios over the rounds that did not choose."""
+    """The table of one size: medians, and their share of the limit."""
     limits = measured_limits(results, [threads])
     lines = [
         f"{name}, {threads} thread(s), {len(outcome.twin.samples_ns)} rounds, "

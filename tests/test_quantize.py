@@ -392,7 +392,6 @@ def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Pa
 def test_onnx_gives_images_channels_in_fours_for_its_quick_kernels(
     small: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    onnx = pytest.importorskip("onnx")
     made = quantize(small, images, Method(limit=63))
     export(
         made,
@@ -411,6 +410,30 @@ def test_onnx_gives_images_channels_in_fours_for_its_quick_kernels(
     assert whole.shape[1] == 4
     assert not whole[:, 3].any()
     assert whole[:, :3].any()
+
+
+@pytest.mark.parametrize("kind", ["grouped", "four", "read twice"])
+def test_images_that_need_no_fourth_channel_or_cannot_have_one_are_left(kind: str, seeded: int, tmp_path: Path) -> None:
+    channels = 4 if kind == "four" else 3
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            groups = 3 if kind == "grouped" else 1
+            self.stem, self.other = (nn.Conv2d(channels, 6, 3, 2, 1, groups=groups) for _ in range(2))
+            self.last = nn.Conv2d(6, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.stem(x))
+            return self.last(y + F.relu(self.other(x)) if kind == "read twice" else y).mean((2, 3))
+
+    x = torch.randn(16, channels, 12, 12)
+    made = quantize(Other().eval(), x, Method(limit=63))
+    about = About(model="other", fused=True)
+    folder = export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8").folder
+    assert not [node for node in onnx.load(folder / "model.onnx").graph.node if node.op_type == "Pad"]
+    with load(folder) as session:
+        assert np.allclose(session(x.numpy()), answer(made.model, x).numpy(), atol=1e-6)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only on x86 do 8-bit sums saturate")

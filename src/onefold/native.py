@@ -5,6 +5,7 @@ A library is kept by the hash of sources, flags, compiler and processor. CXX in 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -35,6 +36,16 @@ def built(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> P
         home.mkdir(parents=True, exist_ok=True)
         _compile(compiler, [str(source) for source in sources], path)
     return path
+
+
+def loaded(source: Path, *, switch: str) -> ctypes.CDLL | None:
+    """The library of one file; None where it cannot be compiled, or where the environment's `switch` is "plain"."""
+    if os.environ.get(switch) == "plain":
+        return None
+    try:
+        return ctypes.CDLL(str(built(source.stem, [source])))
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _compile(compiler: str, sources: list[str], path: Path) -> None:

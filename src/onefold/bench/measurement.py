@@ -26,7 +26,7 @@ class Procedure:
     `threads` is what the calls were told to use: a record, and a part of the verdict on noise. `seed` draws the order
     of calls in a comparison and the resamples of its interval. MLPerf's single stream asks for 1024 samples and 60 s.
     In a comparison each timed call follows `lead_calls` of its own that are not timed, as in a stream of images: what
-    the one before it left in the caches would depend on whom it is compared with, and costs a small network a third.
+    the one before it left in the caches would depend on whom it is compared with.
     """
 
     warmup_calls: int = 20

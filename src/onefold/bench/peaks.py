@@ -25,7 +25,7 @@ import numpy as np
 
 from onefold.bench.machine import Machine
 from onefold.bench.roofline import Limit, Roofline
-from onefold.native import built
+from onefold.native import loaded
 
 KINDS = ("fp32", "bf16", "int8")
 _RUNS = 5
@@ -127,13 +127,9 @@ def _places(threads: int) -> list[int]:
 
 def _library() -> ctypes.CDLL | None:
     """The loops, or None where they cannot be compiled; ONEFOLD_PEAKS=plain in the environment asks for None."""
-    if os.environ.get("ONEFOLD_PEAKS") == "plain":
-        return None
-    try:
-        library = ctypes.CDLL(str(built("peaks", [Path(__file__).with_name("peaks.cpp")])))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    library.variant_name.restype = ctypes.c_char_p
+    library = loaded(Path(__file__).with_name("peaks.cpp"), switch="ONEFOLD_PEAKS")
+    if library is not None:
+        library.variant_name.restype = ctypes.c_char_p
     return library
 
 

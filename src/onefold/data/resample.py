@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.native import built
+from onefold.native import loaded
 
 Part = tuple[float, float, float, float]  # left, top, right, bottom; a border may lie between two pixels
 _Floats = ctypes.POINTER(ctypes.c_float)
@@ -27,17 +25,14 @@ _ONES, _ZEROS = np.ones(3, np.float32), np.zeros(3, np.float32)
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled way, or None: without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    if os.environ.get("ONEFOLD_KERNELS") == "plain":
+    found = loaded(Path(__file__).with_name("resample.cpp"), switch="ONEFOLD_KERNELS")
+    if found is None:
         return None
-    try:
-        loaded = ctypes.CDLL(str(built("resample", [Path(__file__).with_name("resample.cpp")])))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    loaded.resample.restype = None
+    found.resample.restype = None
     number, address = ctypes.c_int, ctypes.c_void_p
     strides = (ctypes.c_int64, ctypes.c_int64)
-    loaded.resample.argtypes = (address, *strides, number, number, address, number, number, address, address, address)
-    return loaded
+    found.resample.argtypes = (address, *strides, number, number, address, number, number, address, address, address)
+    return found
 
 
 def resampler() -> str:

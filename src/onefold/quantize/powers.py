@@ -2,7 +2,7 @@
 
 Runtimes scale a layer's sums each in their own order - times one factor, or channel by channel, then the bias, then
 over the next step - and round in between. Where a sum lies near the middle between two steps they part, and forty
-layers later half of all values differ. With steps of powers of two, and weights' steps of few binary digits, all these
+layers later so do some of the answers. With steps of powers of two, and weights' steps of few binary digits, all these
 products are exact in float32. What meets the images or a mean, or sums beyond 2^18, may still round.
 
 It costs nothing: what a value between two layers is worth is a convention. If the best step is c 2^k, the first layer's

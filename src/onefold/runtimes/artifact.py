@@ -104,6 +104,11 @@ class Artifact:
     files: Mapping[str, StoredFile]
 
     @property
+    def num_bytes(self) -> int:
+        """Size of the model's files."""
+        return sum(stored.num_bytes for name, stored in self.files.items() if name.startswith("model."))
+
+    @property
     def title(self) -> str:
         """One line for a table or a log; an unfused model is called so, and one that was never trained."""
         drawn = " random weights" if self.details.get("untrained") is True else ""

@@ -133,7 +133,7 @@ def _options(precision: str, threads: int) -> Any:
     # Threads that spin after the answer would slow whoever is measured next to this one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if precision == "int8" and _sums_saturate():
-        options.add_session_config_entry("session.x64quantprecision", "1")  # kernels that are exact, and half as quick
+        options.add_session_config_entry("session.x64quantprecision", "1")  # kernels that are exact, and slower
     return options
 
 

@@ -5,8 +5,8 @@
 
 namespace {
 
-constexpr std::int64_t ROOM = 65536;  // bytes of a channel at a time: memory is read in long runs, what is made stays near
-constexpr std::int64_t MOST = 4;  // channels that are done so
+constexpr std::int64_t ROOM = 65536;  // bytes of a channel at a time: long runs of reading, and what is made stays near
+constexpr std::int64_t MOST = 4;      // channels that are done so
 
 template <class T>
 constexpr std::int64_t BLOCK = ROOM / sizeof(T);  // pixels

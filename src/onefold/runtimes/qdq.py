@@ -39,7 +39,7 @@ def images_in_fours_(model: Any) -> None:
     """Add channels of zeros to the images of a restated ModelProto, in place, until four divide their number.
 
     ONNX Runtime has quick kernels for four channels and its multiples only: without them MobileOne-S0's first layer
-    takes a quarter of the whole network's time. The answers are the same.
+    takes a fifth of the whole network's time. The answers are the same.
     """
     graph = _Graph(model.graph)
     for node in list(model.graph.node):

@@ -69,11 +69,6 @@ class Verdict:
     count: int
     measurement: Measurement | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the model's files."""
-        return sum(f.num_bytes for name, f in self.artifact.files.items() if name.startswith("model."))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:

@@ -46,7 +46,7 @@ def _row(each: Verdict) -> list[str]:
         "-" if timed is None else f"{timed.median_ns / 1e6:.2f} ms ({timed.verdict})",
         "-" if timed is None else str(timed.procedure.threads),
         "-" if timed is None else timed.machine.chip,
-        f"{each.num_bytes / 2**20:.1f} MiB",
+        f"{each.artifact.num_bytes / 2**20:.1f} MiB",
     ]
 
 

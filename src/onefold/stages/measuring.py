@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -219,7 +220,7 @@ def free_title(title: str, taken: Collection[str]) -> str:
 
 def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
     """A call without arguments that answers the next of some made-up inputs, the same for all who take their shape."""
-    inputs = _drawn((batch, *predictor.facts["input_shape"]))
+    inputs = list(_drawn((batch, *predictor.facts["input_shape"])))
     turn = 0
 
     def call() -> object:
@@ -230,6 +231,12 @@ def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
     return call
 
 
-@lru_cache(maxsize=4)
-def _drawn(shape: tuple[int, ...]) -> list[Floats]:
-    return list(np.random.default_rng(0).standard_normal((DISTINCT, *shape), dtype=np.float32))
+_known: WeakValueDictionary[tuple[int, ...], Floats] = WeakValueDictionary()
+"""Inputs by their shape, as long as a call holds them."""
+
+
+def _drawn(shape: tuple[int, ...]) -> Floats:
+    found = _known.get(shape)
+    if found is None:
+        found = _known[shape] = np.random.default_rng(0).standard_normal((DISTINCT, *shape), dtype=np.float32)
+    return found

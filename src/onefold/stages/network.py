@@ -243,7 +243,7 @@ def facts_of(artifact: Artifact) -> dict[str, Any]:
         "fused": artifact.fused,
         "drift": artifact.drift,
         "input_shape": artifact.input_shape,
-        "num_bytes": sum(stored.num_bytes for name, stored in artifact.files.items() if name.startswith("model.")),
+        "num_bytes": artifact.num_bytes,
         "sha256": digests[min(digests)],
         "source": artifact.folder.name,
         **_cost_of(artifact.details),
