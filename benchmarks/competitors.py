@@ -32,18 +32,18 @@ import torch
 from PIL import Image
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
+from onefold.commands import Calibration, Network, Predictor, open_network, open_predictor
+from onefold.commands.bench import call_of
+from onefold.commands.fuse import about_of
+from onefold.commands.quantizing import quantized
+from onefold.commands.timm import is_foreign, settle_
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError
-from onefold.files import write_text
 from onefold.models import CATALOGUE, cost, create_model
 from onefold.models.hub import Card
 from onefold.quantize import Quantized
 from onefold.runtimes import export as export_to
-from onefold.stages import Calibration, Network, Predictor, open_network, open_predictor
-from onefold.stages.folding import about_of
-from onefold.stages.foreign import is_foreign, settle_
-from onefold.stages.measuring import call_of
-from onefold.stages.quantizing import quantized
+from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 PACKAGES = {  # what has to be there to export to a runtime and to run it

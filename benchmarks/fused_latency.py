@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
+from onefold.commands import Order, export, open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.hub import Card, save_weights
-from onefold.stages import Order, export, open_predictor
 
 HERE = Path(__file__).parent
 

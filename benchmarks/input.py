@@ -23,7 +23,7 @@ from PIL import Image, __version__
 from onefold.bench import Procedure, compare
 from onefold.data import Augment, Batches, HorizontalFlip, Preprocessing, RandomResizedCrop, find_images, jpeg
 from onefold.data.folders import Files
-from onefold.data.order import generator
+from onefold.data.sampler import generator
 
 SIZE, BATCH, NUM_PHOTOS = 224, 32, 96
 CROP = RandomResizedCrop(size=SIZE, scale=(0.08, 1.0))

@@ -53,9 +53,9 @@ from int8_table import FLOAT, SIMULATION, Answers, lines_of, page, scores
 from int8_vendors import VENDORS, Given
 from onefold.bench import Machine
 from onefold.errors import GateFailed, OnefoldError
-from onefold.files import write_text
 from onefold.runtimes import find_runtime, load
 from onefold.runtimes.vendor import first_line, versions
+from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 FLOATS = ("eager", "onnx", "openvino", "executorch", "litert", "ncnn", "mnn", "web")

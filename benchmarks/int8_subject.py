@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from onefold.commands import Network, open_network
+from onefold.commands.fuse import export_made
+from onefold.commands.open import predictor_of
+from onefold.commands.predict import class_indices
+from onefold.commands.train import validation_images
 from onefold.data import Source, open_source
 from onefold.errors import OnefoldError
-from onefold.files import replacing, write_text
 from onefold.quantize import PLAIN, Method, Quantized, choose, quantize
-from onefold.stages import Network, open_network
-from onefold.stages.answers import class_indices
-from onefold.stages.folding import export_made
-from onefold.stages.network import predictor_of
-from onefold.stages.training import validation_images
+from onefold.storage import replacing, write_text
 
 Floats = NDArray[np.float32]
 

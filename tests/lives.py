@@ -135,10 +135,10 @@ def must_hold_every_image_once(order: Order) -> None:
 @contextmanager
 def marking(order: Order) -> Iterator[None]:
     """A block in which saving is slow and leaves a file for as long as it lasts."""
-    from onefold import files
+    from onefold import storage
     from onefold.train import Checkpoint
 
-    sync, save = files._sync_entry, Checkpoint.save
+    sync, save = storage._sync_entry, Checkpoint.save
 
     def slowly(path: Path) -> None:
         time.sleep(order.nap)
@@ -149,7 +149,7 @@ def marking(order: Order) -> Iterator[None]:
         save(self, *where)
         order.saving.unlink()
 
-    files._sync_entry, Checkpoint.save = slowly, marked  # type: ignore[method-assign]
+    storage._sync_entry, Checkpoint.save = slowly, marked  # type: ignore[method-assign]
     yield
 
 

@@ -33,9 +33,9 @@ from onefold.data import (
     Stage,
     Window,
 )
+from onefold.data.autoaugment import IMAGENET_POLICY
 from onefold.data.operations import LEVELLESS, NAMES, amount, apply
-from onefold.data.order import batch_generator, generator
-from onefold.data.policies import IMAGENET_POLICY
+from onefold.data.sampler import batch_generator, generator
 from onefold.errors import BadArgument
 from onefold.train import cross_entropy
 
@@ -239,7 +239,7 @@ def test_randaugment_draws_all_operations_as_often_as_it_says(monkeypatch: pytes
         seen.append(name)
         return image
 
-    monkeypatch.setattr("onefold.data.policies.apply", note)
+    monkeypatch.setattr("onefold.data.autoaugment.apply", note)
     step = RandAugment(num_ops=2, magnitude=9, std=0.5, p=0.5)
     for i in range(3000):
         step(picture(side=2), generator(1, 0, i))

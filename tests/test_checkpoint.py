@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import training_kit
-from onefold import files
+from onefold import storage
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy, Stopped
 from onefold.train import Checkpoint, RunFolder, Steps
 from onefold.train.checkpoint import restore_last, save_best
@@ -223,7 +223,7 @@ def killed_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
             patch.setattr(os, name, guarded(getattr(os, name)))
         patch.setattr(Path, "write_bytes", guarded(Path.write_bytes))
         patch.setattr(Path, "write_text", guarded(Path.write_text))
-        patch.setattr(files, "_remove", guarded(files._remove))
+        patch.setattr(storage, "_remove", guarded(storage._remove))
         yield count
 
 

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from onefold.cli import app, main
+from onefold.cli import main
+from onefold.cli.main import app
 
 CLASSES = ("cat", "dog", "newt")
 TRAIN = ("--model", "mobilenetv1_025", "--img-size", "32", "--epochs", "1", "--batch-size", "8")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onefold.models import CATALOGUE, create_model
-from onefold.models.cost import cost
+from onefold.models.flops import cost
 from onefold.reparam import fuse
 
 # name: parameters, multiply-adds at 224 of the folded network; the same of the training network. arXiv 2206.04040,

@@ -183,7 +183,7 @@ def test_batches_are_the_same_whoever_decodes_and_whatever_is_cached(
     without_simplejpeg()
     np.testing.assert_array_equal(first, epochs(source))
     # the same steps one by one, on whole pictures: the flip is exact, the numbers drawn are the same
-    generator = importlib.import_module("onefold.data.order").generator
+    generator = importlib.import_module("onefold.data.sampler").generator
     for i in range(8):
         whole = augment(source.image(i), generator(5, 0, i))
         cut = augment.after_crop(source.crop(i, augment.window(generator(5, 0, i))), _after_box(5, i, steps[0], source))
@@ -193,6 +193,6 @@ def test_batches_are_the_same_whoever_decodes_and_whatever_is_cached(
 
 def _after_box(seed: int, i: int, crop: RandomResizedCrop, source: Files) -> np.random.Generator:
     """The sample's random numbers once the crop has drawn its own."""
-    rng = importlib.import_module("onefold.data.order").generator(seed, 0, i)
+    rng = importlib.import_module("onefold.data.sampler").generator(seed, 0, i)
     crop.box(source.image(i).size, rng)
     return rng

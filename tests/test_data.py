@@ -44,7 +44,7 @@ from onefold.data import (
     fingerprint,
     open_source,
 )
-from onefold.data.order import generator, shuffled
+from onefold.data.sampler import generator, shuffled
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 SMALL = Preprocessing(size=8, crop_pct=1.0)

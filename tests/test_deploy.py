@@ -29,7 +29,7 @@ PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network that knows the digits somewhat: its last layer is fitted, the rest as drawn."""
-    from onefold.stages import validation_images
+    from onefold.commands import validation_images
     from onefold.train import fit_linear
 
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_mistakes_are_said_before_anything_is_done(
     assert main([*start, "--to", "onyx"]) == 2
     assert "did you mean 'onnx'" in capsys.readouterr().err
     assert main([*start, "--to", ","]) == 2
-    monkeypatch.setattr("onefold.stages.deploying.versions", lambda packages: {})
+    monkeypatch.setattr("onefold.commands.deploy.versions", lambda packages: {})
     assert main([*start, "--to", "ncnn"]) == 2
     assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err
     assert not (tmp_path / "deploy").exists()

@@ -18,7 +18,7 @@ from lives import Lives, Order, must_hold_every_image_once, samples_of
 from onefold.errors import BadArgument
 from onefold.train import Checkpoint, Plan, Steps, World, of_workers
 from onefold.train.reduce import _Exact, make_reducer
-from onefold.train.state import State
+from onefold.train.step import State
 from training_kit import PLAN, Blobs, fresh, network
 
 FOUR = replace(PLAN, epochs=2, batch_size=16, logical_workers=4, reduce="exact", checkpoint_every=Steps(3))

@@ -29,11 +29,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save as save_tensors
 
-from onefold import cli, create_model
+from onefold import create_model
+from onefold.cli import main
+from onefold.commands import open_predictor
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.card import Card, save_weights
 from onefold.models.hub import load_model
-from onefold.stages import open_predictor
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
 from onefold.train.folder import seal, unseal
 from onefold.train.writing import Writer
@@ -293,7 +294,7 @@ def stage(tmp_path: Path, run: RunFolder) -> dict[str, Callable[[Path], object]]
         fresh(folder.path, replace(PLAN, epochs=1), resume=True)
 
     def predict(path: Path) -> None:
-        if (status := cli.main(["predict", str(path), str(picture)])) != 4:
+        if (status := main(["predict", str(path), str(picture)])) != 4:
             raise AssertionError(f"predict ended with {status}")
         raise BadCheckpoint("as it should")
 
@@ -453,7 +454,7 @@ def test_a_small_disk(tmp_path: Path) -> None:
         "import sys; sys.path[:0] = [sys.argv[2]]\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from onefold import exits\n"
+        "from onefold.cli import exits\n"
         "from training_kit import fresh\n"
         "sys.exit(exits.status_of(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
     )

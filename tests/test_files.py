@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onefold.errors import NotWritable
-from onefold.files import replacing, write_text
+from onefold.storage import replacing, write_text
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):

@@ -14,14 +14,14 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
+from onefold.commands import Order, export, open_network, open_predictor
+from onefold.commands import fuse as fuse_stage
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
 from onefold.quantize import Method, quantize
 from onefold.reparam import drift, fuse, leftovers
 from onefold.runtimes import About
 from onefold.runtimes import export as export_to
 from onefold.runtimes.reference import make_images
-from onefold.stages import Order, export, open_network, open_predictor
-from onefold.stages import fuse as fuse_stage
 
 _import = builtins.__import__
 SMALL = "repvgg_a0"

@@ -16,10 +16,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
-from onefold.reparam.kernels import gpu_base  # noqa: E402
-from onefold.reparam.kernels.gpu import Triton, supports  # noqa: E402
-from onefold.reparam.kernels.passes import Act, Geometry  # noqa: E402
+from onefold.reparam.kernels import triton_base  # noqa: E402
+from onefold.reparam.kernels.backend import Act, Geometry  # noqa: E402
 from onefold.reparam.kernels.reference import Reference  # noqa: E402
+from onefold.reparam.kernels.triton_pointwise import Triton, supports  # noqa: E402
 
 INF = float("inf")
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
@@ -198,7 +198,7 @@ def test_a_slice_of_a_map_is_read_where_it_lies() -> None:
 def test_a_program_sums_many_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(name, dtype, LAST, INF)
     sums: Any = (batch.grad, batch.y, batch.x, batch.mean, batch.geometry, INF)
-    monkeypatch.setattr(gpu_base, "PROGRAMS", 1)
+    monkeypatch.setattr(triton_base, "PROGRAMS", 1)
     ours, exact = Triton().moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
     assert away(ours.covariance, exact.covariance) < CLOSE[dtype]
     assert away(Triton().kernel_grad(*sums)[0], Reference().kernel_grad(*sums)[0]) < 1e-5

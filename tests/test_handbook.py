@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from onefold.commands import open_predictor, predict
 from onefold.data import Preprocessing
 from onefold.errors import BadArtifact, MissingExtra
 from onefold.quantize import Method, quantize
 from onefold.runtimes import RUNTIMES, About, Artifact, Parity, export, find_runtime, load, open_artifact
-from onefold.runtimes.handbook import handbook
 from onefold.runtimes.loading import PLATFORMS, code, platforms
-from onefold.stages import open_predictor, predict
+from onefold.runtimes.readme import handbook
 
 COMING = ("coreml", "mnn", "tensorrt", "web")
 KNOWN = tuple(dict.fromkeys((*RUNTIMES, *COMING)))

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NotWritable
 from onefold.models import create_model
 from onefold.models.card import Card, digest, verified
-from onefold.models.containers import read
 from onefold.models.hub import (
     from_pretrained,
     load_model,
@@ -34,6 +33,7 @@ from onefold.models.hub import (
     save_pretrained,
     save_weights,
 )
+from onefold.models.safe_load import read
 from onefold.reparam import drift, fuse
 
 NAME = "mobilenetv1_025"

@@ -18,7 +18,7 @@ import pytest
 
 import training_kit
 from lives import size_of
-from onefold import cli
+from onefold.cli import main
 from onefold.errors import LostWorker
 from onefold.launch import launch
 from onefold.train import Checkpoint
@@ -92,9 +92,9 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(arguments)
         return 75
 
-    monkeypatch.setattr(cli, "launch", note)
+    monkeypatch.setattr(sys.modules["onefold.cli.main"], "launch", note)
     given = ["train", "--processes", "2", "--data", "photos", "--max-restarts", "9"]
-    assert cli.main(given) == 75
+    assert main(given) == 75
     [(work, *numbers)] = asked
     assert numbers == [2, 9]
     monkeypatch.setenv("RANK", "0")  # what a process does is the same command, which finds no photos
@@ -105,7 +105,7 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_its_processes_speak_with_one_voice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """They find out by themselves that there are no data, and the launcher ends as they did."""
     given = ["train", "--processes", "2", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
-    assert cli.main(given) == 3
+    assert main(given) == 3
     assert capfd.readouterr().err.count("error: ") == 1
 
 

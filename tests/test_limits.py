@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from onefold import bench
-from onefold.bench.cold import observe
+from onefold.bench.cold_start import observe
 from onefold.bench.machine import current_mhz
 from onefold.bench.peaks import cache_sizes
+from onefold.commands.limits import bound, measured_limits
 from onefold.errors import BadArgument, BadData
-from onefold.stages.limits import bound, measured_limits
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
 QUICK = bench.Procedure(warmup_calls=3, warmup_seconds=0.0, samples=20)
@@ -149,7 +149,7 @@ def test_the_limits_are_kept_and_measured_when_missing(tmp_path: Path, monkeypat
         asked.append(threads)
         return bench.Roofline(limits=tuple(limit("fp32", 1e9 * len(asked), threads=number) for number in threads))
 
-    monkeypatch.setattr("onefold.stages.limits.measure_roofline", measured)
+    monkeypatch.setattr("onefold.commands.limits.measure_roofline", measured)
     first = measured_limits(tmp_path, [1, 2])
     assert measured_limits(tmp_path, [2]) == first
     assert measured_limits(tmp_path, [1, 4]).threads == (1, 2, 4)

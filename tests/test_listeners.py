@@ -11,10 +11,10 @@ from types import ModuleType
 
 import pytest
 
-from onefold import display
+from onefold.cli import display
 from onefold.errors import BadArgument, MissingExtra
 from onefold.train import Progress, listening
-from onefold.train.listeners import check_names, values_of
+from onefold.train.loggers import check_names, values_of
 from training_kit import PLAN, fresh
 
 STEPS = 18  # of the kit's plan: three epochs of six

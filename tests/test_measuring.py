@@ -10,12 +10,12 @@ import torch
 
 from onefold import bench, fuse
 from onefold.cli import main
+from onefold.commands import Bench, Order, export
+from onefold.commands import bench as run_bench
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights
 from onefold.runtimes.profile import Layer, medians, profile
-from onefold.stages import Bench, Order, export
-from onefold.stages import bench as run_bench
 
 SIZE = 32
 QUICK = ("--samples", "20", "--warmup", "0")
@@ -89,7 +89,7 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
         best = next(rates)
         return bench.Roofline(limits=(bench.Limit(kind="fp32", threads=1, median=best, best=best, how="by hand"),))
 
-    monkeypatch.setattr("onefold.stages.limits.measure_roofline", measured)
+    monkeypatch.setattr("onefold.commands.limits.measure_roofline", measured)
     order = Bench(sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0))
     outcome, _ = run_bench(order, tmp_path)
     assert isinstance(outcome, bench.Measurement)

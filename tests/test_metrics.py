@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from onefold.commands import examine, open_exam
+from onefold.commands.open import Predictor
 from onefold.data import Preprocessing
 from onefold.data.imagenet import (
     ALEXNET_ERRORS,
@@ -22,8 +24,6 @@ from onefold.data.imagenet import (
     wordnet_ids,
 )
 from onefold.errors import BadData
-from onefold.stages import examine, open_exam
-from onefold.stages.network import Predictor
 from onefold.train import accuracy
 from onefold.train.evaluate import BINS, calibration_error, together
 

@@ -17,13 +17,13 @@ import pytest
 
 from onefold.bench import Comparison, read_all
 from onefold.cli import main
+from onefold.commands import PhoneBench, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, Plan, look
-from onefold.phone.facts import Condition
+from onefold.phone.device import Condition
 from onefold.phone.programs import Call
 from onefold.runtimes.artifact import MANIFEST, REFERENCE, Artifact, Parity, render, seal
 from onefold.runtimes.reference import Reference, make_images, write_reference
-from onefold.stages import PhoneBench, bench_on_phone
 
 ROOT = Path(__file__).resolve().parents[1]
 SERIAL = "0A121FDD4003XY"
@@ -283,7 +283,7 @@ def test_a_warm_phone_is_given_time_to_cool(phone: FakePhone):
 
 
 def test_one_that_does_not_cool_is_measured_and_told(phone: FakePhone, monkeypatch):
-    monkeypatch.setattr("onefold.phone.rounds._LONGEST_COOLING_S", 50.0)
+    monkeypatch.setattr("onefold.phone.benchmark._LONGEST_COOLING_S", 50.0)
     artifact(phone, "one")
     slept: list[float] = []
     phone.behave(heats=[0, 0, 2])
@@ -427,7 +427,7 @@ def test_without_adb_it_is_told_what_to_install(phone: FakePhone, capsys, monkey
 def test_a_phone_that_does_not_answer_is_given_up(phone: FakePhone, monkeypatch):
     artifact(phone, "one")
     phone.behave(program={"hangs": True})
-    monkeypatch.setattr("onefold.phone.rounds._LONGEST_RUN_S", 0.5)
+    monkeypatch.setattr("onefold.phone.benchmark._LONGEST_RUN_S", 0.5)
     with pytest.raises(DeviceFailed, match="did not answer within"):
         bench(phone, [], rest_s=0.0)
 

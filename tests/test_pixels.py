@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onefold.quantize.grid import Grid
+from onefold.quantize.qparams import Grid
 from onefold.runtimes import pixels
 from onefold.runtimes.reference import Floats
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from conftest import shaken
 from onefold.cli import main
+from onefold.commands import open_network
 from onefold.data import decode, find_images, open_source
 from onefold.errors import BadArgument, MissingExtra
 from onefold.models import create_model
@@ -25,13 +26,12 @@ from onefold.models.hub import Card, save_weights
 from onefold.quantize import PLAIN, Method, quantize
 from onefold.quantize.equalize import equalize_
 from onefold.quantize.graph import layers, parameter, trace
-from onefold.quantize.grid import Grid, choose, weight_scales
 from onefold.quantize.powers import revalue_, short
+from onefold.quantize.qparams import Grid, choose, weight_scales
 from onefold.quantize.rounding import by_moments, nearest
 from onefold.quantize.walk import ranges_of
 from onefold.reparam import fuse
 from onefold.runtimes import RUNTIMES, About, export, find_runtime, load
-from onefold.stages import open_network
 
 RANGES = ("minmax", "percentile", "mse", "entropy")
 

@@ -17,14 +17,13 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from onefold import display
-from onefold.cli import main
+from onefold.cli import display, main
+from onefold.commands import Watch, resume_run, start_run
+from onefold.commands.train import read_recipe
 from onefold.data import Batches, Curriculum, Mixed, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe, override, recipe_for, recipes, scaled
-from onefold.stages import Watch, resume_run, start_run
-from onefold.stages.training import read_recipe
 from onefold.train import SGD, AdamW, Checkpoint, Cosine, Ema, Epochs, RMSprop, Steps, decay_groups
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
@@ -314,8 +313,8 @@ def test_a_complete_recipe_is_shown_with_what_was_changed(capsys: pytest.Capture
 
 
 def test_a_recipe_makes_the_batches_it_says(data: Path) -> None:
+    from onefold.commands.train import _batches
     from onefold.data import open_source
-    from onefold.stages.training import _batches
     from onefold.train import World
 
     recipe = override(find_recipe("mobileformer:508m", 32), {"plan.batch_size": "8", "plan.workers": "0"})

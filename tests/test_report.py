@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from onefold import bench
 from onefold.errors import BadData, MissingExtra
 from onefold.report import write_report
+from onefold.report.aggregate import Group, grouped, label, pareto_front
 from onefold.report.evidence import evidence
-from onefold.report.groups import Group, grouped, label, pareto_front
+from onefold.report.format import digits, latency, listed, many, size
 from onefold.report.html import Column, element, plain, table
-from onefold.report.inputs import gather
-from onefold.report.words import digits, latency, listed, many, size
+from onefold.report.load import gather
 
 MACHINE = bench.Machine(
     chip="Test Chip 9",

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from onefold.data import Preprocessing, open_source
+from onefold.data.checks import Checked, check_data
 from onefold.data.looks import look, moved_classes
-from onefold.data.sanity import Checked, check_data
 from onefold.data.sheet import captions, picture_of, sheet
 from onefold.errors import BadData
 

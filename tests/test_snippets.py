@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from onefold.commands import Calibration, Order, export, open_network, open_predictor, predict
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights
 from onefold.runtimes.loading import code, platforms
-from onefold.stages import Calibration, Order, export, open_network, open_predictor, predict
 from test_handbook import PREPARED, SIZES, blocks, fake, python_of
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn"}

@@ -15,14 +15,14 @@ from PIL import Image
 from torch import nn
 
 from conftest import shaken
+from onefold.commands import Order, Watch, export, resume_run, start_run
+from onefold.commands.teachers import Pupil, _Interpreter, _Panel, open_master, open_teacher
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra
 from onefold.models import create_model
 from onefold.models.hub import Card, load_model, save_weights
 from onefold.recipes import Recipe, at_epochs, find_recipe, override
 from onefold.reparam import fuse, leftovers
-from onefold.stages import Order, Watch, export, resume_run, start_run
-from onefold.stages.teachers import Pupil, _Interpreter, _Panel, open_master, open_teacher
 from onefold.train import Checkpoint, Distill, fit_linear
 from training_kit import StoppedError, stop_at
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onefold import bench
+from onefold.report.aggregate import Group, grouped
 from onefold.report.evidence import evidence
-from onefold.report.groups import Group, grouped
-from onefold.report.inputs import Inputs
 from onefold.report.latencies import latencies
+from onefold.report.load import Inputs
+from onefold.report.pareto import points_of, tradeoffs
 from onefold.report.placing import Box, Tag, leader, placed
-from onefold.report.tradeoff import points_of, tradeoffs
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
 AREA = Box(0, 0, 500, 300)
@@ -36,7 +36,7 @@ def groups_of(*found: bench.Measurement) -> list[Group]:
 
 
 def group_key(each: bench.Measurement) -> str:
-    from onefold.report.groups import subject_key
+    from onefold.report.aggregate import subject_key
 
     return subject_key(each.subject)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from onefold.bench.cold import Cold
+from onefold.bench.cold_start import Cold
 from onefold.bench.energy import Energy
 from onefold.bench.machine import Machine
 from onefold.bench.noise import Noise

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onefold.data.order import permuted
+from onefold.data.sampler import permuted
 from onefold.errors import BadArgument
 
 Ints = NDArray[np.int64]

@@ -6,8 +6,8 @@ from threading import Lock
 
 from PIL import Image
 
-from onefold.data.sources import Source
-from onefold.data.window import Cut, Window
+from onefold.data.crop import Cut, Window
+from onefold.data.dataset import Source
 
 
 class Cached:

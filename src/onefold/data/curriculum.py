@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from onefold.data.augment import Augment, Step, at_size
-from onefold.data.policies import AutoAugment, RandAugment
+from onefold.data.autoaugment import AutoAugment, RandAugment
+from onefold.data.transforms import Augment, Step, at_size
 from onefold.errors import BadArgument
 
 

@@ -30,9 +30,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
+from onefold.data.crop import Cut, Window
 from onefold.data.jpeg import crop_jpeg
 from onefold.data.upright import ORIENTATION, TRANSPOSE, stored_box, upright_cut
-from onefold.data.window import Cut, Window
 from onefold.errors import BadData
 
 _Made = TypeVar("_Made")

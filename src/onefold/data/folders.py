@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from onefold.data.crop import Cut, Window
 from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
-from onefold.data.window import Cut, Window
 from onefold.errors import BadData
 
 _DROPPINGS = frozenset(("__MACOSX", "@eaDir", "lost+found"))

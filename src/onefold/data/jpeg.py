@@ -17,8 +17,8 @@ from types import ModuleType
 
 from PIL import Image
 
+from onefold.data.crop import Cut, Window
 from onefold.data.upright import ORIENTATION, stored_box, upright_cut
-from onefold.data.window import Cut, Window
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # ITU-T T.81, table B.1
 _PLAIN = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; Huffman coded

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from onefold.data.augment import Augment
 from onefold.data.curriculum import Progressive
-from onefold.data.images import Preprocessing
-from onefold.data.order import generator, shuffled
-from onefold.data.sources import Source, fingerprint
+from onefold.data.dataset import Source, fingerprint
+from onefold.data.preprocessing import Preprocessing
+from onefold.data.sampler import generator, shuffled
+from onefold.data.transforms import Augment
 from onefold.errors import BadArgument, BadData
 
 _AHEAD = 2  # batches being made while one is used

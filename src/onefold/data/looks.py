@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.order import shuffled
-from onefold.data.sources import Source
+from onefold.data.dataset import Source
+from onefold.data.sampler import shuffled
 from onefold.errors import BadData
 
 _SIDE = 64  # pictures are decoded no smaller than this

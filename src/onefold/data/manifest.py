@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onefold.data.archives import TarFile, open_packed
 from onefold.data.patience import Patience
 from onefold.data.remote import open_blob
+from onefold.data.shards import TarFile, open_packed
 from onefold.errors import BadArgument, BadData
-from onefold.files import replacing, write_text
+from onefold.storage import replacing, write_text
 
 RECORD = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc", "<u4")])
 FORMAT = "onefold shards 1"

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from onefold.data.images import FILTERS, Interpolation
+from onefold.data.preprocessing import FILTERS, Interpolation
 
 Reading = Literal["autoaugment", "efficientnet", "increasing"]
 """How a level is read.

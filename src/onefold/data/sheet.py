@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from onefold.data.decode import printable
-from onefold.data.images import Preprocessing
+from onefold.data.preprocessing import Preprocessing
 
 COLUMNS = 8
 TILE = (96, 176)  # the side of a picture on the sheet, at least and at most, in pixels

@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onefold.data.augment import Augment
 from onefold.data.blocks import BlockOrder
 from onefold.data.curriculum import Progressive
 from onefold.data.decode import decode, decode_crop
 from onefold.data.fetching import Block, Windows
-from onefold.data.images import Preprocessing
 from onefold.data.loader import Transform
 from onefold.data.manifest import Manifest
-from onefold.data.order import generator
+from onefold.data.preprocessing import Preprocessing
+from onefold.data.sampler import generator
+from onefold.data.transforms import Augment
 from onefold.errors import BadArgument, BadData
 
 _AHEAD = 2  # batches being made while one is used

@@ -21,7 +21,7 @@ from pathlib import Path
 from onefold.data.decode import SUFFIXES, printable
 from onefold.data.remote import Blob, BlobFile
 from onefold.errors import BadData, NotWritable
-from onefold.files import write_text
+from onefold.storage import write_text
 
 BUFFER_BYTES = 4 << 20
 _LABELS = (".cls", ".json")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.window import Box, Cut, Window
+from onefold.data.crop import Box, Cut, Window
 
 ORIENTATION = 0x0112
 TRANSPOSE = {

@@ -21,8 +21,8 @@ from onefold.errors import BadArgument
 from onefold.models import mobileformer as _former
 from onefold.models import mobilenetv1 as _v1
 from onefold.models import mobileone as _one
-from onefold.models.cost import Cost as Cost
-from onefold.models.cost import cost as cost
+from onefold.models.flops import Cost as Cost
+from onefold.models.flops import cost as cost
 from onefold.models.parts import Classifier as Classifier
 from onefold.models.parts import FeatureNet as FeatureNet
 from onefold.reparam import quickest, set_route_

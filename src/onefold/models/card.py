@@ -25,8 +25,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.files import replacing
-from onefold.models.containers import Contents, read
+from onefold.models.safe_load import Contents, read
+from onefold.storage import replacing
 
 FORMAT = "1"
 MANIFEST = "manifest.json"  # of a run's sealed folder, which vouches for whole files

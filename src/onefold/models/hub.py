@@ -17,14 +17,14 @@ from typing import Protocol
 from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.files import write_text
 from onefold.models.card import Card as Card
 from onefold.models.card import read_card as read_card
 from onefold.models.card import save_weights as save_weights
-from onefold.models.containers import read
 from onefold.models.find import CONFIG, FILE, HUB_ID, Found, classes_of, find, preprocessing_of, text_of
 from onefold.models.modelcard import config_of, page_of
+from onefold.models.safe_load import read
 from onefold.models.weights import HEAD, Weights, fit_, seems, understand
+from onefold.storage import write_text
 
 
 def load_model(

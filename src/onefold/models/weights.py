@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from onefold.errors import BadCheckpoint
 from onefold.models.card import Card, verified
-from onefold.models.containers import Contents
 from onefold.models.layouts import LAYOUTS, Layout, detect
+from onefold.models.safe_load import Contents
 from onefold.reparam import fuse, leftovers
 
 logger = logging.getLogger("onefold")

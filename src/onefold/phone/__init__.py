@@ -8,12 +8,12 @@ rounds.py     artifacts and programs on the phone, run in interleaved rounds
 
 from onefold.phone.adb import Adb as Adb
 from onefold.phone.adb import connect as connect
-from onefold.phone.facts import Condition as Condition
-from onefold.phone.facts import Phone as Phone
-from onefold.phone.facts import look as look
+from onefold.phone.benchmark import Load as Load
+from onefold.phone.benchmark import Plan as Plan
+from onefold.phone.benchmark import measure_on as measure_on
+from onefold.phone.device import Condition as Condition
+from onefold.phone.device import Phone as Phone
+from onefold.phone.device import look as look
 from onefold.phone.programs import PROGRAMS as PROGRAMS
 from onefold.phone.programs import Program as Program
 from onefold.phone.programs import program_of as program_of
-from onefold.phone.rounds import Load as Load
-from onefold.phone.rounds import Plan as Plan
-from onefold.phone.rounds import measure_on as measure_on

@@ -15,17 +15,17 @@ method.py       how, as a value; what each layer lost
 quantize.py     the verb
 """
 
-from onefold.quantize.aware import calibrated as calibrated
-from onefold.quantize.aware import is_aware as is_aware
-from onefold.quantize.aware import make_aware_ as make_aware_
-from onefold.quantize.aware import plain_ as plain_
-from onefold.quantize.choosing import choose as choose
-from onefold.quantize.choosing import spared as spared
+from onefold.quantize.integer import WholeNumbers as WholeNumbers
 from onefold.quantize.method import PLAIN as PLAIN
 from onefold.quantize.method import LayerReport as LayerReport
 from onefold.quantize.method import Method as Method
+from onefold.quantize.qat import calibrated as calibrated
+from onefold.quantize.qat import is_aware as is_aware
+from onefold.quantize.qat import make_aware_ as make_aware_
+from onefold.quantize.qat import plain_ as plain_
 from onefold.quantize.quantize import Quantized as Quantized
 from onefold.quantize.quantize import quantize as quantize
+from onefold.quantize.search import choose as choose
+from onefold.quantize.search import spared as spared
 from onefold.quantize.settled import Grids as Grids
 from onefold.quantize.settled import ship as ship
-from onefold.quantize.whole import WholeNumbers as WholeNumbers

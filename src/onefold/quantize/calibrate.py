@@ -17,9 +17,9 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.graph import Layer, layers, padded, parameter, points
-from onefold.quantize.grid import Grid, choose, weight_scales
 from onefold.quantize.method import LayerReport, Method
 from onefold.quantize.powers import power_near, revalue_, short, short_grid
+from onefold.quantize.qparams import Grid, choose, weight_scales
 from onefold.quantize.rounding import by_moments, moments_of, nearest
 from onefold.quantize.walk import valued
 

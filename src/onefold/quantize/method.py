@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from onefold.quantize.grid import Ranges
+from onefold.quantize.qparams import Ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from onefold.quantize.equalize import joined, scaled_inputs
 from onefold.quantize.graph import CLAMPS, aten, bounds_of, layers, parameter, put
-from onefold.quantize.grid import Grid, Ranges
+from onefold.quantize.qparams import Grid, Ranges
 from onefold.quantize.walk import ranges_of
 
 _DIGITS = 6  # of a weight's step: with sums below 2^18 products have the 24 that float32 holds

@@ -9,11 +9,11 @@ from torch.fx import GraphModule
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import calibrate
+from onefold.quantize.convert import build_
 from onefold.quantize.equalize import equalize_
 from onefold.quantize.graph import trace
+from onefold.quantize.integer import WholeNumbers
 from onefold.quantize.method import LayerReport, Method
-from onefold.quantize.network import build_
-from onefold.quantize.whole import WholeNumbers
 
 BATCH = 16
 _METHOD = Method()

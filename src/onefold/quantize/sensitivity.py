@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.quantize.calibrate import Calibration, Kernel
 from onefold.quantize.graph import Layer, layers
-from onefold.quantize.grid import Grid
+from onefold.quantize.qparams import Grid
 
 
 @torch.no_grad()

@@ -16,13 +16,13 @@ from torch.fx import Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import Calibration, Kernel, settle
+from onefold.quantize.convert import build_
 from onefold.quantize.graph import Layer, layers, padded, parameter, points, trace
-from onefold.quantize.grid import HIGHEST, LOWEST, Grid, weight_scales
+from onefold.quantize.integer import WholeNumbers
 from onefold.quantize.method import Method
-from onefold.quantize.network import build_
 from onefold.quantize.powers import short
+from onefold.quantize.qparams import HIGHEST, LOWEST, Grid, weight_scales
 from onefold.quantize.rounding import nearest
-from onefold.quantize.whole import WholeNumbers
 
 
 @dataclass(frozen=True, kw_only=True)

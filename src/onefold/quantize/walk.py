@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from onefold.quantize.graph import parameter
-from onefold.quantize.grid import Grid, Ranges, choose
+from onefold.quantize.qparams import Grid, Ranges, choose
 
 
 @torch.no_grad()

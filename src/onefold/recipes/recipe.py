@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from onefold.config import Within, check, from_dict, to_dict
 from onefold.data import (
     Augment,
     AutoAugment,
@@ -25,10 +26,9 @@ from onefold.data import (
     Resize,
     Stage,
 )
-from onefold.data.augment import at_size as steps_at_size
+from onefold.data.transforms import at_size as steps_at_size
 from onefold.errors import BadArgument
 from onefold.train import Cosine, Epochs, Plan
-from onefold.train.values import Within, check, from_dict, to_dict
 
 Sized = RandomResizedCrop | Resize | CentreCrop
 Step = Sized | HorizontalFlip | RandomAffine | RandomShift | ColorJitter | AutoAugment | RandAugment

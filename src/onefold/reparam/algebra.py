@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.passes import Moments
+from onefold.reparam.kernels.backend import Moments
 from onefold.reparam.linear import track_
 from onefold.reparam.unit import Unit
 

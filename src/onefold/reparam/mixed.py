@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onefold.reparam.kernels import build, cpu
-from onefold.reparam.kernels.passes import Act
+from onefold.reparam.kernels.backend import Act
 from onefold.reparam.linear import track_
 from onefold.reparam.unit import Unit
 

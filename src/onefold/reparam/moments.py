@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onefold.reparam import algebra
-from onefold.reparam.kernels import algebra as compiled
+from onefold.reparam.kernels import cpu_algebra as compiled
 from onefold.reparam.kernels import passes_for
-from onefold.reparam.kernels.passes import Act, Moments
+from onefold.reparam.kernels.backend import Act, Moments
 from onefold.reparam.unit import Unit
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.count import costs
-from onefold.reparam.kernels.passes import Act
+from onefold.reparam.kernels.backend import Act
 from onefold.reparam.linear import Chain, Route, Sum, each, fold, width
 from onefold.reparam.mixed import mix
 from onefold.reparam.mixed import supports as mix_supports

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onefold.report.canvas import GRID, INK, MUTED, Words, canvas, finished, series
+from onefold.report.format import many, percent
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, plain, table
-from onefold.report.inputs import Run
+from onefold.report.load import Run
 from onefold.report.predictions import BINS, Mistake, Predictions
-from onefold.report.words import many, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from typing import Any
 
 from onefold.bench import Comparison, Machine, Measurement, Ratio, pooled
 from onefold.errors import BadArgument
-from onefold.report.groups import Group, grouped, label, subject_key
+from onefold.report.aggregate import Group, grouped, label, subject_key
 from onefold.report.html import plain
-from onefold.report.inputs import Inputs
+from onefold.report.load import Inputs
 
 _WHAT = ("model", "runtime", "precision")
 

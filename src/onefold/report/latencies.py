@@ -8,13 +8,13 @@ from itertools import groupby
 
 from onefold.bench import Comparison, Machine
 from onefold.report import figures
+from onefold.report.aggregate import Group, label
 from onefold.report.canvas import Words
 from onefold.report.evidence import Evidence, Pair
 from onefold.report.figures import Contest, Row
-from onefold.report.groups import Group, label
+from onefold.report.format import digits, joules, latency, many, percent, share, size
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, paragraph, plain, table
-from onefold.report.tradeoff import tradeoffs, unknown
-from onefold.report.words import digits, joules, latency, many, percent, share, size
+from onefold.report.pareto import tradeoffs, unknown
 
 _MOST_ROWS = 12
 UNFUSED = classed("span", "tag alarm", "UNFUSED")

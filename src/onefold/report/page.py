@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onefold.errors import BadData
-from onefold.files import write_text
 from onefold.report.answers import answers, looked_at
 from onefold.report.evidence import Evidence, evidence
 from onefold.report.html import Markup, classed, element, joined
-from onefold.report.inputs import Run, gather
 from onefold.report.latencies import latencies
+from onefold.report.load import Run, gather
 from onefold.report.provenance import again, artifacts, machines, procedure
 from onefold.report.style import STYLE
 from onefold.report.summary import lead, tiles, title, warnings
 from onefold.report.training import training
+from onefold.storage import write_text
 
 # No script, no font, nothing from elsewhere, whatever a name in the inputs may hold; pictures lie in the page itself.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

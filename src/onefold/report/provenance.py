@@ -7,10 +7,10 @@ from typing import Any
 
 from onefold.bench import Machine, Measurement, Procedure
 from onefold.report.evidence import Evidence
+from onefold.report.format import many, percent, scientific, share, size
 from onefold.report.html import Column, Markup, bullets, element, facts, joined, paragraph, plain, table
-from onefold.report.inputs import Export, Inputs, number
 from onefold.report.latencies import tag
-from onefold.report.words import many, percent, scientific, share, size
+from onefold.report.load import Export, Inputs, number
 
 _TERMS = (
     ("fused", "every group of branches was folded into one convolution, as the network is meant to be used"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from onefold.report.aggregate import Group
 from onefold.report.evidence import Evidence, Pair
-from onefold.report.groups import Group
+from onefold.report.format import digits, latency, listed, many, percent, scientific
 from onefold.report.html import Markup, bullets, classed, element, joined, plain
-from onefold.report.inputs import Export, number
+from onefold.report.load import Export, number
 from onefold.report.training import verdict
-from onefold.report.words import digits, latency, listed, many, percent, scientific
 
 
 def title(evidence: Evidence) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from onefold.report import figures
 from onefold.report.canvas import SERIES, Words
 from onefold.report.figures import Line
+from onefold.report.format import digits, many, percent
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, table
-from onefold.report.inputs import Run
-from onefold.report.words import digits, many, percent
+from onefold.report.load import Run
 
 _MOST_CURVES = SERIES
 

@@ -1,5 +1,7 @@
 """Training: a Plan, batches and a network in; a run folder with checkpoints, a log and the best weights out."""
 
+from onefold.config import Epochs as Epochs
+from onefold.config import Steps as Steps
 from onefold.train.checkpoint import Checkpoint as Checkpoint
 from onefold.train.checkpoint import Position as Position
 from onefold.train.distill import Distill as Distill
@@ -13,10 +15,10 @@ from onefold.train.evaluate import accuracy as accuracy
 from onefold.train.folder import RunFolder as RunFolder
 from onefold.train.freeze import NORMS as NORMS
 from onefold.train.freeze import frozen_parts as frozen_parts
-from onefold.train.listeners import listening as listening
-from onefold.train.logical import Batches as Batches
-from onefold.train.logical import of_workers as of_workers
-from onefold.train.logical import own_workers as own_workers
+from onefold.train.loggers import listening as listening
+from onefold.train.logical_workers import Batches as Batches
+from onefold.train.logical_workers import of_workers as of_workers
+from onefold.train.logical_workers import own_workers as own_workers
 from onefold.train.loop import Run as Run
 from onefold.train.loop import train as train
 from onefold.train.loss import cross_entropy as cross_entropy
@@ -33,6 +35,4 @@ from onefold.train.plan import RMSprop as RMSprop
 from onefold.train.plan import WeightDecay as WeightDecay
 from onefold.train.probe import fit_linear as fit_linear
 from onefold.train.progress import Progress as Progress
-from onefold.train.randomness import seed_everything as seed_everything
-from onefold.train.values import Epochs as Epochs
-from onefold.train.values import Steps as Steps
+from onefold.train.rng import seed_everything as seed_everything

@@ -33,7 +33,7 @@ from torch import Tensor
 from onefold.errors import BadArgument, BadCheckpoint, NotWritable
 from onefold.train.folder import RunFolder, keep_previous, seal, unseal
 from onefold.train.plan import Plan
-from onefold.train.randomness import RandomState
+from onefold.train.rng import RandomState
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onefold.train.values import Within, check
+from onefold.config import Within, check
 
 
 class Teacher(Protocol):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy
-from onefold.files import replacing
+from onefold.storage import replacing
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -20,11 +20,11 @@ from onefold.train.checkpoint import Checkpoint, restore_last, save_best
 from onefold.train.distill import Teacher
 from onefold.train.distributed import World
 from onefold.train.folder import RunFolder
-from onefold.train.logical import Batch, Batches, own_workers
+from onefold.train.logical_workers import Batch, Batches, own_workers
 from onefold.train.plan import Plan
 from onefold.train.progress import Pace, Progress, memory_in_use
-from onefold.train.randomness import apart, seed_everything
-from onefold.train.state import State, snapshot
+from onefold.train.rng import apart, seed_everything
+from onefold.train.step import State, snapshot
 from onefold.train.stopping import Interrupted, StopSignals
 from onefold.train.writing import Writer
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from onefold.config import Duration, Epochs, Steps, Within, check, from_dict, to_dict
 from onefold.errors import BadArgument
 from onefold.train.distill import Distill
-from onefold.train.values import Duration, Epochs, Steps, Within, check, from_dict, to_dict
 
 Rate = Annotated[float, Within(0.0, 1000.0)]
 Share = Annotated[float, Within(0.0, 1.0)]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from onefold.reparam.kernels.backend import Act, Geometry, Moments
 from onefold.reparam.kernels.build import library
 from onefold.reparam.kernels.memory import new_map
-from onefold.reparam.kernels.passes import Act, Geometry, Moments
 
 MAPS = 8  # in a `mix`
 SIZES = (1, 3, 5, 7)  # of depthwise kernels

@@ -1,0 +1,7 @@
+"""`python -m onefold.cli VERB ...` is `onefold VERB ...`."""
+
+import sys
+
+from onefold.cli import main
+
+sys.exit(main())

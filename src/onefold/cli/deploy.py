@@ -1,0 +1,72 @@
+"""The verb that makes everything for devices, and what it shares with `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from onefold.cli import display
+from onefold.cli.options import Name, Size, Source, Threads
+from onefold.errors import BadArgument
+from onefold.runtimes import RUNTIMES
+
+if TYPE_CHECKING:
+    from onefold.quantize import Method
+
+
+def deploy(
+    source: Source,
+    data: Annotated[str, Option("--data", "--data-dir", help="photos that it will meet: to calibrate int8, to score")],
+    out: Annotated[Path, Option("--out", "-o", help="the folder to make")] = Path("deploy"),
+    to: Annotated[str, Option(help="runtimes, by comma")] = "onnx",
+    int8: Annotated[bool, Option("--int8", help="8 bits too, where the runtime has them")] = False,
+    half: Annotated[bool, Option("--half", help="16 bits too (fp16 or bf16), where the runtime has them")] = False,
+    val: Annotated[str | None, Option(help="labelled photos to score on, if not those held out of --data")] = None,
+    max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that may be lost before it fails")] = 1.0,
+    calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
+    weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
+    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
+    keep: Annotated[int, Option(min=0, help="layers to leave in 32 bits: those whose 8 bits cost most")] = 0,
+    samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
+    threads: Threads = 1,
+    model: Name = None,
+    img_size: Size = None,
+) -> None:
+    """Everything for devices in one folder: artifacts, verified, scored and timed; a README, a model card, a report.
+
+    How int8 is calibrated is chosen by measured accuracy on --data. Exit status 1 where an artifact loses more than
+    --max-drop points of top-1; without labels, per cent of the answers.
+    """
+    from onefold.bench import Procedure
+    from onefold.commands import Calibration, Deployment
+    from onefold.commands import deploy as run
+
+    method = method_of(weight_bits, per_tensor=per_tensor)
+    order = Deployment(
+        runtimes=names_of(to),
+        precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
+        calibration=Calibration(data=data, count=calibrate, method=method, search=True, keep=keep),
+        val=val,
+        max_drop=max_drop,
+        size=img_size,
+        procedure=Procedure(samples=samples, threads=threads),
+    )
+    typer.echo(f"wrote {run(source, out, order, name=model, say=display.say).folder}")
+
+
+def names_of(to: str) -> list[str]:
+    """The runtimes of a list by comma. Raises BadArgument where there is none."""
+    names = [name.strip() for name in to.split(",") if name.strip()]
+    if not names:
+        raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
+    return names
+
+
+def method_of(weight_bits: int, *, per_tensor: bool) -> Method:
+    """How an 8-bit network is made, as the options say."""
+    from onefold import quantize
+
+    return quantize.Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)

@@ -1,0 +1,236 @@
+"""How results look in a terminal: tables and answers on stdout, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from onefold.commands import Fused, Outcome, Prediction, Row, Scored
+    from onefold.recipes import Recipe
+    from onefold.runtimes import Artifact
+    from onefold.train import Progress
+
+T = TypeVar("T")
+OnProgress = Callable[["Progress"], None]
+
+
+def say(text: str) -> None:
+    """A line for a person; it never fails on a name that the terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def emit_json(values: Iterable[Any]) -> None:
+    """One JSON object a line."""
+    for value in values:
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        print(json.dumps(plain, default=str), flush=True)
+
+
+# ------------------------------------------------------------------------------------------ progress
+
+
+def track(items: Iterable[T], what: str) -> Iterator[T]:
+    """The items, with a spinner on stderr while they come, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield from items
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def training() -> Iterator[OnProgress]:
+    """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere; both on stderr."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(None), bars.TextColumn("{task.fields[now]}"))
+    live = sys.stderr.isatty() and not os.environ.get("NO_PROGRESS")
+    bar = bars.Progress(*columns, console=Console(stderr=True, highlight=False), disable=not live, expand=True)
+    tasks: list[Any] = []
+
+    def on_progress(at: Progress) -> None:
+        epoch, now = f"epoch {at.epoch}/{at.epochs}", state_of(at)
+        if live:
+            if not tasks:
+                tasks.append(bar.add_task(epoch, total=at.epochs * at.steps, now=now))
+            bar.update(tasks[0], completed=at.total, now=now, description=epoch)
+        if at.is_evaluation:
+            line = f"{epoch}  {now}"
+            bar.console.print(line) if live else print(line, file=sys.stderr, flush=True)
+
+    with bar:
+        yield on_progress
+
+
+def state_of(at: Progress) -> str:
+    """Loss, accuracy of the last evaluation, speed, memory and the time that is left, as far as they are known."""
+    told = [f"loss {at.loss:.3f}"]
+    if "top1" in at.metrics:
+        told.append(f"top-1 {at.metrics['top1']:.2f} %")
+    if math.isfinite(at.images_per_s):
+        told.append(f"{at.images_per_s:.0f} images/s")
+    if at.memory_bytes:
+        told.append(f"{at.memory_bytes / 2**20:.0f} MiB")
+    if math.isfinite(at.eta_s):
+        told.append(f"{timedelta(seconds=round(at.eta_s))} left")
+    return "  ".join(told)
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as their cells: the first to the left, numbers to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if i == 0 or not _is_numeric(lines[1:], i) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        say("  ".join(cells).rstrip())
+
+
+def _is_numeric(lines: Sequence[Sequence[str]], column: int) -> bool:
+    return all(line[column][:1] in "0123456789-+" for line in lines)
+
+
+def model_table(rows: Iterable[Row]) -> None:
+    """The catalogue, one network a line; counts are exact."""
+    head = ["model", "size", "params", "folded", "MACs", "folded", "top-1 %", "stated by"]
+    table(
+        head,
+        [
+            [
+                row.name,
+                str(row.size),
+                f"{row.train.params:,}",
+                f"{row.folded.params:,}",
+                f"{row.train.macs:,}",
+                f"{row.folded.macs:,}",
+                "-" if row.top1 is None else f"{row.top1:.1f}",
+                row.source or "-",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def recipe_table(recipes: Iterable[Recipe]) -> None:
+    """The recipes, one a line, with what they promise."""
+    table(
+        ["recipe", "model", "data", "epochs", "expected top-1 %"],
+        [[r.name, r.model, r.data.spec or "--data", str(r.plan.epochs), _expected(r)] for r in recipes],
+    )
+
+
+def _expected(recipe: Recipe) -> str:
+    if recipe.expect is None:
+        return "-"
+    return f"{recipe.expect.top1:.1f} ({recipe.expect.source})"
+
+
+def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
+    """The complete recipe, each field under the name by which it can be changed; beside a progress, on stderr."""
+    for path, value in _fields(chosen.to_dict()):
+        print(f"  {path:32} {value}", file=to or sys.stderr)
+
+
+def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            yield from _fields(value, f"{path}.{key}" if path else key)
+    elif isinstance(plain, list) and plain and isinstance(plain[0], dict):
+        for number, value in enumerate(plain):
+            yield from _fields(value, f"{path}.{number}")
+    else:
+        yield path, json.dumps(plain)
+
+
+def artifacts(made: Sequence[Artifact]) -> None:
+    """What was exported, with the proof of it."""
+    for artifact in made:
+        fused = "" if artifact.fused else "   NOT FUSED"
+        fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
+        size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
+        say(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
+
+
+def _parity(artifact: Artifact) -> str:
+    """How the runtime's answer compared with PyTorch's."""
+    found = artifact.parity
+    if found is None:
+        return "not run where it was made: the first load where it runs checks its answer"
+    return f"parity {found.difference:.1e}, top-1 equal on {100 * found.top1_agreement:.0f} %"
+
+
+# ------------------------------------------------------------------------------------------ outcomes
+
+
+def trained(outcome: Outcome) -> None:
+    """Where the best weights are, and how they score."""
+    say(
+        f"best top-1 {outcome.top1:.2f} % (epoch {outcome.epoch}), the fused averaged network on {outcome.count} images"
+    )
+    say(f"weights: {outcome.weights}")
+
+
+def fused(made: Fused) -> None:
+    """What folding changed, and the proof that the answer is not among it."""
+    before, after = made.before, made.after
+    say(f"{made.path}: drift {made.drift:.1e}")
+    say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
+
+
+def scores(title: str, found: Sequence[Scored], *, as_json: bool) -> None:
+    """Top-1, top-5, calibration error and loss of each part of an examination, then what sums them up."""
+    for each in found:
+        score = each.score
+        if as_json:
+            plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.more}
+            emit_json([{key: value if _is_known(value) else None for key, value in plain.items()}])
+            continue
+        rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}, ECE {score.ece:.2f} %"
+        say(f"{title} on {each.data}: {rates}, {score.count} images")
+        for name, value in each.more.items():
+            say(f"  {name} {value:.2f}")
+
+
+def _is_known(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def prediction(answer: Prediction, *, as_json: bool) -> None:
+    """One image: its likeliest classes, or on stderr why it was not read."""
+    path = str(answer.path).encode("utf-8", "backslashreplace").decode()
+    if as_json:
+        best = [{"index": index, "class": name, "probability": share} for index, name, share in answer.best]
+        emit_json([{"file": path, "predictions": best, "problem": answer.problem}])
+    elif answer.problem is not None:
+        print(f"unread: {answer.problem}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    else:
+        say(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for _, name, share in answer.best))

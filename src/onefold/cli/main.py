@@ -1,0 +1,280 @@
+"""The command line: `onefold VERB ...`. Argument parsing and printing, nothing else; a verb is a stage.
+
+torch is imported by the verbs that need it, so that `onefold --help` answers at once. Exit status: see `errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from onefold.cli import deploy as deploying
+from onefold.cli import display, exits
+from onefold.cli import measure as measuring
+from onefold.cli import phone as phones
+from onefold.cli.deploy import method_of, names_of
+from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads
+from onefold.errors import BadArgument, BadData
+from onefold.launch import is_worker, launch
+from onefold.runtimes import RUNTIMES
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+_WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"onefold {version_of('onefold')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, Option("--version", help="print the version and stop", is_eager=True, callback=_version)
+    ] = False,
+    debug: Annotated[bool, Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Mobile vision backbones, trained wide and deployed thin: train, fuse, export, measure, report, use.
+
+    A first look: `onefold demo`. Every verb explains itself: `onefold VERB --help`.
+    """
+    if debug:
+        os.environ["ONEFOLD_DEBUG"] = "1"
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, Argument(help='a name or pattern, such as "mobileone*"')] = "*",
+    img_size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the networks: parameters and multiply-adds before and after folding, and the paper's accuracy."""
+    from onefold.commands import table
+
+    rows = display.track(table(pattern, img_size), "counting")
+    display.emit_json(rows) if as_json else display.model_table(rows)
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, Option(help="family:recipe; `onefold train --list` shows all")] = "photos:scratch",
+    data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
+    model: Annotated[str | None, Option(help="another network than the recipe's")] = None,
+    weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
+    start: Annotated[
+        str | None, Option(help="plain, skips, or expanded: give fused weights their branches back")
+    ] = None,
+    head: Annotated[str | None, Option(help="of the weights: kept, fresh, or a probe that is fitted at once")] = None,
+    teacher: Annotated[str | None, Option(help="short for --plan.distill.teacher: a run, weights, timm:NAME")] = None,
+    out: Annotated[Path | None, Option("--out", "--output", help="the run folder; by default runs/<recipe>")] = None,
+    resume: Annotated[Path | None, Option(help="go on with the run in this folder")] = None,
+    img_size: Size = None,
+    epochs: Annotated[int | None, Option(help="another length, the warm-up in proportion")] = None,
+    int8: Annotated[bool, Option("--int8", help="train as the network of 8 bits that will ship")] = False,
+    batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
+    scale_to_batch: Annotated[
+        int | None, Option(help="this batch size, lr and EMA scaled to it by stated rules")
+    ] = None,
+    lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
+    seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
+    log_to: Annotated[str, Option(help="services that hear of it beside TensorBoard: wandb, trackio")] = "",
+    no_check: Annotated[bool, Option("--no-check", help="train without a first look at the data")] = False,
+    processes: Annotated[int, Option(min=1, max=1024, help="processes on this machine that train together")] = 1,
+    max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are replaced")] = 3,
+    list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
+    show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
+) -> None:
+    """Train a network by a recipe. Any field of the recipe can be changed: --plan.epochs 5, --data.seed 1 ...
+
+    The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
+    data/val/<class>/, or data/<class>/, which is then split by a stated seed.
+    """
+    from onefold.commands import Watch, resume_run, start_run
+    from onefold.recipes import recipe_for, recipes
+    from onefold.train import import_ahead
+
+    if list_recipes:
+        display.recipe_table(recipes())
+        return
+    if processes > 1 and not is_worker():
+        import_ahead()
+        raise typer.Exit(launch(lambda: main(context.obj), processes, max_restarts))
+    short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
+    given = {"data.spec": data, "model": model, "weights": weights, "start": start, "head": head, **short}
+    given["plan.distill.teacher"] = teacher
+    changes = {field: str(value) for field, value in given.items() if value is not None}
+    changes |= ({"int8": "{}"} if int8 else {}) | _dotted(context.args)
+    if show:
+        chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+        display.recipe(chosen, to=sys.stdout)
+        return
+    services = tuple(name.strip() for name in log_to.split(",") if name.strip())
+    with display.training() as on_progress:
+        watch = Watch(on_progress=on_progress, on_start=display.recipe, log_to=services, check=not no_check)
+        if resume is not None:
+            if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
+                raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
+            outcome = resume_run(resume, watch=watch)
+        else:
+            chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            folder = out or Path("runs") / chosen.name.replace(":", "-")
+            outcome = start_run(chosen, folder, watch=watch)
+    display.trained(outcome)
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    data: Annotated[str | None, Option("--data", "--data-dir", help='labelled images, or "digits"')] = None,
+    model: Name = None,
+    classes: Classes = None,
+    img_size: Size = None,
+    batch_size: Batch = 32,
+    threads: Threads = 2,
+    results: Annotated[Path, Option(help="where to note the accuracy for `bench` and `report`")] = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Score a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
+
+    Without --data a run is scored on the validation images of its own recipe, and the answers are kept for `report`. A
+    folder that has val/ is scored on that; one of class folders, or with a labels.csv, on all of it. ImageNet-A, -R and
+    -Sketch are known by their folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
+    """
+    from onefold.commands import examine, named, note_accuracy, open_exam, open_predictor
+
+    exam = open_exam(source, data)
+    with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+        with display.waiting(f"scoring {exam.title}"):
+            found = examine(predictor, exam, batch_size=batch_size)
+        note_accuracy(predictor, exam.title, found[0].score.top1, results)
+        display.scores(predictor.title, found, as_json=as_json)
+
+
+@app.command()
+def predict(
+    source: Source,
+    images: Annotated[list[Path], Argument(help="photos, or folders of photos")],
+    model: Name = None,
+    classes: Classes = None,
+    img_size: Size = None,
+    top: Annotated[int, Option(min=1, help="classes to tell of each image")] = 5,
+    batch_size: Batch = 32,
+    threads: Threads = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in photos. Any format and orientation; one that cannot be read is told, and the rest go on."""
+    from onefold.commands import named, open_predictor
+    from onefold.commands import predict as answers
+    from onefold.data import find_images
+
+    paths = find_images(images)
+    unread = 0
+    with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+        for answer in answers(predictor, paths, top=top, batch_size=batch_size):
+            unread += answer.problem is not None
+            display.prediction(answer, as_json=as_json)
+    if unread:
+        raise BadData(f"{unread} of {len(paths)} images could not be read: they are named above")
+
+
+@app.command()
+def fuse(
+    source: Source,
+    out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
+    model: Name = None,
+    tolerance: Annotated[float, Option(min=0.0, help="the largest relative drift that passes")] = 1e-4,
+) -> None:
+    """Fold every multi-branch unit into one convolution, prove that the answer is the same, and save the result."""
+    from onefold.commands import fuse as fold
+
+    display.fused(fold(source, out, name=model, tolerance=tolerance))
+
+
+@app.command()
+def export(
+    source: Source,
+    out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
+    to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
+    precision: Annotated[
+        str, Option(help="fp32, fp16, bf16, or int8 with --data; the runtime says what it can")
+    ] = "fp32",
+    data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
+    calibrate: Annotated[int, Option(min=2, help="how many of them to take, evenly")] = 200,
+    weight_bits: Annotated[
+        int, Option(min=7, max=8, help="7 where 16-bit sums saturate: OpenVINO on x86 without VNNI")
+    ] = 8,
+    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
+    model: Name = None,
+    img_size: Size = None,
+    no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
+) -> None:
+    """Export to runtimes, fused, with classes, preprocessing and a proof of the answer inside."""
+    from onefold.commands import Calibration, Order
+    from onefold.commands import export as export_all
+
+    method = method_of(weight_bits, per_tensor=per_tensor)
+    calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
+    order = Order(runtimes=names_of(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
+    with display.waiting("exporting"):
+        artifacts = export_all(source, out, order, name=model)
+    display.artifacts(artifacts)
+
+
+for verb in (deploying.deploy, measuring.bench, measuring.limits, measuring.profile, phones.phone):
+    app.command()(verb)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path] | None, Argument(help="where runs, results and artifacts lie")] = None,
+    out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
+) -> None:
+    """Write one HTML page of all that was trained, exported and measured; it needs no network to be read."""
+    from onefold.commands import write_page
+
+    typer.echo(f"wrote {write_page(folders or [Path()], out)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, Option("--out", "-o", help="the folder for everything it makes")] = Path("demo"),
+    epochs: Annotated[int | None, Option(min=1, help="fewer for a glance, more for accuracy")] = None,
+) -> None:
+    """The main road on embedded data: train MobileOne-S0 on digits, fuse, export, check, time, report."""
+    from onefold.commands import demo as run
+
+    with display.training() as on_progress:
+        page = run(out, say=display.say, on_progress=on_progress, epochs=epochs)
+    typer.echo(f"\nThe report: {page}")
+
+
+def _dotted(arguments: Sequence[str]) -> dict[str, str]:
+    """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}; --mixing none, for a part as a whole."""
+    rest, changes = list(arguments), {}
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
+            raise BadArgument(f"no such option: {flag}; a recipe's field is changed like --plan.epochs 5")
+        if not equals:
+            if not rest:
+                raise BadArgument(f"{flag} needs a value: {flag} 5")
+            value = rest.pop(0)
+        changes[flag.removeprefix("--").replace("-", "_")] = value
+    return changes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))

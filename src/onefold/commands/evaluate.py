@@ -1,0 +1,119 @@
+"""Exams: what to score a network on - labelled images, a run's own validation, ImageNet's harder sisters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from onefold.commands.mistakes import keep_predictions
+from onefold.commands.open import Floats, Predictor
+from onefold.commands.predict import class_indices, evaluate
+from onefold.commands.train import RECIPE, validation_images
+from onefold.data import Source
+from onefold.data.folders import class_folders
+from onefold.data.imagenet import (
+    ALEXNET_ERRORS,
+    corruptions,
+    mean_corruption_error,
+    read_real_labels,
+    real_labels,
+    set_of,
+)
+from onefold.train import Accuracy
+from onefold.train.evaluate import together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Named parts to score on; `run` is the folder that the answers are kept in, where they are those of its recipe."""
+
+    title: str
+    folder: Path
+    parts: Mapping[str, Source]
+    run: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """How a part went; `more` has what only this kind of data has, in percent."""
+
+    data: str
+    score: Accuracy
+    more: Mapping[str, float] = field(default_factory=dict)
+
+
+def open_exam(source: str | Path, data: str | None) -> Exam:
+    """What `data` asks for: a set of images, or one of ImageNet-C's folders; without it the run's own validation."""
+    folder = Path(data or source)
+    if data is not None and folder.is_dir():
+        parts = {
+            f"{name} {level}": class_folders(path)
+            for name, levels in corruptions(folder).items()
+            for level, path in levels.items()
+        }
+        if parts:
+            return Exam(title=data, folder=folder, parts=parts)
+    images, label = validation_images(source, data)
+    is_own = data is None and (Path(source) / RECIPE).is_file()
+    return Exam(title=label, folder=folder, parts={label: images}, run=Path(source) if is_own else None)
+
+
+def examine(predictor: Predictor, exam: Exam, *, batch_size: int = 32) -> list[Scored]:
+    """Score every part; of several the first entry sums them up. A run's answers are kept in its folder."""
+    scored = [_scored(predictor, exam, name, batch_size) for name in exam.parts]
+    if exam.run:
+        (images,) = exam.parts.values()
+        keep_predictions(exam.run, predictor, images, scored[0].score, exam.title)
+    return [_summed(exam, scored), *scored] if len(scored) > 1 else scored
+
+
+def _scored(predictor: Predictor, exam: Exam, name: str, batch_size: int) -> Scored:
+    source = exam.parts[name]
+    kind = set_of(exam.folder, source.classes) if predictor.num_classes == 1000 else None
+    if kind in ("ImageNet-A", "ImageNet-R"):
+        score = evaluate(_among(predictor, source), source, batch_size=batch_size)
+        return Scored(data=f"{name} ({kind}, among its 200 classes)", score=score)
+    score = evaluate(predictor, source, batch_size=batch_size)
+    labels = real_labels(exam.folder) if kind == "ImageNet" else None
+    if labels is None:
+        return Scored(data=f"{name} ({kind})" if kind and len(exam.parts) == 1 else name, score=score)
+    real = read_real_labels(labels, [source.name(i) for i in range(len(source))])
+    right = [answer in given for answer, given in zip(score.judged.answers.tolist(), real, strict=True) if given]
+    return Scored(data=name, score=score, more={"ReaL top-1 %": 100 * float(np.mean(right)), "ReaL images": len(right)})
+
+
+def _among(predictor: Predictor, source: Source) -> Predictor:
+    """The predictor, choosing among the classes of the source alone."""
+    chosen = np.array(class_indices(predictor, source))
+    return replace(predictor, answer=_Columns(predictor, chosen), classes=source.classes, num_classes=len(chosen))
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    predictor: Predictor
+    chosen: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+    def __call__(self, images: Floats) -> Floats:
+        return self.predictor.answer(images)[:, self.chosen]
+
+    def close(self) -> None:
+        """The predictor closes what answers."""
+
+
+def _summed(exam: Exam, scored: Sequence[Scored]) -> Scored:
+    """All corruptions together: mean error over severities, then over corruptions; mCE where it is defined."""
+    errors: dict[str, list[float]] = {}
+    for each in scored:
+        errors.setdefault(each.data.rpartition(" ")[0], []).append(100 - each.score.top1)
+    means = {name: float(np.mean(levels)) for name, levels in errors.items()}
+    counted = {name: error for name, error in means.items() if name in ALEXNET_ERRORS} or means
+    more = {"mean error %": float(np.mean(list(counted.values())))}
+    whole = all(len(errors[name]) == 5 for name in counted)
+    mce = mean_corruption_error(means) if whole else None
+    if mce is not None:
+        more["mCE % (over AlexNet's errors)"] = mce
+    more |= {f"{name} error %": error for name, error in means.items()}
+    return Scored(data=exam.title, score=together([each.score for each in scored]), more=more)

@@ -1,0 +1,276 @@
+"""Opening whatever a user points at: a run, a file of weights, an id of the hub, an exported artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from onefold.commands.timm import is_foreign, open_foreign, stored_foreign
+from onefold.data import Preprocessing
+from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
+from onefold.models import cost
+from onefold.models.hub import Card, load_model
+from onefold.quantize import Grids, WholeNumbers, ship
+from onefold.reparam import drift, fuse, leftovers
+from onefold.runtimes import Artifact, load
+
+Floats = NDArray[np.float32]
+
+TOLERANCE = 1e-4
+"""The largest drift of a fused network in float32. Rounding gives 1e-6 to 1e-5 in a trained one, a wrong fold 1e-2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A torch network in eval mode and its card; `title` is what the user pointed at."""
+
+    model: nn.Module
+    card: Card
+    title: str
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether nothing foldable is left in it."""
+        return not leftovers(self.model)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images are prepared."""
+        return Preprocessing.from_dict(self.card.preprocessing)
+
+    def fused(self, tolerance: float = TOLERANCE) -> tuple[Network, float]:
+        """The fused network and its drift; raises GateFailed where the two do not give one answer."""
+        fused = fuse(self.model)
+        distance = drift(self.model, fused, self.noise())
+        if not distance <= tolerance:
+            raise GateFailed(
+                f"{self.title}: the fused network's answer is off by {distance:.2g}, and {tolerance:.2g} is allowed; "
+                "are the norms' running statistics sound?"
+            )
+        facts = {**self.card.to_dict(), "fused": True, "drift": distance}
+        return Network(model=fused, card=Card(**facts), title=self.title), distance
+
+    def eight_bit(self) -> WholeNumbers:
+        """The network of 8 bits that fused weights were trained as. Raises BadArgument where they were not."""
+        if self.card.int8 is None or not self.is_fused:
+            why = "was not trained as one of 8 bits" if self.card.int8 is None else "is not fused"
+            raise BadArgument(f"{self.title} {why}: give photos to calibrate it with (--data)")
+        size = self.preprocessing.size
+        return ship(self.model, Grids.from_dict(self.card.int8), (self.card.in_chans, size, size))
+
+    def at(self, size: int | None) -> Network:
+        """The network, told to be used on images of another size; None leaves it."""
+        if size is None or size == self.preprocessing.size:
+            return self
+        other = Preprocessing.from_dict({**self.preprocessing.to_dict(), "size": size})
+        return replace(self, card=replace(self.card, preprocessing=other.to_dict()))
+
+    def noise(self, count: int = 2) -> torch.Tensor:
+        """Made-up images (count, C, H, W) of the size it is used on, the same at each call."""
+        size = self.preprocessing.size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(count, self.card.in_chans, size, size, generator=generator)
+
+
+class Answers(Protocol):
+    """Images (B, C, H, W) float32 in, logits (B, N) float32 out."""
+
+    def __call__(self, images: Floats) -> Floats:
+        """The logits."""
+
+    def close(self) -> None:
+        """Give memory and threads back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Something that answers, with all that is needed to ask it and to understand it.
+
+    `facts` says what answers: model, runtime, precision, fused, ... as a measurement records it.
+    """
+
+    answer: Answers
+    classes: tuple[str, ...] | None
+    num_classes: int
+    preprocessing: Preprocessing
+    facts: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """One line for a table."""
+        drawn = " random weights" if self.facts.get("untrained") else ""
+        fused = "" if self.facts["fused"] else " UNFUSED"
+        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{drawn}{fused}"
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number where nobody named it."""
+        return self.classes[index] if self.classes is not None else str(index)
+
+    def close(self) -> None:
+        """Give a runtime's memory and threads back."""
+        self.answer.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def open_network(source: str | Path, *, name: str | None = None) -> Network:
+    """A torch network from a run folder (its best weights), a file of weights, an id of the hub, or `timm:NAME`."""
+    if is_foreign(source):
+        model, card = open_foreign(str(source))
+        return Network(model=model, card=card, title=str(source))
+    file = weights_file(source)
+    model, card = stored_foreign(Path(file)) or load_model(file, name=name)
+    return Network(model=model.eval(), card=card, title=str(source))
+
+
+def weights_file(source: str | Path) -> str | Path:
+    """The best weights of a run folder; any other source as it is. Raises BadArgument, BadCheckpoint."""
+    path = Path(source)
+    if is_artifact(path):
+        raise BadArgument(f"{source} is an exported artifact: give the weights that it was made from")
+    if not (path / "log.jsonl").is_file():
+        return source
+    best = path / "best" / "model.safetensors"
+    if not best.is_file():
+        raise BadCheckpoint(f"{source} is a run without best weights yet: let it finish an epoch")
+    return best
+
+
+def open_predictor(
+    source: str | Path, *, name: str | None = None, threads: int = 1, fused: bool = True, size: int | None = None
+) -> Predictor:
+    """Whatever is there, ready to answer; weights are fused first unless `fused` is false.
+
+    `size` asks a torch network for images of another size than its card says; an artifact's size is fixed.
+    """
+    if is_artifact(Path(source)):
+        return _of_artifact(Path(source), threads, size)
+    network = open_network(source, name=name)
+    if fused and not network.is_fused:
+        network, _ = network.fused()
+    return predictor_of(network.at(size), threads=threads)
+
+
+def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
+    """A torch network, ready to answer; one that was trained as a network of 8 bits answers as that, once fused."""
+    card, size = network.card, network.preprocessing.size
+    is_int8 = network.is_fused and card.int8 is not None
+    counted = cost(network.model, size)
+    facts = {
+        "model": card.model,
+        "runtime": "eager",
+        "precision": "int8" if is_int8 else "fp32",
+        "fused": network.is_fused,
+        "drift": card.drift,
+        "input_shape": (card.in_chans, size, size),
+        "params": counted.params,
+        "macs": counted.macs,
+        "source": Path(network.title).name,
+        **_drawn(card.untrained),
+    }
+    return Predictor(
+        answer=_Eager(network.eight_bit() if is_int8 else network.model, threads),
+        classes=card.classes,
+        num_classes=card.num_classes,
+        preprocessing=network.preprocessing,
+        facts=facts,
+    )
+
+
+def _drawn(untrained: bool) -> dict[str, object]:
+    """What every row says of weights that were drawn and never trained; nothing of others."""
+    return {"untrained": True} if untrained else {}
+
+
+def named(predictor: Predictor, classes: Path | None) -> Predictor:
+    """The predictor with class names from a file, one a line in the order of the logits."""
+    if classes is None:
+        return predictor
+    try:
+        names = tuple(classes.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadData(f"cannot read class names from {classes}: {error}") from error
+    if len(names) != predictor.num_classes:
+        raise BadData(
+            f"{classes} names {len(names)} classes, one a line; {predictor.title} has {predictor.num_classes}"
+        )
+    return Predictor(**{**vars(predictor), "classes": names})
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder claims to be an exported artifact (a sealed folder of weights has a manifest too)."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return path.is_dir() and (path / "reference.npz").is_file()
+    return isinstance(manifest, dict) and "runtime" in manifest
+
+
+def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
+    session = load(folder, threads=threads)
+    artifact = session.artifact
+    if size is not None and size != artifact.input_shape[1]:
+        raise BadArgument(f"{folder} takes images of {artifact.input_shape[1]} pixels: export again for {size}")
+    return Predictor(
+        answer=session,
+        classes=artifact.classes,
+        num_classes=artifact.num_classes,
+        preprocessing=Preprocessing.from_dict(artifact.preprocessing),
+        facts=facts_of(artifact),
+    )
+
+
+def facts_of(artifact: Artifact) -> dict[str, Any]:
+    """What a measurement of an artifact records of it."""
+    digests = {name: stored.sha256 for name, stored in artifact.files.items() if name.startswith("model.")}
+    return {
+        "model": artifact.model,
+        "runtime": artifact.runtime,
+        "precision": artifact.precision,
+        "fused": artifact.fused,
+        "drift": artifact.drift,
+        "input_shape": artifact.input_shape,
+        "num_bytes": artifact.num_bytes,
+        "sha256": digests[min(digests)],
+        "source": artifact.folder.name,
+        **_cost_of(artifact.details),
+        **_drawn(artifact.details.get("untrained") is True),
+    }
+
+
+def _cost_of(details: Mapping[str, object]) -> dict[str, int]:
+    """Parameters and multiply-adds for one image, where the manifest tells them: older ones do not."""
+    told = details.get("cost")
+    known = told if isinstance(told, dict) else {}
+    return {key: known[key] for key in ("params", "macs") if type(known.get(key)) is int and known[key] > 0}
+
+
+@dataclass(frozen=True, eq=False)
+class _Eager:
+    """A torch network behind numpy's face; the number of threads is the process's, set at each call."""
+
+    model: nn.Module
+    threads: int
+
+    def __call__(self, images: Floats) -> Floats:
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            logits: Floats = self.model(torch.from_numpy(images)).numpy()
+        return logits
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,122 @@
+"""fused -> a network of 8 bits, calibrated on the user's own photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from onefold.commands.open import Floats, Network
+from onefold.data import Preprocessing, Source, decode, find_images, open_source
+from onefold.data.folders import Files
+from onefold.errors import BadArgument, BadData
+from onefold.quantize import PLAIN, Grids, Method, Quantized, choose, quantize, spared
+
+_FEWEST_TO_SEARCH = 8
+_HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What an 8-bit network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
+
+    With `search` the method is only where a search by measured answers begins; `keep` layers, those that cost most,
+    stay in floating point.
+    """
+
+    data: str
+    count: int = 200
+    method: Method = field(default_factory=Method)
+    search: bool = False
+    keep: int = 0
+
+
+def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Quantized:
+    """The network of 8 bits: calibrated, or without an order as it was trained.
+
+    Raises BadData where there are too few photos, BadArgument where it is not fused, or was not trained so.
+    """
+    if order is None:
+        return _as_trained(network)
+    if not network.is_fused:
+        raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
+    images, method = _images(order, network.preprocessing), order.method
+    if order.keep:
+        method = spared(network.model, images, method, order.keep)
+    if order.search and len(images) >= _FEWEST_TO_SEARCH:
+        return choose(network.model, images, method, say or (lambda _: None))
+    return quantize(network.model, images, method)
+
+
+def told(made: Quantized) -> dict[str, object]:
+    """What an artifact's manifest says of its quantization; the noise of each layer in decibels."""
+    layers = {
+        each.name: {"output_db": round(each.output_db, 2), "weight_db": round(each.weight_db, 2)}
+        for each in made.layers
+        if each.quantized
+    }
+    return {
+        "quantization": {
+            "method": made.method.title if made.images else f"trained, per {made.method.weights}",
+            "activations": "int8, asymmetric, one grid a tensor",
+            "weights": f"int8, symmetric, one scale a {made.method.weights}, up to {made.method.limit}",
+            "calibrated_on": made.images,
+            "layers": layers,
+        }
+    }
+
+
+def _as_trained(network: Network) -> Quantized:
+    whole = network.eight_bit()
+    grids = Grids.from_dict(network.card.int8 or {})
+    method = replace(PLAIN, weights=grids.weights, limit=grids.limit, keep=grids.keep)
+    return Quantized(model=whole, method=method, layers=(), images=0)
+
+
+def _images(order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
+    """The photos (B, C, H, W), chosen evenly; what cannot be read is passed over."""
+    if order.count < 2:
+        raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
+    read = list(_read(order, preprocessing))
+    if len(read) < 2:
+        raise BadData(f"{order.data} has {len(read)} photos that can be read: calibration needs 2, better 200")
+    return torch.from_numpy(np.stack(read))
+
+
+def _read(order: Calibration, preprocessing: Preprocessing) -> Iterator[Floats]:
+    count, read = _photos(order.data)
+    for index in _spread(count, order.count):
+        try:
+            yield preprocessing(read(index))
+        except BadData:
+            continue
+
+
+def _photos(data: str) -> tuple[int, Callable[[int], Image.Image]]:
+    """How many there are, and how to read one: the training part where the photos have classes, else all of them."""
+    try:
+        source = open_source(data, "train", seed=0, val_fraction=_HELD_OUT)
+    except BadData:
+        paths = find_images([data])
+        return len(paths), lambda i: decode(paths[i])
+    return len(source), source.image
+
+
+def held_out(data: str) -> Source:
+    """The labelled photos that calibration does not see. Raises BadData where there are none."""
+    return open_source(data, "val", seed=0, val_fraction=_HELD_OUT)
+
+
+def unlabelled(data: str) -> Source:
+    """All photos of a folder at any depth, as if of one class. Raises BadData where there are none."""
+    names = [str(path.relative_to(data)) for path in find_images([data])]
+    return Files(root=Path(data), names=names, labels=[0] * len(names), classes=("photos",))
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """`count` of the indices below `length`, evenly; all where there are fewer."""
+    return [i * length // count for i in range(count)] if length > count else list(range(length))

@@ -1,0 +1,234 @@
+"""timm's networks, opened as ours are: to teach, and to be fused, exported and measured beside them.
+
+    timm:NAME         weights drawn anew, always the same: for latencies, which do not depend on their values
+    timm:NAME@FILE    the weights of a file
+
+Drawn weights have an unknown accuracy, and everything made of them says so. Their norms are given the statistics of
+made-up images: as timm draws them, the answers of some networks are near 1e14 and those of others do not depend on the
+image, and then nothing could be proved by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from onefold.data import Preprocessing
+from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
+from onefold.models.card import Card, verified, write_weights
+from onefold.models.safe_load import read
+from onefold.reparam import fuse
+from onefold.runtimes.reference import make_images
+
+PREFIX = "timm:"
+_IMAGES_TO_SETTLE = 8
+_HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A network of timm in eval mode, how its images are prepared, and where it is from.
+
+    `fixed_size` is the side of its images where it takes no other.
+    """
+
+    model: nn.Module
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    num_classes: int
+    fixed_size: int | None
+    licence: str
+    version: str
+
+    def card(self, file: Path | None) -> Card:
+        """What it is, in our own words; `file` is where its weights are from, None where they were drawn."""
+        drawn = file is None
+        return Card(
+            model=PREFIX + self.name,
+            num_classes=self.num_classes,
+            in_chans=self.preprocessing.channels,
+            classes=None if drawn else self.classes,
+            preprocessing=self.preprocessing.to_dict(),
+            untrained=drawn,
+            licence="Apache-2.0 (timm's code; the weights are drawn)" if drawn else self.licence,
+            source=f"timm {self.version}, {'weights drawn at random: accuracy unknown' if drawn else f'from {file}'}",
+        )
+
+
+def is_foreign(source: str | Path) -> bool:
+    """Whether a source names a network of timm."""
+    return str(source).startswith(PREFIX)
+
+
+def open_foreign(spec: str) -> tuple[nn.Module, Card]:
+    """`timm:NAME` or `timm:NAME@FILE`, in eval mode, and its card. Raises BadArgument, BadCheckpoint, MissingExtra."""
+    name, file = _parts(spec)
+    if file is not None:
+        found = from_file(spec, name, file)
+        return found.model, found.card(file)
+    timm = _timm(spec, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            found = _described(timm, name, timm.create_model(name, pretrained=False))
+        except (RuntimeError, ValueError) as error:
+            raise BadArgument(
+                f"timm does not make {name!r} ({_brief(error)}): give a name of timm.list_models()"
+            ) from (error)
+        settle_(found.model, found.preprocessing)
+    return found.model, found.card(None)
+
+
+def open_published(spec: str) -> Foreign:
+    """`timm:NAME` with the weights that timm publishes, fetched from the hub, or `timm:NAME@FILE`; raises as above."""
+    name, file = _parts(spec)
+    if file is not None:
+        return from_file(spec, name, file)
+    timm = _timm(spec, name)
+    try:
+        return _described(timm, name, timm.create_model(name, pretrained=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_weights(spec, name, error) from error
+
+
+def from_file(spec: str, name: str, file: Path) -> Foreign:
+    """The network, made for as many classes as the file's last layer has."""
+    timm = _timm(spec, name)
+    tensors = read(file).tensors
+    last = timm.get_pretrained_cfg_value(name, "classifier") or "fc"
+    head = tensors.get(f"{last}.weight")
+    if head is None:
+        raise BadCheckpoint(f"{file} has no {last}.weight, the last layer of timm's {name}: it is of another model")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=head.shape[0])
+        model.load_state_dict(dict(tensors))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_weights(spec, name, error) from error
+    return _described(timm, name, model)
+
+
+@torch.no_grad()
+def settle_(model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Give every norm over a batch the statistics that it has on made-up images; in eval mode afterwards.
+
+    Half are noise, as `Network.noise` is, and half of the kind that an artifact's proof is made of: to images that
+    their norms know nothing of, some networks answer with values so large that rounding shows.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
+    images = torch.from_numpy(make_images(shape, num_images=_IMAGES_TO_SETTLE, seed=1))
+    model(torch.cat([images, torch.randn(images.shape, generator=torch.Generator().manual_seed(1))]))
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+# ------------------------------------------------------------------------------------- in our files
+
+
+def save_foreign(model: nn.Module, path: Path, card: Card) -> None:
+    """Write a fused network of timm to a file of our own format; `stored_foreign` reads it. Raises NotWritable."""
+    write_weights(model, path, card)
+
+
+def stored_foreign(path: Path) -> tuple[nn.Module, Card] | None:
+    """The network of timm that a file of our own format holds, in eval mode; None where it holds something else.
+
+    Raises BadCheckpoint where the file is damaged or of another timm, MissingExtra.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if PREFIX.encode() not in file.read(_HEADER):
+            return None
+    contents = read(path)
+    if f'"model": "{PREFIX}' not in contents.metadata.get("card", ""):
+        return None
+    card = verified(contents, path)
+    name = card.model.removeprefix(PREFIX)
+    timm = _timm(card.model, name)
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=card.num_classes, in_chans=card.in_chans)
+    try:
+        model = fuse(model.eval()) if card.fused else model.eval()
+        model.load_state_dict(contents.tensors)
+    except RuntimeError as error:
+        raise BadCheckpoint(
+            f"{path} does not fit {card.model} of timm {timm.__version__} ({_brief(error)}): it is {card.source}; "
+            "fuse the network again"
+        ) from error
+    return model, card
+
+
+# ----------------------------------------------------------------------------------------- timm itself
+
+
+def _parts(spec: str) -> tuple[str, Path | None]:
+    name, at, file = spec.removeprefix(PREFIX).partition("@")
+    if at and not file:
+        raise BadArgument(f"{spec} names no file behind its @: give timm:{name}@FILE, or timm:{name} for drawn weights")
+    return name, Path(file) if at else None
+
+
+def _timm(spec: str, name: str) -> Any:
+    """The package, once it is known to have such a model."""
+    try:
+        import timm
+    except RuntimeError as error:
+        raise MissingExtra(
+            f"{spec} needs timm, and the torchvision that timm imports was built for another torch ({error}): install "
+            "the two from one place, as pytorch.org says"
+        ) from error
+    except ImportError as error:
+        raise MissingExtra(
+            f"{spec} needs timm, and it cannot be imported ({error}): pip install 'onefold[timm]'"
+        ) from error
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        near = timm.list_models(f"*{base[:8]}*")[:3] if base else []
+        raise BadArgument(f"timm has no model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+    return timm
+
+
+def _described(timm: Any, name: str, model: Any) -> Foreign:
+    config: Mapping[str, Any] = model.pretrained_cfg
+    channels, height, width = config["input_size"]
+    if height != width or channels not in (1, 3):
+        raise BadArgument(f"timm's {name} takes images of {channels}x{height}x{width}: only square ones are known here")
+    names = config.get("label_names")
+    preprocessing = Preprocessing(
+        size=int(height),
+        crop_pct=float(config.get("crop_pct") or 0.875),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config.get("interpolation") or "bilinear",
+        channels=1 if channels == 1 else 3,
+    )
+    return Foreign(
+        model=model.eval(),
+        name=name,
+        preprocessing=preprocessing,
+        classes=tuple(names) if names and len(names) == model.num_classes else None,
+        num_classes=int(model.num_classes),
+        fixed_size=int(height) if config.get("fixed_input_size") else None,
+        licence=str(config.get("license") or "") if "." in name else "",  # without a tag, nobody said whose they are
+        version=str(timm.__version__),
+    )
+
+
+def _no_weights(spec: str, name: str, error: Exception) -> BadCheckpoint:
+    return BadCheckpoint(f"the weights of {spec} cannot be had ({_brief(error)}): give them as timm:{name}@FILE")
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

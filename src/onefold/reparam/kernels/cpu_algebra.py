@@ -1,0 +1,91 @@
+"""A unit's algebra by the compiled kernels: what `reparam.algebra` does in torch, in one call each."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from onefold.reparam.algebra import Folded, Gradients
+from onefold.reparam.kernels.backend import Moments, Passes
+from onefold.reparam.kernels.cpu import Compiled, call, pointers
+from onefold.reparam.linear import momentum_
+from onefold.reparam.unit import Unit
+
+
+def supports(passes: Passes, unit: Unit) -> bool:
+    """Whether all of a unit's parameters and buffers are as the kernels take them."""
+    if not isinstance(passes, Compiled):
+        return False
+    norms = [branch.norm for branch in unit.ordered]
+    tensors = [t for norm in norms for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+    tensors += [t for conv in unit.convs for t in (conv.weight, conv.bias)]
+    return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+
+
+def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Folded, Tensor]:
+    """The one kernel and bias (O,) of a unit on a batch of these moments; moves the norms' running statistics."""
+    del dtype  # float32 and float64 where each is due
+    num, (_, out), k = len(weights), unit.channels, moments.mean.shape[1]
+    rows, spread = torch.empty(2, num, out, k)
+    inverse, gain = torch.empty(2, len(unit.branches), out, dtype=torch.float64)
+    kernel, bias = (
+        torch.empty(unit.geometry.groups, out // unit.geometry.groups, k),
+        torch.empty(out, dtype=torch.float64),
+    )
+    norms = [branch.norm for branch in unit.ordered]
+    tracked = [norm.training and norm.running_mean is not None for norm in norms]
+    call(
+        "fold_unit", *_shape(unit), pointers([w.detach() for w in weights]), moments.mean.contiguous(),
+        moments.covariance.contiguous(), moments.num, pointers([norm.weight for norm in norms]),
+        pointers([norm.bias for norm in norms]), _doubles([norm.eps for norm in norms]),
+        pointers([norm.running_mean if t else None for norm, t in zip(norms, tracked, strict=True)]),
+        pointers([norm.running_var if t else None for norm, t in zip(norms, tracked, strict=True)]),
+        _doubles([momentum_(norm) if t else 0.0 for norm, t in zip(norms, tracked, strict=True)]),
+        rows, spread, inverse, gain, kernel, bias,
+    )  # fmt: skip
+    _add_biases(unit, norms)
+    return Folded(rows, spread, inverse, gain, kernel, moments.mean), bias
+
+
+def unfold(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
+    """The transpose of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
+    d_weights = [torch.empty(conv.weight.shape) for conv in unit.convs]
+    d_gamma = [torch.empty(unit.channels[1]) for _ in unit.branches]
+    groups, k = folded.mean.shape
+    quad, pull = torch.empty(groups, k, k, dtype=torch.float64), torch.empty(groups, k, dtype=torch.float64)
+    call(
+        "unfold_unit", *_shape(unit), folded.rows, folded.spread, folded.inverse, folded.gain, folded.kernel,
+        products.contiguous(), total, pointers(d_weights), pointers(d_gamma), quad, pull,
+    )  # fmt: skip
+    return Gradients(d_weights, d_gamma, quad, pull)
+
+
+def _shape(unit: Unit) -> tuple[Any, Any]:
+    """The unit and its kernels' windows, as the kernels take them."""
+    geometry, (c_in, c_out) = unit.geometry, unit.channels
+    sizes = (geometry.groups, c_out // geometry.groups, c_in // geometry.groups, *geometry.taps, *geometry.reach)
+    windows = [
+        value
+        for conv in unit.convs
+        for down, right in [unit.window(conv)]
+        for value in (*conv.kernel_size, down.start, right.start)
+    ]
+    numbers = (*sizes, len(unit.convs), int(unit.skip is not None))
+    return (ctypes.c_int64 * 9)(*numbers), (ctypes.c_int64 * len(windows))(*windows)
+
+
+def _doubles(values: Sequence[float]) -> Any:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def _add_biases(unit: Unit, norms: Sequence[_BatchNorm]) -> None:
+    """A convolution's bias before a norm shows in its running mean and nowhere else."""
+    for conv, norm in zip(unit.convs, norms, strict=False):
+        if conv.bias is not None and norm.training and norm.running_mean is not None:
+            factor = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum  # type: ignore[arg-type]
+            norm.running_mean.add_(conv.bias.detach(), alpha=factor)
