@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import Bench, bench, note_accuracy
+from onefold.commands.evaluate import class_indices
 from onefold.commands.fuse import export_made
 from onefold.commands.handout import handout
-from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of
-from onefold.commands.predict import class_indices
+from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of, validation_images
 from onefold.commands.quantizing import Calibration, held_out, quantized, unlabelled
 from onefold.commands.report import write_page
-from onefold.commands.train import validation_images
 from onefold.data import Batches, Source
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.models.modelcard import page_of

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from onefold.commands.mistakes import keep_predictions
-from onefold.commands.open import Floats, Predictor
-from onefold.commands.predict import class_indices, evaluate
-from onefold.commands.train import RECIPE, validation_images
-from onefold.data import Source
+from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
+from onefold.data import Batches, Source
 from onefold.data.folders import class_folders
 from onefold.data.imagenet import (
     ALEXNET_ERRORS,
@@ -21,8 +20,10 @@ from onefold.data.imagenet import (
     read_real_labels,
     real_labels,
     set_of,
+    wordnet_ids,
 )
-from onefold.train import Accuracy
+from onefold.errors import BadData
+from onefold.train import Accuracy, accuracy
 from onefold.train.evaluate import together
 
 
@@ -117,3 +118,33 @@ def _summed(exam: Exam, scored: Sequence[Scored]) -> Scored:
         more["mCE % (over AlexNet's errors)"] = mce
     more |= {f"{name} error %": error for name, error in means.items()}
     return Scored(data=exam.title, score=together([each.score for each in scored]), more=more)
+
+
+def evaluate(predictor: Predictor, source: Source, *, batch_size: int = 32) -> Accuracy:
+    """Top-1, top-5, loss and per-class accuracy on a labelled source, its classes matched to the network's by name."""
+    index = torch.tensor(class_indices(predictor, source))
+    batches = Batches(source, predictor.preprocessing, batch_size=batch_size, shuffle=False)
+    return accuracy(predictor.answer, ((images, index[labels]) for images, labels in batches.epoch(0)))
+
+
+def class_indices(predictor: Predictor, source: Source) -> list[int]:
+    """For each class of the source the network's index of it. Raises BadData where the two cannot be the same."""
+    theirs, ours = source.classes, predictor.classes
+    ids = wordnet_ids() if predictor.num_classes == 1000 else ()
+    if set(theirs) <= set(ids) and (ours is None or not set(theirs) <= set(ours)):
+        return [ids.index(name) for name in theirs]
+    by_number = theirs == tuple(map(str, range(len(theirs))))
+    fits = len(theirs) <= predictor.num_classes if by_number else len(theirs) == predictor.num_classes
+    if (ours is None or by_number) and fits:
+        return list(range(len(theirs)))
+    if ours is None or by_number:
+        raise BadData(
+            f"the data have {len(theirs)} classes and {predictor.title} tells {predictor.num_classes} apart: "
+            "give data of its classes, or the names of its classes with --classes"
+        )
+    index = {name: i for i, name in enumerate(ours)}
+    strange = [name for name in theirs if name not in index]
+    if strange:
+        shown = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        raise BadData(f"the data have classes that {predictor.title} does not know: {shown}")
+    return [index[name] for name in theirs]

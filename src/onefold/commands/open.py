@@ -15,15 +15,20 @@ from numpy.typing import NDArray
 from torch import nn
 
 from onefold.commands.timm import is_foreign, open_foreign, stored_foreign
-from onefold.data import Preprocessing
+from onefold.data import Preprocessing, Source, open_source
+from onefold.data.dataset import Split
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.quantize import Grids, WholeNumbers, ship
+from onefold.recipes import Data, Recipe
 from onefold.reparam import drift, fuse, leftovers
 from onefold.runtimes import Artifact, load
 
 Floats = NDArray[np.float32]
+
+RECIPE = "recipe.json"
+"""The recipe of a run, in its folder."""
 
 TOLERANCE = 1e-4
 """The largest drift of a fused network in float32. Rounding gives 1e-6 to 1e-5 in a trained one, a wrong fold 1e-2."""
@@ -274,3 +279,34 @@ class _Eager:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def read_recipe(out: Path) -> Recipe:
+    """The recipe of a run folder. Raises BadCheckpoint where there is none."""
+    try:
+        return Recipe.from_dict(json.loads((out / RECIPE).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
+
+
+def validation_images(source: str | Path, data: str | None) -> tuple[Source, str]:
+    """The labelled images to score on, and what to call them.
+
+    Without `data` those that the run in `source` was validated on. A folder with val/ gives that, another one all of
+    its images; "digits" gives the ones that the demo holds out.
+    """
+    if data is None:
+        run = Path(source)
+        if not (run / RECIPE).is_file():
+            raise BadArgument("there is nothing to score on: give --data FOLDER (or digits)")
+        recipe = read_recipe(run)
+        return open_data(recipe.data, "val"), f"{recipe.data.spec} (held out)"
+    whole = Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0)
+    return open_data(whole, "val"), data
+
+
+def open_data(data: Data, split: Split) -> Source:
+    """Open one split of a recipe's data."""
+    return open_source(data.spec, split, seed=data.seed, val_fraction=data.val_fraction)

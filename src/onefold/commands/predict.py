@@ -1,4 +1,4 @@
-"""What a network says: of a user's photos (`predict`), and how often it is right (`evaluate`)."""
+"""Predictions of a network for a user's photos."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from onefold.commands.open import Floats, Predictor
-from onefold.data import Batches, Preprocessing, Source, decode
-from onefold.data.imagenet import wordnet_ids
+from onefold.data import Preprocessing, decode
 from onefold.errors import BadArgument, BadData
-from onefold.train import Accuracy, accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +40,6 @@ def predict(
                 yield Prediction(path=path, best=_best(predictor, next(answers), top))
 
 
-def evaluate(predictor: Predictor, source: Source, *, batch_size: int = 32) -> Accuracy:
-    """Top-1, top-5, loss and per-class accuracy on a labelled source, its classes matched to the network's by name."""
-    index = torch.tensor(class_indices(predictor, source))
-    batches = Batches(source, predictor.preprocessing, batch_size=batch_size, shuffle=False)
-    return accuracy(predictor.answer, ((images, index[labels]) for images, labels in batches.epoch(0)))
-
-
 def _prepared(path: Path, preprocessing: Preprocessing) -> Floats | str:
     try:
         return preprocessing(decode(path))
@@ -63,26 +53,3 @@ def _best(predictor: Predictor, logits: Floats, top: int) -> tuple[tuple[int, st
     shares /= shares.sum()
     order = np.argsort(-shares, kind="stable")[:top]
     return tuple((int(i), predictor.class_name(int(i)), float(shares[i])) for i in order)
-
-
-def class_indices(predictor: Predictor, source: Source) -> list[int]:
-    """For each class of the source the network's index of it. Raises BadData where the two cannot be the same."""
-    theirs, ours = source.classes, predictor.classes
-    ids = wordnet_ids() if predictor.num_classes == 1000 else ()
-    if set(theirs) <= set(ids) and (ours is None or not set(theirs) <= set(ours)):
-        return [ids.index(name) for name in theirs]
-    by_number = theirs == tuple(map(str, range(len(theirs))))
-    fits = len(theirs) <= predictor.num_classes if by_number else len(theirs) == predictor.num_classes
-    if (ours is None or by_number) and fits:
-        return list(range(len(theirs)))
-    if ours is None or by_number:
-        raise BadData(
-            f"the data have {len(theirs)} classes and {predictor.title} tells {predictor.num_classes} apart: "
-            "give data of its classes, or the names of its classes with --classes"
-        )
-    index = {name: i for i, name in enumerate(ours)}
-    strange = [name for name in theirs if name not in index]
-    if strange:
-        shown = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
-        raise BadData(f"the data have classes that {predictor.title} does not know: {shown}")
-    return [index[name] for name in theirs]

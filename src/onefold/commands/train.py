@@ -12,20 +12,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from onefold.commands.evaluate import evaluate
 from onefold.commands.initialize import Photos, quicken_frozen_, resumed_network, start_network
 from onefold.commands.mistakes import PREDICTIONS, keep_predictions
-from onefold.commands.open import Network, open_predictor
-from onefold.commands.predict import evaluate
+from onefold.commands.open import RECIPE, Network, open_data, open_predictor, read_recipe
 from onefold.commands.teachers import open_teacher
 from onefold.commands.watching import UNWATCHED, Watch, draw_sheet, keep_check
 from onefold.data import Batches as ImageBatches
-from onefold.data import Cached, Mixed, Source, open_source
-from onefold.data.dataset import Split
+from onefold.data import Cached, Mixed, Source
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import resolve
 from onefold.models.hub import Card
 from onefold.quantize import Grids, Method, calibrated, make_aware_, plain_
-from onefold.recipes import Data, Recipe
+from onefold.recipes import Recipe
 from onefold.reparam import leftovers
 from onefold.storage import write_text
 from onefold.train import (
@@ -42,7 +41,6 @@ from onefold.train import (
 )
 from onefold.train.loggers import check_names
 
-RECIPE = "recipe.json"
 GRIDS = "int8.json"
 
 _log = logging.getLogger("onefold")
@@ -81,35 +79,9 @@ def resume_run(out: Path, *, watch: Watch = UNWATCHED) -> Outcome:
     return _run(read_recipe(out), out, replace(watch, on_start=None, check=False))
 
 
-def read_recipe(out: Path) -> Recipe:
-    """The recipe of a run folder. Raises BadCheckpoint where there is none."""
-    try:
-        return Recipe.from_dict(json.loads((out / RECIPE).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
-
-
-def validation_images(source: str | Path, data: str | None) -> tuple[Source, str]:
-    """The labelled images to score on, and what to call them.
-
-    Without `data` those that the run in `source` was validated on. A folder with val/ gives that, another one all of
-    its images; "digits" gives the ones that the demo holds out.
-    """
-    if data is None:
-        run = Path(source)
-        if not (run / RECIPE).is_file():
-            raise BadArgument("there is nothing to score on: give --data FOLDER (or digits)")
-        recipe = read_recipe(run)
-        return _open(recipe.data, "val"), f"{recipe.data.spec} (held out)"
-    whole = Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0)
-    return _open(whole, "val"), data
-
-
 def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
     resolve(recipe.model)  # a wrong name is told before the data are looked at
-    training, held_out = (Cached(_open(recipe.data, split)) for split in ("train", "val"))
+    training, held_out = (Cached(open_data(recipe.data, split)) for split in ("train", "val"))
     with start_world() as world:
         resume = world.share(RunFolder(out).has_run)
         if not resume:
@@ -257,7 +229,3 @@ def _card(recipe: Recipe, classes: tuple[str, ...], *, fused: bool, grids: Grids
         int8=None if grids is None else grids.to_dict(),
         source=f"trained on {Path(recipe.data.spec).name}",
     )
-
-
-def _open(data: Data, split: Split) -> Source:
-    return open_source(data.spec, split, seed=data.seed, val_fraction=data.val_fraction)
