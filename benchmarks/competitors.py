@@ -32,10 +32,10 @@ import torch
 from PIL import Image
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
-from onefold.commands import Calibration, Network, Predictor, open_network, open_predictor
 from onefold.commands.bench import call_of
 from onefold.commands.fuse import about_of
-from onefold.commands.quantizing import quantized
+from onefold.commands.open import Network, Predictor, open_network, open_predictor
+from onefold.commands.quantizing import Calibration, quantized
 from onefold.commands.timm import is_foreign, settle_
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError

@@ -33,10 +33,10 @@ from statistics import median
 from competitors import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
 from onefold.bench.statistics import paired_interval
-from onefold.commands import Calibration, Network, Predictor, open_predictor
 from onefold.commands.bench import call_of
 from onefold.commands.limits import bound, measured_limits
-from onefold.commands.quantizing import quantized
+from onefold.commands.open import Network, Predictor, open_predictor
+from onefold.commands.quantizing import Calibration, quantized
 from onefold.errors import OnefoldError
 from onefold.quantize import PLAIN
 from onefold.storage import write_text
@@ -50,7 +50,7 @@ def timms_own(name: str) -> Network:
     """timm's network, its norms settled, folded by timm."""
     from timm.utils.model import reparameterize_model
 
-    from onefold.commands import open_network
+    from onefold.commands.open import open_network
 
     opened = open_network(f"timm:{name}")
     return replace(opened, model=reparameterize_model(opened.model).eval(), title=f"timm:{name}")

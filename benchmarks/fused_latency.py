@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
-from onefold.commands import Order, export, open_predictor
+from onefold.commands.fuse import Order, export
+from onefold.commands.open import open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.hub import Card, save_weights
 

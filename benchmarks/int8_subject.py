@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onefold.commands import Network, open_network
 from onefold.commands.evaluate import class_indices
 from onefold.commands.fuse import export_made
-from onefold.commands.open import predictor_of, validation_images
+from onefold.commands.open import Network, open_network, predictor_of, validation_images
 from onefold.data import Source, open_source
 from onefold.errors import OnefoldError
 from onefold.quantize import PLAIN, Method, Quantized, choose, quantize

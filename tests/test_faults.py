@@ -31,7 +31,7 @@ from safetensors.torch import save as save_tensors
 
 from onefold import create_model
 from onefold.cli import main
-from onefold.commands import open_predictor
+from onefold.commands.open import open_predictor
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.card import Card, save_weights
 from onefold.models.hub import load_model

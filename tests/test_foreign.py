@@ -14,8 +14,9 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands import Order, export, open_network, open_predictor
-from onefold.commands import fuse as fuse_stage
+from onefold.commands.fuse import Order, export
+from onefold.commands.fuse import fuse as fuse_stage
+from onefold.commands.open import open_network, open_predictor
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
 from onefold.quantize import Method, quantize
 from onefold.reparam import drift, fuse, leftovers

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from onefold.commands import open_predictor, predict
+from onefold.commands.open import open_predictor
+from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import BadArtifact, MissingExtra
 from onefold.quantize import Method, quantize

@@ -10,8 +10,9 @@ import torch
 
 from onefold import bench, fuse
 from onefold.cli import main
-from onefold.commands import Bench, Order, export
-from onefold.commands import bench as run_bench
+from onefold.commands.bench import Bench
+from onefold.commands.bench import bench as run_bench
+from onefold.commands.fuse import Order, export
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights

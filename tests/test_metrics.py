@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onefold.commands import examine, open_exam
+from onefold.commands.evaluate import examine, open_exam
 from onefold.commands.open import Predictor
 from onefold.data import Preprocessing
 from onefold.data.imagenet import (

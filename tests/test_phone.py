@@ -17,7 +17,7 @@ import pytest
 
 from onefold.bench import Comparison, read_all
 from onefold.cli import main
-from onefold.commands import PhoneBench, bench_on_phone
+from onefold.commands.phones import PhoneBench, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, Plan, look
 from onefold.phone.device import Condition

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands import open_network
+from onefold.commands.open import open_network
 from onefold.data import decode, find_images, open_source
 from onefold.errors import BadArgument, MissingExtra
 from onefold.models import create_model

@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands import Calibration, Order, export, open_network, open_predictor, predict
+from onefold.commands.fuse import Order, export
+from onefold.commands.open import open_network, open_predictor
+from onefold.commands.predict import predict
+from onefold.commands.quantizing import Calibration
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights

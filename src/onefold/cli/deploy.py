@@ -41,8 +41,9 @@ def deploy(
     --max-drop points of top-1; without labels, per cent of the answers.
     """
     from onefold.bench import Procedure
-    from onefold.commands import Calibration, Deployment
-    from onefold.commands import deploy as run
+    from onefold.commands.deploy import Deployment
+    from onefold.commands.deploy import deploy as run
+    from onefold.commands.quantizing import Calibration
 
     method = method_of(weight_bits, per_tensor=per_tensor)
     order = Deployment(

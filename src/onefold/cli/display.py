@@ -13,7 +13,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from onefold.commands import Fused, Outcome, Prediction, Row, Scored
+    from onefold.commands.evaluate import Scored
+    from onefold.commands.fuse import Fused
+    from onefold.commands.models import Row
+    from onefold.commands.predict import Prediction
+    from onefold.commands.train import Outcome
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
     from onefold.train import Progress

@@ -59,7 +59,7 @@ def models(
     as_json: AsJson = False,
 ) -> None:
     """List the networks: parameters and multiply-adds before and after folding, and the paper's accuracy."""
-    from onefold.commands import table
+    from onefold.commands.models import table
 
     rows = display.track(table(pattern, img_size), "counting")
     display.emit_json(rows) if as_json else display.model_table(rows)
@@ -100,7 +100,8 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    from onefold.commands import Watch, resume_run, start_run
+    from onefold.commands.train import resume_run, start_run
+    from onefold.commands.watching import Watch
     from onefold.recipes import recipe_for, recipes
     from onefold.train import import_ahead
 
@@ -151,7 +152,9 @@ def evaluate(
     folder that has val/ is scored on that; one of class folders, or with a labels.csv, on all of it. ImageNet-A, -R and
     -Sketch are known by their folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
     """
-    from onefold.commands import examine, named, note_accuracy, open_exam, open_predictor
+    from onefold.commands.bench import note_accuracy
+    from onefold.commands.evaluate import examine, open_exam
+    from onefold.commands.open import named, open_predictor
 
     exam = open_exam(source, data)
     with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
@@ -174,8 +177,8 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in photos. Any format and orientation; one that cannot be read is told, and the rest go on."""
-    from onefold.commands import named, open_predictor
-    from onefold.commands import predict as answers
+    from onefold.commands.open import named, open_predictor
+    from onefold.commands.predict import predict as answers
     from onefold.data import find_images
 
     paths = find_images(images)
@@ -196,7 +199,7 @@ def fuse(
     tolerance: Annotated[float, Option(min=0.0, help="the largest relative drift that passes")] = 1e-4,
 ) -> None:
     """Fold every multi-branch unit into one convolution, prove that the answer is the same, and save the result."""
-    from onefold.commands import fuse as fold
+    from onefold.commands.fuse import fuse as fold
 
     display.fused(fold(source, out, name=model, tolerance=tolerance))
 
@@ -220,8 +223,9 @@ def export(
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a proof of the answer inside."""
-    from onefold.commands import Calibration, Order
-    from onefold.commands import export as export_all
+    from onefold.commands.fuse import Order
+    from onefold.commands.fuse import export as export_all
+    from onefold.commands.quantizing import Calibration
 
     method = method_of(weight_bits, per_tensor=per_tensor)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
@@ -241,7 +245,7 @@ def report(
     out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
 ) -> None:
     """Write one HTML page of all that was trained, exported and measured; it needs no network to be read."""
-    from onefold.commands import write_page
+    from onefold.commands.report import write_page
 
     typer.echo(f"wrote {write_page(folders or [Path()], out)}")
 
@@ -252,7 +256,7 @@ def demo(
     epochs: Annotated[int | None, Option(min=1, help="fewer for a glance, more for accuracy")] = None,
 ) -> None:
     """The main road on embedded data: train MobileOne-S0 on digits, fuse, export, check, time, report."""
-    from onefold.commands import demo as run
+    from onefold.commands.demo import demo as run
 
     with display.training() as on_progress:
         page = run(out, say=display.say, on_progress=on_progress, epochs=epochs)

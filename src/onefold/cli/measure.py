@@ -38,8 +38,8 @@ def bench(
     Artifacts are also started in a fresh process: time to open, the first call, the peak of memory.
     """
     from onefold.bench import Procedure
-    from onefold.commands import Bench
-    from onefold.commands import bench as run
+    from onefold.commands.bench import Bench
+    from onefold.commands.bench import bench as run
 
     order = Bench(
         sources=sources,
@@ -65,7 +65,7 @@ def limits(
 ) -> None:
     """Measure what this machine can do at the most: multiply-adds in fp32, bf16 and int8, and reading memory."""
     from onefold.bench import Machine
-    from onefold.commands import measured_limits
+    from onefold.commands.limits import measured_limits
 
     numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
     with display.waiting("measuring this machine"):

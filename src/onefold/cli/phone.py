@@ -33,7 +33,7 @@ def phone(
     Heat, charging, battery and clocks are recorded; a hot phone is waited for or refused. docs/phones.md says where the
     programs come from, and how to measure on an iPhone.
     """
-    from onefold.commands import PhoneBench, bench_on_phone
+    from onefold.commands.phones import PhoneBench, bench_on_phone
     from onefold.phone import Plan
 
     plan = Plan(

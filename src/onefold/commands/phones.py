@@ -21,7 +21,7 @@ from onefold.phone.adb import FOLDER
 from onefold.phone.benchmark import place_of
 from onefold.runtimes import open_artifact
 from onefold.runtimes.artifact import REFERENCE, Artifact, read_files
-from onefold.runtimes.export import TOLERANCES
+from onefold.runtimes.exporter import TOLERANCES
 from onefold.runtimes.reference import difference, read_reference
 
 _PROGRAM_MODE = "755"

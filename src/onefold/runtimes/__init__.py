@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from onefold.runtimes.base import Runtime as Runtime
     from onefold.runtimes.base import Session as Session
     from onefold.runtimes.base import find_runtime as find_runtime
-    from onefold.runtimes.export import TOLERANCES as TOLERANCES
-    from onefold.runtimes.export import UnfusedWarning as UnfusedWarning
-    from onefold.runtimes.export import export as export
-    from onefold.runtimes.export import load as load
-    from onefold.runtimes.export import open_artifact as open_artifact
+    from onefold.runtimes.exporter import TOLERANCES as TOLERANCES
+    from onefold.runtimes.exporter import UnfusedWarning as UnfusedWarning
+    from onefold.runtimes.exporter import export as export
+    from onefold.runtimes.exporter import load as load
+    from onefold.runtimes.exporter import open_artifact as open_artifact
     from onefold.runtimes.profile import Layer as Layer
     from onefold.runtimes.profile import Profile as Profile
 
@@ -34,7 +34,7 @@ _HOMES = {
     "onefold.runtimes.artifact": ("About", "Artifact", "Parity"),
     "onefold.runtimes.base": ("Runtime", "Session", "find_runtime"),
     "onefold.runtimes.profile": ("Layer", "Profile"),
-    "onefold.runtimes.export": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
+    "onefold.runtimes.exporter": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
