@@ -1,6 +1,6 @@
 """Frozen values that check their own fields and go to plain dicts and back without loss.
 
-A field says what it may be in its annotation, `Annotated[float, Within(0.0, 1.0)]`; `check` holds every field to
+A field says what it may be in its annotation, `Annotated[float, Range(0.0, 1.0)]`; `check` holds every field to
 it, `to_dict` writes what JSON can hold, `from_dict` reads it back and names what it does not know.
 """
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Within:
+class Range:
     """The range of a number, both ends allowed."""
 
     low: float
@@ -32,7 +32,7 @@ class Within:
 class Epochs:
     """A duration in passes over the data; a part of one is allowed. Written `5 epochs`."""
 
-    count: Annotated[float, Within(0, 1_000_000)]
+    count: Annotated[float, Range(0, 1_000_000)]
 
     def __post_init__(self) -> None:
         check(self, "epochs")
@@ -49,7 +49,7 @@ class Epochs:
 class Steps:
     """A duration in optimizer steps. Written `100 steps`."""
 
-    count: Annotated[int, Within(0, 10**12)]
+    count: Annotated[int, Range(0, 10**12)]
 
     def __post_init__(self) -> None:
         check(self, "steps")
@@ -106,7 +106,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _fits(hint: Any, given: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _fits(args[0], given) and all(a.low <= given <= a.high for a in args[1:] if isinstance(a, Within))
+        return _fits(args[0], given) and all(a.low <= given <= a.high for a in args[1:] if isinstance(a, Range))
     if origin is Literal:
         return isinstance(given, str) and given in args
     if origin in (Union, types.UnionType):
@@ -122,7 +122,7 @@ def _fits(hint: Any, given: Any) -> bool:
 def _allowed(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        ranges = [f" from {a.low:g} to {a.high:g}" for a in args[1:] if isinstance(a, Within)]
+        ranges = [f" from {a.low:g} to {a.high:g}" for a in args[1:] if isinstance(a, Range)]
         return _allowed(args[0]) + "".join(ranges)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from onefold.config import Within, check, from_dict, to_dict
+from onefold.config import Range, check, from_dict, to_dict
 from onefold.data import (
     Augment,
     AutoAugment,
@@ -41,8 +41,8 @@ class Data:
     """What to train on: "digits" or a folder, and how it is split where it is not split already."""
 
     spec: str = ""
-    seed: Annotated[int, Within(0, 2**32 - 1)] = 0
-    val_fraction: Annotated[float, Within(0.0, 1.0)] = 0.2
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    val_fraction: Annotated[float, Range(0.0, 1.0)] = 0.2
 
     def __post_init__(self) -> None:
         check(self, "data")
@@ -52,7 +52,7 @@ class Data:
 class Expected:
     """What a run of the recipe should reach: top-1 in percent, who says so, and what it costs."""
 
-    top1: Annotated[float, Within(0.0, 100.0)]
+    top1: Annotated[float, Range(0.0, 100.0)]
     source: str
     cost: str = ""
 
@@ -65,7 +65,7 @@ class Int8:
 
     weights: Literal["channel", "tensor"] = "channel"
     limit: Literal[63, 127] = 127
-    images: Annotated[int, Within(2, 100_000)] = 200
+    images: Annotated[int, Range(2, 100_000)] = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Recipe:
     erase: RandomErasing | None = None
     mixing: Mixing | None = None
     curriculum: Curriculum | None = None
-    dropout: Annotated[float, Within(0.0, 1.0)] | None = None
+    dropout: Annotated[float, Range(0.0, 1.0)] | None = None
     weights: str | None = None
     start: Literal["plain", "skips", "expanded"] = "plain"
     head: Literal["kept", "fresh", "probe"] = "kept"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onefold.config import Within, check
+from onefold.config import Range, check
 
 
 class Teacher(Protocol):
@@ -37,8 +37,8 @@ class Distill:
 
     teacher: str | tuple[str, ...] = ()
     targets: Literal["soft", "hard"]
-    temperature: Annotated[float, Within(1e-3, 1e3)] = 1.0
-    weight: Annotated[float, Within(0.0, 1.0)]
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0
+    weight: Annotated[float, Range(0.0, 1.0)]
 
     def __post_init__(self) -> None:
         check(self, "plan.distill")

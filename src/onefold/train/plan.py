@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from onefold.config import Duration, Epochs, Steps, Within, check, from_dict, to_dict
+from onefold.config import Duration, Epochs, Range, Steps, check, from_dict, to_dict
 from onefold.errors import BadArgument
 from onefold.train.distill import Distill
 
-Rate = Annotated[float, Within(0.0, 1000.0)]
-Share = Annotated[float, Within(0.0, 1.0)]
-Small = Annotated[float, Within(0.0, 1.0)]
+Rate = Annotated[float, Range(0.0, 1000.0)]
+Share = Annotated[float, Range(0.0, 1.0)]
+Small = Annotated[float, Range(0.0, 1.0)]
 
 ParameterKind = Literal["norm", "bias", "vector", "depthwise"]
 
@@ -131,8 +131,8 @@ class Plan:
     BadArgument naming the field, what is allowed and what came.
     """
 
-    epochs: Annotated[int, Within(0, 1_000_000)]
-    batch_size: Annotated[int, Within(1, 10_000_000)]
+    epochs: Annotated[int, Range(0, 1_000_000)]
+    batch_size: Annotated[int, Range(1, 10_000_000)]
     optimizer: SGD | AdamW | RMSprop
     schedule: Cosine | Exponential = Cosine()
     weight_decay: WeightDecay = WeightDecay()
@@ -141,14 +141,14 @@ class Plan:
     freeze: tuple[str, ...] = ()
     layer_decay: Share = 1.0
     ema: Ema | None = None
-    clip_grad_norm: Annotated[float, Within(1e-12, 1e12)] | None = None
+    clip_grad_norm: Annotated[float, Range(1e-12, 1e12)] | None = None
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = False
-    seed: Annotated[int, Within(0, 2**32 - 1)] = 0
-    accumulate: Annotated[int, Within(1, 1_000_000)] = 1
-    logical_workers: Annotated[int, Within(1, 1_000_000)] = 1
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    accumulate: Annotated[int, Range(1, 1_000_000)] = 1
+    logical_workers: Annotated[int, Range(1, 1_000_000)] = 1
     reduce: Literal["fast", "exact"] = "fast"
-    workers: Annotated[int, Within(0, 1024)] = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
     checkpoint_every: Duration | None = None
 
     def __post_init__(self) -> None:
