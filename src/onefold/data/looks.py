@@ -101,7 +101,7 @@ def _glance(image: Image.Image) -> tuple[bytes, NDArray[np.float32], NDArray[np.
 
 
 def same(here: Looks, there: Looks) -> list[tuple[int, int]]:
-    """Pairs (n of here, m of there) with equal pixels; each picture of `here` once. Range one, m < n."""
+    """Pairs (n of here, m of there) with equal pixels; each picture of `here` once. Within one, m < n."""
     first: dict[bytes, int] = {}
     pairs: list[tuple[int, int]] = []
     if here is not there:

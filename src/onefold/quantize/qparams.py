@@ -97,7 +97,7 @@ def _by_search(counts: Tensor, edges: Tensor, loss: Callable[[Tensor, Tensor, Gr
 
 
 def _squared_error(counts: Tensor, centres: Tensor, grid: Grid) -> float:
-    # Range a bin, values spread evenly: a term that is the same for all grids is left out.
+    # Within a bin, values spread evenly: a term that is the same for all grids is left out.
     return float((counts * (grid.snap(centres) - centres) ** 2).sum())
 
 
