@@ -25,8 +25,7 @@ import training_kit
 from onefold import storage
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy, Stopped
 from onefold.train import Checkpoint, RunFolder, Steps
-from onefold.train.checkpoint import restore_last, save_best
-from onefold.train.folder import seal, unseal
+from onefold.train.checkpoint import restore_last, save_best, seal, unseal
 from training_kit import PLAN, fresh
 
 PARTS = ("model.safetensors", "ema.safetensors", "state.safetensors", "progress.json", "manifest.json")

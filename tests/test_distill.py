@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onefold.errors import BadArgument
 from onefold.train import SGD, Distill, Plan
-from onefold.train.distill import distill_loss
+from onefold.train.step import distill_loss
 from training_kit import NUM_CLASSES, PLAN, StoppedError, fresh, network, stop_at
 
 SOFT = Distill(teacher="somebody", targets="soft", temperature=3.0, weight=0.7)

@@ -17,7 +17,7 @@ from torch import nn
 from lives import Lives, Order, must_hold_every_image_once, samples_of
 from onefold.errors import BadArgument
 from onefold.train import Checkpoint, Plan, Steps, World, of_workers
-from onefold.train.reduce import _Exact, make_reducer
+from onefold.train.logical_workers import _Exact, make_reducer
 from onefold.train.step import State
 from training_kit import PLAN, Blobs, fresh, network
 

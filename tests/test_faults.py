@@ -36,8 +36,7 @@ from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.card import Card, save_weights
 from onefold.models.hub import load_model
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
-from onefold.train.folder import seal, unseal
-from onefold.train.writing import Writer
+from onefold.train.checkpoint import Writer, seal, unseal
 from training_kit import PLAN, fresh
 
 NAME = "mobilenetv1_0.25"

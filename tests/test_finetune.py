@@ -13,8 +13,7 @@ from torch import nn
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.train import SGD, Plan, decay_groups
-from onefold.train.freeze import freeze_, frozen_parts, levels, rate_scales, train_mode_
-from onefold.train.optim import make_optimizer, set_rates_
+from onefold.train.optim import freeze_, frozen_parts, levels, make_optimizer, rate_scales, set_rates_, train_mode_
 from training_kit import PLAN, StoppedError, fresh, network, stop_at
 
 # ---------------------------------------------------------------------------------- levels and rates

@@ -276,7 +276,7 @@ def test_a_runs_folder_is_vouched_for_by_its_manifest(model: nn.Module, tmp_path
     """What training writes: the card in the header, the sums in a manifest beside the file."""
     from safetensors.torch import save
 
-    from onefold.train.folder import seal
+    from onefold.train.checkpoint import seal
 
     data = save(dict(model.state_dict()), card().to_metadata())
     seal(tmp_path / "best", {"model.safetensors": data, "metrics.json": b"{}"})

@@ -18,8 +18,7 @@ from PIL import Image
 from torch import nn
 
 from onefold.cli import display, main
-from onefold.commands.train import read_recipe, resume_run, start_run
-from onefold.commands.watching import Watch
+from onefold.commands.train import Watch, read_recipe, resume_run, start_run
 from onefold.data import Batches, Curriculum, Mixed, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model

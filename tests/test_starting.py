@@ -16,9 +16,8 @@ from torch import nn
 
 from conftest import shaken
 from onefold.commands.fuse import Order, export
-from onefold.commands.teachers import Pupil, _Interpreter, _Panel, open_master, open_teacher
-from onefold.commands.train import resume_run, start_run
-from onefold.commands.watching import Watch
+from onefold.commands.initialize import Pupil, _Interpreter, _Panel, open_master, open_teacher
+from onefold.commands.train import Watch, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra
 from onefold.models import create_model

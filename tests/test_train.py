@@ -178,7 +178,7 @@ def test_killed_between_the_log_and_the_checkpoint_no_epoch_stands_twice(
 def test_a_second_signal_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"
-        "from onefold.train.stopping import StopSignals\n"
+        "from onefold.train.distributed import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"  # at once: a launcher that passes on what came to all

@@ -100,8 +100,7 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    from onefold.commands.train import resume_run, start_run
-    from onefold.commands.watching import Watch
+    from onefold.commands.train import Watch, resume_run, start_run
     from onefold.recipes import recipe_for, recipes
     from onefold.train import import_ahead
 

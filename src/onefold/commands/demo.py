@@ -14,8 +14,7 @@ from onefold.commands.fuse import fuse
 from onefold.commands.open import open_predictor
 from onefold.commands.quantizing import Calibration
 from onefold.commands.report import write_page
-from onefold.commands.train import start_run
-from onefold.commands.watching import Watch
+from onefold.commands.train import Watch, start_run
 from onefold.errors import BadArgument, GateFailed
 from onefold.quantize import Method
 from onefold.recipes import at_epochs, find_recipe

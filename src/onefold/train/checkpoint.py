@@ -16,12 +16,20 @@ The order of a resume, which `loop.train` follows:
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import math
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,10 +38,188 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from onefold.errors import BadArgument, BadCheckpoint, NotWritable
-from onefold.train.folder import RunFolder, keep_previous, seal, unseal
+from onefold.errors import BadArgument, BadCheckpoint, NotWritable, RunBusy
+from onefold.storage import replacing
 from onefold.train.plan import Plan
 from onefold.train.rng import RandomState
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+# ---------------------------------------------------------------------------------- sealed folders
+
+
+def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write `contents` (file name -> bytes) and their manifest to `folder`, all of it or nothing.
+
+    Whoever serializes gives bytes, so that a full disk is an OSError and comes out as NotWritable.
+    """
+    with replacing(folder) as aside:
+        aside.mkdir()
+        for name, content in contents.items():
+            (aside / name).write_bytes(content)
+        (aside / MANIFEST).write_text(_manifest(contents), encoding="utf-8")
+
+
+def unseal(folder: Path) -> dict[str, bytes]:
+    """Every file of a sealed folder, as it was written; raises BadCheckpoint for the least difference."""
+    try:
+        manifest = _read(folder / MANIFEST, limit=1 << 20)
+        promised = json.loads(manifest)
+        sizes = {str(name): int(entry["bytes"]) for name, entry in promised["files"].items()}
+        if promised["format"] != FORMAT or any(Path(name).name != name for name in sizes):
+            raise ValueError(f"it is not of format {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadCheckpoint(f"{folder / MANIFEST} is missing or damaged: {error}") from error
+    try:
+        contents = {name: _read(folder / name, limit=size) for name, size in sizes.items()}
+    except OSError as error:
+        raise BadCheckpoint(f"{folder} is damaged: {error}") from error
+    for name, content in contents.items():
+        if len(content) != sizes[name] or _entry(content) != promised["files"][name]:
+            raise BadCheckpoint(f"{folder / name} is damaged: its size or SHA-256 is not what {MANIFEST} says")
+    if manifest != _manifest(contents).encode():
+        raise BadCheckpoint(f"{folder / MANIFEST} is damaged: it is not as it was written")
+    return contents
+
+
+def keep_previous(last: Path, previous: Path) -> None:
+    """Make the sealed folder `last` the `previous` one as well: by hard links where the disk has them."""
+    if last.is_dir():
+        with replacing(previous) as aside:
+            shutil.copytree(last, aside, copy_function=_link)
+
+
+def _manifest(contents: Mapping[str, bytes]) -> str:
+    files = {name: _entry(content) for name, content in sorted(contents.items())}
+    return json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file, never many more than `limit` of them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, or not a plain file")
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+# -------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of one run are."""
+
+    path: Path
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a resume takes."""
+        return self.path / "last"
+
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before it, for the day on which `last` is damaged."""
+        return self.path / "previous"
+
+    @property
+    def best(self) -> Path:
+        """The weights of the best epoch."""
+        return self.path / "best"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "log.jsonl"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a checkpoint, whole or not, is here."""
+        return self.last.exists() or self.previous.exists()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block in which no other process writes here, with what a killed one left half-done put right.
+
+        The kernel gives the lock back when the process ends, however it ends; the file itself means nothing.
+        Raises RunBusy naming the process that holds it, NotWritable where nothing can be written.
+        """
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with _writing(self.path):
+                _lock(handle, self.path)
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                self._put_right()
+            yield
+        finally:
+            os.close(handle)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the log, on the disk when this returns; a number that JSON has not becomes null."""
+        line = json.dumps({key: _jsonable(value) for key, value in entry.items()}, allow_nan=False)
+        with _writing(self.log), self.log.open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def log_bytes(self) -> int:
+        """The length of the log."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def cut_log(self, length: int) -> None:
+        """Take from the log what was added after it had `length` bytes."""
+        if self.log_bytes() > length:
+            with _writing(self.log):
+                os.truncate(self.log, length)
+
+    def _put_right(self) -> None:
+        """Undo what a killed process left between two steps of `replacing`."""
+        for part in (self.last, self.previous, self.best):
+            for old in sorted(self.path.glob(f".{part.name}.*.old")):
+                if part.exists():
+                    shutil.rmtree(old)
+                else:
+                    old.rename(part)
+            for new in self.path.glob(f".{part.name}.*.new"):
+                shutil.rmtree(new)
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+        raise RunBusy(f"{path} is in use by {holder}: wait for it or choose another folder") from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A block whose OSError is NotWritable about `path`."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise NotWritable(f"cannot write {path}: {why}; make room or choose another folder") from error
+
+
+def _jsonable(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 _log = logging.getLogger(__name__)
 
@@ -183,3 +369,52 @@ def restore_last(folder: RunFolder) -> Checkpoint:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+class Writer:
+    """A block in which jobs are done one after another by a thread; it ends when the last one has.
+
+    At most one job is under way: `submit` waits for the one before. After one that went wrong no other is done; `check`
+    raises what it was, and so does the end of the block where nothing else is being raised.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `check` would raise."""
+        return self._error is not None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have a job done, once the one before it is."""
+        self.wait()
+        if not self.has_failed:
+            self._thread = threading.Thread(target=self._do, args=(job,), name="onefold-writer")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last job has ended, well or not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def check(self) -> None:
+        """Raise what went wrong, if something did."""
+        if self._error is not None:
+            raise self._error
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.wait()
+        if error is None:
+            self.check()

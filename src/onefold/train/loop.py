@@ -16,17 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable, Stopped
-from onefold.train.checkpoint import Checkpoint, restore_last, save_best
-from onefold.train.distill import Teacher
-from onefold.train.distributed import World
-from onefold.train.folder import RunFolder
+from onefold.train.checkpoint import Checkpoint, RunFolder, Writer, restore_last, save_best
+from onefold.train.distributed import Interrupted, StopSignals, World
+from onefold.train.loggers import Pace, Progress, memory_in_use
 from onefold.train.logical_workers import Batch, Batches, own_workers
 from onefold.train.plan import Plan
-from onefold.train.progress import Pace, Progress, memory_in_use
 from onefold.train.rng import apart, seed_everything
-from onefold.train.step import State, snapshot
-from onefold.train.stopping import Interrupted, StopSignals
-from onefold.train.writing import Writer
+from onefold.train.step import State, Teacher, snapshot
 
 _log = logging.getLogger(__name__)
 

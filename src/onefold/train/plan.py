@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from onefold.config import Duration, Epochs, Range, Steps, check, from_dict, to_dict
 from onefold.errors import BadArgument
-from onefold.train.distill import Distill
 
 Rate = Annotated[float, Range(0.0, 1000.0)]
 Share = Annotated[float, Range(0.0, 1.0)]
@@ -117,6 +116,32 @@ class Ema:
 
     def __post_init__(self) -> None:
         check(self, "plan.ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Learn from teachers: which ones, which targets their answers make, and how much these weigh.
+
+    `teacher` is what to ask, one or several: a run folder, weights, an exported artifact, `name@weights`, `timm:name`.
+    Several make one by the mean of their distributions. With targets "soft" the loss is T^2 KL(p_T || q_T), the
+    distributions being softmax(logits / T) (arXiv 1503.02531); with "hard" it is the cross-entropy on the class that
+    the teacher finds likeliest (arXiv 2012.12877, section 4). The whole loss is `weight` times that and 1 - `weight`
+    times the one on the labels: weight 1, soft, several teachers is MEAL V2 (arXiv 2009.08453).
+    """
+
+    teacher: str | tuple[str, ...] = ()
+    targets: Literal["soft", "hard"]
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0
+    weight: Annotated[float, Range(0.0, 1.0)]
+
+    def __post_init__(self) -> None:
+        check(self, "plan.distill")
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers, one or several; empty where the user has still to name one."""
+        given = (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+        return tuple(name for name in given if name)
 
 
 @dataclass(frozen=True, kw_only=True)

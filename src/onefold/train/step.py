@@ -3,35 +3,75 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from onefold.errors import BadCheckpoint, NonFiniteLoss
+from onefold.errors import BadArgument, BadCheckpoint, NonFiniteLoss
 from onefold.train.checkpoint import Checkpoint, Position
-from onefold.train.distill import Teacher, distill_loss
 from onefold.train.distributed import World, talking, without_sync
-from onefold.train.freeze import freeze_, train_mode_
-from onefold.train.logical_workers import Batch, own_workers
-from onefold.train.loss import cross_entropy
+from onefold.train.logical_workers import Batch, make_reducer, own_workers
 from onefold.train.optim import (
     WeightAverage,
+    freeze_,
     learning_rate,
     load_optimizer_,
     make_optimizer,
     optimizer_tensors,
     set_rates_,
+    train_mode_,
     weight_decay,
 )
-from onefold.train.plan import Plan
-from onefold.train.reduce import make_reducer
+from onefold.train.plan import Distill, Plan
 from onefold.train.rng import RandomState, seed_everything
 
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """The mean over B of -sum_k t_k log softmax(logits)_k, in nats, in float32.
+
+    `labels` are classes (B) int64, or shares (B, K) that sum to 1, as mixing makes them; t is the label as shares,
+    times 1 - smoothing, plus smoothing / K (Szegedy et al., arXiv 1512.00567, section 7).
+
+    Raises BadArgument where the labels do not fit the logits.
+    """
+    count, num_classes = logits.shape
+    if labels.shape not in ((count,), (count, num_classes)):
+        came = f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
+        raise BadArgument(f"{came}: expected ({count},) classes, or ({count}, {num_classes}) shares")
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
 _FORWARD, _BETWEEN = 2**31 + 1, 2**31 + 2  # places of random numbers, apart from those of loading
+
+
+class Teacher(Protocol):
+    """Teachers with their weights, ready to answer."""
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """Images as the student sees them -> the logits (B, N) of each teacher, on the images' device, no gradient."""
+        ...
+
+
+def distill_loss(how: Distill, logits: Tensor, answers: Sequence[Tensor]) -> Tensor:
+    """The teachers' part of the loss, a scalar: the mean over the images of logits (B, N).
+
+    Its gradient of z, soft and for one teacher, is T / B (q_T - p_T): zero where student and teacher agree.
+    """
+    if how.targets == "hard":
+        likeliest = _mean_distribution(answers, 1.0).argmax(1)
+        return F.cross_entropy(logits.float(), likeliest)
+    t = how.temperature
+    target = _mean_distribution(answers, t)
+    return F.kl_div(F.log_softmax(logits.float() / t, 1), target, reduction="batchmean") * t**2
+
+
+def _mean_distribution(answers: Sequence[Tensor], temperature: float) -> Tensor:
+    return torch.stack([F.softmax(answer.detach().float() / temperature, 1) for answer in answers]).mean(0)
 
 
 class State:
