@@ -21,16 +21,12 @@ from onefold.data.jitter import ColorJitter as ColorJitter
 from onefold.data.jitter import RandomErasing as RandomErasing
 from onefold.data.loader import Batches as Batches
 from onefold.data.loader import Transform as Transform
-from onefold.data.manifest import Manifest as Manifest
-from onefold.data.manifest import read_manifest as read_manifest
-from onefold.data.manifest import write_manifest as write_manifest
 from onefold.data.mixup import Mixed as Mixed
 from onefold.data.mixup import Mixing as Mixing
 from onefold.data.preprocessing import IMAGENET as IMAGENET
 from onefold.data.preprocessing import IMAGENET_MEAN as IMAGENET_MEAN
 from onefold.data.preprocessing import IMAGENET_STD as IMAGENET_STD
 from onefold.data.preprocessing import Preprocessing as Preprocessing
-from onefold.data.stream import Stream as Stream
 from onefold.data.transforms import Augment as Augment
 from onefold.data.transforms import CentreCrop as CentreCrop
 from onefold.data.transforms import HorizontalFlip as HorizontalFlip
