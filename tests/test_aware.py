@@ -19,7 +19,7 @@ from onefold.models import create_model
 from onefold.models.mobileone import branches
 from onefold.quantize import Grids, Method, calibrated, is_aware, make_aware_, plain_, ship
 from onefold.reparam import Chain, fuse
-from onefold.reparam.live import kernel_of
+from onefold.reparam.moments import kernel_of
 from onefold.runtimes import load
 
 SHAPE = (3, 32, 32)

@@ -18,8 +18,7 @@ from onefold import accelerate
 from onefold.reparam import each, fuse, mixed, moments, quickest
 from onefold.reparam.count import costs
 from onefold.reparam.kernels import Reference, passes_for
-from onefold.reparam.kernels.backend import Geometry
-from onefold.reparam.kernels.build import library
+from onefold.reparam.kernels.backend import Geometry, library
 from onefold.reparam.kernels.cpu import Compiled
 from onefold.reparam.kernels.memory import new_map, release
 from onefold.reparam.unit import read

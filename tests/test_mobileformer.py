@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onefold.models import Classifier, FeatureNet, cost
-from onefold.models.mobileformer import VARIANTS, mobileformer
-from onefold.models.parts import DynamicReLU
-from onefold.models.twostream import (
+from onefold.models.mobileformer import (
+    VARIANTS,
     Block,
     ChannelShuffle,
     Down,
@@ -25,7 +24,9 @@ from onefold.models.twostream import (
     Lite,
     LiteBlock,
     MobileToFormer,
+    mobileformer,
 )
+from onefold.models.parts import DynamicReLU
 from onefold.reparam import drift, fuse
 from onefold.reparam.fuse import leftovers
 

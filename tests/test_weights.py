@@ -20,9 +20,8 @@ from torch import Tensor
 from onefold.errors import BadCheckpoint
 from onefold.models import create_model
 from onefold.models.hub import load_model, load_training_weights_, load_weights_
-from onefold.models.layouts import detect
 from onefold.models.safe_load import read
-from onefold.models.weights import seems
+from onefold.models.weights import detect, seems
 from onefold.reparam import leftovers
 
 Tensors = dict[str, Tensor]

@@ -28,7 +28,7 @@ from onefold.commands.quantizing import Calibration, held_out, quantized, unlabe
 from onefold.commands.report import write_page
 from onefold.data import Batches, Source
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
-from onefold.models.modelcard import page_of
+from onefold.models.card import page_of
 from onefold.quantize import Quantized
 from onefold.runtimes import Artifact, Runtime, find_runtime
 from onefold.runtimes.vendor import versions

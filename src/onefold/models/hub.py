@@ -10,21 +10,27 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models.card import Card as Card
+from onefold.models.card import config_of, page_of
 from onefold.models.card import read_card as read_card
 from onefold.models.card import save_weights as save_weights
-from onefold.models.find import CONFIG, FILE, HUB_ID, Found, classes_of, find, preprocessing_of, text_of
-from onefold.models.modelcard import config_of, page_of
+from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
 from onefold.models.safe_load import read
 from onefold.models.weights import HEAD, Weights, fit_, seems, understand
 from onefold.storage import write_text
+
+FILE = "model.safetensors"
+CONFIG = "config.json"
+MAX_CONFIG = 16 << 20  # bytes; the names of 21,841 classes make one
+HUB_ID = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt")
 
 
 def load_model(
@@ -39,9 +45,7 @@ def load_model(
     found, weights = _open(source)
     known = _name_of(weights, name)
     classes = weights.num_classes if num_classes is None else num_classes
-    from onefold.models import create_model  # the catalogue imports this file when it loads weights
-
-    fresh = create_model(known, num_classes=classes, in_chans=weights.in_chans)
+    fresh = build(known, classes, weights.in_chans)
     model = fit_(fresh, weights, known).eval()
     return model, _card(weights, found, known, model is not fresh, classes)
 
@@ -82,8 +86,6 @@ def _open(source: str | Path) -> tuple[Found, Weights]:
 
 def _name_of(weights: Weights, name: str | None) -> str:
     """The catalogue's name: the user's, else the card's, else what the shapes tell. Raises like load_model."""
-    from onefold.models import list_models, resolve
-
     if name is not None:
         return resolve(name)
     if weights.card is not None:
@@ -106,8 +108,6 @@ def _name_of(weights: Weights, name: str | None) -> str:
 
 def _card(weights: Weights, found: Found, name: str, fused: bool, num_classes: int) -> Card:
     """The card that a file carries, or the one that can be written for it."""
-    from onefold.models import CATALOGUE
-
     kept = num_classes == weights.num_classes
     source = found.source if kept else f"{found.source}, with a fresh classifier for {num_classes} classes"
     if weights.card is not None:
@@ -123,6 +123,140 @@ def _card(weights: Weights, found: Found, name: str, fused: bool, num_classes: i
         licence=text_of(found.config, "pretrained_cfg", "license"),
         source=source,
     )
+
+
+# ----------------------------------------------------------------------------------- where they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where weights are: the file, what the config beside it says, and what the user called them."""
+
+    path: Path
+    source: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find(source: str | Path) -> Found:
+    """The file that a path or an id of the hub stands for. Raises BadCheckpoint."""
+    path = Path(source)
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # a name too long for a file, a folder that may not be entered
+        raise BadCheckpoint(f"cannot look for {path}: {error.strerror}") from error
+    if is_folder:
+        return _in_folder(path)
+    known_id = re.fullmatch(HUB_ID, str(source))
+    if is_there or known_id is None or path.suffix in _SUFFIXES:
+        return Found(path=path, source=str(source))
+    return _on_hub(known_id[1])
+
+
+def _in_folder(folder: Path) -> Found:
+    for name in (FILE, "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return Found(path=folder / name, source=str(folder), config=_config(folder / CONFIG))
+    raise BadCheckpoint(f"{folder} is a folder without {FILE}: give the file of weights itself")
+
+
+def _on_hub(repo_id: str) -> Found:
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = _download(repo_id, FILE)
+    except LocalEntryNotFoundError as error:  # neither in the cache nor within reach
+        raise BadCheckpoint(_unreachable(repo_id)) from error
+    except EntryNotFoundError as error:
+        raise BadCheckpoint(
+            f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
+            "download the file you trust and give its path"
+        ) from error
+    try:
+        config = _config(_download(repo_id, CONFIG))
+    except EntryNotFoundError:
+        config = {}
+    return Found(path=path, source=repo_id, config=config)
+
+
+def _download(repo_id: str, name: str) -> Path:
+    """A file of a repository. Raises EntryNotFoundError where it has none of this name, BadCheckpoint otherwise."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, name))
+    except EntryNotFoundError:
+        raise
+    except Exception as error:  # no network, no such repository, gated, offline: the hub's own zoo
+        reason = " ".join(str(error).split())[:160]
+        raise BadCheckpoint(f"{_unreachable(repo_id)} ({type(error).__name__}: {reason})") from error
+
+
+def _unreachable(repo_id: str) -> str:
+    return (
+        f"there is no file {repo_id}, and it cannot be had from the Hugging Face hub: check the id, the network and "
+        f"HF_HUB_OFFLINE; or copy its {FILE} here from another machine and give the path"
+    )
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """config.json as a mapping; empty where there is none. Raises BadCheckpoint."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise ValueError(f"larger than {MAX_CONFIG} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("not an object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadCheckpoint(
+            f"{path} cannot be read ({error}): get it again, or give the file of weights alone"
+        ) from error
+    return config
+
+
+# ------------------------------------------------------------------------------ what config.json says
+
+
+def classes_of(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    """The classes that a config names: timm's label_names, or transformers' id2label, perhaps after a background."""
+    names = config.get("label_names")
+    table = config.get("id2label")
+    if not isinstance(names, list) and isinstance(table, dict):
+        names = [table.get(str(i)) for i in range(len(table))]
+        names = names[1:] if len(names) == num_classes + 1 == 1001 else names
+    if isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return None
+
+
+def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's pretrained_cfg says of preprocessing, in our words; nothing where it says nothing sound."""
+    told = config.get("pretrained_cfg")
+    if not isinstance(told, dict):
+        return {}
+    out: dict[str, Any] = {}
+    for word in ("mean", "std"):
+        value = told.get(word)
+        if isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
+            out[word] = tuple(float(v) for v in value)
+    if isinstance(told.get("crop_pct"), (int, float)):
+        out["crop_pct"] = float(told["crop_pct"])
+    if told.get("interpolation") in ("bilinear", "bicubic", "nearest"):
+        out["interpolation"] = told["interpolation"]
+    size = told.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and all(isinstance(s, int) for s in size):
+        out |= {"channels": size[0], "size": size[2]}
+    return out
+
+
+def text_of(config: Mapping[str, Any], *path: str) -> str:
+    """The text at a path of keys in a config; empty where there is none."""
+    value: object = config
+    for word in path:
+        value = value.get(word) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 # ---------------------------------------------------------------------------- folders, and the hub

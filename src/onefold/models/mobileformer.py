@@ -26,15 +26,244 @@ Shapes: (B, 3, H, W) -> maps at H/2, H/4, H/8, H/16, H/32 with tokens (B, T, D) 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onefold.models.parts import Classifier, Feature, Head, State, conv_norm, init_
-from onefold.models.twostream import Down, Keep, Lite, MobileToFormer, Row, Streams, block, shuffle
+from onefold.models.layout import Layout, by_module
+from onefold.models.parts import Classifier, DynamicReLU, Feature, Head, State, conv_norm, hard_sigmoid, init_
 from onefold.reparam import Chain, rectified
+
+Streams = tuple[Tensor, Tensor]
+"""The map (B, C, H, W) and the tokens (B, T, D)."""
+
+# ------------------------------------------------------------------------- bridges, and the Former
+
+BRIDGE_HEADS = 2
+FORMER_HEADS = 4
+FFN_EXPANSION = 2  # where a transformer has 4
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, T, C) -> (B, N, T, C/N)."""
+    return tokens.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention where the keys are the values too: (B, N, T, c) and (B, N, c, P) -> (B, T, N c)."""
+    scores = queries * queries.shape[-1] ** -0.5 @ keys
+    found = scores.softmax(3) @ keys.transpose(2, 3)
+    return found.transpose(1, 2).flatten(2)
+
+
+class MobileToFormer(nn.Module):
+    """Mobile -> Former: each token gathers from the map what it asks for, adds it to itself, and is normed.
+
+    What it gathers is first scaled channel by channel with 2 hard_sigmoid, in [0, 2], told by the token itself.
+    """
+
+    def __init__(self, channels: int, token_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(token_dim, channels)
+        self.gate = nn.Linear(token_dim, channels)
+        self.project = nn.Linear(channels, token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The map (B, C, H, W) and the tokens (B, T, D) -> the new tokens (B, T, D)."""
+        pixels = x.flatten(2).unflatten(1, (BRIDGE_HEADS, -1))  # (B, N, C/N, P)
+        gathered = attend(split_heads(self.query(tokens), BRIDGE_HEADS), pixels)
+        gain = 2 * hard_sigmoid(self.gate(tokens))
+        new: Tensor = self.norm(tokens + self.project(gathered * gain))
+        return new
+
+
+class Former(nn.Module):
+    """Tokens attend to tokens, then a feed-forward network; each adds to its input, and a norm comes after."""
+
+    def __init__(self, token_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(token_dim, token_dim)
+        self.project = nn.Linear(token_dim, token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+        hidden = FFN_EXPANSION * token_dim
+        self.ffn = nn.Sequential(nn.Linear(token_dim, hidden), nn.GELU(), nn.Linear(hidden, token_dim))
+        self.ffn_norm = nn.LayerNorm(token_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        keys = split_heads(tokens, FORMER_HEADS).transpose(2, 3)  # (B, N, D/N, T)
+        gathered = attend(split_heads(self.query(tokens), FORMER_HEADS), keys)
+        tokens = self.norm(tokens + self.project(gathered))
+        new: Tensor = self.ffn_norm(tokens + self.ffn(tokens))
+        return new
+
+
+class FormerToMobile(nn.Module):
+    """Mobile <- Former: each pixel adds to itself a mixture of the tokens."""
+
+    def __init__(self, channels: int, token_dim: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(token_dim, channels)
+        self.value = nn.Linear(token_dim, channels)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The map (B, C, H, W) and the tokens (B, T, D) -> the new map (B, C, H, W)."""
+        pixels = x.flatten(2).unflatten(1, (BRIDGE_HEADS, -1))  # (B, N, C/N, P)
+        keys, values = (split_heads(f(tokens), BRIDGE_HEADS) for f in (self.key, self.value))  # (B, N, T, C/N)
+        # Scores stand tokens by pixels, so that neither the map nor the mixture has to be transposed.
+        scores = keys * keys.shape[-1] ** -0.5 @ pixels
+        mixture = values.transpose(2, 3) @ scores.softmax(2)  # (B, N, C/N, P)
+        return x + mixture.reshape(x.shape)
+
+
+# ------------------------------------------------------------- the Mobile stream: rows of the tables
+
+
+class ChannelShuffle(nn.Module):
+    """Deals channels out anew, so that each group of the next convolution gets some of each of these groups."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def extra_repr(self) -> str:
+        """The argument, for print."""
+        return str(self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same, channel i of group g now channel g of group i."""
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def shuffle(channel_groups: int, conv_groups: int) -> nn.Module:
+    """A shuffle of `channel_groups` groups where the pointwise convolutions are grouped, else nothing."""
+    return ChannelShuffle(channel_groups) if conv_groups > 1 else nn.Identity()
+
+
+@dataclass(frozen=True)
+class Lite:
+    """A row: a depthwise 3x3 to `hidden` channels, a pointwise 1x1 to `out`, and no tokens. "Bneck-lite"."""
+
+    hidden: int
+    out: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Down:
+    """A row: stride 2, by way of `hidden` to `out` channels, then by way of `second` back to `out`."""
+
+    hidden: int
+    second: int
+    out: int
+    stride: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A row: stride 1, by way of `hidden` to `out` channels."""
+
+    hidden: int
+    out: int
+    stride: ClassVar[int] = 1
+
+
+Row = Lite | Down | Keep
+
+
+class LiteBlock(nn.Module):
+    """Depthwise and pointwise convolution of the map, with a skip where shapes allow; tokens pass by."""
+
+    def __init__(self, c_in: int, row: Lite, groups: int) -> None:
+        super().__init__()
+        self.depthwise = conv_norm(c_in, row.hidden, 3, row.stride, groups=c_in)
+        self.act = nn.ReLU6()
+        self.shuffle = shuffle(c_in, groups)
+        self.pointwise = conv_norm(row.hidden, row.out, 1, groups=groups)
+        self.skips = row.stride == 1 and c_in == row.out
+
+    def forward(self, state: Streams) -> Streams:
+        """(map, tokens) -> (map, tokens)."""
+        x, tokens = state
+        y = self.pointwise(self.shuffle(rectified(self.depthwise, self.act, x)))
+        return (x + y if self.skips else y), tokens
+
+
+class Inverted(nn.Module):
+    """An inverted bottleneck of stride 1 with a skip where widths allow: expand, depthwise, project."""
+
+    def __init__(self, c_in: int, row: Keep, token_dim: int, groups: int) -> None:
+        super().__init__()
+        self.expand = conv_norm(c_in, row.hidden, 1, groups=groups)
+        self.act1 = DynamicReLU(row.hidden, token_dim)
+        self.depthwise = conv_norm(row.hidden, row.hidden, 3, groups=row.hidden)
+        self.act2 = DynamicReLU(row.hidden, token_dim)
+        self.project = conv_norm(row.hidden, row.out, 1, groups=groups)
+        self.shuffle = shuffle(groups, groups)
+        self.skips = c_in == row.out
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        """(B, C, H, W) and its first token (B, D) -> (B, C', H, W)."""
+        y = self.act1(self.shuffle(self.expand(x)), token)
+        y = self.act2(self.depthwise(y), token)
+        y = self.shuffle(self.project(y))
+        return x + y if self.skips else y
+
+
+class InvertedDown(nn.Module):
+    """Two bottlenecks that expand in their depthwise convolution: one of stride 2, then one with a skip."""
+
+    def __init__(self, c_in: int, row: Down, token_dim: int, groups: int) -> None:
+        super().__init__()
+        self.depthwise1 = conv_norm(c_in, row.hidden, 3, row.stride, groups=c_in)
+        self.shuffle1 = shuffle(c_in, groups)
+        self.act1 = DynamicReLU(row.hidden, token_dim)
+        self.project1 = conv_norm(row.hidden, row.out, 1, groups=groups)
+        self.depthwise2 = conv_norm(row.out, row.second, 3, groups=row.out)
+        self.shuffle2 = shuffle(row.out, groups)
+        self.act2 = DynamicReLU(row.second, token_dim)
+        self.project2 = conv_norm(row.second, row.out, 1, groups=groups)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        """(B, C, H, W) and its first token (B, D) -> (B, C', ceil(H/2), ceil(W/2))."""
+        x = self.project1(self.act1(self.shuffle1(self.depthwise1(x)), token))
+        return x + self.project2(self.act2(self.shuffle2(self.depthwise2(x)), token))
+
+
+class Block(nn.Module):
+    """Mobile -> Former, Former, Mobile, Mobile <- Former. The first of the new tokens tells the activations."""
+
+    def __init__(self, c_in: int, row: Down | Keep, token_dim: int, groups: int) -> None:
+        super().__init__()
+        self.to_former = MobileToFormer(c_in, token_dim)
+        self.former = Former(token_dim)
+        self.mobile: nn.Module
+        if isinstance(row, Down):
+            self.mobile = InvertedDown(c_in, row, token_dim, groups)
+        else:
+            self.mobile = Inverted(c_in, row, token_dim, groups)
+        self.to_mobile = FormerToMobile(row.out, token_dim)
+
+    def forward(self, state: Streams) -> Streams:
+        """(map, tokens) -> (map, tokens)."""
+        x, tokens = state
+        tokens = self.former(self.to_former(x, tokens))
+        x = self.mobile(x, tokens[:, 0])
+        return self.to_mobile(x, tokens), tokens
+
+
+def block(c_in: int, row: Row, token_dim: int, groups: int) -> nn.Module:
+    """What a row describes, on `c_in` channels and with pointwise convolutions of so many groups."""
+    return LiteBlock(c_in, row, groups) if isinstance(row, Lite) else Block(c_in, row, token_dim, groups)
+
+
+# ------------------------------------------------------------------------------------- the networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,3 +422,89 @@ def narrow_(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.div_(math.sqrt(module.groups))
+
+
+# --------------------------------------------------------------------------------- released weights
+#
+# How the released code names Mobile-Former.
+#
+# ours                            theirs
+# stem.conv.{0,1}, stem.tokens    stem.{0,1}, tokens.weight
+# stages.<s>.<j>                  features.<n>, n counting the blocks of all stages through
+# <lite block>                    .conv.{0,1,4,5}
+# <block>.to_former, .former      .local_global, .global_block
+# <block>.mobile, .to_mobile      .conv<1-4>.{0,1} and .hyper<1-3>.hyper.{0,2}, .global_local
+# head.to_former, head.<...>      local_global, classifier.{conv,fc,classifier}
+
+LITE_KEYS = {"conv.0": "depthwise.0", "conv.1": "depthwise.1", "conv.4": "pointwise.0", "conv.5": "pointwise.1"}
+TO_FORMER_KEYS = {"alpha.0": "gate", "q": "query", "proj": "project", "layer_norm": "norm"}
+FORMER_KEYS = {
+    "q": "query",
+    "channel_mlp": "project",
+    "layer_norm": "norm",
+    "ffn.0": "ffn.0",
+    "ffn.2": "ffn.2",
+    "ffn_norm": "ffn_norm",
+}
+TO_MOBILE_KEYS = {"k": "key", "proj": "value"}
+KEEP_KEYS = {"conv1": "expand", "hyper1": "act1", "conv2": "depthwise", "hyper2": "act2", "conv3": "project"}
+DOWN_KEYS = {
+    "conv1": "depthwise1",
+    "hyper1": "act1",
+    "conv2": "project1",
+    "conv3": "depthwise2",
+    "hyper3": "act2",
+    "conv4": "project2",
+}
+HEAD_KEYS = {
+    "classifier.conv.1": "head.conv.0",
+    "classifier.conv.2": "head.conv.1",
+    "classifier.fc.0": "head.fc1.0",
+    "classifier.fc.1": "head.fc1.1",
+    "classifier.classifier.1": "head.fc",
+}
+
+
+def _under(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
+    return {f"{theirs}.{a}": f"{ours}.{b}" for a, b in table.items()}
+
+
+def _mobile_modules(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
+    """Convolutions with their norms, and the two Linears that tell an activation."""
+    modules: dict[str, str] = {}
+    for a, b in table.items():
+        leaves = {"hyper.0": "reduce", "hyper.2": "expand"} if a.startswith("hyper") else {"0": "0", "1": "1"}
+        modules |= _under(f"{theirs}.{a}", f"{ours}.{b}", leaves)
+    return modules
+
+
+def _block_modules(theirs: str, ours: str, down: bool) -> dict[str, str]:
+    return (
+        _under(theirs, ours, LITE_KEYS)
+        | _under(f"{theirs}.local_global", f"{ours}.to_former", TO_FORMER_KEYS)
+        | _under(f"{theirs}.global_block", f"{ours}.former", FORMER_KEYS)
+        | _under(f"{theirs}.global_local", f"{ours}.to_mobile", TO_MOBILE_KEYS)
+        | _mobile_modules(theirs, f"{ours}.mobile", DOWN_KEYS if down else KEEP_KEYS)
+    )
+
+
+def _rename(keys: Collection[str]) -> dict[str, str]:
+    """The released code's keys -> {key: ours}. A block of stride 2, known by its fourth convolution, begins a stage."""
+    heads = {match[0] for key in keys if (match := re.match(r"features\.\d+\.conv4(?=\.)", key))}
+    num_blocks = 1 + max(
+        (int(match[1]) for key in keys if (match := re.match(r"features\.(\d{1,3})\.", key))), default=-1
+    )
+    modules = _under("stem", "stem.conv", {"0": "0", "1": "1"}) | _under(
+        "local_global", "head.to_former", TO_FORMER_KEYS
+    )
+    modules |= HEAD_KEYS
+    stage, place = 0, 0
+    for n in range(num_blocks):
+        down = f"features.{n}.conv4" in heads
+        stage, place = (stage + 1, 0) if down and n else (stage, place)
+        modules |= _block_modules(f"features.{n}", f"stages.{stage}.{place}", down)
+        place += 1
+    return by_module(keys, modules) | {key: "stem.tokens" for key in keys if key == "tokens.weight"}
+
+
+LAYOUTS = (Layout(title="released Mobile-Former", family="mobileformer", mark=r"tokens\.weight", rename=_rename),)

@@ -15,14 +15,19 @@ Shapes: (B, 3, H, W) -> maps at H/2, H/4, H/8, H/16, H/32 -> (B, N).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, takewhile
 
 from torch import Tensor, nn
 
+from onefold.models.layout import Layout, by_module, modules_of
 from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
 from onefold.reparam import Chain, Sum, rectified
 
 BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
+DEPTHS = (2, 8, 10, 1)  # Table 7: blocks in each stage, of every variant
 MAX_STEM = 64  # Table 7 has 64a; the published weights and FLOPs have min(64, 64a)
 
 
@@ -35,7 +40,7 @@ class Variant:
 
     widths: tuple[float, float, float, float]
     branches: int
-    depths: tuple[int, int, int, int] = (2, 8, 10, 1)
+    depths: tuple[int, int, int, int] = DEPTHS
     gated: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
@@ -114,3 +119,127 @@ def mobileone(variant: Variant, num_classes: int, in_chans: int) -> Classifier:
     net = Classifier(stem, stages, PooledHead(width, num_classes), features)
     init_(net)
     return net
+
+
+# --------------------------------------------------------------------------------- released weights
+#
+# Four projects name the same tree each in its own words.
+#
+# ours                            Apple's word
+# stem, stages.<s>.<j>            stage0, stage<s + 1>.<j>
+# .conv.<i>.{0,1}                 .rbr_conv.<i>.{conv,bn}        the k branches
+# .conv.<k>.{0,1}                 .rbr_scale.{conv,bn}           the 1x1 branch, where the kernel is larger
+# .conv.<last>                    .rbr_skip                      the norm of the skip, where there is one
+# .conv                           .reparam_conv                  all of them, folded
+# .attn.{reduce,expand}           .se.{reduce,expand}            S4
+# head.fc                         linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyNames:
+    """What one project calls the parts; see the table above."""
+
+    stem: str
+    stages: tuple[str, str, str, str]
+    branch: str
+    scale: str
+    conv: str
+    norm: str
+    skip: str
+    folded: str
+    reduce: str
+    expand: str
+    head: str
+
+
+APPLE_KEYS = KeyNames(
+    stem="stage0",
+    stages=("stage1", "stage2", "stage3", "stage4"),
+    branch="rbr_conv",
+    scale="rbr_scale",
+    conv="conv",
+    norm="bn",
+    skip="rbr_skip",
+    folded="reparam_conv",
+    reduce="se.reduce",
+    expand="se.expand",
+    head="linear",
+)
+TIMM_KEYS = KeyNames(
+    stem="stem",
+    stages=("stages.0", "stages.1", "stages.2", "stages.3"),
+    branch="conv_kxk",
+    scale="conv_scale",
+    conv="conv",
+    norm="bn",
+    skip="identity",
+    folded="reparam_conv",
+    reduce="attn.fc1",
+    expand="attn.fc2",
+    head="head.fc",
+)
+MMPRETRAIN_KEYS = KeyNames(
+    stem="backbone.stage0",
+    stages=("backbone.stage1", "backbone.stage2", "backbone.stage3", "backbone.stage4"),
+    branch="branch_conv_list",
+    scale="branch_scale",
+    conv="conv",
+    norm="norm",
+    skip="branch_norm",
+    folded="branch_reparam",
+    reduce="se.conv1.conv",
+    expand="se.conv2.conv",
+    head="head.fc",
+)
+CORENET_KEYS = KeyNames(
+    stem="conv_1",
+    stages=("layer_2", "layer_3", "layer_4", "layer_5"),
+    branch="rbr_conv",
+    scale="rbr_scale",
+    conv="block.conv",
+    norm="block.norm",
+    skip="rbr_skip",
+    folded="reparam_conv",
+    reduce="se.se_layer.fc1.block.conv",
+    expand="se.se_layer.fc2.block.conv",
+    head="classifier.classifier_fc",
+)
+
+
+def _unit_modules(names: KeyNames, theirs: str, ours: str, present: Collection[str]) -> dict[str, str]:
+    """The modules of one unit, theirs -> ours; how many branches it has is told by what is `present`."""
+    branches = (f"{theirs}.{names.branch}.{i}" for i in count())
+    parallel = list(takewhile(lambda name: f"{name}.{names.conv}" in present, branches))
+    scale = f"{theirs}.{names.scale}"
+    parallel += [scale] if f"{scale}.{names.conv}" in present else []
+    table = {f"{name}.{names.conv}": f"{ours}.conv.{i}.0" for i, name in enumerate(parallel)}
+    table |= {f"{name}.{names.norm}": f"{ours}.conv.{i}.1" for i, name in enumerate(parallel)}
+    table[f"{theirs}.{names.skip}"] = f"{ours}.conv.{len(parallel)}"
+    table[f"{theirs}.{names.folded}"] = f"{ours}.conv"
+    table[f"{theirs}.{names.reduce}"] = f"{ours}.attn.reduce"
+    table[f"{theirs}.{names.expand}"] = f"{ours}.attn.expand"
+    return table
+
+
+def _rename(names: KeyNames, keys: Collection[str]) -> dict[str, str]:
+    """Keys in one project's names -> {key: ours}."""
+    present = modules_of(keys)
+    modules = {names.head: "head.fc"} | _unit_modules(names, names.stem, "stem", present)
+    for s, (stage, depth) in enumerate(zip(names.stages, DEPTHS, strict=True)):
+        for j in range(2 * depth):  # a block is two units
+            modules |= _unit_modules(names, f"{stage}.{j}", f"stages.{s}.{j}", present)
+    return by_module(keys, modules)
+
+
+def _layout(title: str, names: KeyNames) -> Layout:
+    dotted = names.stem.replace(".", r"\.")
+    mark = rf"{dotted}\.({names.branch}\.0\.{names.conv}|{names.folded})\.weight"
+    return Layout(title=f"{title} MobileOne", family="mobileone", mark=mark, rename=partial(_rename, names))
+
+
+LAYOUTS = (
+    _layout("Apple", APPLE_KEYS),
+    _layout("timm", TIMM_KEYS),
+    _layout("mmpretrain", MMPRETRAIN_KEYS),
+    _layout("corenet", CORENET_KEYS),
+)

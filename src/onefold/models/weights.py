@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from onefold.errors import BadCheckpoint
+from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.card import Card, verified
-from onefold.models.layouts import LAYOUTS, Layout, detect
+from onefold.models.catalogue import build, list_models
+from onefold.models.layout import Layout
 from onefold.models.safe_load import Contents
 from onefold.reparam import fuse, leftovers
 
 logger = logging.getLogger("onefold")
+
+OURS = Layout(
+    title="onefold",
+    family="",
+    mark=r"stem\.conv(\.0)*\.weight",
+    rename=lambda keys: {key: key for key in keys},
+    variant=None,
+)
+LAYOUTS: tuple[Layout, ...] = (OURS, *mobileone.LAYOUTS, *mobilenetv1.LAYOUTS, *mobileformer.LAYOUTS)
 
 HEAD = ("head.fc.weight", "head.fc.bias")
 COUNTER = ".num_batches_tracked"  # says nothing in eval mode, and TensorFlow has none
@@ -62,6 +73,11 @@ class Weights:
     def variant(self) -> str | None:
         """The suffix that a name must have, "" for none; None where the file does not tell."""
         return self.layout.variant if self.card is None else self.card.model.partition(".")[2]
+
+
+def detect(keys: Collection[str]) -> Layout | None:
+    """The layout that these keys are of, or None."""
+    return next((layout for layout in LAYOUTS if layout.is_of(keys)), None)
 
 
 def understand(contents: Contents, path: Path) -> Weights:
@@ -113,14 +129,12 @@ def seems(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
 
     Half of the convolutions have to be there, in their places and shapes.
     """
-    from onefold.models import create_model, list_models  # the catalogue imports this file when it loads weights
-
     ours, best, share = _convolutions(tensors), None, 0.5
     with torch.random.fork_rng(devices=[]):  # fresh networks draw numbers, and nobody asked for them
         for name in list_models(f"*{family}*"):
             if "." in name or share == 1:
                 continue
-            theirs = _convolutions(create_model(name).state_dict())
+            theirs = _convolutions(build(name).state_dict())
             found = len(ours.items() & theirs.items()) / max(len(ours), len(theirs), 1)
             best, share = (name, found) if found > share else (best, share)
     return best

@@ -28,7 +28,7 @@ from onefold.quantize.method import Method
 from onefold.quantize.qparams import HIGHEST, LOWEST, Grid
 from onefold.quantize.settled import Grids, grids_of, names_of
 from onefold.reparam import Chain, Sum, fuse, leftovers
-from onefold.reparam.live import kernel_of
+from onefold.reparam.moments import kernel_of
 
 _DROPOUT = torch.ops.aten.dropout.default
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onefold.reparam.kernels import build, cpu
-from onefold.reparam.kernels.backend import Act
+from onefold.reparam.kernels import cpu
+from onefold.reparam.kernels.backend import Act, library
 from onefold.reparam.linear import track_
 from onefold.reparam.unit import Unit
 
@@ -33,7 +33,7 @@ def supports(unit: Unit, x: Tensor) -> bool:
     """Whether the kernels for this are there: float32 on a CPU, each process with statistics of its own."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in unit.branches)
-    return known and not synchronized and len(unit.branches) <= cpu.MAPS and build.library() is not None
+    return known and not synchronized and len(unit.branches) <= cpu.MAPS and library() is not None
 
 
 def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:

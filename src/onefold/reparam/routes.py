@@ -22,8 +22,7 @@ from onefold.reparam.kernels.backend import Act
 from onefold.reparam.linear import Chain, Route, Sum, each, fold, width
 from onefold.reparam.mixed import mix
 from onefold.reparam.mixed import supports as mix_supports
-from onefold.reparam.moments import convolve
-from onefold.reparam.patches import Patches
+from onefold.reparam.moments import Patches, convolve
 from onefold.reparam.stencil import Stencil
 from onefold.reparam.unit import Unit, ceiling, hooked, read
 

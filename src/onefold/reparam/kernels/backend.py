@@ -4,14 +4,24 @@ Everything else of the route is algebra on small matrices, and lives in `routes`
 
 Shapes: B batch, I and O input and output channels, G groups, K = I/G * taps values a patch, N patches (places of the
 output over the batch). A kernel is (G, O/G, K), a mean (G, K), a covariance (G, K, K).
+
+`library` is the compiled kernels that the CPU's back end calls: built when first needed, kept for the next time.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from onefold.native import built
 
 Pair = tuple[int, int]
 Act = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is ReLU6
@@ -65,3 +75,31 @@ class Passes(Protocol):
 
         quad is symmetric.
         """
+
+
+# -------------------------------------------------------------------------------- compiled kernels
+
+SOURCES = ("pointwise.cpp", "depthwise.cpp", "mixed.cpp", "algebra.cpp", "memory.cpp")
+HEADERS = ("vector.h", "pointwise.h")
+
+
+class SlowerRouteWarning(UserWarning):
+    """The kernels cannot be compiled: the `moments` route runs on plain torch, with the same numbers but slower."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels as a loaded library, or None - with one warning - where they cannot be had.
+
+    ONEFOLD_KERNELS=plain in the environment asks for None; CXX names another compiler; the library is kept under
+    XDG_CACHE_HOME (~/.cache), by the hash of sources, flags, compiler and machine.
+    """
+    if os.environ.get("ONEFOLD_KERNELS") == "plain":
+        return None
+    try:
+        here = Path(__file__).parent
+        return ctypes.CDLL(str(built("kernels", [here / name for name in SOURCES], [here / name for name in HEADERS])))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = error.stderr.strip().splitlines()[-1:] if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(f"training is slower: cannot compile its kernels ({reason})", SlowerRouteWarning, stacklevel=2)
+        return None

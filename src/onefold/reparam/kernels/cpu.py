@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from onefold.reparam.kernels.backend import Act, Geometry, Moments
-from onefold.reparam.kernels.build import library
+from onefold.reparam.kernels.backend import Act, Geometry, Moments, library
 from onefold.reparam.kernels.memory import new_map
 
 MAPS = 8  # in a `mix`

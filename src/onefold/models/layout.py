@@ -1,4 +1,7 @@
-"""What a layout is: how one project names and lays out the tensors of one family."""
+"""Layout: how one project names the tensors of one family of networks, and in which order it keeps their axes.
+
+A family's file holds the layouts of the projects that release weights of it, in its `LAYOUTS`.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""The catalogue: the networks by name, each with its training structure, its input and its published accuracy."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from onefold.errors import BadArgument
+from onefold.models import mobileformer as _former
+from onefold.models import mobilenetv1 as _v1
+from onefold.models import mobileone as _one
+from onefold.models.parts import Classifier
+from onefold.reparam import quickest, set_route_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row of the catalogue.
+
+    `build(num_classes, in_chans)` gives the training network; `input` says how its images are prepared (the keys of
+    `Preprocessing`); `top1` is the accuracy that `source` states for ImageNet-1k in percent, None where none does.
+    """
+
+    build: Callable[[int, int], Classifier]
+    input: Mapping[str, Any]
+    top1: float | None = None
+    source: str = ""
+
+    @property
+    def size(self) -> int:
+        """The side of the square images that it is used on, in pixels."""
+        return int(self.input["size"])
+
+
+def _input(*, crop_pct: float = 0.875, interpolation: str = "bilinear", centred: bool = False) -> Mapping[str, Any]:
+    """224 pixels, with ImageNet's mean and deviation, or centred: all 0.5, so that images lie in [-1, 1]."""
+    mean, std = ((0.5, 0.5, 0.5),) * 2 if centred else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return {
+        "size": 224,
+        "crop_pct": crop_pct,
+        "mean": mean,
+        "std": std,
+        "interpolation": interpolation,
+        "channels": 3,
+    }
+
+
+_IMAGENET, _CROP_90, _CENTRED = _input(), _input(crop_pct=0.9), _input(centred=True)
+_CENTRED_BICUBIC = _input(centred=True, interpolation="bicubic")
+
+
+def _mobileone(variant: str) -> Callable[[int, int], Classifier]:
+    return partial(_one.mobileone, _one.VARIANTS[variant])
+
+
+def _mobileformer(variant: str) -> Callable[[int, int], Classifier]:
+    return partial(_former.mobileformer, variant)
+
+
+def _mobilenet(width: float, flavour: _v1.Flavour = _v1.PAPER) -> Callable[[int, int], Classifier]:
+    return partial(_v1.mobilenetv1, _v1.Variant(width=width, flavour=flavour))
+
+
+_ONE = "arXiv 2206.04040, Table 9"
+_FORMER = "arXiv 2108.05895 and its released code"
+_V1 = "arXiv 1704.04861, Table 6"
+_SLIM = "TF-slim mobilenet_v1.md, checkpoints of 2018-02-22"
+
+CATALOGUE: dict[str, Entry] = {
+    # MobileOne. The paper states no crop; these are the ones that timm gives its weights.
+    "mobileone_s0": Entry(build=_mobileone("s0"), input=_IMAGENET, top1=71.4, source=_ONE),
+    "mobileone_s1": Entry(build=_mobileone("s1"), input=_CROP_90, top1=75.9, source=_ONE),
+    "mobileone_s2": Entry(build=_mobileone("s2"), input=_CROP_90, top1=77.4, source=_ONE),
+    "mobileone_s3": Entry(build=_mobileone("s3"), input=_CROP_90, top1=78.1, source=_ONE),
+    "mobileone_s4": Entry(build=_mobileone("s4"), input=_CROP_90, top1=79.4, source=_ONE),
+    # Mobile-Former, named by its published million FLOPs.
+    "mobileformer_26m": Entry(build=_mobileformer("26m"), input=_IMAGENET, top1=64.0, source=_FORMER),
+    "mobileformer_52m": Entry(build=_mobileformer("52m"), input=_IMAGENET, top1=68.7, source=_FORMER),
+    "mobileformer_96m": Entry(build=_mobileformer("96m"), input=_IMAGENET, top1=72.8, source=_FORMER),
+    "mobileformer_151m": Entry(build=_mobileformer("151m"), input=_IMAGENET, top1=75.2, source=_FORMER),
+    "mobileformer_214m": Entry(build=_mobileformer("214m"), input=_IMAGENET, top1=76.7, source=_FORMER),
+    "mobileformer_294m": Entry(build=_mobileformer("294m"), input=_IMAGENET, top1=77.9, source=_FORMER),
+    "mobileformer_508m": Entry(build=_mobileformer("508m"), input=_IMAGENET, top1=79.3, source=_FORMER),
+    # MobileNetV1, named by its width in percent; after a dot the flavour of somebody's released weights.
+    "mobilenetv1_100": Entry(build=_mobilenet(1.0), input=_IMAGENET, top1=70.6, source=_V1),
+    "mobilenetv1_075": Entry(build=_mobilenet(0.75), input=_IMAGENET, top1=68.4, source=_V1),
+    "mobilenetv1_050": Entry(build=_mobilenet(0.5), input=_IMAGENET, top1=63.7, source=_V1),
+    "mobilenetv1_025": Entry(build=_mobilenet(0.25), input=_IMAGENET, top1=50.6, source=_V1),
+    "mobilenetv1_100.tf": Entry(build=_mobilenet(1.0, _v1.TF), input=_CENTRED, top1=70.9, source=_SLIM),
+    "mobilenetv1_075.tf": Entry(build=_mobilenet(0.75, _v1.TF), input=_CENTRED, top1=68.4, source=_SLIM),
+    "mobilenetv1_050.tf": Entry(build=_mobilenet(0.5, _v1.TF), input=_CENTRED, top1=63.3, source=_SLIM),
+    "mobilenetv1_025.tf": Entry(build=_mobilenet(0.25, _v1.TF), input=_CENTRED, top1=49.8, source=_SLIM),
+    "mobilenetv1_100.timm": Entry(
+        build=_mobilenet(1.0, _v1.TIMM), input=_CENTRED_BICUBIC, top1=75.388, source="timm, ra4_e3600_r224_in1k at 224"
+    ),
+    "mobilenetv1_075.timm": Entry(build=_mobilenet(0.75, _v1.TIMM), input=_CENTRED_BICUBIC),
+    "mobilenetv1_050.timm": Entry(build=_mobilenet(0.5, _v1.TIMM), input=_CENTRED_BICUBIC),
+    "mobilenetv1_025.timm": Entry(build=_mobilenet(0.25, _v1.TIMM), input=_CENTRED_BICUBIC),
+    "mobilenetv1_100.leaky": Entry(build=_mobilenet(1.0, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_075.leaky": Entry(build=_mobilenet(0.75, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_050.leaky": Entry(build=_mobilenet(0.5, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_025.leaky": Entry(
+        build=_mobilenet(0.25, _v1.LEAKY), input=_IMAGENET, top1=46.58, source="stated in the released checkpoint"
+    ),
+    # The two that the MobileNetV1 paper compares with.
+    "conv_mobilenet_100": Entry(
+        build=partial(_v1.mobilenetv1, _v1.Variant(separable=False)),
+        input=_IMAGENET,
+        top1=71.7,
+        source="arXiv 1704.04861, Table 4",
+    ),
+    "mobilenetv1_shallow": Entry(
+        build=partial(_v1.mobilenetv1, _v1.Variant(layers=_v1.SHALLOW)),
+        input=_IMAGENET,
+        top1=65.3,
+        source="arXiv 1704.04861, Table 5; its width is not stated, its parameters and multiply-adds are those of 1.0",
+    ),
+}
+
+_SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"^mobile_(one|former|net)", r"mobile\1"),
+    (r"^mobilenet_v1", "mobilenetv1"),
+    (r"^mobilenetv1(?=\.[a-z]|$)", "mobilenetv1_100"),
+    (r"^mobilenetv1_(\d)\.(\d+)", lambda match: f"mobilenetv1_{match[1]}{match[2]:0<2}"),
+    (r"^conv_mobilenet$", "conv_mobilenet_100"),
+)
+
+
+def resolve(name: str) -> str:
+    """The catalogue's name for `name`: case, dashes and a few usual spellings do not matter.
+
+    Raises BadArgument, with the nearest names, for one that is not there.
+    """
+    spelled = name.strip().lower().replace("-", "_")
+    for pattern, proper in _SPELLINGS:
+        spelled = re.sub(pattern, proper, spelled)
+    if spelled not in CATALOGUE:
+        near = difflib.get_close_matches(spelled, CATALOGUE, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "list_models() gives all names"
+        raise BadArgument(f"there is no model {name!r}: {hint}")
+    return spelled
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The catalogue's names that match a shell pattern, such as "mobileone*"."""
+    return fnmatch.filter(CATALOGUE, pattern.lower())
+
+
+def build(name: str, num_classes: int = 1000, in_chans: int = 3) -> Classifier:
+    """The training network of a name, in train mode, with random initialization. Raises BadArgument."""
+    known = resolve(name)
+    if num_classes < 0 or in_chans < 1:
+        raise BadArgument(f"num_classes must be 0 or more and in_chans 1 or more, not {num_classes} and {in_chans}")
+    model = CATALOGUE[known].build(num_classes, in_chans)
+    set_route_(model, quickest)
+    return model
