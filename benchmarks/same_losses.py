@@ -1,11 +1,11 @@
 """200 SGD steps of MobileOne-S0 on real photos, branch by branch and by moments: do they learn the same?
 
-    python benchmarks/same_losses.py run each|flipped|moments --data ../shared/data/imagenette-224-subset
+    python benchmarks/same_losses.py run per_branch|flipped|moments --data ../shared/data/imagenette-224-subset
     python benchmarks/same_losses.py report
 
-`flipped` is `each` with the images of every batch in reverse: the same mathematics, summed in another order. How far
-its losses part from those of `each` is how far rounding alone takes them. At the end each network is fused and
-answers the validation photos. One thread; the three runs can go side by side. Results go beside this file.
+`flipped` is `per_branch` with the images of every batch in reverse: the same mathematics, summed in another order.
+How far its losses part from those of `per_branch` is how far rounding alone takes them. At the end each network is
+fused and answers the validation photos. One thread; the three runs can go side by side. Results go beside this file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from onefold import create_model, fuse
-from onefold.reparam import each, moments, set_route_
+from onefold.reparam import moments, per_branch, set_route_
 
 STEPS, BATCH, SIZE, RATE = 200, 16, 128, 0.05
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ def run(kind: str, data: Path) -> None:
     torch.set_num_threads(1)
     x, y = photos(data / "train.tar")
     torch.manual_seed(0)
-    model = set_route_(create_model("mobileone_s0", num_classes=10), moments if kind == "moments" else each)
+    model = set_route_(create_model("mobileone_s0", num_classes=10), moments if kind == "moments" else per_branch)
     model = model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
     order = torch.cat([torch.randperm(len(x)) for _ in range(-(-STEPS * BATCH // len(x)))])
@@ -69,10 +69,11 @@ def run(kind: str, data: Path) -> None:
 
 def report() -> None:
     runs = {
-        kind: json.loads((RESULTS / f"same-losses-{kind}.json").read_text()) for kind in ("each", "flipped", "moments")
+        kind: json.loads((RESULTS / f"same-losses-{kind}.json").read_text())
+        for kind in ("per_branch", "flipped", "moments")
     }
-    base = np.array(runs["each"]["losses"])
-    print(f"{'':10}{'loss: first 20':>16}{'last 20':>10}{'fused top-1':>13}   loss - that of each, mean |.| over steps")
+    base = np.array(runs["per_branch"]["losses"])
+    print(f"{'':10}{'loss: first 20':>16}{'last 20':>10}{'fused top-1':>13}   loss - per_branch's, mean |.| over steps")
     for kind, result in runs.items():
         losses = np.array(result["losses"])
         gaps = [abs(losses - base)[a:b].mean() for a, b in ((0, 5), (5, 20), (20, 50), (50, 100), (100, 200))]

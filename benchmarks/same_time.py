@@ -31,7 +31,7 @@ from onefold.bench import Machine
 from onefold.data import Batches as ImageBatches
 from onefold.data import Cached, open_source
 from onefold.models import create_model
-from onefold.models.mobileone import start_from_skips_
+from onefold.models.mobileone import zero_init_branches_
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe
 from onefold.reparam import quickest, set_route_
 from onefold.train import Run, accuracy, seed_everything, train
@@ -45,7 +45,7 @@ def build(contender: str, seed: int) -> nn.Module:
     seed_everything(seed)
     if contender == "ours":
         ours = create_model("mobileone_s0", num_classes=CLASSES)
-        start_from_skips_(ours)
+        zero_init_branches_(ours)
         return set_route_(ours, quickest)
     model = timm_model("mobileone_s0")
     model.reset_classifier(CLASSES)

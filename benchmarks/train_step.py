@@ -37,12 +37,12 @@ from onefold import accelerate
 from onefold.bench import Machine
 from onefold.models import create_model
 from onefold.models.mobileone import branches
-from onefold.reparam import Chain, Sum, each, mixed, moments, quickest, set_route_
+from onefold.reparam import Chain, Sum, mixed, moments, per_branch, quickest, set_route_
 from onefold.reparam.count import costs
 from onefold.reparam.unit import read
 
 HERE = Path(__file__).parent
-CONTENDERS = ("ours", "each", "plain", "timm", "timm channels_last", "timm accelerated", "timm compiled")
+CONTENDERS = ("ours", "per_branch", "plain", "timm", "timm channels_last", "timm accelerated", "timm compiled")
 
 
 def timm_model(name: str) -> nn.Module:
@@ -94,7 +94,11 @@ def build(name: str, contender: str) -> nn.Module:
         model = accelerate(model) if contender == "timm accelerated" else model
         return torch.compile(model) if contender == "timm compiled" else model
     model = create_model(name)
-    return plain_(model) if contender == "plain" else set_route_(model, each if contender == "each" else quickest)
+    return (
+        plain_(model)
+        if contender == "plain"
+        else set_route_(model, per_branch if contender == "per_branch" else quickest)
+    )
 
 
 def step_of(name: str, contender: str, given: argparse.Namespace) -> Callable[[], None]:
@@ -152,7 +156,7 @@ def bytes_moved(name: str, given: argparse.Namespace) -> tuple[float, float, flo
     totals = [0.0, 0.0, 0.0]
 
     def count(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-        y = each(tree, x, act)
+        y = per_branch(tree, x, act)
         unit = read(tree) if x.dim() == 4 else None
         if unit is not None:
             i, o, convs, branches = x.numel(), y.numel(), len(unit.convs), len(unit.branches)
@@ -227,7 +231,7 @@ UNITS = (
 
 def run_units(given: argparse.Namespace) -> None:
     """Milliseconds of a unit with its ReLU, forward and backward, by every route and as one convolution and norm."""
-    title = "".join(f"{name:>9}" for name in ("each", "moments", "mixed", "plain"))
+    title = "".join(f"{name:>11}" for name in ("per_branch", "moments", "mixed", "plain"))
     print(f"\n{'unit: in, out, kernel, stride, k, map':42}{title}  quickest takes")
     for c_in, c_out, kernel, stride, groups, k, size in UNITS:
         torch.manual_seed(0)
@@ -239,11 +243,11 @@ def run_units(given: argparse.Namespace) -> None:
             .requires_grad_(c_in > 3)
         )
         skeleton = plain_(nn.Sequential(copy.deepcopy(unit), act)).to(memory_format=torch.channels_last)
-        calls = {r.__name__: partial(_unit_step, partial(r, unit), x, act) for r in (each, moments, mixed)}
+        calls = {r.__name__: partial(_unit_step, partial(r, unit), x, act) for r in (per_branch, moments, mixed)}
         calls["plain"] = partial(_unit_step, lambda x, _, net=skeleton: net(x), x, act)
         ms = {name: 1e3 * statistics.median(times) for name, times in interleave(calls, 9).items()}
         cost = costs(read(unit), x)._asdict()
-        row = "".join(f"{ms[name]:9.1f}" for name in ("each", "moments", "mixed", "plain"))
+        row = "".join(f"{ms[name]:11.1f}" for name in ("per_branch", "moments", "mixed", "plain"))
         label = f"{c_in}, {c_out}, {kernel}x{kernel}, {stride}, {k}, {size}"
         print(f"{label:42}{row}  {min(cost, key=cost.get)}", flush=True)
 

@@ -19,7 +19,7 @@ from onefold.models import create_model
 from onefold.models.mobileone import branches
 from onefold.quantize import Grids, Method, calibrated, is_aware, make_aware_, plain_, ship
 from onefold.reparam import Chain, fuse
-from onefold.reparam.moments import kernel_of
+from onefold.reparam.moments import merged_kernel
 from onefold.runtimes import load
 
 SHAPE = (3, 32, 32)
@@ -70,7 +70,7 @@ def test_the_kernel_of_a_unit_in_training_gives_its_values_gradients_and_buffers
     reference = copy.deepcopy(unit)
     x = torch.randn(4, args[0], 9, 8, dtype=torch.float64) + 0.3
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    kernel, bias = kernel_of(unit, ours)
+    kernel, bias = merged_kernel(unit, ours)
     y = F.conv2d(ours, kernel, bias, args[3], args[2] // 2, 1, args[4])
     expected = reference(theirs)
     weights = torch.randn_like(expected)
@@ -84,7 +84,7 @@ def test_the_kernel_of_a_unit_in_training_gives_its_values_gradients_and_buffers
 
 def test_the_kernel_of_frozen_norms_is_the_one_that_fusing_gives(seeded) -> None:
     unit = shaken(lively(8, 8, 3, 1, 8, 3))
-    kernel, bias = kernel_of(unit, torch.zeros(1, 8, 4, 4))
+    kernel, bias = merged_kernel(unit, torch.zeros(1, 8, 4, 4))
     fused = unit.fuse()
     assert torch.equal(kernel, fused.weight)
     assert torch.equal(bias, fused.bias)
@@ -93,13 +93,13 @@ def test_the_kernel_of_frozen_norms_is_the_one_that_fusing_gives(seeded) -> None
 def test_trees_that_are_not_units_have_kernels_too(seeded) -> None:
     tree = Chain(nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)).double().train()
     x = torch.randn(3, 4, 7, 7, dtype=torch.float64)
-    kernel, bias = kernel_of(copy.deepcopy(tree), x)
+    kernel, bias = merged_kernel(copy.deepcopy(tree), x)
     assert torch.allclose(F.conv2d(x, kernel, bias, padding=1), tree(x), rtol=0, atol=1e-10)
 
 
 def test_one_value_a_channel_is_refused_as_a_norm_refuses_it() -> None:
     with pytest.raises(ValueError, match="more than one value"):
-        kernel_of(lively(8, 8, 1, 1, 1, 2), torch.randn(1, 8, 1, 1))
+        merged_kernel(lively(8, 8, 1, 1, 1, 2), torch.randn(1, 8, 1, 1))
 
 
 # -------------------------------------------------------------------------------- trained = shipped

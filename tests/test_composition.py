@@ -1,4 +1,4 @@
-"""Routes within the rest of torch: each thing torch can do with a model it does with every route as with `each`.
+"""Routes within the rest of torch: each thing torch can do with a model it does with every route as with `per_branch`.
 
 Autocast, memory formats, torch.compile, accumulated and checkpointed gradients, processes, frozen parts, hooks, copies.
 """
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from onefold.reparam import Chain, Route, Sum, each, mixed, moments, quickest, rectified, set_route_
+from onefold.reparam import Chain, Route, Sum, conv_act, mixed, moments, per_branch, quickest, set_route_
 from test_routes import batch, gap, unit
 
 ROUTES = (moments, mixed, quickest)
@@ -38,7 +38,7 @@ def route(request: pytest.FixtureRequest) -> Route:
 class Net(nn.Module):
     """Three units, each with its activation: a dense stem, a depthwise and a pointwise one."""
 
-    def __init__(self, route: Route = each) -> None:
+    def __init__(self, route: Route = per_branch) -> None:
         super().__init__()
         self.units = nn.ModuleList([unit(3, 8, 3, 2, 1, 1), unit(8, 8, 3, 1, 8, 2), unit(8, 16, 1, 1, 1, 2)])
         self.act = nn.ReLU()
@@ -46,7 +46,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.units:
-            x = rectified(layer, self.act, x)
+            x = conv_act(layer, self.act, x)
         return x
 
 
@@ -60,9 +60,9 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def pair(model: nn.Module, route: Route) -> tuple[nn.Module, nn.Module]:
-    """Two equal models, evaluated by `each` and by `route`."""
+    """Two equal models, evaluated by `per_branch` and by `route`."""
     lively(model)
-    return set_route_(copy.deepcopy(model), each), set_route_(model, route)
+    return set_route_(copy.deepcopy(model), per_branch), set_route_(model, route)
 
 
 def image(*shape: int) -> Tensor:
@@ -137,7 +137,7 @@ def test_half_precision_is_as_near_the_truth_as_each(shape, dtype, autocast, rou
 @pytest.mark.parametrize(("route", "start"), [(moments, 0), (moments, 1), (mixed, 1), (quickest, 1)])
 def test_channels_last_stays_so_and_changes_no_number(route, start, seeded):
     """A channels_last stem by `moments` alone: torch 2.13's own weight gradient of a strided 1x1 convolution of fewer
-    than 8 channels, channels_last, writes past its memory on a CPU (oneDNN), so `each` and `mixed` may crash there.
+    than 8 channels, channels_last, writes past its memory on a CPU (oneDNN), so `per_branch` and `mixed` may crash.
     """
     reference, model = pair(Net(), route)
     for net in (reference, model):
@@ -176,7 +176,7 @@ def test_checkpointed_units_are_evaluated_twice_as_each_is(route, seeded):
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
         for layer in model.units:
-            x = checkpoint(rectified, layer, model.act, x, use_reentrant=False)
+            x = checkpoint(conv_act, layer, model.act, x, use_reentrant=False)
         return x
 
     reference, model = pair(Net(), route)

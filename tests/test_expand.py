@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import shaken
 from onefold.models import create_model
-from onefold.reparam import Chain, Sum, each, expand, fuse, moments, restate_norms_, set_route_
+from onefold.reparam import Chain, Sum, expand, fuse, moments, per_branch, recalibrate_norms_, set_route_
 
 VARIANTS = [f"mobileone_s{i}" for i in range(5)] + ["mobilenetv1_025", "mobilenetv1_025.tf", "mobileformer_26m"]
 
@@ -57,7 +57,7 @@ def test_on_the_photos_that_it_was_stated_for_training_starts_from_the_same_func
     like, fused = pair(name, dtype)
     photos = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     expanded = expand(fused, like).eval()
-    restate_norms_(expanded, photos.split(4))
+    recalibrate_norms_(expanded, photos.split(4))
     assert furthest(fused, fuse(expanded)) <= {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
     with torch.no_grad():
         wanted, got = fused(photos), expanded.train()(photos)
@@ -112,7 +112,7 @@ def test_restating_is_exact_for_any_split_of_the_images_and_changes_no_function(
     model = shaken(create_model("mobileone_s1", num_classes=3).double())
     x = torch.randn(5, 3, 32, 32).double()
     before = model(x)
-    restate_norms_(model, [x[:1], x[1:4], x[4:]])
+    recalibrate_norms_(model, [x[:1], x[1:4], x[4:]])
     assert float(((model(x) - before).norm() / before.norm()).detach()) <= 1e-12
     first = model.stem.conv[0]
     z = first[0](x)
@@ -124,10 +124,10 @@ def test_a_whole_network_learns_by_the_moments_route_after_expansion():
     like, fused = pair("mobileone_s0", torch.float64)
     photos = torch.randn(4, 3, 32, 32).double()
     expanded = expand(fused, like).eval()
-    restate_norms_(expanded, [photos])
-    by_each = set_route_(expanded.train(), each)(photos)
+    recalibrate_norms_(expanded, [photos])
+    by_branch = set_route_(expanded.train(), per_branch)(photos)
     by_moments = set_route_(expanded, moments)(photos)
-    assert float((by_each - by_moments).detach().norm() / by_each.detach().norm()) <= 1e-9
+    assert float((by_branch - by_moments).detach().norm() / by_branch.detach().norm()) <= 1e-9
 
 
 def test_what_cannot_be_expanded_is_refused():
@@ -137,9 +137,9 @@ def test_what_cannot_be_expanded_is_refused():
     with pytest.raises(ValueError, match="outside of what folds they differ"):
         expand(fused, create_model("mobilenetv1_025", num_classes=5))
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
-        restate_norms_(like.train(), [])
+        recalibrate_norms_(like.train(), [])
     with pytest.raises(ValueError, match="has seen nothing"):
-        restate_norms_(like.eval(), [])
+        recalibrate_norms_(like.eval(), [])
     two = nn.Sequential(Chain(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     with pytest.raises(ValueError, match="cannot be expanded"):
         expand(nn.Sequential(nn.Conv2d(3, 3, 1)), two)

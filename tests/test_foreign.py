@@ -19,7 +19,7 @@ from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open import open_network, open_predictor
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
 from onefold.quantize import Method, quantize
-from onefold.reparam import drift, fuse, leftovers
+from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import About
 from onefold.runtimes import export as export_to
 from onefold.runtimes.reference import make_images
@@ -38,7 +38,7 @@ def test_every_competitor_folds_through_and_through(timm, seeded, name):
     network = shaken(timm.create_model(name))
     folded = fuse(network)
     size = network.pretrained_cfg["input_size"][-1]
-    assert leftovers(folded) == []
+    assert unfused_norms(folded) == []
     assert not any(part.training for part in folded.modules())
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in network.parameters())
     assert drift(network, folded, torch.randn(1, 3, size, size)) < 1e-5

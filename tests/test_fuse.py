@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import shaken
-from onefold.reparam import Chain, Sum, UnfoldedWarning, drift, fuse, leftovers
+from onefold.reparam import Chain, Sum, UnfoldedWarning, drift, fuse, unfused_norms
 
 X = torch.randn(2, 3, 13, 11, generator=torch.Generator().manual_seed(0))
 
@@ -268,7 +268,7 @@ def test_norms_fold_by_data_flow_not_by_order(seeded):
     model = shaken(nn.Sequential(Plain(), nn.Flatten(), nn.Linear(3 * 13 * 11, 4), nn.BatchNorm1d(4)))
     with pytest.warns(UnfoldedWarning, match=r"could not fold 1: 0\.bn3"):
         fused = fuse(model)
-    assert leftovers(fused) == ["0.bn3"]
+    assert unfused_norms(fused) == ["0.bn3"]
     assert drift(model, fused, X) <= 1e-6
 
 
@@ -283,7 +283,7 @@ def test_parts_of_an_untraceable_network_still_fold(seeded):
 
     model = shaken(Branching())
     fused = fuse(model)
-    assert leftovers(fused) == []
+    assert unfused_norms(fused) == []
     assert drift(model, fused, X) <= 1e-6
 
 
@@ -302,5 +302,5 @@ def test_timm_models_fuse_with_the_same_answer(name, timm, seeded):
     assert drift(model, fused, x) <= 1e-5
     if name != "repvit_m0_9":  # whose own method makes float32 kernels
         assert drift(model.double(), fuse(model), x.double()) <= 1e-12
-    assert leftovers(fused) == []
+    assert unfused_norms(fused) == []
     assert not [w for w in caught if issubclass(w.category, UnfoldedWarning)]

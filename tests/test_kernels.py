@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from onefold import accelerate
-from onefold.reparam import each, fuse, mixed, moments, quickest
+from onefold.reparam import fuse, mixed, moments, per_branch, quickest
 from onefold.reparam.count import costs
 from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.backend import Geometry, library
@@ -44,16 +44,16 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def against_truth(sums: nn.Module, x: Tensor, route, act: nn.Module | None = None) -> dict[str, tuple[float, float]]:
-    """Relative errors, of `each` and of the route, in float32 against float64."""
+    """Relative errors, of `per_branch` and of the route, in float32 against float64."""
     for norm in sums.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias)
     with torch.no_grad():
-        grad = torch.randn_like(each(copy.deepcopy(sums), x))
-    truth = results(sums.double(), x.double(), grad.double(), each, act)
+        grad = torch.randn_like(per_branch(copy.deepcopy(sums), x))
+    truth = results(sums.double(), x.double(), grad.double(), per_branch, act)
     sums = sums.float()
-    ours, reference = (results(sums, x, grad, r, act) for r in (route, each))
+    ours, reference = (results(sums, x, grad, r, act) for r in (route, per_branch))
     return {name: (error(reference[name], truth[name]), error(ours[name], truth[name])) for name in truth}
 
 
@@ -92,7 +92,7 @@ def test_activations_within_the_unit(route, act, seeded):
     for shape in (SHAPES["pointwise"], SHAPES["depthwise"], SHAPES["one branch"]):
         sums, x = unit(*shape), torch.randn(4, shape[0], 9, 9).relu()
         grad = torch.randn(4, shape[1], 9, 9)
-        ours, reference = (results(sums, x, grad, r, act) for r in (route, each))
+        ours, reference = (results(sums, x, grad, r, act) for r in (route, per_branch))
         assert all(error(ours[k], reference[k].double()) < 2e-5 for k in ours if reference[k].abs().max() > 1e-4)
 
 
@@ -153,7 +153,7 @@ def near(a: Tensor, b: Tensor) -> None:
 
 
 def test_dead_channels_and_tiny_variances(seeded):
-    """Channels that are zero, constant or nearly so, as behind a ReLU: finite, and as `each` has them."""
+    """Channels that are zero, constant or nearly so, as behind a ReLU: finite, and as `per_branch` has them."""
     for shape in (SHAPES["pointwise"], SHAPES["depthwise"]):
         x = torch.randn(8, shape[0], 8, 8).relu()
         x[:, 0] = 0
@@ -172,7 +172,7 @@ def test_one_pixel_maps_and_single_images(size, seeded):
         sums, x = unit(*shape), torch.randn(images, shape[0], height, width)
         ours, reference = (
             results(sums.double(), x.double(), torch.ones(images, shape[1], height, width).double(), r, None)
-            for r in (moments, each)
+            for r in (moments, per_branch)
         )
         single = results(sums.float(), x, torch.ones(images, shape[1], height, width), moments, None)
         assert all((ours[k] - reference[k]).abs().max() <= 1e-9 * (1 + reference[k].abs().max()) for k in ours)
@@ -180,7 +180,7 @@ def test_one_pixel_maps_and_single_images(size, seeded):
 
 
 def test_the_quickest_route_by_count():
-    """Moments for several branches and for depthwise; mixed for one wide convolution; each where there is neither."""
+    """`moments` for several branches and for depthwise, `mixed` for one wide convolution, else `per_branch`."""
     x = torch.randn(8, 512, 14, 14)
     cost = {k: costs(read(unit(512, 512, 1, 1, 1, k)), x) for k in (1, 4)}
     assert min(cost[1]) == cost[1].mixed

@@ -28,7 +28,7 @@ from onefold.models.mobileformer import (
 )
 from onefold.models.parts import DynamicReLU
 from onefold.reparam import drift, fuse
-from onefold.reparam.fuse import leftovers
+from onefold.reparam.fuse import unfused_norms
 
 # Parameters and multiply-adds at 224 pixels, from an arithmetic count of the layer tables; the published MFLOPs, which
 # also count one for each element that a BatchNorm or a DY-ReLU writes.
@@ -360,7 +360,7 @@ def test_features_are_the_last_map_of_each_reduction(variant: str) -> None:
 def test_fused_network_has_no_batch_norm_and_the_same_answer() -> None:
     net = exact(mobileformer("26m", 5, 2))
     fused = fuse(net)
-    assert leftovers(fused) == []
+    assert unfused_norms(fused) == []
     assert isinstance(fused.get_submodule("head.fc1"), nn.Linear)
     assert drift(net, fused, IMAGES.double()) < 1e-12
 

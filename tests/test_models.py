@@ -22,7 +22,7 @@ from onefold.errors import BadArgument
 from onefold.models import CATALOGUE, Classifier, FeatureNet, create_model, list_models, resolve
 from onefold.models.mobilenetv1 import Variant, mobilenetv1
 from onefold.models.parts import DynamicReLU, SamePad, SqueezeExcite, conv_norm, init_
-from onefold.reparam import drift, fuse, leftovers
+from onefold.reparam import drift, fuse, unfused_norms
 
 REPEATS = {
     *(f"mobileone_s{n}" for n in (1, 2, 3, 4)),
@@ -211,7 +211,7 @@ def test_every_network_folds_without_a_trace(name: str) -> None:
     assert drift(net, fuse(net), x) < 2e-6
     folded = fuse(net.double())
     assert drift(net, folded, x.double()) < 1e-12
-    assert leftovers(folded) == []
+    assert unfused_norms(folded) == []
     assert not any("branches" in key or "running" in key for key in folded.state_dict())
 
 
@@ -219,7 +219,7 @@ def test_feature_networks_fold_too(net: Classifier) -> None:
     features = FeatureNet(net, out_indices=(1, 3))
     folded = fuse(features)
     assert drift(features, folded, images(1, 3, 65, 48)) < 2e-6
-    assert leftovers(folded) == []
+    assert unfused_norms(folded) == []
     assert folded.feature_info == features.feature_info
 
 
@@ -418,11 +418,11 @@ def test_weights_go_to_the_hub_and_its_network_is_the_answer(monkeypatch: pytest
     hub = ModuleType("hub")
     monkeypatch.setattr(hub, "load_weights_", load_weights_, raising=False)
     monkeypatch.setitem(sys.modules, "onefold.models.hub", hub)
-    assert leftovers(create_model("MobileOne-S1", weights="w.safetensors")) == []
+    assert unfused_norms(create_model("MobileOne-S1", weights="w.safetensors")) == []
     features = create_model("mobilenetv1_0.25.tf", weights="w.safetensors", features_only=True, out_indices=(4,))
     assert asked == [("w.safetensors", "mobileone_s1"), ("w.safetensors", "mobilenetv1_025.tf")]
     assert isinstance(features, FeatureNet)
-    assert leftovers(features) == []
+    assert unfused_norms(features) == []
 
 
 # ------------------------------------------------------------------------------------ trees and their names

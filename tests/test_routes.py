@@ -1,4 +1,4 @@
-"""The law of routes: however a Sum is evaluated in training, its value, gradients and buffers are those of `each`."""
+"""The law of routes: in training each gives a Sum the value, gradients and buffers that `per_branch` gives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from onefold.reparam import Chain, Scale, Sum, each, moments, set_route_
+from onefold.reparam import Chain, Scale, Sum, moments, per_branch, set_route_
 
 BOUND = 1e-10  # float64; absolute against values of order one, relative above
 bn, conv = nn.BatchNorm2d, nn.Conv2d
@@ -108,7 +108,7 @@ def test_units_of_any_geometry(c, widen, size, stride, depthwise, k, images):
     count, height, width = images
     shape = (c, c * widen, size, stride, c if depthwise else 1, k)
     if count * ((height - 1) // stride + 1) * ((width - 1) // stride + 1) < 2:
-        for route in (each, moments):
+        for route in (per_branch, moments):
             with pytest.raises(ValueError, match=r"more than (1|one) value"):
                 route(unit(*shape).double(), batch(count, c, height, width))
     else:
@@ -154,7 +154,7 @@ def test_a_frozen_norm_keeps_its_statistics(seeded):
 def test_eval_mode_agrees_too(seeded):
     sums = unit(4, 4, 3, 1, 4, 2).double().eval()
     x = batch(2, 4, 5, 5)
-    assert gap(each(sums, x), moments(sums, x)) <= BOUND
+    assert gap(per_branch(sums, x), moments(sums, x)) <= BOUND
 
 
 def test_linear_layers(seeded):
@@ -170,9 +170,11 @@ def test_in_lower_precision_the_error_is_that_of_each(dtype, seeded):
     """Against the float64 truth; 1.5x for two roundings of the same size."""
     x = batch(8, 16, 14, 14)
     sums = unit(16, 16, 3, 1, 16, 4).double()
-    truth = each(copy.deepcopy(sums), x)
+    truth = per_branch(copy.deepcopy(sums), x)
     low = copy.deepcopy(sums).to(dtype)
-    errors = [(route(copy.deepcopy(low), x.to(dtype)).double() - truth).norm().item() for route in (each, moments)]
+    errors = [
+        (route(copy.deepcopy(low), x.to(dtype)).double() - truth).norm().item() for route in (per_branch, moments)
+    ]
     assert errors[1] <= 1.5 * errors[0]
 
 
@@ -183,7 +185,7 @@ def test_under_autocast_statistics_stay_in_float32(seeded):
         y = sums(x)
     assert y.dtype == torch.bfloat16
     assert sums[0][1].running_mean.dtype == torch.float32
-    exact = each(copy.deepcopy(sums), x)
+    exact = per_branch(copy.deepcopy(sums), x)
     assert ((y.float() - exact).norm() / exact.norm()).item() < 2e-2
 
 

@@ -23,7 +23,7 @@ from onefold.errors import BadArgument, MissingExtra
 from onefold.models import create_model
 from onefold.models.hub import Card, load_model, save_weights
 from onefold.recipes import Recipe, at_epochs, find_recipe, override
-from onefold.reparam import fuse, leftovers
+from onefold.reparam import fuse, unfused_norms
 from onefold.train import Checkpoint, Distill, fit_linear
 from training_kit import StoppedError, stop_at
 
@@ -120,7 +120,7 @@ def test_a_run_from_fused_weights_resumes_to_the_bit_though_the_weights_are_gone
     resumed = resume_run(tmp_path / "cut")
     assert resumed.top1 == whole.top1
     assert Checkpoint.load(tmp_path / "cut").digest() == Checkpoint.load(tmp_path / "whole").digest()
-    assert leftovers(load_model(resumed.weights)[0]) == [] or start == "expanded"
+    assert unfused_norms(load_model(resumed.weights)[0]) == [] or start == "expanded"
 
 
 def test_frozen_stages_stay_as_the_weights_had_them(photos, tmp_path):

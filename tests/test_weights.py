@@ -21,8 +21,8 @@ from onefold.errors import BadCheckpoint
 from onefold.models import create_model
 from onefold.models.hub import load_model, load_training_weights_, load_weights_
 from onefold.models.safe_load import read
-from onefold.models.weights import detect, seems
-from onefold.reparam import leftovers
+from onefold.models.weights import detect, guess_model
+from onefold.reparam import unfused_norms
 
 Tensors = dict[str, Tensor]
 
@@ -246,7 +246,7 @@ def test_mobileone_of_each_project_gives_its_answer(
     path = written(file, tmp_path / "anything.pth.tar")
     model, card = load_model(path, name=name or None)  # without a name it is told by keys and shapes
     assert (card.model, card.fused, card.num_classes) == (f"mobileone_{size}", fused, 1000)
-    assert bool(leftovers(model)) is not fused
+    assert bool(unfused_norms(model)) is not fused
     assert not model.training
     x = torch.randn(2, 3, 64, 64, generator=generator)
     with torch.no_grad():
@@ -766,7 +766,7 @@ def folded_file() -> Tensors:
 def test_fused_weights_give_the_fused_network_and_are_refused_for_training(tmp_path: Path) -> None:
     path, name = written(folded_file(), tmp_path / "w.npz"), "mobilenetv1_025"
     fused = create_model(name, num_classes=10, weights=path)
-    assert not leftovers(fused)
+    assert not unfused_norms(fused)
     assert fused.training
     training = create_model(name, num_classes=10)
     before = {key: t.clone() for key, t in training.state_dict().items()}
@@ -825,7 +825,7 @@ def test_each_size_of_each_family_is_recognized_by_its_shapes() -> None:
     for name in ("mobileone_s1", "mobilenetv1_shallow", "mobilenetv1_100", "mobileformer_52m"):
         state = create_model(name, num_classes=2).state_dict()
         rng = torch.random.get_rng_state()
-        assert seems(state, name.partition("_")[0]) == name
+        assert guess_model(state, name.partition("_")[0]) == name
         assert torch.equal(torch.random.get_rng_state(), rng)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onefold.reparam import accelerate as accelerate
     from onefold.reparam import drift as drift
     from onefold.reparam import fuse as fuse
-    from onefold.reparam import leftovers as leftovers
+    from onefold.reparam import unfused_norms as unfused_norms
     from onefold.runtimes import export as export
     from onefold.runtimes import load as load
 
@@ -42,7 +42,7 @@ _HOMES = {
         "save_pretrained",
         "save_weights",
     ),
-    "onefold.reparam": ("accelerate", "drift", "fuse", "leftovers"),
+    "onefold.reparam": ("accelerate", "drift", "fuse", "unfused_norms"),
     "onefold.runtimes": ("export", "load"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -56,13 +56,13 @@ __all__ = [
     "export",
     "from_pretrained",
     "fuse",
-    "leftovers",
     "list_models",
     "load",
     "load_model",
     "push_to_hub",
     "save_pretrained",
     "save_weights",
+    "unfused_norms",
 ]
 
 try:

@@ -20,10 +20,10 @@ from onefold.data.dataset import Subset
 from onefold.data.sampler import shuffled
 from onefold.errors import BadArgument
 from onefold.models import Classifier, create_model
-from onefold.models.mobileone import start_from_skips_
+from onefold.models.mobileone import zero_init_branches_
 from onefold.models.parts import set_dropout_
 from onefold.recipes import Recipe
-from onefold.reparam import expand, folded, fuse, leftovers, restate_norms_, set_route_
+from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.train import NORMS, RunFolder, Teacher, fit_linear, frozen_parts, seed_everything
 from onefold.train.checkpoint import WEIGHTS
 
@@ -71,12 +71,12 @@ def start_network(recipe: Recipe, photos: Photos) -> nn.Module:
     fresh = create_model(recipe.model, num_classes=num_classes, in_chans=channels)
     if weights is None:
         if recipe.start == "skips":
-            start_from_skips_(fresh)
+            zero_init_branches_(fresh)
         return _as_told(fresh, recipe)
     model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights)
     if recipe.head != "kept":
         _renew_head_(model, recipe, photos)
-    if recipe.start == "expanded" and not leftovers(model):
+    if recipe.start == "expanded" and not unfused_norms(model):
         model = _expanded(model, fresh, recipe, photos)
     return _as_told(model, recipe)
 
@@ -127,7 +127,7 @@ def _renew_head_(model: nn.Module, recipe: Recipe, photos: Photos) -> None:
 @torch.no_grad()
 def _features(model: Classifier, photos: Photos, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """What the last layer sees of each photo (M, D), and the labels (M,)."""
-    network = fuse(model.eval()) if leftovers(model) else model.eval()
+    network = fuse(model.eval()) if unfused_norms(model) else model.eval()
     assert isinstance(network, Classifier)
     network = network.to(photos.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     seen = [
@@ -147,7 +147,7 @@ def _expanded(fused: nn.Module, like: nn.Module, recipe: Recipe, photos: Photos)
         raise BadArgument(f"{recipe.model} cannot be expanded ({error}): choose --start plain") from error
     some = photos.some(STATE_IMAGES, recipe.plan.seed)
     model.to(photos.device)
-    restate_norms_(model, (images for images, _ in some.batches(recipe.transform, recipe.plan.seed)))
+    recalibrate_norms_(model, (images for images, _ in some.batches(recipe.transform, recipe.plan.seed)))
     _log.info("fused weights were given branches and norms again, stated for %d photos", len(some.source))
     return model.to("cpu")
 

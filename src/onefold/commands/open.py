@@ -22,7 +22,7 @@ from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.quantize import Grids, WholeNumbers, ship
 from onefold.recipes import Data, Recipe
-from onefold.reparam import drift, fuse, leftovers
+from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import Artifact, load
 
 Floats = NDArray[np.float32]
@@ -45,7 +45,7 @@ class Network:
     @property
     def is_fused(self) -> bool:
         """Whether nothing foldable is left in it."""
-        return not leftovers(self.model)
+        return not unfused_norms(self.model)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -26,7 +26,7 @@ from onefold.models import resolve
 from onefold.models.hub import Card
 from onefold.quantize import Grids, Method, calibrated, make_aware_, plain_
 from onefold.recipes import Recipe
-from onefold.reparam import leftovers
+from onefold.reparam import unfused_norms
 from onefold.storage import replacing, write_text
 from onefold.train import (
     Batches,
@@ -156,7 +156,7 @@ def _run(recipe: Recipe, out: Path, watch: Watch) -> Outcome:
         model = resumed_network(recipe, len(training.classes), out) if resume else start_network(recipe, photos)
         quicken_frozen_(model, recipe.plan.freeze)
         grids = None if recipe.int8 is None else _grids(recipe, photos, model, out if resume else None)
-        card = _card(recipe, training.classes, fused=not leftovers(model), grids=grids)
+        card = _card(recipe, training.classes, fused=not unfused_norms(model), grids=grids)
         if grids is not None:
             make_aware_(model, grids, _shape(recipe))
         teacher = open_teacher(recipe, training.classes, world.device)

@@ -23,7 +23,7 @@ from onefold.models.card import read_card as read_card
 from onefold.models.card import save_weights as save_weights
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
 from onefold.models.safe_load import read
-from onefold.models.weights import HEAD, Weights, fit_, seems, understand
+from onefold.models.weights import HEAD, Weights, guess_model, load_into_, parse_weights
 from onefold.storage import write_text
 
 FILE = "model.safetensors"
@@ -46,17 +46,17 @@ def load_model(
     known = _name_of(weights, name)
     classes = weights.num_classes if num_classes is None else num_classes
     fresh = build(known, classes, weights.in_chans)
-    model = fit_(fresh, weights, known).eval()
+    model = load_into_(fresh, weights, known).eval()
     return model, _card(weights, found, known, model is not fresh, classes)
 
 
 def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
     """Put weights into `model`, which is called `name`, and return the network that holds them.
 
-    That is `model`, or its fused form where the weights are fused: see `weights.fit_`. Raises BadCheckpoint.
+    That is `model`, or its fused form where the weights are fused: see `weights.load_into_`. Raises BadCheckpoint.
     """
     _, weights = _open(source)
-    return fit_(model, weights, name)
+    return load_into_(model, weights, name)
 
 
 def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> None:
@@ -74,7 +74,7 @@ def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> N
 def _open(source: str | Path) -> tuple[Found, Weights]:
     """The weights that a path or an id stands for. Raises BadCheckpoint."""
     found = find(source)
-    weights = understand(read(found.path), found.path)
+    weights = parse_weights(read(found.path), found.path)
     for word, expected in weights.layout.config.items():
         if found.config.get(word, expected) != expected:
             raise BadCheckpoint(
@@ -93,7 +93,7 @@ def _name_of(weights: Weights, name: str | None) -> str:
             return resolve(weights.card.model)
         except BadArgument as error:
             raise BadCheckpoint(f"{weights.source} is of a model that this onefold does not have: {error}") from error
-    base = seems(weights.tensors, weights.layout.family)
+    base = guess_model(weights.tensors, weights.layout.family)
     if base is None:
         raise BadCheckpoint(
             f"{weights.source} has the {weights.layout.title} layout and no size known here: give a name"

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from onefold.models.layout import Layout, by_module
 from onefold.models.parts import Classifier, DynamicReLU, Feature, Head, State, conv_norm, hard_sigmoid, init_
-from onefold.reparam import Chain, rectified
+from onefold.reparam import Chain, conv_act
 
 Streams = tuple[Tensor, Tensor]
 """The map (B, C, H, W) and the tokens (B, T, D)."""
@@ -191,7 +191,7 @@ class LiteBlock(nn.Module):
     def forward(self, state: Streams) -> Streams:
         """(map, tokens) -> (map, tokens)."""
         x, tokens = state
-        y = self.pointwise(self.shuffle(rectified(self.depthwise, self.act, x)))
+        y = self.pointwise(self.shuffle(conv_act(self.depthwise, self.act, x)))
         return (x + y if self.skips else y), tokens
 
 
@@ -368,7 +368,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Streams:
         """Images (B, C, H, W) -> a map at half their size and, for each image, the same tokens."""
-        return rectified(self.conv, self.act, x), self.tokens.expand(x.shape[0], -1, -1)
+        return conv_act(self.conv, self.act, x), self.tokens.expand(x.shape[0], -1, -1)
 
 
 class TwoStreamHead(Head):
@@ -392,7 +392,7 @@ class TwoStreamHead(Head):
             )
         x, tokens = state
         first = self.to_former(x, tokens)[:, 0]
-        mean = rectified(self.conv, self.act, self.shuffle(x)).mean((2, 3))
+        mean = conv_act(self.conv, self.act, self.shuffle(x)).mean((2, 3))
         both = torch.cat((F.hardswish(mean), first), dim=1)
         pooled: Tensor = self.dropout(F.hardswish(self.fc1(both)))
         return pooled

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from onefold.models.layout import Layout
 from onefold.models.parts import Classifier, Feature, PooledHead, SamePad, init_
-from onefold.reparam import Chain, rectified
+from onefold.reparam import Chain, conv_act
 
 Layers = tuple[tuple[int, int], ...]
 """Output channels and stride of each layer after the stem, at width 1."""
@@ -76,7 +76,7 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        return rectified(self.conv, self.act, self.pad(x))
+        return conv_act(self.conv, self.act, self.pad(x))
 
 
 def layer(c_in: int, c_out: int, stride: int, variant: Variant) -> list[ConvUnit]:

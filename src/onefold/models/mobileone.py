@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from onefold.models.layout import Layout, by_module, modules_of
 from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
-from onefold.reparam import Chain, Sum, rectified
+from onefold.reparam import Chain, Sum, conv_act
 
 BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
 DEPTHS = (2, 8, 10, 1)  # Table 7: blocks in each stage, of every variant
@@ -64,7 +64,7 @@ class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         if isinstance(self.attn, nn.Identity):
-            return rectified(self.conv, self.act, x)
+            return conv_act(self.conv, self.act, x)
         y: Tensor = self.act(self.attn(self.conv(x)))
         return y
 
@@ -79,7 +79,7 @@ def branches(c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, 
     return Sum(*parallel)
 
 
-def start_from_skips_(model: nn.Module) -> None:
+def zero_init_branches_(model: nn.Module) -> None:
     """Begin training at the skips, in place: where a unit has one, the gains of its other norms are 0.
 
     So a fresh network is shallow, and learns within few steps; elsewhere the branches share the unit's variance. The

@@ -1,7 +1,7 @@
 """Weights of any known layout -> a network of ours.
 
 Reading order: `containers` (files -> tensors), `layouts` (other projects' names -> ours), `card` (our own format),
-then here: `understand` a file's contents, and `fit_` them to a network or say exactly why they do not fit.
+then here: `parse_weights` a file's contents, and `load_into_` them to a network or say exactly why they do not fit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onefold.models.card import Card, verified
 from onefold.models.catalogue import build, list_models
 from onefold.models.layout import Layout
 from onefold.models.safe_load import Contents
-from onefold.reparam import fuse, leftovers
+from onefold.reparam import fuse, unfused_norms
 
 logger = logging.getLogger("onefold")
 
@@ -80,7 +80,7 @@ def detect(keys: Collection[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.is_of(keys)), None)
 
 
-def understand(contents: Contents, path: Path) -> Weights:
+def parse_weights(contents: Contents, path: Path) -> Weights:
     """The contents of a file as weights. Raises BadCheckpoint where they are of no known layout, or damaged."""
     card = verified(contents, path) if "onefold" in contents.metadata else None
     layout = detect(contents.tensors)
@@ -108,7 +108,7 @@ def understand(contents: Contents, path: Path) -> Weights:
     return replace(weights, classes=card.classes)
 
 
-def fit_(model: nn.Module, weights: Weights, name: str) -> nn.Module:
+def load_into_(model: nn.Module, weights: Weights, name: str) -> nn.Module:
     """Put weights into `model`, a training network called `name`, and return the network that holds them.
 
     That is `model` itself; or, for weights that are fused, the fused network, since no training network can be had
@@ -118,13 +118,13 @@ def fit_(model: nn.Module, weights: Weights, name: str) -> nn.Module:
     _same_variant(weights, name)
     tensors = _other_classes(weights, model)
     tensors = _other_channels(tensors, model)
-    target = _fused(model) if _is_fused(tensors) and leftovers(model) else model
+    target = _fused(model) if _is_fused(tensors) and unfused_norms(model) else model
     _must_match(replace(weights, tensors=tensors), target, name)
     target.load_state_dict(tensors, strict=False)  # what may miss is told by _must_match
     return target
 
 
-def seems(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
+def guess_model(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
     """The name, without variant, of the network whose convolutions these tensors are most like; None where it is none.
 
     Half of the convolutions have to be there, in their places and shapes.
@@ -266,7 +266,7 @@ def _must_match(weights: Weights, model: nn.Module, name: str) -> None:
 
 
 def _advice(weights: Weights, name: str) -> str:
-    right = seems(weights.tensors, weights.layout.family)
+    right = guess_model(weights.tensors, weights.layout.family)
     if right is None:
         return ""
     variant = name.partition(".")[2] if weights.variant is None else weights.variant

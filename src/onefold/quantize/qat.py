@@ -27,8 +27,8 @@ from onefold.quantize.graph import CONVS, LINEARS, Layer, bounds_of, layers, par
 from onefold.quantize.method import Method
 from onefold.quantize.qparams import HIGHEST, LOWEST, Grid
 from onefold.quantize.settled import Grids, grids_of, names_of
-from onefold.reparam import Chain, Sum, fuse, leftovers
-from onefold.reparam.moments import kernel_of
+from onefold.reparam import Chain, Sum, fuse, unfused_norms
+from onefold.reparam.moments import merged_kernel
 
 _DROPOUT = torch.ops.aten.dropout.default
 
@@ -41,7 +41,7 @@ def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> G
     """
     was_training = model.training
     model.eval()
-    fused = fuse(model) if leftovers(model) else model
+    fused = fuse(model) if unfused_norms(model) else model
     graph = trace(fused, batches[0][:2])
     if fused is model:
         equalize_(graph, batches, method.equalize)
@@ -77,7 +77,7 @@ def make_aware_(model: nn.Module, grids: Grids, shape: tuple[int, int, int]) -> 
     """
     was_training = model.training
     model.eval()
-    fused = fuse(model) if leftovers(model) else copy.deepcopy(model)
+    fused = fuse(model) if unfused_norms(model) else copy.deepcopy(model)
     form = _Form.of(trace(fused, torch.zeros(2, *shape)), grids)
     model.train(was_training)
     kind = type(model)
@@ -165,7 +165,7 @@ class _Walk(Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(node)
         x, weight, *rest = args
         if isinstance(weight, _Part):
-            kernel, bias = kernel_of(weight.tree, x)
+            kernel, bias = merged_kernel(weight.tree, x)
             weight, bias = (kernel if node.target in CONVS else kernel.flatten(1)), bias
         else:
             bias = rest[0] if rest and rest[0] is not None else weight.new_zeros(len(weight))

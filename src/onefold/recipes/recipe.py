@@ -77,7 +77,7 @@ class Recipe:
     network was built with. `notes` say how this recipe came from another.
 
     `weights` is what to start from: a file, a run folder or an id of the hub; None starts from scratch. `start` says
-    how: "plain", as the weights are or as the papers begin; from the "skips" (see `mobileone.start_from_skips_`); or,
+    how: "plain", as the weights are or as the papers begin; from the "skips" (see `mobileone.zero_init_branches_`); or,
     where the weights are fused, "expanded" to branches that fold to them (see `reparam.expand`). `head` is what
     becomes of the weights' last layer: "kept" where it is for as many classes, "fresh", or the linear "probe" that
     fits the photos best.

@@ -6,19 +6,19 @@ Reading order: `stencil` (the data), `linear` (the connectives and the rules), `
 
 from onefold.reparam.accelerate import accelerate as accelerate
 from onefold.reparam.expand import expand as expand
-from onefold.reparam.expand import restate_norms_ as restate_norms_
+from onefold.reparam.expand import recalibrate_norms_ as recalibrate_norms_
 from onefold.reparam.fuse import UnfoldedWarning as UnfoldedWarning
 from onefold.reparam.fuse import drift as drift
 from onefold.reparam.fuse import fuse as fuse
-from onefold.reparam.fuse import leftovers as leftovers
+from onefold.reparam.fuse import unfused_norms as unfused_norms
 from onefold.reparam.linear import Chain as Chain
 from onefold.reparam.linear import Route as Route
 from onefold.reparam.linear import Scale as Scale
 from onefold.reparam.linear import Sum as Sum
-from onefold.reparam.linear import each as each
+from onefold.reparam.linear import conv_act as conv_act
 from onefold.reparam.linear import fold as fold
 from onefold.reparam.linear import is_linear as is_linear
-from onefold.reparam.linear import rectified as rectified
+from onefold.reparam.linear import per_branch as per_branch
 from onefold.reparam.routes import folded as folded
 from onefold.reparam.routes import mixed as mixed
 from onefold.reparam.routes import moments as moments

@@ -96,8 +96,8 @@ def _by_branch(values: Tensor) -> Tensor:
 
 def _by_row(values: Tensor, rows: Tensor) -> Tensor:
     """The first B of (M, O) as factors of rows (G, B, O/G, K)."""
-    groups, num, each, _ = rows.shape
-    return values[:num].view(num, groups, each, 1).transpose(0, 1).to(rows.dtype)
+    groups, num, outputs, _ = rows.shape
+    return values[:num].view(num, groups, outputs, 1).transpose(0, 1).to(rows.dtype)
 
 
 def _dtype(unit: Unit, dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:

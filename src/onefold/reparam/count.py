@@ -29,13 +29,13 @@ class Costs(NamedTuple):
 
     moments: float
     mixed: float
-    each: float
+    per_branch: float
 
 
 def costs(unit: Unit, x: Tensor) -> Costs:
     """Of the three routes, forward and backward."""
-    each = _branches(unit, x) + MOVE * SLOW_NORM * unit.channels[1] * len(unit.branches)
-    return Costs(_moments(unit, x), _branches(unit, x) if supports(unit, x) else float("inf"), each)
+    per_branch = _branches(unit, x) + MOVE * SLOW_NORM * unit.channels[1] * len(unit.branches)
+    return Costs(_moments(unit, x), _branches(unit, x) if supports(unit, x) else float("inf"), per_branch)
 
 
 def _moments(unit: Unit, x: Tensor) -> float:

@@ -10,7 +10,7 @@ moved off its share at random, and together they are moved by nothing. With N br
 and a convolution's kernel sqrt(N) times its share: then a step of descent moves the folded kernel as far as it would
 move the fused one, and the branches' squares sum up to its own, so that weight decay weighs the same.
 
-Norms begin with mean 0 and variance 1. `restate_norms_` gives them the statistics that images really have there,
+Norms begin with mean 0 and variance 1. `recalibrate_norms_` gives them the statistics that images really have there,
 without a change of the function: so the network in train mode starts from the same function.
 
 Shapes: O, I channels, G groups, H W taps of the one kernel.
@@ -54,7 +54,7 @@ def expand(fused: nn.Module, like: nn.Module, generator: torch.Generator | None 
 
 
 @torch.no_grad()
-def restate_norms_(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def recalibrate_norms_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Give each norm of `model`, in eval mode, the statistics that `batches` of images have there, in place.
 
     Gains and biases follow, so that the function stays: only what a running statistic is written with changes.
@@ -74,7 +74,7 @@ def restate_norms_(model: nn.Module, batches: Iterable[Tensor]) -> None:
             hook.remove()
     idle = next((name for name, statistics in seen.items() if not statistics.count), None)
     if idle is not None:
-        raise ValueError(f"norm {idle!r} has seen nothing: give it images, and evaluate it by the route `each`")
+        raise ValueError(f"norm {idle!r} has seen nothing: give it images, and evaluate it by the route `per_branch`")
     for name, norm in norms.items():
         _restate_(norm, seen[name].mean, seen[name].var)
 

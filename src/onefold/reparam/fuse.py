@@ -42,7 +42,7 @@ def fuse(model: nn.Module) -> nn.Module:
     by their own method, and norms that directly follow a convolution are folded into it. `model` is untouched.
     Dtype, device, hooks on the fused layers and training flags are kept; a layer used twice stays one layer; the
     fused parameters can be trained where the originals could. What could not be folded is named in an
-    `UnfoldedWarning` (see `leftovers`).
+    `UnfoldedWarning` (see `unfused_norms`).
 
     Raises ValueError for a model in train mode, for a parameter that a folded tree shares with something else,
     and for a hook inside a folded tree.
@@ -58,12 +58,12 @@ def fuse(model: nn.Module) -> nn.Module:
     if next(_norms(fused), None) is not None:
         fused = _fuse_blocks_(fused)
         _fold_norms_(fused)
-    if left := leftovers(fused):
+    if left := unfused_norms(fused):
         warnings.warn(f"could not fold {len(left)}: {', '.join(left)}", UnfoldedWarning, stacklevel=2)
     return fused
 
 
-def leftovers(model: nn.Module) -> list[str]:
+def unfused_norms(model: nn.Module) -> list[str]:
     """Names of the norms over a batch that a network still has: empty if it is fused through and through."""
     return [name for name, _ in _norms(model)]
 

@@ -51,7 +51,7 @@ class Chain(nn.Sequential):
         for op in ops[1:]:
             if pads(op):
                 raise ValueError(f"only the first layer of a Chain may pad, but {op} does: pad the first instead")
-        self.route: Route = each
+        self.route: Route = per_branch
 
     def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """(B, I, H, W) to (B, O, H', W'); through `act` if there is one."""
@@ -73,7 +73,7 @@ class Sum(nn.ModuleList):
         if not branches:
             raise ValueError("a Sum needs at least one branch")
         _must_be_linear(self)
-        self.route: Route = each
+        self.route: Route = per_branch
 
     def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """(B, I, H, W) to (B, O, H', W'); through `act` if there is one."""
@@ -99,7 +99,7 @@ class Scale(nn.Module):
 Route = Callable[[nn.Module, Tensor, nn.Module | None], Tensor]  # a Chain or Sum, its input, an activation or None
 
 
-def each(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+def per_branch(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """The reference route: every layer by itself, then the sum, then the activation."""
     if isinstance(tree, Sum):
         y = reduce(torch.add, (branch(x) for branch in tree))
@@ -108,7 +108,7 @@ def each(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     return y if act is None else act(y)
 
 
-def rectified(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+def conv_act(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """act(layer(x)); in one where `layer` is a Chain or Sum whose route can."""
     y: Tensor = layer(x, act) if isinstance(layer, (Chain, Sum)) else act(layer(x))
     return y

@@ -16,7 +16,7 @@ The rest is algebra on matrices as large as a kernel (`algebra`). Only x, y, K a
 
 Shapes: B branches with a convolution; see `unit` for the others.
 
-`kernel_of` stops at the kernel, for those who change it before they convolve: with K m taken off the bias b,
+`merged_kernel` stops at the kernel, for those who change it before they convolve: with K m taken off the bias b,
 A = dK - db m^T and s = db give the same gradients, and d x = 2/N dS (x - m) - K^T db / N. `Patches` gives the
 algebra's rules the statistics of a batch for trees that are no unit.
 """
@@ -152,7 +152,7 @@ def _reduced(unit: Unit, quad: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------ the kernel alone
 
 
-def kernel_of(tree: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def merged_kernel(tree: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel (O, I/G, H, W) and bias (O,) of a Chain or Sum that reads x (B, I, H, W), or (B, I) for Linear layers.
 
     They are those of the convolution that `fuse` puts in its place, the norms in train mode on the batch's statistics,
@@ -173,7 +173,7 @@ def kernel_of(tree: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_unit(unit: Unit, x: Tensor) -> tuple[Tensor, Tensor]:
-    affine = [p for each in unit.ordered if each.norm.weight is not None for p in (each.norm.weight, each.norm.bias)]
+    affine = [p for b in unit.ordered if b.norm.weight is not None for p in (b.norm.weight, b.norm.bias)]
     weights = [conv.weight for conv in unit.convs]
     found: tuple[Tensor, Tensor] = _Kernel.apply(unit, x, *weights, *affine)  # type: ignore[no-untyped-call]
     return found

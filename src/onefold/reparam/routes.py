@@ -1,6 +1,7 @@
-"""Routes: ways to evaluate the same Chain or Sum in training. The law: the same value, gradients and buffers as `each`.
+"""Routes: ways to evaluate the same Chain or Sum in training. The law: the same value, gradients and buffers as
+`per_branch`.
 
-each       every layer by itself: the reference (beside `Sum`)
+per_branch every layer by itself: the reference (beside `Sum`)
 moments    one convolution, exactly: the batch's statistics are known from the moments of its patches (`moments.py`)
 mixed      every convolution by itself; all norms, their sum and the activation in one pass (`mixed.py`)
 folded     one convolution, made at each call of parameters and running statistics: where the norms are frozen
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.count import costs
 from onefold.reparam.kernels.backend import Act
-from onefold.reparam.linear import Chain, Route, Sum, each, fold, width
+from onefold.reparam.linear import Chain, Route, Sum, fold, per_branch, width
 from onefold.reparam.mixed import mix
 from onefold.reparam.mixed import supports as mix_supports
 from onefold.reparam.moments import Patches, convolve
@@ -29,7 +30,7 @@ from onefold.reparam.unit import Unit, ceiling, hooked, read
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _opaque: Callable[[_Function], _Function] = torch.compiler.disable  # torch.compile breaks its graph at a unit
 
-__all__ = ["Route", "each", "evaluate", "folded", "mixed", "moments", "quickest", "set_route_"]
+__all__ = ["Route", "evaluate", "folded", "mixed", "moments", "per_branch", "quickest", "set_route_"]
 
 
 @_opaque
@@ -48,21 +49,21 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """Every convolution by itself, then all norms, their sum and the activation in one pass.
 
-    `each` where there are no kernels for that: on other devices and dtypes, and for trees that are not units.
+    `per_branch` where there are no kernels for that: on other devices and dtypes, and for trees that are not units.
     """
     unit = read(tree) if x.dim() == 4 else None
-    return each(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
+    return per_branch(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
 
 
 @_opaque
 def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """One convolution, folded where it stands, for trees whose norms are frozen; gradients flow to their kernels.
 
-    `each` where a norm uses the batch's statistics, where someone listens inside, and outside of training.
+    `per_branch` where a norm uses the batch's statistics, where someone listens inside, and outside of training.
     """
     frozen = not any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in tree.modules())
     if not frozen or not torch.is_grad_enabled() or x.dim() != 4 or hooked(tree.modules()):
-        return each(tree, x, act)
+        return per_branch(tree, x, act)
     like = next(tree.parameters())
     one = torch.ones(
         width(tree) or 1, dtype=torch.float32 if x.device.type == "mps" else torch.float64, device=x.device
@@ -74,17 +75,17 @@ def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 
 @_opaque
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """The route that costs least for this unit and batch, by count (see `count`); outside training `each`."""
+    """The route that costs least for this unit and batch, by count (see `count`); outside training `per_branch`."""
     unit = read(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
     y = None if unit is None else evaluate(unit, x, act)
-    return each(tree, x, act) if y is None else y
+    return per_branch(tree, x, act) if y is None else y
 
 
 @_opaque
 def evaluate(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
     """act(unit(x)) by `moments` or `mixed`, whichever costs less; None where evaluating each layer costs least."""
-    by_moments, by_mixing, by_each = costs(unit, x)
-    if by_each < min(by_moments, by_mixing):
+    by_moments, by_mixing, by_branch = costs(unit, x)
+    if by_branch < min(by_moments, by_mixing):
         return None
     return _with(act, unit, x, convolve if by_moments <= by_mixing else mix)
 
@@ -117,7 +118,7 @@ def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:
     """
     channels = width(tree)
     if channels is None:
-        return each(tree, x)
+        return per_branch(tree, x)
     images = x if x.dim() == 4 else x[..., None, None]
     with torch.autocast(x.device.type, enabled=False):
         wide = images.to(torch.float32 if x.device.type == "mps" else torch.float64)
