@@ -32,9 +32,8 @@ from statistics import median
 
 from competitors import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
-from onefold.bench.statistics import paired_interval
-from onefold.commands.bench import call_of
-from onefold.commands.limits import bound, measured_limits
+from onefold.bench.noise import paired_interval
+from onefold.commands.bench import bound, call_of, measured_limits
 from onefold.commands.open import Network, Predictor, open_predictor
 from onefold.commands.quantizing import Calibration, quantized
 from onefold.errors import OnefoldError

@@ -15,8 +15,8 @@ import pytest
 from onefold import bench
 from onefold.bench.cold_start import observe
 from onefold.bench.machine import current_mhz
-from onefold.bench.peaks import cache_sizes
-from onefold.commands.limits import bound, measured_limits
+from onefold.bench.roofline import cache_sizes
+from onefold.commands.bench import bound, measured_limits
 from onefold.errors import BadArgument, BadData
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
@@ -118,7 +118,7 @@ def test_a_call_quicker_than_the_limit_casts_doubt_on_it() -> None:
 PRODUCT = """
 import os, time
 import numpy as np
-from onefold.bench.peaks import limits
+from onefold.bench.roofline import limits
 a = np.full((768, 768), 0.5, dtype=np.float32)
 peaks, product = [], []
 for _ in range(3):
@@ -149,7 +149,7 @@ def test_the_limits_are_kept_and_measured_when_missing(tmp_path: Path, monkeypat
         asked.append(threads)
         return bench.Roofline(limits=tuple(limit("fp32", 1e9 * len(asked), threads=number) for number in threads))
 
-    monkeypatch.setattr("onefold.commands.limits.measure_roofline", measured)
+    monkeypatch.setattr("onefold.commands.bench.measure_roofline", measured)
     first = measured_limits(tmp_path, [1, 2])
     assert measured_limits(tmp_path, [2]) == first
     assert measured_limits(tmp_path, [1, 4]).threads == (1, 2, 4)
@@ -193,14 +193,14 @@ def broken(_):
 def test_a_fresh_process_tells_its_times_and_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "opener.py").write_text(OPENER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    seen = bench.measure_cold("opener:opened", ["64", "said something"])
+    seen = bench.measure_cold_start("opener:opened", ["64", "said something"])
     assert min(seen.open_ns, seen.first_ns, seen.warm_ns) > 0
     assert seen.start_ns == seen.open_ns + seen.first_ns
     if Path("/proc/self/status").exists():
         assert seen.peak_bytes is not None
         assert 64 << 20 <= seen.peak_bytes < 96 << 20
     with pytest.raises(BadData, match="no such luck"):
-        bench.measure_cold("opener:broken", ["x"])
+        bench.measure_cold_start("opener:broken", ["x"])
 
 
 def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,38 +210,7 @@ def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.Mon
     assert sys.modules["counting"].calls == ["w"] * 10
 
 
-# ---- energy, clocks, processors --------------------------------------------------------------------------------------
-
-
-def a_counter(root: Path, name: str, energy_uj: int, largest: int = 10**6) -> Path:
-    zone = root / "sys/class/powercap" / name
-    zone.mkdir(parents=True)
-    (zone / "energy_uj").write_text(f"{energy_uj}\n")
-    (zone / "max_energy_range_uj").write_text(f"{largest}\n")
-    return zone
-
-
-def test_energy_is_what_the_packages_counted(tmp_path: Path) -> None:
-    """Two packages, one of which starts again at its largest value; what lies inside a package is not counted twice."""
-    first, second = a_counter(tmp_path, "intel-rapl:0", 1000), a_counter(tmp_path, "intel-rapl:1", 999_990)
-    a_counter(tmp_path, "intel-rapl:0:0", 5)
-
-    def call() -> None:
-        (first / "energy_uj").write_text("4000")
-        (second / "energy_uj").write_text("10")
-
-    found = bench.measure_energy(call, seconds=0.0, root=tmp_path)
-    assert (found.calls, found.joules) == (1, pytest.approx(3020e-6))
-    assert found.source == "intel-rapl:0, intel-rapl:1"
-    assert bench.Energy.from_dict(json.loads(json.dumps(found.to_dict()))) == found
-
-
-def test_energy_that_cannot_be_read_has_a_reason(tmp_path: Path) -> None:
-    found = bench.measure_energy(lambda: pytest.fail("it ran"), root=tmp_path)
-    assert found.joules is None
-    assert "shows no energy counters" in found.reason
-    (a_counter(tmp_path, "intel-rapl:0", 1) / "energy_uj").unlink()
-    assert "cannot be read" in bench.measure_energy(lambda: pytest.fail("it ran"), root=tmp_path).reason
+# ---- clocks, processors --------------------------------------------------------------------------------------
 
 
 def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,18 +263,17 @@ def test_what_was_found_beside_the_times_comes_back(tmp_path: Path) -> None:
         procedure=QUICK,
         samples_ns=(2_000_000,) * 20,
         bound=bench.Bound(compute_ns=1e6, memory_ns=2e4, how="by hand"),
-        cold=bench.Cold(open_ns=5, first_ns=4, warm_ns=3, peak_bytes=None),
-        energy=bench.Energy(reason="none here"),
+        cold=bench.ColdStart(open_ns=5, first_ns=4, warm_ns=3, peak_bytes=None),
     )
     bench.append(path, [whole])
     assert bench.read(path) == [whole]
     line = json.loads(path.read_text())
     assert line["summary"]["roofline"] == whole.roofline == 0.5
-    for name in ("bound", "cold", "energy"):  # as lines were before there were any
+    for name in ("bound", "cold"):  # as lines were before there were any
         del line[name]
     path.write_text(json.dumps(line) + "\n")
     (bare,) = bench.read(path)
-    assert (bare.bound, bare.cold, bare.energy, bare.roofline) == (None, None, None, None)
+    assert (bare.bound, bare.cold, bare.roofline) == (None, None, None)
     line["cold"] = {"open_ns": "x"}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(BadData, match="line 1"):

@@ -17,11 +17,11 @@ import pytest
 
 from onefold.bench import Comparison, read_all
 from onefold.cli import main
-from onefold.commands.phones import PhoneBench, bench_on_phone
+from onefold.commands.bench import PhoneBench, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, Plan, look
+from onefold.phone.benchmark import Call
 from onefold.phone.device import Condition
-from onefold.phone.programs import Call
 from onefold.runtimes.artifact import MANIFEST, REFERENCE, Artifact, Parity, render, seal
 from onefold.runtimes.reference import Reference, make_images, write_reference
 

@@ -169,15 +169,14 @@ def test_a_row_tells_the_limit_the_size_the_memory_and_the_start() -> None:
     whole = replace(
         measured("a", "fp32", 2, 70.0, num_bytes=8_410_000),
         bound=bench.Bound(compute_ns=1.24e6, memory_ns=1e5),
-        cold=bench.Cold(open_ns=200_000_000, first_ns=50_000_000, warm_ns=1, peak_bytes=71_800_000),
-        energy=bench.Energy(joules=0.0123, calls=9, source="intel-rapl:0"),
+        cold=bench.ColdStart(open_ns=200_000_000, first_ns=50_000_000, warm_ns=1, peak_bytes=71_800_000),
     )
     page = page_of(whole)
     for said in ("62 % compute", "8.41 MB", "71.8 MB", "250 ms", "12.3 mJ"):
         assert f">{said}</td>" in page, said
     assert "first call</th>" not in page
     bare = page_of(measured("a", "fp32", 2, 70.0))
-    for column in ("of the limit", "peak memory", "cold start", "energy"):
+    for column in ("of the limit", "peak memory", "cold start"):
         assert column not in bare
 
 

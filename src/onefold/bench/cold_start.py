@@ -27,7 +27,7 @@ _LIMIT_S = 120
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cold:
+class ColdStart:
     """What a fresh process saw: times in nanoseconds, `warm_ns` the median of the calls after the first.
 
     `open_ns` includes the import of whatever is needed. `peak_bytes` is the most memory that was resident, less what
@@ -49,19 +49,19 @@ class Cold:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Cold:
+    def from_dict(cls, plain: Mapping[str, Any]) -> ColdStart:
         """The inverse of `to_dict`."""
         peak = plain.get("peak_bytes")
         times = {name: int(plain[name]) for name in ("open_ns", "first_ns", "warm_ns")}
         return cls(**times, peak_bytes=None if peak is None else int(peak))
 
 
-def measure_cold(opener: str, arguments: Sequence[str]) -> Cold:
+def measure_cold_start(opener: str, arguments: Sequence[str]) -> ColdStart:
     """Have a fresh process call `opener` ("module:function") and what it gives. BadData where it cannot."""
     command = [sys.executable, "-c", "from onefold.bench.cold_start import main; main()", opener, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LIMIT_S)
-        return Cold.from_dict(json.loads(done.stdout.splitlines()[-1]))
+        return ColdStart.from_dict(json.loads(done.stdout.splitlines()[-1]))
     except subprocess.CalledProcessError as error:
         said = [line for line in error.stderr.splitlines() if line.strip()]
         raise BadData(f"the fresh process that was to open {arguments[0]} failed: {(said or ['?'])[-1]}") from error
@@ -69,7 +69,7 @@ def measure_cold(opener: str, arguments: Sequence[str]) -> Cold:
         raise BadData(f"cannot measure the cold start of {arguments[0]} in a fresh process: {error}") from error
 
 
-def observe(opener: str, arguments: Sequence[str]) -> Cold:
+def observe(opener: str, arguments: Sequence[str]) -> ColdStart:
     """The same in this process, which should be a fresh one."""
     module, _, function = opener.partition(":")
     before = _resident()
@@ -81,7 +81,7 @@ def observe(opener: str, arguments: Sequence[str]) -> Cold:
         times.append(time.perf_counter_ns())
     peak = _status("VmHWM")
     calls = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Cold(
+    return ColdStart(
         open_ns=times[0] - start,
         first_ns=calls[0],
         warm_ns=int(statistics.median(calls[1:])),

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from onefold.bench.clock import Call, Clock, Instruments, as_measurements, run_series
-from onefold.bench.measurement import Measurement, Procedure
-from onefold.bench.statistics import interval_over, paired_interval
+from onefold.bench.measurement import Call, Clock, Instruments, Measurement, Procedure, as_measurements, run_series
+from onefold.bench.noise import interval_over, paired_interval
 from onefold.errors import BadArgument, BadData
 
 _FEWEST_ROUNDS = 16

@@ -1,7 +1,6 @@
 """What this machine is, for whoever reads a latency later: chip, cores, features, versions.
 
-The name of the machine and of its user are not recorded: a results file can be published as it is.
-"""
+The name of the machine and of its user are not recorded: a results file can be published as it is."""
 
 from __future__ import annotations
 
@@ -11,12 +10,41 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from onefold.bench.affinity import affinity
+from onefold.errors import BadArgument
+
+
+def affinity() -> tuple[int, ...]:
+    """The processors, by number; empty where the system does not tell (macOS, Windows)."""
+    try:
+        return tuple(sorted(os.sched_getaffinity(0)))
+    except (AttributeError, OSError):
+        return ()
+
+
+@contextmanager
+def pinned(processors: Sequence[int] | None) -> Iterator[None]:
+    """Have this thread, and those it starts, use these processors only; None leaves all as it is. BadArgument."""
+    if processors is None:
+        yield
+        return
+    before = affinity()
+    if not before:
+        raise BadArgument("this system does not let a program choose its processors: leave out --pin")
+    if not processors or (missing := sorted(set(processors) - set(before))):
+        gone = f"there is no processor {', '.join(map(str, missing))}" if processors else "none is named"
+        raise BadArgument(f"cannot pin: {gone}; this process may use {', '.join(map(str, before))}")
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
 
 PACKAGES = (
     "onefold",

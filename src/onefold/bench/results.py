@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from onefold.bench.cold_start import Cold
+from onefold.bench.cold_start import ColdStart
 from onefold.bench.compare import Comparison
-from onefold.bench.energy import Energy
 from onefold.bench.machine import Machine
 from onefold.bench.measurement import Measurement, Procedure
 from onefold.bench.noise import Noise
@@ -120,7 +119,6 @@ def _plain_measurement(measurement: Measurement) -> dict[str, Any]:
         "noise": measurement.noise.to_dict(),
         "bound": None if measurement.bound is None else measurement.bound.to_dict(),
         "cold": None if measurement.cold is None else measurement.cold.to_dict(),
-        "energy": None if measurement.energy is None else measurement.energy.to_dict(),
         "resolution_ns": measurement.resolution_ns,
         "overhead_ns": measurement.overhead_ns,
         "calls_per_sample": measurement.calls_per_sample,
@@ -136,8 +134,7 @@ def _measurement(plain: Mapping[str, Any]) -> Measurement:
         procedure=Procedure.from_dict(plain["procedure"]),
         noise=Noise.from_dict(plain.get("noise", {})),
         bound=None if plain.get("bound") is None else Bound.from_dict(plain["bound"]),
-        cold=None if plain.get("cold") is None else Cold.from_dict(plain["cold"]),
-        energy=None if plain.get("energy") is None else Energy.from_dict(plain["energy"]),
+        cold=None if plain.get("cold") is None else ColdStart.from_dict(plain["cold"]),
         samples_ns=tuple(plain["samples_ns"]),
         warmup_ns=tuple(plain.get("warmup_ns", ())),
         calls_per_sample=plain.get("calls_per_sample", 1),

@@ -9,12 +9,10 @@ import typer
 from typer import Option
 
 from onefold.cli import display
-from onefold.cli.options import Name, Size, Source, Threads
-from onefold.errors import BadArgument
-from onefold.runtimes import RUNTIMES
+from onefold.cli.options import Name, Size, Source, Threads, quantization_method, runtime_names
 
 if TYPE_CHECKING:
-    from onefold.quantize import Method
+    pass
 
 
 def deploy(
@@ -45,9 +43,9 @@ def deploy(
     from onefold.commands.deploy import deploy as run
     from onefold.commands.quantizing import Calibration
 
-    method = method_of(weight_bits, per_tensor=per_tensor)
+    method = quantization_method(weight_bits, per_tensor=per_tensor)
     order = Deployment(
-        runtimes=names_of(to),
+        runtimes=runtime_names(to),
         precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
         calibration=Calibration(data=data, count=calibrate, method=method, search=True, keep=keep),
         val=val,
@@ -56,18 +54,3 @@ def deploy(
         procedure=Procedure(samples=samples, threads=threads),
     )
     typer.echo(f"wrote {run(source, out, order, name=model, say=display.say).folder}")
-
-
-def names_of(to: str) -> list[str]:
-    """The runtimes of a list by comma. Raises BadArgument where there is none."""
-    names = [name.strip() for name in to.split(",") if name.strip()]
-    if not names:
-        raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
-    return names
-
-
-def method_of(weight_bits: int, *, per_tensor: bool) -> Method:
-    """How an 8-bit network is made, as the options say."""
-    from onefold import quantize
-
-    return quantize.Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)

@@ -15,11 +15,9 @@ import typer
 from typer import Argument, Option
 
 from onefold.cli import deploy as deploying
-from onefold.cli import display, exits
+from onefold.cli import display, exit_status
 from onefold.cli import measure as measuring
-from onefold.cli import phone as phones
-from onefold.cli.deploy import method_of, names_of
-from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads
+from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads, quantization_method, runtime_names
 from onefold.errors import BadArgument, BadData
 from onefold.launch import is_worker, launch
 from onefold.runtimes import RUNTIMES
@@ -226,15 +224,17 @@ def export(
     from onefold.commands.fuse import export as export_all
     from onefold.commands.quantizing import Calibration
 
-    method = method_of(weight_bits, per_tensor=per_tensor)
+    method = quantization_method(weight_bits, per_tensor=per_tensor)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
-    order = Order(runtimes=names_of(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration)
+    order = Order(
+        runtimes=runtime_names(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration
+    )
     with display.waiting("exporting"):
         artifacts = export_all(source, out, order, name=model)
     display.artifacts(artifacts)
 
 
-for verb in (deploying.deploy, measuring.bench, measuring.limits, measuring.profile, phones.phone):
+for verb in (deploying.deploy, measuring.bench, measuring.limits, measuring.profile, measuring.phone):
     app.command()(verb)
 
 
@@ -280,4 +280,4 @@ def _dotted(arguments: Sequence[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exits.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
+    return exit_status.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))

@@ -1,11 +1,17 @@
-"""Arguments and options that several verbs of the command line take."""
+"""Arguments and options that several verbs of the command line take, and how their values are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
+
+from onefold.errors import BadArgument
+from onefold.runtimes import RUNTIMES
+
+if TYPE_CHECKING:
+    from onefold.quantize import Method
 
 Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, timm:NAME, or an exported artifact")]
 Name = Annotated[str | None, Option("--model", help="the network's name, where the weights do not tell it")]
@@ -14,3 +20,18 @@ AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for prog
 Batch = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images a step or call")]
 Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line")]
 Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
+
+
+def runtime_names(to: str) -> list[str]:
+    """The runtimes of a list by comma. Raises BadArgument where there is none."""
+    names = [name.strip() for name in to.split(",") if name.strip()]
+    if not names:
+        raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
+    return names
+
+
+def quantization_method(weight_bits: int, *, per_tensor: bool) -> Method:
+    """How an int8 model is made, as the options say."""
+    from onefold import quantize
+
+    return quantize.Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)

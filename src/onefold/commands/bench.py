@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,25 +19,32 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from onefold.bench import (
-    Cold,
+    Bound,
+    ColdStart,
     Comparison,
-    Energy,
     Machine,
     Measurement,
     Procedure,
     Roofline,
+    Work,
     append,
     compare,
     measure,
-    measure_cold,
-    measure_energy,
+    measure_cold_start,
+    measure_roofline,
     pinned,
     planted,
     self_test,
 )
-from onefold.commands.limits import bound, measured_limits
-from onefold.commands.open import Floats, Predictor, is_artifact, open_predictor
-from onefold.errors import BadArgument
+from onefold.commands.open import Floats, Predictor, facts_of, is_artifact, open_predictor
+from onefold.errors import BadArgument, GateFailed, MissingExtra
+from onefold.phone import PROGRAMS, Adb, Load, Plan, Program, connect, look, measure_on, program_of
+from onefold.phone.adb import FOLDER
+from onefold.phone.benchmark import place_of
+from onefold.runtimes import open_artifact
+from onefold.runtimes.artifact import REFERENCE, Artifact, read_files
+from onefold.runtimes.exporter import TOLERANCES
+from onefold.runtimes.reference import difference, read_reference
 from onefold.storage import write_text
 
 _MORE_ATTEMPTS = 3
@@ -64,13 +75,12 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """One thing to measure: `cold` and `energy` are filled in once it was."""
+    """One thing to measure: `cold` is filled in once it was."""
 
     source: str
     call: Callable[[], object]
     subject: dict[str, object]
-    cold: Cold | None = None
-    energy: Energy | None = None
+    cold: ColdStart | None = None
 
 
 def bench(order: Bench, results: Path) -> tuple[Measurement | Comparison, Path]:
@@ -129,14 +139,14 @@ def _timed(order: Bench, candidates: dict[str, _Candidate]) -> Measurement | Com
 
 
 def _completed(candidate: _Candidate, order: Bench) -> _Candidate:
-    """Its energy, and where it is an artifact its start in a fresh process."""
+    """Where it is an artifact, its start in a fresh process."""
     seen = None
     if order.aa or order.plant is not None:  # a control says something of the machine, not of its subject
         return candidate
     if order.cold and is_artifact(Path(candidate.source)):
         arguments = [candidate.source, str(order.procedure.threads), str(order.batch)]
-        seen = measure_cold("onefold.runtimes.alone:first_call", arguments)
-    return replace(candidate, cold=seen, energy=measure_energy(candidate.call))
+        seen = measure_cold_start("onefold.runtimes.alone:first_call", arguments)
+    return replace(candidate, cold=seen)
 
 
 def _told(outcome: Measurement | Comparison, completed: dict[str, _Candidate]) -> Measurement | Comparison:
@@ -144,7 +154,7 @@ def _told(outcome: Measurement | Comparison, completed: dict[str, _Candidate]) -
 
     def told(measurement: Measurement) -> Measurement:
         candidate = completed.get(str(measurement.subject["name"]))
-        return measurement if candidate is None else replace(measurement, cold=candidate.cold, energy=candidate.energy)
+        return measurement if candidate is None else replace(measurement, cold=candidate.cold)
 
     return _each(outcome, told)
 
@@ -240,3 +250,161 @@ def _drawn(shape: tuple[int, ...]) -> Floats:
     if found is None:
         found = _known[shape] = np.random.default_rng(0).standard_normal((DISTINCT, *shape), dtype=np.float32)
     return found
+
+
+# Bytes of a parameter in the network that runs.
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def measured_limits(results: Path, threads: Sequence[int], *, again: bool = False) -> Roofline:
+    """The machine's limits with these numbers of threads: from the file, or measured, two seconds each, and kept there.
+
+    `again` measures in any case; of two rates for one thing the quicker stays, for others' work only slows.
+    """
+    machine = Machine.this(packages=())
+    path = results / f"{machine.slug}-roofline.json"
+    known = _read(path)
+    if known is None or known.features != machine.features:
+        known = Roofline(limits=(), features=machine.features)
+    wanted = [number for number in threads if again or number not in known.threads]
+    if wanted:
+        known = known.with_limits(measure_roofline(wanted).limits)
+        write_text(path, json.dumps(known.to_dict(), indent=1) + "\n")
+    return known
+
+
+def bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> Bound | None:
+    """The least time of one call of a subject; None where its multiply-adds or its precision are not known."""
+    size = _BYTES.get(str(subject["precision"]).split("-")[0])
+    if size is None or "macs" not in subject or "params" not in subject:
+        return None
+    batch, (channels, height, width) = subject.get("batch", 1), subject["input_shape"]
+    num_bytes = size * subject["params"] + 4 * batch * channels * height * width
+    work = Work(macs=batch * subject["macs"], num_bytes=num_bytes, precision=subject["precision"], threads=threads)
+    return roofline.bound(work)
+
+
+def _read(path: Path) -> Roofline | None:
+    try:
+        return Roofline.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+_PROGRAM_MODE = "755"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhoneBench:
+    """What to measure on which phone, and how; `programs` are local files: vendors' programs, and their libraries."""
+
+    sources: Sequence[str]
+    serial: str | None = None
+    programs: Sequence[Path] = ()
+    allow_unfused: bool = False
+    plan: Plan = field(default_factory=Plan)
+
+
+def bench_on_phone(order: PhoneBench, results: Path) -> tuple[Measurement | Comparison, Path]:
+    """Measure artifacts on a phone; appends to `results`/<phone>.jsonl. Raises what adb and phone cause."""
+    if not order.sources:
+        raise BadArgument("there is nothing to measure: give artifacts, as `onefold export` makes them")
+    artifacts = [open_artifact(source) for source in order.sources]
+    programs = [program_of(artifact.runtime) for artifact in artifacts]
+    given = _given(order.programs)
+    adb = connect(order.serial)
+    phone = look(adb)
+    if phone.is_emulator:
+        raise BadArgument(f"{adb.serial} is an emulator, and its times say nothing of any phone: connect a phone")
+    builds = _send_programs(adb, programs, given)
+    with tempfile.TemporaryDirectory() as folder:
+        loads: list[Load] = []
+        for number, (artifact, program) in enumerate(zip(artifacts, programs, strict=True)):
+            must_be_fused(artifact.fused, str(artifact.folder), order.allow_unfused)
+            title = free_title(artifact.title, {load.title for load in loads})
+            facts = {**facts_of(artifact), "batch": 1, "program": f"{program.name} {builds[program.name]}"}
+            subject = {**facts, **known_accuracy(facts, results)}
+            loads.append(_load(artifact, program, (title, subject), Path(folder) / f"{number}.bin"))
+            _send(adb, loads[-1])
+        outcome = measure_on(adb, phone, loads, order.plan)
+    path = results / f"{phone.machine(range(phone.cores)).slug}.jsonl"
+    append(path, [outcome])
+    return outcome, path
+
+
+def _load(artifact: Artifact, program: Program, named: tuple[str, dict[str, object]], image: Path) -> Load:
+    """What is measured of an artifact; its first reference image is written to `image` as the program reads it."""
+    content = read_files(artifact)
+    reference = read_reference(content[REFERENCE], artifact.input_shape, artifact.num_classes)
+    first = reference.images[0]
+    image.write_bytes(np.ascontiguousarray(first if program.order == "CHW" else first.transpose(1, 2, 0)).tobytes())
+    title, subject = named
+    return Load(
+        title=title,
+        subject=subject,
+        program=program,
+        model=artifact.folder / program.file,
+        sha256=artifact.files[program.file].sha256,
+        image=image,
+        image_sha256=hashlib.sha256(image.read_bytes()).hexdigest(),
+        shape=artifact.input_shape,
+        precision=artifact.precision,
+        check=_check(artifact, reference.logits[:1]),
+    )
+
+
+def _check(artifact: Artifact, logits: Floats) -> Callable[[bytes], None]:
+    """Whether a phone's answer is the one that the artifact promises. Raises GateFailed."""
+    exported = math.inf if artifact.parity is None else artifact.parity.tolerance
+    allowed = min(exported, TOLERANCES[artifact.precision])
+
+    def check(answer: bytes) -> None:
+        if len(answer) != 4 * logits.size:
+            raise GateFailed(
+                f"{artifact.folder} answers on the phone with {len(answer)} bytes: expected {4 * logits.size}, "
+                f"{logits.size} logits in float32"
+            )
+        distance = difference(np.frombuffer(answer, "<f4").reshape(logits.shape), logits)
+        if not distance <= allowed:
+            raise GateFailed(
+                f"{artifact.folder} does not answer on the phone as it promises: its logits differ from the reference "
+                f"by {distance:.2g} of the largest, {allowed:.2g} is allowed; nothing was measured"
+            )
+
+    return check
+
+
+def _send(adb: Adb, load: Load) -> None:
+    place = place_of(load)
+    adb.push(load.model, f"{place}/{load.program.file}", load.sha256)
+    adb.push(load.image, f"{place}/image.bin", load.image_sha256)
+
+
+def _given(files: Sequence[Path]) -> dict[str, Path]:
+    """Vendors' programs by the name they have on the phone, and libraries by their own."""
+    found = {}
+    for file in files:
+        if not file.is_file():
+            raise BadArgument(f"there is no program {file}: give the vendor's, built for the phone (docs/phones.md)")
+        known = next((each.name for each in PROGRAMS.values() if file.name.endswith(each.name)), None)
+        if known is None and re.search(r"\.so(\.\d+)*$", file.name) is None:
+            names = ", ".join(each.name for each in PROGRAMS.values())
+            raise BadArgument(f"{file.name} is none of {names}, and no library (.so): name the file as its vendor does")
+        found[known or file.name] = file
+    return found
+
+
+def _send_programs(adb: Adb, programs: Sequence[Program], given: dict[str, Path]) -> dict[str, str]:
+    """Put what was given on the phone; the build of every program that is needed, by its hash. Raises MissingExtra."""
+    builds = {}
+    for name, file in given.items():
+        adb.push(file, f"{FOLDER}/{name}", hashlib.sha256(file.read_bytes()).hexdigest())
+        adb.shell(["chmod", _PROGRAM_MODE, f"{FOLDER}/{name}"])
+    for program in dict.fromkeys(each.name for each in programs):
+        if adb.shell(["test", "-x", f"{FOLDER}/{program}"]).status != 0:
+            raise MissingExtra(
+                f"{program} is not on the phone at {FOLDER}: build it for Android, or download it from its vendor "
+                "(docs/phones.md), and give it with --program PATH"
+            )
+        builds[program] = (adb.hash_of(f"{FOLDER}/{program}") or "of unknown build")[:12]
+    return builds

@@ -2,12 +2,12 @@
 
 A round starts every artifact's program once, with a rest before each; the first artifact, the baseline, is run twice,
 as in `bench.comparison`. Nothing is measured while the phone is warm: it is given time to cool, and where that does
-not help the figures say so.
-"""
+not help the figures say so."""
 
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,11 +16,241 @@ from pathlib import Path
 from typing import Any
 
 from onefold.bench import Comparison, Machine, Measurement, Noise, Procedure
-from onefold.bench.clock import orders
+from onefold.bench.measurement import orders
 from onefold.errors import BadArgument, DeviceFailed, GateFailed
 from onefold.phone.adb import FOLDER, Adb
 from onefold.phone.device import HEAT, Condition, Phone, condition, heat_of
-from onefold.phone.programs import Call, Program, Times
+
+_SANE_NS = (100, 100 * 10**9)  # what one call can last: from 0.1 microseconds to 100 seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One start of a program: where everything lies on the phone, and how often the network is run.
+
+    `image` and `answer` are files of the first reference image and of what the program answers to it.
+    """
+
+    program: str
+    model: str
+    image: str
+    answer: str
+    times: str
+    shape: tuple[int, int, int]
+    threads: int
+    warmup: int
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """What one process measured: samples of `calls_per_sample` calls each, and the first calls of the process."""
+
+    samples_ns: tuple[int, ...]
+    warmup_ns: tuple[int, ...] = ()
+    calls_per_sample: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where a program speaks if `sign` is not in its output: in the phone's log, under `tag`."""
+
+    tag: str
+    sign: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A vendor's program: `runtime` and `file` are those of our artifacts, `tells` whether its times are in a file.
+
+    `order` is how the image lies in its file; `proves` says for which precisions its answer can be read back as floats.
+    """
+
+    name: str
+    runtime: str
+    file: str
+    order: str
+    command: Callable[[Call], Sequence[str]]
+    parse: Callable[[str, Call], Times]
+    proof: Callable[[Call], Sequence[str]]
+    proves: tuple[str, ...]
+    tells: bool = False
+    log: Log | None = None
+
+
+def program_of(runtime: str) -> Program:
+    """The program that runs a runtime's artifacts on a phone. Raises BadArgument."""
+    if runtime not in PROGRAMS:
+        known = ", ".join(PROGRAMS)
+        raise BadArgument(f"artifacts of {runtime} cannot be measured on a phone; those of {known} can: docs/phones.md")
+    return PROGRAMS[runtime]
+
+
+# -------------------------------------------------------------------------------------------- LiteRT
+
+
+def _litert(call: Call) -> Sequence[str]:
+    return (
+        call.program,
+        f"--graph={call.model}",
+        f"--num_threads={call.threads}",
+        f"--warmup_runs={call.warmup}",
+        "--warmup_min_secs=0",
+        f"--num_runs={call.runs}",
+        "--min_secs=0",
+        "--max_secs=600",
+    )
+
+
+def _litert_proof(call: Call) -> Sequence[str]:
+    channels, height, width = call.shape
+    return (
+        *_litert(call)[:3],
+        "--warmup_runs=0",
+        "--warmup_min_secs=0",
+        "--num_runs=1",
+        "--min_secs=0",
+        "--input_layer=images",
+        f"--input_layer_shape=1,{height},{width},{channels}",
+        f"--input_layer_value_files=images:{call.image}",
+        f"--output_filepath={call.answer}",
+    )
+
+
+_COUNT = re.compile(r"count=(\d+)\b(?:.*?\bavg=([\d.]+(?:e\+?\d+)?)|\s+curr=(\d+))")
+_FIRST = re.compile(r"First inference: ([\d.]+(?:e\+?\d+)?)")
+
+
+def _litert_times(text: str, call: Call) -> Times:
+    """The last line of statistics is that of the timed runs, in microseconds; the first of two is the warm-up's."""
+    counts = _COUNT.findall(text)
+    if not counts or "Inference (avg)" not in text:
+        raise _unreadable("benchmark_model", "a line with count= and avg=, and one with Inference (avg)", text)
+    count, mean, all_same = counts[-1]
+    if int(count) != call.runs:
+        raise DeviceFailed(f"benchmark_model ran the network {count} times, and was told to run it {call.runs} times")
+    first = _FIRST.search(text)
+    return _sane(
+        Times(
+            samples_ns=(round(float(mean or all_same) * 1000 * call.runs),),
+            warmup_ns=(round(float(first.group(1)) * 1000),) if first else (),
+            calls_per_sample=call.runs,
+        ),
+        "benchmark_model",
+    )
+
+
+# ---------------------------------------------------------------------------------------- ExecuTorch
+
+
+def _executorch(call: Call) -> Sequence[str]:
+    return (
+        call.program,
+        f"--model_path={call.model}",
+        f"--inputs={call.image}",
+        f"--num_executions={call.warmup + call.runs}",
+        f"--cpu_threads={call.threads}",
+    )
+
+
+def _executorch_proof(call: Call) -> Sequence[str]:
+    base = call.answer.removesuffix("-0.bin")
+    return (*_executorch(call)[:3], "--num_executions=1", f"--cpu_threads={call.threads}", f"--output_file={base}")
+
+
+_ITERATION = re.compile(r"Iteration (\d+) of (\d+): ([\d.]+) ms")
+
+
+def _executorch_times(text: str, call: Call) -> Times:
+    wanted = call.warmup + call.runs
+    found = [(int(number), float(ms)) for number, total, ms in _ITERATION.findall(text) if int(total) == wanted]
+    found = found[-wanted:]  # a log may still hold what an earlier process wrote within the same second
+    if [number for number, _ in found] != list(range(1, wanted + 1)):
+        hint = f"{wanted} lines such as `Iteration 1 of {wanted}: 5.1 ms` (of a recent ExecuTorch)"
+        raise _unreadable("executor_runner", hint, text)
+    times = [round(ms * 1e6) for _, ms in found]
+    kept = Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))
+    return _sane(kept, "executor_runner")
+
+
+# -------------------------------------------------------------------------------------- ONNX Runtime
+
+
+def _onnx(call: Call) -> Sequence[str]:
+    return (
+        call.program,
+        *("-I", "-m", "times", "-r", str(call.warmup + call.runs), "-x", str(call.threads), "-y", "1"),
+        *(call.model, call.times),
+    )
+
+
+_ROW = re.compile(r"^[^,\n]*,([\d.]+(?:e[-+]?\d+)?),\d+,-?\d+,(\d+)\s*$", re.MULTILINE)
+
+
+def _onnx_times(text: str, call: Call) -> Times:
+    wanted = call.warmup + call.runs
+    rows = [(int(number), float(seconds)) for seconds, number in _ROW.findall(text)]
+    if [number for number, _ in rows] != list(range(wanted)):
+        raise _unreadable("onnxruntime_perf_test", f"{wanted} lines `name,seconds,memory,cpu,number`", text)
+    times = [round(seconds * 1e9) for _, seconds in rows]
+    kept = Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))
+    return _sane(kept, "onnxruntime_perf_test")
+
+
+# ------------------------------------------------------------------------------------------ together
+
+PROGRAMS: Mapping[str, Program] = {
+    each.runtime: each
+    for each in (
+        Program(
+            name="benchmark_model",
+            runtime="litert",
+            file="model.tflite",
+            order="HWC",
+            command=_litert,
+            parse=_litert_times,
+            proof=_litert_proof,
+            proves=("fp32",),
+        ),
+        Program(
+            name="executor_runner",
+            runtime="executorch",
+            file="model.pte",
+            order="CHW",
+            command=_executorch,
+            parse=_executorch_times,
+            proof=_executorch_proof,
+            proves=("fp32", "int8"),
+            log=Log(tag="ExecuTorch", sign="Iteration"),
+        ),
+        Program(
+            name="onnxruntime_perf_test",
+            runtime="onnx",
+            file="model.onnx",
+            order="CHW",
+            command=_onnx,
+            parse=_onnx_times,
+            proof=_onnx,
+            proves=(),
+            tells=True,
+        ),
+    )
+}
+
+
+def _sane(times: Times, name: str) -> Times:
+    low, high = _SANE_NS
+    if not all(low <= each / times.calls_per_sample <= high for each in times.samples_ns):
+        worst = min(times.samples_ns, key=lambda each: low <= each / times.calls_per_sample <= high)
+        raise DeviceFailed(f"{name} tells a time that cannot be, {worst / times.calls_per_sample:.0f} ns for one image")
+    return times
+
+
+def _unreadable(name: str, expected: str, text: str) -> DeviceFailed:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    came = repr(lines[-1][:120]) if lines else "nothing"
+    return DeviceFailed(f"{name} says what cannot be understood: expected {expected}, its last line is {came}")
+
 
 _LONGEST_RUN_S = 900.0
 _COOLING_STEP_S = 10.0

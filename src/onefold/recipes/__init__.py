@@ -18,7 +18,7 @@ from onefold.recipes.recipe import Recipe as Recipe
 from onefold.recipes.recipe import at_epochs as at_epochs
 from onefold.recipes.recipe import at_size as at_size
 from onefold.recipes.recipe import override as override
-from onefold.recipes.scaling import scaled as scaled
+from onefold.recipes.recipe import scaled as scaled
 
 FAMILIES = ("digits", "photos", "mobileone", "mobileformer", "mobilenetv1")
 

@@ -109,13 +109,6 @@ class Group:
         return max((peak for peak in seen if peak is not None), default=None)
 
     @property
-    def joules(self) -> float | None:
-        """Energy of a call: the median over those whose energy could be read."""
-        seen = [each.energy.joules for each in self.measurements if each.energy is not None]
-        known = [joules for joules in seen if joules is not None]
-        return median(known) if known else None
-
-    @property
     def noisy(self) -> int:
         """How many of the measurements are noisy."""
         return sum(each.verdict == "noisy" for each in self.measurements)

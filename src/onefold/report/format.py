@@ -46,11 +46,6 @@ def size(num_bytes: int | None) -> str:
     return f"{digits(num_bytes / 1e6)}{_SPACE}MB" if num_bytes >= 1e5 else f"{digits(num_bytes / 1e3)}{_SPACE}kB"
 
 
-def joules(number: float | None) -> str:
-    """Energy in millijoules."""
-    return "–" if number is None else f"{digits(1e3 * number)}{_SPACE}mJ"
-
-
 def many(number: int, thing: str, things: str | None = None) -> str:
     """`1 run`, `2 runs`, `no runs`."""
     named = thing if number == 1 else (things or f"{thing}s")

@@ -12,7 +12,7 @@ from onefold.report.aggregate import Group, label
 from onefold.report.canvas import Words
 from onefold.report.evidence import Evidence, Pair
 from onefold.report.figures import Contest, Row
-from onefold.report.format import digits, joules, latency, many, percent, share, size
+from onefold.report.format import digits, latency, many, percent, share, size
 from onefold.report.html import Column, Markup, bullets, classed, element, joined, paragraph, plain, table
 from onefold.report.pareto import tradeoffs, unknown
 
@@ -210,7 +210,6 @@ _COLUMNS = (
     _Shown("peak memory", lambda group: size(group.peak_bytes)),
     _Shown("cold start", lambda group: latency(group.cold_ns)),
     _Shown("first call", _first_call),
-    _Shown("energy", lambda group: joules(group.joules)),
     _Shown("samples", _samples, False),
     _Shown("machine was", _verdict, False),
 )
