@@ -13,6 +13,8 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from available import missing
+
 ROOT = Path(__file__).resolve().parents[1]
 
 if not torch.cuda.is_available():  # triton reads this once, when whoever comes first imports it
@@ -20,6 +22,44 @@ if not torch.cuda.is_available():  # triton reads this once, when whoever comes 
 settings.register_profile("onefold", deadline=None)  # a busy machine is no failure
 settings.load_profile("onefold")
 torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other
+
+
+# Of a runtime that is missing nothing is collected; test_runtimes.test_it_is_here says so by name.
+collect_ignore = [f"test_{runtime}.py" for runtime in ("coreml", "executorch", "mnn", "web") if missing(runtime)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Two options with which a second environment runs what the first could not: CI runs no test twice."""
+    group = parser.getgroup("onefold")
+    group.addoption("--write-passed", type=Path, metavar="FILE", help="write the ids of the tests that passed to FILE")
+    group.addoption("--deselect-passed", type=Path, metavar="FILE", help="leave out the tests whose ids FILE holds")
+
+
+class WritePassed:
+    """Writes the id of each test that passed to a file, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_text("")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(report.nodeid + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("write_passed")
+    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to the process that writes
+        config.pluginmanager.register(WritePassed(path))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    path = config.getoption("deselect_passed")
+    if path is not None:
+        passed = set(path.read_text(encoding="utf-8").splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from available import require
 from mil import Machine
 from onefold.errors import BadArgument, BadArtifact
 from onefold.models import create_model
@@ -26,8 +27,7 @@ from onefold.runtimes import About, Artifact, export, load
 from onefold.runtimes import coreml as runtime
 from onefold.runtimes.vendor import quiet
 
-pytest.importorskip("coremltools", reason="coremltools is not installed", exc_type=ImportError)
-
+require("coreml")
 SHAPE = (3, 16, 16)
 ABOUT = About(model="small", fused=True, classes=("a", "b", "c", "d", "e"), preprocessing={"size": 16})
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from available import require
 from onefold.runtimes import About, export, load
 from onefold.runtimes.program import trace
 from onefold.runtimes.reference import make_images
 
-pytest.importorskip("executorch", reason="executorch is not installed")
-
+require("executorch")
 SHAPE = (3, 32, 32)
 
 

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from available import RUNNABLE
 from onefold.commands.open import open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
-from onefold.errors import BadArtifact, MissingExtra
+from onefold.errors import BadArtifact
 from onefold.quantize import Method, quantize
 from onefold.runtimes import RUNTIMES, About, Artifact, Parity, export, find_runtime, load, open_artifact
 from onefold.runtimes.loading import PLATFORMS, code, platforms
@@ -72,10 +73,7 @@ def exported(folder: Path, runtime: str, precision: str = "fp32", prepared: Prep
     about = About(model="small", fused=True, classes=CLASSES, preprocessing=prepared.to_dict(), licence="MIT")
     shape = (prepared.channels, prepared.size, prepared.size)
     given = quantize(model, torch.randn(16, *shape), Method(limit=63)) if precision == "int8" else model
-    try:
-        return export(given, shape, folder, runtime=runtime, about=about, precision=precision)
-    except MissingExtra as error:
-        pytest.skip(str(error))
+    return export(given, shape, folder, runtime=runtime, about=about, precision=precision)
 
 
 def fake(runtime: str, precision: str = "fp32", prepared: Preprocessing | None = PREPARED, **changes) -> Artifact:
@@ -155,7 +153,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 PRECISIONS = [
     (runtime, precision)
-    for runtime in RUNTIMES
+    for runtime in RUNNABLE
     for precision in find_runtime(runtime).PRECISIONS
     if precision == "fp32" or (precision == "int8" and runtime != "eager")
 ]
@@ -164,8 +162,6 @@ PRECISIONS = [
 @pytest.mark.parametrize(("runtime", "precision"), PRECISIONS, ids=str)
 def test_the_lines_give_onefolds_answer(runtime: str, precision: str, photos: list[Path], tmp_path: Path) -> None:
     artifact = exported(tmp_path / "artifact", runtime, precision)
-    if artifact.parity is None:
-        pytest.skip(f"{runtime} does not run on this machine")
     told = ran(artifact, photos, tmp_path)
     with open_predictor(artifact.folder) as predictor:
         expected = [found.best[0] for found in predict(predictor, photos, top=1)]

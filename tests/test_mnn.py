@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from available import require
 from onefold.errors import BadArgument
 from onefold.runtimes import About, export, load
 from onefold.runtimes import mnn as runtime
 from onefold.runtimes.reference import make_images
 
-if find_spec("MNN") is None:  # not imported, for it greets
-    pytest.skip("MNN is not installed", allow_module_level=True)
-
+require("mnn")
 SHAPE = (3, 16, 16)
 ABOUT = About(model="small", fused=True)
 

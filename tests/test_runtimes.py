@@ -16,6 +16,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from available import INSTALLED, RUNNABLE, unavailable
 from onefold import runtimes
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
 from onefold.runtimes import RUNTIMES, About, Artifact, export, find_runtime, load, open_artifact
@@ -99,14 +101,22 @@ def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(x.copy())).numpy()
 
 
-@pytest.fixture(scope="session", params=RUNTIMES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The padded network, exported once for each runtime."""
-    folder = tmp_path_factory.mktemp("artifacts") / f"{request.param}-fp32"
-    try:
-        return export(padded(), images(2, seed=0), folder, runtime=request.param, about=ABOUT)
-    except MissingExtra as error:
-        pytest.skip(str(error))
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    """Gives the padded network as exported for a runtime; it is exported once."""
+
+    @cache
+    def exported(runtime: str) -> Artifact:
+        folder = tmp_path_factory.mktemp("artifacts") / f"{runtime}-fp32"
+        return export(padded(), images(2, seed=0), folder, runtime=runtime, about=ABOUT)
+
+    return exported
+
+
+@pytest.fixture(params=INSTALLED)
+def made(request: pytest.FixtureRequest, artifact: Callable[[str], Artifact]) -> Artifact:
+    """The padded network, exported for each runtime."""
+    return artifact(request.param)
 
 
 def obstacle(artifact: Artifact) -> str | None:
@@ -115,24 +125,26 @@ def obstacle(artifact: Artifact) -> str | None:
     return None if why is None else why()
 
 
-@pytest.fixture
-def running(made: Artifact) -> Artifact:
-    """The same, where this machine can run it."""
-    if said := obstacle(made):
-        pytest.skip(said)
-    return made
+@pytest.fixture(params=RUNNABLE)
+def running(request: pytest.FixtureRequest, artifact: Callable[[str], Artifact]) -> Artifact:
+    """The same, for each runtime that this machine can run."""
+    return artifact(request.param)
 
 
 @pytest.fixture(scope="session")
-def eager(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def eager(artifact: Callable[[str], Artifact]) -> Artifact:
     """The padded network for PyTorch: for what is the same for all runtimes."""
-    folder = tmp_path_factory.mktemp("eager") / "eager-fp32"
-    return export(padded(), images(2, seed=0), folder, runtime="eager", about=ABOUT)
+    return artifact("eager")
 
 
 @pytest.fixture
 def copied(made: Artifact, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def copied_running(running: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(running.folder, tmp_path / "copy"))
 
 
 @pytest.fixture
@@ -175,6 +187,14 @@ def is_whole(folder: Path) -> None:
 
 
 # --- every runtime: what it answers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_it_is_here(runtime: str) -> None:
+    """The one skip of a runtime that is not here or cannot run here: the other tests have no case for it."""
+    if why := unavailable(runtime):
+        pytest.skip(why)
+    assert runtime in RUNNABLE
 
 
 def test_it_answers_as_the_module_does_for_any_batch(running: Artifact) -> None:
@@ -347,33 +367,33 @@ def test_a_missing_file_is_named(copied: Path) -> None:
     is_whole(copied)
 
 
-def test_a_resealed_but_broken_model_is_refused(copied: Path, running: Artifact) -> None:
+def test_a_resealed_but_broken_model_is_refused(copied_running: Path, running: Artifact) -> None:
     """The hashes fit; what then fails is the runtime's own reader, and it fails as an error of ours."""
     for name in find_runtime(running.runtime).FILES:
-        whole = (copied / name).read_bytes()
+        whole = (copied_running / name).read_bytes()
         for damage in ("empty", "truncated", "zeros"):
-            (copied / name).write_bytes(DAMAGE[damage](whole))
-            reseal(copied)
-            refuses(copied)
-        (copied / name).write_bytes(whole)
+            (copied_running / name).write_bytes(DAMAGE[damage](whole))
+            reseal(copied_running)
+            refuses(copied_running)
+        (copied_running / name).write_bytes(whole)
 
 
-def test_the_answer_is_checked_even_when_all_hashes_fit(running: Artifact, copied: Path) -> None:
+def test_the_answer_is_checked_even_when_all_hashes_fit(copied_running: Path) -> None:
     """A reference that is 1 % off is refused, whatever tolerance the forged manifest states."""
 
     def widen(fields: dict) -> None:
         fields["parity"]["tolerance"] = 0.5
 
-    with np.load(copied / "reference.npz") as reference:
+    with np.load(copied_running / "reference.npz") as reference:
         x, logits = reference["images"], reference["logits"]
-    np.savez(copied / "reference.npz", images=x, logits=logits * np.float32(1.01))
-    reseal(copied)
-    assert "does not answer as it promises" in refuses(copied)
-    reseal(copied, widen)
-    assert "0.0001 is allowed" in refuses(copied)
-    np.savez(copied / "reference.npz", images=x, logits=logits)
-    reseal(copied, widen)
-    load(copied).close()
+    np.savez(copied_running / "reference.npz", images=x, logits=logits * np.float32(1.01))
+    reseal(copied_running)
+    assert "does not answer as it promises" in refuses(copied_running)
+    reseal(copied_running, widen)
+    assert "0.0001 is allowed" in refuses(copied_running)
+    np.savez(copied_running / "reference.npz", images=x, logits=logits)
+    reseal(copied_running, widen)
+    load(copied_running).close()
 
 
 def test_the_room_has_every_name_it_shows() -> None:
@@ -766,25 +786,21 @@ def test_a_session_needs_its_own_package_only_and_no_network(running: Artifact, 
     assert all(".cache/onefold/pixels-".startswith(name) or name.startswith(".cache/onefold/pixels-") for name in left)
 
 
-def test_openvino_converts_with_its_telemetrys_stand_in(made: Artifact) -> None:
-    if made.runtime != "openvino":
-        pytest.skip("about openvino only")
+def test_openvino_converts_with_its_telemetrys_stand_in(artifact: Callable[[str], Artifact]) -> None:
+    artifact("openvino")
     from openvino.tools.ovc import convert_impl, telemetry_utils
 
     stand_ins = {convert_impl.tm.__name__, telemetry_utils.tm.__name__}
     assert stand_ins == {"openvino.tools.ovc.telemetry_stub"}
 
 
-def test_openvino_stores_32_bits(made: Artifact) -> None:
-    if made.runtime != "openvino":
-        pytest.skip("about openvino only")
+def test_openvino_stores_32_bits(artifact: Callable[[str], Artifact]) -> None:
     num_params = sum(p.numel() for p in padded().parameters())
-    assert made.files["model.bin"].num_bytes >= 4 * num_params
+    assert artifact("openvino").files["model.bin"].num_bytes >= 4 * num_params
 
 
-def test_onnx_carries_its_metadata_and_its_opset(made: Artifact) -> None:
-    if made.runtime != "onnx":
-        pytest.skip("about onnx only")
+def test_onnx_carries_its_metadata_and_its_opset(artifact: Callable[[str], Artifact]) -> None:
+    made = artifact("onnx")
     import onnx
 
     model = onnx.load(made.folder / "model.onnx")
@@ -817,15 +833,16 @@ def outside(folder: Path) -> bytes:
     return onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
 
 
+READ_ONNX = {"onnx": "model.onnx", "openvino": "model.xml", "web": "model.onnx"}
+
+
+@pytest.mark.parametrize("runtime", [runtime for runtime in READ_ONNX if runtime in INSTALLED])
 def test_a_network_that_reads_other_files_is_refused(
-    made: Artifact, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: str, artifact: Callable[[str], Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {"onnx": "model.onnx", "openvino": "model.xml", "web": "model.onnx"}
-    if made.runtime not in names:
-        pytest.skip("about runtimes that read ONNX only")
-    pytest.importorskip("onnx")
+    copied = Path(shutil.copytree(artifact(runtime).folder, tmp_path / "copy"))
     monkeypatch.chdir(tmp_path)
-    (copied / names[made.runtime]).write_bytes(outside(tmp_path))
+    (copied / READ_ONNX[runtime]).write_bytes(outside(tmp_path))
     reseal(copied)
     said = refuses(copied)
     assert any(words in said for words in ("other files", "not a network of OpenVINO", "external data")), said

@@ -26,6 +26,7 @@ from onefold.commands.quantizing import Calibration
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights
+from onefold.runtimes import web
 from onefold.runtimes.loading import code, platforms
 from test_handbook import PREPARED, SIZES, blocks, fake, python_of
 
@@ -150,9 +151,7 @@ int main(int, char** words) {
 def test_javascript_prepares_photos_as_onefold_does(
     prepared: Preprocessing, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("needs node")
+    node = needs_node()
     (text,) = blocks(code(fake("web", prepared=prepared), "javascript"), "js")
     text = text.replace('import * as ort from "onnxruntime-web";', 'import { readFileSync, writeSync } from "node:fs";')
     text += """
@@ -172,6 +171,11 @@ def unpacked(data: bytes, prepared: Preprocessing, *, last: bool) -> np.ndarray:
     size, channels = prepared.size, prepared.channels
     values = np.frombuffer(data, np.float32)
     return values.reshape(size, size, channels).transpose(2, 0, 1) if last else values.reshape(channels, size, size)
+
+
+def needs_node() -> str:
+    """The program `node`, or a skip."""
+    return shutil.which("node") or pytest.skip("needs node")
 
 
 def headers_of(runtime: str) -> list[Path]:
@@ -201,11 +205,13 @@ def test_cpp_fits_the_vendors_headers(runtime: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[:2000]
 
 
+def test_the_process_of_onnx_runtime_web_is_javascript_that_node_reads() -> None:
+    assert subprocess.run([needs_node(), "--check", str(web._SCRIPT)], check=False).returncode == 0
+
+
 @pytest.mark.parametrize("runtime", ["onnx", "web"])
 def test_javascript_is_well_formed(runtime: str, tmp_path: Path) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("needs node")
+    node = needs_node()
     assert "javascript" in platforms(runtime)
     (text,) = blocks(code(fake(runtime), "javascript"), "js")
     (tmp_path / "classify.mjs").write_text(text)

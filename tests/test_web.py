@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from available import require
 from onefold.errors import LostWorker, MissingExtra
 from onefold.runtimes import About, export, load
 from onefold.runtimes import web as runtime
 from onefold.runtimes.reference import make_images
 
-pytest.importorskip("onnx", reason="onnx is not installed")
-
+require("web")
 SHAPE = (3, 12, 12)
 
 
@@ -31,10 +29,7 @@ def small() -> nn.Module:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web") / "fp32"
-    try:
-        return export(small().eval(), SHAPE, folder, runtime="web", about=About(model="small", fused=True)).folder
-    except MissingExtra as error:
-        pytest.skip(str(error))
+    return export(small().eval(), SHAPE, folder, runtime="web", about=About(model="small", fused=True)).folder
 
 
 def children() -> set[int]:
@@ -127,10 +122,3 @@ def test_a_broken_package_is_told(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("ONEFOLD_NODE_MODULES", str(tmp_path))
     with pytest.raises(MissingExtra, match=r"cannot be used by this Node.js \(too old\); type: npm install"):
         load(folder)
-
-
-def test_the_script_is_javascript_that_node_reads() -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("Node.js is not installed")
-    assert subprocess.run([node, "--check", str(runtime._SCRIPT)], check=False).returncode == 0

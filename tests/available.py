@@ -1,0 +1,49 @@
+"""The runtimes that this machine has, of which tests with a case for each runtime are made.
+
+A runtime that is not here is skipped once, by name and with its reason (`test_runtimes.test_it_is_here`), and not once
+in every test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+
+import pytest
+
+from onefold.errors import MissingExtra
+from onefold.runtimes import RUNTIMES, find_runtime, web
+
+RUN_ONLY = {"tensorrt"}  # packages without which an artifact is exported all the same
+
+
+def missing(runtime: str) -> str | None:
+    """Why nothing can be exported for a runtime here, or None."""
+    for package in set(find_runtime(runtime).PACKAGES) - RUN_ONLY:
+        try:
+            distribution(package)
+        except PackageNotFoundError:
+            return f"{runtime} is not installed: there is no package {package}"
+    try:
+        if runtime == "web":
+            web._node()
+            web._modules()
+    except MissingExtra as error:
+        return str(error)
+    return None
+
+
+def unavailable(runtime: str) -> str | None:
+    """Why a runtime cannot run here, or None."""
+    obstacle: Callable[[], str | None] | None = find_runtime(runtime).OBSTACLE
+    return missing(runtime) or (None if obstacle is None else obstacle())
+
+
+def require(runtime: str) -> None:
+    """Skip the test file that calls this where a runtime is missing."""
+    if why := missing(runtime):
+        pytest.skip(why, allow_module_level=True)
+
+
+INSTALLED = tuple(runtime for runtime in RUNTIMES if missing(runtime) is None)
+RUNNABLE = tuple(runtime for runtime in RUNTIMES if unavailable(runtime) is None)
