@@ -36,7 +36,7 @@ from onefold.commands.bench import call_of
 from onefold.commands.fuse import about_of
 from onefold.commands.open import Network, Predictor, open_network, open_predictor
 from onefold.commands.quantizing import Calibration, quantized
-from onefold.commands.timm import is_foreign, settle_
+from onefold.commands.timm import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError
 from onefold.models import CATALOGUE, cost, create_model
@@ -90,11 +90,11 @@ _kept: list[torch.library.Library] = []
 
 def network_of(name: str) -> Network:
     """A network with drawn weights, folded."""
-    if is_foreign(name):
+    if is_timm(name):
         return open_network(name).fused()[0]
     torch.manual_seed(0)
     model, preprocessing = create_model(name).eval(), Preprocessing.from_dict(dict(CATALOGUE[name].input))
-    settle_(model, preprocessing)
+    init_norm_statistics_(model, preprocessing)
     card = Card(
         model=name,
         num_classes=1000,

@@ -36,7 +36,7 @@ def measured(name: str, procedure: Procedure, folder: Path) -> Comparison:
     predictors = [open_predictor(weights, threads=threads, fused=fused) for fused in (False, True)]
     predictors += [open_predictor(artifact.folder, threads=threads) for artifact in artifacts]
     images = create_images(predictors[0].facts["input_shape"])
-    calls = {p.title: (lambda p=p: p.answer(images)) for p in predictors}
+    calls = {p.title: (lambda p=p: p.session(images)) for p in predictors}
     outcome = compare(calls, procedure, {p.title: p.facts for p in predictors})
     for predictor in predictors:
         predictor.close()

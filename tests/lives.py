@@ -174,7 +174,7 @@ def live(order: Order, rank: int, port: int) -> None:
     plan = Plan.from_dict(order.plan)
     data = Blobs(num_images=order.num_images, batch_size=plan.batch_size // plan.accumulate, log=str(order.samples))
     with start_world("cpu") as world, marking(order):
-        has_run = world.share((Path(order.out) / "last").exists())
+        has_run = world.broadcast((Path(order.out) / "last").exists())
         fresh(Path(order.out), plan, data, resume=has_run, world=world, on_progress=step)
 
 

@@ -25,7 +25,7 @@ import training_kit
 from onefold import storage
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy, Stopped
 from onefold.train import Checkpoint, RunFolder, Steps
-from onefold.train.checkpoint import restore_last, save_best, seal, unseal
+from onefold.train.checkpoint import load_for_resume, save_best, seal, unseal
 from training_kit import PLAN, fresh
 
 PARTS = ("model.safetensors", "ema.safetensors", "state.safetensors", "progress.json", "manifest.json")
@@ -118,7 +118,7 @@ def test_a_damaged_last_gives_way_to_the_previous(
     (folder.last / name).unlink()
     assert same(Checkpoint.load(folder.path), states[0])
     (folder.previous / name).write_bytes(flipped(whole, 77))
-    with pytest.raises(BadCheckpoint, match="no whole checkpoint in") as error:
+    with pytest.raises(BadCheckpoint, match="no undamaged checkpoint in") as error:
         Checkpoint.load(folder.path)
     assert error.value.exit_status == 4
 
@@ -148,7 +148,7 @@ def test_a_resume_from_the_previous_one_ends_in_the_same_bits(tmp_path: Path, ca
 
 def test_a_damaged_last_never_takes_the_place_of_the_good_one(folder: RunFolder, states: list[Checkpoint]) -> None:
     (folder.last / "progress.json").write_bytes(b"{}")
-    assert same(restore_last(folder), states[0])
+    assert same(load_for_resume(folder), states[0])
     assert same(Checkpoint._from(unseal(folder.last), folder.last), states[0])
     assert same(Checkpoint._from(unseal(folder.previous), folder.previous), states[0])
 
@@ -246,8 +246,8 @@ def test_a_save_killed_between_any_two_calls_leaves_a_whole_checkpoint(
         read = Checkpoint.load(folder.path).position.step
         found.add(read)
         assert read in (states[1].position.step, states[2].position.step)
-        with folder.held():
-            assert same(restore_last(folder), next(s for s in states if s.position.step == read))
+        with folder.lock():
+            assert same(load_for_resume(folder), next(s for s in states if s.position.step == read))
             assert json.loads(unseal(folder.best)["metrics.json"])["top1"] in (1.0, 2.0)
             states[3].save(folder, {})
         assert same(Checkpoint.load(folder.path), states[3])
@@ -314,7 +314,7 @@ def test_a_busy_folder_names_its_process_and_a_dead_one_frees_it(tmp_path: Path)
         "import sys, time\n"
         "from pathlib import Path\n"
         "from onefold.train import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).held():\n"
+        "with RunFolder(Path(sys.argv[1])).lock():\n"
         "    print('held', flush=True)\n"
         "    time.sleep(100)\n"
     )
@@ -326,7 +326,7 @@ def test_a_busy_folder_names_its_process_and_a_dead_one_frees_it(tmp_path: Path)
         assert error.value.exit_status == 6
         holder.kill()
         holder.wait()
-        with RunFolder(tmp_path / "run").held():
+        with RunFolder(tmp_path / "run").lock():
             assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 

@@ -443,7 +443,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     ),
     # fusing and exporting
     "fused already": (2, "is fused already", lambda h: ["fuse", h / "fused.safetensors"]),
-    "a drift above the bound": (1, "is off by", lambda h: ["fuse", h / "run", "--tolerance", 0, "--out", h / "f"]),
+    "a drift above the bound": (1, "differ by", lambda h: ["fuse", h / "run", "--tolerance", 0, "--out", h / "f"]),
     "unknown runtime": (2, "did you mean 'onnx'", lambda h: ["export", h / "run", "--to", "onxx", "--out", h / "n"]),
     "no runtime": (2, "names no runtime", lambda h: ["export", h / "run", "--to", ","]),
     "unknown precision": (

@@ -30,7 +30,7 @@ PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network that knows the digits somewhat: its last layer is fitted, the rest as drawn."""
     from onefold.commands.open import validation_images
-    from onefold.train import fit_linear
+    from onefold.train import fit_linear_probe
 
     torch.manual_seed(0)
     model = create_model("mobilenetv1_025", num_classes=10)
@@ -49,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model(x)
         fused = fuse(model.eval())
         features = fused.forward_head(fused.forward_features(x), pre_logits=True)
-        weight, bias = fit_linear(features, y, 10)
+        weight, bias = fit_linear_probe(features, y, 10)
         fused.head.fc.weight.copy_(weight)
         fused.head.fc.bias.copy_(bias)
     path = tmp_path_factory.mktemp("weights") / "fused.safetensors"

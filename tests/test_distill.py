@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onefold.errors import BadArgument
 from onefold.train import SGD, Distill, Plan
-from onefold.train.step import distill_loss
+from onefold.train.step import distillation_loss
 from training_kit import NUM_CLASSES, PLAN, StoppedError, fresh, network, stop_at
 
 SOFT = Distill(teacher="somebody", targets="soft", temperature=3.0, weight=0.7)
@@ -41,7 +41,7 @@ def teacher(*seeds: int) -> Fixed:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_the_soft_gradient_is_temperature_times_the_difference_of_distributions(temperature):
     student, of_teacher = logits(0).requires_grad_(), logits(1)
-    distill_loss(replace(SOFT, temperature=temperature), student, [of_teacher]).backward()
+    distillation_loss(replace(SOFT, temperature=temperature), student, [of_teacher]).backward()
     exact = [
         torch.exp(z.double() / temperature) / torch.exp(z.double() / temperature).sum(1, keepdim=True)
         for z in (student.detach(), of_teacher)
@@ -54,12 +54,12 @@ def test_the_soft_loss_is_the_divergence():
     student, of_teacher, t = logits(0).double(), logits(1).double(), 3.0
     p, q = (torch.softmax(z / t, 1) for z in (of_teacher, student))
     expected = t**2 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(distill_loss(SOFT, student, [of_teacher]).double(), expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(distillation_loss(SOFT, student, [of_teacher]).double(), expected, rtol=1e-5, atol=0.0)
 
 
 def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it():
     student = logits(0).requires_grad_()
-    loss = distill_loss(SOFT, student, [student.detach() + 5.0])  # a distribution does not change with a shift
+    loss = distillation_loss(SOFT, student, [student.detach() + 5.0])  # a distribution does not change with a shift
     loss.backward()
     assert abs(loss.item()) < 1e-5
     assert student.grad.abs().max().item() < 1e-6
@@ -67,7 +67,7 @@ def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it():
 
 def test_hard_distillation_is_cross_entropy_on_what_the_teacher_answers():
     student, of_teacher = logits(0), logits(1)
-    assert torch.equal(distill_loss(HARD, student, [of_teacher]), F.cross_entropy(student, of_teacher.argmax(1)))
+    assert torch.equal(distillation_loss(HARD, student, [of_teacher]), F.cross_entropy(student, of_teacher.argmax(1)))
 
 
 @pytest.mark.parametrize("how", [SOFT, HARD])
@@ -75,18 +75,18 @@ def test_several_teachers_are_the_mean_of_their_distributions(how):
     both = [logits(1), logits(2)]
     mean = torch.stack([torch.softmax(z / how.temperature, 1) for z in both]).mean(0)
     one = how.temperature * mean.log()  # logits of one teacher with that distribution
-    torch.testing.assert_close(distill_loss(how, logits(0), both), distill_loss(how, logits(0), [one]))
+    torch.testing.assert_close(distillation_loss(how, logits(0), both), distillation_loss(how, logits(0), [one]))
 
 
 def test_no_gradient_reaches_a_teacher():
     of_teacher = logits(1).requires_grad_()
-    distill_loss(SOFT, logits(0).requires_grad_(), [of_teacher]).backward()
+    distillation_loss(SOFT, logits(0).requires_grad_(), [of_teacher]).backward()
     assert of_teacher.grad is None
 
 
 def test_weight_0_is_a_training_without_a_teacher_and_weight_1_never_sees_a_label(tmp_path: Path):
     plain = fresh(tmp_path / "plain", replace(PLAN, epochs=1))
-    none = fresh(tmp_path / "none", replace(PLAN, epochs=1, distill=replace(SOFT, weight=0.0)), teacher=teacher(5))
+    none = fresh(tmp_path / "none", replace(PLAN, epochs=1, distill=replace(SOFT, weight=0.0)), teachers=teacher(5))
     assert all(torch.equal(plain.weights[name], value) for name, value in none.weights.items())
 
     class Shifted:
@@ -107,26 +107,26 @@ def test_weight_0_is_a_training_without_a_teacher_and_weight_1_never_sees_a_labe
             return ((images, (labels + 1) % NUM_CLASSES) for images, labels in self.right.epoch(n, start))
 
     plan = replace(PLAN, epochs=1, distill=replace(SOFT, weight=1.0))
-    right = fresh(tmp_path / "right", plan, teacher=teacher(5))
-    wrong = fresh(tmp_path / "wrong", plan, Shifted(), teacher=teacher(5))  # type: ignore[arg-type]
+    right = fresh(tmp_path / "right", plan, teachers=teacher(5))
+    wrong = fresh(tmp_path / "wrong", plan, Shifted(), teachers=teacher(5))  # type: ignore[arg-type]
     assert all(torch.equal(right.weights[name], value) for name, value in wrong.weights.items())
     assert any(not torch.equal(plain.weights[name], value) for name, value in right.weights.items())
 
 
 def test_a_distillation_resumes_to_the_bit(tmp_path: Path):
     plan = replace(PLAN, epochs=2, distill=SOFT)
-    whole = fresh(tmp_path / "whole", plan, teacher=teacher(5, 6))
+    whole = fresh(tmp_path / "whole", plan, teachers=teacher(5, 6))
 
     with pytest.raises(StoppedError):
-        fresh(tmp_path / "cut", plan, teacher=teacher(5, 6), on_progress=stop_at(2, 3))
-    assert fresh(tmp_path / "cut", plan, teacher=teacher(5, 6), resume=True).digest() == whole.digest()
+        fresh(tmp_path / "cut", plan, teachers=teacher(5, 6), on_progress=stop_at(2, 3))
+    assert fresh(tmp_path / "cut", plan, teachers=teacher(5, 6), resume=True).digest() == whole.digest()
 
 
 def test_a_plan_that_distills_needs_a_teacher_and_the_other_way_round(tmp_path: Path):
     with pytest.raises(BadArgument, match="go together"):
         fresh(tmp_path / "a", replace(PLAN, distill=SOFT))
     with pytest.raises(BadArgument, match="go together"):
-        fresh(tmp_path / "b", PLAN, teacher=teacher(5))
+        fresh(tmp_path / "b", PLAN, teachers=teacher(5))
 
 
 def test_the_value_goes_to_json_and_back_and_refuses_nonsense():

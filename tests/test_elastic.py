@@ -16,9 +16,9 @@ from torch import nn
 
 from lives import Lives, Order, must_hold_every_image_once, samples_of
 from onefold.errors import BadArgument
-from onefold.train import Checkpoint, Plan, Steps, World, of_workers
-from onefold.train.logical_workers import _Exact, make_reducer
-from onefold.train.step import State
+from onefold.train import Checkpoint, Plan, Steps, World, worker_batches
+from onefold.train.logical_workers import _ExactReducer, create_reducer
+from onefold.train.step import TrainState
 from training_kit import PLAN, Blobs, fresh, network
 
 FOUR = replace(PLAN, epochs=2, batch_size=16, logical_workers=4, reduce="exact", checkpoint_every=Steps(3))
@@ -108,9 +108,9 @@ def test_workers_take_the_step_of_the_whole_batch(reduce: str, missing: int) -> 
     images, labels = torch.randn(16 - missing, 3, 8, 8), torch.arange(16 - missing) % 6
     plan = replace(FOUR, reduce=reduce, ema=None)  # type: ignore[arg-type]
     model = Still()
-    state = State(model, plan, World(), steps_per_epoch=4)
+    state = TrainState(model, plan, World(), steps_per_epoch=4)
     pieces = [(images[v::4], labels[v::4]) for v in range(4)]
-    whole = State(Still(), replace(plan, logical_workers=1), World(), steps_per_epoch=4)
+    whole = TrainState(Still(), replace(plan, logical_workers=1), World(), steps_per_epoch=4)
     for _ in range(3):
         assert state.step(pieces) == pytest.approx(whole.step([(images, labels)]), rel=1e-6)
     assert state.num_images == whole.num_images == 3 * (16 - missing)
@@ -121,7 +121,7 @@ def test_workers_take_the_step_of_the_whole_batch(reduce: str, missing: int) -> 
 def test_buffers_become_the_mean_over_workers_and_counters_count_steps() -> None:
     plan = replace(FOUR, ema=None, clip_grad_norm=None)
     model = network()
-    state = State(model.train(), plan, World(), steps_per_epoch=4)
+    state = TrainState(model.train(), plan, World(), steps_per_epoch=4)
     pieces = list(Blobs(num_images=16).epoch(0))
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
     conv.load_state_dict({"weight": model[0].weight})
@@ -136,13 +136,13 @@ def test_the_tree_is_the_tree() -> None:
     plan = replace(FOUR, logical_workers=8, batch_size=8)
     model = nn.Linear(1, 1, bias=False)
     values = torch.tensor([1e8, 1.0, -1e8, 3.0, 7.0, 1e7, -1e7, 0.1])
-    reducer = make_reducer(model, plan, World())
-    assert isinstance(reducer, _Exact)
-    reducer.begin()
+    reducer = create_reducer(model, plan, World())
+    assert isinstance(reducer, _ExactReducer)
+    reducer.begin_step()
     for value in values:
         model.weight.grad = value.reshape(1, 1).clone()
-        reducer.take(0.0, 1)
-    reducer.finish()
+        reducer.add_worker(0.0, 1)
+    reducer.finish_step()
     while len(values) > 1:
         values = values[::2] + values[1::2]
     assert model.weight.grad is not None
@@ -158,7 +158,7 @@ def test_each_worker_has_its_own_random_numbers(tmp_path: Path) -> None:
             return super().forward(x)
 
     plan = replace(FOUR, ema=None)
-    state = State(Drawing(), plan, World(), steps_per_epoch=4)
+    state = TrainState(Drawing(), plan, World(), steps_per_epoch=4)
     for _ in range(2):
         state.step(list(Blobs(num_images=16).epoch(0)))
     assert len(set(drawn)) == 8
@@ -172,7 +172,7 @@ def test_batches_come_a_worker_at_a_time_and_from_any_step() -> None:
     data = Blobs(num_images=80, batch_size=8)  # 10 batches, 5 steps
 
     def of(world: World) -> Any:
-        return of_workers(lambda v: replace(data, worker=v, num_workers=4), plan, world)
+        return worker_batches(lambda v: replace(data, worker=v, num_workers=4), plan, world)
 
     one, last = of(World()), of(World(rank=1, size=2))
     assert (len(one), len(last)) == (40, 20)
@@ -195,11 +195,14 @@ def test_batches_come_a_worker_at_a_time_and_from_any_step() -> None:
         (lambda: replace(PLAN, logical_workers=3, reduce="exact"), r"must be a power of two .* not 3"),
         (lambda: replace(PLAN, logical_workers=0), r"plan\.logical_workers must be a whole number from 1"),
         (lambda: replace(PLAN, reduce="tree"), r"plan\.reduce must be one of 'fast', 'exact', not 'tree'"),
-        (lambda: replace(FOUR, batch_size=18).images_per_batch(), r"18 is not a multiple of 1 pieces for each of 4"),
-        (lambda: State(network(), FOUR, World(rank=2, size=3), 4), r"3 processes cannot share 4 logical workers"),
-        (lambda: State(network(), FOUR, World(rank=0, size=8), 4), r"8 processes cannot share 4 logical workers"),
         (
-            lambda: State(nn.SyncBatchNorm.convert_sync_batchnorm(network()), FOUR, World(), 4),
+            lambda: replace(FOUR, batch_size=18).images_per_batch(),
+            r"18 is not a multiple of 1 micro-batches for each of 4",
+        ),
+        (lambda: TrainState(network(), FOUR, World(rank=2, size=3), 4), r"3 processes cannot share 4 logical workers"),
+        (lambda: TrainState(network(), FOUR, World(rank=0, size=8), 4), r"8 processes cannot share 4 logical workers"),
+        (
+            lambda: TrainState(nn.SyncBatchNorm.convert_sync_batchnorm(network()), FOUR, World(), 4),
             r"'exact' cannot have SyncBatchNorm",
         ),
     ],

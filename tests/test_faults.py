@@ -36,7 +36,7 @@ from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.card import Card, save_weights
 from onefold.models.hub import load_model
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
-from onefold.train.checkpoint import Writer, seal, unseal
+from onefold.train.checkpoint import BackgroundWriter, seal, unseal
 from training_kit import PLAN, fresh
 
 NAME = "mobilenetv1_0.25"
@@ -107,7 +107,7 @@ def test_no_damaged_checkpoint_is_taken_for_a_whole_one(run: RunFolder, tmp_path
     for _ in range(count):
         kind, name, content = damage(rng, whole)
         (folder.last / name).write_bytes(content)
-        with pytest.raises(BadCheckpoint, match=r"no whole checkpoint in .* damaged") as error:
+        with pytest.raises(BadCheckpoint, match=r"no undamaged checkpoint in .* damaged") as error:
             Checkpoint.load(folder.path)
         assert "\n" not in str(error.value), (kind, name)
         (folder.last / name).write_bytes(whole[name])
@@ -358,20 +358,20 @@ def test_a_disk_that_fills_up_during_a_run_is_told_at_the_next_step_and_costs_no
     def fill_up(progress: Progress) -> None:
         told.append(progress.step)
         if progress.step == 3 and progress.epoch == 2:
-            while Checkpoint.load(tmp_path / "run").position.total < 8:  # step 2's is still on its way
+            while Checkpoint.load(tmp_path / "run").position.global_step < 8:  # step 2's is still on its way
                 time.sleep(0.001)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
 
     try:
         with pytest.raises(
-            NotWritable, match=r"no space to write .*last: \d+ MiB are free .*before it stands"
+            NotWritable, match=r"no space to write .*last: \d+ MiB are free .*before it is kept"
         ) as error:
             fresh(tmp_path / "run", on_progress=fill_up)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.exit_status == 5
     assert len(told) <= 2 * 7  # step 4 of epoch 2 could not be saved: the next save knows at the latest
-    assert Checkpoint.load(tmp_path / "run").position.total == 8
+    assert Checkpoint.load(tmp_path / "run").position.global_step == 8
     done = fresh(tmp_path / "run", resume=True)
     assert done.digest() == fresh(tmp_path / "whole").digest()
 
@@ -381,15 +381,15 @@ def test_a_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.M
     save, let_go, under_way = Checkpoint.save, threading.Event(), []
 
     def held_up(self: Checkpoint, *where: Any) -> None:
-        if self.position.total == 2:
-            under_way.append(self.position.total)
+        if self.position.global_step == 2:
+            under_way.append(self.position.global_step)
             assert let_go.wait(30)
         save(self, *where)
 
     def look(progress: Progress) -> None:
         if (progress.epoch, progress.step) == (1, 4):
             assert under_way == [2]  # being written since two steps
-            assert Checkpoint.load(tmp_path / "run").position.total == 0
+            assert Checkpoint.load(tmp_path / "run").position.global_step == 0
             let_go.set()
 
     monkeypatch.setattr(Checkpoint, "save", held_up)
@@ -408,7 +408,7 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path: Path, monkeypatch: p
         before = self.digest()
         threading.Event().wait(0.03)
         assert self.digest() == before
-        digests[self.position.total] = before
+        digests[self.position.global_step] = before
         save(self, *where)
 
     monkeypatch.setattr(Checkpoint, "save", slowly)
@@ -427,7 +427,7 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path: Path, monkeypatch: p
 
 def test_the_writer_does_one_job_at_a_time_and_none_after_a_failure() -> None:
     done: list[int] = []
-    with pytest.raises(NotWritable, match="full"), Writer() as writer:
+    with pytest.raises(NotWritable, match="full"), BackgroundWriter() as writer:
         writer.submit(lambda: done.append(1))
         writer.submit(lambda: done.append(2))
 
@@ -439,7 +439,7 @@ def test_the_writer_does_one_job_at_a_time_and_none_after_a_failure() -> None:
         writer.wait()
         assert writer.has_failed
     assert done == [1, 2]
-    with pytest.raises(KeyError, match="ours"), Writer() as writer:  # the first error is the one to hear of
+    with pytest.raises(KeyError, match="ours"), BackgroundWriter() as writer:  # the first error is the one to hear of
         writer.submit(fail)
         raise KeyError("ours")
 

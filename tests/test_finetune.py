@@ -13,7 +13,7 @@ from torch import nn
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.train import SGD, Plan, decay_groups
-from onefold.train.optim import freeze_, frozen_parts, levels, make_optimizer, rate_scales, set_rates_, train_mode_
+from onefold.train.optim import create_optimizer, freeze_, frozen_modules, levels, lr_scales, set_rates_, train_mode_
 from training_kit import PLAN, StoppedError, fresh, network, stop_at
 
 # ---------------------------------------------------------------------------------- levels and rates
@@ -27,7 +27,7 @@ def test_levels_are_the_stem_each_stage_and_the_head():
 def test_rates_fall_by_one_factor_a_level_in_closed_form():
     model = create_model("mobilenetv1_025", num_classes=3)
     plan = Plan(epochs=1, batch_size=2, optimizer=SGD(lr=0.4), layer_decay=0.5)
-    optimizer = make_optimizer(model, plan)
+    optimizer = create_optimizer(model, plan)
     set_rates_(optimizer, 0.2, 0.01)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
@@ -41,7 +41,7 @@ def test_rates_fall_by_one_factor_a_level_in_closed_form():
 def test_groups_that_decay_are_the_same_with_and_without_a_layer_decay():
     model = network()
     for decay in (1.0, 0.7):
-        optimizer = make_optimizer(model, replace(PLAN, layer_decay=decay))
+        optimizer = create_optimizer(model, replace(PLAN, layer_decay=decay))
         set_rates_(optimizer, 0.1, 0.02)
         names = {id(p): name for name, p in model.named_parameters()}
         decaying = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
@@ -49,7 +49,7 @@ def test_groups_that_decay_are_the_same_with_and_without_a_layer_decay():
 
 
 def test_a_network_that_is_no_sequence_of_levels_has_rates_too():
-    scales = rate_scales(nn.Linear(2, 2), 0.5)
+    scales = lr_scales(nn.Linear(2, 2), 0.5)
     assert set(scales) == {"weight", "bias"}
 
 
@@ -103,10 +103,10 @@ def test_a_frozen_stage_of_a_real_network_gives_the_same_answer_in_training_as_i
 
 def test_a_part_that_is_not_there_is_named_with_what_is():
     with pytest.raises(BadArgument, match=r"'stages\.9'.*did you mean stages\."):
-        frozen_parts(create_model("mobilenetv1_025", num_classes=2), ("stages.9",))
+        frozen_modules(create_model("mobilenetv1_025", num_classes=2), ("stages.9",))
     with pytest.raises(BadArgument, match="there are 0, 1"):
-        frozen_parts(network(), ("backbone",))
+        frozen_modules(network(), ("backbone",))
     with pytest.raises(BadArgument, match=r"does plan\.freeze name all of it"):
         model = network()
         freeze_(model, [str(i) for i in range(10)])
-        make_optimizer(model, PLAN)
+        create_optimizer(model, PLAN)

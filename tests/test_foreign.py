@@ -57,7 +57,7 @@ def test_a_network_of_timm_is_opened_like_ours(timm):
     state = torch.random.get_rng_state()
     again = open_network("timm:mobilenetv3_large_100")
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert drift(network.model, again.model, network.noise()) == 0.0
+    assert drift(network.model, again.model, network.random_images()) == 0.0
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8"])
@@ -65,7 +65,7 @@ def test_drawn_weights_give_answers_that_depend_on_the_image(timm, name):
     """As timm draws them they are near 1e14, or the same for every image: a proof by such an answer would be none."""
     network = open_network(f"timm:{name}")
     with torch.inference_mode():
-        logits = network.model(torch.from_numpy(make_images((3, *network.noise().shape[2:]))))
+        logits = network.model(torch.from_numpy(make_images((3, *network.random_images().shape[2:]))))
     assert 1e-3 < logits.abs().max() < 1e3
     assert (logits[0] - logits[1]).norm() > 0.01 * logits.norm()
 
@@ -77,7 +77,7 @@ def test_fused_by_us_kept_exported_and_measured(timm, tmp_path, capsys, monkeypa
     assert kept.is_fused
     assert kept.card.untrained
     whole = open_network(f"timm:{SMALL}")
-    assert drift(whole.model, kept.model, whole.noise()) < 1e-5
+    assert drift(whole.model, kept.model, whole.random_images()) < 1e-5
     for source in (f"timm:{SMALL}", "f.safetensors"):
         capsys.readouterr()
         assert main(["export", source, "--to", "eager", "--img-size", "64"]) == 0
@@ -105,7 +105,7 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     spec = f"timm:{SMALL}@{tmp_path / 'w.pth'}"
     network = open_network(spec)
     assert (network.card.num_classes, network.card.untrained, network.card.licence) == (5, False, "")
-    images = network.noise()
+    images = network.random_images()
     with torch.no_grad():
         torch.testing.assert_close(network.model(images), model(images))
     with open_predictor(spec) as predictor:
@@ -132,7 +132,7 @@ def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
         open_network("timm:")
     with pytest.raises(BadArgument, match=r"does not make 'repvgg_a0\.nobody'"):
         open_network("timm:repvgg_a0.nobody")
-    with pytest.raises(BadArgument, match="names no file behind its @"):
+    with pytest.raises(BadArgument, match="has no file after its @"):
         open_network("timm:repvgg_a0@")
     with pytest.raises(BadCheckpoint, match="there is no file"):
         open_network("timm:repvgg_a0@nothing.safetensors")

@@ -149,10 +149,10 @@ def work():
             with open(str(out) + ".steps", "ab") as steps:
                 steps.write(b".")
             time.sleep(nap)
-        resume = world.share((out / "last").exists())
+        resume = world.broadcast((out / "last").exists())
         data = Blobs(num_images=400, batch_size=8)
         done = fresh(out, plan, data, resume=resume, world=world, on_progress=step)
-        if world.is_first:
+        if world.is_main:
             print("digest", done.digest(), flush=True)
     return 0
 

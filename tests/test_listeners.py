@@ -13,8 +13,8 @@ import pytest
 
 from onefold.cli import display
 from onefold.errors import BadArgument, MissingExtra
-from onefold.train import Progress, listening
-from onefold.train.loggers import check_names, values_of
+from onefold.train import Progress, open_loggers
+from onefold.train.loggers import check_services, scalars
 from training_kit import PLAN, fresh
 
 STEPS = 18  # of the kit's plan: three epochs of six
@@ -44,11 +44,11 @@ def test_tensorboard_shows_each_step_once_after_stops_and_resumes(tmp_path: Path
         pass
 
     def life(resume: bool, until: int) -> None:
-        with listening(tmp_path / "run") as hear:
+        with open_loggers(tmp_path / "run") as hear:
 
             def tell(progress: Progress) -> None:
                 hear(progress)
-                if progress.total >= until:
+                if progress.global_step >= until:
                     raise Killed
 
             fresh(tmp_path / "run", resume=resume, on_progress=tell)
@@ -96,7 +96,7 @@ def test_a_service_is_told_each_step_at_most_once_and_goes_on_with_its_run(tmp_p
     monkeypatch.setitem(sys.modules, name, service)
     plan = {"plan": {"epochs": 3}}
     for first, last in ((1, 5), (3, 6)):  # the second life does steps 3 to 5 again
-        with listening(tmp_path, [name], plan) as hear:
+        with open_loggers(tmp_path, [name], plan) as hear:
             for step in range(first, last + 1):
                 hear(at(step))
             hear(at(last, is_evaluation=True, metrics={"top1": 50.0}))
@@ -115,40 +115,40 @@ def test_a_service_that_fails_does_not_take_the_training_with_it(tmp_path: Path,
     monkeypatch.setitem(sys.modules, "wandb", service)
     monkeypatch.setattr(service, "log", lambda values, step: 1 / 0)
     heard: list[int] = []
-    with listening(tmp_path, ["wandb"], on_progress=lambda progress: heard.append(progress.step)) as hear:
+    with open_loggers(tmp_path, ["wandb"], on_progress=lambda progress: heard.append(progress.step)) as hear:
         for step in (1, 2, 3):
             hear(at(step))
     assert heard == [1, 2, 3]
-    assert caplog.text.count("hears no more of this run: ZeroDivisionError") == 1
+    assert caplog.text.count("gets no more of this run: ZeroDivisionError") == 1
 
 
 def test_a_service_that_is_not_installed_or_not_known_is_named():
     with pytest.raises(BadArgument, match="'wandv'"):
-        check_names(["wandv"])
+        check_services(["wandv"])
     with pytest.raises(MissingExtra, match=r"onefold\[trackio\]"):
-        check_names(["trackio"])
+        check_services(["trackio"])
 
 
 def test_points_are_chosen_by_the_step_alone():
-    kept = [step for step in range(1, 501) if values_of(at(step, steps=500))]
+    kept = [step for step in range(1, 501) if scalars(at(step, steps=500))]
     assert kept == list(range(10, 501, 10))
-    assert values_of(at(3)) == {"train/loss": 1.5, "train/lr": 0.1, "train/images_per_s": 80.0}
-    told = values_of(at(6, is_evaluation=True, metrics={"top1": 50.0}))
+    assert scalars(at(3)) == {"train/loss": 1.5, "train/lr": 0.1, "train/images_per_s": 80.0}
+    told = scalars(at(6, is_evaluation=True, metrics={"top1": 50.0}))
     assert told == {"epoch": 1.0, "train/epoch_loss": 1.5, "eval/top1": 50.0}
 
 
 def test_listeners_change_no_bit_of_a_run(tmp_path: Path):
     alone = fresh(tmp_path / "a").digest()
-    with listening(tmp_path / "b") as hear:
+    with open_loggers(tmp_path / "b") as hear:
         assert fresh(tmp_path / "b", on_progress=hear).digest() == alone
 
 
 def test_every_step_and_every_evaluation_is_heard_of(tmp_path: Path):
     heard: list[Progress] = []
     fresh(tmp_path, on_progress=heard.append)
-    assert [each.total for each in heard if not each.is_evaluation] == list(range(1, STEPS + 1))
+    assert [each.global_step for each in heard if not each.is_evaluation] == list(range(1, STEPS + 1))
     judged = [each for each in heard if each.is_evaluation]
-    assert [each.total for each in judged] == [6, 12, 18]
+    assert [each.global_step for each in judged] == [6, 12, 18]
     assert all("top1" in each.metrics for each in judged)
     assert all(2**20 < each.memory_bytes < 2**40 for each in heard)
     assert PLAN.epochs == judged[-1].epochs == judged[-1].epoch

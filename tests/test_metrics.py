@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onefold.commands.evaluate import examine, open_exam
+from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.open import Predictor
 from onefold.data import Preprocessing
 from onefold.data.imagenet import (
@@ -25,7 +25,7 @@ from onefold.data.imagenet import (
 )
 from onefold.errors import BadData
 from onefold.train import accuracy
-from onefold.train.evaluate import BINS, calibration_error, together
+from onefold.train.evaluate import BINS, calibration_error, merge
 
 SIZE = 32
 
@@ -71,7 +71,7 @@ def test_confidence_is_the_greatest_softmax_share():
     labels = torch.arange(40) % 7
     score = accuracy(lambda _: logits.numpy(), [(torch.zeros(40, 3, 2, 2), labels)])
     shares = logits.double().softmax(1)
-    assert np.allclose(score.judged.confidences, shares.max(1).values.numpy(), atol=1e-9)
+    assert np.allclose(score.predictions.confidences, shares.max(1).values.numpy(), atol=1e-9)
     assert score.ece == pytest.approx(expected(shares.max(1).values.tolist(), (shares.argmax(1) == labels).tolist()))
     assert score.metrics()["ece"] == score.ece
 
@@ -84,8 +84,8 @@ def test_parts_together_are_the_whole():
         for s in (slice(15), slice(15, 30))
     ]
     whole = accuracy(lambda _: logits.numpy(), [(torch.zeros(30, 3, 2, 2), labels)])
-    assert together(part).metrics() == whole.metrics()
-    assert (together(part).confusion == whole.confusion).all()
+    assert merge(part).metrics() == whole.metrics()
+    assert (merge(part).confusion == whole.confusion).all()
 
 
 # ------------------------------------------------------------------------- a predictor that is known
@@ -128,7 +128,7 @@ def predictor(
 ) -> Predictor:
     plain = Preprocessing(size=SIZE, crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     facts = {"model": "known", "runtime": "none", "precision": "fp32", "fused": True}
-    return Predictor(answer=Reads(logits_of), classes=classes, num_classes=count, preprocessing=plain, facts=facts)
+    return Predictor(session=Reads(logits_of), classes=classes, num_classes=count, preprocessing=plain, facts=facts)
 
 
 # ------------------------------------------------------------------------------------ the layouts
@@ -161,7 +161,7 @@ def test_two_hundred_classes_are_answered_among_themselves(timm, tmp_path: Path,
     def logits_of(code: int) -> np.ndarray:
         return one_hot(outside, other if code == wrong else code)
 
-    (found,) = examine(predictor(logits_of), open_exam("anything", str(tmp_path)))
+    (found,) = evaluate_suite(predictor(logits_of), open_suite("anything", str(tmp_path)))
     assert name in found.data
     assert found.score.count == 200
     assert found.score.top1 == pytest.approx(99.5)
@@ -176,8 +176,8 @@ def test_sketch_and_parts_of_imagenet_are_answered_among_all(tmp_path: Path):
     assert set_of(tmp_path, ("cat", "dog")) is None
     for wnid in (ids[3], ids[500], ids[999]):
         painted(tmp_path / "some" / wnid / "0.png", ids.index(wnid))
-    (found,) = examine(
-        predictor(lambda code: one_hot(0 if code == 999 else code)), open_exam("x", str(tmp_path / "some"))
+    (found,) = evaluate_suite(
+        predictor(lambda code: one_hot(0 if code == 999 else code)), open_suite("x", str(tmp_path / "some"))
     )
     assert "part of ImageNet" in found.data
     assert found.score.top1 == pytest.approx(200 / 3)
@@ -194,12 +194,12 @@ def test_real_labels_leave_out_what_has_none(tmp_path: Path):
             painted(tmp_path / "val" / wnid / f"ILSVRC2012_val_{c + 1:08d}.png", c)
     real = [[5, 0], [7], []] + [[c] for c in range(3, 1000)]
     (tmp_path / "real.json").write_text(json.dumps(real))
-    (found,) = examine(
-        predictor(lambda code: one_hot(5 if code < 3 else code)), open_exam("x", str(tmp_path)), batch_size=250
+    (found,) = evaluate_suite(
+        predictor(lambda code: one_hot(5 if code < 3 else code)), open_suite("x", str(tmp_path)), batch_size=250
     )
     assert found.score.top1 == pytest.approx(99.7)
-    assert found.more["ReaL images"] == 999
-    assert found.more["ReaL top-1 %"] == pytest.approx(100 * 998 / 999)
+    assert found.extra["ReaL images"] == 999
+    assert found.extra["ReaL top-1 %"] == pytest.approx(100 * 998 / 999)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1, 2]", '[["a"]]', "[[1000]]", "[[true]]"])
@@ -238,24 +238,26 @@ def test_corruptions_are_summed_up_as_published(tmp_path: Path, grouped: bool):
         return one_hot(1 - label if is_wrong else label)
 
     corrupted(tmp_path, grouped)
-    found = examine(predictor(logits_of), open_exam("x", str(tmp_path)))
+    found = evaluate_suite(predictor(logits_of), open_suite("x", str(tmp_path)))
     total, parts = found[0], found[1:]
     assert len(parts) == 75
     assert total.score.count == 150
     errors = {name: 60.0 if k % 5 == 0 else 40.0 for k, name in enumerate(ALEXNET_ERRORS)}
-    assert total.more["mean error %"] == pytest.approx(np.mean(list(errors.values())))
-    assert total.more["mCE % (over AlexNet's errors)"] == pytest.approx(
+    assert total.extra["mean error %"] == pytest.approx(np.mean(list(errors.values())))
+    assert total.extra["mCE % (over AlexNet's errors)"] == pytest.approx(
         100 * np.mean([errors[name] / ALEXNET_ERRORS[name] for name in errors])
     )
-    assert total.more["snow error %"] == pytest.approx(errors["snow"])
+    assert total.extra["snow error %"] == pytest.approx(errors["snow"])
 
 
 def test_mce_of_alexnet_itself_is_one_hundred_and_needs_all_corruptions(tmp_path: Path):
     assert mean_corruption_error(ALEXNET_ERRORS) == pytest.approx(100.0)
     assert mean_corruption_error({"snow": 50.0}) is None
-    found = examine(predictor(lambda code: one_hot(code % 10)), open_exam("x", str(corrupted(tmp_path, levels=2))))
-    assert not any(name.startswith("mCE") for name in found[0].more)  # two severities of five
-    assert found[0].more["mean error %"] == 0.0
+    found = evaluate_suite(
+        predictor(lambda code: one_hot(code % 10)), open_suite("x", str(corrupted(tmp_path, levels=2)))
+    )
+    assert not any(name.startswith("mCE") for name in found[0].extra)  # two severities of five
+    assert found[0].extra["mean error %"] == 0.0
 
 
 def test_classes_that_are_called_one_to_five_are_no_severities(tmp_path: Path):
@@ -269,13 +271,13 @@ def test_class_folders_are_no_corruptions(tmp_path: Path):
     for name in ("0", "1", "2"):
         painted(tmp_path / name / "a.png", int(name))
     assert corruptions(tmp_path) == {}
-    (found,) = examine(predictor(lambda code: one_hot(code, among=3), count=3), open_exam("x", str(tmp_path)))
+    (found,) = evaluate_suite(predictor(lambda code: one_hot(code, among=3), count=3), open_suite("x", str(tmp_path)))
     assert found.score.top1 == 100.0
 
 
 def test_a_networks_own_corrupted_classes_are_matched_by_name(tmp_path: Path):
     for severity in (1, 2):
         painted(tmp_path / "fog" / str(severity) / "dog" / "0.png", 0)
-    found = examine(predictor(lambda _: one_hot(1, among=2), ("cat", "dog"), 2), open_exam("x", str(tmp_path)))
+    found = evaluate_suite(predictor(lambda _: one_hot(1, among=2), ("cat", "dog"), 2), open_suite("x", str(tmp_path)))
     assert [each.data for each in found[1:]] == ["fog 1", "fog 2"]
     assert found[0].score.top1 == 100.0

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from onefold.cli import display, main
-from onefold.commands.train import Watch, read_recipe, resume_run, start_run
+from onefold.commands.train import Callbacks, read_recipe, resume_run, start_run
 from onefold.data import Batches, Curriculum, Mixed, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model
@@ -164,7 +164,7 @@ def test_a_recipe_shrunk_to_two_steps_trains(recipe: Recipe, data: Path, tmp_pat
     done = start_run(override(shrunk, changes), tmp_path / "run")
     assert math.isfinite(done.top1)
     saved = Checkpoint.load(tmp_path / "run")
-    assert saved.position.total == 2 * epochs
+    assert saved.position.global_step == 2 * epochs
     assert read_recipe(tmp_path / "run").plan == saved.plan
 
 
@@ -197,7 +197,7 @@ def test_a_mixed_and_grown_run_resumes_to_the_bit(data: Path, tmp_path: Path) ->
             raise Enough
 
     with pytest.raises(Enough):
-        start_run(recipe, tmp_path / "cut", watch=Watch(on_progress=stop))
+        start_run(recipe, tmp_path / "cut", callbacks=Callbacks(on_progress=stop))
     resume_run(tmp_path / "cut")
     assert Checkpoint.load(tmp_path / "cut").digest() == Checkpoint.load(tmp_path / "whole").digest()
 

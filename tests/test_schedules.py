@@ -14,7 +14,7 @@ from torch import nn
 from onefold.data import Progressive
 from onefold.recipes import Recipe, find_recipe, recipes, scaled
 from onefold.train import SGD, AdamW, Cosine, Ema, Exponential, learning_rate, weight_decay
-from onefold.train.optim import WeightAverage, ema_decay, make_optimizer, set_rates_
+from onefold.train.optim import ModelEma, create_optimizer, ema_decay, set_rates_
 
 PER_EPOCH = 12
 ALL = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
@@ -77,7 +77,7 @@ def test_the_optimizer_is_given_these_rates() -> None:
     """Under gradients of 0 the weight falls by what rate and decay say, and the bias, which is spared, stays."""
     plan = find_recipe("mobileone:s0").plan
     model = nn.Conv2d(1, 1, 1).double()
-    optimizer = make_optimizer(model, plan)
+    optimizer = create_optimizer(model, plan)
     weight, velocity = 1.0, 0.0
     nn.init.ones_(model.weight)
     bias = model.bias.detach().clone()
@@ -98,7 +98,7 @@ def test_the_average_at_every_step(ema: Ema) -> None:
     """As one weighted sum of all weights so far, the weights being products of what later steps have kept."""
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, 5.0)
-    average = WeightAverage(model, ema)
+    average = ModelEma(model, ema)
     rng = np.random.default_rng(0)
     seen, kept = [5.0], [1.0]
     for t in range(600):

@@ -16,15 +16,15 @@ from torch import nn
 
 from conftest import shaken
 from onefold.commands.fuse import Order, export
-from onefold.commands.initialize import Pupil, _Interpreter, _Panel, open_master, open_teacher
-from onefold.commands.train import Watch, resume_run, start_run
+from onefold.commands.initialize import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
+from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra
 from onefold.models import create_model
 from onefold.models.hub import Card, load_model, save_weights
 from onefold.recipes import Recipe, at_epochs, find_recipe, override
 from onefold.reparam import fuse, unfused_norms
-from onefold.train import Checkpoint, Distill, fit_linear
+from onefold.train import Checkpoint, Distill, fit_linear_probe
 from training_kit import StoppedError, stop_at
 
 NAME, SIZE = "mobilenetv1_025", 32
@@ -85,7 +85,7 @@ def test_a_probe_is_fitted_scored_and_kept_without_a_step(fused, photos, tmp_pat
     assert done.epoch == 0
     assert done.top1 >= 50.0  # of three classes, by features that know nothing
     assert "for 7 classes and the model's for 3" in caplog.text
-    assert "fitted to 24 photos" in caplog.text
+    assert "fitted to 24 images" in caplog.text
     model, card = load_model(done.weights)
     assert (card.num_classes, card.classes, card.fused) == (3, ("blue", "green", "red"), fused)
     before, _ = load_model(source)
@@ -101,7 +101,7 @@ def test_an_expanded_run_starts_from_the_fused_function_and_trains_branches(phot
         run = tmp_path / start
         start_run(recipe(photos, source, start=start, head="kept"), run)
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        losses += [line["val_loss"] for line in lines if line["kind"] == "judged"]
+        losses += [line["val_loss"] for line in lines if line["kind"] == "evaluation"]
         names = Checkpoint.load(run).weights
         assert any(name.endswith("running_var") for name in names) == (start == "expanded")
     assert len(losses) == 2
@@ -115,7 +115,7 @@ def test_a_run_from_fused_weights_resumes_to_the_bit_though_the_weights_are_gone
     whole = start_run(told, tmp_path / "whole")
 
     with pytest.raises(StoppedError):
-        start_run(told, tmp_path / "cut", watch=Watch(on_progress=stop_at(2, 2), check=False))
+        start_run(told, tmp_path / "cut", callbacks=Callbacks(on_progress=stop_at(2, 2)), check=False)
     source.unlink()
     resumed = resume_run(tmp_path / "cut")
     assert resumed.top1 == whole.top1
@@ -145,7 +145,7 @@ def test_what_needs_weights_says_so(photos, tmp_path):
 def test_a_fitted_layer_is_where_the_gradient_vanishes():
     features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 0.1, 1, 0])
     labels = torch.arange(60) % 3
-    weight, bias = fit_linear(features, labels, 3)
+    weight, bias = fit_linear_probe(features, labels, 3)
     std, mean = torch.std_mean(features, 0, correction=0)
     x = ((features - mean) / std)[:, :4].double()
     w = (weight * std)[:, :4].double().requires_grad_()
@@ -158,32 +158,32 @@ def test_a_fitted_layer_is_where_the_gradient_vanishes():
 # ------------------------------------------------------------------------------------------- teachers
 
 
-def pupil(size: int = SIZE) -> Pupil:
+def student(size: int = SIZE) -> Student:
     own = Preprocessing(size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return Pupil(classes=tuple(sorted(COLOURS)), preprocessing=own, device=torch.device("cpu"))
+    return Student(classes=tuple(sorted(COLOURS)), preprocessing=own, device=torch.device("cpu"))
 
 
 def test_a_teacher_sees_the_pictures_in_its_own_colours_and_answers_in_our_order(tmp_path):
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
-    master = open_master(str(source), torch.device("cpu"))
-    turned = replace(master, classes=("red", "blue", "green"))
+    teacher = open_teacher(str(source), torch.device("cpu"))
+    turned = replace(teacher, classes=("red", "blue", "green"))
     pixels = torch.rand(2, 3, SIZE, SIZE)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (master.preprocessing.mean, master.preprocessing.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (teacher.preprocessing.mean, teacher.preprocessing.std))
     with torch.no_grad():
         expected = load_model(source)[0]((pixels - mean) / std)
-        got = _Panel((_Interpreter.between(turned, pupil()),))((pixels - 0.5) / 0.5)
+        got = TeacherEnsemble((TeacherAdapter.between(turned, student()),))((pixels - 0.5) / 0.5)
     torch.testing.assert_close(got[0], expected[:, [1, 2, 0]], rtol=1e-4, atol=1e-4)
 
 
 def test_an_exported_artifact_teaches_as_the_network_does_at_its_own_size(tmp_path):
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
     [artifact] = export(str(source), tmp_path / "a", Order(runtimes=["eager"]))
-    masters = [open_master(str(s), torch.device("cpu")) for s in (source, artifact.folder)]
+    teachers = [open_teacher(str(s), torch.device("cpu")) for s in (source, artifact.folder)]
     images = torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():
-        one, other = (_Interpreter.between(master, pupil())(images) for master in masters)
+        one, other = (TeacherAdapter.between(teacher, student())(images) for teacher in teachers)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        assert _Interpreter.between(masters[1], pupil())(torch.randn(3, 3, 48, 48)).shape == (3, 3)
+        assert TeacherAdapter.between(teachers[1], student())(torch.randn(3, 3, 48, 48)).shape == (3, 3)
 
 
 def test_a_run_learns_from_a_network_and_resumes(photos, tmp_path):
@@ -199,22 +199,22 @@ def test_teachers_that_cannot_teach_are_told(photos, tmp_path, monkeypatch):
     told = recipe(photos, Path("x"), "photos:distill", **{"weights": "none"})
     here = torch.device("cpu")
     with pytest.raises(BadArgument, match=r"needs a teacher: --plan\.distill\.teacher"):
-        open_teacher(told, pupil().classes, here)
-    with pytest.raises(BadArgument, match="tells 7 classes, the data have 3 like 'blue': fine-tune the teacher"):
-        _Interpreter.between(open_master(str(other), here), pupil())
+        open_teachers(told, student().classes, here)
+    with pytest.raises(BadArgument, match="has 7 classes, the data have 3 like 'blue': fine-tune the teacher"):
+        TeacherAdapter.between(open_teacher(str(other), here), student())
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r"pip install 'onefold\[timm\]'"):
-        open_master("timm:resnet18", here)
+        open_teacher("timm:resnet18", here)
 
 
 def test_a_timm_model_teaches_with_the_weights_of_a_file(timm, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=3).eval()
     torch.save(model.state_dict(), tmp_path / "r.pth")
-    master = open_master(f"timm:resnet18@{tmp_path / 'r.pth'}", torch.device("cpu"))
+    teacher = open_teacher(f"timm:resnet18@{tmp_path / 'r.pth'}", torch.device("cpu"))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(master.answer(images), model(images))
-    assert (master.num_classes, master.preprocessing.mean) == (3, (0.485, 0.456, 0.406))
+        torch.testing.assert_close(teacher.network(images), model(images))
+    assert (teacher.num_classes, teacher.preprocessing.mean) == (3, (0.485, 0.456, 0.406))
     with pytest.raises(BadArgument, match="timm has no model"):
-        open_master("timm:resnet1800", torch.device("cpu"))
+        open_teacher("timm:resnet1800", torch.device("cpu"))

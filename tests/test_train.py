@@ -182,7 +182,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"  # at once: a launcher that passes on what came to all
-        "    assert signals.asked == 'SIGINT'\n"
+        "    assert signals.received == 'SIGINT'\n"
         "    time.sleep(0.6)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
@@ -202,7 +202,7 @@ def test_a_changed_run_is_refused_with_its_differences(tmp_path: Path) -> None:
         fresh(tmp_path / "run", changed, resume=True)
     with pytest.raises(BadCheckpoint, match=r"data: blobs 24 0 -> blobs 24 1$"):
         fresh(tmp_path / "run", data=Blobs(seed=1), resume=True)
-    with pytest.raises(BadCheckpoint, match=r"steps an epoch: 6 -> 12"):
+    with pytest.raises(BadCheckpoint, match=r"steps per epoch: 6 -> 12"):
         fresh(tmp_path / "run", data=Blobs(batch_size=2), resume=True)
     other = nn.Sequential(*network().children(), nn.Linear(6, 6))
     with pytest.raises(BadCheckpoint, match=r"another model: 10\.weight is missing; 10\.bias is missing"):
@@ -254,7 +254,7 @@ def test_an_infinite_image_is_seen_before_the_weights_take_it_in(tmp_path: Path)
         train(model, Blobs(spoilt=1), PLAN, Run(out=tmp_path / "run", evaluate=score))
     assert error.value.exit_status == 7
     last = Checkpoint.load(tmp_path / "run")
-    assert last.position.total == 6
+    assert last.position.global_step == 6
     for part in (last.weights, last.average, last.optimizer):
         assert all(value.isfinite().all() for value in part.values())
     for name, parameter in model.named_parameters():
@@ -489,7 +489,7 @@ def test_it_learns(tmp_path: Path) -> None:
     ("data", "run", "error", "message"),
     [
         (Blobs(num_images=0), {}, BadData, "there is no batch to train on"),
-        (Blobs(batch_size=6), {}, BadArgument, r"plan\.batch_size is 4, but the batches give 6 a step"),
+        (Blobs(batch_size=6), {}, BadArgument, r"plan\.batch_size is 4, but the batches give 6 in a step"),
         (Blobs(), {"evaluate": lambda model: {"acc": 1.0}}, BadArgument, r"must give 'top1'.*it gave \['acc'\]"),
     ],
 )
@@ -561,7 +561,7 @@ def test_accuracy_refuses_what_has_no_meaning() -> None:
     with pytest.raises(BadData, match="no image to evaluate on"):
         accuracy(network().eval(), [])
     narrow = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
-    with pytest.raises(BadArgument, match=r"answers of 3 classes do not fit the 4 labels .*the network for these data"):
+    with pytest.raises(BadArgument, match=r"predictions of 3 classes do not fit the 4 labels .*network for these data"):
         accuracy(narrow, Blobs().epoch(0))
 
 
@@ -589,9 +589,10 @@ class Half(Blobs):
 plan = Plan(epochs=2, batch_size=8, optimizer=SGD(lr=0.1, momentum=0.9), logical_workers=2)
 with start_world("cpu") as world:
     total = torch.tensor([float(world.rank)])
-    world.add_up_(total)
-    assert total.item() == 1.0 and world.most(world.rank) == 1 and world.most(0) == 0 and world.share(world.rank) == 0
-    assert world.swap(torch.tensor(world.rank), 1 - world.rank).item() == 1 - world.rank
+    world.all_reduce_(total)
+    assert total.item() == 1.0 and world.max(world.rank) == 1
+    assert world.max(0) == 0 and world.broadcast(world.rank) == 0
+    assert world.exchange(torch.tensor(world.rank), 1 - world.rank).item() == 1 - world.rank
     run = Run(out=Path({str(tmp_path / "two")!r}), world=world, evaluate=lambda net: {{"top1": 1.0}})
     train(Idle(), Half(batch_size=8, rank=world.rank), plan, run)
 """

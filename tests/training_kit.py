@@ -26,8 +26,8 @@ from onefold.train import (
     Steps,
     WeightDecay,
     accuracy,
-    of_workers,
     train,
+    worker_batches,
 )
 
 NUM_CLASSES = 6
@@ -111,7 +111,7 @@ def fresh(out: Path, plan: Plan = PLAN, data: Blobs = Blobs(), **run: object) ->
     given: dict[str, object] = {"evaluate": score, **run}
     around = Run(out=out, **given)  # type: ignore[arg-type]
     num_workers = plan.logical_workers
-    batches = of_workers(
+    batches = worker_batches(
         lambda v: replace(data, worker=v, num_workers=num_workers) if num_workers > 1 else data, plan, around.world
     )
     return train(network(), batches, plan, around)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from onefold.commands.evaluate import Scored
+    from onefold.commands.evaluate import EvalResult
     from onefold.commands.fuse import Fused
     from onefold.commands.models import Row
     from onefold.commands.predict import Prediction
-    from onefold.commands.train import Outcome
+    from onefold.commands.train import TrainResult
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
     from onefold.train import Progress
@@ -82,7 +82,7 @@ def training() -> Iterator[OnProgress]:
         if live:
             if not tasks:
                 tasks.append(bar.add_task(epoch, total=at.epochs * at.steps, now=now))
-            bar.update(tasks[0], completed=at.total, now=now, description=epoch)
+            bar.update(tasks[0], completed=at.global_step, now=now, description=epoch)
         if at.is_evaluation:
             line = f"{epoch}  {now}"
             bar.console.print(line) if live else print(line, file=sys.stderr, flush=True)
@@ -196,7 +196,7 @@ def _parity(artifact: Artifact) -> str:
 # ------------------------------------------------------------------------------------------ outcomes
 
 
-def trained(outcome: Outcome) -> None:
+def trained(outcome: TrainResult) -> None:
     """Where the best weights are, and how they score."""
     say(
         f"best top-1 {outcome.top1:.2f} % (epoch {outcome.epoch}), the fused averaged network on {outcome.count} images"
@@ -211,17 +211,17 @@ def fused(made: Fused) -> None:
     say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
 
 
-def scores(title: str, found: Sequence[Scored], *, as_json: bool) -> None:
+def scores(title: str, found: Sequence[EvalResult], *, as_json: bool) -> None:
     """Top-1, top-5, calibration error and loss of each part of an examination, then what sums them up."""
     for each in found:
         score = each.score
         if as_json:
-            plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.more}
+            plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.extra}
             emit_json([{key: value if _is_known(value) else None for key, value in plain.items()}])
             continue
         rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}, ECE {score.ece:.2f} %"
         say(f"{title} on {each.data}: {rates}, {score.count} images")
-        for name, value in each.more.items():
+        for name, value in each.extra.items():
             say(f"  {name} {value:.2f}")
 
 

@@ -98,7 +98,7 @@ def train(
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
     """
-    from onefold.commands.train import Watch, resume_run, start_run
+    from onefold.commands.train import Callbacks, resume_run, start_run
     from onefold.recipes import recipe_for, recipes
     from onefold.train import import_ahead
 
@@ -119,15 +119,15 @@ def train(
         return
     services = tuple(name.strip() for name in log_to.split(",") if name.strip())
     with display.training() as on_progress:
-        watch = Watch(on_progress=on_progress, on_start=display.recipe, log_to=services, check=not no_check)
+        callbacks = Callbacks(on_progress=on_progress, on_start=display.recipe)
         if resume is not None:
             if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
                 raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
-            outcome = resume_run(resume, watch=watch)
+            outcome = resume_run(resume, callbacks=callbacks, log_to=services)
         else:
             chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
             folder = out or Path("runs") / chosen.name.replace(":", "-")
-            outcome = start_run(chosen, folder, watch=watch)
+            outcome = start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check)
     display.trained(outcome)
 
 
@@ -150,14 +150,14 @@ def evaluate(
     -Sketch are known by their folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
     """
     from onefold.commands.bench import note_accuracy
-    from onefold.commands.evaluate import examine, open_exam
-    from onefold.commands.open import named, open_predictor
+    from onefold.commands.evaluate import evaluate_suite, open_suite
+    from onefold.commands.open import open_predictor, with_class_names
 
-    exam = open_exam(source, data)
-    with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
-        with display.waiting(f"scoring {exam.title}"):
-            found = examine(predictor, exam, batch_size=batch_size)
-        note_accuracy(predictor, exam.title, found[0].score.top1, results)
+    suite = open_suite(source, data)
+    with with_class_names(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+        with display.waiting(f"scoring {suite.title}"):
+            found = evaluate_suite(predictor, suite, batch_size=batch_size)
+        note_accuracy(predictor, suite.title, found[0].score.top1, results)
         display.scores(predictor.title, found, as_json=as_json)
 
 
@@ -174,13 +174,13 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in photos. Any format and orientation; one that cannot be read is told, and the rest go on."""
-    from onefold.commands.open import named, open_predictor
+    from onefold.commands.open import open_predictor, with_class_names
     from onefold.commands.predict import predict as answers
     from onefold.data import find_images
 
     paths = find_images(images)
     unread = 0
-    with named(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+    with with_class_names(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
         for answer in answers(predictor, paths, top=top, batch_size=batch_size):
             unread += answer.problem is not None
             display.prediction(answer, as_json=as_json)

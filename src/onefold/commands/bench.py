@@ -236,7 +236,7 @@ def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
     def call() -> object:
         nonlocal turn
         turn = (turn + 1) % len(inputs)
-        return predictor.answer(inputs[turn])
+        return predictor.session(inputs[turn])
 
     return call
 

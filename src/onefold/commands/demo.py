@@ -14,7 +14,7 @@ from onefold.commands.fuse import fuse
 from onefold.commands.open import open_predictor
 from onefold.commands.quantizing import Calibration
 from onefold.commands.report import write_page
-from onefold.commands.train import Watch, start_run
+from onefold.commands.train import Callbacks, start_run
 from onefold.errors import BadArgument, GateFailed
 from onefold.quantize import Method
 from onefold.recipes import at_epochs, find_recipe
@@ -41,7 +41,7 @@ def demo(
     if epochs is not None:
         recipe = at_epochs(recipe, epochs)
     say(f"1/5  train   {recipe.model} on scikit-learn's digits, {recipe.plan.epochs} epochs")
-    outcome = start_run(recipe, run, watch=Watch(on_progress=on_progress))
+    outcome = start_run(recipe, run, callbacks=Callbacks(on_progress=on_progress))
     say(f"             top-1 {outcome.top1:.2f} % on {outcome.count} held-out digits")
 
     folded = fuse(run, out / "fused.safetensors")

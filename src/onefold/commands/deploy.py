@@ -99,7 +99,7 @@ def deploy(source: str | Path, out: Path, order: Deployment, *, name: str | None
     if not network.is_fused:
         network, drift = network.fused()
         say(f"fused     drift {drift:.1e}")
-    network = network.at(order.size)
+    network = network.with_size(order.size)
     made = None
     if any(precision == "int8" for _, precision in wanted):
         made = quantized(network, None if network.card.int8 is not None else order.calibration, say)
@@ -193,7 +193,7 @@ class _Exam:
         batches = Batches(self.photos, self.network.preprocessing, batch_size=32, shuffle=False, on_bad="skip")
         found, labels = [], []
         for images, truth in batches.epoch(0):
-            found.append(predictor.answer(images.numpy()).argmax(1))
+            found.append(predictor.session(images.numpy()).argmax(1))
             labels.append(truth.numpy())
         answers = np.concatenate(found)
         if not self.labelled:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onefold.commands.open import TOLERANCE, Network, open_network
 from onefold.commands.quantizing import Calibration, quantized, told
-from onefold.commands.timm import is_foreign, save_foreign
+from onefold.commands.timm import is_timm, save_timm
 from onefold.errors import BadArgument
 from onefold.models import Cost, cost
 from onefold.models.hub import save_weights
@@ -33,7 +33,7 @@ def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: f
     if network.is_fused:
         raise BadArgument(f"{source} is fused already: use it as it is")
     fused, distance = network.fused(tolerance)
-    write = save_foreign if is_foreign(fused.card.model) else save_weights
+    write = save_timm if is_timm(fused.card.model) else save_weights
     write(fused.model, out, replace(fused.card, source=fused.card.source or str(source)))
     size = network.preprocessing.size
     return Fused(path=out, drift=distance, before=cost(network.model, size), after=cost(fused.model, size))
@@ -59,7 +59,7 @@ def export(source: str | Path, out: Path, order: Order, *, name: str | None = No
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
-    network = network.at(order.size)
+    network = network.with_size(order.size)
     made = _quantized(network, order)
     suffix = "" if network.is_fused else "-unfused"
     return [

@@ -1,8 +1,9 @@
-"""Opening whatever a user points at: a run, a file of weights, an id of the hub, an exported artifact."""
+"""Open what a user names: a run folder, a file of weights, an id of the hub, an exported artifact; and its images."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from onefold.commands.timm import is_foreign, open_foreign, stored_foreign
+from onefold.commands.timm import is_timm, load_stored_timm, open_timm
 from onefold.data import Preprocessing, Source, open_source
 from onefold.data.dataset import Split
-from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
+from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.quantize import Grids, WholeNumbers, ship
@@ -36,7 +37,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A torch network in eval mode and its card; `title` is what the user pointed at."""
+    """A torch network in eval mode and its card; `title` is the path or name that the user gave."""
 
     model: nn.Module
     card: Card
@@ -44,7 +45,7 @@ class Network:
 
     @property
     def is_fused(self) -> bool:
-        """Whether nothing foldable is left in it."""
+        """Whether there is nothing left to fold in it."""
         return not unfused_norms(self.model)
 
     @property
@@ -53,44 +54,55 @@ class Network:
         return Preprocessing.from_dict(self.card.preprocessing)
 
     def fused(self, tolerance: float = TOLERANCE) -> tuple[Network, float]:
-        """The fused network and its drift; raises GateFailed where the two do not give one answer."""
-        fused = fuse(self.model)
-        distance = drift(self.model, fused, self.noise())
+        """Give the fused network and its drift.
+
+        Raises GateFailed where the drift is more than `tolerance`, NonFiniteLoss where the network itself computes no
+        finite logits: then its training has diverged, and fusing is not to blame.
+        """
+        fused, images = fuse(self.model), self.random_images()
+        distance = drift(self.model, fused, images)
+        if not math.isfinite(distance):
+            with torch.inference_mode():
+                if not self.model(images).isfinite().all():
+                    raise NonFiniteLoss(
+                        f"{self.title}: the network's logits are not finite, so its training has diverged: train again "
+                        "with a lower plan.optimizer.lr, from the last checkpoint before"
+                    )
         if not distance <= tolerance:
             raise GateFailed(
-                f"{self.title}: the fused network's answer is off by {distance:.2g}, and {tolerance:.2g} is allowed; "
-                "are the norms' running statistics sound?"
+                f"{self.title}: the fused network's logits differ by {distance:.2g}, and {tolerance:.2g} is allowed; "
+                "are the norms' running statistics those of trained weights?"
             )
         facts = {**self.card.to_dict(), "fused": True, "drift": distance}
         return Network(model=fused, card=Card(**facts), title=self.title), distance
 
-    def eight_bit(self) -> WholeNumbers:
-        """The network of 8 bits that fused weights were trained as. Raises BadArgument where they were not."""
+    def int8_model(self) -> WholeNumbers:
+        """Give the int8 model that fused weights were trained as. Raises BadArgument where they were not."""
         if self.card.int8 is None or not self.is_fused:
-            why = "was not trained as one of 8 bits" if self.card.int8 is None else "is not fused"
+            why = "was not trained for int8" if self.card.int8 is None else "is not fused"
             raise BadArgument(f"{self.title} {why}: give photos to calibrate it with (--data)")
         size = self.preprocessing.size
         return ship(self.model, Grids.from_dict(self.card.int8), (self.card.in_chans, size, size))
 
-    def at(self, size: int | None) -> Network:
-        """The network, told to be used on images of another size; None leaves it."""
+    def with_size(self, size: int | None) -> Network:
+        """Give the network with a preprocessing to images of another size; None leaves it."""
         if size is None or size == self.preprocessing.size:
             return self
-        other = Preprocessing.from_dict({**self.preprocessing.to_dict(), "size": size})
-        return replace(self, card=replace(self.card, preprocessing=other.to_dict()))
+        resized = Preprocessing.from_dict({**self.preprocessing.to_dict(), "size": size})
+        return replace(self, card=replace(self.card, preprocessing=resized.to_dict()))
 
-    def noise(self, count: int = 2) -> torch.Tensor:
-        """Made-up images (count, C, H, W) of the size it is used on, the same at each call."""
+    def random_images(self, count: int = 2) -> torch.Tensor:
+        """Give images of normal noise (count, C, H, W) of the size it is used on, the same at each call."""
         size = self.preprocessing.size
         generator = torch.Generator().manual_seed(0)
         return torch.randn(count, self.card.in_chans, size, size, generator=generator)
 
 
-class Answers(Protocol):
+class Session(Protocol):
     """Images (B, C, H, W) float32 in, logits (B, N) float32 out."""
 
     def __call__(self, images: Floats) -> Floats:
-        """The logits."""
+        """Give the logits."""
 
     def close(self) -> None:
         """Give memory and threads back."""
@@ -98,12 +110,12 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Something that answers, with all that is needed to ask it and to understand it.
+    """A session with what is needed to use it: its preprocessing and its classes.
 
-    `facts` says what answers: model, runtime, precision, fused, ... as a measurement records it.
+    `facts` describes it as a measurement records it: model, runtime, precision, fused, ...
     """
 
-    answer: Answers
+    session: Session
     classes: tuple[str, ...] | None
     num_classes: int
     preprocessing: Preprocessing
@@ -112,17 +124,17 @@ class Predictor:
     @property
     def title(self) -> str:
         """One line for a table."""
-        drawn = " random weights" if self.facts.get("untrained") else ""
+        untrained = " random weights" if self.facts.get("untrained") else ""
         fused = "" if self.facts["fused"] else " UNFUSED"
-        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{drawn}{fused}"
+        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{untrained}{fused}"
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or its number where nobody named it."""
+        """Give the name of a class, or its index where it has none."""
         return self.classes[index] if self.classes is not None else str(index)
 
     def close(self) -> None:
         """Give a runtime's memory and threads back."""
-        self.answer.close()
+        self.session.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -132,17 +144,17 @@ class Predictor:
 
 
 def open_network(source: str | Path, *, name: str | None = None) -> Network:
-    """A torch network from a run folder (its best weights), a file of weights, an id of the hub, or `timm:NAME`."""
-    if is_foreign(source):
-        model, card = open_foreign(str(source))
+    """Open the torch network of a run (its best weights), a file of weights, an id of the hub, or `timm:NAME`."""
+    if is_timm(source):
+        model, card = open_timm(str(source))
         return Network(model=model, card=card, title=str(source))
     file = weights_file(source)
-    model, card = stored_foreign(Path(file)) or load_model(file, name=name)
+    model, card = load_stored_timm(Path(file)) or load_model(file, name=name)
     return Network(model=model.eval(), card=card, title=str(source))
 
 
 def weights_file(source: str | Path) -> str | Path:
-    """The best weights of a run folder; any other source as it is. Raises BadArgument, BadCheckpoint."""
+    """Give the best weights of a run folder, and any other source as it is. Raises BadArgument, BadCheckpoint."""
     path = Path(source)
     if is_artifact(path):
         raise BadArgument(f"{source} is an exported artifact: give the weights that it was made from")
@@ -157,23 +169,23 @@ def weights_file(source: str | Path) -> str | Path:
 def open_predictor(
     source: str | Path, *, name: str | None = None, threads: int = 1, fused: bool = True, size: int | None = None
 ) -> Predictor:
-    """Whatever is there, ready to answer; weights are fused first unless `fused` is false.
+    """Open an artifact or a network for inference; weights are fused first unless `fused` is false.
 
     `size` asks a torch network for images of another size than its card says; an artifact's size is fixed.
     """
     if is_artifact(Path(source)):
-        return _of_artifact(Path(source), threads, size)
+        return _artifact_predictor(Path(source), threads, size)
     network = open_network(source, name=name)
     if fused and not network.is_fused:
         network, _ = network.fused()
-    return predictor_of(network.at(size), threads=threads)
+    return predictor_of(network.with_size(size), threads=threads)
 
 
 def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
-    """A torch network, ready to answer; one that was trained as a network of 8 bits answers as that, once fused."""
+    """Give a predictor of a torch network; one that was trained for int8, and is fused, computes as that."""
     card, size = network.card, network.preprocessing.size
     is_int8 = network.is_fused and card.int8 is not None
-    counted = cost(network.model, size)
+    flops = cost(network.model, size)
     facts = {
         "model": card.model,
         "runtime": "eager",
@@ -181,13 +193,13 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
         "fused": network.is_fused,
         "drift": card.drift,
         "input_shape": (card.in_chans, size, size),
-        "params": counted.params,
-        "macs": counted.macs,
+        "params": flops.params,
+        "macs": flops.macs,
         "source": Path(network.title).name,
-        **_drawn(card.untrained),
+        **_untrained(card.untrained),
     }
     return Predictor(
-        answer=_Eager(network.eight_bit() if is_int8 else network.model, threads),
+        session=_TorchSession(network.int8_model() if is_int8 else network.model, threads),
         classes=card.classes,
         num_classes=card.num_classes,
         preprocessing=network.preprocessing,
@@ -195,13 +207,13 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
     )
 
 
-def _drawn(untrained: bool) -> dict[str, object]:
-    """What every row says of weights that were drawn and never trained; nothing of others."""
+def _untrained(untrained: bool) -> dict[str, object]:
+    """Give what a measurement records of randomly initialized weights; nothing of others."""
     return {"untrained": True} if untrained else {}
 
 
-def named(predictor: Predictor, classes: Path | None) -> Predictor:
-    """The predictor with class names from a file, one a line in the order of the logits."""
+def with_class_names(predictor: Predictor, classes: Path | None) -> Predictor:
+    """Give the predictor with class names from a file, one per line in the order of the logits."""
     if classes is None:
         return predictor
     try:
@@ -210,13 +222,13 @@ def named(predictor: Predictor, classes: Path | None) -> Predictor:
         raise BadData(f"cannot read class names from {classes}: {error}") from error
     if len(names) != predictor.num_classes:
         raise BadData(
-            f"{classes} names {len(names)} classes, one a line; {predictor.title} has {predictor.num_classes}"
+            f"{classes} names {len(names)} classes, one per line; {predictor.title} has {predictor.num_classes}"
         )
-    return Predictor(**{**vars(predictor), "classes": names})
+    return replace(predictor, classes=names)
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a folder claims to be an exported artifact (a sealed folder of weights has a manifest too)."""
+    """Whether a folder is an exported artifact, by its manifest (a sealed folder of weights has one too)."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -224,13 +236,13 @@ def is_artifact(path: Path) -> bool:
     return isinstance(manifest, dict) and "runtime" in manifest
 
 
-def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
+def _artifact_predictor(folder: Path, threads: int, size: int | None) -> Predictor:
     session = load(folder, threads=threads)
     artifact = session.artifact
     if size is not None and size != artifact.input_shape[1]:
         raise BadArgument(f"{folder} takes images of {artifact.input_shape[1]} pixels: export again for {size}")
     return Predictor(
-        answer=session,
+        session=session,
         classes=artifact.classes,
         num_classes=artifact.num_classes,
         preprocessing=Preprocessing.from_dict(artifact.preprocessing),
@@ -239,7 +251,7 @@ def _of_artifact(folder: Path, threads: int, size: int | None) -> Predictor:
 
 
 def facts_of(artifact: Artifact) -> dict[str, Any]:
-    """What a measurement of an artifact records of it."""
+    """Give what a measurement records of an artifact."""
     digests = {name: stored.sha256 for name, stored in artifact.files.items() if name.startswith("model.")}
     return {
         "model": artifact.model,
@@ -252,20 +264,20 @@ def facts_of(artifact: Artifact) -> dict[str, Any]:
         "sha256": digests[min(digests)],
         "source": artifact.folder.name,
         **_cost_of(artifact.details),
-        **_drawn(artifact.details.get("untrained") is True),
+        **_untrained(artifact.details.get("untrained") is True),
     }
 
 
 def _cost_of(details: Mapping[str, object]) -> dict[str, int]:
-    """Parameters and multiply-adds for one image, where the manifest tells them: older ones do not."""
-    told = details.get("cost")
-    known = told if isinstance(told, dict) else {}
-    return {key: known[key] for key in ("params", "macs") if type(known.get(key)) is int and known[key] > 0}
+    """Give parameters and multiply-adds per image from a manifest's details; nothing where an older one has none."""
+    cost = details.get("cost")
+    values = cost if isinstance(cost, dict) else {}
+    return {key: values[key] for key in ("params", "macs") if type(values.get(key)) is int and values[key] > 0}
 
 
 @dataclass(frozen=True, eq=False)
-class _Eager:
-    """A torch network behind numpy's face; the number of threads is the process's, set at each call."""
+class _TorchSession:
+    """A torch network from numpy to numpy; torch's number of threads is the process's, so it is set at each call."""
 
     model: nn.Module
     threads: int
@@ -278,11 +290,11 @@ class _Eager:
         return logits
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
 
 def read_recipe(out: Path) -> Recipe:
-    """The recipe of a run folder. Raises BadCheckpoint where there is none."""
+    """Read the recipe of a run folder. Raises BadCheckpoint where there is none."""
     try:
         return Recipe.from_dict(json.loads((out / RECIPE).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -292,19 +304,19 @@ def read_recipe(out: Path) -> Recipe:
 
 
 def validation_images(source: str | Path, data: str | None) -> tuple[Source, str]:
-    """The labelled images to score on, and what to call them.
+    """Open the labelled images to evaluate on; gives their title too.
 
-    Without `data` those that the run in `source` was validated on. A folder with val/ gives that, another one all of
-    its images; "digits" gives the ones that the demo holds out.
+    Without `data` they are the validation images of the run in `source`. Of a folder they are those in val/ where it
+    has one, and else all; of "digits" those that the demo does not train on.
     """
     if data is None:
         run = Path(source)
         if not (run / RECIPE).is_file():
-            raise BadArgument("there is nothing to score on: give --data FOLDER (or digits)")
+            raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
         recipe = read_recipe(run)
         return open_data(recipe.data, "val"), f"{recipe.data.spec} (held out)"
-    whole = Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0)
-    return open_data(whole, "val"), data
+    images = Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0)
+    return open_data(images, "val"), data
 
 
 def open_data(data: Data, split: Split) -> Source:

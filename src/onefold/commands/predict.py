@@ -32,7 +32,7 @@ def predict(
         piece = images[start : start + batch_size]
         read = [_prepared(path, predictor.preprocessing) for path in piece]
         inputs = [image for image in read if not isinstance(image, str)]
-        answers = iter(predictor.answer(np.stack(inputs)) if inputs else ())
+        answers = iter(predictor.session(np.stack(inputs)) if inputs else ())
         for path, image in zip(piece, read, strict=True):
             if isinstance(image, str):
                 yield Prediction(path=path, problem=image)

@@ -71,7 +71,7 @@ def told(made: Quantized) -> dict[str, object]:
 
 
 def _as_trained(network: Network) -> Quantized:
-    whole = network.eight_bit()
+    whole = network.int8_model()
     grids = Grids.from_dict(network.card.int8 or {})
     method = replace(PLAIN, weights=grids.weights, limit=grids.limit, keep=grids.keep)
     return Quantized(model=whole, method=method, layers=(), images=0)

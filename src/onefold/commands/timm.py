@@ -1,11 +1,11 @@
-"""timm's networks, opened as ours are: to teach, and to be fused, exported and measured beside them.
+"""timm's networks, opened as ours are: to distill from, and to be fused, exported and measured beside them.
 
-    timm:NAME         weights drawn anew, always the same: for latencies, which do not depend on their values
+    timm:NAME         random initialization, the same at each call: for latencies, which do not depend on the weights
     timm:NAME@FILE    the weights of a file
 
-Drawn weights have an unknown accuracy, and everything made of them says so. Their norms are given the statistics of
-made-up images: as timm draws them, the answers of some networks are near 1e14 and those of others do not depend on the
-image, and then nothing could be proved by them.
+Randomly initialized networks have no accuracy, and everything made of them says so. Their norms are recalibrated on
+synthetic images: as timm initializes them, the logits of some networks are near 1e14 and those of others do not depend
+on the image, so that the parity of an artifact would prove nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from onefold.reparam import fuse
 from onefold.runtimes.reference import make_images
 
 PREFIX = "timm:"
-_IMAGES_TO_SETTLE = 8
+_NUM_IMAGES = 8
 _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
-    """A network of timm in eval mode, how its images are prepared, and where it is from.
+class TimmModel:
+    """A network of timm in eval mode, its preprocessing, its license and the version of timm.
 
     `fixed_size` is the side of its images where it takes no other.
     """
@@ -48,58 +48,64 @@ class Foreign:
     version: str
 
     def card(self, file: Path | None) -> Card:
-        """What it is, in our own words; `file` is where its weights are from, None where they were drawn."""
-        drawn = file is None
+        """Give its card; `file` is where its weights are from, None where they are at random initialization."""
+        untrained = file is None
         return Card(
             model=PREFIX + self.name,
             num_classes=self.num_classes,
             in_chans=self.preprocessing.channels,
-            classes=None if drawn else self.classes,
+            classes=None if untrained else self.classes,
             preprocessing=self.preprocessing.to_dict(),
-            untrained=drawn,
-            licence="Apache-2.0 (timm's code; the weights are drawn)" if drawn else self.licence,
-            source=f"timm {self.version}, {'weights drawn at random: accuracy unknown' if drawn else f'from {file}'}",
+            untrained=untrained,
+            licence="Apache-2.0 (timm's code; random weights)" if untrained else self.licence,
+            source=f"timm {self.version}, {'random weights: accuracy unknown' if untrained else f'from {file}'}",
         )
 
 
-def is_foreign(source: str | Path) -> bool:
+def is_timm(source: str | Path) -> bool:
     """Whether a source names a network of timm."""
     return str(source).startswith(PREFIX)
 
 
-def open_foreign(spec: str) -> tuple[nn.Module, Card]:
-    """`timm:NAME` or `timm:NAME@FILE`, in eval mode, and its card. Raises BadArgument, BadCheckpoint, MissingExtra."""
-    name, file = _parts(spec)
+def open_timm(spec: str) -> tuple[nn.Module, Card]:
+    """Open `timm:NAME` or `timm:NAME@FILE`, in eval mode, with its card.
+
+    Raises BadArgument, BadCheckpoint, MissingExtra.
+    """
+    name, file = _split(spec)
     if file is not None:
-        found = from_file(spec, name, file)
-        return found.model, found.card(file)
+        timm_model = _from_file(spec, name, file)
+        return timm_model.model, timm_model.card(file)
     timm = _timm(spec, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            found = _described(timm, name, timm.create_model(name, pretrained=False))
+            timm_model = _timm_model(timm, name, timm.create_model(name, pretrained=False))
         except (RuntimeError, ValueError) as error:
             raise BadArgument(
                 f"timm does not make {name!r} ({_brief(error)}): give a name of timm.list_models()"
-            ) from (error)
-        settle_(found.model, found.preprocessing)
-    return found.model, found.card(None)
+            ) from error
+        init_norm_statistics_(timm_model.model, timm_model.preprocessing)
+    return timm_model.model, timm_model.card(None)
 
 
-def open_published(spec: str) -> Foreign:
-    """`timm:NAME` with the weights that timm publishes, fetched from the hub, or `timm:NAME@FILE`; raises as above."""
-    name, file = _parts(spec)
+def open_pretrained(spec: str) -> TimmModel:
+    """Open `timm:NAME` with the weights that timm publishes on the hub, or `timm:NAME@FILE`.
+
+    Raises as `open_timm`, and NetworkFailed where the hub cannot be reached.
+    """
+    name, file = _split(spec)
     if file is not None:
-        return from_file(spec, name, file)
+        return _from_file(spec, name, file)
     timm = _timm(spec, name)
     try:
-        return _described(timm, name, timm.create_model(name, pretrained=True))
+        return _timm_model(timm, name, timm.create_model(name, pretrained=True))
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_weights(spec, name, error) from error
 
 
-def from_file(spec: str, name: str, file: Path) -> Foreign:
-    """The network, made for as many classes as the file's last layer has."""
+def _from_file(spec: str, name: str, file: Path) -> TimmModel:
+    """Open the network with as many classes as the last layer in the file has."""
     timm = _timm(spec, name)
     tensors = read(file).tensors
     last = timm.get_pretrained_cfg_value(name, "classifier") or "fc"
@@ -111,39 +117,39 @@ def from_file(spec: str, name: str, file: Path) -> Foreign:
         model.load_state_dict(dict(tensors))
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_weights(spec, name, error) from error
-    return _described(timm, name, model)
+    return _timm_model(timm, name, model)
 
 
 @torch.no_grad()
-def settle_(model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Give every norm over a batch the statistics that it has on made-up images; in eval mode afterwards.
+def init_norm_statistics_(model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Set the running statistics of every BatchNorm to those of synthetic images; in eval mode afterwards.
 
-    Half are noise, as `Network.noise` is, and half of the kind that an artifact's proof is made of: to images that
-    their norms know nothing of, some networks answer with values so large that rounding shows.
+    Half are noise, as `Network.random_images`, and half of the kind that an artifact's reference output is made of:
+    on images unlike those of their statistics, the logits of some networks are so large that rounding shows.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    kept = [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0
+        norm.momentum = 1.0  # one batch is the whole statistic
         norm.train()
     shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
-    images = torch.from_numpy(make_images(shape, num_images=_IMAGES_TO_SETTLE, seed=1))
+    images = torch.from_numpy(make_images(shape, num_images=_NUM_IMAGES, seed=1))
     model(torch.cat([images, torch.randn(images.shape, generator=torch.Generator().manual_seed(1))]))
-    for norm, momentum in zip(norms, kept, strict=True):
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
 
 
-# ------------------------------------------------------------------------------------- in our files
+# ------------------------------------------------------------------------ in our file format
 
 
-def save_foreign(model: nn.Module, path: Path, card: Card) -> None:
-    """Write a fused network of timm to a file of our own format; `stored_foreign` reads it. Raises NotWritable."""
+def save_timm(model: nn.Module, path: Path, card: Card) -> None:
+    """Write a fused network of timm to a file of our own format, for `load_stored_timm`. Raises NotWritable."""
     write_weights(model, path, card)
 
 
-def stored_foreign(path: Path) -> tuple[nn.Module, Card] | None:
-    """The network of timm that a file of our own format holds, in eval mode; None where it holds something else.
+def load_stored_timm(path: Path) -> tuple[nn.Module, Card] | None:
+    """Read a network of timm, in eval mode, from a file of our own format; None where the file holds something else.
 
     Raises BadCheckpoint where the file is damaged or of another timm, MissingExtra.
     """
@@ -170,18 +176,18 @@ def stored_foreign(path: Path) -> tuple[nn.Module, Card] | None:
     return model, card
 
 
-# ----------------------------------------------------------------------------------------- timm itself
+# -------------------------------------------------------------------------------- the package
 
 
-def _parts(spec: str) -> tuple[str, Path | None]:
+def _split(spec: str) -> tuple[str, Path | None]:
     name, at, file = spec.removeprefix(PREFIX).partition("@")
     if at and not file:
-        raise BadArgument(f"{spec} names no file behind its @: give timm:{name}@FILE, or timm:{name} for drawn weights")
+        raise BadArgument(f"{spec} has no file after its @: give timm:{name}@FILE, or timm:{name} for random weights")
     return name, Path(file) if at else None
 
 
 def _timm(spec: str, name: str) -> Any:
-    """The package, once it is known to have such a model."""
+    """Import timm. Raises MissingExtra where it cannot be, BadArgument where it has no such model."""
     try:
         import timm
     except RuntimeError as error:
@@ -200,7 +206,7 @@ def _timm(spec: str, name: str) -> Any:
     return timm
 
 
-def _described(timm: Any, name: str, model: Any) -> Foreign:
+def _timm_model(timm: Any, name: str, model: Any) -> TimmModel:
     config: Mapping[str, Any] = model.pretrained_cfg
     channels, height, width = config["input_size"]
     if height != width or channels not in (1, 3):
@@ -214,14 +220,14 @@ def _described(timm: Any, name: str, model: Any) -> Foreign:
         interpolation=config.get("interpolation") or "bilinear",
         channels=1 if channels == 1 else 3,
     )
-    return Foreign(
+    return TimmModel(
         model=model.eval(),
         name=name,
         preprocessing=preprocessing,
         classes=tuple(names) if names and len(names) == model.num_classes else None,
         num_classes=int(model.num_classes),
         fixed_size=int(height) if config.get("fixed_input_size") else None,
-        licence=str(config.get("license") or "") if "." in name else "",  # without a tag, nobody said whose they are
+        licence=str(config.get("license") or "") if "." in name else "",  # without a tag the license is unknown
         version=str(timm.__version__),
     )
 

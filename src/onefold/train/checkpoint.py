@@ -2,16 +2,23 @@
 
 The order of a resume, which `loop.train` follows:
 
-1. Hold the run folder, so that nobody else writes to it, and put right what a killed process left half-done.
+1. Lock the run folder, so that no other process writes to it, and repair what a killed process left half-done.
 2. Read `last/` and check every file's size and SHA-256; where it is damaged take `previous/`, with a warning.
    With neither, refuse. Nothing in a checkpoint is code: tensors are safetensors, the rest is JSON.
-3. Compare the plan, the data's fingerprint and the steps an epoch has with those of the run, and refuse
-   with the differences: a resumed run is the same run.
+3. Compare the plan, the data's fingerprint and the steps per epoch with those of the run, and refuse with the
+   differences: a resumed run is the same run.
 4. Put back the weights, the averaged weights, the optimizer's tensors (by parameter name) and the loss scale.
    Rates are not stored: they are functions of the plan and the step.
 5. Cut the log back to the length it had, so that no epoch stands in it twice.
 6. Start the batches at the epoch and the step.
-7. Put back the random states last, after everything that might have drawn from them.
+7. Restore the random states last, after everything that might have drawn random numbers.
+
+runs/<name>/
+    .lock       locked by the process that writes here; names it
+    log.jsonl   one JSON object per line
+    last/       the checkpoint that a resume goes on from  } sealed: every file's size and SHA-256
+    previous/   the one before it                          } are in manifest.json, and are checked
+    best/       the weights to use                         } at every load
 """
 
 from __future__ import annotations
@@ -52,7 +59,7 @@ FORMAT = 1
 def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write `contents` (file name -> bytes) and their manifest to `folder`, all of it or nothing.
 
-    Whoever serializes gives bytes, so that a full disk is an OSError and comes out as NotWritable.
+    It takes bytes, and no function that writes, so that a full disk is an OSError and becomes NotWritable.
     """
     with replacing(folder) as aside:
         aside.mkdir()
@@ -62,12 +69,12 @@ def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def unseal(folder: Path) -> dict[str, bytes]:
-    """Every file of a sealed folder, as it was written; raises BadCheckpoint for the least difference."""
+    """Give every file of a sealed folder as it was written; raises BadCheckpoint for the least difference."""
     try:
         manifest = _read(folder / MANIFEST, limit=1 << 20)
-        promised = json.loads(manifest)
-        sizes = {str(name): int(entry["bytes"]) for name, entry in promised["files"].items()}
-        if promised["format"] != FORMAT or any(Path(name).name != name for name in sizes):
+        sealed = json.loads(manifest)
+        sizes = {str(name): int(entry["bytes"]) for name, entry in sealed["files"].items()}
+        if sealed["format"] != FORMAT or any(Path(name).name != name for name in sizes):
             raise ValueError(f"it is not of format {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpoint(f"{folder / MANIFEST} is missing or damaged: {error}") from error
@@ -76,18 +83,18 @@ def unseal(folder: Path) -> dict[str, bytes]:
     except OSError as error:
         raise BadCheckpoint(f"{folder} is damaged: {error}") from error
     for name, content in contents.items():
-        if len(content) != sizes[name] or _entry(content) != promised["files"][name]:
+        if len(content) != sizes[name] or _entry(content) != sealed["files"][name]:
             raise BadCheckpoint(f"{folder / name} is damaged: its size or SHA-256 is not what {MANIFEST} says")
     if manifest != _manifest(contents).encode():
         raise BadCheckpoint(f"{folder / MANIFEST} is damaged: it is not as it was written")
     return contents
 
 
-def keep_previous(last: Path, previous: Path) -> None:
-    """Make the sealed folder `last` the `previous` one as well: by hard links where the disk has them."""
-    if last.is_dir():
-        with replacing(previous) as aside:
-            shutil.copytree(last, aside, copy_function=_link)
+def copy_sealed(source: Path, target: Path) -> None:
+    """Make `target` a copy of the sealed folder `source`, if there is one: by hard links where the disk has them."""
+    if source.is_dir():
+        with replacing(target) as aside:
+            shutil.copytree(source, aside, copy_function=_link)
 
 
 def _manifest(contents: Mapping[str, bytes]) -> str:
@@ -131,7 +138,7 @@ class RunFolder:
 
     @property
     def previous(self) -> Path:
-        """The checkpoint before it, for the day on which `last` is damaged."""
+        """The checkpoint before it, which is taken where `last` is damaged."""
         return self.path / "previous"
 
     @property
@@ -141,37 +148,42 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """One JSON object a line."""
+        """One JSON object per line."""
         return self.path / "log.jsonl"
 
     @property
     def has_run(self) -> bool:
-        """Whether a checkpoint, whole or not, is here."""
+        """Whether a checkpoint, damaged or not, is here."""
         return self.last.exists() or self.previous.exists()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """A block in which no other process writes here, with what a killed one left half-done put right.
+    def lock(self) -> Iterator[None]:
+        """A block in which no other process writes here; what a killed one left half-done is repaired first.
 
-        The kernel gives the lock back when the process ends, however it ends; the file itself means nothing.
-        Raises RunBusy naming the process that holds it, NotWritable where nothing can be written.
+        The kernel releases the lock when the process ends, however it ends; that the file exists means nothing.
+        Raises RunBusy naming the process that has the lock, NotWritable where nothing can be written.
         """
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             with _writing(self.path):
-                _lock(handle, self.path)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                    raise RunBusy(f"{self.path} is in use by {holder}: wait for it or choose another folder") from error
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                self._put_right()
+                self._repair()
             yield
         finally:
             os.close(handle)
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line to the log, on the disk when this returns; a number that JSON has not becomes null."""
-        line = json.dumps({key: _jsonable(value) for key, value in entry.items()}, allow_nan=False)
+    def append_log(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the log, on the disk when this returns; NaN and infinities, which JSON has not, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        line = json.dumps(finite, allow_nan=False)
         with _writing(self.log), self.log.open("ab") as file:
             file.write(line.encode() + b"\n")
             file.flush()
@@ -181,14 +193,14 @@ class RunFolder:
         """The length of the log."""
         return self.log.stat().st_size if self.log.exists() else 0
 
-    def cut_log(self, length: int) -> None:
-        """Take from the log what was added after it had `length` bytes."""
+    def truncate_log(self, length: int) -> None:
+        """Remove from the log what was added after it had `length` bytes."""
         if self.log_bytes() > length:
             with _writing(self.log):
                 os.truncate(self.log, length)
 
-    def _put_right(self) -> None:
-        """Undo what a killed process left between two steps of `replacing`."""
+    def _repair(self) -> None:
+        """Undo what a process that was killed within `replacing` has left: a folder that was being replaced."""
         for part in (self.last, self.previous, self.best):
             for old in sorted(self.path.glob(f".{part.name}.*.old")):
                 if part.exists():
@@ -199,14 +211,6 @@ class RunFolder:
                 shutil.rmtree(new)
 
 
-def _lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-        raise RunBusy(f"{path} is in use by {holder}: wait for it or choose another folder") from error
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """A block whose OSError is NotWritable about `path`."""
@@ -215,10 +219,6 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or str(error)
         raise NotWritable(f"cannot write {path}: {why}; make room or choose another folder") from error
-
-
-def _jsonable(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Position:
     steps_per_epoch: int
 
     @property
-    def total(self) -> int:
+    def global_step(self) -> int:
         """Optimizer steps done since the run began."""
         return self.epoch * self.steps_per_epoch + self.step
 
@@ -272,7 +272,7 @@ class Checkpoint:
         return self.position.epoch >= self.plan.epochs
 
     def digest(self) -> str:
-        """SHA-256 over name, type, shape and bytes of every weight, average and optimizer tensor, sorted by name."""
+        """Give the SHA-256 over name, type, shape and bytes of all weights, averages and optimizer tensors, by name."""
         sums = hashlib.sha256()
         for part in (self.weights, self.average, self.optimizer):
             for name, value in sorted(part.items()):
@@ -286,26 +286,26 @@ class Checkpoint:
         Raises NotWritable where there is no room; one of the two then is what `last/` was.
         """
         try:
-            keep_previous(folder.last, folder.previous)
+            copy_sealed(folder.last, folder.previous)
             seal(folder.last, self._contents(metadata))
         except NotWritable as error:
-            stands = "; the checkpoint before it stands: resume when there is room" if folder.has_run else ""
-            raise NotWritable(f"{error}{stands}") from error
+            kept = "; the checkpoint before it is kept: resume when there is room" if folder.has_run else ""
+            raise NotWritable(f"{error}{kept}") from error
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """The newest whole checkpoint of the run folder `path`; raises BadCheckpoint where there is none."""
+        """Read the newest undamaged checkpoint of the run folder `path`; raises BadCheckpoint where there is none."""
         folder, faults = RunFolder(path), []
-        for place in (folder.last, folder.previous):
-            if not place.exists():
+        for sealed in (folder.last, folder.previous):
+            if not sealed.exists():
                 continue
             try:
-                return cls._from(unseal(place), place)
+                return cls._from_contents(unseal(sealed), sealed)
             except BadCheckpoint as error:
                 faults.append(str(error))
                 _log.warning("%s; looking for the checkpoint before it", error)
         if faults:
-            raise BadCheckpoint(f"no whole checkpoint in {path}: {'; '.join(faults)}")
+            raise BadCheckpoint(f"no undamaged checkpoint in {path}: {'; '.join(faults)}")
         raise BadCheckpoint(f"there is no checkpoint in {path}: start the run without resume, or name its folder")
 
     def _contents(self, metadata: Mapping[str, str]) -> dict[str, bytes]:
@@ -331,22 +331,22 @@ class Checkpoint:
         return contents
 
     @classmethod
-    def _from(cls, contents: Mapping[str, bytes], place: Path) -> Checkpoint:
+    def _from_contents(cls, contents: Mapping[str, bytes], folder: Path) -> Checkpoint:
         try:
             progress = json.loads(contents[PROGRESS])
             state = load_tensors(contents[STATE])
-            randomness = RandomState(tensors=_under(state, "randomness/"), numbers=progress.pop("randomness"))
+            randomness = RandomState(tensors=_without_prefix(state, "randomness/"), numbers=progress.pop("randomness"))
             return cls(
                 weights=load_tensors(contents[WEIGHTS]),
                 average=load_tensors(contents[AVERAGE]) if AVERAGE in contents else {},
-                optimizer=_under(state, "optimizer/"),
+                optimizer=_without_prefix(state, "optimizer/"),
                 randomness=randomness,
                 plan=Plan.from_dict(progress.pop("plan")),
                 position=Position(**progress.pop("position")),
                 **progress,
             )
         except (SafetensorError, BadArgument, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{place} is whole, but not a checkpoint this version can read: {error}") from error
+            raise BadCheckpoint(f"{folder} is undamaged, but this version cannot read it: {error}") from error
 
 
 def save_best(
@@ -357,25 +357,29 @@ def save_best(
     seal(folder.best, {WEIGHTS: save_tensors(dict(weights), dict(metadata)), "metrics.json": table})
 
 
-def restore_last(folder: RunFolder) -> Checkpoint:
-    """`Checkpoint.load`, for the process that holds the folder: a damaged `last/` is replaced by `previous/`."""
+def load_for_resume(folder: RunFolder) -> Checkpoint:
+    """Do as `Checkpoint.load`, in the process that has the lock: a damaged `last/` is replaced by `previous/`.
+
+    Otherwise the next save would make the damaged one the only other checkpoint.
+    """
     checkpoint = Checkpoint.load(folder.path)
     try:
         unseal(folder.last)
     except BadCheckpoint:
-        keep_previous(folder.previous, folder.last)
+        copy_sealed(folder.previous, folder.last)
     return checkpoint
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-class Writer:
+class BackgroundWriter:
     """A block in which jobs are done one after another by a thread; it ends when the last one has.
 
-    At most one job is under way: `submit` waits for the one before. After one that went wrong no other is done; `check`
-    raises what it was, and so does the end of the block where nothing else is being raised.
+    So steps go on while a checkpoint is serialized, hashed, and written. At most one job is under way: `submit` waits
+    for the one before. After one that failed no other is done; `raise_error` raises its error, and so does the end of
+    the block where nothing else is being raised.
     """
 
     def __init__(self) -> None:
@@ -384,14 +388,14 @@ class Writer:
 
     @property
     def has_failed(self) -> bool:
-        """Whether `check` would raise."""
+        """Whether `raise_error` would raise."""
         return self._error is not None
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have a job done, once the one before it is."""
         self.wait()
         if not self.has_failed:
-            self._thread = threading.Thread(target=self._do, args=(job,), name="onefold-writer")
+            self._thread = threading.Thread(target=self._run, args=(job,), name="onefold-writer")
             self._thread.start()
 
     def wait(self) -> None:
@@ -400,21 +404,21 @@ class Writer:
             self._thread.join()
             self._thread = None
 
-    def check(self) -> None:
-        """Raise what went wrong, if something did."""
+    def raise_error(self) -> None:
+        """Raise the error of the job that failed, if one did."""
         if self._error is not None:
             raise self._error
 
-    def _do(self, job: Callable[[], None]) -> None:
+    def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
         except BaseException as error:
             self._error = error
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.wait()
         if error is None:
-            self.check()
+            self.raise_error()

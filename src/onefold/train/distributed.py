@@ -1,7 +1,7 @@
-"""World: the processes that train together. One process is a world of one, and pays nothing for it.
+"""World: the processes that train together, their collectives, and the signals that stop them.
 
-A process that waits for another which is gone raises LostWorker, and one whose launcher is gone ends itself: there is
-never a half of a world that goes on writing.
+One process is a world of one, and its collectives cost nothing. A process that waits for another which is gone raises
+LostWorker, and one whose launcher is gone ends itself, so that no orphaned process goes on writing to a run folder.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,7 +32,10 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-ORPHANED_SECONDS = 8.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_REPEAT_SECONDS = 0.5  # a launcher passes on what the terminal has sent to all processes already: one request
+
+ORPHAN_GRACE_SECONDS = 8.0
 """How long a process has, once its launcher is gone, to save and end by itself."""
 
 
@@ -44,53 +48,53 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the one process that writes files and talks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one process that writes files and reports progress."""
         return self.rank == 0
 
-    def most(self, value: int) -> int:
-        """The greatest `value` of any process; all of them get the same answer."""
+    def max(self, value: int) -> int:
+        """Give the greatest `value` of any process, on all of them."""
         if self.size == 1:
             return value
         box = torch.tensor(value, device=self.device)
-        with talking():
+        with lost_worker_errors():
             dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box.item())
 
-    def share(self, value: T) -> T:
-        """The first process's `value`, on all of them."""
+    def broadcast(self, value: T) -> T:
+        """Give rank 0's `value`, on all processes; pickled, as between these processes alone."""
         if self.size == 1:
             return value
         box = [value]
-        with talking():
+        with lost_worker_errors():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def send_from_first_(self, value: Tensor) -> None:
-        """Make a tensor what it is on the first process."""
+    def broadcast_tensor_(self, value: Tensor) -> None:
+        """Make a tensor what it is on rank 0."""
         if self.size > 1:
-            with talking():
+            with lost_worker_errors():
                 dist.broadcast(value, src=0)
 
-    def add_up_(self, value: Tensor) -> None:
+    def all_reduce_(self, value: Tensor) -> None:
         """Make a tensor its sum over all processes, in an order that depends on their number."""
         if self.size > 1:
-            with talking():
+            with lost_worker_errors():
                 dist.all_reduce(value)
 
-    def swap(self, value: Tensor, peer: int) -> Tensor:
-        """Give a tensor to another process that gives one of the same shape, and get its."""
-        theirs = torch.empty_like(value)
-        with talking():
-            calls = [dist.P2POp(dist.isend, value, peer), dist.P2POp(dist.irecv, theirs, peer)]
+    def exchange(self, value: Tensor, peer: int) -> Tensor:
+        """Send a tensor to another process, and give the tensor of the same shape that it sends in turn."""
+        received = torch.empty_like(value)
+        with lost_worker_errors():
+            calls = [dist.P2POp(dist.isend, value, peer), dist.P2POp(dist.irecv, received, peer)]
             for work in dist.batch_isend_irecv(calls):
                 work.wait()
-        return theirs
+        return received
 
-    def wait(self) -> None:
-        """Wait here for all processes."""
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
         if self.size > 1:
-            with talking():
+            with lost_worker_errors():
                 dist.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -103,24 +107,28 @@ class World:
 
 @contextmanager
 def start_world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, ...), or be a world of one.
+    """Join the processes that a launcher started (RANK, WORLD_SIZE, LOCAL_RANK, ...), or be a world of one.
 
-    `device` is "auto" (the GPU if there is one), "cpu" or "cuda"; processes talk through nccl on GPUs and gloo
+    `device` is "auto" (the GPU if there is one), "cpu" or "cuda"; processes communicate through nccl on GPUs and gloo
     otherwise. Raises BadArgument where the device is absent or the environment cannot be read.
     """
-    kind = _device_kind(device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadArgument(f"device must be one of 'auto', 'cpu', 'cuda', not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadArgument("device is 'cuda', but torch sees no GPU here: use 'cpu'")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if "RANK" not in os.environ:
         yield World(device=torch.device(kind))
         return
-    _end_with_the_launcher()
-    rank, size, local = (_from_environment(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    _exit_with_launcher()
+    rank, size, local_rank = (_from_environment(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        torch.cuda.set_device(place)
-    with talking():
+        torch.cuda.set_device(own_device)
+    with lost_worker_errors():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
     try:
-        yield World(rank=rank, size=size, device=place)
+        yield World(rank=rank, size=size, device=own_device)
     finally:
         dist.destroy_process_group()
 
@@ -131,71 +139,68 @@ def import_ahead() -> None:
 
 
 def is_restarted() -> bool:
-    """Whether a launcher started these processes again after some of them were lost: theirs is the run in the folder.
+    """Whether a launcher started these processes again after some of them were lost: they resume the run they find.
 
-    TORCHELASTIC_RESTART_COUNT is how torchrun says so, and ours as well.
+    TORCHELASTIC_RESTART_COUNT is how torchrun says so, and `launch` as well.
     """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
-def without_sync(network: nn.Module) -> AbstractContextManager[object]:
-    """A block whose backward keeps the gradients of this process to itself, for all but the last piece of a step."""
+def no_sync(network: nn.Module) -> AbstractContextManager[object]:
+    """A block whose forward and backward keep the gradients to this process: for all micro-batches but the last."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
+# torch says that a peer is gone by RuntimeErrors without a type of their own. Those of the back ends name the source
+# file or the class that they come from, which is what tells them from an error of a model, whatever that speaks of.
+_BACKEND = re.compile(r"\bgloo/|\bgloo::|\bNCCL error|\bProcessGroup(Gloo|NCCL)|\bc10d::|\bTCPStore\b")
+_PEER = re.compile(r"[Gg]loo|NCCL|nccl|[Cc]onnection|Broken pipe|Socket|TCPStore|recv")
+
+
 @contextmanager
-def talking() -> Iterator[None]:
-    """A block in which a process that no longer answers is a LostWorker: torch raises RuntimeErrors of many kinds."""
+def lost_worker_errors(*, in_model: bool = False) -> Iterator[None]:
+    """A block in which the loss of another process is raised as LostWorker.
+
+    With `in_model` the block computes a model too, whose own errors pass: there only what a communication back end
+    has signed counts. Elsewhere nothing but a collective runs, and any word of a connection does.
+    """
     try:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if not isinstance(error, dist.DistError) and not any(word in text for word in _TALK):
+        if not isinstance(error, dist.DistError) and not (_BACKEND if in_model else _PEER).search(text):
             raise
         raise LostWorker(
             f"another process of this training does not answer ({text[:160]}); what was saved is safe: resume the run"
         ) from error
 
 
-_TALK = ("gloo", "Gloo", "NCCL", "nccl", "Connection", "connection", "Broken pipe", "Socket", "TCPStore", "recv")
-
-
-def _end_with_the_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the process that started this one ends, and see to it that it suffices.
+def _exit_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the process that started this one ends, and exit in any case soon after.
 
     torchrun's workers otherwise outlive an agent that was killed, and go on writing beside their successors.
     """
     launcher = int(os.environ.get("ONEFOLD_LAUNCHER", os.getppid()))
-    kernel_tells = sys.platform == "linux" and os.getppid() == launcher
-    if kernel_tells:
+    kernel_signals = sys.platform == "linux" and os.getppid() == launcher
+    if kernel_signals:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     def watch() -> None:
+        # The launcher may have been gone before prctl, and other systems have no such signal: so it is polled too.
         while os.getppid() == launcher:
             time.sleep(0.5)
-        if not kernel_tells:
+        if not kernel_signals:
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHANED_SECONDS)
-        os._exit(LostWorker.exit_status)  # waiting for another orphan, or in one long evaluation
+        time.sleep(ORPHAN_GRACE_SECONDS)
+        os._exit(LostWorker.exit_status)  # in a collective with another orphan, or in one long evaluation
 
     threading.Thread(target=watch, daemon=True, name="onefold-orphan").start()
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shares_a_store():
+    restarts, shares_store = (os.environ.get(f"TORCHELASTIC_{key}") for key in ("MAX_RESTARTS", "USE_AGENT_STORE"))
+    if restarts not in (None, "0") and shares_store == "True":
         _log.warning(
             "torchrun cannot restart this training (its processes would look for the dead ones' addresses): "
             "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before starting it"
         )
-
-
-def _shares_a_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _device_kind(device: str) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise BadArgument(f"device must be one of 'auto', 'cpu', 'cuda', not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadArgument("device is 'cuda', but torch sees no GPU here: use 'cpu'")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _from_environment(key: str) -> int:
@@ -205,36 +210,38 @@ def _from_environment(key: str) -> int:
     return int(text)
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_SECONDS = 0.5  # a launcher passes on what the terminal has sent to all processes already: that is one request
+# ------------------------------------------------------------------------------------------ signals
 
 
 class Interrupted(BaseException):
-    """Raised by a signal inside of `StopSignals.interrupting`; never leaves this room."""
+    """Raised by a signal inside of `StopSignals.interruptible`; it never leaves the training loop."""
 
 
 class StopSignals:
-    """A block in which a signal to stop is a note to read, `asked`. Outside of the main thread it does nothing."""
+    """A block in which the first SIGTERM or SIGINT is kept in `received`, and the second ends the process at once.
+
+    Outside of the main thread, where Python delivers no signals, it does nothing.
+    """
 
     def __init__(self) -> None:
-        self.asked: str = ""
-        self._since = 0.0
+        self.received: str = ""
+        self._received_at = 0.0
         self._interrupts = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @contextmanager
-    def interrupting(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """A block, without effects of its own, that a signal ends at once by Interrupted."""
-        if self.asked:
+        if self.received:
             raise Interrupted
         self._interrupts = True
         try:
@@ -242,12 +249,12 @@ class StopSignals:
         finally:
             self._interrupts = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._since < _SAME_SECONDS:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and time.monotonic() - self._received_at < _REPEAT_SECONDS:
             return
-        if self.asked:
+        if self.received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked, self._since = signal.Signals(number).name, time.monotonic()
+        self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         if self._interrupts:
             raise Interrupted

@@ -1,9 +1,9 @@
-"""Listeners: who else hears of a run's progress. TensorBoard where it is installed; W&B and trackio when asked for.
+"""Progress of a run, and the loggers that follow it: TensorBoard where it is installed, W&B and trackio on request.
 
-log.jsonl is not one of them: it is part of the run, and cut to the step that a resume goes on from. A listener lives
-outside of the run, so a resumed run must not tell it twice: TensorBoard is given the step from which its old points
-are void; the others are told each step at most once, by a note in the run folder that is written before they are told.
-Nothing here changes what a training computes, and a listener that fails is let go with a warning.
+log.jsonl is not one of them: it is part of the run, and cut to the step that a resume goes on from. A logger lives
+outside of the run, so a resumed run must not log a step twice: TensorBoard is given the step from which its old points
+are void; the services get each step at most once, by a state file in the run folder that is written before the call.
+Nothing here changes what a training computes, and a logger that fails is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from onefold.storage import write_text
 class Progress:
     """Where a run is: `step` of `steps` in epoch `epoch` of `epochs`, counted from 1; speeds are this epoch's.
 
-    `is_evaluation` tells the one that follows an evaluation from those of the steps: its `metrics` are new, and its
-    `loss` is the mean of the epoch. `memory_bytes` is what the process holds, on a GPU what torch holds there.
+    With `is_evaluation` it follows an evaluation, and not a step: its `metrics` are new, and its `loss` is the mean of
+    the epoch. `memory_bytes` is what the process has allocated, on a GPU what torch has reserved there.
     """
 
     epoch: int
@@ -49,109 +49,108 @@ class Progress:
     memory_bytes: int = 0
 
     @property
-    def total(self) -> int:
-        """Steps done since the run began, over all epochs and lives."""
+    def global_step(self) -> int:
+        """Steps done since the run began, over all epochs and resumes."""
         return (self.epoch - 1) * self.steps + self.step
 
 
-class Pace:
-    """How fast the steps of one epoch go; NaN before the first."""
+class Throughput:
+    """The speed of the steps of one epoch; NaN before the first."""
 
     def __init__(self) -> None:
-        self._since, self._until = time.monotonic(), math.nan
+        self._start, self._end = time.monotonic(), math.nan
         self._num_images, self._num_steps = 0, 0
 
     def add(self, num_images: int) -> None:
-        """Another step, of `num_images`, is done."""
-        self._until = time.monotonic()
+        """Count a step of `num_images`."""
+        self._end = time.monotonic()
         self._num_images, self._num_steps = self._num_images + num_images, self._num_steps + 1
 
     @property
     def images_per_s(self) -> float:
-        """Images a second, loading included and evaluation not."""
-        return self._num_images / max(self._until - self._since, 1e-9)
+        """Images per second, with the loading and without the evaluation."""
+        return self._num_images / max(self._end - self._start, 1e-9)
 
     @property
     def seconds_per_step(self) -> float:
-        """The mean time of a step, loading included."""
-        return (self._until - self._since) / max(self._num_steps, 1)
+        """The mean time of a step, with the loading."""
+        return (self._end - self._start) / max(self._num_steps, 1)
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes that torch holds on a GPU, or that this process holds in memory; 0 where the system does not tell."""
+    """Give the bytes that torch has reserved on a GPU, or this process has in memory; 0 where that is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
-    with suppress(OSError, ValueError, IndexError), open("/proc/self/statm", encoding="ascii") as pages:
-        return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, IndexError), open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
-REMOTE = ("wandb", "trackio")
+SERVICES = ("wandb", "trackio")
 """The services that `--log-to` names."""
 
-_POINTS_AN_EPOCH = 50
+_POINTS_PER_EPOCH = 50
 _log = logging.getLogger(__name__)
 
 
-class Listener(Protocol):
-    """Whoever wants to hear of a run."""
+class Logger(Protocol):
+    """Where the values of a run are logged to."""
 
-    def hear(self, at: Progress, values: Mapping[str, float]) -> None:
-        """Keep `values`, name -> number, which belong to step `at.total`."""
+    name: str
+
+    def log(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Log `values`, name -> number, at step `progress.global_step`."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is still in memory."""
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_services(names: Sequence[str]) -> None:
     """Raise BadArgument for a service that is not known, MissingExtra for one that is not installed."""
     for name in names:
-        if name not in REMOTE:
-            raise BadArgument(f"--log-to knows {' and '.join(REMOTE)}, not {name!r}; TensorBoard needs no asking")
+        if name not in SERVICES:
+            raise BadArgument(f"--log-to takes {' and '.join(SERVICES)}, not {name!r}; TensorBoard needs no option")
         if importlib.util.find_spec(name) is None:
             raise MissingExtra(f'--log-to {name} needs {name}: pip install "onefold[{name}]"')
 
 
 @contextmanager
-def listening(
+def open_loggers(
     out: Path,
-    names: Sequence[str] = (),
+    services: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Callable[[Progress], None]]:
-    """What to give to `Run.on_progress`, so that `on_progress`, TensorBoard and the services `names` hear of it.
+    """Give the callback for `Run.on_progress` that calls `on_progress` and logs to TensorBoard and the `services`.
 
-    `config` is the recipe, for the services that show one.
+    `config` is the recipe, for the services that show one. Raises as `check_services`.
     """
-    check_names(names)
-    heard: list[Listener] = [TensorBoard(out / "tensorboard")] if has_tensorboard() else []
-    heard += [Service(name, out, config or {}) for name in names]
+    check_services(services)
+    loggers: list[Logger] = [TensorBoardLogger(out / "tensorboard")] if has_tensorboard() else []
+    loggers += [ServiceLogger(name, out, config or {}) for name in services]
     with ExitStack() as stack:
-        for listener in heard:
-            stack.callback(_kindly, listener, listener.close)
+        for logger in loggers:
+            stack.callback(_succeeds, logger, logger.close)
 
-        def tell(at: Progress) -> None:
+        def callback(progress: Progress) -> None:
             if on_progress:
-                on_progress(at)
-            values = values_of(at) if heard else {}
-            for listener in list(heard) if values else ():
-                if not _kindly(listener, listener.hear, at, values):
-                    heard.remove(listener)
+                on_progress(progress)
+            values = scalars(progress) if loggers else {}
+            for logger in list(loggers) if values else ():
+                if not _succeeds(logger, logger.log, progress, values):
+                    loggers.remove(logger)
 
-        yield tell
+        yield callback
 
 
-def values_of(at: Progress) -> dict[str, float]:
-    """The points of a step, chosen by the step alone so that an epoch has about fifty; of an evaluation, all."""
-    if at.is_evaluation:
-        return {
-            "epoch": float(at.epoch),
-            "train/epoch_loss": at.loss,
-            **{f"eval/{k}": v for k, v in at.metrics.items()},
-        }
-    if at.step % max(1, at.steps // _POINTS_AN_EPOCH):
+def scalars(progress: Progress) -> dict[str, float]:
+    """Give the values to log: all of an evaluation, and of some fifty steps per epoch, chosen by the step alone."""
+    if progress.is_evaluation:
+        metrics = {f"eval/{name}": value for name, value in progress.metrics.items()}
+        return {"epoch": float(progress.epoch), "train/epoch_loss": progress.loss, **metrics}
+    if progress.step % max(1, progress.steps // _POINTS_PER_EPOCH):
         return {}
-    return {"train/loss": at.loss, "train/lr": at.lr, "train/images_per_s": at.images_per_s}
+    return {"train/loss": progress.loss, "train/lr": progress.lr, "train/images_per_s": progress.images_per_s}
 
 
 def has_tensorboard() -> bool:
@@ -159,32 +158,33 @@ def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def _kindly(listener: Listener, verb: Callable[..., None], *given: Any) -> bool:
-    """Call a listener's verb; a failure there is a warning, since hours of training matter more than its curve."""
+def _succeeds(logger: Logger, method: Callable[..., None], *arguments: Any) -> bool:
+    """Call a logger's method; a failure there is a warning, since hours of training matter more than its curve."""
     try:
-        verb(*given)
+        method(*arguments)
     except Exception as error:
-        what = type(listener).__name__.lower() if not isinstance(listener, Service) else listener.name
-        _log.warning("%s failed and hears no more of this run: %s: %s", what, type(error).__name__, error)
+        _log.warning("%s failed and gets no more of this run: %s: %s", logger.name, type(error).__name__, error)
         return False
     return True
 
 
-class TensorBoard:
-    """Scalars in `folder`, which `tensorboard --logdir runs` finds. A Listener."""
+class TensorBoardLogger:
+    """Scalars in `folder`, which `tensorboard --logdir runs` finds. A Logger."""
+
+    name = "tensorboard"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writer: Any = None
 
-    def hear(self, at: Progress, values: Mapping[str, float]) -> None:
-        """Add the points; the first call says from which step on the points of an earlier life are void."""
+    def log(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Add the points; the first call says from which step on the points from before a resume are void."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=at.total, flush_secs=10)
+            self._writer = SummaryWriter(str(self.folder), purge_step=progress.global_step, flush_secs=10)
         for name, value in values.items():
-            self._writer.add_scalar(name, value, at.total)
+            self._writer.add_scalar(name, value, progress.global_step)
 
     def close(self) -> None:
         """Write what is still in memory."""
@@ -192,45 +192,42 @@ class TensorBoard:
             self._writer.close()
 
 
-class Service:
-    """W&B or trackio, which have the same three verbs: init, log, finish. A Listener."""
+class ServiceLogger:
+    """W&B or trackio, which have the same three calls: init, log, finish. A Logger."""
 
     def __init__(self, name: str, out: Path, config: Mapping[str, Any]) -> None:
         self.name, self.out, self.config = name, out, config
-        self._note = out / f"{name}.json"
+        self._state_file = out / f"{name}.json"  # the service's id of the run, and the last steps that were logged
         self._run: Any = None
-        self._told: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
 
-    def hear(self, at: Progress, values: Mapping[str, float]) -> None:
-        """Tell the service, unless an earlier life has; the note comes first, so that nothing is told twice."""
+    def log(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Log a step, unless it was logged before a resume; the file is written first, so that none is logged twice."""
         if self._run is None:
-            self._begin()
-        key = "evaluation" if at.is_evaluation else "step"
-        if at.total <= self._told.get(key, 0):
+            self._start()
+        key = "evaluation" if progress.is_evaluation else "step"
+        if progress.global_step <= self._state.get(key, 0):
             return
-        self._told[key] = at.total
-        write_text(self._note, json.dumps(self._told) + "\n")
-        self._run.log(dict(values), step=at.total)
+        self._state[key] = progress.global_step
+        write_text(self._state_file, json.dumps(self._state) + "\n")
+        self._run.log(dict(values), step=progress.global_step)
 
     def close(self) -> None:
         """Let the service finish its run."""
         if self._run is not None:
             self._run.finish()
 
-    def _begin(self) -> None:
-        self._told = _read(self._note) or {"id": uuid.uuid4().hex}
+    def _start(self) -> None:
+        try:
+            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = None
+        is_known = isinstance(state, dict) and isinstance(state.get("id"), str)
+        self._state = state if is_known else {"id": uuid.uuid4().hex}
         module = importlib.import_module(self.name)
-        common: dict[str, Any] = {"project": "onefold", "config": dict(self.config), "resume": "allow"}
+        options: dict[str, Any] = {"project": "onefold", "config": dict(self.config), "resume": "allow"}
         if self.name == "wandb":
-            own = {"id": self._told["id"], "name": self.out.name, "dir": str(self.out)}
-        else:
-            own = {"name": f"{self.out.name}-{self._told['id'][:6]}"}
-        self._run = module.init(**common, **own)
-
-
-def _read(note: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) and isinstance(told.get("id"), str) else {}
+            options |= {"id": self._state["id"], "name": self.out.name, "dir": str(self.out)}
+        else:  # trackio resumes by name, so that it has to be unique
+            options |= {"name": f"{self.out.name}-{self._state['id'][:6]}"}
+        self._run = module.init(**options)

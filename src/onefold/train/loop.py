@@ -1,4 +1,4 @@
-"""train(model, batches, plan, run): the story of a training, from the first seed to the last checkpoint."""
+"""train(model, batches, plan, run): the training loop, from the first seed to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable, Stopped
-from onefold.train.checkpoint import Checkpoint, RunFolder, Writer, restore_last, save_best
+from onefold.train.checkpoint import BackgroundWriter, Checkpoint, RunFolder, load_for_resume, save_best
 from onefold.train.distributed import Interrupted, StopSignals, World
-from onefold.train.loggers import Pace, Progress, memory_in_use
-from onefold.train.logical_workers import Batch, Batches, own_workers
+from onefold.train.loggers import Progress, Throughput, memory_in_use
+from onefold.train.logical_workers import Batch, Batches, local_workers
 from onefold.train.plan import Plan
-from onefold.train.rng import apart, seed_everything
-from onefold.train.step import State, Teacher, snapshot
+from onefold.train.rng import forked_rng, seed_everything
+from onefold.train.step import Teachers, TrainState, snapshot
 
 _log = logging.getLogger(__name__)
 
-_EVALUATION = 2**31  # the place of an epoch's evaluation among its steps, for the seed it runs under
+_EVALUATION = 2**31  # stands for the step in the seed of an epoch's evaluation; no epoch has that many steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The surroundings of a training, which do not change what it computes.
 
-    `evaluate` is given a copy of the averaged network, in eval mode, after each epoch; its "top1" decides which epoch
-    is best; with `judge_start`, before the first step too. `metadata` goes into the weights' header. With `resume` the
-    run in `out` goes on. `teacher` answers for those whom `plan.distill` names.
+    `evaluate` is given a copy of the averaged network, in eval mode, after each epoch, and gives its metrics; "top1"
+    decides which epoch is best. With `evaluate_start` it is called before the first step too. `metadata` goes into
+    the header of the weights' file. With `resume` the run in `out` goes on. `teachers` gives the logits of the
+    networks that `plan.distill` names.
     """
 
     out: Path
@@ -44,8 +45,8 @@ class Run:
     metadata: Mapping[str, str] = field(default_factory=dict)
     resume: bool = False
     on_progress: Callable[[Progress], None] | None = None
-    teacher: Teacher | None = None
-    judge_start: bool = False
+    teachers: Teachers | None = None
+    evaluate_start: bool = False
 
 
 def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoint:
@@ -53,262 +54,282 @@ def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoin
 
     The run folder then holds `best/model.safetensors` (averaged weights), `last/` and `log.jsonl`. A run that is
     resumed ends in the bits of one that was not stopped: in one process, or in any number that divides the logical
-    workers where plan.reduce is "exact" (see `logical`). `checkpoint` lists the order.
+    workers where plan.reduce is "exact" (see `logical_workers`). `checkpoint` lists the order of a resume.
 
     Raises BadArgument where `out` holds a run and resume is false, BadCheckpoint where there is none to resume or it
     is of another plan, data or model, RunBusy, NotWritable, NonFiniteLoss (before the weights take it in), LostWorker,
     and Stopped after a SIGTERM or SIGINT, once the state is saved.
     """
-    if run.resume and run.world.is_first and not run.out.exists():
-        Checkpoint.load(run.out)  # says that there is none, before a folder is made
-    folder = RunFolder(run.out).held() if run.world.is_first else nullcontext()
-    with folder, Writer() as writer, StopSignals() as signals:
-        run.world.wait()
+    if run.resume and run.world.is_main and not run.out.exists():
+        Checkpoint.load(run.out)  # raises; taking the lock would make the folder first
+    lock = RunFolder(run.out).lock() if run.world.is_main else nullcontext()
+    with lock, BackgroundWriter() as writer, StopSignals() as signals:
+        run.world.barrier()  # the others go on once the folder is locked and repaired
 
-        # ---- The beginning: a state that follows from the plan, or the one that was saved
+        # ---- The start: a state that follows from the plan, or the one that was saved
         seed_everything(plan.seed, *([run.world.rank] if run.world.rank else []))
-        training = _Training(model, batches, plan, run, (writer, signals))
-        training.resume() if run.resume else training.begin()
-        if run.judge_start:
-            training.judge_start()
+        trainer = _Trainer(model, batches, plan, run, (writer, signals))
+        trainer.resume() if run.resume else trainer.start()
+        if run.evaluate_start:
+            trainer.evaluate_start()
 
         # ---- The epochs: their steps, then an evaluation, then a checkpoint
-        while not training.saved.is_complete:
-            training.fit()
-            training.judge()
-        training.settle()
-        return training.saved
+        while not trainer.saved.is_complete:
+            trainer.train_epoch()
+            trainer.finish_epoch()
+        trainer.flush()
+        return trainer.saved
 
 
-class _Training:
-    """A state, the folder it is kept in, and those who want to hear of it."""
+class _Trainer:
+    """The state of a run, the folder it is saved to, and the callback that follows it."""
 
-    saved: Checkpoint  # the last one; there is one from `begin` or `resume` on
+    saved: Checkpoint  # the last one; set by `start` and `resume`
 
     def __init__(
-        self, model: nn.Module, batches: Batches, plan: Plan, run: Run, outside: tuple[Writer, StopSignals]
+        self,
+        model: nn.Module,
+        batches: Batches,
+        plan: Plan,
+        run: Run,
+        services: tuple[BackgroundWriter, StopSignals],
     ) -> None:
         if len(batches) < 1:
             raise BadData("there is no batch to train on: are there fewer images than plan.batch_size?")
-        if (plan.distill is None) != (run.teacher is None):
-            raise BadArgument("plan.distill and a teacher go together: give Run(teacher=...) where the plan distills")
+        if (plan.distill is None) != (run.teachers is None):
+            raise BadArgument("plan.distill and teachers go together: give Run(teachers=...) where the plan distills")
         self.batches, self.plan, self.run = batches, plan, run
-        self.writer, self.signals = outside
+        self.writer, self.signals = services
         self.data = batches.fingerprint()
         self.folder, self.world = RunFolder(run.out), run.world
-        self.workers = own_workers(plan, run.world)
-        self.num_batches = len(batches) // len(self.workers)  # of one logical worker
-        steps = math.ceil(self.num_batches / plan.accumulate)
-        self.state = State(model, plan, run.world, steps_per_epoch=steps, teacher=run.teacher)
-        self.pace = Pace()
+        self.workers = local_workers(plan, run.world)
+        self.batches_per_worker = len(batches) // len(self.workers)
+        steps = math.ceil(self.batches_per_worker / plan.accumulate)
+        self.state = TrainState(model, plan, run.world, steps_per_epoch=steps, teachers=run.teachers)
+        self.throughput = Throughput()
 
-    # ---------------------------------------------------------------------------- begin or resume
+    # ---------------------------------------------------------------------------- start or resume
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start a new run. Its first checkpoint is of step 0: it shows that there is room before hours are spent."""
-        if self.world.is_first and self.folder.has_run:
+        if self.world.is_main and self.folder.has_run:
             raise BadArgument(f"{self.run.out} already holds a run: resume it, or choose another folder")
-        if self.world.is_first:
-            self.folder.cut_log(0)
-        self._tell("start", plan=self.plan.to_dict(), data=self.data, **self._made_with())
+        if self.world.is_main:
+            self.folder.truncate_log(0)  # of a run that was killed before its first checkpoint
+        self._log_event("start", plan=self.plan.to_dict(), data=self.data, **self._environment())
         self._save()
-        self.settle()
+        self.flush()
 
     def resume(self) -> None:
         """Go on from the checkpoint, in the order that `checkpoint` lists."""
-        saved = restore_last(self.folder) if self.world.is_first else None
-        self.saved = self.world.share(saved)  # type: ignore[assignment]
-        self._pin_threads(self.saved.made_with.get("threads", ""))
-        self._must_be_of_this_run(self.saved)
-        self.state.restore_(self.saved)
+        # One process reads the disk, so that all of them go on from the same checkpoint.
+        checkpoint = load_for_resume(self.folder) if self.world.is_main else None
+        self.saved = self.world.broadcast(checkpoint)  # type: ignore[assignment]
+        threads = self.saved.made_with.get("threads", "")
+        if self.plan.reduce == "exact" and threads.isdecimal() and int(threads) != torch.get_num_threads():
+            # Sums are split among threads, so another number of them would round differently.
+            _log.info("%s threads, as when the run was started", threads)
+            torch.set_num_threads(int(threads))
+        self._check_same_run(self.saved)
+        self.state.load_checkpoint_(self.saved)
         if self.saved.is_complete:
             _log.info("%s is complete: all %d epochs are done", self.run.out, self.plan.epochs)
             return
-        at = self.saved.position
-        if self.world.is_first:
-            self.folder.cut_log(self.saved.log_bytes)
-        self._tell("resume", epoch=at.epoch + 1, step=at.total, **self._made_with())
-        if self.world.is_first:
+        position = self.saved.position
+        if self.world.is_main:
+            self.folder.truncate_log(self.saved.log_bytes)
+        self._log_event("resume", epoch=position.epoch + 1, step=position.global_step, **self._environment())
+        # Last, since everything above may have drawn random numbers. A checkpoint holds the states of the first
+        # process alone, so that it says nothing of their number; the others are seeded anew.
+        if self.world.is_main:
             self.saved.randomness.restore(self.world.device)
         else:
-            seed_everything(self.plan.seed, self.world.rank, at.total)
+            seed_everything(self.plan.seed, self.world.rank, position.global_step)
 
-    def _must_be_of_this_run(self, saved: Checkpoint) -> None:
+    def _check_same_run(self, saved: Checkpoint) -> None:
+        """Raise BadCheckpoint where plan or data would compute something else; warn where only the last bits may."""
         steps = self.state.position.steps_per_epoch
         changed = [f"plan.{difference}" for difference in saved.plan.differences(self.plan)]
         if saved.data != self.data:
             changed.append(f"data: {saved.data} -> {self.data}")
         if saved.position.steps_per_epoch != steps:
-            changed.append(f"steps an epoch: {saved.position.steps_per_epoch} -> {steps}")
+            changed.append(f"steps per epoch: {saved.position.steps_per_epoch} -> {steps}")
         if changed:
             raise BadCheckpoint(f"{self.run.out} is another run; choose another folder. Changed: {'; '.join(changed)}")
-        free = "processes" if self.plan.reduce == "exact" else None
-        for key, value in self._made_with().items():
-            if key != free and saved.made_with.get(key) != value:
-                before = saved.made_with.get(key)
+        may_change = "processes" if self.plan.reduce == "exact" else None
+        for key, value in self._environment().items():
+            before = saved.made_with.get(key)
+            if key != may_change and before != value:
                 _log.warning("%s: was %s, is %s: the last bits will not be those of one run", key, before, value)
 
     # ---------------------------------------------------------------------------------- the steps
 
-    def fit(self) -> None:
-        """The steps of this epoch that are still to do."""
-        self.state.train_mode_()
-        self.pace = Pace()
-        for pieces in self._steps():
-            loss = self.state.step(pieces)
-            self.pace.add(sum(len(labels) for _, labels in pieces) * self.world.size)
-            self._report(loss)
-            if self._is_due():
-                self._save()
-            self._heed()
+    def train_epoch(self) -> None:
+        """Take the steps of this epoch that are still to do, with a checkpoint wherever the plan wants one."""
+        state, every = self.state, 0
+        if self.plan.checkpoint_every is not None:
+            every = max(1, self.plan.checkpoint_every.steps(state.position.steps_per_epoch))
+        state.train_mode_()
+        self.throughput = Throughput()
+        for micro_batches in self._steps():
+            loss = state.step(micro_batches)
+            self.throughput.add(sum(len(labels) for _, labels in micro_batches) * self.world.size)
+            self._report_progress(loss)
+            position = state.position
+            if every and position.step < position.steps_per_epoch and position.global_step % every == 0:
+                self._save()  # the end of an epoch has a checkpoint of its own, after the evaluation
+            self._check_stop()
 
     def _steps(self) -> Iterator[list[Batch]]:
-        """The batches of one step at a time, loaded under random states of their own."""
-        at, accumulate, world = self.state.position, self.plan.accumulate, self.world
-        if at.step == at.steps_per_epoch:
+        """Give the micro-batches of one step at a time: `accumulate` of each logical worker of this process."""
+        position, accumulate, world = self.state.position, self.plan.accumulate, self.world
+        if position.step == position.steps_per_epoch:
             return
-        batches = iter(self.batches.epoch(at.epoch, at.step * accumulate * len(self.workers)))
-        for step in range(at.step, at.steps_per_epoch):
-            pieces: list[Batch] = []
+        batches = iter(self.batches.epoch(position.epoch, position.step * accumulate * len(self.workers)))
+        for step in range(position.step, position.steps_per_epoch):
+            micro_batches: list[Batch] = []
             for worker in self.workers:
-                with apart(world.device, self.plan.seed, worker, at.epoch, step):
-                    pieces += islice(batches, min(accumulate, self.num_batches - step * accumulate))
-            count = sum(len(labels) for _, labels in pieces) * world.size
+                # Augmentation draws from states seeded by worker, epoch and step: what a batch looks like then
+                # depends neither on when the run was resumed nor on which process loads it.
+                with forked_rng(world.device, self.plan.seed, worker, position.epoch, step):
+                    micro_batches += islice(batches, min(accumulate, self.batches_per_worker - step * accumulate))
+            count = sum(len(labels) for _, labels in micro_batches) * world.size
             if not count:
-                raise BadData(f"epoch {at.epoch + 1} ended at step {step} of {at.steps_per_epoch}: images are missing")
+                raise BadData(
+                    f"epoch {position.epoch + 1} ended at step {step} of {position.steps_per_epoch}: images are missing"
+                )
             if count > self.plan.batch_size:
-                raise BadArgument(f"plan.batch_size is {self.plan.batch_size}, but the batches give {count} a step")
-            yield pieces
+                raise BadArgument(f"plan.batch_size is {self.plan.batch_size}, but the batches give {count} in a step")
+            yield micro_batches
 
-    def _is_due(self) -> bool:
-        """Whether the plan wants a checkpoint here; at the end of an epoch there is one after the evaluation."""
-        at, every = self.state.position, self.plan.checkpoint_every
-        if every is None or at.step == at.steps_per_epoch:
-            return False
-        return at.total % max(1, every.steps(at.steps_per_epoch)) == 0
+    # ---------------------------------------------------------------- evaluation and checkpoint
 
-    # ------------------------------------------------------- the evaluation, the checkpoint, the end
+    def evaluate_start(self) -> None:
+        """Evaluate the network that the run starts from, as the first candidate for the best, before the first step."""
+        if self.state.position.global_step or self.state.metrics:
+            return  # a resumed run has done so already
+        best_weights = self._evaluate(epoch=0)
+        self._log_event("evaluation", epoch=0, step=0, **self.state.metrics)
+        self._save(best_weights)
 
-    def judge_start(self) -> None:
-        """Evaluate what the run starts from, as its first candidate for the best, before the first step."""
-        if self.state.position.total or self.state.metrics:
-            return
-        weights = self._judged(epoch=0)
-        self._tell("judged", epoch=0, step=0, **self.state.metrics)
-        self._save(weights)
-
-    def _judged(self, epoch: int) -> dict[str, Tensor]:
-        """Evaluate; the weights to keep where they are the best so far, else nothing."""
-        state, at = self.state, self.state.position
-        state.weights_must_be_finite()
-        state.metrics = self.world.share(self._evaluate())
-        if not state.metrics:  # the first process was asked to stop in the middle
-            self._stop()
-        best = state.metrics["top1"] > state.best.get("top1", -math.inf)  # of equals the first one stays
-        if best:
-            state.best = {**state.metrics, "epoch": epoch, "step": at.total}
-        return snapshot(state.deliverable.state_dict()) if best and self.world.is_first else {}
-
-    def judge(self) -> None:
-        """Evaluate the epoch, keep its weights if they are the best, and save."""
-        state, at = self.state, self.state.position
-        weights = self._judged(epoch=at.epoch + 1)
-        loss, (lr, decay) = state.loss_sum / state.num_images, state.rates(at.total - 1)
-        own = {"epoch": at.epoch + 1, "step": at.total, "loss": loss, "lr": lr, "weight_decay": decay}
-        own["images_per_s"] = self.pace.images_per_s
-        measured = {f"eval_{name}" if name in own else name: value for name, value in state.metrics.items()}
-        self._tell("epoch", **own, **measured)
-        self._report(loss, is_evaluation=True)
+    def finish_epoch(self) -> None:
+        """Evaluate the epoch, log it, and save; its weights become the best where its "top1" is."""
+        state, position = self.state, self.state.position
+        best_weights = self._evaluate(epoch=position.epoch + 1)
+        loss, (lr, decay) = state.loss_sum / state.num_images, state.lr_and_decay(position.global_step - 1)
+        entry = {"epoch": position.epoch + 1, "step": position.global_step, "loss": loss, "lr": lr}
+        entry |= {"weight_decay": decay, "images_per_s": self.throughput.images_per_s}
+        metrics = {f"eval_{name}" if name in entry else name: value for name, value in state.metrics.items()}
+        self._log_event("epoch", **entry, **metrics)
+        self._report_progress(loss, is_evaluation=True)
         state.end_epoch()
-        self._save(weights)
-        self._heed()
+        self._save(best_weights)
+        self._check_stop()
 
-    def _evaluate(self) -> dict[str, float]:
-        if not self.world.is_first:
-            return {}
-        try:
-            with (
-                apart(self.world.device, self.plan.seed, 0, self.state.position.epoch, _EVALUATION),
-                self.signals.interrupting(),
-            ):
-                given = self.run.evaluate(copy.deepcopy(self.state.deliverable).eval())
-        except Interrupted:
-            return {}
-        metrics = {str(name): float(value) for name, value in given.items()}
-        if "top1" not in metrics:
-            raise BadArgument(
-                f"evaluate must give 'top1', by which the best epoch is chosen; it gave {sorted(metrics)}"
-            )
-        return metrics
+    def _evaluate(self, epoch: int) -> dict[str, Tensor]:
+        """Evaluate on the first process, and share the metrics; gives the weights to keep if they are the best yet."""
+        state, position = self.state, self.state.position
+        state.check_weights_finite()  # the update of the last step was not followed by a loss that would have shown it
+        metrics: dict[str, float] = {}
+        if self.world.is_main:
+            try:
+                # The user's evaluation may draw random numbers and must not move those of the training; and it may
+                # take long, but has no effects of its own, so that a signal may end it at once.
+                with (
+                    forked_rng(self.world.device, self.plan.seed, 0, position.epoch, _EVALUATION),
+                    self.signals.interruptible(),
+                ):
+                    result = self.run.evaluate(copy.deepcopy(state.eval_model).eval())
+                metrics = {str(name): float(value) for name, value in result.items()}
+                if "top1" not in metrics:
+                    raise BadArgument(
+                        f"evaluate must give 'top1', by which the best epoch is chosen; it gave {sorted(metrics)}"
+                    )
+            except Interrupted:
+                pass
+        state.metrics = self.world.broadcast(metrics)
+        if not state.metrics:  # the first process was interrupted; the evaluation is the first thing after a resume
+            self._stop()
+        is_best = state.metrics["top1"] > state.best.get("top1", -math.inf)  # of equals the first one stays
+        if is_best:
+            state.best = {**state.metrics, "epoch": epoch, "step": position.global_step}
+        return snapshot(state.eval_model.state_dict()) if is_best and self.world.is_main else {}
 
-    def _save(self, best: Mapping[str, Tensor] | None = None) -> None:
-        """Have the state, as it is now, written as the last checkpoint, after the `best` weights if there are any."""
-        self.saved = saved = self.state.capture(self.data, self.folder.log_bytes(), self._made_with())
+    def _save(self, best_weights: Mapping[str, Tensor] | None = None) -> None:
+        """Start to write the state, as it is now, as the last checkpoint, after the best weights if there are any.
+
+        The state is copied here and written in the background. The best weights come first: were the process killed
+        between the two, the resumed run would evaluate the same epoch again, and write the same best weights again.
+        """
+        self.saved = saved = self.state.to_checkpoint(self.data, self.folder.log_bytes(), self._environment())
         folder, metadata = self.folder, self.run.metadata
 
         def write() -> None:
-            if best:
-                save_best(folder, best, saved.best, metadata)
+            if best_weights:
+                save_best(folder, best_weights, saved.best, metadata)
             saved.save(folder, metadata)
 
-        if self.world.is_first:
+        if self.world.is_main:
             self.writer.submit(write)
 
-    def _heed(self) -> None:
-        """Between two steps: end where a signal asked for it, or the last checkpoint could not be written."""
-        heard = self.world.most(2 if self.writer.has_failed else 1 if self.signals.asked else 0)
-        if heard == 2:
-            self.settle()
-        if heard == 1 and not self.saved.is_complete:
+    # ------------------------------------------------------------------------------- the end
+
+    def _check_stop(self) -> None:
+        """Between two steps: end where a signal asked for it, or where the last checkpoint could not be written.
+
+        All processes agree by one integer, so that none waits in a collective for one that has ended.
+        """
+        wanted = self.world.max(2 if self.writer.has_failed else 1 if self.signals.received else 0)
+        if wanted == 2:
+            self.flush()
+        if wanted == 1 and not self.saved.is_complete:
             self._stop()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until the last checkpoint is on the disk; raises on every process where it could not be written."""
         self.writer.wait()
-        if self.world.most(self.writer.has_failed):
-            self.writer.check()  # the process that writes knows why
+        if self.world.max(self.writer.has_failed):
+            self.writer.raise_error()  # on the first process, which knows why
             raise NotWritable("the first process could not save: its message says why")
 
     def _stop(self) -> NoReturn:
-        at = self.state.position
-        if self.saved.position != at:
+        position = self.state.position
+        if self.saved.position != position:
             self._save()
-        self.settle()
+        self.flush()
         raise Stopped(
-            f"stopped by {self.signals.asked or 'a signal'} at epoch {at.epoch + 1}, step {at.step} of "
-            f"{at.steps_per_epoch}; everything is saved in {self.folder.last}: resume to go on"
+            f"stopped by {self.signals.received or 'a signal'} at epoch {position.epoch + 1}, step {position.step} of "
+            f"{position.steps_per_epoch}; everything is saved in {self.folder.last}: resume to go on"
         )
 
-    def _pin_threads(self, before: str) -> None:
-        """As many threads as the run was begun with, where its bits are promised: sums are split among them."""
-        if self.plan.reduce == "exact" and before.isdecimal() and int(before) != torch.get_num_threads():
-            _log.info("%s threads, as when the run was begun", before)
-            torch.set_num_threads(int(before))
+    # ---------------------------------------------------------------------------------- log and progress
 
-    # --------------------------------------------------------------------------------- to be heard
+    def _environment(self) -> dict[str, str]:
+        """What else the last bits depend on; a checkpoint keeps it as `made_with`."""
+        return {
+            "torch": str(torch.__version__),
+            "threads": str(torch.get_num_threads()),
+            "device": self.world.device.type,
+            "processes": str(self.world.size),
+        }
 
-    def _made_with(self) -> dict[str, str]:
-        made_with = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        made_with |= {"device": self.world.device.type, "processes": self.world.size}
-        return {key: str(value) for key, value in made_with.items()}
+    def _log_event(self, kind: str, **values: Any) -> None:
+        if self.world.is_main:
+            self.folder.append_log({"kind": kind, **values})
 
-    def _tell(self, kind: str, **numbers: Any) -> None:
-        if self.world.is_first:
-            self.folder.append({"kind": kind, **numbers})
-
-    def _report(self, loss: float, *, is_evaluation: bool = False) -> None:
-        if not self.run.on_progress or not self.world.is_first:
+    def _report_progress(self, loss: float, *, is_evaluation: bool = False) -> None:
+        if not self.run.on_progress or not self.world.is_main:
             return
-        at, total = self.state.position, self.plan.epochs * self.state.position.steps_per_epoch
+        position, total = self.state.position, self.plan.epochs * self.state.position.steps_per_epoch
         progress = Progress(
-            epoch=at.epoch + 1,
+            epoch=position.epoch + 1,
             epochs=self.plan.epochs,
-            step=at.step,
-            steps=at.steps_per_epoch,
+            step=position.step,
+            steps=position.steps_per_epoch,
             loss=loss,
-            lr=self.state.rates(at.total - 1)[0],
-            images_per_s=self.pace.images_per_s,
-            eta_s=self.pace.seconds_per_step * (total - at.total),
+            lr=self.state.lr_and_decay(position.global_step - 1)[0],
+            images_per_s=self.throughput.images_per_s,
+            eta_s=self.throughput.seconds_per_step * (total - position.global_step),
             metrics=self.state.metrics,
             is_evaluation=is_evaluation,
             memory_bytes=memory_in_use(self.world.device),

@@ -1,4 +1,8 @@
-"""What a Plan means for an optimizer: parameter groups, rates as closed forms of the step, averaged weights."""
+"""The optimizer of a Plan: learning-rate and decay schedules, parameter groups, frozen modules, averaged weights (EMA).
+
+A network's *levels* are its children in order, an `nn.Sequential` counting as one level for each of its own children:
+the stem, each stage, the head. Layer-wise learning rates and freezing count depth in them, whatever the network is.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,13 @@ from onefold.train.plan import SGD, AdamW, Ema, Exponential, ParameterKind, Plan
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
-# ------------------------------------------------------------------- rates, as functions of the step
+# ------------------------------------------------------------- schedules, as closed forms of the step
+#
+# Nothing of a schedule is stored: a resumed run computes the same rates from the same step.
 
 
 def learning_rate(plan: Plan, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0 over the whole run.
+    """Give the learning rate of optimizer step `step`, counted from 0 over the whole run.
 
     Cosine with W warm-up steps of T: warmup_from + (lr - warmup_from) * t / W for t < W, and then
     final + (lr - final) / 2 * (1 + cos(pi * (t - W) / (T - W))).
@@ -41,7 +47,7 @@ def learning_rate(plan: Plan, step: int, steps_per_epoch: int) -> float:
 
 
 def weight_decay(plan: Plan, step: int, steps_per_epoch: int) -> float:
-    """The coefficient of weight decay at optimizer step `step`, counted from 0 over the whole run."""
+    """Give the coefficient of weight decay at optimizer step `step`, counted from 0 over the whole run."""
     decay = plan.weight_decay
     if decay.final is None:
         return decay.start
@@ -49,27 +55,27 @@ def weight_decay(plan: Plan, step: int, steps_per_epoch: int) -> float:
 
 
 def ema_decay(ema: Ema, step: int) -> float:
-    """What the average keeps of itself at optimizer step `step`, counted from 0 over the whole run."""
+    """Give the decay of the average at optimizer step `step`, counted from 0 over the whole run."""
     return min(ema.decay, (1 + step) / (10 + step)) if ema.warmup else ema.decay
 
 
-def _half_cosine(start: float, final: float, part: float) -> float:
-    return final + (start - final) / 2 * (1 + math.cos(math.pi * part))
+def _half_cosine(start: float, final: float, fraction: float) -> float:
+    return final + (start - final) / 2 * (1 + math.cos(math.pi * fraction))
 
 
 # ------------------------------------------------------------------------ groups and the optimizer
 
 
 def decay_groups(model: nn.Module, skip: tuple[ParameterKind, ...]) -> dict[str, list[str]]:
-    """Names of the trainable parameters that decay and of those that `skip` spares: {"decay": ..., "skip": ...}."""
+    """Give the names of the trainable parameters that decay and of those that do not: {"decay": ..., "skip": ...}."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups: dict[str, list[str]] = {"decay": [], "skip": []}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             path = f"{prefix}.{name}" if prefix else name
             if path in trainable:
-                spared = _kinds(module, name, parameter) & set(skip)
-                groups["skip" if spared else "decay"].append(path)
+                skipped = _kinds(module, name, parameter) & set(skip)
+                groups["skip" if skipped else "decay"].append(path)
     return groups
 
 
@@ -84,10 +90,10 @@ def _kinds(module: nn.Module, name: str, parameter: Tensor) -> set[str]:
     return kinds
 
 
-def make_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
-    """The plan's optimizer over the trainable parameters of `model`: `decay_groups`, by scale of their rate."""
+def create_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
+    """Give the plan's optimizer over the trainable parameters of `model`, grouped by decay and scale of the rate."""
     named = dict(model.named_parameters())
-    scales = rate_scales(model, plan.layer_decay)
+    scales = lr_scales(model, plan.layer_decay)
     parts: dict[tuple[bool, float], list[Tensor]] = {}
     for kind, names in decay_groups(model, plan.weight_decay.skip).items():
         for name in names:
@@ -104,7 +110,7 @@ def make_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
 
 
 def set_rates_(optimizer: Optimizer, lr: float, decay: float) -> None:
-    """Put the rates of one step into the optimizer's groups."""
+    """Set the learning rate and weight decay of one step in the optimizer's groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
         group["weight_decay"] = decay if group["decays"] else 0.0
@@ -114,9 +120,10 @@ def set_rates_(optimizer: Optimizer, lr: float, decay: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>/<slot>` -> tensor.
+    """Give the optimizer's state as `<parameter>/<slot>` -> tensor.
 
-    The groups are not in it: they are a function of the model, the plan and the step.
+    By name, and not by torch's index, so that a checkpoint does not depend on the order of the groups; the groups
+    are not in it, since they are a function of the model, the plan and the step.
     """
     return {
         f"{name}/{slot}": value
@@ -129,28 +136,28 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 def load_optimizer_(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put the tensors of `optimizer_tensors` back; raises BadCheckpoint for a parameter the model does not have."""
     named = dict(model.named_parameters())
-    places = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
-        if name not in named or id(named[name]) not in places:
+        if name not in named or id(named[name]) not in index:
             raise BadCheckpoint(f"the optimizer's state is for {name!r}, which this model does not train")
         like = named[name]
         # the parameter's strides, so that a channels_last model goes on with channels_last state
         fits = value.shape == like.shape and value.ndim > 0
-        state.setdefault(places[id(like)], {})[slot] = torch.empty_like(like).copy_(value) if fits else value.clone()
+        state.setdefault(index[id(like)], {})[slot] = torch.empty_like(like).copy_(value) if fits else value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# -------------------------------------------------------------------------------- averaged weights
+# ----------------------------------------------------------------------------- averaged weights (EMA)
 
 
-class WeightAverage:
+class ModelEma:
     """A copy of the model, in eval mode, whose weights are an exponential moving average.
 
     Floating-point buffers are averaged with the weights: a BatchNorm's running statistics belong to the weights
-    they were gathered under, and the average of the statistics is nearer to what the averaged weights produce than
-    the latest ones are. Counters are copied.
+    under which they were computed, and the average of the statistics is nearer to what the averaged weights produce
+    than the latest ones are. Integer buffers (counters) are copied.
     """
 
     def __init__(self, model: nn.Module, ema: Ema) -> None:
@@ -160,56 +167,59 @@ class WeightAverage:
     @torch.no_grad()
     def update_(self, model: nn.Module, step: int) -> None:
         """Move towards the weights of `model` after optimizer step `step`, counted from 0 over the whole run."""
-        ours, theirs = self.module.state_dict(), model.state_dict()
-        averaged = [name for name, value in ours.items() if value.is_floating_point()]
-        move = get_ema_multi_avg_fn(ema_decay(self.ema, step))
-        move([ours[name] for name in averaged], [theirs[name] for name in averaged], None)
-        for name, value in ours.items():
+        average, current = self.module.state_dict(), model.state_dict()
+        floats = [name for name, value in average.items() if value.is_floating_point()]
+        update = get_ema_multi_avg_fn(ema_decay(self.ema, step))
+        update([average[name] for name in floats], [current[name] for name in floats], None)
+        for name, value in average.items():
             if not value.is_floating_point():
-                value.copy_(theirs[name])
+                value.copy_(current[name])
 
+
+# ---------------------------------------------------------------- frozen modules, layer-wise rates
 
 NORMS = "norms"
-"""In `Plan.freeze`: every BatchNorm of the network, its statistics, gain and bias."""
+"""In `Plan.freeze`: every BatchNorm of the network, its statistics, weight and bias."""
 
 
 def freeze_(model: nn.Module, names: Sequence[str]) -> None:
-    """Take the parameters of the named parts out of the training, in place.
+    """Exclude the parameters of the named modules from training, in place.
 
     A name is the path of a module, as `stem` or `stages.0`, or "norms". Raises BadArgument with the nearest names.
     """
-    for part in frozen_parts(model, names):
-        part.requires_grad_(False)
+    for module in frozen_modules(model, names):
+        module.requires_grad_(False)
 
 
 def train_mode_(model: nn.Module, names: Sequence[str]) -> None:
-    """Put `model` in train mode and the frozen parts in eval mode: their norms use, and keep, what they have gathered.
+    """Put `model` in train mode and its frozen modules in eval mode.
 
-    Dropout in a frozen part is off with it: what is frozen gives one answer.
+    Their norms then use, and keep, their running statistics, and their dropout is off: what is frozen is a function
+    of its input alone.
     """
     model.train()
-    for part in frozen_parts(model, names):
-        part.eval()
+    for module in frozen_modules(model, names):
+        module.eval()
 
 
-def frozen_parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules that the names of `Plan.freeze` stand for. Raises BadArgument."""
+def frozen_modules(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Give the modules that `Plan.freeze` names. Raises BadArgument for a name that the network does not have."""
     known = dict(model.named_modules())
-    parts: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for name in names:
         if name == NORMS:
-            parts += [module for module in known.values() if isinstance(module, _NormBase)]
+            modules += [module for module in known.values() if isinstance(module, _NormBase)]
         elif name and name in known:
-            parts.append(known[name])
+            modules.append(known[name])
         else:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(levels(model))}, {NORMS}"
             raise BadArgument(f"plan.freeze names {name!r}, which this network does not have: {hint}")
-    return parts
+    return modules
 
 
 def levels(model: nn.Module) -> list[str]:
-    """The paths of a network's levels, from the input to the head."""
+    """Give the paths of a network's levels, from the input to the head."""
     paths: list[str] = []
     for name, child in model.named_children():
         inside = [f"{name}.{key}" for key, _ in child.named_children()] if isinstance(child, nn.Sequential) else []
@@ -217,8 +227,8 @@ def levels(model: nn.Module) -> list[str]:
     return paths
 
 
-def rate_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """By parameter name: what its learning rate is multiplied with, layer_decay ** (levels above it).
+def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Give by parameter name the factor of its learning rate, layer_decay ** (levels above it).
 
     1 at the last level, layer_decay at the one before; a parameter of the network itself is at the first level.
     Source: discriminative fine-tuning, arXiv 1801.06146, section 3.2, as later papers apply it by block.

@@ -13,24 +13,24 @@ from typing import Annotated, Any, Literal
 from onefold.config import Duration, Epochs, Range, Steps, check, from_dict, to_dict
 from onefold.errors import BadArgument
 
-Rate = Annotated[float, Range(0.0, 1000.0)]
-Share = Annotated[float, Range(0.0, 1.0)]
-Small = Annotated[float, Range(0.0, 1.0)]
+LearningRate = Annotated[float, Range(0.0, 1000.0)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Epsilon = Annotated[float, Range(0.0, 1.0)]
 
 ParameterKind = Literal["norm", "bias", "vector", "depthwise"]
 
 NO_WARMUP = Steps(0)
 
-MECHANICS = ("workers", "checkpoint_every")
-"""The fields that leave every result as it is, and so may differ between a run and its resume."""
+RESUMABLE = ("workers", "checkpoint_every")
+"""The fields that change no result, and so may differ between a run and its resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
     """Stochastic gradient descent; the weight decay is added to the gradient."""
 
-    lr: Rate
-    momentum: Share = 0.0
+    lr: LearningRate
+    momentum: Fraction = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
@@ -43,9 +43,9 @@ class SGD:
 class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): a step shrinks a weight by lr * decay."""
 
-    lr: Rate
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Small = 1e-8
+    lr: LearningRate
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Epsilon = 1e-8
 
     def __post_init__(self) -> None:
         check(self, "plan.optimizer")
@@ -55,10 +55,10 @@ class AdamW:
 class RMSprop:
     """RMSprop as torch computes it: eps is added after the root; the weight decay is added to the gradient."""
 
-    lr: Rate
-    alpha: Share = 0.99
-    eps: Small = 1e-8
-    momentum: Share = 0.0
+    lr: LearningRate
+    alpha: Fraction = 0.99
+    eps: Epsilon = 1e-8
+    momentum: Fraction = 0.0
 
     def __post_init__(self) -> None:
         check(self, "plan.optimizer")
@@ -68,9 +68,9 @@ class RMSprop:
 class Cosine:
     """From the optimizer's lr to `final` on half a cosine, after a linear warm-up that starts at `warmup_from`."""
 
-    final: Rate = 0.0
+    final: LearningRate = 0.0
     warmup: Duration = NO_WARMUP
-    warmup_from: Rate = 0.0
+    warmup_from: LearningRate = 0.0
 
     def __post_init__(self) -> None:
         check(self, "plan.schedule")
@@ -78,9 +78,9 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential:
-    """The optimizer's lr times `factor` after every `every`, in stairs."""
+    """The optimizer's lr times `factor` after every `every`, as a step function."""
 
-    factor: Share
+    factor: Fraction
     every: Duration
 
     def __post_init__(self) -> None:
@@ -91,16 +91,16 @@ class Exponential:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDecay:
-    """The coefficient of weight decay, and which parameters it spares.
+    """The coefficient of weight decay, and which parameters do not decay.
 
     With a `final`, the coefficient goes from `start` to it on half a cosine over the whole run, warm-up included
     (MobileOne, arXiv 2206.04040: wd(t) = final + (start - final) / 2 * (1 + cos(pi t / T))).
     `skip` names what does not decay: "norm" all parameters of normalization layers, "bias" biases of other layers,
-    "vector" whatever has one dimension or none, "depthwise" kernels with one input channel a group. () decays all.
+    "vector" all of one dimension or none, "depthwise" kernels with one input channel per group. () decays all.
     """
 
-    start: Rate = 0.0
-    final: Rate | None = None
+    start: LearningRate = 0.0
+    final: LearningRate | None = None
     skip: tuple[ParameterKind, ...] = ()
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class WeightDecay:
 class Ema:
     """An exponential moving average of the weights; with `warmup`, the decay starts low: (1 + t) / (10 + t)."""
 
-    decay: Share
+    decay: Fraction
     warmup: bool = False
 
     def __post_init__(self) -> None:
@@ -120,10 +120,10 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """Learn from teachers: which ones, which targets their answers make, and how much these weigh.
+    """Knowledge distillation: the teachers, the targets made of their logits, and the weight of that loss.
 
-    `teacher` is what to ask, one or several: a run folder, weights, an exported artifact, `name@weights`, `timm:name`.
-    Several make one by the mean of their distributions. With targets "soft" the loss is T^2 KL(p_T || q_T), the
+    `teacher` names one or several: a run folder, weights, an exported artifact, `name@weights`, `timm:name`. Of
+    several the mean of their distributions is the target. With targets "soft" the loss is T^2 KL(p_T || q_T), the
     distributions being softmax(logits / T) (arXiv 1503.02531); with "hard" it is the cross-entropy on the class that
     the teacher finds likeliest (arXiv 2012.12877, section 4). The whole loss is `weight` times that and 1 - `weight`
     times the one on the labels: weight 1, soft, several teachers is MEAL V2 (arXiv 2009.08453).
@@ -140,20 +140,20 @@ class Distill:
     @property
     def teachers(self) -> tuple[str, ...]:
         """The teachers, one or several; empty where the user has still to name one."""
-        given = (self.teacher,) if isinstance(self.teacher, str) else self.teacher
-        return tuple(name for name in given if name)
+        names = (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+        return tuple(name for name in names if name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a training computes.
 
-    `batch_size` counts the images of one optimizer step, over all processes and all `accumulate` pieces of it.
+    `batch_size` counts the images of one optimizer step, over all processes and all `accumulate` micro-batches.
     `clip_grad_norm` is the greatest allowed l2 norm of the whole gradient. `checkpoint_every` adds checkpoints to
-    the one at the end of each epoch. `freeze` names what stays as it is (see `freeze`); `layer_decay` is what the rate
-    is multiplied with at each level from the head towards the input. A step is shared by `logical_workers`, whatever
-    number of processes stands in for them, and `reduce` says how their gradients are added (see `logical`). Raises
-    BadArgument naming the field, what is allowed and what came.
+    the one at the end of each epoch. `freeze` names the modules that are not trained (see `optim.freeze_`);
+    the learning rate is multiplied with `layer_decay` at each level from the head towards the input. A step is shared
+    by `logical_workers`, at any number of processes, and `reduce` says how their gradients are added (see the module
+    of that name). Raises BadArgument naming the field, what is allowed and what came.
     """
 
     epochs: Annotated[int, Range(0, 1_000_000)]
@@ -161,10 +161,10 @@ class Plan:
     optimizer: SGD | AdamW | RMSprop
     schedule: Cosine | Exponential = Cosine()
     weight_decay: WeightDecay = WeightDecay()
-    label_smoothing: Share = 0.0
+    label_smoothing: Fraction = 0.0
     distill: Distill | None = None
     freeze: tuple[str, ...] = ()
-    layer_decay: Share = 1.0
+    layer_decay: Fraction = 1.0
     ema: Ema | None = None
     clip_grad_norm: Annotated[float, Range(1e-12, 1e12)] | None = None
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -195,11 +195,11 @@ class Plan:
             raise BadArgument(f"plan.checkpoint_every must be longer than nothing or none, not {self.checkpoint_every}")
 
     def images_per_batch(self) -> int:
-        """The size of one batch as a logical worker loads it; raises BadArgument where it is not whole."""
+        """Give the size of one batch as a logical worker loads it; raises BadArgument where it is not an integer."""
         size, rest = divmod(self.batch_size, self.accumulate * self.logical_workers)
         if rest:
             raise BadArgument(
-                f"plan.batch_size {self.batch_size} is not a multiple of {self.accumulate} pieces for each of "
+                f"plan.batch_size {self.batch_size} is not a multiple of {self.accumulate} micro-batches for each of "
                 f"{self.logical_workers} logical workers: choose a multiple of {self.accumulate * self.logical_workers}"
             )
         return size
@@ -209,11 +209,11 @@ class Plan:
         return to_dict(self)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote; raises BadArgument for an unknown, missing or impossible field."""
-        return from_dict(cls, given, "plan")
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Read the plan that `to_dict` wrote; raises BadArgument for an unknown, missing or impossible field."""
+        return from_dict(cls, values, "plan")
 
     def differences(self, other: Plan) -> list[str]:
-        """One sentence part for each field in which two plans would compute something else."""
+        """Say `field: before -> after` for each field in which two plans would compute something else."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b and name not in MECHANICS]
+        return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b and name not in RESUMABLE]

@@ -1,7 +1,7 @@
-"""Random states: python's, numpy's and torch's, seeded together, kept in a checkpoint, and kept apart.
+"""Random states of python, numpy and torch: seeded together, saved in a checkpoint, and forked for a block.
 
-The network's draws (dropout) come from the global states. Loading and evaluating run in `apart`, under a seed of
-their own place in the run, so that they neither move those states nor depend on when the run was resumed.
+The network's random numbers (dropout) come from the global states. Loading and evaluation run in `forked_rng`, seeded
+by where in the run they are, so that they neither move those states nor depend on when the run was resumed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RandomState:
     numbers: Mapping[str, Any]
 
     @classmethod
-    def take(cls, device: torch.device) -> RandomState:
-        """The states as they are now; `device` adds its own if it is a GPU."""
+    def capture(cls, device: torch.device) -> RandomState:
+        """Give the states as they are now; `device` adds its own if it is a GPU."""
         version, words, gauss = random.getstate()
         legacy: Any = np.random.get_state(legacy=False)
         tensors = {
@@ -54,19 +54,19 @@ class RandomState:
             torch.cuda.set_rng_state(self.tensors["cuda"], device)
 
 
-def seed_everything(seed: int, *place: int) -> None:
-    """Seed python, numpy and torch with `seed`, or with a mix of it and the numbers of a place (rank, step, ...)."""
-    mixed = int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]) if place else seed
+def seed_everything(seed: int, *key: int) -> None:
+    """Seed python, numpy and torch with `seed`, or with a hash of it and a key (rank, step, ...)."""
+    mixed = int(np.random.SeedSequence((seed, *key)).generate_state(1)[0]) if key else seed
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
 
 
 @contextmanager
-def apart(device: torch.device, seed: int, *place: int) -> Iterator[None]:
-    """A block with random states of its own, seeded by its place; the global states are untouched by it."""
-    before = RandomState.take(device)
-    seed_everything(seed, *place)
+def forked_rng(device: torch.device, seed: int, *key: int) -> Iterator[None]:
+    """A block with random states of its own, seeded by `seed` and a key; the global states are untouched by it."""
+    before = RandomState.capture(device)
+    seed_everything(seed, *key)
     try:
         yield
     finally:
