@@ -21,9 +21,9 @@ import torch
 from PIL import Image, __version__
 
 from onefold.bench import Procedure, compare
-from onefold.data import Augment, Batches, HorizontalFlip, Preprocessing, RandomResizedCrop, find_images, jpeg
-from onefold.data.folders import Files
-from onefold.data.sampler import generator
+from onefold.data import Augment, HorizontalFlip, ImageLoader, Preprocessing, RandomResizedCrop, crop, find_images
+from onefold.data.folders import ImageFiles
+from onefold.data.sampler import sample_generator
 
 SIZE, BATCH, NUM_PHOTOS = 224, 32, 96
 CROP = RandomResizedCrop(size=SIZE, scale=(0.08, 1.0))
@@ -32,22 +32,22 @@ NETWORK = Preprocessing(size=SIZE)
 TOLERANCE = 1.0  # of 255 levels, any value of any image
 
 
-def photos(folder: Path, out: Path, sides: tuple[int, int]) -> Files:
+def photos(folder: Path, out: Path, sides: tuple[int, int]) -> ImageFiles:
     """The first photos of a folder, resized."""
     names = []
     for i, path in enumerate(find_images([folder])[:NUM_PHOTOS]):
         names.append(f"{i:03d}.jpg")
         with Image.open(path) as photo:
             photo.convert("RGB").resize(sides, Image.Resampling.BICUBIC).save(out / names[-1], quality=90)
-    return Files(out, names, [0] * len(names), ("photo",))
+    return ImageFiles(out, names, [0] * len(names), ("photo",))
 
 
-def usual(source: Files, n: int, samples: list[int]) -> torch.Tensor:
+def usual(source: ImageFiles, n: int, samples: list[int]) -> torch.Tensor:
     """RandomResizedCrop, flip, to tensor, normalise: the order and the operations of torchvision's PIL transforms."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
     images = []
     for i in samples:
-        rng = generator(0, n, i)
+        rng = sample_generator(0, n, i)
         with (source.root / source.names[i]).open("rb") as file:
             image = Image.open(file).convert("RGB")
         image = image.crop(CROP.box(image.size, rng)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -61,13 +61,13 @@ def usual(source: Files, n: int, samples: list[int]) -> torch.Tensor:
 class Ours:
     """Epochs of a training's batches, one batch a call."""
 
-    def __init__(self, source: Files, decoder: Callable[[], object]) -> None:
+    def __init__(self, source: ImageFiles, decoder: Callable[[], object]) -> None:
         augment = Augment(steps=(CROP, FLIP), preprocessing=NETWORK)
-        self.batches = Batches(source, augment, batch_size=BATCH, shuffle=True)
+        self.batches = ImageLoader(source, augment, batch_size=BATCH, shuffle=True)
         self.decoder, self.n, self.step = decoder, 0, 0
 
     def __call__(self) -> torch.Tensor:
-        jpeg.simplejpeg = self.decoder
+        crop.simplejpeg = self.decoder
         if self.step == len(self.batches):
             self.n, self.step = self.n + 1, 0
         images, _ = next(self.batches.epoch(self.n, self.step))
@@ -103,7 +103,7 @@ def main() -> None:
         raise SystemExit(f"no photos at {given.photos}: give --photos FOLDER")
     width, height = map(int, given.side.split("x"))
     torch.set_num_threads(1)
-    fast = jpeg.simplejpeg
+    fast = crop.simplejpeg
     with tempfile.TemporaryDirectory() as folder:
         source = photos(given.photos, Path(folder), (width, height))
         size = sum(source.num_bytes(i) for i in range(len(source))) / len(source)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onefold.commands.evaluate import class_indices
 from onefold.commands.fuse import export_made
 from onefold.commands.open import Network, open_network, predictor_of, validation_images
-from onefold.data import Source, open_source
+from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
 from onefold.quantize import PLAIN, Method, Quantized, choose, quantize
 from onefold.storage import replacing, write_text
@@ -71,7 +71,7 @@ class Subject:
         return network if network.is_fused else network.fused()[0]
 
     @cached_property
-    def scored(self) -> Source:
+    def scored(self) -> Dataset:
         return validation_images(SCORED, str(DATA / SCORED))[0]
 
     @cached_property
@@ -135,7 +135,7 @@ class Subject:
         known = json.loads(path.read_text())
         return Method(**{**known["method"], "keep": tuple(known["method"]["keep"])}), known["tried"]
 
-    def _prepared(self, name: str, source: Source, chosen: list[int]) -> Floats:
+    def _prepared(self, name: str, source: Dataset, chosen: list[int]) -> Floats:
         """The photos as the network sees them (B, C, H, W); kept for all networks that see them so."""
         preprocessing = self.network.preprocessing
         told = json.dumps([preprocessing.to_dict(), chosen], sort_keys=True)
@@ -148,9 +148,9 @@ class Subject:
         return np.load(path, mmap_mode="r")
 
 
-def calibration_photos() -> tuple[Source, list[int]]:
+def calibration_photos() -> tuple[Dataset, list[int]]:
     """Imagenette's training part, and which of it: every tenth."""
-    source = open_source(DATA / CALIBRATION, "train", seed=SEED, val_fraction=0.2)
+    source = open_dataset(DATA / CALIBRATION, "train", seed=SEED, val_fraction=0.2)
     return source, [i * len(source) // COUNT for i in range(COUNT)]
 
 

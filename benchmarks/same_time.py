@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from onefold.bench import Machine
-from onefold.data import Batches as ImageBatches
-from onefold.data import Cached, open_source
+from onefold.data import CachedDataset, ImageLoader, open_dataset
 from onefold.models import create_model
 from onefold.models.mobileone import zero_init_branches_
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe
@@ -67,7 +66,7 @@ def seconds_of(call: Callable[[], object], times: int = 5) -> float:
     return statistics.median(taken[1:])
 
 
-def step_seconds(contender: str, batches: ImageBatches, channels_last: bool) -> float:
+def step_seconds(contender: str, batches: ImageLoader, channels_last: bool) -> float:
     model = build(contender, 0).train()
     images, labels = next(batches.epoch(0))
     if channels_last:
@@ -85,13 +84,13 @@ def step_seconds(contender: str, batches: ImageBatches, channels_last: bool) -> 
 def run(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     recipe: Recipe = at_size(find_recipe("photos:scratch"), SIZE)
-    training = Cached(open_source(str(given.data), "train", seed=0, val_fraction=0.2))
-    held_out = Cached(open_source(str(given.data), "val", seed=0, val_fraction=0.2))
+    training = CachedDataset(open_dataset(str(given.data), "train", seed=0, val_fraction=0.2))
+    held_out = CachedDataset(open_dataset(str(given.data), "val", seed=0, val_fraction=0.2))
     plan = replace(recipe.plan, seed=given.seed, workers=0)
-    batches = ImageBatches(
+    batches = ImageLoader(
         training, recipe.augment, batch_size=plan.batch_size, seed=given.seed, shuffle=True, on_bad="skip"
     )
-    judged = ImageBatches(held_out, recipe.preprocessing, batch_size=plan.batch_size)
+    judged = ImageLoader(held_out, recipe.preprocessing, batch_size=plan.batch_size)
 
     def score(model: nn.Module) -> dict[str, float]:
         return accuracy(model.eval(), judged.epoch(0)).metrics()

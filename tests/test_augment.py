@@ -17,25 +17,23 @@ from PIL import Image
 from onefold.data import (
     Augment,
     AutoAugment,
-    Batches,
-    Cached,
+    CachedDataset,
     ColorJitter,
     Curriculum,
-    Cut,
     HorizontalFlip,
-    Mixed,
+    ImageLoader,
     Mixing,
+    MixupLoader,
     Preprocessing,
-    Progressive,
+    ProgressiveAugment,
     RandAugment,
     RandomErasing,
     RandomResizedCrop,
     Stage,
-    Window,
 )
-from onefold.data.autoaugment import IMAGENET_POLICY
-from onefold.data.operations import LEVELLESS, NAMES, amount, apply
-from onefold.data.sampler import batch_generator, generator
+from onefold.data.autoaugment import IMAGENET_POLICY, OPERATIONS, WITHOUT_LEVEL, apply, parameter_of
+from onefold.data.crop import Crop, CropBox
+from onefold.data.sampler import batch_generator, sample_generator
 from onefold.errors import BadArgument
 from onefold.train import cross_entropy
 
@@ -160,8 +158,8 @@ def test_geometry_is_sampled_where_it_should_be() -> None:
 def test_every_operation_takes_grey_pictures_and_leaves_its_argument() -> None:
     for image in (picture().convert("L"), picture()):
         before = pixels(image)
-        for name in NAMES:
-            value = amount(name, 0.9, "increasing", np.random.default_rng(0))
+        for name in OPERATIONS:
+            value = parameter_of(name, 0.9, "increasing", np.random.default_rng(0))
             done = apply(name, image, value, GREY, "bilinear")
             assert (done.mode, done.size) == (image.mode, image.size)
         np.testing.assert_array_equal(pixels(image), before)
@@ -183,7 +181,7 @@ def test_levels_mean_what_timm_reads() -> None:
             for seed in range(20):
                 random.seed(seed)
                 both.add(float(timm.LEVEL_TO_ARG[names[name]](level, {})[0]))
-            ours = {amount(name, level / 10, reading, np.random.default_rng(s)) for s in range(20)}  # type: ignore[arg-type]
+            ours = {parameter_of(name, level / 10, reading, np.random.default_rng(s)) for s in range(20)}  # type: ignore[arg-type]
             assert sorted(map(float, ours)) == pytest.approx(sorted(both)), (name, level, reading)
 
 
@@ -201,7 +199,9 @@ def test_the_policy_is_the_papers() -> None:
 
 def test_levels_of_autoaugment_cover_the_papers_ranges() -> None:
     def ends(name: str) -> list[float]:
-        drawn = [amount(name, level, "autoaugment", np.random.default_rng(s)) for level in (0, 1) for s in range(9)]  # type: ignore[arg-type]
+        drawn = [
+            parameter_of(name, level, "autoaugment", np.random.default_rng(s)) for level in (0, 1) for s in range(9)
+        ]  # type: ignore[arg-type]
         return [min(drawn), max(drawn)]
 
     assert ends("rotate") == [-30, 30]
@@ -215,7 +215,7 @@ def test_without_strength_nothing_happens() -> None:
     image = picture()
     for step in (AutoAugment(strength=0.0), RandAugment(num_ops=3, magnitude=10, strength=0.0, reading="increasing")):
         for i in range(60):
-            done = pixels(step(image, generator(0, 0, i)))
+            done = pixels(step(image, sample_generator(0, 0, i)))
             # of 4 bits that are still posterized away at level 0, none of AutoAugment's is
             if isinstance(step, AutoAugment):
                 np.testing.assert_array_equal(done, pixels(image))
@@ -226,7 +226,7 @@ def test_strength_is_how_far_a_picture_moves() -> None:
     for strength in (0.1, 0.4, 0.7, 1.0):
         step = AutoAugment(strength=strength)
         moved.append(
-            np.mean([np.abs(pixels(step(image, generator(0, 0, i))) - pixels(image)).mean() for i in range(200)])
+            np.mean([np.abs(pixels(step(image, sample_generator(0, 0, i))) - pixels(image)).mean() for i in range(200)])
         )
     assert moved == sorted(moved)
     assert moved[0] < moved[-1] / 2
@@ -242,23 +242,23 @@ def test_randaugment_draws_all_operations_as_often_as_it_says(monkeypatch: pytes
     monkeypatch.setattr("onefold.data.autoaugment.apply", note)
     step = RandAugment(num_ops=2, magnitude=9, std=0.5, p=0.5)
     for i in range(3000):
-        step(picture(side=2), generator(1, 0, i))
+        step(picture(side=2), sample_generator(1, 0, i))
     assert len(seen) == pytest.approx(3000, rel=0.05)
-    counts = [seen.count(name) for name in NAMES]
-    assert min(counts) > 0.7 * 3000 / len(NAMES)
-    assert set(LEVELLESS) < set(NAMES)
+    counts = [seen.count(name) for name in OPERATIONS]
+    assert min(counts) > 0.7 * 3000 / len(OPERATIONS)
+    assert set(WITHOUT_LEVEL) < set(OPERATIONS)
 
 
 def test_colour_jitter_is_within_its_factors() -> None:
     flat = Image.new("RGB", (8, 8), (100, 150, 50))
-    values = {int(pixels(ColorJitter(brightness=0.4)(flat, generator(0, 0, i)))[0, 0, 0]) for i in range(200)}
+    values = {int(pixels(ColorJitter(brightness=0.4)(flat, sample_generator(0, 0, i)))[0, 0, 0]) for i in range(200)}
     assert min(values) >= 60
     assert max(values) <= 140
     assert max(values) - min(values) > 60
-    turned = ColorJitter(hue=0.5)(Image.new("RGB", (2, 2), (255, 0, 0)), generator(0, 0, 3))
+    turned = ColorJitter(hue=0.5)(Image.new("RGB", (2, 2), (255, 0, 0)), sample_generator(0, 0, 3))
     assert pixels(turned).max() >= 250  # another hue, as bright and as full
     assert pixels(turned).min() <= 5
-    assert np.array_equal(pixels(ColorJitter()(flat, generator(0, 0, 0))), pixels(flat))
+    assert np.array_equal(pixels(ColorJitter()(flat, sample_generator(0, 0, 0))), pixels(flat))
 
 
 # ------------------------------------------------------------------------------------------- erasing
@@ -268,7 +268,7 @@ def test_erasing_puts_out_one_rectangle_of_the_stated_area() -> None:
     full = np.full((3, 40, 50), 7.0, np.float32)
     erase, areas, hits = RandomErasing(p=0.5, fill="mean"), [], 0
     for i in range(400):
-        done = erase(full, generator(0, 0, i))
+        done = erase(full, sample_generator(0, 0, i))
         rows, columns = np.nonzero(done[0] != 7.0)
         if len(rows):
             hits += 1
@@ -285,7 +285,7 @@ def test_erasing_puts_out_one_rectangle_of_the_stated_area() -> None:
 def test_erased_pixels_are_normal_numbers() -> None:
     full = np.full((3, 224, 224), 9.0, np.float32)
     erase = RandomErasing(p=1.0, area=(0.3, 0.3))
-    done = np.concatenate([d[d != 9.0] for d in (erase(full, generator(0, 0, i)) for i in range(5))])
+    done = np.concatenate([d[d != 9.0] for d in (erase(full, sample_generator(0, 0, i)) for i in range(5))])
     assert done.mean() == pytest.approx(0, abs=0.01)
     assert done.std() == pytest.approx(1, abs=0.01)
 
@@ -362,10 +362,10 @@ class Pictures:
     def __len__(self) -> int:
         return 24
 
-    def image(self, i: int, at_least: int = 0) -> Image.Image:
+    def image(self, i: int, min_side: int = 0) -> Image.Image:
         return picture(i)
 
-    def crop(self, i: int, window: Window) -> Cut:
+    def crop(self, i: int, window: CropBox) -> Crop:
         return window.of(picture(i))
 
     def label(self, i: int) -> int:
@@ -395,13 +395,13 @@ def everything(size: int = 24) -> Augment:
 CURRICULUM = Curriculum(stages=(Stage(epoch=0, size=16, strength=0.3), Stage(epoch=2, size=24)))
 
 
-def batches(**given: object) -> Batches:
-    grows = Progressive(augment=everything(), curriculum=CURRICULUM)
-    return Batches(Cached(Pictures()), grows, batch_size=8, seed=4, shuffle=True, **given)  # type: ignore[arg-type]
+def batches(**given: object) -> ImageLoader:
+    grows = ProgressiveAugment(augment=everything(), curriculum=CURRICULUM)
+    return ImageLoader(CachedDataset(Pictures()), grows, batch_size=8, seed=4, shuffle=True, **given)  # type: ignore[arg-type]
 
 
-def mixed(rank: int = 0, **given: object) -> Mixed:
-    return Mixed(batches(rank=rank, **given), Mixing(mixup=0.4, cutmix=1.0), num_classes=3, seed=4, rank=rank)
+def mixed(rank: int = 0, **given: object) -> MixupLoader:
+    return MixupLoader(batches(rank=rank, **given), Mixing(mixup=0.4, cutmix=1.0), num_classes=3, seed=4, rank=rank)
 
 
 def test_workers_starts_and_ranks_change_no_picture() -> None:
@@ -430,12 +430,12 @@ def test_mixing_is_keyed_by_epoch_step_and_rank() -> None:
         for rank in (0, 1)
     }
     assert len(draws) == 16
-    assert tuple(generator(0, 0, 0).random(2)) not in draws
+    assert tuple(sample_generator(0, 0, 0).random(2)) not in draws
 
 
 def test_a_curriculum_is_a_function_of_the_epoch() -> None:
     assert [CURRICULUM.at(n).size for n in range(5)] == [16, 16, 24, 24, 24]
-    grows = Progressive(augment=everything(), curriculum=CURRICULUM)
+    grows = ProgressiveAugment(augment=everything(), curriculum=CURRICULUM)
     steps = grows.at_epoch(1).steps
     assert (steps[0].size, steps[2].strength, steps[3].strength) == (16, 0.3, 0.3)  # type: ignore[attr-defined]
     assert grows.at_epoch(2) == everything()

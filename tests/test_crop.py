@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Callable
 from functools import partial
@@ -14,24 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from onefold.data import (
-    Augment,
-    Batches,
-    Cached,
-    HorizontalFlip,
-    Preprocessing,
-    RandomResizedCrop,
-    Window,
-    decode,
-    decode_crop,
-    jpeg,
-    resample,
-)
-from onefold.data.decode import MAX_PIXELS
-from onefold.data.folders import Files
+from onefold.data import Augment, CachedDataset, HorizontalFlip, ImageLoader, Preprocessing, RandomResizedCrop
+from onefold.data import crop as crops
+from onefold.data import decode as decoding
+from onefold.data.crop import CropBox
+from onefold.data.decode import MAX_PIXELS, decode, decode_crop
+from onefold.data.folders import ImageFiles
+from onefold.data.sampler import sample_generator
 from onefold.errors import BadData
 
-decoding = importlib.import_module("onefold.data.decode")
 RNG = np.random.default_rng(3)
 
 
@@ -50,16 +40,16 @@ def stored(image: Image.Image, format: str = "JPEG", orientation: int = 1, **opt
     return out.getvalue()
 
 
-def window(box: tuple[int, int, int, int], size: int = 24) -> Window:
-    return Window(size=size, place=lambda sides: box)
+def crop_at(box: tuple[int, int, int, int], size: int = 24) -> CropBox:
+    return CropBox(size=size, place=lambda sides: box)
 
 
 @pytest.fixture
 def without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(jpeg, "simplejpeg", lambda: None)
+    return lambda: monkeypatch.setattr(crops, "simplejpeg", lambda: None)
 
 
-simplejpeg = pytest.mark.skipif(jpeg.simplejpeg() is None, reason="needs simplejpeg")
+simplejpeg = pytest.mark.skipif(crops.simplejpeg() is None, reason="needs simplejpeg")
 
 
 @simplejpeg
@@ -83,17 +73,17 @@ def test_a_plain_jpeg_is_cut_to_the_same_bits_with_and_without_simplejpeg(
     left, top = int(corner[0] * (width - 1)), int(corner[1] * (height - 1))
     box = (left, top, left + 1 + int(corner[2] * (width - left - 1)), top + 1 + int(corner[3] * (height - top - 1)))
     for size in (4, 24, 200):  # reduced, and not
-        fast = jpeg.crop_jpeg(data, window(box, size), MAX_PIXELS)
+        fast = crops.crop_jpeg(data, crop_at(box, size), MAX_PIXELS)
         assert fast is not None
-        by_pillow = partial(decoding._cropped, window(box, size))
+        by_pillow = partial(decoding._cropped, crop_at(box, size))
         slow = decoding._decode(io.BytesIO(data), len(data), "it", by_pillow)
-        np.testing.assert_array_equal(fast.levels(), slow.levels())
+        np.testing.assert_array_equal(fast.resized(), slow.resized())
 
 
 @simplejpeg
 def test_rows_below_the_crop_are_not_decoded() -> None:
     data = stored(photo(200, 400), quality=90)
-    cut = jpeg.crop_jpeg(data, window((10, 20, 110, 100)), MAX_PIXELS)
+    cut = crops.crop_jpeg(data, crop_at((10, 20, 110, 100)), MAX_PIXELS)
     assert cut is not None
     assert cut.pixels.shape == (64, 100, 3)  # reduced by 2, of 400 rows the first 128: up to the crop, and 16 more
 
@@ -104,13 +94,13 @@ def test_a_crop_is_pillows_crop_and_resize_within_one_level(
     format: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(resample, "library", lambda: None)
-    elif resample.library() is None:
+        monkeypatch.setattr(crops, "resampler", lambda: None)
+    elif crops.resampler() is None:
         pytest.skip("no compiler")
     data = stored(photo(300, 200), format, quality=95)
     for box, size in (((0, 0, 300, 200), 64), ((31, 17, 200, 91), 90), ((5, 5, 40, 60), 64), ((0, 190, 10, 200), 33)):
         expected = decode(data).crop(box).resize((size, size), Image.Resampling.BILINEAR)
-        away = np.abs(decode_crop(data, window(box, size)).levels().astype(int) - np.asarray(expected))
+        away = np.abs(decode_crop(data, crop_at(box, size)).resized().astype(int) - np.asarray(expected))
         if format != "JPEG" or min(box[2] - box[0], box[3] - box[1]) < 2 * size:
             assert away.max() <= 1
         assert away.mean() < 2
@@ -120,9 +110,9 @@ def test_a_reduced_crop_is_near_the_full_one() -> None:
     data = stored(photo(1600, 1200, grain=40), quality=92)
     for box in ((0, 0, 1600, 1200), (101, 203, 1300, 1007)):
         expected = decode(data).crop(box).resize((160, 160), Image.Resampling.BILINEAR)
-        cut = decode_crop(data, window(box, 160))
+        cut = decode_crop(data, crop_at(box, 160))
         assert cut.pixels.shape[1] == 400
-        away = np.abs(cut.levels().astype(int) - np.asarray(expected))
+        away = np.abs(cut.resized().astype(int) - np.asarray(expected))
         assert away.mean() < 1.5
         assert np.percentile(away, 99) <= 8
 
@@ -130,35 +120,37 @@ def test_a_reduced_crop_is_near_the_full_one() -> None:
 @pytest.mark.parametrize("interpolation", ["bicubic", "nearest"])
 def test_other_filters_are_pillows(interpolation: str) -> None:
     data, box = stored(photo(120, 90), "PNG"), (7, 9, 100, 80)
-    asked = Window(size=40, place=lambda sides: box, interpolation=interpolation)
+    asked = CropBox(size=40, place=lambda sides: box, interpolation=interpolation)
     method = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}[interpolation]
     expected = decode(data).crop(box).resize((40, 40), method)
-    np.testing.assert_array_equal(decode_crop(data, asked).levels(), expected)
+    np.testing.assert_array_equal(decode_crop(data, asked).resized(), expected)
 
 
 def test_mirrored_and_scaled_in_one_pass() -> None:
-    cut = decode_crop(stored(photo(90, 70)), window((3, 4, 80, 66), 32))
+    cut = decode_crop(stored(photo(90, 70)), crop_at((3, 4, 80, 66), 32))
     network = Preprocessing(size=32)
     for mirror in (False, True):
-        levels = cut.levels()[:, ::-1] if mirror else cut.levels()
+        levels = cut.resized()[:, ::-1] if mirror else cut.resized()
         expected = network.normalise(Image.fromarray(np.ascontiguousarray(levels)))
-        np.testing.assert_allclose(cut.scaled(*network.line(), mirror=mirror), expected, atol=2e-6, rtol=0)
+        np.testing.assert_allclose(
+            cut.normalised(*network.scale_and_offset(), mirror=mirror), expected, atol=2e-6, rtol=0
+        )
 
 
 @simplejpeg
 def test_what_is_not_plain_or_not_whole_is_left_to_pillow(tmp_path: Path) -> None:
     good = stored(photo(64, 48))
-    assert jpeg.read_header(good) is not None
+    assert crops.read_jpeg_header(good) is not None
     for data in (good[:-2], good[: len(good) // 2], b"", b"\xff\xd8\xff\xd9", stored(photo(9, 9).convert("CMYK"))):
-        assert jpeg.crop_jpeg(data, window((0, 0, 8, 8)), MAX_PIXELS) is None
-    assert jpeg.crop_jpeg(good, window((0, 0, 8, 8)), 64 * 48 - 1) is None
+        assert crops.crop_jpeg(data, crop_at((0, 0, 8, 8)), MAX_PIXELS) is None
+    assert crops.crop_jpeg(good, crop_at((0, 0, 8, 8)), 64 * 48 - 1) is None
     for data in (good[: len(good) // 2], b"", b"no picture at all"):
         with pytest.raises(BadData, match="it"):
-            decode_crop(data, window((0, 0, 8, 8)), name="it")
+            decode_crop(data, crop_at((0, 0, 8, 8)), name="it")
     path = tmp_path / "tail.jpg"
     path.write_bytes(good + b"garbage")
     np.testing.assert_array_equal(
-        decode_crop(path, window((0, 0, 40, 40))).levels(), decode_crop(good, window((0, 0, 40, 40))).levels()
+        decode_crop(path, crop_at((0, 0, 40, 40))).resized(), decode_crop(good, crop_at((0, 0, 40, 40))).resized()
     )
 
 
@@ -168,31 +160,32 @@ def test_batches_are_the_same_whoever_decodes_and_whatever_is_cached(
     names = [f"{i}.jpg" for i in range(8)]
     for i, name in enumerate(names):
         (tmp_path / name).write_bytes(stored(photo(60 + 30 * i, 70), orientation=1 + i % 8, quality=90))
-    source = Files(tmp_path, names, [0, 1] * 4, ("a", "b"))
+    source = ImageFiles(tmp_path, names, [0, 1] * 4, ("a", "b"))
     steps = (RandomResizedCrop(size=32, scale=(0.1, 1.0)), HorizontalFlip())
     augment = Augment(steps=steps, preprocessing=Preprocessing(size=32))
 
     def epochs(of: object) -> list[np.ndarray]:
-        batches = Batches(of, augment, batch_size=4, shuffle=True, seed=5)  # type: ignore[arg-type]
+        batches = ImageLoader(of, augment, batch_size=4, shuffle=True, seed=5)  # type: ignore[arg-type]
         return [images.numpy() for n in (0, 1) for images, _ in batches.epoch(n)]
 
     first = epochs(source)
-    cached = Cached(source)
-    for again in (epochs(cached), epochs(Cached(source, limit_mib=0))):
+    cached = CachedDataset(source)
+    for again in (epochs(cached), epochs(CachedDataset(source, limit_mib=0))):
         np.testing.assert_array_equal(first, again)
     without_simplejpeg()
     np.testing.assert_array_equal(first, epochs(source))
     # the same steps one by one, on whole pictures: the flip is exact, the numbers drawn are the same
-    generator = importlib.import_module("onefold.data.sampler").generator
     for i in range(8):
-        whole = augment(source.image(i), generator(5, 0, i))
-        cut = augment.after_crop(source.crop(i, augment.window(generator(5, 0, i))), _after_box(5, i, steps[0], source))
+        whole = augment(source.image(i), sample_generator(5, 0, i))
+        cut = augment.after_crop(
+            source.crop(i, augment.crop_box(sample_generator(5, 0, i))), _after_box(5, i, steps[0], source)
+        )
         if min(source.image(i).size) < 64:
             np.testing.assert_allclose(whole, cut, atol=2e-6, rtol=0)
 
 
-def _after_box(seed: int, i: int, crop: RandomResizedCrop, source: Files) -> np.random.Generator:
+def _after_box(seed: int, i: int, crop: RandomResizedCrop, source: ImageFiles) -> np.random.Generator:
     """The sample's random numbers once the crop has drawn its own."""
-    rng = importlib.import_module("onefold.data.sampler").generator(seed, 0, i)
+    rng = sample_generator(seed, 0, i)
     crop.box(source.image(i).size, rng)
     return rng

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from onefold.data import decode, printable
-from onefold.data.decode import MAX_PIXELS
+from onefold.data.decode import MAX_PIXELS, decode, printable
 from onefold.errors import BadData
 
 RNG = np.random.default_rng(0)
@@ -261,9 +260,9 @@ def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def decoded_or_refused(data: bytes, at_least: int) -> Image.Image | str:
+def decoded_or_refused(data: bytes, min_side: int) -> Image.Image | str:
     try:
-        return decode(data, name="fuzzed", at_least=at_least)
+        return decode(data, name="fuzzed", min_side=min_side)
     except BadData as error:
         return str(error)
 
@@ -347,16 +346,16 @@ def test_a_large_jpeg_comes_smaller_where_that_is_allowed(tmp_path: Path) -> Non
     path = tmp_path / "photo.jpg"
     photo.save(path, quality=95)
     assert decode(path).size == (1600, 1200)
-    for at_least, size in (
+    for min_side, size in (
         (1201, (1600, 1200)),
         (601, (1600, 1200)),
         (600, (800, 600)),
         (151, (400, 300)),
         (1, (200, 150)),
     ):
-        small = decode(path, at_least=at_least)
+        small = decode(path, min_side=min_side)
         assert small.size == size
         if size != photo.size:
             away = np.asarray(small).astype(int) - np.asarray(photo.resize(size, Image.Resampling.BOX))
             assert np.abs(away).mean() < 1
-    np.testing.assert_array_equal(decode(path, at_least=1200), decode(path))
+    np.testing.assert_array_equal(decode(path, min_side=1200), decode(path))

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onefold.data import Augment, Batches, HorizontalFlip, Preprocessing, RandomResizedCrop, Window, decode, decode_crop
-from onefold.data.folders import Files
+from onefold.data import Augment, HorizontalFlip, ImageLoader, Preprocessing, RandomResizedCrop
+from onefold.data.crop import CropBox
+from onefold.data.decode import decode, decode_crop
+from onefold.data.folders import ImageFiles
 from onefold.errors import BadData
 from test_decode import SEEDS, mutated
 
 LIMIT_S = 5.0  # of processor time, for one file; the slowest seen take 0.1
-WINDOW = Window(size=16, place=lambda sides: (0, 0, max(1, sides[0] // 2), max(1, sides[1] // 2)))
+WINDOW = CropBox(size=16, place=lambda sides: (0, 0, max(1, sides[0] // 2), max(1, sides[1] // 2)))
 
 
 def damaged(folder: Path, count: int, seed: int) -> list[str]:
@@ -35,7 +37,7 @@ def taken(path: Path) -> str | None:
     """Why a file is refused, None where it is not; both ways of reading it must hold to their word."""
     started = time.process_time()
     why = []
-    for read in (lambda: decode_crop(path, WINDOW).levels().shape == (16, 16, 3), lambda: decode(path).mode == "RGB"):
+    for read in (lambda: decode_crop(path, WINDOW).resized().shape == (16, 16, 3), lambda: decode(path).mode == "RGB"):
         try:
             sound, reason = read(), None
         except BadData as error:
@@ -79,10 +81,12 @@ def test_a_training_goes_on_over_damaged_and_vanishing_files(tmp_path: Path) -> 
         (tmp_path / names[-1]).write_bytes(SEEDS["png"])
     for gone in names[5:120:10]:
         (tmp_path / gone).unlink()
-    source = Files(tmp_path, names, [i % 2 for i in range(len(names))], ("a", "b"))
+    source = ImageFiles(tmp_path, names, [i % 2 for i in range(len(names))], ("a", "b"))
     steps = (RandomResizedCrop(size=16, scale=(0.3, 1.0)), HorizontalFlip())
     augment = Augment(steps=steps, preprocessing=Preprocessing(size=16))
-    batches = Batches(source, augment, batch_size=20, shuffle=True, on_bad="skip", max_bad=len(names), num_workers=2)
+    batches = ImageLoader(
+        source, augment, batch_size=20, shuffle=True, on_bad="skip", max_bad=len(names), num_workers=2
+    )
     for n in range(2):
         seen = 0
         for images, labels in batches.epoch(n):
@@ -93,6 +97,6 @@ def test_a_training_goes_on_over_damaged_and_vanishing_files(tmp_path: Path) -> 
         assert seen + len(batches.bad) == len(names)
     assert set(names[5:120:10]) <= set(batches.bad)
     assert all(name in reason for name, reason in batches.bad.items())
-    strict = Batches(source, augment, batch_size=20, shuffle=True, on_bad="skip", max_bad=3)
+    strict = ImageLoader(source, augment, batch_size=20, shuffle=True, on_bad="skip", max_bad=3)
     with pytest.raises(BadData, match="more than 3 of 160"):
         list(strict.epoch(0))

@@ -39,7 +39,7 @@ def test_importing_the_package_imports_no_torch():
 def test_no_room_is_an_attic_and_no_file_two_ideas():
     for path in SOURCES:
         assert path.stem not in ("utils", "helpers", "misc", "common"), path
-        assert len(path.read_text().splitlines()) <= 320, path
+        assert len(path.read_text().splitlines()) <= 600, path
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)

@@ -17,10 +17,10 @@ from onefold.commands.open import Predictor
 from onefold.data import Preprocessing
 from onefold.data.imagenet import (
     ALEXNET_ERRORS,
-    corruptions,
+    corruption_folders,
+    imagenet_variant,
     mean_corruption_error,
     read_real_labels,
-    set_of,
     wordnet_ids,
 )
 from onefold.errors import BadData
@@ -171,9 +171,9 @@ def test_two_hundred_classes_are_answered_among_themselves(timm, tmp_path: Path,
 
 def test_sketch_and_parts_of_imagenet_are_answered_among_all(tmp_path: Path):
     ids = wordnet_ids()
-    assert set_of(tmp_path / "ImageNet-Sketch", ids) == "ImageNet-Sketch"
-    assert set_of(tmp_path / "val", ids) == "ImageNet"
-    assert set_of(tmp_path, ("cat", "dog")) is None
+    assert imagenet_variant(tmp_path / "ImageNet-Sketch", ids) == "ImageNet-Sketch"
+    assert imagenet_variant(tmp_path / "val", ids) == "ImageNet"
+    assert imagenet_variant(tmp_path, ("cat", "dog")) is None
     for wnid in (ids[3], ids[500], ids[999]):
         painted(tmp_path / "some" / wnid / "0.png", ids.index(wnid))
     (found,) = evaluate_suite(
@@ -264,13 +264,13 @@ def test_classes_that_are_called_one_to_five_are_no_severities(tmp_path: Path):
     for split in ("train", "val"):
         for name in ("1", "2"):
             painted(tmp_path / split / name / "a.png", int(name) - 1)
-    assert corruptions(tmp_path) == {}
+    assert corruption_folders(tmp_path) == {}
 
 
 def test_class_folders_are_no_corruptions(tmp_path: Path):
     for name in ("0", "1", "2"):
         painted(tmp_path / name / "a.png", int(name))
-    assert corruptions(tmp_path) == {}
+    assert corruption_folders(tmp_path) == {}
     (found,) = evaluate_suite(predictor(lambda code: one_hot(code, among=3), count=3), open_suite("x", str(tmp_path)))
     assert found.score.top1 == 100.0
 

@@ -20,7 +20,8 @@ from available import INSTALLED, RUNNABLE
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands.open import open_network
-from onefold.data import decode, find_images, open_source
+from onefold.data import find_images, open_dataset
+from onefold.data.decode import decode
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
@@ -360,7 +361,7 @@ def test_runtimes_compute_the_network_that_was_simulated(
 def test_mobileone_s0_survives(weights: str, shared_data: Path) -> None:
     """Apple's weights, calibrated on 64 photos of Imagenette's training part, on 200 photos of as many classes."""
     network = open_network(shared_data / "weights" / "mobileone_s0_in1k_fused.npz", name="mobileone_s0")
-    training = open_source(str(shared_data / "imagenette-224-subset"), "train", seed=0, val_fraction=0.2)
+    training = open_dataset(str(shared_data / "imagenette-224-subset"), "train", seed=0, val_fraction=0.2)
     photos = [training.image(i) for i in range(0, len(training), len(training) // 64)]
     made = quantize(
         network.model, torch.stack([torch.from_numpy(network.preprocessing(photo)) for photo in photos]),

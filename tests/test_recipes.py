@@ -19,7 +19,7 @@ from torch import nn
 
 from onefold.cli import display, main
 from onefold.commands.train import Callbacks, read_recipe, resume_run, start_run
-from onefold.data import Batches, Curriculum, Mixed, Stage
+from onefold.data import Curriculum, ImageLoader, MixupLoader, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.recipes import Recipe, at_epochs, at_size, find_recipe, override, recipe_for, recipes, scaled
@@ -236,7 +236,7 @@ def test_another_size_is_that_of_all_steps_and_stages() -> None:
         ({"steps.2.strength": "2"}, "strength is 2, expected a share from 0 to 1"),
         ({"steps.2.policy": "cifar"}, "policy is 'cifar', expected 'imagenet'"),
         ({"mixing": '{"kind": "Mixing"}'}, "mixup is 0.0 and cutmix 0.0, expected one above 0"),
-        ({"erase": '{"kind": "RandomErasing", "p": 2}'}, "p is 2, expected a chance from 0 to 1"),
+        ({"erase": '{"kind": "RandomErasing", "p": 2}'}, "p is 2, expected a probability from 0 to 1"),
         ({"dropout": "1.5"}, r"recipe\.dropout must be a number from 0 to 1 or none, not 1\.5"),
     ],
 )
@@ -313,13 +313,13 @@ def test_a_complete_recipe_is_shown_with_what_was_changed(capsys: pytest.Capture
 
 def test_a_recipe_makes_the_batches_it_says(data: Path) -> None:
     from onefold.commands.train import _batches
-    from onefold.data import open_source
+    from onefold.data import open_dataset
     from onefold.train import World
 
     recipe = override(find_recipe("mobileformer:508m", 32), {"plan.batch_size": "8", "plan.workers": "0"})
-    mixed = _batches(open_source(str(data), "train", seed=0, val_fraction=0.2), recipe, World())
-    assert isinstance(mixed, Mixed)
-    assert isinstance(mixed.batches, Batches)
+    mixed = _batches(open_dataset(str(data), "train", seed=0, val_fraction=0.2), recipe, World())
+    assert isinstance(mixed, MixupLoader)
+    assert isinstance(mixed.batches, ImageLoader)
     images, shares = next(iter(mixed.epoch(0)))
     assert images.shape == (8, 3, 32, 32)
     assert shares.shape == (8, 4)

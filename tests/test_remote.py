@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from onefold.data.patience import Patience
-from onefold.data.remote import BlobFile, open_blob
-from onefold.data.tars import members
+from onefold.data.remote import BlobReader, RetryPolicy, open_blob
+from onefold.data.shards import read_tar_index
 from onefold.errors import BadData
 from range_server import RangeServer, seldom, serving
 
-QUICK = Patience(tries=12, timeout_s=0.3, pause_s=0.001)
+QUICK = RetryPolicy(tries=12, timeout_s=0.3, pause_s=0.001)
 
 
 @pytest.fixture
@@ -52,8 +51,8 @@ def test_a_misbehaving_server_changes_nothing(shard: Path, server: RangeServer) 
     blob = open_blob(f"{server.url}/s.tar", QUICK)
     server.fault = seldom(0.3, ("503", "short", "slow"), seed=2)
     assert blob.num_bytes == len(whole)
-    found = members(blob)
-    assert found == members(open_blob(shard))
+    found = read_tar_index(blob)
+    assert found == read_tar_index(open_blob(shard))
     for member in found:
         assert blob.read(member.offset, member.size) == whole[member.offset : member.offset + member.size]
     assert sum(server.requests.values()) > 14  # some were asked for again
@@ -62,7 +61,7 @@ def test_a_misbehaving_server_changes_nothing(shard: Path, server: RangeServer) 
 @pytest.mark.parametrize(("fault", "tries", "says"), [("404", 1, "404 Not Found"), ("503", 3, r"503 .*\(3 tries\)")])
 def test_what_stays_broken_is_one_sentence(server: RangeServer, fault: str, tries: int, says: str) -> None:
     server.fault = lambda path, number: fault
-    blob = open_blob(f"{server.url}/s.tar?secret=1", Patience(tries=3, timeout_s=2, pause_s=0.001))
+    blob = open_blob(f"{server.url}/s.tar?secret=1", RetryPolicy(tries=3, timeout_s=2, pause_s=0.001))
     with pytest.raises(BadData, match=says) as caught:
         blob.read(0, 5)
     assert sum(server.requests.values()) == tries  # what would be the same again is not asked for again
@@ -72,7 +71,7 @@ def test_what_stays_broken_is_one_sentence(server: RangeServer, fault: str, trie
 
 def test_a_blob_as_a_file_over_the_web(shard: Path, server: RangeServer) -> None:
     whole = shard.read_bytes()
-    file = io.BufferedReader(BlobFile(open_blob(f"{server.url}/s.tar", QUICK)), 700)
+    file = io.BufferedReader(BlobReader(open_blob(f"{server.url}/s.tar", QUICK)), 700)
     assert file.read(1000) == whole[:1000]
     file.seek(-100, io.SEEK_END)
     assert file.read() == whole[-100:]
@@ -85,7 +84,7 @@ def test_objects_through_obstore(shard: Path, monkeypatch: pytest.MonkeyPatch) -
     blob = open_blob("s3://bucket/s.tar", QUICK)
     assert blob.num_bytes == len(whole)
     assert blob.read(100, 50) == whole[100:150]
-    assert members(blob) == members(open_blob(shard))
+    assert read_tar_index(blob) == read_tar_index(open_blob(shard))
     with pytest.raises(BadData, match="s3://bucket/none"):
         open_blob("s3://bucket/none", QUICK).read(0, 5)
 
@@ -121,6 +120,6 @@ def test_a_tar_in_s3(shard: Path, s3: str) -> None:
     make = urllib.request.Request(f"{s3}/photos", method="PUT")
     urllib.request.urlopen(make, timeout=10).close()
     stores.from_url("s3://photos").put(shard.name, shard.read_bytes())
-    assert members(open_blob("s3://photos/s.tar", QUICK)) == members(open_blob(shard))
+    assert read_tar_index(open_blob("s3://photos/s.tar", QUICK)) == read_tar_index(open_blob(shard))
     with pytest.raises(BadData, match="s3://photos/none"):
         open_blob("s3://photos/none", QUICK).read(0, 5)

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.data import Preprocessing, open_source
-from onefold.data.checks import Checked, check_data
-from onefold.data.looks import look, moved_classes
-from onefold.data.sheet import captions, picture_of, sheet
+from onefold.data import Preprocessing, open_dataset
+from onefold.data.checks import (
+    DataCheck,
+    captions,
+    check_data,
+    contact_sheet,
+    denormalise,
+    swapped_classes,
+    thumbnail_stats,
+)
 from onefold.errors import BadData
 
 COLOURS = {"ash": (200, 60, 60), "birch": (60, 200, 60), "cedar": (60, 60, 200)}
@@ -38,8 +44,8 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def checked(folder: Path, size: int = 32) -> Checked:
-    train, val = (open_source(folder, split, seed=0, val_fraction=0.2) for split in ("train", "val"))
+def checked(folder: Path, size: int = 32) -> DataCheck:
+    train, val = (open_dataset(folder, split, seed=0, val_fraction=0.2) for split in ("train", "val"))
     return check_data(train, val, size)
 
 
@@ -47,7 +53,7 @@ def test_nothing_is_said_of_sound_data(photos: Path):
     found = checked(photos)
     assert found.findings == ()
     assert (found.num_train, found.num_val) == (72, 30)
-    found.refuse_errors()
+    found.raise_for_errors()
 
 
 def swap(folder: Path) -> None:
@@ -151,9 +157,9 @@ def test_a_planted_fault_is_found_and_named(photos: Path, is_error: bool, says: 
     assert told[0].is_error == is_error
     if is_error:
         with pytest.raises(BadData, match="train with --no-check"):
-            found.refuse_errors()
+            found.raise_for_errors()
     else:
-        found.refuse_errors()
+        found.raise_for_errors()
 
 
 def test_small_photos_for_a_large_input_are_told(photos: Path):
@@ -180,7 +186,7 @@ class Relabelled:
 
 
 def test_labels_that_have_come_apart_from_the_images_are_told():
-    digits, val = (open_source("digits", split, seed=0, val_fraction=0.2) for split in ("train", "val"))
+    digits, val = (open_dataset("digits", split, seed=0, val_fraction=0.2) for split in ("train", "val"))
     labels = np.random.default_rng(0).integers(0, 10, len(digits))
     found = check_data(Relabelled(digits, lambda i: int(labels[i])), val, 32)
     assert any("% is chance" in finding.text for finding in found.findings)
@@ -190,24 +196,26 @@ def test_labels_that_have_come_apart_from_the_images_are_told():
 def test_a_copy_is_found_in_more_images_than_are_looked_at(photos: Path):
     picture(5, COLOURS["ash"], side=99).save(photos / "train/ash/00.png")
     overlap(1)(photos)
-    train, val = (open_source(photos, split, seed=0, val_fraction=0.2) for split in ("train", "val"))
-    names = {look(train, 8, beside=val).name(n) for n in range(8)}
+    train, val = (open_dataset(photos, split, seed=0, val_fraction=0.2) for split in ("train", "val"))
+    names = {thumbnail_stats(train, 8, other=val).name(n) for n in range(8)}
     assert "ash/00.png" in names  # its size is the copy's
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_classes_that_have_not_moved_are_left_alone(seed: int):
     """The likelihood gained by exchanging classes of sound data stays far below what counts as an error (30 nats)."""
-    train, val = (look(open_source("digits", split, seed=seed, val_fraction=0.2), 2000) for split in ("train", "val"))
-    assert all(nats < 10 for _, nats in moved_classes(train, val, 10))
+    train, val = (
+        thumbnail_stats(open_dataset("digits", split, seed=seed, val_fraction=0.2), 2000) for split in ("train", "val")
+    )
+    assert all(nats < 10 for _, nats in swapped_classes(train, val, 10))
 
 
 def test_the_sheet_shows_what_the_network_sees():
     preprocessing = Preprocessing(size=24, crop_pct=1.0)
     original = picture(3, COLOURS["ash"], side=24)
     pixels = preprocessing(original)
-    assert np.array_equal(np.asarray(picture_of(pixels, preprocessing)), np.asarray(original))
-    paper = sheet(
+    assert np.array_equal(np.asarray(denormalise(pixels, preprocessing)), np.asarray(original))
+    paper = contact_sheet(
         [(pixels, "ash")] * 10 + [(pixels, "a very long name of a class that no tile is wide enough for")],
         preprocessing,
     )

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from onefold.data import Progressive
+from onefold.data import ProgressiveAugment
 from onefold.recipes import Recipe, find_recipe, recipes, scaled
 from onefold.train import SGD, AdamW, Cosine, Ema, Exponential, learning_rate, weight_decay
 from onefold.train.optim import ModelEma, create_optimizer, ema_decay, set_rates_
@@ -61,7 +61,7 @@ def test_decay_and_rate_of_mobileone_fall_on_one_cosine() -> None:
 @ALL
 def test_curriculum_at_every_epoch_of_the_run(recipe: Recipe) -> None:
     transform = recipe.transform
-    if not isinstance(transform, Progressive):
+    if not isinstance(transform, ProgressiveAugment):
         assert recipe.curriculum is None
         return
     found = [transform.at_epoch(n) for n in range(recipe.plan.epochs)]

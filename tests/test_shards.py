@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.data import Source, Window, fingerprint, open_source
+from onefold.data import Dataset, open_dataset
+from onefold.data.crop import CropBox
+from onefold.data.dataset import fingerprint
 from onefold.data.remote import LocalFile
-from onefold.data.tars import members
+from onefold.data.shards import read_tar_index
 from onefold.errors import BadData
 from range_server import serving
 
@@ -60,11 +62,11 @@ def tree(tmp_path: Path) -> dict[str, bytes]:
     return files
 
 
-def opened(spec: Path | str, side: str = "train", fraction: float = 0.3) -> Source:
-    return open_source(spec, side, seed=1, val_fraction=fraction)  # type: ignore[arg-type]
+def opened(spec: Path | str, side: str = "train", fraction: float = 0.3) -> Dataset:
+    return open_dataset(spec, side, seed=1, val_fraction=fraction)  # type: ignore[arg-type]
 
 
-def content(source: Source) -> dict[str, tuple[str, bytes]]:
+def content(source: Dataset) -> dict[str, tuple[str, bytes]]:
     return {
         source.name(i): (source.classes[source.label(i)], np.asarray(source.image(i)).tobytes())
         for i in range(len(source))
@@ -95,10 +97,10 @@ def test_a_folder_a_tar_and_a_tar_on_the_web_are_the_same_source(tmp_path: Path,
                 assert content(packed) == content(folder)
                 if form is shards:
                     assert fingerprint(packed) == fingerprint(folder)
-                crop = Window(size=8, place=lambda sides: (2, 3, 20, 17))
+                crop = CropBox(size=8, place=lambda sides: (2, 3, 20, 17))
                 name = packed.name(0)
                 same = next(i for i in range(len(folder)) if folder.name(i) == name)
-                np.testing.assert_array_equal(packed.crop(0, crop).levels(), folder.crop(same, crop).levels())
+                np.testing.assert_array_equal(packed.crop(0, crop).resized(), folder.crop(same, crop).resized())
 
 
 def test_one_tar_is_split_as_its_folder_is(tmp_path: Path, tree: dict[str, bytes]) -> None:
@@ -128,16 +130,16 @@ def test_the_index_is_read_once_and_again_when_the_tar_changes(
     tmp_path: Path, tree: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     tar = tarred(tmp_path / "x.tar", sorted(tree.items()))
-    first = members(LocalFile(tar))
+    first = read_tar_index(LocalFile(tar))
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", lambda **_: pytest.fail("the tar was read again"))
-        assert members(LocalFile(tar)) == first
+        assert read_tar_index(LocalFile(tar)) == first
     (kept,) = (cache / "onefold" / "tars").iterdir()
     for damaged in ("", "[1, 2", '[{"name": "x"}]'):
         kept.write_text(damaged)
-        assert members(LocalFile(tar)) == first
+        assert read_tar_index(LocalFile(tar)) == first
     tarred(tar, [*sorted(tree.items()), ("train/cat/new.jpg", jpeg())])
-    assert len(members(LocalFile(tar))) == len(first) + 1
+    assert len(read_tar_index(LocalFile(tar))) == len(first) + 1
 
 
 def test_what_cannot_be_used_is_explained(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_links_and_hidden_members_are_passed_over(tmp_path: Path) -> None:
         link = tarfile.TarInfo("a/link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    assert [member.name for member in members(LocalFile(tmp_path / "x.tar"))] == ["a/1.jpg", "b/1.jpg"]
+    assert [member.name for member in read_tar_index(LocalFile(tmp_path / "x.tar"))] == ["a/1.jpg", "b/1.jpg"]
 
 
 def test_a_server_without_ranges_or_without_the_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from onefold.commands.handout import handout
 from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of, validation_images
 from onefold.commands.quantizing import Calibration, held_out, quantized, unlabelled
 from onefold.commands.report import write_page
-from onefold.data import Batches, Source
+from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.models.card import page_of
 from onefold.quantize import Quantized
@@ -184,13 +184,13 @@ def _runs_here(artifact: Artifact) -> bool:
 class _Exam:
     """The photos, and how to ask for them."""
 
-    photos: Source
+    photos: Dataset
     network: Network
     labelled: bool
 
     def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], float | None]:
         """The best class of each photo (N,), and top-1 in percent where the photos have labels."""
-        batches = Batches(self.photos, self.network.preprocessing, batch_size=32, shuffle=False, on_bad="skip")
+        batches = ImageLoader(self.photos, self.network.preprocessing, batch_size=32, shuffle=False, on_bad="skip")
         found, labels = [], []
         for images, truth in batches.epoch(0):
             found.append(predictor.session(images.numpy()).argmax(1))
@@ -202,7 +202,7 @@ class _Exam:
         return answers, 100 * float((answers == index[np.concatenate(labels)]).mean())
 
 
-def _photos_to_score(network: Network, order: Deployment) -> tuple[Source, str, bool]:
+def _photos_to_score(network: Network, order: Deployment) -> tuple[Dataset, str, bool]:
     """The photos, what to call them, and whether they have labels that the network knows."""
     given = order.val or order.calibration.data
     try:

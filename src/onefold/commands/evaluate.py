@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
-from onefold.data import Batches, Source
-from onefold.data.folders import class_folders
+from onefold.data import Dataset, ImageLoader
+from onefold.data.folders import read_class_folders
 from onefold.data.imagenet import (
     ALEXNET_ERRORS,
-    corruptions,
+    corruption_folders,
+    find_real_labels,
+    imagenet_variant,
     mean_corruption_error,
     read_real_labels,
-    real_labels,
-    set_of,
     wordnet_ids,
 )
 from onefold.errors import BadData
@@ -40,7 +40,7 @@ class EvalSuite:
 
     title: str
     folder: Path
-    sets: Mapping[str, Source]
+    sets: Mapping[str, Dataset]
     run: Path | None = None
 
 
@@ -58,8 +58,8 @@ def open_suite(source: str | Path, data: str | None) -> EvalSuite:
     folder = Path(data or source)
     if data is not None and folder.is_dir():
         sets = {
-            f"{name} {level}": class_folders(path)
-            for name, levels in corruptions(folder).items()
+            f"{name} {level}": read_class_folders(path)
+            for name, levels in corruption_folders(folder).items()
             for level, path in levels.items()
         }
         if sets:
@@ -80,12 +80,12 @@ def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 
 
 def _evaluate_set(predictor: Predictor, suite: EvalSuite, name: str, batch_size: int) -> EvalResult:
     source = suite.sets[name]
-    kind = set_of(suite.folder, source.classes) if predictor.num_classes == 1000 else None
+    kind = imagenet_variant(suite.folder, source.classes) if predictor.num_classes == 1000 else None
     if kind in ("ImageNet-A", "ImageNet-R"):
         score = evaluate(_restricted_to(predictor, source), source, batch_size=batch_size)
         return EvalResult(data=f"{name} ({kind}, among its 200 classes)", score=score)
     score = evaluate(predictor, source, batch_size=batch_size)
-    labels = real_labels(suite.folder) if kind == "ImageNet" else None
+    labels = find_real_labels(suite.folder) if kind == "ImageNet" else None
     if labels is None:
         return EvalResult(data=f"{name} ({kind})" if kind and len(suite.sets) == 1 else name, score=score)
     real = read_real_labels(labels, [source.name(i) for i in range(len(source))])
@@ -97,7 +97,7 @@ def _evaluate_set(predictor: Predictor, suite: EvalSuite, name: str, batch_size:
     )
 
 
-def _restricted_to(predictor: Predictor, source: Source) -> Predictor:
+def _restricted_to(predictor: Predictor, source: Dataset) -> Predictor:
     """Give the predictor restricted to the logits of the source's classes."""
     indices = np.array(class_indices(predictor, source))
     return replace(
@@ -133,14 +133,14 @@ def _summary(suite: EvalSuite, results: Sequence[EvalResult]) -> EvalResult:
     return EvalResult(data=suite.title, score=merge([result.score for result in results]), extra=extra)
 
 
-def evaluate(predictor: Predictor, source: Source, *, batch_size: int = 32) -> Accuracy:
+def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> Accuracy:
     """Give the accuracy of a predictor on labelled images, their classes matched to the network's by name."""
     index = torch.tensor(class_indices(predictor, source))
-    batches = Batches(source, predictor.preprocessing, batch_size=batch_size, shuffle=False)
+    batches = ImageLoader(source, predictor.preprocessing, batch_size=batch_size, shuffle=False)
     return accuracy(predictor.session, ((images, index[labels]) for images, labels in batches.epoch(0)))
 
 
-def class_indices(predictor: Predictor, source: Source) -> list[int]:
+def class_indices(predictor: Predictor, source: Dataset) -> list[int]:
     """Give the network's index of each class of the source. Raises BadData where the classes cannot be the same."""
     names, known = source.classes, predictor.classes
     ids = wordnet_ids() if predictor.num_classes == 1000 else ()
@@ -168,7 +168,7 @@ PREDICTIONS = "predictions.jsonl"
 _PICTURES, _SIDE = 24, 96
 
 
-def write_predictions(run: Path, predictor: Predictor, images: Source, score: Accuracy, data: str) -> None:
+def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: Accuracy, data: str) -> None:
     """Write one JSON object per line: a header, then the prediction for each image with its rank and probabilities.
 
     The greatest errors have a `picture` too: what the network saw, as JPEG in base64.
@@ -177,7 +177,7 @@ def write_predictions(run: Path, predictor: Predictor, images: Source, score: Ac
     write_text(run / PREDICTIONS, "\n".join(lines) + "\n")
 
 
-def _lines(predictor: Predictor, images: Source, score: Accuracy, data: str) -> Iterator[dict[str, Any]]:
+def _lines(predictor: Predictor, images: Dataset, score: Accuracy, data: str) -> Iterator[dict[str, Any]]:
     names = [predictor.class_name(c) for c in range(predictor.num_classes)]
     metrics = {name: value for name, value in score.metrics().items() if np.isfinite(value)}
     yield {"kind": "predictions", "data": data, "classes": names, "count": score.count, **metrics}
@@ -192,7 +192,7 @@ def _lines(predictor: Predictor, images: Source, score: Accuracy, data: str) -> 
         yield {**line, "picture": _picture(predictor, images, i)} if i in worst else line
 
 
-def _picture(predictor: Predictor, images: Source, i: int) -> str | None:
+def _picture(predictor: Predictor, images: Dataset, i: int) -> str | None:
     try:
         image = predictor.preprocessing.crop(images.image(i))
     except BadData:

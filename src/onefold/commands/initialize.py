@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from onefold.commands.open import is_artifact, open_network, open_predictor, weights_file
 from onefold.commands.timm import is_timm, open_pretrained
-from onefold.data import Batches, Preprocessing, Progressive, Source, Transform
+from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
+from onefold.data.loader import Transform
 from onefold.data.sampler import shuffled
 from onefold.errors import BadArgument
 from onefold.models import Classifier, create_model
@@ -42,7 +43,7 @@ NORM_IMAGES = 256
 class TrainingImages:
     """The training images, the device to compute on, and the batch size."""
 
-    source: Source
+    source: Dataset
     device: torch.device
     batch_size: int = 32
 
@@ -54,9 +55,11 @@ class TrainingImages:
         chosen = shuffled(np.arange(count, dtype=np.int64), total, seed=seed, epoch=0)
         return replace(self, source=Subset(self.source, sorted(chosen.tolist())))
 
-    def batches(self, transform: Preprocessing | Transform | Progressive, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, transform: Preprocessing | Transform | ProgressiveAugment, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Give images (B, C, H, W), channels last, and labels (B,) of all of them once, on the device."""
-        batches = Batches(self.source, transform, batch_size=self.batch_size, seed=seed, on_bad="skip")
+        batches = ImageLoader(self.source, transform, batch_size=self.batch_size, seed=seed, on_bad="skip")
         for images, labels in batches.epoch(0):
             yield images.to(self.device).contiguous(memory_format=torch.channels_last), labels.to(self.device)
 

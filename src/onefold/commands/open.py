@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from onefold.commands.timm import is_timm, load_stored_timm, open_timm
-from onefold.data import Preprocessing, Source, open_source
+from onefold.data import Dataset, Preprocessing, open_dataset
 from onefold.data.dataset import Split
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import cost
@@ -303,7 +303,7 @@ def read_recipe(out: Path) -> Recipe:
         raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
 
 
-def validation_images(source: str | Path, data: str | None) -> tuple[Source, str]:
+def validation_images(source: str | Path, data: str | None) -> tuple[Dataset, str]:
     """Open the labelled images to evaluate on; gives their title too.
 
     Without `data` they are the validation images of the run in `source`. Of a folder they are those in val/ where it
@@ -319,6 +319,6 @@ def validation_images(source: str | Path, data: str | None) -> tuple[Source, str
     return open_data(images, "val"), data
 
 
-def open_data(data: Data, split: Split) -> Source:
+def open_data(data: Data, split: Split) -> Dataset:
     """Open one split of a recipe's data."""
-    return open_source(data.spec, split, seed=data.seed, val_fraction=data.val_fraction)
+    return open_dataset(data.spec, split, seed=data.seed, val_fraction=data.val_fraction)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from onefold.commands.open import Floats, Predictor
-from onefold.data import Preprocessing, decode
+from onefold.data import Preprocessing
+from onefold.data.decode import decode
 from onefold.errors import BadArgument, BadData
 
 

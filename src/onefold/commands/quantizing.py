@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from onefold.commands.open import Floats, Network
-from onefold.data import Preprocessing, Source, decode, find_images, open_source
-from onefold.data.folders import Files
+from onefold.data import Dataset, Preprocessing, find_images, open_dataset
+from onefold.data.decode import decode
+from onefold.data.folders import ImageFiles
 from onefold.errors import BadArgument, BadData
 from onefold.quantize import PLAIN, Grids, Method, Quantized, choose, quantize, spared
 
@@ -99,22 +100,22 @@ def _read(order: Calibration, preprocessing: Preprocessing) -> Iterator[Floats]:
 def _photos(data: str) -> tuple[int, Callable[[int], Image.Image]]:
     """How many there are, and how to read one: the training part where the photos have classes, else all of them."""
     try:
-        source = open_source(data, "train", seed=0, val_fraction=_HELD_OUT)
+        source = open_dataset(data, "train", seed=0, val_fraction=_HELD_OUT)
     except BadData:
         paths = find_images([data])
         return len(paths), lambda i: decode(paths[i])
     return len(source), source.image
 
 
-def held_out(data: str) -> Source:
+def held_out(data: str) -> Dataset:
     """The labelled photos that calibration does not see. Raises BadData where there are none."""
-    return open_source(data, "val", seed=0, val_fraction=_HELD_OUT)
+    return open_dataset(data, "val", seed=0, val_fraction=_HELD_OUT)
 
 
-def unlabelled(data: str) -> Source:
+def unlabelled(data: str) -> Dataset:
     """All photos of a folder at any depth, as if of one class. Raises BadData where there are none."""
     names = [str(path.relative_to(data)) for path in find_images([data])]
-    return Files(root=Path(data), names=names, labels=[0] * len(names), classes=("photos",))
+    return ImageFiles(root=Path(data), names=names, labels=[0] * len(names), classes=("photos",))
 
 
 def _spread(length: int, count: int) -> list[int]:

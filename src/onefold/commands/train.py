@@ -17,10 +17,8 @@ from torch import nn
 from onefold.commands.evaluate import PREDICTIONS, evaluate, write_predictions
 from onefold.commands.initialize import TrainingImages, fold_frozen_, init_network, open_teachers, resumed_network
 from onefold.commands.open import RECIPE, Network, open_data, open_predictor, read_recipe
-from onefold.data import Batches as ImageBatches
-from onefold.data import Cached, Mixed, Preprocessing, Source
-from onefold.data.checks import Checked, check_data
-from onefold.data.sheet import captions, sheet
+from onefold.data import CachedDataset, Dataset, ImageLoader, MixupLoader, Preprocessing
+from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import resolve
 from onefold.models.hub import Card
@@ -98,7 +96,7 @@ def resume_run(out: Path, *, callbacks: Callbacks = NO_CALLBACKS, log_to: Sequen
 
 def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str], check: bool) -> TrainResult:
     resolve(recipe.model)  # an unknown name is an error before the data are read
-    training, validation = (Cached(open_data(recipe.data, split)) for split in ("train", "val"))
+    training, validation = (CachedDataset(open_data(recipe.data, split)) for split in ("train", "val"))
     with start_world() as world:
         resume = world.broadcast(RunFolder(out).has_run)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
@@ -163,12 +161,12 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
     )
 
 
-def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
+def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:
     plan, unreadable = recipe.plan, dict[str, str]()
     num_workers = -(-plan.workers // len(local_workers(plan, world)))  # loader threads, for each logical worker here
 
     def batches_of(worker: int) -> Batches:
-        batches = ImageBatches(
+        batches = ImageLoader(
             source,
             recipe.transform,
             batch_size=plan.images_per_batch() * plan.logical_workers,
@@ -183,7 +181,9 @@ def _batches(source: Source, recipe: Recipe, world: World) -> Batches:
         if recipe.mixing is None:
             return batches
         num_classes = len(source.classes)
-        return Mixed(batches, recipe.mixing, num_classes=num_classes, seed=plan.seed, rank=worker, device=world.device)
+        return MixupLoader(
+            batches, recipe.mixing, num_classes=num_classes, seed=plan.seed, rank=worker, device=world.device
+        )
 
     return worker_batches(batches_of, plan, world)
 
@@ -209,7 +209,7 @@ class Evaluator:
     """Evaluates what will be deployed: the averaged network, fused, and on integers where it trains for int8."""
 
     card: Card
-    validation: Source
+    validation: Dataset
     recipe: Recipe
 
     def __call__(self, model: nn.Module) -> Mapping[str, float]:
@@ -217,20 +217,20 @@ class Evaluator:
         network, drift = Network(model=plain_(model).cpu(), card=self.card, title=self.recipe.name), 0.0
         if not network.is_fused:
             network, drift = network.fused(tolerance=math.inf)  # logged: only what is deployed has to pass the gate
-        batches = ImageBatches(
+        batches = ImageLoader(
             self.validation, self.recipe.preprocessing, batch_size=self.recipe.plan.batch_size, on_bad="skip"
         )
         evaluated = network.model if self.card.int8 is None else network.int8_model()
         return {**accuracy(evaluated, batches.epoch(0)).metrics(), "drift": drift}
 
 
-def _check(training: Source, validation: Source, size: int) -> Checked:
+def _check(training: Dataset, validation: Dataset, size: int) -> DataCheck:
     """Check the data and log the warnings; raises BadData for an error."""
     checked = check_data(training, validation, size)
     for finding in checked.findings:
         if not finding.is_error:
             _log.warning("the data: %s", finding.text)
-    checked.refuse_errors()
+    checked.raise_for_errors()
     return checked
 
 
@@ -244,10 +244,10 @@ def _draw_samples(out: Path, batches: Batches, classes: tuple[str, ...], preproc
     images, labels = (values[:_NUM_SAMPLES].cpu().numpy() for values in first)
     captioned = list(zip(images.astype(np.float32), captions(labels, classes), strict=True))
     with replacing(out / SAMPLES) as aside:
-        sheet(captioned, preprocessing).save(aside)
+        contact_sheet(captioned, preprocessing).save(aside)
 
 
-def _write_best_predictions(out: Path, recipe: Recipe, validation: Source) -> None:
+def _write_best_predictions(out: Path, recipe: Recipe, validation: Dataset) -> None:
     """Write the predictions of the best network for each validation image, unless they are newer than it already."""
     written, best = out / PREDICTIONS, RunFolder(out).best
     if written.is_file() and written.stat().st_mtime >= best.stat().st_mtime:

@@ -1,20 +1,18 @@
-"""A curriculum: the size of the images and the strength of their augmentation, as functions of the epoch alone."""
+"""Progressive learning: the size of the images and the strength of their augmentation as functions of the epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 from onefold.data.autoaugment import AutoAugment, RandAugment
-from onefold.data.transforms import Augment, Step, at_size
+from onefold.data.transforms import Augment, at_size
 from onefold.errors import BadArgument
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """From epoch `epoch` on (the first is 0): images of `size` pixels, policies at `strength` of their own."""
+    """From epoch `epoch` on (the first is 0): images of `size` pixels, policies at `strength`, 0 to 1."""
 
     epoch: int
     size: int
@@ -22,8 +20,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.epoch < 0 or not 1 <= self.size <= 8192 or not 0 <= self.strength <= 1:
-            given = f"epoch {self.epoch}, size {self.size}, strength {self.strength}"
-            raise BadArgument(f"a stage of {given}: expected 0 or more, 1 to 8192 pixels, and a share from 0 to 1")
+            values = f"epoch {self.epoch}, size {self.size}, strength {self.strength}"
+            raise BadArgument(f"a stage of {values}: expected 0 or more, 1 to 8192 pixels, and a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +36,25 @@ class Curriculum:
             raise BadArgument(f"the stages begin at epochs {epochs}, expected 0 first and then later ones, each once")
 
     def at(self, epoch: int) -> Stage:
-        """The stage of an epoch, counted from 0."""
+        """Give the stage of an epoch, counted from 0."""
         return [stage for stage in self.stages if stage.epoch <= epoch][-1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progressive:
-    """An augmentation that grows with the epochs, as a curriculum says."""
+class ProgressiveAugment:
+    """An augmentation whose size and strength follow a curriculum."""
 
     augment: Augment
     curriculum: Curriculum
 
     def at_epoch(self, n: int) -> Augment:
-        """What training does to each picture in epoch n, from 0."""
+        """Give the augmentation of epoch n, from 0. Strengths multiply those that the policies have."""
         stage = self.curriculum.at(n)
-        steps = tuple(_weaker(step, stage.strength) for step in at_size(self.augment.steps, stage.size))
+        steps = tuple(
+            replace(step, strength=step.strength * stage.strength)
+            if isinstance(step, AutoAugment | RandAugment)
+            else step
+            for step in at_size(self.augment.steps, stage.size)
+        )
         preprocessing = replace(self.augment.preprocessing, size=stage.size)
         return replace(self.augment, steps=steps, preprocessing=preprocessing)
-
-    def to_dict(self) -> Mapping[str, Any]:
-        """What JSON can hold, for logs."""
-        return {**self.augment.to_dict(), "curriculum": [vars(stage) for stage in self.curriculum.stages]}
-
-
-def _weaker(step: Step, strength: float) -> Step:
-    if isinstance(step, AutoAugment | RandAugment):
-        return replace(step, strength=step.strength * strength)
-    return step

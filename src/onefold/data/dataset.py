@@ -1,24 +1,25 @@
-"""Sources of labelled images, and how `open_source` makes one of what a user has.
+"""Datasets of labelled images, and how `open_dataset` makes one of what a user has.
 
-| what the user has | classes | train / val |
+| place | classes | train / val |
 |---|---|---|
 | "digits" | 0 to 9: scikit-learn's 1797 scanned digits, 8 x 8 | by the seed |
 | a folder with train/ and val/ (or validation/, or test/) | the folders inside, the same in both | as they are |
 | a folder with train/ alone, or a folder of class folders | the folders inside | by the seed |
-| tar shards, Parquet files, local or over http(s) | see shards.py | see shards.py |
-| a folder with labels.csv (each of train/ and val/ may hold one too) | see labels.py | by the seed |
+| tar shards, local, over http(s) or in an object store; Parquet files | see shards.py | see shards.py |
+| a folder with labels.csv (each of train/ and val/ may hold one too) | see `read_labels_csv` | by the seed |
 
-By the seed: of each class the `val_fraction` of images whose names' hashes are smallest. So the split hangs on nothing
-but names and seed, and an image added later moves no more than a few others. A fraction of 0 or 1 gives all to one
-side: 1 to evaluate on everything. A folder with val/ but no train/ can be evaluated on and not trained on.
+By the seed: of each class the `val_fraction` of images whose names' hashes are smallest. So the split depends on
+nothing but names and seed, and an image that is added later moves no more than a few others. A fraction of 0 or 1 gives
+all to one side: 1 to evaluate on everything. A folder with val/ but no train/ can be evaluated on and not trained on.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -27,19 +28,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.crop import Cut, Window
+from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import printable
-from onefold.data.folders import Files, class_folders, listed, visible_folders
-from onefold.data.labels import labels_csv
-from onefold.data.shards import open_packed, places_of
+from onefold.data.folders import ImageFiles, join_names, read_class_folders, subfolders
+from onefold.data.shards import MAX_CLASSES, VALIDATION, find_shards, open_shards
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 Split = Literal["train", "val"]
-VALIDATION = ("val", "validation", "test")
 _ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".zst")
 
 
-class Source(Protocol):
+class Dataset(Protocol):
     """Labelled images, numbered from 0. Reading an image raises BadData where it cannot be used."""
 
     @property
@@ -49,24 +48,24 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def label(self, i: int) -> int:
-        """The class index of image i."""
+        """Give the class index of image i."""
 
     def name(self, i: int) -> str:
-        """What image i is called: the same wherever the source lies."""
+        """Give the name of image i: the same wherever the dataset lies."""
 
-    def image(self, i: int, *, at_least: int = 0) -> Image.Image:
-        """Image i, RGB; with `at_least` above 0 perhaps smaller, but each side no less than that."""
+    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+        """Decode image i, RGB; with `min_side` above 0 perhaps at a smaller scale, each side no less than that."""
 
-    def crop(self, i: int, window: Window) -> Cut:
-        """A part of image i, as the window asks; no more of it need be decoded."""
+    def crop(self, i: int, crop_box: CropBox) -> Crop:
+        """Decode a crop of image i; no more of the image need be decoded."""
 
     def num_bytes(self, i: int) -> int:
-        """The stored size of image i, or -1 where it is gone."""
+        """Give the stored size of image i, or -1 where it is gone or not known."""
 
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """scikit-learn's handwritten digits: grey, shown as RGB. A Source."""
+    """scikit-learn's handwritten digits: grey, shown as RGB. A Dataset."""
 
     pixels: NDArray[np.uint8]  # (N, 8, 8)
     labels: NDArray[np.int64]
@@ -76,64 +75,73 @@ class Digits:
         return len(self.pixels)
 
     def label(self, i: int) -> int:
-        """The digit that image i shows."""
+        """Give the digit that image i shows."""
         return int(self.labels[i])
 
     def name(self, i: int) -> str:
-        """The number of image i in scikit-learn's order."""
+        """Give the number of image i in scikit-learn's order."""
         return f"digit-{i:04d}"
 
-    def image(self, i: int, *, at_least: int = 0) -> Image.Image:
-        """Image i, 8 x 8, RGB."""
+    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+        """Give image i, 8 x 8, RGB."""
         return Image.fromarray(self.pixels[i]).convert("RGB")
 
-    def crop(self, i: int, window: Window) -> Cut:
-        """A part of image i."""
-        return window.of(self.image(i))
+    def crop(self, i: int, crop_box: CropBox) -> Crop:
+        """Give a crop of image i."""
+        return crop_box.of(self.image(i))
 
     def num_bytes(self, i: int) -> int:
-        """64, of each."""
+        """Give 64, for each."""
         return int(self.pixels[i].nbytes)
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a source, with all its classes. A Source."""
+    """Some images of a dataset, with all its classes. A Dataset."""
 
-    source: Source
+    dataset: Dataset
     indices: Sequence[int]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of the whole source."""
-        return self.source.classes
+        """The classes of the whole dataset."""
+        return self.dataset.classes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def label(self, i: int) -> int:
-        """The class index of image i of the subset."""
-        return self.source.label(self.indices[i])
+        """Give the class index of image i of the subset."""
+        return self.dataset.label(self.indices[i])
 
     def name(self, i: int) -> str:
-        """The name of image i of the subset."""
-        return self.source.name(self.indices[i])
+        """Give the name of image i of the subset."""
+        return self.dataset.name(self.indices[i])
 
-    def image(self, i: int, *, at_least: int = 0) -> Image.Image:
-        """Image i of the subset."""
-        return self.source.image(self.indices[i], at_least=at_least)
+    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+        """Decode image i of the subset."""
+        return self.dataset.image(self.indices[i], min_side=min_side)
 
-    def crop(self, i: int, window: Window) -> Cut:
-        """A part of image i of the subset."""
-        return self.source.crop(self.indices[i], window)
+    def crop(self, i: int, crop_box: CropBox) -> Crop:
+        """Decode a crop of image i of the subset."""
+        return self.dataset.crop(self.indices[i], crop_box)
 
     def num_bytes(self, i: int) -> int:
-        """The stored size of image i of the subset."""
-        return self.source.num_bytes(self.indices[i])
+        """Give the stored size of image i of the subset."""
+        return self.dataset.num_bytes(self.indices[i])
 
 
-def open_source(spec: str | Path, split: Split, *, seed: int, val_fraction: float) -> Source:
-    """The training or the validation images of `spec`: "digits", a folder, or archives (see the top of this file).
+def fingerprint(dataset: Dataset) -> str:
+    """Compute SHA-256 (hex) over classes, names, labels and stored sizes; a resumed run checks that it is the same."""
+    digest = hashlib.sha256(repr(dataset.classes).encode())
+    for i in range(len(dataset)):
+        line = f"{dataset.name(i)!r} {dataset.label(i)} {dataset.num_bytes(i)}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def open_dataset(place: str | Path, split: Split, *, seed: int, val_fraction: float) -> Dataset:
+    """Open the training or the validation images of a place: "digits", a folder, or shards (see the top of this file).
 
     Raises BadData for a folder that cannot be used, and for training with fewer than two classes.
     """
@@ -141,36 +149,36 @@ def open_source(spec: str | Path, split: Split, *, seed: int, val_fraction: floa
         raise BadArgument(f"split is {split!r}, expected 'train' or 'val'")
     if not 0 <= val_fraction <= 1:
         raise BadArgument(f"val_fraction is {val_fraction}, expected 0 to 1")
-    if spec == "digits":
-        return _part(_digits(), split, seed, val_fraction, "the digits")
-    places = places_of(spec)
-    if places is not None:
-        return _packed(places, split, seed, val_fraction, printable(spec))
-    folder = Path(spec)
+    if place == "digits":
+        return _split_by_seed(_digits(), split, seed, val_fraction, "the digits")
+    shards = find_shards(place)
+    if shards is not None:
+        images = open_shards(shards, split)
+        if "all" in shards:
+            return _split_by_seed(images, split, seed, val_fraction, printable(place))
+        if split == "train":
+            _check_training(images, printable(place))
+        return images
+    folder = Path(place)
     _check_folder(folder)
-    held_out = _held_out(folder)
-    if held_out is not None:
-        return _given(folder / "train", held_out, split)
-    whole = _labelled(folder / "train" if _is_split(folder, "train") else folder)
-    return _part(whole, split, seed, val_fraction, printable(folder))
+    val = _validation_folder(folder)
+    if val is not None:
+        return _open_split(folder / "train", val, split)
+    whole = _read_labelled(folder / "train" if _holds_classes(folder / "train") else folder)
+    return _split_by_seed(whole, split, seed, val_fraction, printable(folder))
 
 
-def _packed(places: dict[str, list[str]], split: Split, seed: int, val_fraction: float, shown: str) -> Source:
-    packed = open_packed(places, split)
-    if "all" in places:
-        return _part(packed, split, seed, val_fraction, shown)
-    if split == "train":
-        _check_training(packed, shown)
-    return packed
+def _digits() -> Digits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtra('the digits need scikit-learn: pip install "onefold[digits]"') from error
+    sixteenths, labels = load_digits(return_X_y=True)  # 0 to 16
+    pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    return Digits(pixels, labels.astype(np.int64))
 
 
-def fingerprint(source: Source) -> str:
-    """SHA-256 (hex) over classes, names, labels and stored sizes: two sources that agree are the same for a resume."""
-    digest = hashlib.sha256(repr(source.classes).encode())
-    for i in range(len(source)):
-        line = f"{source.name(i)!r} {source.label(i)} {source.num_bytes(i)}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------- splits
 
 
 def _check_folder(folder: Path) -> None:
@@ -184,96 +192,173 @@ def _check_folder(folder: Path) -> None:
     raise BadData(f"{shown} is a file: expected a folder of images")
 
 
-def _held_out(folder: Path) -> Path | None:
-    """The folder of validation images, if there is one beside train/, or alone."""
-    names = visible_folders(folder)
-    found = [name for name in VALIDATION if name in names]
-    alone = set(names) <= set(VALIDATION) and all(_is_split(folder, name) for name in found)
-    return folder / found[0] if found and ("train" in names or alone) else None
+def _validation_folder(folder: Path) -> Path | None:
+    """Find the folder of validation images beside train/, or alone; None where there is none."""
+    names = subfolders(folder)
+    present = [name for name in VALIDATION if name in names]
+    alone = set(names) <= set(VALIDATION) and all(_holds_classes(folder / name) for name in present)
+    return folder / present[0] if present and ("train" in names or alone) else None
 
 
-def _is_split(folder: Path, name: str) -> bool:
-    """Whether folder/name holds classes of its own, rather than being a class that happens to be called so."""
-    inner = folder / name
-    return os.path.isdir(inner) and (_table(inner) is not None or bool(visible_folders(inner)))
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder called train or val holds classes of its own, rather than being a class with that name."""
+    return os.path.isdir(folder) and (_labels_table(folder) is not None or bool(subfolders(folder)))
 
 
-def _table(folder: Path) -> Path | None:
+def _labels_table(folder: Path) -> Path | None:
     table = folder / "labels.csv"
     return table if os.path.isfile(table) else None
 
 
-def _labelled(folder: Path) -> Files:
-    table = _table(folder)
-    return labels_csv(table) if table else class_folders(folder)
+def _read_labelled(folder: Path) -> ImageFiles:
+    table = _labels_table(folder)
+    return read_labels_csv(table) if table else read_class_folders(folder)
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    table = _table(folder)
-    return labels_csv(table).classes if table else tuple(visible_folders(folder))
-
-
-def _given(train: Path, held_out: Path, split: Split) -> Source:
-    """One half of a set that is split already, if both halves have the same classes."""
+def _open_split(train: Path, val: Path, split: Split) -> Dataset:
+    """Open one half of a dataset that is split already, if both halves have the same classes."""
     if not os.path.isdir(train):
         if split == "train":
-            raise BadData(f"{printable(train.parent)} has {held_out.name}/ and no train/: there is nothing to train on")
-        return _labelled(held_out)
-    half = _labelled(train if split == "train" else held_out)
-    here, there = set(_classes(train)), set(_classes(held_out))
-    if here != there:
-        parts = [f"only in {train.name}: {listed(sorted(here - there))}"] if here - there else []
-        parts += [f"only in {held_out.name}: {listed(sorted(there - here))}"] if there - here else []
+            raise BadData(f"{printable(train.parent)} has {val.name}/ and no train/: there is nothing to train on")
+        return _read_labelled(val)
+    half = _read_labelled(train if split == "train" else val)
+    # Of class folders only the names are read: the images of the other half need not be listed for them.
+    classes = {
+        folder: set(read_labels_csv(table).classes if (table := _labels_table(folder)) else subfolders(folder))
+        for folder in (train, val)
+    }
+    if classes[train] != classes[val]:
+        only = ((train.name, classes[train] - classes[val]), (val.name, classes[val] - classes[train]))
+        parts = [f"only in {name}: {join_names(sorted(names))}" for name, names in only if names]
         raise BadData(f"{printable(train.parent)}: the classes differ; {'; '.join(parts)}")
     if split == "train":
         _check_training(half, printable(train))
     return half
 
 
-def _part(whole: Source, split: Split, seed: int, val_fraction: float, shown: str) -> Source:
-    chosen = [i for i, held in enumerate(_holds_out(whole, seed, val_fraction)) if held == (split == "val")]
-    if not chosen:
+def _split_by_seed(whole: Dataset, split: Split, seed: int, val_fraction: float, shown: str) -> Dataset:
+    """Give the images of one side; a class of two or more is on both sides, unless all images are on one."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(whole)):
+        members[whole.label(i)].append(i)
+    is_val = [val_fraction == 1] * len(whole)
+    if 0 < val_fraction < 1:
+        for images in members.values():
+            count = min(max(round(val_fraction * len(images)), 1), len(images) - 1)
+            for i in sorted(images, key=lambda i: _rank(seed, whole.name(i)))[:count]:
+                is_val[i] = True
+    part = Subset(whole, [i for i, held_out in enumerate(is_val) if held_out == (split == "val")])
+    if not len(part):
         raise BadData(f"{shown}: a val_fraction of {val_fraction} leaves no image for {split}")
-    part = Subset(whole, chosen)
     if split == "train":
         _check_training(part, shown)
     return part
-
-
-def _holds_out(source: Source, seed: int, fraction: float) -> list[bool]:
-    """Of each image, whether it is for validation; a class of two or more is on both sides, unless all is on one."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(source)):
-        members[source.label(i)].append(i)
-    held = [fraction == 1] * len(source)
-    if fraction in (0, 1):
-        return held
-    for group in members.values():
-        count = min(max(round(fraction * len(group)), 1), len(group) - 1)
-        for i in sorted(group, key=lambda i: _rank(seed, source.name(i)))[:count]:
-            held[i] = True
-    return held
 
 
 def _rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _check_training(source: Source, shown: str) -> None:
-    """BadData unless there are two classes or more, each with an image."""
-    present = {source.label(i) for i in range(len(source))}
-    if len(source.classes) < 2:
-        raise BadData(f"{shown} has one class only, {listed(source.classes)}: training needs two or more")
-    missing = [name for i, name in enumerate(source.classes) if i not in present]
+def _check_training(dataset: Dataset, shown: str) -> None:
+    """Raise BadData unless there are two classes or more, each with an image."""
+    present = {dataset.label(i) for i in range(len(dataset))}
+    if len(dataset.classes) < 2:
+        raise BadData(f"{shown} has one class only, {join_names(dataset.classes)}: training needs two or more")
+    missing = [name for i, name in enumerate(dataset.classes) if i not in present]
     if missing:
-        raise BadData(f"{shown}: classes without an image to train on: {listed(missing)}")
+        raise BadData(f"{shown}: classes without an image to train on: {join_names(missing)}")
 
 
-def _digits() -> Digits:
+# ------------------------------------------------------------------------------------------ labels.csv
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    file: str
+    label: str | None
+    index: str | None
+
+
+def read_labels_csv(table: Path) -> ImageFiles:
+    """Read which image is of which class, for a folder without class folders.
+
+    The first line names the columns. `file` is needed (relative to the folder, or to its subfolder `images`), and
+    one of
+        label   the name of a class: the classes are the different names, sorted
+        index   the number of a class, as a network counts them; the names then are the column `label`, or the numbers
+    Other columns are ignored. Comma, semicolon or tab; UTF-8, and bytes that are not are kept as they are.
+    Raises BadData naming the line or the files at fault.
+    """
+    rows = list(_rows(table))
+    if not rows:
+        raise BadData(f"{printable(table)} lists no images")
+    names = _existing_files(table, rows)
+    if rows[0].index is None:
+        classes = sorted({row.label or "" for row in rows})
+        number = {name: i for i, name in enumerate(classes)}
+        return ImageFiles(table.parent, names, [number[row.label or ""] for row in rows], tuple(classes))
+    labels = [_index(table, row) for row in rows]
+    return ImageFiles(table.parent, names, labels, _names_by_index(table, rows, labels))
+
+
+def _rows(table: Path) -> Iterator[_Row]:
     try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingExtra('the digits need scikit-learn: pip install "onefold[digits]"') from error
-    sixteenths, labels = load_digits(return_X_y=True)  # 0 to 16
-    pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    return Digits(pixels, labels.astype(np.int64))
+        with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            header = lines.readline()
+            separator = max(",;\t", key=header.count)
+            columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
+            if "file" not in columns or not {"label", "index"} & set(columns):
+                expected = "expected the columns file,label or file,index"
+                raise BadData(f"{printable(table)}: {expected}; its first line is {printable(header.strip()[:80])!r}")
+            reader = csv.reader(lines, delimiter=separator)
+            for values in reader:
+                if values:
+                    cells = {name: value.strip() for name, value in zip(columns, values, strict=False)}
+                    row = _Row(reader.line_num + 1, cells.get("file", ""), cells.get("label"), cells.get("index"))
+                    if not row.file or not (row.label or row.index):
+                        raise BadData(f"{printable(table)}, line {row.line}: expected a file and its class")
+                    yield row
+    except (OSError, csv.Error) as error:
+        raise BadData(f"cannot read {printable(table)}: {error}") from error
+
+
+def _existing_files(table: Path, rows: list[_Row]) -> list[str]:
+    """Give the files' names relative to the table's folder. BadData where some are not there or listed twice."""
+    names: list[str] = []
+    missing: list[str] = []
+    lines: dict[str, int] = {}
+    for row in rows:
+        name = next((n for n in (row.file, f"images/{row.file}") if os.path.lexists(table.parent / n)), None)
+        if name is None:
+            missing.append(row.file)
+            continue
+        first = lines.setdefault(name, row.line)
+        if first != row.line:
+            raise BadData(f"{printable(table)} lists {printable(row.file)} twice, in lines {first} and {row.line}")
+        names.append(name)
+    if missing:
+        raise BadData(f"{printable(table)} lists {len(missing)} files that are not there: {join_names(missing)}")
+    return names
+
+
+def _index(table: Path, row: _Row) -> int:
+    text = row.index or ""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < MAX_CLASSES):
+        where = f"{printable(table)}, line {row.line}"
+        raise BadData(f"{where}: the index is {printable(text)!r}, expected a number from 0 to {MAX_CLASSES - 1}")
+    return int(text)
+
+
+def _names_by_index(table: Path, rows: list[_Row], labels: list[int]) -> tuple[str, ...]:
+    """Name the classes by the column `label`; a class that no image is of, or without that column, by its number."""
+    numbers = [str(i) for i in range(max(labels) + 1)]
+    if rows[0].label is None:
+        return tuple(numbers)
+    names: dict[int, str] = {}
+    for row, index in zip(rows, labels, strict=True):
+        name = names.setdefault(index, row.label or "")
+        if name != row.label:
+            both = f"{printable(name)!r} and {printable(row.label or '')!r}"
+            raise BadData(f"{printable(table)}, line {row.line}: index {index} is called both {both}")
+    return tuple(names.get(i, number) for i, number in enumerate(numbers))

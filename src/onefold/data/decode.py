@@ -1,6 +1,6 @@
-"""Any image a user has, as 8-bit RGB, or one sentence that says why not.
+"""Decoding any image file to 8-bit RGB; what cannot be used raises BadData with one sentence that says why.
 
-| what comes | what is made of it |
+| in the file | becomes |
 |---|---|
 | EXIF orientation | applied; an unreadable EXIF block counts as none |
 | alpha, palette or colour-key transparency | over white |
@@ -30,12 +30,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from onefold.data.crop import Cut, Window
-from onefold.data.jpeg import crop_jpeg
-from onefold.data.upright import ORIENTATION, TRANSPOSE, stored_box, upright_cut
+from onefold.data.crop import EXIF_ORIENTATION, TRANSPOSE, Crop, CropBox, crop_jpeg, oriented_crop, stored_box
 from onefold.errors import BadData
 
-_Made = TypeVar("_Made")
+T = TypeVar("T")
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -43,8 +41,8 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
 
-# What people have in place of an image, by the bytes it starts with.
-_IMPOSTORS = (
+# Other files that carry an image's suffix, by their first bytes.
+_OTHER_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the image: run `git lfs pull`"),
     (b"%PDF", "a PDF document: export its pages as PNG"),
     (b"PK\x03\x04", "a zip archive: unpack it"),
@@ -52,46 +50,47 @@ _IMPOSTORS = (
     (b"8BPS", "a Photoshop document: export it as PNG"),
 )
 _JPEG = ("JPEG", "MPO")
-_MAX_JPEG_BYTES = 4 * MAX_PIXELS  # more cannot be a photo, and is not read into memory
+_MAX_JPEG_BYTES = 4 * MAX_PIXELS  # a file with more bytes is no photo, and is not read into memory
 _TEXT = frozenset(range(32, 127)) | {9, 10, 13}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
-def decode(image: Path | str | bytes, *, name: str | None = None, at_least: int = 0) -> Image.Image:
-    """The picture in a file or in a file's bytes, upright, mode RGB.
+def decode(image: Path | str | bytes, *, name: str | None = None, min_side: int = 0) -> Image.Image:
+    """Decode an image file, or a file's bytes: RGB, its EXIF orientation applied.
 
-    `name` stands for the bytes in messages. With `at_least` above 0 a JPEG may come at 1/2, 1/4 or 1/8 of its scale,
-    each side still `at_least` pixels or more: quicker, and for training only. Raises BadData, and nothing else.
+    `name` stands for the bytes in messages. With `min_side` above 0 a JPEG may come at 1/2, 1/4 or 1/8 of its scale,
+    each side still `min_side` pixels or more: quicker, and for training only. Raises BadData, and nothing else.
     """
-    return _opened(image, name, lambda file, size, shown: _decode(file, size, shown, partial(_whole, at_least)))
+    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, partial(_whole, min_side)))
 
 
-def decode_crop(image: Path | str | bytes, window: Window, *, name: str | None = None) -> Cut:
-    """A crop of the picture, with no more of it decoded than must be; for training.
+def decode_crop(image: Path | str | bytes, crop_box: CropBox, *, name: str | None = None) -> Crop:
+    """Decode a crop of an image, and no more of the image than the crop needs; for training.
 
-    The crop is placed in the picture at its full size, upright. A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where
-    the crop then still is not enlarged; otherwise the result is that of the whole picture. Raises BadData only.
+    `crop_box` is placed in the picture at its full size, its orientation applied. A JPEG is decoded at 1/2, 1/4 or 1/8
+    of its scale where the crop then still is not enlarged; else the result is that of the whole picture. Raises BadData
+    only.
     """
-    return _opened(image, name, lambda file, size, shown: _decode_crop(file, size, shown, window))
+    return _with_file(image, name, lambda file, size, shown: _decode_crop(file, size, shown, crop_box))
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """A file's name fit for a message: control characters and bytes that are not UTF-8 escaped."""
+    """Make a file's name fit for a message: control characters, and bytes that are not UTF-8, are escaped."""
     text = os.fspath(name)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _opened(image: Path | str | bytes, name: str | None, use: Callable[[BinaryIO, int, str], _Made]) -> _Made:
-    """What `use` makes of the file, its size in bytes and its name for messages. Raises BadData only."""
+def _with_file(image: Path | str | bytes, name: str | None, use: Callable[[BinaryIO, int, str], T]) -> T:
+    """Call `use` with the open file, its size in bytes and its name for messages. Raises BadData only."""
     if isinstance(image, bytes):
         return use(BytesIO(image), len(image), printable(name or f"an image of {len(image)} bytes"))
     shown = printable(name or image)
     try:
         status = os.stat(image)
         if not stat.S_ISREG(status.st_mode):  # before opening it: a FIFO would wait for ever, a device may not end
-            raise BadData(f"{shown} is {_kind(status.st_mode)}: expected an image file")
+            raise BadData(f"{shown} is {_file_type(status.st_mode)}: expected an image file")
         with open(image, "rb") as file:
             return use(file, status.st_size, shown)
     except BadData:
@@ -101,59 +100,61 @@ def _opened(image: Path | str | bytes, name: str | None, use: Callable[[BinaryIO
         raise BadData(f"cannot read {shown}: {reason}") from error
 
 
-def _decode_crop(file: BinaryIO, num_bytes: int, shown: str, window: Window) -> Cut:
+def _decode_crop(file: BinaryIO, num_bytes: int, shown: str, crop_box: CropBox) -> Crop:
     if num_bytes <= _MAX_JPEG_BYTES:
         data = file.read()
-        crop = crop_jpeg(data, window, MAX_PIXELS)
+        crop = crop_jpeg(data, crop_box, MAX_PIXELS)
         if crop is not None:
             return crop
         file = BytesIO(data)
-    return _decode(file, num_bytes, shown, partial(_cropped, window))
+    return _decode(file, num_bytes, shown, partial(_cropped, crop_box))
 
 
-def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageFile], _Made]) -> _Made:
+def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageFile], T]) -> T:
     if num_bytes == 0:
         raise BadData(f"{shown} is empty (0 bytes)")
     Image.init()  # an allow-list that names an unloaded plugin is a KeyError otherwise
     try:
         opened = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
-        _refuse(opened, shown)
+        _check_header(opened, shown)
         return finish(opened)
     except BadData:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadData(f"{shown} has more than {MAX_PIXELS} pixels: make it smaller first") from error
     except UnidentifiedImageError as error:
-        raise BadData(f"{shown} is {_what_else(file)}") from error
+        raise BadData(f"{shown} is {_describe(file)}") from error
     except MemoryError as error:
         raise BadData(f"{shown} needs more memory to decode than there is") from error
-    except (
-        Exception
-    ) as error:  # Pillow has no one error for damaged bytes: OSError, SyntaxError, KeyError, struct.error
+    except Exception as error:  # Pillow has no one error for damaged bytes: SyntaxError, KeyError, struct.error ...
         raise BadData(f"{shown} is truncated or damaged ({type(error).__name__}: {error})") from error
 
 
-def _whole(at_least: int, opened: ImageFile) -> Image.Image:
-    if at_least > 0 and opened.format in _JPEG:
-        opened.draft(None, (at_least, at_least))
+def _whole(min_side: int, opened: ImageFile) -> Image.Image:
+    if min_side > 0 and opened.format in _JPEG:
+        opened.draft(None, (min_side, min_side))
     opened.load()
-    return _upright(_to_rgb(opened), _orientation(opened))
+    method = TRANSPOSE.get(_orientation(opened))
+    image = _to_rgb(opened)
+    oriented = image if method is None else image.transpose(method)
+    oriented.info.clear()  # what it says of the file (orientation, profile, transparency) no longer holds
+    return oriented
 
 
-def _cropped(window: Window, opened: ImageFile) -> Cut:
+def _cropped(crop_box: CropBox, opened: ImageFile) -> Crop:
     if opened.format not in _JPEG:
-        return window.of(_whole(0, opened))
+        return crop_box.of(_whole(0, opened))
     orientation, (width, height) = _orientation(opened), opened.size
-    box, by = stored_box(window, opened.size, orientation)
-    if by > 1:
-        opened.draft(None, (width // by, height // by))
+    box, scale = stored_box(crop_box, opened.size, orientation)
+    if scale > 1:
+        opened.draft(None, (width // scale, height // scale))
     opened.load()
-    by = round(width / opened.width)
-    return upright_cut(window, np.asarray(_to_rgb(opened)), box, by, orientation)
+    scale = round(width / opened.width)  # which of the scales that libjpeg offers it took
+    return oriented_crop(crop_box, np.asarray(_to_rgb(opened)), box, scale, orientation)
 
 
-def _refuse(image: Image.Image, shown: str) -> None:
-    """BadData for what the header alone shows to be unusable."""
+def _check_header(image: Image.Image, shown: str) -> None:
+    """Raise BadData for what the header alone shows to be unusable."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadData(f"{shown} has {width} x {height} pixels, more than {MAX_PIXELS}: make it smaller first")
@@ -167,31 +168,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        straight = image.convert("RGBA")
-        over = Image.new("RGB", image.size, (255, 255, 255))
-        over.paste(straight.convert("RGB"), mask=straight.getchannel("A"))
-        return over
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
+        return white
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    with suppress(Exception):  # an EXIF block that cannot be read says nothing, and the picture is still one
-        return int(image.getexif().get(ORIENTATION, 1))
+    with suppress(Exception):  # an EXIF block that cannot be read counts as none
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
     return 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    method = TRANSPOSE.get(orientation)
-    upright = image if method is None else image.transpose(method)
-    upright.info.clear()  # what it said about the file (orientation, profile, transparency) is no longer so
-    return upright
-
-
-def _what_else(file: BinaryIO) -> str:
-    """What bytes that are no known image seem to be."""
+def _describe(file: BinaryIO) -> str:
+    """Say what a file that is no known image seems to be."""
     file.seek(0)
     head = file.read(512)
-    for magic, what in _IMPOSTORS:
+    for magic, what in _OTHER_FILES:
         if head.startswith(magic):
             return what
     if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
@@ -206,7 +200,7 @@ def _what_else(file: BinaryIO) -> str:
     return f"not an image that can be read (one of {', '.join(FORMATS)}), or damaged at its start"
 
 
-def _kind(mode: int) -> str:
+def _file_type(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"
     if stat.S_ISFIFO(mode):

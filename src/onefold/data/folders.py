@@ -1,8 +1,8 @@
 """Images on disk: finding them, and the classes that folders give them.
 
-Hidden files (a leading dot) and the droppings of archives and file servers are passed over; folders are read at any
-depth, links are followed, and a folder that is reached twice is read once, so that a loop of links ends. An image is
-known by its name's suffix; what is inside is `decode`'s business, and so are pipes, devices and links to nothing.
+Folders are read at any depth and links are followed; a folder that is reached twice is read once, so that a loop of
+links ends. Hidden files (a leading dot) and the folders that archives and file servers leave behind are skipped. An
+image is known by its name's suffix: what is inside is for `decode` to say, and so are pipes, devices and broken links.
 Names are relative to the folder, with "/", in the order of their code points; bytes that are not UTF-8 are kept.
 """
 
@@ -16,16 +16,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from onefold.data.crop import Cut, Window
+from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
 from onefold.errors import BadData
 
-_DROPPINGS = frozenset(("__MACOSX", "@eaDir", "lost+found"))
+_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found"))
 
 
 @dataclass(frozen=True)
-class Files:
-    """Labelled images in one folder; `names` are relative to `root`. A Source."""
+class ImageFiles:
+    """Labelled images in one folder; `names` are relative to `root`. A Dataset."""
 
     root: Path
     names: Sequence[str]
@@ -36,23 +36,23 @@ class Files:
         return len(self.names)
 
     def label(self, i: int) -> int:
-        """The class index of image i."""
+        """Give the class index of image i."""
         return self.labels[i]
 
     def name(self, i: int) -> str:
-        """The name of image i, relative to the folder."""
+        """Give the name of image i, relative to the folder."""
         return self.names[i]
 
-    def image(self, i: int, *, at_least: int = 0) -> Image.Image:
-        """Image i as `decode` gives it; BadData where it cannot."""
-        return decode(self.root / self.names[i], at_least=at_least)
+    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+        """Decode image i; see `decode`."""
+        return decode(self.root / self.names[i], min_side=min_side)
 
-    def crop(self, i: int, window: Window) -> Cut:
-        """A part of image i as `decode_crop` gives it; BadData where it cannot."""
-        return decode_crop(os.path.join(self.root, self.names[i]), window)
+    def crop(self, i: int, crop_box: CropBox) -> Crop:
+        """Decode a crop of image i; see `decode_crop`."""
+        return decode_crop(os.path.join(self.root, self.names[i]), crop_box)
 
     def num_bytes(self, i: int) -> int:
-        """The size of the file of image i, or -1 where it cannot be seen."""
+        """Give the size of the file of image i, or -1 where it is gone."""
         try:
             return (self.root / self.names[i]).stat().st_size
         except OSError:
@@ -60,71 +60,81 @@ class Files:
 
 
 def find_images(paths: Iterable[Path | str]) -> list[Path]:
-    """Every image that `paths` (files and folders) name, folders read at any depth, each path once; for predicting.
+    """List every image that `paths` (files and folders) name, folders read at any depth, each path once.
 
     Raises BadData for a path that is not there and for a folder without images.
     """
-    found: dict[Path, None] = {}
+    images: dict[Path, None] = {}  # a set that keeps the order
     for path in map(Path, paths):
         if not os.path.isdir(path):
             if not os.path.lexists(path):
                 raise BadData(f"{printable(path)} is not there: expected an image or a folder of images")
-            found[path] = None
+            images[path] = None
             continue
-        names, others = walk(path)
+        names, others = walk_images(path)
         if not names:
-            raise BadData(f"{printable(path)} holds no images{_instead(others)}")
-        found.update(dict.fromkeys(path / name for name in names))
-    return list(found)
+            raise BadData(f"{printable(path)} holds no images{_other_files(others)}")
+        images.update(dict.fromkeys(path / name for name in names))
+    return list(images)
 
 
-def class_folders(folder: Path) -> Files:
-    """The images of `folder`, whose subfolders are the classes, sorted by name.
+def read_class_folders(folder: Path) -> ImageFiles:
+    """List the images of `folder`, whose subfolders are the classes, sorted by name.
 
     Raises BadData where there are no class folders, and where one of them holds no images.
     """
-    classes = visible_folders(folder)
+    classes = subfolders(folder)
     if not classes:
-        raise BadData(_no_classes(folder))
+        images, others = walk_images(folder)
+        if not images:
+            raise BadData(f"{printable(folder)} holds no images{_other_files(others)}")
+        raise BadData(
+            f"{printable(folder)} holds {len(images)} images and no class folders: put the images of each class "
+            "in a folder of its own, or add a labels.csv with the columns file,label"
+        )
     names: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
-    others: Counter[str] = Counter()
+    others = Counter()
     for label, name in enumerate(classes):
-        inside, strangers = walk(folder / name)
-        others.update(strangers)
-        names.extend(f"{name}/{image}" for image in inside)
-        labels.extend([label] * len(inside))
-        if not inside:
+        images, other = walk_images(folder / name)
+        others.update(other)
+        names.extend(f"{name}/{image}" for image in images)
+        labels.extend([label] * len(images))
+        if not images:
             empty.append(name)
     if not names:
-        raise BadData(f"{printable(folder)} holds no images{_instead(others)}")
+        raise BadData(f"{printable(folder)} holds no images{_other_files(others)}")
     if empty:
-        raise BadData(f"class folders without images in {printable(folder)}: {listed(empty)}; fill or remove them")
-    return Files(folder, names, labels, tuple(classes))
+        raise BadData(f"class folders without images in {printable(folder)}: {join_names(empty)}; fill or remove them")
+    return ImageFiles(folder, names, labels, tuple(classes))
 
 
-def visible_folders(folder: Path) -> list[str]:
-    """The names of the subfolders of `folder`, hidden ones left out, sorted."""
+def subfolders(folder: Path) -> list[str]:
+    """List the names of the subfolders of `folder`, hidden ones left out, sorted."""
     return sorted(name for name, is_folder in _entries(folder) if is_folder)
 
 
-def walk(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The sorted names of the images under `folder`, and how many other files there are of each suffix."""
+def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
+    """List the names of the images under `folder`, sorted, and count its other files by suffix."""
     images: list[str] = []
     others: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        inner = waiting.pop()
-        identity = _identity(folder / inner)
+    pending = [""]
+    while pending:
+        inner = pending.pop()
+        try:
+            status = (folder / inner).stat()
+        except OSError as error:
+            raise _unreadable(folder / inner, error) from error
+        identity = status.st_dev, status.st_ino
         if identity in seen:
             continue
         seen.add(identity)
         for name, is_folder in _entries(folder / inner):
             suffix = os.path.splitext(name)[1].lower()
             if is_folder:
-                waiting.append(f"{inner}{name}/")
+                pending.append(f"{inner}{name}/")
             elif suffix in SUFFIXES:
                 images.append(inner + name)
             else:
@@ -132,32 +142,20 @@ def walk(folder: Path) -> tuple[list[str], Counter[str]]:
     return sorted(images), others
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few names and how many more there are, for a message."""
+def join_names(names: Sequence[str], most: int = 5) -> str:
+    """Join the first few names and say how many more there are, for a message."""
     shown = ", ".join(printable(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what `folder` holds, sorted."""
+    """List (name, whether it is a folder) of what `folder` holds, sorted."""
     try:
         with os.scandir(folder) as entries:
-            visible = [e for e in entries if not e.name.startswith(".") and e.name not in _DROPPINGS]
+            visible = [e for e in entries if not e.name.startswith(".") and e.name not in _SYSTEM_FOLDERS]
             return sorted((entry.name, _is_folder(entry)) for entry in visible)
     except OSError as error:
         raise _unreadable(folder, error) from error
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    try:
-        status = folder.stat()
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    return status.st_dev, status.st_ino
-
-
-def _unreadable(folder: Path, error: OSError) -> BadData:
-    return BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -167,18 +165,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _instead(others: Counter[str]) -> str:
+def _unreadable(folder: Path, error: OSError) -> BadData:
+    return BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}")
+
+
+def _other_files(others: Counter[str]) -> str:
+    """Say which files a folder without images holds."""
     if not others:
         return ": it has no files at all"
     kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in others.most_common(3))
     return f": of files it has {kinds} (images are {' '.join(sorted(SUFFIXES))})"
-
-
-def _no_classes(folder: Path) -> str:
-    images, others = walk(folder)
-    if not images:
-        return f"{printable(folder)} holds no images{_instead(others)}"
-    return (
-        f"{printable(folder)} holds {len(images)} images and no class folders: put the images of each class "
-        "in a folder of its own, or add a labels.csv with the columns file,label"
-    )

@@ -1,4 +1,4 @@
-"""ImageNet-1k and the sets that test its networks otherwise, each known by its folders.
+"""ImageNet-1k and its variants that test robustness, each recognised by its folders.
 
 | set | folders | scored |
 |---|---|---|
@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from onefold.data.decode import printable
-from onefold.data.folders import visible_folders
+from onefold.data.folders import subfolders
 from onefold.errors import BadData
 
 ALEXNET_ERRORS: Mapping[str, float] = {
@@ -40,7 +40,7 @@ ALEXNET_ERRORS: Mapping[str, float] = {
     "pixelate": 71.7840,
     "jpeg_compression": 60.6500,
 }
-"""AlexNet's top-1 errors in percent, means over severities, as published with ImageNet-C: what mCE divides by."""
+"""AlexNet's top-1 errors in percent, means over severities, as published with ImageNet-C: mCE divides by them."""
 
 _GROUPS = ("noise", "blur", "weather", "digital", "extra")
 SEVERITIES = ("1", "2", "3", "4", "5")
@@ -54,12 +54,12 @@ _NUMBER = re.compile(r"_val_(\d{8})\.")
 
 @cache
 def wordnet_ids() -> tuple[str, ...]:
-    """The 1000 classes, sorted."""
+    """List the WordNet ids of the 1000 classes, sorted."""
     return tuple((Path(__file__).parent / "imagenet.txt").read_text(encoding="ascii").split())
 
 
-def set_of(folder: Path, classes: Sequence[str]) -> str | None:
-    """The name of the set that has these class folders; None where they are not ImageNet's."""
+def imagenet_variant(folder: Path, classes: Sequence[str]) -> str | None:
+    """Name the dataset that has these class folders; None where they are not ImageNet's."""
     if not classes or not set(classes) <= set(wordnet_ids()):
         return None
     if len(classes) == len(wordnet_ids()):
@@ -67,61 +67,61 @@ def set_of(folder: Path, classes: Sequence[str]) -> str | None:
     return _SUBSETS.get(hashlib.sha256("\n".join(sorted(classes)).encode()).hexdigest(), "part of ImageNet")
 
 
-def corruptions(folder: Path) -> dict[str, dict[str, Path]]:
-    """corruption -> severity -> the folder of its classes; empty where `folder` is not laid out so."""
-    found = {path.name: _severities(path) for path in _corruption_folders(folder)}
-    return {name: found[name] for name in sorted(found)}
+def corruption_folders(folder: Path) -> dict[str, dict[str, Path]]:
+    """Give corruption -> severity -> the folder of its classes; empty where `folder` has another layout."""
+    folders = {path.name: _severities(path) for path in _walk_corruptions(folder)}
+    return {name: folders[name] for name in sorted(folders)}
 
 
-def _corruption_folders(folder: Path) -> Iterator[Path]:
-    for name in visible_folders(folder):
+def _walk_corruptions(folder: Path) -> Iterator[Path]:
+    for name in subfolders(folder):
         if _severities(folder / name):
             yield folder / name
         elif name in _GROUPS:
-            inner = (folder / name / each for each in visible_folders(folder / name))
+            inner = (folder / name / corruption for corruption in subfolders(folder / name))
             yield from (path for path in inner if _severities(path))
 
 
 def _severities(folder: Path) -> dict[str, Path]:
-    """Folders called 1 to 5 that hold class folders; classes that are called so hold images."""
-    names = visible_folders(folder)
-    if not names or not set(names) <= set(SEVERITIES) or not all(visible_folders(folder / name) for name in names):
+    """Give the folders called 1 to 5, if all hold class folders; classes with such names hold images."""
+    names = subfolders(folder)
+    if not names or not set(names) <= set(SEVERITIES) or not all(subfolders(folder / name) for name in names):
         return {}
     return {name: folder / name for name in names}
 
 
 def mean_corruption_error(errors: Mapping[str, float]) -> float | None:
-    """mCE in percent: the mean over the fifteen corruptions of the error over AlexNet's; None where one is missing."""
+    """Compute mCE in percent: the mean over the fifteen corruptions of error / AlexNet's; None where one is missing."""
     if not set(ALEXNET_ERRORS) <= set(errors):
         return None
     return 100 * sum(errors[name] / error for name, error in ALEXNET_ERRORS.items()) / len(ALEXNET_ERRORS)
 
 
-def real_labels(folder: Path) -> Path | None:
-    """The file of ReaL labels that lies in `folder` or beside it."""
+def find_real_labels(folder: Path) -> Path | None:
+    """Find the file of ReaL labels in `folder` or beside it; None where there is none."""
     places = (folder / "real.json", folder.parent / "real.json")
     return next((path for path in places if path.is_file()), None)
 
 
 def read_real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
-    """Of each image its ReaL labels, none for some; the number in ILSVRC2012_val_00000001.JPEG says which is whose.
+    """Read the ReaL labels of each image, none for some, by the number in its name: ILSVRC2012_val_00000001.JPEG.
 
     Raises BadData for a file that is not a list of lists of classes, and for a name without such a number.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        labels = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadData(f"cannot read the ReaL labels {printable(path)}: {error}") from error
-    if not isinstance(given, list) or not all(_is_labels(each) for each in given):
+    if not isinstance(labels, list) or not all(_is_labels(entry) for entry in labels):
         raise BadData(f"{printable(path)} is not a list of lists of classes from 0 to 999, as ReaL's real.json is")
-    chosen = []
+    by_image = []
     for name in names:
-        found = _NUMBER.search(name)
-        number = int(found[1]) if found else 0
-        if not 1 <= number <= len(given):
+        match = _NUMBER.search(name)
+        number = int(match[1]) if match else 0
+        if not 1 <= number <= len(labels):
             raise BadData(f"{printable(name)} has no ReaL labels: expected a name like ILSVRC2012_val_00000001.JPEG")
-        chosen.append(given[number - 1])
-    return chosen
+        by_image.append(labels[number - 1])
+    return by_image
 
 
 def _is_labels(value: object) -> bool:

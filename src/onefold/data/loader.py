@@ -1,22 +1,24 @@
-"""Batches: seeded, sharded by rank, resumable to the step.
+"""Batches of images: seeded, divided among ranks, resumable at any step; and a cache of decoded images.
 
 B = images of this rank in a batch, C = channels, H = W = size.
 
 What a batch holds is a function of (seed, epoch, step) and of the files alone: the order is a keyed permutation, the
 augmentation of a sample draws from a stream keyed by (seed, epoch, sample), and the state to resume from is the number
-of steps done. Workers are threads: Pillow lets go of the interpreter while it decodes and resizes, and numpy while it
-looks up; they share the source, its cache and the list of bad images, and can neither be orphaned nor fill /dev/shm.
+of steps done. Workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and numpy while
+it looks up. They share the dataset, its cache and the list of bad images, and there are no processes to be orphaned and
+no shared memory to fill up.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, Protocol
+from threading import Lock
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,43 +26,45 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from onefold.data.curriculum import Progressive
-from onefold.data.dataset import Source, fingerprint
+from onefold.data.crop import Crop, CropBox
+from onefold.data.curriculum import ProgressiveAugment
+from onefold.data.dataset import Dataset, fingerprint
 from onefold.data.preprocessing import Preprocessing
-from onefold.data.sampler import generator, shuffled
+from onefold.data.sampler import sample_generator, shuffled
 from onefold.data.transforms import Augment
 from onefold.errors import BadArgument, BadData
 
-_AHEAD = 2  # batches being made while one is used
+_PREFETCH = 2  # batches that are made while one is used
 _LOG = logging.getLogger("onefold.data")
 
 
 class Transform(Protocol):
-    """What makes a picture into an array: `Augment`, or anything that draws from `rng` alone."""
+    """Makes an array of a picture: `Augment`, or anything that draws from `rng` alone."""
 
     @property
-    def at_least(self) -> int:
-        """How small a picture may be decoded; 0: not at all."""
+    def min_side(self) -> int:
+        """The shortest side at which a picture may be decoded; 0: full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.float32]:
-        """float32 (C, H, W), the same shape for every picture."""
+        """Give float32 (C, H, W), the same shape for every picture."""
 
-    def to_dict(self) -> Mapping[str, Any]:
-        """What JSON can hold, for logs."""
+
+_Sample = NDArray[np.float32] | BadData
+_Samples = tuple[NDArray[np.int64], list[_Sample]]  # their numbers, and what was made of each
 
 
 @dataclass(frozen=True, eq=False)
-class Batches:
-    """Batches of a source: images float32 (B, C, H, W) and labels int64 (B).
+class ImageLoader:
+    """Gives batches of a dataset: images float32 (B, C, H, W) and labels int64 (B).
 
     `batch_size` counts the images of all ranks together, so the same run on another `world` sees the same batches.
     With `shuffle` (training) each epoch has its own order and an incomplete last batch is dropped; without, the order
-    is the source's and every image comes exactly once over the ranks. A bad image raises (`on_bad` "error"), or is left
-    out of its batch and noted once in `bad` and in the log ("skip"), until there are more than `max_bad` of them.
+    is the dataset's and every image comes exactly once over the ranks. A bad image raises (`on_bad` "error"), or is
+    left out of its batch and noted once in `bad` and in the log ("skip"), until there are more than `max_bad` of them.
     """
 
-    source: Source
-    transform: Preprocessing | Transform | Progressive
+    dataset: Dataset
+    transform: Preprocessing | Transform | ProgressiveAugment
     _: KW_ONLY
     batch_size: int
     seed: int = 0
@@ -79,101 +83,84 @@ class Batches:
             raise BadArgument(f"the batch size is {self.batch_size}, expected a multiple of the {self.world} ranks")
         if self.num_workers < 0 or self.on_bad not in ("error", "skip"):
             raise BadArgument(f"num_workers is {self.num_workers} and on_bad {self.on_bad!r}: 0 or more, error or skip")
-        if self.shuffle and len(self.source) < self.batch_size:
-            count = len(self.source)
+        if self.shuffle and len(self.dataset) < self.batch_size:
+            count = len(self.dataset)
             raise BadData(f"{count} images do not fill one batch of {self.batch_size}: choose a smaller batch size")
 
     def __len__(self) -> int:
         """Steps of an epoch, for this rank."""
-        whole, rest = divmod(len(self.source), self.batch_size)
-        return whole if self.shuffle or rest <= self.rank else whole + 1
+        full, rest = divmod(len(self.dataset), self.batch_size)
+        return full if self.shuffle or rest <= self.rank else full + 1
 
     def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch n (from 0) from step `start` on: the same, to the bit, as without a start."""
+        """Give the batches of epoch n (from 0) from step `start` on: the same, to the bit, as without a start."""
         if n < 0 or not 0 <= start <= len(self):
             raise BadArgument(f"epoch {n} from step {start}: expected 0 or more, and a step of 0 to {len(self)}")
-        return self._epoch(n, start)
+        return self._epoch(n, start)  # a generator of its own, so that a wrong argument raises here and not later
 
     def fingerprint(self) -> str:
-        """SHA-256 of the source's classes, names, labels and sizes: a resume checks that it is the same."""
-        return fingerprint(self.source)
-
-    def describe(self) -> dict[str, Any]:
-        """What JSON can hold, for logs."""
-        return {
-            "images": len(self.source),
-            "classes": len(self.source.classes),
-            "batch_size": self.batch_size,
-            "steps": len(self),
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "world": self.world,
-            "num_workers": self.num_workers,
-            "on_bad": self.on_bad,
-            "transform": dict(self.transform.to_dict()),
-        }
+        """Compute SHA-256 of the dataset's classes, names, labels and sizes: a resume checks that it is the same."""
+        return fingerprint(self.dataset)
 
     def samples(self, n: int, step: int) -> NDArray[np.int64]:
-        """Which samples this rank has at a step of epoch n."""
-        last = min((step + 1) * self.batch_size, len(self.source))
-        places = np.arange(step * self.batch_size, last, dtype=np.int64)[self.rank :: self.world]
-        return shuffled(places, len(self.source), seed=self.seed, epoch=n) if self.shuffle else places
+        """Give the numbers of the samples that this rank has at a step of epoch n."""
+        last = min((step + 1) * self.batch_size, len(self.dataset))
+        positions = np.arange(step * self.batch_size, last, dtype=np.int64)[self.rank :: self.world]
+        return shuffled(positions, len(self.dataset), seed=self.seed, epoch=n) if self.shuffle else positions
 
     def _epoch(self, n: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        shares = (self.samples(n, step) for step in range(start, len(self)))
-        with closing(self._threaded(n, shares) if self.num_workers else self._inline(n, shares)) as stream:
-            for samples, made in stream:
-                batch = self._batch(samples, made)
+        steps = (self.samples(n, step) for step in range(start, len(self)))
+        inline = ((numbers, self._make(n, numbers)) for numbers in steps)
+        with closing(self._threaded(n, steps) if self.num_workers else inline) as stream:
+            for numbers, samples in stream:
+                batch = self._collate(numbers, samples)
                 if batch is not None:
                     yield batch
 
-    def _inline(self, n: int, shares: Iterable[NDArray[np.int64]]) -> Generator[_Made, None, None]:
-        return ((samples, self._make(n, samples)) for samples in shares)
-
-    def _threaded(self, n: int, shares: Iterable[NDArray[np.int64]]) -> Generator[_Made, None, None]:
-        """Each batch made by all threads, a few batches ahead of the one in use."""
+    def _threaded(self, n: int, steps: Iterable[NDArray[np.int64]]) -> Generator[_Samples, None, None]:
+        """Make each batch by all threads, a few batches ahead of the one in use."""
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="onefold-data")
-        under_way: deque[tuple[NDArray[np.int64], list[Future[list[_Sample]]]]] = deque()
+        pending: deque[tuple[NDArray[np.int64], list[Future[list[_Sample]]]]] = deque()
         try:
-            for samples in shares:
-                parts = np.array_split(samples, self.num_workers)
-                under_way.append((samples, [pool.submit(self._make, n, part) for part in parts]))
-                if len(under_way) > _AHEAD:
-                    yield _gathered(*under_way.popleft())
-            while under_way:
-                yield _gathered(*under_way.popleft())
-        finally:
+            for numbers in steps:
+                parts = np.array_split(numbers, self.num_workers)
+                pending.append((numbers, [pool.submit(self._make, n, part) for part in parts]))
+                if len(pending) > _PREFETCH:
+                    yield _wait(*pending.popleft())
+            while pending:
+                yield _wait(*pending.popleft())
+        finally:  # also when the epoch is left early
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, n: int, samples: NDArray[np.int64]) -> list[_Sample]:
-        made: list[_Sample] = []
-        for i in samples.tolist():
+    def _make(self, n: int, numbers: NDArray[np.int64]) -> list[_Sample]:
+        samples: list[_Sample] = []
+        for i in numbers.tolist():
             try:
-                made.append(self._sample(n, i))
-            except BadData as error:
-                made.append(error)
-        return made
+                samples.append(self._sample(n, i))
+            except BadData as error:  # what becomes of it is decided in order, in the thread that collates
+                samples.append(error)
+        return samples
 
     def _sample(self, n: int, i: int) -> NDArray[np.float32]:
-        transform = self.transform.at_epoch(n) if isinstance(self.transform, Progressive) else self.transform
+        transform = self.transform.at_epoch(n) if isinstance(self.transform, ProgressiveAugment) else self.transform
         if isinstance(transform, Preprocessing):
-            return transform(self.source.image(i))
-        rng = generator(self.seed, n, i)
-        window = transform.window(rng) if isinstance(transform, Augment) else None
-        if isinstance(transform, Augment) and window is not None:
-            return transform.after_crop(self.source.crop(i, window), rng)
-        return transform(self.source.image(i, at_least=transform.at_least), rng)
+            return transform(self.dataset.image(i))
+        rng = sample_generator(self.seed, n, i)
+        crop_box = transform.crop_box(rng) if isinstance(transform, Augment) else None
+        if isinstance(transform, Augment) and crop_box is not None:
+            return transform.after_crop(self.dataset.crop(i, crop_box), rng)
+        return transform(self.dataset.image(i, min_side=transform.min_side), rng)
 
-    def _batch(self, samples: NDArray[np.int64], made: list[_Sample]) -> tuple[Tensor, Tensor] | None:
-        """The batch of what could be made; nothing where nothing could, which in training is an error."""
+    def _collate(self, numbers: NDArray[np.int64], samples: list[_Sample]) -> tuple[Tensor, Tensor] | None:
+        """Stack what could be made; None where nothing could, which in training is an error."""
         images: list[NDArray[np.float32]] = []
         labels: list[int] = []
-        for i, sample in zip(samples.tolist(), made, strict=True):
+        for i, sample in zip(numbers.tolist(), samples, strict=True):
             if isinstance(sample, BadData):
                 self._note(i, sample)
                 continue
             images.append(sample)
-            labels.append(self.source.label(i))
+            labels.append(self.dataset.label(i))
         if images:
             return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
         if self.shuffle:
@@ -183,19 +170,80 @@ class Batches:
     def _note(self, i: int, error: BadData) -> None:
         if self.on_bad == "error":
             raise error
-        name = self.source.name(i)
+        name = self.dataset.name(i)
         if name in self.bad:
             return
         self.bad[name] = str(error)
-        limit = max(10, len(self.source) // 100) if self.max_bad is None else self.max_bad
+        limit = max(10, len(self.dataset) // 100) if self.max_bad is None else self.max_bad
         if len(self.bad) > limit:
-            raise BadData(f"more than {limit} of {len(self.source)} images are bad, the last: {error}")
+            raise BadData(f"more than {limit} of {len(self.dataset)} images are bad, the last: {error}")
         _LOG.warning("left out, %d so far (the limit is %d): %s", len(self.bad), limit, error)
 
 
-_Sample = NDArray[np.float32] | BadData
-_Made = tuple[NDArray[np.int64], list[_Sample]]
+def _wait(numbers: NDArray[np.int64], parts: list[Future[list[_Sample]]]) -> _Samples:
+    return numbers, [sample for part in parts for sample in part.result()]
 
 
-def _gathered(samples: NDArray[np.int64], parts: list[Future[list[_Sample]]]) -> _Made:
-    return samples, [sample for part in parts for sample in part.result()]
+# ----------------------------------------------------------------------------------------------- cache
+
+_SMALLEST_BYTES = 4 * 64 * 64  # with less room than this no image is decoded whole to be kept
+_MAX_TOO_LARGE = 16  # so many more images that were too large than kept ones, and no further one is tried
+
+
+class CachedDataset:
+    """A dataset whose decoded images stay in memory, the first `limit_mib` of them. A Dataset.
+
+    What it gives is bit for bit what the dataset gives: an image so large that a crop of it might be decoded at a
+    reduced scale is left to the dataset.
+    """
+
+    def __init__(self, dataset: Dataset, limit_mib: int = 256) -> None:
+        self.dataset = dataset
+        self._free_bytes = limit_mib << 20
+        self._images: dict[tuple[int, int], Image.Image] = {}  # (i, min_side) -> the picture
+        self._too_large: set[int] = set()
+        self._lock = Lock()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the dataset."""
+        return self.dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def label(self, i: int) -> int:
+        """Give the class index of image i."""
+        return self.dataset.label(i)
+
+    def name(self, i: int) -> str:
+        """Give the name of image i."""
+        return self.dataset.name(i)
+
+    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+        """Give image i, decoded the first time it is asked for; not to be changed in place."""
+        cached = self._images.get((i, min_side))
+        if cached is not None:
+            return cached
+        image = self.dataset.image(i, min_side=min_side)
+        num_bytes = 4 * image.width * image.height  # Pillow holds RGB in four bytes
+        with self._lock:
+            if num_bytes <= self._free_bytes:
+                self._free_bytes -= num_bytes
+                self._images[i, min_side] = image
+        return image
+
+    def crop(self, i: int, crop_box: CropBox) -> Crop:
+        """Give a crop of image i, out of the whole image where that is cached."""
+        no_use = self._free_bytes < _SMALLEST_BYTES or len(self._too_large) > _MAX_TOO_LARGE + len(self._images)
+        if i in self._too_large or (no_use and (i, 0) not in self._images):
+            return self.dataset.crop(i, crop_box)
+        whole = self.image(i)
+        if min(whole.size) >= 2 * crop_box.size:  # the dataset might decode the crop at half the scale
+            self._too_large.add(i)
+            return self.dataset.crop(i, crop_box)
+        return crop_box.of(whole)
+
+    def num_bytes(self, i: int) -> int:
+        """Give the stored size of image i."""
+        return self.dataset.num_bytes(i)

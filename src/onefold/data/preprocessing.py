@@ -1,27 +1,27 @@
-"""From a picture to a network's input: `Preprocessing`, the one value that training, evaluation and artifacts share.
+"""Preprocessing turns a picture into a network's input: resize, centre crop, normalise.
 
-C = channels, H = W = size. The conventions to the pixel (torchvision's, which published ImageNet weights expect): the
-short side to round(size / crop_pct), the long side floored; the corner of the centre crop rounded, halves to even;
-bilinear and bicubic with antialiasing (Pillow's), so that shrinking averages instead of skipping.
+Training, evaluation and exported artifacts share one `Preprocessing` value. C = channels, H = W = size. It follows
+torchvision to the pixel, as published ImageNet weights expect: the short side becomes round(size / crop_pct), the long
+side is floored; the corner of the centre crop is rounded, halves to even; bilinear and bicubic filters are antialiased
+(Pillow's), so that shrinking averages pixels instead of skipping them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onefold.config import Range, check, from_dict, to_dict
 from onefold.errors import BadArgument
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-STRIP = 16
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 FILTERS: dict[Interpolation, Image.Resampling] = {
@@ -29,86 +29,81 @@ FILTERS: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
+_MAX_ASPECT_RATIO = 16  # of a picture that is resized whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How a picture becomes a network's input; called with one, it gives float32 (C, H, W), contiguous."""
 
-    size: int = 224
-    crop_pct: float = 0.875
+    size: Annotated[int, Range(1, 8192)] = 224
+    crop_pct: Annotated[float, Range(0.0, 1.0)] = 0.875
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: Interpolation = "bilinear"
-    channels: Literal[1, 3] = 3
+    channels: int = 3
 
     def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise BadArgument(f"preprocessing: {problem}")
+        check(self, "preprocessing")
+        if self.crop_pct == 0:
+            raise BadArgument("preprocessing.crop_pct is 0, expected more than 0 and at most 1")
+        if self.channels not in (1, 3):
+            raise BadArgument(f"preprocessing.channels is {self.channels}, expected 1 or 3")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels or not np.isfinite(values).all():
+                raise BadArgument(
+                    f"preprocessing.{name} is {values}, expected {self.channels} numbers, one per channel"
+                )
+        if min(self.std) <= 0:
+            raise BadArgument(f"preprocessing.std is {self.std}, expected numbers above 0")
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """Resize, crop and normalise an RGB picture of any size."""
+        """Resize, crop and normalise an RGB picture of any size: float32 (C, H, W)."""
         return self.normalise(self.crop(image))
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The part of the picture that the network sees, size x size."""
+        """Give the part of the picture that the network sees, resized: size x size pixels."""
         shrunk = resize_short_side(image, round(self.size / self.crop_pct), self.interpolation)
         return centre_crop(shrunk, self.size)
 
     def normalise(self, image: Image.Image) -> NDArray[np.float32]:
-        """(v / 255 - mean) / std of each pixel, float32 (C, H, W): one look-up, since a pixel has 256 values."""
+        """Compute (v / 255 - mean) / std of each pixel, float32 (C, H, W).
+
+        A pixel has 256 values, so each is looked up in a table that was computed in float64.
+        """
         mode = "RGB" if self.channels == 3 else "L"
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         planes = pixels.reshape(*pixels.shape[:2], self.channels)
-        table = _levels(self.mean, self.std)
+        table = _normalisation_table(self.mean, self.std)
         return np.stack([table[c].take(planes[:, :, c]) for c in range(self.channels)])
 
-    def line(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(gain, offset), (C,) each: level * gain + offset is within 1e-6 of `normalise`, and quicker."""
-        return _line(self.mean, self.std)
+    def scale_and_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Give (scale, offset), (C,) each: v * scale + offset is within 1e-6 of `normalise`, and quicker."""
+        return _scale_and_offset(self.mean, self.std)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold; `from_dict` reads it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Give the fields as JSON can hold them; `from_dict` reads them."""
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The value that `to_dict` wrote; what is missing has its default, an unknown name is BadArgument."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise BadArgument(f"preprocessing has no {', '.join(unknown)}: expected {', '.join(known)}")
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**given)
-
-    def _problem(self) -> str | None:
-        if not isinstance(self.size, int) or not 1 <= self.size <= 8192:
-            return f"size is {self.size!r}, expected 1 to 8192 pixels"
-        if not isinstance(self.crop_pct, float | int) or not 0 < self.crop_pct <= 1:
-            return f"crop_pct is {self.crop_pct!r}, expected more than 0 and at most 1"
-        if self.interpolation not in FILTERS:
-            return f"interpolation is {self.interpolation!r}, expected one of {', '.join(FILTERS)}"
-        if self.channels not in (1, 3):
-            return f"channels is {self.channels!r}, expected 1 or 3"
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if not isinstance(values, tuple) or len(values) != self.channels or not np.isfinite(values).all():
-                return f"{name} is {values!r}, expected {self.channels} numbers, one a channel"
-        return None if min(self.std) > 0 else f"std is {self.std!r}, expected numbers above 0"
+        """Read what `to_dict` wrote. A missing field has its default, an unknown one raises BadArgument."""
+        return from_dict(cls, values, "preprocessing")
 
 
 IMAGENET = Preprocessing()
 
 
 def resize_short_side(image: Image.Image, short: int, interpolation: Interpolation = "bilinear") -> Image.Image:
-    """The picture with its short side `short` pixels and its shape kept; the picture itself where it is so already.
+    """Resize a picture to a short side of `short` pixels, its aspect ratio kept; unchanged where it has that already.
 
-    Of a strip only the middle is kept, `STRIP` times as long as it is wide: enlarged whole, it could fill the memory.
+    Of a very long picture only the middle is kept, 16 times as long as it is wide: a strip of 1 x 3,000,000 pixels
+    that is enlarged whole would fill the memory.
     """
     width, height = image.size
     shorter = min(width, height)
-    if max(width, height) > STRIP * shorter:
-        left, top = (max(0, side - STRIP * shorter) // 2 for side in image.size)
+    if max(width, height) > _MAX_ASPECT_RATIO * shorter:
+        left, top = (max(0, side - _MAX_ASPECT_RATIO * shorter) // 2 for side in image.size)
         image = image.crop((left, top, width - left, height - top))
         width, height = image.size
     if shorter == short:
@@ -117,20 +112,22 @@ def resize_short_side(image: Image.Image, short: int, interpolation: Interpolati
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle size x size pixels; neither side may be shorter than `size`."""
+    """Give the middle size x size pixels; neither side may be shorter than `size`."""
     left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
 @lru_cache(maxsize=64)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """(C, 256): what each of a pixel's 256 values becomes, computed in float64 and rounded once."""
+def _normalisation_table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """Give (C, 256): what each of a pixel's 256 values becomes, computed in float64 and rounded once."""
     values = np.arange(256) / 255
     table = (values - np.array(mean)[:, None]) / np.array(std)[:, None]
     return table.astype(np.float32)
 
 
 @lru_cache(maxsize=64)
-def _line(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    gain, offset = 1 / (255 * np.array(std)), -np.array(mean) / np.array(std)
-    return gain.astype(np.float32), offset.astype(np.float32)
+def _scale_and_offset(
+    mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    scale, offset = 1 / (255 * np.array(std)), -np.array(mean) / np.array(std)
+    return scale.astype(np.float32), offset.astype(np.float32)

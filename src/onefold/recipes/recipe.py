@@ -18,7 +18,7 @@ from onefold.data import (
     HorizontalFlip,
     Mixing,
     Preprocessing,
-    Progressive,
+    ProgressiveAugment,
     RandAugment,
     RandomAffine,
     RandomErasing,
@@ -128,11 +128,11 @@ class Recipe:
         return Augment(steps=self.steps, preprocessing=self.preprocessing, erase=self.erase)
 
     @property
-    def transform(self) -> Augment | Progressive:
+    def transform(self) -> Augment | ProgressiveAugment:
         """What training does to each image, from the first epoch to the last."""
         if self.curriculum is None:
             return self.augment
-        return Progressive(augment=self.augment, curriculum=self.curriculum)
+        return ProgressiveAugment(augment=self.augment, curriculum=self.curriculum)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as recipe.json holds them; `from_dict` is the exact inverse."""
