@@ -240,13 +240,16 @@ for verb in (deploying.deploy, measuring.bench, measuring.limits, measuring.prof
 
 @app.command()
 def report(
-    folders: Annotated[list[Path] | None, Argument(help="where runs, results and artifacts lie")] = None,
+    folders: Annotated[
+        list[Path] | None, Argument(help="folders with runs, results and artifacts in them or below")
+    ] = None,
     out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
 ) -> None:
     """Write one HTML page of all that was trained, exported and measured; it needs no network to be read."""
     from onefold.commands.report import write_page
 
-    typer.echo(f"wrote {write_page(folders or [Path()], out)}")
+    found = write_page(folders or [Path()], out)
+    typer.echo(f"wrote {out} of {found}")
 
 
 @app.command()

@@ -36,13 +36,13 @@ from onefold.bench import (
     planted,
     self_test,
 )
-from onefold.commands.open import Floats, Predictor, facts_of, is_artifact, open_predictor
+from onefold.commands.open import Floats, Predictor, facts_of, open_predictor
 from onefold.errors import BadArgument, GateFailed, MissingExtra
 from onefold.phone import PROGRAMS, Adb, Load, Plan, Program, connect, look, measure_on, program_of
 from onefold.phone.adb import FOLDER
 from onefold.phone.benchmark import place_of
 from onefold.runtimes import open_artifact
-from onefold.runtimes.artifact import REFERENCE, Artifact, read_files
+from onefold.runtimes.artifact import REFERENCE, Artifact, is_artifact, read_files
 from onefold.runtimes.exporter import TOLERANCES
 from onefold.runtimes.reference import difference, read_reference
 from onefold.storage import write_text

@@ -18,6 +18,7 @@ from onefold.commands.train import Callbacks, start_run
 from onefold.errors import BadArgument, GateFailed
 from onefold.quantize import Method
 from onefold.recipes import at_epochs, find_recipe
+from onefold.report import require_matplotlib
 from onefold.train import Progress
 
 _RUNTIMES = ("onnx", "openvino")
@@ -32,6 +33,7 @@ def demo(
 
     Raises GateFailed where an answer of a 32-bit artifact differs from the network's, or 8 bits lose too much.
     """
+    require_matplotlib()  # for the report at the end, after minutes of work
     if out.exists() and any(out.iterdir()):
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
     run, results, artifacts = out / "runs" / "digits-s0", out / "results", out / "artifacts"
@@ -65,7 +67,8 @@ def demo(
     for number, sentence in enumerate(compared.sentences()):
         say(f"{'4/5  bench ' if not number else '':11}  {sentence}")
 
-    page = write_page([out], out / "report.html")
+    page = out / "report.html"
+    write_page([out], page)
     say(f"5/5  report  {page}")
     return page
 

@@ -30,6 +30,7 @@ from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.models.card import page_of
 from onefold.quantize import Quantized
+from onefold.report import require_matplotlib
 from onefold.runtimes import Artifact, Runtime, find_runtime
 from onefold.runtimes.vendor import versions
 from onefold.storage import replacing, write_text
@@ -90,8 +91,9 @@ def deploy(source: str | Path, out: Path, order: Deployment, *, name: str | None
     """Export, verify, score, time and explain; see the top of the file.
 
     Raises GateFailed once the folder is written, where an artifact loses more than `max_drop`; MissingExtra before
-    anything is done, where a runtime is not installed; BadArgument where `out` holds something else.
+    anything is done, where a runtime or matplotlib is not installed; BadArgument where `out` holds something else.
     """
+    require_matplotlib()  # for the report at the end, after minutes of work
     wanted = _wanted(order)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")

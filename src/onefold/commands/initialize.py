@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from onefold.commands.open import is_artifact, open_network, open_predictor, weights_file
+from onefold.commands.open import open_network, open_predictor, weights_file
 from onefold.commands.timm import is_timm, open_pretrained
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
@@ -28,6 +28,7 @@ from onefold.models.mobileone import zero_init_branches_
 from onefold.models.parts import set_dropout_
 from onefold.recipes import Recipe
 from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
+from onefold.runtimes.artifact import is_artifact
 from onefold.train import NORMS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
 from onefold.train.checkpoint import WEIGHTS
 

@@ -25,6 +25,7 @@ from onefold.quantize import Grids, WholeNumbers, ship
 from onefold.recipes import Data, Recipe
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import Artifact, load
+from onefold.runtimes.artifact import is_artifact
 
 Floats = NDArray[np.float32]
 
@@ -225,15 +226,6 @@ def with_class_names(predictor: Predictor, classes: Path | None) -> Predictor:
             f"{classes} names {len(names)} classes, one per line; {predictor.title} has {predictor.num_classes}"
         )
     return replace(predictor, classes=names)
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether a folder is an exported artifact, by its manifest (a sealed folder of weights has one too)."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return path.is_dir() and (path / "reference.npz").is_file()
-    return isinstance(manifest, dict) and "runtime" in manifest
 
 
 def _artifact_predictor(folder: Path, threads: int, size: int | None) -> Predictor:

@@ -1,35 +1,128 @@
-"""results/*.jsonl, runs/, artifacts/ -> report.html: finding what a page can be made of."""
+"""runs, results and artifacts -> report.html: finding them by what they contain, below the places that are given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from onefold.commands.open import is_artifact
 from onefold.errors import BadData
 from onefold.report import write_report
+from onefold.report.format import joined, plural
+from onefold.runtimes.artifact import is_artifact
 
-_DEPTH = 3
+Reason = tuple[str, str]  # why a folder was not searched, in the singular and in the plural
+
+_MAX_DEPTH = 8
+_MAX_FOLDERS = 20_000
+_HEAD_BYTES = 1 << 20  # of a file of JSON lines, read to learn what it holds
+_MEASUREMENT = re.compile(rb'^\s*\{"kind": ?"(measurement|comparison)"', re.MULTILINE)  # as bench writes it
+_TRAINING_LOG = re.compile(rb'^\s*\{"kind": ?"(start|epoch)"', re.MULTILINE)  # as train writes it
+
+_HIDDEN = "hidden folder", "hidden folders"
+_LINK = "link to a folder", "links to folders"
+_UNREADABLE = "folder that cannot be read", "folders that cannot be read"
+_TOO_DEEP = f"folder more than {_MAX_DEPTH} levels down", f"folders more than {_MAX_DEPTH} levels down"
+_TOO_MANY = f"folder after the first {_MAX_FOLDERS:,}", f"folders after the first {_MAX_FOLDERS:,}"
 
 
-def write_page(folders: Sequence[Path], out: Path) -> Path:
-    """Write the report of every run, result and artifact in `folders` and up to three folders down."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise BadData(f"{folder} is not a folder: give the one where runs/, results/ or artifacts/ lie")
-    places = [place for folder in folders for place in _walk(folder, _DEPTH)]
-    write_report(
-        out,
-        runs=[place for place in places if (place / "log.jsonl").is_file()],
-        results=[file for place in places if place.name == "results" for file in sorted(place.glob("*.jsonl"))],
-        artifacts=[place for place in places if is_artifact(place)],
-    )
-    return out
+@dataclass(frozen=True)
+class Found:
+    """What lies below some places, and how many folders were not searched, by reason."""
+
+    runs: list[Path] = field(default_factory=list)
+    results: list[Path] = field(default_factory=list)
+    artifacts: list[Path] = field(default_factory=list)
+    skipped: Counter[Reason] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        """Counts of what was found and of what was not searched, as one line."""
+        counts = ((self.runs, "run"), (self.results, "results file"), (self.artifacts, "artifact"))
+        return joined([plural(len(paths), noun) for paths, noun in counts]) + _not_searched(self.skipped, "; ")
 
 
-def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    yield folder
-    if depth:
-        for inner in sorted(folder.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
-                yield from _walk(inner, depth - 1)
+def write_page(places: Sequence[Path], out: Path) -> Found:
+    """Write the report of every run, result and artifact below `places` to `out`; return what was found.
+
+    Raises BadData where a place does not exist or nothing is found, MissingExtra without matplotlib, NotWritable.
+    """
+    found = find_inputs(places)
+    if not (found.runs or found.results or found.artifacts):
+        where = joined([str(place) for place in places])
+        raise BadData(
+            f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "
+            "folders that train, bench or export wrote to"
+        )
+    # Hidden folders and links are left out on purpose; for the others, the page must say what it may lack.
+    lacking = Counter({reason: n for reason, n in found.skipped.items() if reason not in (_HIDDEN, _LINK)})
+    notes = [f"The report may lack something{_not_searched(lacking, ': ')}."] if lacking else []
+    write_report(out, runs=found.runs, results=found.results, artifacts=found.artifacts, notes=notes)
+    return found
+
+
+def find_inputs(places: Sequence[Path]) -> Found:
+    """Return the runs, results and artifacts in `places` and below, each once, in the order of their paths.
+
+    A run is a folder with a training log, an artifact one with the manifest of an export, and results are files of
+    JSON lines with measurements, whatever their names are. Raises BadData where a place does not exist.
+    """
+    found, seen = Found(), set[str]()
+    for place in places:
+        if place.is_file():
+            found.results.append(place)  # named by the user: what is wrong with it is said on the page
+            continue
+        if not place.is_dir():
+            raise BadData(f"{place} is not a folder: give folders with runs, results or artifacts")
+        pending = [(place, 0)]
+        while pending:
+            folder, depth = pending.pop()
+            if depth > _MAX_DEPTH or len(seen) >= _MAX_FOLDERS:
+                found.skipped[_TOO_DEEP if depth > _MAX_DEPTH else _TOO_MANY] += 1
+                continue
+            if (real := os.path.realpath(folder)) in seen:  # one place may lie in another
+                continue
+            seen.add(real)
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError:
+                found.skipped[_UNREADABLE] += 1
+                continue
+            if is_artifact(folder):  # it holds nothing but the files of its manifest
+                found.artifacts.append(folder)
+                continue
+            pending += reversed([(Path(entry.path), depth + 1) for entry in entries if _is_searched(entry, found)])
+            files = {entry.name: entry for entry in entries if entry.is_file()}
+            if (log := files.get("log.jsonl")) and ("recipe.json" in files or _holds(log, _TRAINING_LOG)):
+                found.runs.append(folder)
+            found.results.extend(
+                Path(entry.path)
+                for name, entry in files.items()
+                if name.endswith(".jsonl") and _holds(entry, _MEASUREMENT)
+            )
+    return found
+
+
+def _is_searched(entry: os.DirEntry[str], found: Found) -> bool:
+    """Whether the entry is a folder to go on in; counts it where it is one to leave out."""
+    if not entry.is_dir():
+        return False
+    reason = _HIDDEN if entry.name.startswith(".") else _LINK if entry.is_symlink() else None
+    if reason:
+        found.skipped[reason] += 1
+    return reason is None
+
+
+def _holds(entry: os.DirEntry[str], pattern: re.Pattern[bytes]) -> bool:
+    try:
+        with open(entry.path, "rb") as file:
+            return pattern.search(file.read(_HEAD_BYTES)) is not None
+    except OSError:
+        return True  # reading the whole of it fails again, with a note on the page
+
+
+def _not_searched(skipped: Counter[Reason], before: str) -> str:
+    counts = [plural(number, *reason) for reason, number in sorted(skipped.items())]
+    return f"{before}not searched: {joined(counts)}" if counts else ""

@@ -1,175 +1,250 @@
-"""Measurements of the same thing on the same machine, put together: one row of a table, one line of a figure."""
+"""Measurements put together: groups of the same subject, and ratios between the calls of one comparison."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 from typing import Any
 
-from onefold.bench import Machine, Measurement
-from onefold.report.html import plain
+from onefold.bench import Comparison, Machine, Measurement, Ratio, pooled
+from onefold.errors import BadArgument
+from onefold.report.format import one_line, plural
+from onefold.report.load import Inputs
 
-# What was found out about a subject, or how it came here: none of it makes it another one.
-_FINDINGS = frozenset(
+_IDENTITY = ("model", "runtime", "precision")
+# Keys of a subject that were measured or say where it came from: they do not make it another subject.
+_RESULTS = frozenset(
     {"answer", "condition", "drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"}
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Measurements of one subject with the same threads. A process is the unit: figures are medians of theirs."""
+    """Measurements of one subject with the same number of threads on one machine: a table row, a point in a figure.
+
+    The process is the unit: figures are medians over the processes, not over all their samples, because the samples
+    of a process share what that process met. `top1` is in percent.
+    """
 
     measurements: tuple[Measurement, ...]
     top1: float | None = None
 
     @property
     def subject(self) -> Mapping[str, Any]:
-        """What was measured."""
+        """What was measured: model, runtime, precision, and more."""
         return self.measurements[0].subject
 
     @property
     def machine(self) -> Machine:
-        """Where."""
+        """The machine it was measured on."""
         return self.measurements[0].machine
 
     @property
     def threads(self) -> int:
-        """With how many threads."""
+        """The number of threads that the calls used."""
         return self.measurements[0].procedure.threads
 
     @property
     def label(self) -> str:
-        """What was measured, in a few words."""
+        """A short name of the subject."""
         return label(self.subject)
 
     @property
     def title(self) -> str:
-        """The label where nothing beside it says that the network is unfused."""
+        """The label, which says UNFUSED where the network was not fused: for text that has no column for it."""
         return f"{self.label} UNFUSED" if self.fused is False else self.label
 
     @property
     def fused(self) -> bool | None:
-        """Whether the network was folded; None where nobody said."""
+        """Whether the network was fused; None where the subject does not say."""
         fused = self.subject.get("fused")
         return fused if isinstance(fused, bool) else None
 
-    @property
+    @cached_property
     def median_ns(self) -> float:
-        """The median of the medians."""
-        return median(each.median_ns for each in self.measurements)
+        """The median latency of a call, in nanoseconds."""
+        return median(m.median_ns for m in self.measurements)
 
     @property
     def p90_ns(self) -> float | None:
-        """The median of the sure 90th percentiles; None where one of them has none."""
-        return _median_of([each.p90_ns for each in self.measurements])
+        """The 90th percentile, in nanoseconds; None where a process has too few samples for one."""
+        return self.median_of(lambda m: m.p90_ns)
 
     @property
-    def p99_ns(self) -> float | None:
-        """The same for the 99th."""
-        return _median_of([each.p99_ns for each in self.measurements])
-
-    @property
-    def spread(self) -> float:
-        """The median of the spreads."""
-        return median(each.spread for each in self.measurements)
-
-    @property
-    def roofline(self) -> float | None:
-        """The median of the shares (0 to 1) of the machine's limit; None where one of them has none."""
-        return _median_of([each.roofline for each in self.measurements])
-
-    @property
-    def beats_limit(self) -> bool:
-        """Whether a call was quicker than the limit it is held against."""
-        return any(each.beats_limit for each in self.measurements)
-
-    @property
-    def binds(self) -> str | None:
-        """Which side of the machine binds, compute or memory."""
-        return next((each.bound.side for each in self.measurements if each.bound is not None), None)
-
-    @property
-    def num_bytes(self) -> int | None:
-        """The size of what a user ships."""
-        size = self.subject.get("num_bytes")
-        return size if type(size) is int else None
-
-    @property
-    def cold_ns(self) -> float | None:
-        """From nothing to the first answer in a fresh process: the median over those that were started."""
-        seen = [each.cold.start_ns for each in self.measurements if each.cold is not None]
-        return median(seen) if seen else None
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """The most memory that a fresh process used for it."""
-        seen = [each.cold.peak_bytes for each in self.measurements if each.cold is not None]
-        return max((peak for peak in seen if peak is not None), default=None)
-
-    @property
-    def noisy(self) -> int:
+    def num_noisy(self) -> int:
         """How many of the measurements are noisy."""
-        return sum(each.verdict == "noisy" for each in self.measurements)
+        return sum(m.verdict == "noisy" for m in self.measurements)
+
+    def median_of(self, value: Callable[[Measurement], float | None]) -> float | None:
+        """Return the median of a value over the processes; None where it is unknown for any of them."""
+        known = [number for m in self.measurements if (number := value(m)) is not None]
+        return median(known) if len(known) == len(self.measurements) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two calls of a comparison: `ratio` is the time of `first` over the time of `second`.
+
+    `second` is the baseline of its comparison; of a network before and after fusing, it is the unfused one.
+    """
+
+    first: str
+    second: str
+    first_subject: Mapping[str, Any]
+    second_subject: Mapping[str, Any]
+    ratio: Ratio
+    measurement: Measurement
+    num_processes: int = 1
 
     @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why, each reason once."""
-        return tuple(dict.fromkeys(reason for each in self.measurements for reason in each.reasons))
+    def machine(self) -> Machine:
+        """The machine both were measured on."""
+        return self.measurement.machine
 
     @property
-    def latencies_ms(self) -> tuple[float, ...]:
-        """Every sample of all of them."""
-        return tuple(latency / 1e6 for each in self.measurements for latency in each.latencies_ns)
+    def is_fusion(self) -> bool:
+        """Whether the two are one network after and before fusing."""
+        fused = {self.first_subject.get("fused"), self.second_subject.get("fused")}
+        same = all(self.first_subject.get(key) == self.second_subject.get(key) for key in _IDENTITY)
+        return same and fused == {True, False}
+
+    @property
+    def context(self) -> str:
+        """What both have in common: model, runtime, precision, threads."""
+        shared = {
+            key: value
+            for key, value in self.first_subject.items()
+            if key in _IDENTITY and self.second_subject.get(key) == value
+        }
+        threads = plural(self.measurement.procedure.threads, "thread")
+        return f"{label(shared)}, {threads}" if shared else threads
+
+    def sentence(self) -> str:
+        """Return the verdict with its interval, and over how many processes it was pooled."""
+        names = ("the fused network", "the unfused network") if self.is_fusion else (self.first, self.second)
+        verdict = self.ratio.words(*names)
+        verdict = f"T{verdict[1:]}" if verdict.startswith("the ") else verdict
+        return f"{verdict} Over {self.num_processes} processes." if self.num_processes > 1 else verdict
 
 
-def label(subject: Mapping[str, Any]) -> str:
-    """Model, runtime and precision, and the name it was compared under where that says more."""
-    known = [plain(subject[key], 60) for key in ("model", "runtime", "precision") if subject.get(key)]
-    known += ["random weights"] if known and subject.get("untrained") else []
-    name = plain(subject.get("name") or "", 60)
-    if not known:
-        return name or "something unnamed"
-    planted = subject.get("planted")
-    if isinstance(planted, int | float):  # slowed on purpose, as a control
-        return f"{' '.join(known)} made {100 * planted:g} % slower"
-    told = {"fused", "unfused", "not", *" ".join(known).lower().split()}
-    return " ".join(known) + ("" if told.issuperset(name.lower().split()) else f" ({name})")
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """The inputs and what was computed from them: groups, fastest first on each machine, and pairs."""
+
+    inputs: Inputs
+    groups: tuple[Group, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def machines(self) -> list[Machine]:
+        """Every machine once, in the order of the inputs."""
+        return list({m.machine.slug: m.machine for m in self.inputs.all_measurements}.values())
+
+    @property
+    def fastest(self) -> Group | None:
+        """The fastest fused network; without one, the fastest not known to be fused, then the fastest unfused one."""
+        candidates = [group for group in self.groups if not group.subject.get("planted")]
+        order = {True: 0, None: 1, False: 2}
+        return min(candidates, key=lambda group: (order[group.fused], group.median_ns), default=None)
+
+    @property
+    def best_fusion(self) -> Pair | None:
+        """The comparison of a network after and before fusing that gained most."""
+        fusions = (pair for pair in self.pairs if pair.is_fusion)
+        return min(fusions, key=lambda pair: pair.ratio.value, default=None)
 
 
-def grouped(measurements: Iterable[Measurement], accuracies: Mapping[str, float]) -> list[Group]:
-    """Groups, the quickest first, machine by machine in the order they come; `accuracies` by the key of a subject."""
-    found: dict[tuple[str, int, str], list[Measurement]] = {}
-    for each in measurements:
-        found.setdefault((each.machine.slug, each.procedure.threads, subject_key(each.subject)), []).append(each)
-    groups = [
-        Group(measurements=tuple(members), top1=accuracies.get(subject)) for (_, _, subject), members in found.items()
-    ]
+def aggregate_inputs(inputs: Inputs) -> ReportData:
+    """Group the measurements and compute the ratios of the comparisons."""
+    compared = (m for comparison in inputs.comparisons for m in _without_names(comparison))
+    measurements = [*inputs.measurements, *compared]
+    found = ((subject_key(m.subject), inputs.top1_of(m.subject)) for m in measurements)
+    accuracies = {key: top1 for key, top1 in found if top1 is not None}
+    same: dict[tuple[str, ...], list[Comparison]] = {}
+    for comparison in inputs.comparisons:
+        subjects = (subject_key(m.subject) for m in comparison.measurements.values())
+        key = (comparison.twin.machine.slug, str(comparison.twin.procedure.threads), *subjects)
+        same.setdefault(key, []).append(comparison)
+    pairs = [pair for comparisons in same.values() for pair in _pairs(comparisons)]
+    return ReportData(inputs=inputs, groups=tuple(group_by_subject(measurements, accuracies)), pairs=tuple(pairs))
+
+
+def group_by_subject(measurements: Iterable[Measurement], accuracies: Mapping[str, float]) -> list[Group]:
+    """Return groups, the fastest first, machine by machine in the order they come; `accuracies` by `subject_key`."""
+    members: dict[tuple[str, int, str], list[Measurement]] = {}
+    for m in measurements:
+        members.setdefault((m.machine.slug, m.procedure.threads, subject_key(m.subject)), []).append(m)
+    groups = [Group(measurements=tuple(group), top1=accuracies.get(key)) for (_, _, key), group in members.items()]
     machines = list(dict.fromkeys(group.machine.slug for group in groups))
     return sorted(groups, key=lambda group: (machines.index(group.machine.slug), group.median_ns))
 
 
+def label(subject: Mapping[str, Any]) -> str:
+    """Return model, runtime and precision, with the name it was compared under where that says more."""
+    parts = [one_line(subject[key], 60) for key in _IDENTITY if subject.get(key)]
+    parts += ["random weights"] if parts and subject.get("untrained") else []
+    name = one_line(subject.get("name") or "", 60)
+    if not parts:
+        return name or "unnamed"
+    planted = subject.get("planted")
+    if isinstance(planted, int | float):  # slowed on purpose, as a control of the measurement
+        return f"{' '.join(parts)} made {100 * planted:g} % slower"
+    redundant = {"fused", "unfused", "not", *" ".join(parts).lower().split()}
+    return " ".join(parts) + ("" if redundant.issuperset(name.lower().split()) else f" ({name})")
+
+
 def subject_key(subject: Mapping[str, Any]) -> str:
-    """What tells subjects apart, as one string: all but what was found out about them."""
-    bare = {key: value for key, value in subject.items() if key not in _FINDINGS}
+    """Return what tells subjects apart as one string: all of it but what was measured about them."""
+    bare = {key: value for key, value in subject.items() if key not in _RESULTS}
     if label({**bare, "name": ""}) == label(subject):  # its name says nothing more
         bare.pop("name", None)
     return json.dumps(bare, sort_keys=True)
 
 
-def pareto_front(groups: Iterable[Group]) -> list[Group]:
-    """Those that no other beats in both latency and accuracy, the quickest first; without an accuracy it is none."""
-    front: list[Group] = []
-    best = float("-inf")
-    known = [(group.median_ns, -group.top1, at, group) for at, group in enumerate(groups) if group.top1 is not None]
-    for _, negative_top1, _, group in sorted(known, key=lambda entry: entry[:3]):
-        if -negative_top1 > best:
-            front.append(group)
-            best = -negative_top1
-    return front
+def _without_names(comparison: Comparison) -> list[Measurement]:
+    """Return the measurements without the names they were compared under, where they can be told apart without.
+
+    A network measured in two comparisons under different names is then one group.
+    """
+    measurements = list(comparison.measurements.values())
+    bare = [{key: value for key, value in m.subject.items() if key != "name"} for m in measurements]
+    if len({subject_key(subject) for subject in bare}) < len(bare):
+        return measurements
+    return [replace(m, subject=subject) for m, subject in zip(measurements, bare, strict=True)]
 
 
-def _median_of(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if len(known) == len(values) else None
+def _pairs(comparisons: list[Comparison]) -> list[Pair]:
+    """Return one pair a name where there are enough processes to pool, else one a name and comparison."""
+    names = list(comparisons[0].measurements)[1:]
+    try:
+        return [_pair(comparisons, name, pooled(comparisons, name)) for name in names]
+    except BadArgument:  # fewer processes than an interval over processes needs
+        return [_pair([one], name, one.ratio(name)) for one in comparisons for name in names]
+
+
+def _pair(comparisons: list[Comparison], name: str, ratio: Ratio) -> Pair:
+    comparison = comparisons[0]
+    names, measurements = (name, comparison.baseline), comparison.measurements
+    pair = Pair(
+        first=one_line(names[0], 60),
+        second=one_line(names[1], 60),
+        first_subject=measurements[names[0]].subject,
+        second_subject=measurements[names[1]].subject,
+        ratio=ratio,
+        measurement=comparison.twin,
+        num_processes=len(comparisons),
+    )
+    if not (pair.is_fusion and pair.second_subject["fused"]):
+        return pair
+    # The fused network was the baseline: turn it round, so that every fusion is told as fused over unfused.
+    return replace(
+        pair,
+        first=pair.second,
+        second=pair.first,
+        first_subject=pair.second_subject,
+        second_subject=pair.first_subject,
+        ratio=replace(ratio, value=1 / ratio.value, low=1 / ratio.high, high=1 / ratio.low),
+    )

@@ -1,57 +1,81 @@
-"""Numbers as people read them: with a unit that stays beside them, and no more digits than they carry."""
+"""Numbers and names as text: units, significant digits, one printable line out of whatever a file may hold."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Sequence
 
 _SPACE = "\N{NO-BREAK SPACE}"
+# Bidirectional controls: they reorder the text after them, so that a page could read differently from its source.
+_BIDIRECTIONAL = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+def printable(text: str) -> str:
+    """Replace control characters by spaces, and what no page can show (surrogates, bidi controls) by U+FFFD."""
+    return text if text.isascii() and text.isprintable() else "".join(map(_printable, text))
+
+
+def one_line(value: object, longest: int = 160) -> str:
+    """Return the value as one line of printable text; text longer than `longest` characters is cut in its middle."""
+    text = " ".join(printable(str(value)).split())
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 def latency(nanoseconds: float | None) -> str:
-    """Three digits in the unit that fits; a dash where it is not known."""
+    """Format a latency with three significant digits in the unit that fits (µs, ms or s); a dash for None."""
     if nanoseconds is None:
         return "–"
     if nanoseconds >= 1e10:
-        return f"{digits(nanoseconds / 1e9)}{_SPACE}s"
-    return f"{digits(nanoseconds / 1e6)}{_SPACE}ms" if nanoseconds >= 1e5 else f"{digits(nanoseconds / 1e3)}{_SPACE}µs"
+        return f"{significant(nanoseconds / 1e9)}{_SPACE}s"
+    if nanoseconds >= 1e5:
+        return f"{significant(nanoseconds / 1e6)}{_SPACE}ms"
+    return f"{significant(nanoseconds / 1e3)}{_SPACE}µs"
 
 
-def digits(number: float, count: int = 3) -> str:
-    """`count` significant digits without an exponent: 0.412, 3.42, 34.2, 1230."""
+def significant(number: float | None, digits: int = 3) -> str:
+    """Format with so many significant digits and no exponent: 0.412, 3.42, 34.2, 1230; a dash for None."""
+    if number is None:
+        return "–"
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
-    places = max(0, count - 1 - math.floor(math.log10(abs(number))))
-    return f"{number:.{places}f}"
+    return f"{number:.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}"
 
 
 def percent(number: float | None, places: int = 1) -> str:
-    """A number that is already in percent."""
+    """Format a number that is in percent already; a dash for None."""
     return "–" if number is None else f"{number:.{places}f}{_SPACE}%"
 
 
-def share(number: float | None, places: int = 1) -> str:
-    """A share (0 to 1) in percent."""
-    return "–" if number is None else percent(100 * number, places)
-
-
 def scientific(number: float | None) -> str:
-    """A small number: 4.1e-07; a dash where it is not known."""
+    """Format a small number: 4.1e-07; a dash for None."""
     return "–" if number is None else f"{number:.1e}" if number else "0"
 
 
 def size(num_bytes: int | None) -> str:
-    """Bytes in MB or kB (powers of ten, as file managers show them)."""
+    """Format bytes in MB or kB (powers of ten, as file managers show them); a dash for None."""
     if num_bytes is None:
         return "–"
-    return f"{digits(num_bytes / 1e6)}{_SPACE}MB" if num_bytes >= 1e5 else f"{digits(num_bytes / 1e3)}{_SPACE}kB"
+    if num_bytes >= 1e5:
+        return f"{significant(num_bytes / 1e6)}{_SPACE}MB"
+    return f"{significant(num_bytes / 1e3)}{_SPACE}kB"
 
 
-def many(number: int, thing: str, things: str | None = None) -> str:
-    """`1 run`, `2 runs`, `no runs`."""
-    named = thing if number == 1 else (things or f"{thing}s")
-    return f"{number or 'no'} {named}"
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
+    """Return `1 run`, `2 runs`, `no runs`; `nouns` is the plural where it is not made with an s."""
+    return f"{number or 'no'} {noun if number == 1 else (nouns or f'{noun}s')}"
 
 
-def listed(items: list[str]) -> str:
-    """`a, b and c`."""
+def joined(items: Sequence[str]) -> str:
+    """Return `a, b and c`."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def _printable(character: str) -> str:
+    category = unicodedata.category(character)
+    if category in ("Cc", "Zl", "Zp"):  # controls, line and paragraph separators
+        return " "
+    if category == "Cs" or unicodedata.bidirectional(character) in _BIDIRECTIONAL:
+        return "\ufffd"
+    return character

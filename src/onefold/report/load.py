@@ -1,230 +1,318 @@
-"""What a report is made from: run folders, results files and artifact folders, read with patience.
+"""Reading what a report is made from: run folders, result files and artifact folders.
 
-Whatever is missing or damaged becomes a note, one sentence for the page, and never an error.
+A file that is missing or damaged becomes a note, one sentence for the page, and never an error: a report of what is
+left is worth more than none.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onefold.bench import Comparison, Measurement, read_all
-from onefold.errors import BadData
-from onefold.report.html import plain
-from onefold.report.predictions import Predictions, read_predictions
+from onefold.errors import BadArtifact, BadData
+from onefold.report.format import one_line
+from onefold.runtimes.artifact import Artifact, read_manifest
 
-_ABSURD = 1e15  # also leaves out what is infinite or no number
+BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
+
+_LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
+_MAX_CLASSES = 100_000
+_MAX_PICTURE_BYTES = 100_000
+_JPEG_START = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misclassified:
+    """A wrongly classified image: class indices, softmax probabilities, and the picture as JPEG in base64."""
+
+    name: str
+    label: int
+    predicted: int
+    confidence: float
+    label_probability: float
+    jpeg: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """A network's predictions on labelled images, counted.
+
+    `pairs[label, predicted]` counts images; a predicted class of -1 stands for logits that were not finite. `top5` and
+    `ece` (expected calibration error) are in percent, as `train.evaluate` computed them. `bins` holds, for each of
+    `BINS` equal intervals of confidence, the number of images, how many of them are right, and the sum of confidences.
+    """
+
+    data: str
+    classes: tuple[str, ...]
+    pairs: Mapping[tuple[int, int], int]
+    top5: float | None
+    ece: float | None
+    bins: tuple[tuple[int, int, float], ...]
+    misclassified: tuple[Misclassified, ...]
+
+    @property
+    def num_images(self) -> int:
+        """How many images were predicted."""
+        return sum(self.pairs.values())
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * sum(count for (a, b), count in self.pairs.items() if a == b) / self.num_images
+
+    @property
+    def images_per_class(self) -> Counter[int]:
+        """The number of images of each class that has any."""
+        counts: Counter[int] = Counter()
+        for (label, _), count in self.pairs.items():
+            counts[label] += count
+        return counts
+
+    @property
+    def confusions(self) -> list[tuple[int, int, int]]:
+        """(label, predicted, images) of all wrong pairs, the most frequent first."""
+        wrong = [(a, b, count) for (a, b), count in self.pairs.items() if a != b]
+        return sorted(wrong, key=lambda entry: (-entry[2], entry[0], entry[1]))
+
+    def name(self, index: int) -> str:
+        """Return the name of a class."""
+        return self.classes[index] if 0 <= index < len(self.classes) else "not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training: its epochs as its log tells them, in order, and what its recipe promised. Accuracies in percent."""
+    """A training run: the epochs of its log, in order, and the accuracy that its recipe expects (in percent)."""
 
     name: str
     epochs: tuple[Mapping[str, Any], ...] = ()
-    start: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
     expected_top1: float | None = None
     expected_source: str | None = None
     predictions: Predictions | None = None
-    findings: tuple[str, ...] = ()
+    data_findings: tuple[str, ...] = ()
 
     def curve(self, key: str) -> tuple[tuple[float, float], ...]:
-        """(epoch, value) wherever the log has a finite number under `key`."""
+        """Return (epoch, value) wherever the log has a finite number under `key`."""
         points = ((number(line, "epoch"), number(line, key)) for line in self.epochs)
         return tuple((epoch, value) for epoch, value in points if epoch is not None and value is not None)
 
     def last(self, key: str) -> float | None:
-        """The last value in the log."""
-        return self.curve(key)[-1][1] if self.curve(key) else None
+        """Return the last value under `key`; None where there is none."""
+        curve = self.curve(key)
+        return curve[-1][1] if curve else None
 
     @property
     def best(self) -> tuple[float, float] | None:
-        """(epoch, top-1) of the best epoch: the first of equals, as a training keeps it."""
+        """(epoch, top-1) of the best epoch: the first of equals, which is the one that training keeps."""
         return max(self.curve("top1"), key=lambda point: (point[1], -point[0]), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
-    """An artifact, as its manifest tells it; None where it does not. `top1` in percent."""
-
-    folder: str
-    manifest: Mapping[str, Any]
-    num_bytes: int | None = None
-
-    def text(self, key: str) -> str:
-        """The value under `key` as text; empty where there is none."""
-        value = self.manifest.get(key)
-        return "" if value is None else plain(value)
-
-    @property
-    def fused(self) -> bool | None:
-        """Whether it was folded; None where the manifest does not say."""
-        fused = self.manifest.get("fused")
-        return fused if isinstance(fused, bool) else None
-
-    @property
-    def hashes(self) -> frozenset[str]:
-        """Every SHA-256 that the manifest names, its own among them."""
-        own, files = self.manifest.get("sha256"), self.manifest.get("files")
-        found = [own] if isinstance(own, str) else list(own.values()) if isinstance(own, Mapping) else []
-        listed = files.values() if isinstance(files, Mapping) else ()
-        return frozenset(map(str, (*found, *(each.get("sha256") for each in listed if isinstance(each, Mapping)))))
-
-    @property
-    def top1(self) -> float | None:
-        """The accuracy of this very artifact, where somebody measured it and wrote it into the manifest."""
-        details = self.manifest.get("details")
-        inner = details if isinstance(details, Mapping) else {}
-        return next((found for place in (self.manifest, inner) if (found := number(place, "top1")) is not None), None)
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes it tells apart."""
-        classes, count = self.manifest.get("classes"), number(self.manifest, "num_classes")
-        return len(classes) if isinstance(classes, list) else None if count is None else int(count)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Everything there is to report, and `notes` about what there was not."""
+    """Everything there is to report; `sources` names the result files, `notes` says what could not be used."""
 
-    runs: tuple[Run, ...]
-    exports: tuple[Export, ...]
-    measurements: tuple[Measurement, ...]
-    comparisons: tuple[Comparison, ...]
-    sources: tuple[str, ...]
-    notes: tuple[str, ...]
+    runs: tuple[Run, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
 
     @property
     def all_measurements(self) -> tuple[Measurement, ...]:
         """Those measured alone and those measured in comparisons."""
-        within = (each for comparison in self.comparisons for each in comparison.measurements.values())
-        return (*self.measurements, *within)
+        compared = (m for comparison in self.comparisons for m in comparison.measurements.values())
+        return (*self.measurements, *compared)
 
     def top1_of(self, subject: Mapping[str, Any]) -> float | None:
-        """The accuracy of what was measured, in percent: its own, or that of the artifact with its SHA-256."""
+        """Return the accuracy of a measured subject in percent: its own, or that of the artifact with its SHA-256."""
         own = number(subject, "top1")
         if own is not None:
             return own
         digest = subject.get("sha256")
-        same = (export.top1 for export in self.exports if digest and str(digest) in export.hashes)
-        return next((top1 for top1 in same if top1 is not None), None)
+        same = (a for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()})
+        return next((top1 for a in same if (top1 := number(a.details, "top1")) is not None), None)
 
-    def top1_of_export(self, export: Export) -> float | None:
-        """The accuracy of an artifact, in percent: its own, or that of a measurement of the same bytes."""
-        if export.top1 is not None:
-            return export.top1
-        subjects = (each.subject for each in self.all_measurements)
-        same = (number(subject, "top1") for subject in subjects if str(subject.get("sha256")) in export.hashes)
-        return next((top1 for top1 in same if top1 is not None), None)
+    def top1_of_artifact(self, artifact: Artifact) -> float | None:
+        """Return the accuracy of an artifact in percent: its manifest's, or that of a measurement of the same bytes."""
+        own = number(artifact.details, "top1")
+        if own is not None:
+            return own
+        digests = {stored.sha256 for stored in artifact.files.values()}
+        same = (m.subject for m in self.all_measurements if m.subject.get("sha256") in digests)
+        return next((top1 for subject in same if (top1 := number(subject, "top1")) is not None), None)
 
 
-def gather(runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Path]) -> Inputs:
-    """Read it all."""
+def load_inputs(runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Path]) -> Inputs:
+    """Read all of it; what cannot be read becomes a note."""
     notes: list[str] = []
     measurements: list[Measurement] = []
     comparisons: list[Comparison] = []
     for path in results:
         try:
-            found = read_all(path)
+            read = read_all(path)
         except BadData as error:
-            notes.append(f"The results {plain(path.name)} could not be used: {_without_folder(str(error), path)}")
+            notes.append(f"The results {one_line(path.name)} could not be used: {_without_folder(error, path)}")
             continue
-        notes += found.notes if found.measurements or found.comparisons else [f"{plain(path.name)} holds no results."]
-        measurements += found.measurements
-        comparisons += found.comparisons
+        notes += read.notes if read.measurements or read.comparisons else [f"{one_line(path.name)} holds no results."]
+        measurements += read.measurements
+        comparisons += read.comparisons
+    manifests = []
+    for path in artifacts:
+        try:
+            manifests.append(read_manifest(path))
+        except BadArtifact as error:
+            notes.append(f"The artifact {one_line(path.name)} could not be used: {_without_folder(error, path)}")
     return Inputs(
         runs=tuple(_read_run(path, notes) for path in runs),
-        exports=tuple(export for path in artifacts if (export := _read_export(path, notes)) is not None),
+        artifacts=tuple(manifests),
         measurements=tuple(measurements),
         comparisons=tuple(comparisons),
-        sources=tuple(plain(path.name) for path in results),
+        sources=tuple(one_line(path.name) for path in results),
         notes=tuple(notes),
     )
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key`; None where there is none, or none that any figure here could have."""
+    """Return the number under `key`; None where there is none, or one that is not finite or absurdly large."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < _ABSURD else None
+    return float(value) if abs(value) < _LARGEST_NUMBER else None
 
 
-def _read_run(path: Path, notes: list[str]) -> Run:
-    name = plain(path.name)
-    lines = _lines(path / "log.jsonl", name, notes)
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _read_run(folder: Path, notes: list[str]) -> Run:
+    name = one_line(folder.name)
+    lines = _read_log(folder / "log.jsonl", name, notes)
+    # A resumed run writes an epoch again: the later line holds.
     epochs = {at: line for line in lines if line.get("kind") == "epoch" and (at := number(line, "epoch")) is not None}
     if lines and not epochs:
         notes.append(f"The run {name} has not finished an epoch yet.")
-    recipe = _object(path / "recipe.json")
+    recipe = _parse(_read_text(folder / "recipe.json") or "")
     expect = recipe.get("expect")
     expected: Mapping[str, Any] = expect if isinstance(expect, Mapping) else {}
+    check = _parse(_read_text(folder / "check.json") or "").get("findings")
+    findings = (entry.get("text") for entry in check if isinstance(entry, Mapping)) if isinstance(check, list) else ()
     return Run(
         name=name,
         epochs=tuple(epochs[at] for at in sorted(epochs)),
-        start=next((line for line in lines if line.get("kind") == "start"), {}),
-        recipe=plain(recipe["name"]) if isinstance(recipe.get("name"), str) else None,
+        recipe=one_line(recipe["name"]) if isinstance(recipe.get("name"), str) else None,
         expected_top1=number(expected, "top1"),
-        expected_source=plain(expected["source"]) if expected.get("source") else None,
-        predictions=read_predictions(path / "predictions.jsonl", name, notes),
-        findings=_findings(_object(path / "check.json")),
+        expected_source=one_line(expected["source"]) if expected.get("source") else None,
+        predictions=_read_predictions(folder / "predictions.jsonl", name, notes),
+        data_findings=tuple(one_line(text, 400) for text in findings if isinstance(text, str)),
     )
 
 
-def _findings(check: Mapping[str, Any]) -> tuple[str, ...]:
-    found = check.get("findings")
-    texts = (each.get("text") for each in found if isinstance(each, Mapping)) if isinstance(found, list) else ()
-    return tuple(plain(text, 400) for text in texts if isinstance(text, str))
-
-
-def _lines(path: Path, name: str, notes: list[str]) -> list[Mapping[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        notes.append(f"The run {name} has no log: log.jsonl is missing or cannot be read.")
+def _read_log(path: Path, run: str, notes: list[str]) -> list[Mapping[str, Any]]:
+    text = _read_text(path)
+    if text is None:
+        notes.append(f"The run {run} has no log: log.jsonl is missing or cannot be read.")
         return []
-    parsed = [_parsed(line) for line in text.split("\n") if line.strip()]
-    lost = sum(not line for line in parsed)
-    if lost or not parsed:
-        notes.append(
-            f"The log of {name} is empty." if not parsed else f"{lost} lines of the log of {name} are damaged."
-        )
+    parsed = [_parse(line) for line in text.split("\n") if line.strip()]
+    damaged = sum(not line for line in parsed)
+    if damaged or not parsed:
+        notes.append(f"{damaged} lines of the log of {run} are damaged." if parsed else f"The log of {run} is empty.")
     return [line for line in parsed if line]
 
 
-def _read_export(path: Path, notes: list[str]) -> Export | None:
-    name = plain(path.name)
-    manifest = _object(path / "manifest.json")
-    if not manifest:
-        notes.append(f"The artifact {name} has no manifest.json that can be read.")
+def _read_predictions(path: Path, run: str, notes: list[str]) -> Predictions | None:
+    text = _read_text(path)
+    if text is None:
         return None
-    return Export(folder=name, manifest=manifest, num_bytes=_num_bytes(path, manifest))
+    head, *lines = [_parse(line) for line in text.splitlines()] or [{}]
+    classes = head.get("classes")
+    if head.get("kind") != "predictions" or not isinstance(classes, list) or not 0 < len(classes) <= _MAX_CLASSES:
+        notes.append(f"The predictions of {run} could not be used: their first line does not say what they are.")
+        return None
+    valid = [line for line in lines if _is_prediction(line, len(classes))]
+    if len(valid) < len(lines):
+        notes.append(f"{len(lines) - len(valid)} lines of the predictions of {run} are damaged.")
+    if not valid:
+        return None
+    return Predictions(
+        data=one_line(head.get("data", "")),
+        classes=tuple(one_line(name, 60) for name in classes),
+        pairs=Counter((line["label"], line["answer"]) for line in valid),
+        top5=number(head, "top5"),
+        ece=number(head, "ece"),
+        bins=_bins(valid),
+        misclassified=tuple(image for line in valid if (image := _misclassified(line)) is not None),
+    )
 
 
-def _num_bytes(path: Path, manifest: Mapping[str, Any]) -> int | None:
-    """The size of all that a user needs to run the model: every file but the proof."""
-    files = manifest.get("files")
-    listed = files.items() if isinstance(files, Mapping) else ()
-    entries = [each for name, each in listed if isinstance(each, Mapping) and name != "reference.npz"]
-    sizes = [size for each in entries if (size := number(each, "num_bytes")) is not None]
-    if not sizes:
-        sizes = [float(file.stat().st_size) for file in sorted(path.glob("model.*")) if file.is_file()]
-    return int(sum(sizes)) if sizes else None
+def _is_prediction(line: Mapping[str, Any], num_classes: int) -> bool:
+    label, predicted = line.get("label"), line.get("answer")
+    if type(label) is not int or type(predicted) is not int:
+        return False
+    return 0 <= label < num_classes and -1 <= predicted < num_classes
 
 
-def _object(path: Path) -> Mapping[str, Any]:
+def _bins(lines: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int, float], ...]:
+    counts, right, sums = [0] * BINS, [0] * BINS, [0.0] * BINS
+    for line in lines:
+        confidence = _probability(line.get("confidence"))
+        if confidence is not None and line["answer"] >= 0:
+            index = max(0, math.ceil(confidence * BINS) - 1)  # the right end of an interval belongs to it
+            counts[index] += 1
+            right[index] += line["label"] == line["answer"]
+            sums[index] += confidence
+    return tuple(zip(counts, right, sums, strict=True))
+
+
+def _misclassified(line: Mapping[str, Any]) -> Misclassified | None:
+    jpeg, confidence = _jpeg(line.get("picture")), _probability(line.get("confidence"))
+    if jpeg is None or confidence is None or line["answer"] < 0:
+        return None
+    return Misclassified(
+        name=one_line(line.get("name", ""), 80),
+        label=line["label"],
+        predicted=line["answer"],
+        confidence=confidence,
+        label_probability=_probability(line.get("own")) or 0.0,
+        jpeg=jpeg,
+    )
+
+
+def _jpeg(value: object) -> str | None:
+    """Return base64 of a small JPEG, encoded anew so that nothing else can stand in the page; None for all else."""
+    if not isinstance(value, str) or len(value) > 2 * _MAX_PICTURE_BYTES:
+        return None
     try:
-        return _parsed(path.read_text(encoding="utf-8", errors="replace"))
+        data = base64.b64decode(value.encode("ascii"), validate=True)
+    except ValueError:
+        return None
+    is_small_jpeg = data.startswith(_JPEG_START) and len(data) <= _MAX_PICTURE_BYTES
+    return base64.b64encode(data).decode("ascii") if is_small_jpeg else None
+
+
+def _probability(value: object) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= 1 else None  # type: ignore[arg-type, operator]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return {}
+        return None
 
 
-def _parsed(text: str) -> Mapping[str, Any]:
+def _parse(text: str) -> Mapping[str, Any]:
+    """Return the JSON object in `text`; an empty one for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -232,6 +320,6 @@ def _parsed(text: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _without_folder(text: str, path: Path) -> str:
-    """A page is published: it names files, not the folders of whoever wrote it."""
-    return plain(text.replace(str(path), path.name), 400)
+def _without_folder(error: Exception, path: Path) -> str:
+    """Return the error's text with names of files only: a page is published, and its author's folders are private."""
+    return one_line(str(error).replace(str(path), path.name), 400)

@@ -1,87 +1,330 @@
-"""write_report: one HTML file that holds everything - text, tables, figures, style - and needs no network."""
+"""write_report: one HTML file with text, tables, figures and style, which loads nothing from elsewhere.
+
+This file decides what the page says; `templates/page.html.j2` is its markup, `templates/style.css` its style. Names in
+the inputs can hold anything - tags, line ends, bytes that are no UTF-8: the template escapes every string that is not
+Markup, after replacing what cannot be shown, and only the SVG of `figures` is Markup.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from onefold.errors import BadData
-from onefold.report.answers import answers, looked_at
-from onefold.report.evidence import Evidence, evidence
-from onefold.report.html import Markup, classed, element, joined
-from onefold.report.latencies import latencies
-from onefold.report.load import Run, gather
-from onefold.report.provenance import again, artifacts, machines, procedure
-from onefold.report.style import STYLE
-from onefold.report.summary import lead, tiles, title, warnings
-from onefold.report.training import training
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from onefold.bench import Machine
+from onefold.errors import BadArgument, BadData
+from onefold.report import format as formats
+from onefold.report.aggregate import Group, Pair, ReportData, aggregate_inputs, label
+from onefold.report.figures import (
+    NUM_COLOURS,
+    Curve,
+    Drawing,
+    LatencyRow,
+    RatioRow,
+    confusion_matrix,
+    curves,
+    distributions,
+    legend_entry,
+    ratios,
+    reliability_diagram,
+    require_matplotlib,
+)
+from onefold.report.format import joined, latency, one_line, percent, plural, printable, scientific, significant
+from onefold.report.load import Predictions, Run, load_inputs
+from onefold.report.pareto import pareto_figures
+from onefold.report.tables import artifact_table, class_table, confusion_table, latency_table, run_table
 from onefold.storage import write_text
 
-# No script, no font, nothing from elsewhere, whatever a name in the inputs may hold; pictures lie in the page itself.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_FILTERS = ("latency", "one_line", "percent", "plural")
+_MAX_ROWS = 12  # of a figure
+_MAX_PREDICTIONS = 4  # runs whose predictions are shown
+_MAX_MATRIX_CLASSES = 20  # classes up to which the confusion matrix is drawn
 
 
 def write_report(
-    path: Path, *, runs: Sequence[Path] = (), results: Sequence[Path] = (), artifacts: Sequence[Path] = ()
+    path: Path,
+    *,
+    runs: Sequence[Path] = (),
+    results: Sequence[Path] = (),
+    artifacts: Sequence[Path] = (),
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write the page about run folders, results files (JSON lines) and artifact folders to `path`.
+    """Write the page about run folders, result files (JSON lines) and artifact folders to `path`.
 
-    The same inputs give the same bytes. What is missing or damaged is said on the page. Raises BadData where nothing
-    at all is given, MissingExtra where matplotlib is not installed, NotWritable.
+    The same inputs give the same bytes. What is missing or damaged is said on the page, after `notes`. Raises BadData
+    where nothing at all is given, BadArgument where `path` is a folder, MissingExtra without matplotlib, NotWritable.
     """
     if not (runs or results or artifacts):
         raise BadData("a report needs something to report: give a run folder, a results file or an artifact folder")
-    write_text(Path(path), render(evidence(gather(runs, results, artifacts))))
+    if Path(path).is_dir():
+        raise BadArgument(f"{path} is a folder: give the name of the page to write, as in {Path(path) / 'report.html'}")
+    require_matplotlib()
+    write_text(Path(path), render(aggregate_inputs(load_inputs(runs, results, artifacts)), notes))
 
 
-def render(found: Evidence) -> str:
-    """The whole page."""
-    sections = _sections(found)
-    links = [element("li", element("a", name, attributes={"href": f"#{key}"})) for key, name, _ in sections]
-    heading = title(found)
-    head = element(
-        "head",
-        element("meta", attributes={"charset": "utf-8"}),
-        element("meta", attributes={"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", attributes={"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("meta", attributes={"name": "color-scheme", "content": "light dark"}),
-        element("title", f"{heading} - onefold report"),
-        element("style", Markup(STYLE)),
+def render(data: ReportData, notes: Sequence[str] = ()) -> str:
+    """Return the page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("onefold.report"),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    top = element("header", element("h1", heading), classed("p", "lead", lead(found)), tiles(found))
-    body = element(
-        "body",
-        top,
-        element("nav", element("ul", *links), attributes={"aria-label": "Sections"}),
-        element("main", warnings(found), *(_section(*each) for each in sections)),
-        element(
-            "footer", element("p", "Made by onefold from the files named above. Nothing here is loaded from elsewhere.")
-        ),
+    environment.filters |= {name: getattr(formats, name) for name in _FILTERS}
+    environment.globals["legend_entry"] = legend_entry
+    inputs, measurements = data.inputs, data.inputs.all_measurements
+    packages = {name: version for artifact in inputs.artifacts for name, version in artifact.made_with.items()}
+    page = environment.get_template("page.html.j2").render(
+        title=_title(data),
+        lead=_lead(data),
+        tiles=_tiles(data),
+        warnings=_warnings(data),
+        notes=[*notes, *inputs.notes],
+        inputs=inputs,
+        training=_training(inputs.runs) if inputs.runs else None,
+        latency=[_latency(data, machine, index) for index, machine in enumerate(data.machines)],
+        artifacts=artifact_table(inputs) if inputs.artifacts else None,
+        procedures=list(dict.fromkeys(m.procedure for m in measurements)),
+        clocks=sorted({(m.resolution_ns, m.overhead_ns) for m in measurements}),
+        machines=data.machines,
+        packages=sorted(packages.items()),
+        max_rows=_MAX_ROWS,
     )
-    return f"<!doctype html>\n{element('html', head, body, attributes={'lang': 'en'})}\n"
+    return f"{page.strip()}\n"
 
 
-def _sections(found: Evidence) -> list[tuple[str, str, Markup]]:
-    """(anchor, name, content) of every part; those without inputs say so."""
-    inputs = found.inputs
-    nothing = {
-        "training": "No training run was given.",
-        "latency": "No measured latency was given.",
-        "artifacts": "No exported artifact was given.",
-    }
-    missing = {key: classed("p", "note", text) for key, text in nothing.items()}
-    return [
-        ("training", "Training", _training(inputs.runs) if inputs.runs else missing["training"]),
-        ("latency", "Latency", latencies(found) if found.groups else missing["latency"]),
-        ("artifacts", "Artifacts", artifacts(inputs) if inputs.exports else missing["artifacts"]),
-        ("procedure", "How it was measured", joined(procedure(inputs.all_measurements), machines(found.machines))),
-        ("again", "How to reproduce it", again(found)),
+# ---- head of the page ------------------------------------------------------------------------------------------------
+
+
+def _title(data: ReportData) -> str:
+    inputs = data.inputs
+    models = [one_line(group.subject.get("model") or "", 60) for group in data.groups]
+    models += [one_line(artifact.model) for artifact in inputs.artifacts]
+    names = [model for model in dict.fromkeys(models) if model] or list(dict.fromkeys(run.name for run in inputs.runs))
+    what = (joined(names) if len(names) <= 2 else plural(len(names), "model")) or "An empty report"
+    chips = [one_line(machine.chip, 60) for machine in data.machines]
+    where = joined(chips) if len(chips) <= 2 else plural(len(chips), "machine")
+    return f"{what} on {where}" if chips else what
+
+
+def _lead(data: ReportData) -> str:
+    """Return one paragraph for somebody who reads nothing else."""
+    inputs, fastest = data.inputs, data.fastest
+    counts = [
+        plural(len(items), *words)
+        for items, words in (
+            (inputs.runs, ("training run",)),
+            (inputs.artifacts, ("exported artifact",)),
+            (data.groups, ("measured latency", "measured latencies")),
+        )
+        if items
     ]
+    sentences = [f"This report covers {joined(counts)}." if counts else "There is nothing to report yet."]
+    expected = [run for run in inputs.runs if run.expected_top1 is not None]
+    if len(inputs.runs) == 1:
+        sentences.append(_verdict(inputs.runs[0]))
+    elif expected:
+        reached = sum(bool(run.best and run.best[1] >= (run.expected_top1 or 0.0) - 0.05) for run in expected)
+        sentences.append(f"{reached} of the {plural(len(expected), 'run')} with an expected accuracy reached it.")
+    elif inputs.runs:
+        sentences.append("None of the runs has an expected accuracy.")
+    if fastest:
+        kind = {True: "fused network", None: "network (not known to be fused)", False: "network"}[fastest.fused]
+        p90 = "" if fastest.p90_ns is None else f", p90 {latency(fastest.p90_ns)}"
+        sentences.append(
+            f"The fastest {kind} is {fastest.label}: median latency {latency(fastest.median_ns)}{p90}, with "
+            f"{plural(fastest.threads, 'thread')}."
+        )
+    pair = data.best_fusion or next(iter(data.pairs), None)
+    if pair:
+        sentences.append(f"{pair.sentence().rstrip('.')} ({pair.context}).")
+    return " ".join(sentences)
 
 
-def _training(runs: Sequence[Run]) -> Markup:
-    return joined(looked_at(runs), training(runs), answers(runs))
+def _tiles(data: ReportData) -> list[dict[str, str]]:
+    """Return the headline figures: what it is, its value, and what it belongs to."""
+    tiles: list[tuple[str, str, str]] = []
+    best_run = max((run for run in data.inputs.runs if run.best), key=lambda run: run.best[1], default=None)  # type: ignore[index]
+    if best_run and best_run.best:
+        expected = "" if best_run.expected_top1 is None else f"; {percent(best_run.expected_top1)} expected"
+        tiles.append(("Top-1 accuracy", percent(best_run.best[1]), f"{best_run.name}{expected}"))
+    if group := data.fastest:
+        p90 = "" if group.p90_ns is None else f"p90 {latency(group.p90_ns)}; "
+        tiles.append(
+            (
+                "Lowest median latency",
+                latency(group.median_ns),
+                f"{p90}{group.title}, {plural(group.threads, 'thread')}",
+            )
+        )
+    if pair := data.best_fusion:
+        ratio = pair.ratio
+        interval = f"95 % CI {significant(1 / ratio.high)}–{significant(1 / ratio.low)}"
+        title = "Speedup by fusing" if ratio.verdict == "faster" else "Speedup by fusing (not a gain)"
+        tiles.append((title, f"{significant(1 / ratio.value)}×", f"{interval}; {pair.context}"))
+    drifts = [(artifact.drift, artifact) for artifact in data.inputs.artifacts if artifact.drift is not None]
+    if drifts:
+        drift, artifact = max(drifts, key=lambda entry: entry[0])
+        among = f", of {plural(len(drifts), 'artifact')}" if len(drifts) > 1 else ""
+        tiles.append(("Largest drift by fusing", scientific(drift), f"{artifact.folder.name}{among}"))
+    return [{"title": title, "value": value, "detail": one_line(detail, 200)} for title, value, detail in tiles]
 
 
-def _section(key: str, name: str, content: Markup) -> Markup:
-    return element("section", element("h2", name), content, attributes={"id": key})
+def _warnings(data: ReportData) -> list[str]:
+    """Return what must not be overlooked: unfused networks, noisy measurements."""
+    unfused = [group.label for group in data.groups if group.fused is False]
+    unfused += [one_line(artifact.folder.name) for artifact in data.inputs.artifacts if not artifact.fused]
+    unstated = [group.label for group in data.groups if group.fused is None]
+    num_noisy = sum(bool(group.num_noisy) for group in data.groups)
+    warnings = []
+    if unfused:
+        names = ", ".join(dict.fromkeys(unfused))
+        warnings.append(
+            f"UNFUSED networks are among these: {names}. Their latencies are not those of the deployed network."
+        )
+    if unstated:
+        warnings.append(f"It is not stated whether these were fused: {', '.join(dict.fromkeys(unstated))}.")
+    if num_noisy:
+        total = plural(len(data.groups), "measured latency", "measured latencies")
+        warnings.append(f"{num_noisy} of {total} came from a noisy machine.")
+    return warnings
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def _training(runs: Sequence[Run]) -> dict[str, Any]:
+    drawn = runs[:NUM_COLOURS]
+    accuracy = [Curve(run.name, run.curve("top1"), run.expected_top1) for run in drawn]
+    losses = [Curve(run.name, run.curve("loss")) for run in drawn]
+    if len(drawn) == 1:
+        losses = [Curve("training", drawn[0].curve("loss")), Curve("validation", drawn[0].curve("val_loss"))]
+    predicted = [(run.name, run.predictions) for run in runs if run.predictions is not None]
+    shown = predicted[:_MAX_PREDICTIONS]
+    return {
+        "findings": [f"{run.name}: {sentence}" for run in runs for sentence in run.data_findings],
+        "verdicts": [_verdict(run) for run in runs],
+        "note": f"The figures show the first {NUM_COLOURS} of {len(runs)} runs." if len(runs) > len(drawn) else "",
+        "figures": [
+            curves("top1", "Top-1 accuracy", accuracy, "top-1 accuracy, %", " %"),
+            curves("loss", "Loss", losses, "loss (cross-entropy), nats"),
+        ],
+        "table": run_table(runs),
+        "predictions": [_predictions(name, found, f"run{index}") for index, (name, found) in enumerate(shown)],
+        "predictions_note": f"Shown are the first {len(shown)} of {len(predicted)} runs with predictions."
+        if len(predicted) > len(shown)
+        else "",
+    }
+
+
+def _verdict(run: Run) -> str:
+    """Return what the run reached, held against what was expected, in a sentence."""
+    if run.best is None:
+        return f"{run.name} has no accuracy in its log."
+    epoch, top1 = run.best
+    reached = f"{run.name} reached {percent(top1)} top-1, in epoch {epoch:g} of {len(run.epochs)}"
+    if run.expected_top1 is None:
+        return f"{reached}. Its recipe states no expected accuracy."
+    gap = top1 - run.expected_top1
+    distance = "exactly" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+    source = f" ({run.expected_source})" if run.expected_source else ""
+    return f"{reached}: {distance} the expected {percent(run.expected_top1)}{source}."
+
+
+def _predictions(run: str, found: Predictions, key: str) -> dict[str, Any]:
+    """Return the part about one run's predictions: figures, tables, and the images with the largest loss first."""
+    matrix = [confusion_matrix(f"{key}-confusion", found)] if len(found.classes) <= _MAX_MATRIX_CLASSES else []
+    return {
+        "run": run,
+        "found": found,
+        "figures": [*matrix, reliability_diagram(f"{key}-calibration", found)],
+        "confusions": confusion_table(found),
+        "classes": class_table(found),
+        "misclassified": sorted(found.misclassified, key=lambda image: image.label_probability),
+    }
+
+
+# ---- latency ---------------------------------------------------------------------------------------------------------
+
+
+def _latency(data: ReportData, machine: Machine, index: int) -> dict[str, Any]:
+    """Return the part about one machine: latencies of two machines never share an axis."""
+    groups = [group for group in data.groups if group.machine.slug == machine.slug]
+    pairs = [pair for pair in data.pairs if pair.machine.slug == machine.slug]
+    self_tests = [
+        comparison
+        for comparison in data.inputs.comparisons
+        if len(comparison.measurements) == 1 and comparison.twin.machine.slug == machine.slug
+    ]
+    unknown = list(dict.fromkeys(group.title for group in groups if group.top1 is None))
+    some = "Nothing" if all(group.top1 is None for group in groups) else "Not everything"
+    return {
+        "machine": machine,
+        "pairs": pairs,
+        "self_tests": [(label(test.twin.subject), test) for test in self_tests],
+        "pareto_figures": pareto_figures(groups, f"pareto-{index}"),
+        "without_accuracy": f"{some} measured has a known accuracy; not drawn against it: {', '.join(unknown)}."
+        if unknown
+        else "",
+        "figures": [*_ratio_figures(pairs, index), *_distribution_figures(groups, index)],
+        "table": latency_table(groups),
+        "beats_limit": ", ".join(g.title for g in groups if any(m.beats_limit for m in g.measurements)),
+        "noisy": [
+            f"{group.title}: {' '.join(dict.fromkeys(reason for m in group.measurements for reason in m.reasons))}"
+            for group in groups
+            if group.num_noisy
+        ],
+    }
+
+
+def _ratio_figures(pairs: Sequence[Pair], index: int) -> list[Drawing]:
+    """Return every ratio with its interval, in one figure; none where nothing was compared."""
+    drawn = pairs[:_MAX_ROWS]
+    if not drawn:
+        return []
+    baseline = drawn[0].second if len({pair.second for pair in drawn}) == 1 and not drawn[0].is_fusion else None
+    rows = []
+    for pair in drawn:
+        first, second = ("fused", "unfused") if pair.is_fusion else (pair.first, pair.second)
+        ratio = pair.ratio
+        text = f"{significant(ratio.value)} ({significant(ratio.low)}–{significant(ratio.high)})"
+        rows.append(RatioRow(pair.first if baseline else f"{first} / {second}, {pair.context}", text, ratio))
+    return [ratios(f"ratios-{index}", rows, " ".join(pair.sentence() for pair in drawn), baseline)]
+
+
+def _distribution_figures(groups: Sequence[Group], index: int) -> list[Drawing]:
+    """Return one figure a model, one row a subject."""
+    drawings = []
+    by_model = groupby(sorted(groups, key=_model), key=_model)
+    for at, (model, members) in enumerate(by_model):
+        rows = [_latency_row(group) for group in members]
+        more = f" The fastest {_MAX_ROWS} of {len(rows)} are drawn." if len(rows) > _MAX_ROWS else ""
+        title = f"Latency of {model}" if model else "Latency"
+        drawings.append(distributions(f"latency-{index}-{at}", title, rows[:_MAX_ROWS], more))
+    return drawings
+
+
+def _model(group: Group) -> str:
+    return one_line(group.subject.get("model") or "", 60) + (
+        " (random weights)" if group.subject.get("untrained") else ""
+    )
+
+
+def _latency_row(group: Group) -> LatencyRow:
+    known = [one_line(group.subject[key], 30) for key in ("runtime", "precision") if group.subject.get(key)]
+    name = " ".join(known) if _model(group) and known else group.label
+    state = " UNFUSED" if group.fused is False else ""
+    p90 = "" if group.p90_ns is None else f", p90 {latency(group.p90_ns)}"
+    return LatencyRow(
+        label=f"{one_line(name, 32)}{state}, {plural(group.threads, 'thread')}",
+        note=f"{latency(group.median_ns)}{p90}",
+        latencies_ms=tuple(ns / 1e6 for m in group.measurements for ns in m.latencies_ns),
+        median_ms=group.median_ns / 1e6,
+        p90_ms=None if group.p90_ns is None else group.p90_ns / 1e6,
+        fused=group.fused,
+    )

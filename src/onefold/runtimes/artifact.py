@@ -131,6 +131,15 @@ def render(artifact: Artifact) -> str:
     return _sealed({"schema": SCHEMA, **fields})
 
 
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder claims to be an exported artifact; a sealed folder of weights has a manifest too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return folder.is_dir() and (folder / REFERENCE).is_file()
+    return isinstance(manifest, dict) and "runtime" in manifest
+
+
 def read_manifest(folder: Path) -> Artifact:
     """The artifact in `folder`, as its manifest tells it; no other file is looked at. Raises BadArtifact."""
     if not folder.is_dir():

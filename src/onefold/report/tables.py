@@ -1,0 +1,216 @@
+"""The page's tables: training runs, predictions by class, latencies, artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+from onefold.report.aggregate import Group
+from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size
+from onefold.report.load import Inputs, Predictions, Run
+from onefold.runtimes.artifact import Artifact
+
+_MAX_CONFUSIONS = 10
+_MAX_CLASSES = 30
+
+
+class Column(NamedTuple):
+    """A column of a table; numbers are right-aligned."""
+
+    title: str
+    is_number: bool = False
+
+
+class Badge(NamedTuple):
+    """A cell that is set off: `style` is good, alarm, code, or empty for a plain badge."""
+
+    text: str
+    style: str = ""
+
+
+class Table(NamedTuple):
+    """A table; the first cell of a row is its header."""
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str | Badge]]
+
+
+def run_table(runs: Sequence[Run]) -> Table:
+    """Return one row a training run."""
+    titles = ("epochs", "best top-1", "expected", "last top-1", "last top-5", "last training loss", "images/s")
+    rows = [
+        [
+            run.name,
+            str(len(run.epochs)),
+            percent(run.best[1] if run.best else None),
+            percent(run.expected_top1),
+            percent(run.last("top1")),
+            percent(run.last("top5")),
+            significant(run.last("loss")),
+            significant(run.last("images_per_s")),
+        ]
+        for run in runs
+    ]
+    caption = "Training runs. Accuracies are those of the averaged weights (EMA), which are also the ones kept."
+    return Table(caption, [Column("run"), *(Column(title, True) for title in titles)], rows)
+
+
+def confusion_table(found: Predictions) -> Table:
+    """Return the most frequent pairs of a class and another that it was predicted as."""
+    totals, pairs = found.images_per_class, found.confusions
+    shown = f" {_MAX_CONFUSIONS} of {len(pairs)}." if len(pairs) > _MAX_CONFUSIONS else ""
+    return Table(
+        f"The most frequent confusions.{shown}",
+        [Column("class"), Column("predicted as"), Column("images", True), Column("of the class's images", True)],
+        [
+            [found.name(a), found.name(b), str(count), percent(100 * count / totals[a])]
+            for a, b, count in pairs[:_MAX_CONFUSIONS]
+        ],
+    )
+
+
+def class_table(found: Predictions) -> Table:
+    """Return the accuracy of each class, the worst first."""
+    most_confused: dict[int, str] = {}
+    for a, b, count in found.confusions:  # in the order of frequency: the first of a class stays
+        most_confused.setdefault(a, f"{found.name(b)} ({count})")
+    totals = found.images_per_class
+    rates = sorted((100 * found.pairs.get((index, index), 0) / count, index) for index, count in totals.items())
+    shown = f" The worst {_MAX_CLASSES} of {len(rates)} classes." if len(rates) > _MAX_CLASSES else ""
+    return Table(
+        f"Accuracy of each class, the worst first.{shown}",
+        [Column("class"), Column("images", True), Column("accuracy", True), Column("most often predicted as")],
+        [
+            [found.name(index), str(totals[index]), percent(rate), most_confused.get(index, "–")]
+            for rate, index in rates[:_MAX_CLASSES]
+        ],
+    )
+
+
+def latency_table(groups: Sequence[Group]) -> Table:
+    """Return one row a group; columns that none of them has are left out."""
+    shown = [
+        (column, cell) for column, cell in _LATENCY_COLUMNS if any(cell(group) not in ("", "–") for group in groups)
+    ]
+    caption = (
+        f"Latency of one call on {one_line(groups[0].machine.chip)}, the fastest first. p90 and p99 are upper bounds "
+        "with 99 % confidence; a dash means too few samples for one. Spread is the width of the middle 80 % over the "
+        "median."
+    )
+    if any(m.roofline is not None for group in groups for m in group.measurements):
+        caption += (
+            " Of the limit: the least time in which this machine could do the multiply-adds, or read the weights, over "
+            "the median, and which of the two binds."
+        )
+    rows = [[group.label, *(cell(group) for _, cell in shown)] for group in groups]
+    return Table(caption, [Column("network"), *(column for column, _ in shown)], rows)
+
+
+def _fused_badge(fused: bool | None) -> Badge:
+    return (
+        Badge("fused: not stated") if fused is None else Badge("fused", "good") if fused else Badge("UNFUSED", "alarm")
+    )
+
+
+def _setting(group: Group) -> str:
+    shape = group.subject.get("input_shape")
+    sizes = "×".join(one_line(length, 12) for length in shape) if isinstance(shape, tuple) else ""
+    return ", ".join(part for part in (plural(group.threads, "thread"), sizes) if part)
+
+
+def _limit(group: Group) -> str:
+    share = group.median_of(lambda m: m.roofline)
+    side = next((m.bound.side for m in group.measurements if m.bound is not None), None)
+    return "–" if share is None or side is None else f"{percent(100 * share, 0)} {side}"
+
+
+def _peak_memory(group: Group) -> str:
+    peaks = [m.cold.peak_bytes for m in group.measurements if m.cold is not None and m.cold.peak_bytes is not None]
+    return size(max(peaks, default=None))
+
+
+def _cold_start(group: Group) -> str:
+    starts = [m.cold.start_ns for m in group.measurements if m.cold is not None]
+    return latency(median(starts) if starts else None)
+
+
+def _first_call(group: Group) -> str:
+    """Return the first call of the measuring process, where none was started afresh for it."""
+    first = group.measurements[0]
+    return "–" if first.cold is not None or not first.warmup_ns else latency(float(first.warmup_ns[0]))
+
+
+def _samples(group: Group) -> str:
+    first = group.measurements[0]
+    count = sum(len(m.samples_ns) for m in group.measurements)
+    calls = f" of {significant(first.calls_per_sample)} calls" if first.calls_per_sample > 1 else ""
+    runs = f" in {len(group.measurements)} runs" if len(group.measurements) > 1 else ""
+    return f"{count}{calls}{runs}"
+
+
+def _noise(group: Group) -> Badge:
+    total = len(group.measurements)
+    if not group.num_noisy:
+        return Badge("quiet", "good")
+    return Badge("noisy" if total == 1 else f"noisy, {group.num_noisy}/{total}", "alarm")
+
+
+_LATENCY_COLUMNS: tuple[tuple[Column, Callable[[Group], str | Badge]], ...] = (
+    (Column("state"), lambda group: _fused_badge(group.fused)),
+    (Column("threads, input"), _setting),
+    (Column("top-1", True), lambda group: percent(group.top1)),
+    (Column("median", True), lambda group: latency(group.median_ns)),
+    (Column("p90", True), lambda group: latency(group.p90_ns)),
+    (Column("p99", True), lambda group: latency(group.median_of(lambda m: m.p99_ns))),
+    (Column("spread", True), lambda group: percent(100 * median(m.spread for m in group.measurements))),
+    (Column("of the limit"), _limit),
+    (Column("size", True), lambda group: size(_num_bytes(group))),
+    (Column("peak memory", True), _peak_memory),
+    (Column("cold start", True), _cold_start),
+    (Column("first call", True), _first_call),
+    (Column("samples"), _samples),
+    (Column("machine was"), _noise),
+)
+
+
+def _num_bytes(group: Group) -> int | None:
+    num_bytes = group.subject.get("num_bytes")
+    return num_bytes if type(num_bytes) is int else None
+
+
+def artifact_table(inputs: Inputs) -> Table:
+    """Return one row an exported artifact."""
+    columns = [Column("artifact"), Column("state"), Column("network"), Column("size", True), Column("drift", True)]
+    columns += [Column("parity", True), Column("top-1", True), Column("classes", True), Column("license")]
+    columns += [Column("SHA-256 of the model")]
+    rows: list[list[str | Badge]] = [
+        [
+            one_line(artifact.folder.name),
+            _fused_badge(artifact.fused),
+            one_line(f"{artifact.model} {artifact.runtime} {artifact.precision}"),
+            size(artifact.num_bytes),
+            scientific(artifact.drift),
+            _parity(artifact),
+            percent(inputs.top1_of_artifact(artifact)),
+            str(artifact.num_classes),
+            one_line(artifact.licence or "not stated"),
+            Badge(
+                next((f.sha256[:12] for name, f in artifact.files.items() if name.startswith("model.")), "–"), "code"
+            ),
+        ]
+        for artifact in inputs.artifacts
+    ]
+    caption = (
+        "Exported artifacts. Each carries a reference input with its logits, and is measured only if it gives them."
+    )
+    return Table(caption, columns, rows)
+
+
+def _parity(artifact: Artifact) -> str:
+    if artifact.parity is None:
+        return "not run where it was exported"
+    agreement = artifact.parity.top1_agreement
+    differs = f", same class in {percent(100 * agreement, 0)}" if agreement < 1 else ""
+    return f"{scientific(artifact.parity.difference)}{differs}"
