@@ -8,7 +8,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-
 TESTS  ?= tests
 PYTEST  = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-everything lint format bench clean
+.PHONY: docs demo test test-all test-everything lint format bench clean
 
 demo: $(VENV)/.demo
 	rm -rf demo
@@ -32,6 +32,10 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation site, offline, in build/docs; a warning is an error.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(VENV)/.dev
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

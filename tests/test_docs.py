@@ -1,4 +1,4 @@
-"""README and docs are true: every `console` and `python` block runs, the site builds without a warning, links lead somewhere."""
+"""README and docs: every `console` and `python` block runs, links lead somewhere, the site builds without a warning."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ def test_the_commands_of_a_page_run_as_they_are_typed(page: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.stem)
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path):
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request):
     code = "\n".join(blocks(page, "python"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{page.name}\n{done.stdout}\n{done.stderr}"
+    if "import timm" in code:
+        request.getfixturevalue("timm")  # skips where it is not installed
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda page: page.stem)

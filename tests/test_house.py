@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -57,22 +56,3 @@ def test_architecture_maps_exactly_the_files_there_are():
     rooms = {str(path.relative_to(package)) for path in SOURCES if path.name == "__init__.py"} - {"__init__.py"}
     assert len(mapped) == len(set(mapped))
     assert set(mapped) | rooms == files | rooms
-
-
-def readme_commands() -> list[str]:
-    """The commands of README's newcomer's path: its blocks marked `console`, lines that start with a dollar."""
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-
-
-@pytest.mark.slow
-def test_the_readmes_commands_work_when_typed(tmp_path: Path):
-    binary = Path(sys.executable).parent
-    commands = [c for c in readme_commands() if not c.startswith(("git ", "make ", "pip ", "cd "))]
-    assert len(commands) >= 5
-    for command in commands:
-        words = shlex.split(command)
-        done = subprocess.run(
-            [binary / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"

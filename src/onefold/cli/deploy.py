@@ -1,4 +1,4 @@
-"""The verb that makes everything for devices, and what it shares with `export`."""
+"""`onefold deploy`: parses its arguments and prints what was made."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 def deploy(
     source: Source,
-    data: Annotated[str, Option("--data", "--data-dir", help="photos that it will meet: to calibrate int8, to score")],
+    data: Annotated[str, Option("--data", "--data-dir", help="photos to calibrate int8 with and to evaluate on")],
     out: Annotated[Path, Option("--out", "-o", help="the folder to make")] = Path("deploy"),
     to: Annotated[str, Option(help="runtimes, by comma")] = "onnx",
-    int8: Annotated[bool, Option("--int8", help="8 bits too, where the runtime has them")] = False,
-    half: Annotated[bool, Option("--half", help="16 bits too (fp16 or bf16), where the runtime has them")] = False,
-    val: Annotated[str | None, Option(help="labelled photos to score on, if not those held out of --data")] = None,
-    max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that may be lost before it fails")] = 1.0,
+    int8: Annotated[bool, Option("--int8", help="int8 artifacts too, where the runtime supports them")] = False,
+    half: Annotated[bool, Option("--half", help="fp16 or bf16 artifacts too, where the runtime supports them")] = False,
+    val: Annotated[str | None, Option(help="labelled photos to evaluate on, if not those held out of --data")] = None,
+    max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that an artifact may lose")] = 1.0,
     calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
     weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
-    keep: Annotated[int, Option(min=0, help="layers to leave in 32 bits: those whose 8 bits cost most")] = 0,
+    keep: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
     threads: Threads = 1,
     model: Name = None,
     img_size: Size = None,
 ) -> None:
-    """Everything for devices in one folder: artifacts, verified, scored and timed; a README, a model card, a report.
+    """Export, verify, evaluate and benchmark artifacts in one folder, with a README, a model card and a report.
 
-    How int8 is calibrated is chosen by measured accuracy on --data. Exit status 1 where an artifact loses more than
-    --max-drop points of top-1; without labels, per cent of the answers.
+    How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
+    --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
     from onefold.bench import Procedure
     from onefold.commands.deploy import Deployment

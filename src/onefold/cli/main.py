@@ -1,4 +1,4 @@
-"""The command line: `onefold VERB ...`. Argument parsing and printing, nothing else; a verb is a stage.
+"""The Typer application of `onefold VERB ...`: parses arguments and prints; the work is done in onefold.commands.
 
 torch is imported by the verbs that need it, so that `onefold --help` answers at once. Exit status: see `errors`.
 """
@@ -42,9 +42,9 @@ def _main(
     ] = False,
     debug: Annotated[bool, Option("--debug", help="show tracebacks")] = False,
 ) -> None:
-    """Mobile vision backbones, trained wide and deployed thin: train, fuse, export, measure, report, use.
+    """Mobile vision backbones with re-parameterizable blocks: train, fuse, quantize, export, benchmark, report.
 
-    A first look: `onefold demo`. Every verb explains itself: `onefold VERB --help`.
+    Start with `onefold demo`. `onefold VERB --help` explains each command.
     """
     if debug:
         os.environ["ONEFOLD_DEBUG"] = "1"
@@ -56,7 +56,7 @@ def models(
     img_size: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the networks: parameters and multiply-adds before and after folding, and the paper's accuracy."""
+    """List the networks: parameters and multiply-adds before and after fusing, and published accuracy."""
     from onefold.commands.models import table
 
     rows = display.track(table(pattern, img_size), "counting")
@@ -68,32 +68,32 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, Option(help="family:recipe; `onefold train --list` shows all")] = "photos:scratch",
     data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
-    model: Annotated[str | None, Option(help="another network than the recipe's")] = None,
+    model: Annotated[str | None, Option(help="a network in place of the recipe's")] = None,
     weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
     start: Annotated[
-        str | None, Option(help="plain, skips, or expanded: give fused weights their branches back")
+        str | None, Option(help="initialization: plain, skips, or expanded (branches for fused weights)")
     ] = None,
-    head: Annotated[str | None, Option(help="of the weights: kept, fresh, or a probe that is fitted at once")] = None,
+    head: Annotated[str | None, Option(help="classifier of the weights: kept, fresh, or a fitted probe")] = None,
     teacher: Annotated[str | None, Option(help="short for --plan.distill.teacher: a run, weights, timm:NAME")] = None,
     out: Annotated[Path | None, Option("--out", "--output", help="the run folder; by default runs/<recipe>")] = None,
-    resume: Annotated[Path | None, Option(help="go on with the run in this folder")] = None,
+    resume: Annotated[Path | None, Option(help="resume the run in this folder")] = None,
     img_size: Size = None,
-    epochs: Annotated[int | None, Option(help="another length, the warm-up in proportion")] = None,
-    int8: Annotated[bool, Option("--int8", help="train as the network of 8 bits that will ship")] = False,
+    epochs: Annotated[int | None, Option(help="number of epochs; the warm-up scales along")] = None,
+    int8: Annotated[bool, Option("--int8", help="quantization-aware training for int8")] = False,
     batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
     scale_to_batch: Annotated[
         int | None, Option(help="this batch size, lr and EMA scaled to it by stated rules")
     ] = None,
     lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
-    log_to: Annotated[str, Option(help="services that hear of it beside TensorBoard: wandb, trackio")] = "",
-    no_check: Annotated[bool, Option("--no-check", help="train without a first look at the data")] = False,
+    log_to: Annotated[str, Option(help="loggers beside TensorBoard: wandb, trackio")] = "",
+    no_check: Annotated[bool, Option("--no-check", help="skip the check of the data")] = False,
     processes: Annotated[int, Option(min=1, max=1024, help="processes on this machine that train together")] = 1,
-    max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are replaced")] = 3,
+    max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are restarted")] = 3,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
     show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
 ) -> None:
-    """Train a network by a recipe. Any field of the recipe can be changed: --plan.epochs 5, --data.seed 1 ...
+    """Train a network by a recipe. Any field of it can be overridden: --plan.epochs 5, --data.seed 1 ...
 
     The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
     data/val/<class>/, or data/<class>/, which is then split by a stated seed.
@@ -140,14 +140,15 @@ def evaluate(
     img_size: Size = None,
     batch_size: Batch = 32,
     threads: Threads = 2,
-    results: Annotated[Path, Option(help="where to note the accuracy for `bench` and `report`")] = Path("results"),
+    results: Annotated[Path, Option(help="where to save the accuracy for `bench` and `report`")] = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Score a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
+    """Evaluate a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
 
-    Without --data a run is scored on the validation images of its own recipe, and the answers are kept for `report`. A
-    folder that has val/ is scored on that; one of class folders, or with a labels.csv, on all of it. ImageNet-A, -R and
-    -Sketch are known by their folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
+    Without --data a run is evaluated on the validation images of its own recipe, and the predictions are kept for
+    `report`. Of a folder with val/ that split is used; of class folders, or with a labels.csv, all images. ImageNet-A,
+    -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a real.json
+    beside val/.
     """
     from onefold.commands.bench import note_accuracy
     from onefold.commands.evaluate import evaluate_suite, open_suite
@@ -168,12 +169,12 @@ def predict(
     model: Name = None,
     classes: Classes = None,
     img_size: Size = None,
-    top: Annotated[int, Option(min=1, help="classes to tell of each image")] = 5,
+    top: Annotated[int, Option(min=1, help="classes to print per image")] = 5,
     batch_size: Batch = 32,
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in photos. Any format and orientation; one that cannot be read is told, and the rest go on."""
+    """Predict the classes of photos of any format and orientation. Unreadable files are reported and skipped."""
     from onefold.commands.open import open_predictor, with_class_names
     from onefold.commands.predict import predict as answers
     from onefold.data import find_images
@@ -193,9 +194,9 @@ def fuse(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
     model: Name = None,
-    tolerance: Annotated[float, Option(min=0.0, help="the largest relative drift that passes")] = 1e-4,
+    tolerance: Annotated[float, Option(min=0.0, help="the largest relative difference of outputs that passes")] = 1e-4,
 ) -> None:
-    """Fold every multi-branch unit into one convolution, prove that the answer is the same, and save the result."""
+    """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
     from onefold.commands.fuse import fuse as fold
 
     display.fused(fold(source, out, name=model, tolerance=tolerance))
@@ -206,11 +207,9 @@ def export(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
     to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
-    precision: Annotated[
-        str, Option(help="fp32, fp16, bf16, or int8 with --data; the runtime says what it can")
-    ] = "fp32",
+    precision: Annotated[str, Option(help="fp32, fp16, bf16, or int8 with --data; no runtime has all")] = "fp32",
     data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
-    calibrate: Annotated[int, Option(min=2, help="how many of them to take, evenly")] = 200,
+    calibrate: Annotated[int, Option(min=2, help="how many photos to take, evenly")] = 200,
     weight_bits: Annotated[
         int, Option(min=7, max=8, help="7 where 16-bit sums saturate: OpenVINO on x86 without VNNI")
     ] = 8,
@@ -219,7 +218,7 @@ def export(
     img_size: Size = None,
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
 ) -> None:
-    """Export to runtimes, fused, with classes, preprocessing and a proof of the answer inside."""
+    """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
     from onefold.commands.fuse import Order
     from onefold.commands.fuse import export as export_all
     from onefold.commands.quantizing import Calibration
@@ -245,7 +244,7 @@ def report(
     ] = None,
     out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
 ) -> None:
-    """Write one HTML page of all that was trained, exported and measured; it needs no network to be read."""
+    """Write one self-contained HTML page of all that was trained, exported and measured."""
     from onefold.commands.report import write_page
 
     found = write_page(folders or [Path()], out)
@@ -257,7 +256,7 @@ def demo(
     out: Annotated[Path, Option("--out", "-o", help="the folder for everything it makes")] = Path("demo"),
     epochs: Annotated[int | None, Option(min=1, help="fewer for a glance, more for accuracy")] = None,
 ) -> None:
-    """The main road on embedded data: train MobileOne-S0 on digits, fuse, export, check, time, report."""
+    """Run the whole pipeline on scikit-learn's digits: train MobileOne-S0, fuse, deploy, benchmark, report."""
     from onefold.commands.demo import demo as run
 
     with display.training() as on_progress:

@@ -1,4 +1,4 @@
-"""The verbs of the command line that measure: bench, limits, profile."""
+"""`onefold bench`, `limits`, `profile` and `phone`: parse their arguments and print measurements."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def bench(
     threads: Threads = 1,
     seed: Annotated[int, Option(min=0, help="of the order of calls")] = 0,
     pin: Annotated[str | None, Option(help="the processors to use, by number and comma: 0,1")] = None,
-    no_cold: Annotated[bool, Option("--no-cold", help="do not start each artifact in a fresh process too")] = False,
+    no_cold: Annotated[bool, Option("--no-cold", help="no cold start of each artifact in a fresh process")] = False,
     aa: Annotated[
-        bool, Option("--aa", help="self-test: one source against itself, which gives the noise floor")
+        bool, Option("--aa", help="A/A test: one source against itself, which gives the noise floor")
     ] = False,
     plant: Annotated[str | None, Option(help="control: one source against itself made slower by so much: 2%")] = None,
     model: Name = None,
-    allow_unfused: Annotated[bool, Option("--allow-unfused", help="measure training networks, labelled so")] = False,
+    allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time artifacts side by side: interleaved, warmed up, with percentiles, a noise verdict, the machine's record.
+    """Benchmark artifacts side by side: interleaved, warmed up, with percentiles and a check of the machine's noise.
 
-    Each row says what share of the machine's own measured limit it reaches (`onefold limits`), and which side binds.
-    Artifacts are also started in a fresh process: time to open, the first call, the peak of memory.
+    Each row gives the share of the machine's roofline that it reaches (see `onefold limits`), and whether arithmetic or
+    memory bounds it. Artifacts are also started cold in a fresh process: time to open, first call, peak memory.
     """
     from onefold.bench import Procedure
     from onefold.commands.bench import Bench
@@ -63,7 +63,7 @@ def limits(
     again: Annotated[bool, Option("--again", help="measure also what was measured before; the quicker stays")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what this machine can do at the most: multiply-adds in fp32, bf16 and int8, and reading memory."""
+    """Measure this machine's peak rates for the roofline: multiply-adds in fp32, bf16 and int8, and memory reads."""
     from onefold.bench import Machine
     from onefold.commands.bench import measured_limits
 
@@ -81,7 +81,7 @@ def profile(
     top: Annotated[int, Option(min=1, help="layers to show, the slowest")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Say where an artifact's time goes, layer by layer as its runtime runs them: name, type, milliseconds, share."""
+    """Profile an artifact layer by layer as its runtime runs them: name, type, milliseconds, share."""
     from onefold.runtimes.profile import profile as layers_of
 
     with display.waiting("profiling"):
@@ -125,17 +125,17 @@ def phone(
     runs: Annotated[int, Option(min=2, help="timed calls in each process")] = 20,
     warmup: Annotated[int, Option(min=1, help="calls before them in each process")] = 5,
     rest: Annotated[float, Option(min=0.0, help="seconds of rest before each process")] = 2.0,
-    threads: Annotated[int, Option(min=1, max=64, help="threads that compute")] = 1,
+    threads: Annotated[int, Option(min=1, max=64, help="compute threads")] = 1,
     cores: Annotated[str, Option(help="big, little, all, or numbers such as 4-7")] = "big",
     seed: Annotated[int, Option(min=0, help="of the order of processes")] = 0,
     anyway: Annotated[bool, Option("--anyway", help="measure a hot or low phone too, labelled so")] = False,
-    allow_unfused: Annotated[bool, Option("--allow-unfused", help="measure training networks, labelled so")] = False,
+    allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a line, for programs")] = False,
 ) -> None:
-    """Time artifacts on an Android phone, over adb, with the vendors' own programs: interleaved, rested, on big cores.
+    """Benchmark artifacts on an Android phone over adb by the vendors' programs: interleaved, cooled, on big cores.
 
-    Heat, charging, battery and clocks are recorded; a hot phone is waited for or refused. docs/phones.md says where the
-    programs come from, and how to measure on an iPhone.
+    Temperature, charging, battery and clocks are recorded; a hot phone may cool first, or is refused. docs/phones.md
+    says where the programs come from, and how to measure on an iPhone.
     """
     from onefold.commands.bench import PhoneBench, bench_on_phone
     from onefold.phone import Plan
