@@ -69,7 +69,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
-    assert "onefold.create_model" in page
+    assert "create_model" in page
 
 
 def test_readme_fits_one_screen_of_reading():
