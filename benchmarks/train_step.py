@@ -39,7 +39,7 @@ from onefold.models import create_model
 from onefold.models.mobileone import branches
 from onefold.reparam import Chain, Sum, mixed, moments, per_branch, quickest, set_route_
 from onefold.reparam.count import costs
-from onefold.reparam.unit import read
+from onefold.reparam.unit import as_unit
 
 HERE = Path(__file__).parent
 CONTENDERS = ("ours", "per_branch", "plain", "timm", "timm channels_last", "timm accelerated", "timm compiled")
@@ -78,10 +78,10 @@ class _Picking(nn.Conv2d):
 def plain_(model: nn.Module) -> nn.Module:
     """One convolution and one norm in place of each tree: the branchless network of the same shape."""
     for name, child in list(model.named_children()):
-        unit = read(child.train()) if isinstance(child, (Chain, Sum)) else None
+        unit = as_unit(child.train()) if isinstance(child, (Chain, Sum)) else None
         if unit is not None:
             (c_in, c_out), g = unit.channels, unit.geometry
-            conv = nn.Conv2d(c_in, c_out, g.taps, g.stride, g.reach, groups=g.groups, bias=False)
+            conv = nn.Conv2d(c_in, c_out, g.kernel_size, g.stride, g.padding, groups=g.groups, bias=False)
             setattr(model, name, nn.Sequential(conv, nn.BatchNorm2d(c_out)))
         else:
             plain_(child)
@@ -157,7 +157,7 @@ def bytes_moved(name: str, given: argparse.Namespace) -> tuple[float, float, flo
 
     def count(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
         y = per_branch(tree, x, act)
-        unit = read(tree) if x.dim() == 4 else None
+        unit = as_unit(tree) if x.dim() == 4 else None
         if unit is not None:
             i, o, convs, branches = x.numel(), y.numel(), len(unit.convs), len(unit.branches)
             norm, relu, conv = 8 * o, 5 * o, 3 * i + 3 * o
@@ -246,7 +246,7 @@ def run_units(given: argparse.Namespace) -> None:
         calls = {r.__name__: partial(_unit_step, partial(r, unit), x, act) for r in (per_branch, moments, mixed)}
         calls["plain"] = partial(_unit_step, lambda x, _, net=skeleton: net(x), x, act)
         ms = {name: 1e3 * statistics.median(times) for name, times in interleave(calls, 9).items()}
-        cost = costs(read(unit), x)._asdict()
+        cost = costs(as_unit(unit), x)._asdict()
         row = "".join(f"{ms[name]:11.1f}" for name in ("per_branch", "moments", "mixed", "plain"))
         label = f"{c_in}, {c_out}, {kernel}x{kernel}, {stride}, {k}, {size}"
         print(f"{label:42}{row}  {min(cost, key=cost.get)}", flush=True)

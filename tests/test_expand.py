@@ -138,7 +138,7 @@ def test_what_cannot_be_expanded_is_refused():
         expand(fused, create_model("mobilenetv1_025", num_classes=5))
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         recalibrate_norms_(like.train(), [])
-    with pytest.raises(ValueError, match="has seen nothing"):
+    with pytest.raises(ValueError, match="has got no images"):
         recalibrate_norms_(like.eval(), [])
     two = nn.Sequential(Chain(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     with pytest.raises(ValueError, match="cannot be expanded"):

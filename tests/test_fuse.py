@@ -50,13 +50,37 @@ def test_dtype_is_kept(dtype, seeded):
     assert drift(model, fused, X.to(dtype)) <= {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
 
 
-def test_folding_does_not_draw_random_numbers():
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    model = net()
-    torch.manual_seed(7)
+class NormWithAct(nn.BatchNorm2d):
+    """As timm's norms: an activation as a child, which `fuse` tells by trying it on random numbers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class Deployable(nn.Module):
+    """As other projects' blocks: the method that fuses it makes a convolution with random initialization first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def switch_to_deploy(self) -> None:
+        self.conv = nn.Conv2d(3, 3, 1)
+
+
+@pytest.mark.parametrize("make", [net, lambda: nn.Sequential(nn.Conv2d(3, 3, 1), NormWithAct(3)), Deployable])
+def test_fuse_leaves_the_global_random_generator_as_it_was(make):
+    model = make().eval()
+    before = torch.get_rng_state()
     fuse(model)
-    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_device_is_kept():

@@ -17,40 +17,46 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from onefold.reparam.kernels import triton_base  # noqa: E402
-from onefold.reparam.kernels.backend import Act, Geometry  # noqa: E402
+from onefold.reparam.kernels.backend import Act, Geometry, Passes  # noqa: E402
 from onefold.reparam.kernels.reference import Reference  # noqa: E402
-from onefold.reparam.kernels.triton_pointwise import Triton, supports  # noqa: E402
+from onefold.reparam.kernels.triton_base import POINTWISE, supports  # noqa: E402
+from onefold.reparam.kernels.triton_depthwise import Depthwise  # noqa: E402
+from onefold.reparam.kernels.triton_pointwise import Pointwise  # noqa: E402
 
 INF = float("inf")
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
 FORMATS = [torch.channels_last, torch.contiguous_format]
-POINT = Geometry(1, (1, 1), (1, 1), (0, 0))
 
 
-def depth(channels: int, taps: int = 3, stride: int = 1, reach: int | None = None) -> Geometry:
-    around = taps // 2 if reach is None else reach
-    return Geometry(channels, (taps, taps), (stride, stride), (around, around))
+def depth(channels: int, kernel: int = 3, stride: int = 1, padding: int | None = None) -> Geometry:
+    around = kernel // 2 if padding is None else padding
+    return Geometry(channels, (kernel, kernel), (stride, stride), (around, around))
+
+
+def gpu(geometry: Geometry) -> Passes:
+    """The passes of a kind of unit, as `passes_for` chooses them for a batch on a GPU."""
+    return Pointwise() if geometry == POINTWISE else Depthwise()
 
 
 # shape of the input, outputs, geometry; the sizes are no multiples of a block, and small: the interpreter is slow
 CASES = {
-    "point": ((3, 20, 5, 7), 37, POINT),
-    "point, blocks": ((2, 70, 5, 7), 66, POINT),
-    "point, more blocks": ((1, 130, 3, 3), 132, POINT),
-    "point, 1x1 map": ((9, 24, 1, 1), 12, POINT),
-    "point, one channel": ((2, 1, 6, 5), 1, POINT),
+    "point": ((3, 20, 5, 7), 37, POINTWISE),
+    "point, blocks": ((2, 70, 5, 7), 66, POINTWISE),
+    "point, more blocks": ((1, 130, 3, 3), 132, POINTWISE),
+    "point, 1x1 map": ((9, 24, 1, 1), 12, POINTWISE),
+    "point, one channel": ((2, 1, 6, 5), 1, POINTWISE),
     "depth": ((2, 5, 7, 9), 5, depth(5)),
     "depth, blocks": ((1, 66, 3, 6), 66, depth(66)),
     "depth, stride 2": ((2, 3, 8, 7), 3, depth(3, stride=2)),
     "depth, 1x1 map": ((6, 17, 1, 1), 17, depth(17)),
     "depth, 2x3 map": ((4, 5, 2, 3), 5, depth(5)),
-    "depth, 1x1 taps": ((2, 18, 5, 6), 18, depth(18, 1)),
-    "depth, 1x1 taps, stride 2": ((2, 18, 5, 6), 18, depth(18, 1, 2)),
+    "depth, 1x1 kernel": ((2, 18, 5, 6), 18, depth(18, 1)),
+    "depth, 1x1 kernel, stride 2": ((2, 18, 5, 6), 18, depth(18, 1, 2)),
     "depth, 5x5": ((1, 2, 6, 7), 2, depth(2, 5)),
-    "depth, nothing around": ((2, 4, 5, 7), 4, depth(4, reach=0)),
-    "depth, much around, stride 3": ((2, 4, 7, 8), 4, depth(4, stride=3, reach=3)),
-    "depth, 3x1 taps": ((2, 5, 8, 6), 5, Geometry(5, (3, 1), (1, 2), (1, 0))),
-    "depth, 7x1 taps, stride 2": ((1, 3, 12, 4), 3, Geometry(3, (7, 1), (2, 2), (3, 0))),
+    "depth, nothing around": ((2, 4, 5, 7), 4, depth(4, padding=0)),
+    "depth, much around, stride 3": ((2, 4, 7, 8), 4, depth(4, stride=3, padding=3)),
+    "depth, 3x1 kernel": ((2, 5, 8, 6), 5, Geometry(5, (3, 1), (1, 2), (1, 0))),
+    "depth, 7x1 kernel, stride 2": ((1, 3, 12, 4), 3, Geometry(3, (7, 1), (2, 2), (3, 0))),
     "depth, two outputs a channel": ((2, 3, 7, 5), 6, depth(3)),
 }
 LAST, FIRST = FORMATS
@@ -78,7 +84,7 @@ class Batch:
     def __init__(self, name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
         torch.manual_seed(len(name))
         shape, outputs, self.geometry = CASES[name]
-        groups, taps = self.geometry.groups, self.geometry.taps[0] * self.geometry.taps[1]
+        groups, taps = self.geometry.groups, self.geometry.kernel_size[0] * self.geometry.kernel_size[1]
         size = shape[1] // groups * taps
         offset = 3 * torch.randn(shape[1], 1, 1)  # means of some spreads, unlike in each channel
         self.x = (torch.randn(shape) + offset).to(dtype).to(DEVICE, memory_format=where)
@@ -109,7 +115,7 @@ def as_given(ours: Tensor, x: Tensor) -> None:
 def test_moments(name: str, dtype: torch.dtype, where: torch.memory_format) -> None:
     batch = Batch(name, dtype, where, None)
     assert supports(batch.x, batch.geometry)
-    ours, exact = Triton().moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
+    ours, exact = gpu(batch.geometry).moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
     assert ours.num == exact.num
     assert ours.mean.dtype == ours.covariance.dtype == torch.float64
     assert away(ours.mean, exact.mean) < CLOSE[dtype] / 10
@@ -121,8 +127,8 @@ def test_moments(name: str, dtype: torch.dtype, where: torch.memory_format) -> N
 def test_moments_of_values_far_from_zero(name: str, dtype: torch.dtype) -> None:
     batch = Batch(name, dtype, LAST, None)
     x = (100 + torch.randn_like(batch.x.float())).to(dtype)
-    geometry = batch.geometry if name == "point" else depth(x.shape[1], reach=0)  # zeros around are far from 100
-    ours, exact = Triton().moments(x, geometry), Reference().moments(x, geometry)
+    geometry = batch.geometry if name == "point" else depth(x.shape[1], padding=0)  # zeros around are far from 100
+    ours, exact = gpu(geometry).moments(x, geometry), Reference().moments(x, geometry)
     assert away(ours.mean, exact.mean) < 1e-6
     assert away(ours.covariance, exact.covariance) < 1e-5  # in half precision as well: such differences are exact
 
@@ -131,7 +137,7 @@ def test_moments_of_values_far_from_zero(name: str, dtype: torch.dtype) -> None:
 def test_convolve(name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
     batch = Batch(name, dtype, where, act)
     rest = (batch.kernel, batch.bias, batch.mean, batch.geometry, act)
-    ours, exact = Triton().convolve(batch.x, *rest), Reference().convolve(batch.x.double(), *rest)
+    ours, exact = gpu(batch.geometry).convolve(batch.x, *rest), Reference().convolve(batch.x.double(), *rest)
     as_given(ours, batch.x)
     assert away(ours, exact) < CLOSE[dtype] / 2
 
@@ -140,7 +146,7 @@ def test_convolve_keeps_a_nan() -> None:
     batch = Batch("point", torch.float32, LAST, 6.0)
     batch.x[0, 0, 0, 0] = float("nan")
     rest = (batch.kernel, batch.bias, batch.mean, batch.geometry, 6.0)
-    places = Triton().convolve(batch.x, *rest).isnan().sum((0, 1))
+    places = gpu(batch.geometry).convolve(batch.x, *rest).isnan().sum((0, 1))
     assert places[0, 0] == batch.kernel.shape[1]
     assert places.sum() == places[0, 0]
 
@@ -149,7 +155,7 @@ def test_convolve_keeps_a_nan() -> None:
 def test_kernel_grad(name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
     batch = Batch(name, dtype, where, act)
     rest = (batch.grad, batch.y, batch.x, batch.mean, batch.geometry, act)
-    ours, exact = Triton().kernel_grad(*rest), Reference().kernel_grad(*rest)
+    ours, exact = gpu(batch.geometry).kernel_grad(*rest), Reference().kernel_grad(*rest)
     assert away(ours[0], exact[0]) < 1e-5  # in half precision as well: the products are exact
     assert away(ours[1], exact[1]) < 1e-5
 
@@ -158,7 +164,7 @@ def test_kernel_grad(name: str, dtype: torch.dtype, where: torch.memory_format, 
 def test_input_grad(name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
     batch = Batch(name, dtype, where, act)
     rest: Any = (batch.kernel, batch.mean, batch.quad, batch.shift, batch.geometry, act)
-    ours = Triton().input_grad(batch.grad, batch.y, batch.x, *rest)
+    ours = gpu(batch.geometry).input_grad(batch.grad, batch.y, batch.x, *rest)
     exact = Reference().input_grad(batch.grad.double(), batch.y, batch.x.double(), *rest)
     as_given(ours, batch.x)
     assert away(ours, exact) < CLOSE[dtype]
@@ -169,7 +175,7 @@ def test_the_quadratic_term_of_float16_keeps_its_digits() -> None:
     # below float16's least value, but x is large: alone in the gradient, so that an error is seen
     mean, quad, shift = batch.mean - 3e4, batch.quad * 1e-8, 0 * batch.shift
     rest: Any = (batch.kernel, mean, quad, shift, batch.geometry, None)
-    ours = Triton().input_grad(torch.zeros_like(batch.grad), batch.y, batch.x, *rest)
+    ours = gpu(batch.geometry).input_grad(torch.zeros_like(batch.grad), batch.y, batch.x, *rest)
     exact = Reference().input_grad(torch.zeros_like(batch.grad).double(), batch.y, batch.x.double(), *rest)
     assert away(ours, exact) < CLOSE[torch.float16]
 
@@ -181,15 +187,15 @@ def test_gradients_of_another_layout(name: str) -> None:
     rest: Any = (batch.y.contiguous(), batch.x)
     quads: Any = (batch.kernel, batch.mean, batch.quad, batch.shift, batch.geometry, INF)
     exact = Reference().input_grad(grad.double(), batch.y, batch.x.double(), *quads)
-    assert away(Triton().input_grad(grad, *rest, *quads), exact) < 1e-5
-    ours = Triton().kernel_grad(grad, *rest, batch.mean, batch.geometry, INF)
+    assert away(gpu(batch.geometry).input_grad(grad, *rest, *quads), exact) < 1e-5
+    ours = gpu(batch.geometry).kernel_grad(grad, *rest, batch.mean, batch.geometry, INF)
     assert away(ours[0], Reference().kernel_grad(grad, *rest, batch.mean, batch.geometry, INF)[0]) < 1e-5
 
 
 def test_a_slice_of_a_map_is_read_where_it_lies() -> None:
     batch = Batch("depth", torch.float32, LAST, None)
     x = torch.cat([batch.x, batch.x], 1)[:, : batch.x.shape[1]]
-    ours, exact = Triton().moments(x, batch.geometry), Reference().moments(batch.x, batch.geometry)
+    ours, exact = gpu(batch.geometry).moments(x, batch.geometry), Reference().moments(batch.x, batch.geometry)
     assert away(ours.covariance, exact.covariance) < 1e-5
 
 
@@ -199,23 +205,23 @@ def test_a_program_sums_many_blocks(name: str, dtype: torch.dtype, monkeypatch: 
     batch = Batch(name, dtype, LAST, INF)
     sums: Any = (batch.grad, batch.y, batch.x, batch.mean, batch.geometry, INF)
     monkeypatch.setattr(triton_base, "PROGRAMS", 1)
-    ours, exact = Triton().moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
+    ours, exact = gpu(batch.geometry).moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
     assert away(ours.covariance, exact.covariance) < CLOSE[dtype]
-    assert away(Triton().kernel_grad(*sums)[0], Reference().kernel_grad(*sums)[0]) < 1e-5
+    assert away(gpu(batch.geometry).kernel_grad(*sums)[0], Reference().kernel_grad(*sums)[0]) < 1e-5
 
 
 def test_the_same_bits_twice() -> None:
     for name in ("point", "depth"):
         batch = Batch(name, torch.bfloat16, LAST, None)
-        once, again = (Triton().moments(batch.x, batch.geometry).covariance for _ in range(2))
+        once, again = (gpu(batch.geometry).moments(batch.x, batch.geometry).covariance for _ in range(2))
         assert torch.equal(once, again)
 
 
 def test_what_is_not_supported() -> None:
     x = torch.zeros(2, 4, 5, 5, device=DEVICE)
-    assert not supports(x.double(), POINT)
-    assert not supports(x[:0], POINT)
-    assert not supports(x[0], POINT)
+    assert not supports(x.double(), POINTWISE)
+    assert not supports(x[:0], POINTWISE)
+    assert not supports(x[0], POINTWISE)
     assert not supports(x, Geometry(1, (1, 1), (2, 2), (0, 0)))
     assert not supports(x, Geometry(1, (1, 1), (1, 1), (1, 1)))
     assert not supports(x, Geometry(1, (3, 3), (1, 1), (1, 1)))

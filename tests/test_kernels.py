@@ -21,7 +21,7 @@ from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.backend import Geometry, library
 from onefold.reparam.kernels.cpu import Compiled
 from onefold.reparam.kernels.memory import new_map, release
-from onefold.reparam.unit import read
+from onefold.reparam.unit import as_unit
 from test_routes import unit
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler for the kernels")
@@ -126,7 +126,7 @@ def test_pointwise_passes_agree_with_the_reference(c, out, pixels, top):
 def passes_agree(x: Tensor, geometry: Geometry, out: int, top: float | None) -> None:
     torch.manual_seed(0)
     ours, exact, wide = Compiled(), Reference(), x.double()
-    groups, k = geometry.groups, x.shape[1] // geometry.groups * geometry.taps[0] * geometry.taps[1]
+    groups, k = geometry.groups, x.shape[1] // geometry.groups * geometry.kernel_size[0] * geometry.kernel_size[1]
     kernel, bias = torch.randn(groups, out // groups, k).double(), torch.randn(out).double()
     quad, shift = torch.randn(groups, k, k).double(), torch.randn(groups, k).double()
     quad = quad + quad.mT
@@ -182,12 +182,12 @@ def test_one_pixel_maps_and_single_images(size, seeded):
 def test_the_quickest_route_by_count():
     """`moments` for several branches and for depthwise, `mixed` for one wide convolution, else `per_branch`."""
     x = torch.randn(8, 512, 14, 14)
-    cost = {k: costs(read(unit(512, 512, 1, 1, 1, k)), x) for k in (1, 4)}
+    cost = {k: costs(as_unit(unit(512, 512, 1, 1, 1, k)), x) for k in (1, 4)}
     assert min(cost[1]) == cost[1].mixed
     assert min(cost[4]) == cost[4].moments
-    depthwise = costs(read(unit(512, 512, 3, 1, 512, 1)), x)
+    depthwise = costs(as_unit(unit(512, 512, 3, 1, 512, 1)), x)
     assert min(depthwise) == depthwise.moments
-    assert costs(read(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
+    assert costs(as_unit(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s1", "repvgg_a0", "fastvit_t8"])

@@ -119,13 +119,13 @@ def stencils(draw, channels: tuple[int, int] | None = None, *, padded: bool = Tr
     c_in, c_out = channels or (draw(st.sampled_from([2, 4, 6])), draw(st.sampled_from([2, 4, 6])))
     groups = draw(st.sampled_from([g for g in (1, 2, 4, 6) if c_in % g == 0 and c_out % g == 0]))
     size = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    reach = (draw(st.integers(0, 2)), draw(st.integers(0, 2))) if padded else (0, 0)
+    padding = (draw(st.integers(0, 2)), draw(st.integers(0, 2))) if padded else (0, 0)
     step = stride or draw(st.integers(1, 2))
     dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     weight = torch.randn(c_out, c_in // groups, *size, dtype=torch.float64, generator=generator)
     bias = torch.randn(c_out, dtype=torch.float64, generator=generator)
-    return Stencil(weight, bias, groups, (step, step), reach, dilation)
+    return Stencil(weight, bias, groups, (step, step), padding, dilation)
 
 
 def images(channels: int) -> Tensor:

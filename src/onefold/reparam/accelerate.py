@@ -1,7 +1,7 @@
-"""Other projects' training blocks on our routes: one line before their training loop, the same numbers, faster.
+"""`accelerate` trains the blocks of other projects by our routes: the same numbers, faster.
 
-A block is recognised by its class's name and the names of its parts; its parameters, buffers and state_dict stay as
-they are. Whatever a block does besides (a gate, stochastic depth, an odd padding) it goes on doing itself.
+A block is recognized by its class's name and the names of its parts; its parameters, buffers and state_dict stay as
+they are. What a block does besides its branches - a gate, an activation - stays with the block.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.linear import Chain, Sum
 from onefold.reparam.routes import evaluate, quickest, set_route_
-from onefold.reparam.unit import Branch, Unit, hooked, unit_of
+from onefold.reparam.unit import Branch, Unit, has_hooks, make_unit
 
 
 @dataclass(frozen=True)
-class Form:
-    """A block's class name, the names of its branches (a list's counts as several), its gate and its activation."""
+class BlockNames:
+    """A block's class name and the attributes that hold its branches (one or a list), its gate and its activation."""
 
     name: str
     branches: tuple[str, ...]
@@ -29,13 +29,13 @@ class Form:
     act: str
 
 
-FORMS = (
-    Form("MobileOneBlock", ("identity", "conv_scale", "conv_kxk"), "attn", "act"),  # timm byobnet
-    Form("MobileOneBlock", ("identity", "conv_scale", "conv_kxk"), "se", "act"),  # timm fastvit
-    Form("MobileOneBlock", ("rbr_skip", "rbr_scale", "rbr_conv"), "se", "activation"),  # Apple ml-mobileone
-    Form("RepVggBlock", ("identity", "conv_1x1", "conv_kxk"), "attn", "act"),  # timm byobnet
-    Form("RepVGGBlock", ("rbr_identity", "rbr_1x1", "rbr_dense"), "se", "nonlinearity"),  # DingXiaoH RepVGG
-    Form("ReparamLargeKernelConv", ("large_conv", "small_conv"), "se", "act"),  # timm fastvit
+KNOWN_BLOCKS = (
+    BlockNames("MobileOneBlock", ("identity", "conv_scale", "conv_kxk"), "attn", "act"),  # timm byobnet
+    BlockNames("MobileOneBlock", ("identity", "conv_scale", "conv_kxk"), "se", "act"),  # timm fastvit
+    BlockNames("MobileOneBlock", ("rbr_skip", "rbr_scale", "rbr_conv"), "se", "activation"),  # Apple ml-mobileone
+    BlockNames("RepVggBlock", ("identity", "conv_1x1", "conv_kxk"), "attn", "act"),  # timm byobnet
+    BlockNames("RepVGGBlock", ("rbr_identity", "rbr_1x1", "rbr_dense"), "se", "nonlinearity"),  # DingXiaoH RepVGG
+    BlockNames("ReparamLargeKernelConv", ("large_conv", "small_conv"), "se", "act"),  # timm fastvit
 )
 
 
@@ -46,45 +46,46 @@ def accelerate(model: nn.Module) -> nn.Module:
     changes, and only its speed: values, gradients and running statistics stay within rounding, parameters and
     state_dict untouched. `del block.forward` puts a block back. Raises ValueError if no block is known.
     """
-    found = False
+    known = False
     for module in model.modules():
-        form = next((form for form in FORMS if _has(module, form)), None)
-        if form is not None:
-            module.forward = partial(_forward, module, form)
-            found = True
+        names = next((names for names in KNOWN_BLOCKS if _has(module, names)), None)
+        if names is not None:
+            module.forward = partial(_forward, module, names)
+            known = True
     if any(isinstance(module, (Chain, Sum)) for module in model.modules()):
         set_route_(model, quickest)
-        found = True
-    if not found:
+        known = True
+    if not known:
         raise ValueError(
-            f"{type(model).__name__} has no block that accelerate knows: {', '.join({f.name for f in FORMS})}"
+            f"{type(model).__name__} has no block that accelerate knows: {', '.join({f.name for f in KNOWN_BLOCKS})}"
         )
     return model
 
 
-def _forward(block: nn.Module, form: Form, x: Tensor) -> Tensor:
-    """What the block's class does, by a route where one pays."""
-    unit = _unit(block, form) if block.training and torch.is_grad_enabled() and x.dim() == 4 else None
+def _forward(block: nn.Module, names: BlockNames, x: Tensor) -> Tensor:
+    """The block's forward pass, with its branches evaluated by a route where one costs less."""
+    unit = _unit(block, names) if block.training and torch.is_grad_enabled() and x.dim() == 4 else None
     if unit is not None:
-        gate, act = getattr(block, form.gate), getattr(block, form.act)
-        whole = isinstance(gate, nn.Identity)
-        y = evaluate(unit, x, act if whole else None)
+        gate, act = getattr(block, names.gate), getattr(block, names.act)
+        ungated = isinstance(gate, nn.Identity)
+        y = evaluate(unit, x, act if ungated else None)
         if y is not None:
-            return y if whole else act(gate(y))
+            return y if ungated else act(gate(y))
     return type(block).forward(block, x)
 
 
-def _unit(block: nn.Module, form: Form) -> Unit | None:
+def _unit(block: nn.Module, names: BlockNames) -> Unit | None:
+    """The unit of a block's branches; None where it has hooks, stochastic depth, or branches of another form."""
     drop = getattr(block, "drop_path", None)
-    if hooked(block.modules()) or not isinstance(drop, (nn.Identity, type(None))):
+    if has_hooks(block.modules()) or not isinstance(drop, (nn.Identity, type(None))):
         return None
-    branches = [branch for name in form.branches for branch in _branches(getattr(block, name, None))]
+    branches = [branch for name in names.branches for branch in _branches(getattr(block, name, None))]
     known = [branch for branch in branches if branch is not None]
-    return unit_of(known) if known and len(known) == len(branches) else None
+    return make_unit(known) if known and len(known) == len(branches) else None
 
 
 def _branches(part: object) -> Iterator[Branch | None]:
-    """The branches that an attribute of a block holds; None for one of an unknown form."""
+    """The branches that an attribute of a block holds; None in place of one of an unknown form."""
     if isinstance(part, nn.ModuleList):
         for child in part:
             yield from _branches(child)
@@ -101,10 +102,10 @@ def _branches(part: object) -> Iterator[Branch | None]:
 
 
 def _is_bare(norm: _BatchNorm) -> bool:
-    """Whether a norm carries nothing along (some projects' hold their activation)."""
+    """Whether a norm only normalizes: those of some projects hold an activation too."""
     return all(isinstance(child, nn.Identity) for child in norm.children())
 
 
-def _has(module: nn.Module, form: Form) -> bool:
-    parts = (*form.branches[:1], form.gate, form.act)
-    return type(module).__name__ == form.name and all(hasattr(module, part) for part in parts)
+def _has(module: nn.Module, names: BlockNames) -> bool:
+    parts = (*names.branches[:1], names.gate, names.act)
+    return type(module).__name__ == names.name and all(hasattr(module, part) for part in parts)

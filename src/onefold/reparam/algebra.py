@@ -1,6 +1,7 @@
 """A unit's algebra between its passes over the batch: from moments to one kernel, and back to all gradients.
 
-In torch, for any device and dtype; `kernels.algebra` is the same in one call. The formulas are in `moments`.
+This is the version in torch, for any device and dtype; `kernels.cpu_algebra` does the same in compiled code. The
+formulas are in `moments`.
 
 Shapes: B branches with a convolution, M with the skip; G groups, K values a patch; see `unit`.
 """
@@ -14,25 +15,25 @@ import torch
 from torch import Tensor
 
 from onefold.reparam.kernels.backend import Moments
-from onefold.reparam.linear import track_
+from onefold.reparam.linear import update_running_stats_
 from onefold.reparam.unit import Unit
 
-WIDE = 2**24  # multiplications from which float32 inputs are folded in float32
+MAX_FLOAT64 = 2**24  # multiplications up to which float32 units are folded in float64: it is cheap there
 
 
 class Folded(NamedTuple):
-    """What the backward needs: rows and rows S, each (G, B, O/G, K); of the norms (M, O), the skip last."""
+    """What the backward needs: rows and rows S, both (G, B, O/G, K); of the norms (M, O), the skip last."""
 
     rows: Tensor
-    spread: Tensor
-    inverse: Tensor  # 1 / sqrt(v + eps)
+    rows_cov: Tensor
+    inv_std: Tensor  # 1 / sqrt(v + eps)
     gain: Tensor
     kernel: Tensor  # (G, O/G, K)
     mean: Tensor  # (G, K)
 
 
 class Gradients(NamedTuple):
-    """Of the weights, of the norms' gains, d S (G, K, K), and kernel^T s (G, K)."""
+    """The gradients of the weights and of the norms' gains, d S (G, K, K), and kernel^T s (G, K)."""
 
     weights: list[Tensor]
     gamma: list[Tensor]
@@ -41,22 +42,22 @@ class Gradients(NamedTuple):
 
 
 def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Folded, Tensor]:
-    """The one kernel and bias (O,) of a unit on a batch of these moments; moves the norms' running statistics."""
+    """Fold a unit on a batch of these moments: kernel and bias (O,). Moves the norms' running statistics."""
     mean, covariance, count = moments
-    written = [unit.rows(w.detach(), conv) for w, conv in zip(weights, unit.convs, strict=True)]
-    rows = torch.stack(written, 1).to(_dtype(unit, dtype, mean.dtype))
-    spread = (rows.flatten(1, 2) @ covariance.to(rows.dtype)).view_as(rows)
-    var = _by_branch((spread * rows).sum(-1, dtype=mean.dtype))
+    per_conv = [unit.rows(w.detach(), conv) for w, conv in zip(weights, unit.convs, strict=True)]
+    rows = torch.stack(per_conv, 1).to(_dtype(unit, dtype, mean.dtype))
+    rows_cov = (rows.flatten(1, 2) @ covariance.to(rows.dtype)).view_as(rows)
+    var = _by_branch((rows_cov * rows).sum(-1, dtype=mean.dtype))
     centre = _by_branch((rows.flatten(1, 2).to(mean.dtype) @ mean[..., None]).view(rows.shape[:3]))
     group, row, value = unit.diagonal(mean.device)
     if unit.skip is not None:
         var = torch.cat([var, covariance[group, value, value][None]])
         centre = torch.cat([centre, mean[group, value][None]])
-    var = var.clamp_min(0)  # of a dead channel rounding may leave less
+    var = var.clamp_min(0)  # rounding may leave less for a channel that is constant
     norms = [branch.norm for branch in unit.ordered]
-    inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
+    inv_std = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
     gain = torch.stack(
-        [i if n.weight is None else n.weight.detach().to(i) * i for n, i in zip(norms, inverse, strict=True)]
+        [i if n.weight is None else n.weight.detach().to(i) * i for n, i in zip(norms, inv_std, strict=True)]
     )
     kernel = (_by_row(gain, rows) * rows).sum(1)
     if unit.skip is not None:
@@ -64,29 +65,29 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     bias = mean.new_zeros(unit.channels[1])
     for branch, m, v in zip(unit.ordered, centre, var * (count / (count - 1)), strict=True):
         shift = None if branch.conv is None else branch.conv.bias
-        track_(branch.norm, m if shift is None else m + shift.detach().to(m), v)
+        update_running_stats_(branch.norm, m if shift is None else m + shift.detach().to(m), v)
         if branch.norm.bias is not None:
             bias = bias + branch.norm.bias.detach()
-    return Folded(rows, spread, inverse, gain, kernel, mean), bias
+    return Folded(rows, rows_cov, inv_std, gain, kernel, mean), bias
 
 
 def unfold(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
-    """The transpose of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
-    rows, spread, inverse, gain, kernel, _ = folded
+    """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
+    rows, rows_cov, inv_std, gain, kernel, _ = folded
     products, wide = products.to(rows.dtype), gain.dtype
     group, row, value = unit.diagonal(total.device)
-    slope = _by_branch((products[:, None] * rows).sum(-1, dtype=wide))  # d gain
+    d_gain = _by_branch((products[:, None] * rows).sum(-1, dtype=wide))
     if unit.skip is not None:
-        slope = torch.cat([slope, products[group, row, value].to(wide)[None]])
-    d_var = -0.5 * slope * gain * inverse.square()
+        d_gain = torch.cat([d_gain, products[group, row, value].to(wide)[None]])
+    d_var = -0.5 * d_gain * gain * inv_std.square()
     weighted = _by_row(d_var, rows) * rows
-    d_rows = _by_row(gain, rows) * products[:, None] + 2 * _by_row(d_var, rows) * spread
+    d_rows = _by_row(gain, rows) * products[:, None] + 2 * _by_row(d_var, rows) * rows_cov
     quad = weighted.flatten(1, 2).mT @ rows.flatten(1, 2)
     if unit.skip is not None:
         quad[group, value, value] += d_var[-1].to(quad.dtype)
     pull = (kernel.mT.to(wide) @ total.to(wide).view(len(kernel), -1, 1)).squeeze(-1)
-    weights = [unit.unrows(d, conv) for d, conv in zip(d_rows.unbind(1), unit.convs, strict=True)]
-    return Gradients(weights, list(slope * inverse), quad, pull)
+    weights = [unit.from_rows(d, conv) for d, conv in zip(d_rows.unbind(1), unit.convs, strict=True)]
+    return Gradients(weights, list(d_gain * inv_std), quad, pull)
 
 
 def _by_branch(values: Tensor) -> Tensor:
@@ -95,13 +96,13 @@ def _by_branch(values: Tensor) -> Tensor:
 
 
 def _by_row(values: Tensor, rows: Tensor) -> Tensor:
-    """The first B of (M, O) as factors of rows (G, B, O/G, K)."""
+    """The first B of (M, O), shaped to scale rows (G, B, O/G, K)."""
     groups, num, outputs, _ = rows.shape
     return values[:num].view(num, groups, outputs, 1).transpose(0, 1).to(rows.dtype)
 
 
 def _dtype(unit: Unit, dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
-    """float64 wherever that is cheap; large matrices of a float32 unit in float32, as accurate as their inputs."""
-    size = unit.geometry.taps[0] * unit.geometry.taps[1] * unit.channels[0] // unit.geometry.groups
-    few = len(unit.convs) * unit.channels[1] * size * size <= WIDE
-    return wide if dtype == torch.float64 or few else torch.float32
+    """The dtype to fold in: float64 wherever that is cheap, else float32, which is as accurate as the inputs."""
+    size = unit.geometry.kernel_size[0] * unit.geometry.kernel_size[1] * unit.channels[0] // unit.geometry.groups
+    small = len(unit.convs) * unit.channels[1] * size * size <= MAX_FLOAT64
+    return wide if dtype == torch.float64 or small else torch.float32

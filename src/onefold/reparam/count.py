@@ -41,7 +41,7 @@ def costs(unit: Unit, x: Tensor) -> Costs:
 def _moments(unit: Unit, x: Tensor) -> float:
     """Convolution, its two gradients, the moments and theirs; the algebra on kernels, shared by all places."""
     (c_in, c_out), geometry = unit.channels, unit.geometry
-    size = geometry.taps[0] * geometry.taps[1] * c_in // geometry.groups
+    size = geometry.kernel_size[0] * geometry.kernel_size[1] * c_in // geometry.groups
     depthwise = c_in == geometry.groups
     square = geometry.groups * size * size
     products = 3 * c_out * size + 1.5 * square * (LAG if depthwise and geometry.stride == (1, 1) else 1)

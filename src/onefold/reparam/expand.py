@@ -1,19 +1,19 @@
-"""Expanding: the way back from one convolution to branches with norms, which fold to it again.
+"""Expanding: from one convolution back to branches with norms, which fold to it again.
 
-A fused network cannot be un-fused - what each branch was is lost - but it can be given branches anew:
+A fused network cannot be un-fused - the branches' own kernels are lost - but it can be given new branches:
 
     fuse(expand(fused, like)) == fused
 
-Each entry of a kernel is shared equally by the branches that can hold it: the middle tap of a 3x3 by all, its rim by
-the 3x3 convolutions, its diagonal by the skip too. Convolutions of one shape would stay equal for ever, so each is
-moved off its share at random, and together they are moved by nothing. With N branches a norm's gain is 1 / sqrt(N)
-and a convolution's kernel sqrt(N) times its share: then a step of descent moves the folded kernel as far as it would
-move the fused one, and the branches' squares sum up to its own, so that weight decay weighs the same.
+Each entry of a kernel is shared equally by the branches that can hold it: the middle of a 3x3 by all, its rim by the
+3x3 convolutions, its diagonal by the skip too. Convolutions of one shape would get equal gradients and stay equal, so
+random displacements that sum to zero are added to their shares. With N branches a norm's gain is 1 / sqrt(N) and a
+convolution's kernel sqrt(N) times its share: then a step of descent moves the folded kernel as far as it would move
+the fused one, and the branches' squares sum up to its own, so that weight decay is as strong.
 
-Norms begin with mean 0 and variance 1. `recalibrate_norms_` gives them the statistics that images really have there,
-without a change of the function: so the network in train mode starts from the same function.
+Norms start with mean 0 and variance 1. `recalibrate_norms_` gives them the statistics of real images without changing
+the function, so that training starts from the same function in train mode too.
 
-Shapes: O, I channels, G groups, H W taps of the one kernel.
+Shapes: O, I channels, G groups, H W height and width of the kernel.
 """
 
 from __future__ import annotations
@@ -26,139 +26,139 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.fuse import outermost
+from onefold.reparam.fuse import outermost_trees
 from onefold.reparam.linear import Chain, Sum, padding
 
-_SPREAD = 0.5  # how far a convolution is moved off its share, in sizes of the share
+_SPREAD = 0.5  # standard deviation of the displacements, relative to the root mean square of the share
 
 
 @torch.no_grad()
 def expand(fused: nn.Module, like: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
-    """A copy of the training network `like` whose parameters fold to those of `fused`; in the mode of `like`.
+    """Copy the training network `like` with parameters that fold to those of `fused`; in the mode of `like`.
 
-    Made in float64 and rounded once to the dtype of `like`. What is outside of the trees is copied. Raises ValueError
-    where `fused` is not the fused form of `like`, or a tree is not branches of a convolution (or none) and a norm.
+    They are computed in float64 and rounded once to the dtype of `like`. What is outside of the trees is copied. Raises
+    ValueError where `fused` is not the fused form of `like`, or a tree has other branches than a convolution (or
+    none) and a norm.
     """
     model = copy.deepcopy(like)
-    trees = dict(outermost(model))
+    trees = dict(outermost_trees(model))
     layers = {name: _layer(fused, name) for name in trees}
     inside = tuple(f"{name}." for name in trees)
     rest = {name: value for name, value in fused.state_dict().items() if not name.startswith(inside)}
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
-    if {n: v.shape for n, v in rest.items()} != {n: v.shape for n, v in kept.items()}:
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
+    if {n: v.shape for n, v in rest.items()} != {n: v.shape for n, v in expected.items()}:
         raise ValueError("these are not a network and its fused form: outside of what folds they differ")
     model.load_state_dict(rest, strict=False)
     for name, tree in trees.items():
-        _share_(name, tree, layers[name], generator)
+        _distribute_(name, tree, layers[name], generator)
     return model
 
 
 @torch.no_grad()
 def recalibrate_norms_(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Give each norm of `model`, in eval mode, the statistics that `batches` of images have there, in place.
+    """Set the running statistics of each norm of `model`, in place, to those of `batches` of images.
 
-    Gains and biases follow, so that the function stays: only what a running statistic is written with changes.
-    The variance is that of all images together, biased, as a norm in train mode divides by. Raises ValueError for a
-    model in train mode, and where a norm does not run by itself (see `set_route_`).
+    Gains and biases are adapted to them, so that the function in eval mode stays the same. The variance is that of all
+    images together, biased, as a norm in train mode divides by. Raises ValueError for a model in train mode, and where
+    a norm does not run by itself (see `set_route_`).
     """
-    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and _can_restate(norm)}
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and _is_complete(norm)}
     if any(norm.training for norm in norms.values()):
-        raise ValueError("norms are restated in eval mode, where the function is fixed: call model.eval() first")
-    seen = {name: _Seen() for name in norms}
-    hooks = [norm.register_forward_pre_hook(seen[name]) for name, norm in norms.items()]
+        raise ValueError("norms are recalibrated in eval mode: call model.eval() first")
+    statistics = {name: _Statistics() for name in norms}
+    hooks = [norm.register_forward_pre_hook(statistics[name]) for name, norm in norms.items()]
     try:
         for images in batches:
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    idle = next((name for name, statistics in seen.items() if not statistics.count), None)
-    if idle is not None:
-        raise ValueError(f"norm {idle!r} has seen nothing: give it images, and evaluate it by the route `per_branch`")
+    unused = next((name for name in norms if not statistics[name].count), None)
+    if unused is not None:
+        raise ValueError(f"norm {unused!r} has got no images: give it some, and evaluate it by the route `per_branch`")
     for name, norm in norms.items():
-        _restate_(norm, seen[name].mean, seen[name].var)
+        _recalibrate_(norm, statistics[name].mean, statistics[name].var)
 
 
-# -------------------------------------------------------------------------------------------- sharing
+# ------------------------------------------------------------------ one kernel to several branches
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """A convolution or Linear, or none (a skip), the norm after it, and where its taps lie on the tree's."""
+    """A convolution or Linear, or none (a skip), the norm after it, and the part of the tree's kernel it covers."""
 
     conv: nn.Conv2d | nn.Linear | None
     norm: _BatchNorm
-    window: tuple[slice, slice]
+    rows: slice
+    columns: slice
 
 
-def _share_(name: str, tree: nn.Module, layer: nn.Conv2d | nn.Linear, generator: torch.Generator | None) -> None:
-    """Put the kernel and the bias of the one layer into the tree's branches."""
+def _distribute_(name: str, tree: nn.Module, layer: nn.Conv2d | nn.Linear, generator: torch.Generator | None) -> None:
+    """Distribute the kernel and the bias of one layer to the branches of a tree, in place."""
     branches = [_branch(name, part, layer) for part in (tree if isinstance(tree, Sum) else [tree])]
     convs = [branch for branch in branches if branch.conv is not None]
     if len(branches) - len(convs) > 1 or not convs:
         raise ValueError(f"{name!r} cannot be expanded: it needs convolutions, and at most one skip")
-    kernel, diagonal = _kernel(layer), _diagonal(layer)
+    kernel = layer.weight.double()  # (O, I/G, H, W)
+    kernel = kernel if kernel.dim() == 4 else kernel[..., None, None]
+    top, left = padding(layer) if isinstance(layer, nn.Conv2d) else (0, 0)
+    i = torch.arange(len(kernel), device=kernel.device)
+    diagonal = i, i % kernel.shape[1], top, left  # where the ones of an identity lie
     holders = torch.zeros_like(kernel)
     for branch in convs:
-        holders[:, :, branch.window[0], branch.window[1]] += 1
+        holders[:, :, branch.rows, branch.columns] += 1
     if len(convs) < len(branches):
         holders[diagonal] += 1
     share, gain = kernel / holders.clamp(min=1), len(branches) ** -0.5
     if bool((kernel[holders == 0] != 0).any()):
-        raise ValueError(f"{name!r} cannot be expanded: its kernel has taps that no branch has")
-    moves = _moves([share[:, :, b.window[0], b.window[1]] for b in convs], generator)
-    for branch, move in zip(convs, moves, strict=True):
+        raise ValueError(f"{name!r} cannot be expanded: its kernel is larger than those of its branches")
+    shares = [share[:, :, branch.rows, branch.columns] for branch in convs]
+    for branch, part, displacement in zip(convs, shares, _displacements(shares, generator), strict=True):
         assert branch.conv is not None
-        weight = (share[:, :, branch.window[0], branch.window[1]] + move) / gain
-        branch.conv.weight.copy_(weight.view_as(branch.conv.weight))
+        branch.conv.weight.copy_(((part + displacement) / gain).view_as(branch.conv.weight))
         if branch.conv.bias is not None:
             branch.conv.bias.zero_()
     bias = torch.zeros(len(kernel)).to(kernel) if layer.bias is None else layer.bias.to(kernel)
     for branch in branches:
-        gains = share[diagonal] if branch.conv is None else torch.full_like(bias, gain)
-        _begin_(branch.norm, gains, bias / len(branches))
+        norm, gains = branch.norm, share[diagonal] if branch.conv is None else torch.full_like(bias, gain)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1.0)
+        norm.weight.copy_(gains * (1.0 + norm.eps) ** 0.5)
+        norm.bias.copy_(bias / len(branches))
 
 
-def _moves(shares: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Random displacements for kernels, as large as a part of their shares; those of one shape sum to zero."""
-    moves = [torch.zeros_like(share) for share in shares]
+def _displacements(shares: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Random displacements for kernels, in proportion to their shares; those of one shape sum to zero."""
+    displacements = [torch.zeros_like(share) for share in shares]
     for shape in {share.shape for share in shares}:
         same = [i for i, share in enumerate(shares) if share.shape == shape]
         if len(same) > 1:
             size = shares[same[0]].square().mean((1, 2, 3), keepdim=True).sqrt() * _SPREAD
             noise = torch.randn(len(same), *shape, generator=generator, dtype=torch.float64).to(size)
-            for i, move in zip(same, (noise - noise.mean(0)) * size, strict=True):
-                moves[i] = move
-    return moves
-
-
-def _begin_(norm: _BatchNorm, gain: Tensor, bias: Tensor) -> None:
-    """Make a norm, in eval mode, gain * x + bias, with mean 0 and variance 1."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.zero_()
-    norm.running_var.fill_(1.0)
-    norm.weight.copy_(gain * (1.0 + norm.eps) ** 0.5)
-    norm.bias.copy_(bias)
+            for i, displacement in zip(same, (noise - noise.mean(0)) * size, strict=True):
+                displacements[i] = displacement
+    return displacements
 
 
 def _branch(name: str, part: nn.Module, layer: nn.Conv2d | nn.Linear) -> _Branch:
     ops = list(part) if isinstance(part, Chain) else [part]
     conv: nn.Module | None = ops[0] if len(ops) == 2 else None
     norm = ops[-1]
-    if len(ops) > 2 or not isinstance(norm, _BatchNorm) or not _can_restate(norm):
+    if len(ops) > 2 or not isinstance(norm, _BatchNorm) or not _is_complete(norm):
         raise ValueError(f"{name!r} cannot be expanded: a branch ends in a norm with gains and running statistics")
     if conv is not None and not isinstance(conv, (nn.Conv2d, nn.Linear)):
         raise ValueError(f"{name!r} cannot be expanded: a branch is a convolution, or none, and a norm, not {conv}")
     if not isinstance(conv, nn.Conv2d):
-        return _Branch(conv, norm, (slice(None), slice(None)))
+        return _Branch(conv, norm, slice(None), slice(None))
     if not isinstance(layer, nn.Conv2d) or (conv.groups, conv.stride) != (layer.groups, layer.stride):
         raise ValueError(f"{name!r} is {layer}, which is not the fused form of a branch like {conv}")
-    tall, wide = (
+    rows, columns = (
         slice(whole - own, whole - own + size)
         for whole, own, size in zip(padding(layer), padding(conv), conv.kernel_size, strict=True)
     )
-    return _Branch(conv, norm, (tall, wide))
+    return _Branch(conv, norm, rows, columns)
 
 
 def _layer(fused: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -167,30 +167,16 @@ def _layer(fused: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     except AttributeError:
         layer = None
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        found = "nothing" if layer is None else type(layer).__name__
-        raise ValueError(f"expected one convolution at {name!r}, as a fused network has, and there is {found}")
+        actual = "nothing" if layer is None else type(layer).__name__
+        raise ValueError(f"expected one convolution at {name!r}, as a fused network has, and there is {actual}")
     return layer
 
 
-def _kernel(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """(O, I/G, H, W) float64."""
-    weight = layer.weight.double()
-    return weight if weight.dim() == 4 else weight[..., None, None]
+# ------------------------------------------------------------------------------ statistics of norms
 
 
-def _diagonal(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor, int, int]:
-    """Where an identity's ones stand in the kernel."""
-    kernel = _kernel(layer)
-    above, beside = padding(layer) if isinstance(layer, nn.Conv2d) else (0, 0)
-    i = torch.arange(len(kernel), device=kernel.device)
-    return i, i % kernel.shape[1], above, beside
-
-
-# ------------------------------------------------------------------------------------------ restating
-
-
-class _Seen:
-    """The mean and variance a channel of all that went into a norm, float64 (C,)."""
+class _Statistics:
+    """Mean and variance for each channel of all inputs of a norm, float64 (C,)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -198,7 +184,7 @@ class _Seen:
         self.var = torch.zeros(())
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Take a batch in: (B, C, ...)."""
+        """Merge the statistics of a batch (B, C, ...) into those so far (Chan et al., 1979)."""
         x = inputs[0].detach().transpose(0, 1).flatten(1).double()
         var, mean = torch.var_mean(x, 1, correction=0)
         part = x.shape[1] / (self.count + x.shape[1])
@@ -208,23 +194,25 @@ class _Seen:
         self.count += x.shape[1]
 
 
-def _can_restate(norm: _BatchNorm) -> bool:
+def _is_complete(norm: _BatchNorm) -> bool:
+    """Whether a norm has gains, biases and running statistics."""
     return norm.affine and norm.running_mean is not None and norm.running_var is not None
 
 
-def _restate_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+def _recalibrate_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Set a norm's running statistics, and its gains and biases so that its function stays the same."""
     gain, shift = _affine(norm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
     norm.weight.copy_(gain * (norm.running_var.double() + norm.eps).sqrt())
-    rounded, _ = _affine(norm)
+    rounded, _ = _affine(norm)  # the bias compensates what rounding the gain to the norm's dtype changes
     norm.bias.copy_(shift + rounded * norm.running_mean.double())
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Gain and shift of a norm in eval mode, float64 (C,)."""
+    """The gain and shift that a norm in eval mode is, float64 (C,)."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()

@@ -1,7 +1,7 @@
-"""Fusing a network: one layer in place of every linear tree, in a copy, and a check that nothing else changed.
+"""Fusing a network: a copy with one layer in place of every linear tree; and `drift`, how far two networks differ.
 
-Networks of other projects are fused too. Many projects give each block a method that folds it, called
-`reparameterize`, `switch_to_deploy` or `fuse`: `_fuse_blocks_` calls it wherever it stands, the root included. Then
+Networks of other projects are fused too. Many of them give each block a method that folds it, called
+`reparameterize`, `switch_to_deploy` or `fuse`: `_fuse_blocks_` calls it wherever it is found, on the root too. Then
 `_fold_norms_` traces the forward pass, finds every convolution whose output only a norm reads, and folds that norm by
 the algebra's own rules. Both work in place, on the copy that `fuse` made.
 """
@@ -14,17 +14,16 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from onefold.reparam.linear import Chain, Sum, fold, one_layer
+from onefold.reparam.linear import Chain, Sum, fold, fused_layer
 from onefold.reparam.stencil import Stencil
 
-VERBS = ("reparameterize", "switch_to_deploy", "fuse")
+_FUSING_METHODS = ("reparameterize", "switch_to_deploy", "fuse")
 _log = logging.getLogger("onefold")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,72 +31,79 @@ _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "
 
 
 class UnfoldedWarning(UserWarning):
-    """Something that looks foldable could not be folded; the message lists it."""
+    """Norms could not be folded; the message lists them."""
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every outermost `Sum` and `Chain` is one convolution (or Linear).
+    """Copy `model` with one convolution (or Linear) in place of every outermost `Sum` and `Chain`.
 
-    Blocks of other projects that offer `reparameterize()`, `switch_to_deploy()` or `fuse()` are fused in the copy
-    by their own method, and norms that directly follow a convolution are folded into it. `model` is untouched.
-    Dtype, device, hooks on the fused layers and training flags are kept; a layer used twice stays one layer; the
-    fused parameters can be trained where the originals could. What could not be folded is named in an
-    `UnfoldedWarning` (see `unfused_norms`).
+    Blocks of other projects that have a method `reparameterize()`, `switch_to_deploy()` or `fuse()` are fused in the
+    copy by it, and norms that directly follow a convolution are folded into it. `model` and the random number
+    generators are left as they are. Dtype, device, hooks on the fused layers and training flags are kept; a layer used
+    twice stays one layer; the fused parameters can be trained where the originals could. Norms that could not be
+    folded are listed in an `UnfoldedWarning` (see `unfused_norms`).
 
     Raises ValueError for a model in train mode, for a parameter that a folded tree shares with something else,
     and for a hook inside a folded tree.
     """
-    training = next((name for name, norm in _norms(model) if norm.training), None)
-    if training is not None:
-        raise ValueError(f"norm {training!r} is in train mode, where it has no fixed answer: call model.eval() first")
-    trees = dict(outermost(model))
+    in_training = next((name for name, norm in _norms(model) if norm.training), None)
+    if in_training is not None:
+        raise ValueError(f"norm {in_training!r} is in train mode and depends on the batch: call model.eval() first")
+    trees = dict(outermost_trees(model))
     _refuse_shared(model, trees)
     _refuse_inner_hooks(trees)
-    memo: dict[int, object] = {id(tree): _stand_in(tree) for tree in trees.values()}
+    # deepcopy finds the fused layers in its memo, as if it had copied the trees to them already.
+    memo: dict[int, object] = {}
+    for tree in trees.values():
+        layer = memo[id(tree)] = fused_layer(tree)
+        for attribute in (*_HOOKS, *_HOOK_FLAGS):
+            setattr(layer, attribute, copy.copy(getattr(tree, attribute)))
     fused = copy.deepcopy(model, memo)
     if next(_norms(fused), None) is not None:
-        fused = _fuse_blocks_(fused)
+        # Other projects make the fused layers with random initialization before they fill them.
+        devices = {p.device.index for p in fused.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices)):
+            fused = _fuse_blocks_(fused)
         _fold_norms_(fused)
-    if left := unfused_norms(fused):
-        warnings.warn(f"could not fold {len(left)}: {', '.join(left)}", UnfoldedWarning, stacklevel=2)
+    if norms := unfused_norms(fused):
+        warnings.warn(f"could not fold {len(norms)}: {', '.join(norms)}", UnfoldedWarning, stacklevel=2)
     return fused
 
 
 def unfused_norms(model: nn.Module) -> list[str]:
-    """Names of the norms over a batch that a network still has: empty if it is fused through and through."""
+    """List the names of the BatchNorms that a network still has: none if it is entirely fused."""
     return [name for name, _ in _norms(model)]
 
 
 @torch.no_grad()
 def drift(a: nn.Module, b: nn.Module, x: Tensor) -> float:
-    """How far two models' answers to `x` lie apart: the norm of the difference over the norm of a's answer.
+    """Measure how far the outputs of two models for `x` differ: norm of the difference over norm of a's output.
 
-    Models that answer with several tensors are compared on all of them, and the worst counts. Raises ValueError
-    where a model is in train mode (its answer would depend on the batch) or the answers have other shapes.
+    Of models with several outputs it is the largest. Raises ValueError where a model is in train mode (its output
+    would depend on the batch) or the shapes of the outputs differ.
     """
     for model in (a, b):
         if any(norm.training for _, norm in _norms(model)):
             raise ValueError("drift compares models in eval mode: call model.eval() first")
     first, second = list(_tensors(a(x))), list(_tensors(b(x)))
     if [y.shape for y in first] != [z.shape for z in second]:
-        raise ValueError("drift compares answers of the same shapes, and these two models give others")
-    return max((_distance(y.double(), z.double()) for y, z in zip(first, second, strict=True)), default=0.0)
+        raise ValueError("drift compares outputs of the same shapes, and those of these two models differ")
+    worst = 0.0
+    for y, z in zip(first, second, strict=True):
+        size, gap = y.double().norm().item(), (y.double() - z.double()).norm().item()
+        worst = max(worst, gap / size if size > 0 else gap)
+    return worst
 
 
-def _distance(y: Tensor, z: Tensor) -> float:
-    size = y.norm().item()
-    gap = (y - z).norm().item()
-    return gap / size if size > 0 else gap
-
-
-def _tensors(answer: object) -> Iterator[Tensor]:
-    if isinstance(answer, Tensor):
-        yield answer
-    elif isinstance(answer, Mapping):
-        for value in answer.values():
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors in a model's output, which may be nested in mappings and sequences."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
             yield from _tensors(value)
-    elif isinstance(answer, Sequence) and not isinstance(answer, str):
-        for value in answer:
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        for value in output:
             yield from _tensors(value)
 
 
@@ -105,24 +111,17 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
 
 
-def outermost(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The linear trees of a network that are not inside another one."""
+def outermost_trees(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The names and modules of a network's Chains and Sums that are not inside another one."""
     if isinstance(module, (Chain, Sum)):
         yield name, module
         return
     for key, child in module.named_children():
-        yield from outermost(child, f"{name}.{key}" if name else key)
-
-
-def _stand_in(tree: nn.Module) -> nn.Module:
-    layer = one_layer(tree)
-    for name in (*_HOOKS, *_HOOK_FLAGS):
-        setattr(layer, name, copy.copy(getattr(tree, name)))
-    return layer
+        yield from outermost_trees(child, f"{name}.{key}" if name else key)
 
 
 def _refuse_shared(model: nn.Module, trees: Mapping[str, nn.Module]) -> None:
-    """A parameter tied between a tree and something else would come apart in folding."""
+    """Raise ValueError for a parameter that a tree shares with something else: folding would untie them."""
     owners: dict[int, set[str]] = {}
     names: dict[int, str] = {}
     within = {id(part): name for name, tree in trees.items() for part in tree.modules()}
@@ -148,26 +147,26 @@ def _refuse_inner_hooks(trees: Mapping[str, nn.Module]) -> None:
 
 
 def _fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
-    """Call the fusing method of every block that has one, outermost first; what stands there afterwards."""
-    verb = next((v for v in VERBS if _offers(module, v)), None)
-    if verb is not None:
+    """Call the fusing method of every block that has one, outermost first; give the module that `module` became."""
+    method = next((name for name in _FUSING_METHODS if _has_method(module, name)), None)
+    if method is not None:
         like = next(module.parameters(), torch.empty(0))
         trainable = any(p.requires_grad for p in module.parameters())
-        kept = (*module.parameters(), *module.modules())  # alive, so that nothing new takes the place of one of them
-        before = {id(part) for part in kept}
+        old = (*module.parameters(), *module.modules())  # kept alive, so that no new object gets the id of an old one
+        before = {id(part) for part in old}
         mode = module.training
         try:
-            result = getattr(module, verb)()
-        except Exception as error:  # another project's code: whatever it raises, the block stays as it was
-            _log.warning("%s() of %s failed and the block is left unfused: %s", verb, name or "the model", error)
+            result = getattr(module, method)()
+        except Exception as error:  # another project's code may raise anything
+            _log.warning("%s() of %s failed and the block is left unfused: %s", method, name or "the model", error)
         else:
             module = result if isinstance(result, nn.Module) else module
-            module.to(device=like.device, dtype=like.dtype)  # some such methods make float32 kernels whatever came
+            module.to(device=like.device, dtype=like.dtype)  # some of them make float32 of any dtype
             for parameter in module.parameters():
-                if id(parameter) not in before:  # and many leave the new kernel detached, hence frozen
+                if id(parameter) not in before:  # and many detach the new kernel, which freezes it
                     parameter.requires_grad_(trainable)
             for part in module.modules():
-                if id(part) not in before:  # a fresh module is in train mode, whatever stood there before
+                if id(part) not in before:  # a new module is in train mode
                     part.training = mode
     for key, child in list(module.named_children()):
         fused = _fuse_blocks_(child, f"{name}.{key}" if name else key)
@@ -178,9 +177,9 @@ def _fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
 
 def _fold_norms_(model: nn.Module) -> None:
     """Fold each norm into the convolution or Linear before it, wherever nothing else reads that layer's output."""
-    for layer_name, norm_name in _pairs(model, ""):
+    for layer_name, norm_name in _layers_with_norms(model, ""):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        rest = _rest_of(norm)
+        rest = _remainder(norm)
         if rest is None or not isinstance(layer, (_ConvNd, nn.Linear)) or isinstance(layer, _ConvTransposeNd):
             continue
         assert isinstance(norm, _BatchNorm)
@@ -196,15 +195,18 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, qualified_name)
 
 
-def _pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
-    """(layer, norm) names that stand directly in series; blocks that cannot be traced are entered one by one."""
+def _layers_with_norms(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """The names of each layer and of the norm that alone reads its output.
+
+    A block that cannot be traced, for control flow that depends on data, is searched part by part.
+    """
     if not any(isinstance(m, _BatchNorm) for m in module.modules()):
         return
     try:
         graph = _Tracer().trace(module)
     except Exception:  # data-dependent control flow and the like: try its parts
         for key, child in module.named_children():
-            yield from _pairs(child, f"{prefix}{key}.")
+            yield from _layers_with_norms(child, f"{prefix}{key}.")
         return
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
@@ -216,19 +218,19 @@ def _pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{layer}", f"{prefix}{norm}"
 
 
-def _rest_of(norm: nn.Module) -> nn.Module | None:
-    """What a norm does besides normalising, None where that cannot be told.
+def _remainder(norm: nn.Module) -> nn.Module | None:
+    """What a norm computes after normalizing; None for a norm that cannot be folded.
 
-    Some projects' norms carry an activation as a child; that this is all they add is checked on random numbers.
+    Some projects' norms hold an activation as a child; that this is all they add is checked on random numbers.
     """
     if not isinstance(norm, _BatchNorm) or norm.training or norm.running_mean is None:
         return None
-    rest = nn.Sequential(*norm.children()) if list(norm.children()) else nn.Identity()
-    rest.eval()
     if type(norm).forward is _BatchNorm.forward:
         return nn.Identity().eval()
+    rest = nn.Sequential(*norm.children()) if list(norm.children()) else nn.Identity()
+    rest.eval()
     stencil = _as_stencil(norm)
-    z = torch.randn(4, norm.num_features, 3, 3, dtype=norm.running_mean.dtype, device=norm.running_mean.device)
+    z = torch.randn(4, norm.num_features, 3, 3, generator=torch.Generator().manual_seed(0)).to(norm.running_mean)
     plain = z * stencil.weight.view(-1, 1, 1).to(z) + stencil.bias.view(-1, 1, 1).to(z)
     with torch.no_grad():
         same = torch.allclose(norm(z), rest(plain), rtol=1e-3, atol=1e-4)
@@ -250,15 +252,13 @@ def _absorb_(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> None:
     weight: Tensor = layer.weight
     bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.double().cpu()
     scaled = weight.double().cpu() * gain.view(-1, *[1] * (weight.dim() - 1))
-    kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    trains = weight.requires_grad
-    layer.weight = nn.Parameter(scaled.to(**kind), requires_grad=trains)
-    layer.bias = nn.Parameter((bias * gain + shift).to(**kind), requires_grad=trains)
+    layer.weight = nn.Parameter(scaled.to(weight), requires_grad=weight.requires_grad)
+    layer.bias = nn.Parameter((bias * gain + shift).to(weight), requires_grad=weight.requires_grad)
 
 
-def _offers(module: nn.Module, verb: str) -> bool:
-    """Whether the module has this method and it can be called with nothing."""
-    method = getattr(type(module), verb, None)
+def _has_method(module: nn.Module, name: str) -> bool:
+    """Whether the module has a method of this name that can be called without arguments."""
+    method = getattr(type(module), name, None)
     if not callable(method):
         return False
     needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty and p.kind in (0, 1)]

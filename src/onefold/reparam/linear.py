@@ -1,9 +1,9 @@
-"""Linear layers: the two connectives that put them together, and the open table of folding rules.
+"""Linear layers: `Chain` and `Sum`, which put them in series and in parallel, and the folding rule of each kind.
 
-    forward pass:  a module acts on images         x  ->  module(x)
-    folding:       a module acts on stencils       s  ->  fold(module, s)
+    forward pass:  a module is applied to images       x  ->  module(x)
+    folding:       a module is applied to stencils     s  ->  fold(module, s)
 
-A new linear layer joins by registering a rule for `fold` beside its class; nothing else is needed.
+A new linear layer is added by registering a rule for `fold` beside its class; nothing else is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onefold.reparam.stencil import Pair, Stencil
 
 @singledispatch
 def fold(op: nn.Module, onto: Stencil) -> Stencil:
-    """The stencil of `op` after `onto`.
+    """Give the stencil of `op` after `onto`.
 
     Raises TypeError if `op` is not linear, ValueError if it is but cannot fold as it stands (a norm in train
     mode, a convolution that pads with something else than zeros).
@@ -30,7 +30,10 @@ def fold(op: nn.Module, onto: Stencil) -> Stencil:
 
 
 def is_linear(op: nn.Module) -> bool:
-    """Whether `op` has a folding rule of its own, or inherits one together with the forward pass it describes."""
+    """Whether `op` has a folding rule of its own, or inherits one together with the forward pass it describes.
+
+    A subclass that overrides `forward` computes something else than its parent's rule says: it is not linear.
+    """
     for kind in type(op).__mro__:
         if kind in fold.registry:
             return issubclass(kind, nn.Module) and type(op).forward is kind.forward
@@ -40,30 +43,30 @@ def is_linear(op: nn.Module) -> bool:
 class Chain(nn.Sequential):
     """Linear layers in series. Only the first may pad: then folding is exact up to the image's border.
 
-    `route` says how it is evaluated, as a Sum's does: a chain is a sum of one.
+    `route` is how it is evaluated, as a Sum's is: a chain is a sum of one branch.
 
     Raises TypeError for a layer that is not linear, ValueError for one that pads and is not the first.
     """
 
     def __init__(self, *ops: nn.Module) -> None:
         super().__init__(*ops)
-        _must_be_linear(self)
+        _check_linear(self)
         for op in ops[1:]:
-            if pads(op):
+            if has_padding(op):
                 raise ValueError(f"only the first layer of a Chain may pad, but {op} does: pad the first instead")
         self.route: Route = per_branch
 
     def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
-        """(B, I, H, W) to (B, O, H', W'); through `act` if there is one."""
+        """(B, I, H, W) to (B, O, H', W'), then `act` if there is one."""
         return self.route(self, x, act)
 
     def fuse(self) -> nn.Module:
-        """The one layer that stands for this chain (the name that other projects' fusing tools look for)."""
-        return one_layer(self)
+        """Give the one layer that this chain folds to; other projects' fusing tools call a method of this name."""
+        return fused_layer(self)
 
 
 class Sum(nn.ModuleList):
-    """Linear layers in parallel, their outputs added. `route` says how that is evaluated (see `routes`).
+    """Linear layers in parallel, their outputs added. `route` is the way to evaluate that (see `routes`).
 
     Raises TypeError for a branch that is not linear.
     """
@@ -72,20 +75,20 @@ class Sum(nn.ModuleList):
         super().__init__(branches)
         if not branches:
             raise ValueError("a Sum needs at least one branch")
-        _must_be_linear(self)
+        _check_linear(self)
         self.route: Route = per_branch
 
     def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
-        """(B, I, H, W) to (B, O, H', W'); through `act` if there is one."""
+        """(B, I, H, W) to (B, O, H', W'), then `act` if there is one."""
         return self.route(self, x, act)
 
     def fuse(self) -> nn.Module:
-        """The one layer that stands for this sum (the name that other projects' fusing tools look for)."""
-        return one_layer(self)
+        """Give the one layer that this sum folds to; other projects' fusing tools call a method of this name."""
+        return fused_layer(self)
 
 
 class Scale(nn.Module):
-    """One learned gain a channel (a layer scale)."""
+    """One learned gain for each channel (layer scale, arXiv 2103.17239)."""
 
     def __init__(self, channels: int, init: float = 1.0) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ Route = Callable[[nn.Module, Tensor, nn.Module | None], Tensor]  # a Chain or Su
 
 
 def per_branch(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """The reference route: every layer by itself, then the sum, then the activation."""
+    """The reference route: evaluate every layer by itself, then the sum, then the activation."""
     if isinstance(tree, Sum):
         y = reduce(torch.add, (branch(x) for branch in tree))
     else:
@@ -109,7 +112,7 @@ def per_branch(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tens
 
 
 def conv_act(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-    """act(layer(x)); in one where `layer` is a Chain or Sum whose route can."""
+    """act(layer(x)), computed together where `layer` is a Chain or Sum whose route can."""
     y: Tensor = layer(x, act) if isinstance(layer, (Chain, Sum)) else act(layer(x))
     return y
 
@@ -127,7 +130,7 @@ def _(op: nn.Conv2d, onto: Stencil) -> Stencil:
         bias=_as(bias, onto),
         groups=op.groups,
         stride=_pair(op.stride),
-        reach=padding(op),
+        padding=padding(op),
         dilation=_pair(op.dilation),
     )
     return onto.then(layer)
@@ -182,7 +185,7 @@ def _(op: nn.Identity, onto: Stencil) -> Stencil:
 def _(op: Chain, onto: Stencil) -> Stencil:
     for number, layer in enumerate(op):
         folded = fold(layer, onto)
-        if number and folded.reach != onto.reach:  # also for layers that `pads` does not know
+        if number and folded.padding != onto.padding:  # `has_padding` does not know layers of other packages
             raise ValueError(f"only the first layer of a Chain may pad, but {layer} does: pad the first instead")
         onto = folded
     return onto
@@ -194,7 +197,7 @@ def _(op: Sum, onto: Stencil) -> Stencil:
 
 
 def _statistics(norm: _BatchNorm, onto: Stencil) -> tuple[Tensor, Tensor]:
-    """The mean and variance that `norm` divides by: its running ones or, on a source, those of the batch."""
+    """The mean and variance that `norm` divides by: its running ones or, in train mode on a source, the batch's."""
     if not norm.training and norm.running_mean is not None and norm.running_var is not None:
         return _as(norm.running_mean, onto), _as(norm.running_var, onto)
     if onto.source is None:
@@ -202,22 +205,25 @@ def _statistics(norm: _BatchNorm, onto: Stencil) -> tuple[Tensor, Tensor]:
             raise ValueError("a BatchNorm folds only with its running statistics: call model.eval() first")
         raise ValueError("a BatchNorm without running statistics (track_running_stats=False) cannot fold")
     mean, var, count = onto.source.statistics(onto)
-    track_(norm, mean.detach(), var.detach() * (count / (count - 1)))
+    update_running_stats_(norm, mean.detach(), var.detach() * (count / (count - 1)))
     return mean, var
 
 
 @torch.no_grad()
-def track_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Move the running statistics, if kept, towards the batch's (unbiased variance), as the norm's own forward does."""
+def update_running_stats_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Move the running statistics towards the batch's (variance unbiased), as the norm's own forward does.
+
+    A norm in eval mode, or one that keeps no running statistics, is left as it is.
+    """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
-    factor = momentum_(norm)
+    factor = average_factor_(norm)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
     norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
 
 
-def momentum_(norm: _BatchNorm) -> float:
-    """How far the running statistics move at this batch, which is counted: 1/n where the average is cumulative."""
+def average_factor_(norm: _BatchNorm) -> float:
+    """Count this batch and give BatchNorm's exponential average factor: 1/n where momentum is None."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     if norm.momentum is not None:
@@ -225,20 +231,20 @@ def momentum_(norm: _BatchNorm) -> float:
     return 0.0 if norm.num_batches_tracked is None else 1 / int(norm.num_batches_tracked)
 
 
-# ---------------------------------------------------------------------------------- questions on layers
+# ------------------------------------------------------------------------------ properties of layers
 
 
-def one_layer(tree: nn.Module) -> nn.Conv2d | nn.Linear:
-    """The one convolution (or Linear, in a tree of those) that a linear tree is; folded in float64.
+def fused_layer(tree: nn.Module) -> nn.Conv2d | nn.Linear:
+    """Fold a linear tree, in float64, to the one convolution (or Linear, in a tree of those) that it is.
 
     It has the tree's dtype, device and training flag, and can be trained where any part of the tree could.
     """
-    like = next((p for p in tree.parameters()), None)
-    channels = width(tree)
+    like = next(tree.parameters(), None)
+    channels = input_channels(tree)
     if like is None or channels is None:
         raise ValueError(f"cannot tell how many channels {type(tree).__name__} takes: it has no convolution or norm")
     with torch.no_grad():
-        device = "cpu" if like.device.type == "mps" else like.device  # which has no float64
+        device = "cpu" if like.device.type == "mps" else like.device  # MPS has no float64
         one = Stencil.diagonal(torch.ones(channels, dtype=torch.float64, device=device))
         stencil = fold(tree, one)
         flat = any(isinstance(op, nn.Linear) for op in tree.modules())
@@ -247,8 +253,8 @@ def one_layer(tree: nn.Module) -> nn.Conv2d | nn.Linear:
     return layer.to(like.device).train(tree.training)
 
 
-def width(op: nn.Module) -> int | None:
-    """Channels that a linear layer takes in; None where any number will do."""
+def input_channels(op: nn.Module) -> int | None:
+    """Input channels of a linear layer; None where any number will do."""
     if isinstance(op, nn.Conv2d):
         return op.in_channels
     if isinstance(op, nn.Linear):
@@ -257,20 +263,20 @@ def width(op: nn.Module) -> int | None:
         return op.num_features
     if isinstance(op, Scale):
         return op.weight.numel()
-    return next((found for child in op.children() if (found := width(child)) is not None), None)
+    return next((num for child in op.children() if (num := input_channels(child)) is not None), None)
 
 
-def pads(op: nn.Module) -> bool:
-    """Whether a layer adds zeros around its input."""
+def has_padding(op: nn.Module) -> bool:
+    """Whether a layer pads its input."""
     if isinstance(op, Chain):
-        return any(pads(layer) for layer in list(op)[:1])
+        return any(has_padding(layer) for layer in list(op)[:1])
     if isinstance(op, Sum):
-        return any(pads(branch) for branch in op)
+        return any(has_padding(branch) for branch in op)
     return isinstance(op, (nn.Conv2d, nn.AvgPool2d)) and padding(op) != (0, 0)
 
 
 def padding(op: nn.Conv2d | nn.AvgPool2d) -> Pair:
-    """Zeros added on each side, height and width."""
+    """Rows and columns of zeros added on each side. Raises ValueError where the two sides differ."""
     if op.padding == "valid":
         return 0, 0
     if op.padding == "same":
@@ -283,7 +289,7 @@ def padding(op: nn.Conv2d | nn.AvgPool2d) -> Pair:
     return _pair(op.padding)
 
 
-def _must_be_linear(parent: nn.Module) -> None:
+def _check_linear(parent: nn.Module) -> None:
     for op in parent.children():
         if not is_linear(op):
             raise TypeError(f"{type(op).__name__} is not linear: it cannot stand in a {type(parent).__name__}")

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from onefold.reparam.kernels import cpu
 from onefold.reparam.kernels.backend import Act, library
-from onefold.reparam.linear import track_
-from onefold.reparam.unit import Unit
+from onefold.reparam.linear import update_running_stats_
+from onefold.reparam.unit import Unit, check_batch
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class _Mix(torch.autograd.Function):
         norms = [branch.norm for branch in call.unit.branches]
         maps, parameters = tensors[: len(norms)], tensors[len(norms) :]
         count = maps[0].numel() // maps[0].shape[1]
-        if count < 2:
-            raise ValueError(f"a norm in train mode needs more than one value a channel, got {tuple(maps[0].shape)}")
+        check_batch(count, maps[0])
         moments = [cpu.column_moments(m) for m in maps]
         mean, var = (torch.stack([pair[i] for pair in moments]) for i in (0, 1))
         inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
@@ -78,7 +77,7 @@ class _Mix(torch.autograd.Function):
         )
         bias = (gain * (mean.float() - mean)).sum(0)  # what rounding the means leaves
         for norm, m, v in zip(norms, mean, var, strict=True):
-            track_(norm, m, v * (count / (count - 1)))
+            update_running_stats_(norm, m, v * (count / (count - 1)))
             if norm.bias is not None:
                 bias = bias + norm.bias.detach()
         y = cpu.mix(maps, mean, gain, bias, call.act)

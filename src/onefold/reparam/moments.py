@@ -14,32 +14,31 @@ Backward, with G the gradient through the activation, s its sum over places and 
 Four passes touch the batch - the moments, the convolution, A, and d x -; a back end does them (see `kernels`).
 The rest is algebra on matrices as large as a kernel (`algebra`). Only x, y, K and those are kept for the backward.
 
-Shapes: B branches with a convolution; see `unit` for the others.
+`merged_kernel` gives the kernel alone, for those who change it before they convolve. With K m taken off the bias b,
+A = dK - db m^T and s = db give the same gradients, and d x = 2/N dS (x - m) - K^T db / N.
 
-`merged_kernel` stops at the kernel, for those who change it before they convolve: with K m taken off the bias b,
-A = dK - db m^T and s = db give the same gradients, and d x = 2/N dS (x - m) - K^T db / N. `Patches` gives the
-algebra's rules the statistics of a batch for trees that are no unit.
+Shapes: B branches with a convolution; see `unit` for the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam import algebra
+from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels import cpu_algebra as compiled
-from onefold.reparam.kernels import passes_for
-from onefold.reparam.kernels.backend import Act, Moments
-from onefold.reparam.linear import fold, padding, width
-from onefold.reparam.stencil import Pair, Stencil
-from onefold.reparam.unit import Unit, read
+from onefold.reparam.kernels.backend import Act, Geometry, Moments
+from onefold.reparam.linear import fold, input_channels, padding
+from onefold.reparam.stencil import Stencil
+from onefold.reparam.unit import Unit, as_unit, check_batch
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,16 @@ def convolve(unit: Unit, x: Tensor, act: Act) -> Tensor:
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    affine = [
-        p for branch in unit.ordered if branch.norm.weight is not None for p in (branch.norm.weight, branch.norm.bias)
-    ]
-    idle = [conv.bias for conv in unit.convs if conv.bias is not None]
-    y: Tensor = _Moments.apply(  # type: ignore[no-untyped-call]
-        _Call(unit, act, dtype), x, *(conv.weight for conv in unit.convs), *affine, *idle
+    # The batch's mean removes a bias before a norm, which shows in the norm's running mean alone: its gradient is 0.
+    conv_biases = [conv.bias for conv in unit.convs if conv.bias is not None]
+    y: Tensor = _Convolve.apply(  # type: ignore[no-untyped-call]
+        _Call(unit, act, dtype), x, *(conv.weight for conv in unit.convs), *_affine(unit), *conv_biases
     )
     return y
 
 
-class _Moments(torch.autograd.Function):
-    """One node of the autograd graph a unit."""
+class _Convolve(torch.autograd.Function):
+    """A batch and a unit's parameters to the unit's output: one node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -77,14 +74,12 @@ class _Moments(torch.autograd.Function):
             x = x.to(call.dtype)
             passes = passes_for(x, geometry, unit.channels[1])
             moments = _synchronized(unit, passes.moments(x, geometry))
-            if moments.num < 2:
-                shape = tuple(x.shape)
-                raise ValueError(f"a norm in train mode needs more than one value a channel, got an input of {shape}")
+            check_batch(moments.num, x)
             weights, ctx.compiled = parameters[: len(unit.convs)], compiled.supports(passes, unit)
-            fold = compiled.fold if ctx.compiled else algebra.fold
-            folded, bias = fold(unit, moments, weights, x.dtype)
+            folded, bias = (compiled if ctx.compiled else algebra).fold(unit, moments, weights, x.dtype)
             y = passes.convolve(x, folded.kernel, bias, moments.mean, geometry, call.act)
         ctx.call, ctx.count = call, moments.num
+        # Without an activation the backward does not read y.
         ctx.save_for_backward(x, y if call.act is not None else None, *folded, *parameters)
         return y
 
@@ -98,16 +93,8 @@ class _Moments(torch.autograd.Function):
         y = grad if y is None else y
         with torch.autocast(x.device.type, enabled=False):
             products, total = passes.kernel_grad(grad, y, x, folded.mean, geometry, act)
-            unfold = compiled.unfold if ctx.compiled else algebra.unfold
-            d = unfold(unit, folded, products, total)
-            affine = [
-                g
-                for branch, of in zip(unit.ordered, d.gamma, strict=True)
-                if branch.norm.weight is not None
-                for g in (of, total)
-            ]
-            grads = [g.to(p.dtype) for g, p in zip([*d.weights, *affine], parameters, strict=False)]
-            grads += [torch.zeros_like(p) for p in parameters[len(grads) :]]  # a bias before a norm does nothing
+            d = (compiled if ctx.compiled else algebra).unfold(unit, folded, products, total)
+            grads = _parameter_grads(unit, d, total, parameters)
             if not ctx.needs_input_grad[1]:
                 return (None, None, *grads)
             quad, pull = _reduced(unit, d.quad, d.pull)
@@ -116,7 +103,24 @@ class _Moments(torch.autograd.Function):
         return (None, dx, *grads)
 
 
-def _group_of(unit: Unit) -> tuple[bool, Any]:
+def _affine(unit: Unit) -> list[Tensor]:
+    """The gains and biases of a unit's norms, in the order of its rows."""
+    norms = [branch.norm for branch in unit.ordered if branch.norm.weight is not None]
+    return [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
+
+
+def _parameter_grads(unit: Unit, d: algebra.Gradients, total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the convolutions' weights, of `_affine`, and zeros for what comes after."""
+    learned = [gamma for branch, gamma in zip(unit.ordered, d.gamma, strict=True) if branch.norm.weight is not None]
+    affine = [grad for gamma in learned for grad in (gamma, total)]
+    grads = [grad.to(p.dtype) for grad, p in zip([*d.weights, *affine], parameters, strict=False)]
+    return grads + [torch.zeros_like(p) for p in parameters[len(grads) :]]
+
+
+# ------------------------------------------------------------------------ norms that share statistics
+
+
+def _sync_group(unit: Unit) -> tuple[bool, Any]:
     """Whether this unit's norms share their statistics between processes, and in which group."""
     norms = [branch.norm for branch in unit.branches if isinstance(branch.norm, nn.SyncBatchNorm)]
     alone = not norms or not (dist.is_available() and dist.is_initialized())
@@ -125,27 +129,27 @@ def _group_of(unit: Unit) -> tuple[bool, Any]:
 
 
 def _synchronized(unit: Unit, moments: Moments) -> Moments:
-    """The moments of all processes' patches: two small sums."""
-    shared, group = _group_of(unit)
+    """The moments of all processes' patches: sums of n m, of n (S + m m^T) and of n, in one exchange."""
+    shared, group = _sync_group(unit)
     if not shared:
         return moments
     mean, covariance, count = moments
     second = covariance + mean[..., None] * mean[:, None]
-    box = torch.cat([(count * mean).flatten(), (count * second).flatten(), mean.new_tensor([count])])
-    dist.all_reduce(box, group=group)
-    total = int(box[-1].item())
-    mean = (box[: mean.numel()] / total).view_as(mean)
-    second = (box[mean.numel() : -1] / total).view_as(second)
+    sums = torch.cat([(count * mean).flatten(), (count * second).flatten(), mean.new_tensor([count])])
+    dist.all_reduce(sums, group=group)
+    total = int(sums[-1].item())
+    mean = (sums[: mean.numel()] / total).view_as(mean)
+    second = (sums[mean.numel() : -1] / total).view_as(second)
     return Moments(mean, second - mean[..., None] * mean[:, None], total)
 
 
 def _reduced(unit: Unit, quad: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """d S and d m, summed over the processes that share them."""
-    shared, group = _group_of(unit)
+    shared, group = _sync_group(unit)
     if shared:
-        box = torch.cat([quad.to(shift).flatten(), shift.flatten()])
-        dist.all_reduce(box, group=group)
-        quad, shift = box[: quad.numel()].view_as(quad).to(quad), box[quad.numel() :].view_as(shift)
+        sums = torch.cat([quad.to(shift).flatten(), shift.flatten()])
+        dist.all_reduce(sums, group=group)
+        quad, shift = sums[: quad.numel()].view_as(quad).to(quad), sums[quad.numel() :].view_as(shift)
     return quad, shift
 
 
@@ -160,23 +164,19 @@ def merged_kernel(tree: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     images = x if x.dim() == 4 else x[..., None, None]
     on_batch = any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in tree.modules())
-    unit = read(tree) if on_batch else None
+    unit = as_unit(tree) if on_batch else None
     if unit is not None:
-        return _of_unit(unit, images)
-    channels = width(tree)
+        merged: tuple[Tensor, Tensor] = _Kernel.apply(  # type: ignore[no-untyped-call]
+            unit, images, *(conv.weight for conv in unit.convs), *_affine(unit)
+        )
+        return merged
+    channels = input_channels(tree)
     assert channels is not None
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     one = Stencil.diagonal(torch.ones(channels, dtype=wide, device=x.device))
     source = Patches(images.to(wide)) if on_batch else None
-    total = fold(tree, Stencil(one.weight, one.bias, one.groups, source=source))
-    return total.weight.to(x.dtype), total.bias.to(x.dtype)
-
-
-def _of_unit(unit: Unit, x: Tensor) -> tuple[Tensor, Tensor]:
-    affine = [p for b in unit.ordered if b.norm.weight is not None for p in (b.norm.weight, b.norm.bias)]
-    weights = [conv.weight for conv in unit.convs]
-    found: tuple[Tensor, Tensor] = _Kernel.apply(unit, x, *weights, *affine)  # type: ignore[no-untyped-call]
-    return found
+    stencil = fold(tree, Stencil(one.weight, one.bias, one.groups, source=source))
+    return stencil.weight.to(x.dtype), stencil.bias.to(x.dtype)
 
 
 class _Kernel(torch.autograd.Function):
@@ -185,15 +185,13 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Unit, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         moments = passes_for(x, unit.geometry, unit.channels[1]).moments(x, unit.geometry)
-        if moments.num < 2:
-            shape = tuple(x.shape)
-            raise ValueError(f"a norm in train mode needs more than one value a channel, got an input of {shape}")
+        check_batch(moments.num, x)
         folded, beta = algebra.fold(unit, moments, parameters[: len(unit.convs)], x.dtype)
         ctx.unit, ctx.count = unit, moments.num
         ctx.save_for_backward(x, *folded, *parameters)
-        centre = folded.kernel.to(beta.dtype) @ moments.mean.to(beta.dtype)[..., None]
-        kernel = folded.kernel.flatten(0, 1).unflatten(1, (-1, *unit.geometry.taps))
-        return kernel.to(x.dtype), (beta - centre.flatten()).to(x.dtype)
+        response = folded.kernel.to(beta.dtype) @ moments.mean.to(beta.dtype)[..., None]  # K m
+        kernel = folded.kernel.flatten(0, 1).unflatten(1, (-1, *unit.geometry.kernel_size))
+        return kernel.to(x.dtype), (beta - response.flatten()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -205,76 +203,42 @@ class _Kernel(torch.autograd.Function):
         total, products = d_bias.to(wide), d_kernel.flatten(1).unflatten(0, (geometry.groups, -1)).to(wide)
         products = products - total.view(len(products), -1, 1) * folded.mean.to(wide)[:, None]
         d = algebra.unfold(unit, folded, products, total)
-        affine = [
-            g
-            for branch, of in zip(unit.ordered, d.gamma, strict=True)
-            if branch.norm.weight is not None
-            for g in (of, total)
-        ]
-        grads = [g.to(p.dtype) for g, p in zip([*d.weights, *affine], parameters, strict=True)]
+        grads = _parameter_grads(unit, d, total, parameters)
         if not ctx.needs_input_grad[1]:
             return (None, None, *grads)
-        passes, size = passes_for(x, geometry, unit.channels[1]), _output_shape(x, unit)
-        nothing = x.new_zeros(size).contiguous(memory_format=_memory_format(x))
+        # No gradient comes through an output: the pass that gives d x gets zeros in its shape.
+        conv, layout = unit.convs[0], torch.channels_last
+        ahead = [k - 1 - 2 * p for k, p in zip(conv.kernel_size, padding(conv), strict=True)]
+        size = [(n - 1 - a) // s + 1 for n, a, s in zip(x.shape[2:], ahead, geometry.stride, strict=True)]
+        layout = layout if x.is_contiguous(memory_format=layout) else torch.contiguous_format
+        zeros = x.new_zeros(len(x), unit.channels[1], *size).contiguous(memory_format=layout)
         quad, shift = d.quad * (2 / ctx.count), d.pull / -ctx.count
-        dx = passes.input_grad(nothing, nothing, x, folded.kernel, folded.mean, quad, shift, geometry, None)
+        passes = passes_for(x, geometry, unit.channels[1])
+        dx = passes.input_grad(zeros, zeros, x, folded.kernel, folded.mean, quad, shift, geometry, None)
         return (None, dx, *grads)
-
-
-def _output_shape(x: Tensor, unit: Unit) -> tuple[int, int, int, int]:
-    """The shape of the unit's output."""
-    geometry = unit.geometry
-    conv = unit.convs[0]
-    ahead = [k - 1 - 2 * p for k, p in zip(conv.kernel_size, padding(conv), strict=True)]
-    rows, columns = ((n - 1 - a) // s + 1 for n, a, s in zip(x.shape[2:], ahead, geometry.stride, strict=True))
-    return x.shape[0], unit.channels[1], rows, columns
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    plain = torch.contiguous_format
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else plain
 
 
 # ------------------------------------------------------------------ statistics for trees of any form
 
-_Geometry = tuple[int, Pair, Pair, Pair, Pair]
-
 
 class Patches:
-    """The batch as patches: the mean and covariance of each kind of patch, made once and kept."""
+    """A batch as the source of statistics for stencils: what the algebra's rules ask for in training.
+
+    The moments of each kind of patch - of one kernel size, stride, padding, dilation and number of groups - are
+    computed once. Gradients flow through them to the images.
+    """
 
     def __init__(self, images: Tensor) -> None:
         self._images = images
-        self._known: dict[_Geometry, tuple[Tensor, Tensor, int]] = {}
+        self._moments: dict[Geometry, Moments] = {}
 
     def statistics(self, stencil: Stencil) -> tuple[Tensor, Tensor, int]:
         """Mean (O,), biased variance (O,) and count of the stencil's output, by its rows against the moments."""
-        key = (stencil.groups, stencil.stride, stencil.reach, stencil.dilation, stencil.taps)
-        if key not in self._known:
-            self._known[key] = self._moments(stencil)
-        mean, covariance, count = self._known[key]
+        kind = Geometry(stencil.groups, stencil.kernel_size, stencil.stride, stencil.padding, stencil.dilation)
+        if kind not in self._moments:
+            self._moments[kind] = Reference().moments(self._images, kind)
+        mean, covariance, count = self._moments[kind]
+        check_batch(count, self._images)
         rows = stencil.weight.flatten(1).unflatten(0, (stencil.groups, -1))  # (G, O/G, K)
-        return (rows @ mean).flatten() + stencil.bias, ((rows @ covariance) * rows).sum(-1).flatten(), count
-
-    def _moments(self, like: Stencil) -> tuple[Tensor, Tensor, int]:
-        """Mean (G, K, 1), covariance (G, K, K) and count of the patches that a stencil of this shape reads."""
-        patches = self._patches(like)
-        count = patches.shape[-1]
-        if count < 2:
-            shape = tuple(self._images.shape)
-            raise ValueError(f"a norm in train mode needs more than one value a channel, got an input of {shape}")
-        mean = patches.mean(-1, keepdim=True)
-        centred = patches - mean
-        return mean, centred @ centred.mT / count, count
-
-    def _patches(self, like: Stencil) -> Tensor:
-        """(G, K, N)."""
-        x = self._images
-        if like.taps == (1, 1):
-            rim = like.reach
-            x = F.pad(x, (rim[1], rim[1], rim[0], rim[0])) if any(rim) else x
-            x = x[:, :, :: like.stride[0], :: like.stride[1]]
-            grouped = x.transpose(0, 1).flatten(1)  # (I, N)
-            return grouped.unflatten(0, (like.groups, -1))
-        columns = F.unfold(x, like.taps, like.dilation, like.reach, like.stride)  # (B, I*H*W, L)
-        return columns.unflatten(1, (like.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        centre = (rows @ mean[..., None]).flatten()
+        return centre + stencil.bias, ((rows @ covariance) * rows).sum(-1).flatten(), count

@@ -20,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.count import costs
 from onefold.reparam.kernels.backend import Act
-from onefold.reparam.linear import Chain, Route, Sum, fold, per_branch, width
+from onefold.reparam.linear import Chain, Route, Sum, fold, input_channels, per_branch
 from onefold.reparam.mixed import mix
 from onefold.reparam.mixed import supports as mix_supports
 from onefold.reparam.moments import Patches, convolve
 from onefold.reparam.stencil import Stencil
-from onefold.reparam.unit import Unit, ceiling, hooked, read
+from onefold.reparam.unit import Unit, as_clamp, as_unit, has_hooks
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _opaque: Callable[[_Function], _Function] = torch.compiler.disable  # torch.compile breaks its graph at a unit
@@ -41,7 +41,7 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     linear layers folds by the algebra's rules, on a stencil that knows the batch.
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
-    unit = read(tree) if x.dim() == 4 else None
+    unit = as_unit(tree) if x.dim() == 4 else None
     return _then(act, _by_rules(tree, x)) if unit is None else _with(act, unit, x, convolve)
 
 
@@ -51,7 +51,7 @@ def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 
     `per_branch` where there are no kernels for that: on other devices and dtypes, and for trees that are not units.
     """
-    unit = read(tree) if x.dim() == 4 else None
+    unit = as_unit(tree) if x.dim() == 4 else None
     return per_branch(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
 
 
@@ -62,21 +62,21 @@ def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     `per_branch` where a norm uses the batch's statistics, where someone listens inside, and outside of training.
     """
     frozen = not any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in tree.modules())
-    if not frozen or not torch.is_grad_enabled() or x.dim() != 4 or hooked(tree.modules()):
+    if not frozen or not torch.is_grad_enabled() or x.dim() != 4 or has_hooks(tree.modules()):
         return per_branch(tree, x, act)
     like = next(tree.parameters())
     one = torch.ones(
-        width(tree) or 1, dtype=torch.float32 if x.device.type == "mps" else torch.float64, device=x.device
+        input_channels(tree) or 1, dtype=torch.float32 if x.device.type == "mps" else torch.float64, device=x.device
     )
     total = fold(tree, Stencil.diagonal(one))
     kernel, bias = total.weight.to(like.dtype), total.bias.to(like.dtype)
-    return _then(act, F.conv2d(x, kernel, bias, total.stride, total.reach, total.dilation, total.groups))
+    return _then(act, F.conv2d(x, kernel, bias, total.stride, total.padding, total.dilation, total.groups))
 
 
 @_opaque
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """The route that costs least for this unit and batch, by count (see `count`); outside training `per_branch`."""
-    unit = read(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
+    unit = as_unit(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
     y = None if unit is None else evaluate(unit, x, act)
     return per_branch(tree, x, act) if y is None else y
 
@@ -102,7 +102,7 @@ def set_route_(model: nn.Module, route: Route) -> nn.Module:
 
 def _with(act: nn.Module | None, unit: Unit, x: Tensor, route: Callable[[Unit, Tensor, Act], Tensor]) -> Tensor:
     """act(unit(x)), the activation within the route if it is one that routes know."""
-    included, clamp = ceiling(act)
+    included, clamp = as_clamp(act)
     return _then(None if included else act, route(unit, x, clamp if included else None))
 
 
@@ -116,7 +116,7 @@ def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:
     The statistics and the kernel are made in float64 (float32 on a device that lacks it); the convolution runs in the
     dtype of `x`, or that of the autocast region around it.
     """
-    channels = width(tree)
+    channels = input_channels(tree)
     if channels is None:
         return per_branch(tree, x)
     images = x if x.dim() == 4 else x[..., None, None]
@@ -125,5 +125,5 @@ def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:
         one = Stencil.diagonal(wide.new_ones(channels))
         total = fold(tree, Stencil(one.weight, one.bias, one.groups, source=Patches(wide)))
     kernel, bias = total.weight.to(x.dtype), total.bias.to(x.dtype)
-    y = F.conv2d(images, kernel, bias, total.stride, total.reach, total.dilation, total.groups)
+    y = F.conv2d(images, kernel, bias, total.stride, total.padding, total.dilation, total.groups)
     return y if x.dim() == 4 else y.flatten(1)

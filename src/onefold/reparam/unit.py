@@ -1,9 +1,9 @@
-"""A training unit as a list: parallel branches, each a convolution and its norm, or a norm alone (a skip).
+"""A training unit: parallel branches, each a convolution and its norm, or a norm alone (a skip connection).
 
-`read` finds that form in a Chain or a Sum; other projects' blocks are put into it by `accelerate`. The branches'
-kernels are written on one patch, the union of what they read, so that a unit is rows on a patch.
+`as_unit` gives the unit that a Chain or a Sum is; `accelerate` makes units of other projects' blocks. The branches'
+kernels are written on one patch, the union of what they read: then a unit is a matrix of rows on that patch.
 
-Shapes: G groups, O/G outputs a group, K = I/G * taps values a patch.
+Shapes: G groups, O/G outputs a group, K = I/G * H * W values a patch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Branch(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """Branches whose norms all use the batch's statistics, and the patch that they read together."""
+    """Branches whose norms all use the batch's statistics, and the patch that they read together.
+
+    Channels are those of input and output.
+    """
 
     branches: tuple[Branch, ...]
     channels: Pair
@@ -42,7 +45,7 @@ class Unit:
 
     @property
     def convs(self) -> list[nn.Conv2d]:
-        """The others' convolutions, in order."""
+        """The convolutions of the other branches, in order."""
         return [branch.conv for branch in self.branches if branch.conv is not None]
 
     @property
@@ -50,66 +53,77 @@ class Unit:
         """The branches with a convolution, then the skip: the order of rows in the algebra."""
         return sorted(self.branches, key=lambda branch: branch.conv is None)
 
-    def window(self, conv: nn.Conv2d) -> tuple[slice, slice]:
-        """Where a branch's taps lie on the unit's."""
-        tall, wide = (
-            slice(r - p, r - p + k)
-            for r, p, k in zip(self.geometry.reach, padding(conv), conv.kernel_size, strict=True)
+    def kernel_slices(self, conv: nn.Conv2d) -> tuple[slice, slice]:
+        """Rows and columns of the unit's kernel that a branch's smaller kernel covers."""
+        rows, columns = (
+            slice(whole - own, whole - own + size)
+            for whole, own, size in zip(self.geometry.padding, padding(conv), conv.kernel_size, strict=True)
         )
-        return tall, wide
+        return rows, columns
 
     def rows(self, weight: Tensor, conv: nn.Conv2d) -> Tensor:
         """A branch's kernel (O, I/G, h, w) on the unit's patch: (G, O/G, K)."""
-        if conv.kernel_size != self.geometry.taps:
-            whole = weight.new_zeros(*weight.shape[:2], *self.geometry.taps)
-            tall, wide = self.window(conv)
-            whole[:, :, tall, wide] = weight
-            weight = whole
+        if conv.kernel_size != self.geometry.kernel_size:
+            padded = weight.new_zeros(*weight.shape[:2], *self.geometry.kernel_size)
+            rows, columns = self.kernel_slices(conv)
+            padded[:, :, rows, columns] = weight
+            weight = padded
         return weight.flatten(1).unflatten(0, (self.geometry.groups, -1))
 
-    def unrows(self, rows: Tensor, conv: nn.Conv2d) -> Tensor:
-        """The transpose of `rows`."""
-        whole = rows.flatten(0, 1).unflatten(1, (-1, *self.geometry.taps))
-        tall, wide = self.window(conv)
-        return whole[:, :, tall, wide]
+    def from_rows(self, rows: Tensor, conv: nn.Conv2d) -> Tensor:
+        """The transpose of `rows`: (G, O/G, K) to (O, I/G, h, w)."""
+        down, across = self.kernel_slices(conv)
+        return rows.flatten(0, 1).unflatten(1, (-1, *self.geometry.kernel_size))[:, :, down, across]
 
     def diagonal(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the identity's ones stand among rows: group, output in the group and patch value, each (I,)."""
+        """Indices of the identity's ones among rows: group, output in the group and patch value, each (I,)."""
         i = torch.arange(self.channels[0], device=device)
         per_group = self.channels[0] // self.geometry.groups
-        (tall, wide), (above, beside) = self.geometry.taps, self.geometry.reach
-        return i // per_group, i % per_group, i % per_group * (tall * wide) + above * wide + beside
+        (height, width), (top, left) = self.geometry.kernel_size, self.geometry.padding
+        return i // per_group, i % per_group, i % per_group * (height * width) + top * width + left
 
 
-def read(tree: nn.Module) -> Unit | None:
+def as_unit(tree: nn.Module) -> Unit | None:
     """The unit that a Chain or Sum is; None if it has another form, or a norm that does not use batch statistics."""
-    found = [_branch(part) for part in (tree if isinstance(tree, Sum) else [tree])]
-    branches = [branch for branch in found if branch is not None]
-    return unit_of(branches) if len(branches) == len(found) else None
+    branches: list[Branch] = []
+    for part in tree if isinstance(tree, Sum) else [tree]:
+        layers = list(part) if isinstance(part, Chain) else [part]
+        *convs, norm = layers
+        if has_hooks([part, *layers]) or not isinstance(norm, _BatchNorm) or len(convs) > 1:
+            return None
+        conv = convs[0] if convs else None
+        if conv is not None and not isinstance(conv, nn.Conv2d):
+            return None
+        branches.append(Branch(conv, norm))
+    return make_unit(branches)
 
 
-def unit_of(branches: Sequence[Branch]) -> Unit | None:
-    """The unit of these branches; None where one pads, dilates, strides or normalises in another way."""
+def make_unit(branches: Sequence[Branch]) -> Unit | None:
+    """The unit of these branches; None where they differ in more than kernel size, or cannot be one convolution."""
     convs = [branch.conv for branch in branches if branch.conv is not None]
-    if not convs or not all(_uses_batch(branch.norm) for branch in branches) or len(branches) - len(convs) > 1:
+    on_batch = all(norm.training or norm.running_mean is None for _, norm in branches)
+    if not convs or not on_batch or len(branches) - len(convs) > 1:
         return None
     first = convs[0]
-    if not all(_is_plain(conv) and _alike(conv, first) for conv in convs):
+    if not all(conv.padding_mode == "zeros" and conv.dilation == (1, 1) and is_linear(conv) for conv in convs):
+        return None
+    if len({(c.in_channels, c.out_channels, c.groups, c.stride, c.weight.dtype, c.weight.device) for c in convs}) > 1:
         return None
     geometry = _union(convs)
+    # Maps have one size if kernels reach equally far past their padding.
     ahead = {tuple(k - 1 - 2 * p for k, p in zip(c.kernel_size, padding(c), strict=True)) for c in convs}
-    if len(convs) < len(branches):  # a skip reads one pixel and keeps the map's size
+    if len(convs) < len(branches):  # a skip reads one pixel and keeps channels and size
         ahead.add((0, 0))
         if first.in_channels != first.out_channels or geometry.stride != (1, 1):
             return None
     return Unit(tuple(branches), (first.in_channels, first.out_channels), geometry) if len(ahead) == 1 else None
 
 
-def ceiling(act: nn.Module | None) -> tuple[bool, Act]:
-    """Whether a unit can do this activation itself, and the clamp that it is."""
+def as_clamp(act: nn.Module | None) -> tuple[bool, Act]:
+    """Whether a back end can compute this activation, and the clamp that it is."""
     if act is None or type(act) is nn.Identity:
         return True, None
-    if hooked([act]):
+    if has_hooks([act]):
         return False, None
     if type(act) is nn.ReLU:
         return True, float("inf")
@@ -118,40 +132,21 @@ def ceiling(act: nn.Module | None) -> tuple[bool, Act]:
     return False, None
 
 
-def _branch(part: nn.Module) -> Branch | None:
-    layers = list(part) if isinstance(part, Chain) else [part]
-    norm = layers[-1]
-    if hooked([part, *layers]) or not isinstance(norm, _BatchNorm) or len(layers) > 2:
-        return None
-    if len(layers) == 1:
-        return Branch(None, norm)
-    return Branch(layers[0], norm) if isinstance(layers[0], nn.Conv2d) else None
-
-
-def hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether someone listens inside: then every layer must run by itself."""
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module has hooks: then every layer must run by itself, so that they are called."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
-def _uses_batch(norm: _BatchNorm) -> bool:
-    return norm.training or norm.running_mean is None
-
-
-def _is_plain(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and conv.dilation == (1, 1) and is_linear(conv)
-
-
-def _alike(conv: nn.Conv2d, first: nn.Conv2d) -> bool:
-    def key(c: nn.Conv2d) -> tuple[object, ...]:
-        return c.in_channels, c.out_channels, c.groups, c.stride, c.weight.dtype, c.weight.device
-
-    return key(conv) == key(first)
+def check_batch(count: int, x: Tensor) -> None:
+    """Raise ValueError where a norm in train mode would see one value a channel, as BatchNorm does."""
+    if count < 2:
+        shape = tuple(x.shape)
+        raise ValueError(f"a norm in train mode needs more than one value a channel, got an input of {shape}")
 
 
 def _union(convs: Sequence[nn.Conv2d]) -> Geometry:
-    """The patch that holds all kernels."""
-    reach = tuple(max(padding(c)[axis] for c in convs) for axis in (0, 1))
-    ahead = tuple(max(c.kernel_size[axis] - padding(c)[axis] for c in convs) for axis in (0, 1))
-    taps = (reach[0] + ahead[0], reach[1] + ahead[1])
+    """The geometry of the smallest patch that holds all kernels."""
+    top, left = (max(padding(c)[axis] for c in convs) for axis in (0, 1))
+    bottom, right = (max(c.kernel_size[axis] - padding(c)[axis] for c in convs) for axis in (0, 1))
     stride = convs[0].stride
-    return Geometry(convs[0].groups, taps, (int(stride[0]), int(stride[-1])), (reach[0], reach[1]))
+    return Geometry(convs[0].groups, (top + bottom, left + right), (int(stride[0]), int(stride[-1])), (top, left))

@@ -1,7 +1,6 @@
-"""The passes over the batch that the `moments` route needs, and who does them.
+"""The four passes over the batch that the `moments` route needs, and which back end does them.
 
-Reading order: `passes` (what a back end does), `reference` (plain torch), `cpu` with `build` and `*.cpp`, `algebra`
-(what lies between the passes, compiled), `gpu`.
+`backend` says what a back end is, `reference` is the one in plain torch with which the others agree.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from onefold.reparam.kernels.reference import Reference as Reference
 
 
 def passes_for(x: Tensor, geometry: Geometry, outputs: int) -> Passes:
-    """The fastest back end for such a batch and unit of so many output channels; plain torch where there is none."""
+    """The fastest back end for a batch x and a unit of `outputs` channels; plain torch where no other takes them."""
     if x.is_cuda and _has_triton():
-        from onefold.reparam.kernels import triton_pointwise
+        from onefold.reparam.kernels import triton_base, triton_depthwise, triton_pointwise
 
-        if triton_pointwise.supports(x, geometry):
-            return triton_pointwise.Triton()
-    known = geometry.groups in (1, outputs) and cpu.supports(x, geometry)
-    return cpu.Compiled() if known else Reference()
+        if triton_base.supports(x, geometry):
+            return triton_pointwise.Pointwise() if geometry == triton_base.POINTWISE else triton_depthwise.Depthwise()
+    supported = geometry.groups in (1, outputs) and cpu.supports(x, geometry)
+    return cpu.Compiled() if supported else Reference()
 
 
 @cache

@@ -29,12 +29,13 @@ Act = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is Re
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a unit reads: groups, taps, stride, and the zeros around the image."""
+    """Where a unit reads: groups, kernel size, stride, and the zeros around the image."""
 
     groups: int
-    taps: Pair
+    kernel_size: Pair
     stride: Pair
-    reach: Pair
+    padding: Pair
+    dilation: Pair = (1, 1)  # only `Reference` takes another
 
 
 class Moments(NamedTuple):

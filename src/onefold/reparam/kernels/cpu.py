@@ -232,16 +232,20 @@ def _is_pointwise(geometry: Geometry) -> bool:
 
 
 def _is_depthwise(x: Tensor, geometry: Geometry) -> bool:
-    tall, above = geometry.taps[0], geometry.reach[0]
+    tall, above = geometry.kernel_size[0], geometry.padding[0]
     return _is_square(geometry) and geometry.groups == x.shape[1] > 1 and tall in SIZES and above < tall
 
 
 def _is_square(geometry: Geometry) -> bool:
-    return all(pair[0] == pair[1] for pair in (geometry.taps, geometry.stride, geometry.reach))
+    return all(pair[0] == pair[1] for pair in (geometry.kernel_size, geometry.stride, geometry.padding))
 
 
 def _is_small(x: Tensor, geometry: Geometry) -> bool:
-    return _is_square(geometry) and geometry.groups == 1 and x.shape[1] * geometry.taps[0] * geometry.taps[1] <= SMALL
+    return (
+        _is_square(geometry)
+        and geometry.groups == 1
+        and x.shape[1] * geometry.kernel_size[0] * geometry.kernel_size[1] <= SMALL
+    )
 
 
 def _image(x: Tensor) -> Tensor:
@@ -255,14 +259,14 @@ def _unrows(rows: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     if _is_pointwise(geometry):
         return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
     columns = rows.view(b, -1, rows.shape[1]).transpose(1, 2)
-    return F.fold(columns, (h, w), geometry.taps, 1, geometry.reach, geometry.stride)
+    return F.fold(columns, (h, w), geometry.kernel_size, 1, geometry.padding, geometry.stride)
 
 
 def _places(x: Tensor, geometry: Geometry) -> tuple[int, int]:
     """(H', W')."""
     tall, wide = (
         (n + 2 * r - k) // s + 1
-        for n, r, k, s in zip(x.shape[2:], geometry.reach, geometry.taps, geometry.stride, strict=True)
+        for n, r, k, s in zip(x.shape[2:], geometry.padding, geometry.kernel_size, geometry.stride, strict=True)
     )
     return tall, wide
 
@@ -276,7 +280,7 @@ def _centre(x: Tensor, mean: Tensor, geometry: Geometry) -> Tensor:
 
 def _shape(x: Tensor, geometry: Geometry) -> tuple[ctypes.Array[ctypes.c_int64], int]:
     b, c, h, w = x.shape
-    return (ctypes.c_int64 * 6)(b, h, w, c, geometry.stride[0], geometry.reach[0]), geometry.taps[0]
+    return (ctypes.c_int64 * 6)(b, h, w, c, geometry.stride[0], geometry.padding[0]), geometry.kernel_size[0]
 
 
 def _top(act: Act) -> float:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from onefold.reparam.algebra import Folded, Gradients
 from onefold.reparam.kernels.backend import Moments, Passes
 from onefold.reparam.kernels.cpu import Compiled, call, pointers
-from onefold.reparam.linear import momentum_
+from onefold.reparam.linear import average_factor_
 from onefold.reparam.unit import Unit
 
 
@@ -28,11 +28,11 @@ def supports(passes: Passes, unit: Unit) -> bool:
 
 
 def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Folded, Tensor]:
-    """The one kernel and bias (O,) of a unit on a batch of these moments; moves the norms' running statistics."""
-    del dtype  # float32 and float64 where each is due
+    """Fold a unit on a batch of these moments: kernel and bias (O,). Moves the norms' running statistics."""
+    del dtype  # the compiled code chooses itself
     num, (_, out), k = len(weights), unit.channels, moments.mean.shape[1]
-    rows, spread = torch.empty(2, num, out, k)
-    inverse, gain = torch.empty(2, len(unit.branches), out, dtype=torch.float64)
+    rows, rows_cov = torch.empty(2, num, out, k)
+    inv_std, gain = torch.empty(2, len(unit.branches), out, dtype=torch.float64)
     kernel, bias = (
         torch.empty(unit.geometry.groups, out // unit.geometry.groups, k),
         torch.empty(out, dtype=torch.float64),
@@ -45,38 +45,44 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
         pointers([norm.bias for norm in norms]), _doubles([norm.eps for norm in norms]),
         pointers([norm.running_mean if t else None for norm, t in zip(norms, tracked, strict=True)]),
         pointers([norm.running_var if t else None for norm, t in zip(norms, tracked, strict=True)]),
-        _doubles([momentum_(norm) if t else 0.0 for norm, t in zip(norms, tracked, strict=True)]),
-        rows, spread, inverse, gain, kernel, bias,
+        _doubles([average_factor_(norm) if t else 0.0 for norm, t in zip(norms, tracked, strict=True)]),
+        rows, rows_cov, inv_std, gain, kernel, bias,
     )  # fmt: skip
     _add_biases(unit, norms)
-    return Folded(rows, spread, inverse, gain, kernel, moments.mean), bias
+    return Folded(rows, rows_cov, inv_std, gain, kernel, moments.mean), bias
 
 
 def unfold(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
-    """The transpose of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
+    """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
     d_weights = [torch.empty(conv.weight.shape) for conv in unit.convs]
     d_gamma = [torch.empty(unit.channels[1]) for _ in unit.branches]
     groups, k = folded.mean.shape
     quad, pull = torch.empty(groups, k, k, dtype=torch.float64), torch.empty(groups, k, dtype=torch.float64)
     call(
-        "unfold_unit", *_shape(unit), folded.rows, folded.spread, folded.inverse, folded.gain, folded.kernel,
+        "unfold_unit", *_shape(unit), folded.rows, folded.rows_cov, folded.inv_std, folded.gain, folded.kernel,
         products.contiguous(), total, pointers(d_weights), pointers(d_gamma), quad, pull,
     )  # fmt: skip
     return Gradients(d_weights, d_gamma, quad, pull)
 
 
 def _shape(unit: Unit) -> tuple[Any, Any]:
-    """The unit and its kernels' windows, as the kernels take them."""
+    """The unit's sizes, and where the branches' kernels lie on its own, as the compiled kernels take them."""
     geometry, (c_in, c_out) = unit.geometry, unit.channels
-    sizes = (geometry.groups, c_out // geometry.groups, c_in // geometry.groups, *geometry.taps, *geometry.reach)
-    windows = [
+    sizes = (
+        geometry.groups,
+        c_out // geometry.groups,
+        c_in // geometry.groups,
+        *geometry.kernel_size,
+        *geometry.padding,
+    )
+    slices = [
         value
         for conv in unit.convs
-        for down, right in [unit.window(conv)]
+        for down, right in [unit.kernel_slices(conv)]
         for value in (*conv.kernel_size, down.start, right.start)
     ]
     numbers = (*sizes, len(unit.convs), int(unit.skip is not None))
-    return (ctypes.c_int64 * 9)(*numbers), (ctypes.c_int64 * len(windows))(*windows)
+    return (ctypes.c_int64 * 9)(*numbers), (ctypes.c_int64 * len(slices))(*slices)
 
 
 def _doubles(values: Sequence[float]) -> Any:
@@ -84,7 +90,7 @@ def _doubles(values: Sequence[float]) -> Any:
 
 
 def _add_biases(unit: Unit, norms: Sequence[_BatchNorm]) -> None:
-    """A convolution's bias before a norm shows in its running mean and nowhere else."""
+    """Add convolutions' biases to the running means; before a norm they change nothing else."""
     for conv, norm in zip(unit.convs, norms, strict=False):
         if conv.bias is not None and norm.training and norm.running_mean is not None:
             factor = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ namespace {
 constexpr int64_t SOME = 28;  // places summed in float32 where a row has fewer
 
 struct Shape {
-    int64_t b, h, w, c, stride, reach;
+    int64_t b, h, w, c, stride, padding;
     int64_t blocks() const { return (c + PANEL - 1) / PANEL; }
-    int64_t out(int64_t n, int taps) const { return (n + 2 * reach - taps) / stride + 1; }
+    int64_t out(int64_t n, int taps) const { return (n + 2 * padding - taps) / stride + 1; }
 };
 
 // A piece: rows first ... last-1 of an image, and a block of channels.
@@ -162,12 +162,12 @@ struct Axis {
     Axis(int64_t n, int64_t edge) : n(n), edge(edge) {}
     int64_t kinds() const { return 2 * edge + 1; }
     int64_t kind(int64_t q) const { return q < edge ? q : q < n - edge ? edge : 2 * edge - (n - 1 - q); }
-    // Whether tap t (0 ... K-1) of some place reads a q of this kind: place q + reach - t is on the grid.
-    bool allows(int64_t kind, int64_t t, int64_t taps, int64_t reach) const {
-        if (kind < edge) return kind + reach - t >= 0;
+    // Whether tap t (0 ... K-1) of some place reads a q of this kind: place q + padding - t is on the grid.
+    bool allows(int64_t kind, int64_t t, int64_t taps, int64_t padding) const {
+        if (kind < edge) return kind + padding - t >= 0;
         if (kind == edge) return true;
         const int64_t back = 2 * edge - kind;  // from the end
-        return (n - 1 - back) + reach - t <= n + 2 * reach - taps;
+        return (n - 1 - back) + padding - t <= n + 2 * padding - taps;
     }
 };
 
@@ -220,15 +220,15 @@ void flush(float* from, int64_t n, double* to) {
 template <int K>
 void lags_of(Plane& z, int64_t border, int64_t first, int64_t last, const Axis& tall, const Axis& wide,
              std::vector<float>& some, double* total) {
-    const int64_t each = (Lags<K>::count + 1) * PANEL, line = wide.kinds() * each;
+    const int64_t entry = (Lags<K>::count + 1) * PANEL, line = wide.kinds() * entry;
     int64_t pending = 0;
     for (int64_t y = first; y < last; y++) {
         const int64_t kind = tall.kind(y);
         const auto from = [&](int64_t x) { return z.at(y - border, x - border); };
-        for (int64_t x = 0; x < wide.edge; x++) add_lags<K>(from(x), z.row(), 1, &some[x * each]);
+        for (int64_t x = 0; x < wide.edge; x++) add_lags<K>(from(x), z.row(), 1, &some[x * entry]);
         for (int64_t x = wide.edge; x < wide.n - wide.edge; x += 32)
-            add_lags<K>(from(x), z.row(), std::min<int64_t>(32, wide.n - wide.edge - x), &some[wide.edge * each]);
-        for (int64_t x = wide.n - wide.edge; x < wide.n; x++) add_lags<K>(from(x), z.row(), 1, &some[wide.kind(x) * each]);
+            add_lags<K>(from(x), z.row(), std::min<int64_t>(32, wide.n - wide.edge - x), &some[wide.edge * entry]);
+        for (int64_t x = wide.n - wide.edge; x < wide.n; x++) add_lags<K>(from(x), z.row(), 1, &some[wide.kind(x) * entry]);
         pending += wide.n;
         if (y + 1 == last || tall.kind(y + 1) != kind || pending + wide.n > 128)
             flush(some.data(), line, total + kind * line), pending = 0;
@@ -237,15 +237,15 @@ void lags_of(Plane& z, int64_t border, int64_t first, int64_t last, const Axis& 
 
 // sum[K*K] and products[K*K][K*K] of one channel out of its sums by lag.
 template <int K>
-void pair_taps(const double* total, int64_t lane, const Axis& tall, const Axis& wide, int64_t reach, double* sum,
+void pair_taps(const double* total, int64_t lane, const Axis& tall, const Axis& wide, int64_t padding, double* sum,
                double* products) {
-    constexpr int each = Lags<K>::count + 1, taps = K * K;
+    constexpr int entry = Lags<K>::count + 1, taps = K * K;
     for (int t = 0; t < taps; t++) {
         double of_t = 0, with[taps] = {};
         for (int64_t ky = 0; ky < tall.kinds(); ky++)
             for (int64_t kx = 0; kx < wide.kinds(); kx++) {
-                if (!tall.allows(ky, t / K, K, reach) || !wide.allows(kx, t % K, K, reach)) continue;
-                const double* at = total + (ky * wide.kinds() + kx) * each * PANEL + lane;
+                if (!tall.allows(ky, t / K, K, padding) || !wide.allows(kx, t % K, K, padding)) continue;
+                const double* at = total + (ky * wide.kinds() + kx) * entry * PANEL + lane;
                 of_t += at[Lags<K>::count * PANEL];
                 for (int u = t; u < taps; u++) with[u] += at[Lags<K>::of(u / K - t / K, u % K - t % K) * PANEL];
             }
@@ -261,7 +261,7 @@ void pairs_of(Plane& z, const Piece& piece, const Shape& s, std::vector<float>& 
     int pending = 0;
     for (int64_t y = piece.first; y < piece.last; y++)
         for (int64_t x = 0; x < s.out(s.w, K); x++) {
-            const float* p = z.at(y * s.stride - s.reach, x * s.stride - s.reach);
+            const float* p = z.at(y * s.stride - s.padding, x * s.stride - s.padding);
             for (int half = 0; half < PANEL; half += LANES) {
                 vec v[taps];
 #pragma GCC unroll 64
@@ -282,7 +282,7 @@ void wide_pairs_of(Plane& z, const Piece& piece, const Shape& s, double* total) 
     constexpr int taps = K * K;
     for (int64_t y = piece.first; y < piece.last; y++)
         for (int64_t x = 0; x < s.out(s.w, K); x++) {
-            const float* p = z.at(y * s.stride - s.reach, x * s.stride - s.reach);
+            const float* p = z.at(y * s.stride - s.padding, x * s.stride - s.padding);
             const auto tap = [&](int t) { return p + t / K * z.row() + t % K * PANEL; };
             double* to = total;
             for (int t = 0; t < taps; t++)
@@ -296,27 +296,27 @@ void wide_pairs_of(Plane& z, const Piece& piece, const Shape& s, double* total) 
 template <int K>
 void moments(const float* x, const Shape& s, const float* centre, bool centred, double* sum, double* products, int threads) {
     constexpr int taps = K * K;
-    // Centred, the border is no longer zero: the image is then the whole of what patches read, and has no reach.
-    const int64_t border = centred ? s.reach : 0, reach = s.reach - border, edge = K - 1 - reach;
+    // Centred, the border is no longer zero: the image is then the whole of what patches read, and has no padding.
+    const int64_t border = centred ? s.padding : 0, padding = s.padding - border, edge = K - 1 - padding;
     const Axis tall(s.h + 2 * border, edge), wide(s.w + 2 * border, edge);
     const bool lags = s.stride == 1 && tall.n >= 2 * edge && wide.n >= 2 * edge && edge >= 0;
-    const int64_t each = lags ? tall.kinds() * wide.kinds() * (Lags<K>::count + 1) : taps * (taps + 1) / 2 + taps;
-    const int64_t size = s.blocks() * each * PANEL;
+    const int64_t entry = lags ? tall.kinds() * wide.kinds() * (Lags<K>::count + 1) : taps * (taps + 1) / 2 + taps;
+    const int64_t size = s.blocks() * entry * PANEL;
     const Pieces pieces(s, lags ? tall.n : s.out(s.h, K), s.w);
     std::vector<double> totals(size_t(threads) * size);
     share(pieces.count, threads, [&](int t, int64_t first, int64_t last) {
-        std::vector<float> some(each * PANEL);
-        Plane z(pieces.height * s.stride + K, s.w, s.reach + K - 1);
+        std::vector<float> some(entry * PANEL);
+        Plane z(pieces.height * s.stride + K, s.w, s.padding + K - 1);
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
-            double* total = &totals[t * size + piece.block * each * PANEL];
+            double* total = &totals[t * size + piece.block * entry * PANEL];
             const float* image = x + piece.image * s.h * s.w * s.c;
             if (lags) {
                 fill(z, piece.first - border, piece.last - border + K - 1, image, s, piece.block, centre, border);
                 lags_of<K>(z, border, piece.first, piece.last, tall, wide, some, total);
             } else {
-                const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
-                fill(z, from, to, image, s, piece.block, centre, s.reach);
+                const int64_t from = piece.first * s.stride - s.padding, to = (piece.last - 1) * s.stride - s.padding + K;
+                fill(z, from, to, image, s, piece.block, centre, s.padding);
                 centred ? wide_pairs_of<K>(z, piece, s, total) : pairs_of<K>(z, piece, s, some, total);
             }
         }
@@ -324,10 +324,10 @@ void moments(const float* x, const Shape& s, const float* centre, bool centred, 
     for (int t = 1; t < threads; t++)
         for (int64_t i = 0; i < size; i++) totals[i] += totals[t * size + i];
     for (int64_t c = 0; c < s.c; c++) {
-        const double* total = &totals[c / PANEL * each * PANEL];
+        const double* total = &totals[c / PANEL * entry * PANEL];
         double *to = sum + c * taps, *pairs = products + c * taps * taps;
         if (lags) {
-            pair_taps<K>(total, c % PANEL, tall, wide, reach, to, pairs);
+            pair_taps<K>(total, c % PANEL, tall, wide, padding, to, pairs);
             continue;
         }
         const double* at = total + c % PANEL;
@@ -345,19 +345,19 @@ void convolve(const float* x, const Shape& s, const float* centre, const float* 
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K);
     const Pieces pieces(s, rows, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
-        Plane z(pieces.height * s.stride + K, s.w, s.reach);
+        Plane z(pieces.height * s.stride + K, s.w, s.padding);
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
             const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
-            const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
-            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            const int64_t from = piece.first * s.stride - s.padding, to = (piece.last - 1) * s.stride - s.padding + K;
+            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.padding);
             for (int64_t p = piece.first; p < piece.last; p++)
                 for (int half = 0; half < PANEL && half < channels; half += LANES) {
                     vec w[taps];
 #pragma GCC unroll 64
                     for (int t = 0; t < taps; t++) w[t] = load(&weights[at * taps + t * PANEL + half]);
                     const vec shift = load(&shifts[at + half]);
-                    const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
+                    const float* from = z.at(p * s.stride - s.padding, -s.padding) + half;
                     float* to = y + ((piece.image * rows + p) * columns) * s.c + at + half;
                     for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, to += s.c) {
                         vec v = shift;
@@ -384,12 +384,12 @@ void kernel_grad(const float* g, const float* y, const float* x, const Shape& s,
     const Pieces pieces(s, rows, s.w);
     std::vector<double> totals(size_t(threads) * size);
     share(pieces.count, threads, [&](int t, int64_t first, int64_t last) {
-        Plane z(pieces.height * s.stride + K, s.w, s.reach), grad(pieces.height, columns, 0);
+        Plane z(pieces.height * s.stride + K, s.w, s.padding), grad(pieces.height, columns, 0);
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
-            const int64_t from = piece.first * s.stride - s.reach, to = (piece.last - 1) * s.stride - s.reach + K;
+            const int64_t from = piece.first * s.stride - s.padding, to = (piece.last - 1) * s.stride - s.padding + K;
             const int64_t at = piece.image * rows * columns * s.c;
-            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.padding);
             fill_gradient(grad, piece.first, piece.last, rows, g + at, y + at, s, piece.block, top);
             double* total = &totals[t * size + piece.block * (taps + 1) * PANEL];
             const int64_t together = std::max<int64_t>(1, SOME / columns);  // rows that are summed in float32
@@ -397,7 +397,7 @@ void kernel_grad(const float* g, const float* y, const float* x, const Shape& s,
                 for (int half = 0; half < PANEL; half += LANES) {
                     vec acc[taps + 1] = {};
                     for (int64_t p = start; p < std::min(piece.last, start + together); p++) {
-                        const float* from = z.at(p * s.stride - s.reach, -s.reach) + half;
+                        const float* from = z.at(p * s.stride - s.padding, -s.padding) + half;
                         const float* by = grad.at(p, 0) + half;
                         for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, by += PANEL) {
                             const vec v = load(by);
@@ -425,14 +425,14 @@ void kernel_grad(const float* g, const float* y, const float* x, const Shape& s,
 template <int K>
 Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset, const float* shift, const Axis& tall,
                           const Axis& wide, int threads) {
-    constexpr int taps = K * K, side = 2 * K - 1, each = side * side + 1;
+    constexpr int taps = K * K, side = 2 * K - 1, entry = side * side + 1;
     const int64_t kinds = tall.kinds() * wide.kinds(), blocks = s.blocks();
-    auto out = buffer<float>(blocks * kinds * each * PANEL);
-    std::fill_n(out.get(), blocks * kinds * each * PANEL, 0.0f);
+    auto out = buffer<float>(blocks * kinds * entry * PANEL);
+    std::fill_n(out.get(), blocks * kinds * entry * PANEL, 0.0f);
     const auto write = [&](int64_t c, int64_t ky, int64_t kx) {
-        float* to = &out[((c / PANEL * kinds + ky * wide.kinds() + kx) * each) * PANEL + c % PANEL];
+        float* to = &out[((c / PANEL * kinds + ky * wide.kinds() + kx) * entry) * PANEL + c % PANEL];
         for (int t = 0; t < taps; t++) {
-            if (!tall.allows(ky, t / K, K, s.reach) || !wide.allows(kx, t % K, K, s.reach)) continue;
+            if (!tall.allows(ky, t / K, K, s.padding) || !wide.allows(kx, t % K, K, s.padding)) continue;
             double constant = shift[c * taps + t];
             for (int u = 0; u < taps; u++) {
                 const int lag = (u / K - t / K + K - 1) * side + u % K - t % K + K - 1;
@@ -453,7 +453,7 @@ Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset
 // out = the two stencils at N pixels of one kind, from (y, x) on. Few pixels have several sums each, to keep busy.
 template <int K, int N>
 INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half, float* out,
-                  int64_t step, int64_t channels, int64_t reach) {
+                  int64_t step, int64_t channels, int64_t padding) {
     constexpr int side = 2 * K - 1, sums = 4 / N;
     vec acc[N][sums] = {};
     const vec constant = load(lags + side * side * PANEL + half);
@@ -470,7 +470,7 @@ INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kern
             for (int n = 0; n < N; n++) acc[n][dx % sums] += w * v[dx + n];
         }
     }
-    const float* g = grad.at(y + reach, x + reach + 1 - K) + half;
+    const float* g = grad.at(y + padding, x + padding + 1 - K) + half;
     for (int ty = 0; ty < K; ty++, g -= grad.row()) {
         vec v[N + K - 1];
 #pragma GCC unroll 32
@@ -494,38 +494,38 @@ template <int K>
 void input_grad_by_lag(const float* g, const float* y, const float* x, const Shape& s, const float* centre,
                        const float* kernel, const float* quad, const float* offset, const float* shift,
     float top, float* dx, int threads) {
-    constexpr int taps = K * K, each = (2 * K - 1) * (2 * K - 1) + 1;
-    const Axis tall(s.h, K - 1 - s.reach), wide(s.w, K - 1 - s.reach);
+    constexpr int taps = K * K, entry = (2 * K - 1) * (2 * K - 1) + 1;
+    const Axis tall(s.h, K - 1 - s.padding), wide(s.w, K - 1 - s.padding);
     const auto weights = by_block(kernel, s.c, taps);
     const auto lags = lag_weights<K>(s, quad, offset, shift, tall, wide, threads);
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K), edge = wide.edge, kinds = tall.kinds() * wide.kinds();
     const Pieces pieces(s, s.h, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
-        Plane z(pieces.height + 2 * K, s.w, s.reach + K - 1), grad(pieces.height + 2 * K, columns, K - 1);
+        Plane z(pieces.height + 2 * K, s.w, s.padding + K - 1), grad(pieces.height + 2 * K, columns, K - 1);
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
             const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
             const int64_t of_grad = piece.image * rows * columns * s.c;
-            fill(z, piece.first + 1 - K, piece.last + K - 1, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
-            fill_gradient(grad, piece.first + s.reach + 1 - K, piece.last + s.reach, rows, g + of_grad, y + of_grad, s,
+            fill(z, piece.first + 1 - K, piece.last + K - 1, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.padding);
+            fill_gradient(grad, piece.first + s.padding + 1 - K, piece.last + s.padding, rows, g + of_grad, y + of_grad, s,
                           piece.block, top);
             const float* w = &weights[at * taps];
             Ahead of_x(x, pieces, i + 1, s.h, s.w, 1, s.c), of_g(g, pieces, i + 1, rows, columns, 1, s.c);
             Ahead of_y(y, pieces, i + 1, rows, columns, 1, s.c);
             for (int64_t p = piece.first; p < piece.last; p++) {
-                const float* of_row = &lags[(piece.block * kinds + tall.kind(p) * wide.kinds()) * each * PANEL];
+                const float* of_row = &lags[(piece.block * kinds + tall.kind(p) * wide.kinds()) * entry * PANEL];
                 float* to = dx + ((piece.image * s.h + p) * s.w) * s.c + at;
                 for (int half = 0; half < PANEL && half < channels; half += LANES)
                     for (int64_t q = 0; q < s.w;) {
-                        const float* of = of_row + wide.kind(q) * each * PANEL;
+                        const float* of = of_row + wide.kind(q) * entry * PANEL;
                         const int64_t left = q >= edge ? s.w - edge - q : 0, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
                         if (!half) of_x.ask(step), of_g.ask(step), of_y.ask(step);
                         if (left >= 4) {
-                            blend<K, 4>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 4;
+                            blend<K, 4>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding), q += 4;
                         } else if (left >= 2) {
-                            blend<K, 2>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 2;
+                            blend<K, 2>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding), q += 2;
                         } else {
-                            blend<K, 1>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.reach), q += 1;
+                            blend<K, 1>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding), q += 1;
                         }
                     }
             }
@@ -545,17 +545,17 @@ void input_grad_by_place(const float* g, const float* y, const float* x, const S
     const Pieces pieces(s, s.h, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
         const int64_t most = pieces.height + 2 * (K + s.stride);
-        Plane z(most, s.w, s.reach + K), grad(most, columns, 0), sum(most, s.w, s.reach + K);
+        Plane z(most, s.w, s.padding + K), grad(most, columns, 0), sum(most, s.w, s.padding + K);
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
             const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
             // The places that read rows first ... last-1; those at the rim also belong to the pieces beside.
-            const int64_t low = std::max<int64_t>(0, (piece.first + s.reach - K) / s.stride);
-            const int64_t high = std::min(rows, (piece.last - 1 + s.reach) / s.stride + 1);
-            const int64_t from = std::min(piece.first, low * s.stride - s.reach);
-            const int64_t to = std::max(piece.last, (high - 1) * s.stride - s.reach + K);
+            const int64_t low = std::max<int64_t>(0, (piece.first + s.padding - K) / s.stride);
+            const int64_t high = std::min(rows, (piece.last - 1 + s.padding) / s.stride + 1);
+            const int64_t from = std::min(piece.first, low * s.stride - s.padding);
+            const int64_t to = std::max(piece.last, (high - 1) * s.stride - s.padding + K);
             const int64_t of_grad = piece.image * rows * columns * s.c;
-            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.reach);
+            fill(z, from, to, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, s.padding);
             fill_gradient(grad, low, high, rows, g + of_grad, y + of_grad, s, piece.block, top);
             sum.start(from, to, 0, 0);
             const float *w = &weights[at * taps], *q = &quads[at * taps * taps], *c = &shifts[at * taps], *m = &offsets[at * taps];
@@ -564,8 +564,8 @@ void input_grad_by_place(const float* g, const float* y, const float* x, const S
                 for (int64_t r = 0; r < columns; r++)
                     for (int half = 0; half < PANEL; half += LANES) {
                         if (!half) of_x.ask(s.stride * s.stride);
-                        const float* from = z.at(p * s.stride - s.reach, r * s.stride - s.reach) + half;
-                        float* to = sum.at(p * s.stride - s.reach, r * s.stride - s.reach) + half;
+                        const float* from = z.at(p * s.stride - s.padding, r * s.stride - s.padding) + half;
+                        float* to = sum.at(p * s.stride - s.padding, r * s.stride - s.padding) + half;
                         const vec by = load(grad.at(p, r) + half);
                         vec v[taps];
 #pragma GCC unroll 64
@@ -592,7 +592,7 @@ template <int K>
 void input_grad(const float* g, const float* y, const float* x, const Shape& s, const float* centre, const float* kernel,
                 const float* quad, const float* offset, const float* shift,
     float top, float* dx, int threads) {
-    const int64_t edge = K - 1 - s.reach;
+    const int64_t edge = K - 1 - s.padding;
     const bool lags = s.stride == 1 && edge >= 0 && s.h >= 2 * edge && s.w >= 2 * edge;
     auto pass = lags ? input_grad_by_lag<K> : input_grad_by_place<K>;
     pass(g, y, x, s, centre, kernel, quad, offset, shift, top, dx, threads);

@@ -26,8 +26,8 @@ class Reference:
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W')."""
         offset = bias.view(geometry.groups, -1) - (kernel @ mean[..., None].to(kernel)).squeeze(-1)
-        weight = kernel.flatten(0, 1).unflatten(1, (-1, *geometry.taps)).to(x.dtype)
-        place = (geometry.stride, geometry.reach, (1, 1), geometry.groups)
+        weight = kernel.flatten(0, 1).unflatten(1, (-1, *geometry.kernel_size)).to(x.dtype)
+        place = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         y = F.conv2d(x, weight, offset.flatten().to(x.dtype), *place)
         return y if act is None else y.clamp_(0.0, act)
 
@@ -62,10 +62,10 @@ class Reference:
 
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
     """(B, I, H, W) to (G, K, N): what the kernel reads at each of the N places, zeros outside the image."""
-    if geometry.taps == (1, 1) and geometry.reach == (0, 0):
+    if geometry.kernel_size == (1, 1) and geometry.padding == (0, 0):
         rows = x[:, :, :: geometry.stride[0], :: geometry.stride[1]].transpose(0, 1).flatten(1)
         return rows.unflatten(0, (geometry.groups, -1))
-    columns = F.unfold(x, geometry.taps, 1, geometry.reach, geometry.stride)  # (B, I*H*W, L)
+    columns = F.unfold(x, geometry.kernel_size, geometry.dilation, geometry.padding, geometry.stride)  # (B, I*H*W, L)
     return columns.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
@@ -73,7 +73,7 @@ def unpatch(rows: Tensor, like: Tensor, geometry: Geometry) -> Tensor:
     """The transpose of `patches`: (G, K, N) to (B, I, H, W), adding where patches overlap."""
     columns = rows.unflatten(2, (like.shape[0], -1)).flatten(0, 1).transpose(0, 1)  # (B, I*H*W, L)
     size = (like.shape[2], like.shape[3])
-    return F.fold(columns, size, geometry.taps, 1, geometry.reach, geometry.stride)
+    return F.fold(columns, size, geometry.kernel_size, geometry.dilation, geometry.padding, geometry.stride)
 
 
 def _through(grad: Tensor, y: Tensor, act: Act) -> Tensor:

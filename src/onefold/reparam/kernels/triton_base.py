@@ -1,4 +1,4 @@
-"""What the GPU passes stand on: Triton itself, the memory layouts, and the arithmetic that every kernel repeats.
+"""What the Triton kernels share: which units they take, block sizes, memory formats, and arithmetic.
 
 All sums are in float32 within a program; over programs they are partials, added up in float64. So there are no atomics,
 and the same input gives the same bits.
@@ -28,9 +28,19 @@ else:
     from triton.language import constexpr, tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+POINTWISE = Geometry(1, (1, 1), (1, 1), (0, 0))  # every place is read by itself, all channels together
 PROGRAMS = 512  # that share a sum over the batch: some waves of a large GPU, and partials of a few megabytes
 Launch = dict[str, Any]  # what a kernel takes by name
 _WIDEN = tl.constexpr(INTERPRETED)
+
+
+def supports(x: Tensor, geometry: Geometry) -> bool:
+    """Whether these passes can take x: a float batch on a CUDA device (any, in the interpreter), of a known unit."""
+    if x.dim() != 4 or x.numel() == 0 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if not (x.is_cuda or INTERPRETED):
+        return False
+    return geometry == POINTWISE or (geometry.groups == x.shape[1] and max(geometry.kernel_size) <= 7)
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -48,8 +58,8 @@ def pilot(x: Tensor) -> Tensor:
     return x[:images].mean((0, 2, 3), dtype=torch.float32).to(x.dtype).float()
 
 
-def ceiling(act: Act) -> tuple[float, bool]:
-    """The clamp's upper end, and whether there is a clamp."""
+def clamp_arguments(act: Act) -> tuple[float, bool]:
+    """The upper bound of the clamp, and whether there is a clamp."""
     return (0.0, False) if act is None else (float(act), True)
 
 
@@ -65,7 +75,7 @@ def patch_block(x: Tensor, geometry: Geometry) -> Launch:
     One step at a time: Triton 3.2 cannot load three-dimensional blocks ahead.
     """
     last = layout(x) == torch.channels_last
-    block_t = max(16, _power_of_2(geometry.taps[0] * geometry.taps[1] + 1))
+    block_t = max(16, _power_of_2(geometry.kernel_size[0] * geometry.kernel_size[1] + 1))
     block_c = min(_power_of_2(x.shape[1]), max(1, 8192 // block_t**2 // (1 if last else 8)))
     block_p = 8192 // (block_t * block_c)
     return {"block_t": block_t, "block_c": block_c, "block_p": block_p, "num_warps": 4 if last else 8, "num_stages": 1}
@@ -94,7 +104,7 @@ def grid_of(sizes: Launch, block: Launch) -> tuple[int, int]:
     return -(-sizes["places"] // block["block_p"]), -(-sizes["channels"] // block["block_c"])
 
 
-def parted_grid(sizes: Launch, block: Launch) -> tuple[int, int]:
+def reduction_grid(sizes: Launch, block: Launch) -> tuple[int, int]:
     """Programs along the channels, and as many parts of the places as make enough of them."""
     parts, across = grid_of(sizes, block)
     return across, num_parts(parts, across)
@@ -152,29 +162,29 @@ def read(
 def read_patches(
     x: tensor, shift: tensor, image: tensor, row: tensor, column: tensor, c: tensor, t: tensor, real: tensor,
     channels: tensor, height: tensor, width: tensor,
-    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
-    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr,
+    kernel_h: constexpr, kernel_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    pad_h: constexpr, pad_w: constexpr, channels_last: constexpr,
 ) -> tensor:  # fmt: skip
     """Patches less the shift (C, T, N) in float32; the row after the last tap is ones, and the rest zeros."""
-    i = row * stride_h + t // taps_w - reach_h
-    j = column * stride_w + t % taps_w - reach_w
-    tap = real & (t < taps_h * taps_w)
+    i = row * stride_h + t // kernel_w - pad_h
+    j = column * stride_w + t % kernel_w - pad_w
+    tap = real & (t < kernel_h * kernel_w)
     value = read(x, tap, image, i, j, c, channels, height, width, channels_last)
-    return tl.where(real & (t == taps_h * taps_w), 1.0, tl.where(tap, value - shift, 0.0))
+    return tl.where(real & (t == kernel_h * kernel_w), 1.0, tl.where(tap, value - shift, 0.0))
 
 
 @jit
-def activate(y: tensor, top: tensor) -> tensor:
-    """The clamp from 0 to top; a NaN stays one, as in torch."""
+def activate(y: tensor, act_max: tensor) -> tensor:
+    """The clamp from 0 to act_max; a NaN stays one, as in torch."""
     y = tl.where(y < 0, 0.0, y)
-    return tl.where(y > top, top, y)
+    return tl.where(y > act_max, act_max, y)
 
 
 @jit
-def through(grad: tensor, y: tensor, top: tensor) -> tensor:
+def through(grad: tensor, y: tensor, act_max: tensor) -> tensor:
     """The gradient where the clamp let the value through."""
     y = y.to(tl.float32)
-    return tl.where((y > 0) & (y < top), grad, 0.0)
+    return tl.where((y > 0) & (y < act_max), grad, 0.0)
 
 
 @jit

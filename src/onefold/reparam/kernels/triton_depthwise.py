@@ -1,8 +1,9 @@
-"""The four passes on a GPU for depthwise units: any taps, stride and reach.
+"""The four passes on a GPU for depthwise units, in Triton: kernels of any size, stride and padding.
 
 A program works on a block of channels at a block of places; what it reads more than once comes from the cache.
 
-Shapes: B batch, C channels, M outputs a channel, O = C M, T taps, N places of the output over the batch.
+Shapes: B batch, C channels, M outputs a channel, O = C M, T entries of a kernel (taps), N places of the output over
+the batch.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from onefold.reparam.kernels.triton_base import (
     Launch,
     activate,
     at,
-    ceiling,
+    clamp_arguments,
     constexpr,
     grid_of,
     jit,
     layout,
     map_block,
     multiply,
-    parted_grid,
     patch_block,
     pilot,
     place,
     read,
     read_patches,
+    reduction_grid,
     tensor,
     through,
     tl,
@@ -41,8 +42,8 @@ from onefold.reparam.kernels.triton_base import (
 def _moments_kernel(
     x: tensor, shifts: tensor, partial: tensor, by_tap: constexpr,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
-    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr, block_t: constexpr,
+    kernel_h: constexpr, kernel_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    pad_h: constexpr, pad_w: constexpr, channels_last: constexpr, block_t: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """Products of the patches' taps and a one, (block_c, block_t, block_t), over this program's places."""
@@ -57,12 +58,12 @@ def _moments_kernel(
         image, row, column = place(p, rows, columns)
         block = read_patches(
             x, shift, image, row, column, c, t, real, channels, height, width,
-            taps_h, taps_w, stride_h, stride_w, reach_h, reach_w, channels_last,
+            kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last,
         )  # fmt: skip
         if by_tap:
             total += block * read_patches(
                 x, shift, image, row, column, c, one, real, channels, height, width,
-                taps_h, taps_w, stride_h, stride_w, reach_h, reach_w, channels_last,
+                kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last,
             )  # fmt: skip
         else:
             block = block.to(x.dtype.element_ty)
@@ -76,10 +77,10 @@ def _moments_kernel(
 
 @jit
 def _convolve_kernel(
-    x: tensor, kernel: tensor, offset: tensor, y: tensor, top: tensor, clamp: constexpr, times: constexpr,
+    x: tensor, kernel: tensor, offset: tensor, y: tensor, act_max: tensor, clamp: constexpr, times: constexpr,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
-    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr,
+    kernel_h: constexpr, kernel_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    pad_h: constexpr, pad_w: constexpr, channels_last: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """The convolution at block_p places, one of the `times` outputs of each channel."""
@@ -89,13 +90,13 @@ def _convolve_kernel(
     real = (p < places) & (c < channels)
     image, row, column = place(p, rows, columns)
     total = tl.zeros((block_p, block_c), tl.float32) + tl.load(offset + o, mask=c < channels, other=0.0)
-    for ti in range(taps_h):
-        for tj in tl.static_range(taps_w):
-            i, j = row * stride_h + (ti - reach_h), column * stride_w + (tj - reach_w)
-            weight = tl.load(kernel + (ti * taps_w + tj) * channels * times + o, mask=c < channels, other=0.0)
+    for ti in range(kernel_h):
+        for tj in tl.static_range(kernel_w):
+            i, j = row * stride_h + (ti - pad_h), column * stride_w + (tj - pad_w)
+            weight = tl.load(kernel + (ti * kernel_w + tj) * channels * times + o, mask=c < channels, other=0.0)
             total += weight * read(x, real, image, i, j, c, channels, height, width, channels_last)
     if clamp:
-        total = activate(total, top)
+        total = activate(total, act_max)
     to = at(image, row, column, o, channels * times, rows, columns, channels_last)
     tl.store(y + to, total.to(y.dtype.element_ty), mask=real)
 
@@ -103,10 +104,10 @@ def _convolve_kernel(
 @jit
 def _kernel_grad_kernel(
     x: tensor, shifts: tensor, grad: tensor, y: tensor, partial: tensor,
-    top: tensor, clamp: constexpr, times: constexpr,
+    act_max: tensor, clamp: constexpr, times: constexpr,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
-    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr, block_t: constexpr,
+    kernel_h: constexpr, kernel_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    pad_h: constexpr, pad_w: constexpr, channels_last: constexpr, block_t: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """The gradient's products with the patches and a one, (block_c, block_t), over this program's places."""
@@ -121,12 +122,12 @@ def _kernel_grad_kernel(
         image, row, column = place(p, rows, columns)
         block = read_patches(
             x, shift, image, row, column, c, t, real, channels, height, width,
-            taps_h, taps_w, stride_h, stride_w, reach_h, reach_w, channels_last,
+            kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last,
         )  # fmt: skip
         value = read(grad, real, image, row, column, o, channels * times, rows, columns, channels_last)
         if clamp:
             kept = read(y, real, image, row, column, o, channels * times, rows, columns, channels_last)
-            value = through(value, kept, top)
+            value = through(value, kept, act_max)
         total += block * value
     to = ((tl.program_id(1) * times + tl.program_id(2)) * channels + c) * block_t + t
     tl.store(partial + to, tl.sum(total, 2, keep_dims=True), mask=c < channels)
@@ -142,11 +143,11 @@ def _kind(row: tensor, size: tensor, low: tensor, kinds: tensor, stride: constex
 @jit
 def _input_grad_kernel(
     x: tensor, grad: tensor, y: tensor, kernel: tensor, table: tensor, dx: tensor,
-    top: tensor, clamp: constexpr, times: constexpr,
+    act_max: tensor, clamp: constexpr, times: constexpr,
     low_h: tensor, kinds_h: tensor, low_w: tensor, kinds_w: tensor,
     places: tensor, channels: tensor, height: tensor, width: tensor, rows: tensor, columns: tensor,
-    taps_h: constexpr, taps_w: constexpr, stride_h: constexpr, stride_w: constexpr,
-    reach_h: constexpr, reach_w: constexpr, channels_last: constexpr,
+    kernel_h: constexpr, kernel_w: constexpr, stride_h: constexpr, stride_w: constexpr,
+    pad_h: constexpr, pad_w: constexpr, channels_last: constexpr,
     block_p: constexpr, block_c: constexpr,
 ) -> None:  # fmt: skip
     """The gradient at block_p pixels: what is around, by `_table`; and the gradient of the places that read them."""
@@ -154,19 +155,19 @@ def _input_grad_kernel(
     c = (tl.program_id(1) * block_c + tl.arange(0, block_c))[None, :]
     real = (p < places) & (c < channels)
     image, i, j = place(p, height, width)
-    lags: constexpr = (2 * taps_h - 1) * (2 * taps_w - 1)
+    lags: constexpr = (2 * kernel_h - 1) * (2 * kernel_w - 1)
     kind = _kind(i, height, low_h, kinds_h, stride_h) * kinds_w + _kind(j, width, low_w, kinds_w, stride_w)
     entry = table + kind * (lags + 1) * channels + c
     total = tl.load(entry + lags * channels, mask=real, other=0.0)
-    for di in range(2 * taps_h - 1):  # not unrolled: all loads of all rows at once do not fit the registers
-        for dj in tl.static_range(2 * taps_w - 1):
-            row, column = i + (di - (taps_h - 1)), j + (dj - (taps_w - 1))
+    for di in range(2 * kernel_h - 1):  # not unrolled: all loads of all rows at once do not fit the registers
+        for dj in tl.static_range(2 * kernel_w - 1):
+            row, column = i + (di - (kernel_h - 1)), j + (dj - (kernel_w - 1))
             value = read(x, real, image, row, column, c, channels, height, width, channels_last)
-            lag = di * (2 * taps_w - 1) + dj
+            lag = di * (2 * kernel_w - 1) + dj
             total += value * tl.load(entry + lag * channels, mask=real, other=0.0)
-    for ti in range(taps_h):
-        for tj in tl.static_range(taps_w):
-            u, v = i + (reach_h - ti), j + (reach_w - tj)
+    for ti in range(kernel_h):
+        for tj in tl.static_range(kernel_w):
+            u, v = i + (pad_h - ti), j + (pad_w - tj)
             reads = real & (u >= 0) & (v >= 0) & (u % stride_h == 0) & (v % stride_w == 0)
             row, column = u // stride_h, v // stride_w
             for m in tl.static_range(times):
@@ -174,8 +175,8 @@ def _input_grad_kernel(
                 value = read(grad, reads, image, row, column, o, channels * times, rows, columns, channels_last)
                 if clamp:
                     kept = read(y, reads, image, row, column, o, channels * times, rows, columns, channels_last)
-                    value = through(value, kept, top)
-                weight = tl.load(kernel + (ti * taps_w + tj) * channels * times + o, mask=c < channels, other=0.0)
+                    value = through(value, kept, act_max)
+                weight = tl.load(kernel + (ti * kernel_w + tj) * channels * times + o, mask=c < channels, other=0.0)
                 total += value * weight
     tl.store(dx + at(image, i, j, c, channels, height, width, channels_last), total.to(dx.dtype.element_ty), mask=real)
 
@@ -187,9 +188,9 @@ class Depthwise:
         """Mean and covariance of the patches; those of a half-precision x are of its differences from the pilot."""
         x = x.contiguous(memory_format=layout(x))
         shift, sizes, block = pilot(x), _sizes(x, geometry), patch_block(x, geometry)
-        taps = geometry.taps[0] * geometry.taps[1]
+        taps = geometry.kernel_size[0] * geometry.kernel_size[1]
         by_tap = x.dtype == torch.float32  # a program a tap: there are no tensor cores for all pairs at once
-        grid = (*parted_grid(sizes, block), taps if by_tap else 1)
+        grid = (*reduction_grid(sizes, block), taps if by_tap else 1)
         partial = shift.new_empty(grid[1], x.shape[1], block["block_t"], block["block_t"])
         with torch.cuda.device_of(x):
             _moments_kernel[grid](x, shift, partial, by_tap, **sizes, **block)
@@ -200,7 +201,7 @@ class Depthwise:
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W'); the kernel stays in float32."""
         x = x.contiguous(memory_format=layout(x))
-        sizes, times, (top, clamp) = _sizes(x, geometry), kernel.shape[1], ceiling(act)
+        sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_arguments(act)
         block = map_block(x, sizes["places"])
         kernel, weight = kernel.double(), _by_tap(kernel)
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
@@ -208,21 +209,21 @@ class Depthwise:
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
         grid = (*grid_of(sizes, block), times)
         with torch.cuda.device_of(x):
-            _convolve_kernel[grid](x, weight, offset.float(), y, top, clamp, times, **sizes, **block)
+            _convolve_kernel[grid](x, weight, offset.float(), y, act_max, clamp, times, **sizes, **block)
         return y
 
     def kernel_grad(
         self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (C, M, T), and of grad' (O,), in float64."""
-        x, grad, y = (each.contiguous(memory_format=layout(x)) for each in (x, grad, y))
-        sizes, block, (top, clamp) = _sizes(x, geometry), patch_block(x, geometry), ceiling(act)
+        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        sizes, block, (act_max, clamp) = _sizes(x, geometry), patch_block(x, geometry), clamp_arguments(act)
         times = grad.shape[1] // x.shape[1]
         shift = mean.mean(1).float()
-        grid = (*parted_grid(sizes, block), times)
+        grid = (*reduction_grid(sizes, block), times)
         partial = shift.new_empty(grid[1], times, x.shape[1], block["block_t"])
         with torch.cuda.device_of(x):
-            _kernel_grad_kernel[grid](x, shift, grad, y, partial, top, clamp, times, **sizes, **block)
+            _kernel_grad_kernel[grid](x, shift, grad, y, partial, act_max, clamp, times, **sizes, **block)
         total = partial.sum(0, dtype=torch.float64).transpose(0, 1)
         taps = mean.shape[1]
         sums = total[..., taps]
@@ -234,12 +235,12 @@ class Depthwise:
         geometry: Geometry, act: Act,
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, gathered by the pixels."""
-        x, grad, y = (each.contiguous(memory_format=layout(x)) for each in (x, grad, y))
-        sizes, times, (top, clamp) = _sizes(x, geometry), kernel.shape[1], ceiling(act)
+        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_arguments(act)
         high, wide = (
             _readers(size, out, *along, x.device)
             for size, out, *along in zip(
-                x.shape[2:], grad.shape[2:], geometry.taps, geometry.stride, geometry.reach, strict=True
+                x.shape[2:], grad.shape[2:], geometry.kernel_size, geometry.stride, geometry.padding, strict=True
             )
         )
         constant = shift.double() - (quad.double() @ mean.double()[..., None]).squeeze(-1)
@@ -250,7 +251,7 @@ class Depthwise:
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):
             _input_grad_kernel[grid_of(sizes, block)](
-                x, grad, y, _by_tap(kernel), table, dx, top, clamp, times, *kinds, **sizes, **block
+                x, grad, y, _by_tap(kernel), table, dx, act_max, clamp, times, *kinds, **sizes, **block
             )
         return dx
 
@@ -267,16 +268,16 @@ class _Readers(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _readers(size: int, out: int, taps: int, stride: int, reach: int, device: torch.device) -> _Readers:
+def _readers(size: int, out: int, taps: int, stride: int, padding: int, device: torch.device) -> _Readers:
     """The kinds of `size` rows that `out` places read."""
-    low = max(0, taps - 1 - reach)
-    kinds = low + stride + max(0, size - 1 + reach - (out - 1) * stride)
+    low = max(0, taps - 1 - padding)
+    kinds = low + stride + max(0, size - 1 + padding - (out - 1) * stride)
     if kinds >= size:
         low = kinds = size
     rows = torch.arange(kinds, device=device)
     rows = torch.where(rows < low + stride, rows, rows + size - kinds)
     tap, lag = torch.arange(taps, device=device), torch.arange(1 - taps, taps, device=device)
-    start = rows[:, None] + reach - tap
+    start = rows[:, None] + padding - tap
     reads = ((start >= 0) & (start % stride == 0) & (start < out * stride)).double()
     apart = (tap - tap[:, None])[..., None] == lag
     return _Readers(low, reads, reads[:, :, None, None] * apart)
@@ -302,13 +303,13 @@ def _by_tap(kernel: Tensor) -> Tensor:
 
 
 def _sizes(x: Tensor, geometry: Geometry) -> Launch:
-    """What the kernels know of the geometry."""
-    (height, width), taps, stride, reach = x.shape[2:], geometry.taps, geometry.stride, geometry.reach
-    rows = (height + 2 * reach[0] - taps[0]) // stride[0] + 1
-    columns = (width + 2 * reach[1] - taps[1]) // stride[1] + 1
+    """The sizes that the kernels take, by name."""
+    (height, width), kernel, stride, pad = x.shape[2:], geometry.kernel_size, geometry.stride, geometry.padding
+    rows = (height + 2 * pad[0] - kernel[0]) // stride[0] + 1
+    columns = (width + 2 * pad[1] - kernel[1]) // stride[1] + 1
     return {
         "places": x.shape[0] * rows * columns, "channels": x.shape[1],
         "height": height, "width": width, "rows": rows, "columns": columns,
-        "taps_h": taps[0], "taps_w": taps[1], "stride_h": stride[0], "stride_w": stride[1],
-        "reach_h": reach[0], "reach_w": reach[1], "channels_last": layout(x) == torch.channels_last,
+        "kernel_h": kernel[0], "kernel_w": kernel[1], "stride_h": stride[0], "stride_w": stride[1],
+        "pad_h": pad[0], "pad_w": pad[1], "channels_last": layout(x) == torch.channels_last,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The four passes on a GPU, in Triton: pointwise units here, depthwise ones in `gpu_depthwise`.
+"""The four passes on a GPU for pointwise units, in Triton.
 
 A pointwise unit is a matrix product: its patches are the rows of the map, one a place. In channels_last all places of
 the batch are one such matrix (the fast case); else each image is a matrix, transposed.
@@ -11,12 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.backend import Act, Geometry, Moments, Passes
+from onefold.reparam.kernels.backend import Act, Geometry, Moments
 from onefold.reparam.kernels.triton_base import (
-    INTERPRETED,
     Launch,
     activate,
-    ceiling,
+    clamp_arguments,
     constexpr,
     gram_block,
     jit,
@@ -29,53 +28,6 @@ from onefold.reparam.kernels.triton_base import (
     through,
     tl,
 )
-from onefold.reparam.kernels.triton_depthwise import Depthwise
-
-__all__ = ["Triton", "supports"]
-
-
-def supports(x: Tensor, geometry: Geometry) -> bool:
-    """Whether these passes can take x: a float batch on a CUDA device (any, in the interpreter), of a known unit."""
-    if x.dim() != 4 or x.numel() == 0 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False
-    if not (x.is_cuda or INTERPRETED):
-        return False
-    return _is_pointwise(geometry) or (geometry.groups == x.shape[1] and max(geometry.taps) <= 7)
-
-
-class Triton:
-    """The passes of pointwise and depthwise units; `supports` says which."""
-
-    def moments(self, x: Tensor, geometry: Geometry) -> Moments:
-        """Mean and covariance of the patches of x."""
-        return _passes(geometry).moments(x, geometry)
-
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
-        """act(bias + kernel (patch - mean)): (B, O, H', W'), in the dtype and memory format of x."""
-        return _passes(geometry).convolve(x, kernel, bias, mean, geometry, act)
-
-    def kernel_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
-    ) -> tuple[Tensor, Tensor]:
-        """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,), in float64."""
-        return _passes(geometry).kernel_grad(grad, y, x, mean, geometry, act)
-
-    def input_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
-        geometry: Geometry, act: Act,
-    ) -> Tensor:  # fmt: skip
-        """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""
-        return _passes(geometry).input_grad(grad, y, x, kernel, mean, quad, shift, geometry, act)
-
-
-def _is_pointwise(geometry: Geometry) -> bool:
-    """Whether every place is read by itself, all channels together."""
-    return geometry == Geometry(1, (1, 1), (1, 1), (0, 0))
-
-
-def _passes(geometry: Geometry) -> Passes:
-    """The passes of this kind of unit."""
-    return _Pointwise() if _is_pointwise(geometry) else Depthwise()
 
 
 @jit
@@ -102,7 +54,7 @@ def _block(matrix: tensor, row: tensor, column: tensor, rows: tensor, columns: t
 
 @jit
 def _gradient(
-    grad: tensor, y: tensor, top: tensor, clamp: constexpr, tile: tensor, o: tensor,
+    grad: tensor, y: tensor, act_max: tensor, clamp: constexpr, tile: tensor, o: tensor,
     places: tensor, outputs: tensor, block_n: constexpr, channels_last: constexpr,
 ) -> tensor:  # fmt: skip
     """What the clamp lets through of the gradient at block_n places (block_n, outputs)."""
@@ -110,7 +62,7 @@ def _gradient(
     value = tl.load(pointer, mask=inside, other=0.0)
     if clamp:
         pointer, inside = _tile(y, tile, o, places, outputs, block_n, channels_last)
-        value = through(value, tl.load(pointer, mask=inside, other=0.0), top)
+        value = through(value, tl.load(pointer, mask=inside, other=0.0), act_max)
     return value
 
 
@@ -153,7 +105,7 @@ def _moments_kernel(
 
 @jit
 def _convolve_kernel(
-    x: tensor, kernel: tensor, offset: tensor, y: tensor, top: tensor, clamp: constexpr, outputs: tensor,
+    x: tensor, kernel: tensor, offset: tensor, y: tensor, act_max: tensor, clamp: constexpr, outputs: tensor,
     places: tensor, channels: tensor, channels_last: constexpr,
     block_n: constexpr, block_k: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
@@ -169,7 +121,7 @@ def _convolve_kernel(
         total = multiply(tl.load(pointer, mask=inside, other=0.0), tl.trans(weight), total)
     total += tl.load(offset + o, mask=o < outputs, other=0.0)[None, :]
     if clamp:
-        total = activate(total, top)
+        total = activate(total, act_max)
     pointer, inside = _tile(y, tile, o, places, outputs, block_n, channels_last)
     tl.store(pointer, total.to(y.dtype.element_ty), mask=inside)
 
@@ -177,7 +129,7 @@ def _convolve_kernel(
 @jit
 def _kernel_grad_kernel(
     x: tensor, shifts: tensor, centred: constexpr, grad: tensor, y: tensor, products: tensor, sums: tensor,
-    top: tensor, clamp: constexpr, outputs: tensor, tiles: tensor,
+    act_max: tensor, clamp: constexpr, outputs: tensor, tiles: tensor,
     places: tensor, channels: tensor, channels_last: constexpr,
     block_n: constexpr, block_a: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
@@ -187,7 +139,7 @@ def _kernel_grad_kernel(
     total = tl.zeros((block_a, block_b), tl.float32)
     bias = tl.zeros((block_a,), tl.float32)
     for tile in range(tl.program_id(2), tiles, tl.num_programs(2)):
-        value = _gradient(grad, y, top, clamp, tile, o, places, outputs, block_n, channels_last)
+        value = _gradient(grad, y, act_max, clamp, tile, o, places, outputs, block_n, channels_last)
         if centred:
             right = _centred(x, shifts, tile, c, places, channels, block_n, channels_last)
         else:
@@ -205,7 +157,7 @@ def _kernel_grad_kernel(
 @jit
 def _input_grad_kernel(
     x: tensor, grad: tensor, y: tensor, kernel: tensor, quad: tensor, scale: tensor, offset: tensor, dx: tensor,
-    top: tensor, clamp: constexpr, outputs: tensor,
+    act_max: tensor, clamp: constexpr, outputs: tensor,
     places: tensor, channels: tensor, channels_last: constexpr,
     block_n: constexpr, block_k: constexpr, block_b: constexpr,
 ) -> None:  # fmt: skip
@@ -222,7 +174,7 @@ def _input_grad_kernel(
     total = total * tl.load(scale)
     for start in range(0, outputs, block_k):
         o = start + tl.arange(0, block_k)
-        value = _gradient(grad, y, top, clamp, tile, o, places, outputs, block_n, channels_last)
+        value = _gradient(grad, y, act_max, clamp, tile, o, places, outputs, block_n, channels_last)
         weight = _block(kernel, o, c, outputs, channels)
         total = multiply(value.to(weight.dtype), weight, total)
     total += tl.load(offset + c, mask=c < channels, other=0.0)[None, :]
@@ -230,7 +182,7 @@ def _input_grad_kernel(
     tl.store(pointer, total.to(dx.dtype.element_ty), mask=inside)
 
 
-class _Pointwise:
+class Pointwise:
     """The passes of units that mix the channels of a place. The mean is taken off the products, not off each value."""
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
@@ -251,7 +203,7 @@ class _Pointwise:
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (row - mean)): (B, O, H, W)."""
         x = x.contiguous(memory_format=layout(x))
-        weight, (top, clamp) = kernel[0].to(x.dtype).contiguous(), ceiling(act)
+        weight, (act_max, clamp) = kernel[0].to(x.dtype).contiguous(), clamp_arguments(act)
         offset = (bias.double() - weight.double() @ mean[0].double()).float()
         outputs, sizes = len(weight), _sizes(x)
         block = product_block(x, sizes["places"], outputs)
@@ -259,15 +211,15 @@ class _Pointwise:
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
         grid = (_num_tiles(x, block) * -(-outputs // block["block_b"]),)
         with torch.cuda.device_of(x):
-            _convolve_kernel[grid](x, weight, offset, y, top, clamp, outputs, **sizes, **block)
+            _convolve_kernel[grid](x, weight, offset, y, act_max, clamp, outputs, **sizes, **block)
         return y
 
     def kernel_grad(
         self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (row - mean)^T (1, O, I), and of grad' (O,), in float64."""
-        x, grad, y = (each.contiguous(memory_format=layout(x)) for each in (x, grad, y))
-        (outputs, channels), (top, clamp) = (grad.shape[1], x.shape[1]), ceiling(act)
+        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_arguments(act)
         block = gram_block(x, outputs, channels)
         tiles, down, across = _num_tiles(x, block), -(-outputs // block["block_a"]), -(-channels // block["block_b"])
         parts = num_parts(tiles, down * across)
@@ -276,7 +228,7 @@ class _Pointwise:
         products, sums = shift.new_empty(parts, outputs, channels), shift.new_empty(parts, outputs)
         with torch.cuda.device_of(x):
             _kernel_grad_kernel[down, across, parts](
-                x, shift, centred, grad, y, products, sums, top, clamp, outputs, tiles, **_sizes(x), **block
+                x, shift, centred, grad, y, products, sums, act_max, clamp, outputs, tiles, **_sizes(x), **block
             )
         total, bias = products.sum(0, dtype=torch.float64), sums.sum(0, dtype=torch.float64)
         return (total - bias[:, None] * (mean[0].double() - shift))[None], bias
@@ -286,8 +238,8 @@ class _Pointwise:
         geometry: Geometry, act: Act,
     ) -> Tensor:  # fmt: skip
         """The rows' gradient kernel^T grad' + quad (row - mean) + shift, in the shape of x."""
-        x, grad, y = (each.contiguous(memory_format=layout(x)) for each in (x, grad, y))
-        (outputs, channels), (top, clamp) = (grad.shape[1], x.shape[1]), ceiling(act)
+        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_arguments(act)
         scale = quad.abs().amax().clamp_min(1e-30).float()  # a batch's quad may be below float16's least
         weight, square = kernel[0].to(x.dtype).contiguous(), (quad[0] / scale).to(x.dtype).contiguous()
         offset = (shift[0].double() - scale.double() * (square.double() @ mean[0].double())).float()
@@ -296,7 +248,7 @@ class _Pointwise:
         grid = (_num_tiles(x, block) * -(-channels // block["block_b"]),)
         with torch.cuda.device_of(x):
             _input_grad_kernel[grid](
-                x, grad, y, weight, square, scale, offset, dx, top, clamp, outputs, **sizes, **block
+                x, grad, y, weight, square, scale, offset, dx, act_max, clamp, outputs, **sizes, **block
             )
         return dx
 

@@ -44,7 +44,7 @@ INLINE void add(double* to, vec v) {
     at[0] += __builtin_convertvector(low, wide);
     at[1] += __builtin_convertvector(high, wide);
 }
-// The gradient where the activation let the value y through; top is its ceiling, below 0 where there is none.
+// The gradient where the activation let the value y through; top is its upper bound, below 0 where there is none.
 INLINE vec through(vec g, vec y, float top) {
     vec zero = {};
     mask open = (y > zero) & (y < top + zero);
