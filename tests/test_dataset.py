@@ -1,0 +1,272 @@
+"""Datasets of what a user has: splits, classes, labels.csv, and one sentence for each place that cannot be used."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onefold.data import Dataset, ImageFiles, ImageLoader, Subset, find_images, open_dataset
+from onefold.data.dataset import fingerprint
+from onefold.data.preprocessing import IMAGENET
+from onefold.errors import BadArgument, BadData, MissingExtra
+from pictures import SMALL, noise, write_images
+
+
+def test_the_digits_are_embedded_and_split_by_class() -> None:
+    train = open_dataset("digits", "train", seed=0, val_fraction=0.2)
+    val = open_dataset("digits", "val", seed=0, val_fraction=0.2)
+    assert train.classes == val.classes == tuple("0123456789")
+    assert len(train) + len(val) == 1797
+    assert not {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))}
+    held = Counter(val.label(i) for i in range(len(val)))
+    assert all(35 <= held[digit] <= 37 for digit in range(10))  # a fifth of 174 to 183
+    pixels = np.asarray(train.image(0))
+    assert pixels.shape == (8, 8, 3)
+    assert pixels.max() > 200
+    other = open_dataset("digits", "val", seed=1, val_fraction=0.2)
+    assert {val.name(i) for i in range(len(val))} != {other.name(i) for i in range(len(other))}
+
+
+def test_the_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *rest: object) -> object:
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(MissingExtra, match=r'pip install "onefold\[digits\]"'):
+        open_dataset("digits", "train", seed=0, val_fraction=0.2)
+
+
+def labelled(source: Dataset) -> dict[str, str]:
+    return {source.name(i): source.classes[source.label(i)] for i in range(len(source))}
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_a_folder_that_is_split_already(tmp_path: Path, held_out: str) -> None:
+    write_images(tmp_path, ["train/dog/1.jpg", "train/cat/2.JPEG", "train/cat/deep/er/3.png", f"{held_out}/cat/4.png"])
+    write_images(tmp_path, [f"{held_out}/dog/5.webp"])
+    (tmp_path / "train/cat/.hidden.jpg").write_bytes(b"")
+    (tmp_path / "train/.DS_Store").write_bytes(b"")
+    (tmp_path / "train/__MACOSX").mkdir()
+    (tmp_path / "train/cat/notes.txt").write_text("a note")
+    train = open_dataset(tmp_path, "train", seed=0, val_fraction=0.5)
+    assert train.classes == ("cat", "dog")
+    assert labelled(train) == {"cat/2.JPEG": "cat", "cat/deep/er/3.png": "cat", "dog/1.jpg": "dog"}
+    val = open_dataset(str(tmp_path), "val", seed=0, val_fraction=0.5)
+    assert labelled(val) == {"cat/4.png": "cat", "dog/5.webp": "dog"}
+    np.testing.assert_array_equal(np.asarray(val.image(0)), np.asarray(noise(12, 16, 3)))
+
+
+def test_one_folder_of_class_folders_is_split_by_names_and_seed(tmp_path: Path) -> None:
+    files = [f"{kind}/{i}.png" for kind in ("a", "b") for i in range(10)] + ["c/only.png", "train/1.png", "train/2.png"]
+    write_images(tmp_path, files)  # a class may be called train
+    train, val = (labelled(open_dataset(tmp_path, s, seed=3, val_fraction=0.3)) for s in ("train", "val"))
+    assert sorted({**train, **val}) == sorted(files)
+    assert Counter(val.values()) == {"a": 3, "b": 3, "train": 1}
+    write_images(tmp_path, ["a/new.png"])
+    later = labelled(open_dataset(tmp_path, "val", seed=3, val_fraction=0.3))
+    assert len(set(val) - set(later)) <= 1
+    everything = open_dataset(tmp_path, "val", seed=3, val_fraction=1.0)
+    assert len(everything) == len(files) + 1
+    assert len(open_dataset(tmp_path, "train", seed=3, val_fraction=0.0)) == len(files) + 1
+
+
+def test_train_alone_is_split_and_val_alone_can_be_evaluated_on(tmp_path: Path) -> None:
+    write_images(tmp_path / "one", [f"train/{kind}/{i}.png" for kind in "ab" for i in range(4)])
+    train, val = (labelled(open_dataset(tmp_path / "one", s, seed=0, val_fraction=0.25)) for s in ("train", "val"))
+    assert (len(train), len(val), set(train.values())) == (6, 2, {"a", "b"})
+    write_images(tmp_path / "two", ["val/a/1.png", "val/b/1.png"])
+    assert len(open_dataset(tmp_path / "two", "val", seed=0, val_fraction=0.2)) == 2
+    with pytest.raises(BadData, match="has val/ and no train/"):
+        open_dataset(tmp_path / "two", "train", seed=0, val_fraction=0.2)
+
+
+@pytest.mark.parametrize("table", ["file,label\n{}", "\ufeffFile ; Label ; extra\n{};x", "label\tfile\n"])
+def test_labels_by_name(tmp_path: Path, table: str) -> None:
+    write_images(tmp_path, ["images/1.png", "2.png", "images/3.png", "4.png"])
+    names = {"1.png": "zebra", "2.png": "ant, red", "images/3.png": "zebra", "4.png": "ant, red"}
+    separator = max(",;\t", key=table.count)
+    columns = [c.strip() for c in table.splitlines()[0].split(separator)]
+    with (tmp_path / "labels.csv").open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, delimiter=separator)
+        writer.writerow(columns)
+        for file, label in names.items():
+            writer.writerow([{"file": file, "label": label}.get(c.strip("\ufeff").lower(), "x") for c in columns])
+    source = open_dataset(tmp_path, "val", seed=0, val_fraction=1.0)
+    assert source.classes == ("ant, red", "zebra")
+    expected = {"images/1.png": "zebra", "2.png": "ant, red", "images/3.png": "zebra", "4.png": "ant, red"}
+    assert labelled(source) == expected
+    half = open_dataset(tmp_path, "train", seed=0, val_fraction=0.5)
+    assert Counter(labelled(half).values()) == {"ant, red": 1, "zebra": 1}
+
+
+def test_labels_by_index(tmp_path: Path) -> None:
+    write_images(tmp_path, ["1.png", "2.png"])
+    table = tmp_path / "labels.csv"
+    table.write_text("index,file,name\n3,1.png,owl\n0,2.png,elk\n")
+    source = open_dataset(tmp_path, "val", seed=0, val_fraction=1.0)
+    assert (source.classes, source.label(0), source.label(1)) == (("0", "1", "2", "3"), 3, 0)
+    with pytest.raises(BadData, match="classes without an image to train on: 1, 2"):
+        open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
+    table.write_text("index,file,label\n3,1.png,owl\n0,2.png,elk\n")
+    assert open_dataset(tmp_path, "val", seed=0, val_fraction=1.0).classes == ("elk", "1", "2", "owl")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "expected the columns file,label or file,index"),
+        ("name,label\n1.png,a\n", "expected the columns file,label or file,index"),
+        ("file,class\n1.png,a\n", "expected the columns"),
+        ("file,label\n", "lists no images"),
+        ("file,label\n1.png,a\ngone.png,b\nlost.png,b\n", "lists 2 files that are not there: gone.png, lost.png"),
+        ("file,label\n1.png,a\n1.png,b\n", "lists 1.png twice, in lines 2 and 3"),
+        ("file,label\n1.png,\n", "line 2: expected a file and its class"),
+        ("file,label\n1.png\n", "line 2: expected a file and its class"),
+        ("file,index\n1.png,-1\n", "line 2: the index is '-1'"),
+        ("file,index\n1.png,two\n", "line 2: the index is 'two'"),
+        ("file,index\n1.png,0\n2.png,1000000\n", "line 3: the index is '1000000', expected a number from 0"),
+        ("file,index\n1.png,99999999999999999999\n", "line 2: the index is"),
+        ("file,index,label\n1.png,0,a\n2.png,0,b\n", "line 3: index 0 is called both 'a' and 'b'"),
+    ],
+)
+def test_a_table_of_labels_that_cannot_be_used(tmp_path: Path, text: str, sentence: str) -> None:
+    write_images(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(BadData, match=r"labels\.csv") as caught:
+        open_dataset(tmp_path, "val", seed=0, val_fraction=1.0)
+    assert sentence in str(caught.value)
+
+
+def test_the_sample_of_imagenet_opens(shared_data: Path) -> None:
+    source = open_dataset(shared_data / "imagenet-sample", "val", seed=0, val_fraction=1.0)
+    assert (len(source), len(source.classes)) == (1000, 1000)
+    assert sorted(source.label(i) for i in range(1000)) == list(range(1000))
+    assert source.name(0) == "images/n01440764_tench.jpg"
+    assert IMAGENET(source.image(999)).shape == (3, 224, 224)
+
+
+def folder_faults(root: Path) -> dict[str, str]:
+    """Folders that cannot be used for training, each with what the sentence must say."""
+    write_images(root / "flat", ["1.png", "2.png"])
+    (root / "nothing").mkdir()
+    (root / "file.png").write_bytes(b"")
+    (root / "set.zip").write_bytes(b"")
+    write_images(root / "one", ["cat/1.png"])
+    write_images(root / "hollow", ["cat/1.png", "dog/1.png"])
+    (root / "hollow/emu").mkdir()
+    (root / "hollow/fox/.git").mkdir(parents=True)
+    (root / "heic/cat").mkdir(parents=True)
+    (root / "heic/cat/1.heic").write_bytes(b"")
+    (root / "heic/dog").mkdir()
+    write_images(
+        root / "differ", ["train/cat/1.png", "train/dog/1.png", "val/dog/1.png", "val/owl/1.png", "val/yak/1.png"]
+    )
+    write_images(root / "flat-split", ["train/1.png", "val/2.png"])
+    write_images(root / "single", ["a/1.png", "b/1.png"])
+    return {
+        "missing": "missing is not there: expected a folder of images, or the word digits",
+        "file.png": "is a file: expected a folder",
+        "set.zip": "is an archive: unpack it",
+        "flat": "holds 2 images and no class folders",
+        "nothing": "holds no images: it has no files at all",
+        "one": "has one class only, cat: training needs two or more",
+        "hollow": "class folders without images in",
+        "heic": "holds no images: of files it has 1 .heic",
+        "differ": "the classes differ; only in train: cat; only in val: owl, yak",
+        "flat-split": "train holds 1 images and no class folders",
+    }
+
+
+def test_a_folder_that_cannot_be_used_is_explained(tmp_path: Path) -> None:
+    for name, sentence in folder_faults(tmp_path).items():
+        with pytest.raises(BadData) as caught:
+            open_dataset(tmp_path / name, "train", seed=0, val_fraction=0.2)
+        assert sentence in str(caught.value)
+    with pytest.raises(BadData, match="emu, fox; fill or remove them"):
+        open_dataset(tmp_path / "hollow", "val", seed=0, val_fraction=0.2)
+    assert len(open_dataset(tmp_path / "one", "val", seed=0, val_fraction=1.0)) == 1  # to evaluate, one class will do
+    with pytest.raises(BadData, match="leaves no image for val"):
+        open_dataset(tmp_path / "single", "val", seed=0, val_fraction=0.2)
+    for split, fraction in (("test", 0.2), ("train", 1.5)):
+        with pytest.raises(BadArgument):
+            open_dataset(tmp_path / "one", split, seed=0, val_fraction=fraction)  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(20)
+def test_loops_of_links_and_special_files_do_not_hang(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a/1.png", "b/1.png"])
+    (tmp_path / "a/up").symlink_to("..")
+    (tmp_path / "a/self").symlink_to("self")
+    (tmp_path / "b/self.png").symlink_to("self.png")
+    os.mkfifo(tmp_path / "b/pipe.jpg")
+    source = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
+    assert [source.name(i) for i in range(len(source))] == [
+        "a/1.png",
+        "a/up/b/1.png",
+        "a/up/b/pipe.jpg",
+        "a/up/b/self.png",
+        "b/1.png",
+        "b/pipe.jpg",
+        "b/self.png",
+    ]
+    batches = ImageLoader(source, SMALL, batch_size=7, on_bad="skip")
+    ((images, labels),) = batches.epoch(0)
+    assert (len(images), labels.tolist()) == (3, [0, 0, 1])
+    assert list(batches.bad) == ["a/up/b/pipe.jpg", "a/up/b/self.png", "b/pipe.jpg", "b/self.png"]
+
+
+def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
+    raw = os.fsdecode(b"caf\xe9")
+    write_images(tmp_path, [f"{raw}/{raw}.png", "plain/<b>\n.png"])
+    source = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
+    assert source.classes == (raw, "plain")
+    assert os.fsencode(source.name(0)) == b"caf\xe9/caf\xe9.png"
+    assert source.image(0).size == (16, 12)
+    assert json.loads(json.dumps(source.name(0))) == source.name(0)
+    assert len(fingerprint(source)) == 64
+    table = b"file,label\ncaf\xe9.png,caf\xe9\nother.png,x\n"
+    listed = write_images(tmp_path / "listed", [f"{raw}.png", "other.png"])
+    (listed / "labels.csv").write_bytes(table)
+    assert open_dataset(listed, "train", seed=0, val_fraction=0.0).classes == (raw, "x")[:: 1 if raw < "x" else -1]
+
+
+def test_find_images(tmp_path: Path) -> None:
+    write_images(tmp_path, ["b/2.png", "b/a/1.jpg", "c.tif"])
+    (tmp_path / "b/.x.png").write_bytes(b"")
+    (tmp_path / "odd.data").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    found = find_images([tmp_path / "odd.data", str(tmp_path / "b"), tmp_path / "b/2.png", tmp_path / "c.tif"])
+    assert found == [tmp_path / "odd.data", tmp_path / "b/2.png", tmp_path / "b/a/1.jpg", tmp_path / "c.tif"]
+    with pytest.raises(BadData, match="empty holds no images"):
+        find_images([tmp_path / "empty"])
+    with pytest.raises(BadData, match="nowhere is not there"):
+        find_images([tmp_path / "c.tif", tmp_path / "nowhere"])
+
+
+def test_the_fingerprint_sees_names_sizes_labels_and_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a/1.png", "b/1.png"])
+    base = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
+    prints = {fingerprint(base)}
+    assert fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)) in prints
+    one = ImageFiles(tmp_path, ["a/1.png", "b/1.png"], [0, 1], ("a", "b"))
+    assert fingerprint(one) in prints
+    prints |= {fingerprint(replace(one, labels=[1, 0])), fingerprint(replace(one, classes=("a", "c")))}
+    prints |= {fingerprint(Subset(one, [1, 0])), fingerprint(Subset(one, [0]))}
+    with (tmp_path / "a/1.png").open("ab") as file:
+        file.write(b"!")
+    prints.add(fingerprint(one))
+    (tmp_path / "a/1.png").unlink()
+    prints.add(fingerprint(one))
+    assert len(prints) == 7
