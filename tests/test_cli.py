@@ -471,7 +471,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     "a report of nowhere": (3, "is not a folder", lambda h: ["report", h / "nowhere"]),
     "a report of nothing": (
         3,
-        "needs something to report",
+        "no run, result or artifact",
         lambda h: ["report", _class_folders(h / "e", {"x": 0}), "--out", h / "r.html"],
     ),
     "a demo over something": (2, "is not empty", lambda h: ["demo", "--out", h / "photos"]),

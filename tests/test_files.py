@@ -45,6 +45,13 @@ def test_a_full_or_forbidden_disk_is_told_and_the_old_file_stands(tmp_path: Path
     assert (tmp_path / "a").read_text() == "old"
 
 
+def test_a_text_never_takes_the_place_of_a_folder(tmp_path: Path):
+    write_text(tmp_path / "a" / "b", "kept")
+    with pytest.raises(NotWritable, match="it is a folder"):
+        write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a" / "b").read_text() == "kept"
+
+
 def test_a_place_below_a_file_is_told(tmp_path: Path):
     write_text(tmp_path / "a", "a file")
     with pytest.raises(NotWritable, match="choose a folder"):

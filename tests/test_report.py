@@ -653,7 +653,7 @@ def test_a_page_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "no space to write"), (errno.EROFS, "cannot write")])
-@pytest.mark.parametrize("where", ["mkdir", "write_text"])
+@pytest.mark.parametrize("where", ["mkdir", "write_text", "unlink"])
 def test_a_full_or_read_only_disk_is_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

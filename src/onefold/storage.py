@@ -38,11 +38,14 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
         raise NotWritable(_why(error, path)) from error
     finally:
-        _remove(aside)
+        with suppress(OSError):  # a read-only disk refuses this too, even where there is nothing to remove
+            _remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` (UTF-8) in the place of `path`, whole or not at all."""
+    """Put `text` (UTF-8) in the place of `path`, whole or not at all; a folder there is refused, not replaced."""
+    if path.is_dir():
+        raise NotWritable(f"cannot write {path}: it is a folder; give the name of a file")
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
