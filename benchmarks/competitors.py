@@ -33,7 +33,7 @@ from PIL import Image
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
 from onefold.commands.bench import call_of
-from onefold.commands.fuse import about_of
+from onefold.commands.fuse import model_info
 from onefold.commands.open import Network, Predictor, open_network, open_predictor
 from onefold.commands.quantizing import Calibration, quantized
 from onefold.commands.timm import init_norm_statistics_, is_timm
@@ -166,7 +166,7 @@ def export_one(job: Job, network: Network, made: Quantized | OnefoldError | None
             (network.card.in_chans, size, size),
             place,
             runtime=runtime,
-            about=about_of(network, name, made),
+            info=model_info(network, name, made),
             precision=precision,
         )
     except OnefoldError as error:

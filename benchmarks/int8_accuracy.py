@@ -54,11 +54,11 @@ from int8_vendors import VENDORS, Given
 from onefold.bench import Machine
 from onefold.errors import GateFailed, OnefoldError
 from onefold.runtimes import find_runtime, load
-from onefold.runtimes.vendor import first_line, versions
+from onefold.runtimes.base import first_line, installed_versions
 from onefold.storage import write_text
 
 HERE = Path(__file__).parent
-FLOATS = ("eager", "onnx", "openvino", "executorch", "litert", "ncnn", "mnn", "web")
+FLOATS = ("onnx", "openvino", "executorch", "litert", "ncnn", "mnn", "web")
 PACKAGES = ("onnxruntime", "openvino", "nncf", "executorch", "torchao", "ai-edge-litert", "litert-torch",
             "ai-edge-quantizer", "ncnn", "pnnx", "MNN", "onnx", "onnxscript", "torch", "numpy")  # fmt: skip
 ROWS = (
@@ -83,7 +83,7 @@ def answer(subject: Subject, method: str, runtime: str, threads: int) -> tuple[F
             weights=weights,
         )
         engine = find_runtime(runtime).load(vendor.make(given), precision="int8", threads=threads)
-        return asked(engine, subject.photos), {"method": vendor.title, "packages": versions(vendor.packages)}
+        return asked(engine, subject.photos), {"method": vendor.title, "packages": installed_versions(vendor.packages)}
     if method == "fp32":
         return _run(subject, subject.floats(runtime), threads)
     folder = subject.made(method)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from onefold.runtimes.vendor import mute, quiet, require
+from onefold.runtimes.base import mute, quiet, require
 
 
 @dataclass(frozen=True, kw_only=True)

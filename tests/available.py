@@ -6,6 +6,7 @@ in every test.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 
@@ -24,10 +25,11 @@ def missing(runtime: str) -> str | None:
             distribution(package)
         except PackageNotFoundError:
             return f"{runtime} is not installed: there is no package {package}"
+    if runtime == "web" and shutil.which("node") is None:
+        return "web needs Node.js"
     try:
         if runtime == "web":
-            web._node()
-            web._modules()
+            web._node_modules()
     except MissingExtra as error:
         return str(error)
     return None
@@ -35,8 +37,8 @@ def missing(runtime: str) -> str | None:
 
 def unavailable(runtime: str) -> str | None:
     """Why a runtime cannot run here, or None."""
-    obstacle: Callable[[], str | None] | None = find_runtime(runtime).OBSTACLE
-    return missing(runtime) or (None if obstacle is None else obstacle())
+    reason: Callable[[], str | None] | None = find_runtime(runtime).unavailable_reason
+    return missing(runtime) or (None if reason is None else reason())
 
 
 def require(runtime: str) -> None:

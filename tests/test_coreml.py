@@ -23,13 +23,13 @@ from onefold.errors import BadArgument, BadArtifact
 from onefold.models import create_model
 from onefold.quantize import Method, quantize
 from onefold.reparam import fuse
-from onefold.runtimes import About, Artifact, export, load
+from onefold.runtimes import Artifact, ModelInfo, export, load
 from onefold.runtimes import coreml as runtime
-from onefold.runtimes.vendor import quiet
+from onefold.runtimes.base import quiet
 
 require("coreml")
 SHAPE = (3, 16, 16)
-ABOUT = About(model="small", fused=True, classes=("a", "b", "c", "d", "e"), preprocessing={"size": 16})
+INFO = ModelInfo(model="small", fused=True, classes=("a", "b", "c", "d", "e"), preprocessing={"size": 16})
 
 
 class Small(nn.Module):
@@ -71,11 +71,11 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     return Machine
 
 
-def away(model: object, images: np.ndarray, folder: Path, precision: str, about: About = ABOUT) -> Artifact:
+def away(model: object, images: np.ndarray, folder: Path, precision: str, info: ModelInfo = INFO) -> Artifact:
     """Exported here, where it cannot run."""
     if sys.platform == "darwin":
         pytest.skip("about machines that are no Mac")
-    return export(model, images, folder, runtime="coreml", about=about, precision=precision)  # type: ignore[arg-type]
+    return export(model, images, folder, runtime="coreml", info=info, precision=precision)  # type: ignore[arg-type]
 
 
 def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_a_mac_refuses_what_does_not_answer_as_it_promises(
 
 
 def test_a_mac_compares_when_it_exports(small: nn.Module, x: np.ndarray, tmp_path: Path, mac: type[Machine]) -> None:
-    artifact = export(small, x[:2], tmp_path / "a", runtime="coreml", about=ABOUT)
+    artifact = export(small, x[:2], tmp_path / "a", runtime="coreml", info=INFO)
     assert artifact.parity is not None
     assert artifact.parity.difference < 1e-5
 
@@ -148,7 +148,7 @@ def test_a_network_of_8_bits_keeps_its_kernels_and_grids(
 def test_every_family_is_converted(name: str, seeded: int, tmp_path: Path) -> None:
     model = fuse(create_model(name, num_classes=7).eval())
     images = torch.randn(2, 3, 32, 32).numpy()
-    artifact = away(model, images, tmp_path / "a", "fp32", About(model=name, fused=True))
+    artifact = away(model, images, tmp_path / "a", "fp32", ModelInfo(model=name, fused=True))
     runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     logits = Machine(str(tmp_path / "p.mlpackage")).predict({"images": images[:1]})["logits"]
     np.testing.assert_allclose(logits, answer(model, images[:1]), rtol=1e-4, atol=1e-5)
@@ -164,7 +164,7 @@ def test_the_package_says_what_it_is(small: nn.Module, x: np.ndarray, tmp_path: 
     runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     told = Machine(str(tmp_path / "p.mlpackage")).metadata
     assert told["model"] == "small"
-    assert json.loads(told["classes"]) == list(ABOUT.classes or ())
+    assert json.loads(told["classes"]) == list(INFO.classes or ())
     assert not any("date" in name for name in told)
 
 

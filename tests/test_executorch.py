@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from available import require
-from onefold.runtimes import About, export, load
-from onefold.runtimes.program import trace
+from onefold.runtimes import ModelInfo, export, load
+from onefold.runtimes.exporter import trace
 from onefold.runtimes.reference import make_images
 
 require("executorch")
@@ -40,7 +40,7 @@ def small() -> nn.Module:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("executorch") / "fp32"
-    export(small(), SHAPE, folder, runtime="executorch", about=About(model="small", fused=True))
+    export(small(), SHAPE, folder, runtime="executorch", info=ModelInfo(model="small", fused=True))
     return folder
 
 
@@ -65,7 +65,7 @@ def test_nothing_is_heard_of_the_pool_or_the_processor(folder: Path, capfd: pyte
 
 def test_an_export_leaves_the_logging_of_the_process_alone(folder: Path, tmp_path: Path) -> None:
     before = list(logging.root.handlers), logging.root.level
-    export(small(), SHAPE, tmp_path / "out", runtime="executorch", about=About(model="small", fused=True))
+    export(small(), SHAPE, tmp_path / "out", runtime="executorch", info=ModelInfo(model="small", fused=True))
     assert (list(logging.root.handlers), logging.root.level) == before
 
 
@@ -74,7 +74,7 @@ def test_the_whole_network_goes_to_xnnpack() -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     from onefold.runtimes import executorch as runtime
-    from onefold.runtimes.vendor import quiet
+    from onefold.runtimes.base import quiet
 
     program = trace(small(), torch.zeros(2, *SHAPE))
     partitioner = runtime._partition().XnnpackPartitioner()
@@ -121,7 +121,7 @@ def test_layers_of_8_bits_answer_as_pytorch_simulates_them(tmp_path: Path) -> No
     x = make_images(SHAPE, num_images=8, seed=2)
     with torch.inference_mode():
         expected = model(torch.from_numpy(x)).numpy()
-    runtime.export(trace(model, torch.from_numpy(x)), tmp_path, about=About(model="w", fused=True), precision="int8")
+    runtime.export(trace(model, torch.from_numpy(x)), tmp_path, info=ModelInfo(model="w", fused=True), precision="int8")
     content = {"model.pte": (tmp_path / "model.pte").read_bytes()}
     engine = runtime.load(content, precision="int8", threads=1)
     assert np.ptp(expected) > 0.5
@@ -145,5 +145,5 @@ def test_a_layer_that_would_run_slowly_is_refused(tmp_path: Path) -> None:
 
     torch.manual_seed(4)
     with pytest.raises(BadArgument, match="XNNPACK does not take 1 of its layers"):
-        export(Computed().eval(), SHAPE, tmp_path / "out", runtime="executorch", about=About(model="c", fused=True))
+        export(Computed().eval(), SHAPE, tmp_path / "out", runtime="executorch", info=ModelInfo(model="c", fused=True))
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from onefold.commands.open import open_network, open_predictor
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
 from onefold.quantize import Method, quantize
 from onefold.reparam import drift, fuse, unfused_norms
-from onefold.runtimes import About
+from onefold.runtimes import ModelInfo
 from onefold.runtimes import export as export_to
 from onefold.runtimes.reference import make_images
 
@@ -80,21 +80,21 @@ def test_fused_by_us_kept_exported_and_measured(timm, tmp_path, capsys, monkeypa
     assert drift(whole.model, kept.model, whole.random_images()) < 1e-5
     for source in (f"timm:{SMALL}", "f.safetensors"):
         capsys.readouterr()
-        assert main(["export", source, "--to", "eager", "--img-size", "64"]) == 0
+        assert main(["export", source, "--to", "onnx", "--img-size", "64"]) == 0
         assert "random weights: accuracy unknown" in capsys.readouterr().out
-        manifest = json.loads((tmp_path / "artifacts/eager-fp32/manifest.json").read_text())
+        manifest = json.loads((tmp_path / "artifacts/onnx-fp32/manifest.json").read_text())
         assert (manifest["model"], manifest["fused"]) == (f"timm:{SMALL}", True)
         assert manifest["details"]["untrained"] is True
         assert "accuracy unknown" in manifest["source"]
         assert manifest["preprocessing"]["size"] == 64
-    bench = ("bench", "artifacts/eager-fp32", "f.safetensors", "--samples", "16", "--warmup", "0")
+    bench = ("bench", "artifacts/onnx-fp32", "f.safetensors", "--samples", "16", "--warmup", "0")
     assert main([*bench]) == 0
-    assert f"timm:{SMALL} eager fp32 random weights" in capsys.readouterr().out
+    assert f"timm:{SMALL} onnx fp32 random weights" in capsys.readouterr().out
     assert main(["bench", f"timm:{SMALL}", "--samples", "2", "--warmup", "0"]) == 2
     assert "is not fused" in capsys.readouterr().err
     assert main(["report", ".", "--out", "r.html"]) == 0
     page = Path("r.html").read_text()
-    assert f"timm:{SMALL} eager fp32 random weights" in page
+    assert f"timm:{SMALL} onnx fp32 random weights" in page
     assert f"Latency of timm:{SMALL} (random weights)" in page
 
 
@@ -113,7 +113,7 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     tagged = open_network(f"timm:{SMALL}.rvgg_in1k@{tmp_path / 'w.pth'}")
     assert tagged.card.licence == "mit"
     fuse_stage(spec, tmp_path / "f.safetensors")
-    [artifact] = export(tmp_path / "f.safetensors", tmp_path / "a", Order(runtimes=["eager"], size=64))
+    [artifact] = export(tmp_path / "f.safetensors", tmp_path / "a", Order(runtimes=["onnx"], size=64))
     assert "random" not in artifact.title
     assert artifact.num_classes == 5
 
@@ -169,6 +169,6 @@ class Twins(nn.Module):
 def test_equal_kernels_of_8_bits_are_taken_by_onnx_runtime(seeded, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(limit=63))
-    about = About(model="twins", fused=True)
-    artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", about=about, precision="int8")
+    info = ModelInfo(model="twins", fused=True)
+    artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", info=info, precision="int8")
     assert artifact.parity.difference < 1e-6

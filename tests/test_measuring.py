@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = fuse(create_model("mobilenetv1_025", num_classes=4).eval())
     save_weights(model, home / "fused.safetensors", Card(model="mobilenetv1_025", num_classes=4, fused=True))
-    export(home / "fused.safetensors", home / "artifacts", Order(runtimes=["eager", "onnx"], size=SIZE))
+    export(home / "fused.safetensors", home / "artifacts", Order(runtimes=["onnx"], size=SIZE))
     here = bench.Machine.this(())
     rates = [
         bench.Limit(kind=kind, threads=1, median=best, best=best, how="by hand", num_bytes=size)
@@ -148,14 +148,13 @@ def test_processors_can_be_chosen(home: Path) -> None:
         (["bench", "A", "--aa", "--plant", "2"], 2, "give one of them"),
         (["limits", "--threads", "0"], 2, "numbers from 1 to 1024"),
         (["limits", "--threads", "one"], 2, "numbers from 1 to 1024"),
-        (["profile", "E"], 2, "eager does not tell how long its layers take; onnx and openvino do"),
         (["profile", "nowhere"], 4, "expected an artifact folder"),
     ],
 )
 def test_mistakes_have_their_sentence(
     home: Path, arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"A": str(home / "artifacts/onnx-fp32"), "E": str(home / "artifacts/eager-fp32")}
+    places = {"A": str(home / "artifacts/onnx-fp32")}
     assert run(*(places.get(each, each) for each in arguments)) == status
     error = capsys.readouterr().err
     assert words in error
@@ -205,6 +204,7 @@ def test_a_layer_is_the_median_of_its_calls() -> None:
     assert medians(runs) == [Layer(name="a", kind="Conv", ns=6), Layer(name="b", kind="Gemm", ns=1)]
 
 
-def test_only_runtimes_that_tell_are_profiled(home: Path) -> None:
-    with pytest.raises(BadArgument, match="export to one of them"):
-        profile(home / "artifacts/eager-fp32")
+def test_only_runtimes_that_measure_their_layers_are_profiled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onefold.runtimes.profile.PROFILED", ("openvino",))
+    with pytest.raises(BadArgument, match="onnx does not report the time of its layers; openvino do"):
+        profile(home / "artifacts/onnx-fp32")

@@ -15,13 +15,13 @@ from torch import nn
 
 from available import require
 from onefold.errors import BadArgument
-from onefold.runtimes import About, export, load
+from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import mnn as runtime
 from onefold.runtimes.reference import make_images
 
 require("mnn")
 SHAPE = (3, 16, 16)
-ABOUT = About(model="small", fused=True)
+INFO = ModelInfo(model="small", fused=True)
 
 
 def small() -> nn.Module:
@@ -36,7 +36,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 def refuse(*_): raise SystemExit("the network was asked for")
 socket.socket.connect = socket.getaddrinfo = refuse
-from test_mnn import ABOUT, SHAPE, small
+from test_mnn import INFO, SHAPE, small
 from onefold.runtimes import export, load
 asked = []
 start = subprocess.Popen.__init__
@@ -46,7 +46,7 @@ def watched(self, call, *rest, **how):
 subprocess.Popen.__init__ = watched
 import os
 os.system = refuse
-with load(export(small(), SHAPE, sys.argv[2], runtime="mnn", about=ABOUT)) as session:
+with load(export(small(), SHAPE, sys.argv[2], runtime="mnn", info=INFO)) as session:
     assert session(np.zeros((1, *SHAPE), np.float32)).shape == (1, 5)
 assert len(asked) == 1 and asked[0][0] == sys.executable and "mnnconvert" in asked[0][2]
 assert not [name for name in sys.modules if name.startswith(("MNN.tools", "aliyun"))]
@@ -86,7 +86,7 @@ def test_16_bits_halve_the_file_and_keep_the_answer(tmp_path: Path) -> None:
     expected = {"fp32": answer(small(), x), "fp16": answer(small().half().float(), x)}
     sizes, errors = {}, {}
     for precision in ("fp32", "fp16"):
-        artifact = export(small(), SHAPE, tmp_path / precision, runtime="mnn", about=ABOUT, precision=precision)
+        artifact = export(small(), SHAPE, tmp_path / precision, runtime="mnn", info=INFO, precision=precision)
         sizes[precision] = artifact.files["model.mnn"].num_bytes
         with load(artifact) as session:
             errors[precision] = np.abs(session(x) - expected[precision]).max() / np.abs(expected[precision]).max()
@@ -98,8 +98,8 @@ def test_16_bits_halve_the_file_and_keep_the_answer(tmp_path: Path) -> None:
 
 
 def test_8_bits_are_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(BadArgument, match="its converter does not read our grids; choose one of: fp32, fp16"):
-        export(small(), SHAPE, tmp_path / "out", runtime="mnn", about=ABOUT, precision="int8")
+    with pytest.raises(BadArgument, match="its converter misreads asymmetric QDQ models; choose one of: fp32, fp16"):
+        export(small(), SHAPE, tmp_path / "out", runtime="mnn", info=INFO, precision="int8")
 
 
 @pytest.mark.parametrize("how", ["sys.exit(3)", "sys.exit(0)", "import os; os.abort()"])
@@ -107,5 +107,5 @@ def test_a_converter_that_fails_is_told(how: str, tmp_path: Path, monkeypatch: p
     """Also one that ends its process, as MNN's does, or says nothing and writes nothing."""
     monkeypatch.setattr(runtime, "_CONVERT", f"import sys; print('no such thing', file=sys.stderr, flush=True); {how}")
     with pytest.raises(BadArgument, match=r"mnn cannot take this network: .* ended with status .*no such thing"):
-        export(small(), SHAPE, tmp_path / "out", runtime="mnn", about=ABOUT)
+        export(small(), SHAPE, tmp_path / "out", runtime="mnn", info=INFO)
     assert list(tmp_path.iterdir()) == []

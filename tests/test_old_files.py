@@ -50,13 +50,23 @@ def test_old_weights_predict_what_they_predicted(source: str, old: Path, capsys:
     assert_predictions(expected, capsys.readouterr().out, tolerance=0.05 if source == "int8-run" else 1e-3)
 
 
-@pytest.mark.parametrize("name", ["onnx-fp32", "onnx-int8", "eager-fp32"])
+@pytest.mark.parametrize("name", ["onnx-fp32", "onnx-int8"])
 def test_an_old_artifact_predicts_what_it_predicted(name: str, old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name.startswith("onnx"):
         pytest.importorskip("onnxruntime")
     assert main(["predict", f"artifacts/{name}", "photos/val", "--json", "--threads", "1"]) == 0
     tolerance = 0.05 if name.endswith("int8") else 1e-3
     assert_predictions(old / "expected" / f"{name}-predictions.jsonl", capsys.readouterr().out, tolerance)
+
+
+def test_an_old_artifact_of_the_removed_runtime_is_refused_in_a_sentence(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "artifacts/eager-fp32", "photos/val"]) == 4
+    error = capsys.readouterr().err
+    assert "the runtime eager was removed and its format is no longer read" in error
+    assert "onefold fuse" in error
+    assert error.count("\n") == 1
 
 
 def test_an_old_run_is_resumed_within_an_epoch_and_ends_as_it_would_have(old: Path) -> None:

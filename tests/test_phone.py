@@ -22,7 +22,7 @@ from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, Plan, look
 from onefold.phone.benchmark import Call
 from onefold.phone.device import Condition
-from onefold.runtimes.artifact import MANIFEST, REFERENCE, Artifact, Parity, render, seal
+from onefold.runtimes.artifact import MANIFEST, REFERENCE, Artifact, Parity, hash_files, render_manifest
 from onefold.runtimes.reference import Reference, make_images, write_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,9 +113,9 @@ def artifact(phone: FakePhone, name: str, runtime: str = "litert", ms: int = 10,
         source=None,
         details={},
         made_with={"onefold": "0.1.0"},
-        files=seal(folder),
+        files=hash_files(folder),
     )
-    (folder / MANIFEST).write_text(render(made))
+    (folder / MANIFEST).write_text(render_manifest(made))
     first = images[0].transpose(1, 2, 0) if runtime == "litert" else images[0]
     digest = hashlib.sha256(np.ascontiguousarray(first).tobytes()).hexdigest()
     (phone.home / "answers" / digest).write_bytes(logits[0].tobytes())

@@ -33,7 +33,7 @@ from onefold.quantize.qparams import Grid, choose, weight_scales
 from onefold.quantize.rounding import by_moments, nearest
 from onefold.quantize.walk import ranges_of
 from onefold.reparam import fuse
-from onefold.runtimes import About, export, find_runtime, load
+from onefold.runtimes import ModelInfo, export, find_runtime, load
 
 RANGES = ("minmax", "percentile", "mse", "entropy")
 
@@ -267,8 +267,8 @@ def test_sums_beyond_what_float32_holds_are_exact(small: nn.Module, images: Tens
     steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     step = state["pointwise.weight_scale"][0] * steps[2].args[1]
     assert (state["pointwise.bias"][0] / step).abs() > 2**24
-    about, x = About(model="small", fused=True), torch.randn(64, 3, 16, 16)
-    with load(export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8")) as session:
+    info, x = ModelInfo(model="small", fused=True), torch.randn(64, 3, 16, 16)
+    with load(export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8")) as session:
         assert np.array_equal(session(x.numpy()), answer(made.model, x).numpy())
 
 
@@ -339,9 +339,9 @@ def test_runtimes_compute_the_network_that_was_simulated(
 ) -> None:
     """With 7-bit weights, so that it holds on processors whose 16-bit sums saturate."""
     made = quantize(small, images, Method(limit=63))
-    about = About(model="small", fused=True, details={"quantization": {"method": made.method.title}})
+    info = ModelInfo(model="small", fused=True, details={"quantization": {"method": made.method.title}})
     x = torch.randn(64, 3, 16, 16)
-    artifact = export(made, x[:2].numpy(), tmp_path / "a", runtime=runtime, about=about, precision="int8")
+    artifact = export(made, x[:2].numpy(), tmp_path / "a", runtime=runtime, info=info, precision="int8")
     assert artifact.details["quantization"] == {"method": made.method.title}
     if runtime not in RUNNABLE:
         return
@@ -375,8 +375,8 @@ def test_mobileone_s0_survives(weights: str, shared_data: Path) -> None:
 
 def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
     made = quantize(small, images)
-    about = About(model="small", fused=True)
-    folder = export(made, images.numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8").folder
+    info = ModelInfo(model="small", fused=True)
+    folder = export(made, images.numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8").folder
     graph = onnx.load(folder / "model.onnx").graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
@@ -395,7 +395,7 @@ def test_onnx_gives_images_channels_in_fours_for_its_quick_kernels(
         images[:2].numpy(),
         tmp_path / "a",
         runtime="onnx",
-        about=About(model="small", fused=True),
+        info=ModelInfo(model="small", fused=True),
         precision="int8",
     )
     graph = onnx.load(tmp_path / "a" / "model.onnx").graph
@@ -426,8 +426,8 @@ def test_images_that_need_no_fourth_channel_or_cannot_have_one_are_left(kind: st
 
     x = torch.randn(16, channels, 12, 12)
     made = quantize(Other().eval(), x, Method(limit=63))
-    about = About(model="other", fused=True)
-    folder = export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", about=about, precision="int8").folder
+    info = ModelInfo(model="other", fused=True)
+    folder = export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8").folder
     assert not [node for node in onnx.load(folder / "model.onnx").graph.node if node.op_type == "Pad"]
     with load(folder) as session:
         assert np.allclose(session(x.numpy()), answer(made.model, x).numpy(), atol=1e-6)
@@ -451,7 +451,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded:
     preprocessing = {"size": 32, "crop_pct": 1.0, "mean": [0.5], "std": [0.5], "channels": 1}
     facts = {"model": "mobileone_s0", "num_classes": 10, "in_chans": 1, "fused": True}
     save_weights(model, weights, Card(**facts, preprocessing=preprocessing))
-    order = ["export", str(weights), "--out", str(tmp_path / "artifacts"), "--to", "eager,onnx", "--precision", "int8"]
+    order = ["export", str(weights), "--out", str(tmp_path / "artifacts"), "--to", "onnx", "--precision", "int8"]
     assert main(order) == 2
     assert "give --data" in capsys.readouterr().err
     assert main([*order, "--data", "digits", "--calibrate", "24"]) == 0

@@ -22,7 +22,7 @@ MODELS = {
     "mnv1_025_224_tf": ("mobilenetv1_025_224_in1k_tf_unfused.npz", "mobilenetv1_025.tf", 224),
     "mnv1_025_224_pt_leaky": ("mobilenetv1_025_224_in1k_pytorch_leaky_unfused.npz", "mobilenetv1_025.leaky", 224),
 }
-RUNTIMES = ("eager", "onnx", "openvino")
+RUNTIMES = ("onnx", "openvino")
 
 
 def reference(shared: Path, column: str) -> dict[str, int]:

@@ -31,8 +31,7 @@ from onefold.report.aggregate import aggregate_inputs, group_by_subject, label
 from onefold.report.format import joined, latency, one_line, plural, printable, significant, size
 from onefold.report.load import Inputs, load_inputs
 from onefold.report.page import render
-from onefold.runtimes.artifact import Artifact, Parity, StoredFile
-from onefold.runtimes.artifact import render as manifest_of
+from onefold.runtimes.artifact import Artifact, Parity, StoredFile, render_manifest
 
 MACHINE = bench.Machine(
     chip="Test Chip 9",
@@ -176,7 +175,7 @@ def an_artifact(folder: Path, name: str = "onnx-fp32", **changes: Any) -> Path:
             "reference.npz": StoredFile(num_bytes=10**9, sha256="c" * 64),
         },
     }
-    (artifact / "manifest.json").write_text(manifest_of(Artifact(folder=artifact, **{**fields, **changes})))
+    (artifact / "manifest.json").write_text(render_manifest(Artifact(folder=artifact, **{**fields, **changes})))
     return artifact
 
 

@@ -27,8 +27,8 @@ from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights
 from onefold.runtimes import web
-from onefold.runtimes.loading import code, platforms
-from test_handbook import PREPARED, SIZES, blocks, fake, python_of
+from onefold.runtimes.readme import platforms_of, render_code
+from test_readme import PREPARED, SIZES, blocks, fake, python_of
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn"}
 PHOTOS = ("n01440764_tench.jpg", "n02123045_tabby.jpg", "n07747607_orange.jpg")
@@ -127,7 +127,7 @@ def test_cpp_prepares_photos_as_onefold_does(
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     for runtime in ("onnx", "litert"):
-        (text,) = blocks(code(fake(runtime, prepared=prepared), "cpp"), "cpp")
+        (text,) = blocks(render_code(fake(runtime, prepared=prepared), "cpp"), "cpp")
         text = "#include <cstdlib>\n" + text[text.index("#include <algorithm>") : text.index("int main")]
         text += """
 int main(int, char** words) {
@@ -152,7 +152,7 @@ def test_javascript_prepares_photos_as_onefold_does(
     prepared: Preprocessing, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
     node = needs_node()
-    (text,) = blocks(code(fake("web", prepared=prepared), "javascript"), "js")
+    (text,) = blocks(render_code(fake("web", prepared=prepared), "javascript"), "js")
     text = text.replace('import * as ort from "onnxruntime-web";', 'import { readFileSync, writeSync } from "node:fs";')
     text += """
 const [width, height] = process.argv.slice(2).map(Number);
@@ -197,7 +197,7 @@ def test_cpp_fits_the_vendors_headers(runtime: str, tmp_path: Path) -> None:
         pytest.skip("needs a C++ compiler")
     includes = [word for path in headers_of(runtime) for word in ("-isystem", str(path))]
     for prepared in WAYS:
-        (text,) = blocks(code(fake(runtime, prepared=prepared), "cpp"), "cpp")
+        (text,) = blocks(render_code(fake(runtime, prepared=prepared), "cpp"), "cpp")
         (tmp_path / "classify.cpp").write_text(text)
         call = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *includes]
         call += ["-DC10_USING_CUSTOM_GENERATED_MACROS", str(tmp_path / "classify.cpp")]
@@ -212,8 +212,8 @@ def test_the_process_of_onnx_runtime_web_is_javascript_that_node_reads() -> None
 @pytest.mark.parametrize("runtime", ["onnx", "web"])
 def test_javascript_is_well_formed(runtime: str, tmp_path: Path) -> None:
     node = needs_node()
-    assert "javascript" in platforms(runtime)
-    (text,) = blocks(code(fake(runtime), "javascript"), "js")
+    assert "javascript" in platforms_of(runtime)
+    (text,) = blocks(render_code(fake(runtime), "javascript"), "js")
     (tmp_path / "classify.mjs").write_text(text)
     done = subprocess.run(
         [node, "--check", str(tmp_path / "classify.mjs")], capture_output=True, text=True, check=False

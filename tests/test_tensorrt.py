@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadArtifact
-from onefold.runtimes import About, export, load
+from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import tensorrt as runtime
 from onefold.runtimes.reference import make_images
 
@@ -27,7 +27,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 SHAPE = (3, 14, 14)
-ABOUT = About(model="small", fused=True)
+INFO = ModelInfo(model="small", fused=True)
 
 
 class Small(nn.Module):
@@ -157,7 +157,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     told = SimpleNamespace(cleared=[], profiles=[], calls=[], unreadable=False, unbuildable=False)
     stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", package(told))
-    monkeypatch.setattr(runtime, "OBSTACLE", lambda: None)
+    monkeypatch.setattr(runtime, "unavailable_reason", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext())
     monkeypatch.setattr(runtime, "_DEVICE", "cpu")
@@ -168,7 +168,7 @@ def away(folder: Path, precision: str) -> Path:
     """Exported where there is no GPU."""
     if torch.cuda.is_available():
         pytest.skip("about machines without a GPU")
-    return export(small(), SHAPE, folder, runtime="tensorrt", about=ABOUT, precision=precision).folder
+    return export(small(), SHAPE, folder, runtime="tensorrt", info=INFO, precision=precision).folder
 
 
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("fp16", 5e-3)])
@@ -203,7 +203,7 @@ def test_without_a_gpu_it_is_not_loaded_and_with_one_it_is(tmp_path: Path, reque
 
 
 def test_with_a_gpu_an_export_compares(tmp_path: Path, asked: SimpleNamespace) -> None:
-    artifact = export(small(), SHAPE, tmp_path / "a", runtime="tensorrt", about=ABOUT, precision="fp16")
+    artifact = export(small(), SHAPE, tmp_path / "a", runtime="tensorrt", info=INFO, precision="fp16")
     assert artifact.parity is not None
     assert 0 < artifact.parity.difference < 0.005
     assert [shape[0] for shape in asked.calls] == [2, 1, 3]
@@ -213,12 +213,12 @@ def test_with_a_gpu_an_export_compares(tmp_path: Path, asked: SimpleNamespace) -
 def test_what_tensorrt_cannot_do_is_told(trouble: str, said: str, tmp_path: Path, asked: SimpleNamespace) -> None:
     setattr(asked, trouble, True)
     with pytest.raises(BadArgument, match=f"tensorrt cannot take this network: .*{said}"):
-        export(small(), SHAPE, tmp_path / "a", runtime="tensorrt", about=ABOUT)
+        export(small(), SHAPE, tmp_path / "a", runtime="tensorrt", info=INFO)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_that_reads_other_files_is_refused(asked: SimpleNamespace, tmp_path: Path) -> None:
-    export(small(), SHAPE, tmp_path / "a", runtime="tensorrt", about=ABOUT)
+    export(small(), SHAPE, tmp_path / "a", runtime="tensorrt", info=INFO)
     model = onnx.load(tmp_path / "a" / "model.onnx")
     onnx.external_data_helper.set_external_data(model.graph.initializer[0], "secret.bin")
     with pytest.raises(BadArtifact, match="other files"):

@@ -13,7 +13,7 @@ from torch import nn
 
 from available import require
 from onefold.errors import LostWorker, MissingExtra
-from onefold.runtimes import About, export, load
+from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import web as runtime
 from onefold.runtimes.reference import make_images
 
@@ -29,7 +29,7 @@ def small() -> nn.Module:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web") / "fp32"
-    return export(small().eval(), SHAPE, folder, runtime="web", about=About(model="small", fused=True)).folder
+    return export(small().eval(), SHAPE, folder, runtime="web", info=ModelInfo(model="small", fused=True)).folder
 
 
 def children() -> set[int]:

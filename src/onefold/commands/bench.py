@@ -44,7 +44,7 @@ from onefold.phone.benchmark import place_of
 from onefold.runtimes import open_artifact
 from onefold.runtimes.artifact import REFERENCE, Artifact, is_artifact, read_files
 from onefold.runtimes.exporter import TOLERANCES
-from onefold.runtimes.reference import difference, read_reference
+from onefold.runtimes.reference import read_reference, relative_difference
 from onefold.storage import write_text
 
 _MORE_ATTEMPTS = 3
@@ -145,7 +145,7 @@ def _completed(candidate: _Candidate, order: Bench) -> _Candidate:
         return candidate
     if order.cold and is_artifact(Path(candidate.source)):
         arguments = [candidate.source, str(order.procedure.threads), str(order.batch)]
-        seen = measure_cold_start("onefold.runtimes.alone:first_call", arguments)
+        seen = measure_cold_start("onefold.runtimes.base:first_call", arguments)
     return replace(candidate, cold=seen)
 
 
@@ -364,7 +364,7 @@ def _check(artifact: Artifact, logits: Floats) -> Callable[[bytes], None]:
                 f"{artifact.folder} answers on the phone with {len(answer)} bytes: expected {4 * logits.size}, "
                 f"{logits.size} logits in float32"
             )
-        distance = difference(np.frombuffer(answer, "<f4").reshape(logits.shape), logits)
+        distance = relative_difference(np.frombuffer(answer, "<f4").reshape(logits.shape), logits)
         if not distance <= allowed:
             raise GateFailed(
                 f"{artifact.folder} does not answer on the phone as it promises: its logits differ from the reference "

@@ -32,7 +32,7 @@ from onefold.models.card import page_of
 from onefold.quantize import Quantized
 from onefold.report import require_matplotlib
 from onefold.runtimes import Artifact, Runtime, find_runtime
-from onefold.runtimes.vendor import versions
+from onefold.runtimes.base import installed_versions
 from onefold.storage import replacing, write_text
 
 Say = Callable[[str], None]
@@ -172,14 +172,14 @@ def _deploy(
 
 def _check_installed(name: str, kind: Runtime) -> None:
     """Say what is missing before an hour's work, not after it."""
-    missing = [package for package in kind.PACKAGES if package not in versions(kind.PACKAGES)]
+    missing = [package for package in kind.PACKAGES if package not in installed_versions(kind.PACKAGES)]
     if missing:
         raise MissingExtra(f'the runtime {name} needs {", ".join(missing)}; type: pip install "onefold[{name}]"')
 
 
 def _runs_here(artifact: Artifact) -> bool:
     kind = find_runtime(artifact.runtime)
-    return kind.OBSTACLE is None or kind.OBSTACLE() is None
+    return kind.unavailable_reason is None or kind.unavailable_reason() is None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from onefold.errors import BadArgument
 from onefold.models import Cost, cost
 from onefold.models.hub import save_weights
 from onefold.quantize import Quantized
-from onefold.runtimes import About, Artifact
+from onefold.runtimes import Artifact, ModelInfo
 from onefold.runtimes import export as export_to
 
 
@@ -76,7 +76,7 @@ def export_made(network: Network, made: Quantized | None, folder: Path, runtime:
         (network.card.in_chans, size, size),
         folder,
         runtime=runtime,
-        about=about_of(network, network.title, made),
+        info=model_info(network, network.title, made),
         precision=precision,
     )
 
@@ -87,10 +87,10 @@ def _cost(network: Network) -> dict[str, int]:
     return {"params": counted.params, "macs": counted.macs}
 
 
-def about_of(network: Network, source: str | Path, made: Quantized | None = None) -> About:
+def model_info(network: Network, source: str | Path, made: Quantized | None = None) -> ModelInfo:
     """What an artifact's manifest says of a network, and of how it was quantized."""
     card = network.card
-    return About(
+    return ModelInfo(
         model=card.model,
         fused=network.is_fused,
         drift=card.drift,

@@ -1,11 +1,13 @@
-"""Where a trained network runs: export it, open what was exported, load it.
+"""Export a trained model to a runtime, open what was exported, load it.
 
-    artifact = export(model, (3, 224, 224), "artifacts/onnx-fp32", runtime="onnx", about=About(model="...", fused=True))
+    info = ModelInfo(model="mobileone_s0", fused=True)
+    artifact = export(model, (3, 224, 224), "artifacts/onnx-fp32", runtime="onnx", info=info)
     with load("artifacts/onnx-fp32", threads=2) as session:
         logits = session(images)
 
-What `export` leaves explains itself: a README.md with code that loads it without onefold (docs/artifacts.md).
-No runtime's own package, and not torch either, is imported before it is used; to list the runtimes imports nothing.
+Every artifact holds a README.md with code that loads it without onefold (docs/artifacts.md). Names are imported when
+they are first used: listing RUNTIMES imports neither numpy nor torch, and no runtime's package is imported before it
+is needed.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from onefold.runtimes.names import RUNTIMES as RUNTIMES
+RUNTIMES: dict[str, str] = {
+    name: f"onefold.runtimes.{name}"
+    for name in ("onnx", "openvino", "executorch", "litert", "ncnn", "coreml", "mnn", "tensorrt", "web")
+}
+"""The module of each runtime by the runtime's name."""
 
 if TYPE_CHECKING:
-    from onefold.runtimes.artifact import About as About
     from onefold.runtimes.artifact import Artifact as Artifact
+    from onefold.runtimes.artifact import ModelInfo as ModelInfo
     from onefold.runtimes.artifact import Parity as Parity
     from onefold.runtimes.base import Runtime as Runtime
     from onefold.runtimes.base import Session as Session
@@ -30,20 +36,23 @@ if TYPE_CHECKING:
     from onefold.runtimes.profile import Layer as Layer
     from onefold.runtimes.profile import Profile as Profile
 
-_HOMES = {
-    "onefold.runtimes.artifact": ("About", "Artifact", "Parity"),
-    "onefold.runtimes.base": ("Runtime", "Session", "find_runtime"),
-    "onefold.runtimes.profile": ("Layer", "Profile"),
-    "onefold.runtimes.exporter": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "artifact": ("Artifact", "ModelInfo", "Parity"),
+        "base": ("Runtime", "Session", "find_runtime"),
+        "profile": ("Layer", "Profile"),
+        "exporter": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
+    }.items()
+    for name in names
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "RUNTIMES",
     "TOLERANCES",
-    "About",
     "Artifact",
     "Layer",
+    "ModelInfo",
     "Parity",
     "Profile",
     "Runtime",
@@ -57,9 +66,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'onefold.runtimes' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(f"onefold.runtimes.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,15 +1,14 @@
-"""An artifact: the folder that an export leaves, which says what it is and proves it.
+"""An artifact: the folder that an export writes, its manifest, and how both are read and verified.
 
     artifacts/onnx-fp32/
         model.onnx       what the runtime runs; each runtime has its own model.* files
         reference.npz    images (B, C, H, W) and the PyTorch model's logits (B, classes) for them, both float32
         README.md        the same for people, with code that loads it (readme.py); older artifacts have none
-        manifest.json    all that a user of the model must know, and the size and SHA-256 of every other file
+        manifest.json    model, classes, preprocessing, parity, and the size and SHA-256 of every other file
 
-Nothing is used before it is checked: every file is read once, compared with its hash, and handed on as bytes, so a
-model cannot point to a file outside. The manifest carries the digest of itself. Hashes tell damage from health, not
-friend from foe: who can write the folder can write its hashes. So nothing in it is trusted further than it is
-checked - no file is ever unpickled or run as Python - and a stranger's artifact deserves a stranger's welcome.
+Nothing is used before it is checked: every file is read once, compared with its hash, and passed on as bytes, so a
+model cannot point to a file outside. The manifest carries the digest of itself. Hashes detect damage, not malice: who
+can write the folder can write its hashes. So no file is ever unpickled or run as Python, whoever made the artifact.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from onefold.errors import BadArtifact
 SCHEMA = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference.npz"
-HANDBOOK = "README.md"
+README = "README.md"
 
 _LARGEST_MANIFEST = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -38,12 +37,12 @@ _T = TypeVar("_T", str, int, float, bool, list[object], dict[str, object])
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """What only the giver of a model knows: its name, its classes in the order of its logits, where it comes from.
+class ModelInfo:
+    """What an export cannot find in the model itself: its name, its classes in the order of its logits, its source.
 
-    `preprocessing` is any plain mapping that JSON can hold. `fused` says whether every foldable tree of the model was
-    folded, and `drift` how far the folded model's answer lies from the trained one's. `details` are further plain
-    facts, such as how it was quantized.
+    `preprocessing` is any plain mapping that JSON can hold. `fused` says whether every foldable branch of the model was
+    fused, and `drift` how far the fused model's logits lie from the trained one's, relative to the largest. `details`
+    are further plain values, such as how the model was quantized.
     """
 
     model: str
@@ -58,10 +57,10 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the runtime's answer lay from PyTorch's when it was exported.
+    """How far the runtime's logits lay from PyTorch's when the model was exported.
 
     `difference` is the largest difference of any two logits over the largest logit; `top1_agreement` the share of
-    images whose best class is the same; `images` how many were compared.
+    images with the same top class; `images` how many were compared.
     """
 
     difference: float
@@ -110,13 +109,13 @@ class Artifact:
 
     @property
     def title(self) -> str:
-        """One line for a table or a log; an unfused model is called so, and one that was never trained."""
-        drawn = " random weights" if self.details.get("untrained") is True else ""
-        return f"{self.model} {self.runtime} {self.precision}{drawn}{'' if self.fused else ' NOT FUSED'}"
+        """One line for a table or a log; it says where a model is unfused or was never trained."""
+        untrained = " random weights" if self.details.get("untrained") is True else ""
+        return f"{self.model} {self.runtime} {self.precision}{untrained}{'' if self.fused else ' NOT FUSED'}"
 
 
-def seal(folder: Path) -> dict[str, StoredFile]:
-    """Size and hash of every file that now lies in the folder."""
+def hash_files(folder: Path) -> dict[str, StoredFile]:
+    """Compute size and SHA-256 of every file that is in the folder now."""
     files = {}
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
@@ -124,11 +123,11 @@ def seal(folder: Path) -> dict[str, StoredFile]:
     return files
 
 
-def render(artifact: Artifact) -> str:
-    """The text of the manifest; its last line is the SHA-256 of the lines before it."""
+def render_manifest(artifact: Artifact) -> str:
+    """Write the manifest as JSON text; its last field is the SHA-256 of the text without that field."""
     fields = asdict(artifact)
     del fields["folder"]
-    return _sealed({"schema": SCHEMA, **fields})
+    return _with_digest({"schema": SCHEMA, **fields})
 
 
 def is_artifact(folder: Path) -> bool:
@@ -141,10 +140,12 @@ def is_artifact(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Artifact:
-    """The artifact in `folder`, as its manifest tells it; no other file is looked at. Raises BadArtifact."""
+    """Read the artifact in `folder` from its manifest; no other file is read. Raises BadArtifact."""
     if not folder.is_dir():
-        came = "a file" if folder.exists() else "nothing"
-        raise BadArtifact(f"expected an artifact folder at {folder}, found {came} there; give the folder of an export")
+        actual = "a file" if folder.exists() else "nothing"
+        raise BadArtifact(
+            f"expected an artifact folder at {folder}, found {actual} there; give the folder of an export"
+        )
     path = folder / MANIFEST
     if not path.is_file():
         raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST}; give the folder of an export")
@@ -152,7 +153,7 @@ def read_manifest(folder: Path) -> Artifact:
     try:
         text = data.decode("utf-8")
         fields = json.loads(text)
-        intact = isinstance(fields, dict) and _sealed({k: v for k, v in fields.items() if k != "sha256"}) == text
+        intact = isinstance(fields, dict) and _with_digest({k: v for k, v in fields.items() if k != "sha256"}) == text
     except (ValueError, RecursionError) as error:
         raise BadArtifact(f"{path} is damaged: it is not JSON ({error}); export the model again") from error
     _check_schema(fields, path)
@@ -162,7 +163,7 @@ def read_manifest(folder: Path) -> Artifact:
 
 
 def read_files(artifact: Artifact) -> dict[str, bytes]:
-    """The bytes of every file of the artifact, each compared with its size and hash. Raises BadArtifact."""
+    """Read every file of the artifact and compare it with its size and hash. Raises BadArtifact."""
     content = {}
     for name, stored in artifact.files.items():
         path = artifact.folder / name
@@ -173,13 +174,13 @@ def read_files(artifact: Artifact) -> dict[str, bytes]:
     return content
 
 
-def _sealed(fields: Mapping[str, object]) -> str:
+def _with_digest(fields: Mapping[str, object]) -> str:
     digest = hashlib.sha256(json.dumps(fields, indent=1, allow_nan=False).encode()).hexdigest()
     return json.dumps({**fields, "sha256": digest}, indent=1, allow_nan=False) + "\n"
 
 
 def _read(path: Path, num_bytes: int | None) -> bytes:
-    """The bytes of a plain file that has no other name; None stands for the manifest, whose size is not known."""
+    """Read a plain file without further links; `num_bytes` is None for the manifest, whose size is not known."""
     try:
         info = path.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
@@ -204,7 +205,7 @@ def _check_schema(fields: object, path: Path) -> None:
 
 
 class _Fields:
-    """The fields of a manifest, handed out with the type that is asked for."""
+    """The fields of a manifest; each access checks the type. Raises BadArtifact."""
 
     def __init__(self, fields: Mapping[str, object], path: Path) -> None:
         self._fields, self._path = fields, path

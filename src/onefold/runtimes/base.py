@@ -1,77 +1,88 @@
-"""What a runtime is, and what everyone holds who has loaded a model from one.
+"""The interface of a runtime, the session that callers hold, and how vendors' packages are imported.
 
-A runtime is one module with both halves side by side, named in RUNTIMES (names.py) and imported when asked for:
+A runtime is one module with its export half and its load half side by side. It is named in RUNTIMES, imported when
+asked for, and has these names:
 
-    FILES        the files it writes, all named model.*
-    PACKAGES     the packages whose versions matter
-    PRECISIONS   what it can be asked for
-    REFUSES      what else one would ask it for, and why it has none
-    DETAILS      what the manifest says of its form (the opset, ...)
-    READS_GRIDS  whether a network of 8 bits comes to it with quantize and dequantize operations, or as whole numbers
-    OBSTACLE     a function: why this machine cannot run it, or None where it can; None for one that runs on any
-    export       a traced network and a folder in, the files in the folder out
-    load         the bytes of these files in, an engine out
+    FILES               the files it writes, all named model.*
+    PACKAGES            the packages whose versions the manifest records
+    PRECISIONS          the precisions it can be exported in
+    REFUSES             precisions a user may expect of it, each with the reason why it has none
+    DETAILS             facts for the manifest about its form (the opset, ...)
+    ACCEPTS_QDQ         whether int8 models reach it with quantize and dequantize operations, or as integer arithmetic
+    unavailable_reason  a function: why this machine cannot run it, or None where it can; None where any machine can
+    export              writes FILES of a traced network into a folder
+    load                makes an engine of the bytes of FILES
 """
 
 from __future__ import annotations
 
+import ctypes
 import difflib
-from collections.abc import Callable, Mapping
-from importlib import import_module
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from threading import Lock
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
-from onefold.errors import BadArgument
-from onefold.runtimes.artifact import About, Artifact
-from onefold.runtimes.names import RUNTIMES
-from onefold.runtimes.reference import Floats
+from onefold.errors import BadArgument, MissingExtra
+from onefold.runtimes import RUNTIMES
+from onefold.runtimes.artifact import Artifact, ModelInfo, read_files, read_manifest
+from onefold.runtimes.reference import Floats, make_images
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+_muting = Lock()
+
 
 class Engine(Protocol):
-    """What a runtime runs: images (B, C, H, W) float32, contiguous, in; logits (B, classes) float32 out."""
+    """A loaded network of one runtime: images (B, C, H, W) float32, contiguous, to logits (B, classes) float32."""
 
     @property
     def threads(self) -> int:
-        """The number of threads that the runtime itself says it uses."""
+        """The number of threads that the runtime itself reports."""
 
     def __call__(self, images: Floats) -> Floats:
-        """The logits; called with images that fit, possibly from several threads."""
+        """Compute the logits. The images fit the network; calls may come from several threads."""
 
     def close(self) -> None:
-        """Give the memory and the threads back; called once, and the engine is not called after it."""
+        """Release memory and threads. It is called once, and the engine is not called after it."""
 
 
 class Runtime(Protocol):
-    """A module of this room (see the top of the file)."""
+    """The module of a runtime; the top of this file says what each name means."""
 
     FILES: tuple[str, ...]
     PACKAGES: tuple[str, ...]
     PRECISIONS: tuple[str, ...]
     REFUSES: Mapping[str, str]
     DETAILS: Mapping[str, object]
-    READS_GRIDS: bool
-    OBSTACLE: Callable[[], str | None] | None
+    ACCEPTS_QDQ: bool
+    unavailable_reason: Callable[[], str | None] | None
 
-    def export(self, program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+    def export(self, program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
         """Write FILES into the folder. May raise anything; MissingExtra where a package is missing."""
 
     def load(self, content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-        """The engine for the bytes of FILES. May raise anything; MissingExtra where a package is missing."""
+        """Make an engine of the bytes of FILES. May raise anything; MissingExtra where a package is missing."""
 
 
-class EightBit(Protocol):
-    """A network of 8 bits, such as `quantize` makes, in both of its forms."""
+class Int8Model(Protocol):
+    """An int8 model in both of its forms, such as `quantize` makes."""
 
     @property
     def model(self) -> nn.Module:
-        """Images to logits, computed on whole numbers: the answer that a device must give."""
+        """Images to logits in integer arithmetic: the reference that a device must match."""
 
     @property
     def graph(self) -> nn.Module:
@@ -79,9 +90,10 @@ class EightBit(Protocol):
 
 
 class Session:
-    """A loaded model: call it with images (B, C, H, W) float32 for logits (B, classes) float32, any B >= 1.
+    """A loaded artifact: images (B, C, H, W) float32 to logits (B, classes) float32, for any B >= 1.
 
-    Its answer to the reference was checked. It may be called from several threads. Close it, or use it in a `with`.
+    Its logits for the reference images were compared with PyTorch's. It may be called from several threads. Close it,
+    or use it in a `with`.
     """
 
     def __init__(self, artifact: Artifact, engine: Engine) -> None:
@@ -90,25 +102,25 @@ class Session:
 
     @property
     def threads(self) -> int:
-        """The number of threads that the runtime itself says it uses."""
-        return self._open().threads
+        """The number of threads that the runtime itself reports."""
+        return self._open_engine().threads
 
     def __call__(self, images: Floats) -> Floats:
-        """Logits (B, classes). Raises BadArgument where the images are not float32 of the model's shape."""
-        engine = self._open()
+        """Compute logits (B, classes). Raises BadArgument where the images are not float32 of the model's shape."""
+        engine = self._open_engine()
         shape = self.artifact.input_shape
         if not isinstance(images, np.ndarray) or images.dtype != np.float32:
-            came = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+            actual = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
             raise BadArgument(
-                f"expected a numpy array of float32, came {came}; use numpy.asarray(images, numpy.float32)"
+                f"expected a numpy array of float32, got {actual}; use numpy.asarray(images, numpy.float32)"
             )
         if images.ndim != 4 or images.shape[1:] != shape or len(images) == 0:
             expected = f"(B, {', '.join(map(str, shape))}) with B >= 1"
-            raise BadArgument(f"expected images of shape {expected}, came {images.shape}; resize or add the batch axis")
+            raise BadArgument(f"expected images of shape {expected}, got {images.shape}; resize or add the batch axis")
         return engine(np.ascontiguousarray(images))
 
     def close(self) -> None:
-        """Give the memory and the threads back; closing twice is fine."""
+        """Release memory and threads; closing twice is fine."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -122,16 +134,106 @@ class Session:
     def __repr__(self) -> str:
         return f"Session({self.artifact.title}, {'closed' if self._engine is None else 'open'})"
 
-    def _open(self) -> Engine:
+    def _open_engine(self) -> Engine:
         if self._engine is None:
             raise BadArgument(f"the session of {self.artifact.title} is closed; load the artifact again")
         return self._engine
 
 
 def find_runtime(name: str) -> Runtime:
-    """The runtime of this name; its vendor's package is not imported yet. Raises BadArgument with the nearest name."""
+    """Import the module of a runtime, but not its vendor's package. Raises BadArgument with the nearest name."""
+    if name == "eager":
+        raise BadArgument(
+            "the runtime eager was removed and its format is no longer read: `onefold fuse` writes weights that eval, "
+            "predict and bench run in PyTorch"
+        )
     if name not in RUNTIMES:
-        near = difflib.get_close_matches(str(name).lower(), RUNTIMES, n=1, cutoff=0.4)
-        guess = f"did you mean {near[0]!r}? " if near else ""
+        close = difflib.get_close_matches(str(name).lower(), RUNTIMES, n=1, cutoff=0.4)
+        guess = f"did you mean {close[0]!r}? " if close else ""
         raise BadArgument(f"there is no runtime {name!r}; {guess}choose one of: {', '.join(RUNTIMES)}")
-    return cast(Runtime, import_module(RUNTIMES[name]))
+    return cast(Runtime, importlib.import_module(RUNTIMES[name]))
+
+
+def first_call(folder: str, threads: str, batch: str) -> Callable[[], object]:
+    """Open an artifact for a cold-start measurement; the call that is returned answers random images (batch, C, H, W).
+
+    The logits are not compared with the reference here, so that the call is the first one the engine gets. Numbers
+    are text because a fresh process receives them as arguments. Raises BadArtifact for a changed file, MissingExtra.
+    """
+    artifact = read_manifest(Path(folder))
+    runtime = find_runtime(artifact.runtime)
+    engine = runtime.load(read_files(artifact), precision=artifact.precision, threads=int(threads))
+    images = make_images(artifact.input_shape, num_images=int(batch))
+    return lambda: engine(images)
+
+
+# ---------------------------------------------------------------------------------- vendors' packages
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import a vendor's module. Raises MissingExtra, with the command to type, where it cannot be imported."""
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except ImportError as error:
+        command = f'pip install "onefold[{extra}]"'
+        raise MissingExtra(f"the runtime {extra} needs the package {module} ({error}); type: {command}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress the warnings, log lines and prints of a converter, whose failures are exceptions anyway.
+
+    What native code writes is not suppressed (`mute` does). Not for use from several threads at once.
+    """
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+@contextmanager
+def mute() -> Iterator[None]:
+    """Suppress what native code writes to file descriptors 1 and 2 of the process, such as banners and counters."""
+    with _muting, open(os.devnull, "wb") as devnull, ExitStack() as restore:
+        for stream in (1, 2):
+            saved = os.dup(stream)
+            restore.callback(os.close, saved)
+            restore.callback(os.dup2, saved, stream)
+        _flush_c_streams()
+        for stream in (1, 2):
+            os.dup2(devnull.fileno(), stream)
+        try:
+            yield
+        finally:
+            _flush_c_streams()
+
+
+def _flush_c_streams() -> None:
+    """Flush C's own buffers: behind a pipe C would write them only later, when nothing is muted any more."""
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Look up the version of each package; one that is not installed is left out."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten an error to one line for a message: the first line of its root cause, headings left out."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.endswith(":")] or lines
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

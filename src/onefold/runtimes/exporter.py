@@ -1,102 +1,151 @@
-"""Export a model to a runtime, open what was exported, load it: the same road for every runtime.
+"""Export a model to a runtime, open what was exported, load it: the steps that are the same for every runtime.
 
-`export` traces the model, lets the runtime write its files aside, loads them again, compares the answers with
-PyTorch's, and only then puts the folder in its place. `load` checks every byte, and the answer, before it hands out a
-session. Where a runtime cannot run on the machine that exports, the comparison is left to the first `load`.
+`export` traces the model, lets the runtime write its files into a temporary folder, loads them again, compares the
+logits with PyTorch's, and only then moves the folder to its place. `load` checks every byte, and the logits for the
+reference images, before it returns a session. Where a runtime cannot run on the machine that exports, the comparison
+is left to the first `load`.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from onefold.errors import BadArgument, BadArtifact, GateFailed, OnefoldError
-from onefold.runtimes import reference as proof
 from onefold.runtimes.artifact import (
-    HANDBOOK,
     MANIFEST,
+    README,
     REFERENCE,
-    About,
     Artifact,
+    ModelInfo,
     Parity,
+    hash_files,
     read_files,
     read_manifest,
-    render,
-    seal,
+    render_manifest,
 )
-from onefold.runtimes.base import EightBit, Engine, Runtime, Session, find_runtime
-from onefold.runtimes.given import Example, answer_of, check_about, forms, images_of, tensor
-from onefold.runtimes.readme import handbook
-from onefold.runtimes.reference import Floats, Reference
-from onefold.runtimes.vendor import first_line, versions
+from onefold.runtimes.base import (
+    Engine,
+    Int8Model,
+    Runtime,
+    Session,
+    find_runtime,
+    first_line,
+    installed_versions,
+    quiet,
+)
+from onefold.runtimes.readme import render_readme
+from onefold.runtimes.reference import (
+    Floats,
+    Reference,
+    make_images,
+    read_reference,
+    relative_difference,
+    top1_agreement,
+    write_reference,
+)
 from onefold.storage import replacing
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-# The largest difference from PyTorch's logits, relative to the largest logit. A manifest cannot widen it.
-# Two roundings to nearest may fall on either side of a tie, and what differs by a step differs by more steps later on.
+Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
+
+# The largest difference from PyTorch's logits that is accepted, relative to the largest logit. It is fixed here, not
+# read from a manifest, so that an edited one cannot widen it. int8 needs the most: two roundings to nearest may fall on
+# either side of a tie, and what differs by one step in one layer differs by several some layers later.
 TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.1}
 
 
 class UnfusedWarning(UserWarning):
-    """A model was exported with branches that could have been folded into one convolution."""
+    """A model was exported with branches that could have been fused into one convolution."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Order:
-    """What is asked of a runtime."""
+class _Request:
+    """What a runtime is asked to export."""
 
     name: str
     runtime: Runtime
     precision: str
-    about: About
+    info: ModelInfo
     reference: Reference
 
 
 def export(
-    model: nn.Module | EightBit,
+    model: nn.Module | Int8Model,
     example: Example,
     folder: Path | str,
     *,
     runtime: str,
-    about: About,
+    info: ModelInfo,
     precision: str = "fp32",
 ) -> Artifact:
-    """Write `model` (in eval mode, left as it is) for a runtime into `folder`, in place of an older artifact there.
+    """Export `model` (in eval mode; it is not changed) for a runtime into `folder`, replacing an older artifact there.
 
-    For int8 it is what `quantize` gives. `example` is images (B, C, H, W) float32 as the model sees them, which become
-    the proof that travels with the artifact, or only their shape (C, H, W), for two made-up ones. Raises GateFailed,
-    and leaves nothing, where the runtime's answer is not PyTorch's; BadArgument where the model, the place or an
-    argument cannot be; MissingExtra.
+    For int8 the model is what `quantize` returns. `example` is images (B, C, H, W) float32 as the model gets them,
+    which become the artifact's reference, or only a shape (C, H, W), for which two random ones are made. Raises
+    GateFailed, and leaves nothing, where the runtime's logits are not PyTorch's; BadArgument for a model, folder or
+    argument that cannot be used; MissingExtra; NotWritable.
     """
-    from onefold.runtimes.program import trace
+    from torch import nn
 
-    kind, folder = find_runtime(runtime), Path(folder)
-    _check_precision(runtime, kind, precision)
-    _check_place(folder)
-    network, form = forms(model, kind)
-    images = images_of(example)
-    reference = Reference(images=images, logits=answer_of(network, images))
-    check_about(about, reference.logits.shape[1])
-    order = _Order(name=runtime, runtime=kind, precision=precision, about=about, reference=reference)
-    program = trace(form, tensor(images[:2]))
-    with replacing(folder) as aside:
-        aside.mkdir()
-        _write(order, program, aside)
-    if not about.fused:
-        warnings.warn(f"{about.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
+    runtime_module, folder = find_runtime(runtime), Path(folder)
+    if precision not in runtime_module.PRECISIONS:
+        reason = f": {runtime_module.REFUSES[precision]}" if precision in runtime_module.REFUSES else ""
+        choices = ", ".join(runtime_module.PRECISIONS)
+        raise BadArgument(f"{runtime} cannot export {precision!r}{reason}; choose one of: {choices}")
+    _check_folder(folder)
+    # The reference logits come from `network`; a converter may need the same network in QDQ form, `form`.
+    if isinstance(model, nn.Module):
+        network = form = _frozen_copy(model)
+    else:
+        network = _frozen_copy(model.model)
+        form = _frozen_copy(model.graph) if runtime_module.ACCEPTS_QDQ else network
+    images = _example_images(example)
+    reference = Reference(images=images, logits=_reference_logits(network, images))
+    _check_info(info, reference.logits.shape[1])
+    request = _Request(name=runtime, runtime=runtime_module, precision=precision, info=info, reference=reference)
+    program = trace(form, _to_torch(images[:2]))
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        _write(request, program, temporary)
+    if not info.fused:
+        warnings.warn(f"{info.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
     return read_manifest(folder)
 
 
+def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
+    """Trace the model with torch.export for any batch size; `images` (B >= 2, C, H, W) are an example.
+
+    Raises BadArgument where the control flow depends on the images' values or on their number.
+    """
+    import torch
+    from torch.export import Dim
+
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:
+        raise BadArgument(
+            f"this network cannot be exported for any batch size: {first_line(error)}; "
+            "its forward may depend neither on the values of its images nor on a fixed number of them"
+        ) from error
+
+
 def open_artifact(folder: Path | str) -> Artifact:
-    """The artifact in a folder, its manifest validated and every file compared with its hash. Raises BadArtifact."""
+    """Read the artifact in a folder; its manifest is validated and every file compared with its hash.
+
+    Raises BadArtifact.
+    """
     artifact = read_manifest(Path(folder))
     _runtime_of(artifact)
     read_files(artifact)
@@ -104,103 +153,116 @@ def open_artifact(folder: Path | str) -> Artifact:
 
 
 def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
-    """A session of the artifact on this machine, once every file and its answer to the reference are checked.
+    """Load an artifact on this machine, once every file and its logits for the reference images are checked.
 
     Raises BadArtifact where anything is not as it was when exported, MissingExtra where the runtime is not installed,
     BadArgument where this machine cannot run it.
     """
     if type(threads) is not int or threads < 1:
-        raise BadArgument(f"expected a number of threads of 1 or more, came {threads!r}")
-    found = artifact if isinstance(artifact, Artifact) else read_manifest(Path(artifact))
-    kind = _runtime_of(found)
-    content = read_files(found)
-    reference = proof.read_reference(content[REFERENCE], found.input_shape, found.num_classes)
-    tolerance = min(found.parity.tolerance if found.parity else math.inf, TOLERANCES[found.precision])
-    if obstacle := _obstacle(kind):
-        raise BadArgument(f"{obstacle}: load {found.folder} on such a machine, or export the model to another runtime")
+        raise BadArgument(f"expected a number of threads of 1 or more, got {threads!r}")
+    if not isinstance(artifact, Artifact):
+        artifact = read_manifest(Path(artifact))
+    runtime = _runtime_of(artifact)
+    content = read_files(artifact)
+    reference = read_reference(content[REFERENCE], artifact.input_shape, artifact.num_classes)
+    tolerance = min(artifact.parity.tolerance if artifact.parity else math.inf, TOLERANCES[artifact.precision])
+    if reason := _unavailable(runtime):
+        raise BadArgument(f"{reason}: load {artifact.folder} on such a machine, or export the model to another runtime")
     try:
-        engine = kind.load(content, precision=found.precision, threads=threads)
-        distance = proof.difference(_ask(engine, reference.images), reference.logits)
+        engine = runtime.load(content, precision=artifact.precision, threads=threads)
+        difference = relative_difference(_call_or_close(engine, reference.images), reference.logits)
     except OnefoldError:
         raise
     except Exception as error:
-        raise BadArtifact(f"{found.runtime} cannot run {found.folder}: {first_line(error)}; export again") from error
-    if not distance <= tolerance:
+        raise BadArtifact(
+            f"{artifact.runtime} cannot run {artifact.folder}: {first_line(error)}; export again"
+        ) from error
+    # Written as `not <=` so that NaN fails too.
+    if not difference <= tolerance:
         engine.close()
         raise BadArtifact(
-            f"{found.folder} does not answer as it promises: its logits differ from the reference by {distance:.2g} of "
+            f"{artifact.folder} does not give its reference logits on this machine: they differ by {difference:.2g} of "
             f"the largest, {tolerance:.2g} is allowed; export the model again on, or for, this machine"
         )
-    return Session(found, engine)
+    return Session(artifact, engine)
 
 
-def _write(order: _Order, program: ExportedProgram, folder: Path) -> None:
-    """The runtime's files, the proof and what is said of them, once the files have answered as PyTorch does."""
-    parity = _convert(order, program, folder)
+def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
+    """Write the runtime's files, the reference, the README and the manifest, once the logits have been compared."""
+    parity = _convert(request, program, folder)
     if parity is not None and not parity.difference <= parity.tolerance:
-        hint = "; do its sums saturate here? 7-bit weights do not let them" if order.precision == "int8" else ""
-        raise GateFailed(
-            f"{order.name} does not answer as PyTorch does: the logits differ by {parity.difference:.2g} of the "
-            f"largest, {parity.tolerance:.2g} is allowed; nothing was written{hint}"
+        hint = (
+            "; 16-bit sums may saturate on this processor, which 7-bit weights prevent (--weight-bits 7)"
+            if request.precision == "int8"
+            else ""
         )
-    proof.write_reference(folder / REFERENCE, order.reference)
-    about, images = order.about, order.reference.images
-    made = Artifact(
+        raise GateFailed(
+            f"the logits of {request.name} differ from PyTorch's by {parity.difference:.2g} of the largest, "
+            f"{parity.tolerance:.2g} is allowed; nothing was written{hint}"
+        )
+    write_reference(folder / REFERENCE, request.reference)
+    info, images = request.info, request.reference.images
+    artifact = Artifact(
         folder=folder,
-        runtime=order.name,
-        precision=order.precision,
-        model=about.model,
-        fused=about.fused,
-        drift=None if about.drift is None else float(about.drift),
+        runtime=request.name,
+        precision=request.precision,
+        model=info.model,
+        fused=info.fused,
+        drift=None if info.drift is None else float(info.drift),
         input_shape=(images.shape[1], images.shape[2], images.shape[3]),
-        num_classes=order.reference.logits.shape[1],
+        num_classes=request.reference.logits.shape[1],
         dynamic_batch=True,
-        classes=about.classes,
-        preprocessing=dict(about.preprocessing),
+        classes=info.classes,
+        preprocessing=dict(info.preprocessing),
         parity=parity,
-        licence=about.licence,
-        source=about.source,
-        details={**order.runtime.DETAILS, **about.details},
-        made_with=versions(("onefold", *order.runtime.PACKAGES)),
-        files=seal(folder),
+        licence=info.licence,
+        source=info.source,
+        details={**request.runtime.DETAILS, **info.details},
+        made_with=installed_versions(("onefold", *request.runtime.PACKAGES)),
+        files=hash_files(folder),
     )
-    (folder / HANDBOOK).write_text(handbook(made), encoding="utf-8")
-    (folder / MANIFEST).write_text(render(replace(made, files=seal(folder))), encoding="utf-8")
+    # The README lists the other files, and the manifest lists the README too: so they are hashed twice.
+    (folder / README).write_text(render_readme(artifact), encoding="utf-8")
+    manifest = render_manifest(replace(artifact, files=hash_files(folder)))
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
-def _convert(order: _Order, program: ExportedProgram, folder: Path) -> Parity | None:
-    """Put the runtime's files into the folder, load them again, and compare the answers where this machine can."""
-    kind = order.runtime
+def _convert(request: _Request, program: ExportedProgram, folder: Path) -> Parity | None:
+    """Write the runtime's files, load them again, and compare logits; None where this machine cannot run them."""
+    runtime = request.runtime
     try:
-        kind.export(program, folder, about=order.about, precision=order.precision)
-        content = {name: (folder / name).read_bytes() for name in kind.FILES}
-        if _obstacle(kind):
+        runtime.export(program, folder, info=request.info, precision=request.precision)
+        content = {name: (folder / name).read_bytes() for name in runtime.FILES}
+        if _unavailable(runtime):
             return None
-        engine = kind.load(content, precision=order.precision, threads=1)
-        parity = _parity(engine, order.reference, TOLERANCES[order.precision])
+        engine = runtime.load(content, precision=request.precision, threads=1)
+        parity = _measure_parity(engine, request.reference, TOLERANCES[request.precision])
         engine.close()
         return parity
     except (OnefoldError, OSError):
         raise
     except Exception as error:
-        raise BadArgument(f"{order.name} cannot take this network: {first_line(error)}") from error
+        raise BadArgument(f"{request.name} cannot take this network: {first_line(error)}") from error
 
 
-def _parity(engine: Engine, reference: Reference, tolerance: float) -> Parity:
-    """Compares the answers for the reference batch, for one image alone and for one image more than the batch."""
+def _measure_parity(engine: Engine, reference: Reference, tolerance: float) -> Parity:
+    """Compare logits for the reference batch, for one image alone, and for a batch one image larger.
+
+    The other batch sizes show a converter that fixed the batch to the example's.
+    """
     images, logits = reference.images, reference.logits
     worst, agreement = 0.0, 1.0
     for rows in (range(len(images)), range(1), range(-1, len(images))):
-        answer = _ask(engine, np.ascontiguousarray(images[rows]))
-        worst = max(worst, proof.difference(answer, logits[rows]))
+        answer = _call_or_close(engine, np.ascontiguousarray(images[rows]))
+        worst = max(worst, relative_difference(answer, logits[rows]))
         if not math.isfinite(worst):
             return Parity(difference=worst, top1_agreement=0.0, tolerance=tolerance, images=len(images))
-        agreement = min(agreement, proof.top1_agreement(answer, logits[rows]))
+        agreement = min(agreement, top1_agreement(answer, logits[rows]))
     return Parity(difference=worst, top1_agreement=agreement, tolerance=tolerance, images=len(images))
 
 
-def _ask(engine: Engine, images: Floats) -> Floats:
-    """The engine's answer; one that fails is closed."""
+def _call_or_close(engine: Engine, images: Floats) -> Floats:
+    """Call an engine that nobody else holds yet, and close it where it fails."""
     try:
         return engine(images)
     except BaseException:
@@ -208,43 +270,101 @@ def _ask(engine: Engine, images: Floats) -> Floats:
         raise
 
 
-def _obstacle(kind: Runtime) -> str | None:
-    """Why this machine cannot run the runtime, or None."""
-    return None if kind.OBSTACLE is None else kind.OBSTACLE()
+def _unavailable(runtime: Runtime) -> str | None:
+    return None if runtime.unavailable_reason is None else runtime.unavailable_reason()
 
 
 def _runtime_of(artifact: Artifact) -> Runtime:
-    """The runtime of an artifact, once its files and its precision are the runtime's. Raises BadArtifact."""
+    """Find an artifact's runtime and check that its files and precision are the runtime's. Raises BadArtifact."""
     try:
-        kind = find_runtime(artifact.runtime)
+        runtime = find_runtime(artifact.runtime)
     except BadArgument as error:
         raise BadArtifact(f"{artifact.folder} cannot be used: {error}; or update onefold") from error
-    if set(artifact.files) - {HANDBOOK} != {*kind.FILES, REFERENCE}:
+    if set(artifact.files) - {README} != {*runtime.FILES, REFERENCE}:
         raise BadArtifact(
-            f"{artifact.folder} is not an artifact of {artifact.runtime}: expected {', '.join(kind.FILES)} and "
+            f"{artifact.folder} is not an artifact of {artifact.runtime}: expected {', '.join(runtime.FILES)} and "
             f"{REFERENCE}, its manifest lists {', '.join(artifact.files)}; export the model again"
         )
-    if artifact.precision not in kind.PRECISIONS:
+    if artifact.precision not in runtime.PRECISIONS:
         raise BadArtifact(f"{artifact.folder} has the unknown precision {artifact.precision!r:.80}; update onefold")
-    if artifact.parity is None and kind.OBSTACLE is None:
+    if artifact.parity is None and runtime.unavailable_reason is None:
         raise BadArtifact(f"{artifact.folder} was never compared with PyTorch, as {artifact.runtime} is; export again")
-    return kind
+    return runtime
 
 
-def _check_precision(name: str, kind: Runtime, precision: str) -> None:
-    if precision not in kind.PRECISIONS:
-        why = f": {kind.REFUSES[precision]}" if precision in kind.REFUSES else ""
-        raise BadArgument(f"{name} cannot export {precision!r}{why}; choose one of: {', '.join(kind.PRECISIONS)}")
-
-
-def _check_place(folder: Path) -> None:
-    """Refuse to put an artifact in the place of anything but an artifact or an empty folder."""
+def _check_folder(folder: Path) -> None:
+    """Refuse to replace anything but an artifact or an empty folder. Raises BadArgument."""
     if not folder.exists():
         return
-    ours = folder.is_dir() and all(
-        p.name in (MANIFEST, REFERENCE, HANDBOOK) or p.name.startswith("model.") for p in folder.iterdir()
+    is_artifact = folder.is_dir() and all(
+        path.name in (MANIFEST, REFERENCE, README) or path.name.startswith("model.") for path in folder.iterdir()
     )
-    if not ours:
+    if not is_artifact:
         raise BadArgument(
             f"{folder} holds something else than an artifact, which an export would replace; choose a new name"
         )
+
+
+def _check_info(info: ModelInfo, num_classes: int) -> None:
+    """Refuse what a manifest cannot hold, or what does not fit the model. Raises BadArgument."""
+    if not (isinstance(info.model, str) and info.model) or type(info.fused) is not bool:
+        raise BadArgument(f"expected the name of a model and whether it is fused, got {info.model!r}, {info.fused!r}")
+    if info.classes is not None and len(info.classes) != num_classes:
+        raise BadArgument(f"the model gives {num_classes} logits, but {len(info.classes)} classes were named")
+    if not all(isinstance(text, str) for text in (*(info.classes or ()), info.licence or "", info.source or "")):
+        raise BadArgument("expected text for every class, for the licence and for the source")
+    if info.drift is not None and not (math.isfinite(info.drift) and info.drift >= 0):
+        raise BadArgument(f"expected a drift of 0 or more, got {info.drift}")
+    try:
+        json.dumps([dict(info.preprocessing), dict(info.details)], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadArgument(f"preprocessing and details must be plain mappings that JSON can hold: {error}") from error
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy the model to the CPU in float32, so that nothing here can change the caller's."""
+    import torch
+
+    if any(module.training for module in model.modules()):
+        raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
+    with quiet():  # copying a traced graph warns of torch's own deprecations
+        return copy.deepcopy(model).to("cpu", torch.float32)
+
+
+def _example_images(example: Example) -> Floats:
+    """Make at least two images of the example: a single image is joined by its mirror image."""
+    if isinstance(example, tuple):
+        if len(example) != 3 or not all(type(size) is int and size > 0 for size in example):
+            raise BadArgument(f"expected a shape of three sizes (channels, height, width), got {example!r}")
+        return make_images(example)
+    images = example if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
+    if images.dtype != np.float32 or images.ndim != 4 or len(images) == 0 or not np.isfinite(images).all():
+        raise BadArgument(f"expected finite float32 images (B, C, H, W), got {images.dtype} of shape {images.shape}")
+    return np.ascontiguousarray(images if len(images) > 1 else np.concatenate([images, images[..., ::-1]]))
+
+
+def _to_torch(images: Floats) -> Tensor:
+    """Copy images (B, C, H, W) to a tensor: one that shared memory could be changed by the network."""
+    import torch
+
+    return torch.from_numpy(images.copy())
+
+
+def _reference_logits(network: nn.Module, images: Floats) -> Floats:
+    """Compute PyTorch's logits (B, classes), twice. Raises BadArgument where they could not serve as a reference."""
+    import torch
+
+    x = _to_torch(images)
+    try:
+        with torch.inference_mode():
+            first, second = network(x), network(x)
+    except Exception as error:
+        raise BadArgument(f"the model does not take images of shape {images.shape}: {first_line(error)}") from error
+    if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(images):
+        actual = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+        raise BadArgument(f"expected a model that returns one tensor (B, classes), got {actual}")
+    if not torch.isfinite(first).all() or not first.any():
+        raise BadArgument("the model's logits are not finite, or all zero: nothing could be compared with them")
+    if not torch.equal(first, second) or not np.array_equal(x.numpy(), images):
+        raise BadArgument("the model is not deterministic, or changes its images in place; that cannot be exported")
+    return first.numpy().copy()

@@ -1,11 +1,15 @@
-"""LiteRT (once TensorFlow Lite) on the CPU: one model.tflite, which takes one image at a time, channels last.
+"""LiteRT (formerly TensorFlow Lite) on the CPU: one model.tflite, which takes one image per call, channels last.
 
-A network of 8 bits takes and gives the whole numbers of its first and last grid; the grids are in the file.
+An int8 model takes and returns int8; the scales and zero points are in the file. Images come channel by channel, as
+PyTorch has them, and are converted to channels last at every call. Where an int8 network takes a millisecond numpy is
+slow at that, so it is compiled when first needed (channels_last.cpp); both ways give the same bits.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from threading import Lock
@@ -14,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from onefold.runtimes.artifact import About
-from onefold.runtimes.base import Engine
-from onefold.runtimes.pixels import put_as_they_are, put_on_grid
+from onefold.native import loaded
+from onefold.runtimes.artifact import ModelInfo
+from onefold.runtimes.base import Engine, mute, quiet, require
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import mute, quiet, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -29,30 +32,40 @@ PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
 PRECISIONS = ("fp32", "int8")
 REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
-READS_GRIDS = True
-OBSTACLE = None
+ACCEPTS_QDQ = True
+unavailable_reason = None
+
+_QMIN, _QMAX = -128, 127
+_MAX_COMPILED_CHANNELS = 4  # MAX_CHANNELS in channels_last.cpp
 
 
-def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network, its first layer reading channels last, and write it."""
     converter = require("litert_torch", extra="litert")
     import torch
 
     with quiet(), mute():
         network: Any = program.module(check_guards=False)
+        quant_config = None
         if precision == "int8":
-            _requantize_kernels_(network)
+            _quantize_constant_weights_(network)
+            # The quantizer only makes the converter emit integer layers; the parameters are those of the network.
+            quantizer = require("litert_torch.quantize.pt2e_quantizer", extra="litert")
+            config = require("litert_torch.quantize.quant_config", extra="litert")
+            quant_config = config.QuantConfig(
+                pt2e_quantizer=quantizer.PT2EQuantizer().set_global(quantizer.get_symmetric_quantization_config())
+            )
         (images,), _ = program.example_inputs
         converted = converter.convert(
             converter.to_channel_last_io(network, args=[0]),
             (torch.zeros_like(images[:1]).permute(0, 2, 3, 1).contiguous(),),
-            quant_config=_whole_numbers() if precision == "int8" else None,
+            quant_config=quant_config,
         )
         converted.export(str(folder / "model.tflite"))
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-    """The network, laid out for this CPU."""
+    """Load the network; the interpreter arranges its weights for this CPU."""
     runtime = require("ai_edge_litert.interpreter", extra="litert")
     with quiet(), mute():
         interpreter = runtime.Interpreter(model_content=content["model.tflite"], num_threads=threads)
@@ -61,9 +74,9 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
 
 
 class _LiteRt:
-    """An interpreter; it has one place for its images and its answer, so calls take turns.
+    """An interpreter with one buffer for its image and one for its logits, so calls are serialized.
 
-    It does not tell its number of threads: `threads` is what it was given.
+    LiteRT does not report its number of threads: `threads` is what was requested.
     """
 
     def __init__(self, interpreter: Any, threads: int) -> None:
@@ -78,31 +91,30 @@ class _LiteRt:
         del self._interpreter
 
     def _answer(self, image: Floats) -> Floats:
-        self._take_in(image)
+        self._set_input(image)
         self._interpreter.invoke()
-        return _dequantized(self._interpreter.get_tensor(self._output["index"]), self._output)
+        logits = self._interpreter.get_tensor(self._output["index"])
+        if self._output["dtype"] is np.float32:
+            return logits
+        scale, zero_point = self._output["quantization"]
+        return (logits.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
 
-    def _take_in(self, image: Floats) -> None:
-        """Put an image into the network's own memory, which must not be held while the network runs."""
-        place = self._interpreter.tensor(self._input["index"])()
+    def _set_input(self, image: Floats) -> None:
+        """Write an image into the interpreter's own buffer.
+
+        The view of that buffer is local to this function: LiteRT does not run while one is alive.
+        """
+        buffer = self._interpreter.tensor(self._input["index"])()
         if self._input["dtype"] is np.float32:
-            put_as_they_are(image, place)
+            copy_channels_last(image, buffer)
         else:
-            put_on_grid(image, place, *self._input["quantization"])
+            quantize_channels_last(image, buffer, *self._input["quantization"])
 
 
-def _dequantized(values: npt.NDArray[Any], tensor: Mapping[str, Any]) -> Floats:
-    """What a tensor of the network stands for."""
-    scale, zero = tensor["quantization"]
-    if tensor["dtype"] is np.float32:
-        return values
-    return (values.astype(np.float32) - np.float32(zero)) * np.float32(scale)
+def _quantize_constant_weights_(network: GraphModule) -> None:
+    """Replace each int8 weight by its float values, followed by their quantization: the same integers again.
 
-
-def _requantize_kernels_(network: GraphModule) -> None:
-    """Put in the place of each int8 kernel what it stands for, followed by its quantization: the same whole numbers.
-
-    The converter folds a quantization of constants, and takes no constant that is whole already.
+    The converter folds the quantization of a constant, but does not take constants that are int8 already.
     """
     import torch
     import torch.ao.quantization.fx._decomposed  # registers the operations
@@ -110,21 +122,58 @@ def _requantize_kernels_(network: GraphModule) -> None:
     ops = torch.ops.quantized_decomposed
     graph = network.graph
     for node in graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default):
-        whole, scales, zeros = (attrgetter(part.target)(network) for part in node.args[:3])
+        weight, scales, zero_points = (attrgetter(part.target)(network) for part in node.args[:3])
         name = f"kernel_{node.name}"
-        network.register_buffer(name, ops.dequantize_per_channel(whole, scales, zeros, *node.args[3:]))
+        network.register_buffer(name, ops.dequantize_per_channel(weight, scales, zero_points, *node.args[3:]))
         with graph.inserting_before(node):
-            kernel = graph.get_attr(name)
-            again = graph.call_function(ops.quantize_per_channel.default, (kernel, *node.args[1:]))
-        node.update_arg(0, again)
+            weight_node = graph.get_attr(name)
+            quantized = graph.call_function(ops.quantize_per_channel.default, (weight_node, *node.args[1:]))
+        node.update_arg(0, quantized)
     graph.eliminate_dead_code()
     network.recompile()
 
 
-def _whole_numbers() -> Any:
-    """The converter's wish to compute in whole numbers; the grids are those of the network."""
-    grids = require("litert_torch.quantize.pt2e_quantizer", extra="litert")
-    config = require("litert_torch.quantize.quant_config", extra="litert")
-    return config.QuantConfig(
-        pt2e_quantizer=grids.PT2EQuantizer().set_global(grids.get_symmetric_quantization_config())
-    )
+# ------------------------------------------------------------------------------------- channels last
+
+
+def copy_channels_last(images: Floats, out: Floats) -> None:
+    """Copy images (B, C, H, W) float32, contiguous, to `out` (B, H, W, C)."""
+    library = _library()
+    if library is not None and images.shape[1] <= _MAX_COMPILED_CHANNELS:
+        library.copy_channels_last(*_arguments(images, out))
+    else:
+        _transpose(images, out)
+
+
+def quantize_channels_last(images: Floats, out: npt.NDArray[np.int8], scale: float, zero_point: int) -> None:
+    """Quantize images (B, C, H, W) to `out` (B, H, W, C): round(images / scale) + zero_point, clamped to int8."""
+    inverse, offset = np.float32(1 / scale), np.float32(zero_point)
+    library = _library()
+    if library is not None and images.shape[1] <= _MAX_COMPILED_CHANNELS:
+        library.quantize_channels_last(*_arguments(images, out), ctypes.c_float(inverse), ctypes.c_float(offset))
+        return
+    values = np.multiply(images, inverse)
+    np.rint(values, out=values)
+    values += offset
+    _transpose(np.clip(values, _QMIN, _QMAX, out=values), out)
+
+
+def _transpose(images: Floats, out: npt.NDArray[Any]) -> None:
+    # Channel by channel, which numpy does faster than one transposed copy.
+    for channel in range(images.shape[1]):
+        out[..., channel] = images[:, channel]
+
+
+def _arguments(images: Floats, out: npt.NDArray[Any]) -> tuple[object, ...]:
+    batch, channels, height, width = images.shape
+    addresses = (ctypes.c_void_p(images.ctypes.data), ctypes.c_void_p(out.ctypes.data))
+    return (*addresses, *map(ctypes.c_int64, (batch, channels, height * width)))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Compile and load channels_last.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
+    library = loaded(Path(__file__).with_name("channels_last.cpp"), switch="ONEFOLD_KERNELS")
+    if library is not None:
+        library.copy_channels_last.restype = library.quantize_channels_last.restype = None
+    return library

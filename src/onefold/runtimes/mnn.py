@@ -1,12 +1,12 @@
 """MNN on the CPU: one model.mnn.
 
-With the precision fp16 the weights are stored in 16 bits, and the runtime computes in 16 bits where the processor does
-(ARMv8.2); on x86 it computes in 32. There is no int8: its converter swaps the batch with the channels of what lies
-between QuantizeLinear and DequantizeLinear (3.6.1), so that it answers wrongly, or ends its process.
+With the precision fp16 the weights are stored in 16 bits, and the runtime computes in 16 bits where the processor can
+(ARMv8.2); on x86 it computes in 32. There is no int8: the converter swaps batch and channels of what is between
+QuantizeLinear and DequantizeLinear (3.6.1), so that the logits are wrong, or the process aborts.
 
-Its Python wrapper of the converter, `MNN.tools`, reports each use to its makers, and installs the package that it needs
-for that by itself. It is never imported here: the converter proper, `_tools`, is run in a process of its own, which it
-is also free to end.
+MNN's Python wrapper of the converter, `MNN.tools`, reports each use to its makers, and installs the package that it
+needs for that by itself. It is never imported here: the converter proper, `_tools`, runs in a process of its own, which
+it may also abort.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onefold.runtimes.artifact import About
-from onefold.runtimes.base import Engine
+from onefold.runtimes.artifact import ModelInfo
+from onefold.runtimes.base import Engine, mute, require
 from onefold.runtimes.onnx import convert
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import mute, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -34,43 +33,43 @@ if TYPE_CHECKING:
 FILES = ("model.mnn",)
 PACKAGES = ("torch", "onnx", "onnxscript", "mnn")
 PRECISIONS = ("fp32", "fp16")
-REFUSES: Mapping[str, str] = {"int8": "its converter does not read our grids"}
+REFUSES: Mapping[str, str] = {"int8": "its converter misreads asymmetric QDQ models"}
 DETAILS: Mapping[str, object] = {"input": "images", "output": "logits"}
-READS_GRIDS = True
-OBSTACLE = None
+ACCEPTS_QDQ = True
+unavailable_reason = None
 
 _CONVERT = "import sys, _tools; sys.exit(0 if _tools.mnnconvert(sys.argv) else 1)"
 _WEIGHTS: dict[str, list[str]] = {"fp32": [], "fp16": ["--fp16"]}
 _MODES = {"fp32": "high", "fp16": "low"}
-_turn = Lock()
-"""Its variables belong to the process, not to a network: all sessions take turns."""
+_process_lock = Lock()
+"""MNN's variables belong to the process, not to a network, so calls of all sessions are serialized."""
 
 
-def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network by way of ONNX, and write it."""
     _mnn()
     model = convert(program, precision=precision)
     if precision == "fp16":
-        _round_(model.graph)
-    with TemporaryDirectory() as place:
-        (Path(place) / "model.onnx").write_bytes(model.SerializeToString())
+        _round_to_fp16_(model.graph)
+    with TemporaryDirectory() as temporary:
+        (Path(temporary) / "model.onnx").write_bytes(model.SerializeToString())
         call = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", "model.onnx", "--MNNModel", FILES[0]]
         call += ["--bizCode", "onefold", *_WEIGHTS[precision]]
-        done = subprocess.run(call, cwd=place, capture_output=True, text=True, errors="replace", check=False)
-        made = Path(place) / FILES[0]
-        if done.returncode or not made.is_file():
-            raise RuntimeError(f"its converter ended with status {done.returncode}: {done.stderr.strip()[-200:]}")
-        (folder / FILES[0]).write_bytes(made.read_bytes())
+        process = subprocess.run(call, cwd=temporary, capture_output=True, text=True, errors="replace", check=False)
+        converted = Path(temporary) / FILES[0]
+        if process.returncode or not converted.is_file():
+            raise RuntimeError(f"its converter ended with status {process.returncode}: {process.stderr.strip()[-200:]}")
+        (folder / FILES[0]).write_bytes(converted.read_bytes())
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-    """The network, its weights laid out for this CPU."""
+    """Load the network; MNN arranges its weights for this CPU."""
     mnn = _mnn()
-    how = {"backend": "CPU", "numThread": threads, "precision": _MODES[precision]}
-    with TemporaryDirectory() as place, _turn, mute():
-        path = Path(place) / FILES[0]
+    config = {"backend": "CPU", "numThread": threads, "precision": _MODES[precision]}
+    with TemporaryDirectory() as temporary, _process_lock, mute():
+        path = Path(temporary) / FILES[0]
         path.write_bytes(content[FILES[0]])
-        manager = mnn.nn.create_runtime_manager((how,))
+        manager = mnn.nn.create_runtime_manager((config,))
         module = mnn.nn.load_module_from_file(
             str(path), ["images"], ["logits"], runtime_manager=manager, shape_mutable=True
         )
@@ -78,26 +77,26 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
 
 
 class _Mnn:
-    """A network of MNN. It does not tell its number of threads: `threads` is what it was given."""
+    """An MNN network. MNN does not report its number of threads: `threads` is what was requested."""
 
     def __init__(self, expr: ModuleType, module: Any, threads: int) -> None:
         self._expr, self._module, self.threads = expr, module, threads
 
     def __call__(self, images: Floats) -> Floats:
         expr = self._expr
-        with _turn:
+        with _process_lock:
             answer = self._module.forward([expr.const(images, list(images.shape), expr.NCHW, expr.float)])
             if len(answer) != 1:
-                raise RuntimeError("MNN gives no answer to these images")
+                raise RuntimeError("MNN returned no logits for these images")
             return np.array(expr.convert(answer[0], expr.NCHW).read())
 
     def close(self) -> None:
-        with _turn:
+        with _process_lock:
             del self._module
 
 
-def _round_(graph: Any) -> None:
-    """Round the weights to the nearest numbers of 16 bits: its converter would cut their digits off."""
+def _round_to_fp16_(graph: Any) -> None:
+    """Round the weights to the nearest fp16 values: MNN's converter would truncate them."""
     arrays = require("onnx.numpy_helper", extra="mnn")
     for tensor in graph.initializer:
         value = arrays.to_array(tensor)
@@ -106,6 +105,6 @@ def _round_(graph: Any) -> None:
 
 
 def _mnn() -> ModuleType:
-    """The package, which greets when it is imported."""
+    """Import the package, which prints a banner."""
     with mute():
         return require("MNN", extra="mnn")

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onefold.errors import BadArtifact
-from onefold.runtimes.artifact import About
-from onefold.runtimes.base import Engine
+from onefold.runtimes.artifact import ModelInfo
+from onefold.runtimes.base import Engine, quiet, require
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import quiet, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
 FILES = ("model.ncnn.param", "model.ncnn.bin")
 PACKAGES = ("torch", "pnnx", "ncnn")
 PRECISIONS = ("fp32", "bf16")
-REFUSES: Mapping[str, str] = {"int8": "ncnn has no zeros for its grids, and ours have them"}
+REFUSES: Mapping[str, str] = {"int8": "its quantization is symmetric, and activations here have zero points"}
 DETAILS: Mapping[str, object] = {"input": "in0", "output": "out0", "images_per_call": 1}
-READS_GRIDS = True
-OBSTACLE = None
+ACCEPTS_QDQ = True
+unavailable_reason = None
 
 
-def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network by way of a TorchScript trace, and write it."""
     converter = require("pnnx", extra="ncnn")
     import torch
@@ -41,22 +40,22 @@ def export(program: ExportedProgram, folder: Path, *, about: About, precision: s
     (images,), _ = program.example_inputs
     image = images[:1].clone()
     shape = ",".join(map(str, image.shape))
-    with TemporaryDirectory() as place:
-        traced = Path(place) / "model.pt"
+    with TemporaryDirectory() as temporary:
+        traced = Path(temporary) / "model.pt"
         with quiet(), torch.no_grad():
-            # Exported again for one image, for a trace has no place for a number of images that is not known.
+            # Exported again for one image: TorchScript traces have no dynamic batch.
             network: Any = torch.export.export(program.module(check_guards=False), (image,)).module(check_guards=False)
             torch.jit.trace(network, (image,), check_trace=False).save(traced)
         call = [converter.EXEC_PATH, traced.name, f"inputshape=[{shape}]f32", "fp16=0"]
-        done = subprocess.run(call, cwd=place, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode or not all((Path(place) / name).is_file() for name in FILES):
-            raise RuntimeError(f"pnnx failed with status {done.returncode}: {done.stderr[-200:]}")
+        process = subprocess.run(call, cwd=temporary, capture_output=True, text=True, errors="replace", check=False)
+        if process.returncode or not all((Path(temporary) / name).is_file() for name in FILES):
+            raise RuntimeError(f"pnnx failed with status {process.returncode}: {process.stderr[-200:]}")
         for name in FILES:
-            (folder / name).write_bytes((Path(place) / name).read_bytes())
+            (folder / name).write_bytes((Path(temporary) / name).read_bytes())
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-    """The network, its weights laid out for this CPU."""
+    """Load the network; ncnn arranges its weights for this CPU."""
     ncnn = require("ncnn", extra="ncnn")
     net = ncnn.Net()
     options = net.opt
@@ -64,11 +63,11 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
     options.use_vulkan_compute = False
     options.use_fp16_packed = options.use_fp16_storage = options.use_fp16_arithmetic = False
     options.use_bf16_storage = options.use_bf16_packed = precision == "bf16"
-    # Threads that spin after the answer would slow whoever is measured next to this one.
+    # Threads that spin after a call would slow what is measured right after it.
     options.openmp_blocktime = 0
-    # From memory it would read past the end of weights that are cut short, from a file it does not.
-    with TemporaryDirectory() as place:
-        param, weights = (Path(place) / name for name in FILES)
+    # From memory ncnn reads past the end of truncated weights; from a file it does not.
+    with TemporaryDirectory() as temporary:
+        param, weights = (Path(temporary) / name for name in FILES)
         for path in (param, weights):
             path.write_bytes(content[path.name])
         if net.load_param(str(param)) or net.load_model(str(weights)):
@@ -77,7 +76,7 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
 
 
 class _Ncnn:
-    """A network of ncnn; calls take turns, as each uses all of its threads."""
+    """An ncnn network; calls are serialized, as each uses all of its threads."""
 
     def __init__(self, ncnn: Any, net: Any) -> None:
         self._ncnn, self._net, self._lock = ncnn, net, Lock()
@@ -95,10 +94,10 @@ class _Ncnn:
         del self._net
 
     def _answer(self, image: Floats) -> Floats:
-        """The logits (classes,) of one image (C, H, W)."""
+        """Compute the logits (classes,) of one image (C, H, W)."""
         with self._net.create_extractor() as extractor:
             extractor.input("in0", self._ncnn.Mat(image))
             status, logits = extractor.extract("out0")
             if status:
-                raise RuntimeError(f"ncnn gave the status {status} in place of an answer")
+                raise RuntimeError(f"ncnn failed with status {status}")
             return np.array(logits)

@@ -1,7 +1,11 @@
 """ONNX, run by ONNX Runtime on the CPU: one model.onnx that holds its weights.
 
-From 1.29 on, ONNX Runtime reports its use to its makers from the moment it is imported: a device id in the user's
-cache, and what it knows of each model. Imported here it does not, unless the user has set ORT_DISABLE_TELEMETRY to 0.
+int8 models are in QDQ form, with QuantizeLinear and DequantizeLinear around every layer. PyTorch's converter writes the
+quantization parameters as they are in the program: int8 activations and weights, float biases. The kernels of ONNX
+Runtime and OpenVINO for x86 want uint8 activations and int32 biases; `_to_x86_qdq_` writes the same numbers that way.
+
+From 1.29 on, ONNX Runtime reports its use to its makers as soon as it is imported: a device id in the user's cache, and
+what it knows of each model. Here it does not, unless the user has set ORT_DISABLE_TELEMETRY to 0.
 """
 
 from __future__ import annotations
@@ -16,17 +20,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onefold.errors import BadArtifact
-from onefold.runtimes.artifact import About
-from onefold.runtimes.base import Engine
-from onefold.runtimes.profile import WARMUP, Calls, Layer, medians
-from onefold.runtimes.qdq import images_in_fours_, restate_
+from onefold.runtimes.artifact import ModelInfo
+from onefold.runtimes.base import Engine, quiet, require
+from onefold.runtimes.profile import WARMUP, Layer, ProfileRequest, medians
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import quiet, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+    Array = npt.NDArray[Any]
 
 OPSET = 20
 
@@ -35,34 +40,34 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PRECISIONS = ("fp32", "int8")
 REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {"opset": OPSET, "input": "images", "output": "logits"}
-READS_GRIDS = True
-OBSTACLE = None
+ACCEPTS_QDQ = True
+unavailable_reason = None
 
-_FATAL_ONLY = 4
-# It would put the kernel of a layer that was kept in floating point on one coarse grid, unasked.
-_NOT_ASKED_FOR = ["WeightBiasQuantization"]
+_LOG_FATAL_ONLY = 4
+# This optimizer would quantize the weights of layers that were left in floating point.
+_DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
 
 
-def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
     _onnxruntime()
-    write(program, folder / "model.onnx", about=about, precision=precision)
+    write(program, folder / "model.onnx", info=info, precision=precision)
 
 
-def write(program: ExportedProgram, path: Path, *, about: About, precision: str) -> None:
-    """Convert the network and write it: what every runtime that reads ONNX is given."""
+def write(program: ExportedProgram, path: Path, *, info: ModelInfo, precision: str) -> None:
+    """Convert the network and write it, for every runtime that reads ONNX."""
     model = convert(program, precision=precision)
     if precision == "int8":
-        images_in_fours_(model)
+        pad_input_channels_(model)
     onnx = require("onnx", extra="onnx")
-    model.graph.name = about.model
-    onnx.helper.set_model_props(model, metadata(about))
+    model.graph.name = info.model
+    onnx.helper.set_model_props(model, model_metadata(info))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 
 
 def convert(program: ExportedProgram, *, precision: str) -> Any:
-    """The network as ONNX's ModelProto, one of 8 bits with its quantization in QDQ form."""
+    """Convert the network to ONNX's ModelProto; an int8 one in the QDQ form of the x86 kernels."""
     require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     import torch
@@ -78,48 +83,52 @@ def convert(program: ExportedProgram, *, precision: str) -> Any:
             verbose=False,
         )
     if converted is None:
-        raise RuntimeError("the converter of PyTorch gave nothing")
+        raise RuntimeError("PyTorch's converter returned nothing")
     model = converted.model_proto
-    _forget_where(model.graph)
+    # The exporter notes the source line of each operation, which would name folders of this machine.
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     if precision == "int8":
-        restate_(model)
+        _to_x86_qdq_(model)
     return model
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-    """The network, optimized by ONNX Runtime for this CPU."""
+    """Load the network; ONNX Runtime optimizes it for this CPU."""
     return _Onnx(_session(content, _options(precision, threads)))
 
 
-def profile(content: Mapping[str, bytes], calls: Calls, *, precision: str) -> Sequence[Layer]:
-    """The times that ONNX Runtime writes of each operation, in whole microseconds."""
-    with TemporaryDirectory() as place:
-        options = _options(precision, calls.threads)
+def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[Layer]:
+    """Collect the times that ONNX Runtime logs of each operation, in whole microseconds."""
+    with TemporaryDirectory() as temporary:
+        options = _options(precision, request.threads)
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(place) / "profile")
+        options.profile_file_prefix = str(Path(temporary) / "profile")
         session = _session(content, options)
         engine = _Onnx(session)
-        for _ in range(WARMUP + calls.count):
-            engine(calls.images)
+        for _ in range(WARMUP + request.calls):
+            engine(request.images)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         engine.close()
-    found: dict[str, list[Layer]] = {}
+    samples: dict[str, list[Layer]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             name, kind = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
-            found.setdefault(name, []).append(Layer(name=name, kind=kind, ns=1e3 * event["dur"]))
-    return medians(list(zip(*(times[WARMUP:] for times in found.values()), strict=True)))
+            samples.setdefault(name, []).append(Layer(name=name, kind=kind, ns=1e3 * event["dur"]))
+    return medians(list(zip(*(times[WARMUP:] for times in samples.values()), strict=True)))
 
 
 def _session(content: Mapping[str, bytes], options: Any) -> Any:
-    """A session for a network that holds all its weights itself."""
+    """Open a session, once it is certain that the network reads no other files."""
     refuse_other_files(content["model.onnx"])
     return _onnxruntime().InferenceSession(
         content["model.onnx"],
         options,
         providers=["CPUExecutionProvider"],
         enable_fallback=0,
-        disabled_optimizers=_NOT_ASKED_FOR,
+        disabled_optimizers=_DISABLED_OPTIMIZERS,
     )
 
 
@@ -129,17 +138,20 @@ def _options(precision: str, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = _FATAL_ONLY
-    # Threads that spin after the answer would slow whoever is measured next to this one.
+    options.log_severity_level = _LOG_FATAL_ONLY
+    # Threads that spin after a call would slow what is measured right after it.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if precision == "int8" and _sums_saturate():
-        options.add_session_config_entry("session.x64quantprecision", "1")  # kernels that are exact, and slower
+        options.add_session_config_entry("session.x64quantprecision", "1")  # exact, slower kernels
     return options
 
 
 @cache
 def _sums_saturate() -> bool:
-    """Whether sums of two 8-bit products saturate at 16 bits here, as on x86 without VNNI: a product tells."""
+    """Whether sums of two 8-bit products saturate at 16 bits here, as on x86 without VNNI.
+
+    It is measured: one product of matrices with the largest values is compared with the exact one.
+    """
     onnx, runtime = require("onnx", extra="onnx"), _onnxruntime()
     tensor, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
     rows, columns = np.full((4, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
@@ -157,7 +169,7 @@ def _sums_saturate() -> bool:
 
 
 def refuse_other_files(model: bytes) -> None:
-    """Raise BadArtifact where a network reads weights from files beside it, whose bytes nobody has checked."""
+    """Raise BadArtifact where a network reads weights from files beside it, whose bytes were not verified."""
     onnx = require("onnx", extra="onnx")
     message_type = require("google.protobuf.message", extra="onnx").Message
     read = onnx.load_model_from_string(model)
@@ -165,16 +177,16 @@ def refuse_other_files(model: bytes) -> None:
         raise BadArtifact("model.onnx reads weights from other files, which is refused; export the model again")
 
 
-def metadata(about: About) -> dict[str, str]:
-    """What a file that holds plain texts can say of its network, by name."""
-    found = {"model": about.model, "preprocessing": json.dumps(dict(about.preprocessing)), "fused": str(about.fused)}
-    if about.classes is not None:
-        found["classes"] = json.dumps(about.classes)
-    return found | {k: v for k, v in (("licence", about.licence), ("source", about.source)) if v is not None}
+def model_metadata(info: ModelInfo) -> dict[str, str]:
+    """Write what is known of a model as text by name, for files that hold such metadata."""
+    metadata = {"model": info.model, "preprocessing": json.dumps(dict(info.preprocessing)), "fused": str(info.fused)}
+    if info.classes is not None:
+        metadata["classes"] = json.dumps(info.classes)
+    return metadata | {k: v for k, v in (("licence", info.licence), ("source", info.source)) if v is not None}
 
 
 class _Onnx:
-    """A session of ONNX Runtime."""
+    """A session of ONNX Runtime; it may be called from several threads."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -193,7 +205,7 @@ class _Onnx:
 
 
 def _onnxruntime() -> ModuleType:
-    """The package, its telemetry switched off; the variable counts only when set before the first import."""
+    """Import the package with its telemetry off; the variable has an effect only before the first import."""
     if os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") == "0":
         return require("onnxruntime", extra="onnx")
     runtime = require("onnxruntime", extra="onnx")
@@ -201,15 +213,8 @@ def _onnxruntime() -> ModuleType:
     return runtime
 
 
-def _forget_where(graph: Any) -> None:
-    """Drop the exporter's notes of the source code that each operation came from: they name folders of this machine."""
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-
-
 def _tensors(message: Any, message_type: Any) -> Iterator[Any]:
-    """Every tensor anywhere in an ONNX message: initializers, attributes, sparse ones, inner graphs, functions."""
+    """Find every tensor anywhere in an ONNX message: initializers, attributes, sparse ones, subgraphs, functions."""
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return
@@ -217,3 +222,123 @@ def _tensors(message: Any, message_type: Any) -> Iterator[Any]:
         if kind.message_type is not None:
             for inner in [value] if isinstance(value, message_type) else value:
                 yield from _tensors(inner, message_type)
+
+
+# ------------------------------------------------------------------------- QDQ form of the x86 kernels
+
+
+def _to_x86_qdq_(model: Any) -> None:
+    """Rewrite a converted ModelProto in place: activations uint8, biases int32 with the scales of their sums."""
+    graph = _Graph(model.graph)
+    for node in list(model.graph.node):
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and graph.is_per_tensor(node):
+            graph.make_unsigned(node)
+        elif node.op_type == "DequantizeLinear":
+            graph.unshare_constants(node)
+    for node in list(model.graph.node):
+        if node.op_type in ("Conv", "Gemm") and len(node.input) == 3:
+            graph.quantize_bias(node)
+    graph.prune()
+    del model.graph.value_info[:]  # the types that the exporter noted no longer hold
+
+
+def pad_input_channels_(model: Any) -> None:
+    """Pad the images of an int8 ModelProto with channels of zeros to a multiple of four, in place.
+
+    ONNX Runtime has fast kernels for multiples of four channels only: without them MobileOne-S0's first layer takes a
+    fifth of the whole network's time. The logits are the same.
+    """
+    graph = _Graph(model.graph)
+    for node in list(model.graph.node):
+        if node.op_type == "Conv" and not any(a.name == "group" and a.i > 1 for a in node.attribute):
+            graph.pad_input_channels(node)
+    graph.prune()
+
+
+class _Graph:
+    """An ONNX graph with its constants and the producers of its values by name.
+
+    The names given to new constants are part of the exported file: another name is another file.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self._numpy_helper = require("onnx.numpy_helper", extra="onnx")
+        self._onnx = require("onnx", extra="onnx")
+        self._graph = graph
+        self._constants: dict[str, Array] = {t.name: self._numpy_helper.to_array(t) for t in graph.initializer}
+        self._producers = {output: node for node in graph.node for output in node.output}
+
+    def is_per_tensor(self, node: Any) -> bool:
+        """Whether a (de)quantize operation has one scale and an int8 zero point."""
+        zero_point = self._constants.get(node.input[2]) if len(node.input) > 2 else None
+        return zero_point is not None and zero_point.ndim == 0 and zero_point.dtype == np.int8
+
+    def make_unsigned(self, node: Any) -> None:
+        """Replace an int8 zero point by the uint8 one of the same real values, which is larger by 128."""
+        zero_point = np.uint8(int(self._constants[node.input[2]]) + 128)
+        name = f"zero_{int(zero_point)}"
+        if name not in self._constants:
+            self._add(name, np.array(zero_point))
+        node.input[2] = name
+
+    def unshare_constants(self, node: Any) -> None:
+        """Give a dequantize operation its own copy of weights and zero points.
+
+        Equal weights are one constant that several layers read; ONNX Runtime converts them to uint8 layer by layer, and
+        fails on a constant that it has already converted.
+        """
+        for position, suffix in ((0, "whole"), (2, "zeros")):
+            name = f"{node.output[0]}_{suffix}"
+            self._add(name, self._constants[node.input[position]])
+            node.input[position] = name
+
+    def quantize_bias(self, node: Any) -> None:
+        """Write the float bias of a layer as int32, with the product of its input's and its weight's scales."""
+        inputs = [self._producers.get(name) for name in node.input[:2]]
+        bias = self._constants.get(node.input[2])
+        if bias is None or any(producer is None or producer.op_type != "DequantizeLinear" for producer in inputs):
+            return
+        input_scale, weight_scale = (self._constants[producer.input[1]] for producer in inputs if producer is not None)
+        # In float64, so that the quotient below is the integer that the calibration chose.
+        scale = input_scale.astype(np.float64) * weight_scale
+        bias_int32 = np.round(bias / scale).astype(np.int32)
+        name = node.input[2]
+        self._add(f"{name}_int32", bias_int32)
+        self._add(f"{name}_scale", np.broadcast_to(scale.astype(np.float32), bias_int32.shape).copy())
+        self._add(f"{name}_zero", np.zeros(bias_int32.shape, np.int32))
+        parts = [f"{name}_int32", f"{name}_scale", f"{name}_zero"]
+        dequantize = self._onnx.helper.make_node("DequantizeLinear", parts, [f"{name}_value"], axis=0)
+        self._graph.node.insert(0, dequantize)
+        node.input[2] = f"{name}_value"
+
+    def pad_input_channels(self, conv: Any) -> None:
+        """Pad the images that this convolution alone reads, and its weight, with channels of zeros."""
+        dequantize, kernel = (self._producers.get(name) for name in conv.input[:2])
+        quantize = None if dequantize is None else self._producers.get(dequantize.input[0])
+        if dequantize is None or kernel is None or quantize is None or quantize.input[0] in self._producers:
+            return  # it does not read the images, or reads them unquantized
+        if sum(dequantize.output[0] in node.input for node in self._graph.node) > 1:
+            return
+        weight = self._constants[kernel.input[0]]
+        missing = -weight.shape[1] % 4
+        if not missing:
+            return
+        self._add(f"{kernel.input[0]}_in_fours", np.pad(weight, ((0, 0), (0, missing), (0, 0), (0, 0))))
+        kernel.input[0] += "_in_fours"
+        widths, name = f"{conv.name}_more_channels", f"{conv.name}_images_in_fours"
+        self._add(widths, np.array([0, 0, 0, 0, 0, missing, 0, 0]))
+        # Padded with the zero point, which stands for 0.
+        pad = self._onnx.helper.make_node("Pad", [quantize.output[0], widths, quantize.input[2]], [name], f"{name}_pad")
+        self._graph.node.insert(list(self._graph.node).index(dequantize), pad)
+        dequantize.input[0] = name
+
+    def prune(self) -> None:
+        """Remove the constants that are no longer read."""
+        used = {name for node in self._graph.node for name in node.input}
+        kept = [tensor for tensor in self._graph.initializer if tensor.name in used]
+        del self._graph.initializer[:]
+        self._graph.initializer.extend(kept)
+
+    def _add(self, name: str, value: Array) -> None:
+        self._constants[name] = value
+        self._graph.initializer.append(self._numpy_helper.from_array(value, name))

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: model.xml is the network, model.bin its weights.
 
-The package of OpenVINO reports its use to its makers (openvino-telemetry) from the moment it is imported, unless the
-user has declined. Imported here, that package is out of its sight, and it falls back to its own silent stand-in.
+OpenVINO reports its use to its makers (package openvino-telemetry) as soon as it is imported, unless the user has opted
+out. Here it is imported with that package hidden, so that it uses its own stub instead.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from onefold.errors import BadArtifact
-from onefold.runtimes.artifact import About
-from onefold.runtimes.base import Engine
+from onefold.runtimes.artifact import ModelInfo
+from onefold.runtimes.base import Engine, quiet, require
 from onefold.runtimes.onnx import convert
-from onefold.runtimes.profile import WARMUP, Calls, Layer, medians
+from onefold.runtimes.profile import WARMUP, Layer, ProfileRequest, medians
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import quiet, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -29,58 +28,60 @@ PACKAGES = ("torch", "openvino")
 PRECISIONS = ("fp32", "int8")
 REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {}
-READS_GRIDS = True
-OBSTACLE = None
+ACCEPTS_QDQ = True
+unavailable_reason = None
 
 _TELEMETRY = "openvino_telemetry"
 _HINTS = {"fp32": "f32", "int8": "f32"}
 
 
-def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
-    """Convert the network, straight from PyTorch's graph or, one of 8 bits, from its QDQ form, and write it."""
+def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
+    """Convert the network, from PyTorch's graph or, for int8, from ONNX in QDQ form, and write it."""
     vino = _openvino()
     with quiet():
         if precision == "int8":
             model = vino.Core().read_model(convert(program, precision=precision).SerializeToString())
         else:
             model = vino.convert_model(program)
-        model.reshape([-1, *_input_shape(program)])
-        model.set_rt_info(about.model, "model")
-        # Left to itself it would store the weights in 16 bits.
+        (images,), _ = program.example_inputs
+        model.reshape([-1, *images.shape[1:]])
+        model.set_rt_info(info.model, "model")
+        # By default OpenVINO would store the weights in 16 bits.
         vino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-    """The network, compiled for this CPU, made to answer one request as fast as it can."""
+    """Compile the network for this CPU and for the latency of single requests."""
     return _OpenVino(_compiled(content, {**_options(precision), "INFERENCE_NUM_THREADS": threads}))
 
 
-def profile(content: Mapping[str, bytes], calls: Calls, *, precision: str) -> Sequence[Layer]:
-    """The times that OpenVINO's CPU plugin takes of each of its primitives, in whole microseconds."""
-    options = {**_options(precision), "INFERENCE_NUM_THREADS": calls.threads, "PERF_COUNT": True}
-    request = _compiled(content, options).create_infer_request()
+def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[Layer]:
+    """Collect the times that OpenVINO's CPU plugin measures of each primitive, in whole microseconds."""
+    options = {**_options(precision), "INFERENCE_NUM_THREADS": request.threads, "PERF_COUNT": True}
+    infer_request = _compiled(content, options).create_infer_request()
     runs = []
-    for _ in range(WARMUP + calls.count):
-        request.infer([calls.images], share_inputs=True)
-        runs.append([_layer(info) for info in request.profiling_info if _is_run(info.exec_type)])
+    for _ in range(WARMUP + request.calls):
+        infer_request.infer([request.images], share_inputs=True)
+        # The status would say which layers ran, but counts those of less than a microsecond as not run.
+        infos = [info for info in infer_request.profiling_info if not info.exec_type.startswith(("undef", "unknown"))]
+        runs.append(
+            [
+                Layer(
+                    name=info.node_name,
+                    kind=f"{info.node_type} ({info.exec_type})",
+                    ns=1e9 * info.real_time.total_seconds(),
+                )
+                for info in infos
+            ]
+        )
     return medians(runs[WARMUP:])
-
-
-def _is_run(exec_type: str) -> bool:
-    """Whether a layer is computed; the status would say so, but takes one of less than a microsecond for not run."""
-    return not exec_type.startswith(("undef", "unknown"))
-
-
-def _layer(info: Any) -> Layer:
-    kind = f"{info.node_type} ({info.exec_type})"
-    return Layer(name=info.node_name, kind=kind, ns=1e9 * info.real_time.total_seconds())
 
 
 def _compiled(content: Mapping[str, bytes], options: Mapping[str, object]) -> Any:
     vino = _openvino()
-    # It would take any format it knows here, also one that reads further files.
+    # OpenVINO would accept any format it knows here, even one that reads further files.
     if not content["model.xml"].startswith(b"<?xml"):
-        raise BadArtifact("model.xml is not a network of OpenVINO; export the model again")
+        raise BadArtifact("model.xml is not an OpenVINO network; export the model again")
     core = vino.Core()
     model = core.read_model(model=content["model.xml"], weights=content["model.bin"])
     return core.compile_model(model, "CPU", dict(options))
@@ -91,7 +92,7 @@ def _options(precision: str) -> dict[str, object]:
 
 
 class _OpenVino:
-    """A compiled network; it has one place for an answer in the making, so calls take turns."""
+    """A compiled network with one inference request, so calls are serialized."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled, self._request, self._lock = compiled, compiled.create_infer_request(), Lock()
@@ -108,13 +109,8 @@ class _OpenVino:
         del self._request, self._compiled
 
 
-def _input_shape(program: ExportedProgram) -> list[int]:
-    (images,), _ = program.example_inputs
-    return list(images.shape[1:])
-
-
 def _openvino() -> ModuleType:
-    """The package, imported with its telemetry out of sight; MissingExtra where it is not installed."""
+    """Import the package with its telemetry hidden. Raises MissingExtra where it is not installed."""
     if "openvino" in sys.modules or _TELEMETRY in sys.modules:
         return require("openvino", extra="openvino")
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # None is how Python marks a module that cannot be imported

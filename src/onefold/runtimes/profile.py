@@ -1,7 +1,7 @@
-"""Where the time of a network goes, layer by layer, in the words of the runtime that runs it.
+"""The time of each layer of an artifact, as its runtime measures it.
 
-A runtime that can tell has a third half, `profile`, and its name in PROFILED. Layers are what the runtime made of the
-network: fused ones stand for several of the model's.
+A runtime that can measure its layers has a function `profile`, and its name in PROFILED. Layers are those that the
+runtime executes: one may stand for several of the model's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Protocol, cast
 
 from onefold.errors import BadArgument, BadArtifact, OnefoldError
 from onefold.runtimes.artifact import Artifact, read_files, read_manifest
-from onefold.runtimes.base import find_runtime
+from onefold.runtimes.base import find_runtime, first_line
 from onefold.runtimes.reference import Floats, make_images
-from onefold.runtimes.vendor import first_line
 
 PROFILED = ("onnx", "openvino")
 WARMUP = 3
@@ -24,7 +23,7 @@ WARMUP = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer as the runtime runs it: its name, its type, and the median of its times in nanoseconds."""
+    """A layer as the runtime executes it: its name, its type, and its median time in nanoseconds."""
 
     name: str
     kind: str
@@ -33,7 +32,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The layers of an artifact in the order in which they run; asking for times makes each a little slower."""
+    """The layers of an artifact in execution order; profiling makes each a little slower."""
 
     artifact: Artifact
     calls: int
@@ -41,49 +40,49 @@ class Profile:
 
     @property
     def ns(self) -> float:
-        """The time of all layers."""
+        """The time of all layers in nanoseconds."""
         return sum(layer.ns for layer in self.layers)
 
     def by_kind(self) -> dict[str, float]:
-        """The time of each type of layer, the most first."""
-        found: dict[str, float] = {}
+        """Sum the times by type of layer, the largest first."""
+        totals: dict[str, float] = {}
         for layer in self.layers:
-            found[layer.kind] = found.get(layer.kind, 0.0) + layer.ns
-        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+            totals[layer.kind] = totals.get(layer.kind, 0.0) + layer.ns
+        return dict(sorted(totals.items(), key=lambda entry: -entry[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calls:
-    """What a runtime is to run while it takes the times: so many calls with these images (B, C, H, W)."""
+class ProfileRequest:
+    """The calls to profile: `calls` of them with these images (B, C, H, W)."""
 
     images: Floats
-    count: int
+    calls: int
     threads: int
 
 
-class Profiled(Protocol):
-    """A runtime's module that tells how long its layers take."""
+class ProfilingRuntime(Protocol):
+    """The module of a runtime that measures its layers."""
 
-    def profile(self, content: Mapping[str, bytes], calls: Calls, *, precision: str) -> Sequence[Layer]:
-        """The layers with the median of their times over the calls, the first few left out. May raise anything."""
+    def profile(self, content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[Layer]:
+        """Measure the layers' median times over the calls, without the first WARMUP. May raise anything."""
 
 
 def profile(folder: Path | str, *, threads: int = 1, batch: int = 1, calls: int = 30) -> Profile:
-    """The layers of an artifact with their times, `batch` images a call.
+    """Measure the layers of an artifact, with `batch` images per call.
 
-    Raises BadArgument where its runtime does not tell them, BadArtifact, MissingExtra.
+    Raises BadArgument where its runtime does not measure them, BadArtifact, MissingExtra.
     """
     artifact = read_manifest(Path(folder))
     if artifact.runtime not in PROFILED:
         raise BadArgument(
-            f"{artifact.runtime} does not tell how long its layers take; {' and '.join(PROFILED)} do: export to one of "
+            f"{artifact.runtime} does not report the time of its layers; {' and '.join(PROFILED)} do: export to one of "
             "them and profile that"
         )
-    runtime = cast(Profiled, find_runtime(artifact.runtime))
+    runtime = cast(ProfilingRuntime, find_runtime(artifact.runtime))
     images = make_images(artifact.input_shape, num_images=batch)
-    order = Calls(images=images, count=calls, threads=threads)
+    request = ProfileRequest(images=images, calls=calls, threads=threads)
     try:
-        layers = runtime.profile(read_files(artifact), order, precision=artifact.precision)
+        layers = runtime.profile(read_files(artifact), request, precision=artifact.precision)
     except OnefoldError:
         raise
     except Exception as error:
@@ -92,9 +91,9 @@ def profile(folder: Path | str, *, threads: int = 1, batch: int = 1, calls: int 
 
 
 def medians(runs: Sequence[Sequence[Layer]]) -> list[Layer]:
-    """One list of layers from those of several calls, each with the median of its times, in the order of the last."""
+    """Merge the layers of several runs into one list with median times, in the order of their first run."""
     times: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         for layer in run:
             times.setdefault((layer.name, layer.kind), []).append(layer.ns)
-    return [Layer(name=name, kind=kind, ns=statistics.median(found)) for (name, kind), found in times.items()]
+    return [Layer(name=name, kind=kind, ns=statistics.median(samples)) for (name, kind), samples in times.items()]

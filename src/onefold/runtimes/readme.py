@@ -1,18 +1,31 @@
-"""The README.md inside an artifact: what the model is, how photos are prepared for it, and code that loads it.
+"""The README.md inside an artifact: what the model is, how photos are preprocessed for it, and code that loads it.
 
-What people wrote - names, classes, a licence, a source - goes into text only, escaped so that it cannot leave its line
-or start a tag.
+Text that people wrote - names, classes, a licence, a source - goes into prose only, escaped so that it cannot leave its
+line or start a tag. Code is made of templates: snippets/<runtime>.<platform>.md, or .<precision>.md where a precision
+needs another, in Markdown with @name@ where a value or another file of that folder goes. Only numbers and words of our
+own are inserted into code, never text such as the names of classes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
 
 from onefold.runtimes.artifact import MANIFEST, Artifact
-from onefold.runtimes.loading import CHANNELS_LAST, PLATFORMS, Preparation, code, platforms, preparation
+
+PLATFORMS: dict[str, str] = {
+    "python": "Python",
+    "cpp": "C++",
+    "swift": "Swift",
+    "kotlin": "Kotlin",
+    "javascript": "JavaScript",
+}
+
+_CHANNELS_LAST = ("litert",)
 
 _RUNTIMES = {
-    "eager": "PyTorch",
     "onnx": "ONNX Runtime",
     "openvino": "OpenVINO",
     "executorch": "ExecuTorch",
@@ -27,61 +40,86 @@ _PRECISIONS = {
     "fp32": "32-bit floating point",
     "fp16": "16-bit floating point",
     "bf16": "computed in bfloat16",
-    "int8": "8-bit whole numbers",
+    "int8": "8-bit integers",
 }
-_CONTENTS = {
-    "reference.npz": "the proof: images (B, C, H, W) and PyTorch's logits for them, float32",
-}
-_KERNELS = {
+_KERNEL_NAMES = {
     "bilinear": "the triangle filter (bilinear, antialiased: widened where it reduces, so that it averages)",
     "bicubic": "the cubic filter (a = -0.5, antialiased: widened where it reduces, so that it averages)",
     "nearest": "the nearest pixel",
 }
-_MOST_CLASSES = 10
-_SEE = "https://github.com/onefold/onefold/blob/main/docs/artifacts.md"
+_MAX_CLASSES_SHOWN = 10
+_DOCS = "https://github.com/onefold/onefold/blob/main/docs/artifacts.md"
+
+# The keys of a manifest's preprocessing, and the variables for them in the Python snippet.
+_VARIABLES = {
+    "size": "size",
+    "crop_pct": "crop",
+    "mean": "mean",
+    "std": "std",
+    "interpolation": "kernel",
+    "channels": "channels",
+}
+
+# The radius of each interpolation kernel, and its weight at the distance d, as Pillow defines them.
+_KERNEL_CODE: dict[str, tuple[str, str]] = {
+    "bilinear": ("widen", "1 - d"),
+    "bicubic": ("2 * widen", "d < 1 ? (1.5 * d - 2.5) * d * d + 1 : ((2.5 - 0.5 * d) * d - 4) * d + 2"),
+    "nearest": ("0.5", "1.0"),
+}
+_LUMA = "(19595 * {0} + 38470 * {1} + 7471 * {2} + 32768) >> 16"
+
+# The compute mode that code selects for a precision, where the runtime's default would be another one.
+_MODES: dict[str, dict[str, str]] = {
+    "coreml": {"fp32": "CPU_ONLY", "fp16": "CPU_AND_NE", "int8": "CPU_ONLY"},
+    "mnn": {"fp32": "High", "fp16": "Low"},
+}
+
+_SWIFT_MODES = {"CPU_ONLY": "cpuOnly", "CPU_AND_NE": "cpuAndNeuralEngine"}
+
+_PLACEHOLDER = re.compile(r"@([a-z_.]+)@")
 
 
-def handbook(artifact: Artifact) -> str:
-    """The text of an artifact's README.md; `files` are those that lie beside it."""
-    prepared = preparation(artifact)
-    chapters = [
-        *_head(artifact),
-        ("## The model", _table(_facts(artifact))),
-        ("## What goes in", _unknown(artifact) if prepared is None else _steps(artifact, prepared)),
-        ("## What comes out", _output(artifact)),
-        ("## How it was checked", _proof(artifact)),
+def render_readme(artifact: Artifact) -> str:
+    """Render the text of an artifact's README.md; `artifact.files` are the files beside it."""
+    preprocessing = preprocessing_of(artifact)
+    sections = [
+        *_introduction(artifact),
+        ("## The model", _table(_properties(artifact))),
+        ("## Input", _unknown_input(artifact) if preprocessing is None else _input(artifact, preprocessing)),
+        ("## Output", _output(artifact)),
+        ("## How it was checked", _parity(artifact)),
         *_quantization(artifact),
-        ("## Limits", _list(_limits(artifact, prepared))),
+        ("## Limits", _list(_limits(artifact, preprocessing))),
         ("## Files", _files(artifact)),
-        *_use(artifact, prepared),
+        *_usage(artifact, preprocessing),
     ]
-    return "\n\n".join(part for chapter in chapters for part in chapter if part) + "\n"
+    return "\n\n".join(part for section in sections for part in section if part) + "\n"
 
 
-def _head(artifact: Artifact) -> list[tuple[str, str]]:
-    runtime, precision = _called(artifact.runtime, _RUNTIMES), _called(artifact.precision, _PRECISIONS)
-    title = f"# {_line(artifact.model)} for {runtime}, {_line(artifact.precision)}"
+def _introduction(artifact: Artifact) -> list[tuple[str, str]]:
+    runtime, precision = _display_name(artifact.runtime, _RUNTIMES), _display_name(artifact.precision, _PRECISIONS)
+    title = f"# {_escaped(artifact.model)} for {runtime}, {_escaped(artifact.precision)}"
     what = (
         f"A classifier of images into {artifact.num_classes} classes, for {runtime}, {precision}. It was exported by "
-        f"[onefold]({_SEE}); code that runs it without onefold is below."
+        f"[onefold]({_DOCS}); code that runs it without onefold is below."
     )
     parts = [(title, what)]
     if not artifact.fused:
         parts.append(
-            ("**It is not fused**: branches that fold into one convolution are still apart. It is slower.", "")
+            ("**It is not fused**: branches that could be one convolution are still separate. It is slower.", "")
         )
     if artifact.details.get("untrained") is True:
-        parts.append(("**Its weights are random** and were never trained: good for timing it, not for use.", ""))
+        parts.append(("**Its weights are random** and were never trained: use it to measure latency only.", ""))
     return parts
 
 
-def _facts(artifact: Artifact) -> dict[str, str]:
+def _properties(artifact: Artifact) -> dict[str, str]:
     shape = " x ".join(map(str, artifact.input_shape))
     return {
         "model": artifact.model,
-        "runtime": _called(artifact.runtime, _RUNTIMES),
-        "precision": f"{artifact.precision}: {_called(artifact.precision, _PRECISIONS)}",
-        "structure": "fused: one convolution a unit" if artifact.fused else "NOT FUSED",
+        "runtime": _display_name(artifact.runtime, _RUNTIMES),
+        "precision": f"{artifact.precision}: {_display_name(artifact.precision, _PRECISIONS)}",
+        "structure": "fused: one convolution per unit" if artifact.fused else "NOT FUSED",
         "drift of the fused network": "not measured" if artifact.drift is None else f"{artifact.drift:.1e}, relative",
         "shape of an image": f"{shape} (channels x height x width)",
         "classes": str(artifact.num_classes) + ("" if artifact.classes is not None else ", not named"),
@@ -92,84 +130,84 @@ def _facts(artifact: Artifact) -> dict[str, str]:
     }
 
 
-def _steps(artifact: Artifact, prepared: Preparation) -> str:
-    size, short = prepared.size, prepared.short
-    colours = "red, green, blue" if prepared.channels == 3 else "grey"
+def _input(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
+    size, short = preprocessing.size, preprocessing.short
+    colours = "red, green, blue" if preprocessing.channels == 3 else "grey"
     grey = "(19595 R + 38470 G + 7471 B + 32768) / 65536, rounded down: the photo as one channel"
     steps = [
         "decode the photo to 8-bit RGB; turn it as its EXIF orientation says; put it on white where it is transparent; "
-        "pay no heed to its colour profile",
-        f"resize it with {_KERNELS[prepared.interpolation]} so that its short side has {short} pixels "
-        f"({size} / {prepared.crop_pct:g}, rounded) and its long side long x {short} / short, rounded down",
+        "ignore its colour profile",
+        f"resize it with {_KERNEL_NAMES[preprocessing.interpolation]} so that its short side has {short} pixels "
+        f"({size} / {preprocessing.crop_pct:g}, rounded) and its long side long x {short} / short, rounded down",
         f"keep the middle {size} x {size} pixels; the left and upper margins are (side - {size}) / 2, halves rounded "
         "to the even number",
-        *([] if prepared.channels == 3 else [grey]),
-        f"value / 255, minus {_listed(prepared.mean)}, divided by {_listed(prepared.std)} ({colours})",
+        *([] if preprocessing.channels == 3 else [grey]),
+        f"value / 255, minus {_joined(preprocessing.mean)}, divided by {_joined(preprocessing.std)} ({colours})",
     ]
-    return f"{_layout(artifact)} Photos become that so:\n\n{_list(steps, numbered=True)}"
+    return f"{_layout(artifact)} Preprocess a photo like this:\n\n{_list(steps, numbered=True)}"
 
 
-def _unknown(artifact: Artifact) -> str:
-    told = ", ".join(f"{name} {value}" for name, value in artifact.preprocessing.items())
+def _unknown_input(artifact: Artifact) -> str:
+    known = ", ".join(f"{name} {value}" for name, value in artifact.preprocessing.items())
     return (
-        f"{_layout(artifact)} How photos become that was not, or not wholly, said when it was exported"
-        f"{_line(f': {told}' if told else '')}. So the code below takes the images of `reference.npz`."
+        f"{_layout(artifact)} The preprocessing of photos was not, or not completely, stated at the export"
+        f"{_escaped(f': {known}' if known else '')}. So the code below uses the images of `reference.npz`."
     )
 
 
 def _layout(artifact: Artifact) -> str:
     channels, height, width = artifact.input_shape
-    last = artifact.runtime in CHANNELS_LAST
+    last = artifact.runtime in _CHANNELS_LAST
     shape = (height, width, channels) if last else (channels, height, width)
-    kind = "int8 on a grid that is in the file" if last and artifact.precision == "int8" else "float32"
+    kind = "int8, whose scale and zero point are in the file" if last and artifact.precision == "int8" else "float32"
     many = "1" if "images_per_call" in artifact.details or artifact.runtime == "executorch" else "any number"
     return f"Images ({many}, {', '.join(map(str, shape))}), {'NHWC' if last else 'NCHW'}, {kind}."
 
 
 def _output(artifact: Artifact) -> str:
-    kind = "int8 on a grid that is in the file" if artifact.runtime in CHANNELS_LAST else "float32"
-    text = f"Logits, {artifact.num_classes} an image, {kind if artifact.precision == 'int8' else 'float32'}; softmax "
-    text += "makes them shares. "
+    kind = "int8, whose scale and zero point are in the file" if artifact.runtime in _CHANNELS_LAST else "float32"
+    text = f"Logits, {artifact.num_classes} per image, {kind if artifact.precision == 'int8' else 'float32'}; softmax "
+    text += "makes them probabilities. "
     if artifact.classes is None:
-        return text + "Nobody named the classes: what is known of them is their number."
-    shown = ", ".join(f"{i} {_line(name)}" for i, name in enumerate(artifact.classes[:_MOST_CLASSES]))
-    more = f", ... (all of them in `{MANIFEST}`)" if len(artifact.classes) > _MOST_CLASSES else ""
+        return text + "The classes have no names, only numbers."
+    shown = ", ".join(f"{i} {_escaped(name)}" for i, name in enumerate(artifact.classes[:_MAX_CLASSES_SHOWN]))
+    more = f", ... (all of them in `{MANIFEST}`)" if len(artifact.classes) > _MAX_CLASSES_SHOWN else ""
     return f"{text}The classes, in their order: {shown}{more}."
 
 
-def _proof(artifact: Artifact) -> str:
+def _parity(artifact: Artifact) -> str:
     parity = artifact.parity
     if parity is None:
         return (
-            "It was not run where it was made: that machine cannot run it. `reference.npz` holds images and PyTorch's "
-            "logits for them; onefold compares them when it first loads it, and code of yours can."
+            "It was not run on the machine that exported it, which has no such runtime. `reference.npz` holds images "
+            "and PyTorch's logits for them; onefold compares them when it loads the artifact, and your code can."
         )
     return (
         f"On the machine that exported it, its logits for the {parity.images} images of `reference.npz` differed from "
-        f"PyTorch's by {parity.difference:.1e} of the largest logit ({parity.tolerance:g} is allowed), and the best "
-        f"class was the same for {100 * parity.top1_agreement:g} %. Ask it again on yours: the file holds images "
+        f"PyTorch's by {parity.difference:.1e} of the largest logit ({parity.tolerance:g} is allowed), and the top "
+        f"class was the same for {100 * parity.top1_agreement:g} %. Repeat it on your machine: the file holds images "
         "(B, C, H, W) and PyTorch's logits."
     )
 
 
 def _quantization(artifact: Artifact) -> list[tuple[str, str]]:
-    told = artifact.details.get("quantization")
-    if not isinstance(told, Mapping):
+    quantization = artifact.details.get("quantization")
+    if not isinstance(quantization, Mapping):
         return []
-    rows = {str(name): str(value) for name, value in told.items() if not isinstance(value, Mapping)}
-    layers = told.get("layers")
-    after = f"\n\nThe noise of each layer, in decibels, is in `{MANIFEST}`." if isinstance(layers, Mapping) else ""
-    return [("## How it was quantized", _table(rows) + after)]
+    rows = {str(name): str(value) for name, value in quantization.items() if not isinstance(value, Mapping)}
+    has_layers = isinstance(quantization.get("layers"), Mapping)
+    note = f"\n\nThe signal-to-noise ratio of each layer, in decibels, is in `{MANIFEST}`." if has_layers else ""
+    return [("## How it was quantized", _table(rows) + note)]
 
 
-def _limits(artifact: Artifact, prepared: Preparation | None) -> list[str]:
+def _limits(artifact: Artifact, preprocessing: PreprocessingSpec | None) -> list[str]:
     size = " x ".join(map(str, artifact.input_shape[1:]))
     limits = [
-        f"It sees {size} pixels and always answers with one of its classes, also for what is none of them.",
-        "What it scores on photos of yours is for you to measure: `onefold eval` does.",
-        "Hashes tell damage from health, not friend from foe. Take models from people you trust.",
+        f"Its input is {size} pixels, and its answer is always one of its classes, even for an image of none of them.",
+        "Measure its accuracy on your own photos: `onefold eval` does.",
+        "Hashes detect damage, not malice. Take models from people you trust.",
     ]
-    if prepared is not None:
+    if preprocessing is not None:
         limits.insert(
             1,
             "The code below reads 8-bit photos; onefold itself also 16-bit grey ones, and of strips longer "
@@ -177,37 +215,40 @@ def _limits(artifact: Artifact, prepared: Preparation | None) -> list[str]:
         )
     if artifact.precision == "int8":
         limits.insert(
-            1, "It is a network of 8 bits: its answers are near those of the network it was made from, not the same."
+            1, "It is an int8 model: its logits are close to those of the float model it was made from, not equal."
         )
     return limits
 
 
 def _files(artifact: Artifact) -> str:
     rows = {f"`{name}`": f"{stored.num_bytes:,} bytes" for name, stored in artifact.files.items()}
-    told = {f"`{name}`": what for name, what in _CONTENTS.items()}
-    rows = {name: f"{size}{f'; {told[name]}' if name in told else ''}" for name, size in rows.items()}
-    rows[f"`{MANIFEST}`"] = "all of the above for programs, and the SHA-256 of every file, this one too"
+    if "`reference.npz`" in rows:
+        rows["`reference.npz`"] += "; images (B, C, H, W) and PyTorch's logits for them, float32"
+    rows[f"`{MANIFEST}`"] = "all of the above for programs, and the SHA-256 of every file, including this one"
     return _table(rows)
 
 
-def _use(artifact: Artifact, prepared: Preparation | None) -> list[tuple[str, str]]:
-    """A chapter a platform; all but Python's must know how photos are prepared."""
-    known = platforms(artifact.runtime)
-    chosen = known if prepared is not None else tuple(name for name in known if name == "python")
+def _usage(artifact: Artifact, preprocessing: PreprocessingSpec | None) -> list[tuple[str, str]]:
+    """Make one section per platform; without a complete preprocessing only Python's, which can use the reference."""
+    available = platforms_of(artifact.runtime)
+    chosen = available if preprocessing is not None else tuple(name for name in available if name == "python")
     if not chosen:
         return [("## Use", "`onefold predict FOLDER PHOTOS`, with the path of this folder.")]
-    where = "Run it in this folder, with the path of a photo. It prints the best class and its share."
+    instruction = "Run it in this folder, with the path of a photo. It prints the top class and its probability."
     return [
-        (f"## {PLATFORMS[name]}", f"{where}\n\n{code(artifact, name)}" if name == "python" else code(artifact, name))
+        (
+            f"## {PLATFORMS[name]}",
+            f"{instruction}\n\n{render_code(artifact, name)}" if name == "python" else render_code(artifact, name),
+        )
         for name in chosen
     ]
 
 
-def _called(name: str, names: Mapping[str, str]) -> str:
-    return names.get(name) or _line(name)
+def _display_name(name: str, names: Mapping[str, str]) -> str:
+    return names.get(name) or _escaped(name)
 
 
-def _listed(values: Iterable[float]) -> str:
+def _joined(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
@@ -220,13 +261,136 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return _line(text) if not text.startswith("`") else text
+    return _escaped(text) if not text.startswith("`") else text
 
 
-def _line(text: str) -> str:
-    """A text that stays in its line and its cell, and is shown as it is written."""
+def _escaped(text: str) -> str:
+    """Escape text that people wrote, so that it stays in its line and table cell and starts no Markdown or HTML."""
     plain = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
-    shown = "".join(each if each.isprintable() else "?" for each in plain).replace("<", "&lt;")
-    for sign in ("\\", "`", "*", "|", "[", "]"):
-        shown = shown.replace(sign, f"\\{sign}")
-    return shown
+    escaped = "".join(char if char.isprintable() else "?" for char in plain).replace("<", "&lt;")
+    for char in ("\\", "`", "*", "|", "[", "]"):
+        escaped = escaped.replace(char, f"\\{char}")
+    return escaped
+
+
+# ------------------------------------------------------------------------------ code from templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingSpec:
+    """A complete preprocessing, as the manifest states it; `order` is the order of its keys there."""
+
+    order: tuple[str, ...]
+    size: int
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    channels: int
+
+    @property
+    def short(self) -> int:
+        """The short side of a photo in pixels after resizing, before the crop."""
+        return round(self.size / self.crop_pct)
+
+
+def preprocessing_of(artifact: Artifact) -> PreprocessingSpec | None:
+    """Read an artifact's preprocessing; None where it is incomplete, or does not fit the input shape."""
+    stated = artifact.preprocessing
+    if set(stated) != set(_VARIABLES):
+        return None
+    spec = PreprocessingSpec(
+        order=tuple(stated),
+        size=artifact.input_shape[1],
+        crop_pct=(*_floats([stated["crop_pct"]]), 0.0)[0],
+        mean=_floats(stated["mean"]),
+        std=_floats(stated["std"]),
+        interpolation=str(stated["interpolation"]),
+        channels=artifact.input_shape[0],
+    )
+    is_valid = (
+        (stated["channels"], stated["size"], stated["size"]) == artifact.input_shape
+        and spec.channels in (1, 3)
+        and 0 < spec.crop_pct <= 1
+        and len(spec.mean) == len(spec.std) == spec.channels
+        and min(spec.std) > 0
+        and spec.interpolation in _KERNEL_CODE
+    )
+    return spec if is_valid else None
+
+
+def platforms_of(runtime: str) -> tuple[str, ...]:
+    """List the platforms that have a template; none for an unknown runtime."""
+    return tuple(platform for platform in PLATFORMS if _template(f"{runtime}.{platform}") is not None)
+
+
+def render_code(artifact: Artifact, platform: str) -> str:
+    """Render the Markdown that shows how to use the artifact on one of the platforms of `platforms_of`."""
+    name = f"{artifact.runtime}.{platform}"
+    text = _template(f"{name}.{artifact.precision}") or _template(name)
+    assert text is not None, f"there is no snippets/{name}.md"
+    channels, height, width = artifact.input_shape
+    modes = _MODES.get(artifact.runtime, {"": ""})
+    mode = modes.get(artifact.precision, min(modes.values()))
+    preprocessing = preprocessing_of(artifact)
+    values = {
+        "channels": str(channels),
+        "height": str(height),
+        "width": str(width),
+        "num_classes": str(artifact.num_classes),
+        "mode": mode,
+        "mode_swift": _SWIFT_MODES.get(mode, ""),
+        "answer": "@named.python@" if artifact.classes is not None else "@numbered.python@",
+        "photo": "@reference.python@" if preprocessing is None else "@photo.python@",
+    }
+    if preprocessing is not None:
+        values |= _preprocessing_values(preprocessing, channels_last=artifact.runtime in _CHANNELS_LAST)
+    return _fill_in(text, values).rstrip()
+
+
+def _preprocessing_values(spec: PreprocessingSpec, *, channels_last: bool) -> dict[str, str]:
+    """Write a preprocessing as expressions of the templates' languages."""
+    size, channels = spec.size, spec.channels
+    radius, weight = _KERNEL_CODE[spec.interpolation]
+    # Kotlin has no ternary operator: "test ? yes : no" becomes "if (test) yes else no".
+    yes, _, no = weight.partition(" : ")
+    test, _, yes = yes.rpartition(" ? ")
+    is_rgb = channels == 3
+    return {
+        "names": ", ".join(_VARIABLES[key] for key in spec.order),
+        "grey": "" if is_rgb else '.convert("L")',
+        "size": str(size),
+        "short": str(spec.short),
+        "mean": ", ".join(map(repr, spec.mean)),
+        "std": ", ".join(map(repr, spec.std)),
+        "index": f"(i * {size} + j) * {channels} + c" if channels_last else f"(c * {size} + i) * {size} + j",
+        "level": "p[c]" if is_rgb else _LUMA.format("p[0]", "p[1]", "p[2]"),
+        "level_kotlin": "p[c]" if is_rgb else f"({_LUMA.format('p[0]', 'p[1]', 'p[2]')})".replace(">>", "shr"),
+        "radius": radius,
+        "weight": weight,
+        "weight_kotlin": f"if ({test}) {yes} else {no}" if test else weight,
+    }
+
+
+def _fill_in(text: str, values: Mapping[str, str]) -> str:
+    """Replace every placeholder, including those inside what is inserted."""
+
+    def replacement(match: re.Match[str]) -> str:
+        value = values[match[1]] if match[1] in values else _template(match[1])
+        assert value is not None, f"a template has @{match[1]}@: no such value, and no snippets/{match[1]}.md"
+        return _fill_in(value.rstrip("\n"), values)
+
+    return _PLACEHOLDER.sub(replacement, text)
+
+
+def _template(name: str) -> str | None:
+    path = files("onefold.runtimes") / "snippets" / f"{name}.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _floats(value: object) -> tuple[float, ...]:
+    """Read a list of numbers; empty where it is no list, or holds anything else."""
+    if not isinstance(value, list | tuple):
+        return ()
+    numbers = [item for item in value if isinstance(item, int | float) and not isinstance(item, bool)]
+    return tuple(map(float, numbers)) if len(numbers) == len(value) else ()

@@ -1,6 +1,6 @@
-"""The proof inside an artifact: a few images and the PyTorch model's logits for them.
+"""The reference inside an artifact: a few images and the PyTorch model's logits for them.
 
-    B  images in the proof    C, H, W  the input shape of the model
+    B  number of images    C, H, W  the input shape of the model
 
 The file is a plain, uncompressed .npz of two float32 arrays; anything else in it is refused before it is decoded,
 so no array can be larger than the file and nothing is unpickled.
@@ -31,17 +31,17 @@ class Reference:
 
 
 def make_images(shape: tuple[int, int, int], *, num_images: int = 2, seed: int = 0) -> Floats:
-    """Images (B, C, H, W) that stand for real, normalised ones: coarse patches with fine noise, mean 0, deviation 1."""
+    """Make images (B, C, H, W) like real, normalized ones: coarse patches with fine noise, mean 0, deviation 1."""
     channels, height, width = shape
-    draw = np.random.default_rng(seed)
-    coarse = draw.standard_normal((num_images, channels, 8, 8))
+    rng = np.random.default_rng(seed)
+    coarse = rng.standard_normal((num_images, channels, 8, 8))
     rows, columns = np.arange(height) * 8 // height, np.arange(width) * 8 // width
-    images = coarse[:, :, rows[:, None], columns] + 0.25 * draw.standard_normal((num_images, channels, height, width))
+    images = coarse[:, :, rows[:, None], columns] + 0.25 * rng.standard_normal((num_images, channels, height, width))
     return ((images - images.mean()) / max(images.std(), 1e-6)).astype(np.float32)
 
 
-def difference(answer: Floats, logits: Floats) -> float:
-    """The largest difference of two logits over the largest logit of `logits`; infinite where one is not finite."""
+def relative_difference(answer: Floats, logits: Floats) -> float:
+    """Divide the largest difference by the largest of `logits`; infinite where an answer is not finite."""
     if answer.shape != logits.shape or not np.isfinite(answer).all():
         return float("inf")
     scale = float(np.abs(logits).max())
@@ -49,22 +49,22 @@ def difference(answer: Floats, logits: Floats) -> float:
 
 
 def top1_agreement(answer: Floats, logits: Floats) -> float:
-    """The share of images for which both have the same best class."""
+    """Compute the share of images for which both have the same top class."""
     return float((answer.argmax(axis=1) == logits.argmax(axis=1)).mean())
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Write the proof, uncompressed."""
+    """Write the reference as an uncompressed .npz."""
     np.savez(path, images=reference.images, logits=reference.logits)
 
 
 def read_reference(data: bytes, shape: tuple[int, int, int], num_classes: int) -> Reference:
-    """The proof in the bytes of reference.npz. Raises BadArtifact where it is not one for this shape and classes."""
+    """Read the bytes of reference.npz. Raises BadArtifact where they do not fit this shape and number of classes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             images, logits = _read_array(archive, "images.npy"), _read_array(archive, "logits.npy")
     except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise BadArtifact(f"reference.npz is not a proof: {error}; export the model again") from error
+        raise BadArtifact(f"reference.npz cannot be read: {error}; export the model again") from error
     num_images = len(images) if images.ndim else 0
     if num_images == 0 or images.shape != (num_images, *shape) or logits.shape != (num_images, num_classes):
         raise BadArtifact(
@@ -72,20 +72,20 @@ def read_reference(data: bytes, shape: tuple[int, int, int], num_classes: int) -
             f"(B, {num_classes}), found {images.shape} and {logits.shape}; export the model again"
         )
     if not (np.isfinite(images).all() and np.isfinite(logits).all() and logits.any()):
-        raise BadArtifact("reference.npz proves nothing: its numbers are not finite or all zero; export again")
+        raise BadArtifact("reference.npz is of no use: its numbers are not finite or all zero; export again")
     return Reference(images=images, logits=logits)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Floats:
-    """A float32 array of the archive; its header is checked against the size of the entry before memory is taken."""
+    """Read a float32 array of the archive; its header must fit the entry's size before memory is allocated."""
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise ValueError(f"{name} is compressed")
     stream = io.BytesIO(archive.read(entry))
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError(f"{name} is not a plain array")
-    shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     flat = np.frombuffer(stream.read(), dtype="<f4")
-    if dtype != np.dtype("<f4") or by_column or flat.size != np.prod(shape, dtype=np.float64):
+    if dtype != np.dtype("<f4") or fortran_order or flat.size != np.prod(shape, dtype=np.float64):
         raise ValueError(f"{name} is not a float32 array of shape {shape}")
     return flat.reshape(shape).astype(np.float32)

@@ -1,13 +1,13 @@
-"""TensorRT on an NVIDIA GPU: one model.onnx, of which an engine is built for the GPU at hand when it is loaded.
+"""TensorRT on an NVIDIA GPU: one model.onnx, from which an engine is built for this machine's GPU at loading.
 
-Engines fit one kind of GPU and one version of TensorRT, so the artifact holds the network. Every number in it has the
-type it is computed in (a strongly typed network, the one kind that version 11 has): with the precision fp16 the network
-is written in 16 bits, its images and logits in 32. fp32 is that, and not the GPU's TF32.
+Engines fit one kind of GPU and one version of TensorRT, so the artifact holds the ONNX network. It is strongly typed
+(the only mode of version 11): each tensor is computed in its own type. With the precision fp16 the network is written
+in 16 bits, its images and logits in 32. fp32 means fp32, not the GPU's TF32.
 
-There is no int8: TensorRT takes grids of int8 whose zero is 0, and ours have a zero of their own. The same values on
-such grids would be another network than the one that was calibrated and simulated.
+There is no int8: TensorRT's activations are symmetric, and ours have zero points. The same values with other parameters
+would be another model than the one that was calibrated and simulated.
 
-It runs where PyTorch sees a GPU, whose memory it uses; elsewhere it can be exported.
+It runs where PyTorch finds a GPU, whose memory it uses; elsewhere it can only be exported.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onefold.runtimes.artifact import About
-from onefold.runtimes.base import Engine
+from onefold.runtimes.artifact import ModelInfo
+from onefold.runtimes.base import Engine, mute, quiet, require
 from onefold.runtimes.onnx import refuse_other_files, write
 from onefold.runtimes.reference import Floats
-from onefold.runtimes.vendor import mute, quiet, require
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -32,33 +31,30 @@ if TYPE_CHECKING:
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "tensorrt")
 PRECISIONS = ("fp32", "fp16")
-REFUSES: Mapping[str, str] = {"int8": "it takes no grid whose zero is not 0, and ours have zeros of their own"}
+REFUSES: Mapping[str, str] = {"int8": "its activations are symmetric, and ours have zero points"}
 DETAILS: Mapping[str, object] = {"input": "images", "output": "logits"}
-READS_GRIDS = True
+ACCEPTS_QDQ = True
 
-_MOST = 32  # images a call; larger batches are answered in parts
+_MAX_BATCH = 32  # images per call; larger batches are split
 _DEVICE = "cuda"
 
 
-def _obstacle() -> str | None:
+def unavailable_reason() -> str | None:
+    """Explain why TensorRT cannot run here; None where PyTorch finds a GPU."""
     import torch
 
     with quiet():
-        seen = torch.cuda.is_available()
-    return None if seen else "TensorRT runs on an NVIDIA GPU, and PyTorch sees none on this machine"
+        has_gpu = torch.cuda.is_available()
+    return None if has_gpu else "TensorRT runs on an NVIDIA GPU, and PyTorch finds none on this machine"
 
 
-OBSTACLE = _obstacle
-
-
-def export(program: ExportedProgram, folder: Path, *, about: About, precision: str) -> None:
+def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
-    given = _in_16_bits(program) if precision == "fp16" else program
-    write(given, folder / "model.onnx", about=about, precision=precision)
+    write(_to_fp16(program) if precision == "fp16" else program, folder / "model.onnx", info=info, precision=precision)
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
-    """The network, built into an engine for this GPU, which takes a while."""
+    """Build an engine for this GPU, which takes a while."""
     tensorrt = require("tensorrt", extra="tensorrt")
     refuse_other_files(content["model.onnx"])
     with mute():
@@ -70,9 +66,9 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
 
 
 class _TensorRt:
-    """An engine with one place for an answer in the making, so calls take turns.
+    """An engine with one execution context, so calls are serialized.
 
-    `threads` is 1: one thread of the CPU waits for the GPU.
+    `threads` is 1: one CPU thread waits for the GPU.
     """
 
     threads = 1
@@ -86,7 +82,7 @@ class _TensorRt:
 
     def __call__(self, images: Floats) -> Floats:
         with self._lock:
-            return np.concatenate([self._answer(images[i : i + _MOST]) for i in range(0, len(images), _MOST)])
+            return np.concatenate([self._answer(images[i : i + _MAX_BATCH]) for i in range(0, len(images), _MAX_BATCH)])
 
     def close(self) -> None:
         with self._lock:
@@ -96,20 +92,20 @@ class _TensorRt:
         import torch
 
         with torch.cuda.stream(self._stream):
-            # A tensor over memory that is read-only would warn, so such images are copied.
-            given = torch.from_numpy(images if images.flags.writeable else images.copy()).to(_DEVICE)
+            # torch warns of tensors that share read-only memory, so such images are copied.
+            x = torch.from_numpy(images if images.flags.writeable else images.copy()).to(_DEVICE)
             logits = torch.empty((len(images), self._num_classes), dtype=torch.float32, device=_DEVICE)
-            fits = self._context.set_input_shape("images", tuple(given.shape))
-            self._context.set_tensor_address("images", given.data_ptr())
+            fits = self._context.set_input_shape("images", tuple(x.shape))
+            self._context.set_tensor_address("images", x.data_ptr())
             self._context.set_tensor_address("logits", logits.data_ptr())
             if not fits or not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise RuntimeError("TensorRT gives no answer to these images")
+                raise RuntimeError("TensorRT returned no logits for these images")
             self._stream.synchronize()
             return logits.cpu().numpy()
 
 
 def _build(tensorrt: ModuleType, model: bytes) -> Any:
-    """The plan of an engine for batches of 1 to _MOST images."""
+    """Build the serialized engine (plan) for batches of 1 to _MAX_BATCH images."""
     log = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(log)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -120,7 +116,7 @@ def _build(tensorrt: ModuleType, model: bytes) -> Any:
     config.clear_flag(tensorrt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
     shape = tuple(network.get_input(0).shape)[1:]
-    profile.set_shape("images", (1, *shape), (1, *shape), (_MOST, *shape))
+    profile.set_shape("images", (1, *shape), (1, *shape), (_MAX_BATCH, *shape))
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -128,12 +124,12 @@ def _build(tensorrt: ModuleType, model: bytes) -> Any:
     return plan
 
 
-def _in_16_bits(program: ExportedProgram) -> ExportedProgram:
-    """The same network with weights and values in 16 bits; images and logits stay in 32."""
+def _to_fp16(program: ExportedProgram) -> ExportedProgram:
+    """Trace the network with weights and activations in fp16; images and logits stay in fp32."""
     import torch
     from torch.export import Dim
 
-    class Halved(torch.nn.Module):
+    class Half(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = program.module(check_guards=False).half()
@@ -144,4 +140,4 @@ def _in_16_bits(program: ExportedProgram) -> ExportedProgram:
 
     (images,), _ = program.example_inputs
     with quiet(), torch.no_grad():
-        return torch.export.export(Halved(), (images,), dynamic_shapes=({0: Dim("batch")},))
+        return torch.export.export(Half(), (images,), dynamic_shapes=({0: Dim("batch")},))

@@ -24,13 +24,10 @@ from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import BadArtifact
 from onefold.quantize import Method, quantize
-from onefold.runtimes import RUNTIMES, About, Artifact, Parity, export, find_runtime, load, open_artifact
-from onefold.runtimes.loading import PLATFORMS, code, platforms
-from onefold.runtimes.readme import handbook
+from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, Parity, export, find_runtime, load, open_artifact
+from onefold.runtimes.readme import PLATFORMS, platforms_of, render_code, render_readme
 
-COMING = ("coreml", "mnn", "tensorrt", "web")
-KNOWN = tuple(dict.fromkeys((*RUNTIMES, *COMING)))
-ALSO_ALLOWED = {"eager": {"torch", "onefold"}, "executorch": {"torch"}}
+ALSO_ALLOWED = {"executorch": {"torch"}}
 CLASSES = ("ant", "bee", "cat", "caf\u00e9", "two words", 'quo"te', "<b>")
 PREPARED = Preprocessing(size=32, crop_pct=0.875)
 
@@ -70,10 +67,10 @@ def exported(folder: Path, runtime: str, precision: str = "fp32", prepared: Prep
     patches = nn.functional.interpolate(torch.randn(64, prepared.channels, 4, 4), prepared.size)
     with torch.no_grad():  # no class is the favourite
         model.fc.bias -= model(patches).mean(0)
-    about = About(model="small", fused=True, classes=CLASSES, preprocessing=prepared.to_dict(), licence="MIT")
+    info = ModelInfo(model="small", fused=True, classes=CLASSES, preprocessing=prepared.to_dict(), licence="MIT")
     shape = (prepared.channels, prepared.size, prepared.size)
     given = quantize(model, torch.randn(16, *shape), Method(limit=63)) if precision == "int8" else model
-    return export(given, shape, folder, runtime=runtime, about=about, precision=precision)
+    return export(given, shape, folder, runtime=runtime, info=info, precision=precision)
 
 
 def fake(runtime: str, precision: str = "fp32", prepared: Preprocessing | None = PREPARED, **changes) -> Artifact:
@@ -124,9 +121,6 @@ def ran(artifact: Artifact, photos: list[Path], place: Path) -> list[tuple[str, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith(GREETING)]
-    if artifact.runtime == "eager":  # it prints onefold's own predictions
-        found = [ast.literal_eval(line)[0] for line in lines]
-        return [(name, share) for _, name, share in found]
     return [(line.rpartition(" ")[0], float(line.rpartition(" ")[2])) for line in lines]
 
 
@@ -155,7 +149,7 @@ PRECISIONS = [
     (runtime, precision)
     for runtime in RUNNABLE
     for precision in find_runtime(runtime).PRECISIONS
-    if precision == "fp32" or (precision == "int8" and runtime != "eager")
+    if precision in ("fp32", "int8")
 ]
 
 
@@ -190,21 +184,21 @@ def test_photos_are_prepared_to_the_bit(prepared: Preprocessing, photos: list[Pa
 
 
 def test_a_class_without_a_name_is_told_by_its_number(photos: list[Path], tmp_path: Path) -> None:
-    about = About(model="small", fused=True, preprocessing=PREPARED.to_dict())
+    info = ModelInfo(model="small", fused=True, preprocessing=PREPARED.to_dict())
     model = Small(3).eval()
-    artifact = export(model, (3, 32, 32), tmp_path / "artifact", runtime="onnx", about=about)
+    artifact = export(model, (3, 32, 32), tmp_path / "artifact", runtime="onnx", info=info)
     assert all(name in set("0123456") for name, _ in ran(artifact, photos[:2], tmp_path))
 
 
 def test_what_does_not_say_how_photos_are_prepared_answers_to_its_proof(tmp_path: Path) -> None:
-    about = About(model="small", fused=True, classes=CLASSES, preprocessing={"size": 32})
-    artifact = export(Small(3).eval(), (3, 32, 32), tmp_path / "artifact", runtime="onnx", about=about)
+    info = ModelInfo(model="small", fused=True, classes=CLASSES, preprocessing={"size": 32})
+    artifact = export(Small(3).eval(), (3, 32, 32), tmp_path / "artifact", runtime="onnx", info=info)
     logits = np.load(artifact.folder / "reference.npz")["logits"][0].astype(np.float64)
     ((name, share),) = ran(artifact, [Path("none")], tmp_path)
     assert name == CLASSES[logits.argmax()]
     assert share == pytest.approx(1 / np.exp(logits - logits.max()).sum(), rel=1e-5)
     text = (artifact.folder / "README.md").read_text(encoding="utf-8")
-    assert "said when it was exported: size 32" in text
+    assert "stated at the export: size 32" in text
     assert "## C++" not in text
 
 
@@ -217,20 +211,19 @@ def rendered(runtime: str) -> list[Artifact]:
     return [fake(runtime, precision, prepared) for precision, prepared in itertools.product(precisions, how)]
 
 
-@pytest.mark.parametrize("runtime", KNOWN)
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_runtime_has_code_for_python_of_ten_lines(runtime: str) -> None:
-    assert "python" in platforms(runtime), f"write snippets/{runtime}.python.md"
+    assert "python" in platforms_of(runtime), f"write snippets/{runtime}.python.md"
     for artifact in rendered(runtime):
-        (lines,) = blocks(code(artifact, "python"), "python")
+        (lines,) = blocks(render_code(artifact, "python"), "python")
         counted = [line for line in lines.splitlines() if line.strip() and not line.lstrip().startswith("#")]
         assert len(counted) <= 10, f"{len(counted)} lines of code"
         assert max(map(len, lines.splitlines())) <= 120
         assert ";" not in re.sub(r'"[^"]*"|#.*', "", lines)
         imported = imports_of(lines)
         assert not imported & ({"torch", "onefold"} - ALSO_ALLOWED.get(runtime, set()))
-        if runtime != "eager":
-            assert "manifest.json" in lines
-            assert len(imported - set(sys.stdlib_module_names) - {"numpy", "PIL", "torch"}) == 1
+        assert "manifest.json" in lines
+        assert len(imported - set(sys.stdlib_module_names) - {"numpy", "PIL", "torch"}) == 1
 
 
 def imports_of(lines: str) -> set[str]:
@@ -255,29 +248,29 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("runtime", KNOWN)
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_platform_is_rendered_whole(runtime: str) -> None:
-    assert set(platforms(runtime)) == WHERE.get(runtime, {"python"})
+    assert set(platforms_of(runtime)) == WHERE.get(runtime, {"python"})
     for artifact in rendered(runtime):
-        text = handbook(artifact)
+        text = render_readme(artifact)
         assert not re.search(r"@[a-z_.]+@", text)
         assert text.count("```") % 2 == 0
         complete = bool(artifact.preprocessing)
-        for platform in platforms(runtime):
+        for platform in platforms_of(runtime):
             assert (f"\n## {PLATFORMS[platform]}\n" in text) == (complete or platform == "python")
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "web", "openvino"])
 def test_nobody_is_told_of_its_use(runtime: str) -> None:
     """What declines comes before the import that would report."""
-    (lines,) = blocks(code(fake(runtime), "python"), "python")
+    (lines,) = blocks(render_code(fake(runtime), "python"), "python")
     decline = '["openvino_telemetry"] = None' if runtime == "openvino" else '("ORT_DISABLE_TELEMETRY", "1")'
     vendor = "import openvino" if runtime == "openvino" else "onnxruntime as"
     assert 0 < lines.index(decline) < lines.index(vendor)
 
 
 def test_an_unknown_runtime_has_a_readme_too() -> None:
-    assert "onefold predict" in handbook(fake("from-the-future", "fp4"))
+    assert "onefold predict" in render_readme(fake("from-the-future", "fp4"))
 
 
 HOSTILE = "x\n# y | z <script> `a` ![b](c) \u202e \udce9"
@@ -288,7 +281,7 @@ def test_what_people_wrote_stays_in_its_place() -> None:
     calm = fake("onnx", model="m", licence="l", source="s", classes=("c",) * len(CLASSES))
     wild = replace(calm, model=HOSTILE, licence=HOSTILE, source=HOSTILE, classes=(HOSTILE,) * len(CLASSES))
     wild = replace(wild, made_with={"p": HOSTILE}, details={"note": HOSTILE, "quantization": {"method": HOSTILE}})
-    text = handbook(wild)
+    text = render_readme(wild)
     assert text.encode("utf-8")
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).splitlines()
     assert [line for line in prose if line.startswith("# ")] == prose[:1]
@@ -296,7 +289,8 @@ def test_what_people_wrote_stays_in_its_place() -> None:
     assert "![b](c)" not in text
     assert "\u202e" not in text
     assert all(line.count(" | ") == 1 for line in prose if line.startswith("| ") and line != "| | |")
-    assert [code(wild, platform) for platform in PLATFORMS] == [code(calm, platform) for platform in PLATFORMS]
+    for platform in PLATFORMS:
+        assert render_code(wild, platform) == render_code(calm, platform)
 
 
 FACTS: dict[str, tuple[Callable[[], Artifact], tuple[str, ...]]] = {
@@ -305,25 +299,25 @@ FACTS: dict[str, tuple[Callable[[], Artifact], tuple[str, ...]]] = {
         ("# small for LiteRT, int8", "3 x 32 x 32", "(1, 32, 32, 3)", "0.485, 0.456, 0.406", "short side has 37"),
     ),
     "grey": (lambda: fake("onnx", prepared=SIZES[0]), ("19595 R", "minus 0.3, divided by 0.2 (grey)", "cubic filter")),
-    "not run": (lambda: fake("coreml", parity=None), ("not run where it was made",)),
+    "not run": (lambda: fake("coreml", parity=None), ("not run on the machine that exported it",)),
     "not fused": (lambda: fake("onnx", fused=False), ("It is not fused", "NOT FUSED")),
     "not trained": (lambda: fake("onnx", details={"untrained": True}), ("weights are random",)),
     "quantized": (
         lambda: fake("onnx", "int8", details={"quantization": {"method": "by moments", "layers": {"a": {}}}}),
-        ("## How it was quantized", "| method | by moments |", "noise of each layer"),
+        ("## How it was quantized", "| method | by moments |", "signal-to-noise ratio of each layer"),
     ),
     "many": (
         lambda: fake("onnx", num_classes=100, classes=tuple(f"c{i}" for i in range(100))),
         ("9 c9, ... (all of them in `manifest.json`)",),
     ),
-    "nothing stated": (lambda: fake("onnx", licence=None, drift=None, classes=None), ("not stated", "Nobody named")),
+    "nothing stated": (lambda: fake("onnx", licence=None, drift=None, classes=None), ("not stated", "have no names")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FACTS)
 def test_it_says_what_the_manifest_says(case: str) -> None:
     make, told = FACTS[case]
-    text = handbook(make())
+    text = render_readme(make())
     for words in told:
         assert words in text
 
@@ -333,7 +327,7 @@ def test_it_says_what_the_manifest_says(case: str) -> None:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Artifact:
-    return exported(tmp_path / "artifact", "eager")
+    return exported(tmp_path / "artifact", "onnx")
 
 
 def test_it_is_sealed_like_the_rest_and_lists_the_rest(made: Artifact) -> None:
@@ -349,15 +343,15 @@ def test_it_is_sealed_like_the_rest_and_lists_the_rest(made: Artifact) -> None:
 def test_it_renders_from_the_manifest_alone(made: Artifact) -> None:
     before = {name: stored for name, stored in made.files.items() if name != "README.md"}
     text = (made.folder / "README.md").read_text(encoding="utf-8")
-    assert handbook(replace(open_artifact(made.folder), files=before)) == text
+    assert render_readme(replace(open_artifact(made.folder), files=before)) == text
 
 
 def test_an_older_artifact_has_none_and_opens(made: Artifact) -> None:
-    from onefold.runtimes.artifact import render
+    from onefold.runtimes.artifact import render_manifest
 
     (made.folder / "README.md").unlink()
     older = replace(made, files={name: stored for name, stored in made.files.items() if name != "README.md"})
-    (made.folder / "manifest.json").write_text(render(older), encoding="utf-8")
+    (made.folder / "manifest.json").write_text(render_manifest(older), encoding="utf-8")
     load(made.folder).close()
-    again = exported(made.folder, "eager")  # and is replaced by a new one
+    again = exported(made.folder, "onnx")  # and is replaced by a new one
     assert "README.md" in json.loads((again.folder / "manifest.json").read_text())["files"]
