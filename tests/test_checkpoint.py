@@ -149,8 +149,8 @@ def test_a_resume_from_the_previous_one_ends_in_the_same_bits(tmp_path: Path, ca
 def test_a_damaged_last_never_takes_the_place_of_the_good_one(folder: RunFolder, states: list[Checkpoint]) -> None:
     (folder.last / "progress.json").write_bytes(b"{}")
     assert same(load_for_resume(folder), states[0])
-    assert same(Checkpoint._from(unseal(folder.last), folder.last), states[0])
-    assert same(Checkpoint._from(unseal(folder.previous), folder.previous), states[0])
+    assert same(Checkpoint._from_contents(unseal(folder.last), folder.last), states[0])
+    assert same(Checkpoint._from_contents(unseal(folder.previous), folder.previous), states[0])
 
 
 # ------------------------------------------------------------------------------ hostile, but whole
@@ -183,7 +183,7 @@ def test_what_is_whole_but_no_checkpoint_is_refused(
     monkeypatch.chdir(folder.path.parent)
     for place in (folder.last, folder.previous):
         reseal(place, name, content)
-    with pytest.raises(BadCheckpoint, match="not a checkpoint this version can read"):
+    with pytest.raises(BadCheckpoint, match="but this version cannot read it"):
         Checkpoint.load(folder.path)
     assert not Path("executed").exists()
 

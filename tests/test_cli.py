@@ -494,7 +494,7 @@ def test_a_mistake_gets_one_sentence_and_its_status(status, says, typed, scratch
 
 def test_a_hub_id_without_a_network_says_what_to_do(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert run("predict", "timm/no_such_model_here", photo(tmp_path / "a.png", 0)) == 4
+    assert run("predict", "timm/no_such_model_here", photo(tmp_path / "a.png", 0)) == 10
     error = capsys.readouterr().err
     assert "HF_HUB_OFFLINE" in error
     assert "give the path" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from lives import Lives, Order, must_hold_every_image_once, samples_of
-from onefold.errors import BadArgument
+from onefold.errors import BadArgument, LostWorker
 from onefold.train import Checkpoint, Plan, Steps, World, worker_batches
 from onefold.train.logical_workers import _ExactReducer, create_reducer
 from onefold.train.step import TrainState
@@ -147,6 +148,49 @@ def test_the_tree_is_the_tree() -> None:
         values = values[::2] + values[1::2]
     assert model.weight.grad is not None
     assert model.weight.grad.item() == values.item() != 11.1
+
+
+class Faulty(torch.autograd.Function):
+    """The identity, whose backward raises what is in `error`."""
+
+    error = ""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(Faulty.error)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("the skip connection expects 8 channels", RuntimeError),
+        ("recv: Broken pipe in our own Socket layer", RuntimeError),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [::1]:7", LostWorker),
+        ("NCCL error in: ProcessGroupNCCL.cpp:77, remote process exited", LostWorker),
+    ],
+)
+@pytest.mark.parametrize("within", ["forward", "backward"])
+def test_an_error_of_the_model_is_no_lost_process(
+    text: str, error: type[Exception], within: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it speaks of: only what a communication back end has signed is."""
+
+    class Failing(Still):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if within == "forward":
+                raise RuntimeError(text)
+            out: torch.Tensor = Faulty.apply(super().forward(x))
+            return out
+
+    monkeypatch.setattr(Faulty, "error", text)
+    state = TrainState(Failing(), replace(FOUR, ema=None), World(), steps_per_epoch=4)
+    with pytest.raises(error, match=re.escape(text[:30])) as raised:
+        state.step(list(Blobs(num_images=16).epoch(0)))
+    assert isinstance(raised.value, LostWorker) == (error is LostWorker)
 
 
 def test_each_worker_has_its_own_random_numbers(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from onefold.cli import main
 from onefold.commands.fuse import Order, export
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open import open_network, open_predictor
-from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
+from onefold.commands.timm import open_pretrained
+from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
 from onefold.quantize import Method, quantize
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo
@@ -125,6 +126,10 @@ def _misfit(name: str, *more: object) -> object:
     return _import(name, *more)
 
 
+def _no_route(*_: object, **__: object) -> None:
+    raise ConnectionError("no route")
+
+
 def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
     with pytest.raises(BadArgument, match="timm has no model 'repvgg_a00': did you mean repvgg_a0"):
         open_network("timm:repvgg_a00")
@@ -142,6 +147,10 @@ def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
     torch.save({"fc.weight": torch.zeros(5, 1280)}, tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=r"has no head\.fc\.weight"):
         open_network(f"timm:repvgg_a0@{tmp_path / 'w.pth'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "create_model", _no_route)
+        with pytest.raises(NetworkFailed, match=r"cannot be downloaded .*no route.*timm:repvgg_a0@FILE"):
+            open_pretrained("timm:repvgg_a0")
     with monkeypatch.context() as patch:
         patch.setattr("builtins.__import__", _misfit)
         with pytest.raises(MissingExtra, match="was built for another torch"):

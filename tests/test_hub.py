@@ -11,17 +11,25 @@ import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NotWritable
+from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
 from onefold.models.card import Card, digest, verified
 from onefold.models.hub import (
@@ -615,16 +623,19 @@ def test_a_config_that_asks_for_another_network_is_refused(tmp_path: Path) -> No
         load_model(tmp_path)
 
 
+def answer(status: int) -> Any:
+    """What the hub's errors hold of an HTTP response, whatever package the client has it from."""
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Path) -> dict[str, dict[str, Path]]:
     """A hub of one process: repository -> file name -> file."""
-    from huggingface_hub.errors import EntryNotFoundError
-
     repositories: dict[str, dict[str, Path]] = {"me/mine": {"model.safetensors": saved}}
 
     def download(repo_id: str, filename: str) -> str:
         if repo_id not in repositories:
-            raise OSError(f"404: no {repo_id}")
+            raise RepositoryNotFoundError(f"404: no {repo_id}", response=answer(404))
         if filename not in repositories[repo_id]:
             raise EntryNotFoundError(f"404: no {filename}")
         return str(repositories[repo_id][filename])
@@ -642,7 +653,9 @@ def test_ids_of_the_hub_are_downloaded_as_safetensors_only(
     hub["me/pickled"] = {"pytorch_model.bin": tmp_path / "w.bin", "config.json": tmp_path / "c.json"}
     with pytest.raises(BadCheckpoint, match=r"has no model\.safetensors, and pickled files from there are not read"):
         load_model("me/pickled")
-    with pytest.raises(BadCheckpoint, match=r"there is no file me/nothing.*HF_HUB_OFFLINE.*give the path"):
+    with pytest.raises(
+        BadCheckpoint, match=r"no file me/nothing, .*hub has no such repository.*: check the path or the id"
+    ):
         create_model(NAME, num_classes=4, weights="me/nothing")
 
 
@@ -669,8 +682,6 @@ def test_what_is_no_id_never_reaches_the_network(what: str, tmp_path: Path, monk
 
 
 def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
     monkeypatch.chdir(tmp_path)
     for error in (LocalEntryNotFoundError("x"), OfflineModeIsEnabled("x"), OSError("no route")):
 
@@ -678,21 +689,31 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.Monke
             raise error
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-        with pytest.raises(BadCheckpoint, match=r"copy its model\.safetensors here from another machine"):
+        with pytest.raises(NetworkFailed, match=r"copy its model\.safetensors here from another machine"):
             load_weights_(create_model(NAME, num_classes=4), "timm/x", NAME)
+
+
+def test_a_cache_without_room_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(NotWritable, match=r"hub's cache cannot be written .*No space left.*HF_HOME"):
+        load_weights_(create_model(NAME, num_classes=4), "timm/x", NAME)
 
 
 class FakeApi:
     """Keeps what it is sent."""
 
-    def __init__(self, refuse: bool = False) -> None:
+    def __init__(self, refuse: Exception | None = None) -> None:
         self.made: list[tuple[str, bool]] = []
         self.files: dict[str, bytes] = {}
         self.refuse = refuse
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         if self.refuse:
-            raise OSError("401\nnot you")
+            raise self.refuse
         assert exist_ok
         self.made.append((repo_id, private))
 
@@ -708,7 +729,19 @@ def test_a_push_sends_the_pretrained_folder(model: nn.Module, tmp_path: Path) ->
     for name, data in api.files.items():
         (tmp_path / name).write_bytes(data)
     assert from_pretrained(tmp_path)[1] == card()
-    with pytest.raises(BadCheckpoint, match=r"the hub refused me/mine \(401 not you\).*hf auth login"):
-        push_to_hub(model, "me/mine", card(), api=FakeApi(refuse=True))
+    for error, kind, says in (
+        (
+            HfHubHTTPError("401\nnot you", response=answer(401)),
+            BadArgument,
+            r"hub refused me/mine \(401 not you.*login",
+        ),
+        (
+            ConnectionError("no route"),
+            NetworkFailed,
+            r"cannot be reached to push me/mine .*: no route\)",
+        ),
+    ):
+        with pytest.raises(kind, match=says):
+            push_to_hub(model, "me/mine", card(), api=FakeApi(refuse=error))
     with pytest.raises(BadArgument, match="no id of the hub"):
         push_to_hub(model, "mine", card(), api=api)

@@ -19,7 +19,7 @@ from onefold.commands.fuse import Order, export
 from onefold.commands.initialize import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
-from onefold.errors import BadArgument, MissingExtra
+from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
 from onefold.models import create_model
 from onefold.models.hub import Card, load_model, save_weights
 from onefold.recipes import Recipe, at_epochs, find_recipe, override
@@ -132,6 +132,18 @@ def test_frozen_stages_stay_as_the_weights_had_them(photos, tmp_path):
         if not name.startswith("head."):
             frozen = name.startswith(("stem.", "stages.0.", "stages.1."))
             assert torch.equal(value, after[name]) == frozen, name
+
+
+def test_a_training_that_diverged_is_not_told_in_the_words_of_the_fusing_gate(photos, tmp_path):
+    """At this rate the weights are finite after an epoch of one step, and what they compute is not."""
+    diverging = {
+        "weights": "none",
+        "plan.optimizer.lr": "1e3",
+        "plan.batch_size": "24",
+        "plan.schedule.warmup": "0 steps",
+    }
+    with pytest.raises(NonFiniteLoss, match=r"logits are not finite.*training has diverged.*lower plan\.optimizer\.lr"):
+        start_run(recipe(photos, Path("x"), "photos:scratch", **diverging), tmp_path / "run")
 
 
 def test_what_needs_weights_says_so(photos, tmp_path):

@@ -12,6 +12,7 @@
     +-- NonFiniteLoss       7    the loss became NaN or infinite (also an ArithmeticError)
     +-- LostWorker          8    a process that trains or computes along was lost
     +-- DeviceFailed        9    a phone went away, or a program on it failed or cannot be understood
+    +-- NetworkFailed      10    the hub, or another host, cannot be reached (also an OSError)
     +-- Stopped            75    stopped by a signal, after saving
 
 A message is one sentence or two: what was expected, what came, and what to type.
@@ -85,6 +86,12 @@ class DeviceFailed(OnefoldError):
     """A phone went away, or a program on it failed or says what cannot be understood."""
 
     exit_status = 9
+
+
+class NetworkFailed(OnefoldError, OSError):
+    """A host cannot be reached, or does not answer: what was asked of it may be there all the same."""
+
+    exit_status = 10
 
 
 class Stopped(OnefoldError):

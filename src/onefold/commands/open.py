@@ -66,8 +66,8 @@ class Network:
             with torch.inference_mode():
                 if not self.model(images).isfinite().all():
                     raise NonFiniteLoss(
-                        f"{self.title}: the network's logits are not finite, so its training has diverged: train again "
-                        "with a lower plan.optimizer.lr, from the last checkpoint before"
+                        f"{self.title}: the network's logits are not finite, so its training has diverged: "
+                        "train again with a lower plan.optimizer.lr"
                     )
         if not distance <= tolerance:
             raise GateFailed(

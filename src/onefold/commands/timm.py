@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.data import Preprocessing
-from onefold.errors import BadArgument, BadCheckpoint, MissingExtra
+from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
 from onefold.models.card import Card, verified, write_weights
 from onefold.models.safe_load import read
 from onefold.reparam import fuse
@@ -100,8 +100,13 @@ def open_pretrained(spec: str) -> TimmModel:
     timm = _timm(spec, name)
     try:
         return _timm_model(timm, name, timm.create_model(name, pretrained=True))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise _no_weights(spec, name, error) from error
+    except Exception as error:  # the network raises errors of whatever package timm downloads with
+        raise NetworkFailed(
+            f"the weights of {spec} cannot be downloaded ({type(error).__name__}: {_brief(error)}): check the network "
+            f"and HF_HUB_OFFLINE, or give them as timm:{name}@FILE"
+        ) from error
 
 
 def _from_file(spec: str, name: str, file: Path) -> TimmModel:

@@ -6,6 +6,7 @@ hub. `save_pretrained` writes the folder that the hub expects. Nothing that the 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from onefold.errors import BadArgument, BadCheckpoint
+from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.card import Card as Card
 from onefold.models.card import config_of, page_of
 from onefold.models.card import read_card as read_card
@@ -160,12 +161,10 @@ def _in_folder(folder: Path) -> Found:
 
 
 def _on_hub(repo_id: str) -> Found:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         path = _download(repo_id, FILE)
-    except LocalEntryNotFoundError as error:  # neither in the cache nor within reach
-        raise BadCheckpoint(_unreachable(repo_id)) from error
     except EntryNotFoundError as error:
         raise BadCheckpoint(
             f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
@@ -179,24 +178,42 @@ def _on_hub(repo_id: str) -> Found:
 
 
 def _download(repo_id: str, name: str) -> Path:
-    """A file of a repository. Raises EntryNotFoundError where it has none of this name, BadCheckpoint otherwise."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    """Give a file of a repository, from the hub or its cache.
 
+    Raises EntryNotFoundError where the repository has no such file, BadCheckpoint where the hub has no such repository
+    or does not let it be read, NetworkFailed where the hub cannot be reached, NotWritable where the cache cannot be
+    written.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    no_such = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
         return Path(hf_hub_download(repo_id, name))
-    except EntryNotFoundError:
+    except errors.LocalEntryNotFoundError as error:  # it is an EntryNotFoundError, but says that the cache has no file
+        raise _hub_error(repo_id, error) from error
+    except errors.EntryNotFoundError:
         raise
-    except Exception as error:  # no network, no such repository, gated, offline: the hub's own zoo
-        reason = " ".join(str(error).split())[:160]
-        raise BadCheckpoint(f"{_unreachable(repo_id)} ({type(error).__name__}: {reason})") from error
+    except no_such as error:
+        raise BadCheckpoint(
+            f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
+            f"path or the id; for a gated or private one `hf auth login` ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
+        raise _hub_error(repo_id, error) from error
 
 
-def _unreachable(repo_id: str) -> str:
-    return (
-        f"there is no file {repo_id}, and it cannot be had from the Hugging Face hub: check the id, the network and "
-        f"HF_HUB_OFFLINE; or copy its {FILE} here from another machine and give the path"
+def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return NotWritable(f"the hub's cache cannot be written ({_first_line(error)}): make room, or set HF_HOME")
+    return NetworkFailed(
+        f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
+        f"{_first_line(error)}): check the network and HF_HUB_OFFLINE; or copy its {FILE} here from another machine "
+        "and give the path"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _config(path: Path) -> Mapping[str, Any]:
@@ -305,14 +322,14 @@ def push_to_hub(
     """Send a network to the Hugging Face hub as `save_pretrained` writes it; gives its address.
 
     Without an `api` it is huggingface_hub's, with the token of `hf auth login`. Raises BadArgument for an id that
-    is none, and BadCheckpoint where the hub refuses.
+    is none, or that the hub refuses, and NetworkFailed where the hub cannot be reached.
     """
     if re.fullmatch(HUB_ID, repo_id) is None:
         raise BadArgument(f"{repo_id!r} is no id of the hub: give owner/name")
-    if api is None:
-        from huggingface_hub import HfApi
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-        api = HfApi()
+    api = api or HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, card, metrics=metrics)
         try:
@@ -320,9 +337,11 @@ def push_to_hub(
             api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{card.model} from onefold {card.version}"
             )
-        except Exception as error:  # no network, no token, no right: the hub's own zoo
-            reason = " ".join(str(error).split())[:160]
-            raise BadCheckpoint(
-                f"the hub refused {repo_id} ({reason}): check the network and `hf auth login`"
+        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+            raise BadArgument(f"the hub refused {repo_id} ({_first_line(error)}): check `hf auth login`") from error
+        except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
+            raise NetworkFailed(
+                f"the Hugging Face hub cannot be reached to push {repo_id} ({type(error).__name__}: "
+                f"{_first_line(error)}): check the network and HF_HUB_OFFLINE"
             ) from error
     return f"https://huggingface.co/{repo_id}"
