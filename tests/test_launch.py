@@ -20,8 +20,8 @@ import training_kit
 from lives import size_of
 from onefold.cli import main
 from onefold.errors import LostWorker
-from onefold.launch import launch
 from onefold.train import Checkpoint
+from onefold.train.launch import launch
 
 
 def sh(code: str) -> Callable[[], int]:
@@ -92,7 +92,7 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(arguments)
         return 75
 
-    monkeypatch.setattr(sys.modules["onefold.cli.main"], "launch", note)
+    monkeypatch.setattr("onefold.train.launch.launch", note)
     given = ["train", "--processes", "2", "--data", "photos", "--max-restarts", "9"]
     assert main(given) == 75
     [(work, *numbers)] = asked
@@ -136,7 +136,7 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
-from onefold.launch import launch
+from onefold.train.launch import launch
 from onefold.train import Steps, import_ahead, start_world
 from training_kit import PLAN, Blobs, fresh
 max_restarts, out, epochs, nap = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])

@@ -19,7 +19,6 @@ from onefold.cli import display, exit_status
 from onefold.cli import measure as measuring
 from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads, quantization_method, runtime_names
 from onefold.errors import BadArgument, BadData
-from onefold.launch import is_worker, launch
 from onefold.runtimes import RUNTIMES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -101,11 +100,12 @@ def train(
     from onefold.commands.train import Callbacks, resume_run, start_run
     from onefold.recipes import recipe_for, recipes
     from onefold.train import import_ahead
+    from onefold.train.launch import launch
 
     if list_recipes:
         display.recipe_table(recipes())
         return
-    if processes > 1 and not is_worker():
+    if processes > 1 and "RANK" not in os.environ:
         import_ahead()
         raise typer.Exit(launch(lambda: main(context.obj), processes, max_restarts))
     short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}

@@ -1,0 +1,204 @@
+"""Starts several processes of one command on this machine, and starts all of them again when one is lost.
+
+They are forks of this process, which has imported what they need: so they cost one start of torch together, and a
+restart takes a second or two. They find each other by the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT, TORCHELASTIC_RESTART_COUNT); they are in sessions of their own, so that a Ctrl-C reaches them
+once, through here; and they end by themselves when this process is gone (`train.distributed`).
+
+torch's own launcher (`torch.distributed.launcher`, which torchrun is) serves several machines, and does not replace
+this. With forks it restarts nearly as fast. But it takes every exit status for a loss, so that a missing folder would
+be tried again; it kills a run that takes more than 30 seconds to save; and when it is stopped by a signal, the exit
+statuses of its workers are lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any, NoReturn
+
+from onefold.errors import BadArgument, LostWorker, Stopped
+
+_log = logging.getLogger("onefold.launch")
+
+_LOST = (LostWorker.exit_status, 70)  # another process is gone, or this one ended by an unexpected error
+_POLL_SECONDS = 0.02
+_REPEAT_SECONDS = 0.5  # within which a second signal is the same request, sent by the terminal and a job system both
+_GRACE_SECONDS = {0: 60.0, Stopped.exit_status: 60.0}  # for the other processes, after one has ended with this status
+_STABLE_SECONDS = 600.0  # a group that has lived so long resets the count of restarts
+
+
+def launch(command: Callable[[], int], processes: int, max_restarts: int) -> int:
+    """Run `command`, which gives an exit status, in that many processes to its end; gives the exit status of all.
+
+    When a process is lost (killed, or ended by an error that is not the user's) all are ended and started again, at
+    most `max_restarts` times in a row. A SIGTERM or SIGINT is passed on once; a second one kills. Raises LostWorker
+    where restarts do not help. Call it before anything has started a thread or used a GPU, since it forks.
+    """
+    if sys.platform != "linux":
+        raise BadArgument("--processes works on Linux alone: start the processes by torchrun")
+    losses, restarts = 0, 0
+    with _Signals() as signals:
+        while True:
+            started = time.monotonic()
+            group = _ProcessGroup(command, processes, restarts, signals)
+            try:
+                status, cause = group.wait()
+            finally:
+                group.kill()
+            if cause is None or signals.received:
+                return status
+            losses = 1 if time.monotonic() - started > _STABLE_SECONDS else losses + 1
+            if losses > max_restarts:
+                raise LostWorker(
+                    f"{cause}, and {max_restarts} restarts did not help; what was saved is safe: resume the run"
+                )
+            restarts += 1
+            _log.warning("%s: all %d start again (%d of %d)", cause, processes, losses, max_restarts)
+
+
+class _ProcessGroup:
+    """The processes from their start to the end of the last one."""
+
+    def __init__(self, command: Callable[[], int], processes: int, restarts: int, signals: _Signals) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        # Those of torchrun, so that a process need not know which of the two has started it.
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        variables |= {"OMP_NUM_THREADS": threads, "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        variables |= {"ONEFOLD_LAUNCHER": str(os.getpid())}
+        self._stderr = [tempfile.TemporaryFile() for _ in range(processes)]  # noqa: SIM115  (closed by `kill`)
+        self._pids: list[int] = []
+        self._statuses: list[int | None] = [None] * processes
+        self._signals = signals
+        sys.stdout.flush()  # or a fork would write what is buffered once more
+        sys.stderr.flush()
+        for rank in range(processes):
+            pid = os.fork()
+            if not pid:
+                signals.restore_handlers()
+                own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                _run_forked(command, own, self._stderr[rank] if rank else None)
+            self._pids.append(pid)
+
+    def wait(self) -> tuple[int, str | None]:
+        """Wait until all have ended; gives the exit status, and what was lost if that is worth a restart."""
+        deadline: float | None = None
+        while None in (statuses := self._poll()):
+            if self._signals.received_twice:
+                self.kill()
+            elif self._signals.take_new():
+                self._send(signal.SIGTERM)
+            ended = [status for status in statuses if status is not None]
+            if deadline is None and ended:
+                # The others may wait for the one that has ended, for as long as a collective's timeout.
+                is_lost = ended[0] < 0 or ended[0] in _LOST
+                deadline = time.monotonic() + (0.3 if is_lost else _GRACE_SECONDS.get(ended[0], 5.0))
+            if deadline is not None and time.monotonic() > deadline and not self._signals.received:
+                break
+            time.sleep(_POLL_SECONDS)
+        return self._outcome(statuses)
+
+    def _outcome(self, statuses: list[int | None]) -> tuple[int, str | None]:
+        failed = {rank: status for rank, status in enumerate(statuses) if status}
+        if not failed:
+            return 0, None if None not in statuses else "a process did not end"
+        # A process that ended by an error of its own tells the cause; its neighbours were lost for want of it.
+        causes = {rank: status for rank, status in failed.items() if status > 0 and status not in _LOST}
+        if causes and (Stopped.exit_status not in causes.values() or len(causes) == len(failed)):
+            rank = next((r for r, status in causes.items() if status != Stopped.exit_status), min(causes))
+            if rank:  # the first process has written to the terminal itself
+                self._stderr[rank].seek(0)
+                sys.stderr.write(self._stderr[rank].read().decode(errors="replace"))
+            return causes[rank], None
+        rank = next((rank for rank, status in failed.items() if status < 0), min(failed))
+        status = failed[rank]
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return LostWorker.exit_status, f"process {rank + 1} of {len(statuses)} {how}"
+
+    def _poll(self, options: int = os.WNOHANG) -> list[int | None]:
+        """Give the exit statuses so far; that of a process killed by a signal is negative."""
+        for rank, pid in enumerate(self._pids):
+            if self._statuses[rank] is None:
+                ended, status = os.waitpid(pid, options)
+                self._statuses[rank] = os.waitstatus_to_exitcode(status) if ended else None
+        return list(self._statuses)
+
+    def _send(self, number: signal.Signals) -> None:
+        for pid, status in zip(self._pids, self._poll(), strict=True):
+            if status is None:
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Kill the processes that are left."""
+        self._send(signal.SIGKILL)
+        self._poll(0)
+        for stderr in self._stderr:
+            stderr.close()
+
+
+def _run_forked(command: Callable[[], int], variables: dict[str, str], stderr: IO[bytes] | None) -> NoReturn:
+    """Run the command in a fork. Rank 0 alone writes to the terminal; the others' stderr is kept in a file."""
+    status = 70
+    try:
+        os.setsid()
+        os.environ |= variables
+        if stderr is not None:
+            os.dup2(stderr.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
+        if (torch := sys.modules.get("torch")) is not None:  # it was imported, and has read the variable, before
+            torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+        status = command()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class _Signals:
+    """A block in which SIGTERM and SIGINT are kept: the first is to be passed on, a second one to kill."""
+
+    def __init__(self) -> None:
+        self.received = self.received_twice = False
+        self._is_new, self._received_at = False, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def take_new(self) -> bool:
+        """Whether a signal came that was not passed on; it counts as passed on from now."""
+        was_new, self._is_new = self._is_new, False
+        return was_new
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.received:
+            self.received = self._is_new = True
+            self._received_at = time.monotonic()
+        elif time.monotonic() - self._received_at > _REPEAT_SECONDS:
+            self.received_twice = True
+
+    def restore_handlers(self) -> None:
+        """Put back the handlers from before the block; in a fork, so that its signals are its own."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore_handlers()
