@@ -6,6 +6,7 @@ it reads orders from stdin, one JSON object a line, and answers each with one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,21 +18,27 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A training to start: `processes` of it in `out`. `nap` seconds are slept in each step and each sync of a file."""
+    """A training to start: `processes` of it in `out`. `nap` seconds are slept in each step and each sync of a file.
+
+    One that is `to_be_killed` waits for that behind its last step, so that it cannot be done before; with `sync` it
+    waits at that sync of a file, counted over its checkpoints from 1.
+    """
 
     out: str
     plan: dict[str, Any]
     processes: int = 1
     num_images: int = 240
     nap: float = 0.0
+    to_be_killed: bool = False
+    sync: int = 0
 
     @property
     def steps(self) -> Path:
@@ -42,6 +49,17 @@ class Order:
     def saving(self) -> Path:
         """A file that is there while a checkpoint is being written."""
         return Path(self.out + ".saving")
+
+    @property
+    def waiting(self) -> Path:
+        """A file that is there once the training waits to be killed."""
+        return Path(self.out + ".waiting")
+
+    def wait(self) -> NoReturn:
+        """Wait to be killed."""
+        self.waiting.touch()
+        while True:
+            time.sleep(60)
 
     @property
     def samples(self) -> Path:
@@ -85,15 +103,19 @@ class Lives:
         assert set(self.statuses()) == {0}
 
     def killed(self, order: Order, rng: random.Random, longest: float) -> bool:
-        """A life that is ended by -9 (all, the first or the last process) at a random moment after its first step.
+        """A life that is ended by -9 (all, the first or the last process) after its first step.
 
-        Whether that was while it was saving.
+        That is at a random moment, or every other time at a random sync of a file of a checkpoint, which it waits at.
+        Whether it was while it was saving.
         """
-        before, deadline = size_of(order.steps), time.monotonic() + 60
+        order = replace(order, to_be_killed=True, sync=rng.choice((0, rng.randint(1, 9))))
+        before, deadline = size_of(order.steps), time.monotonic() + 600
         pids = self.start(order)
-        while size_of(order.steps) == before and time.monotonic() < deadline:
+        while not (order.waiting.exists() if order.sync else size_of(order.steps) > before):
+            assert time.monotonic() < deadline, "it neither steps nor waits"
             time.sleep(0.001)
-        time.sleep(rng.random() * longest)
+        if not order.sync:
+            time.sleep(rng.random() * longest)
         for pid in rng.choice((pids, pids[:1], pids[-1:])):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -104,6 +126,7 @@ class Lives:
         assert -signal.SIGKILL in self.statuses(), "it was done before it was killed"
         was_saving = order.saving.exists()
         order.saving.unlink(missing_ok=True)
+        order.waiting.unlink(missing_ok=True)
         return was_saving
 
 
@@ -138,9 +161,11 @@ def marking(order: Order) -> Iterator[None]:
     from onefold import storage
     from onefold.train import Checkpoint
 
-    sync, save = storage._sync_entry, Checkpoint.save
+    sync, save, syncs = storage._sync_entry, Checkpoint.save, itertools.count(1)
 
     def slowly(path: Path) -> None:
+        if order.saving.exists() and next(syncs) == order.sync:
+            order.wait()
         time.sleep(order.nap)
         sync(path)
 
@@ -170,6 +195,8 @@ def live(order: Order, rank: int, port: int) -> None:
         with order.steps.open("ab") as steps:
             steps.write(b".")
         time.sleep(order.nap)
+        if order.to_be_killed and progress.total == progress.epochs * progress.steps:
+            order.wait()
 
     plan = Plan.from_dict(order.plan)
     data = Blobs(num_images=order.num_images, batch_size=plan.batch_size // plan.accumulate, log=str(order.samples))

@@ -331,14 +331,16 @@ def test_a_busy_folder_names_its_process_and_a_dead_one_frees_it(tmp_path: Path)
 
 
 def run_and_kill(out: Path, lives: int, rng: random.Random) -> str:
-    """Start, kill -9 at a random time, go on, and so often; returns the digest of the end."""
+    """Start, kill -9 somewhere behind one of the first steps, go on, and so often; returns the digest of the end."""
     program = [sys.executable, training_kit.__file__, str(out)]
     for _ in range(lives):
         how = "resume" if (out / "last").exists() else "begin"
-        with subprocess.Popen([*program, how, "slow"], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([*program, how, "endless"], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            process.stdout.readline()  # a step is done
-            time.sleep(rng.random() * 0.25)
+            for _ in range(rng.randint(1, 5)):
+                if process.stdout.readline() == "last\n":
+                    break
+            time.sleep(rng.random() * 0.02)
             process.kill()
             process.wait()
             assert process.returncode == -signal.SIGKILL, "it was done before it was killed"

@@ -1,6 +1,7 @@
 """A tiny network, tiny data, and a training of them that a test can start, stop and kill.
 
-As a program: `python training_kit.py OUT resume|begin [slow]` trains to the end and prints a line a step.
+As a program: `python training_kit.py OUT resume|begin` trains to the end and prints a line a step. With `endless` as a
+third argument it waits behind the last step, until it is killed.
 """
 
 from __future__ import annotations
@@ -131,12 +132,14 @@ def stop_at(epoch: int, step: int) -> Callable[[Progress], None]:
     return stop
 
 
-def main(out: str, how: str, speed: str = "fast") -> None:
+def main(out: str, how: str, end: str = "") -> None:
     torch.set_num_threads(1)
 
     def say(progress: Progress) -> None:
-        print(progress.epoch, progress.step, flush=True)
-        time.sleep(0.02 if speed == "slow" else 0.0)
+        last = progress.total == progress.epochs * progress.steps
+        print("last" if last else progress.total, flush=True)
+        while last and end == "endless":
+            time.sleep(60)
 
     print("digest", fresh(Path(out), resume=how == "resume", on_progress=say).digest(), flush=True)
 
