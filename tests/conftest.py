@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 if not torch.cuda.is_available():  # triton reads this once, when whoever comes first imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # grpc, where a package brings it, prints when a test forks
 settings.register_profile("onefold", deadline=None)  # a busy machine is no failure
 settings.load_profile("onefold")
 torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other

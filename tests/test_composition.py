@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -218,15 +219,20 @@ def shard(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for name, sizes in SPLITS.items():
         for dtype in BOUNDS:
-            net = torch.load(f"{folder}/net.pt", weights_only=False).to(dtype)
-            network = DistributedDataParallel(set_route_(net, moments))
-            network.module = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # only now: DDP refuses them on a CPU
-            assert any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
-            x = batch(8, 3, 12, 12).to(dtype).split(sizes)[rank].clone().requires_grad_()
-            y = network(x)
-            ((y * waves(y, 8).split(sizes)[rank]).sum() * 2 / waves(y, 8).numel() * 10).backward()
-            torch.save(record(net, y, x), f"{folder}/{name}-{dtype}-{rank}.pt")
+            one_step(rank, sizes, dtype, Path(folder), name)
+    gc.collect()  # a DistributedDataParallel that outlived the process group would wait for gloo's threads with the GIL
     dist.destroy_process_group()
+
+
+def one_step(rank: int, sizes: tuple[int, int], dtype: torch.dtype, folder: Path, name: str) -> None:
+    net = torch.load(folder / "net.pt", weights_only=False).to(dtype)
+    network = DistributedDataParallel(set_route_(net, moments))
+    network.module = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # only now: DDP refuses them on a CPU
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+    x = batch(8, 3, 12, 12).to(dtype).split(sizes)[rank].clone().requires_grad_()
+    y = network(x)
+    ((y * waves(y, 8).split(sizes)[rank]).sum() * 2 / waves(y, 8).numel() * 10).backward()
+    torch.save(record(net, y, x), folder / f"{name}-{dtype}-{rank}.pt")
 
 
 def test_two_processes_with_synchronized_norms_are_one_on_the_joint_batch(tmp_path: Path, seeded):

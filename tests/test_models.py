@@ -7,6 +7,7 @@ numbers; `make test-slow` runs those too.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 from functools import partial
@@ -22,7 +23,7 @@ from onefold.errors import BadArgument
 from onefold.models import CATALOGUE, Classifier, FeatureNet, create_model, list_models, resolve
 from onefold.models.mobilenetv1 import Variant, mobilenetv1
 from onefold.models.parts import DynamicReLU, SamePad, SqueezeExcite, conv_norm, init_
-from onefold.reparam import drift, fuse, unfused_norms
+from onefold.reparam import Route, drift, fuse, mixed, moments, per_branch, quickest, set_route_, unfused_norms
 
 REPEATS = {
     *(f"mobileone_s{n}" for n in (1, 2, 3, 4)),
@@ -330,18 +331,30 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_training_network_compiles(backend: str) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
+@pytest.mark.parametrize(
+    ("route", "backend"),
+    [
+        *itertools.product((per_branch, moments, mixed, quickest), ["aot_eager"]),
+        (per_branch, "inductor"),
+        (quickest, "inductor"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_training_network_compiles(route: Route, backend: str) -> None:
+    """As one graph by `per_branch`; the other routes run compiled code of their own, so the graph breaks at a unit."""
     torch._dynamo.reset()
-    net = shaken("mobilenetv1_025").train()
+    net = set_route_(shaken("mobilenetv1_025").train(), route)
     mine = copy.deepcopy(net)
     x, labels = images(2, 3, 64, 64), torch.tensor([1, 2])
     F.cross_entropy(net(x), labels).backward()
-    F.cross_entropy(torch.compile(mine, backend=backend, fullgraph=True)(x), labels).backward()
+    F.cross_entropy(torch.compile(mine, backend=backend, fullgraph=route is per_branch)(x), labels).backward()
     for ours, theirs in zip(net.parameters(), mine.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(net.buffers(), mine.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------ names and arguments

@@ -7,6 +7,7 @@ LostWorker, and one whose launcher is gone ends itself, so that no orphaned proc
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -129,7 +131,13 @@ def start_world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
     try:
         yield World(rank=rank, size=size, device=own_device)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the DistributedDataParallel of a training that failed
+        raise
     finally:
+        # A DistributedDataParallel that outlives its process group is the group's last owner: its destructor joins
+        # gloo's threads while it holds the GIL, which such a thread may wait for. So all of them have to go first.
+        gc.collect()
         dist.destroy_process_group()
 
 
