@@ -8,11 +8,12 @@ Markup, after replacing what cannot be shown, and only the SVG of `figures` is M
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from onefold.bench import Machine
 from onefold.errors import BadArgument, BadData
@@ -67,19 +68,9 @@ def write_report(
 
 def render(data: ReportData, notes: Sequence[str] = ()) -> str:
     """Return the page's HTML."""
-    environment = Environment(
-        loader=PackageLoader("onefold.report"),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {name: getattr(formats, name) for name in _FILTERS}
-    environment.globals["legend_entry"] = legend_entry
     inputs, measurements = data.inputs, data.inputs.all_measurements
     packages = {name: version for artifact in inputs.artifacts for name, version in artifact.made_with.items()}
-    page = environment.get_template("page.html.j2").render(
+    page = _template().render(
         title=_title(data),
         lead=_lead(data),
         tiles=_tiles(data),
@@ -96,6 +87,22 @@ def render(data: ReportData, notes: Sequence[str] = ()) -> str:
         max_rows=_MAX_ROWS,
     )
     return f"{page.strip()}\n"
+
+
+@cache
+def _template() -> Template:
+    # StrictUndefined: a misspelt name is an error here, and not an empty place on the page.
+    environment = Environment(
+        loader=PackageLoader("onefold.report"),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(formats, name) for name in _FILTERS}
+    environment.globals["legend_entry"] = legend_entry
+    return environment.get_template("page.html.j2")
 
 
 # ---- head of the page ------------------------------------------------------------------------------------------------
