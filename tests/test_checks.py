@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from onefold.data import Preprocessing, open_dataset
 from onefold.data.checks import (
@@ -92,6 +92,13 @@ def recompress(folder: Path) -> None:
     Image.open(folder / "train/cedar/03.png").save(folder / "val/cedar/again.jpg", quality=90)
 
 
+def altered(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        change(Image.open(folder / "train/cedar/03.png")).save(folder / "val/cedar/again.png")
+
+    return plant
+
+
 def two_labels(folder: Path) -> None:
     for i in range(2):
         shutil.copy(folder / f"train/ash/{i:02d}.png", folder / f"train/birch/same{i}.png")
@@ -137,6 +144,17 @@ FAULTS: dict[str, tuple[bool, str, Callable[[Path], None]]] = {
     "copies in val": (True, "3 of 33 validation images are training images too", overlap(3)),
     "names of copies": (True, "ash/copy0.png (val) = ash/00.png (train)", overlap(1)),
     "a copy at another quality": (False, "cedar/again.jpg (val) = cedar/03.png (train)", recompress),
+    "a mirrored copy": (False, "cedar/again.png (val) = cedar/03.png (train)", altered(ImageOps.mirror)),
+    "a brighter copy": (
+        False,
+        "cedar/again.png (val) = cedar/03.png (train)",
+        altered(lambda image: ImageEnhance.Brightness(image).enhance(1.15)),
+    ),
+    "a cropped copy": (
+        False,
+        "cedar/again.png (val) = cedar/03.png (train)",
+        altered(lambda image: image.crop((1, 1, image.width - 1, image.height - 1))),
+    ),
     "one picture, two labels": (True, "(birch) and ash/00.png (ash) have the same pixels", two_labels),
     "some black": (False, "2 of 72 images of train are of one colour: ash/00.png, ash/01.png", black(2)),
     "most black": (True, "40 of 72 images of train are of one colour", black(40)),
