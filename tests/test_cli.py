@@ -583,7 +583,7 @@ def test_an_artifact_that_cannot_run_here_is_exported_and_says_so(home: Path, tm
     assert run("report", tmp_path, "--out", tmp_path / "page.html") == 0
     assert "not run where it was made" in (tmp_path / "page.html").read_text()
     assert run("predict", tmp_path / "artifacts/tensorrt-fp32", photo(tmp_path / "a.png", 0)) == 2
-    assert "TensorRT runs on an NVIDIA GPU, and PyTorch sees none on this machine" in capsys.readouterr().err
+    assert "TensorRT runs on an NVIDIA GPU, and PyTorch finds none on this machine" in capsys.readouterr().err
 
 
 def test_help_imports_neither_torch_nor_numpy():

@@ -33,7 +33,7 @@ def sh(code: str) -> Callable[[], int]:
     return work
 
 
-def wait_until(what: Callable[[], object], seconds: float = 60.0) -> float:
+def wait_until(what: Callable[[], object], seconds: float = 600.0) -> float:
     """How long it took until a callable gave something true."""
     began = time.monotonic()
     while not what():
@@ -220,7 +220,7 @@ def test_a_process_killed_is_back_within_15_seconds(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["ours", "torchrun"])
 def test_no_process_outlives_its_launcher(tmp_path: Path, program: list[str], quietly: None, how: str) -> None:
     """kill -9 of the launcher: its processes save and end, and the run can be resumed at once."""
@@ -242,7 +242,7 @@ def test_no_process_outlives_its_launcher(tmp_path: Path, program: list[str], qu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 def test_torchrun_starts_again_too(tmp_path: Path, program: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the variable that docs/distributed.md names."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

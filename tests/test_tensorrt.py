@@ -187,7 +187,7 @@ def test_what_is_written_is_the_network_in_this_many_bits(tmp_path: Path, precis
 def test_without_a_gpu_it_is_not_loaded_and_with_one_it_is(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = away(tmp_path / "a", "fp32")
     with pytest.raises(
-        BadArgument, match="TensorRT runs on an NVIDIA GPU, and PyTorch sees none on this machine: load"
+        BadArgument, match="TensorRT runs on an NVIDIA GPU, and PyTorch finds none on this machine: load"
     ):
         load(folder)
     asked = request.getfixturevalue("asked")
