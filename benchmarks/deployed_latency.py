@@ -37,12 +37,12 @@ from onefold.commands.bench import bound, call_of, measured_limits
 from onefold.commands.open import Network, Predictor, open_predictor
 from onefold.commands.quantizing import Calibration, quantized
 from onefold.errors import OnefoldError
-from onefold.quantize import PLAIN
+from onefold.quantize import MINMAX
 from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 MODELS = tuple(f"mobileone_s{n}" for n in range(5))
-QUICK = replace(PLAIN, powers=True)  # how kernels are rounded does not change how long they take
+QUICK = replace(MINMAX, power_of_two_scales=True)  # how kernels are rounded does not change how long they take
 
 
 def timms_own(name: str) -> Network:

@@ -10,7 +10,7 @@ of Imagenette (every tenth), scored on the 1000 of imagenet-sample, one a class 
     ours-channel    our `quantize` with its defaults: on whole numbers in PyTorch ("simulation"), and in runtimes
     ours-tensor     one scale a kernel; equalized by activations or by weights, whichever puts less noise into the
                     answers to a quarter of the calibration photos, held out from the other three
-    ours-searched   what `choose` finds by such answers
+    ours-searched   what `search` finds by such answers
     plain-*         extremes and rounding to nearest, in the simulation: the common denominator
     vendor-*        each vendor's own tool on the same photos (int8_vendors.py)
 

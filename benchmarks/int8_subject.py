@@ -20,7 +20,8 @@ from onefold.commands.fuse import export_made
 from onefold.commands.open import Network, open_network, predictor_of, validation_images
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
-from onefold.quantize import PLAIN, Method, Quantized, choose, quantize
+from onefold.quantize import MINMAX, Method, Quantized, quantize
+from onefold.quantize.search import search
 from onefold.storage import replacing, write_text
 
 Floats = NDArray[np.float32]
@@ -167,16 +168,16 @@ def by_held_out(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, d
 
 
 def by_search(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, dict[str, float]]:
-    """What `choose` finds from the defaults; it tells a method's title and its noise in percent."""
+    """What `search` finds from the defaults; it tells a method's title and its noise in percent."""
     told: list[str] = []
-    method = choose(model, photos, Method(), told.append).method
+    method = search(model, photos, Method(), told.append).method
     return method, {title: float(rest.split(" %")[0]) / 100 for title, _, rest in (t.rpartition(": ") for t in told)}
 
 
 FIXED = {
     "ours-channel": Method(),
-    "plain-channel": PLAIN,
-    "plain-tensor": Method(**{**asdict(PLAIN), "weights": "tensor"}),
+    "plain-channel": MINMAX,
+    "plain-tensor": Method(**{**asdict(MINMAX), "weights": "tensor"}),
 }
 CHOSEN: dict[str, Callable[[torch.nn.Module, torch.Tensor], tuple[Method, dict[str, float]]]] = {
     "ours-tensor": by_held_out,

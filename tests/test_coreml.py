@@ -122,7 +122,7 @@ def test_a_network_of_8_bits_keeps_its_kernels_and_grids(
     small: nn.Module, x: np.ndarray, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Whole numbers and scales are found in the file as they are in ours, and the answers are the simulation's."""
-    made = quantize(small, torch.randn(6, *SHAPE), Method(limit=63))
+    made = quantize(small, torch.randn(6, *SHAPE), Method(weight_qmax=63))
     artifact = away(made, x[:2], tmp_path / "a", "int8")
     runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     program = Machine(str(tmp_path / "p.mlpackage")).function

@@ -177,7 +177,7 @@ class Twins(nn.Module):
 
 def test_equal_kernels_of_8_bits_are_taken_by_onnx_runtime(seeded, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(limit=63))
+    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(weight_qmax=63))
     info = ModelInfo(model="twins", fused=True)
     artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", info=info, precision="int8")
     assert artifact.parity.difference < 1e-6

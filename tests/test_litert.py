@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onefold.quantize.qparams import Grid
+from onefold.quantize.qparams import QParams
 from onefold.runtimes import litert
 from onefold.runtimes.reference import Floats
 
@@ -53,7 +53,7 @@ def test_quantized_images_are_those_of_the_simulation(
     planes.flat[:half] = np.round(planes.flat[:half] * 4) / 4  # some of them ties
     place = np.zeros((shape[0], *shape[2:], shape[1]), np.int8)
     litert.quantize_channels_last(planes, place, scale, zero)
-    true = Grid(scale, zero).snap(torch.from_numpy(planes)).numpy()
+    true = QParams(scale, zero).fake_quantize(torch.from_numpy(planes)).numpy()
     assert np.array_equal((place.astype(np.float32) - np.float32(zero)) * np.float32(scale), true.transpose(0, 2, 3, 1))
 
 

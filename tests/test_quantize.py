@@ -1,4 +1,4 @@
-"""Quantization: laws of grids, equalization and rounding; the network of 8 bits against whole-number arithmetic."""
+"""Quantization: laws of parameters, equalization and rounding; the int8 model against integer arithmetic."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ from onefold.data.decode import decode
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
-from onefold.quantize import PLAIN, Method, quantize
-from onefold.quantize.equalize import equalize_
-from onefold.quantize.graph import layers, parameter, trace
-from onefold.quantize.powers import revalue_, short
-from onefold.quantize.qparams import Grid, choose, weight_scales
-from onefold.quantize.rounding import by_moments, nearest
-from onefold.quantize.walk import ranges_of
+from onefold.quantize import MINMAX, Method, quantize
+from onefold.quantize.equalize import activation_qparams, equalize_, rescale_, shorten_weight_scales
+from onefold.quantize.graph import get_parameter, layers, trace
+from onefold.quantize.qparams import QParams, choose_qparams, weight_scales
+from onefold.quantize.rounding import gptq, nearest
 from onefold.reparam import fuse
 from onefold.runtimes import ModelInfo, export, find_runtime, load
 
-RANGES = ("minmax", "percentile", "mse", "entropy")
+RANGE_METHODS = ("minmax", "percentile", "mse", "entropy")
 
 
 class Small(nn.Module):
@@ -77,31 +75,33 @@ def noise(true: Tensor, found: Tensor) -> float:
 
 
 @given(low=st.floats(-100, 100), width=st.floats(1e-3, 200))
-def test_a_grid_holds_zero_and_its_range_and_keeps_what_lies_on_it(low: float, width: float) -> None:
-    grid = Grid.over(low, low + width)
+def test_parameters_represent_zero_and_their_range(low: float, width: float) -> None:
+    qparams = QParams.from_range(low, low + width)
     x = torch.linspace(low, low + width, 101)
-    snapped = grid.snap(x)
-    assert float(grid.snap(torch.zeros(1))) == 0
-    assert torch.allclose(grid.snap(snapped), snapped, rtol=0, atol=1e-5 * grid.scale)
-    assert float((snapped - x).abs().max()) <= grid.scale * 0.501 + 1e-5
+    snapped = qparams.fake_quantize(x)
+    assert float(qparams.fake_quantize(torch.zeros(1))) == 0
+    assert torch.allclose(qparams.fake_quantize(snapped), snapped, rtol=0, atol=1e-5 * qparams.scale)
+    assert float((snapped - x).abs().max()) <= qparams.scale * 0.501 + 1e-5
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.0, 1.0), (0.485, 0.229), (0.456, 0.224)])
 def test_no_pixel_lies_half_way_between_two_steps(mean: float, std: float) -> None:
     """Runtimes divide by a scale or multiply by its inverse: where a tie decides, one pixel has two values."""
     pixels = (torch.arange(256, dtype=torch.float32) / 255 - mean) / std
-    grid = Grid.over(float(pixels.min()), float(pixels.max()))
-    scale = torch.tensor(grid.scale)
+    qparams = QParams.from_range(float(pixels.min()), float(pixels.max()))
+    scale = torch.tensor(qparams.scale)
     assert torch.equal(torch.round(pixels / scale), torch.round(pixels * (1 / scale)))
-    assert float((torch.frac(pixels.double() / grid.scale).abs() - 0.5).abs().min()) > 1e-4
+    assert float((torch.frac(pixels.double() / qparams.scale).abs() - 0.5).abs().min()) > 1e-4
 
 
 def test_each_way_to_choose_a_range_does_what_it_says() -> None:
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(1)).abs()
     values[0] = 20.0
-    grids = {ranges: choose([values[:100_000], values[100_000:]], ranges) for ranges in RANGES}
-    errors = {ranges: float(((grid.snap(values) - values) ** 2).mean()) for ranges, grid in grids.items()}
-    assert all(grid.low == 0 for grid in grids.values())
+    grids = {ranges: choose_qparams([values[:100_000], values[100_000:]], ranges) for ranges in RANGE_METHODS}
+    errors = {
+        ranges: float(((qparams.fake_quantize(values) - values) ** 2).mean()) for ranges, qparams in grids.items()
+    }
+    assert all(qparams.low == 0 for qparams in grids.values())
     assert grids["minmax"].high == pytest.approx(20, rel=1e-6)
     assert float((values > grids["percentile"].high).double().mean()) == pytest.approx(1e-4, rel=0.5)
     assert 2 < grids["entropy"].high < 10
@@ -109,21 +109,23 @@ def test_each_way_to_choose_a_range_does_what_it_says() -> None:
     assert errors["mse"] < errors["minmax"]
 
 
-@pytest.mark.parametrize("ranges", RANGES)
-def test_a_constant_tensor_has_a_grid(ranges: str) -> None:
-    assert float(choose([torch.full((9,), 3.0)], ranges).snap(torch.tensor(3.0))) == pytest.approx(3.0, rel=0.01)
-    assert choose([torch.zeros(9)], ranges).scale > 0
+@pytest.mark.parametrize("ranges", RANGE_METHODS)
+def test_a_constant_tensor_has_parameters(ranges: str) -> None:
+    assert float(choose_qparams([torch.full((9,), 3.0)], ranges).fake_quantize(torch.tensor(3.0))) == pytest.approx(
+        3.0, rel=0.01
+    )
+    assert choose_qparams([torch.zeros(9)], ranges).scale > 0
 
 
 def test_scales_reach_the_limit_in_each_row_and_searching_never_costs() -> None:
     kernel = torch.randn(5, 40, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 3, 5)[:, None]
     for search in (False, True):
-        scales = weight_scales(kernel, limit=127, per_tensor=False, search=search)
+        scales = weight_scales(kernel, qmax=127, per_tensor=False, clip=search)
         assert (nearest(kernel, scales, 127).abs().amax(1) == 127).all()
-    plain = weight_scales(kernel, limit=127, per_tensor=False, search=False)
+    plain = weight_scales(kernel, qmax=127, per_tensor=False, clip=False)
     errors = [((nearest(kernel, s, 127) * s[:, None] - kernel) ** 2).sum(1) for s in (scales, plain)]
     assert (errors[0] <= errors[1]).all()
-    assert len(set(weight_scales(kernel, limit=127, per_tensor=True, search=False).tolist())) == 1
+    assert len(set(weight_scales(kernel, qmax=127, per_tensor=True, clip=False).tolist())) == 1
 
 
 # ----------------------------------------------------------------------------------- equalization
@@ -153,13 +155,13 @@ def test_equalizing_stops_at_gates(images: Tensor) -> None:
 def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_others(groups: int, width: int) -> None:
     draw = torch.Generator().manual_seed(3)
     kernel = torch.randn(groups * 4, width, generator=draw)
-    scales = weight_scales(kernel, limit=7, per_tensor=False, search=False)
+    scales = weight_scales(kernel, qmax=7, per_tensor=False, clip=False)
     white = torch.eye(width, dtype=torch.float64).expand(groups, -1, -1)
-    assert torch.equal(by_moments(kernel, scales, 7, white), nearest(kernel, scales, 7))
+    assert torch.equal(gptq(kernel, scales, 7, white), nearest(kernel, scales, 7))
     x = torch.randn(groups, width, 3, generator=draw, dtype=torch.float64)
     covariance = x @ x.mT + 0.01 * white
     errors = []
-    for whole in (by_moments(kernel, scales, 7, covariance), nearest(kernel, scales, 7)):
+    for whole in (gptq(kernel, scales, 7, covariance), nearest(kernel, scales, 7)):
         off = (whole * scales[:, None] - kernel).double().unflatten(0, (groups, -1))
         errors.append(float(((off @ covariance) * off).sum()))
     assert errors[0] < 0.5 * errors[1]
@@ -168,22 +170,22 @@ def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_o
 # ----------------------------------------------------------------------------------------- powers
 
 
-def test_revaluing_makes_steps_powers_of_two_and_keeps_the_answer(images: Tensor) -> None:
+def test_rescaling_makes_steps_powers_of_two_and_keeps_the_answer(images: Tensor) -> None:
     for name in ("mobileone_s0", "mobilenetv1_025", "mobileone_s4"):
         fused = fuse(shaken(create_model(name, num_classes=7)).eval()).double()
         graph = trace(fused, images.double())
         before = answer(graph, images.double())
-        points = revalue_(graph, [images.double()], "mse")
+        points = rescale_(graph, [images.double()], "mse")
         assert len(points) > 10
         assert noise(before, answer(graph, images.double())) < 1e-9  # random gates make much of rounding
-        steps = ranges_of(graph, [images.double()], list(points), "mse")
-        assert all(abs(math.log2(grid.scale) - round(math.log2(grid.scale))) < 1e-3 for grid in steps.values())
+        steps = activation_qparams(graph, [images.double()], list(points), "mse")
+        assert all(abs(math.log2(qparams.scale) - round(math.log2(qparams.scale))) < 1e-3 for qparams in steps.values())
 
 
 @given(step=st.floats(1e-6, 1e6))
-def test_short_steps_are_no_shorter_and_have_few_digits(step: float) -> None:
+def test_shortened_scales_are_no_smaller_and_have_few_digits(step: float) -> None:
     for input_step, digits in ((0.25, 6), (0.3, 4)):
-        found = float(short(torch.tensor([step], dtype=torch.float64), input_step))
+        found = float(shorten_weight_scales(torch.tensor([step], dtype=torch.float64), input_step))
         assert step * (1 - 1e-6) <= found <= step * (1 + 2.0 ** (1 - digits))
         assert (math.frexp(found)[0] * 2**digits) % 1 == 0
 
@@ -194,7 +196,7 @@ def steps_of(graph: nn.Module) -> list[tuple[float, Tensor, float]]:
     for conv in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
         after = next(iter(conv.users))
         after = after if "quantize_per_tensor" in str(after.target) else next(iter(after.users))
-        found.append((conv.args[0].args[1], parameter(graph, conv.args[1].args[1].target), after.args[1]))
+        found.append((conv.args[0].args[1], get_parameter(graph, conv.args[1].args[1].target), after.args[1]))
     return found
 
 
@@ -212,7 +214,7 @@ def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
         nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 5, 1), nn.Flatten(),
     ).eval()  # fmt: skip
     x = torch.randn(32, 3, 16, 16)
-    exact, plain = (quantize(chain, x, Method(powers=powers)) for powers in (True, False))
+    exact, plain = (quantize(chain, x, Method(power_of_two_scales=power_of_two)) for power_of_two in (True, False))
     assert torch.equal(answer(exact.model, x), answer(exact.graph, x))
     assert [orders_agree(*steps) for steps in steps_of(exact.graph)[1:3]] == [True, True]
     assert [orders_agree(*steps) for steps in steps_of(plain.graph)[1:3]] == [False, False]
@@ -223,28 +225,28 @@ def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
 # ------------------------------------------------------------------------------- the whole network
 
 
-def test_the_simulation_is_whole_number_arithmetic(small: nn.Module, images: Tensor) -> None:
+def test_the_simulation_is_integer_arithmetic(small: nn.Module, images: Tensor) -> None:
     """Each layer again with sums of int64 and one rescaling in float32, from what the graph stores: the same bits."""
-    made = quantize(small, images, Method(ranges="minmax"))
+    made = quantize(small, images, Method(range_method="minmax"))
     steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     grids = [(np.float32(n.args[1]), n.args[2]) for n in steps]
     state = {name: value.numpy() for name, value in made.graph.state_dict().items()}
     scale, zero = grids[0]
     q = np.clip(np.rint(images.numpy() * np.float32(1 / scale)) + zero, -128, 127).astype(np.int64)
 
-    def requantized(sums: np.ndarray, step: np.ndarray, grid: tuple, least: int) -> np.ndarray:
-        m = (step / grid[0]).reshape(-1, *[1] * (sums.ndim - 2))
-        return np.clip(np.rint(sums.astype(np.float32) * m) + grid[1], least, 127).astype(np.int64)
+    def requantized(sums: np.ndarray, step: np.ndarray, qparams: tuple, least: int) -> np.ndarray:
+        m = (step / qparams[0]).reshape(-1, *[1] * (sums.ndim - 2))
+        return np.clip(np.rint(sums.astype(np.float32) * m) + qparams[1], least, 127).astype(np.int64)
 
     geometry = {"stem": (2, 1, 1), "depthwise": (1, 1, 8), "pointwise": (1, 0, 1)}
-    for (name, (stride, padding, groups)), grid in zip(geometry.items(), grids[1:4], strict=True):
+    for (name, (stride, padding, groups)), qparams in zip(geometry.items(), grids[1:4], strict=True):
         step = state[f"{name}.weight_scale"] * scale
         bias = np.rint(state[f"{name}.bias"] / step.astype(np.float64)).astype(np.int64)
         kernel = state[f"{name}.weight_int8"].astype(np.int64)
         x, w, b = (torch.from_numpy(each) for each in (q - zero, kernel, bias))
         sums = F.conv2d(x, w, b, stride, padding, groups=groups).numpy()
-        q = requantized(sums, step, grid, grid[1])
-        scale, zero = grid
+        q = requantized(sums, step, qparams, qparams[1])
+        scale, zero = qparams
     q = requantized((q - zero).sum((2, 3)), np.array(scale / np.float32(q[0, 0].size)), grids[4], -128)
     scale, zero = grids[4]
     step = state["fc.weight_scale"] * scale
@@ -262,7 +264,7 @@ def test_sums_beyond_what_float32_holds_are_exact(small: nn.Module, images: Tens
     with torch.no_grad():
         small.pointwise.weight[0] *= 3e-7
         small.pointwise.bias[0] = 1.0
-    made = quantize(small, images, Method(equalize="none", correct=False, limit=63))
+    made = quantize(small, images, Method(equalize="none", correct_bias=False, weight_qmax=63))
     state = made.graph.state_dict()
     steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     step = state["pointwise.weight_scale"][0] * steps[2].args[1]
@@ -296,21 +298,21 @@ def test_collapse_and_its_cure(small: nn.Module, images: Tensor) -> None:
         logits = answer(model, x)
         return logits - logits.mean(0)
 
-    plain = quantize(small, x, Method(**{**vars(PLAIN), "weights": "tensor"}))
+    plain = quantize(small, x, Method(**{**vars(MINMAX), "weights": "tensor"}))
     cured = quantize(small, x, Method(weights="tensor"))
     assert noise(changes(small), changes(plain.model)) > 0.5
     assert noise(changes(small), changes(cured.model)) < 0.06
 
 
-def test_a_kept_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
-    made = quantize(small, images, Method(keep=("depthwise",)))
+def test_a_skipped_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
+    made = quantize(small, images, Method(skip_layers=("depthwise",)))
     assert {each.name: each.quantized for each in made.layers}["depthwise"] is False
     assert "depthwise.weight_int8" not in made.graph.state_dict()
     with pytest.raises(BadArgument, match="no layer 'stemm'"):
-        quantize(small, images, Method(keep=("stemm",)))
+        quantize(small, images, Method(skip_layers=("stemm",)))
 
 
-def test_a_scale_a_tensor_has_its_equalization() -> None:
+def test_per_tensor_scales_have_their_equalization() -> None:
     assert (Method().equalize, Method(weights="tensor").equalize) == ("activations", "weights")
     assert Method(weights="tensor", equalize="none").equalize == "none"
 
@@ -338,7 +340,7 @@ def test_runtimes_compute_the_network_that_was_simulated(
     runtime: str, small: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     """With 7-bit weights, so that it holds on processors whose 16-bit sums saturate."""
-    made = quantize(small, images, Method(limit=63))
+    made = quantize(small, images, Method(weight_qmax=63))
     info = ModelInfo(model="small", fused=True, details={"quantization": {"method": made.method.title}})
     x = torch.randn(64, 3, 16, 16)
     artifact = export(made, x[:2].numpy(), tmp_path / "a", runtime=runtime, info=info, precision="int8")
@@ -373,7 +375,7 @@ def test_mobileone_s0_survives(weights: str, shared_data: Path) -> None:
     assert float(same.double().mean()) >= 0.9
 
 
-def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_onnx_holds_integers(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
     made = quantize(small, images)
     info = ModelInfo(model="small", fused=True)
     folder = export(made, images.numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8").folder
@@ -386,10 +388,10 @@ def test_onnx_holds_whole_numbers(small: nn.Module, images: Tensor, tmp_path: Pa
             assert stored == [onnx.TensorProto.INT8, onnx.TensorProto.INT32]
 
 
-def test_onnx_gives_images_channels_in_fours_for_its_quick_kernels(
+def test_onnx_pads_images_to_four_channels_for_its_fast_kernels(
     small: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    made = quantize(small, images, Method(limit=63))
+    made = quantize(small, images, Method(weight_qmax=63))
     export(
         made,
         images[:2].numpy(),
@@ -425,7 +427,7 @@ def test_images_that_need_no_fourth_channel_or_cannot_have_one_are_left(kind: st
             return self.last(y + F.relu(self.other(x)) if kind == "read twice" else y).mean((2, 3))
 
     x = torch.randn(16, channels, 12, 12)
-    made = quantize(Other().eval(), x, Method(limit=63))
+    made = quantize(Other().eval(), x, Method(weight_qmax=63))
     info = ModelInfo(model="other", fused=True)
     folder = export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8").folder
     assert not [node for node in onnx.load(folder / "model.onnx").graph.node if node.op_type == "Pad"]

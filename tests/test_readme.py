@@ -69,7 +69,7 @@ def exported(folder: Path, runtime: str, precision: str = "fp32", prepared: Prep
         model.fc.bias -= model(patches).mean(0)
     info = ModelInfo(model="small", fused=True, classes=CLASSES, preprocessing=prepared.to_dict(), licence="MIT")
     shape = (prepared.channels, prepared.size, prepared.size)
-    given = quantize(model, torch.randn(16, *shape), Method(limit=63)) if precision == "int8" else model
+    given = quantize(model, torch.randn(16, *shape), Method(weight_qmax=63)) if precision == "int8" else model
     return export(given, shape, folder, runtime=runtime, info=info, precision=precision)
 
 

@@ -27,7 +27,7 @@ def deploy(
     calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
     weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
-    keep: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
+    skip_layers: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
     threads: Threads = 1,
     model: Name = None,
@@ -47,7 +47,7 @@ def deploy(
     order = Deployment(
         runtimes=runtime_names(to),
         precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
-        calibration=Calibration(data=data, count=calibrate, method=method, search=True, keep=keep),
+        calibration=Calibration(data=data, count=calibrate, method=method, search=True, skip_layers=skip_layers),
         val=val,
         max_drop=max_drop,
         size=img_size,

@@ -34,4 +34,4 @@ def quantization_method(weight_bits: int, *, per_tensor: bool) -> Method:
     """How an int8 model is made, as the options say."""
     from onefold import quantize
 
-    return quantize.Method(weights="tensor" if per_tensor else "channel", limit=2 ** (weight_bits - 1) - 1)
+    return quantize.Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)

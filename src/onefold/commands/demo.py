@@ -74,11 +74,11 @@ def demo(
 
 
 def _order(*, full: bool) -> Deployment:
-    """What the demo deploys. Weights of 7 bits, so that every processor computes the same sums (see Method.limit)."""
+    """What the demo deploys. Weights of 7 bits, so that every processor computes the same sums (see Method)."""
     return Deployment(
         runtimes=_RUNTIMES,
         precisions=("fp32", "int8"),
-        calibration=Calibration(data="digits", count=64, method=Method(limit=63)),
+        calibration=Calibration(data="digits", count=64, method=Method(weight_qmax=63)),
         val="digits",
         max_drop=1.0 if full else 100.0,  # a network that has not learned may lose anything
         procedure=Procedure(samples=80, warmup_seconds=0.5),

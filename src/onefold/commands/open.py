@@ -21,7 +21,8 @@ from onefold.data.dataset import Split
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
-from onefold.quantize import Grids, WholeNumbers, ship
+from onefold.quantize import IntegerModel, QuantizationParams
+from onefold.quantize.convert import convert
 from onefold.recipes import Data, Recipe
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import Artifact, load
@@ -77,13 +78,13 @@ class Network:
         facts = {**self.card.to_dict(), "fused": True, "drift": distance}
         return Network(model=fused, card=Card(**facts), title=self.title), distance
 
-    def int8_model(self) -> WholeNumbers:
+    def int8_model(self) -> IntegerModel:
         """Give the int8 model that fused weights were trained as. Raises BadArgument where they were not."""
         if self.card.int8 is None or not self.is_fused:
             why = "was not trained for int8" if self.card.int8 is None else "is not fused"
             raise BadArgument(f"{self.title} {why}: give photos to calibrate it with (--data)")
         size = self.preprocessing.size
-        return ship(self.model, Grids.from_dict(self.card.int8), (self.card.in_chans, size, size))
+        return convert(self.model, QuantizationParams.from_dict(self.card.int8), (self.card.in_chans, size, size))
 
     def with_size(self, size: int | None) -> Network:
         """Give the network with a preprocessing to images of another size; None leaves it."""

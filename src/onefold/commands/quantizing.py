@@ -15,7 +15,8 @@ from onefold.data import Dataset, Preprocessing, find_images, open_dataset
 from onefold.data.decode import decode
 from onefold.data.folders import ImageFiles
 from onefold.errors import BadArgument, BadData
-from onefold.quantize import PLAIN, Grids, Method, Quantized, choose, quantize, spared
+from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
+from onefold.quantize.search import search, skip_sensitive_layers
 
 _FEWEST_TO_SEARCH = 8
 _HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
@@ -33,7 +34,7 @@ class Calibration:
     count: int = 200
     method: Method = field(default_factory=Method)
     search: bool = False
-    keep: int = 0
+    skip_layers: int = 0
 
 
 def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Quantized:
@@ -46,10 +47,10 @@ def quantized(network: Network, order: Calibration | None, say: Callable[[str], 
     if not network.is_fused:
         raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
     images, method = _images(order, network.preprocessing), order.method
-    if order.keep:
-        method = spared(network.model, images, method, order.keep)
+    if order.skip_layers:
+        method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        return choose(network.model, images, method, say or (lambda _: None))
+        return search(network.model, images, method, say or (lambda _: None))
     return quantize(network.model, images, method)
 
 
@@ -63,8 +64,8 @@ def told(made: Quantized) -> dict[str, object]:
     return {
         "quantization": {
             "method": made.method.title if made.images else f"trained, per {made.method.weights}",
-            "activations": "int8, asymmetric, one grid a tensor",
-            "weights": f"int8, symmetric, one scale a {made.method.weights}, up to {made.method.limit}",
+            "activations": "int8, asymmetric, per tensor",
+            "weights": f"int8, symmetric, per {made.method.weights}, up to {made.method.weight_qmax}",
             "calibrated_on": made.images,
             "layers": layers,
         }
@@ -73,8 +74,8 @@ def told(made: Quantized) -> dict[str, object]:
 
 def _as_trained(network: Network) -> Quantized:
     whole = network.int8_model()
-    grids = Grids.from_dict(network.card.int8 or {})
-    method = replace(PLAIN, weights=grids.weights, limit=grids.limit, keep=grids.keep)
+    params = QuantizationParams.from_dict(network.card.int8 or {})
+    method = replace(MINMAX, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers)
     return Quantized(model=whole, method=method, layers=(), images=0)
 
 

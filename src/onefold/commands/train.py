@@ -22,7 +22,7 @@ from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import resolve
 from onefold.models.hub import Card
-from onefold.quantize import Grids, Method, calibrated, make_aware_, plain_
+from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
 from onefold.recipes import Recipe
 from onefold.reparam import unfused_norms
 from onefold.storage import replacing, write_text
@@ -108,7 +108,7 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
         model = resumed_network(recipe, len(training.classes), out) if resume else init_network(recipe, images)
         fold_frozen_(model, recipe.plan.freeze)
-        grids = None if recipe.int8 is None else _qparams(recipe, images, model, out if resume else None)
+        params = None if recipe.int8 is None else _qparams(recipe, images, model, out if resume else None)
         card = Card(
             model=recipe.model,
             num_classes=len(training.classes),
@@ -117,12 +117,12 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
             preprocessing=recipe.preprocessing.to_dict(),
             fused=not unfused_norms(model),
             recipe=recipe.name,
-            int8=None if grids is None else grids.to_dict(),
+            int8=None if params is None else params.to_dict(),
             source=f"trained on {Path(recipe.data.spec).name}",
         )
-        if grids is not None:
+        if params is not None:
             size = recipe.preprocessing.size
-            make_aware_(model, grids, (recipe.preprocessing.channels, size, size))
+            prepare_qat_(model, params, (recipe.preprocessing.channels, size, size))
         teachers = open_teachers(recipe, training.classes, world.device)
 
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
@@ -134,8 +134,8 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
             if checked:
                 write_text(out / CHECK, json.dumps(asdict(checked), indent=1) + "\n")
             _draw_samples(out, batches, training.classes, recipe.preprocessing)
-            if grids is not None:
-                write_text(out / QPARAMS, json.dumps(grids.to_dict(), indent=1) + "\n")
+            if params is not None:
+                write_text(out / QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
 
         run = Run(
             out=out,
@@ -188,11 +188,11 @@ def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:
     return worker_batches(batches_of, plan, world)
 
 
-def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path | None) -> Grids:
+def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path | None) -> QuantizationParams:
     """The quantization parameters that an int8 network trains with: calibrated, or those that the run started with."""
     if run is not None:
         try:
-            return Grids.from_dict(json.loads((run / QPARAMS).read_text(encoding="utf-8")))
+            return QuantizationParams.from_dict(json.loads((run / QPARAMS).read_text(encoding="utf-8")))
         except (OSError, ValueError, BadArgument) as error:
             raise BadCheckpoint(f"{run / QPARAMS} cannot be read ({error}): the run cannot go on without it") from error
     int8 = recipe.int8
@@ -200,8 +200,8 @@ def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path
     subset = images.subset(int8.images, recipe.plan.seed)
     inputs = [batch.contiguous() for batch, _ in subset.batches(recipe.preprocessing, recipe.plan.seed)]
     # Biases are corrected, since these are images of the very data that the network is for.
-    method = Method(weights=int8.weights, limit=int8.limit, search=False, restore=True)
-    return calibrated(model.to(images.device), inputs, method)
+    method = Method(weights=int8.weights, weight_qmax=int8.limit, clip_weights=False, correct_weights=True)
+    return calibrate_qat(model.to(images.device), inputs, method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class Evaluator:
 
     def __call__(self, model: nn.Module) -> Mapping[str, float]:
         """Give accuracy in percent, loss, calibration error, and the drift of the fused network."""
-        network, drift = Network(model=plain_(model).cpu(), card=self.card, title=self.recipe.name), 0.0
+        network, drift = Network(model=remove_qat_(model).cpu(), card=self.card, title=self.recipe.name), 0.0
         if not network.is_fused:
             network, drift = network.fused(tolerance=math.inf)  # logged: only what is deployed has to pass the gate
         batches = ImageLoader(

@@ -61,7 +61,7 @@ class Card:
     source: str = ""
     """Where the weights are from, and what was changed on the way."""
     int8: Mapping[str, Any] | None = None
-    """The grids that the weights were trained on, as `quantize.Grids` writes them; None where they were not."""
+    """The parameters of quantization-aware training, as `quantize.QuantizationParams` writes them; None without it."""
     untrained: bool = False
     """Whether the weights were drawn and never trained: good for a latency, of unknown accuracy."""
 

@@ -1,9 +1,7 @@
-"""One walk through the network, image batches in hand: every grid, kernel and bias is chosen where it is met.
+"""Calibration: one pass over the network, with batches of images, that quantizes every activation, weight and bias.
 
-The network is run node by node, twice side by side: as it is, and with all that was quantized so far. So a layer is
-rounded for the inputs that it will really get, and its bias makes good what was lost before it.
-
-    F values of the network in floating point    Q those with everything before quantized    both a list of batches
+The graph is evaluated node by node, twice side by side: in floating point, and with everything quantized so far. So a
+weight is rounded for the inputs that its layer will really get, and a bias can compensate for earlier errors.
 """
 
 from __future__ import annotations
@@ -16,186 +14,201 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
-from onefold.quantize.graph import Layer, layers, padded, parameter, points
-from onefold.quantize.method import LayerReport, Method
-from onefold.quantize.powers import power_near, revalue_, short, short_grid
-from onefold.quantize.qparams import Grid, choose, weight_scales
-from onefold.quantize.rounding import by_moments, moments_of, nearest
-from onefold.quantize.walk import valued
+from onefold.quantize.equalize import nearest_power_of_two, rescale_, shorten_scale, shorten_weight_scales
+from onefold.quantize.graph import (
+    Layer,
+    get_parameter,
+    layers,
+    node_values,
+    padding_input,
+    quantized_activations,
+    release_inputs,
+)
+from onefold.quantize.qparams import LayerReport, Method, QParams, QuantizationParams, choose_qparams, weight_scales
+from onefold.quantize.rounding import gptq, input_moments, nearest
 
-_LARGEST_BIAS = 2.0**30
+_MAX_BIAS = 2.0**30
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel:
-    """A layer's kernel as whole numbers (shaped as its weight) with a scale an output (O,), and its bias (O,)."""
+class QuantizedLayer:
+    """A layer's integer weight `q` (shaped as the weight), its scales (O,), and its bias (O,) in float."""
 
-    whole: Tensor
+    q: Tensor
     scales: Tensor
     bias: Tensor
 
     @property
     def weight(self) -> Tensor:
-        """The kernel in float, on its grid."""
-        return self.whole * self.scales.view(-1, *[1] * (self.whole.dim() - 1))
+        """The weight in float, after rounding."""
+        return self.q * self.scales.view(-1, *[1] * (self.q.dim() - 1))
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
-    """All that a network needs to be one of 8 bits: grids by point, kernels by layer, and what each layer lost."""
+class CalibrationResult:
+    """All that makes a network an int8 model: activations by node, layers, and the error of each layer."""
 
-    grids: Mapping[Node, Grid]
-    kernels: Mapping[Layer, Kernel]
+    activations: Mapping[Node, QParams]
+    layers: Mapping[Layer, QuantizedLayer]
     reports: tuple[LayerReport, ...]
 
 
 @torch.no_grad()
-def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> Calibration:
-    """Choose every grid and kernel for these batches (B, C, H, W); with `method.powers` the graph is revalued first."""
-    powers = revalue_(graph, batches, method.ranges) if method.powers else frozenset()
-    walk = _Walk(graph, batches, method, powers)
+def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> CalibrationResult:
+    """Quantize a graph by batches (B, C, H, W); with `method.power_of_two_scales` the graph is first rescaled in place.
+
+    Raises BadArgument where `method.skip_layers` names a layer that does not exist.
+    """
+    rescaled = rescale_(graph, batches, method.range_method) if method.power_of_two_scales else frozenset()
+    calibrator = _Calibrator(graph, batches, method, rescaled)
     for node in graph.graph.nodes:
         if node.op != "output":
-            walk.step(node)
-    return Calibration(walk.grids, walk.kernels, tuple(walk.reports))
+            calibrator.evaluate(node)
+    return CalibrationResult(calibrator.activations, calibrator.quantized, tuple(calibrator.reports))
 
 
-class _Walk:
-    """Where the walk is: the values that later nodes still read."""
+class _Calibrator:
+    """The state of a calibration: the float and quantized values, by batch, that later nodes still read."""
 
-    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: Method, powers: frozenset[Node]) -> None:
-        self._graph, self._batches, self._method, self._powers = graph, batches, method, powers
-        found = layers(graph)
-        known = {layer.name for layer in found}
-        if unknown := set(method.keep) - known:
+    def __init__(
+        self, graph: GraphModule, batches: Sequence[Tensor], method: Method, rescaled: frozenset[Node]
+    ) -> None:
+        self._graph, self._batches, self._method, self._rescaled = graph, batches, method, rescaled
+        all_layers = layers(graph)
+        names = {layer.name for layer in all_layers}
+        if unknown := set(method.skip_layers) - names:
             raise BadArgument(
-                f"there is no layer {sorted(unknown)[0]!r} to keep; the layers are {', '.join(sorted(known))}"
+                f"there is no layer {sorted(unknown)[0]!r} to skip; the layers are {', '.join(sorted(names))}"
             )
-        taken = [layer for layer in found if layer.name not in method.keep]
-        self._layers = {layer.node: layer for layer in found}
-        self._taken = {layer.node for layer in taken}
-        self._points = set(points(taken))
-        self._ends = {layer.output: layer for layer in found}
+        to_quantize = [layer for layer in all_layers if layer.name not in method.skip_layers]
+        self._layers = {layer.node: layer for layer in to_quantize}
+        self._activations = set(quantized_activations(to_quantize))
+        self._outputs = {layer.output: layer for layer in all_layers}
         self._float: dict[Node, list[object]] = {}
-        self._quant: dict[Node, list[object]] = {}
-        self.grids: dict[Node, Grid] = {}
-        self.kernels: dict[Layer, Kernel] = {}
+        self._quantized: dict[Node, list[object]] = {}
+        self.activations: dict[Node, QParams] = {}
+        self.quantized: dict[Layer, QuantizedLayer] = {}
         self.reports: list[LayerReport] = []
 
-    def step(self, node: Node) -> None:
-        """Give a node its values, both ways."""
-        self._float[node] = valued(self._graph, node, self._float, self._batches)
-        self._quant[node] = self._quantized(node)
-        if node in self._points:
-            self._snap(node)
-        if node in self._ends:
-            self._report(self._ends[node])
-        for before in node.all_input_nodes:
-            if all(user in self._quant for user in before.users):
-                del self._float[before], self._quant[before]
+    def evaluate(self, node: Node) -> None:
+        """Compute a node's float and quantized values; quantize it where it is a layer or a quantized activation."""
+        self._float[node] = node_values(self._graph, node, self._float, self._batches)
+        if node in self._layers:
+            layer = self._layers[node]
+            quantized = self.quantized[layer] = self._quantize_layer(layer)
+            inputs = self._inputs(self._quantized, node)
+            self._quantized[node] = [_run(layer, x, quantized.weight, quantized.bias) for x in inputs]
+        else:
+            self._quantized[node] = node_values(self._graph, node, self._quantized, self._batches)
+        if node in self._activations:
+            self._quantize_activation(node)
+        if node in self._outputs:
+            self._report(self._outputs[node])
+        release_inputs(node, self._quantized, self._float)
 
-    def _quantized(self, node: Node) -> list[object]:
-        if node not in self._taken:
-            return valued(self._graph, node, self._quant, self._batches)
-        layer = self._layers[node]
-        kernel = self._kernel(layer)
-        self.kernels[layer] = kernel
-        return [_run(layer, x, kernel.weight, kernel.bias) for x in self._tensors(self._quant, layer.node)]
-
-    def _kernel(self, layer: Layer) -> Kernel:
-        method, weight = self._method, parameter(self._graph, layer.weight)
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else parameter(self._graph, layer.bias)
+    def _quantize_layer(self, layer: Layer) -> QuantizedLayer:
+        method, weight = self._method, get_parameter(self._graph, layer.weight)
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else get_parameter(self._graph, layer.bias)
         moments = None
-        if method.restore or method.rounding == "moments":
-            given, true = (self._tensors(values, layer.node) for values in (self._quant, self._float))
-            moments = moments_of(layer, given, true, weight)
-        flat = moments.restored(weight.flatten(1)) if moments and method.restore else weight.flatten(1)
-        scales = weight_scales(flat, limit=method.limit, per_tensor=method.weights == "tensor", search=method.search)
+        if method.correct_weights or method.rounding == "gptq":
+            quantized, exact = (self._inputs(values, layer.node) for values in (self._quantized, self._float))
+            moments = input_moments(layer, quantized, exact, weight)
+        flat = moments.corrected(weight.flatten(1)) if moments and method.correct_weights else weight.flatten(1)
+        per_tensor = method.weights == "tensor"
+        scales = weight_scales(flat, qmax=method.weight_qmax, per_tensor=per_tensor, clip=method.clip_weights)
 
-        def rounded(scales: Tensor) -> Tensor:
-            if moments and method.rounding == "moments":
-                return by_moments(flat, scales, method.limit, moments.covariance)
-            return nearest(flat, scales, method.limit)
+        def round_weight(scales: Tensor) -> Tensor:
+            if moments and method.rounding == "gptq":
+                return gptq(flat, scales, method.weight_qmax, moments.covariance)
+            return nearest(flat, scales, method.weight_qmax)
 
-        input_scale = self.grids[layer.source].scale
-        scales = short(scales, input_scale) if method.powers else scales
-        kernel = settle(weight, bias, scales, input_scale, rounded)
-        if method.correct:
-            kernel = _with_bias(kernel, bias + self._shift(layer, kernel), input_scale)
-        return kernel
+        input_scale = self.activations[layer.source].scale
+        scales = shorten_weight_scales(scales, input_scale) if method.power_of_two_scales else scales
+        result = _round_layer(weight, bias, scales, input_scale, round_weight)
+        if method.correct_bias:
+            result = _with_bias(result, bias + self._mean_error(layer, result), input_scale)
+        return result
 
-    def _shift(self, layer: Layer, kernel: Kernel) -> Tensor:
-        """How much the mean of each output (O,) has fallen."""
-        lost: Tensor | float = 0.0
-        full = self._tensors(self._float, layer.node)
-        weight = parameter(self._graph, layer.weight)
-        bias = torch.zeros_like(kernel.bias) if layer.bias is None else parameter(self._graph, layer.bias)
-        for true, x in zip(full, self._tensors(self._quant, layer.node), strict=True):
-            gap = _run(layer, true, weight, bias) - _run(layer, x, kernel.weight, kernel.bias)
-            lost = lost + gap.transpose(0, 1).flatten(1).mean(1)
-        assert isinstance(lost, Tensor)
-        return lost / len(full)
+    def _mean_error(self, layer: Layer, quantized: QuantizedLayer) -> Tensor:
+        """Compute by how much the mean of each output channel (O,) has become smaller."""
+        total: Tensor | float = 0.0
+        float_inputs = self._inputs(self._float, layer.node)
+        weight = get_parameter(self._graph, layer.weight)
+        bias = torch.zeros_like(quantized.bias) if layer.bias is None else get_parameter(self._graph, layer.bias)
+        for exact, x in zip(float_inputs, self._inputs(self._quantized, layer.node), strict=True):
+            error = _run(layer, exact, weight, bias) - _run(layer, x, quantized.weight, quantized.bias)
+            total = total + error.transpose(0, 1).flatten(1).mean(1)
+        assert isinstance(total, Tensor)
+        return total / len(float_inputs)
 
-    def _tensors(self, values: Mapping[Node, list[object]], node: Node) -> list[Tensor]:
+    def _inputs(self, values: Mapping[Node, list[object]], node: Node) -> list[Tensor]:
         source = node.args[0]
         assert isinstance(source, Node)
         return [x for x in values[source] if isinstance(x, Tensor)]
 
-    def _snap(self, node: Node) -> None:
-        chunks = [x for x in self._quant[node] if isinstance(x, Tensor)]
-        before = padded(node)
-        grid = self.grids[before] if before in self.grids else self._chosen(node, chunks)
-        self.grids[node] = grid
-        self._quant[node] = [grid.snap(x) for x in chunks]
-
-    def _chosen(self, node: Node, chunks: Sequence[Tensor]) -> Grid:
-        """The best grid; with a power of two as its step where that costs nothing."""
-        grid = choose(chunks, self._method.ranges)
-        if node in self._powers:
-            return Grid(power_near(grid.scale), grid.zero)
-        return short_grid(grid) if self._method.powers else grid
+    def _quantize_activation(self, node: Node) -> None:
+        chunks = [x for x in self._quantized[node] if isinstance(x, Tensor)]
+        unpadded = padding_input(node)
+        if unpadded in self.activations:
+            # Padding adds only zeros, which every quantization represents: it keeps its input's parameters.
+            qparams = self.activations[unpadded]
+        else:
+            qparams = choose_qparams(chunks, self._method.range_method)
+            if node in self._rescaled:
+                qparams = QParams(nearest_power_of_two(qparams.scale), qparams.zero_point)
+            elif self._method.power_of_two_scales:
+                qparams = shorten_scale(qparams)
+        self.activations[node] = qparams
+        self._quantized[node] = [qparams.fake_quantize(x) for x in chunks]
 
     def _report(self, layer: Layer) -> None:
-        taken = layer in self.kernels
-        weight = parameter(self._graph, layer.weight)
-        on_grid = self.kernels[layer].weight if taken else weight
-        pairs = zip(self._float[layer.output], self._quant[layer.output], strict=True)
-        found = [(float((f**2).sum()), float(((f - q) ** 2).sum())) for f, q in pairs]  # type: ignore[operator]
-        signal, noise = (sum(each) for each in zip(*found, strict=True))
-        weight_noise = float(((weight - on_grid) ** 2).sum())
+        is_quantized = layer in self.quantized
+        weight = get_parameter(self._graph, layer.weight)
+        rounded = self.quantized[layer].weight if is_quantized else weight
+        pairs = zip(self._float[layer.output], self._quantized[layer.output], strict=True)
+        powers = [(float((f**2).sum()), float(((f - q) ** 2).sum())) for f, q in pairs]  # type: ignore[operator]
+        signal, noise = (sum(column) for column in zip(*powers, strict=True))
+        weight_noise = float(((weight - rounded) ** 2).sum())
         self.reports.append(
             LayerReport(
                 name=layer.name,
                 output_db=_decibels(signal, noise),
                 weight_db=_decibels(float((weight**2).sum()), weight_noise),
-                quantized=taken,
+                quantized=is_quantized,
             )
         )
 
 
 def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     assert callable(layer.node.target)
-    answer: Tensor = layer.node.target(x, weight, bias, *layer.node.args[3:])
-    return answer
+    output: Tensor = layer.node.target(x, weight, bias, *layer.node.args[3:])
+    return output
 
 
-def settle(
-    weight: Tensor, bias: Tensor, scales: Tensor, input_scale: float, rounded: Callable[[Tensor], Tensor]
-) -> Kernel:
-    """A kernel (O, ...) and bias (O,) on grids of these scales (O,), whole numbers (O, K) chosen by `rounded`.
-
-    A row of next to nothing would have steps so fine that its bias overflows 32 bits: it gets coarser ones.
-    """
-    least = bias.abs() / (input_scale * _LARGEST_BIAS)
-    scales = torch.where(scales < least, short(least, input_scale), scales)
-    return _with_bias(Kernel(rounded(scales).view_as(weight), scales, bias), bias, input_scale)
+def quantize_layer(params: QuantizationParams, weight: Tensor, bias: Tensor, input_scale: float) -> QuantizedLayer:
+    """Quantize a weight (O, ...) and bias (O,) by rounding to nearest, as `params` says."""
+    flat = weight.flatten(1)
+    per_tensor = params.weights == "tensor"
+    scales = weight_scales(flat, qmax=params.weight_qmax, per_tensor=per_tensor, clip=False)
+    scales = shorten_weight_scales(scales, input_scale)
+    return _round_layer(weight, bias, scales, input_scale, lambda s: nearest(flat, s, params.weight_qmax))
 
 
-def _with_bias(kernel: Kernel, bias: Tensor, input_scale: float) -> Kernel:
-    """The kernel with this bias on the grid of its sums, as the 32-bit whole numbers that runtimes add."""
-    step = kernel.scales.double() * input_scale
-    whole = torch.round(bias.double() / step)
-    return Kernel(kernel.whole, kernel.scales, (whole * step).float())
+def _round_layer(
+    weight: Tensor, bias: Tensor, scales: Tensor, input_scale: float, round_weight: Callable[[Tensor], Tensor]
+) -> QuantizedLayer:
+    """Quantize a weight (O, ...) and bias (O,) with these scales (O,); `round_weight` gives the integers (O, K)."""
+    # A row of tiny weights would have a scale so small that its bias overflows 32 bits: such a scale is enlarged.
+    smallest = bias.abs() / (input_scale * _MAX_BIAS)
+    scales = torch.where(scales < smallest, shorten_weight_scales(smallest, input_scale), scales)
+    return _with_bias(QuantizedLayer(round_weight(scales).view_as(weight), scales, bias), bias, input_scale)
+
+
+def _with_bias(quantized: QuantizedLayer, bias: Tensor, input_scale: float) -> QuantizedLayer:
+    """Replace the bias, rounded to the 32-bit integers that runtimes add to the sums."""
+    scale = quantized.scales.double() * input_scale
+    q_bias = torch.round(bias.double() / scale)
+    return QuantizedLayer(quantized.q, quantized.scales, (q_bias * scale).float())
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -1,76 +1,185 @@
-"""The network of 8 bits: the graph with quantize and dequantize operations at its points and on its kernels.
+"""Int8 models: made by calibration on images (`quantize`), or from parameters kept with the weights (`convert`).
 
-The operations are those in which PyTorch hands quantized networks to other runtimes (`quantized_decomposed`): every
-value between them is float and lies on a grid, so PyTorch simulates what the device computes in whole numbers, and each
-converter finds the grids in the graph.
+Both insert quantize and dequantize operations into the traced graph, of the kind in which PyTorch passes quantized
+networks to other runtimes (`quantized_decomposed`): the values between them are float and exactly representable, so
+PyTorch simulates what a device computes in integers, and each converter finds the parameters in the graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operations
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from onefold.quantize.calibrate import Calibration, Kernel
-from onefold.quantize.graph import CLAMPS, Layer, aten, bounds_of, put
-from onefold.quantize.qparams import HIGHEST, LOWEST, Grid
+from onefold.errors import BadArgument
+from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer, calibrate, quantize_layer
+from onefold.quantize.equalize import equalize_
+from onefold.quantize.graph import (
+    CLAMPS,
+    Layer,
+    aten,
+    clamp_bounds,
+    get_parameter,
+    layers,
+    padding_input,
+    quantized_activations,
+    set_parameter,
+    trace,
+)
+from onefold.quantize.integer import IntegerModel
+from onefold.quantize.qparams import QMAX, QMIN, LayerReport, Method, QParams, QuantizationParams
 
+BATCH_SIZE = 16
+_DEFAULT_METHOD = Method()
 _ops = torch.ops.quantized_decomposed
-_LARGEST = 127
+_WEIGHT_QMAX = 127
 
 
-def build_(graph: GraphModule, calibration: Calibration) -> GraphModule:
-    """Turn the graph into the network of 8 bits, in place; gives it back."""
-    for layer, kernel in calibration.kernels.items():
-        _store(graph, layer, kernel)
-    for node, grid in calibration.grids.items():
-        _drop_ceiling(node, grid)
-        _put_on_grid(graph, node, grid)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Quantized:
+    """An int8 model - images (B, C, H, W) to logits (B, N) as a device computes them - and how it was made.
+
+    `images` is the number that it was calibrated on, 0 where it was trained as an int8 model.
+    """
+
+    model: IntegerModel
+    method: Method
+    layers: tuple[LayerReport, ...]
+    images: int
+
+    @property
+    def graph(self) -> GraphModule:
+        """The same with quantize and dequantize operations, which runtimes' converters read."""
+        return self.model.network
+
+
+def quantize(model: nn.Module, images: Tensor, method: Method = _DEFAULT_METHOD) -> Quantized:
+    """Quantize a fused network (in eval mode; it is not changed), calibrated on `images` (B, C, H, W), B >= 2.
+
+    The images are as the network gets them; one or two hundred of the kind that it will see are enough.
+    Raises BadArgument.
+    """
+    if any(module.training for module in model.modules()):
+        raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
+    if images.dim() != 4 or len(images) < 2:
+        raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, got {tuple(images.shape)}")
+    graph, calibration = calibrated_graph(model, images.split(BATCH_SIZE), method)
+    insert_qdq_(graph, calibration)
+    return Quantized(model=IntegerModel(graph), method=method, layers=calibration.reports, images=len(images))
+
+
+def calibrated_graph(
+    model: nn.Module, batches: Sequence[Tensor], method: Method
+) -> tuple[GraphModule, CalibrationResult]:
+    """Trace, equalize and calibrate a fused network; the graph computes in floating point still."""
+    graph = trace(model, batches[0][:2])
+    equalize_(graph, batches, method.equalize)
+    return graph, calibrate(graph, batches, method)
+
+
+@torch.no_grad()
+def convert(fused: nn.Module, params: QuantizationParams, shape: tuple[int, int, int]) -> IntegerModel:
+    """Convert a fused network in eval mode to an int8 model; `shape` (C, H, W) is that of its images.
+
+    The weights are rounded to nearest, so the same weights and parameters give the same bits on any machine. Raises
+    BadArgument where the parameters are those of another network.
+    """
+    graph = trace(fused, torch.zeros(2, *shape))
+    to_quantize = [layer for layer in layers(graph) if layer.name not in params.skip_layers]
+    names = activation_names(to_quantize)
+    if set(names.values()) != set(params.activations):
+        unknown = sorted(set(names.values()) ^ set(params.activations))[0]
+        raise BadArgument(
+            f"the quantization parameters are those of another network: {unknown} is not in both; calibrate this one"
+        )
+    activations = {node: params.activations[name] for node, name in names.items()}
+    quantized = {}
+    for layer in to_quantize:
+        weight = get_parameter(graph, layer.weight)
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else get_parameter(graph, layer.bias)
+        quantized[layer] = quantize_layer(params, weight, bias, activations[layer.source].scale)
+    insert_qdq_(graph, CalibrationResult(activations, quantized, ()))
+    return IntegerModel(graph)
+
+
+def quantization_params(calibration: CalibrationResult, method: Method) -> QuantizationParams:
+    """Extract the parameters of a calibrated network, its activations by name."""
+    names = activation_names([*calibration.layers])
+    return QuantizationParams(
+        activations={names[node]: qparams for node, qparams in calibration.activations.items()},
+        weights=method.weights,
+        weight_qmax=method.weight_qmax,
+        skip_layers=method.skip_layers,
+    )
+
+
+def activation_names(of_layers: list[Layer]) -> dict[Node, str]:
+    """Name each quantized activation after the first of these layers that reads or computes it."""
+    names: dict[Node, str] = {}
+    for layer in of_layers:
+        if (unpadded := padding_input(layer.source)) is not None:
+            names.setdefault(unpadded, f"{layer.name}:before")
+        names.setdefault(layer.source, f"{layer.name}:in")
+        names.setdefault(layer.output, f"{layer.name}:out")
+    return {node: names[node] for node in quantized_activations(of_layers)}
+
+
+# -------------------------------------------------------------- quantize and dequantize operations
+
+
+def insert_qdq_(graph: GraphModule, calibration: CalibrationResult) -> None:
+    """Insert quantize and dequantize operations into the graph, in place, at its activations and on its weights."""
+    for layer, quantized in calibration.layers.items():
+        _store_weight_(graph, layer, quantized)
+    for node, qparams in calibration.activations.items():
+        if node.target in CLAMPS:
+            # Quantization itself clamps at the top of its range; a ReLU is fused into its layer by every runtime.
+            low, high = clamp_bounds(node.target, node.args[1:])
+            if low == 0.0 and qparams.high <= high * (1 + 1e-5):
+                node.target, node.args = aten.relu.default, node.args[:1]
+        _quantize_node_(graph, node, qparams)
     graph.graph.lint()
     graph.recompile()
-    return graph
 
 
-def _store(graph: GraphModule, layer: Layer, kernel: Kernel) -> None:
-    """The kernel as int8 with its scales, dequantized where it is read; the bias on its grid."""
-    holder = graph.get_submodule(layer.name)
-    holder.register_buffer("weight_int8", kernel.whole.to(torch.int8))
-    holder.register_buffer("weight_scale", kernel.scales.float())
-    holder.register_buffer("weight_zero", torch.zeros(len(kernel.scales), dtype=torch.int64))
+def _store_weight_(graph: GraphModule, layer: Layer, quantized: QuantizedLayer) -> None:
+    """Store a weight as int8 with its scales, dequantized where it is read, and the rounded bias."""
+    module = graph.get_submodule(layer.name)
+    module.register_buffer("weight_int8", quantized.q.to(torch.int8))
+    module.register_buffer("weight_scale", quantized.scales.float())
+    module.register_buffer("weight_zero", torch.zeros(len(quantized.scales), dtype=torch.int64))
     old = layer.node.args[1]
     assert isinstance(old, Node)
     nodes = graph.graph
     with nodes.inserting_before(layer.node):
         parts = [nodes.get_attr(f"{layer.name}.{name}") for name in ("weight_int8", "weight_scale", "weight_zero")]
-        weight = nodes.call_function(_ops.dequantize_per_channel.default, (*parts, 0, -_LARGEST, _LARGEST, torch.int8))
+        weight = nodes.call_function(
+            _ops.dequantize_per_channel.default, (*parts, 0, -_WEIGHT_QMAX, _WEIGHT_QMAX, torch.int8)
+        )
         if layer.bias is None:
-            holder.bias = nn.Parameter(kernel.bias, requires_grad=False)
+            module.bias = nn.Parameter(quantized.bias, requires_grad=False)
             bias = nodes.get_attr(f"{layer.name}.bias")
             layer.node.args = (layer.node.args[0], weight, bias, *layer.node.args[3:])
         else:
-            put(graph, layer.bias, kernel.bias)
+            set_parameter(graph, layer.bias, quantized.bias)
             layer.node.update_arg(1, weight)
     if not old.users:
         nodes.erase_node(old)
-        del holder.weight
+        del module.weight
 
 
-def _drop_ceiling(node: Node, grid: Grid) -> None:
-    """Make a ReLU of a clamp from above that the grid's own end does, which every runtime has within its layers."""
-    if node.target in CLAMPS:
-        low, high = bounds_of(node.target, node.args[1:])
-        if low == 0.0 and grid.high <= high * (1 + 1e-5):
-            node.target, node.args = aten.relu.default, node.args[:1]
-
-
-def _put_on_grid(graph: GraphModule, node: Node, grid: Grid) -> None:
+def _quantize_node_(graph: GraphModule, node: Node, qparams: QParams) -> None:
+    """Let all readers of a node read it quantized and dequantized."""
     nodes = graph.graph
     readers = list(node.users)
+    arguments = (qparams.scale, qparams.zero_point, QMIN, QMAX, torch.int8)
     with nodes.inserting_after(node):
-        facts = (grid.scale, grid.zero, LOWEST, HIGHEST, torch.int8)
-        stored = nodes.call_function(_ops.quantize_per_tensor.default, (node, *facts))
-    with nodes.inserting_after(stored):
-        value = nodes.call_function(_ops.dequantize_per_tensor.default, (stored, *facts))
+        quantized = nodes.call_function(_ops.quantize_per_tensor.default, (node, *arguments))
+    with nodes.inserting_after(quantized):
+        dequantized = nodes.call_function(_ops.dequantize_per_tensor.default, (quantized, *arguments))
     for reader in readers:
-        reader.replace_input_with(node, value)
+        reader.replace_input_with(node, dequantized)

@@ -1,21 +1,29 @@
-"""Cross-layer equalization: the ranges of a layer's channels made alike, the network's answer unchanged.
+"""Rescaling channels between layers, which leaves the network's function unchanged: equalization, power-of-two scales.
 
-Between two layers joined by a ReLU, channel c may be divided by s[c] in the first and multiplied by it in the second,
-since relu(x / s) = relu(x) / s. A fused MobileOne is a chain of such pairs, broken only at its gates. A clamp from
-above (ReLU6) lets a scale through for a channel that stays below it: on the images given, one that does not is left as
-it is, and the others may grow until they reach it. Two ways to choose s:
+**Cross-layer equalization.** Between two layers joined by a ReLU, channel c may be divided by s[c] in the first and
+multiplied by it in the second, since relu(x / s) = relu(x) / s. A fused MobileOne is a chain of such pairs, interrupted
+only by its gates. A clamp from above (ReLU6) permits this for a channel that stays below it: a channel that reaches the
+clamp on the calibration images is left as it is, and the others may grow until they reach it. Two ways to choose s:
 
-"weights"      s = sqrt(r1 / r2) with r1, r2 the largest weights of channel c in the first and the second: for kernels
-               with one scale a tensor. Source: Nagel et al., arXiv 1906.04721, section 4.1.
-"activations"  s = a^(1/2) / r2^(1/2) with a the channel's peak on the images (Xiao et al., arXiv 2211.10438), for
-               kernels with a scale a row: those of the first layer take any s for nothing. Where the second is
-               depthwise its kernels do so too, and s = a: all channels then fill the one grid that they share.
+"weights"      s = sqrt(r1 / r2) with r1, r2 the largest weights of channel c in the first and the second layer: for
+               per-tensor scales. Source: Nagel et al., arXiv 1906.04721, section 4.1.
+"activations"  s = a^(1/2) / r2^(1/2) with a the channel's largest activation (Xiao et al., arXiv 2211.10438), for
+               per-channel scales, which make the first layer indifferent to s. A depthwise second layer is indifferent
+               too, and then s = a: every channel uses the full range of the activation that they share.
+
+**Power-of-two scales.** Runtimes scale a layer's sums each in their own order - by one factor, or channel by channel,
+then the bias, then by the next scale - and round in between. Where a sum lies near the middle between two steps they
+disagree, and forty layers later so do some of the logits. With activation scales that are powers of two, and weight
+scales of few binary digits, all these products are exact in float32, so the order does not matter. The scales of the
+images and of means, and sums beyond 2^18, may still be rounded. It costs no accuracy, because the scale of a value
+between two layers is a convention: if the best scale is c 2^k, the first layer's weight and bias are divided by c and
+the second's weight multiplied by it, as above, and the scale is 2^k.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,141 +31,227 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from onefold.quantize.graph import CLAMPS, Layer, bounds_of, layers, padded, parameter, put
+from onefold.quantize.graph import (
+    CLAMPS,
+    Layer,
+    aten,
+    clamp_bounds,
+    get_parameter,
+    layers,
+    node_values,
+    padding_input,
+    release_inputs,
+    set_parameter,
+)
+from onefold.quantize.qparams import QParams, RangeMethod, choose_qparams
 
-_ROUNDS = 30
-_MOST = 1e4
-_RARE = 1e-4  # the share of a channel's values that may lie at the clamp
+_MAX_ITERATIONS = 30
+_MAX_FACTOR = 1e4
+_MAX_CLAMPED = 1e-4  # the share of a channel's values that may lie at the clamp
+_WEIGHT_DIGITS = 6  # of a weight's scale: with sums below 2^18, products have the 24 binary digits of float32
+_INPUT_DIGITS = 4  # of the images' scale, and of the weight scales that are multiplied with it
 
 
 @torch.no_grad()
 def equalize_(
     graph: GraphModule, batches: Sequence[Tensor], by: Literal["none", "weights", "activations"] | None = "weights"
 ) -> int:
-    """Equalize every pair of layers that can be, in place, by batches (B, C, H, W); the number of pairs."""
+    """Equalize all pairs of layers in place, by batches (B, C, H, W); returns the number of pairs."""
     if by in ("none", None):
         return 0
-    pairs = [pair for pair in pairwise(layers(graph)) if joined(*pair)]
-    seen = _Seen(graph, {first.output: _cap(first) for first, _ in pairs})
+    pairs = [pair for pair in pairwise(layers(graph)) if _are_joined(*pair)]
+    statistics = _ClampStatistics(graph, {first.output: _clamp_max(first) for first, _ in pairs})
     for batch in batches:
-        seen.run(batch)
+        statistics.run(batch)
     if by == "activations":
         for first, second in pairs:
-            _divide(graph, first, second, _by_peak(graph, second, seen.peak[first.output]), _ends(first, seen))
+            s = _factors_by_activations(graph, second, statistics.peak[first.output])
+            _divide(graph, first, second, s, _factor_bounds(first, statistics))
         return len(pairs)
-    ends = {first: _ends(first, seen) for first, _ in pairs}
-    for _ in range(_ROUNDS):
-        changed = [_divide(graph, *pair, _by_weights(graph, *pair), ends[pair[0]]) for pair in pairs]
+    bounds = {first: _factor_bounds(first, statistics) for first, _ in pairs}
+    # A layer is in two pairs, so equalizing one disturbs the other: repeat until nothing changes.
+    for _ in range(_MAX_ITERATIONS):
+        changed = [_divide(graph, *pair, _factors_by_weights(graph, *pair), bounds[pair[0]]) for pair in pairs]
         if not any(changed):
             break
     return len(pairs)
 
 
-def _ends(layer: Layer, seen: _Seen) -> list[Tensor]:
-    """The least and the greatest number (C,) that the channels of a layer may still be divided by."""
-    peak = seen.peak[layer.output]
-    reached = seen.at_cap[layer.output] > _RARE * seen.count[layer.output]
-    ceiling = _cap(layer)
+def _factor_bounds(layer: Layer, statistics: _ClampStatistics) -> list[Tensor]:
+    """Compute the smallest and largest factors (C,) that a layer's channels may be divided by."""
+    peak = statistics.peak[layer.output]
+    reached = statistics.num_clamped[layer.output] > _MAX_CLAMPED * statistics.count[layer.output]
+    clamp_max = _clamp_max(layer)
     least = (
-        (peak / peak.max().clamp(min=1e-30)).clamp(1 / _MOST, 1)
-        if ceiling == math.inf
-        else (peak / ceiling).clamp(min=1 / _MOST)
+        (peak / peak.max().clamp(min=1e-30)).clamp(1 / _MAX_FACTOR, 1)
+        if clamp_max == math.inf
+        else (peak / clamp_max).clamp(min=1 / _MAX_FACTOR)
     )
-    return [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MOST)]
+    return [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MAX_FACTOR)]
 
 
-class _Seen(Interpreter):
-    """What came before clamps while the graph ran: per channel the peak, and how many values reached the clamp."""
+class _ClampStatistics(Interpreter):
+    """Runs the graph and records for each channel of clamped outputs the peak, and how many values reach the clamp."""
 
-    def __init__(self, graph: GraphModule, caps: dict[Node, float]) -> None:
+    def __init__(self, graph: GraphModule, clamps: dict[Node, float]) -> None:
         super().__init__(graph)
-        self._caps = caps
+        self._clamps = clamps
         self.peak: dict[Node, Tensor] = {}
-        self.at_cap: dict[Node, Tensor] = {}
-        self.count = dict.fromkeys(caps, 0)
+        self.num_clamped: dict[Node, Tensor] = {}
+        self.count = dict.fromkeys(clamps, 0)
 
     def run_node(self, n: Node) -> Any:
-        """The node's value, looked at."""
+        """Compute the node's value and record it."""
         value = super().run_node(n)
-        if n in self._caps:
+        if n in self._clamps:
             channels = value.transpose(0, 1).flatten(1)
-            reached = (channels >= self._caps[n]).sum(1)
+            reached = (channels >= self._clamps[n]).sum(1)
             peak = channels.abs().amax(1)
             self.peak[n] = torch.maximum(self.peak[n], peak) if n in self.peak else peak
-            self.at_cap[n] = self.at_cap[n] + reached if n in self.at_cap else reached
+            self.num_clamped[n] = self.num_clamped[n] + reached if n in self.num_clamped else reached
             self.count[n] += channels.shape[1]
         return value
 
 
-def _cap(layer: Layer) -> float:
-    """The greatest value that a layer's clamp lets through."""
+def _clamp_max(layer: Layer) -> float:
+    """The upper bound of a layer's clamp; infinite for a ReLU or none."""
     if layer.output is layer.node:
         return math.inf
-    return bounds_of(layer.output.target, layer.output.args[1:])[1]
+    return clamp_bounds(layer.output.target, layer.output.args[1:])[1]
 
 
-def joined(first: Layer, second: Layer) -> bool:
-    """Whether the second alone reads the first, through a clamp from 0 or nothing or a mean over the map."""
+def _are_joined(first: Layer, second: Layer) -> bool:
+    """Whether the second layer alone reads the first, through operations that commute with positive factors."""
     node = first.output
-    if node.target in CLAMPS and bounds_of(node.target, node.args[1:])[0] not in (0.0, -math.inf):
+    if node.target in CLAMPS and clamp_bounds(node.target, node.args[1:])[0] not in (0.0, -math.inf):
         return False
     while len(node.users) == 1:
         (after,) = node.users
         if after is second.node:
             return True
-        if not _is_linear(after):
+        # A mean, zero padding or a change of shape.
+        name = str(after.target)
+        if padding_input(after) is None and not name.startswith(
+            ("aten.mean.", "aten.dropout.", "aten.adaptive_avg_pool2d.")
+        ):
             return False
         node = after
     return False
 
 
-def _is_linear(node: Node) -> bool:
-    """A mean, zeros around or a change of shape, for which scaled channels stay scaled."""
-    name = str(node.target)
-    return padded(node) is not None or name.startswith(("aten.mean.", "aten.dropout.", "aten.adaptive_avg_pool2d."))
-
-
-def _by_weights(graph: GraphModule, first: Layer, second: Layer) -> Tensor:
-    """What to divide the channels (C,) by so that the largest weights on either side are alike."""
-    out = parameter(graph, first.weight).flatten(1).abs().amax(1)
-    into = _by_input(parameter(graph, second.weight), second).abs().amax(1)
+def _factors_by_weights(graph: GraphModule, first: Layer, second: Layer) -> Tensor:
+    """Compute factors (C,) that make the largest weights of both layers equal."""
+    out = get_parameter(graph, first.weight).flatten(1).abs().amax(1)
+    into = _by_input_channel(get_parameter(graph, second.weight), second).abs().amax(1)
     live = (out > 0) & (into > 0)
     return torch.where(live, (out / into.clamp(min=1e-30)).sqrt(), torch.ones_like(out))
 
 
-def _by_peak(graph: GraphModule, second: Layer, peak: Tensor) -> Tensor:
-    """What to divide the channels (C,) by so that they fill one grid, the second layer's rows left with their bits."""
-    alike = (peak / peak.max().clamp(min=1e-30)).clamp(min=1 / _MOST)
+def _factors_by_activations(graph: GraphModule, second: Layer, peak: Tensor) -> Tensor:
+    """Compute factors (C,) that equalize the channels' peaks, shared with the second layer unless it is depthwise."""
+    relative = (peak / peak.max().clamp(min=1e-30)).clamp(min=1 / _MAX_FACTOR)
     if second.groups == len(peak):
-        return alike
-    into = _by_input(parameter(graph, second.weight), second).abs().amax(1)
-    s = (alike / into.clamp(min=1e-12)).sqrt()
+        return relative
+    into = _by_input_channel(get_parameter(graph, second.weight), second).abs().amax(1)
+    s = (relative / into.clamp(min=1e-12)).sqrt()
     return s / s.max()
 
 
-def _divide(graph: GraphModule, first: Layer, second: Layer, s: Tensor, ends: list[Tensor]) -> bool:
-    """Divide channels by s (C,) as far as their ends allow; whether anything changed by over a hundredth."""
-    one, two = parameter(graph, first.weight), parameter(graph, second.weight)
-    s = torch.minimum(torch.maximum(s, ends[0]), ends[1])
-    ends[:] = [end / s for end in ends]
-    put(graph, first.weight, one / s.view(-1, *[1] * (one.dim() - 1)))
+def _divide(graph: GraphModule, first: Layer, second: Layer, s: Tensor, bounds: list[Tensor]) -> bool:
+    """Divide channels by s (C,) within the bounds, which shrink by it; returns whether a factor was beyond 1 %."""
+    one, two = get_parameter(graph, first.weight), get_parameter(graph, second.weight)
+    s = torch.minimum(torch.maximum(s, bounds[0]), bounds[1])
+    bounds[:] = [bound / s for bound in bounds]
+    set_parameter(graph, first.weight, one / s.view(-1, *[1] * (one.dim() - 1)))
     if first.bias is not None:
-        put(graph, first.bias, parameter(graph, first.bias) / s)
-    put(graph, second.weight, scaled_inputs(two, second, s))
+        set_parameter(graph, first.bias, get_parameter(graph, first.bias) / s)
+    set_parameter(graph, second.weight, _scale_input_channels(two, second, s))
     return bool(((s - 1).abs() > 0.01).any())
 
 
-def _by_input(weight: Tensor, layer: Layer) -> Tensor:
-    """A weight as (I, all that reads this channel)."""
+def _by_input_channel(weight: Tensor, layer: Layer) -> Tensor:
+    """Arrange a weight as (I, weights that read this input channel)."""
     if layer.groups == 1:
         return weight.transpose(0, 1).flatten(1)
     grouped = weight.unflatten(0, (layer.groups, -1))  # (G, O/G, I/G, H, W)
     return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def scaled_inputs(weight: Tensor, layer: Layer, s: Tensor) -> Tensor:
-    """The weight with its input channels multiplied by s (I,)."""
+def _scale_input_channels(weight: Tensor, layer: Layer, s: Tensor) -> Tensor:
+    """Multiply a weight's input channels by s (I,)."""
     if layer.groups == 1:
         return weight * s.view(1, -1, *[1] * (weight.dim() - 2))
     by_group = s.view(layer.groups, 1, -1, 1, 1)
     return (weight.unflatten(0, (layer.groups, -1)) * by_group).flatten(0, 1)
+
+
+# -------------------------------------------------------------------------------- power-of-two scales
+
+
+@torch.no_grad()
+def rescale_(graph: GraphModule, batches: Sequence[Tensor], range_method: RangeMethod) -> frozenset[Node]:
+    """Rescale the activations between pairs of layers, in place, so that their best scales are powers of two.
+
+    Returns those activations.
+    """
+    pairs = [pair for pair in pairwise(layers(graph)) if _are_joined(*pair)]
+    best = activation_qparams(graph, batches, [first.output for first, _ in pairs], range_method)
+    for first, second in pairs:
+        scale = best[first.output].scale
+        factor = scale / nearest_power_of_two(scale)
+        set_parameter(graph, first.weight, get_parameter(graph, first.weight) / factor)
+        if first.bias is not None:
+            set_parameter(graph, first.bias, get_parameter(graph, first.bias) / factor)
+        factors = torch.full_like(get_parameter(graph, first.weight).flatten(1)[:, 0], factor)
+        set_parameter(graph, second.weight, _scale_input_channels(get_parameter(graph, second.weight), second, factors))
+        _rescale_clamp_(first.output, factor)
+    return frozenset(first.output for first, _ in pairs)
+
+
+@torch.no_grad()
+def activation_qparams(
+    graph: GraphModule, batches: Sequence[Tensor], nodes: Collection[Node], range_method: RangeMethod
+) -> dict[Node, QParams]:
+    """Choose parameters for these nodes by their values in floating point."""
+    values: dict[Node, list[object]] = {}
+    qparams: dict[Node, QParams] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            continue
+        values[node] = node_values(graph, node, values, batches)
+        if node in nodes:
+            qparams[node] = choose_qparams([x for x in values[node] if isinstance(x, Tensor)], range_method)
+        release_inputs(node, values)
+    return qparams
+
+
+def nearest_power_of_two(scale: float) -> float:
+    """Round to the power of two that is nearest in proportion."""
+    return 2.0 ** round(math.log2(scale))
+
+
+def shorten_weight_scales(scales: Tensor, input_scale: float) -> Tensor:
+    """Round weight scales up to few binary digits: to fewer where the input's scale is no power of two."""
+    is_power_of_two = math.frexp(input_scale)[0] == 0.5
+    return _round_up(scales, _WEIGHT_DIGITS if is_power_of_two else _INPUT_DIGITS)
+
+
+def shorten_scale(qparams: QParams) -> QParams:
+    """Round an activation's scale up to few binary digits: for those that no layer computes, such as the images."""
+    return QParams(float(_round_up(torch.tensor(qparams.scale), _INPUT_DIGITS)), qparams.zero_point)
+
+
+def _round_up(scales: Tensor, digits: int) -> Tensor:
+    mantissa, exponent = torch.frexp(scales.double())
+    # The margin keeps a scale that has few digits already, but for a rounding error, from being enlarged.
+    return torch.ldexp(torch.ceil(mantissa * 2**digits - 1e-9) / 2**digits, exponent).to(scales.dtype)
+
+
+def _rescale_clamp_(node: Node, factor: float) -> None:
+    """Divide the upper bound of a clamp by the factor, so that it clamps the same values as before."""
+    if node.target not in CLAMPS:
+        return
+    low, high = clamp_bounds(node.target, node.args[1:])
+    if high < math.inf:
+        node.target = aten.hardtanh.default
+        node.args = (node.args[0], low, high / factor)

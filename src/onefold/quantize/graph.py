@@ -1,21 +1,23 @@
-"""A fused network as a graph: its layers, and the points between them whose values are put on grids.
+"""A fused network as a torch.fx graph: its layers, and the activations between them that are quantized.
 
-A *layer* is a convolution on a map, or the Linear that gives the answer; the small products of gates and tokens stay in
-floating point. A *point* is a node of the graph whose value is stored in 8 bits: what a layer reads, and what it gives
-after the ReLU (or clamp) that directly follows it.
+A *layer* is a convolution on a feature map, or the Linear that returns the logits; the small products of gates and
+tokens stay in floating point. A quantized *activation* is a node of the graph whose value is stored in 8 bits: the
+input of a layer, and its output after the ReLU (or clamp) that directly follows it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from onefold.errors import BadArgument
 
@@ -28,12 +30,12 @@ CLAMPS = (
     aten.relu6.default, aten.relu6_.default, aten.clamp.default, aten.clamp_min.default,
 )  # fmt: skip
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
-SAME = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+PASSTHROUGH = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or Linear of the graph: `name` is its module's, `output` its value after its ReLU or clamp."""
+    """A convolution or Linear of the graph; `name` is its module's, `output` the node after its ReLU or clamp."""
 
     name: str
     node: Node
@@ -45,16 +47,16 @@ class Layer:
     @property
     def weight(self) -> str:
         """The attribute that holds its kernel (O, I/G, H, W) or matrix (O, I)."""
-        return _target(self.node.args[1])
+        return _attribute_name(self.node.args[1])
 
     @property
     def bias(self) -> str | None:
         """The attribute that holds its bias (O,), if it has one."""
         given = self.node.args[2] if len(self.node.args) > 2 else None
-        return None if given is None else _target(given)
+        return None if given is None else _attribute_name(given)
 
 
-def bounds_of(clamp: object, args: tuple[object, ...]) -> tuple[float, float]:
+def clamp_bounds(clamp: object, args: tuple[object, ...]) -> tuple[float, float]:
     """The least and the greatest value that one of CLAMPS lets through, given what follows its first argument."""
     if clamp in (aten.relu.default, aten.relu_.default):
         return 0.0, math.inf
@@ -66,97 +68,124 @@ def bounds_of(clamp: object, args: tuple[object, ...]) -> tuple[float, float]:
 
 
 def trace(model: nn.Module, images: Tensor) -> GraphModule:
-    """The network as a graph that runs by itself, its weights copied; `images` (B >= 2, C, H, W) are an example."""
+    """Trace the network to a graph with copied weights; `images` (B >= 2, C, H, W) are an example."""
     program = torch.export.export(copy.deepcopy(model), (images,), dynamic_shapes=({0: Dim("batch")},))
     graph = program.module(check_guards=False)
     assert isinstance(graph, GraphModule)
-    for part in graph.modules():
-        part.training = False  # an exported graph has no modes, and says that it trains
+    for module in graph.modules():
+        module.training = False  # an exported graph has no modes, but its flag says that it trains
     return graph
 
 
 def layers(graph: GraphModule) -> list[Layer]:
-    """The layers in the order in which they run. Raises BadArgument where there are none."""
-    found = list(_layers(graph))
-    if not found:
+    """List the layers in execution order. Raises BadArgument where there are none."""
+    result = list(_layers(graph))
+    if not result:
         raise BadArgument("this network has no convolution that could be quantized")
-    return found
+    return result
 
 
-def points(found: list[Layer]) -> list[Node]:
-    """Every point of these layers, once, in order; what is padded with zeros is one before and after."""
+def quantized_activations(of_layers: list[Layer]) -> list[Node]:
+    """List every quantized activation of these layers once, in order; a zero-padded one before and after padding."""
     ordered: dict[Node, None] = {}
-    for layer in found:
-        if (before := padded(layer.source)) is not None:
+    for layer in of_layers:
+        if (before := padding_input(layer.source)) is not None:
             ordered[before] = None
         ordered |= {layer.source: None, layer.output: None}
     return list(ordered)
 
 
-def padded(node: Node) -> Node | None:
-    """What a node pads with zeros, which every grid has; None where it does something else."""
+def padding_input(node: Node) -> Node | None:
+    """Find what a node pads with zeros, which quantization represents exactly; None where it is no such padding."""
     if node.target not in PADS or (any(node.args[2:]) and node.args[2:] != ("constant",)):
         return None
-    return _origin(node.args[0]) if isinstance(node.args[0], Node) else None
+    return _skip_passthrough(node.args[0]) if isinstance(node.args[0], Node) else None
 
 
-def parameter(graph: GraphModule, name: str) -> Tensor:
-    """The tensor of an attribute such as "stem.conv.weight"."""
+def get_parameter(graph: GraphModule, name: str) -> Tensor:
+    """Get the tensor of an attribute such as "stem.conv.weight"."""
     holder, _, last = name.rpartition(".")
     value = getattr(graph.get_submodule(holder), last)
     assert isinstance(value, Tensor)
     return value.detach()
 
 
-def put(graph: GraphModule, name: str, value: Tensor) -> None:
-    """Give an attribute other values."""
+def set_parameter(graph: GraphModule, name: str, value: Tensor) -> None:
+    """Replace the values of an attribute."""
     holder, _, last = name.rpartition(".")
     getattr(graph.get_submodule(holder), last).data = value.contiguous()
 
 
 def _layers(graph: GraphModule) -> Iterator[Layer]:
-    answer = next(node for node in graph.graph.nodes if node.op == "output")
+    output = next(node for node in graph.graph.nodes if node.op == "output")
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in (*CONVS, *LINEARS):
             continue
         is_conv = node.target in CONVS
-        kept = not _reads_pooled(node) if is_conv else _is_last(node, answer)
-        if not kept or not isinstance(node.args[0], Node):
+        is_layer = not _is_gate(node) if is_conv else set(node.users) == {output}
+        if not is_layer or not isinstance(node.args[0], Node):
             continue
-        name = _target(node.args[1]).rpartition(".")[0]
+        name = _attribute_name(node.args[1]).rpartition(".")[0]
         groups = node.args[6] if is_conv and len(node.args) > 6 else 1
         assert isinstance(groups, int)
-        yield Layer(name, node, _origin(node.args[0]), _clamped(node), groups, is_conv)
+        yield Layer(name, node, _skip_passthrough(node.args[0]), _clamp_after(node), groups, is_conv)
 
 
-def _reads_pooled(conv: Node) -> bool:
-    """Whether a convolution is a gate's: what it reads was pooled over the map before."""
+def _is_gate(conv: Node) -> bool:
+    """Whether a convolution belongs to a gate (squeeze and excitation): its input was pooled over the map."""
     source = conv.args[0]
     assert isinstance(source, Node)
-    before = _origin(source)
+    before = _skip_passthrough(source)
     if before.target in CLAMPS and isinstance(before.args[0], Node):
         before = before.args[0]
-    return before.target in POOLS or (before.target in CONVS and _reads_pooled(before))
+    return before.target in POOLS or (before.target in CONVS and _is_gate(before))
 
 
-def _is_last(node: Node, answer: Node) -> bool:
-    return set(node.users) == {answer}
-
-
-def _origin(node: Node) -> Node:
-    """The node that computes a value, past what only passes it on."""
-    while node.target in SAME and isinstance(node.args[0], Node):
+def _skip_passthrough(node: Node) -> Node:
+    """Find the node that computes a value, before dropout and changes of shape."""
+    while node.target in PASSTHROUGH and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
-def _clamped(node: Node) -> Node:
-    """The ReLU or clamp that alone reads a layer's value, or the layer."""
+def _clamp_after(node: Node) -> Node:
+    """Find the ReLU or clamp that is the only reader of a layer; the layer itself where there is none."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target in CLAMPS else node
 
 
-def _target(node: object) -> str:
+def _attribute_name(node: object) -> str:
     if not isinstance(node, Node) or node.op != "get_attr":
         raise BadArgument("a layer's weights are computed in the network: fuse it first")
     return str(node.target)
+
+
+def node_values(
+    graph: GraphModule, node: Node, values: Mapping[Node, list[object]], batches: Sequence[Tensor]
+) -> list[object]:
+    """Compute a node's value for each batch, from the `values` of the nodes before it.
+
+    The graph is evaluated node by node with all batches side by side, rather than batch by batch, because calibration
+    must see all values of a node before it can quantize it and go on.
+    """
+    if node.op == "placeholder":
+        return list(batches)
+    if node.op == "get_attr":
+        return [get_parameter(graph, str(node.target))] * len(batches)
+
+    def compute(batch: int) -> object:
+        def argument(before: Node) -> Any:
+            return values[before][batch]
+
+        assert callable(node.target)
+        return node.target(*map_arg(node.args, argument), **map_arg(node.kwargs, argument))
+
+    return [compute(batch) for batch in range(len(batches))]
+
+
+def release_inputs(node: Node, *values: dict[Node, list[object]]) -> None:
+    """Delete the values of a node's inputs that no later node reads; `values` hold every node computed so far."""
+    for before in node.all_input_nodes:
+        if all(user in values[0] for user in before.users):
+            for held in values:
+                del held[before]

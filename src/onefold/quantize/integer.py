@@ -1,14 +1,14 @@
-"""The network of 8 bits computed as a device computes it: on whole numbers, so that answers are the same to the bit.
+"""The int8 model in integer arithmetic, as a device computes it, so that its outputs are the device's to the bit.
 
-The graph with quantize and dequantize operations, run as it stands in float32, rounds its sums; where a sum then lies
-near the middle between two steps, it falls to the other side, and forty layers later half of all values differ. Here a
-layer's sums are exact, and each is scaled once, in float32, to the nearest step, ties to even: what ONNX Runtime and
+The graph with quantize and dequantize operations, run in float32, rounds its sums; where a sum then lies near the
+middle between two steps, it is rounded to the other side, and forty layers later half of all values differ. Here a
+layer's sums are exact, and each is scaled once, in float32, and rounded to nearest, ties to even: what ONNX Runtime and
 XNNPACK (so LiteRT and ExecuTorch) do.
 
-    q - zero whole numbers of an activation      sums = conv(q - zero, w) + b      m = scale_in * scale_w / scale_out
-    next q = clamp(round(sums * m) + zero)
+    sums = conv(q - zero_point, w) + b               m = scale_in * scale_w / scale_out
+    q_out = clamp(round(sums * m) + zero_point_out)
 
-Whole numbers are kept in float32, which holds them exactly up to 2^24; a layer that could go beyond adds in float64.
+Integers are kept in float32, which represents them exactly up to 2^24; a layer that could exceed that sums in float64.
 """
 
 from __future__ import annotations
@@ -23,81 +23,92 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
-from onefold.quantize.graph import CLAMPS, CONVS, LINEARS, POOLS, SAME, bounds_of, padded, parameter
-from onefold.quantize.qparams import HIGHEST, LOWEST
+from onefold.quantize.graph import (
+    CLAMPS,
+    CONVS,
+    LINEARS,
+    PASSTHROUGH,
+    POOLS,
+    clamp_bounds,
+    get_parameter,
+    padding_input,
+)
+from onefold.quantize.qparams import QMAX, QMIN
 
 _ops = torch.ops.quantized_decomposed
-_EXACT = 2**24
+_EXACT_IN_FLOAT32 = 2**24
 
 
-class WholeNumbers(nn.Module):
-    """What a graph of `build_` computes on a device: images (B, C, H, W) to logits (B, N), float32 in and out.
+class IntegerModel(nn.Module):
+    """What a graph of `insert_qdq_` computes on a device: images (B, C, H, W) to logits (B, N), float32 in and out.
 
-    What is neither a layer nor a pooling between two grids stays in float32, as it does in the graph.
+    Operations that are neither a quantized layer nor a global pooling stay in float32, as they do in the graph.
     """
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__()
         self.network = graph
-        self._wide = frozenset(node.name for node in graph.graph.nodes if _is_wide(graph, node))
+        self._float64_layers = frozenset(node.name for node in graph.graph.nodes if _needs_float64(graph, node))
         self.training = False
 
-    def train(self, mode: bool = True) -> WholeNumbers:
-        """Nothing: whole numbers have no modes."""
+    def train(self, mode: bool = True) -> IntegerModel:
+        """Do nothing: integer arithmetic has no modes."""
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits."""
-        answer: Tensor = _Run(self.network, self._wide).run(images)
-        return answer
+        """Compute the logits."""
+        logits: Tensor = _IntegerInterpreter(self.network, self._float64_layers).run(images)
+        return logits
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """An activation on its grid: whole numbers q - zero, any shape."""
+class _QuantizedActivation:
+    """An activation: the integers q - zero_point of any shape, and their scale."""
 
-    whole: Tensor
+    q: Tensor
     scale: float
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    """A kernel (O, ...) of whole numbers, and its scales (O,)."""
+class _QuantizedWeight:
+    """The integers (O, ...) of a weight, and their scales (O,)."""
 
-    whole: Tensor
+    q: Tensor
     scales: Tensor
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Exact sums, what one is worth - each channel's (O,), or all - and the clamp that their values pass."""
+class _Accumulator:
+    """Exact integer sums, their scale - per channel (O,) or one - and the clamp that is applied to their values."""
 
-    whole: Tensor
-    step: Tensor | float
+    sums: Tensor
+    scale: Tensor | float
     low: float = -math.inf
     high: float = math.inf
 
     @property
     def value(self) -> Tensor:
-        return self._times(self.step).clamp(self.low, self.high)
+        return self._scaled(self.scale).clamp(self.low, self.high)
 
-    def on_grid(self, scale: float, zero: int) -> Tensor:
-        """The nearest q of a grid; a clamp of values is one of steps, since rounding keeps order."""
-        ends = [LOWEST if end == -math.inf else HIGHEST if end == math.inf else _clamped(round(end / scale) + zero)
-                for end in (self.low, self.high)]  # fmt: skip
-        step = self.step / scale if isinstance(self.step, Tensor) else _single(self.step / scale)
-        return (torch.round(self._times(step)) + zero).clamp(*ends)
+    def requantize(self, scale: float, zero_point: int) -> Tensor:
+        """Round to the integers of another scale and zero point; the clamp becomes one of integers."""
+        low = QMIN if self.low == -math.inf else _clamp(round(self.low / scale) + zero_point)
+        high = QMAX if self.high == math.inf else _clamp(round(self.high / scale) + zero_point)
+        multiplier = self.scale / scale if isinstance(self.scale, Tensor) else _to_float32(self.scale / scale)
+        return (torch.round(self._scaled(multiplier)) + zero_point).clamp(low, high)
 
-    def _times(self, step: Tensor | float) -> Tensor:
-        return self.whole * (step.view(1, -1, *[1] * (self.whole.dim() - 2)) if isinstance(step, Tensor) else step)
+    def _scaled(self, factor: Tensor | float) -> Tensor:
+        if isinstance(factor, Tensor):
+            factor = factor.view(1, -1, *[1] * (self.sums.dim() - 2))
+        return self.sums * factor
 
 
-class _Run(Interpreter):
-    """One walk through the graph, in which a value is a tensor, or one of the kinds above."""
+class _IntegerInterpreter(Interpreter):
+    """Runs the graph with values that are tensors or one of the classes above."""
 
-    def __init__(self, graph: GraphModule, wide: frozenset[str]) -> None:
+    def __init__(self, graph: GraphModule, float64_layers: frozenset[str]) -> None:
         super().__init__(graph)
-        self._wide = wide
+        self._float64_layers = float64_layers
         self._node = next(iter(graph.graph.nodes))
 
     def run_node(self, n: Node) -> Any:
@@ -107,90 +118,93 @@ class _Run(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0]
         if target is _ops.dequantize_per_channel.default:
-            return _Kernel(first.float(), args[1])
+            return _QuantizedWeight(first.float(), args[1])
         if target is _ops.dequantize_per_tensor.default:
-            return _Stored(first - args[2], args[1])
-        if isinstance(first, _Stored):
-            if target in (*CONVS, *LINEARS) and isinstance(args[1], _Kernel):
+            return _QuantizedActivation(first - args[2], args[1])
+        if isinstance(first, _QuantizedActivation):
+            if target in (*CONVS, *LINEARS) and isinstance(args[1], _QuantizedWeight):
                 return self._layer(target, first, args[1], args[2:])
-            if target in POOLS and (sums := _pooled(target, first, args[1:])) is not None:
-                return sums
-            if target in SAME or padded(self._node) is not None:
-                return _Stored(target(first.whole, *args[1:]), first.scale)
-        if isinstance(first, _Sums):
+            if target in POOLS and (mean := _global_mean(target, first, args[1:])) is not None:
+                return mean
+            if target in PASSTHROUGH or padding_input(self._node) is not None:
+                return _QuantizedActivation(target(first.q, *args[1:]), first.scale)
+        if isinstance(first, _Accumulator):
             if target in CLAMPS:
-                low, high = bounds_of(target, args[1:])
+                low, high = clamp_bounds(target, args[1:])
                 return replace(first, low=max(first.low, low), high=min(first.high, high))
             if target is _ops.quantize_per_tensor.default:
-                return first.on_grid(args[1], args[2])
+                return first.requantize(args[1], args[2])
         if target is _ops.quantize_per_tensor.default:
-            return (torch.round(_value(first) * (1 / args[1])) + args[2]).clamp(LOWEST, HIGHEST)
-        return super().call_function(target, map_aggregate(args, _value), map_aggregate(kwargs, _value))
+            return (torch.round(_to_float(first) * (1 / args[1])) + args[2]).clamp(QMIN, QMAX)
+        return super().call_function(target, map_aggregate(args, _to_float), map_aggregate(kwargs, _to_float))
 
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        (answer,) = args[0] if isinstance(args[0], (tuple, list)) else args
-        return _value(answer)
+        (logits,) = args[0] if isinstance(args[0], (tuple, list)) else args
+        return _to_float(logits)
 
-    def _layer(self, target: Any, x: _Stored, kernel: _Kernel, rest: tuple[Any, ...]) -> _Sums:
+    def _layer(
+        self, target: Any, x: _QuantizedActivation, weight: _QuantizedWeight, rest: tuple[Any, ...]
+    ) -> _Accumulator:
         bias, *geometry = rest
-        step = kernel.scales * x.scale
-        whole = torch.round(bias.double() / step.double())
-        if self._node.name in self._wide:
-            sums = target(x.whole.double(), kernel.whole.double(), whole, *geometry).float()
+        scale = weight.scales * x.scale
+        # The bias is stored in float; its quotient is the integer that was chosen, but for rounding errors.
+        q_bias = torch.round(bias.double() / scale.double())
+        if self._node.name in self._float64_layers:
+            sums = target(x.q.double(), weight.q.double(), q_bias, *geometry).float()
         else:
-            sums = target(x.whole, kernel.whole, whole.float(), *geometry)
-        return _Sums(sums, step)
+            sums = target(x.q, weight.q, q_bias.float(), *geometry)
+        return _Accumulator(sums, scale)
 
 
-def _pooled(target: Any, x: _Stored, args: tuple[Any, ...]) -> _Sums | None:
-    """The mean over the map as sums; None for a pooling to more than one value."""
-    over_all = target is torch.ops.aten.adaptive_avg_pool2d.default and set(args[0]) == {1}
+def _global_mean(target: Any, x: _QuantizedActivation, args: tuple[Any, ...]) -> _Accumulator | None:
+    """Compute the mean over the map as integer sums; None for a pooling to more than one value."""
+    is_global = target is torch.ops.aten.adaptive_avg_pool2d.default and set(args[0]) == {1}
     if target is torch.ops.aten.mean.dim:
         dims, keep = args[0], len(args) > 1 and args[1]
-    elif over_all:
+    elif is_global:
         dims, keep = (2, 3), True
     else:
         return None
     count = 1
     for dim in dims:
-        count *= x.whole.shape[dim]
-    return _Sums(x.whole.double().sum(dims, keep).float(), _single(x.scale / count))
+        count *= x.q.shape[dim]
+    return _Accumulator(x.q.double().sum(dims, keep).float(), _to_float32(x.scale / count))
 
 
-def _is_wide(graph: GraphModule, node: Node) -> bool:
-    """Whether the sums of a layer could leave the whole numbers that float32 holds."""
+def _needs_float64(graph: GraphModule, node: Node) -> bool:
+    """Whether the sums of a layer could exceed the integers that float32 represents exactly."""
     if node.op != "call_function" or node.target not in (*CONVS, *LINEARS):
         return False
-    kernel, bias, source = node.args[1], node.args[2] if len(node.args) > 2 else None, node.args[0]
-    if not isinstance(kernel, Node) or kernel.target is not _ops.dequantize_per_channel.default:
+    weight, bias, source = node.args[1], node.args[2] if len(node.args) > 2 else None, node.args[0]
+    if not isinstance(weight, Node) or weight.target is not _ops.dequantize_per_channel.default:
         return False
-    whole, scales = (parameter(graph, str(part.target)).double() for part in kernel.args[:2] if isinstance(part, Node))
-    while isinstance(source, Node) and source.target in SAME:
+    q, scales = (get_parameter(graph, str(part.target)).double() for part in weight.args[:2] if isinstance(part, Node))
+    while isinstance(source, Node) and source.target in PASSTHROUGH:
         source = source.args[0]
     assert isinstance(bias, Node)
     assert isinstance(source, Node)
-    scale, zero = source.args[1:3]
+    scale, zero_point = source.args[1:3]
     assert isinstance(scale, float)
-    assert isinstance(zero, int)
-    low, high = whole.flatten(1) * (LOWEST - zero), whole.flatten(1) * (HIGHEST - zero)
-    most = torch.maximum(torch.maximum(low, high).sum(1), -torch.minimum(low, high).sum(1))
-    most += (parameter(graph, str(bias.target)).double() / (scales * scale)).abs()
-    return bool(most.max() >= _EXACT)
+    assert isinstance(zero_point, int)
+    low, high = q.flatten(1) * (QMIN - zero_point), q.flatten(1) * (QMAX - zero_point)
+    bound = torch.maximum(torch.maximum(low, high).sum(1), -torch.minimum(low, high).sum(1))
+    bound += (get_parameter(graph, str(bias.target)).double() / (scales * scale)).abs()
+    return bool(bound.max() >= _EXACT_IN_FLOAT32)
 
 
-def _value(found: Any) -> Any:
-    """What stands for a number, as a tensor of float32."""
-    if isinstance(found, _Stored):
-        return found.whole * found.scale
-    if isinstance(found, _Kernel):
-        return found.whole * found.scales.view(-1, *[1] * (found.whole.dim() - 1))
-    return found.value if isinstance(found, _Sums) else found
+def _to_float(value: Any) -> Any:
+    """Convert a quantized value to a float32 tensor; anything else is returned as it is."""
+    if isinstance(value, _QuantizedActivation):
+        return value.q * value.scale
+    if isinstance(value, _QuantizedWeight):
+        return value.q * value.scales.view(-1, *[1] * (value.q.dim() - 1))
+    return value.value if isinstance(value, _Accumulator) else value
 
 
-def _clamped(q: int) -> int:
-    return min(max(q, LOWEST), HIGHEST)
+def _clamp(q: int) -> int:
+    return min(max(q, QMIN), QMAX)
 
 
-def _single(number: float) -> float:
-    """The nearest number of float32: a quotient of two of them, so rounded, is what a device has."""
+def _to_float32(number: float) -> float:
+    """Round to float32: a device computes quotients of scales in that precision."""
     return float(np.float32(number))

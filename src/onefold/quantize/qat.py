@@ -1,12 +1,13 @@
-"""Quantization-aware training: a network that trains as the network of 8 bits it will be.
+"""Quantization-aware training (QAT): a network that trains as the int8 model it will become.
 
-A unit in training is one kernel at any moment, its norms on the batch's statistics or frozen (`reparam.live`). That
-kernel is rounded to its grid, the bias to that of the sums, every point's values to theirs; gradients pass through the
-rounding as if it were not there, and through a clip where the value was inside (the straight-through estimator, arXiv
-1308.3432; folding before rounding as in arXiv 1712.05877, section 3.2). What `ship` makes of the weights afterwards is
-this network: the same whole numbers on the same grids.
+A unit in training is one convolution at any moment, its norms with batch statistics or frozen (`merged_kernel`). That
+kernel and its bias are rounded, and so are the quantized activations; gradients pass through the rounding unchanged,
+and through a clamp where the value was inside (the straight-through estimator, arXiv 1308.3432; folding before rounding
+as in arXiv 1712.05877, section 3.2). What `convert` makes of the weights afterwards is this network: the same integers
+with the same scales.
 
-The network keeps its parameters, names and modes; only its forward is another one, as in torch's parametrizations.
+The network keeps its parameters, names and modes; its class is exchanged for a subclass with another forward, as
+torch's parametrizations do. A wrapper module would rename every tensor in every checkpoint.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from onefold.quantize.calibrate import Calibration, calibrate
+from onefold.quantize.calibrate import CalibrationResult, calibrate, quantize_layer
+from onefold.quantize.convert import activation_names, quantization_params
 from onefold.quantize.equalize import equalize_
-from onefold.quantize.graph import CONVS, LINEARS, Layer, bounds_of, layers, parameter, trace
-from onefold.quantize.method import Method
-from onefold.quantize.qparams import HIGHEST, LOWEST, Grid
-from onefold.quantize.settled import Grids, grids_of, names_of
+from onefold.quantize.graph import CONVS, LINEARS, Layer, clamp_bounds, get_parameter, layers, trace
+from onefold.quantize.qparams import QMAX, QMIN, Method, QParams, QuantizationParams
 from onefold.reparam import Chain, Sum, fuse, unfused_norms
 from onefold.reparam.moments import merged_kernel
 
 _DROPOUT = torch.ops.aten.dropout.default
 
 
-def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> Grids:
-    """The grids that a training or fused network begins with, by batches (B, C, H, W) as it sees them.
+def calibrate_qat(model: nn.Module, batches: Sequence[Tensor], method: Method) -> QuantizationParams:
+    """Choose the parameters that QAT of a training or fused network starts with, by batches (B, C, H, W).
 
-    A fused network becomes, in place, what the method makes of it after training: channels alike, kernels rounded,
-    biases corrected. It goes on from there.
+    A fused network is changed in place to what post-training quantization makes of it - channels equalized, weights
+    rounded, biases corrected - and QAT goes on from there.
     """
     was_training = model.training
     model.eval()
@@ -45,118 +45,115 @@ def calibrated(model: nn.Module, batches: Sequence[Tensor], method: Method) -> G
     graph = trace(fused, batches[0][:2])
     if fused is model:
         equalize_(graph, batches, method.equalize)
-    if fused is not model or _has_ceilings(graph):  # which could not follow to other values
-        method = replace(method, powers=False)
-    found = calibrate(graph, batches, method)
+    # Power-of-two scales rescale channels and clamps, and neither training branches nor a ReLU6 can follow that.
+    if fused is not model or _has_upper_clamp(graph):
+        method = replace(method, power_of_two_scales=False)
+    calibration = calibrate(graph, batches, method)
     if fused is model:
-        _take_over_(model, graph, found)
+        _copy_weights_(model, graph, calibration)
     model.train(was_training)
-    return grids_of(found, method)
+    return quantization_params(calibration, method)
 
 
 @torch.no_grad()
-def _take_over_(model: nn.Module, graph: GraphModule, found: Calibration) -> None:
-    """Give a fused network the kernels and biases that it was found to have on its grids."""
-    own = dict(model.named_parameters())
+def _copy_weights_(model: nn.Module, graph: GraphModule, calibration: CalibrationResult) -> None:
+    """Copy the calibrated weights and biases into a fused network."""
+    parameters = dict(model.named_parameters())
     for layer in layers(graph):
-        kernel = found.kernels.get(layer)
-        own[layer.weight].copy_(parameter(graph, layer.weight) if kernel is None else kernel.weight)
+        quantized = calibration.layers.get(layer)
+        parameters[layer.weight].copy_(get_parameter(graph, layer.weight) if quantized is None else quantized.weight)
         if layer.bias is not None:
-            own[layer.bias].copy_(parameter(graph, layer.bias) if kernel is None else kernel.bias)
+            parameters[layer.bias].copy_(get_parameter(graph, layer.bias) if quantized is None else quantized.bias)
 
 
-def _has_ceilings(graph: GraphModule) -> bool:
+def _has_upper_clamp(graph: GraphModule) -> bool:
     clamps = [layer.output for layer in layers(graph) if layer.output is not layer.node]
-    return any(bounds_of(node.target, node.args[1:])[1] < math.inf for node in clamps)
+    return any(clamp_bounds(node.target, node.args[1:])[1] < math.inf for node in clamps)
 
 
-def make_aware_(model: nn.Module, grids: Grids, shape: tuple[int, int, int]) -> nn.Module:
-    """Let a network compute as the network of 8 bits on these grids from now on, in place; gives it back.
+def prepare_qat_(model: nn.Module, params: QuantizationParams, shape: tuple[int, int, int]) -> nn.Module:
+    """Make a network compute as the int8 model with these parameters from now on, in place; returns it.
 
     `shape` (C, H, W) is that of an image. State, names and modes of the network stay.
     """
     was_training = model.training
     model.eval()
     fused = fuse(model) if unfused_norms(model) else copy.deepcopy(model)
-    form = _Form.of(trace(fused, torch.zeros(2, *shape)), grids)
+    structure = _FusedStructure.of(trace(fused, torch.zeros(2, *shape)), params)
     model.train(was_training)
-    kind = type(model)
-    model.__class__ = type(f"Aware{kind.__name__}", (_Aware, kind), {"form": form})
+    cls = type(model)
+    model.__class__ = type(f"QAT{cls.__name__}", (_QATModel, cls), {"structure": structure})
     return model
 
 
-def is_aware(model: nn.Module) -> bool:
-    """Whether a network was given grids by `make_aware_`."""
-    return isinstance(model, _Aware)
-
-
-def plain_(model: nn.Module) -> nn.Module:
-    """The network in floating point again, in place; gives it back."""
-    if isinstance(model, _Aware):
+def remove_qat_(model: nn.Module) -> nn.Module:
+    """Make a network compute in floating point again, in place; returns it."""
+    if isinstance(model, _QATModel):
         model.__class__ = type(model).__mro__[2]
     return model
 
 
-class _Aware(nn.Module):
-    """What `make_aware_` puts before a network's own class."""
+class _QATModel(nn.Module):
+    """The base class that `prepare_qat_` puts before a network's own class."""
 
-    form: _Form
+    structure: _FusedStructure
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N), computed on the grids."""
-        answer: Tensor = _Walk(self, self.form).run(images)
-        return answer
+        """Compute logits (B, N) of images (B, C, H, W) with fake quantization."""
+        logits: Tensor = _FakeQuantInterpreter(self, self.structure).run(images)
+        return logits
 
 
 @dataclass(frozen=True, eq=False)
-class _Form:
-    """The fused network's structure - none of its weights are used -, its layers, and the grids by node."""
+class _FusedStructure:
+    """The graph of the fused network, whose weights are not used, its quantized layers and activations."""
 
     graph: GraphModule
-    taken: Mapping[Node, Layer]
-    on: Mapping[Node, Grid]
-    grids: Grids
+    layers: Mapping[Node, Layer]
+    activations: Mapping[Node, QParams]
+    params: QuantizationParams
 
     @classmethod
-    def of(cls, graph: GraphModule, grids: Grids) -> _Form:
-        taken = [layer for layer in layers(graph) if layer.name not in grids.keep]
-        on = {node: grids.points[name] for node, name in names_of(taken).items()}
-        return cls(graph, {layer.node: layer for layer in taken}, on, grids)
+    def of(cls, graph: GraphModule, params: QuantizationParams) -> _FusedStructure:
+        quantized = [layer for layer in layers(graph) if layer.name not in params.skip_layers]
+        activations = {node: params.activations[name] for node, name in activation_names(quantized).items()}
+        return cls(graph, {layer.node: layer for layer in quantized}, activations, params)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Form:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FusedStructure:
+        return self  # never changed: copies of a network, such as its average, share it
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """A weight or bias of the fused network, still to be made: of this tree."""
+class _Unmerged:
+    """A weight or bias that has to be merged from this training unit."""
 
-    tree: nn.Module
+    unit: nn.Module
 
 
-class _Walk(Interpreter):
-    """The fused network's course, with the kernels that the training network has now."""
+class _FakeQuantInterpreter(Interpreter):
+    """Runs the fused network's graph with the weights that the training network has now."""
 
-    def __init__(self, model: nn.Module, form: _Form) -> None:
-        super().__init__(form.graph)
-        self._model, self._form = model, form
+    def __init__(self, model: nn.Module, structure: _FusedStructure) -> None:
+        super().__init__(structure.graph)
+        self._model, self._structure = model, structure
 
     def run_node(self, n: Node) -> Any:
-        """The node's value, on its grid where it has one."""
+        """Compute the node's value, fake-quantized where it is a quantized activation."""
         value = self._layer(n) if n.target in (*CONVS, *LINEARS) else super().run_node(n)
-        return _snap(value, self._form.on[n]) if n in self._form.on else value
+        activations = self._structure.activations
+        return _FakeQuantize.apply(value, activations[n]) if n in activations else value  # type: ignore[no-untyped-call]
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The network's own parameter, or the tree that it is folded from."""
-        holder: Any = self._model
-        for part in str(target).split("."):
-            holder = getattr(holder, part)
-            if isinstance(holder, (Chain, Sum)):
-                return _Part(holder)
-        return holder
+        """Get the network's own parameter, or the training unit that it has to be merged from."""
+        value: Any = self._model
+        for name in str(target).split("."):
+            value = getattr(value, name)
+            if isinstance(value, (Chain, Sum)):
+                return _Unmerged(value)
+        return value
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other operation, dropout in the network's mode."""
+        """Run any other operation; dropout follows the network's mode, which the traced graph does not know."""
         if target is _DROPOUT:
             return torch.dropout(args[0], args[1], self._model.training)
         return super().call_function(target, args, kwargs)
@@ -164,22 +161,24 @@ class _Walk(Interpreter):
     def _layer(self, node: Node) -> Tensor:
         args, _ = self.fetch_args_kwargs_from_env(node)
         x, weight, *rest = args
-        if isinstance(weight, _Part):
-            kernel, bias = merged_kernel(weight.tree, x)
+        if isinstance(weight, _Unmerged):
+            kernel, bias = merged_kernel(weight.unit, x)
             weight, bias = (kernel if node.target in CONVS else kernel.flatten(1)), bias
         else:
             bias = rest[0] if rest and rest[0] is not None else weight.new_zeros(len(weight))
-        layer = self._form.taken.get(node)
+        layer = self._structure.layers.get(node)
         if layer is not None:
-            made = self._form.grids.kernel(weight.detach(), bias.detach(), self._form.on[layer.source].scale)
-            weight, bias = _through(weight, made.weight), _through(bias, made.bias)
+            input_scale = self._structure.activations[layer.source].scale
+            rounded = quantize_layer(self._structure.params, weight.detach(), bias.detach(), input_scale)
+            weight = _StraightThrough.apply(weight, rounded.weight)  # type: ignore[no-untyped-call]
+            bias = _StraightThrough.apply(bias, rounded.bias)  # type: ignore[no-untyped-call]
         assert callable(node.target)
-        answer: Tensor = node.target(x, weight, bias, *rest[1:])
-        return answer
+        output: Tensor = node.target(x, weight, bias, *rest[1:])
+        return output
 
 
-class _Through(torch.autograd.Function):
-    """Another value, the gradient of the one given."""
+class _StraightThrough(torch.autograd.Function):
+    """Returns `other`; its gradient is passed to `value`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
@@ -190,24 +189,14 @@ class _Through(torch.autograd.Function):
         return grad, None
 
 
-def _through(value: Tensor, other: Tensor) -> Tensor:
-    found: Tensor = _Through.apply(value, other)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _snap(x: Tensor, grid: Grid) -> Tensor:
-    found: Tensor = _Snap.apply(x, grid)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Snap(torch.autograd.Function):
-    """The nearest values on a grid; the gradient of those within its range."""
+class _FakeQuantize(torch.autograd.Function):
+    """Rounds to the nearest representable values; the gradient passes where the value was in the range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        q = torch.round(x * (1.0 / grid.scale)) + grid.zero
-        ctx.save_for_backward((q >= LOWEST) & (q <= HIGHEST))
-        return (q.clamp_(LOWEST, HIGHEST) - grid.zero) * grid.scale
+    def forward(ctx: Any, x: Tensor, qparams: QParams) -> Tensor:
+        q = torch.round(x * (1.0 / qparams.scale)) + qparams.zero_point
+        ctx.save_for_backward((q >= QMIN) & (q <= QMAX))
+        return (q.clamp_(QMIN, QMAX) - qparams.zero_point) * qparams.scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

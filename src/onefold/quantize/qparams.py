@@ -1,110 +1,113 @@
-"""Grids of 8-bit numbers: where a tensor's values may lie, and how its range is chosen.
+"""Quantization parameters: scale and zero point of 8-bit tensors, how they are chosen, and the method's options.
 
-A value on a grid is scale * (q - zero) with a whole q in lo..hi. Activations have one grid a tensor, with a zero of its
-own (asymmetric); weights have one scale a channel or a tensor, and the zero 0 (symmetric). Rounding is to nearest, ties
-to even, as in every runtime's QuantizeLinear.
+A quantized value stands for scale * (q - zero_point), with an integer q in QMIN..QMAX. Activations are asymmetric, with
+one scale and zero point per tensor; weights are symmetric, with one scale per channel or per tensor and the zero point
+0. Rounding is to nearest, ties to even, as in every runtime's QuantizeLinear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Ranges = Literal["minmax", "percentile", "mse", "entropy"]
-LOWEST, HIGHEST = -128, 127
+from onefold.errors import BadArgument
+
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+Granularity = Literal["channel", "tensor"]
+QMIN, QMAX = -128, 127
 _BINS = 2048
-_TRIES = 60
+_CANDIDATES = 60
 _PERCENTILE = 0.9999
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The grid of an activation: int8, one for the whole tensor."""
+class QParams:
+    """Scale and zero point of an activation: int8, one pair for the whole tensor."""
 
     scale: float
-    zero: int
+    zero_point: int
 
     @classmethod
-    def over(cls, low: float, high: float) -> Grid:
-        """The grid that spans low..high and has 0 on it, so that padding with zeros is exact.
+    def from_range(cls, low: float, high: float) -> QParams:
+        """Choose the parameters that span low..high and represent 0 exactly, so that zero padding is exact.
 
-        Once the zero is whole, the step is made as long as both ends need. Were it not, -1..1 would put black and white
-        pixels half-way between two steps, and each runtime would round them its own way.
+        The zero point is rounded first, and the scale then made as large as both ends need. Without that, the range
+        -1..1 would put black and white pixels half-way between two steps, and runtimes would round them differently.
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        step = max(high - low, 1e-8) / (HIGHEST - LOWEST)
-        zero = min(max(round(LOWEST - low / step), LOWEST), HIGHEST)
-        ends = [-low / (zero - LOWEST) if zero > LOWEST else 0.0, high / (HIGHEST - zero) if zero < HIGHEST else 0.0]
+        step = max(high - low, 1e-8) / (QMAX - QMIN)
+        zero = min(max(round(QMIN - low / step), QMIN), QMAX)
+        ends = [-low / (zero - QMIN) if zero > QMIN else 0.0, high / (QMAX - zero) if zero < QMAX else 0.0]
         return cls(float(np.float32(max(step, *ends))), zero)
 
     @property
     def low(self) -> float:
-        """The least value."""
-        return (LOWEST - self.zero) * self.scale
+        """The smallest representable value."""
+        return (QMIN - self.zero_point) * self.scale
 
     @property
     def high(self) -> float:
-        """The greatest value."""
-        return (HIGHEST - self.zero) * self.scale
+        """The largest representable value."""
+        return (QMAX - self.zero_point) * self.scale
 
-    def snap(self, x: Tensor) -> Tensor:
-        """The nearest values on the grid, any shape, float in and out."""
-        q = torch.round(x * (1.0 / self.scale)) + self.zero
-        return (q.clamp_(LOWEST, HIGHEST) - self.zero) * self.scale
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Round to the nearest representable values: a float tensor of any shape in and out."""
+        q = torch.round(x * (1.0 / self.scale)) + self.zero_point
+        return (q.clamp_(QMIN, QMAX) - self.zero_point) * self.scale
 
 
-def choose(chunks: Sequence[Tensor], ranges: Ranges) -> Grid:
-    """The grid for a tensor whose values are the chunks': by extremes, percentile, squared error or entropy.
+def choose_qparams(chunks: Sequence[Tensor], range_method: RangeMethod) -> QParams:
+    """Choose parameters for a tensor given in chunks: by its extremes, a percentile, squared error or entropy.
 
     Sources: the percentile and the entropy as in Wu et al., arXiv 2004.09602; the entropy's search as in Migacz, "8-bit
     inference with TensorRT" (GTC 2017).
     """
     low = min(float(chunk.min()) for chunk in chunks)
     high = max(float(chunk.max()) for chunk in chunks)
-    if ranges == "minmax" or not high > low:
-        return Grid.over(low, high)
+    if range_method == "minmax" or not high > low:
+        return QParams.from_range(low, high)
     counts = sum(torch.histc(chunk, _BINS, low, high).double() for chunk in chunks)
     assert isinstance(counts, Tensor)
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
-    if ranges == "percentile":
+    if range_method == "percentile":
         return _by_percentile(counts, edges)
-    loss = _squared_error if ranges == "mse" else _divergence
+    loss = _squared_error if range_method == "mse" else _divergence
     return _by_search(counts, edges, loss)
 
 
-def _by_percentile(counts: Tensor, edges: Tensor) -> Grid:
-    """All but one in ten thousand values: of a tensor with two tails, half of those at each."""
-    share = torch.cumsum(counts, 0) / counts.sum()
+def _by_percentile(counts: Tensor, edges: Tensor) -> QParams:
+    """Keep all but one in ten thousand values; of a tensor with two tails, half of those are cut at each end."""
+    cumulative = torch.cumsum(counts, 0) / counts.sum()
     tail = 1 - _PERCENTILE
     one_sided = float(edges[0]) >= 0
     below = 0.0 if one_sided else tail / 2
-    first = int(torch.searchsorted(share, below))
-    last = int(torch.searchsorted(share, 1 - (tail - below)))
-    return Grid.over(float(edges[first]), float(edges[min(last + 1, len(edges) - 1)]))
+    first = int(torch.searchsorted(cumulative, below))
+    last = int(torch.searchsorted(cumulative, 1 - (tail - below)))
+    return QParams.from_range(float(edges[first]), float(edges[min(last + 1, len(edges) - 1)]))
 
 
-def _by_search(counts: Tensor, edges: Tensor, loss: Callable[[Tensor, Tensor, Grid], float]) -> Grid:
-    """The best of narrower and narrower ranges, both ends moved in proportion."""
+def _by_search(counts: Tensor, edges: Tensor, loss: Callable[[Tensor, Tensor, QParams], float]) -> QParams:
+    """Try narrower and narrower ranges, both ends scaled alike, and keep the one of the least loss."""
     centres = (edges[1:] + edges[:-1]) / 2
     low, high = float(edges[0]), float(edges[-1])
-    tried = [Grid.over(low * share, high * share) for share in np.linspace(1.0, 0.15, _TRIES)]
-    return min(tried, key=lambda grid: loss(counts, centres, grid))
+    candidates = [QParams.from_range(low * s, high * s) for s in np.linspace(1.0, 0.15, _CANDIDATES)]
+    return min(candidates, key=lambda qparams: loss(counts, centres, qparams))
 
 
-def _squared_error(counts: Tensor, centres: Tensor, grid: Grid) -> float:
-    # Within a bin, values spread evenly: a term that is the same for all grids is left out.
-    return float((counts * (grid.snap(centres) - centres) ** 2).sum())
+def _squared_error(counts: Tensor, centres: Tensor, qparams: QParams) -> float:
+    # Within a bin values are uniform, which adds a term that is the same for all candidates: it is left out.
+    return float((counts * (qparams.fake_quantize(centres) - centres) ** 2).sum())
 
 
-def _divergence(counts: Tensor, centres: Tensor, grid: Grid) -> float:
-    """KL(true, on the grid): each level's mass is spread over the bins that it stands for."""
-    inside = (centres >= grid.low - grid.scale / 2) & (centres <= grid.high + grid.scale / 2)
-    level = (torch.round(centres / grid.scale) + grid.zero).clamp(LOWEST, HIGHEST).long() - LOWEST
+def _divergence(counts: Tensor, centres: Tensor, qparams: QParams) -> float:
+    """Compute KL(values, quantized values), the mass of each level spread over the bins that round to it."""
+    inside = (centres >= qparams.low - qparams.scale / 2) & (centres <= qparams.high + qparams.scale / 2)
+    level = (torch.round(centres / qparams.scale) + qparams.zero_point).clamp(QMIN, QMAX).long() - QMIN
     clipped = torch.where(inside, counts, 0.0)
     true = clipped.clone()
     ends = inside.nonzero().flatten()
@@ -118,17 +121,142 @@ def _divergence(counts: Tensor, centres: Tensor, grid: Grid) -> float:
     return float((p * torch.log(p / q.clamp(min=1e-12))).sum())
 
 
-def weight_scales(kernel: Tensor, *, limit: int, per_tensor: bool, search: bool) -> Tensor:
-    """One scale a row of `kernel` (O, K), positive, float32; with `per_tensor` all the same.
+def weight_scales(weight: Tensor, *, qmax: int, per_tensor: bool, clip: bool) -> Tensor:
+    """Choose positive float32 scales (O,) for the rows of `weight` (O, K); with `per_tensor` all are the same.
 
-    `limit` is the largest whole number a weight may become. With `search` the one of least squared error.
+    A weight becomes at most `qmax`. With `clip` the largest weights are clipped where that lowers the squared error.
     """
-    rows = kernel.reshape(1, -1) if per_tensor else kernel
-    full = (rows.abs().amax(1) / limit).clamp(min=1e-12)
+    rows = weight.reshape(1, -1) if per_tensor else weight
+    full = (rows.abs().amax(1) / qmax).clamp(min=1e-12)
     best, least = full.clone(), torch.full_like(full, torch.inf)
-    for share in np.linspace(1.0, 0.6, 41) if search else (1.0,):
+    for share in np.linspace(1.0, 0.6, 41) if clip else (1.0,):
         scale = full * float(share)
-        error = ((torch.round(rows / scale[:, None]).clamp(-limit, limit) * scale[:, None] - rows) ** 2).sum(1)
+        error = ((torch.round(rows / scale[:, None]).clamp(-qmax, qmax) * scale[:, None] - rows) ** 2).sum(1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.float().expand(len(kernel)).contiguous()
+    return best.float().expand(len(weight)).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The options of post-training quantization to int8.
+
+    equalize             cross-layer equalization by "weights" or by "activations" (see equalize.py); by default what
+                         suits `weights`
+    range_method         how the ranges of activations are chosen
+    clip_weights         clip the largest weights where that lowers the squared error of a row
+    correct_weights      first change a weight so that it compensates for the errors of earlier layers, by least
+                         squares; it suits photos of the same kind as the calibration's
+    rounding             weights to the "nearest" integer, or by "gptq" (see rounding.py)
+    correct_bias         change a bias by the mean error of its outputs
+    weights              one scale per "channel" or, as DSPs need it, per "tensor"
+    weight_qmax          the largest integer weight: 127, or 63 where 16-bit sums saturate (x86 without VNNI)
+    power_of_two_scales  make the order in which a runtime scales its sums irrelevant (see equalize.py)
+    skip_layers          names of layers that stay in floating point
+    """
+
+    equalize: Literal["none", "weights", "activations"] | None = None
+    range_method: RangeMethod = "mse"
+    clip_weights: bool = True
+    correct_weights: bool = False
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    correct_bias: bool = True
+    weights: Granularity = "channel"
+    weight_qmax: int = 127
+    power_of_two_scales: bool = True
+    skip_layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.equalize is None:
+            object.__setattr__(self, "equalize", "weights" if self.weights == "tensor" else "activations")
+
+    @property
+    def title(self) -> str:
+        """A short description for tables and manifests."""
+        parts = [f"equalized by {self.equalize}"] * (self.equalize != "none") + [self.range_method]
+        parts += ["clipped weights"] * self.clip_weights + ["corrected weights"] * self.correct_weights
+        parts += ["GPTQ rounding"] * (self.rounding == "gptq") + ["corrected bias"] * self.correct_bias
+        parts += ["7-bit weights"] * (self.weight_qmax == 63)
+        parts += [f"{len(self.skip_layers)} layers in floating point"] * bool(self.skip_layers)
+        return f"per {self.weights}, " + ", ".join(parts)
+
+
+MINMAX = Method(
+    equalize="none",
+    range_method="minmax",
+    clip_weights=False,
+    rounding="nearest",
+    correct_bias=False,
+    power_of_two_scales=False,
+)
+"""What vendors' tools do by default: ranges by extremes, rounding to nearest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """The quantization error of a layer: signal-to-noise ratio of its output and of its weights, in decibels."""
+
+    name: str
+    output_db: float
+    weight_db: float
+    quantized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationParams:
+    """The parameters of an int8 model that are not in its weights: small enough for the card of a weights file.
+
+    `activations` has the parameters of every quantized activation by name (`convert.activation_names`). The weights are
+    rounded to the nearest integer with scales that follow from them, per "channel" or per "tensor", the largest of each
+    being `weight_qmax`. `skip_layers` names the layers that stay in floating point.
+    """
+
+    activations: Mapping[str, QParams]
+    weights: Granularity = "channel"
+    weight_qmax: int = 127
+    skip_layers: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write plain values for JSON; `from_dict` is the exact inverse."""
+        return {
+            "version": _VERSION,
+            "activations": {name: [q.scale, q.zero_point] for name, q in self.activations.items()},
+            "weights": self.weights,
+            "weight_qmax": self.weight_qmax,
+            "skip_layers": self.skip_layers,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> QuantizationParams:
+        """Read what `to_dict` wrote, now or in version 1. Raises BadArgument where the values are not valid."""
+        if not isinstance(plain, Mapping):
+            raise BadArgument(f"the quantization parameters of this network cannot be read: {plain!r:.80}")
+        if "version" not in plain:
+            plain = {_RENAMED.get(name, name): value for name, value in plain.items()}
+        elif plain["version"] != _VERSION:
+            raise BadArgument(f"quantization parameters of version {plain['version']!r:.20}: update onefold")
+        try:
+            activations = {str(name): _read_qparams(*pair) for name, pair in plain["activations"].items()}
+            weights, weight_qmax = plain["weights"], plain["weight_qmax"]
+            skip_layers = tuple(str(name) for name in plain["skip_layers"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadArgument(
+                f"the quantization parameters of this network cannot be read ({error!r}): calibrate it again"
+            ) from error
+        if weights not in ("channel", "tensor") or weight_qmax not in (63, 127):
+            raise BadArgument(
+                f"expected weights per channel or per tensor up to 63 or 127, got {weights!r}, {weight_qmax!r}"
+            )
+        return cls(activations=activations, weights=weights, weight_qmax=weight_qmax, skip_layers=skip_layers)
+
+
+_VERSION = 2
+# The keys of version 1, which had no field `version`.
+_RENAMED = {"points": "activations", "limit": "weight_qmax", "keep": "skip_layers"}
+
+
+def _read_qparams(scale: Any, zero_point: Any) -> QParams:
+    is_valid = type(scale) is float and 0 < scale < 1e30 and type(zero_point) is int and QMIN <= zero_point <= QMAX
+    if not is_valid:
+        raise ValueError(f"{scale!r:.40}, {zero_point!r:.40} are no scale and zero point")
+    return QParams(scale, zero_point)

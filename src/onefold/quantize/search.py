@@ -1,76 +1,120 @@
-"""How to quantize this network for these photos: by measured answers, not by taste.
+"""Choosing how to quantize a network by measurement: the best options for these images, and the most sensitive layers.
 
-One thing is changed after another, and kept where the answers to photos that were not calibrated on come nearer to the
-float network's. `spared` then leaves in floating point the layers that cost most (mixed precision).
+`search` changes one option after another and keeps a change where the logits for images that were not calibrated on
+come closer to the float network's. `skip_sensitive_layers` leaves those layers in floating point that cost most (mixed
+precision). Sensitivity is the change of the logits, because a layer's own noise says little of what later layers make
+of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.errors import BadArgument
-from onefold.quantize.calibrate import calibrate
-from onefold.quantize.equalize import equalize_
-from onefold.quantize.graph import trace
-from onefold.quantize.method import Method
-from onefold.quantize.quantize import BATCH, Quantized, quantize
-from onefold.quantize.sensitivity import damage
+from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer
+from onefold.quantize.convert import BATCH_SIZE, Quantized, calibrated_graph, quantize
+from onefold.quantize.graph import layers
+from onefold.quantize.qparams import Method, QParams
 
-_TRIED: tuple[Callable[[Method], Method], ...] = (
+_CHANGES: tuple[Callable[[Method], Method], ...] = (
     lambda method: replace(method, equalize="activations"),
     lambda method: replace(method, equalize="weights"),
     lambda method: replace(method, equalize="none"),
-    lambda method: replace(method, ranges="mse"),
-    lambda method: replace(method, ranges="minmax"),
-    lambda method: replace(method, ranges="percentile"),
-    lambda method: replace(method, restore=not method.restore),
+    lambda method: replace(method, range_method="mse"),
+    lambda method: replace(method, range_method="minmax"),
+    lambda method: replace(method, range_method="percentile"),
+    lambda method: replace(method, correct_weights=not method.correct_weights),
 )
-_ENOUGH = 128  # images to compare methods on; the chosen one is calibrated on all
+_MAX_IMAGES = 128  # to compare methods on; the best one is calibrated on all images
 
 
-def choose(model: nn.Module, images: Tensor, start: Method, tell: Callable[[str], None]) -> Quantized:
-    """The network of 8 bits by the best method found from `start`, calibrated on all images (B, C, H, W), B >= 8.
+def search(model: nn.Module, images: Tensor, start: Method, report: Callable[[str], None]) -> Quantized:
+    """Quantize with the best method found from `start`, calibrated on all images (B, C, H, W), B >= 8.
 
-    `tell` hears a sentence of each method that was tried.
+    `report` is called with a sentence for each method that was tried.
     """
-    few = images[:: -(-len(images) // _ENOUGH)]
-    judged = torch.arange(len(few)) % 4 == 3
-    true = _answers(model, few[judged])
+    subset = images[:: -(-len(images) // _MAX_IMAGES)]
+    is_test = torch.arange(len(subset)) % 4 == 3
+    expected = _logits(model, subset[is_test])
 
-    def noise(method: Method) -> float:
-        found = _answers(quantize(model, few[~judged], method).model, few[judged])
-        share = float((found - true).norm() / (true - true.mean(0)).norm())
-        tell(f"{method.title}: {100 * share:.1f} % noise in the answers to {len(true)} other photos")
-        return share
+    def relative_noise(method: Method) -> float:
+        logits = _logits(quantize(model, subset[~is_test], method).model, subset[is_test])
+        # Relative to what of the logits depends on the image.
+        noise = float((logits - expected).norm() / (expected - expected.mean(0)).norm())
+        report(f"{method.title}: {100 * noise:.1f} % noise in the logits of {len(expected)} other photos")
+        return noise
 
-    best, known = start, {start: noise(start)}
-    for varied in _TRIED:
-        method = varied(best)
-        if method not in known:
-            known[method] = noise(method)
-        best = min(best, method, key=known.__getitem__)
+    best, tried = start, {start: relative_noise(start)}
+    for change in _CHANGES:
+        method = change(best)
+        if method not in tried:
+            tried[method] = relative_noise(method)
+        best = min(best, method, key=tried.__getitem__)
     return quantize(model, images, best)
 
 
 @torch.no_grad()
-def spared(model: nn.Module, images: Tensor, method: Method, count: int) -> Method:
-    """The method, with the `count` layers kept in floating point that would put most noise into the answers.
+def skip_sensitive_layers(model: nn.Module, images: Tensor, method: Method, count: int) -> Method:
+    """Add the `count` layers that put most noise into the logits to the method's `skip_layers`.
 
-    Raises BadArgument where none would be left in 8 bits.
+    Raises BadArgument where no layer would be left to quantize.
     """
-    graph, batches = trace(model, images[:2]), images.split(BATCH)
-    equalize_(graph, batches, method.equalize)
-    costs = damage(graph, calibrate(graph, batches, method), batches[:4])
-    if count >= len(costs):
-        raise BadArgument(f"the network has {len(costs)} layers, and {count} of them were to be left in 32 bits")
-    worst = sorted(costs, key=costs.__getitem__, reverse=True)[:count]
-    return replace(method, keep=(*method.keep, *worst))
+    batches = images.split(BATCH_SIZE)
+    graph, calibration = calibrated_graph(model, batches, method)
+    noise = sensitivity(graph, calibration, batches[:4])
+    if count >= len(noise):
+        raise BadArgument(f"the network has {len(noise)} layers, and {count} of them were to be left in 32 bits")
+    worst = sorted(noise, key=noise.__getitem__, reverse=True)[:count]
+    return replace(method, skip_layers=(*method.skip_layers, *worst))
 
 
-def _answers(model: nn.Module, images: Tensor) -> Tensor:
+@torch.no_grad()
+def sensitivity(graph: GraphModule, calibration: CalibrationResult, batches: Sequence[Tensor]) -> dict[str, float]:
+    """Quantize each layer alone, weight and output, and measure by name the noise in the logits over their power."""
+
+    def logits(activations: Mapping[Node, QParams], quantized: Mapping[Node, QuantizedLayer]) -> Tensor:
+        return torch.cat([_PartlyQuantized(graph, activations, quantized).run(batch) for batch in batches])
+
+    expected = logits({}, {})
+    power = float(((expected - expected.mean(0)) ** 2).sum())
+    noise = {}
+    for layer in layers(graph):
+        if layer in calibration.layers:
+            activations = {
+                node: calibration.activations[node] for node in (layer.output,) if node in calibration.activations
+            }
+            actual = logits(activations, {layer.node: calibration.layers[layer]})
+            noise[layer.name] = float(((actual - expected) ** 2).sum()) / power
+    return noise
+
+
+class _PartlyQuantized(Interpreter):
+    """Runs the graph in floating point, except for the given activations and layers."""
+
+    def __init__(
+        self, graph: GraphModule, activations: Mapping[Node, QParams], quantized: Mapping[Node, QuantizedLayer]
+    ) -> None:
+        super().__init__(graph)
+        self._activations, self._quantized = activations, quantized
+
+    def run_node(self, n: Node) -> Any:
+        """Compute the node's value."""
+        if n in self._quantized:
+            layer = self._quantized[n]
+            (x, *_), _ = self.fetch_args_kwargs_from_env(n)
+            assert callable(n.target)
+            value = n.target(x, layer.weight, layer.bias, *n.args[3:])
+        else:
+            value = super().run_node(n)
+        return self._activations[n].fake_quantize(value) if n in self._activations else value
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([model(batch) for batch in images.split(BATCH)])
+        return torch.cat([model(batch) for batch in images.split(BATCH_SIZE)])

@@ -1,4 +1,4 @@
-"""Training as the network of 8 bits: what is trained is what ships, to the last bit; the kernels that it rounds."""
+"""Quantization-aware training: what is trained is what is converted, to the bit; the merged kernels that it rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from onefold.cli import main
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.mobileone import branches
-from onefold.quantize import Grids, Method, calibrated, is_aware, make_aware_, plain_, ship
+from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
+from onefold.quantize.convert import convert
+from onefold.quantize.qparams import QParams
 from onefold.reparam import Chain, fuse
 from onefold.reparam.moments import merged_kernel
 from onefold.runtimes import load
@@ -41,22 +43,22 @@ def answer(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-def trained(name: str, x: Tensor, steps: int = 3) -> tuple[nn.Module, Grids]:
-    """A network of this name, its norms stated for these images, after some steps as one of 8 bits; in eval mode."""
+def trained(name: str, x: Tensor, steps: int = 3) -> tuple[nn.Module, QuantizationParams]:
+    """A network of this name, its norms calibrated on these images, after some steps of QAT, in eval mode."""
     model = create_model(name, num_classes=5)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 1.0  # the running statistics are those of the last batch
     with torch.no_grad():
         model(x)
-    grids = calibrated(model, [x], Method(search=False, rounding="nearest", correct=False))
-    make_aware_(model, grids, SHAPE).train()
+    params = calibrate_qat(model, [x], Method(clip_weights=False, rounding="nearest", correct_bias=False))
+    prepare_qat_(model, params, SHAPE).train()
     rule = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(steps):
         F.cross_entropy(model(x), torch.arange(len(x)) % 5).backward()
         rule.step()
         rule.zero_grad()
-    return model.eval(), grids
+    return model.eval(), params
 
 
 # ------------------------------------------------------------------------------- the live kernel
@@ -102,17 +104,18 @@ def test_one_value_a_channel_is_refused_as_a_norm_refuses_it() -> None:
         merged_kernel(lively(8, 8, 1, 1, 1, 2), torch.randn(1, 8, 1, 1))
 
 
-# -------------------------------------------------------------------------------- trained = shipped
+# -------------------------------------------------------------------------------- trained = converted
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_ships_is_what_was_trained_to_the_last_bit(name: str, seeded: int) -> None:
-    """The network in training, in eval mode, against the fused one rounded by `ship`: the same bits of float32."""
+def test_the_converted_model_is_the_trained_one_to_the_bit(name: str, seeded: int) -> None:
+    """The network in training, in eval mode, against the fused one rounded by `convert`: the same bits of float32."""
     x = torch.randn(6, *SHAPE)
-    model, grids = trained(name, x)
-    shipped = ship(fuse(plain_(copy.deepcopy(model))), Grids.from_dict(json.loads(json.dumps(grids.to_dict()))), SHAPE)
+    model, params = trained(name, x)
+    reread = QuantizationParams.from_dict(json.loads(json.dumps(params.to_dict())))
+    converted = convert(fuse(remove_qat_(copy.deepcopy(model))), reread, SHAPE)
     fresh = torch.randn(4, *SHAPE)
-    assert torch.equal(answer(model, fresh), answer(shipped.network, fresh))
+    assert torch.equal(answer(model, fresh), answer(converted.network, fresh))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -133,31 +136,30 @@ def test_gradients_pass_through_rounding_and_stop_where_values_are_clipped(seede
         nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     x = torch.randn(6, *SHAPE)
-    grids = calibrated(model.eval(), [x], Method(equalize="none", ranges="minmax"))
+    params = calibrate_qat(model.eval(), [x], Method(equalize="none", range_method="minmax"))
     plain = copy.deepcopy(model)
-    make_aware_(model, grids, SHAPE)
+    prepare_qat_(model, params, SHAPE)
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
     model(ours)[:, 0].sum().backward()
     plain(theirs)[:, 0].sum().backward()
     assert float(F.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), 0)) > 0.98
     far = (100 * x).requires_grad_()
     model(far)[:, 0].sum().backward()
-    first = grids.points["0:in"]
+    first = params.activations["0:in"]
     clipped = (far < first.low - first.scale) | (far > first.high + first.scale)
     assert clipped.any()
     assert (far.grad[clipped] == 0).all()
 
 
-def test_a_copy_and_an_average_compute_on_the_grids_too(seeded) -> None:
+def test_a_copy_and_an_average_are_quantized_too(seeded) -> None:
     model, _ = trained("mobilenetv1_025", torch.randn(6, *SHAPE), steps=0)
     twin, x = copy.deepcopy(model), torch.randn(2, *SHAPE)
-    assert is_aware(twin)
     assert torch.equal(answer(twin, x), answer(model, x))
-    assert not is_aware(plain_(twin))
+    remove_qat_(twin)
     assert not torch.equal(answer(twin, x), answer(model, x))
 
 
-def test_training_in_eight_bits_wins_back_what_rounding_lost(seeded) -> None:
+def test_training_in_int8_wins_back_what_rounding_lost(seeded) -> None:
     """One scale a tensor and channels that differ by a thousand: rounded after training nothing is left of it."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
@@ -168,9 +170,9 @@ def test_training_in_eight_bits_wins_back_what_rounding_lost(seeded) -> None:
         model[2].weight /= torch.logspace(-2, 1, 8)[:, None, None, None]
     x = torch.randn(64, 3, 12, 12)
     target = answer(model, x)
-    method = Method(equalize="none", weights="tensor", search=False, rounding="nearest", correct=False)
-    grids = calibrated(model, [x], method)
-    make_aware_(model, grids, (3, 12, 12)).train()
+    method = Method(equalize="none", weights="tensor", clip_weights=False, rounding="nearest", correct_bias=False)
+    params = calibrate_qat(model, [x], method)
+    prepare_qat_(model, params, (3, 12, 12)).train()
 
     def loss() -> Tensor:
         return ((model(x) - target) ** 2).mean() / target.var()
@@ -183,29 +185,45 @@ def test_training_in_eight_bits_wins_back_what_rounding_lost(seeded) -> None:
     assert float(loss().detach()) < 0.5 * before
 
 
-# ------------------------------------------------------------------------------------- grids, kept
+# ------------------------------------------------------------------------------------- params, kept
 
 
-def test_grids_of_another_network_and_damaged_ones_are_refused(seeded) -> None:
-    _, grids = trained("mobilenetv1_025", torch.randn(6, *SHAPE), steps=0)
+def test_parameters_of_another_network_and_damaged_ones_are_refused(seeded) -> None:
+    _, params = trained("mobilenetv1_025", torch.randn(6, *SHAPE), steps=0)
     other = fuse(create_model("mobileone_s0", num_classes=5).eval())
     with pytest.raises(BadArgument, match="another network"):
-        ship(other, grids, SHAPE)
-    good = grids.to_dict()
-    bad = [{}, {**good, "limit": 5}, {**good, "weights": "row"}, {**good, "points": {"a": [0.1]}}]
-    bad += [{**good, "points": {"a": [-1.0, 0]}}, {**good, "points": {"a": [0.1, 300]}}, {**good, "points": 3}]
+        convert(other, params, SHAPE)
+    good = params.to_dict()
+    bad = [{}, {**good, "weight_qmax": 5}, {**good, "weights": "row"}, {**good, "activations": {"a": [0.1]}}]
+    bad += [
+        {**good, "activations": {"a": [-1.0, 0]}},
+        {**good, "activations": {"a": [0.1, 300]}},
+        {**good, "activations": 3},
+    ]
+    bad += [{**good, "version": 3}, {**good, "skip_layers": 3}, []]
     for plain in bad:
         with pytest.raises(BadArgument):
-            Grids.from_dict(plain)
+            QuantizationParams.from_dict(plain)
 
 
-def test_the_road_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train digits, train on in 8 bits, stop, go on, fuse, export: the artifact scores what the run says."""
+def test_parameters_of_version_1_are_read() -> None:
+    version_1 = {"points": {"stem:in": [0.5, -3]}, "weights": "tensor", "limit": 63, "keep": ["head"]}
+    params = QuantizationParams.from_dict(version_1)
+    assert params == QuantizationParams(
+        activations={"stem:in": QParams(0.5, -3)}, weights="tensor", weight_qmax=63, skip_layers=("head",)
+    )
+    assert QuantizationParams.from_dict(params.to_dict()) == params
+
+
+def test_a_run_is_trained_resumed_fused_and_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train digits, train on in int8, stop, resume, fuse, export: the artifact's accuracy is the run's."""
     monkeypatch.chdir(tmp_path)
     common = ["--recipe", "digits:w025", "--plan.workers", "0"]
     assert main(["train", *common, "--epochs", "1", "--out", "runs/float"]) == 0
-    told = ["--weights", "runs/float", "--int8", "--lr", "0.01", "--epochs", "1", "--int8.images", "32"]
-    assert main(["train", *common, *told, "--out", "runs/int8"]) == 0
+    options = ["--weights", "runs/float", "--int8", "--lr", "0.01", "--epochs", "1", "--int8.images", "32"]
+    assert main(["train", *common, *options, "--out", "runs/int8"]) == 0
     recipe = json.loads(Path("runs/int8/recipe.json").read_text())
     assert {"images": 32, "limit": 127, "weights": "channel"}.items() <= recipe["int8"].items()
     log = [json.loads(line) for line in Path("runs/int8/log.jsonl").read_text().splitlines()]
@@ -221,8 +239,8 @@ def test_the_road_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert main(["eval", "a/onnx-int8", "--data", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(best)
     with load(Path("a/onnx-int8")) as session:
-        told = session.artifact.details["quantization"]
-        assert told["method"] == "trained, per channel"
+        metadata = session.artifact.details["quantization"]
+        assert metadata["method"] == "trained, per channel"
         assert np.isfinite(session(np.zeros((1, *session.artifact.input_shape), np.float32))).all()
     Path("runs/int8/int8.json").write_text("{}")
     assert main(["train", "--resume", "runs/int8"]) == 4

@@ -1,0 +1,68 @@
+"""Choosing how to quantize by measurement: the search over methods, and the most sensitive layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onefold.quantize import MINMAX, Method, quantize
+from onefold.quantize.calibrate import calibrate
+from onefold.quantize.graph import trace
+from onefold.quantize.search import search, sensitivity, skip_sensitive_layers
+from onefold.runtimes import ModelInfo, export, load
+
+
+class Uneven(nn.Module):
+    """Channels of very different size, and one layer that int8 hurts most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)
+        with torch.no_grad():
+            self.stem.weight *= torch.logspace(-2, 1, 8)[:, None, None, None]
+            self.middle.weight /= torch.logspace(-2, 1, 8)[None, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.middle(F.relu(self.stem(x))))).mean((2, 3))
+
+
+def test_the_chosen_method_is_at_least_as_good_as_where_it_began(seeded: int) -> None:
+    model, x, reported = Uneven().eval(), torch.randn(32, 3, 12, 12), []
+    start = Method(**{**vars(MINMAX), "weights": "tensor"})
+    made = search(model, x, start, reported.append)
+    fresh = torch.randn(64, 3, 12, 12)
+    with torch.inference_mode():
+        noise = [float((q.model(fresh) - model(fresh)).norm()) for q in (made, quantize(model, x, start))]
+    assert noise[0] < 0.7 * noise[1]
+    assert made.method.weights == "tensor"
+    assert made.images == 32
+    assert len(reported) >= 6
+    assert all("8 other photos" in line for line in reported)
+
+
+def test_the_most_sensitive_layers_are_skipped(seeded: int) -> None:
+    model, x = Uneven().eval(), torch.randn(16, 3, 12, 12)
+    method = Method(**{**vars(MINMAX), "weights": "tensor"})
+    graph = trace(model, x[:2])
+    noise_by_layer = sensitivity(graph, calibrate(graph, [x], method), [x])
+    assert set(noise_by_layer) == {"stem", "middle", "last"}
+    skipping = skip_sensitive_layers(model, x, method, 1)
+    assert skipping.skip_layers == (max(noise_by_layer, key=noise_by_layer.__getitem__),)
+    with torch.inference_mode():
+        noise = [float((quantize(model, x, m).model(x) - model(x)).norm()) for m in (skipping, method)]
+    assert noise[0] < noise[1]
+
+
+def test_a_skipped_layer_runs_in_floating_point_on_a_device(seeded: int, tmp_path: Path) -> None:
+    model, x = Uneven().eval(), torch.randn(16, 3, 12, 12)
+    made = quantize(model, x, Method(skip_layers=("middle",)))
+    info = ModelInfo(model="uneven", fused=True)
+    with load(export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8")) as session:
+        found = session(x.numpy())
+    with torch.inference_mode():
+        expected = made.model(x).numpy()
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
