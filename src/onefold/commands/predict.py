@@ -16,7 +16,7 @@ from onefold.errors import BadArgument, BadData
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What was seen in one image: the likeliest classes with their softmax probabilities, or why it was not read."""
+    """The likeliest classes of one image as (index, name, softmax probability), or why the image could not be read."""
 
     path: Path
     best: tuple[tuple[int, str, float], ...] = ()
@@ -26,22 +26,22 @@ class Prediction:
 def predict(
     predictor: Predictor, images: Sequence[Path], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Predictions in the order of `images`; one that cannot be read is told and passed over."""
+    """Give predictions in the order of `images`; one that cannot be read has a `problem`, and the others go on."""
     if top < 1 or batch_size < 1:
         raise BadArgument(f"top and batch_size must be 1 or more, not {top} and {batch_size}")
     for start in range(0, len(images), batch_size):
-        piece = images[start : start + batch_size]
-        read = [_prepared(path, predictor.preprocessing) for path in piece]
+        paths = images[start : start + batch_size]
+        read = [_preprocess(path, predictor.preprocessing) for path in paths]
         inputs = [image for image in read if not isinstance(image, str)]
-        answers = iter(predictor.session(np.stack(inputs)) if inputs else ())
-        for path, image in zip(piece, read, strict=True):
+        logits = iter(predictor.session(np.stack(inputs)) if inputs else ())
+        for path, image in zip(paths, read, strict=True):
             if isinstance(image, str):
                 yield Prediction(path=path, problem=image)
             else:
-                yield Prediction(path=path, best=_best(predictor, next(answers), top))
+                yield Prediction(path=path, best=_best(predictor, next(logits), top))
 
 
-def _prepared(path: Path, preprocessing: Preprocessing) -> Floats | str:
+def _preprocess(path: Path, preprocessing: Preprocessing) -> Floats | str:
     try:
         return preprocessing(decode(path))
     except BadData as error:
@@ -50,7 +50,7 @@ def _prepared(path: Path, preprocessing: Preprocessing) -> Floats | str:
 
 def _best(predictor: Predictor, logits: Floats, top: int) -> tuple[tuple[int, str, float], ...]:
     wide = logits.astype(np.float64)
-    shares = np.exp(wide - wide.max())
-    shares /= shares.sum()
-    order = np.argsort(-shares, kind="stable")[:top]
-    return tuple((int(i), predictor.class_name(int(i)), float(shares[i])) for i in order)
+    probabilities = np.exp(wide - wide.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return tuple((int(i), predictor.class_name(int(i)), float(probabilities[i])) for i in order)
