@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -106,6 +107,7 @@ FLAG = 3
 def package(asked: SimpleNamespace) -> ModuleType:
     """The parts of `tensorrt` that the runtime uses; what was asked of them is written down."""
     made = ModuleType("tensorrt")
+    made.__spec__ = ModuleSpec("tensorrt", None)  # torch may ask whether the package is there
 
     class Logger:
         ERROR = 1
