@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,16 @@ def test_data_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch):
     write_text(tmp_path / "a.txt", "x")
     assert order[0].startswith("fsync .a.")
     assert order[1:] == ["rename", f"fsync {tmp_path.name}"]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getppid()):
+        (tmp_path / f".deploy.{pid}.new").mkdir()
+        (tmp_path / f".deploy.{pid}.new" / "half").write_text("x")
+    (tmp_path / f".other.{ended.pid}.new").mkdir()
+    with replacing(tmp_path / "deploy") as aside:
+        aside.mkdir()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"deploy", f".deploy.{os.getppid()}.new", f".other.{ended.pid}.new"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,13 +23,15 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` (same suffix) to write a file or a folder to; it becomes `path` when the block succeeds.
 
-    Raises NotWritable where the disk is full or the place cannot be written; `path` then is what it was before.
+    What a killed process left half-written for the same `path` is removed. Raises NotWritable where the disk is full or
+    the place cannot be written; `path` then is what it was before.
     """
     path = Path(os.path.abspath(path))
     aside = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(aside)
+        _remove_abandoned(path)
         yield aside
         _sync(aside)
         _swap(aside, path)
@@ -48,6 +51,23 @@ def write_text(path: Path, text: str) -> None:
         raise NotWritable(f"cannot write {path}: it is a folder; give the name of a file")
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that no longer run on this machine left beside `path`, half-written."""
+    if os.name != "posix":  # elsewhere os.kill(pid, 0) does not ask whether a process runs
+        return
+    pattern = re.compile(rf"\.{re.escape(path.stem)}\.([0-9]+)\.new{re.escape(path.suffix)}")
+    for entry in path.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match is None:
+            continue
+        try:
+            os.kill(int(match[1]), 0)
+        except (ProcessLookupError, OverflowError):
+            _remove(entry)
+        except PermissionError:
+            continue  # it runs, as another user
 
 
 def _is_about(error: OSError, path: Path) -> bool:
