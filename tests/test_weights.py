@@ -720,7 +720,7 @@ def test_another_number_of_classes_keeps_the_fresh_classifier_and_says_so(
     assert torch.equal(model.state_dict()["stem.conv.0.weight"], small()["conv_stem.weight"])
     model, card = load_model(tmp_path / "w.pth", num_classes=3)
     assert (card.num_classes, card.classes) == (3, None)
-    assert "fresh classifier for 3 classes" in card.source
+    assert "randomly initialized classifier of 3 classes" in card.source
 
 
 def test_a_file_without_a_classifier_and_a_network_without_one(tmp_path: Path) -> None:
@@ -795,7 +795,7 @@ def test_weights_go_into_feature_networks(tmp_path: Path) -> None:
         assert torch.equal(maps(x)[-1], whole.forward_features(x))
 
 
-def test_a_misfit_says_what_is_missing_strange_or_bent_and_what_would_fit(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused_with_the_keys_and_the_right_name(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=r"have another shape .*It seems to be mobilenetv1_025\.timm"):
         create_model("mobilenetv1_050.timm", num_classes=10, weights=tmp_path / "w.pth")
@@ -805,7 +805,7 @@ def test_a_misfit_says_what_is_missing_strange_or_bent_and_what_would_fit(tmp_pa
         create_model("mobileone_s0", num_classes=10, weights=tmp_path / "w.pth")
     part = {k: v for k, v in small().items() if not k.startswith("blocks.3.2")}
     torch.save(part | {"conv_head.weight": torch.zeros(4, 4, 1, 1)}, tmp_path / "w.pth")
-    message = r"10 tensors are missing \(stages\.3\.4\.conv.*\); 1 are strange \(conv_head\.weight\).*not whole"
+    message = r"10 tensors are missing \(stages\.3\.4\.conv.*\); 1 are unexpected \(conv_head\.weight\).*incomplete"
     with pytest.raises(BadCheckpoint, match=message):
         create_model(SMALL, num_classes=10, weights=tmp_path / "w.pth")
 
@@ -859,7 +859,7 @@ def test_numbers_that_are_no_weights_are_refused(
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "stem.conv" + ".0" * 100_000])
 def test_names_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
     torch.save(small() | {name: torch.zeros(1)}, tmp_path / "w.pth")
-    with pytest.raises(BadCheckpoint, match="whose name is none") as caught:
+    with pytest.raises(BadCheckpoint, match="unprintable or too long name") as caught:
         load_model(tmp_path / "w.pth")
     assert str(caught.value).isprintable()
 

@@ -116,7 +116,7 @@ def _fits(hint: Any, given: Any) -> bool:
         return isinstance(given, tuple) and len(given) == len(options) and all(map(_fits, options, given))
     if hint in (int, float):
         return isinstance(given, int if hint is int else (int, float)) and not isinstance(given, bool)
-    return isinstance(given, hint)
+    return isinstance(given, origin or hint)  # origin: of Mapping[str, Any] only that it is one
 
 
 def _allowed(hint: Any) -> str:

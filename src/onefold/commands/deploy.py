@@ -28,7 +28,7 @@ from onefold.commands.quantizing import Calibration, held_out, quantized, unlabe
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
-from onefold.models.card import page_of
+from onefold.models.card import hub_readme
 from onefold.quantize import Quantized
 from onefold.report import require_matplotlib
 from onefold.runtimes import Artifact, Runtime, find_runtime
@@ -233,7 +233,7 @@ def _explain(done: Deployed) -> None:
     write_text(done.folder / "README.md", handout(done))
     metrics = {} if done.top1 is None else {"top1": done.top1}
     metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
-    write_text(done.folder / "MODEL_CARD.md", page_of(done.network.card, metrics))
+    write_text(done.folder / "MODEL_CARD.md", hub_readme(done.network.card, metrics))
     write_page([done.folder], done.folder / "report.html")
 
 

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
-from onefold.models.card import Card, verified, write_weights
+from onefold.models.card import Card, verify, write_weights
 from onefold.models.safe_load import read
 from onefold.reparam import fuse
 from onefold.runtimes.reference import make_images
@@ -166,7 +166,7 @@ def load_stored_timm(path: Path) -> tuple[nn.Module, Card] | None:
     contents = read(path)
     if f'"model": "{PREFIX}' not in contents.metadata.get("card", ""):
         return None
-    card = verified(contents, path)
+    card = verify(contents, path)
     name = card.model.removeprefix(PREFIX)
     timm = _timm(card.model, name)
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=card.num_classes, in_chans=card.in_chans)

@@ -1,12 +1,11 @@
-"""Our own format: one safetensors file that says what it holds, and that notices when it is no longer that.
+"""The card of a network, and our own format of weights: one safetensors file with its card and checksums.
 
-The header's metadata has four texts:
+The metadata in the file's header has these texts:
     format        "pt", which other readers of safetensors expect
     onefold       the version of this format
     card          the `Card` as JSON, keys sorted
     card_sha256   of the card's text
-and one more in files that `save_weights` wrote, where those of a run's `best/` have a manifest beside them:
-    sha256        of the tensors, see `digest`
+    sha256        of the tensors (see `digest`); not in a run's `best/`, whose manifest has the checksum of the file
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from onefold.config import check
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models.safe_load import Contents, read
 from onefold.storage import replacing
 
 FORMAT = "1"
-MANIFEST = "manifest.json"  # of a run's sealed folder, which vouches for whole files
+MANIFEST = "manifest.json"  # of a run's sealed folder: checksums of its files
 
 
 def _version() -> str:
@@ -41,31 +41,32 @@ def _version() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a file of weights is. Raises BadArgument where there are not as many classes named as counted."""
+    """What a file of weights is. Raises BadArgument for a field of another type, or as many class names as classes."""
 
     model: str
     """Its name in the catalogue."""
     num_classes: int
     in_chans: int = 3
     classes: tuple[str, ...] | None = None
-    """The names of the classes in the order of the logits; None where nobody wrote them down."""
+    """The names of the classes in the order of the logits; None where they are not known."""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     """How images are prepared: the keys of `Preprocessing`."""
     fused: bool = False
     drift: float | None = None
-    """How far the fused network's answer lies from the training network's, relative; None where not measured."""
+    """`drift` from the training network to the fused one; None where it was not measured."""
     recipe: str = ""
     version: str = field(default_factory=_version)
-    """Of onefold, when this was written."""
+    """The version of onefold that wrote this."""
     licence: str = ""
     source: str = ""
-    """Where the weights are from, and what was changed on the way."""
+    """Where the weights are from, and how they were changed since."""
     int8: Mapping[str, Any] | None = None
     """The parameters of quantization-aware training, as `quantize.QuantizationParams` writes them; None without it."""
     untrained: bool = False
-    """Whether the weights were drawn and never trained: good for a latency, of unknown accuracy."""
+    """Whether the weights are a random initialization: good for measuring latency, of no accuracy."""
 
     def __post_init__(self) -> None:
+        check(self, "the card")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise BadArgument(f"a card of {self.num_classes} classes cannot name {len(self.classes)}")
 
@@ -85,7 +86,7 @@ class Card:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Card:
-        """The card that a header holds. Raises BadCheckpoint where it holds none, or not what it held when written."""
+        """Read the card in a header. Raises BadCheckpoint where there is none, or one that was changed since."""
         if "onefold" not in metadata or "card" not in metadata:
             raise BadCheckpoint("this file carries no card of onefold: give the name of its model too")
         if metadata["onefold"] != FORMAT:
@@ -97,53 +98,27 @@ class Card:
         if metadata.get("card_sha256") != hashlib.sha256(text.encode()).hexdigest():
             raise BadCheckpoint("the card in this file is not what was written: the file is damaged, get it again")
         try:
-            return _card(json.loads(text))
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise TypeError("it is not an object")
+            known = {f.name: values[f.name] for f in fields(cls) if f.name in values}  # without later versions' fields
+            if isinstance(known.get("classes"), list):  # JSON has no tuples
+                known["classes"] = tuple(known["classes"])
+            if isinstance(known.get("preprocessing"), dict):
+                settings = known["preprocessing"].items()
+                known["preprocessing"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings}
+            return cls(**known)
         except (ValueError, TypeError, RecursionError) as error:
             raise BadCheckpoint(f"the card in this file cannot be read ({error})") from error
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "num_classes": (int,),
-    "in_chans": (int,),
-    "classes": (list, type(None)),
-    "preprocessing": (dict,),
-    "fused": (bool,),
-    "drift": (float, int, type(None)),
-    "recipe": (str,),
-    "version": (str,),
-    "licence": (str,),
-    "source": (str,),
-    "int8": (dict, type(None)),
-    "untrained": (bool,),
-}
-
-
-def _card(values: Any) -> Card:
-    """A card from parsed JSON; what a later version added is left out. Raises ValueError, TypeError."""
-    if not isinstance(values, dict):
-        raise TypeError("it is not an object")
-    known = {f.name: values[f.name] for f in fields(Card) if f.name in values}
-    for name, value in known.items():
-        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
-            raise TypeError(f"{name} is a {type(value).__name__}")
-    if known.get("classes") is not None:
-        if not all(isinstance(name, str) for name in known["classes"]):
-            raise TypeError("classes are not all texts")
-        known["classes"] = tuple(known["classes"])
-    if "preprocessing" in known:  # JSON has no tuples
-        told = known["preprocessing"].items()
-        known["preprocessing"] = {word: tuple(value) if isinstance(value, list) else value for word, value in told}
-    return Card(**known)
-
-
-# ------------------------------------------------------------------------------------- in and out
+# --------------------------------------------------------------------------- writing and reading
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256, in hex, of tensors: for each name in sorted order its head, then its bytes, row-major, little-endian.
+    """The sha256, in hex, of tensors: for each name in sorted order a header, then its bytes, row-major, little-endian.
 
-    A head is the UTF-8 text "<name> <dtype> <shape>" and a newline, such as "head.fc.weight float32 [10, 1024]".
+    The header is the UTF-8 text "<name> <dtype> <shape>" and a newline, such as "head.fc.weight float32 [10, 1024]".
     """
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -154,7 +129,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_weights(model: nn.Module, path: str | Path, card: Card) -> None:
-    """Write a network's tensors and its card to one safetensors file, whole or not at all.
+    """Write a network's tensors and its card to one safetensors file, atomically.
 
     Raises NotWritable, and BadArgument where the card counts other classes than the network has.
     """
@@ -166,7 +141,7 @@ def save_weights(model: nn.Module, path: str | Path, card: Card) -> None:
 
 
 def write_weights(model: nn.Module, path: str | Path, card: Card) -> None:
-    """The same for any network, also one that is not of the catalogue: its card is taken at its word."""
+    """Do the same for any network, also one that is not in the catalogue, without a check of its card."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = save(tensors, card.to_metadata() | {"sha256": digest(tensors)})
     with replacing(Path(path)) as aside:
@@ -174,26 +149,26 @@ def write_weights(model: nn.Module, path: str | Path, card: Card) -> None:
 
 
 def read_card(path: str | Path) -> Card:
-    """The card of a file that `save_weights` wrote, its tensors verified. Raises BadCheckpoint."""
+    """Read the card of a file that `save_weights` wrote, and verify its tensors. Raises BadCheckpoint."""
     path = Path(path)
-    return verified(read(path), path)
+    return verify(read(path), path)
 
 
-def verified(contents: Contents, path: Path) -> Card:
-    """The card of a file's contents, once the file was found to be what was written. Raises BadCheckpoint."""
+def verify(contents: Contents, path: Path) -> Card:
+    """Give the card of a file's contents, after a check of its checksums. Raises BadCheckpoint."""
     try:
         card = Card.from_metadata(contents.metadata)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path}: {error}") from error
     written = contents.metadata.get("sha256")
-    whole = _is_as_sealed(path) if written is None else written == digest(contents.tensors)
-    if not whole:
+    intact = _is_in_manifest(path) if written is None else written == digest(contents.tensors)
+    if not intact:
         raise BadCheckpoint(f"{path} is damaged: it is not what was written; get it again")
     return card
 
 
-def _is_as_sealed(path: Path) -> bool:
-    """Whether a file is the one that the manifest of its folder names; True where there is no manifest."""
+def _is_in_manifest(path: Path) -> bool:
+    """Whether a file has the checksum in the manifest of its folder; True where there is no manifest."""
     manifest = path.with_name(MANIFEST)
     try:
         if not manifest.exists():
@@ -201,7 +176,7 @@ def _is_as_sealed(path: Path) -> bool:
         written = json.loads(manifest.read_text(encoding="utf-8"))["files"][path.name]["sha256"]
         return bool(written == hashlib.sha256(path.read_bytes()).hexdigest())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadCheckpoint(f"{manifest} does not vouch for {path.name}: it is damaged, get both again") from error
+        raise BadCheckpoint(f"{manifest} has no checksum of {path.name}: it is damaged, get both again") from error
 
 
 # ------------------------------------------------------------------------------- what the hub shows
@@ -210,12 +185,12 @@ def _is_as_sealed(path: Path) -> bool:
 _LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc0-1.0")
 
 
-def config_of(card: Card, num_features: int) -> dict[str, Any]:
-    """config.json: timm's keys, transformers' id2label, and under "onefold" the whole card."""
-    told = card.preprocessing
-    size = told.get("size", 224)
+def hub_config(card: Card, num_features: int) -> dict[str, Any]:
+    """The config.json of a network: timm's keys, transformers' id2label, and under "onefold" the whole card."""
+    settings = card.preprocessing
+    size = settings.get("size", 224)
     pretrained: dict[str, Any] = {"input_size": [card.in_chans, size, size], "num_classes": card.num_classes}
-    pretrained |= {word: told[word] for word in ("mean", "std", "crop_pct", "interpolation") if word in told}
+    pretrained |= {key: settings[key] for key in ("mean", "std", "crop_pct", "interpolation") if key in settings}
     config: dict[str, Any] = {
         "architecture": card.model,
         "library_name": "onefold",
@@ -231,42 +206,31 @@ def config_of(card: Card, num_features: int) -> dict[str, Any]:
     return config
 
 
-def page_of(card: Card, metrics: Mapping[str, float]) -> str:
-    """README.md: front matter in YAML (its texts quoted as JSON, which YAML reads), then a page for people."""
+def hub_readme(card: Card, metrics: Mapping[str, float]) -> str:
+    """The README.md of a network: front matter in YAML (texts quoted as JSON, which YAML reads), then the page."""
     return "\n".join([*_front_matter(card, metrics), "", *_page(card, metrics)]) + "\n"
 
 
 def _front_matter(card: Card, metrics: Mapping[str, float]) -> list[str]:
     tags = ("image-classification", "onefold", card.model.partition("_")[0])
-    lines = ["---", "library_name: onefold", "pipeline_tag: image-classification", *_licence(card.licence)]
-    lines += ["tags:", *(f"- {_quoted(tag)}" for tag in tags)]
+    lines = ["---", "library_name: onefold", "pipeline_tag: image-classification"]
+    if card.licence.lower() in _LICENCES:
+        lines.append(f"license: {card.licence.lower()}")
+    elif card.licence:
+        lines += ["license: other", f"license_name: {json.dumps(card.licence)}"]
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
     if metrics:
-        lines += ["metrics:", *(f"- {kind}" for kind in sorted({_kind(name) for name in metrics}))]
-        lines += ["model-index:", f"- name: {_quoted(card.model)}", "  results:"]
-        lines += ["  - task: {type: image-classification}", '    dataset: {name: "validation", type: custom}']
-        lines += ["    metrics:", *(_metric(name, value) for name, value in metrics.items())]
+        types = {name: "accuracy" if name.startswith("top") else json.dumps(name) for name in metrics}  # the hub's
+        lines += ["metrics:", *(f"- {kind}" for kind in sorted(set(types.values())))]
+        lines += ["model-index:", f"- name: {json.dumps(card.model)}", "  results:"]
+        lines += [
+            "  - task: {type: image-classification}",
+            '    dataset: {name: "validation", type: custom}',
+            "    metrics:",
+        ]
+        for name, value in metrics.items():
+            lines.append(f"    - {{type: {types[name]}, name: {json.dumps(name)}, value: {value:.6g}}}")
     return [*lines, "---"]
-
-
-def _metric(name: str, value: float) -> str:
-    return f"    - {{type: {_kind(name)}, name: {_quoted(name)}, value: {value:.6g}}}"
-
-
-def _kind(metric: str) -> str:
-    """The hub's name for a metric."""
-    return "accuracy" if metric.startswith("top") else _quoted(metric)
-
-
-def _licence(licence: str) -> list[str]:
-    if not licence:
-        return []
-    if licence.lower() in _LICENCES:
-        return [f"license: {licence.lower()}"]
-    return ["license: other", f"license_name: {_quoted(licence)}"]
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
 
 
 def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
@@ -274,18 +238,18 @@ def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
         "structure": "fused: one convolution a unit" if card.fused else "training network, not fused",
         "drift of the fused network": "" if card.drift is None else f"{card.drift:.1e}, relative",
         "classes": f"{card.num_classes}" + ("" if card.classes is not None else ", not named"),
-        "input": ", ".join(f"{word} {value}" for word, value in card.preprocessing.items()),
+        "input": ", ".join(f"{key} {value}" for key, value in card.preprocessing.items()),
         "recipe": card.recipe,
         "source": card.source,
         "licence": card.licence or "not stated",
         "written by": f"onefold {card.version}",
         **{name: f"{value:.6g}" for name, value in metrics.items()},
     }
-    table = [f"| {_cell(word)} | {_cell(value)} |" for word, value in rows.items() if value]
+    table = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items() if value]
     load = ["import onefold", "", 'model, card = onefold.from_pretrained("<owner>/<name>")']
     return [f"# {_cell(card.model)}", "", "| | |", "|---|---|", *table, "", "```python", *load, "```"]
 
 
 def _cell(text: str) -> str:
-    """A text that cannot leave its cell or its line, nor start a tag."""
+    """A text escaped for a cell of a Markdown table: it cannot end the cell or the line, nor start an HTML tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,7 +1,7 @@
-"""What a network costs: parameters, and multiply-adds for one image. Counted, not measured.
+"""What a network costs: its parameters, and its multiply-adds for one image. They are counted, not measured.
 
 Multiply-adds are those of convolutions, Linear layers and matrix products; biases, norms, activations and pooling add
-none. So the papers count, two of them with a difference that is kept apart here:
+none. The papers count like this, two of them with differences that are fields of their own here:
 
 - MobileOne's Table 9 leaves out the two convolutions of a squeeze-excite unit: take `macs - gate_macs`.
 - Mobile-Former's FLOPs count one more for each element that a BatchNorm or a DY-ReLU writes: add `elementwise`.
@@ -16,7 +16,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +25,7 @@ from onefold.models.parts import DynamicReLU, SqueezeExcite
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Exact counts for one image: `gate_macs` are those of `macs` in squeeze-excite units, `elementwise` are extra."""
+    """Exact counts for one image: `gate_macs` is the part of `macs` in squeeze-excite units, `elementwise` is extra."""
 
     params: int
     macs: int
@@ -36,37 +36,27 @@ class Cost:
 def cost(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     """Count `model` in eval mode on one image of `size` pixels: a side, or height and width.
 
-    Nothing is computed and the model is left as it is: a copy runs without data. The image has as many channels as
+    Nothing is computed and the model is not changed: a copy runs on the meta device. The image has as many channels as
     the first convolution takes. Raises ValueError for a model without one.
     """
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no convolution, so it cannot take an image to be counted on")
-    ghost = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    written = _count_writes_(ghost)
+    meta = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    written: list[int] = []
+    for module in meta.modules():
+        if isinstance(module, (_BatchNorm, DynamicReLU)):
+            module.register_forward_hook(lambda _module, _inputs, output: written.append(output.numel()))
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.empty(1, first.in_channels, height, width, device="meta", dtype=first.weight.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost(image)
+        meta(image)
     flops = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}  # 2 a multiply-add
-    root = type(ghost).__name__
-    gates = [f"{root}.{name}" for name, m in ghost.named_modules() if isinstance(m, SqueezeExcite)]
+    root = type(meta).__name__
+    gates = [f"{root}.{name}" for name, m in meta.named_modules() if isinstance(m, SqueezeExcite)]
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() // 2,
         gate_macs=sum(flops[gate] for gate in gates) // 2,
         elementwise=sum(written),
     )
-
-
-def _count_writes_(model: nn.Module) -> list[int]:
-    """Have each BatchNorm and DY-ReLU of `model` note the elements it writes, in the list that this returns."""
-    written: list[int] = []
-
-    def note(_module: nn.Module, _args: object, output: Tensor) -> None:
-        written.append(output.numel())
-
-    for module in model.modules():
-        if isinstance(module, (_BatchNorm, DynamicReLU)):
-            module.register_forward_hook(note)
-    return written

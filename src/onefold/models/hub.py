@@ -1,7 +1,7 @@
 """Networks in and out of files, folders and the Hugging Face hub.
 
-`load_model` reads whatever is there: a file of our own format, another project's checkpoint, a folder, an id of the
-hub. `save_pretrained` writes the folder that the hub expects. Nothing that the hub sends is ever unpickled.
+`load_model` reads any of them: a file of our own format, another project's checkpoint, a folder, an id of the hub.
+`save_pretrained` writes the folder that the hub expects. Nothing that the hub sends is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.card import Card as Card
-from onefold.models.card import config_of, page_of
+from onefold.models.card import hub_config, hub_readme
 from onefold.models.card import read_card as read_card
 from onefold.models.card import save_weights as save_weights
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
 from onefold.models.safe_load import read
-from onefold.models.weights import HEAD, Weights, guess_model, load_into_, parse_weights
+from onefold.models.weights import CLASSIFIER, Weights, guess_model, load_into_, parse_weights
 from onefold.storage import write_text
 
 FILE = "model.safetensors"
@@ -37,22 +37,22 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckp
 def load_model(
     source: str | Path, *, name: str | None = None, num_classes: int | None = None
 ) -> tuple[nn.Module, Card]:
-    """A network in eval mode and its card, from a file, a folder, or an id of the hub ("timm/mobileone_s0.apple_in1k").
+    """Load a network, in eval mode, and its card from a file, a folder, or an id of the hub ("timm/mobileone_s0...").
 
-    The model's name is taken from the card, or is told by the tensors' shapes; `name` is needed where neither can
-    tell. Weights that are fused give the fused network. For another `num_classes` than the file's the classifier is
-    fresh, and the card says so. Raises BadCheckpoint, BadArgument.
+    The model's name is taken from the card, or guessed from the tensors' shapes; `name` is needed where neither is
+    enough. Weights that are fused give the fused network. For another `num_classes` than the file's the classifier has
+    a random initialization, and the card says so. Raises BadCheckpoint, BadArgument.
     """
-    found, weights = _open(source)
-    known = _name_of(weights, name)
+    file, weights = _open(source)
+    known = _model_name(weights, name)
     classes = weights.num_classes if num_classes is None else num_classes
     fresh = build(known, classes, weights.in_chans)
     model = load_into_(fresh, weights, known).eval()
-    return model, _card(weights, found, known, model is not fresh, classes)
+    return model, _card(weights, file, known, model is not fresh, classes)
 
 
 def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
-    """Put weights into `model`, which is called `name`, and return the network that holds them.
+    """Load weights into `model`, which is called `name`, and return the network that holds them.
 
     That is `model`, or its fused form where the weights are fused: see `weights.load_into_`. Raises BadCheckpoint.
     """
@@ -61,7 +61,7 @@ def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
 
 
 def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> None:
-    """Put weights into a training network, in place. Raises BadCheckpoint for weights that are fused, or do not fit."""
+    """Load weights into a training network, in place. Raises BadCheckpoint where they are fused, or do not fit."""
     if load_weights_(model, source, name) is not model:
         raise BadCheckpoint(
             f"{source} holds fused weights, from which no training network can be had: give the unfused ones "
@@ -69,24 +69,24 @@ def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> N
         )
 
 
-# ------------------------------------------------------------------------------------ what they are
+# ---------------------------------------------------------------------------------- weights of a file
 
 
-def _open(source: str | Path) -> tuple[Found, Weights]:
-    """The weights that a path or an id stands for. Raises BadCheckpoint."""
-    found = find(source)
-    weights = parse_weights(read(found.path), found.path)
-    for word, expected in weights.layout.config.items():
-        if found.config.get(word, expected) != expected:
+def _open(source: str | Path) -> tuple[WeightsFile, Weights]:
+    """The weights of a path or an id of the hub. Raises BadCheckpoint."""
+    file = locate(source)
+    weights = parse_weights(read(file.path), file.path)
+    for key, expected in weights.layout.config.items():
+        if file.config.get(key, expected) != expected:
             raise BadCheckpoint(
-                f"{source} is a network with {word} {found.config[word]!r}, and of the {weights.layout.title} kind "
+                f"{source} is a network with {key} {file.config[key]!r}, and of the {weights.layout.title} kind "
                 f"only those with {expected!r} are known here"
             )
-    return found, weights
+    return file, weights
 
 
-def _name_of(weights: Weights, name: str | None) -> str:
-    """The catalogue's name: the user's, else the card's, else what the shapes tell. Raises like load_model."""
+def _model_name(weights: Weights, name: str | None) -> str:
+    """The name in the catalogue: the user's, else the card's, else a guess from shapes. Raises like load_model."""
     if name is not None:
         return resolve(name)
     if weights.card is not None:
@@ -107,10 +107,10 @@ def _name_of(weights: Weights, name: str | None) -> str:
     return base
 
 
-def _card(weights: Weights, found: Found, name: str, fused: bool, num_classes: int) -> Card:
-    """The card that a file carries, or the one that can be written for it."""
+def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_classes: int) -> Card:
+    """The card that a file carries, or else what is known of it as a card."""
     kept = num_classes == weights.num_classes
-    source = found.source if kept else f"{found.source}, with a fresh classifier for {num_classes} classes"
+    source = file.source if kept else f"{file.source}, with a randomly initialized classifier of {num_classes} classes"
     if weights.card is not None:
         card = weights.card
         return card if kept else replace(card, num_classes=num_classes, classes=None, source=source)
@@ -118,49 +118,46 @@ def _card(weights: Weights, found: Found, name: str, fused: bool, num_classes: i
         model=name,
         num_classes=num_classes,
         in_chans=weights.in_chans,
-        classes=(weights.classes or classes_of(found.config, num_classes)) if kept else None,
-        preprocessing=dict(CATALOGUE[name].input) | preprocessing_of(found.config),
+        classes=(weights.classes or _class_names(file.config, num_classes)) if kept else None,
+        preprocessing=dict(CATALOGUE[name].input) | _preprocessing(file.config),
         fused=fused,
-        licence=text_of(found.config, "pretrained_cfg", "license"),
+        licence=_licence(file.config),
         source=source,
     )
 
 
-# ----------------------------------------------------------------------------------- where they are
+# ------------------------------------------------------------------------------- finding a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Where weights are: the file, what the config beside it says, and what the user called them."""
+class WeightsFile:
+    """A file of weights, the config.json beside it, and the path or id that the user gave."""
 
     path: Path
     source: str
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find(source: str | Path) -> Found:
-    """The file that a path or an id of the hub stands for. Raises BadCheckpoint."""
+def locate(source: str | Path) -> WeightsFile:
+    """Find the file of weights at a path, or download that of an id of the hub. Raises BadCheckpoint."""
     path = Path(source)
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError as error:  # a name too long for a file, a folder that may not be entered
         raise BadCheckpoint(f"cannot look for {path}: {error.strerror}") from error
     if is_folder:
-        return _in_folder(path)
-    known_id = re.fullmatch(HUB_ID, str(source))
-    if is_there or known_id is None or path.suffix in _SUFFIXES:
-        return Found(path=path, source=str(source))
-    return _on_hub(known_id[1])
+        for name in (FILE, "pytorch_model.bin"):
+            if (path / name).is_file():
+                return WeightsFile(path=path / name, source=str(path), config=_read_config(path / CONFIG))
+        raise BadCheckpoint(f"{path} is a folder without {FILE}: give the file of weights itself")
+    hub_id = re.fullmatch(HUB_ID, str(source))
+    if is_there or hub_id is None or path.suffix in _SUFFIXES:
+        return WeightsFile(path=path, source=str(source))
+    return _on_hub(hub_id[1])
 
 
-def _in_folder(folder: Path) -> Found:
-    for name in (FILE, "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return Found(path=folder / name, source=str(folder), config=_config(folder / CONFIG))
-    raise BadCheckpoint(f"{folder} is a folder without {FILE}: give the file of weights itself")
-
-
-def _on_hub(repo_id: str) -> Found:
+def _on_hub(repo_id: str) -> WeightsFile:
+    """The weights of a repository of the hub, downloaded to its cache."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
@@ -171,10 +168,10 @@ def _on_hub(repo_id: str) -> Found:
             "download the file you trust and give its path"
         ) from error
     try:
-        config = _config(_download(repo_id, CONFIG))
+        config = _read_config(_download(repo_id, CONFIG))
     except EntryNotFoundError:
         config = {}
-    return Found(path=path, source=repo_id, config=config)
+    return WeightsFile(path=path, source=repo_id, config=config)
 
 
 def _download(repo_id: str, name: str) -> Path:
@@ -216,7 +213,7 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def _config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path) -> Mapping[str, Any]:
     """config.json as a mapping; empty where there is none. Raises BadCheckpoint."""
     if not path.is_file():
         return {}
@@ -233,11 +230,11 @@ def _config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-# ------------------------------------------------------------------------------ what config.json says
+# ------------------------------------------------------------------------- reading config.json
 
 
-def classes_of(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """The classes that a config names: timm's label_names, or transformers' id2label, perhaps after a background."""
+def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    """The class names in a config: timm's label_names, or transformers' id2label without a background class."""
     names = config.get("label_names")
     table = config.get("id2label")
     if not isinstance(names, list) and isinstance(table, dict):
@@ -248,46 +245,45 @@ def classes_of(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...] |
     return None
 
 
-def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's pretrained_cfg says of preprocessing, in our words; nothing where it says nothing sound."""
-    told = config.get("pretrained_cfg")
-    if not isinstance(told, dict):
+def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `Preprocessing` in timm's pretrained_cfg, as far as their values are valid."""
+    settings = config.get("pretrained_cfg")
+    if not isinstance(settings, dict):
         return {}
     out: dict[str, Any] = {}
-    for word in ("mean", "std"):
-        value = told.get(word)
+    for key in ("mean", "std"):
+        value = settings.get(key)
         if isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
-            out[word] = tuple(float(v) for v in value)
-    if isinstance(told.get("crop_pct"), (int, float)):
-        out["crop_pct"] = float(told["crop_pct"])
-    if told.get("interpolation") in ("bilinear", "bicubic", "nearest"):
-        out["interpolation"] = told["interpolation"]
-    size = told.get("input_size")
+            out[key] = tuple(float(v) for v in value)
+    if isinstance(settings.get("crop_pct"), (int, float)):
+        out["crop_pct"] = float(settings["crop_pct"])
+    if settings.get("interpolation") in ("bilinear", "bicubic", "nearest"):
+        out["interpolation"] = settings["interpolation"]
+    size = settings.get("input_size")
     if isinstance(size, list) and len(size) == 3 and all(isinstance(s, int) for s in size):
         out |= {"channels": size[0], "size": size[2]}
     return out
 
 
-def text_of(config: Mapping[str, Any], *path: str) -> str:
-    """The text at a path of keys in a config; empty where there is none."""
-    value: object = config
-    for word in path:
-        value = value.get(word) if isinstance(value, Mapping) else None
-    return value if isinstance(value, str) else ""
+def _licence(config: Mapping[str, Any]) -> str:
+    """The licence in timm's pretrained_cfg; empty where there is none."""
+    settings = config.get("pretrained_cfg")
+    licence = settings.get("license") if isinstance(settings, dict) else None
+    return licence if isinstance(licence, str) else ""
 
 
 # ---------------------------------------------------------------------------- folders, and the hub
 
 
 class Api(Protocol):
-    """The two calls of huggingface_hub.HfApi that a push needs."""
+    """The methods of huggingface_hub.HfApi that `push_to_hub` calls."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> object:
-        """Make the repository where there is none."""
+        """Create the repository where there is none."""
         ...
 
     def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> object:
-        """Send a folder's files as one commit."""
+        """Upload a folder's files as one commit."""
         ...
 
 
@@ -300,13 +296,13 @@ def save_pretrained(
     """
     folder = Path(folder)
     save_weights(model, folder / FILE, card)
-    num_features = model.state_dict()[HEAD[0]].shape[1] if card.num_classes else 0
-    write_text(folder / CONFIG, json.dumps(config_of(card, num_features), indent=2) + "\n")
-    write_text(folder / "README.md", page_of(card, metrics or {}))
+    num_features = model.state_dict()[CLASSIFIER[0]].shape[1] if card.num_classes else 0
+    write_text(folder / CONFIG, json.dumps(hub_config(card, num_features), indent=2) + "\n")
+    write_text(folder / "README.md", hub_readme(card, metrics or {}))
 
 
 def from_pretrained(folder_or_id: str | Path) -> tuple[nn.Module, Card]:
-    """`load_model`, under the name that the hub's users know."""
+    """Load a network and its card as `load_model` does, under the name that users of the hub know."""
     return load_model(folder_or_id)
 
 
@@ -319,7 +315,7 @@ def push_to_hub(
     private: bool = False,
     api: Api | None = None,
 ) -> str:
-    """Send a network to the Hugging Face hub as `save_pretrained` writes it; gives its address.
+    """Upload a network to the Hugging Face hub as `save_pretrained` writes it, and give its address.
 
     Without an `api` it is huggingface_hub's, with the token of `hf auth login`. Raises BadArgument for an id that
     is none, or that the hub refuses, and NetworkFailed where the hub cannot be reached.

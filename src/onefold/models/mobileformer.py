@@ -1,12 +1,12 @@
 """Mobile-Former: Bridging MobileNet and Transformer (arXiv 2108.05895, CVPR 2022).
 
-Two streams side by side: a MobileNet of inverted bottlenecks and a transformer of at most six learned tokens, with
-a bridge each way in every block. A block is, in this order: the tokens look at the map (`to_former`), then at each
-other (`former`); the map passes its convolutions (`mobile`), whose activations the new first token tells; at last the
-map looks at the new tokens (`to_mobile`). The state between stages is the pair (map, tokens): so is what
-`forward_features` gives and `forward_head` takes. Any input size will do.
+Two streams run side by side: a MobileNet of inverted bottlenecks, and a transformer of at most six learned tokens. In
+every block the tokens attend to the map (`to_former`), then to each other (`former`); the map passes its convolutions
+(`mobile`), whose activations are computed from the new first token; at last the map attends to the new tokens
+(`to_mobile`). The state between stages is the pair (map, tokens): `forward_features` gives and `forward_head` takes
+it. Any input size will do.
 
-    stem.conv, .act, .tokens        3x3, stride 2; the tokens before they have seen anything
+    stem.conv, .act, .tokens        3x3, stride 2; the learned initial tokens
     stages.<i>.<j>                  blocks; a new stage where one strides
     <lite block>                    .depthwise .act .shuffle .pointwise: no bridges; the first block of each network
     <block>.to_former               .query .gate .project .norm
@@ -57,14 +57,14 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
 def attend(queries: Tensor, keys: Tensor) -> Tensor:
     """Attention where the keys are the values too: (B, N, T, c) and (B, N, c, P) -> (B, T, N c)."""
     scores = queries * queries.shape[-1] ** -0.5 @ keys
-    found = scores.softmax(3) @ keys.transpose(2, 3)
-    return found.transpose(1, 2).flatten(2)
+    values = scores.softmax(3) @ keys.transpose(2, 3)
+    return values.transpose(1, 2).flatten(2)
 
 
 class MobileToFormer(nn.Module):
-    """Mobile -> Former: each token gathers from the map what it asks for, adds it to itself, and is normed.
+    """Mobile -> Former: the tokens attend to the map, with a residual connection and a LayerNorm after it.
 
-    What it gathers is first scaled channel by channel with 2 hard_sigmoid, in [0, 2], told by the token itself.
+    The result of the attention is scaled by a gain for each channel in [0, 2], 2 hard_sigmoid of a Linear of the token.
     """
 
     def __init__(self, channels: int, token_dim: int) -> None:
@@ -105,7 +105,7 @@ class Former(nn.Module):
 
 
 class FormerToMobile(nn.Module):
-    """Mobile <- Former: each pixel adds to itself a mixture of the tokens."""
+    """Mobile <- Former: the pixels attend to the tokens, with a residual connection."""
 
     def __init__(self, channels: int, token_dim: int) -> None:
         super().__init__()
@@ -126,14 +126,14 @@ class FormerToMobile(nn.Module):
 
 
 class ChannelShuffle(nn.Module):
-    """Deals channels out anew, so that each group of the next convolution gets some of each of these groups."""
+    """Reorders channels so that each group of the next convolution gets some of each of these groups."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
 
     def extra_repr(self) -> str:
-        """The argument, for print."""
+        """The argument, for the module's repr."""
         return str(self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class InvertedDown(nn.Module):
 
 
 class Block(nn.Module):
-    """Mobile -> Former, Former, Mobile, Mobile <- Former. The first of the new tokens tells the activations."""
+    """Mobile -> Former, Former, Mobile, Mobile <- Former. The first of the new tokens controls the activations."""
 
     def __init__(self, c_in: int, row: Down | Keep, token_dim: int, groups: int) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ VARIANTS = {
 
 
 class Stem(nn.Module):
-    """Both streams begin: images pass one convolution, tokens are learned constants."""
+    """The start of both streams: one convolution of the images, and tokens that are learned constants."""
 
     def __init__(self, in_chans: int, variant: Variant) -> None:
         super().__init__()
@@ -412,13 +412,13 @@ def mobileformer(variant: str, num_classes: int, in_chans: int) -> Classifier:
         stages.append(blocks)
     net = Classifier(Stem(in_chans, spec), stages, TwoStreamHead(width, spec, num_classes), tuple(features.values()))
     init_(net)
-    narrow_(net)
+    scale_grouped_(net)
     return net
 
 
 @torch.no_grad()
-def narrow_(net: nn.Module) -> None:
-    """Take grouped convolutions to N(0, 2 / (k k C_out)), the groups uncounted: as the released code starts them."""
+def scale_grouped_(net: nn.Module) -> None:
+    """Initialize grouped convolutions by N(0, 2 / (k k C_out)), without regard to groups, as the released code does."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.div_(math.sqrt(module.groups))
@@ -470,7 +470,7 @@ def _under(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
 
 
 def _mobile_modules(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Convolutions with their norms, and the two Linears that tell an activation."""
+    """Convolutions with their norms, and the two Linears of a dynamic activation."""
     modules: dict[str, str] = {}
     for a, b in table.items():
         leaves = {"hyper.0": "reduce", "hyper.2": "expand"} if a.startswith("hyper") else {"0": "0", "1": "1"}
@@ -507,4 +507,4 @@ def _rename(keys: Collection[str]) -> dict[str, str]:
     return by_module(keys, modules) | {key: "stem.tokens" for key in keys if key == "tokens.weight"}
 
 
-LAYOUTS = (Layout(title="released Mobile-Former", family="mobileformer", mark=r"tokens\.weight", rename=_rename),)
+LAYOUTS = (Layout(title="released Mobile-Former", family="mobileformer", signature=r"tokens\.weight", rename=_rename),)

@@ -1,7 +1,7 @@
 """MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications (arXiv 1704.04861).
 
-Depthwise 3x3 and pointwise 1x1 convolutions in turn, each with norm and activation. The paper leaves details open
-in which every released set of weights differs from the next; those travel together as a `Flavour`.
+Depthwise 3x3 and pointwise 1x1 convolutions in turn, each with norm and activation. Released weights differ
+in details that the paper leaves open; those are a `Flavour`.
 
     stem                    3x3, stride 2
     stages.<0..4>.<j>       layers: depthwise where j is even, pointwise where it is odd; a new stage where one strides
@@ -223,10 +223,10 @@ LAYOUTS = (
     Layout(
         title="TF-slim MobileNetV1",
         family="mobilenetv1",
-        mark=r"MobilenetV1/Conv2d_0/weights(:0)?",
+        signature=r"MobilenetV1/Conv2d_0/weights(:0)?",
         rename=partial(_rename, SLIM_KEYS),
         # the optimizer's slots, averages, and ranges of quantization-aware training
-        idle=r"global_step|.*/(ExponentialMovingAverage|RMSProp(_1)?|Momentum)(:0)?$|.*_quant/",
+        ignored=r"global_step|.*/(ExponentialMovingAverage|RMSProp(_1)?|Momentum)(:0)?$|.*_quant/",
         axes={"weights": DENSE_AXES, "depthwise_weights": DEPTHWISE_AXES},
         variant="tf",
         background=True,
@@ -234,16 +234,16 @@ LAYOUTS = (
     Layout(
         title="Keras MobileNetV1",
         family="mobilenetv1",
-        mark=r"(.*/)?conv_dw_1/depthwise_kernel(:0)?",
+        signature=r"(.*/)?conv_dw_1/depthwise_kernel(:0)?",
         rename=partial(_rename, KERAS_KEYS),
-        idle=r"optimizer_weights/|(.*/)?(iteration|learning_rate)(:0)?$",
+        ignored=r"optimizer_weights/|(.*/)?(iteration|learning_rate)(:0)?$",
         axes={"kernel": DENSE_AXES, "depthwise_kernel": DEPTHWISE_AXES},
         variant="tf",
     ),
     Layout(
         title="transformers MobileNetV1",
         family="mobilenetv1",
-        mark=r"mobilenet_v1\.conv_stem\.convolution\.weight",
+        signature=r"mobilenet_v1\.conv_stem\.convolution\.weight",
         rename=partial(_rename, HF_KEYS),
         variant="tf",
         config={"tf_padding": True, "hidden_act": "relu6", "layer_norm_eps": 0.001},
@@ -252,14 +252,14 @@ LAYOUTS = (
     Layout(
         title="timm MobileNetV1",
         family="mobilenetv1",
-        mark=r"blocks\.0\.0\.conv_dw\.weight",
+        signature=r"blocks\.0\.0\.conv_dw\.weight",
         rename=partial(_rename, TIMM_KEYS),
         variant="timm",
     ),
     Layout(
         title="plain MobileNetV1",
         family="mobilenetv1",
-        mark=r"features\.0\.conv\.weight",
+        signature=r"features\.0\.conv\.weight",
         rename=partial(_rename, FEATURES_KEYS),
         variant=None,
     ),

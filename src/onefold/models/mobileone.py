@@ -2,7 +2,7 @@
 
 A unit is a sum of linear branches - k convolutions, a 1x1 convolution, a skip, each with its norm - then perhaps a
 squeeze-excite gate, then ReLU. A depthwise 3x3 unit and a pointwise 1x1 unit make a block; blocks make stages.
-Folded, each sum is one convolution (`onefold.reparam.fuse`); nothing here knows of it.
+Folded, each sum is one convolution (see `onefold.reparam`).
 
     stem                    one dense 3x3 unit, stride 2
     stages.<0..3>.<j>       units: depthwise where j is even, pointwise where it is odd; the first of a stage strides 2
@@ -80,10 +80,11 @@ def branches(c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, 
 
 
 def zero_init_branches_(model: nn.Module) -> None:
-    """Begin training at the skips, in place: where a unit has one, the gains of its other norms are 0.
+    """Set the gains of norms to 0, in place, in units with a skip, except the skip's own; elsewhere to 1 / sqrt(N).
 
-    So a fresh network is shallow, and learns within few steps; elsewhere the branches share the unit's variance. The
-    papers do not do this, long trainings do not need it. Source: zero gains as in arXiv 1706.02677, section 5.1.
+    The network then starts as a shallow one, of the other units, and learns within few steps; N branches share a unit's
+    variance. Papers on MobileOne do not do this, and long trainings do not need it. Source: zero gains as in arXiv
+    1706.02677, section 5.1.
     """
     for unit in model.modules():
         if isinstance(unit, Unit):
@@ -137,43 +138,27 @@ def mobileone(variant: Variant, num_classes: int, in_chans: int) -> Classifier:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyNames:
-    """What one project calls the parts; see the table above."""
+    """What a project calls the parts (see the table above); the defaults are Apple's names."""
 
-    stem: str
-    stages: tuple[str, str, str, str]
-    branch: str
-    scale: str
-    conv: str
-    norm: str
-    skip: str
-    folded: str
-    reduce: str
-    expand: str
-    head: str
+    stem: str = "stage0"
+    stages: tuple[str, str, str, str] = ("stage1", "stage2", "stage3", "stage4")
+    branch: str = "rbr_conv"
+    scale: str = "rbr_scale"
+    conv: str = "conv"
+    norm: str = "bn"
+    skip: str = "rbr_skip"
+    folded: str = "reparam_conv"
+    reduce: str = "se.reduce"
+    expand: str = "se.expand"
+    head: str = "linear"
 
 
-APPLE_KEYS = KeyNames(
-    stem="stage0",
-    stages=("stage1", "stage2", "stage3", "stage4"),
-    branch="rbr_conv",
-    scale="rbr_scale",
-    conv="conv",
-    norm="bn",
-    skip="rbr_skip",
-    folded="reparam_conv",
-    reduce="se.reduce",
-    expand="se.expand",
-    head="linear",
-)
 TIMM_KEYS = KeyNames(
     stem="stem",
     stages=("stages.0", "stages.1", "stages.2", "stages.3"),
     branch="conv_kxk",
     scale="conv_scale",
-    conv="conv",
-    norm="bn",
     skip="identity",
-    folded="reparam_conv",
     reduce="attn.fc1",
     expand="attn.fc2",
     head="head.fc",
@@ -183,7 +168,6 @@ MMPRETRAIN_KEYS = KeyNames(
     stages=("backbone.stage1", "backbone.stage2", "backbone.stage3", "backbone.stage4"),
     branch="branch_conv_list",
     scale="branch_scale",
-    conv="conv",
     norm="norm",
     skip="branch_norm",
     folded="branch_reparam",
@@ -194,12 +178,8 @@ MMPRETRAIN_KEYS = KeyNames(
 CORENET_KEYS = KeyNames(
     stem="conv_1",
     stages=("layer_2", "layer_3", "layer_4", "layer_5"),
-    branch="rbr_conv",
-    scale="rbr_scale",
     conv="block.conv",
     norm="block.norm",
-    skip="rbr_skip",
-    folded="reparam_conv",
     reduce="se.se_layer.fc1.block.conv",
     expand="se.se_layer.fc2.block.conv",
     head="classifier.classifier_fc",
@@ -207,7 +187,7 @@ CORENET_KEYS = KeyNames(
 
 
 def _unit_modules(names: KeyNames, theirs: str, ours: str, present: Collection[str]) -> dict[str, str]:
-    """The modules of one unit, theirs -> ours; how many branches it has is told by what is `present`."""
+    """The modules of one unit, theirs -> ours; it has as many branches as are `present`."""
     branches = (f"{theirs}.{names.branch}.{i}" for i in count())
     parallel = list(takewhile(lambda name: f"{name}.{names.conv}" in present, branches))
     scale = f"{theirs}.{names.scale}"
@@ -233,12 +213,12 @@ def _rename(names: KeyNames, keys: Collection[str]) -> dict[str, str]:
 
 def _layout(title: str, names: KeyNames) -> Layout:
     dotted = names.stem.replace(".", r"\.")
-    mark = rf"{dotted}\.({names.branch}\.0\.{names.conv}|{names.folded})\.weight"
-    return Layout(title=f"{title} MobileOne", family="mobileone", mark=mark, rename=partial(_rename, names))
+    signature = rf"{dotted}\.({names.branch}\.0\.{names.conv}|{names.folded})\.weight"
+    return Layout(title=f"{title} MobileOne", family="mobileone", signature=signature, rename=partial(_rename, names))
 
 
 LAYOUTS = (
-    _layout("Apple", APPLE_KEYS),
+    _layout("Apple", KeyNames()),
     _layout("timm", TIMM_KEYS),
     _layout("mmpretrain", MMPRETRAIN_KEYS),
     _layout("corenet", CORENET_KEYS),

@@ -1,4 +1,4 @@
-"""What the families share: conv-norm chains, gates, padding, heads, and the two shapes of a network.
+"""Parts that the families share: layers, padding, initialization, heads, and the classifier and feature networks.
 
 Shapes: B images in a batch, C channels, H W rows and columns of a map, D width of a token, N classes.
 The *state* that goes from stage to stage is a map (B, C, H, W), or that map with tokens beside it.
@@ -26,13 +26,13 @@ State = Tensor | tuple[Tensor, Tensor]
 
 def conv_norm(c_in: int, c_out: int, kernel_size: int, stride: int = 1, groups: int = 1, *, eps: float = 1e-5) -> Chain:
     """A convolution without bias, padded symmetrically by half its kernel, and its BatchNorm."""
-    kind = SparsePointwise if kernel_size == 1 and stride > 1 and groups == 1 else nn.Conv2d
+    kind = StridedPointwise if kernel_size == 1 and stride > 1 and groups == 1 else nn.Conv2d
     conv = kind(c_in, c_out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return Chain(conv, nn.BatchNorm2d(c_out, eps=eps))
 
 
-class SparsePointwise(nn.Conv2d):
-    """A strided 1x1 convolution that first picks the pixels it needs, then has no stride: the same numbers.
+class StridedPointwise(nn.Conv2d):
+    """A strided 1x1 convolution that first selects the pixels it reads, then has no stride: the same numbers.
 
     torch 2.13's own kernel for few input channels in channels_last reads past its memory in the backward pass on
     processors without AVX-512.
@@ -44,7 +44,7 @@ class SparsePointwise(nn.Conv2d):
         return F.conv2d(x[:, :, ::down, ::across], self.weight, self.bias)
 
 
-fold.register(SparsePointwise, fold.dispatch(nn.Conv2d))
+fold.register(StridedPointwise, fold.dispatch(nn.Conv2d))
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 
 
 class SqueezeExcite(nn.Module):
-    """One gain a channel and image, told by the mean of the map (Hu et al., arXiv 1709.01507)."""
+    """A gain for each channel and image, computed from the mean of the map (Hu et al., arXiv 1709.01507)."""
 
     def __init__(self, channels: int, squeeze: int = 16) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ class SqueezeExcite(nn.Module):
 
 
 class DynamicReLU(nn.Module):
-    """max(a x, b x) a channel, a in [0, 2] and b in [-1, 1] told by a token: DY-ReLU without intercepts.
+    """max(a x, b x) with a in [0, 2] and b in [-1, 1] for each channel, computed from a token: DY-ReLU, no intercepts.
 
-    Freshly initialized it is close to ReLU: a = 1, b = 0.
+    As initialized it is close to ReLU: a = 1, b = 0.
     Source: arXiv 2003.10027; as Mobile-Former (arXiv 2108.05895) uses it.
     """
 
@@ -88,7 +88,7 @@ class DynamicReLU(nn.Module):
 class SamePad(nn.Module):
     """TensorFlow's SAME padding of a strided window: as many outputs as ceil(size / stride), the odd zero last.
 
-    Under a 3x3 window of stride 2 an even map gets its zeros below and right only, an odd map one all round.
+    For a 3x3 kernel of stride 2 a map of even size gets zeros below and right only, one of odd size all round.
     """
 
     def __init__(self, kernel_size: int, stride: int) -> None:
@@ -96,11 +96,11 @@ class SamePad(nn.Module):
         self.kernel_size, self.stride = kernel_size, stride
 
     def extra_repr(self) -> str:
-        """The arguments, for print."""
+        """The arguments, for the module's repr."""
         return f"{self.kernel_size}, stride={self.stride}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) with zeros around it."""
+        """(B, C, H, W) to the same with zeros around it."""
         (top, bottom), (left, right) = self._split(x.shape[2]), self._split(x.shape[3])
         return F.pad(x, (left, right, top, bottom))
 
@@ -111,7 +111,7 @@ class SamePad(nn.Module):
 
 
 def init_(model: nn.Module) -> None:
-    """Fresh weights in place: convolutions N(0, 2 / fan-out), Linear N(0, 0.01^2), biases 0; norms keep 1 and 0.
+    """Initialize in place: convolutions N(0, 2 / fan-out), Linear N(0, 0.01^2), biases 0; norms keep 1 and 0.
 
     The fan-out of a grouped convolution is that of one group. Source: He et al. 2015, arXiv 1502.01852, section 2.2,
     backward case. None of the three papers states an initialization; this one is what public re-trainings use.
@@ -174,7 +174,7 @@ class PooledHead(Head):
 
 
 def set_dropout_(model: nn.Module, p: float) -> None:
-    """Drop features before the last layer with chance `p` from now on. Raises BadArgument where there is no head."""
+    """Set the dropout before the last layer, in place. Raises BadArgument where there is no head."""
     if not isinstance(model, Classifier) or not isinstance(model.head, Head):
         raise BadArgument(f"dropout needs a network with a head of ours, not a {type(model).__name__}")
     model.head.dropout.p = p
@@ -190,7 +190,7 @@ def map_of(state: State) -> Tensor:
 
 @dataclass(frozen=True)
 class Feature:
-    """A map that a network offers: its channels, its reduction (input side / map side), the module that ends in it."""
+    """A feature map of a network: its channels, its reduction (input size / map size), the module that ends in it."""
 
     num_chs: int
     reduction: int
@@ -214,12 +214,12 @@ class Classifier(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, int | str]]:
-        """The maps on offer as dicts with the keys num_chs, reduction, module."""
+        """The feature maps as dicts with the keys num_chs, reduction, module."""
         return FeatureInfo(self.features).get_dicts()
 
     @property
     def num_features(self) -> int:
-        """Width of the features that the last Linear sees."""
+        """Number of features that the last Linear takes."""
         return self.head.num_features
 
     @property
@@ -233,7 +233,7 @@ class Classifier(nn.Module):
         return state
 
     def forward_head(self, x: State, pre_logits: bool = False) -> Tensor:
-        """The last state -> logits, or with `pre_logits` the features (B, num_features) that the last Linear sees."""
+        """The last state -> logits, or with `pre_logits` the features (B, num_features) that the last Linear takes."""
         logits: Tensor = self.head(x, pre_logits)
         return logits
 
@@ -246,7 +246,7 @@ class Classifier(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a fresh last Linear for `num_classes` in place; 0 ends the network in its pooled features."""
+        """Replace the last Linear by a new one for `num_classes`; 0 ends the network in its pooled features."""
         if num_classes < 0:
             raise BadArgument(f"num_classes must be 0 (pooled features) or more, not {num_classes}")
         like = next(self.parameters())
@@ -258,7 +258,7 @@ class Classifier(nn.Module):
 class FeatureNet(nn.Module):
     """Images -> the maps at `out_indices` of a classifier's features, in that order.
 
-    It shares the classifier's modules, and neither keeps nor runs any past the deepest map. Raises BadArgument.
+    It shares the classifier's modules up to the deepest map, and has none of the others. Raises BadArgument.
     """
 
     def __init__(self, net: Classifier, out_indices: Sequence[int] | None = None) -> None:
@@ -273,7 +273,7 @@ class FeatureNet(nn.Module):
 
     @property
     def feature_info(self) -> FeatureInfo:
-        """What the maps are, in the order in which they come."""
+        """A description of the maps, in their order."""
         return FeatureInfo(self.features)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -288,7 +288,7 @@ class FeatureNet(nn.Module):
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """What the maps of a network are; the methods' names are timm's."""
+    """A description of the feature maps of a network; the methods are those of timm's FeatureInfo."""
 
     features: tuple[Feature, ...]
 
@@ -310,5 +310,5 @@ class FeatureInfo:
 
 
 def _depth(feature: Feature) -> int:
-    """Stages to run before this map is there; 0 for the stem."""
+    """Number of stages to run for this map; 0 for that of the stem."""
     return 0 if feature.module == "stem" else int(feature.module.removeprefix("stages.")) + 1

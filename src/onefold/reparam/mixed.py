@@ -1,7 +1,7 @@
 """The `mixed` route: each convolution by itself, then all norms, their sum and the activation in one pass.
 
-It costs one pass over the maps for the statistics and one for the output, and two in the backward, however many
-branches there are; where a unit has one wide convolution this is cheaper than that convolution's moments.
+It reads the maps once for the statistics and once for the output, and twice in the backward, whatever the number of
+branches. Where a unit has one wide convolution, this is cheaper than the moments of that convolution's input.
 
 Shapes: M maps (the branches' outputs, and the input where there is a skip), each (B, O, H', W'); tables (M, O).
 """
@@ -30,10 +30,10 @@ class _Call:
 
 
 def supports(unit: Unit, x: Tensor) -> bool:
-    """Whether the kernels for this are there: float32 on a CPU, each process with statistics of its own."""
+    """Whether the kernels take this unit: float32 on a CPU, norms that do not share statistics between processes."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in unit.branches)
-    return known and not synchronized and len(unit.branches) <= cpu.MAPS and library() is not None
+    return known and not synchronized and len(unit.branches) <= cpu.MAX_MAPS and library() is not None
 
 
 def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
@@ -47,13 +47,13 @@ def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
 
 
 def _maps(unit: Unit, x: Tensor) -> list[Tensor]:
-    """What the norms of the branches see; pointwise convolutions hand the input on, the skip takes it last."""
+    """The inputs of the branches' norms: pointwise convolutions pass the batch on, and the skip takes it last."""
     maps: dict[int, Tensor] = {}
     for number, (conv, _) in sorted(enumerate(unit.branches), key=lambda pair: pair[1].conv is None):
         if conv is None:
             maps[number] = x
         elif conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
-            y, x = cpu.Product.apply(x, conv.weight)  # type: ignore[no-untyped-call]
+            y, x = cpu.PointwiseConv.apply(x, conv.weight)  # type: ignore[no-untyped-call]
             maps[number] = y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
         else:
             maps[number] = conv(x)
@@ -71,18 +71,18 @@ class _Mix(torch.autograd.Function):
         check_batch(count, maps[0])
         moments = [cpu.column_moments(m) for m in maps]
         mean, var = (torch.stack([pair[i] for pair in moments]) for i in (0, 1))
-        inverse = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
+        inv_std = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
         gain = torch.stack(
-            [i if n.weight is None else n.weight.detach() * i for n, i in zip(norms, inverse, strict=True)]
+            [i if n.weight is None else n.weight.detach() * i for n, i in zip(norms, inv_std, strict=True)]
         )
-        bias = (gain * (mean.float() - mean)).sum(0)  # what rounding the means leaves
+        bias = (gain * (mean.float() - mean)).sum(0)  # corrects the rounding of the means, which `mix` takes in float32
         for norm, m, v in zip(norms, mean, var, strict=True):
             update_running_stats_(norm, m, v * (count / (count - 1)))
             if norm.bias is not None:
                 bias = bias + norm.bias.detach()
         y = cpu.mix(maps, mean, gain, bias, call.act)
         ctx.call, ctx.count = call, count
-        ctx.save_for_backward(y if call.act is not None else None, mean, inverse, gain, *maps, *parameters)
+        ctx.save_for_backward(y if call.act is not None else None, mean, inv_std, gain, *maps, *parameters)
         return y
 
     @staticmethod
@@ -90,15 +90,15 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         norms = [branch.norm for branch in call.unit.branches]
-        y, mean, inverse, gain, *rest = ctx.saved_tensors
+        y, mean, inv_std, gain, *rest = ctx.saved_tensors
         maps, parameters = rest[: len(norms)], rest[len(norms) :]
         y = grad if y is None else y
-        *slopes, total = cpu.mix_sums(grad, y, maps, mean, call.act)
-        slope = torch.stack(slopes)  # d gain
-        grads = cpu.mix_back(
-            grad, y, maps, mean, gain, -gain * inverse.square() * slope / ctx.count, -gain * total / ctx.count, call.act
-        )
+        *d_gains, total = cpu.mix_sums(grad, y, maps, mean, call.act)
+        d_gain = torch.stack(d_gains)
+        # BatchNorm's gradient: the mean of grad', and its part along the map, are subtracted.
+        slope, constant = -gain * inv_std.square() * d_gain / ctx.count, -gain * total / ctx.count
+        grads = cpu.mix_backward(grad, y, maps, mean, gain, slope, constant, call.act)
         affine = [
-            g for n, s, i in zip(norms, slope, inverse, strict=True) if n.weight is not None for g in (s * i, total)
+            g for n, s, i in zip(norms, d_gain, inv_std, strict=True) if n.weight is not None for g in (s * i, total)
         ]
         return (None, *grads, *(g.to(p.dtype) for g, p in zip(affine, parameters, strict=True)))

@@ -1,11 +1,11 @@
-"""What a back end does: the four passes over the batch that the `moments` route needs, as one protocol.
+"""What a back end is: the four passes over the batch that the `moments` route needs, as a protocol.
 
-Everything else of the route is algebra on small matrices, and lives in `routes`.
+Everything else of the route is algebra on small matrices (`reparam.algebra`).
 
-Shapes: B batch, I and O input and output channels, G groups, K = I/G * taps values a patch, N patches (places of the
+Shapes: B batch, I and O input and output channels, G groups, K = I/G * H * W values a patch, N patches (places of the
 output over the batch). A kernel is (G, O/G, K), a mean (G, K), a covariance (G, K, K).
 
-`library` is the compiled kernels that the CPU's back end calls: built when first needed, kept for the next time.
+`library` gives the compiled kernels of the CPU back end: built when first needed, and cached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Act = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is Re
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a unit reads: groups, kernel size, stride, and the zeros around the image."""
+    """What a unit reads: groups, kernel size, stride, and the zeros around the image."""
 
     groups: int
     kernel_size: Pair
@@ -47,7 +47,7 @@ class Moments(NamedTuple):
 
 
 class Passes(Protocol):
-    """A back end."""
+    """The four passes. In `grad'` the activation is applied: grad where its clamp let y through, else 0."""
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches of x."""
@@ -90,10 +90,10 @@ class SlowerRouteWarning(UserWarning):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels as a loaded library, or None - with one warning - where they cannot be had.
+    """The kernels as a loaded library; None, with one warning, where they cannot be compiled.
 
-    ONEFOLD_KERNELS=plain in the environment asks for None; CXX names another compiler; the library is kept under
-    XDG_CACHE_HOME (~/.cache), by the hash of sources, flags, compiler and machine.
+    In the environment ONEFOLD_KERNELS=plain switches them off and CXX names another compiler. The library is cached
+    under XDG_CACHE_HOME (~/.cache), by a hash of sources, flags, compiler and processor.
     """
     if os.environ.get("ONEFOLD_KERNELS") == "plain":
         return None

@@ -1,12 +1,13 @@
 """The four passes on a CPU, by the compiled kernels: pointwise, depthwise of any stride, and small dense units.
 
-The kernels work on float32 images in channels_last order; other layouts and half types are converted. They take a
-centre in float32, near the mean; what rounding leaves between the two is put right here, in float64.
+The kernels work on float32 images in channels_last order; other memory formats and half types are converted. They
+subtract a centre in float32, near the mean; its rounding error is corrected here, in float64.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -19,15 +20,15 @@ from torch.autograd.function import once_differentiable
 from onefold.reparam.kernels.backend import Act, Geometry, Moments, library
 from onefold.reparam.kernels.memory import new_map
 
-MAPS = 8  # in a `mix`
-SIZES = (1, 3, 5, 7)  # of depthwise kernels
-SMALL = 64  # values a patch: a dense unit up to this (a stem) is done on written-out patches
-PILOT = 256  # rows whose mean is the first guess of the mean
-DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are made again, centred
+MAX_MAPS = 8  # in a call of `mix`
+KERNEL_SIZES = (1, 3, 5, 7)  # of depthwise kernels
+MAX_PATCH = 64  # values of a patch up to which a dense unit (a stem) is computed on written-out patches
+PILOT_ROWS = 256  # whose mean is the first estimate of the mean
+DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are computed again, centred
 
 
 def supports(x: Tensor, geometry: Geometry) -> bool:
-    """Whether these kernels do this unit, and are there."""
+    """Whether these kernels take this unit, and could be compiled."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     known = _is_pointwise(geometry) or _is_depthwise(x, geometry) or _is_small(x, geometry)
@@ -35,10 +36,10 @@ def supports(x: Tensor, geometry: Geometry) -> bool:
 
 
 class Compiled:
-    """The compiled kernels; see `supports`. One instance serves one unit and batch, forward or backward."""
+    """The compiled kernels. An instance is for one unit and batch, forward or backward; see `supports` for which."""
 
     def __init__(self) -> None:
-        self._patches: Tensor | None = None  # of a small dense unit, which two passes in a row need
+        self._patches: Tensor | None = None  # of a small dense unit: two passes in a row use them
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches, in float64."""
@@ -46,21 +47,20 @@ class Compiled:
             return _depthwise_moments(x, geometry)
         rows = self._rows(x, geometry)
         n, c = rows.shape
-        centre = rows[:PILOT].mean(0)
+        centre = rows[:PILOT_ROWS].mean(0)
         total, products = _double(c), _double(c, c)
         call("pointwise_moments", rows, n, c, centre, total, products)
-        return _centred(centre.double()[None], total[None], products[None], n)
+        return _from_sums(centre.double()[None], total[None], products[None], n)
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W')."""
         centre = _centre(x, mean, geometry)
         offset = bias.double() - (kernel.double() @ (mean - centre)[..., None]).flatten()
         weight, offset, top = _float(kernel), _float(offset), _top(act)
-        size = _places(x, geometry)
-        y = new_map(x.shape[0], *size, len(offset))
+        y = new_map(x.shape[0], *_places(x, geometry), len(offset))
         if _is_depthwise(x, geometry):
-            shape, taps = _shape(x, geometry)
-            call("depthwise_convolve", _image(x), shape, taps, _float(centre[:, 0]), weight, offset, top, y)
+            shape, size = _shape(x, geometry)
+            call("depthwise_convolve", _image(x), shape, size, _float(centre[:, 0]), weight, offset, top, y)
         else:
             rows = self._rows(x, geometry)
             call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, 0, y)
@@ -74,8 +74,8 @@ class Compiled:
         g, after, top = _image(grad), _image(y), _top(act)
         products, total = _double(geometry.groups, out // geometry.groups, mean.shape[1]), _double(out)
         if _is_depthwise(x, geometry):
-            shape, taps = _shape(x, geometry)
-            call("depthwise_kernel_grad", g, after, _image(x), shape, taps, _float(centre[:, 0]), top, products, total)
+            shape, size = _shape(x, geometry)
+            call("depthwise_kernel_grad", g, after, _image(x), shape, size, _float(centre[:, 0]), top, products, total)
         else:
             rows = self._rows(x, geometry)
             call("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
@@ -89,17 +89,15 @@ class Compiled:
         centre = _centre(x, mean, geometry)
         g, after, top, weight, square = _image(grad), _image(y), _top(act), _float(kernel), _float(quad)
         if _is_depthwise(x, geometry):
-            shape, taps = _shape(x, geometry)
+            shape, size = _shape(x, geometry)
             image, middle, offset = _image(x), _float(centre[:, 0]), _float(mean - centre)
             dx = new_map(*image.shape)
             tables = (middle, weight, square, offset, _float(shift))
-            call("depthwise_input_grad", g, after, image, shape, taps, *tables, top, dx)
+            call("depthwise_input_grad", g, after, image, shape, size, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
         rows = self._rows(x, geometry)
-        dx, constant = (
-            new_map(*rows.shape),
-            _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1)),
-        )
+        dx = new_map(*rows.shape)
+        constant = _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1))
         sizes = (*rows.shape, grad.shape[1])
         call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
         return _unrows(dx, x, geometry).to(x.dtype)
@@ -109,41 +107,38 @@ class Compiled:
         if _is_pointwise(geometry):
             return _image(x).flatten(0, 2)
         if self._patches is None:
-            (tall, wide), (shape, taps) = _places(x, geometry), _shape(x, geometry)
-            self._patches = new_map(x.shape[0] * tall * wide, x.shape[1] * taps * taps)
-            call("write_patches", _image(x), shape, taps, self._patches)
+            (height, width), (shape, size) = _places(x, geometry), _shape(x, geometry)
+            self._patches = new_map(x.shape[0] * height * width, x.shape[1] * size * size)
+            call("write_patches", _image(x), shape, size, self._patches)
         return self._patches
 
 
 def _depthwise_moments(x: Tensor, geometry: Geometry) -> Moments:
-    """Uncentred first, which is cheaper; once more around the mean where that dominates."""
-    image, (shape, taps) = _image(x), _shape(x, geometry)
-    c, k, n = x.shape[1], taps * taps, x.shape[0]
-    for size in _places(x, geometry):
-        n *= size
-    centre, found = torch.zeros(c), None
-    for again in (0, 1):
+    """The moments of depthwise patches: uncentred first, which is cheaper; again around the mean where it dominates."""
+    image, (shape, size) = _image(x), _shape(x, geometry)
+    c, k, n = x.shape[1], size * size, x.shape[0] * math.prod(_places(x, geometry))
+    centre = torch.zeros(c)
+    for centred in (0, 1):
         total, products = _double(c, k), _double(c, k, k)
-        call("depthwise_moments", image, shape, taps, centre, again, total, products)
-        found = _centred(centre.double()[:, None], total, products, n)
-        middle = found.mean[:, k // 2]
-        if not (middle.square() > DOMINANT * found.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
+        call("depthwise_moments", image, shape, size, centre, centred, total, products)
+        moments = _from_sums(centre.double()[:, None], total, products, n)
+        middle = moments.mean[:, k // 2]
+        if not (middle.square() > DOMINANT * moments.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
             break
         centre = _float(middle)
-    assert found is not None
-    return found
+    return moments
 
 
-def _centred(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments:
-    """Moments out of sums around a centre."""
+def _from_sums(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments:
+    """Moments from sums over n patches, both around a centre."""
     off = total / n
     return Moments(centre + off, products.div_(n).baddbmm_(off[:, :, None], off[:, None], alpha=-1), n)
 
 
-class Product(torch.autograd.Function):
-    """A pointwise convolution (B, I, H, W) x (O, I, 1, 1) -> (B, O, H, W), and its input once more.
+class PointwiseConv(torch.autograd.Function):
+    """A pointwise convolution (B, I, H, W) x (O, I, 1, 1) -> (B, O, H, W), and its input as a second output.
 
-    Who uses the input beside the convolution takes the second output: their gradients are then summed in one pass.
+    Another user of the input takes the second output instead: then both gradients are added in one pass.
     """
 
     @staticmethod
@@ -155,22 +150,23 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, beside: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of both uses."""
+    def backward(ctx: Any, grad: Tensor, other: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of input, from both outputs, and weight."""
         x, weight = ctx.saved_tensors
         if grad is None:
-            return beside, None
+            return other, None
         products = _image(grad).flatten(0, 2).T @ _image(x).flatten(0, 2)
-        dx = _product(grad, weight.flatten(1).T, beside) if ctx.needs_input_grad[0] else None
+        dx = _product(grad, weight.flatten(1).T, other) if ctx.needs_input_grad[0] else None
         return dx, products.to(weight.dtype).view_as(weight)
 
 
-def _product(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
-    """weight (O, I) times each pixel of (B, I, H, W), plus `more`: (B, O, H, W)."""
+def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
+    """weight (O, I) times each pixel of (B, I, H, W), plus `addend`: (B, O, H, W)."""
     (b, c, h, w), out = x.shape, len(weight)
-    y, zeros = new_map(b, h, w, out), (torch.zeros(c), torch.zeros(out))
-    kernel, other = _float(weight), 0 if more is None else (more := _image(more)).data_ptr()
-    call("pointwise_convolve", _image(x), b * h * w, c, zeros[0], kernel, zeros[1], out, -1.0, other, y)
+    y, centre, offset = new_map(b, h, w, out), torch.zeros(c), torch.zeros(out)
+    addend = None if addend is None else _image(addend)  # kept alive for its address
+    address = 0 if addend is None else addend.data_ptr()
+    call("pointwise_convolve", _image(x), b * h * w, c, centre, _float(weight), offset, out, -1.0, address, y)
     return y.permute(0, 3, 1, 2)
 
 
@@ -178,7 +174,7 @@ def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of (B, C, H, W), in float64."""
     rows = _image(x).flatten(0, 2)
     n, c = rows.shape
-    centre, total, squares = rows[:PILOT].mean(0), _double(c), _double(c)
+    centre, total, squares = rows[:PILOT_ROWS].mean(0), _double(c), _double(c)
     call("column_moments", rows, n, c, centre, total, squares)
     off = total / n
     return centre + off, (squares / n - off.square()).clamp_min_(0)
@@ -203,7 +199,7 @@ def mix_sums(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act:
     return sums
 
 
-def mix_back(
+def mix_backward(
     grad: Tensor,
     y: Tensor,
     maps: Sequence[Tensor],
@@ -223,7 +219,7 @@ def mix_back(
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """Their addresses, 0 for None."""
+    """An array of the addresses of tensors, 0 for None."""
     return (ctypes.c_void_p * len(tensors))(*(0 if t is None else t.data_ptr() for t in tensors))
 
 
@@ -232,8 +228,8 @@ def _is_pointwise(geometry: Geometry) -> bool:
 
 
 def _is_depthwise(x: Tensor, geometry: Geometry) -> bool:
-    tall, above = geometry.kernel_size[0], geometry.padding[0]
-    return _is_square(geometry) and geometry.groups == x.shape[1] > 1 and tall in SIZES and above < tall
+    size, padding = geometry.kernel_size[0], geometry.padding[0]
+    return _is_square(geometry) and geometry.groups == x.shape[1] > 1 and size in KERNEL_SIZES and padding < size
 
 
 def _is_square(geometry: Geometry) -> bool:
@@ -244,12 +240,12 @@ def _is_small(x: Tensor, geometry: Geometry) -> bool:
     return (
         _is_square(geometry)
         and geometry.groups == 1
-        and x.shape[1] * geometry.kernel_size[0] * geometry.kernel_size[1] <= SMALL
+        and x.shape[1] * geometry.kernel_size[0] * geometry.kernel_size[1] <= MAX_PATCH
     )
 
 
 def _image(x: Tensor) -> Tensor:
-    """(B, C, H, W) to a dense (B, H, W, C) in float32; no copy of channels_last float32."""
+    """(B, C, H, W) to a contiguous (B, H, W, C) in float32; channels_last float32 is not copied."""
     return x.detach().permute(0, 2, 3, 1).to(torch.float32).contiguous()
 
 
@@ -263,28 +259,29 @@ def _unrows(rows: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _places(x: Tensor, geometry: Geometry) -> tuple[int, int]:
-    """(H', W')."""
-    tall, wide = (
+    """The size of the output (H', W')."""
+    height, width = (
         (n + 2 * r - k) // s + 1
         for n, r, k, s in zip(x.shape[2:], geometry.padding, geometry.kernel_size, geometry.stride, strict=True)
     )
-    return tall, wide
+    return height, width
 
 
 def _centre(x: Tensor, mean: Tensor, geometry: Geometry) -> Tensor:
-    """The float32 centre that the kernels take off, as float64 (G, K): of a depthwise patch one value a channel."""
+    """The float32 centre that the kernels subtract, as float64 (G, K): of a depthwise patch one value a channel."""
     if _is_depthwise(x, geometry):
         return mean[:, mean.shape[1] // 2].float().double()[:, None].expand_as(mean)
     return mean.float().double()
 
 
 def _shape(x: Tensor, geometry: Geometry) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+    """Sizes of the image, stride and padding as the kernels take them, and the kernel size."""
     b, c, h, w = x.shape
     return (ctypes.c_int64 * 6)(b, h, w, c, geometry.stride[0], geometry.padding[0]), geometry.kernel_size[0]
 
 
 def _top(act: Act) -> float:
-    """The activation's ceiling as the kernels take it."""
+    """The upper bound of the activation as the kernels take it: negative where there is none."""
     return -1.0 if act is None else act
 
 
@@ -304,10 +301,10 @@ def call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> Non
 
 @cache
 def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
-    """A kernel that knows its arguments' types."""
+    """A kernel with the types of its arguments set."""
     kernels = library()
     assert kernels is not None
-    kernel = kernels[name]  # a function object of its own
+    kernel = kernels[name]  # indexing gives a new object, so that types of one call do not change another
     numbers: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
     kernel.argtypes = [*(numbers.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_int]
     kernel.restype = None

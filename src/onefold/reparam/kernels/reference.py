@@ -14,7 +14,7 @@ from onefold.reparam.kernels.backend import Act, Geometry, Moments
 
 
 class Reference:
-    """Plain torch."""
+    """The back end in plain torch."""
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches, in float64 (float32 on a device that lacks it)."""
@@ -77,7 +77,7 @@ def unpatch(rows: Tensor, like: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _through(grad: Tensor, y: Tensor, act: Act) -> Tensor:
-    """The gradient where the activation let the value through."""
+    """The gradient where the clamp let the value through, else 0."""
     return grad if act is None else grad * ((y > 0) & (y < act))
 
 
@@ -87,5 +87,5 @@ def _by_group(maps: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums over the batch."""
+    """The dtype of sums over the batch: float64, where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
