@@ -79,7 +79,7 @@ def test_the_whole_network_goes_to_xnnpack() -> None:
     program = trace(small(), torch.zeros(2, *SHAPE))
     partitioner = runtime._partition().XnnpackPartitioner()
     with quiet():
-        lowered = to_edge_transform_and_lower(runtime._for_one_image(program), partitioner=[partitioner])
+        lowered = to_edge_transform_and_lower(runtime._with_batch_of_one(program), partitioner=[partitioner])
     calls = [node.target.__name__ for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
     assert calls == ["executorch_call_delegate", "getitem"]
 

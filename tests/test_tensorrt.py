@@ -193,7 +193,7 @@ def test_without_a_gpu_it_is_not_loaded_and_with_one_it_is(tmp_path: Path, reque
     ):
         load(folder)
     asked = request.getfixturevalue("asked")
-    x = make_images(SHAPE, num_images=2 * runtime._MOST + 3, seed=1)
+    x = make_images(SHAPE, num_images=2 * runtime._MAX_BATCH + 3, seed=1)
     x.flags.writeable = False
     with load(folder) as session:
         np.testing.assert_allclose(session(x), answer(x.copy()), rtol=1e-4, atol=1e-6)

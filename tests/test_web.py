@@ -39,7 +39,7 @@ def children() -> set[int]:
 
 
 def test_a_batch_of_any_size_is_answered(folder: Path) -> None:
-    x = make_images(SHAPE, num_images=2 * runtime._IMAGES_A_CALL + 3, seed=1)
+    x = make_images(SHAPE, num_images=2 * runtime._MAX_BATCH + 3, seed=1)
     with torch.inference_mode():
         expected = small()(torch.from_numpy(x)).numpy()
     with load(folder) as session:
@@ -85,7 +85,7 @@ def test_images_that_the_network_does_not_take_are_told_and_the_next_are_answere
 def test_the_package_is_looked_for_upwards_and_where_the_variable_says(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = runtime._modules()
+    modules = runtime._node_modules()
     inner = tmp_path / "project" / "inner"
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
