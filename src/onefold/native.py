@@ -1,6 +1,7 @@
 """C++ compiled when it is first needed, and kept for the next time under XDG_CACHE_HOME (~/.cache).
 
 A library is kept by the hash of sources, flags, compiler and processor. CXX in the environment names the compiler.
+Without one everything works all the same, more slowly; that is said once, by a `NotCompiledWarning`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 LIMIT_S = 300  # a compiler that takes longer hangs
+
+WARNED = "ONEFOLD_WARNED_NOT_COMPILED"
+"""Set in the environment by the process that warns, so that those which it starts do not warn again."""
+
+_warning = threading.Lock()  # the loader's threads may find out at the same time
+
+
+class NotCompiledWarning(UserWarning):
+    """The C++ code cannot be compiled: torch and numpy compute in its place, more slowly."""
 
 
 def built(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
@@ -38,14 +50,34 @@ def built(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> P
     return path
 
 
-def loaded(source: Path, *, switch: str) -> ctypes.CDLL | None:
-    """The library of one file; None where it cannot be compiled, or where the environment's `switch` is "plain"."""
+def loaded(name: str, sources: Sequence[Path], headers: Sequence[Path] = (), *, switch: str) -> ctypes.CDLL | None:
+    """The library `name`, compiled if it is not there yet; None where the environment's `switch` is "plain".
+
+    None too where it cannot be compiled, with one NotCompiledWarning for this process and all that it starts.
+    """
     if os.environ.get(switch) == "plain":
         return None
     try:
-        return ctypes.CDLL(str(built(source.stem, [source])))
-    except (OSError, subprocess.SubprocessError):
+        return ctypes.CDLL(str(built(name, sources, headers)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _warn_once(error)
         return None
+
+
+def _warn_once(error: Exception) -> None:
+    with _warning:
+        # Processes that a launcher starts side by side inherit nothing from each other: a machine's first one warns.
+        if os.environ.get(WARNED) or os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        os.environ[WARNED] = "1"
+    output = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+    lines = (output.decode(errors="replace") if isinstance(output, bytes) else output or "").strip().splitlines()
+    warnings.warn(
+        f"the C++ code cannot be compiled ({lines[-1] if lines else error}): PyTorch and NumPy compute in its place, "
+        "which is slower",
+        NotCompiledWarning,
+        stacklevel=3,
+    )
 
 
 def _compile(compiler: str, sources: list[str], path: Path) -> None:

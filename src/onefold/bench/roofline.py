@@ -125,7 +125,7 @@ def _places(threads: int) -> list[int]:
 
 def _library() -> ctypes.CDLL | None:
     """The loops, or None where they cannot be compiled; ONEFOLD_PEAKS=plain in the environment asks for None."""
-    library = loaded(Path(__file__).with_name("roofline.cpp"), switch="ONEFOLD_PEAKS")
+    library = loaded("roofline", [Path(__file__).with_name("roofline.cpp")], switch="ONEFOLD_PEAKS")
     if library is not None:
         library.variant_name.restype = ctypes.c_char_p
     return library

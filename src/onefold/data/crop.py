@@ -97,7 +97,7 @@ _SCALE_1, _OFFSET_0 = np.ones(3, np.float32), np.zeros(3, np.float32)
 @cache
 def resampler() -> ctypes.CDLL | None:
     """Load the compiled resize; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    library = loaded(Path(__file__).with_name("resample.cpp"), switch="ONEFOLD_KERNELS")
+    library = loaded("resample", [Path(__file__).with_name("resample.cpp")], switch="ONEFOLD_KERNELS")
     if library is None:
         return None
     number, address = ctypes.c_int, ctypes.c_void_p

@@ -173,7 +173,7 @@ def _arguments(images: Floats, out: npt.NDArray[Any]) -> tuple[object, ...]:
 @cache
 def _library() -> ctypes.CDLL | None:
     """Compile and load channels_last.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    library = loaded(Path(__file__).with_name("channels_last.cpp"), switch="ONEFOLD_KERNELS")
+    library = loaded("channels_last", [Path(__file__).with_name("channels_last.cpp")], switch="ONEFOLD_KERNELS")
     if library is not None:
         library.copy_channels_last.restype = library.quantize_channels_last.restype = None
     return library

@@ -11,9 +11,6 @@ output over the batch). A kernel is (G, O/G, K), a mean (G, K), a covariance (G,
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from onefold.native import built
+from onefold.native import loaded
 
 Pair = tuple[int, int]
 Act = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is ReLU6
@@ -84,10 +81,6 @@ SOURCES = ("pointwise.cpp", "depthwise.cpp", "mixed.cpp", "algebra.cpp", "memory
 HEADERS = ("vector.h", "pointwise.h")
 
 
-class SlowerRouteWarning(UserWarning):
-    """The kernels cannot be compiled: the `moments` route runs on plain torch, with the same numbers but slower."""
-
-
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels as a loaded library; None, with one warning, where they cannot be compiled.
@@ -95,12 +88,6 @@ def library() -> ctypes.CDLL | None:
     In the environment ONEFOLD_KERNELS=plain switches them off and CXX names another compiler. The library is cached
     under XDG_CACHE_HOME (~/.cache), by a hash of sources, flags, compiler and processor.
     """
-    if os.environ.get("ONEFOLD_KERNELS") == "plain":
-        return None
-    try:
-        here = Path(__file__).parent
-        return ctypes.CDLL(str(built("kernels", [here / name for name in SOURCES], [here / name for name in HEADERS])))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = error.stderr.strip().splitlines()[-1:] if isinstance(error, subprocess.CalledProcessError) else error
-        warnings.warn(f"training is slower: cannot compile its kernels ({reason})", SlowerRouteWarning, stacklevel=2)
-        return None
+    here = Path(__file__).parent
+    sources, headers = ([here / name for name in names] for names in (SOURCES, HEADERS))
+    return loaded("kernels", sources, headers, switch="ONEFOLD_KERNELS")
