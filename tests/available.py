@@ -27,8 +27,6 @@ def missing(runtime: str) -> str | None:
             return f"{runtime} is not installed: there is no package {package}"
     if runtime == "web" and shutil.which("node") is None:
         return "web needs Node.js"
-    if runtime == "web" and shutil.which("node") is None:
-        return "web is not installed: there is no program node"
     try:
         if runtime == "web":
             web._node_modules()
