@@ -33,8 +33,8 @@ from onefold import create_model
 from onefold.cli import main
 from onefold.commands.open import open_predictor
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
-from onefold.models.card import Card, save_weights
 from onefold.models.hub import load_model
+from onefold.models.weights_file import Card, save_weights
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
 from onefold.train.checkpoint import BackgroundWriter, seal, unseal
 from training_kit import PLAN, fresh
@@ -453,9 +453,9 @@ def test_a_small_disk(tmp_path: Path) -> None:
         "import sys; sys.path[:0] = [sys.argv[2]]\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from onefold.cli import exit_status\n"
+        "from onefold.cli import error_handling\n"
         "from training_kit import fresh\n"
-        "sys.exit(exit_status.status_of(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
+        "sys.exit(error_handling.status_of(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
     )
     statuses = {}
     for pages in (8, 14, 17, 19, 40):

@@ -17,7 +17,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from onefold.reparam.kernels import triton_base  # noqa: E402
-from onefold.reparam.kernels.backend import Act, Geometry, Passes  # noqa: E402
+from onefold.reparam.kernels.base import Act, Geometry, Passes  # noqa: E402
 from onefold.reparam.kernels.reference import Reference  # noqa: E402
 from onefold.reparam.kernels.triton_base import POINTWISE, supports  # noqa: E402
 from onefold.reparam.kernels.triton_depthwise import Depthwise  # noqa: E402

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
-from onefold.models.card import Card, digest, verify
 from onefold.models.hub import (
     from_pretrained,
     load_model,
@@ -42,6 +41,7 @@ from onefold.models.hub import (
     save_weights,
 )
 from onefold.models.safe_load import read
+from onefold.models.weights_file import Card, digest, verify
 from onefold.reparam import drift, fuse
 
 NAME = "mobilenetv1_025"

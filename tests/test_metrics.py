@@ -15,7 +15,7 @@ from PIL import Image
 from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.open import Predictor
 from onefold.data import Preprocessing
-from onefold.data.imagenet import (
+from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
     corruption_folders,
     imagenet_variant,

@@ -27,9 +27,9 @@ from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.quantize import MINMAX, Method, quantize
 from onefold.quantize.equalize import activation_qparams, equalize_, rescale_, shorten_weight_scales
+from onefold.quantize.gptq import gptq, nearest
 from onefold.quantize.graph import get_parameter, layers, trace
 from onefold.quantize.qparams import QParams, choose_qparams, weight_scales
-from onefold.quantize.rounding import gptq, nearest
 from onefold.reparam import fuse
 from onefold.runtimes import ModelInfo, export, find_runtime, load
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from onefold.errors import BadCheckpoint
 from onefold.models import create_model
 from onefold.models.hub import load_model, load_training_weights_, load_weights_
+from onefold.models.load_weights import detect, guess_model
 from onefold.models.safe_load import read
-from onefold.models.weights import detect, guess_model
 from onefold.reparam import unfused_norms
 
 Tensors = dict[str, Tensor]

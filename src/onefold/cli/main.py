@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
-from onefold.cli import display, exit_status
-from onefold.cli import measure as measuring
+from onefold.cli import display, error_handling
 from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads, quantization_method, runtime_names
 from onefold.errors import BadArgument, BadData
 from onefold.runtimes import RUNTIMES
@@ -233,7 +233,7 @@ def export(
     display.artifacts(artifacts)
 
 
-for verb in (deploying.deploy, measuring.bench, measuring.limits, measuring.profile, measuring.phone):
+for verb in (deploying.deploy, benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone):
     app.command()(verb)
 
 
@@ -282,4 +282,4 @@ def _dotted(arguments: Sequence[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_status.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
+    return error_handling.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))

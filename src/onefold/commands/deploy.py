@@ -28,7 +28,7 @@ from onefold.commands.quantizing import Calibration, held_out, quantized, unlabe
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
-from onefold.models.card import hub_readme
+from onefold.models.weights_file import hub_readme
 from onefold.quantize import Quantized
 from onefold.report import require_matplotlib
 from onefold.runtimes import Artifact, Runtime, find_runtime

@@ -19,7 +19,7 @@ import torch
 from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
 from onefold.data import Dataset, ImageLoader
 from onefold.data.folders import read_class_folders
-from onefold.data.imagenet import (
+from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
     corruption_folders,
     find_real_labels,

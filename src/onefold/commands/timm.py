@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
-from onefold.models.card import Card, verify, write_weights
 from onefold.models.safe_load import read
+from onefold.models.weights_file import Card, verify, write_weights
 from onefold.reparam import fuse
 from onefold.runtimes.reference import make_images
 

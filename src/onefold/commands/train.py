@@ -41,7 +41,7 @@ from onefold.train import (
     worker_batches,
 )
 from onefold.train.loggers import check_services
-from onefold.train.rng import forked_rng
+from onefold.train.rng_state import forked_rng
 
 CHECK, SAMPLES, QPARAMS = "check.json", "samples.png", "int8.json"
 """Files of a run folder: the data check, the first augmented images, the quantization parameters of an int8 run."""

@@ -1,5 +1,14 @@
 """Images and labels: finding, decoding, preprocessing, augmenting, batching. Nothing here knows a network."""
 
+from onefold.data.augmentation import Augment as Augment
+from onefold.data.augmentation import CentreCrop as CentreCrop
+from onefold.data.augmentation import ColorJitter as ColorJitter
+from onefold.data.augmentation import HorizontalFlip as HorizontalFlip
+from onefold.data.augmentation import RandomAffine as RandomAffine
+from onefold.data.augmentation import RandomErasing as RandomErasing
+from onefold.data.augmentation import RandomResizedCrop as RandomResizedCrop
+from onefold.data.augmentation import RandomShift as RandomShift
+from onefold.data.augmentation import Resize as Resize
 from onefold.data.autoaugment import AutoAugment as AutoAugment
 from onefold.data.autoaugment import RandAugment as RandAugment
 from onefold.data.curriculum import Curriculum as Curriculum
@@ -17,12 +26,3 @@ from onefold.data.mixup import MixupLoader as MixupLoader
 from onefold.data.preprocessing import IMAGENET_MEAN as IMAGENET_MEAN
 from onefold.data.preprocessing import IMAGENET_STD as IMAGENET_STD
 from onefold.data.preprocessing import Preprocessing as Preprocessing
-from onefold.data.transforms import Augment as Augment
-from onefold.data.transforms import CentreCrop as CentreCrop
-from onefold.data.transforms import ColorJitter as ColorJitter
-from onefold.data.transforms import HorizontalFlip as HorizontalFlip
-from onefold.data.transforms import RandomAffine as RandomAffine
-from onefold.data.transforms import RandomErasing as RandomErasing
-from onefold.data.transforms import RandomResizedCrop as RandomResizedCrop
-from onefold.data.transforms import RandomShift as RandomShift
-from onefold.data.transforms import Resize as Resize

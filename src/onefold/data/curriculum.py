@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from onefold.data.augmentation import Augment, at_size
 from onefold.data.autoaugment import AutoAugment, RandAugment
-from onefold.data.transforms import Augment, at_size
 from onefold.errors import BadArgument
 
 

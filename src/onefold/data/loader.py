@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from onefold.data.augmentation import Augment
 from onefold.data.crop import Crop, CropBox
 from onefold.data.curriculum import ProgressiveAugment
 from onefold.data.dataset import Dataset, fingerprint
 from onefold.data.preprocessing import Preprocessing
 from onefold.data.sampler import sample_generator, shuffled
-from onefold.data.transforms import Augment
 from onefold.errors import BadArgument, BadData
 
 _PREFETCH = 2  # batches that are made while one is used

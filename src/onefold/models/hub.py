@@ -18,13 +18,13 @@ from typing import Any, Protocol
 from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
-from onefold.models.card import Card as Card
-from onefold.models.card import hub_config, hub_readme
-from onefold.models.card import read_card as read_card
-from onefold.models.card import save_weights as save_weights
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
+from onefold.models.load_weights import CLASSIFIER, Weights, guess_model, load_into_, parse_weights
 from onefold.models.safe_load import read
-from onefold.models.weights import CLASSIFIER, Weights, guess_model, load_into_, parse_weights
+from onefold.models.weights_file import Card as Card
+from onefold.models.weights_file import hub_config, hub_readme
+from onefold.models.weights_file import read_card as read_card
+from onefold.models.weights_file import save_weights as save_weights
 from onefold.storage import write_text
 
 FILE = "model.safetensors"

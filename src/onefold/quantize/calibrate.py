@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.equalize import nearest_power_of_two, rescale_, shorten_scale, shorten_weight_scales
+from onefold.quantize.gptq import gptq, input_moments, nearest
 from onefold.quantize.graph import (
     Layer,
     get_parameter,
@@ -25,7 +26,6 @@ from onefold.quantize.graph import (
     release_inputs,
 )
 from onefold.quantize.qparams import LayerReport, Method, QParams, QuantizationParams, choose_qparams, weight_scales
-from onefold.quantize.rounding import gptq, input_moments, nearest
 
 _MAX_BIAS = 2.0**30
 

@@ -147,7 +147,7 @@ class Method:
     clip_weights         clip the largest weights where that lowers the squared error of a row
     correct_weights      first change a weight so that it compensates for the errors of earlier layers, by least
                          squares; it suits photos of the same kind as the calibration's
-    rounding             weights to the "nearest" integer, or by "gptq" (see rounding.py)
+    rounding             weights to the "nearest" integer, or by "gptq" (see gptq.py)
     correct_bias         change a bias by the mean error of its outputs
     weights              one scale per "channel" or, as DSPs need it, per "tensor"
     weight_qmax          the largest integer weight: 127, or 63 where 16-bit sums saturate (x86 without VNNI)

@@ -27,7 +27,7 @@ from onefold.data import (
     Resize,
     Stage,
 )
-from onefold.data.transforms import at_size as steps_at_size
+from onefold.data.augmentation import at_size as steps_at_size
 from onefold.errors import BadArgument
 from onefold.train import SGD, Cosine, Epochs, Exponential, Plan, Steps
 

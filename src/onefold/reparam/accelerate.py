@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from onefold.reparam.branches import Branch, Unit, has_hooks, make_unit
 from onefold.reparam.linear import Chain, Sum
 from onefold.reparam.routes import evaluate, quickest, set_route_
-from onefold.reparam.unit import Branch, Unit, has_hooks, make_unit
 
 
 @dataclass(frozen=True)

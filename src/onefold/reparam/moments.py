@@ -12,7 +12,8 @@ Backward, with G the gradient through the activation, s its sum over places and 
     d x     = K^T G + 2/N dS (x - m) - K^T s / N            (patch by patch)
 
 Four passes touch the batch - the moments, the convolution, A, and d x -; a back end does them (see `kernels`).
-The rest is algebra on matrices as large as a kernel (`algebra`). Only x, y, K and those are kept for the backward.
+The rest is algebra on matrices as large as a kernel (`moments_algebra`). Only x, y, K and those are kept
+for the backward.
 
 `merged_kernel` gives the kernel alone, for those who change it before they convolve. With K m taken off the bias b,
 A = dK - db m^T and s = db give the same gradients, and d x = 2/N dS (x - m) - K^T db / N.
@@ -32,13 +33,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam import algebra
+from onefold.reparam import moments_algebra
+from onefold.reparam.branches import Unit, as_unit, check_batch
 from onefold.reparam.kernels import Reference, passes_for
-from onefold.reparam.kernels import cpu_algebra as compiled
-from onefold.reparam.kernels.backend import Act, Geometry, Moments
+from onefold.reparam.kernels import cpu_moments_algebra as compiled
+from onefold.reparam.kernels.base import Act, Geometry, Moments
 from onefold.reparam.linear import fold, input_channels, padding
 from onefold.reparam.stencil import Stencil
-from onefold.reparam.unit import Unit, as_unit, check_batch
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Convolve(torch.autograd.Function):
             moments = _synchronized(unit, passes.moments(x, geometry))
             check_batch(moments.num, x)
             weights, ctx.compiled = parameters[: len(unit.convs)], compiled.supports(passes, unit)
-            folded, bias = (compiled if ctx.compiled else algebra).fold(unit, moments, weights, x.dtype)
+            folded, bias = (compiled if ctx.compiled else moments_algebra).fold(unit, moments, weights, x.dtype)
             y = passes.convolve(x, folded.kernel, bias, moments.mean, geometry, call.act)
         ctx.call, ctx.count = call, moments.num
         # Without an activation the backward does not read y.
@@ -88,12 +89,12 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unit, geometry, act = ctx.call.unit, ctx.call.unit.geometry, ctx.call.act
         x, y, *rest = ctx.saved_tensors
-        folded, parameters = algebra.Folded(*rest[:6]), rest[6:]
+        folded, parameters = moments_algebra.Folded(*rest[:6]), rest[6:]
         passes = passes_for(x, geometry, unit.channels[1])
         y = grad if y is None else y
         with torch.autocast(x.device.type, enabled=False):
             products, total = passes.kernel_grad(grad, y, x, folded.mean, geometry, act)
-            d = (compiled if ctx.compiled else algebra).unfold(unit, folded, products, total)
+            d = (compiled if ctx.compiled else moments_algebra).unfold(unit, folded, products, total)
             grads = _parameter_grads(unit, d, total, parameters)
             if not ctx.needs_input_grad[1]:
                 return (None, None, *grads)
@@ -109,7 +110,9 @@ def _affine(unit: Unit) -> list[Tensor]:
     return [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
 
 
-def _parameter_grads(unit: Unit, d: algebra.Gradients, total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+def _parameter_grads(
+    unit: Unit, d: moments_algebra.Gradients, total: Tensor, parameters: Sequence[Tensor]
+) -> list[Tensor]:
     """The gradients of the convolutions' weights, of `_affine`, and zeros for what comes after."""
     learned = [gamma for branch, gamma in zip(unit.ordered, d.gamma, strict=True) if branch.norm.weight is not None]
     affine = [grad for gamma in learned for grad in (gamma, total)]
@@ -186,7 +189,7 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx: Any, unit: Unit, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         moments = passes_for(x, unit.geometry, unit.channels[1]).moments(x, unit.geometry)
         check_batch(moments.num, x)
-        folded, beta = algebra.fold(unit, moments, parameters[: len(unit.convs)], x.dtype)
+        folded, beta = moments_algebra.fold(unit, moments, parameters[: len(unit.convs)], x.dtype)
         ctx.unit, ctx.count = unit, moments.num
         ctx.save_for_backward(x, *folded, *parameters)
         response = folded.kernel.to(beta.dtype) @ moments.mean.to(beta.dtype)[..., None]  # K m
@@ -198,11 +201,11 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, d_kernel: Tensor, d_bias: Tensor) -> tuple[Tensor | None, ...]:
         unit, geometry = ctx.unit, ctx.unit.geometry
         x, *rest = ctx.saved_tensors
-        folded, parameters = algebra.Folded(*rest[:6]), rest[6:]
+        folded, parameters = moments_algebra.Folded(*rest[:6]), rest[6:]
         wide = folded.gain.dtype
         total, products = d_bias.to(wide), d_kernel.flatten(1).unflatten(0, (geometry.groups, -1)).to(wide)
         products = products - total.view(len(products), -1, 1) * folded.mean.to(wide)[:, None]
-        d = algebra.unfold(unit, folded, products, total)
+        d = moments_algebra.unfold(unit, folded, products, total)
         grads = _parameter_grads(unit, d, total, parameters)
         if not ctx.needs_input_grad[1]:
             return (None, None, *grads)

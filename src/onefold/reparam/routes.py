@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.count import costs
-from onefold.reparam.kernels.backend import Act
+from onefold.reparam.branches import Unit, as_clamp, as_unit, has_hooks
+from onefold.reparam.fused_norms import mix
+from onefold.reparam.fused_norms import supports as mix_supports
+from onefold.reparam.kernels.base import Act
 from onefold.reparam.linear import Chain, Route, Sum, fold, input_channels, per_branch
-from onefold.reparam.mixed import mix
-from onefold.reparam.mixed import supports as mix_supports
 from onefold.reparam.moments import Patches, convolve
+from onefold.reparam.route_cost import costs
 from onefold.reparam.stencil import Stencil
-from onefold.reparam.unit import Unit, as_clamp, as_unit, has_hooks
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _opaque: Callable[[_Function], _Function] = torch.compiler.disable  # torch.compile breaks its graph at a unit

@@ -18,7 +18,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from onefold.bench import Machine
 from onefold.errors import BadArgument, BadData
 from onefold.report import format as formats
-from onefold.report.aggregate import Group, Pair, ReportData, aggregate_inputs, label
 from onefold.report.figures import (
     NUM_COLOURS,
     Curve,
@@ -34,6 +33,7 @@ from onefold.report.figures import (
     require_matplotlib,
 )
 from onefold.report.format import joined, latency, one_line, percent, plural, printable, scientific, significant
+from onefold.report.grouping import Group, Pair, ReportData, aggregate_inputs, label
 from onefold.report.load import Predictions, Run, load_inputs
 from onefold.report.pareto import pareto_figures
 from onefold.report.tables import artifact_table, class_table, confusion_table, latency_table, run_table

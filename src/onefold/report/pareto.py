@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from onefold.report.aggregate import Group
 from onefold.report.figures import (
     ALARM,
     MARKERS,
@@ -30,6 +29,7 @@ from onefold.report.figures import (
     to_svg,
 )
 from onefold.report.format import latency, one_line, percent, plural
+from onefold.report.grouping import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

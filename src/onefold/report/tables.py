@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from onefold.report.aggregate import Group
 from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size
+from onefold.report.grouping import Group
 from onefold.report.load import Inputs, Predictions, Run
 from onefold.runtimes.artifact import Artifact
 

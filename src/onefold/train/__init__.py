@@ -33,6 +33,6 @@ from onefold.train.plan import Exponential as Exponential
 from onefold.train.plan import Plan as Plan
 from onefold.train.plan import RMSprop as RMSprop
 from onefold.train.plan import WeightDecay as WeightDecay
-from onefold.train.rng import seed_everything as seed_everything
+from onefold.train.rng_state import seed_everything as seed_everything
 from onefold.train.step import Teachers as Teachers
 from onefold.train.step import cross_entropy as cross_entropy

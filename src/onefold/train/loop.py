@@ -21,7 +21,7 @@ from onefold.train.distributed import Interrupted, StopSignals, World
 from onefold.train.loggers import Progress, Throughput, memory_in_use
 from onefold.train.logical_workers import Batch, Batches, local_workers
 from onefold.train.plan import Plan
-from onefold.train.rng import forked_rng, seed_everything
+from onefold.train.rng_state import forked_rng, seed_everything
 from onefold.train.step import Teachers, TrainState, snapshot
 
 _log = logging.getLogger(__name__)

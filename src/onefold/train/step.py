@@ -31,7 +31,7 @@ from onefold.train.optim import (
     weight_decay,
 )
 from onefold.train.plan import Distill, Plan
-from onefold.train.rng import RandomState, seed_everything
+from onefold.train.rng_state import RandomState, seed_everything
 
 # Keys of random streams beside the steps of an epoch, by which loading is seeded; no epoch has that many steps.
 _FORWARD, _BETWEEN_STEPS = 2**31 + 1, 2**31 + 2

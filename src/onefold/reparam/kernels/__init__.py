@@ -11,7 +11,7 @@ from functools import cache
 from torch import Tensor
 
 from onefold.reparam.kernels import cpu
-from onefold.reparam.kernels.backend import Geometry, Passes
+from onefold.reparam.kernels.base import Geometry, Passes
 from onefold.reparam.kernels.reference import Reference as Reference
 
 

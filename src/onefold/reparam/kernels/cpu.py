@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from onefold.reparam.kernels.backend import Act, Geometry, Moments, library
+from onefold.reparam.kernels.base import Act, Geometry, Moments, library
 from onefold.reparam.kernels.memory import new_map
 
 MAX_MAPS = 8  # in a call of `mix`

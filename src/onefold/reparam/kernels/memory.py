@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from onefold.reparam.kernels.backend import library
+from onefold.reparam.kernels.base import library
 
 SMALLEST = 1 << 18  # floats: the C library's own memory does for less
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onefold.reparam.kernels.backend import Act, Geometry, Moments
+from onefold.reparam.kernels.base import Act, Geometry, Moments
 
 
 class Reference:

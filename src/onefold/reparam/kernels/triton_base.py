@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.backend import Act, Geometry
+from onefold.reparam.kernels.base import Act, Geometry
 
 if TYPE_CHECKING:  # triton has no types, and is not on every machine
     tl: Any

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.backend import Act, Geometry, Moments
+from onefold.reparam.kernels.base import Act, Geometry, Moments
 from onefold.reparam.kernels.triton_base import (
     Launch,
     activate,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.backend import Act, Geometry, Moments
+from onefold.reparam.kernels.base import Act, Geometry, Moments
 from onefold.reparam.kernels.triton_base import (
     Launch,
     activate,

@@ -77,7 +77,7 @@ class Passes(Protocol):
 
 # -------------------------------------------------------------------------------- compiled kernels
 
-SOURCES = ("pointwise.cpp", "depthwise.cpp", "mixed.cpp", "algebra.cpp", "memory.cpp")
+SOURCES = ("pointwise.cpp", "depthwise.cpp", "fused_norms.cpp", "moments_algebra.cpp", "memory.cpp")
 HEADERS = ("vector.h", "pointwise.h")
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from onefold.reparam.branches import Unit
+from onefold.reparam.fused_norms import supports
 from onefold.reparam.kernels import Reference, passes_for
-from onefold.reparam.mixed import supports
-from onefold.reparam.unit import Unit
 
 MOVE = 17.0
 LAG = 0.3  # depthwise: products by lag, of those by pairs of taps

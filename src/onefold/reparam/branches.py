@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.kernels.backend import Act, Geometry, Pair
+from onefold.reparam.kernels.base import Act, Geometry, Pair
 from onefold.reparam.linear import Chain, Sum, is_linear, padding
 
 

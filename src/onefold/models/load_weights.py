@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from onefold.errors import BadCheckpoint
 from onefold.models import mobileformer, mobilenetv1, mobileone
-from onefold.models.card import Card, verify
 from onefold.models.catalogue import build, list_models
 from onefold.models.layout import Layout
 from onefold.models.safe_load import Contents
+from onefold.models.weights_file import Card, verify
 from onefold.reparam import fuse, unfused_norms
 
 _log = logging.getLogger("onefold")

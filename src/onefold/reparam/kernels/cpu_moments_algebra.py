@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.algebra import Folded, Gradients
-from onefold.reparam.kernels.backend import Moments, Passes
+from onefold.reparam.branches import Unit
+from onefold.reparam.kernels.base import Moments, Passes
 from onefold.reparam.kernels.cpu import Compiled, call, pointers
 from onefold.reparam.linear import average_factor_
-from onefold.reparam.unit import Unit
+from onefold.reparam.moments_algebra import Folded, Gradients
 
 
 def supports(passes: Passes, unit: Unit) -> bool:

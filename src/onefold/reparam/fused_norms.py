@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from onefold.reparam.branches import Unit, check_batch
 from onefold.reparam.kernels import cpu
-from onefold.reparam.kernels.backend import Act, library
+from onefold.reparam.kernels.base import Act, library
 from onefold.reparam.linear import update_running_stats_
-from onefold.reparam.unit import Unit, check_batch
 
 
 @dataclass(frozen=True)
