@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.fuse import Order, export
+from onefold.commands.fuse import ExportOptions, export
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open import open_network, open_predictor
 from onefold.commands.timm import open_pretrained
@@ -114,7 +114,7 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     tagged = open_network(f"timm:{SMALL}.rvgg_in1k@{tmp_path / 'w.pth'}")
     assert tagged.card.licence == "mit"
     fuse_stage(spec, tmp_path / "f.safetensors")
-    [artifact] = export(tmp_path / "f.safetensors", tmp_path / "a", Order(runtimes=["onnx"], size=64))
+    [artifact] = export(tmp_path / "f.safetensors", tmp_path / "a", ExportOptions(runtimes=["onnx"], size=64))
     assert "random" not in artifact.title
     assert artifact.num_classes == 5
 

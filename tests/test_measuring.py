@@ -10,9 +10,9 @@ import torch
 
 from onefold import bench, fuse
 from onefold.cli import main
-from onefold.commands.bench import Bench
+from onefold.commands.bench import BenchOptions
 from onefold.commands.bench import bench as run_bench
-from onefold.commands.fuse import Order, export
+from onefold.commands.fuse import ExportOptions, export
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights
@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = fuse(create_model("mobilenetv1_025", num_classes=4).eval())
     save_weights(model, home / "fused.safetensors", Card(model="mobilenetv1_025", num_classes=4, fused=True))
-    export(home / "fused.safetensors", home / "artifacts", Order(runtimes=["onnx"], size=SIZE))
+    export(home / "fused.safetensors", home / "artifacts", ExportOptions(runtimes=["onnx"], size=SIZE))
     here = bench.Machine.this(())
     rates = [
         bench.Limit(kind=kind, threads=1, median=best, best=best, how="by hand", num_bytes=size)
@@ -90,7 +90,9 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
         return bench.Roofline(limits=(bench.Limit(kind="fp32", threads=1, median=best, best=best, how="by hand"),))
 
     monkeypatch.setattr("onefold.commands.bench.measure_roofline", measured)
-    order = Bench(sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0))
+    order = BenchOptions(
+        sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0)
+    )
     outcome, _ = run_bench(order, tmp_path)
     assert isinstance(outcome, bench.Measurement)
     assert asked == [[1], [1]]
@@ -99,7 +101,9 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
 
 
 def test_weights_have_limits_but_no_fresh_process(home: Path) -> None:
-    order = Bench(sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0))
+    order = BenchOptions(
+        sources=[str(home / "fused.safetensors")], procedure=bench.Procedure(samples=16, warmup_seconds=0.0)
+    )
     outcome, _ = run_bench(order, home / "results")
     assert isinstance(outcome, bench.Measurement)
     assert outcome.bound is not None
@@ -175,7 +179,7 @@ def test_limits_are_printed_from_their_file(home: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_the_layers_of_an_artifact_have_times(runtime: str, home: Path, tmp_path: Path) -> None:
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[runtime], reason=f"{runtime} is not installed")
-    export(home / "fused.safetensors", tmp_path, Order(runtimes=[runtime], size=SIZE))
+    export(home / "fused.safetensors", tmp_path, ExportOptions(runtimes=[runtime], size=SIZE))
     found = profile(tmp_path / f"{runtime}-fp32", calls=5)
     kinds = [layer.kind.lower() for layer in found.layers]
     convolutions = sum("conv" in kind for kind in kinds)

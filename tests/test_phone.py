@@ -17,7 +17,7 @@ import pytest
 
 from onefold.bench import Comparison, read_all
 from onefold.cli import main
-from onefold.commands.bench import PhoneBench, bench_on_phone
+from onefold.commands.bench import PhoneBenchOptions, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, Plan, look
 from onefold.phone.benchmark import Call
@@ -270,7 +270,7 @@ def test_accuracy_goes_with_the_same_bytes(phone: FakePhone):
 
 def bench(phone: FakePhone, slept: list[float], **changes: Any):
     plan = Plan(rounds=3, runs=4, warmup=2, sleep=slept.append, **changes)
-    return bench_on_phone(PhoneBench(sources=["one"], plan=plan), Path("results"))[0]
+    return bench_on_phone(PhoneBenchOptions(sources=["one"], plan=plan), Path("results"))[0]
 
 
 def test_a_warm_phone_is_given_time_to_cool(phone: FakePhone):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands.fuse import Order, export
+from onefold.commands.fuse import ExportOptions, export
 from onefold.commands.open import open_network, open_predictor
 from onefold.commands.predict import predict
 from onefold.commands.quantizing import Calibration
@@ -71,7 +71,7 @@ def test_ten_lines_in_a_clean_environment(runtime: str, weights: Path, shared_da
     images = shared_data / "imagenet-sample" / "images"
     for precision in ("fp32",) if runtime == "ncnn" else ("fp32", "int8"):
         calibration = Calibration(data=str(images), count=32) if precision == "int8" else None
-        order = Order(runtimes=(runtime,), precision=precision, calibration=calibration)
+        order = ExportOptions(runtimes=(runtime,), precision=precision, calibration=calibration)
         try:
             (artifact,) = export(weights, tmp_path / "artifacts", order)
         except MissingExtra as error:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from conftest import shaken
-from onefold.commands.fuse import Order, export
+from onefold.commands.fuse import ExportOptions, export
 from onefold.commands.initialize import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
@@ -189,7 +189,7 @@ def test_a_teacher_sees_the_pictures_in_its_own_colours_and_answers_in_our_order
 
 def test_an_exported_artifact_teaches_as_the_network_does_at_its_own_size(tmp_path):
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
-    [artifact] = export(str(source), tmp_path / "a", Order(runtimes=["onnx"]))
+    [artifact] = export(str(source), tmp_path / "a", ExportOptions(runtimes=["onnx"]))
     teachers = [open_teacher(str(s), torch.device("cpu")) for s in (source, artifact.folder)]
     images = torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():

@@ -38,10 +38,10 @@ def bench(
     memory bounds it. Artifacts are also started cold in a fresh process: time to open, first call, peak memory.
     """
     from onefold.bench import Procedure
-    from onefold.commands.bench import Bench
+    from onefold.commands.bench import BenchOptions
     from onefold.commands.bench import bench as run
 
-    order = Bench(
+    order = BenchOptions(
         sources=sources,
         procedure=Procedure(warmup_seconds=warmup, samples=samples, threads=threads, seed=seed),
         batch=batch_size,
@@ -137,7 +137,7 @@ def phone(
     Temperature, charging, battery and clocks are recorded; a hot phone may cool first, or is refused. docs/phones.md
     says where the programs come from, and how to measure on an iPhone.
     """
-    from onefold.commands.bench import PhoneBench, bench_on_phone
+    from onefold.commands.bench import PhoneBenchOptions, bench_on_phone
     from onefold.phone import Plan
 
     plan = Plan(
@@ -150,7 +150,9 @@ def phone(
         seed=seed,
         anyway=anyway,
     )
-    order = PhoneBench(sources=sources, serial=serial, programs=program or (), allow_unfused=allow_unfused, plan=plan)
+    order = PhoneBenchOptions(
+        sources=sources, serial=serial, programs=program or (), allow_unfused=allow_unfused, plan=plan
+    )
     with display.waiting(f"measuring {len(sources)} on the phone"):
         outcome, path = bench_on_phone(order, results)
     display.measured(outcome, path, as_json=as_json)

@@ -39,12 +39,12 @@ def deploy(
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
     from onefold.bench import Procedure
-    from onefold.commands.deploy import Deployment
+    from onefold.commands.deploy import DeployOptions
     from onefold.commands.deploy import deploy as run
     from onefold.commands.quantizing import Calibration
 
     method = quantization_method(weight_bits, per_tensor=per_tensor)
-    order = Deployment(
+    order = DeployOptions(
         runtimes=runtime_names(to),
         precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
         calibration=Calibration(data=data, count=calibrate, method=method, search=True, skip_layers=skip_layers),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from onefold.commands.evaluate import EvalResult
-    from onefold.commands.fuse import Fused
+    from onefold.commands.fuse import FuseResult
     from onefold.commands.models import Row
     from onefold.commands.predict import Prediction
     from onefold.commands.train import TrainResult
@@ -204,7 +204,7 @@ def trained(outcome: TrainResult) -> None:
     say(f"weights: {outcome.weights}")
 
 
-def fused(made: Fused) -> None:
+def fused(made: FuseResult) -> None:
     """What folding changed, and the proof that the answer is not among it."""
     before, after = made.before, made.after
     say(f"{made.path}: drift {made.drift:.1e}")

@@ -54,7 +54,7 @@ DISTINCT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class BenchOptions:
     """What to measure: artifacts or weights, and how. `batch` images a call.
 
     A network that is not fused is refused unless `allow_unfused`, and then labelled in every row. `cold` has every
@@ -83,7 +83,7 @@ class _Candidate:
     cold: ColdStart | None = None
 
 
-def bench(order: Bench, results: Path) -> tuple[Measurement | Comparison, Path]:
+def bench(order: BenchOptions, results: Path) -> tuple[Measurement | Comparison, Path]:
     """Measure one source, or several interleaved against the first; appends to `results`/<machine>.jsonl."""
     _must_be_sound(order)
     with pinned(order.pin), ExitStack() as opened:
@@ -96,7 +96,7 @@ def bench(order: Bench, results: Path) -> tuple[Measurement | Comparison, Path]:
     return outcome, path
 
 
-def _must_be_sound(order: Bench) -> None:
+def _must_be_sound(order: BenchOptions) -> None:
     if order.batch < 1:
         raise BadArgument(f"batch must be 1 or more, not {order.batch}")
     if not order.sources:
@@ -109,7 +109,7 @@ def _must_be_sound(order: Bench) -> None:
         raise BadArgument(f"the slowdown to plant must lie above 0 and be at most 1000 %, not {100 * order.plant:g} %")
 
 
-def _opened(order: Bench, results: Path, opened: ExitStack) -> dict[str, _Candidate]:
+def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, _Candidate]:
     """What is to be measured, under its title; closed with `opened`."""
     candidates: dict[str, _Candidate] = {}
     for source in order.sources:
@@ -123,7 +123,7 @@ def _opened(order: Bench, results: Path, opened: ExitStack) -> dict[str, _Candid
     return candidates
 
 
-def _timed(order: Bench, candidates: dict[str, _Candidate]) -> Measurement | Comparison:
+def _timed(order: BenchOptions, candidates: dict[str, _Candidate]) -> Measurement | Comparison:
     calls = {title: each.call for title, each in candidates.items()}
     subjects = {title: each.subject for title, each in candidates.items()}
     title = next(iter(calls))
@@ -138,7 +138,7 @@ def _timed(order: Bench, candidates: dict[str, _Candidate]) -> Measurement | Com
     return compare(calls, order.procedure, subjects)
 
 
-def _completed(candidate: _Candidate, order: Bench) -> _Candidate:
+def _completed(candidate: _Candidate, order: BenchOptions) -> _Candidate:
     """Where it is an artifact, its start in a fresh process."""
     seen = None
     if order.aa or order.plant is not None:  # a control says something of the machine, not of its subject
@@ -159,7 +159,9 @@ def _told(outcome: Measurement | Comparison, completed: dict[str, _Candidate]) -
     return _each(outcome, told)
 
 
-def _held_against_limits(outcome: Measurement | Comparison, order: Bench, results: Path) -> Measurement | Comparison:
+def _held_against_limits(
+    outcome: Measurement | Comparison, order: BenchOptions, results: Path
+) -> Measurement | Comparison:
     """The outcome with the least times that this machine could take.
 
     Whoever is quicker than a limit proves that it was measured on a busy machine: then it is measured anew, some times.
@@ -295,7 +297,7 @@ _PROGRAM_MODE = "755"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhoneBench:
+class PhoneBenchOptions:
     """What to measure on which phone, and how; `programs` are local files: vendors' programs, and their libraries."""
 
     sources: Sequence[str]
@@ -305,7 +307,7 @@ class PhoneBench:
     plan: Plan = field(default_factory=Plan)
 
 
-def bench_on_phone(order: PhoneBench, results: Path) -> tuple[Measurement | Comparison, Path]:
+def bench_on_phone(order: PhoneBenchOptions, results: Path) -> tuple[Measurement | Comparison, Path]:
     """Measure artifacts on a phone; appends to `results`/<phone>.jsonl. Raises what adb and phone cause."""
     if not order.sources:
         raise BadArgument("there is nothing to measure: give artifacts, as `onefold export` makes them")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from onefold.bench import Comparison, Procedure
-from onefold.commands.bench import Bench, bench, note_accuracy
-from onefold.commands.deploy import Deployed, Deployment, deploy
+from onefold.commands.bench import BenchOptions, bench, note_accuracy
+from onefold.commands.deploy import DeployOptions, DeployResult, deploy
 from onefold.commands.fuse import fuse
 from onefold.commands.open import open_predictor
 from onefold.commands.quantizing import Calibration
@@ -56,7 +56,7 @@ def demo(
         for each in (network, artifact):
             note_accuracy(each, made.data, made.top1 or 0.0, results)
 
-    order = Bench(
+    order = BenchOptions(
         sources=[str(run), str(folded.path), str(artifacts / "onnx-fp32")],
         procedure=Procedure(samples=80, warmup_seconds=0.5),
         allow_unfused=True,
@@ -73,9 +73,9 @@ def demo(
     return page
 
 
-def _order(*, full: bool) -> Deployment:
+def _order(*, full: bool) -> DeployOptions:
     """What the demo deploys. Weights of 7 bits, so that every processor computes the same sums (see Method)."""
-    return Deployment(
+    return DeployOptions(
         runtimes=_RUNTIMES,
         precisions=("fp32", "int8"),
         calibration=Calibration(data="digits", count=64, method=Method(weight_qmax=63)),
@@ -85,7 +85,7 @@ def _order(*, full: bool) -> Deployment:
     )
 
 
-def _check(made: Deployed) -> None:
+def _check(made: DeployResult) -> None:
     """Raises GateFailed where a 32-bit artifact gives another answer than the network to any digit."""
     for each in made.verdicts:
         if each.artifact.precision == "fp32" and each.changed:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
-from onefold.commands.bench import Bench, bench, note_accuracy
+from onefold.commands.bench import BenchOptions, bench, note_accuracy
 from onefold.commands.evaluate import class_indices
 from onefold.commands.fuse import export_made
 from onefold.commands.handout import handout
@@ -40,7 +40,7 @@ FLOATS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment:
+class DeployOptions:
     """What to deploy to: runtimes and precisions by name, and the photos.
 
     `data` calibrates int8: a folder of photos, or class folders, or one with train/ and val/, or "digits". `val` is
@@ -71,7 +71,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployed:
+class DeployResult:
     """The folder, and a verdict for each artifact; `top1` of the float network in PyTorch; `data` it was scored on."""
 
     folder: Path
@@ -87,7 +87,7 @@ class Deployed:
         return [each for each in self.verdicts if each.drop > self.max_drop]
 
 
-def deploy(source: str | Path, out: Path, order: Deployment, *, name: str | None = None, say: Say) -> Deployed:
+def deploy(source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: Say) -> DeployResult:
     """Export, verify, score, time and explain; see the top of the file.
 
     Raises GateFailed once the folder is written, where an artifact loses more than `max_drop`; MissingExtra before
@@ -121,7 +121,7 @@ def deploy(source: str | Path, out: Path, order: Deployment, *, name: str | None
     return done
 
 
-def _wanted(order: Deployment) -> list[tuple[str, str]]:
+def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
     """Every runtime with every precision that both it and the order have. MissingExtra, BadArgument."""
     wanted = []
     for name in dict.fromkeys(order.runtimes):
@@ -139,8 +139,13 @@ def _wanted(order: Deployment) -> list[tuple[str, str]]:
 
 
 def _deploy(
-    network: Network, made: Quantized | None, wanted: Sequence[tuple[str, str]], order: Deployment, out: Path, say: Say
-) -> Deployed:
+    network: Network,
+    made: Quantized | None,
+    wanted: Sequence[tuple[str, str]],
+    order: DeployOptions,
+    out: Path,
+    say: Say,
+) -> DeployResult:
     artifacts = {}
     for runtime, precision in wanted:
         name = f"{runtime}-{precision}"
@@ -165,7 +170,7 @@ def _deploy(
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
     timed = _timed(out, runs, order, say)
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
-    return Deployed(
+    return DeployResult(
         folder=out, network=network, verdicts=tuple(verdicts), top1=top1, data=title, max_drop=order.max_drop
     )
 
@@ -204,7 +209,7 @@ class _Exam:
         return answers, 100 * float((answers == index[np.concatenate(labels)]).mean())
 
 
-def _photos_to_score(network: Network, order: Deployment) -> tuple[Dataset, str, bool]:
+def _photos_to_score(network: Network, order: DeployOptions) -> tuple[Dataset, str, bool]:
     """The photos, what to call them, and whether they have labels that the network knows."""
     given = order.val or order.calibration.data
     try:
@@ -217,18 +222,20 @@ def _photos_to_score(network: Network, order: Deployment) -> tuple[Dataset, str,
     return unlabelled(given), f"{given} (not labelled: answers compared with the float network's)", False
 
 
-def _timed(out: Path, runs: Sequence[str], order: Deployment, say: Say) -> dict[str, Measurement]:
+def _timed(out: Path, runs: Sequence[str], order: DeployOptions, say: Say) -> dict[str, Measurement]:
     """All of them interleaved in one run; the first is the baseline of the ratios."""
     if not runs:
         return {}
-    outcome, _ = bench(Bench(sources=[str(out / name) for name in runs], procedure=order.procedure), out / "results")
+    outcome, _ = bench(
+        BenchOptions(sources=[str(out / name) for name in runs], procedure=order.procedure), out / "results"
+    )
     found = list(outcome.measurements.values()) if isinstance(outcome, Comparison) else [outcome]
     for name, each in zip(runs, found, strict=True):
         say(f"timed     {name:20} {each.median_ns / 1e6:.2f} ms, {each.verdict}")
     return dict(zip(runs, found, strict=True))
 
 
-def _explain(done: Deployed) -> None:
+def _explain(done: DeployResult) -> None:
     """The texts and the page."""
     write_text(done.folder / "README.md", handout(done))
     metrics = {} if done.top1 is None else {"top1": done.top1}

@@ -18,7 +18,7 @@ from onefold.runtimes import export as export_to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fused:
+class FuseResult:
     """What came of fusing: the file, how far its answer is off, and what it costs now and did before."""
 
     path: Path
@@ -27,7 +27,7 @@ class Fused:
     after: Cost
 
 
-def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: float = TOLERANCE) -> Fused:
+def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: float = TOLERANCE) -> FuseResult:
     """Fuse weights into a file of our own format. Raises GateFailed where the drift exceeds the tolerance."""
     network = open_network(source, name=name)
     if network.is_fused:
@@ -36,11 +36,11 @@ def fuse(source: str | Path, out: Path, *, name: str | None = None, tolerance: f
     write = save_timm if is_timm(fused.card.model) else save_weights
     write(fused.model, out, replace(fused.card, source=fused.card.source or str(source)))
     size = network.preprocessing.size
-    return Fused(path=out, drift=distance, before=cost(network.model, size), after=cost(fused.model, size))
+    return FuseResult(path=out, drift=distance, before=cost(network.model, size), after=cost(fused.model, size))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ExportOptions:
     """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's).
 
     int8 needs `calibration`, unless the weights were trained as a network of 8 bits; no other precision takes it.
@@ -54,7 +54,7 @@ class Order:
     calibration: Calibration | None = None
 
 
-def export(source: str | Path, out: Path, order: Order, *, name: str | None = None) -> list[Artifact]:
+def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | None = None) -> list[Artifact]:
     """One verified artifact a runtime, in `out`/<runtime>-<precision>; weights are fused first unless told not to."""
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
@@ -106,7 +106,7 @@ def model_info(network: Network, source: str | Path, made: Quantized | None = No
     )
 
 
-def _quantized(network: Network, order: Order) -> Quantized | None:
+def _quantized(network: Network, order: ExportOptions) -> Quantized | None:
     """The network of 8 bits, where that is what is asked for. BadArgument where photos are missing or too many."""
     photos, wanted = order.calibration is not None, order.precision == "int8"
     if (photos and not wanted) or (wanted and not photos and network.card.int8 is None):

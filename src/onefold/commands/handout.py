@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onefold.commands.deploy import Deployed, Verdict
+    from onefold.commands.deploy import DeployResult, Verdict
 
 
-def handout(done: Deployed) -> str:
+def handout(done: DeployResult) -> str:
     """The page, in Markdown."""
     network = done.network
     lines = [f"# {network.card.model}, for devices", ""]
@@ -27,7 +27,7 @@ def handout(done: Deployed) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(done: Deployed) -> list[str]:
+def _table(done: DeployResult) -> list[str]:
     head = ["artifact", "top-1 %", "lost, points", "answers changed", "latency, median", "threads", "machine", "size"]
     rows = [_row(each) for each in done.verdicts]
     scored = {each.name for each in done.verdicts}
@@ -50,7 +50,7 @@ def _row(each: Verdict) -> list[str]:
     ]
 
 
-def _choice(done: Deployed) -> list[str]:
+def _choice(done: DeployResult) -> list[str]:
     """The quickest that may be shipped, by this machine's times."""
     fit = [each for each in done.verdicts if each.measurement is not None and each not in done.failed]
     if not fit:
