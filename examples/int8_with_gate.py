@@ -11,8 +11,8 @@ from pathlib import Path
 
 import onefold
 from onefold.bench import Procedure
-from onefold.commands.deploy import Deployment, deploy
-from onefold.commands.fuse import Order, export, fuse
+from onefold.commands.deploy import DeployOptions, deploy
+from onefold.commands.fuse import ExportOptions, export, fuse
 from onefold.commands.quantizing import Calibration
 from onefold.commands.train import start_run
 from onefold.errors import GateFailed
@@ -35,12 +35,12 @@ def main(photos: str = "digits") -> None:
     # The ranges of activations come from 64 images of the kind that the network will see.
     calibration = Calibration(data=photos, count=64)
     (artifact,) = export(
-        fused.path, out / "artifacts", Order(runtimes=["onnx"], precision="int8", calibration=calibration)
+        fused.path, out / "artifacts", ExportOptions(runtimes=["onnx"], precision="int8", calibration=calibration)
     )
     with onefold.load(artifact) as session:  # loading compares its logits with those of the int8 network in PyTorch
         print(f"exported {artifact.folder.name}: {artifact.parity.difference:.1e} from PyTorch; opened {session}")
 
-    order = Deployment(
+    order = DeployOptions(
         runtimes=["onnx"],
         precisions=["fp32", "int8"],
         calibration=calibration,
