@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,11 +15,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from onefold.bench import Procedure
 from onefold.cli import main
+from onefold.commands.deploy import Deployment, build_deployment
+from onefold.commands.quantizing import Calibration
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.reparam import fuse
-from onefold.runtimes import open_artifact
+from onefold.runtimes import onnx, open_artifact, openvino
+from onefold.runtimes.base import Engine
+from onefold.runtimes.reference import Floats
 
 PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 3}
 
@@ -100,10 +108,111 @@ def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
     assert main([*order, "--out", str(out), "--max-drop", "0", "--calibrate", "2", "--weight-bits", "7"]) == 1
     said = capsys.readouterr()
     assert "FAILED    onnx-int8" in said.out
-    assert "onnx-int8; " in said.err
+    assert re.fullmatch(
+        r"error: 1 of 2 artifacts failed their gate: onnx-int8 lost .*, and 0 may be lost; .*\n", said.err
+    )
     assert "Not to be shipped: onnx-int8" in (out / "README.md").read_text()
+    assert "A gate FAILED: onnx-int8 lost" in (out / "report.html").read_text()
     assert main([*order, "--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+class Altered:
+    """An engine whose logits are changed by `change`, which is given the images and the logits."""
+
+    def __init__(self, engine: Engine, change: Callable[[Floats, Floats], Floats]) -> None:
+        self._engine, self._change, self.threads = engine, change, engine.threads
+
+    def __call__(self, images: Floats) -> Floats:
+        return self._change(images, self._engine(images))
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def altered(
+    monkeypatch: pytest.MonkeyPatch, runtime: ModuleType, precision: str, change: Callable[[Floats, Floats], Floats]
+) -> None:
+    """Let a runtime answer something else in one precision."""
+    true = runtime.load
+
+    def load_altered(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+        engine = true(content, precision=precision, threads=threads)
+        return Altered(engine, change) if precision == wrong else engine
+
+    wrong = precision
+    monkeypatch.setattr(runtime, "load", load_altered)
+
+
+def test_a_runtime_that_answers_something_else_leaves_no_artifact_and_loses_no_other(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    altered(monkeypatch, openvino, "fp32", lambda images, logits: logits + np.abs(logits).max())
+    out, order = tmp_path / "deploy", ["--data", "digits", "--to", "openvino,onnx", "--samples", "20"]
+    assert main(["deploy", str(weights), *order, "--out", str(out)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: 1 of 2 artifacts failed their gate: openvino-fp32: the logits of openvino differ from"
+    )
+    assert not (out / "openvino-fp32").exists()
+    assert open_artifact(out / "onnx-fp32").parity.top1_agreement == 1.0
+    for name in ("README.md", "report.html"):
+        assert "the logits of openvino differ from PyTorch" in (out / name).read_text()
+    gates = json.loads((out / "results" / "gates.json").read_text())["gates"]
+    assert {gate["name"]: (gate["kind"], gate["passed"]) for gate in gates} == {
+        "openvino-fp32": ("parity", False),
+        "onnx-fp32": ("accuracy", True),
+    }
+
+
+def test_where_no_runtime_answers_as_it_should_the_folder_says_so(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    altered(monkeypatch, onnx, "fp32", lambda images, logits: -logits)
+    out = tmp_path / "deploy"
+    assert main(["deploy", str(weights), "--data", "digits", "--to", "onnx", "--out", str(out)]) == 1
+    assert {path.name for path in out.iterdir()} == {"README.md", "MODEL_CARD.md", "report.html", "results"}
+    assert "A gate FAILED: onnx-fp32" in (out / "report.html").read_text()
+
+
+def test_one_answer_of_32_bits_that_differs_fails_where_none_may(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of the proof are answered rightly, so that only scoring can find it."""
+
+    def change(images: Floats, logits: Floats) -> Floats:
+        return logits if len(images) <= 3 else np.concatenate([-logits[:1], logits[1:]])
+
+    altered(monkeypatch, onnx, "fp32", change)
+    order = Deployment(
+        runtimes=["onnx"],
+        precisions=["fp32"],
+        calibration=Calibration(data="digits"),
+        max_drop=100.0,
+        exact_fp32=True,
+        procedure=Procedure(samples=20),
+    )
+    done = build_deployment(weights, tmp_path / "deploy", order, say=lambda line: None)
+    (gate,) = done.failed
+    assert (gate.name, gate.kind) == ("onnx-fp32", "parity")
+    assert re.match(r"12 of \d+ answers of onnx-fp32 are not the network's", gate.sentence)  # the first of each batch
+    assert (
+        build_deployment(weights, tmp_path / "other", replace(order, exact_fp32=False), say=lambda line: None).failure
+        is None
+    )
+
+
+def test_export_writes_the_other_runtimes_before_a_parity_gate_fails(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    altered(monkeypatch, openvino, "fp32", lambda images, logits: -logits)
+    out = tmp_path / "artifacts"
+    assert main(["export", str(weights), "--to", "openvino,onnx", "--out", str(out)]) == 1
+    assert "these are written" in capsys.readouterr().err
+    assert open_artifact(out / "onnx-fp32").fused
+    assert not (out / "openvino-fp32").exists()
 
 
 def test_the_costliest_layers_can_be_left_in_32_bits(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,8 @@ from onefold.quantize.graph import get_parameter, layers, trace
 from onefold.quantize.qparams import QParams, choose_qparams, weight_scales
 from onefold.reparam import fuse
 from onefold.runtimes import ModelInfo, export, find_runtime, load
+from onefold.runtimes import onnx as onnx_runtime
+from onefold.runtimes import openvino as openvino_runtime
 
 RANGE_METHODS = ("minmax", "percentile", "mse", "entropy")
 
@@ -438,13 +443,25 @@ def test_images_that_need_no_fourth_channel_or_cannot_have_one_are_left(kind: st
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only on x86 do 8-bit sums saturate")
 def test_whether_sums_saturate_is_found_out() -> None:
     """The processor's own list of what it can do knows too."""
-    runtime = pytest.importorskip("onefold.runtimes.onnx")
     pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii").partition("flags")[2].split("\n")[0].split()
     except OSError:
         pytest.skip("this system has no /proc/cpuinfo")
-    assert runtime._sums_saturate() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
+    expected = not {"avx512_vnni", "avx_vnni"} & set(flags)
+    assert onnx_runtime._sums_saturate() == expected
+    assert openvino_runtime.sums_saturate() == expected
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only on x86 do 8-bit sums saturate")
+def test_sums_of_openvino_saturate_without_vnni() -> None:
+    """oneDNN can be kept to AVX2, which has no sums of 8-bit products in 32 bits."""
+    pytest.importorskip("openvino")
+    program = "from onefold.runtimes.openvino import sums_saturate; print(sums_saturate())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded: int) -> None:

@@ -5,15 +5,18 @@
              MODEL_CARD.md               what the network is, and on what it was scored
              report.html  results/       the measurements, drawn and raw
 
-Everything is made aside and put in its place at the end. Where an artifact loses more accuracy than is allowed, the
-folder is there all the same, says so in its first lines, and GateFailed is raised.
+Everything is made aside and put in its place at the end. A gate that fails loses none of it: where an artifact loses
+more accuracy than is allowed, or a runtime's answer is not PyTorch's, the rest is finished, the folder is put in its
+place, its README.md and report.html say so in their first lines, and then GateFailed is raised.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +33,7 @@ from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.models.weights_file import hub_readme
 from onefold.quantize import Quantized
-from onefold.report import require_matplotlib
+from onefold.report import GATES, require_matplotlib
 from onefold.runtimes import Artifact, Runtime, find_runtime
 from onefold.runtimes.base import installed_versions
 from onefold.storage import replacing, write_text
@@ -45,7 +48,9 @@ class DeployOptions:
 
     `data` calibrates int8: a folder of photos, or class folders, or one with train/ and val/, or "digits". `val` is
     what to score on; without it the held-out part of `data`, and where that has no labels the answers are compared
-    with the float network's. `max_drop` is in percent points of top-1, against the float network in PyTorch.
+    with the float network's. `max_drop` is in percent points of top-1, against the float network in PyTorch. With
+    `exact_fp32` a 32-bit artifact fails its gate by a single answer that is not the network's.
+    Without `timed` no latency is measured; `procedure` then says only on how many threads.
     """
 
     runtimes: Sequence[str]
@@ -53,8 +58,10 @@ class DeployOptions:
     calibration: Calibration
     val: str | None = None
     max_drop: float = 1.0
+    exact_fp32: bool = False
     size: int | None = None
     procedure: Procedure = field(default_factory=lambda: Procedure(samples=200))
+    timed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,27 +78,65 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A check that an artifact must pass before it is shipped, and in one sentence what was measured and is allowed."""
+
+    name: str
+    kind: Literal["fusing", "parity", "accuracy"]
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeployResult:
-    """The folder, and a verdict for each artifact; `top1` of the float network in PyTorch; `data` it was scored on."""
+    """The folder, a verdict for each artifact that was scored, and the gates; `top1` of the float network in PyTorch.
+
+    An artifact whose export failed its parity gate is not in the folder. `data` names what was scored on.
+    """
 
     folder: Path
     network: Network
     verdicts: tuple[Verdict, ...]
+    gates: tuple[Gate, ...]
     top1: float | None
     data: str
-    max_drop: float
 
     @property
-    def failed(self) -> list[Verdict]:
-        """Those that lose more than is allowed."""
-        return [each for each in self.verdicts if each.drop > self.max_drop]
+    def failed(self) -> list[Gate]:
+        """The gates that did not hold."""
+        return [gate for gate in self.gates if not gate.passed]
+
+    @property
+    def failure(self) -> GateFailed | None:
+        """The error that says which gates did not hold, None where all did."""
+        if not self.failed:
+            return None
+        advice = "More photos to calibrate with, or training for 8 bits (onefold train --int8), win accuracy back"
+        return GateFailed(
+            f"{len(self.failed)} of {len(self.gates)} artifacts failed their gate: "
+            f"{', '.join(gate.sentence for gate in self.failed)}; {self.folder / 'README.md'} has the table"
+            + (f". {advice}" if any(gate.kind == "accuracy" for gate in self.failed) else "")
+        )
 
 
 def deploy(source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: Say) -> DeployResult:
     """Export, verify, score, time and explain; see the top of the file.
 
-    Raises GateFailed once the folder is written, where an artifact loses more than `max_drop`; MissingExtra before
-    anything is done, where a runtime or matplotlib is not installed; BadArgument where `out` holds something else.
+    Raises GateFailed once the folder is written, where a gate did not hold; the rest as `build_deployment` does.
+    """
+    done = build_deployment(source, out, order, name=name, say=say)
+    if done.failure is not None:
+        raise done.failure
+    return done
+
+
+def build_deployment(
+    source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: Say
+) -> DeployResult:
+    """What `deploy` does, the failed gates left to the caller: see `DeployResult.failure`.
+
+    Raises MissingExtra before anything is done, where a runtime or matplotlib is not installed; BadArgument where `out`
+    holds something else.
     """
     require_matplotlib()  # for the report at the end, after minutes of work
     wanted = _wanted(order)
@@ -109,16 +154,14 @@ def deploy(source: str | Path, out: Path, order: DeployOptions, *, name: str | N
         aside.mkdir()
         done = _deploy(network, made, wanted, order, aside, say)
         _explain(done)
-    done = replace(done, folder=out)
-    for each in done.failed:
-        say(f"FAILED    {each.name}: {_lost(each)}, {order.max_drop:g} points are allowed")
-    if done.failed:
-        raise GateFailed(
-            f"{len(done.failed)} of {len(done.verdicts)} artifacts lose more than --max-drop {order.max_drop:g} points "
-            f"of top-1: {', '.join(each.name for each in done.failed)}; {out}/README.md has the table. More photos to "
-            "calibrate with, or training for 8 bits (onefold train --int8), win it back"
-        )
-    return done
+    for gate in done.failed:
+        say(f"FAILED    {gate.sentence}")
+    return replace(done, folder=out)
+
+
+def write_gates(gates: Sequence[Gate], results: Path) -> None:
+    """Keep what each gate found in `results`/gates.json, where the report reads it."""
+    write_text(results / GATES, json.dumps({"gates": [vars(gate) for gate in gates]}, indent=1) + "\n")
 
 
 def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
@@ -146,11 +189,7 @@ def _deploy(
     out: Path,
     say: Say,
 ) -> DeployResult:
-    artifacts = {}
-    for runtime, precision in wanted:
-        name = f"{runtime}-{precision}"
-        artifacts[name] = export_made(network, made if precision == "int8" else None, out / name, runtime, precision)
-        say(f"exported  {name:20} {_proof(artifacts[name])}")
+    artifacts, refused = _exported(network, made, wanted, out, say)
     photos, title, labelled = _photos_to_score(network, order)
     asked = _Exam(photos, network, labelled)
     with predictor_of(network, threads=order.procedure.threads) as torch_network:
@@ -168,11 +207,41 @@ def _deploy(
         verdict = Verdict(name=name, artifact=artifacts[name], top1=scored, drop=drop, changed=changed, count=len(true))
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
-    timed = _timed(out, runs, order, say)
+    timed = _timed(out, runs, order, say) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
-    return DeployResult(
-        folder=out, network=network, verdicts=tuple(verdicts), top1=top1, data=title, max_drop=order.max_drop
-    )
+    gates = (*refused, *(_gate(each, order) for each in verdicts))
+    write_gates(gates, out / "results")
+    return DeployResult(folder=out, network=network, verdicts=tuple(verdicts), gates=gates, top1=top1, data=title)
+
+
+def _exported(
+    network: Network, made: Quantized | None, wanted: Sequence[tuple[str, str]], out: Path, say: Say
+) -> tuple[dict[str, Artifact], list[Gate]]:
+    """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none."""
+    artifacts, refused = {}, []
+    for runtime, precision in wanted:
+        name = f"{runtime}-{precision}"
+        try:
+            artifacts[name] = export_made(
+                network, made if precision == "int8" else None, out / name, runtime, precision
+            )
+        except GateFailed as error:
+            refused.append(Gate(name=name, kind="parity", passed=False, sentence=f"{name}: {error}"))
+            say(f"refused   {name:20} {error}")
+        else:
+            say(f"exported  {name:20} {_proof(artifacts[name])}")
+    return artifacts, refused
+
+
+def _gate(verdict: Verdict, order: DeployOptions) -> Gate:
+    """Whether an artifact that was scored keeps what the order asks of it."""
+    name, top1 = verdict.name, verdict.top1
+    if order.exact_fp32 and verdict.artifact.precision == "fp32" and verdict.changed:
+        sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the network's, and none may differ"
+        return Gate(name=name, kind="parity", passed=False, sentence=sentence)
+    lost = f"{verdict.drop:.2f} points of top-1" if top1 is not None else f"{verdict.drop:.2f} % of the answers"
+    sentence = f"{name} lost {lost}, and {order.max_drop:g} may be lost"
+    return Gate(name=name, kind="accuracy", passed=verdict.drop <= order.max_drop, sentence=sentence)
 
 
 def _check_installed(name: str, kind: Runtime) -> None:
@@ -252,7 +321,3 @@ def _proof(artifact: Artifact) -> str:
 def _score(top1: float | None, changed: int, count: int) -> str:
     scored = "" if top1 is None else f"top-1 {top1:.2f} %, "
     return f"{scored}{changed} of {count} answers are not the float network's"
-
-
-def _lost(each: Verdict) -> str:
-    return f"{each.drop:.2f} points lost" if each.top1 is not None else f"{each.drop:.2f} % of the answers changed"

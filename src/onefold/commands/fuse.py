@@ -9,7 +9,7 @@ from pathlib import Path
 from onefold.commands.open import TOLERANCE, Network, open_network
 from onefold.commands.quantizing import Calibration, quantized, told
 from onefold.commands.timm import is_timm, save_timm
-from onefold.errors import BadArgument
+from onefold.errors import BadArgument, GateFailed
 from onefold.models import Cost, cost
 from onefold.models.hub import save_weights
 from onefold.quantize import Quantized
@@ -55,17 +55,27 @@ class ExportOptions:
 
 
 def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | None = None) -> list[Artifact]:
-    """One verified artifact a runtime, in `out`/<runtime>-<precision>; weights are fused first unless told not to."""
+    """One verified artifact a runtime, in `out`/<runtime>-<precision>; weights are fused first unless told not to.
+
+    Raises GateFailed where a runtime's answer is not PyTorch's, once the artifacts of the other runtimes are written.
+    """
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
     network = network.with_size(order.size)
     made = _quantized(network, order)
     suffix = "" if network.is_fused else "-unfused"
-    return [
-        export_made(network, made, out / f"{runtime}-{order.precision}{suffix}", runtime, order.precision)
-        for runtime in order.runtimes
-    ]
+    artifacts, failures = [], []
+    for runtime in order.runtimes:
+        folder = out / f"{runtime}-{order.precision}{suffix}"
+        try:
+            artifacts.append(export_made(network, made, folder, runtime, order.precision))
+        except GateFailed as error:
+            failures.append(str(error))
+    if failures:
+        written = ", ".join(str(artifact.folder) for artifact in artifacts)
+        raise GateFailed("; ".join(failures) + (f"; these are written: {written}" if written else ""))
+    return artifacts
 
 
 def export_made(network: Network, made: Quantized | None, folder: Path, runtime: str, precision: str) -> Artifact:

@@ -13,8 +13,7 @@ def handout(done: DeployResult) -> str:
     network = done.network
     lines = [f"# {network.card.model}, for devices", ""]
     if done.failed:
-        names = ", ".join(each.name for each in done.failed)
-        lines += [f"**Not to be shipped: {names} lost more than {done.max_drop:g} points of top-1.**", ""]
+        lines += [f"**Not to be shipped: {', '.join(gate.sentence for gate in done.failed)}.**", ""]
     float_score = "without labels" if done.top1 is None else f"top-1 {done.top1:.2f} % in PyTorch, fp32"
     lines += [f"Scored on {done.data}: {float_score}.", "", *_table(done), "", *_choice(done), ""]
     lines += [
@@ -52,7 +51,8 @@ def _row(each: Verdict) -> list[str]:
 
 def _choice(done: DeployResult) -> list[str]:
     """The quickest that may be shipped, by this machine's times."""
-    fit = [each for each in done.verdicts if each.measurement is not None and each not in done.failed]
+    failed = {gate.name for gate in done.failed}
+    fit = [each for each in done.verdicts if each.measurement is not None and each.name not in failed]
     if not fit:
         return ["Nothing here was both timed and good enough to be recommended."]
     best = min(fit, key=lambda each: each.measurement.median_ns if each.measurement else 0.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onefold.errors import BadData
-from onefold.report import write_report
+from onefold.report import GATES, write_report
 from onefold.report.format import joined, plural
 from onefold.runtimes.artifact import is_artifact
 
@@ -36,6 +36,7 @@ class Found:
     runs: list[Path] = field(default_factory=list)
     results: list[Path] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
+    gates: list[Path] = field(default_factory=list)
     skipped: Counter[Reason] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ def write_page(places: Sequence[Path], out: Path) -> Found:
     Raises BadData where a place does not exist or nothing is found, MissingExtra without matplotlib, NotWritable.
     """
     found = find_inputs(places)
-    if not (found.runs or found.results or found.artifacts):
+    if not (found.runs or found.results or found.artifacts or found.gates):
         where = joined([str(place) for place in places])
         raise BadData(
             f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "
@@ -59,15 +60,16 @@ def write_page(places: Sequence[Path], out: Path) -> Found:
     # Hidden folders and links are left out on purpose; for the others, the page must say what it may lack.
     lacking = Counter({reason: n for reason, n in found.skipped.items() if reason not in (_HIDDEN, _LINK)})
     notes = [f"The report may lack something{_not_searched(lacking, ': ')}."] if lacking else []
-    write_report(out, runs=found.runs, results=found.results, artifacts=found.artifacts, notes=notes)
+    write_report(out, runs=found.runs, results=found.results, artifacts=found.artifacts, gates=found.gates, notes=notes)
     return found
 
 
 def find_inputs(places: Sequence[Path]) -> Found:
-    """Return the runs, results and artifacts in `places` and below, each once, in the order of their paths.
+    """Return the runs, results, artifacts and gates in `places` and below, each once, in the order of their paths.
 
     A run is a folder with a training log, an artifact one with the manifest of an export, and results are files of
-    JSON lines with measurements, whatever their names are. Raises BadData where a place does not exist.
+    JSON lines with measurements, whatever their names are; gates are files of deployments that are named gates.json.
+    Raises BadData where a place does not exist.
     """
     found, seen = Found(), set[str]()
     for place in places:
@@ -97,6 +99,8 @@ def find_inputs(places: Sequence[Path]) -> Found:
             files = {entry.name: entry for entry in entries if entry.is_file()}
             if (log := files.get("log.jsonl")) and ("recipe.json" in files or _holds(log, _TRAINING_LOG)):
                 found.runs.append(folder)
+            if GATES in files:
+                found.gates.append(folder / GATES)
             found.results.extend(
                 Path(entry.path)
                 for name, entry in files.items()

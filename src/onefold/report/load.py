@@ -20,6 +20,7 @@ from onefold.errors import BadArtifact, BadData
 from onefold.report.format import one_line
 from onefold.runtimes.artifact import Artifact, read_manifest
 
+GATES = "gates.json"  # what each gate of a deployment found, beside its measurements
 BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
 
 _LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
@@ -116,13 +117,17 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Everything there is to report; `sources` names the result files, `notes` says what could not be used."""
+    """Everything there is to report; `sources` names the result files, `notes` says what could not be used.
+
+    `failed_gates` has a sentence for each gate of a deployment that an artifact failed.
+    """
 
     runs: tuple[Run, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     sources: tuple[str, ...] = ()
+    failed_gates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -150,7 +155,9 @@ class Inputs:
         return next((top1 for subject in same if (top1 := number(subject, "top1")) is not None), None)
 
 
-def load_inputs(runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Path]) -> Inputs:
+def load_inputs(
+    runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Path], gates: Sequence[Path] = ()
+) -> Inputs:
     """Read all of it; what cannot be read becomes a note."""
     notes: list[str] = []
     measurements: list[Measurement] = []
@@ -176,6 +183,7 @@ def load_inputs(runs: Sequence[Path], results: Sequence[Path], artifacts: Sequen
         measurements=tuple(measurements),
         comparisons=tuple(comparisons),
         sources=tuple(one_line(path.name) for path in results),
+        failed_gates=tuple(sentence for path in gates for sentence in _read_failed_gates(path, notes)),
         notes=tuple(notes),
     )
 
@@ -302,6 +310,15 @@ def _probability(value: object) -> float | None:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:
+    gates = _parse(_read_text(path) or "").get("gates")
+    if not isinstance(gates, list):
+        notes.append(f"{one_line(path.name)} cannot be read: it is not known whether the gates of a deployment passed.")
+        return []
+    failed = [gate for gate in gates if isinstance(gate, Mapping) and gate.get("passed") is not True]
+    return [one_line(gate.get("sentence"), 400) for gate in failed]
 
 
 def _read_text(path: Path) -> str | None:

@@ -51,19 +51,20 @@ def write_report(
     runs: Sequence[Path] = (),
     results: Sequence[Path] = (),
     artifacts: Sequence[Path] = (),
+    gates: Sequence[Path] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page about run folders, result files (JSON lines) and artifact folders to `path`.
+    """Write the page about run folders, result files (JSON lines), artifact folders and gates.json files to `path`.
 
     The same inputs give the same bytes. What is missing or damaged is said on the page, after `notes`. Raises BadData
     where nothing at all is given, BadArgument where `path` is a folder, MissingExtra without matplotlib, NotWritable.
     """
-    if not (runs or results or artifacts):
+    if not (runs or results or artifacts or gates):
         raise BadData("a report needs something to report: give a run folder, a results file or an artifact folder")
     if Path(path).is_dir():
         raise BadArgument(f"{path} is a folder: give the name of the page to write, as in {Path(path) / 'report.html'}")
     require_matplotlib()
-    write_text(Path(path), render(aggregate_inputs(load_inputs(runs, results, artifacts)), notes))
+    write_text(Path(path), render(aggregate_inputs(load_inputs(runs, results, artifacts, gates)), notes))
 
 
 def render(data: ReportData, notes: Sequence[str] = ()) -> str:
@@ -183,12 +184,12 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
 
 
 def _warnings(data: ReportData) -> list[str]:
-    """Return what must not be overlooked: unfused networks, noisy measurements."""
+    """Return what must not be overlooked: failed gates, unfused networks, noisy measurements."""
     unfused = [group.label for group in data.groups if group.fused is False]
     unfused += [one_line(artifact.folder.name) for artifact in data.inputs.artifacts if not artifact.fused]
     unstated = [group.label for group in data.groups if group.fused is None]
     num_noisy = sum(bool(group.num_noisy) for group in data.groups)
-    warnings = []
+    warnings = [f"A gate FAILED: {sentence.rstrip('.')}." for sentence in data.inputs.failed_gates]
     if unfused:
         names = ", ".join(dict.fromkeys(unfused))
         warnings.append(

@@ -198,7 +198,7 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
         )
         raise GateFailed(
             f"the logits of {request.name} differ from PyTorch's by {parity.difference:.2g} of the largest, "
-            f"{parity.tolerance:.2g} is allowed; nothing was written{hint}"
+            f"{parity.tolerance:.2g} is allowed; no artifact was written{hint}"
         )
     write_reference(folder / REFERENCE, request.reference)
     info, images = request.info, request.reference.images

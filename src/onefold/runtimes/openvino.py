@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
@@ -75,6 +78,27 @@ def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision:
             ]
         )
     return medians(runs[WARMUP:])
+
+
+@cache
+def sums_saturate() -> bool:
+    """Whether sums of two int8 products saturate at 16 bits here, as on x86 without VNNI: a convolution tells.
+
+    Where they do, weights of 7 bits (`Method.weight_qmax` of 63) keep every such sum below the limit.
+    """
+    vino, channels, largest = _openvino(), 64, np.float32(255)
+    with quiet():
+        ops = vino.opset13
+        images = ops.parameter([1, channels, 8, 8], np.float32)
+        quantized = ops.fake_quantize(images, np.float32(0), largest, np.float32(0), largest, 256)
+        kernel = ops.convert(ops.constant(np.full((16, channels, 1, 1), 127, np.int8)), np.float32)
+        # A multiplication by the scale is what OpenVINO takes for the mark of an int8 kernel.
+        scaled = ops.multiply(kernel, ops.constant(np.float32(1)))
+        sums = ops.convolution(quantized, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
+        model = vino.Model([ops.result(sums)], [images], "sums")
+        compiled = vino.Core().compile_model(model, "CPU", {**_options("int8"), "INFERENCE_NUM_THREADS": 1})
+    found = compiled.create_infer_request().infer([np.full((1, channels, 8, 8), largest)])[0]
+    return bool((found != channels * 127 * largest).any())
 
 
 def _compiled(content: Mapping[str, bytes], options: Mapping[str, object]) -> Any:
