@@ -17,7 +17,7 @@ from torch import nn
 
 from onefold.bench import Procedure
 from onefold.cli import main
-from onefold.commands.deploy import Deployment, build_deployment
+from onefold.commands.deploy import DeployOptions, build_deployment
 from onefold.commands.quantizing import Calibration
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
@@ -185,7 +185,7 @@ def test_one_answer_of_32_bits_that_differs_fails_where_none_may(
         return logits if len(images) <= 3 else np.concatenate([-logits[:1], logits[1:]])
 
     altered(monkeypatch, onnx, "fp32", change)
-    order = Deployment(
+    order = DeployOptions(
         runtimes=["onnx"],
         precisions=["fp32"],
         calibration=Calibration(data="digits"),
