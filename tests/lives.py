@@ -195,7 +195,7 @@ def live(order: Order, rank: int, port: int) -> None:
         with order.steps.open("ab") as steps:
             steps.write(b".")
         time.sleep(order.nap)
-        if order.to_be_killed and progress.total == progress.epochs * progress.steps:
+        if order.to_be_killed and progress.global_step == progress.epochs * progress.steps:
             order.wait()
 
     plan = Plan.from_dict(order.plan)

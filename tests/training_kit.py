@@ -136,8 +136,8 @@ def main(out: str, how: str, end: str = "") -> None:
     torch.set_num_threads(1)
 
     def say(progress: Progress) -> None:
-        last = progress.total == progress.epochs * progress.steps
-        print("last" if last else progress.total, flush=True)
+        last = progress.global_step == progress.epochs * progress.steps
+        print("last" if last else progress.global_step, flush=True)
         while last and end == "endless":
             time.sleep(60)
 
