@@ -378,7 +378,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     # evaluation, once more
     "a run without its recipe": (
         2,
-        "nothing to score on",
+        "nothing to evaluate on",
         lambda h: [(h / "run/recipe.json").unlink(), "eval", h / "run"][1:],
     ),
     "too many threads": (2, "--threads", lambda h: ["eval", h / "run", "--threads", 0]),

@@ -74,7 +74,7 @@ def deployment(*, full: bool = True) -> DeployOptions:
     """What the demo deploys, and how it is calibrated; where the training is not the full one, int8 may lose anything.
 
     int8 is calibrated on 200 images, evenly over the training part. They are of the same kind as those that are scored:
-    so correcting the weights for the errors of earlier layers pays, it takes away a third of the noise
+    so correcting the weights for the errors of earlier layers pays, it takes away about a quarter of the noise
     (benchmarks/demo_seeds.py). Weights have 8 bits, or 7 where OpenVINO's sums would saturate on this processor.
     """
     method = Method(correct_weights=True, weight_qmax=63 if sums_saturate() else 127)
