@@ -1,7 +1,6 @@
 """Folding as an algebra: linear layers in series and in parallel, and the one convolution that they are.
 
-Reading order: `stencil` (the data), `linear` (the connectives and the rules), `fuse` (a network), `routes`
-(training), `foreign` (other projects' networks). Imports torch only.
+It stands on torch and on `onefold.native` alone, which compiles the kernels of the training routes.
 """
 
 from onefold.reparam.accelerate import accelerate as accelerate
