@@ -578,10 +578,10 @@ def test_an_artifact_that_cannot_run_here_is_exported_and_says_so(home: Path, tm
     if torch.cuda.is_available():
         pytest.skip("TensorRT may run here")
     assert run("export", home / "fused.safetensors", "--out", tmp_path / "artifacts", "--to", "tensorrt") == 0
-    assert "not run where it was made: the first load where it runs checks its answer" in capsys.readouterr().out
+    assert "not run where it was exported: the first load where it runs checks its answer" in capsys.readouterr().out
     assert json.loads((tmp_path / "artifacts/tensorrt-fp32/manifest.json").read_text())["parity"] is None
     assert run("report", tmp_path, "--out", tmp_path / "page.html") == 0
-    assert "not run where it was made" in (tmp_path / "page.html").read_text()
+    assert "not run where it was exported" in (tmp_path / "page.html").read_text()
     assert run("predict", tmp_path / "artifacts/tensorrt-fp32", photo(tmp_path / "a.png", 0)) == 2
     assert "TensorRT runs on an NVIDIA GPU, and PyTorch finds none on this machine" in capsys.readouterr().err
 

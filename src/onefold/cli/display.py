@@ -189,7 +189,7 @@ def _parity(artifact: Artifact) -> str:
     """How the runtime's answer compared with PyTorch's."""
     found = artifact.parity
     if found is None:
-        return "not run where it was made: the first load where it runs checks its answer"
+        return "not run where it was exported: the first load where it runs checks its answer"
     return f"parity {found.difference:.1e}, top-1 equal on {100 * found.top1_agreement:.0f} %"
 
 
