@@ -622,7 +622,7 @@ def test_an_input_changed_in_place_is_refused(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return pooled(x[:, :].clamp_(min=0))
 
-    with pytest.raises(BadArgument, match="changes them"):
+    with pytest.raises(BadArgument, match="changes its images in place"):
         export(Greedy().eval(), SHAPE, tmp_path / "out", runtime="onnx", info=replace(INFO, classes=None))
 
 
