@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from conftest import shaken
 from onefold.commands.fuse import ExportOptions, export
 from onefold.commands.initialize import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
+from onefold.commands.open import Network
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
@@ -134,16 +136,15 @@ def test_frozen_stages_stay_as_the_weights_had_them(photos, tmp_path):
             assert torch.equal(value, after[name]) == frozen, name
 
 
-def test_a_training_that_diverged_is_not_told_in_the_words_of_the_fusing_gate(photos, tmp_path):
-    """At this rate the weights are finite after an epoch of one step, and what they compute is not."""
-    diverging = {
-        "weights": "none",
-        "plan.optimizer.lr": "1e3",
-        "plan.batch_size": "24",
-        "plan.schedule.warmup": "0 steps",
-    }
-    with pytest.raises(NonFiniteLoss, match=r"logits are not finite.*training has diverged.*lower plan\.optimizer\.lr"):
-        start_run(recipe(photos, Path("x"), "photos:scratch", **diverging), tmp_path / "run")
+def test_a_network_that_diverged_is_not_told_in_the_words_of_the_fusing_gate():
+    """Whether a training diverges in one step depends on the processor; that its logits are not finite does not."""
+    model = create_model(NAME, num_classes=2).eval()
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(float("inf"))
+    network = Network(model=model, card=Card(model=NAME, num_classes=2), title="x")
+    for tolerance in (math.inf, 1e-4):
+        with pytest.raises(NonFiniteLoss, match=r"not finite.*training has diverged.*lower plan\.optimizer\.lr"):
+            network.fused(tolerance=tolerance)
 
 
 def test_what_needs_weights_says_so(photos, tmp_path):

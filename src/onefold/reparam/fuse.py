@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,8 +80,8 @@ def unfused_norms(model: nn.Module) -> list[str]:
 def drift(a: nn.Module, b: nn.Module, x: Tensor) -> float:
     """Measure how far the outputs of two models for `x` differ: norm of the difference over norm of a's output.
 
-    Of models with several outputs it is the largest. Raises ValueError where a model is in train mode (its output
-    would depend on the batch) or the shapes of the outputs differ.
+    Of models with several outputs it is the largest; infinite where an output is not finite. Raises ValueError where
+    a model is in train mode (its output would depend on the batch) or the shapes of the outputs differ.
     """
     for model in (a, b):
         if any(norm.training for _, norm in _norms(model)):
@@ -91,7 +92,9 @@ def drift(a: nn.Module, b: nn.Module, x: Tensor) -> float:
     worst = 0.0
     for y, z in zip(first, second, strict=True):
         size, gap = y.double().norm().item(), (y.double() - z.double()).norm().item()
-        worst = max(worst, gap / size if size > 0 else gap)
+        distance = gap / size if size > 0 else gap
+        # max() would drop a NaN: outputs that are not finite would pass as equal.
+        worst = max(worst, math.inf if math.isnan(distance) else distance)
     return worst
 
 
