@@ -1,7 +1,7 @@
 """Artifacts and the vendors' programs on a phone, each run once a round, in an order drawn anew.
 
 A round starts every artifact's program once, with a rest before each; the first artifact, the baseline, is run twice,
-as in `bench.comparison`. Nothing is measured while the phone is warm: it is given time to cool, and where that does
+as in `bench.compare`. Nothing is measured while the phone is warm: it is given time to cool, and where that does
 not help the figures say so."""
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def scaled(recipe: Recipe, *, batch_size: int, devices: int = 1) -> Recipe:
 
     The learning rate goes with k under SGD (Goyal et al., 2017) and with the root of k under AdamW and RMSprop
     (Malladi et al., 2022); the EMA's decay becomes its k-th power (Busbridge et al., 2023). All else stays.
-    The expected result stays too, as what to compare with: nobody promises it at another batch size.
+    The expected result stays too, as what to compare with: it is not promised at another batch size.
 
     Raises BadArgument where the plan cannot take the batch size.
     """

@@ -262,7 +262,7 @@ def _measure_parity(engine: Engine, reference: Reference, tolerance: float) -> P
 
 
 def _call_or_close(engine: Engine, images: Floats) -> Floats:
-    """Call an engine that nobody else holds yet, and close it where it fails."""
+    """Call an engine that has no other owner yet, and close it where it fails."""
     try:
         return engine(images)
     except BaseException:
