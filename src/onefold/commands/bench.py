@@ -164,7 +164,7 @@ def _held_against_limits(
 ) -> Measurement | Comparison:
     """The outcome with the least times that this machine could take.
 
-    Whoever is quicker than a limit proves that it was measured on a busy machine: then it is measured anew, some times.
+    A call quicker than a limit shows that the limit was measured on a busy machine: it is then measured again.
     """
     threads = order.procedure.threads
     for attempt in range(1 + _MORE_ATTEMPTS):
