@@ -212,3 +212,10 @@ def test_only_runtimes_that_measure_their_layers_are_profiled(home: Path, monkey
     monkeypatch.setattr("onefold.runtimes.profile.PROFILED", ("openvino",))
     with pytest.raises(BadArgument, match="onnx does not report the time of its layers; openvino do"):
         profile(home / "artifacts/onnx-fp32")
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 64), (8, 8), (256, 4)])
+def test_large_batches_are_few(batch: int, count: int) -> None:
+    from onefold.commands.bench import _drawn
+
+    assert len(_drawn((batch, 1, 2, 2))) == count

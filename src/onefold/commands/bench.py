@@ -250,7 +250,9 @@ _known: WeakValueDictionary[tuple[int, ...], Floats] = WeakValueDictionary()
 def _drawn(shape: tuple[int, ...]) -> Floats:
     found = _known.get(shape)
     if found is None:
-        found = _known[shape] = np.random.default_rng(0).standard_normal((DISTINCT, *shape), dtype=np.float32)
+        # A batch is many images already: 64 batches of 256 at 224 px would be 10 GB, and four of them differ as well.
+        count = max(4, DISTINCT // shape[0])
+        found = _known[shape] = np.random.default_rng(0).standard_normal((count, *shape), dtype=np.float32)
     return found
 
 
