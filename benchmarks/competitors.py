@@ -33,9 +33,8 @@ from PIL import Image
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
 from onefold.commands.bench import call_of
-from onefold.commands.fuse import model_info
+from onefold.commands.export import Calibration, model_info, quantized
 from onefold.commands.open import Network, Predictor, open_network, open_predictor
-from onefold.commands.quantizing import Calibration, quantized
 from onefold.commands.timm import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError

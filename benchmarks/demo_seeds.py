@@ -39,9 +39,9 @@ import torch
 from onefold.bench import Machine, Procedure
 from onefold.commands.demo import deployment, recipe_of
 from onefold.commands.deploy import build_deployment
+from onefold.commands.export import Calibration, quantized
 from onefold.commands.fuse import fuse
 from onefold.commands.open import open_network, validation_images
-from onefold.commands.quantizing import Calibration, quantized
 from onefold.commands.train import start_run
 from onefold.quantize import Method
 from onefold.storage import write_text

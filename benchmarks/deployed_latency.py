@@ -34,8 +34,8 @@ from competitors import Job, declare_operators, export_one, is_missing, make_pho
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
 from onefold.bench.noise import paired_interval
 from onefold.commands.bench import bound, call_of, measured_limits
+from onefold.commands.export import Calibration, quantized
 from onefold.commands.open import Network, Predictor, open_predictor
-from onefold.commands.quantizing import Calibration, quantized
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX
 from onefold.storage import write_text

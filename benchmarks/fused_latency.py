@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
-from onefold.commands.fuse import ExportOptions, export
+from onefold.commands.export import ExportOptions, export
 from onefold.commands.open import open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.hub import Card, save_weights

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from onefold.commands.evaluate import class_indices
-from onefold.commands.fuse import export_made
+from onefold.commands.export import export_made
 from onefold.commands.open import Network, open_network, predictor_of, validation_images
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError

@@ -39,7 +39,7 @@ from onefold.models import create_model
 from onefold.models.mobileone import branches
 from onefold.reparam import Chain, Sum, mixed, moments, per_branch, quickest, set_route_
 from onefold.reparam.branches import as_unit
-from onefold.reparam.route_cost import costs
+from onefold.reparam.routes import costs
 
 HERE = Path(__file__).parent
 CONTENDERS = ("ours", "per_branch", "plain", "timm", "timm channels_last", "timm accelerated", "timm compiled")

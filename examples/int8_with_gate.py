@@ -12,8 +12,8 @@ from pathlib import Path
 import onefold
 from onefold.bench import Procedure
 from onefold.commands.deploy import DeployOptions, deploy
-from onefold.commands.fuse import ExportOptions, export, fuse
-from onefold.commands.quantizing import Calibration
+from onefold.commands.export import Calibration, ExportOptions, export
+from onefold.commands.fuse import fuse
 from onefold.commands.train import start_run
 from onefold.errors import GateFailed
 from onefold.recipes import recipe_for

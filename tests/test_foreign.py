@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.fuse import ExportOptions, export
+from onefold.commands.export import ExportOptions, export
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open import open_network, open_predictor
 from onefold.commands.timm import open_pretrained

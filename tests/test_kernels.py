@@ -19,9 +19,8 @@ from onefold.reparam import fuse, mixed, moments, per_branch, quickest
 from onefold.reparam.branches import as_unit
 from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.base import Geometry, library
-from onefold.reparam.kernels.cpu import Compiled
-from onefold.reparam.kernels.memory import new_map, release
-from onefold.reparam.route_cost import costs
+from onefold.reparam.kernels.cpu import Compiled, new_map, release
+from onefold.reparam.routes import costs
 from test_routes import unit
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler for the kernels")

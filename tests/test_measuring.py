@@ -12,7 +12,7 @@ from onefold import bench, fuse
 from onefold.cli import main
 from onefold.commands.bench import BenchOptions
 from onefold.commands.bench import bench as run_bench
-from onefold.commands.fuse import ExportOptions, export
+from onefold.commands.export import ExportOptions, export
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights

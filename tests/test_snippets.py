@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands.fuse import ExportOptions, export
+from onefold.commands.export import Calibration, ExportOptions, export
 from onefold.commands.open import open_network, open_predictor
 from onefold.commands.predict import predict
-from onefold.commands.quantizing import Calibration
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights

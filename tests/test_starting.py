@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from conftest import shaken
-from onefold.commands.fuse import ExportOptions, export
+from onefold.commands.export import ExportOptions, export
 from onefold.commands.initialize import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
 from onefold.commands.open import Network
 from onefold.commands.train import Callbacks, resume_run, start_run

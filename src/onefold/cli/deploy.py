@@ -41,7 +41,7 @@ def deploy(
     from onefold.bench import Procedure
     from onefold.commands.deploy import DeployOptions
     from onefold.commands.deploy import deploy as run
-    from onefold.commands.quantizing import Calibration
+    from onefold.commands.export import Calibration
 
     method = quantization_method(weight_bits, per_tensor=per_tensor)
     order = DeployOptions(

@@ -219,9 +219,8 @@ def export(
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
-    from onefold.commands.fuse import ExportOptions
-    from onefold.commands.fuse import export as export_all
-    from onefold.commands.quantizing import Calibration
+    from onefold.commands.export import Calibration, ExportOptions
+    from onefold.commands.export import export as export_all
 
     method = quantization_method(weight_bits, per_tensor=per_tensor)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)

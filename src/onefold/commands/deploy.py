@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, bench, note_accuracy
 from onefold.commands.evaluate import class_indices
-from onefold.commands.fuse import export_made
+from onefold.commands.export import Calibration, export_made, held_out, quantized, unlabelled
 from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of, validation_images
-from onefold.commands.quantizing import Calibration, held_out, quantized, unlabelled
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra

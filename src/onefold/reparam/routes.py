@@ -3,7 +3,7 @@
 
 per_branch every layer by itself: the reference (beside `Sum`)
 moments    one convolution, exactly: the batch's statistics are known from the moments of its patches (`moments.py`)
-mixed      every convolution by itself; all norms, their sum and the activation in one pass (`mixed.py`)
+mixed      every convolution by itself; all norms, their sum and the activation in one pass (`fused_norms.py`)
 folded     one convolution, made at each call of parameters and running statistics: where the norms are frozen
 quickest   whichever of them costs least for this unit and batch, by count; what training uses
 """
@@ -11,7 +11,7 @@ quickest   whichever of them costs least for this unit and batch, by count; what
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from onefold.reparam.branches import Unit, as_clamp, as_unit, has_hooks
 from onefold.reparam.fused_norms import mix
 from onefold.reparam.fused_norms import supports as mix_supports
+from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.base import Act
 from onefold.reparam.linear import Chain, Route, Sum, fold, input_channels, per_branch
 from onefold.reparam.moments import Patches, convolve
-from onefold.reparam.route_cost import costs
 from onefold.reparam.stencil import Stencil
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -75,7 +75,7 @@ def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 
 @_opaque
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """The route that costs least for this unit and batch, by count (see `count`); outside training `per_branch`."""
+    """The route that costs least for this unit and batch, by count (see `costs`); outside training `per_branch`."""
     unit = as_unit(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
     y = None if unit is None else evaluate(unit, x, act)
     return per_branch(tree, x, act) if y is None else y
@@ -127,3 +127,62 @@ def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:
     kernel, bias = total.weight.to(x.dtype), total.bias.to(x.dtype)
     y = F.conv2d(images, kernel, bias, total.stride, total.padding, total.dilation, total.groups)
     return y if x.dim() == 4 else y.flatten(1)
+
+
+# ------------------------------------------------------------------------------ costs, by count
+
+# Multiply-adds, and floats moved: a float moved between a core and the memory takes as long as MOVE multiply-adds, from
+# the rates of both on a core with AVX2; the other constants are estimates. They need not be near: where two routes cost
+# about the same, either will do. `benchmarks/train_step.py --units` times the routes of single units.
+# Shapes: per place of the output; I and O channels, G groups, K values a patch.
+MOVE = 17.0
+LAG = 0.3  # depthwise: products by lag, of those by pairs of taps
+SLOW_DEPTHWISE = 3.0  # torch's depthwise convolution, forward and backward, against its arithmetic
+SLOW_NORM = 8.0  # floats moved by a norm and the sum, a branch and value, that `mixed` saves
+PLAIN = 4.0  # the reference back end against the kernels
+
+
+class Costs(NamedTuple):
+    """Multiply-adds a place of the output, or their time in floats moved; infinite where a route cannot go."""
+
+    moments: float
+    mixed: float
+    per_branch: float
+
+
+def costs(unit: Unit, x: Tensor) -> Costs:
+    """Of the three routes, forward and backward."""
+    per_branch = _branches(unit, x) + MOVE * SLOW_NORM * unit.channels[1] * len(unit.branches)
+    return Costs(_moments(unit, x), _branches(unit, x) if mix_supports(unit, x) else float("inf"), per_branch)
+
+
+def _moments(unit: Unit, x: Tensor) -> float:
+    """Convolution, its two gradients, the moments and theirs; the algebra on kernels, shared by all places."""
+    (c_in, c_out), geometry = unit.channels, unit.geometry
+    size = geometry.kernel_size[0] * geometry.kernel_size[1] * c_in // geometry.groups
+    depthwise = c_in == geometry.groups
+    square = geometry.groups * size * size
+    products = 3 * c_out * size + 1.5 * square * (LAG if depthwise and geometry.stride == (1, 1) else 1)
+    algebra = 2 * len(unit.convs) * c_out * size * size / _places(unit, x)
+    moved = MOVE * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
+    plain = isinstance(passes_for(x, geometry, c_out), Reference)
+    return (products + moved) * (PLAIN if plain else 1) + algebra
+
+
+def _branches(unit: Unit, x: Tensor) -> float:
+    """Every branch's convolution and its gradients, and what `mixed` moves."""
+    (c_in, c_out), geometry = unit.channels, unit.geometry
+    c_in_places = c_in * geometry.stride[0] * geometry.stride[1]
+    total = MOVE * 5 * c_out  # the output and its gradient
+    for branch in unit.branches:
+        if branch.conv is None:
+            total += MOVE * 8 * c_in_places
+            continue
+        slow = SLOW_DEPTHWISE if geometry.groups == c_in > 1 else 1.0
+        total += 3 * slow * branch.conv.weight.numel() + MOVE * (8 * c_out + 3 * c_in_places)
+    return total + MOVE * 3 * c_in_places * (len(unit.branches) - 1)  # adding up the input's gradients
+
+
+def _places(unit: Unit, x: Tensor) -> int:
+    (down, across), (b, _, h, w) = unit.geometry.stride, x.shape
+    return max(1, b * (h // down) * (w // across))

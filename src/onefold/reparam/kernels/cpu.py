@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.dlpack import from_dlpack
 
 from onefold.reparam.kernels.base import Act, Geometry, Moments, library
-from onefold.reparam.kernels.memory import new_map
 
+SMALLEST_MAP = 1 << 18  # floats: the C library's own memory does for less
 MAX_MAPS = 8  # in a call of `mix`
 KERNEL_SIZES = (1, 3, 5, 7)  # of depthwise kernels
 MAX_PATCH = 64  # values of a patch up to which a dense unit (a stem) is computed on written-out patches
@@ -309,3 +310,37 @@ def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
     kernel.argtypes = [*(numbers.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_int]
     kernel.restype = None
     return kernel
+
+
+# -------------------------------------------- memory for maps: kept when one is freed, for the next of its size
+
+
+def new_map(*shape: int) -> Tensor:
+    """A float32 tensor of any content. Needs the library, as whoever writes a map has it."""
+    count = math.prod(shape)
+    if count < SMALLEST_MAP:
+        return torch.empty(*shape)
+    make, capsule = _makers()
+    address = make(count)
+    if not address:
+        raise MemoryError(f"no memory for a map of {count} floats")
+    y: Tensor = from_dlpack(capsule(address, b"dltensor", None))
+    return y.view(*shape)
+
+
+@cache
+def _makers() -> tuple[Callable[[int], int], Callable[[int, bytes, None], object]]:
+    """The library's allocator, and python's maker of capsules."""
+    kernels = library()
+    assert kernels is not None
+    make = kernels["new_map"]
+    make.argtypes, make.restype = [ctypes.c_int64], ctypes.c_void_p
+    prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return make, prototype(("PyCapsule_New", ctypes.pythonapi))
+
+
+def release() -> None:
+    """Give the memory that waits for a next map back to the system; maps in use stay."""
+    kernels = library()
+    if kernels is not None:
+        kernels["drop_maps"]()
