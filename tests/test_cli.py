@@ -391,7 +391,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     ),
     "class names that are no text": (
         3,
-        "cannot read class names",
+        "cannot read",
         lambda h: ["eval", h / "run", "--classes", photo(h / "c.png", 1)],
     ),
     # weights

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from onefold.errors import NotWritable
-from onefold.storage import replacing, write_text
+from onefold.errors import BadData, NotWritable
+from onefold.storage import read_lines, read_text, replacing, write_text
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -95,3 +95,25 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
         aside.mkdir()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"deploy", f".deploy.{os.getppid()}.new", f".other.{ended.pid}.new"}
+
+
+@pytest.mark.parametrize("text", ["cat\ndog\n", "cat\r\ndog\r\n\r\n", "\ncat \ndog\t", "  cat\r\r dog"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_users_text_is_read_as_any_editor_saves_it(tmp_path: Path, text: str, encoding: str):
+    (tmp_path / "names.txt").write_bytes(text.encode(encoding))
+    assert read_lines(tmp_path / "names.txt") == ["cat", "dog"]
+
+
+def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9\r\n\xe7a")
+    assert read_text(tmp_path / "latin") == os.fsdecode(b"caf\xe9\n\xe7a")
+    (tmp_path / "accents").write_text("\ufeffcafé\x85naïve\n", encoding="utf-16-le")  # U+0085 ends no line
+    assert read_lines(tmp_path / "accents") == ["café\x85naïve"]
+    os.mkfifo(tmp_path / "pipe")
+    for place, sentence in (
+        (tmp_path, "is not a file"),
+        (tmp_path / "pipe", "is not a file"),
+        (tmp_path / "no", "cannot read"),
+    ):
+        with pytest.raises(BadData, match=sentence):
+            read_text(place)

@@ -1,22 +1,33 @@
-"""Writing so that nothing is ever half-written: aside, fsync, rename.
+"""Writing so that nothing is ever half-written (aside, fsync, rename), and reading text as people's editors save it.
 
 `replacing(path)` gives a fresh name beside `path`; what is written there takes the place of `path` in one
 step when the block ends without an error, and is removed when it does not. It serves files and folders alike.
+`read_text` is for every text that a user gives: labels, names of classes, metadata.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from onefold.errors import NotWritable
+from onefold.errors import BadData, NotWritable
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAX_TEXT_BYTES = 256 << 20
+_BYTE_ORDER_MARKS = (  # UTF-32's first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 @contextmanager
@@ -51,6 +62,36 @@ def write_text(path: Path, text: str) -> None:
         raise NotWritable(f"cannot write {path}: it is a folder; give the name of a file")
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """Read a text that a user gives: UTF-8, UTF-16 or UTF-32 with or without a byte order mark, lines ending in "\\n".
+
+    Bytes that are not UTF-8 are kept as lone surrogates, as in file names. Raises BadData where there is no regular
+    file that can be read, or one of more than 256 MiB.
+    """
+    shown = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadData(f"{shown} is not a file: expected a text file")
+        if status.st_size > _MAX_TEXT_BYTES:
+            raise BadData(f"{shown} has {status.st_size >> 20} MiB: a text may have {_MAX_TEXT_BYTES >> 20}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadData(f"cannot read {shown}: {error.strerror or error}") from error
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
+    if encoding is None:  # text of two bytes a character without a mark: every other of the first bytes is 0
+        zeros = [data[:512][start::2].count(0) for start in (0, 1)]
+        wide = max(zeros) > len(data[:512]) // 4 and not min(zeros)
+        encoding = "utf-8" if not wide else "utf-16-be" if zeros[0] else "utf-16-le"
+    text = data.decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace").removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text that a user gives, without blanks at their ends and without empty lines."""
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -27,6 +27,7 @@ from onefold.recipes import Data, Recipe
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import Artifact, load
 from onefold.runtimes.artifact import is_artifact
+from onefold.storage import read_lines
 
 Floats = NDArray[np.float32]
 
@@ -215,13 +216,10 @@ def _untrained(untrained: bool) -> dict[str, object]:
 
 
 def with_class_names(predictor: Predictor, classes: Path | None) -> Predictor:
-    """Give the predictor with class names from a file, one per line in the order of the logits."""
+    """Give the predictor with class names from a file, one a line in the order of the logits; empty lines are none."""
     if classes is None:
         return predictor
-    try:
-        names = tuple(classes.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"cannot read class names from {classes}: {error}") from error
+    names = tuple(read_lines(classes))
     if len(names) != predictor.num_classes:
         raise BadData(
             f"{classes} names {len(names)} classes, one per line; {predictor.title} has {predictor.num_classes}"
