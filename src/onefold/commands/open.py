@@ -17,7 +17,7 @@ from torch import nn
 
 from onefold.commands.timm import is_timm, load_stored_timm, open_timm
 from onefold.data import Dataset, Preprocessing, open_dataset
-from onefold.data.dataset import Split
+from onefold.data.dataset_info import Split
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model

@@ -15,8 +15,13 @@ from onefold.data.curriculum import Curriculum as Curriculum
 from onefold.data.curriculum import ProgressiveAugment as ProgressiveAugment
 from onefold.data.curriculum import Stage as Stage
 from onefold.data.dataset import Dataset as Dataset
+from onefold.data.dataset import DatasetSplits as DatasetSplits
 from onefold.data.dataset import Subset as Subset
 from onefold.data.dataset import open_dataset as open_dataset
+from onefold.data.dataset import read_dataset as read_dataset
+from onefold.data.dataset_info import DatasetInfo as DatasetInfo
+from onefold.data.dataset_info import LeftOut as LeftOut
+from onefold.data.dataset_info import SplitInfo as SplitInfo
 from onefold.data.folders import ImageFiles as ImageFiles
 from onefold.data.folders import find_images as find_images
 from onefold.data.loader import CachedDataset as CachedDataset

@@ -18,23 +18,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
+from onefold.data.dataset_info import SPLITS, DatasetInfo, Split, SplitInfo
 from onefold.data.decode import printable
 from onefold.data.folders import ImageFiles, join_names, read_class_folders, subfolders
 from onefold.data.shards import MAX_CLASSES, VALIDATION, find_shards, open_shards
 from onefold.errors import BadArgument, BadData, MissingExtra
 
-Split = Literal["train", "val"]
 _ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".zst")
 
 
@@ -138,6 +139,49 @@ def fingerprint(dataset: Dataset) -> str:
         line = f"{dataset.name(i)!r} {dataset.label(i)} {dataset.num_bytes(i)}\n"
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSplits:
+    """The splits of a place, and what is known of them: what `read_dataset` gives."""
+
+    info: DatasetInfo
+    datasets: Mapping[Split, Dataset]
+
+    def __contains__(self, split: Split) -> bool:
+        return split in self.datasets
+
+    def open(self, split: Split) -> Dataset:
+        """Give one split. Raises BadData where there is none, and for train with fewer than two classes."""
+        if split not in self.datasets:
+            raise BadData(f"{printable(self.info.place)} has no images for {split}")
+        return self.datasets[split]
+
+
+def read_dataset(place: str | Path, *, seed: int, val_fraction: float) -> DatasetSplits:
+    """Look at a place ("digits", a folder, shards) and give its splits, and what they were read from.
+
+    Raises BadData for a place that cannot be used or that can be understood in two ways.
+    """
+    datasets: dict[Split, Dataset] = {}
+    for split in SPLITS[:2]:
+        with suppress(BadData):
+            datasets[split] = open_dataset(place, split, seed=seed, val_fraction=val_fraction)
+    classes = next(iter(datasets.values())).classes
+    splits = tuple(
+        SplitInfo(name=name, source=printable(place), num_images=len(images), images_per_class=count_classes(images))
+        for name, images in datasets.items()
+    )
+    info = DatasetInfo(
+        place=str(place), container="images", classes=classes, class_order="sorted by name", splits=splits
+    )
+    return DatasetSplits(info, datasets)
+
+
+def count_classes(dataset: Dataset) -> tuple[int, ...]:
+    """Count the images of each class."""
+    counts = Counter(dataset.label(i) for i in range(len(dataset)))
+    return tuple(counts[label] for label in range(len(dataset.classes)))
 
 
 def open_dataset(place: str | Path, split: Split, *, seed: int, val_fraction: float) -> Dataset:

@@ -1,0 +1,96 @@
+"""DatasetInfo: what a place holds - its classes, its splits, and what was left out and why; as lines, and as JSON.
+
+The value is made by `read_dataset` before anything is decoded. `onefold data PLACE` prints it, a training prints it
+before its first step and keeps it in the run folder, and the report shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onefold.config import from_dict, to_dict
+from onefold.data.decode import printable
+
+Split = Literal["train", "val", "test"]
+"""What images are for: to train on, to choose the best epoch with, and to be scored on once at the end."""
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+_MAX_NAMES = 8  # classes that a line names
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """The images of one split: where they come from ("valid/", or a part of train/ by seed), and of which classes."""
+
+    name: Split
+    source: str
+    num_images: int
+    images_per_class: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Files or images that belong to no split: how many, what they are, why they are not used, and some of them."""
+
+    count: int
+    what: str
+    reason: str
+    examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        named = f" ({', '.join(map(printable, self.examples))})" if self.examples else ""
+        return f"{self.count} {printable(self.what)}{named}: {printable(self.reason)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What a place holds.
+
+    `container` says what the images lie in ("class folders", "tar shards", the name of a table ...), `class_order` by
+    what rule the classes are numbered. `notes` has a sentence for each thing that somebody might have expected
+    otherwise: where val comes from if nobody gave one, which folders were taken for one class, and the like.
+    """
+
+    place: str
+    container: str
+    classes: tuple[str, ...]
+    class_order: str
+    splits: tuple[SplitInfo, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def split(self, name: Split) -> SplitInfo | None:
+        """Give the split of that name; None where the place has none."""
+        return next((split for split in self.splits if split.name == name), None)
+
+    def lines(self, most: int | None = None) -> list[str]:
+        """Give the dataset in lines for a person; no more than `most`, of which the last says how many are missing."""
+        names = [printable(name) for name in self.classes[:_MAX_NAMES]]
+        more = f" and {len(self.classes) - _MAX_NAMES} more" if len(self.classes) > _MAX_NAMES else ""
+        kind = "class" if len(self.classes) == 1 else "classes"
+        lines = [
+            f"data: {printable(self.place)} ({printable(self.container)}), {len(self.classes)} {kind} "
+            f"{self.class_order}: {', '.join(names)}{more}"
+        ]
+        width = len(str(max((split.num_images for split in self.splits), default=0)))
+        lines += [
+            f"  {split.name:5}  {split.num_images:{width}} images, {printable(split.source)}" for split in self.splits
+        ]
+        lines += [f"  note: {printable(note)}" for note in self.notes]
+        lines += [f"  left out: {one}" for one in self.left_out]
+        if most is not None and len(lines) > most:
+            hidden = lines[most - 1 :]
+            lines = [*lines[: most - 1], f"  and {len(hidden)} more lines: onefold data {printable(self.place)}"]
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON; `from_dict` is the inverse."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> DatasetInfo:
+        """Give the value that `to_dict` wrote. Raises BadArgument for an unknown, missing or impossible field."""
+        return from_dict(cls, given, "dataset")
