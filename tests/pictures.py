@@ -68,6 +68,9 @@ class Shades:
     def num_bytes(self, i: int) -> int:
         return 192
 
+    def digest(self, i: int) -> str:
+        return f"{i:064x}"
+
 
 PLAIN = Preprocessing(size=8, crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from onefold.data import Dataset, ImageFiles, ImageLoader, Subset, find_images, open_dataset
-from onefold.data.dataset import fingerprint
+from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import IMAGENET
 from onefold.errors import BadArgument, BadData, MissingExtra
 from pictures import SMALL, noise, write_images
@@ -235,7 +235,7 @@ def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     assert os.fsencode(source.name(0)) == b"caf\xe9/caf\xe9.png"
     assert source.image(0).size == (16, 12)
     assert json.loads(json.dumps(source.name(0))) == source.name(0)
-    assert len(fingerprint(source)) == 64
+    assert len(fingerprint(source)) == 129
     table = b"file,label\ncaf\xe9.png,caf\xe9\nother.png,x\n"
     listed = write_images(tmp_path / "listed", [f"{raw}.png", "other.png"])
     (listed / "labels.csv").write_bytes(table)

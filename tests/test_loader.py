@@ -17,8 +17,8 @@ from PIL import Image
 
 from onefold.data import CachedDataset, Dataset, ImageFiles, ImageLoader, ProgressiveAugment, open_dataset
 from onefold.data.crop import Crop, CropBox
-from onefold.data.dataset import fingerprint
 from onefold.data.decode import decode
+from onefold.data.fingerprint import fingerprint
 from onefold.errors import BadArgument, BadData
 from pictures import (
     CROP_AND_FLIP,
@@ -211,6 +211,9 @@ def test_training_decodes_large_photos_small_and_evaluation_does_not(tmp_path: P
 
         def num_bytes(self, i: int) -> int:
             return 0
+
+        def digest(self, i: int) -> str:
+            return ""
 
         def image(self, i: int, *, min_side: int = 0) -> Image.Image:
             image = self.source.image(i, min_side=min_side)

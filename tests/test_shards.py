@@ -14,7 +14,7 @@ from PIL import Image
 
 from onefold.data import Dataset, open_dataset
 from onefold.data.crop import CropBox
-from onefold.data.dataset import fingerprint
+from onefold.data.fingerprint import fingerprint
 from onefold.data.remote import LocalFile
 from onefold.data.shards import read_tar_index
 from onefold.errors import BadData

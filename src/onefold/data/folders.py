@@ -18,6 +18,7 @@ from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
+from onefold.data.remote import LocalFile, digest_bytes
 from onefold.errors import BadData
 
 _SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found"))
@@ -57,6 +58,14 @@ class ImageFiles:
             return (self.root / self.names[i]).stat().st_size
         except OSError:
             return -1
+
+    def digest(self, i: int) -> str:
+        """Give a digest of the file of image i, or "" where it is gone, or no file."""
+        file = LocalFile(self.root / self.names[i])
+        try:  # a pipe would be waited for
+            return digest_bytes(file.read, file.num_bytes) if file.path.is_file() else ""
+        except BadData:
+            return ""
 
 
 def find_images(paths: Iterable[Path | str]) -> list[Path]:

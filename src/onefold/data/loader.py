@@ -29,7 +29,8 @@ from torch import Tensor
 from onefold.data.augmentation import Augment
 from onefold.data.crop import Crop, CropBox
 from onefold.data.curriculum import ProgressiveAugment
-from onefold.data.dataset import Dataset, fingerprint
+from onefold.data.dataset import Dataset
+from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import Preprocessing
 from onefold.data.sampler import sample_generator, shuffled
 from onefold.errors import BadArgument, BadData
@@ -99,7 +100,7 @@ class ImageLoader:
         return self._epoch(n, start)  # a generator of its own, so that a wrong argument raises here and not later
 
     def fingerprint(self) -> str:
-        """Compute SHA-256 of the dataset's classes, names, labels and sizes: a resume checks that it is the same."""
+        """Give the dataset's fingerprint: a resume checks that it is the same."""
         return fingerprint(self.dataset)
 
     def samples(self, n: int, step: int) -> NDArray[np.int64]:
@@ -202,6 +203,7 @@ class CachedDataset:
         self._free_bytes = limit_mib << 20
         self._images: dict[tuple[int, int], Image.Image] = {}  # (i, min_side) -> the picture
         self._too_large: set[int] = set()
+        self._digests: dict[int, str] = {}
         self._lock = Lock()
 
     @property
@@ -247,3 +249,9 @@ class CachedDataset:
     def num_bytes(self, i: int) -> int:
         """Give the stored size of image i."""
         return self.dataset.num_bytes(i)
+
+    def digest(self, i: int) -> str:
+        """Give a digest of image i, read the first time it is asked for."""
+        if i not in self._digests:
+            self._digests[i] = self.dataset.digest(i)
+        return self._digests[i]

@@ -9,6 +9,7 @@ other, its errors quote the whole URL, and a signed URL's query is a secret: so 
 from __future__ import annotations
 
 import atexit
+import hashlib
 import http.client
 import io
 import os
@@ -31,6 +32,7 @@ T = TypeVar("T")
 OBJECT_STORES = ("s3://", "gs://", "az://")
 REMOTE = ("http://", "https://", *OBJECT_STORES)
 
+_WHOLE_BYTES, _PART_BYTES = 1 << 20, 64 << 10  # what is read of a file for its digest
 _MAX_IDLE = 16  # open connections that are kept for each server
 _PERMANENT = frozenset((400, 401, 403, 404, 405, 410, 416))  # the same request would fail again
 _PERMANENT_ERRORS = ("NotFoundError", "FileNotFoundError", "PermissionDeniedError", "UnauthenticatedError")  # obstore's
@@ -92,6 +94,20 @@ def open_blob(place: str | os.PathLike[str], policy: RetryPolicy | None = None) 
     return HttpFile(text, policy or RetryPolicy()) if text.startswith(REMOTE) else LocalFile(Path(text))
 
 
+def digest_bytes(read: Callable[[int, int], bytes], num_bytes: int) -> str:
+    """Give a SHA-256 in hex of what `read(start, count)` gives; of more than 1 MiB, of its size and of three parts.
+
+    The parts are 64 KiB at the start, in the middle and at the end: a picture of that size is compressed, and where it
+    changes, all that comes after does. One that is not compressed can change unseen elsewhere.
+    """
+    if num_bytes <= _WHOLE_BYTES:
+        return hashlib.sha256(read(0, num_bytes)).hexdigest()
+    total = hashlib.sha256(f"{num_bytes}\n".encode())
+    for start in (0, (num_bytes - _PART_BYTES) // 2, num_bytes - _PART_BYTES):
+        total.update(read(start, _PART_BYTES))
+    return total.hexdigest()
+
+
 @dataclass(frozen=True)
 class LocalFile:
     """A file on this disk. A Blob."""
@@ -105,9 +121,13 @@ class LocalFile:
 
     @property
     def identity(self) -> str:
-        """Path, size and time of change."""
+        """Path, size, the times that are set and that are not, the file's number, and a digest of parts of it.
+
+        Size and time of writing alone are the same after `touch -r`, or where a file is replaced by `cp -p`.
+        """
         status = self._status()
-        return f"{self.path.absolute()} {status.st_size} {status.st_mtime_ns}"
+        facts = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+        return f"{self.path.absolute()} {facts} {digest_bytes(self.read, status.st_size)}"
 
     @property
     def num_bytes(self) -> int:

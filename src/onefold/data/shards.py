@@ -44,7 +44,7 @@ from PIL import Image
 from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
 from onefold.data.folders import join_names
-from onefold.data.remote import REMOTE, Blob, BlobReader, open_blob
+from onefold.data.remote import REMOTE, Blob, BlobReader, LocalFile, digest_bytes, open_blob
 from onefold.errors import BadData, MissingExtra, NotWritable
 from onefold.storage import write_text
 
@@ -92,6 +92,17 @@ class ShardedImages:
         """Give the stored size of image i, or -1 where it is not known without reading it."""
         file, row = self._locate(i)
         return file.num_bytes(row)
+
+    def digest(self, i: int) -> str:
+        """Give a digest of image i, "" where it cannot be read; behind a network, of its tar's identity and name."""
+        file, row = self._locate(i)
+        if isinstance(file, TarImages) and not isinstance(file.blob, LocalFile):
+            return hashlib.sha256(f"{file.blob.identity} {file.name(row)}".encode()).hexdigest()
+        try:
+            data = file.read(row)
+        except BadData:
+            return ""
+        return digest_bytes(lambda start, count: data[start : start + count], len(data))
 
     def _locate(self, i: int) -> tuple[TarImages | ParquetImages, int]:
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -235,7 +246,7 @@ class TarImages:
     classes: tuple[str, ...] | None = None  # a tar does not name its classes in their order
 
     def __init__(self, blob: Blob, members: Sequence[TarMember], prefix: str) -> None:
-        self._blob, self._members, self._prefix = blob, members, prefix
+        self.blob, self._members, self._prefix = blob, members, prefix
         self.labels: list[int | str] = [self._class(member) for member in members]
 
     def __len__(self) -> int:
@@ -247,7 +258,7 @@ class TarImages:
 
     def read(self, i: int) -> bytes:
         """Read the bytes of image i. Raises BadData where they cannot be read."""
-        return self._blob.read(self._members[i].offset, self._members[i].size)
+        return self.blob.read(self._members[i].offset, self._members[i].size)
 
     def num_bytes(self, i: int) -> int:
         """Give the size of image i."""
@@ -258,7 +269,7 @@ class TarImages:
             return member.label
         folder, slash, _ = member.name[len(self._prefix) :].partition("/")
         if not slash:
-            where = f"{self._blob.name}: {printable(member.name)}"
+            where = f"{self.blob.name}: {printable(member.name)}"
             raise BadData(f"{where} is in no class folder and has no .cls or .json beside it")
         return folder
 
@@ -266,7 +277,7 @@ class TarImages:
 def read_tar_index(blob: Blob) -> list[TarMember]:
     """List the images of a tar, in its order. Raises BadData where it cannot be read or is no tar.
 
-    The index is kept under XDG_CACHE_HOME until the tar's identity (name, size, date or ETag) changes.
+    The index is kept under XDG_CACHE_HOME until the tar's identity changes (see `Blob.identity`).
     """
     key = hashlib.sha256(blob.identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -150,7 +150,8 @@ class _Trainer:
         """Raise BadCheckpoint where plan or data would compute something else; warn where only the last bits may."""
         steps = self.state.position.steps_per_epoch
         changed = [f"plan.{difference}" for difference in saved.plan.differences(self.plan)]
-        if saved.data != self.data:
+        # the part before the "-" is all that older checkpoints have, and says nothing of the images' contents
+        if saved.data != (self.data if "-" in saved.data else self.data.partition("-")[0]):
             changed.append(f"data: {saved.data} -> {self.data}")
         if saved.position.steps_per_epoch != steps:
             changed.append(f"steps per epoch: {saved.position.steps_per_epoch} -> {steps}")
