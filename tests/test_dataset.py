@@ -167,9 +167,9 @@ def folder_faults(root: Path) -> dict[str, str]:
     write_images(root / "hollow", ["cat/1.png", "dog/1.png"])
     (root / "hollow/emu").mkdir()
     (root / "hollow/fox/.git").mkdir(parents=True)
-    (root / "heic/cat").mkdir(parents=True)
-    (root / "heic/cat/1.heic").write_bytes(b"")
-    (root / "heic/dog").mkdir()
+    (root / "psd/cat").mkdir(parents=True)
+    (root / "psd/cat/1.psd").write_bytes(b"")
+    (root / "psd/dog").mkdir()
     write_images(
         root / "differ", ["train/cat/1.png", "train/dog/1.png", "val/dog/1.png", "val/owl/1.png", "val/yak/1.png"]
     )
@@ -183,7 +183,7 @@ def folder_faults(root: Path) -> dict[str, str]:
         "nothing": "holds no images: it has no files at all",
         "one": "has one class only, cat: training needs two or more",
         "hollow": "class folders without images in",
-        "heic": "holds no images: of files it has 1 .heic",
+        "psd": "holds no images: of files it has 1 .psd",
         "differ": "the classes differ; only in train: cat; only in val: owl, yak",
         "flat-split": "train holds 1 images and no class folders",
     }

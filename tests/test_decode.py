@@ -18,7 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from onefold.data.decode import MAX_PIXELS, decode, printable
+import onefold.data.decode as decoding
+from onefold.data.crop import CropBox
+from onefold.data.decode import (
+    MASKS,
+    MAX_PIXELS,
+    decode,
+    decode_crop,
+    free_memory,
+    left_out_as,
+    left_out_reason,
+    masks_beside,
+    printable,
+)
+from onefold.data.folders import walk_images
 from onefold.errors import BadData
 
 RNG = np.random.default_rng(0)
@@ -163,6 +176,7 @@ def test_samples_of_unknown_range_are_refused(kind: str, dtype: type) -> None:
 @pytest.mark.parametrize(("width", "height"), [(7100, 7100), (9800, 9800), (30000, 30000), (MAX_PIXELS + 1, 1)])
 def test_a_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    monkeypatch.setattr(decoding, "free_memory", lambda: 1 << 50)  # however much memory there is
     bomb = png(width, height, b"\0" * 100)
     with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
         decode(bomb, name="bomb.png")  # here Pillow's own warning is an error
@@ -170,6 +184,143 @@ def test_a_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, widt
         warnings.simplefilter("ignore")
         with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
             decode(bomb, name="bomb.png")
+
+
+def test_a_photo_of_more_than_50_megapixels_comes_at_half_its_scale() -> None:
+    photo = saved(Image.new("L", (8192, 6144), 90), "JPEG", quality=50)
+    half = decode(photo)
+    assert half.size == (4096, 3072)
+    assert half.getpixel((2000, 2000)) == (90, 90, 90)
+    assert decode(photo, min_side=100).size == (1024, 768)
+    box = CropBox(size=512, place=lambda sides: (0, 0, sides[0] // 8, sides[1] // 8))
+    assert decode_crop(photo, box).box == (0, 0, 512, 384)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(("most", "scale"), [(48 * 64, 1), (48 * 64 - 1, 2), (48 * 64 // 4 - 1, 4), (48, 8)])
+def test_a_picture_with_too_many_pixels_comes_smaller(
+    monkeypatch: pytest.MonkeyPatch, format: str, most: int, scale: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene, more = Image.fromarray(SCENE), {"lossless": True} if format == "WEBP" else {}
+    data = saved(scene, format, exif=exif, **more)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", most)
+    image = decode(data)
+    assert image.size == (48 // scale, 64 // scale)
+    whole = np.asarray(scene.rotate(270, expand=True).resize(image.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(image) - whole).mean() < (12 if format in ("JPEG", "MPO") else 1)
+    crop = decode_crop(data, CropBox(size=4, place=lambda sides: (0, 0, *sides))).resized().astype(int)
+    assert np.abs(crop - np.asarray(image.resize((4, 4), Image.Resampling.BILINEAR))).mean() < 12
+
+
+def test_the_limit_of_pixels_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, photo = (saved(Image.new("L", (4000, 3000), 90), kind) for kind in ("PNG", "JPEG"))
+    turned = saved(Image.new("L", (4000, 3000), 90), "JPEG", progressive=True)
+    monkeypatch.setattr(decoding, "free_memory", lambda: 12 * 4000 * 3000)
+    assert decode(data).size == decode(photo).size == (4000, 3000)
+    with pytest.raises(BadData, match=r"0\.2 GB of memory, and 0\.1 GB are free"):
+        decode(turned)  # a progressive JPEG is held whole as coefficients
+    monkeypatch.setattr(decoding, "free_memory", lambda: 12 * 4000 * 3000 - 1)
+    with pytest.raises(BadData, match="4000 x 3000 pixels, more than fit: "):
+        decode(data)
+
+
+def test_free_memory_is_the_machines_or_what_a_container_leaves(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert free_memory(tmp_path) == 4 << 30  # nothing is known
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
+    assert free_memory(tmp_path) == 2_048_000
+    write("sys/fs/cgroup/memory.max", "max\n")
+    write("sys/fs/cgroup/memory.current", "700000\n")
+    assert free_memory(tmp_path) == 2_048_000
+    write("proc/self/cgroup", "0::/job\n")
+    write("sys/fs/cgroup/job/memory.max", "1000000\n")
+    write("sys/fs/cgroup/job/memory.current", "700000\n")
+    write("sys/fs/cgroup/job/memory.stat", "anon 5\ninactive_file 40000\n")
+    assert free_memory(tmp_path) == 340_000
+    assert 0 < free_memory() < 1 << 60
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "kind"),
+    [
+        ("a.JPG", b"", None),
+        ("a.jpg ", b"", None),
+        ("photo.jpeg", b"whatever is inside is for decode to say", None),
+        ("photo", b"\xff\xd8\xff\xe0", None),
+        ("photo.jpg_large", b"\xff\xd8\xff\xe0", None),
+        ("photo.jpg?w=640", b"\x89PNG\r\n\x1a\n", None),
+        ("IMG_2024.05.12", b"RIFF\0\0\0\0WEBPVP8 ", None),
+        ("n01440764.10026", b"GIF89a", None),
+        ("scan", b"II*\0", None),
+        ("bitmap", b"BM\x36\0\1\0\0\0\0\0", None),
+        ("phone", b"\0\0\0\x20ftypavif", None),
+        ("photo.jpg~", b"\xff\xd8\xff\xe0", "without a suffix"),
+        ("README", b"These are photos", "without a suffix"),
+        ("Icon\r", b"", "without a suffix"),
+        ("BMW", b"BMW cars", "without a suffix"),
+        ("x.DNG", b"II*\0", ".dng"),
+        ("x.jp2", b"\x89PNG\r\n\x1a\n", ".jp2"),
+        ("list.txt", b"", ".txt"),
+        ("weights.safetensors", b"", ".safetensors"),
+    ],
+)
+def test_the_suffix_says_what_is_an_image_and_without_one_the_first_bytes(
+    name: str, head: bytes, kind: str | None
+) -> None:
+    assert left_out_as(name, lambda: head) == kind
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_heic_is_an_image_where_it_can_be_read(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    monkeypatch.setattr(decoding, "_heif_opener", lambda: object if installed else None)
+    heic = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic"
+    for name in ("IMG_1.HEIC", "IMG_1.heif", "IMG_1.hif", "IMG_1"):
+        kind = left_out_as(name, lambda: heic)
+        assert (kind is None) == installed
+        assert installed or 'pip install "onefold[heic]"' in left_out_reason(kind)
+    with pytest.raises(BadData, match="damaged HEIC" if installed else r'HEIC photo: pip install "onefold\[heic\]"'):
+        decode(heic, name="IMG_1.jpg")  # phones send such files on under another suffix
+
+
+def test_a_heic_photo_is_decoded_upright() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = pillow_heif.from_pillow(Image.fromarray(SCENE))
+    image.save(out, quality=95, exif=exif.tobytes())
+    photo = decode(out.getvalue())
+    assert photo.mode == "RGB"
+    assert photo.size == (48, 64)
+    assert np.abs(np.asarray(photo).astype(int) - np.rot90(SCENE, -1)).mean() < 12
+    for length in (20, 200, len(out.getvalue()) // 2):
+        with pytest.raises(BadData, match="half"):
+            decode(out.getvalue()[:length], name="half")
+
+
+def test_masks_beside_their_photos_are_no_photos(tmp_path: Path) -> None:
+    names = [
+        "a (1).png",
+        "a (1)_mask.png",
+        "a (1)_mask_1.png",
+        "b.jpg",
+        "b_seg.png",
+        "c_mask.png",
+        "d/b_mask.png",
+        "gt.png",
+    ]
+    assert masks_beside(names) == ["a (1)_mask.png", "a (1)_mask_1.png", "b_seg.png"]
+    (tmp_path / "d").mkdir()
+    for name in names:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    images, others = walk_images(tmp_path)
+    assert images == ["a (1).png", "b.jpg", "c_mask.png", "d/b_mask.png", "gt.png"]
+    assert others == {MASKS: 3}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +333,7 @@ def test_a_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, widt
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"%PDF-1.7\n", "is a PDF document"),
         (b"PK\x03\x04" + bytes(40), "is a zip archive"),
-        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "is a HEIC photo: convert it to JPEG"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic", "HEIC photo"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # EPS: Pillow would run Ghostscript
         (bytes(range(256)), "is not an image that can be read"),
         (b"\xff\xd8\xff", "is not an image that can be read"),

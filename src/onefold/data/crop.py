@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.preprocessing import FILTERS, Interpolation
+from onefold.data.preprocessing import FILTERS, Interpolation, ValueRange
 from onefold.native import loaded
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -45,6 +45,7 @@ class CropBox:
     size: int
     place: Callable[[tuple[int, int]], Box]  # (width, height) of the picture with its orientation applied -> the box
     interpolation: Interpolation = "bilinear"
+    value_range: ValueRange | None = None  # see `decode`
 
     def of(self, image: Image.Image) -> Crop:
         """Give the crop of an RGB picture that is decoded whole."""

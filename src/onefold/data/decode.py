@@ -1,15 +1,18 @@
-"""Decoding any image file to 8-bit RGB; what cannot be used raises BadData with one sentence that says why.
+"""Which files are images, and decoding any of them to 8-bit RGB; BadData says in one sentence why one cannot be used.
 
 | in the file | becomes |
 |---|---|
 | EXIF orientation | applied; an unreadable EXIF block counts as none |
 | alpha, palette or colour-key transparency | over white |
-| 16-bit grey | scaled, round(v / 257); deeper colour by its high byte |
+| samples of 16 bits, without a `value_range` | 0 to 65535: grey as round(v / 257), colour by its high byte |
+| samples of 16 or 32 bits or floats, with one | low to high become 0 to 255, what lies outside is clipped |
+| floats or integers of 32 bits, without one | refused: their range is not known |
 | CMYK | the naive conversion; JPEG as Adobe stores it, inverted |
 | animated GIF, WebP, PNG; multi-picture JPEG and TIFF | the first frame |
 | colour profile | ignored, as networks are trained |
-| float or 32-bit integer samples | refused: their range is not known |
-| more than `MAX_PIXELS` | refused from the header, before anything is decoded |
+| more than `MAX_PIXELS` | comes at 1/2, 1/4 or 1/8 of its scale, the first that has no more |
+| more than fit into the free memory, or than so few bytes can hold | refused from the header, before it is decoded |
+| HEIC | decoded by pillow-heif (the extra `heic`), refused without it |
 | truncated, empty, not an image, not a regular file | refused |
 
 Colour conversion and decoding are Pillow's, so what Pillow raises on damaged bytes becomes BadData here.
@@ -18,28 +21,123 @@ Colour conversion and decoding are Pillow's, so what Pillow raises on damaged by
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Callable
+import struct
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
 from onefold.data.crop import EXIF_ORIENTATION, TRANSPOSE, Crop, CropBox, crop_jpeg, oriented_crop, stored_box
+from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadData
 
 T = TypeVar("T")
 
 MAX_PIXELS = 50_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""The most pixels that a decoded picture has: a larger one comes at 1/2, 1/4 or 1/8 of its scale."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+
+# ---------------------------------------------------------------------------------- which files are images
+
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
+HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+_RAW_SUFFIXES = frozenset(
+    (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw")
+) | {".raw", ".rwl", ".3fr", ".iiq", ".x3f", ".kdc", ".dcr", ".mrw", ".erf", ".mef", ".mos"}
+NO_SUFFIX, MASKS = "without a suffix", "masks beside their photos"
+
+_SUFFIX = re.compile(r"\.[a-z0-9]{0,11}[a-z][a-z0-9]{0,11}$")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s+[#\d]|.{4}ftypavi[fs]",
+    re.DOTALL,
+)
+_MASK = re.compile(r"[ _.-](?:masks?|seg|segm|segmentation|gt|groundtruth|trimap|labelids|annotation)([ _-]?\d+)?$")
+
+
+def left_out_as(name: str, head: Callable[[], bytes]) -> str | None:
+    """Say as what a file of a dataset is left out: its suffix, or "without a suffix"; None where it is an image.
+
+    The suffix decides: a dot and up to twelve letters and digits, one of them a letter; capitals and blanks at the end
+    do not count. A file without one is an image where its first bytes, `head()`, are an image's. HEIC counts as an
+    image where pillow-heif is installed.
+    """
+    lowered = name.strip().lower()
+    match = _SUFFIX.search(lowered)
+    suffix = match[0] if match else ""
+    if not suffix and not lowered.endswith("~"):  # a tilde: an editor's copy of another file
+        first = head()
+        if _is_heif(first):
+            suffix = ".heic"
+        elif _MAGIC.match(first):
+            return None
+    if suffix in SUFFIXES or (suffix in HEIC_SUFFIXES and _heif_opener() is not None):
+        return None
+    return suffix or NO_SUFFIX
+
+
+def masks_beside(names: Sequence[str]) -> list[str]:
+    """List, of names of images with "/", the masks: another image's name and `_mask`, `_seg`, `_gt` or the like.
+
+    Only where that other image is in the same folder; its suffix may be another.
+    """
+    stems = {os.path.splitext(name)[0].lower() for name in names}
+    ends = ((name, _MASK.search(os.path.splitext(name)[0].lower())) for name in names)
+    return [name for name, end in ends if end and end.string[: end.start()] in stems]
+
+
+def left_out_reason(kind: str) -> str:
+    """Say why files of a kind that `left_out_as` gave are not used, and what would make them images."""
+    if kind in HEIC_SUFFIXES:
+        return 'HEIC photos, which pip install "onefold[heic]" reads'
+    if kind == MASKS:
+        return "another image's name and _mask, _seg, _gt or the like"
+    if kind in _RAW_SUFFIXES:
+        return "raw photos: export them as JPEG or 16-bit TIFF"
+    return "no image by their first bytes" if kind == NO_SUFFIX else "no suffix of an image"
+
+
+def first_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read the first 16 bytes of a file; none of what is not a regular file or cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(16)
+    except (OSError, ValueError):
+        return b""
+
+
+@cache
+def _heif_opener() -> Callable[..., ImageFile] | None:
+    """Import pillow-heif's reader of HEIC; None where it is not installed (the extra `heic`)."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        return None
+    opener: Callable[..., ImageFile] = HeifImageFile
+    return opener
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+
+
+# ------------------------------------------------------------------------------------------------ decoding
 
 # Other files that carry an image's suffix, by their first bytes.
 _OTHER_FILES = (
@@ -48,20 +146,37 @@ _OTHER_FILES = (
     (b"PK\x03\x04", "a zip archive: unpack it"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
     (b"8BPS", "a Photoshop document: export it as PNG"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture: convert it to PNG"),
+    (b"II*\0", "a TIFF of a kind that cannot be read (its number of channels or their bits), or damaged"),
+    (b"MM\0*", "a TIFF of a kind that cannot be read (its number of channels or their bits), or damaged"),
 )
-_JPEG = ("JPEG", "MPO")
-_MAX_JPEG_BYTES = 4 * MAX_PIXELS  # a file with more bytes is no photo, and is not read into memory
+_MAX_JPEG_BYTES = 200_000_000  # a file with more bytes is no photo, and is not read into memory
 _TEXT = frozenset(range(32, 127)) | {9, 10, 13}
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+_BYTES_PER_PIXEL = 12  # Pillow keeps RGB in 4, and turning or converting it takes another 8 for a while
+_BYTES_OF_COEFFICIENTS = 6  # a progressive JPEG is kept whole as coefficients, three of two bytes a pixel
+_MAX_SCALE = 8
+_UNKNOWN_MEMORY = 4 << 30  # taken for free where the system does not say
+_MAX_UNSCALED_PIXELS = 1 << 30  # of a format that cannot be decoded at a smaller scale: seconds
+# Pixels for each byte of a file, above `MAX_PIXELS`. No photo has 20; a JPEG of one colour has 350, a PNG of one 344.
+_MAX_PIXELS_PER_JPEG_BYTE, _MAX_PIXELS_PER_BYTE = 400, 200
 
 
-def decode(image: Path | str | bytes, *, name: str | None = None, min_side: int = 0) -> Image.Image:
+class _RefusedError(Exception):
+    """What is wrong with a picture, as the rest of a sentence that begins with its name."""
+
+
+def decode(
+    image: Path | str | bytes, *, name: str | None = None, min_side: int = 0, value_range: ValueRange | None = None
+) -> Image.Image:
     """Decode an image file, or a file's bytes: RGB, its EXIF orientation applied.
 
     `name` stands for the bytes in messages. With `min_side` above 0 a JPEG may come at 1/2, 1/4 or 1/8 of its scale,
-    each side still `min_side` pixels or more: quicker, and for training only. Raises BadData, and nothing else.
+    each side still `min_side` pixels or more: quicker, and for training only. `value_range` are the values that become
+    0 and 255 where samples have more than 8 bits. Raises BadData, and nothing else.
     """
-    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, partial(_whole, min_side)))
+    finish = partial(_whole, min_side, value_range)
+    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, finish))
 
 
 def decode_crop(image: Path | str | bytes, crop_box: CropBox, *, name: str | None = None) -> Crop:
@@ -72,6 +187,14 @@ def decode_crop(image: Path | str | bytes, crop_box: CropBox, *, name: str | Non
     only.
     """
     return _with_file(image, name, lambda file, size, shown: _decode_crop(file, size, shown, crop_box))
+
+
+def deep_samples(image: Path | str | bytes, *, name: str | None = None) -> NDArray[Any] | None:
+    """Read the stored samples of an image that has more than 8 bits: (h, w) or (h, w, 3); None where it has 8.
+
+    Of 8 bits no more than the header is read. Raises BadData only.
+    """
+    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, _deep_samples))
 
 
 def printable(name: str | os.PathLike[str]) -> str:
@@ -113,15 +236,14 @@ def _decode_crop(file: BinaryIO, num_bytes: int, shown: str, crop_box: CropBox) 
 def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageFile], T]) -> T:
     if num_bytes == 0:
         raise BadData(f"{shown} is empty (0 bytes)")
-    Image.init()  # an allow-list that names an unloaded plugin is a KeyError otherwise
     try:
-        opened = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
-        _check_header(opened, shown)
+        opened = _open(file)
+        _check_header(opened, num_bytes)
         return finish(opened)
-    except BadData:
-        raise
+    except _RefusedError as error:
+        raise BadData(f"{shown} {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadData(f"{shown} has more than {MAX_PIXELS} pixels: make it smaller first") from error
+        raise BadData(f"{shown} has more pixels than Pillow decodes in this format: make it smaller first") from error
     except UnidentifiedImageError as error:
         raise BadData(f"{shown} is {_describe(file)}") from error
     except MemoryError as error:
@@ -130,49 +252,164 @@ def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageF
         raise BadData(f"{shown} is truncated or damaged ({type(error).__name__}: {error})") from error
 
 
-def _whole(min_side: int, opened: ImageFile) -> Image.Image:
-    if min_side > 0 and opened.format in _JPEG:
-        opened.draft(None, (min_side, min_side))
-    opened.load()
-    method = TRANSPOSE.get(_orientation(opened))
-    image = _to_rgb(opened)
+def _open(file: BinaryIO) -> ImageFile:
+    """Read the header, as `Image.open` does, which refuses by a number of pixels that is the same on every machine."""
+    Image.init()
+    head = file.read(16)
+    for name in FORMATS:
+        opener, accept = _opener(name, head)
+        if opener is not None and accept:
+            file.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # it was another format's after all
+                return opener(file, "")
+    raise UnidentifiedImageError
+
+
+def _opener(name: str, head: bytes) -> tuple[Callable[..., ImageFile] | None, bool]:
+    """Give what opens a format, and whether a file's first bytes are of that format."""
+    if name == "HEIF":
+        return (_heif_opener(), True) if _is_heif(head) else (None, False)
+    opener, accepts = Image.OPEN.get(name, (None, None))
+    # of a JPEG with several pictures the first: Pillow's class for them refuses large ones
+    return JpegImageFile if name == "JPEG" else opener, accepts is None or accepts(head) is True
+
+
+def _check_header(image: ImageFile, num_bytes: int) -> None:
+    """Raise for a picture that is too large for the free memory, or too large to be in so few bytes."""
+    width, height = image.size
+    pixels = width * height
+    if pixels <= MAX_PIXELS // 10:
+        return
+    sides, is_jpeg = f"{width} x {height} pixels", image.format == "JPEG"
+    most_per_byte = _MAX_PIXELS_PER_JPEG_BYTE if is_jpeg else _MAX_PIXELS_PER_BYTE
+    if pixels > MAX_PIXELS and pixels > most_per_byte * num_bytes:
+        raise _RefusedError(f"has {sides} in {num_bytes} bytes, more than a photo can have: it is damaged, or a trap")
+    if pixels > (_MAX_SCALE**2 * MAX_PIXELS if is_jpeg else _MAX_UNSCALED_PIXELS):
+        raise _RefusedError(f"has {sides}, more than can be decoded: make it smaller first")
+    needed = _BYTES_PER_PIXEL * (pixels // _scale(image.size) ** 2 if is_jpeg else pixels)
+    if "progressive" in image.info:
+        needed += _BYTES_OF_COEFFICIENTS * pixels
+    free = free_memory()
+    if needed > free:
+        memory = f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        raise _RefusedError(f"has {sides}, more than fit: decoding takes {memory}; make it smaller first")
+
+
+def _scale(sides: tuple[int, int]) -> int:
+    """Give 1, 2, 4 or 8: a picture of these sides is given at 1/scale."""
+    pixels = sides[0] * sides[1]
+    return next((scale for scale in (1, 2, 4) if pixels <= MAX_PIXELS * scale**2), _MAX_SCALE)
+
+
+def _whole(min_side: int, value_range: ValueRange | None, opened: ImageFile) -> Image.Image:
+    scale, (width, height) = _scale(opened.size), opened.size
+    if opened.format == "JPEG" and (min_side > 0 or scale > 1):
+        sides = width // scale, height // scale
+        opened.draft(None, (min_side, min_side) if 0 < min_side <= min(sides) or scale == 1 else sides)
+    image = _to_rgb(opened, value_range)
+    method = TRANSPOSE.get(_orientation(opened))  # asked for once it is loaded: Pillow turns a TIFF itself
+    if image.width * image.height > MAX_PIXELS:  # a format that knows no smaller scale
+        image = image.reduce(scale)
     oriented = image if method is None else image.transpose(method)
     oriented.info.clear()  # what it says of the file (orientation, profile, transparency) no longer holds
     return oriented
 
 
 def _cropped(crop_box: CropBox, opened: ImageFile) -> Crop:
-    if opened.format not in _JPEG:
-        return crop_box.of(_whole(0, opened))
+    if opened.format != "JPEG":
+        return crop_box.of(_whole(0, crop_box.value_range, opened))
     orientation, (width, height) = _orientation(opened), opened.size
     box, scale = stored_box(crop_box, opened.size, orientation)
-    if scale > 1:
-        opened.draft(None, (width // scale, height // scale))
-    opened.load()
-    scale = round(width / opened.width)  # which of the scales that libjpeg offers it took
-    return oriented_crop(crop_box, np.asarray(_to_rgb(opened)), box, scale, orientation)
+    scale = max(scale, _scale(opened.size))
+    # libjpeg takes the largest scale of its own that fits
+    drafted = opened.draft(None, (width // scale, height // scale)) if scale > 1 else None
+    scale = round(width / drafted[1][2]) if drafted else 1
+    return oriented_crop(crop_box, np.asarray(_to_rgb(opened, None)), box, scale, orientation)
 
 
-def _check_header(image: Image.Image, shown: str) -> None:
-    """Raise BadData for what the header alone shows to be unusable."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadData(f"{shown} has {width} x {height} pixels, more than {MAX_PIXELS}: make it smaller first")
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+def _to_rgb(image: ImageFile, value_range: ValueRange | None) -> Image.Image:
+    """Decode: RGB, 8 bits."""
+    if value_range is None and (image.mode == "F" or (image.mode == "I" and image.format != "PPM")):
         kind = "float" if image.mode == "F" else "integer"
-        raise BadData(f"{shown} has {kind} samples whose range is not known: save it with 8 or 16 bits, unsigned")
+        raise _RefusedError(f"has {kind} samples whose range is not known: {_SAY_RANGE}")
+    if image.mode.startswith(("I", "F")) or value_range is not None:
+        samples = _deep_samples(image)
+        if samples is not None:
+            grey_or_rgb = _scaled(samples, value_range or (0, 65535))
+            return _over_white(image, Image.fromarray(grey_or_rgb).convert("RGB"))
+    image.load()
+    return _over_white(image, None)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
-        return white
-    return image.convert("RGB")
+def _over_white(image: ImageFile, colours: Image.Image | None) -> Image.Image:
+    """Lay a loaded picture over white where it is transparent; `colours` in place of its own where given."""
+    if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+        return colours or image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(colours or rgba.convert("RGB"), mask=rgba.getchannel("A"))
+    return white
+
+
+# ------------------------------------------------------------------------------- more than 8 bits a sample
+
+_SAY_RANGE = "save it with 8 or 16 bits, unsigned, or give the values that become black and white (value_range)"
+_SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # of rawmodes: the other byte first
+
+
+def _deep_samples(image: ImageFile) -> NDArray[Any] | None:
+    if image.mode.startswith(("I", "F")):
+        image.load()
+        return np.asarray(image)
+    args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
+    if not args or not all(re.fullmatch(r"(RGB|RGBA|LA);16[LBN]", str(each[0])) for each in args):
+        return None
+    # Pillow keeps one byte of each colour: the picture is read twice, the second time with the bytes exchanged.
+    if image.mode == "LA" or image.fp is None:
+        image.load()
+        return 257 * np.asarray(image.convert("RGB")).astype(np.uint16)  # Pillow has no way to the low byte of these
+    image.fp.seek(0)
+    again = type(image)(BytesIO(image.fp.read()))
+    again.tile = [
+        tile._replace(args=(each[0][:-1] + _SWAPPED[each[0][-1]], *each[1:]))
+        for tile, each in zip(image.tile, args, strict=True)
+    ]
+    image.load()
+    again.load()
+    high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
+    return 256 * high + low
+
+
+def _scaled(samples: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
+    """Map low to 0 and high to 255, rounded and clipped; what is no number is low."""
+    low, high = value_range
+    levels = (samples.astype(np.float32 if samples.dtype.itemsize == 2 else np.float64) - low) * (255 / (high - low))
+    return np.rint(np.clip(np.nan_to_num(levels, nan=0.0), 0, 255)).astype(np.uint8)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Give the bytes of memory that this process may still take: what is free, or what its cgroup leaves of it."""
+    found = re.search(r"MemAvailable:\s+(\d+)", _text(root / "proc/meminfo"))
+    free = [1024 * int(found[1]) if found else _UNKNOWN_MEMORY]
+    own = re.search(r"^0::/(.+)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
+    groups = root / "sys/fs/cgroup"
+    for folder, most, used in (
+        (groups, "memory.max", "memory.current"),
+        (groups / (own[1] if own else ""), "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit, current = _text(folder / most).strip(), _text(folder / used).strip()
+        if limit.isdigit() and current.isdigit():  # files that the kernel can drop from its cache count as free
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
+            free.append(int(limit) - int(current) + (int(cached[1]) if cached else 0))
+    return max(0, min(free))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _orientation(image: Image.Image) -> int:
@@ -188,8 +425,8 @@ def _describe(file: BinaryIO) -> str:
     for magic, what in _OTHER_FILES:
         if head.startswith(magic):
             return what
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
-        return "a HEIC photo: convert it to JPEG (heif-convert, or the export of a photo program)"
+    if _is_heif(head):
+        return "a damaged HEIC photo" if _heif_opener() else 'a HEIC photo: pip install "onefold[heic]" reads it'
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         return "an HTML page, not an image: the download went wrong"

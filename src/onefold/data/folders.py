@@ -1,26 +1,39 @@
 """Images on disk: finding them, and the classes that folders give them.
 
 Folders are read at any depth and links are followed; a folder that is reached twice is read once, so that a loop of
-links ends. Hidden files (a leading dot) and the folders that archives and file servers leave behind are skipped. An
-image is known by its name's suffix: what is inside is for `decode` to say, and so are pipes, devices and broken links.
+links ends. Hidden files (a leading dot) and the folders that archives and file servers leave behind are skipped. What
+is an image is for `left_out_as` to say; what is inside, or whether it is a pipe or a broken link, is for `decode`.
 Names are relative to the folder, with "/", in the order of their code points; bytes that are not UTF-8 are kept.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
-from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
+from onefold.data.decode import (
+    MASKS,
+    SUFFIXES,
+    decode,
+    decode_crop,
+    first_bytes,
+    left_out_as,
+    left_out_reason,
+    masks_beside,
+    printable,
+)
 from onefold.data.remote import LocalFile, digest_bytes
 from onefold.errors import BadData
 
+_LOG = logging.getLogger("onefold.data")
 _SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found"))
 
 
@@ -84,6 +97,7 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
         if not names:
             raise BadData(f"{printable(path)} holds no images{_other_files(others)}")
         images.update(dict.fromkeys(path / name for name in names))
+        _say_left_out(path, others)
     return list(images)
 
 
@@ -114,6 +128,7 @@ def read_class_folders(folder: Path) -> ImageFiles:
             empty.append(name)
     if not names:
         raise BadData(f"{printable(folder)} holds no images{_other_files(others)}")
+    _say_left_out(folder, others)
     if empty:
         raise BadData(f"class folders without images in {printable(folder)}: {join_names(empty)}; fill or remove them")
     return ImageFiles(folder, names, labels, tuple(classes))
@@ -125,7 +140,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
-    """List the names of the images under `folder`, sorted, and count its other files by suffix."""
+    """List the names of the images under `folder`, sorted, and count what is left out: see `left_out_as`."""
     images: list[str] = []
     others: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
@@ -141,14 +156,18 @@ def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
             continue
         seen.add(identity)
         for name, is_folder in _entries(folder / inner):
-            suffix = os.path.splitext(name)[1].lower()
             if is_folder:
                 pending.append(f"{inner}{name}/")
-            elif suffix in SUFFIXES:
+                continue
+            kind = left_out_as(name, partial(first_bytes, os.path.join(folder, inner, name)))
+            if kind is None:
                 images.append(inner + name)
             else:
-                others[suffix or "unsuffixed"] += 1
-    return sorted(images), others
+                others[kind] += 1
+    masks = set(masks_beside(images))
+    if masks:
+        others[MASKS] = len(masks)
+    return sorted(set(images) - masks), others
 
 
 def join_names(names: Sequence[str], most: int = 5) -> str:
@@ -178,9 +197,14 @@ def _unreadable(folder: Path, error: OSError) -> BadData:
     return BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}")
 
 
+def _say_left_out(folder: Path, others: Counter[str]) -> None:
+    for kind, count in others.most_common():
+        _LOG.warning("%s: left out %d %s: %s", printable(folder), count, printable(kind), left_out_reason(kind))
+
+
 def _other_files(others: Counter[str]) -> str:
     """Say which files a folder without images holds."""
     if not others:
         return ": it has no files at all"
-    kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in others.most_common(3))
-    return f": of files it has {kinds} (images are {' '.join(sorted(SUFFIXES))})"
+    kinds = [f"{count} {printable(kind)} ({left_out_reason(kind)})" for kind, count in others.most_common(3)]
+    return f": of files it has {', '.join(kinds)} (images are {' '.join(sorted(SUFFIXES))})"

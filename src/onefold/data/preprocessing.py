@@ -29,6 +29,9 @@ FILTERS: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
+ValueRange = tuple[float, float]
+"""The stored values that become 0 and 255, where samples have more than 8 bits."""
+
 _MAX_ASPECT_RATIO = 16  # of a picture that is resized whole
 
 

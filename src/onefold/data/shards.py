@@ -32,6 +32,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, takewhile
 from pathlib import Path
 from threading import Lock
@@ -42,7 +43,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
-from onefold.data.decode import SUFFIXES, decode, decode_crop, printable
+from onefold.data.decode import decode, decode_crop, left_out_as, printable
 from onefold.data.folders import join_names
 from onefold.data.remote import REMOTE, Blob, BlobReader, LocalFile, digest_bytes, open_blob
 from onefold.errors import BadData, MissingExtra, NotWritable
@@ -301,7 +302,7 @@ def _walk_tar(blob: Blob) -> Iterator[tuple[TarMember, bytes]]:
                 hidden = any(part.startswith(".") for part in name.split("/"))
                 if not entry.isreg() or entry.sparse is not None or hidden:
                     continue
-                if suffix in SUFFIXES:
+                if left_out_as(name, partial(blob.read, entry.offset_data, min(16, entry.size))) is None:
                     yield TarMember(name, entry.offset_data, entry.size), b""
                 elif suffix in _CLASS_SUFFIXES and entry.size <= _MAX_CLASS_BYTES:
                     content = tar.extractfile(entry)
