@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from onefold.data import CachedDataset, Dataset, ImageFiles, ImageLoader, ProgressiveAugment, open_dataset
+from onefold.data import (
+    CachedDataset,
+    Dataset,
+    ImageFiles,
+    ImageLoader,
+    Mixing,
+    MixupLoader,
+    ProgressiveAugment,
+    open_dataset,
+)
 from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import decode
 from onefold.data.fingerprint import fingerprint
@@ -151,8 +160,11 @@ def test_a_batch_of_bad_images_only(tmp_path: Path) -> None:
     source = photos(tmp_path, 4)
     (tmp_path / source.name(3)).unlink()
     assert [len(y) for _, y in ImageLoader(source, SMALL, batch_size=3, on_bad="skip").epoch(0)] == [3]
-    with pytest.raises(BadData, match="every image of a batch is bad"):
-        list(ImageLoader(source, CROP_AND_FLIP, batch_size=1, shuffle=True, on_bad="skip").epoch(0))
+    loader = ImageLoader(source, CROP_AND_FLIP, batch_size=1, shuffle=True, on_bad="skip")
+    sizes = [(len(y), tuple(x.shape[1:])) for x, y in loader.epoch(0)]
+    assert sorted(sizes) == [(0, (3, SMALL.size, SMALL.size)), *[(1, (3, SMALL.size, SMALL.size))] * 3]
+    mixed = MixupLoader(loader, Mixing(mixup=0.2, cutmix=1.0), num_classes=2)
+    assert sorted(tuple(y.shape) for _, y in mixed.epoch(0)) == [(0, 2), *[(1, 2)] * 3]
 
 
 def test_an_image_that_goes_while_training_is_reported(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -35,9 +36,12 @@ from onefold.train import (
     Run,
     Steps,
     WeightDecay,
+    World,
     accuracy,
     train,
+    worker_batches,
 )
+from onefold.train.distributed import StopSignals
 from training_kit import NUM_CLASSES, PLAN, Blobs, fresh, network, score
 
 VARIANTS = {
@@ -173,6 +177,86 @@ def test_killed_between_the_log_and_the_checkpoint_no_epoch_stands_twice(
     monkeypatch.setattr(Checkpoint, "save", save)
     fresh(tmp_path / "run", resume=True)
     must_be_the_same_run(tmp_path / "run", whole("sgd"))
+
+
+def test_a_terminal_that_closes_is_a_signal_and_no_error() -> None:
+    """The terminal is gone for good: writing there would be an error, and the run would end before it has saved."""
+    pid, terminal = pty.fork()
+    if not pid:
+        with StopSignals() as signals:
+            os.write(1, b"ready")
+            while not signals.received:
+                time.sleep(0.01)
+            os.write(1, b"after")
+            os._exit(0 if signals.received == "SIGHUP" else 1)
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == "SIGHUP"
+
+
+def test_a_hangup_saves_as_sigterm_does(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="stopped by SIGHUP at epoch 1, step 4"):
+        fresh(tmp_path, on_progress=lambda p: os.kill(os.getpid(), signal.SIGHUP) if p.step == 4 else None)
+    assert Checkpoint.load(tmp_path).position.step == 4
+
+
+@dataclass(frozen=True)
+class Holes(Blobs):
+    """Blobs, some of whose images cannot be read: of epoch n the batches are as long as `lengths` says."""
+
+    lengths: tuple[int, ...] = ()
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for length, (images, labels) in zip(self.lengths[start:], super().epoch(n, start), strict=False):
+            yield images[:length], labels[:length]
+
+
+def pixels() -> nn.Module:
+    """A network whose last norm sees one value a channel of a single image."""
+    torch.manual_seed(0)
+    last = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, NUM_CLASSES))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), last)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("lengths", [(1,) * 6, (4, 0, 4, 1, 4, 4), (0, 0, 4, 4, 4, 4), (4, 4, 4, 4, 1, 0)])
+def test_batches_of_one_image_and_of_none_are_trained_around(
+    tmp_path: Path, lengths: tuple[int, ...], accumulate: int, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = replace(PLAN, epochs=2, batch_size=4 * accumulate * workers, accumulate=accumulate, logical_workers=workers)
+    data = worker_batches(lambda v: Holes(seed=v, lengths=lengths), plan, World())
+    model = pixels()
+    done = train(model, data, plan, Run(out=tmp_path, evaluate=score))
+    assert done.is_complete
+    assert done.position.steps_per_epoch == math.ceil(6 / accumulate)
+    assert all(value.isfinite().all() for value in done.weights.values())
+    told = [r.getMessage() for r in caplog.records if "has one image" in r.getMessage()]
+    assert len(told) == (1 in lengths)
+    assert all("4.1" in text for text in told)
+    if lengths == (1,) * 6:  # then no batch says anything of its statistics
+        assert done.weights["4.1.running_var"].equal(torch.ones(8))
+        assert not done.weights["1.running_var"].equal(torch.ones(8))
+    assert all(module.training for module in model.modules())
+
+
+def test_an_epoch_without_an_image_ends_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="not one image of epoch 1 could be read"):
+        train(network(), Holes(lengths=(0,) * 6), PLAN, Run(out=tmp_path, evaluate=score))
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
@@ -436,7 +520,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 # ------------------------------------------------------------------- evaluation, best, progress, log
 
 
-def test_best_is_the_averaged_weights_of_the_first_best_epoch(tmp_path: Path) -> None:
+def test_best_is_the_averaged_weights_of_the_last_best_epoch(tmp_path: Path) -> None:
     shown: list[dict[str, Tensor]] = []
 
     def scripted(model: nn.Module) -> Mapping[str, float]:
@@ -448,15 +532,23 @@ def test_best_is_the_averaged_weights_of_the_first_best_epoch(tmp_path: Path) ->
 
     metadata = {"model": "blob", "classes": '["a", "b"]'}
     done = fresh(tmp_path / "run", replace(PLAN, epochs=4), evaluate=scripted, metadata=metadata)
-    assert done.best == {"top1": 30.0, "loss": 1.5, "epoch": 2, "step": 12}
+    assert done.best == {"top1": 30.0, "loss": 1.5, "epoch": 3, "step": 18}
     with safe_open(tmp_path / "run" / "best" / "model.safetensors", "pt") as file:
         assert file.metadata() == metadata
-        assert set(file.keys()) == set(shown[1])
-        assert all(file.get_tensor(name).equal(value) for name, value in shown[1].items())
+        assert set(file.keys()) == set(shown[2])
+        assert all(file.get_tensor(name).equal(value) for name, value in shown[2].items())
     lines = log_of(tmp_path / "run")
     assert [line["top1"] for line in lines] == [None, 30.0, 30.0, 20.0]  # JSON has no NaN
     assert lines[0]["eval_loss"] == 1.5
     assert lines[0]["loss"] != 1.5
+
+
+@pytest.mark.parametrize(("scores", "epoch"), [((50.0, 50.0, 50.0), 2), ((50.0, 40.0, 40.0), 0), ((0.0, 0.0, 0.0), 2)])
+def test_the_start_ships_only_where_it_was_better(tmp_path: Path, scores: tuple[float, ...], epoch: int) -> None:
+    given = iter(scores)
+    plan = replace(PLAN, epochs=2)
+    done = fresh(tmp_path, plan, evaluate=lambda model: {"top1": next(given)}, evaluate_start=True)
+    assert done.best["epoch"] == epoch
 
 
 def test_the_log_and_the_callback_tell_what_happened(tmp_path: Path) -> None:

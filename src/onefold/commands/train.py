@@ -169,7 +169,8 @@ def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:
         batches = ImageLoader(
             source,
             recipe.transform,
-            batch_size=plan.images_per_batch() * plan.logical_workers,
+            # a run without epochs takes no batch, and so needs no images to fill one
+            batch_size=plan.images_per_batch() * plan.logical_workers if plan.epochs else plan.logical_workers,
             seed=plan.seed,
             shuffle=True,
             rank=worker,
@@ -239,7 +240,7 @@ def _draw_samples(out: Path, batches: Batches, classes: tuple[str, ...], preproc
     # The loader's threads end with `closing`, and the random states are those of a run that draws no samples.
     with forked_rng(torch.device("cpu"), 0), closing(batches.epoch(0)) as epoch:  # type: ignore[type-var]
         first = next(epoch, None)
-    if first is None:
+    if first is None or not len(first[1]):
         return
     images, labels = (values[:_NUM_SAMPLES].cpu().numpy() for values in first)
     captioned = list(zip(images.astype(np.float32), captions(labels, classes), strict=True))

@@ -61,7 +61,8 @@ class ImageLoader:
     `batch_size` counts the images of all ranks together, so the same run on another `world` sees the same batches.
     With `shuffle` (training) each epoch has its own order and an incomplete last batch is dropped; without, the order
     is the dataset's and every image comes exactly once over the ranks. A bad image raises (`on_bad` "error"), or is
-    left out of its batch and noted once in `bad` and in the log ("skip"), until there are more than `max_bad` of them.
+    left out of its batch and noted once in `bad` and in the log ("skip"), until there are more than `max_bad` of them;
+    a batch of bad images alone has, with `shuffle`, B = 0.
     """
 
     dataset: Dataset
@@ -114,7 +115,7 @@ class ImageLoader:
         inline = ((numbers, self._make(n, numbers)) for numbers in steps)
         with closing(self._threaded(n, steps) if self.num_workers else inline) as stream:
             for numbers, samples in stream:
-                batch = self._collate(numbers, samples)
+                batch = self._collate(n, numbers, samples)
                 if batch is not None:
                     yield batch
 
@@ -152,8 +153,8 @@ class ImageLoader:
             return transform.after_crop(self.dataset.crop(i, crop_box), rng)
         return transform(self.dataset.image(i, min_side=transform.min_side), rng)
 
-    def _collate(self, numbers: NDArray[np.int64], samples: list[_Sample]) -> tuple[Tensor, Tensor] | None:
-        """Stack what could be made; None where nothing could, which in training is an error."""
+    def _collate(self, n: int, numbers: NDArray[np.int64], samples: list[_Sample]) -> tuple[Tensor, Tensor] | None:
+        """Stack what could be made; where nothing could, no images in training, and otherwise None."""
         images: list[NDArray[np.float32]] = []
         labels: list[int] = []
         for i, sample in zip(numbers.tolist(), samples, strict=True):
@@ -164,9 +165,14 @@ class ImageLoader:
             labels.append(self.dataset.label(i))
         if images:
             return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
-        if self.shuffle:
-            raise BadData(f"every image of a batch is bad, {len(self.bad)} so far: {list(self.bad.values())[-1]}")
-        return None
+        # In training a step counts its batches, so that one without images has to come too.
+        return (torch.zeros(0, *self._shape(n)), torch.zeros(0, dtype=torch.int64)) if self.shuffle else None
+
+    def _shape(self, n: int) -> tuple[int, int, int]:
+        """Give C, H, W of an image in epoch n, as far as the transform says."""
+        transform = self.transform.at_epoch(n) if isinstance(self.transform, ProgressiveAugment) else self.transform
+        made = transform.preprocessing if isinstance(transform, Augment) else transform
+        return (made.channels, made.size, made.size) if isinstance(made, Preprocessing) else (3, 1, 1)
 
     def _note(self, i: int, error: BadData) -> None:
         if self.on_bad == "error":

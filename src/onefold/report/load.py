@@ -111,8 +111,8 @@ class Run:
 
     @property
     def best(self) -> tuple[float, float] | None:
-        """(epoch, top-1) of the best epoch: the first of equals, which is the one that training keeps."""
-        return max(self.curve("top1"), key=lambda point: (point[1], -point[0]), default=None)
+        """(epoch, top-1) of the best epoch: the last of equals, which is the one that training keeps."""
+        return max(self.curve("top1"), key=lambda point: (point[1], point[0]), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _REPEAT_SECONDS = 0.5  # a launcher passes on what the terminal has sent to all processes already: one request
 
 ORPHAN_GRACE_SECONDS = 8.0
@@ -226,9 +226,11 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """A block in which the first SIGTERM or SIGINT is kept in `received`, and the second ends the process at once.
+    """A block in which the first SIGTERM, SIGINT or SIGHUP is kept in `received`, and the second ends the process.
 
-    Outside of the main thread, where Python delivers no signals, it does nothing.
+    A SIGHUP that is ignored, as nohup and a service manager have it, stays ignored. After one that is not, the terminal
+    is gone: what would be written to it is dropped, since the error of writing there would end the process before it
+    has saved. Outside of the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -236,10 +238,13 @@ class StopSignals:
         self._received_at = 0.0
         self._interrupts = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heard = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
+            self._terminals = [handle for handle in (1, 2) if os.isatty(handle)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -258,6 +263,11 @@ class StopSignals:
             self._interrupts = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for handle in self._terminals:
+                os.dup2(nowhere, handle)
+            os.close(nowhere)
         if self.received and time.monotonic() - self._received_at < _REPEAT_SECONDS:
             return
         if self.received:

@@ -220,12 +220,12 @@ class _ExactReducer:
         for parameter in self._parameters:
             value = next(values).view(parameter.shape)
             parameter.grad = torch.empty_like(parameter).copy_(value)
-            if images != self._plan.batch_size:  # some could not be read: the mean is over those there were
+            if images not in (0, self._plan.batch_size):  # some could not be read: the mean is over those there were
                 parameter.grad.mul_(self._plan.batch_size / images)
         for buffer in self._buffers.floats:
             buffer.copy_((next(values) / self._plan.logical_workers).view(buffer.shape))
         self._buffers.finish()
-        return loss / images, images
+        return loss / max(1, images), images
 
 
 class _FastReducer:
@@ -253,7 +253,7 @@ class _FastReducer:
         self._world.all_reduce_(self._summed)
         loss, count = self._summed[-2:].tolist()
         images = round(count)
-        if images != self._plan.batch_size:
+        if images not in (0, self._plan.batch_size):
             for parameter in self._model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._plan.batch_size / images)
@@ -262,4 +262,4 @@ class _FastReducer:
         for buffer, mean in zip(self._buffers.floats, means, strict=True):
             buffer.copy_(mean.view(buffer.shape))
         self._buffers.finish()
-        return loss / images, images
+        return loss / max(1, images), images

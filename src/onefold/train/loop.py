@@ -34,9 +34,9 @@ class Run:
     """The surroundings of a training, which do not change what it computes.
 
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch, and gives its metrics; "top1"
-    decides which epoch is best. With `evaluate_start` it is called before the first step too. `metadata` goes into
-    the header of the weights' file. With `resume` the run in `out` goes on. `teachers` gives the logits of the
-    networks that `plan.distill` names.
+    decides which epoch is best, of equal ones the last. With `evaluate_start` it is called before the first step too.
+    `metadata` goes into the header of the weights' file. With `resume` the run in `out` goes on. `teachers` gives the
+    logits of the networks that `plan.distill` names.
     """
 
     out: Path
@@ -58,7 +58,7 @@ def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoin
 
     Raises BadArgument where `out` holds a run and resume is false, BadCheckpoint where there is none to resume or it
     is of another plan, data or model, RunBusy, NotWritable, NonFiniteLoss (before the weights take it in), LostWorker,
-    and Stopped after a SIGTERM or SIGINT, once the state is saved.
+    and Stopped after a SIGTERM, SIGINT or SIGHUP, once the state is saved.
     """
     if run.resume and run.world.is_main and not run.out.exists():
         Checkpoint.load(run.out)  # raises; taking the lock would make the folder first
@@ -174,8 +174,9 @@ class _Trainer:
         self.throughput = Throughput()
         for micro_batches in self._steps():
             loss = state.step(micro_batches)
-            self.throughput.add(sum(len(labels) for _, labels in micro_batches) * self.world.size)
-            self._report_progress(loss)
+            if not math.isnan(loss):
+                self.throughput.add(sum(len(labels) for _, labels in micro_batches) * self.world.size)
+                self._report_progress(loss)
             position = state.position
             if every and position.step < position.steps_per_epoch and position.global_step % every == 0:
                 self._save()  # the end of an epoch has a checkpoint of its own, after the evaluation
@@ -195,7 +196,7 @@ class _Trainer:
                 with forked_rng(world.device, self.plan.seed, worker, position.epoch, step):
                     micro_batches += islice(batches, min(accumulate, self.batches_per_worker - step * accumulate))
             count = sum(len(labels) for _, labels in micro_batches) * world.size
-            if not count:
+            if not micro_batches:
                 raise BadData(
                     f"epoch {position.epoch + 1} ended at step {step} of {position.steps_per_epoch}: images are missing"
                 )
@@ -216,6 +217,8 @@ class _Trainer:
     def finish_epoch(self) -> None:
         """Evaluate the epoch, log it, and save; its weights become the best where its "top1" is."""
         state, position = self.state, self.state.position
+        if not state.num_images:
+            raise BadData(f"not one image of epoch {position.epoch + 1} could be read: why is said above")
         best_weights = self._evaluate(epoch=position.epoch + 1)
         loss, (lr, decay) = state.loss_sum / state.num_images, state.lr_and_decay(position.global_step - 1)
         entry = {"epoch": position.epoch + 1, "step": position.global_step, "loss": loss, "lr": lr}
@@ -251,7 +254,8 @@ class _Trainer:
         state.metrics = self.world.broadcast(metrics)
         if not state.metrics:  # the first process was interrupted; the evaluation is the first thing after a resume
             self._stop()
-        is_best = state.metrics["top1"] > state.best.get("top1", -math.inf)  # of equals the first one stays
+        # Of equals the later one: it has learnt longer, and where nothing was gained, it is not the start that ships.
+        is_best = state.metrics["top1"] >= state.best.get("top1", -math.inf)
         if is_best:
             state.best = {**state.metrics, "epoch": epoch, "step": position.global_step}
         return snapshot(state.eval_model.state_dict()) if is_best and self.world.is_main else {}

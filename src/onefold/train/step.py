@@ -5,14 +5,17 @@ It computes; it reads and writes no file. Shapes: B images, K classes.
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from onefold.errors import BadArgument, BadCheckpoint, NonFiniteLoss
@@ -32,6 +35,8 @@ from onefold.train.optim import (
 )
 from onefold.train.plan import Distill, Plan
 from onefold.train.rng_state import RandomState, seed_everything
+
+_log = logging.getLogger(__name__)
 
 # Keys of random streams beside the steps of an epoch, by which loading is seeded; no epoch has that many steps.
 _FORWARD, _BETWEEN_STEPS = 2**31 + 1, 2**31 + 2
@@ -98,6 +103,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=plan.amp == "fp16")
         self.position = Position(epoch=0, step=0, steps_per_epoch=steps_per_epoch)
         self.loss_sum, self.num_images = 0.0, 0
+        self._lone_norms: dict[tuple[int, ...], list[str]] = {}  # shape of an image -> see `_lone_image`
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
@@ -120,15 +126,20 @@ class TrainState:
     def step(self, micro_batches: list[Batch]) -> float:
         """Take one optimizer step on the images of all `micro_batches`, and give their mean loss.
 
-        Raises NonFiniteLoss, with the weights as they were, where the loss or its gradient is not finite.
+        Without any image, since none could be read, the weights stay as they are, and the loss is NaN. Raises
+        NonFiniteLoss, with the weights as they were, where the loss or its gradient is not finite.
         """
         set_rates_(self.optimizer, *self.lr_and_decay(self.position.global_step))
         loss, count = self._backward_workers(micro_batches) if self.reducer else self._backward(micro_batches)
-        self._apply_gradient()
-        if self.ema:
-            self.ema.update_(self.model, self.position.global_step)
+        if count:
+            self._apply_gradient()
+            if self.ema:
+                self.ema.update_(self.model, self.position.global_step)
         at = self.position
         self.position = Position(epoch=at.epoch, step=at.step + 1, steps_per_epoch=at.steps_per_epoch)
+        if not count:
+            self.optimizer.zero_grad(set_to_none=True)
+            return math.nan
         self.loss_sum, self.num_images = self.loss_sum + loss * count, self.num_images + count
         return loss
 
@@ -136,6 +147,8 @@ class TrainState:
         """Accumulate the gradient of all micro-batches; gives the mean loss and the number of images."""
         count, loss = sum(len(labels) for _, labels in micro_batches), 0.0
         for images, labels in micro_batches:
+            if not len(labels):
+                continue
             # weighted by its images, since an unreadable one may be missing from a micro-batch
             share = self._loss(images, labels) * (len(labels) / count)
             loss += share.item()
@@ -157,7 +170,7 @@ class TrainState:
                 # DistributedDataParallel adds over processes within backward: once, with the last micro-batch. A
                 # process that is lost shows as an error of this computation, among those of the model itself.
                 with nullcontext() if is_last else no_sync(self.network), lost_worker_errors(in_model=True):
-                    mean = self._loss(images, labels)
+                    mean = self._loss(images, labels) if len(labels) else self._loss_of_none(images)
                     # by the planned batch: how many images there really are is known when all workers are done
                     weight = len(labels) * self.reducer.weight / self.plan.batch_size
                     self.scaler.scale(mean * weight).backward()
@@ -167,12 +180,49 @@ class TrainState:
         self._check_finite("loss", loss)
         return loss, count
 
+    def _loss_of_none(self, images: Tensor) -> Tensor:
+        """Give 0 for a batch without images, with a gradient of 0 for each parameter, which all processes wait for."""
+        self.model.eval()  # so that no norm takes the black image for one of the data
+        black = torch.zeros(1, *images.shape[1:], device=self.world.device)
+        loss = 0.0 * self.network(black).float().sum()
+        self.train_mode_()
+        return loss
+
+    @contextmanager
+    def _lone_image(self, images: Tensor) -> Iterator[None]:
+        """A block in which norms that would see one value a channel use, and keep, their running statistics.
+
+        They are the norms of maps of one pixel, where a batch has one image: what a batch of one leaves for them to
+        normalize is nothing, and torch refuses it.
+        """
+        names: list[str] = []
+        if len(images) == 1:
+            shape = tuple(images.shape[1:])
+            if shape not in self._lone_norms:
+                self._lone_norms[shape] = _norms_of_one_value(self.model, images)
+                if self._lone_norms[shape]:
+                    _log.warning(
+                        "a batch has one image, of which %d norms see one value a channel: there they use their "
+                        "running statistics (the first is %s)",
+                        len(self._lone_norms[shape]),
+                        self._lone_norms[shape][0],
+                    )
+            names = self._lone_norms[shape]
+        norms = [norm for name in names if (norm := self.model.get_submodule(name)).training]
+        for norm in norms:
+            norm.eval()
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.train()
+
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         device, amp, distill = self.world.device, self.plan.amp, self.plan.distill
         layout = torch.channels_last if self.plan.channels_last else torch.preserve_format
         images = images.to(device, non_blocking=True, memory_format=layout)
         half = torch.float16 if amp == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype=half, enabled=amp != "off"):
+        with self._lone_image(images), torch.autocast(device.type, dtype=half, enabled=amp != "off"):
             logits = self.network(images)
         labels = labels.to(device, non_blocking=True)
         loss = cross_entropy(logits, labels, smoothing=self.plan.label_smoothing)
@@ -252,6 +302,25 @@ class TrainState:
         self.scaler.load_state_dict(dict(saved.scaler))
         self.position, self.loss_sum, self.num_images = saved.position, saved.loss_sum, saved.num_images
         self.metrics, self.best = dict(saved.metrics), dict(saved.best)
+
+
+def _norms_of_one_value(model: nn.Module, image: Tensor) -> list[str]:
+    """Name the BatchNorms of `model` whose input, for an image (1, C, H, W), has one value a channel."""
+    probe, found = copy.deepcopy(model).eval(), []
+
+    def listen(name: str) -> None:
+        def heard(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel() == inputs[0].shape[1]:
+                found.append(name)
+
+        probe.get_submodule(name).register_forward_pre_hook(heard)
+
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            listen(name)
+    with torch.no_grad():
+        probe(image.float())
+    return found
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
