@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from competitors import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
+from latency_against_timm import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
 from onefold.bench.noise import paired_interval
 from onefold.commands.bench import bound, call_of, measured_limits

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from int8_subject import (
+from int8_networks import (
     CALIBRATION,
     COUNT,
     DATA,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import onefold
 from onefold.data import Preprocessing
 from onefold.data.decode import decode
-from onefold.reparam.linear import Chain, Sum, conv_act
+from onefold.reparam.folding_rules import Chain, Sum, conv_act
 from onefold.reparam.routes import moments, per_branch, quickest, set_route_
 
 

@@ -24,7 +24,7 @@ from onefold.models.hub import Card, save_weights
 from onefold.reparam import fuse
 from onefold.runtimes import onnx, open_artifact, openvino
 from onefold.runtimes.base import Engine
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 3}
 

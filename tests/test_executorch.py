@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from available import require
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes.exporter import trace
-from onefold.runtimes.reference import make_images
+from onefold.runtimes.reference_logits import make_images
 
 require("executorch")
 SHAPE = (3, 32, 32)

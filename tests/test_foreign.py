@@ -23,7 +23,7 @@ from onefold.quantize import Method, quantize
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo
 from onefold.runtimes import export as export_to
-from onefold.runtimes.reference import make_images
+from onefold.runtimes.reference_logits import make_images
 
 _import = builtins.__import__
 SMALL = "repvgg_a0"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onefold.quantize.qparams import QParams
 from onefold.runtimes import litert
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 SCALES = st.integers(1, 1000).map(lambda n: float(np.float32(n / 1000)))

@@ -16,7 +16,7 @@ from onefold.commands.export import ExportOptions, export
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights
-from onefold.runtimes.profile import Layer, medians, profile
+from onefold.runtimes.layer_times import Layer, medians, profile
 
 SIZE = 32
 QUICK = ("--samples", "20", "--warmup", "0")
@@ -209,7 +209,7 @@ def test_a_layer_is_the_median_of_its_calls() -> None:
 
 
 def test_only_runtimes_that_measure_their_layers_are_profiled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.runtimes.profile.PROFILED", ("openvino",))
+    monkeypatch.setattr("onefold.runtimes.layer_times.PROFILED", ("openvino",))
     with pytest.raises(BadArgument, match="onnx does not report the time of its layers; openvino do"):
         profile(home / "artifacts/onnx-fp32")
 

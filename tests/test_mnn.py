@@ -17,7 +17,7 @@ from available import require
 from onefold.errors import BadArgument
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import mnn as runtime
-from onefold.runtimes.reference import make_images
+from onefold.runtimes.reference_logits import make_images
 
 require("mnn")
 SHAPE = (3, 16, 16)

@@ -23,7 +23,7 @@ from onefold.phone import PROGRAMS, Adb, Plan, look
 from onefold.phone.benchmark import Call
 from onefold.phone.device import Condition
 from onefold.runtimes.artifact import MANIFEST, REFERENCE, Artifact, Parity, hash_files, render_manifest
-from onefold.runtimes.reference import Reference, make_images, write_reference
+from onefold.runtimes.reference_logits import Reference, make_images, write_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SERIAL = "0A121FDD4003XY"

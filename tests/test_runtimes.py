@@ -30,7 +30,7 @@ from available import INSTALLED, RUNNABLE, unavailable
 from onefold import runtimes
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
 from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, find_runtime, load, open_artifact
-from onefold.runtimes.reference import make_images, read_reference, relative_difference, top1_agreement
+from onefold.runtimes.reference_logits import make_images, read_reference, relative_difference, top1_agreement
 
 SHAPE = (3, 17, 19)
 CLASSES = ("ant", "bee", "cat", "caf\u00e9", "<b>", "new\nline", "\udce9")

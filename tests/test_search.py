@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onefold.quantize import MINMAX, Method, quantize
 from onefold.quantize.calibrate import calibrate
 from onefold.quantize.graph import trace
-from onefold.quantize.search import search, sensitivity, skip_sensitive_layers
+from onefold.quantize.method_search import search, sensitivity, skip_sensitive_layers
 from onefold.runtimes import ModelInfo, export, load
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from onefold.errors import BadArgument, BadArtifact
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import tensorrt as runtime
-from onefold.runtimes.reference import make_images
+from onefold.runtimes.reference_logits import make_images
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -15,7 +15,7 @@ from available import require
 from onefold.errors import LostWorker, MissingExtra
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import web as runtime
-from onefold.runtimes.reference import make_images
+from onefold.runtimes.reference_logits import make_images
 
 require("web")
 SHAPE = (3, 12, 12)

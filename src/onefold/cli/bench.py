@@ -82,7 +82,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Profile an artifact layer by layer as its runtime runs them: name, type, milliseconds, share."""
-    from onefold.runtimes.profile import profile as layers_of
+    from onefold.runtimes.layer_times import profile as layers_of
 
     with display.waiting("profiling"):
         found = layers_of(artifact, threads=threads, batch=batch_size, calls=calls)

@@ -44,7 +44,7 @@ from onefold.phone.benchmark import place_of
 from onefold.runtimes import open_artifact
 from onefold.runtimes.artifact import REFERENCE, Artifact, is_artifact, read_files
 from onefold.runtimes.exporter import TOLERANCES
-from onefold.runtimes.reference import read_reference, relative_difference
+from onefold.runtimes.reference_logits import read_reference, relative_difference
 from onefold.storage import write_text
 
 _MORE_ATTEMPTS = 3

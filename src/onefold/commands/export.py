@@ -17,7 +17,7 @@ from onefold.data.folders import ImageFiles
 from onefold.errors import BadArgument, BadData, GateFailed
 from onefold.models import cost
 from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
-from onefold.quantize.search import search, skip_sensitive_layers
+from onefold.quantize.method_search import search, skip_sensitive_layers
 from onefold.runtimes import Artifact, ModelInfo
 from onefold.runtimes import export as export_to
 

@@ -24,7 +24,7 @@ from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFail
 from onefold.models.safe_load import read
 from onefold.models.weights_file import Card, verify, write_weights
 from onefold.reparam import fuse
-from onefold.runtimes.reference import make_images
+from onefold.runtimes.reference_logits import make_images
 
 PREFIX = "timm:"
 _NUM_IMAGES = 8

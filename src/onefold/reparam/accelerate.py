@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import Branch, Unit, has_hooks, make_unit
-from onefold.reparam.linear import Chain, Sum
+from onefold.reparam.folding_rules import Chain, Sum
 from onefold.reparam.routes import evaluate, quickest, set_route_
 
 

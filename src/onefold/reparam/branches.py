@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from onefold.reparam.folding_rules import Chain, Sum, is_linear, padding
 from onefold.reparam.kernels.base import Act, Geometry, Pair
-from onefold.reparam.linear import Chain, Sum, is_linear, padding
 
 
 class Branch(NamedTuple):

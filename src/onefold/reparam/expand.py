@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from onefold.reparam.folding_rules import Chain, Sum, padding
 from onefold.reparam.fuse import outermost_trees
-from onefold.reparam.linear import Chain, Sum, padding
 
 _SPREAD = 0.5  # standard deviation of the displacements, relative to the root mean square of the share
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from onefold.reparam.linear import Chain, Sum, fold, fused_layer
+from onefold.reparam.folding_rules import Chain, Sum, fold, fused_layer
 from onefold.reparam.stencil import Stencil
 
 _FUSING_METHODS = ("reparameterize", "switch_to_deploy", "fuse")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onefold.reparam.branches import Unit, check_batch
+from onefold.reparam.folding_rules import update_running_stats_
 from onefold.reparam.kernels import cpu
 from onefold.reparam.kernels.base import Act, library
-from onefold.reparam.linear import update_running_stats_
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam import moments_algebra
 from onefold.reparam.branches import Unit, as_unit, check_batch
+from onefold.reparam.folding_rules import fold, input_channels, padding
 from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels import cpu_moments_algebra as compiled
 from onefold.reparam.kernels.base import Act, Geometry, Moments
-from onefold.reparam.linear import fold, input_channels, padding
 from onefold.reparam.stencil import Stencil
 
 

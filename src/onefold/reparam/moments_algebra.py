@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from onefold.reparam.branches import Unit
+from onefold.reparam.folding_rules import update_running_stats_
 from onefold.reparam.kernels.base import Moments
-from onefold.reparam.linear import update_running_stats_
 
 MAX_FLOAT64 = 2**24  # multiplications up to which float32 units are folded in float64: it is cheap there
 

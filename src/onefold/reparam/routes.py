@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import Unit, as_clamp, as_unit, has_hooks
+from onefold.reparam.folding_rules import Chain, Route, Sum, fold, input_channels, per_branch
 from onefold.reparam.fused_norms import mix
 from onefold.reparam.fused_norms import supports as mix_supports
 from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.base import Act
-from onefold.reparam.linear import Chain, Route, Sum, fold, input_channels, per_branch
 from onefold.reparam.moments import Patches, convolve
 from onefold.reparam.stencil import Stencil
 

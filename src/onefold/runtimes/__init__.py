@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from onefold.runtimes.exporter import export as export
     from onefold.runtimes.exporter import load as load
     from onefold.runtimes.exporter import open_artifact as open_artifact
-    from onefold.runtimes.profile import Layer as Layer
-    from onefold.runtimes.profile import Profile as Profile
+    from onefold.runtimes.layer_times import Layer as Layer
+    from onefold.runtimes.layer_times import Profile as Profile
 
 _MODULE_OF = {
     name: module

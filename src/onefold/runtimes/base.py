@@ -36,7 +36,7 @@ import numpy as np
 from onefold.errors import BadArgument, MissingExtra
 from onefold.runtimes import RUNTIMES
 from onefold.runtimes.artifact import Artifact, ModelInfo, read_files, read_manifest
-from onefold.runtimes.reference import Floats, make_images
+from onefold.runtimes.reference_logits import Floats, make_images
 
 if TYPE_CHECKING:
     from torch import nn

@@ -31,7 +31,7 @@ from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, quiet, require
 from onefold.runtimes.onnx import model_metadata
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

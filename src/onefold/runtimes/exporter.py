@@ -42,7 +42,7 @@ from onefold.runtimes.base import (
     quiet,
 )
 from onefold.runtimes.readme import render_readme
-from onefold.runtimes.reference import (
+from onefold.runtimes.reference_logits import (
     Floats,
     Reference,
     make_images,

@@ -2,7 +2,7 @@
 
 An int8 model takes and returns int8; the scales and zero points are in the file. Images come channel by channel, as
 PyTorch has them, and are converted to channels last at every call. Where an int8 network takes a millisecond numpy is
-slow at that, so it is compiled when first needed (channels_last.cpp); both ways give the same bits.
+slow at that, so it is compiled when first needed (nchw_to_nhwc.cpp); both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from onefold.native import loaded
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, mute, quiet, require
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -36,7 +36,7 @@ ACCEPTS_QDQ = True
 unavailable_reason = None
 
 _QMIN, _QMAX = -128, 127
-_MAX_COMPILED_CHANNELS = 4  # MAX_CHANNELS in channels_last.cpp
+_MAX_COMPILED_CHANNELS = 4  # MAX_CHANNELS in nchw_to_nhwc.cpp
 
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
@@ -172,8 +172,8 @@ def _arguments(images: Floats, out: npt.NDArray[Any]) -> tuple[object, ...]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Compile and load channels_last.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    library = loaded("channels_last", [Path(__file__).with_name("channels_last.cpp")], switch="ONEFOLD_KERNELS")
+    """Compile and load nchw_to_nhwc.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
+    library = loaded("nchw_to_nhwc", [Path(__file__).with_name("nchw_to_nhwc.cpp")], switch="ONEFOLD_KERNELS")
     if library is not None:
         library.copy_channels_last.restype = library.quantize_channels_last.restype = None
     return library

@@ -18,7 +18,7 @@ import numpy as np
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, quiet, require
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, quiet, require
-from onefold.runtimes.profile import WARMUP, Layer, ProfileRequest, medians
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.layer_times import WARMUP, Layer, ProfileRequest, medians
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

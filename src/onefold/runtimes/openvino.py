@@ -19,9 +19,9 @@ import numpy as np
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, quiet, require
+from onefold.runtimes.layer_times import WARMUP, Layer, ProfileRequest, medians
 from onefold.runtimes.onnx import convert
-from onefold.runtimes.profile import WARMUP, Layer, ProfileRequest, medians
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

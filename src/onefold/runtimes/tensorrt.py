@@ -23,7 +23,7 @@ import numpy as np
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, mute, quiet, require
 from onefold.runtimes.onnx import refuse_other_files, write
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

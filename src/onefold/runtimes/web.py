@@ -25,7 +25,7 @@ from onefold.errors import LostWorker, MissingExtra
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine
 from onefold.runtimes.onnx import write
-from onefold.runtimes.reference import Floats
+from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

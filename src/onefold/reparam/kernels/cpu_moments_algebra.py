@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import Unit
+from onefold.reparam.folding_rules import average_factor_
 from onefold.reparam.kernels.base import Moments, Passes
 from onefold.reparam.kernels.cpu import Compiled, call, pointers
-from onefold.reparam.linear import average_factor_
 from onefold.reparam.moments_algebra import Folded, Gradients
 
 

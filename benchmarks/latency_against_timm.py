@@ -1,6 +1,6 @@
 """Our networks against timm's in each runtime: latencies of one image, all networks interleaved in one run.
 
-    python benchmarks/competitors.py [--runtimes onnx,openvino,...] [--precisions fp32,int8] [--threads 1,2]
+    python benchmarks/latency_against_timm.py [--runtimes onnx,openvino,...] [--precisions fp32,int8] [--threads 1,2]
                                      [--models mobileone_s0,timm:repvgg_a0,...] [--photos FOLDER] [--samples 300]
                                      [--folder artifacts/competitors] [--again] [--quick]
 

@@ -15,7 +15,7 @@ from typing import Protocol, cast
 from onefold.errors import BadArgument, BadArtifact, OnefoldError
 from onefold.runtimes.artifact import Artifact, read_files, read_manifest
 from onefold.runtimes.base import find_runtime, first_line
-from onefold.runtimes.reference import Floats, make_images
+from onefold.runtimes.reference_logits import Floats, make_images
 
 PROFILED = ("onnx", "openvino")
 WARMUP = 3

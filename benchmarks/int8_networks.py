@@ -21,7 +21,7 @@ from onefold.commands.open import Network, open_network, predictor_of, validatio
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX, Method, Quantized, quantize
-from onefold.quantize.search import search
+from onefold.quantize.method_search import search
 from onefold.storage import replacing, write_text
 
 Floats = NDArray[np.float32]
