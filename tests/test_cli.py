@@ -502,10 +502,18 @@ def test_a_hub_id_without_a_network_says_what_to_do(capsys, monkeypatch, tmp_pat
 
 def test_one_corrupt_photo_does_not_stop_the_others(scratch: Path, capsys):
     _write(scratch / "photos" / "cat" / "3.png", b"not a picture")
-    assert run("predict", scratch / "run", scratch / "photos" / "cat", "--top", 1) == 3
+    assert run("predict", scratch / "run", scratch / "photos" / "cat", "--top", 1) == 0
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 9
     assert "3.png" in said.err
+    assert "note: 1 of 10 images could not be read" in said.err
+    assert run("eval", scratch / "run", "--data", scratch / "photos", "--results", scratch / "results") == 0
+    said = capsys.readouterr()
+    assert "29 images of 30, as the others cannot be read" in said.out
+    assert "3.png is text, not an image" in said.err
+    export = ("export", scratch / "fused.safetensors", "--to", "onnx", "--precision", "int8", "--img-size", 32)
+    assert run(*export, "--data", scratch / "photos" / "cat", "--out", scratch / "int8") == 0
+    assert "left out of calibration, 1 of 10 photos so far" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- from outside

@@ -27,6 +27,11 @@ T = TypeVar("T")
 OnProgress = Callable[["Progress"], None]
 
 
+def note(text: str) -> None:
+    """Print a remark on stderr, as the log's are printed."""
+    print(f"note: {text}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
 def say(text: str) -> None:
     """A line for a person; it never fails on a name that the terminal cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -217,10 +222,12 @@ def scores(title: str, found: Sequence[EvalResult], *, as_json: bool) -> None:
         score = each.score
         if as_json:
             plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.extra}
+            plain |= {"unreadable": each.unreadable} if each.unreadable else {}
             emit_json([{key: value if _is_known(value) else None for key, value in plain.items()}])
             continue
         rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}, ECE {score.ece:.2f} %"
-        say(f"{title} on {each.data}: {rates}, {score.count} images")
+        counted = f" of {score.count + each.unreadable}, as the others cannot be read" if each.unreadable else ""
+        say(f"{title} on {each.data}: {rates}, {score.count} images{counted}")
         for name, value in each.extra.items():
             say(f"  {name} {value:.2f}")
 

@@ -185,8 +185,10 @@ def predict(
         for answer in answers(predictor, paths, top=top, batch_size=batch_size):
             unread += answer.problem is not None
             display.prediction(answer, as_json=as_json)
-    if unread:
+    if unread == len(paths):
         raise BadData(f"{unread} of {len(paths)} images could not be read: they are named above")
+    if unread:
+        display.note(f"{unread} of {len(paths)} images could not be read and are left out: they are named above")
 
 
 @app.command()

@@ -192,6 +192,9 @@ def _deploy(
     asked = _Exam(photos, network, labelled)
     with predictor_of(network, threads=order.procedure.threads) as torch_network:
         true, top1 = asked.answers(torch_network)
+        if asked.bad:
+            title += f", without {len(asked.bad)} of {len(photos)} photos, which cannot be read"
+            say(f"left out  {len(asked.bad)} of {len(photos)} photos, which cannot be read")
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
     verdicts, runs = [], [name for name, each in artifacts.items() if _runs_here(each)]
@@ -256,15 +259,23 @@ def _runs_here(artifact: Artifact) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Exam:
-    """The photos, and how to ask for them."""
+    """The photos, how to ask for them, and which of them cannot be read (name -> why)."""
 
     photos: Dataset
     network: Network
     labelled: bool
+    bad: dict[str, str] = field(default_factory=dict)
 
     def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], float | None]:
         """The best class of each photo (N,), and top-1 in percent where the photos have labels."""
-        batches = ImageLoader(self.photos, self.network.preprocessing, batch_size=32, shuffle=False, on_bad="skip")
+        batches = ImageLoader(
+            self.photos,
+            self.network.preprocessing,
+            batch_size=32,
+            on_bad="skip",
+            max_bad=len(self.photos),
+            bad=self.bad,
+        )
         found, labels = [], []
         for images, truth in batches.epoch(0):
             found.append(predictor.session(images.numpy()).argmax(1))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
-from onefold.data import Dataset, ImageLoader
+from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
@@ -46,10 +46,15 @@ class EvalSuite:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """The accuracy on one set of a suite; `extra` has the metrics that only this kind of data has, in percent."""
+    """The accuracy on one set of a suite; `extra` has the metrics that only this kind of data has, in percent.
+
+    `images` are those that were scored, without the `unreadable` ones.
+    """
 
     data: str
     score: Accuracy
+    images: Dataset
+    unreadable: int = 0
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -73,8 +78,7 @@ def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 
     """Evaluate every set; of several the first result is the summary. A run's predictions are written to its folder."""
     results = [_evaluate_set(predictor, suite, name, batch_size) for name in suite.sets]
     if suite.run:
-        (images,) = suite.sets.values()
-        write_predictions(suite.run, predictor, images, results[0].score, suite.title)
+        write_predictions(suite.run, predictor, results[0].images, results[0].score, suite.title)
     return [_summary(suite, results), *results] if len(results) > 1 else results
 
 
@@ -82,19 +86,19 @@ def _evaluate_set(predictor: Predictor, suite: EvalSuite, name: str, batch_size:
     source = suite.sets[name]
     kind = imagenet_variant(suite.folder, source.classes) if predictor.num_classes == 1000 else None
     if kind in ("ImageNet-A", "ImageNet-R"):
-        score = evaluate(_restricted_to(predictor, source), source, batch_size=batch_size)
-        return EvalResult(data=f"{name} ({kind}, among its 200 classes)", score=score)
-    score = evaluate(predictor, source, batch_size=batch_size)
+        result = evaluate(_restricted_to(predictor, source), source, batch_size=batch_size)
+        return replace(result, data=f"{name} ({kind}, among its 200 classes)")
+    result = evaluate(predictor, source, batch_size=batch_size)
+    score, images = result.score, result.images
     labels = find_real_labels(suite.folder) if kind == "ImageNet" else None
     if labels is None:
-        return EvalResult(data=f"{name} ({kind})" if kind and len(suite.sets) == 1 else name, score=score)
-    real = read_real_labels(labels, [source.name(i) for i in range(len(source))])
+        return replace(result, data=f"{name} ({kind})" if kind and len(suite.sets) == 1 else name)
+    real = read_real_labels(labels, [images.name(i) for i in range(len(images))])
     # an image may have several ReaL labels, each of which is right, or none, and then does not count
     predicted = score.predictions.predicted.tolist()
     right = [label in labels_of for label, labels_of in zip(predicted, real, strict=True) if labels_of]
-    return EvalResult(
-        data=name, score=score, extra={"ReaL top-1 %": 100 * float(np.mean(right)), "ReaL images": len(right)}
-    )
+    extra = {"ReaL top-1 %": 100 * float(np.mean(right)), "ReaL images": len(right)}
+    return replace(result, data=name, extra=extra)
 
 
 def _restricted_to(predictor: Predictor, source: Dataset) -> Predictor:
@@ -130,14 +134,23 @@ def _summary(suite: EvalSuite, results: Sequence[EvalResult]) -> EvalResult:
     if mce is not None:
         extra["mCE % (over AlexNet's errors)"] = mce
     extra |= {f"{name} error %": error for name, error in means.items()}
-    return EvalResult(data=suite.title, score=merge([result.score for result in results]), extra=extra)
+    merged = merge([result.score for result in results])
+    unreadable = sum(result.unreadable for result in results)
+    return EvalResult(data=suite.title, score=merged, images=results[0].images, unreadable=unreadable, extra=extra)
 
 
-def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> Accuracy:
-    """Give the accuracy of a predictor on labelled images, their classes matched to the network's by name."""
+def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> EvalResult:
+    """Give the accuracy of a predictor on labelled images, their classes matched to the network's by name.
+
+    Images that cannot be read are left out and named in the log. Raises BadData where none can be read.
+    """
     index = torch.tensor(class_indices(predictor, source))
-    batches = ImageLoader(source, predictor.preprocessing, batch_size=batch_size, shuffle=False)
-    return accuracy(predictor.session, ((images, index[labels]) for images, labels in batches.epoch(0)))
+    batches = ImageLoader(source, predictor.preprocessing, batch_size=batch_size, on_bad="skip", max_bad=len(source))
+    score = accuracy(predictor.session, ((images, index[labels]) for images, labels in batches.epoch(0)))
+    if not batches.bad:
+        return EvalResult(data="", score=score, images=source)
+    readable = Subset(source, [i for i in range(len(source)) if source.name(i) not in batches.bad])
+    return EvalResult(data="", score=score, images=readable, unreadable=len(source) - len(readable))
 
 
 def class_indices(predictor: Predictor, source: Dataset) -> list[int]:

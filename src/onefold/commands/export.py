@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quan
 from onefold.quantize.method_search import search, skip_sensitive_layers
 from onefold.runtimes import Artifact, ModelInfo
 from onefold.runtimes import export as export_to
+
+_log = logging.getLogger("onefold")
 
 _FEWEST_TO_SEARCH = 8
 _HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
@@ -171,22 +174,20 @@ def _as_trained(network: Network) -> Quantized:
 
 
 def _images(order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
-    """The photos (B, C, H, W), chosen evenly; what cannot be read is passed over."""
+    """The photos (B, C, H, W), chosen evenly; what cannot be read is left out and named."""
     if order.count < 2:
         raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
-    read = list(_read(order, preprocessing))
-    if len(read) < 2:
-        raise BadData(f"{order.data} has {len(read)} photos that can be read: calibration needs 2, better 200")
-    return torch.from_numpy(np.stack(read))
-
-
-def _read(order: Calibration, preprocessing: Preprocessing) -> Iterator[Floats]:
     count, read = _photos(order.data)
-    for index in _spread(count, order.count):
+    chosen, photos = _spread(count, order.count), list[Floats]()
+    for number, index in enumerate(chosen):
         try:
-            yield preprocessing(read(index))
-        except BadData:
-            continue
+            photos.append(preprocessing(read(index)))
+        except BadData as error:
+            left_out = number + 1 - len(photos)
+            _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(chosen), error)
+    if len(photos) < 2:
+        raise BadData(f"{order.data} has {len(photos)} photos that can be read: calibration needs 2, better 200")
+    return torch.from_numpy(np.stack(photos))
 
 
 def _photos(data: str) -> tuple[int, Callable[[int], Image.Image]]:

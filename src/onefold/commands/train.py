@@ -255,7 +255,7 @@ def _write_best_predictions(out: Path, recipe: Recipe, validation: Dataset) -> N
         return
     try:
         with open_predictor(out, threads=torch.get_num_threads()) as predictor:
-            score = evaluate(predictor, validation, batch_size=recipe.plan.batch_size)
-            write_predictions(out, predictor, validation, score, f"{recipe.data.spec} (held out)")
+            scored = evaluate(predictor, validation, batch_size=recipe.plan.batch_size)
+            write_predictions(out, predictor, scored.images, scored.score, f"{recipe.data.spec} (held out)")
     except (BadData, GateFailed, NonFiniteLoss) as error:
         _log.warning("the predictions for the validation images are not kept for the report: %s", error)

@@ -36,6 +36,7 @@ from onefold.data.sampler import sample_generator, shuffled
 from onefold.errors import BadArgument, BadData
 
 _PREFETCH = 2  # batches that are made while one is used
+_MAX_NAMED = 100  # bad images that the log names
 _LOG = logging.getLogger("onefold.data")
 
 
@@ -181,10 +182,14 @@ class ImageLoader:
         if name in self.bad:
             return
         self.bad[name] = str(error)
+        if len(self.bad) == len(self.dataset):
+            raise BadData(f"none of the {len(self.dataset)} images can be read, the last: {error}")
         limit = max(10, len(self.dataset) // 100) if self.max_bad is None else self.max_bad
         if len(self.bad) > limit:
             raise BadData(f"more than {limit} of {len(self.dataset)} images are bad, the last: {error}")
-        _LOG.warning("left out, %d so far (the limit is %d): %s", len(self.bad), limit, error)
+        if len(self.bad) <= _MAX_NAMED:
+            last = "; further ones are not named" if len(self.bad) == _MAX_NAMED else ""
+            _LOG.warning("left out, %d so far (the limit is %d): %s%s", len(self.bad), limit, error, last)
 
 
 def _wait(numbers: NDArray[np.int64], parts: list[Future[list[_Sample]]]) -> _Samples:
