@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onefold import bench
-from onefold.bench.measurement import orders
+from onefold.bench.measurement import random_orders
 from onefold.bench.noise import discarded, interval_over, paired_interval, sure_percentile
 from onefold.errors import BadArgument, BadData, NotWritable
 
@@ -155,15 +155,15 @@ def test_a_difference_inside_the_noise_floor_is_none() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_orders_are_balanced_and_not_always_the_same(count: int) -> None:
-    drawn = list(itertools.islice(orders(count, random.Random(7)), 40 * count))
+    drawn = list(itertools.islice(random_orders(count, random.Random(7)), 40 * count))
     for block in range(0, len(drawn), count):
         for place in range(count):
             assert sorted(order[place] for order in drawn[block : block + count]) == list(range(count))
-    assert drawn == list(itertools.islice(orders(count, random.Random(7)), 40 * count))
+    assert drawn == list(itertools.islice(random_orders(count, random.Random(7)), 40 * count))
     if count > 1:
         firsts = [order[0] for order in drawn[::count]]
         assert len(set(firsts)) == count
-        assert drawn != list(itertools.islice(orders(count, random.Random(8)), 40 * count))
+        assert drawn != list(itertools.islice(random_orders(count, random.Random(8)), 40 * count))
 
 
 def test_a_comparison_interleaves_its_calls() -> None:

@@ -684,7 +684,7 @@ with start_world("cpu") as world:
     world.all_reduce_(total)
     assert total.item() == 1.0 and world.max(world.rank) == 1
     assert world.max(0) == 0 and world.broadcast(world.rank) == 0
-    assert world.exchange(torch.tensor(world.rank), 1 - world.rank).item() == 1 - world.rank
+    assert world.sendrecv(torch.tensor(world.rank), 1 - world.rank).item() == 1 - world.rank
     run = Run(out=Path({str(tmp_path / "two")!r}), world=world, evaluate=lambda net: {{"top1": 1.0}})
     train(Idle(), Half(batch_size=8, rank=world.rank), plan, run)
 """

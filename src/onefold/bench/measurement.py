@@ -236,11 +236,11 @@ def as_measurements(
 
 
 def run_series(calls: Sequence[Call], procedure: Procedure, instruments: Instruments) -> Series:
-    """Time the calls in rounds: each once a round after its lead calls, in an order drawn anew (see `orders`)."""
+    """Time the calls in rounds: each once a round after its lead calls, in an order drawn anew."""
     clock = instruments.clock
     lead = range(procedure.lead_calls if len(calls) > 1 else 0)  # one alone follows itself in any case
     resolution = _resolution(clock)
-    order = orders(len(calls), random.Random(procedure.seed))
+    order = random_orders(len(calls), random.Random(procedure.seed))
     samples: list[list[int]] = [[] for _ in calls]
     with _no_garbage_collection():
         overhead = sorted(_time(_nothing, 1, clock) for _ in range(101))[50]
@@ -262,7 +262,7 @@ def run_series(calls: Sequence[Call], procedure: Procedure, instruments: Instrum
     return Series(tuple(timings), resolution, overhead, Noise.between(before, after))
 
 
-def orders(count: int, random_source: random.Random) -> Iterator[tuple[int, ...]]:
+def random_orders(count: int, random_source: random.Random) -> Iterator[tuple[int, ...]]:
     """Orders of `count` calls, without end: random, and balanced in every `count` successive rounds.
 
     In such a block each call stands once in each place (the rotations of one shuffle, shuffled), so that neither the

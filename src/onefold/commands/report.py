@@ -30,7 +30,7 @@ _TOO_MANY = f"folder after the first {_MAX_FOLDERS:,}", f"folders after the firs
 
 
 @dataclass(frozen=True)
-class Found:
+class ReportInputs:
     """What lies below some places, and how many folders were not searched, by reason."""
 
     runs: list[Path] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Found:
         return joined([plural(len(paths), noun) for paths, noun in counts]) + _not_searched(self.skipped, "; ")
 
 
-def write_page(places: Sequence[Path], out: Path) -> Found:
+def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
     """Write the report of every run, result and artifact below `places` to `out`; return what was found.
 
     Raises BadData where a place does not exist or nothing is found, MissingExtra without matplotlib, NotWritable.
@@ -64,14 +64,14 @@ def write_page(places: Sequence[Path], out: Path) -> Found:
     return found
 
 
-def find_inputs(places: Sequence[Path]) -> Found:
+def find_inputs(places: Sequence[Path]) -> ReportInputs:
     """Return the runs, results, artifacts and gates in `places` and below, each once, in the order of their paths.
 
     A run is a folder with a training log, an artifact one with the manifest of an export, and results are files of
     JSON lines with measurements, whatever their names are; gates are files of deployments that are named gates.json.
     Raises BadData where a place does not exist.
     """
-    found, seen = Found(), set[str]()
+    found, seen = ReportInputs(), set[str]()
     for place in places:
         if place.is_file():
             found.results.append(place)  # named by the user: what is wrong with it is said on the page
@@ -109,7 +109,7 @@ def find_inputs(places: Sequence[Path]) -> Found:
     return found
 
 
-def _is_searched(entry: os.DirEntry[str], found: Found) -> bool:
+def _is_searched(entry: os.DirEntry[str], found: ReportInputs) -> bool:
     """Whether the entry is a folder to go on in; counts it where it is one to leave out."""
     if not entry.is_dir():
         return False

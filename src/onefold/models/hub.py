@@ -275,7 +275,7 @@ def _licence(config: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------- folders, and the hub
 
 
-class Api(Protocol):
+class HubApi(Protocol):
     """The methods of huggingface_hub.HfApi that `push_to_hub` calls."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> object:
@@ -313,7 +313,7 @@ def push_to_hub(
     *,
     metrics: Mapping[str, float] | None = None,
     private: bool = False,
-    api: Api | None = None,
+    api: HubApi | None = None,
 ) -> str:
     """Upload a network to the Hugging Face hub as `save_pretrained` writes it, and give its address.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.bench import Comparison, Machine, Measurement, Noise, Procedure
-from onefold.bench.measurement import orders
+from onefold.bench.measurement import random_orders
 from onefold.errors import BadArgument, DeviceFailed, GateFailed
 from onefold.phone.adb import FOLDER, Adb
 from onefold.phone.device import HEAT, Condition, Phone, condition, heat_of
@@ -343,7 +343,7 @@ class _Runner:
     def series(self, loads: Sequence[Load]) -> tuple[list[list[Times]], list[int]]:
         """Every process's times, artifact by artifact and the baseline's twin last; the heat before each round."""
         runs = [*loads, loads[0]] if len(loads) > 1 else list(loads)
-        order = orders(len(runs), random.Random(self.plan.seed))
+        order = random_orders(len(runs), random.Random(self.plan.seed))
         times: list[list[Times]] = [[] for _ in runs]
         heats = []
         for _ in range(self.plan.rounds):

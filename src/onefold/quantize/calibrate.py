@@ -18,12 +18,12 @@ from onefold.quantize.equalize import nearest_power_of_two, rescale_, shorten_sc
 from onefold.quantize.gptq import gptq, input_moments, nearest
 from onefold.quantize.graph import (
     Layer,
+    free_used_inputs,
     get_parameter,
     layers,
     node_values,
     padding_input,
     quantized_activations,
-    release_inputs,
 )
 from onefold.quantize.qparams import LayerReport, Method, QParams, QuantizationParams, choose_qparams, weight_scales
 
@@ -104,7 +104,7 @@ class _Calibrator:
             self._quantize_activation(node)
         if node in self._outputs:
             self._report(self._outputs[node])
-        release_inputs(node, self._quantized, self._float)
+        free_used_inputs(node, self._quantized, self._float)
 
     def _quantize_layer(self, layer: Layer) -> QuantizedLayer:
         method, weight = self._method, get_parameter(self._graph, layer.weight)

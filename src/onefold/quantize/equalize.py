@@ -36,11 +36,11 @@ from onefold.quantize.graph import (
     Layer,
     aten,
     clamp_bounds,
+    free_used_inputs,
     get_parameter,
     layers,
     node_values,
     padding_input,
-    release_inputs,
     set_parameter,
 )
 from onefold.quantize.qparams import QParams, RangeMethod, choose_qparams
@@ -221,7 +221,7 @@ def activation_qparams(
         values[node] = node_values(graph, node, values, batches)
         if node in nodes:
             qparams[node] = choose_qparams([x for x in values[node] if isinstance(x, Tensor)], range_method)
-        release_inputs(node, values)
+        free_used_inputs(node, values)
     return qparams
 
 

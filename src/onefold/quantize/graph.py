@@ -183,7 +183,7 @@ def node_values(
     return [compute(batch) for batch in range(len(batches))]
 
 
-def release_inputs(node: Node, *values: dict[Node, list[object]]) -> None:
+def free_used_inputs(node: Node, *values: dict[Node, list[object]]) -> None:
     """Delete the values of a node's inputs that no later node reads; `values` hold every node computed so far."""
     for before in node.all_input_nodes:
         if all(user in values[0] for user in before.users):

@@ -95,7 +95,7 @@ def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engin
     temporary = TemporaryDirectory()
     try:
         package = Path(temporary.name) / "model.mlpackage"
-        unpack(content[FILES[0]], package)
+        unzip_mlpackage(content[FILES[0]], package)
         with quiet():
             model = tools.models.MLModel(str(package), compute_units=getattr(tools.ComputeUnit, _UNITS[precision]))
         return _CoreMl(model, temporary, threads)
@@ -137,7 +137,7 @@ def pack(package: Path) -> bytes:
     return archive_bytes.getvalue()
 
 
-def unpack(data: bytes, package: Path) -> None:
+def unzip_mlpackage(data: bytes, package: Path) -> None:
     """Write the files of an archive of `pack` into a folder that does not exist yet.
 
     Raises BadArtifact where the archive holds anything but plain files with plain relative names, uncompressed (so that

@@ -84,7 +84,7 @@ class World:
             with lost_worker_errors():
                 dist.all_reduce(value)
 
-    def exchange(self, value: Tensor, peer: int) -> Tensor:
+    def sendrecv(self, value: Tensor, peer: int) -> Tensor:
         """Send a tensor to another process, and give the tensor of the same shape that it sends in turn."""
         received = torch.empty_like(value)
         with lost_worker_errors():
@@ -222,7 +222,7 @@ def _from_environment(key: str) -> int:
 
 
 class Interrupted(BaseException):
-    """Raised by a signal inside of `StopSignals.interruptible`; it never leaves the training loop."""
+    """Raised by a signal inside of `StopSignals.raise_on_signal`; it never leaves the training loop."""
 
 
 class StopSignals:
@@ -252,7 +252,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def raise_on_signal(self) -> Iterator[None]:
         """A block, without effects of its own, that a signal ends at once by Interrupted."""
         if self.received:
             raise Interrupted

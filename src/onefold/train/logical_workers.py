@@ -211,7 +211,7 @@ class _ExactReducer:
         # The upper levels of the tree: both sides add the same two vectors, and a + b = b + a to the bit.
         distance = 1
         while distance < self._world.size:
-            received = self._world.exchange(total, self._world.rank ^ distance)
+            received = self._world.sendrecv(total, self._world.rank ^ distance)
             total, distance = total.add_(received), 2 * distance
         loss, count = total[-2:].tolist()
         images = round(count)

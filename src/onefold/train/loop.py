@@ -241,7 +241,7 @@ class _Trainer:
                 # take long, but has no effects of its own, so that a signal may end it at once.
                 with (
                     forked_rng(self.world.device, self.plan.seed, 0, position.epoch, _EVALUATION),
-                    self.signals.interruptible(),
+                    self.signals.raise_on_signal(),
                 ):
                     result = self.run.evaluate(copy.deepcopy(state.eval_model).eval())
                 metrics = {str(name): float(value) for name, value in result.items()}

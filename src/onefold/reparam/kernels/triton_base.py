@@ -58,12 +58,12 @@ def pilot(x: Tensor) -> Tensor:
     return x[:images].mean((0, 2, 3), dtype=torch.float32).to(x.dtype).float()
 
 
-def clamp_arguments(act: Act) -> tuple[float, bool]:
+def clamp_limits(act: Act) -> tuple[float, bool]:
     """The upper bound of the clamp, and whether there is a clamp."""
     return (0.0, False) if act is None else (float(act), True)
 
 
-def map_block(x: Tensor, places: int) -> Launch:
+def feature_map_block(x: Tensor, places: int) -> Launch:
     """The block of a program that makes a depthwise map: 1024 values, along the memory."""
     block_c = min(64, _power_of_2(x.shape[1])) if layout(x) == torch.channels_last else 1
     return {"block_c": block_c, "block_p": min(1024 // block_c, _power_of_2(places)), "num_warps": 4, "num_stages": 1}

@@ -19,12 +19,12 @@ from onefold.reparam.kernels.triton_base import (
     Launch,
     activate,
     at,
-    clamp_arguments,
+    clamp_limits,
     constexpr,
+    feature_map_block,
     grid_of,
     jit,
     layout,
-    map_block,
     multiply,
     patch_block,
     pilot,
@@ -201,8 +201,8 @@ class Depthwise:
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W'); the kernel stays in float32."""
         x = x.contiguous(memory_format=layout(x))
-        sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_arguments(act)
-        block = map_block(x, sizes["places"])
+        sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_limits(act)
+        block = feature_map_block(x, sizes["places"])
         kernel, weight = kernel.double(), _by_tap(kernel)
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
         shape = (x.shape[0], x.shape[1] * times, sizes["rows"], sizes["columns"])
@@ -217,7 +217,7 @@ class Depthwise:
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (C, M, T), and of grad' (O,), in float64."""
         x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
-        sizes, block, (act_max, clamp) = _sizes(x, geometry), patch_block(x, geometry), clamp_arguments(act)
+        sizes, block, (act_max, clamp) = _sizes(x, geometry), patch_block(x, geometry), clamp_limits(act)
         times = grad.shape[1] // x.shape[1]
         shift = mean.mean(1).float()
         grid = (*reduction_grid(sizes, block), times)
@@ -236,7 +236,7 @@ class Depthwise:
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, gathered by the pixels."""
         x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
-        sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_arguments(act)
+        sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_limits(act)
         high, wide = (
             _readers(size, out, *along, x.device)
             for size, out, *along in zip(
@@ -246,7 +246,7 @@ class Depthwise:
         constant = shift.double() - (quad.double() @ mean.double()[..., None]).squeeze(-1)
         table = _table(quad.double(), constant, high, wide)
         sizes["places"] = x.shape[0] * x.shape[2] * x.shape[3]
-        block = map_block(x, sizes["places"])
+        block = feature_map_block(x, sizes["places"])
         dx = torch.empty_like(x, memory_format=layout(x))
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):

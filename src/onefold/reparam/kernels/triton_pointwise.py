@@ -15,7 +15,7 @@ from onefold.reparam.kernels.base import Act, Geometry, Moments
 from onefold.reparam.kernels.triton_base import (
     Launch,
     activate,
-    clamp_arguments,
+    clamp_limits,
     constexpr,
     gram_block,
     jit,
@@ -203,7 +203,7 @@ class Pointwise:
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (row - mean)): (B, O, H, W)."""
         x = x.contiguous(memory_format=layout(x))
-        weight, (act_max, clamp) = kernel[0].to(x.dtype).contiguous(), clamp_arguments(act)
+        weight, (act_max, clamp) = kernel[0].to(x.dtype).contiguous(), clamp_limits(act)
         offset = (bias.double() - weight.double() @ mean[0].double()).float()
         outputs, sizes = len(weight), _sizes(x)
         block = product_block(x, sizes["places"], outputs)
@@ -219,7 +219,7 @@ class Pointwise:
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (row - mean)^T (1, O, I), and of grad' (O,), in float64."""
         x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
-        (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_arguments(act)
+        (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_limits(act)
         block = gram_block(x, outputs, channels)
         tiles, down, across = _num_tiles(x, block), -(-outputs // block["block_a"]), -(-channels // block["block_b"])
         parts = num_parts(tiles, down * across)
@@ -239,7 +239,7 @@ class Pointwise:
     ) -> Tensor:  # fmt: skip
         """The rows' gradient kernel^T grad' + quad (row - mean) + shift, in the shape of x."""
         x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
-        (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_arguments(act)
+        (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_limits(act)
         scale = quad.abs().amax().clamp_min(1e-30).float()  # a batch's quad may be below float16's least
         weight, square = kernel[0].to(x.dtype).contiguous(), (quad[0] / scale).to(x.dtype).contiguous()
         offset = (shift[0].double() - scale.double() * (square.double() @ mean[0].double())).float()
