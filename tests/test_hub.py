@@ -418,8 +418,8 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "torn zip": (zipped({"a.npy": npy(np.zeros(1000))})[:200], "damaged or truncated zip"),
     "npz of text": (zipped({"a.npy": b"hello"}), "cannot read"),
     "npz that claims 4 TiB": (zipped({"a.npy": vast_npy()}), "cannot read"),
-    "npz of words": (zipped({"a.npy": npy(np.array(["x", "y"]))}), "cannot read"),
-    "pickle bomb": (bytearray_pth(), r"pickled objects \(__builtin__\.bytearray\)"),
+    "npz of words": (zipped({"a.npy": npy(np.array(["x", "y"]))}), "holds no tensors"),
+    "pickle bomb": (bytearray_pth(), "no size known here: give a name"),
     "npz bomb": (zipped({"a.npy": npy(np.zeros(16 << 20, np.float32))}), "that is a decompression bomb"),
     "pth bomb": (deflated_pth(), "that is a decompression bomb"),
     "pth of one number spread": (spread_pth(), "that is a decompression bomb"),
@@ -475,9 +475,9 @@ def test_nothing_in_a_file_is_ever_run(tmp_path: Path) -> None:
     assert marker.exists()
 
 
-def test_a_program_or_a_whole_network_is_no_state_dict(tmp_path: Path) -> None:
+def test_a_program_or_a_network_of_something_else_is_no_state_dict(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "m.pth")
-    with pytest.raises(BadCheckpoint, match=r"pickled objects \(torch\.nn\.modules\.linear\.Linear\)"):
+    with pytest.raises(BadCheckpoint, match=r"has keys like weight, bias, of no layout known"):
         load_model(tmp_path / "m.pth")
     for content in ([1, 2], torch.zeros(3), "text", {}, {"epoch": 3}, {"state_dict": {}}):
         torch.save(content, tmp_path / "m.pth")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import math
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +22,7 @@ from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
-from onefold.models.load_weights import CLASSIFIER, Weights, guess_model, load_into_, parse_weights
-from onefold.models.safe_load import read
+from onefold.models.load_weights import CLASSIFIER, Weights, class_names_in, guess_model, load_into_, read_weights
 from onefold.models.weights_file import Card as Card
 from onefold.models.weights_file import hub_config, hub_readme
 from onefold.models.weights_file import read_card as read_card
@@ -28,9 +30,11 @@ from onefold.models.weights_file import save_weights as save_weights
 from onefold.storage import write_text
 
 FILE = "model.safetensors"
-CONFIG = "config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_IN_FOLDERS = (FILE, "pytorch_model.bin")
 MAX_CONFIG = 16 << 20  # bytes; the names of 21,841 classes make one
 HUB_ID = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
+_log = logging.getLogger("onefold")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt")
 
 
@@ -75,7 +79,7 @@ def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> N
 def _open(source: str | Path) -> tuple[WeightsFile, Weights]:
     """The weights of a path or an id of the hub. Raises BadCheckpoint."""
     file = locate(source)
-    weights = parse_weights(read(file.path), file.path)
+    weights = read_weights(file.path, select=file.select)
     for key, expected in weights.layout.config.items():
         if file.config.get(key, expected) != expected:
             raise BadCheckpoint(
@@ -110,7 +114,8 @@ def _model_name(weights: Weights, name: str | None) -> str:
 def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_classes: int) -> Card:
     """The card that a file carries, or else what is known of it as a card."""
     kept = num_classes == weights.num_classes
-    source = file.source if kept else f"{file.source}, with a randomly initialized classifier of {num_classes} classes"
+    source = f"{file.source} ({weights.origin})" if weights.origin else file.source
+    source = source if kept else f"{source}, with a randomly initialized classifier of {num_classes} classes"
     if weights.card is not None:
         card = weights.card
         return card if kept else replace(card, num_classes=num_classes, classes=None, source=source)
@@ -118,10 +123,10 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
         model=name,
         num_classes=num_classes,
         in_chans=weights.in_chans,
-        classes=(weights.classes or _class_names(file.config, num_classes)) if kept else None,
-        preprocessing=dict(CATALOGUE[name].input) | _preprocessing(file.config),
+        classes=(weights.classes or class_names_in(file.config, num_classes)) if kept else None,
+        preprocessing=dict(CATALOGUE[name].input) | _preprocessing(file.config, CATALOGUE[name].input),
         fused=fused,
-        licence=_licence(file.config),
+        licence=file.licence,
         source=source,
     )
 
@@ -131,33 +136,52 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """A file of weights, the config.json beside it, and the path or id that the user gave."""
+    """A file of weights, what the files beside it say, and the path or id that the user gave.
+
+    `config` is config.json with the keys of preprocessor_config.json added; `select` chooses among its state dicts.
+    """
 
     path: Path
     source: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    select: str = ""
 
 
 def locate(source: str | Path) -> WeightsFile:
-    """Find the file of weights at a path, or download that of an id of the hub. Raises BadCheckpoint."""
+    """Find the file of weights at a path, or download that of an id of the hub. Raises BadCheckpoint.
+
+    After a path's colon may stand which weights of a checkpoint to take: FILE:plain, FILE:averaged, FILE:KEY.
+    """
     path = Path(source)
     try:
         is_folder, is_there = path.is_dir(), path.exists()
     except OSError as error:  # a name too long for a file, a folder that may not be entered
         raise BadCheckpoint(f"cannot look for {path}: {error.strerror}") from error
     if is_folder:
-        for name in (FILE, "pytorch_model.bin"):
+        for name in _IN_FOLDERS:
             if (path / name).is_file():
-                return WeightsFile(path=path / name, source=str(path), config=_read_config(path / CONFIG))
+                return _with_files_beside(WeightsFile(path=path / name, source=str(path)))
         raise BadCheckpoint(f"{path} is a folder without {FILE}: give the file of weights itself")
+    before, colon, select = str(source).rpartition(":")
+    if not is_there and colon and Path(before).exists():
+        return replace(locate(before), source=str(source), select=select)
     hub_id = re.fullmatch(HUB_ID, str(source))
     if is_there or hub_id is None or path.suffix in _SUFFIXES:
-        return WeightsFile(path=path, source=str(source))
+        file = WeightsFile(path=path, source=str(source))
+        return _with_files_beside(file) if path.name in _IN_FOLDERS else file
     return _on_hub(hub_id[1])
 
 
+def _with_files_beside(file: WeightsFile) -> WeightsFile:
+    """Add what the other files of its folder say."""
+    folder = file.path.parent
+    config = dict(_read_config(folder / CONFIG)) | dict(_read_config(folder / PREPROCESSOR))
+    return replace(file, config=config, licence=_licence(config, folder / "README.md"))
+
+
 def _on_hub(repo_id: str) -> WeightsFile:
-    """The weights of a repository of the hub, downloaded to its cache."""
+    """The weights of a repository of the hub, downloaded to its cache, with what the files beside them say."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
@@ -167,11 +191,27 @@ def _on_hub(repo_id: str) -> WeightsFile:
             f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
             "download the file you trust and give its path"
         ) from error
-    try:
-        config = _read_config(_download(repo_id, CONFIG))
-    except EntryNotFoundError:
-        config = {}
-    return WeightsFile(path=path, source=repo_id, config=config)
+    config: dict[str, Any] = {}
+    for name in (CONFIG, PREPROCESSOR):
+        if name == PREPROCESSOR and "pretrained_cfg" in config:
+            continue  # timm's and ours say all that in config.json
+        try:
+            config |= _read_config(_download(repo_id, name))
+        except EntryNotFoundError:
+            continue
+        except NetworkFailed as error:
+            raise NetworkFailed(
+                f"the weights of {repo_id} are in the hub's cache and {name} is not, which says how images are "
+                "prepared and what the classes are; the hub cannot be reached: fetch it once "
+                f"(hf download {repo_id}), or give a folder that holds both"
+            ) from error
+    readme = path.parent / "README.md"
+    if not _licence(config, readme):
+        try:
+            readme = _download(repo_id, "README.md")
+        except (EntryNotFoundError, NetworkFailed):
+            _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
+    return WeightsFile(path=path, source=repo_id, config=config, licence=_licence(config, readme))
 
 
 def _download(repo_id: str, name: str) -> Path:
@@ -233,43 +273,108 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 # ------------------------------------------------------------------------- reading config.json
 
 
-def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """The class names in a config: timm's label_names, or transformers' id2label without a background class."""
-    names = config.get("label_names")
-    table = config.get("id2label")
-    if not isinstance(names, list) and isinstance(table, dict):
-        names = [table.get(str(i)) for i in range(len(table))]
-        names = names[1:] if len(names) == num_classes + 1 == 1001 else names
-    if isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names):
-        return tuple(names)
-    return None
+def _preprocessing(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `Preprocessing` that a config states, as far as their values are valid; what is not is logged.
 
-
-def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `Preprocessing` in timm's pretrained_cfg, as far as their values are valid."""
-    settings = config.get("pretrained_cfg")
-    if not isinstance(settings, dict):
-        return {}
+    They are those of timm's pretrained_cfg, else of transformers' preprocessor_config.json. What neither says is as in
+    `default`.
+    """
+    timm = config.get("pretrained_cfg")
+    stated = _of_timm(timm) if isinstance(timm, Mapping) else _of_transformers(config, default)
     out: dict[str, Any] = {}
-    for key in ("mean", "std"):
-        value = settings.get(key)
-        if isinstance(value, list) and all(isinstance(v, (int, float)) for v in value):
-            out[key] = tuple(float(v) for v in value)
-    if isinstance(settings.get("crop_pct"), (int, float)):
-        out["crop_pct"] = float(settings["crop_pct"])
-    if settings.get("interpolation") in ("bilinear", "bicubic", "nearest"):
-        out["interpolation"] = settings["interpolation"]
-    size = settings.get("input_size")
-    if isinstance(size, list) and len(size) == 3 and all(isinstance(s, int) for s in size):
-        out |= {"channels": size[0], "size": size[2]}
+    for key, value in stated.items():
+        if _is_valid(key, value):
+            out[key] = tuple(float(v) for v in value) if key in ("mean", "std") else value
+        else:
+            _log.info(
+                "the config beside the weights states %s %r, which is not known here: %r", key, value, default[key]
+            )
+    if out.get("crop_pct", 0) > 1:
+        _log.info("the weights' config pads images (crop_pct %.4g); here they are not: 1.0", out["crop_pct"])
+        out["crop_pct"] = 1.0
     return out
 
 
-def _licence(config: Mapping[str, Any]) -> str:
-    """The licence in timm's pretrained_cfg; empty where there is none."""
+def _is_valid(key: str, value: object) -> bool:
+    if key in ("mean", "std"):
+        numbers = value if isinstance(value, (list, tuple)) else ()
+        return len(numbers) > 0 and all(_is_number(v) and (v > 0 or key == "mean") for v in numbers)
+    if key == "interpolation":
+        return value in ("bilinear", "bicubic", "nearest")
+    return (
+        type(value) in ((int, float) if key == "crop_pct" else (int,)) and _is_number(value) and float(str(value)) > 0
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's pretrained_cfg states."""
+    keys = ("mean", "std", "crop_pct", "interpolation")
+    stated = {key: settings[key] for key in keys if settings.get(key) is not None}
+    size = settings.get("input_size")
+    if isinstance(size, list) and len(size) == 3:
+        stated |= {"channels": size[0], "size": size[2]}
+    return stated
+
+
+def _of_transformers(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' preprocessor_config.json states; without one the image_size of config.json."""
+    stated: dict[str, Any] = {}
+    if config.get("image_size") is not None:
+        stated["size"] = _side(config["image_size"])
+    resized = _side(config.get("size")) if config.get("do_resize", True) else None
+    cropped = _side(config.get("crop_size")) if config.get("do_center_crop", "crop_size" in config) else None
+    if isinstance(cropped or resized, int):
+        stated["size"] = cropped or resized
+        if resized:
+            stated["crop_pct"] = cropped / resized if cropped else 1.0
+        if cropped is None and isinstance(config.get("size"), Mapping) and "height" in config["size"]:
+            _log.info("the weights' config resizes images without their aspect ratio; here the middle square is taken")
+    if config.get("crop_pct") is not None:
+        stated["crop_pct"] = config["crop_pct"]
+    if config.get("resample") is not None:
+        stated["interpolation"] = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(
+            config["resample"], config["resample"]
+        )
+    if "image_mean" in config or "do_normalize" in config or "rescale_factor" in config:
+        # (v * factor - offset - mean) / std is (v / 255 - mean') / std' with these
+        factor = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+        offset = 1.0 if config.get("rescale_offset") else 0.0
+        normalized = config.get("do_normalize", True)
+        mean = config.get("image_mean", default["mean"]) if normalized else [0.0]
+        std = config.get("image_std", default["std"]) if normalized else [1.0]
+        with suppress(TypeError, ZeroDivisionError):  # refused by name, as they stand
+            mean, std = [(v + offset) / factor for v in mean], [v / factor for v in std]
+        channels = len(default["mean"])
+        stated |= {
+            key: v * channels if isinstance(v, list) and len(v) == 1 else v for key, v in (("mean", mean), ("std", std))
+        }
+    return stated
+
+
+def _side(size: object) -> Any:
+    """The side in pixels of transformers' ways to state a size; what is none as it stands."""
+    if isinstance(size, Mapping):
+        return next((size[key] for key in ("shortest_edge", "height") if key in size), size)
+    return size[-1] if isinstance(size, list) and size else size
+
+
+def _licence(config: Mapping[str, Any], readme: Path) -> str:
+    """The licence in timm's pretrained_cfg, in config.json, or in the README's front matter; empty where none is."""
     settings = config.get("pretrained_cfg")
-    licence = settings.get("license") if isinstance(settings, dict) else None
-    return licence if isinstance(licence, str) else ""
+    for table in (settings if isinstance(settings, Mapping) else {}, config):
+        if isinstance(table.get("license"), str) and table["license"]:
+            return str(table["license"])
+    try:
+        front = readme.read_text(encoding="utf-8", errors="replace")[:65536].split("---")[1]
+    except (OSError, IndexError):
+        return ""
+    stated = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+ -]+)", front, re.M))
+    named = str(stated.get("license", ""))
+    return str(stated.get("license_name", named) if named == "other" else named).strip()
 
 
 # ---------------------------------------------------------------------------- folders, and the hub

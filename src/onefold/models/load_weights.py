@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from onefold.errors import BadCheckpoint
 from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.catalogue import build, list_models
 from onefold.models.layout import Layout
-from onefold.models.safe_load import Contents
+from onefold.models.restricted_unpickler import Placeholder
+from onefold.models.safe_load import Contents, read
 from onefold.models.weights_file import Card, verify
 from onefold.reparam import fuse, unfused_norms
 
@@ -42,6 +45,8 @@ IMAGENET = 1000  # classes
 MIN_FEATURES, MIN_STEM = 128, 8
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_SHOWN = 3  # keys in an error message
+_MAX_NESTING, _MAX_MAPPINGS, _MAX_JSON = 4, 2000, 16 << 20  # where names of classes are looked for; bytes of JSON
+_NUMBER = re.compile(r"[0-9]{1,7}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class Weights:
     """The file, for error messages."""
     unexpected: tuple[str, ...] = ()
     """The file's keys that the layout does not know."""
+    origin: str = ""
+    """Which of the file's state dicts they are, where it has several."""
     classes: tuple[str, ...] | None = None
     card: Card | None = None
     """The card of a file of our own format."""
@@ -80,7 +87,13 @@ def detect(keys: Collection[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.matches(keys)), None)
 
 
-def parse_weights(contents: Contents, path: Path) -> Weights:
+def read_weights(path: Path, *, select: str = "", quiet: bool = False) -> Weights:
+    """Read the weights of a file (see `safe_load.read`). Raises BadCheckpoint."""
+    contents = read(path, fits=lambda keys: detect(keys) is not None, select=select, quiet=quiet)
+    return parse_weights(contents, path, quiet=quiet)
+
+
+def parse_weights(contents: Contents, path: Path, *, quiet: bool = False) -> Weights:
     """Give the contents of a file as weights. Raises BadCheckpoint where they are of no known layout, or damaged."""
     card = verify(contents, path) if "onefold" in contents.metadata else None
     layout = detect(contents.tensors)
@@ -89,6 +102,12 @@ def parse_weights(contents: Contents, path: Path) -> Weights:
         raise BadCheckpoint(f"{path} has keys like {_first(contents.tensors)}, of no layout known here ({titles})")
     keys = [key for key in contents.tensors if not layout.ignores(key)]
     names = layout.rename(keys)
+    left_out = [key for key in keys if key not in names and key in contents.outside]
+    keys = [key for key in keys if key not in left_out]
+    left_out = [key for key in left_out if contents.tensors[key].ndim > 0]  # a counter is no loss
+    if left_out and not quiet:
+        text = "%s: %d tensors beside the network are left out (%s)"
+        _log.info(text, path, len(left_out), _first(left_out))
     if len(set(names.values())) < len(names):
         raise BadCheckpoint(f"{path} holds the same tensor under two names: save the weights alone")
     tensors = {}
@@ -101,12 +120,13 @@ def parse_weights(contents: Contents, path: Path) -> Weights:
         source=str(path),
         unexpected=tuple(key for key in keys if key not in names),
         card=card,
+        origin=contents.weights,
     )
     head = weights.tensors.get(CLASSIFIER[0])
     if head is not None and (head.ndim != 2 or head.shape[1] < MIN_FEATURES):
         raise BadCheckpoint(f"{path} has a classifier of shape {tuple(head.shape)}, which no network here has")
     if card is None:
-        return replace(weights, classes=_class_names(contents.extras, weights))
+        return replace(weights, classes=class_names_in({**contents.metadata, **contents.extras}, weights.num_classes))
     stated = (card.num_classes, card.in_chans, card.fused)
     actual = (weights.num_classes, weights.in_chans, _is_fused(weights.tensors))
     if stated != actual:
@@ -173,20 +193,50 @@ def _flat_head(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     return out
 
 
-def _class_names(extras: Mapping[str, object], weights: Weights) -> tuple[str, ...] | None:
-    """The names of the classes, where a trainer wrote them beside the weights: one for each row of the classifier."""
-    meta = extras.get("meta")
-    mappings = [extras, meta if isinstance(meta, Mapping) else {}]
-    dataset = mappings[1].get("dataset_meta")
-    mappings.append(dataset if isinstance(dataset, Mapping) else {})
-    for mapping in mappings:
-        for key in ("classes", "CLASSES", "class_names", "label_names"):
-            names = mapping.get(key)
-            if not isinstance(names, (list, tuple)) or len(names) != weights.num_classes:
-                continue
-            if all(isinstance(name, str) for name in names):
-                return tuple(names)
+_NAMES = ("classes", "class_names", "label_names", "names", "labels", "categories", "idx_to_class", "id2label")
+_NUMBERS = ("class_to_idx", "label2id")
+
+
+def class_names_in(values: Mapping[str, object], num_classes: int) -> tuple[str, ...] | None:
+    """The names of so many classes, in NFC and the order of the logits, wherever a trainer wrote them; None if nowhere.
+
+    They are lists under the names of `_NAMES`, mappings from number to name there or from name to number under those of
+    `_NUMBERS`, at most four mappings deep, or JSON of one in a header. TensorFlow's background class is left off.
+    """
+    queue: list[tuple[int, object]] = [(0, values)]
+    for depth, value in queue:  # grows
+        mapping = value if isinstance(value, Mapping) else value.values if isinstance(value, Placeholder) else {}
+        lowered = {str(key).lower(): inner for key, inner in mapping.items()}
+        for key in (*_NAMES, *_NUMBERS):
+            names = _names_of(lowered.get(key), num_classes, by_name=key in _NUMBERS)
+            if names is not None:
+                return names
+        if depth < _MAX_NESTING and len(queue) < _MAX_MAPPINGS:
+            queue += [(depth + 1, inner) for inner in mapping.values() if isinstance(inner, (Mapping, Placeholder))]
     return None
+
+
+def _names_of(given: object, num_classes: int, by_name: bool) -> tuple[str, ...] | None:
+    """One text for each class; None where `given` is anything else."""
+    if isinstance(given, str) and given[:1] in ("[", "{") and len(given) < _MAX_JSON:
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(given, Placeholder):
+        given = given.values or given.elements
+    if isinstance(given, Mapping):
+        by_name = by_name or not all(_NUMBER.fullmatch(str(key)) for key in given)
+        pairs = ((value, key) if by_name else (key, value) for key, value in given.items())
+        table = {int(str(number)): name for number, name in pairs if _NUMBER.fullmatch(str(number))}
+        if table.keys() != set(range(len(given))):
+            return None
+        given = [table[i] for i in range(len(table))]
+    if not isinstance(given, (list, tuple)) or not all(type(name) in (str, int) and name != "" for name in given):
+        return None
+    if len(given) == num_classes + 1 == IMAGENET + 1:
+        given = given[1:]
+    return tuple(unicodedata.normalize("NFC", str(name)) for name in given) if len(given) == num_classes else None
 
 
 # ------------------------------------------------------------------------ adapting them to a network

@@ -1,25 +1,26 @@
 """Reading tensors from a file that may be anything: another kind of file, damaged, or hostile.
 
 The format is recognized by the first bytes, never by the name: safetensors, a zip of torch.save or of numpy.savez, the
-older format of torch.save, HDF5. Nothing in a file is ever executed, and a small file cannot allocate much memory: the
-sizes that it declares are compared with its own before it is read.
+older format of torch.save, a plain pickle, HDF5. Nothing in a file is ever executed, and a small file cannot allocate
+much memory: the sizes that it declares are compared with its own before it is read.
+
+Of a training's checkpoint the state dict is found, whatever it is called and whatever wrappers were around the network,
+by one rule for all formats; where there are plain and averaged weights, the averaged ones are taken, and that is said.
 
 Every failure is a BadCheckpoint of one sentence.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickletools
+import logging
 import re
-import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import repeat
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from onefold.errors import BadCheckpoint, MissingExtra
+from onefold.models.restricted_unpickler import (
+    Placeholder,
+    RefusedError,
+    StoredTensor,
+    as_array,
+    load,
+    load_legacy,
+    module_tensors,
+    objects,
+)
+
+_log = logging.getLogger("onefold")
 
 # Weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros.
 MAX_RATIO = 20
@@ -34,47 +47,73 @@ ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 
 MAX_NAME = 300  # characters; the longest known has 68
 
-# Keys under which training programs keep the weights, averaged ones first: those are what they evaluate themselves.
-_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-# The globals that a pickle of weights may use. torch's own list for weights_only runs nothing either, but has some,
-# such as bytearray, with which a file of a kilobyte takes all memory.
-_ALLOWED_GLOBALS = frozenset(
-    (
-        "collections.OrderedDict",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "argparse.Namespace",
-        "_codecs.encode",
-        "builtins.set",
-        "__builtin__.set",
-    )
+# Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
+_AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
+_WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network", "backbone")
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
+_MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's mappings, and in wrappers
+# Classes that are no news: their values are understood, or nobody misses them.
+_HARMLESS = re.compile(
+    r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
 )
-_ALLOWED_TORCH_GLOBALS = r"torch\.(\w+Storage|storage\.\w+Storage|Size|device|b?float\d+|u?int\d+|bool)"
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _ZIP = b"PK\x03\x04"
 _HINT = "give weights as .safetensors, .pth, .npz or .h5"
 
 
+Fits = Callable[[Collection[str]], bool]
+"""Whether tensors of these names are of a network that the caller knows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a file holds: tensors by name, its header's metadata, and the plain values beside the weights."""
+    """What a file holds: tensors by name, its header's metadata, and the values beside the weights.
+
+    `weights` says which of the file's state dicts these are, such as "state_dict_ema, averaged"; empty where there is
+    no choice. `outside` are the names of those tensors that were not wrapped as the others are.
+    """
 
     tensors: dict[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, object] = field(default_factory=dict)
+    weights: str = ""
+    outside: frozenset[str] = frozenset()
 
 
-def read(path: Path) -> Contents:
-    """Read the tensors of a file, on the CPU. Raises BadCheckpoint, or MissingExtra where HDF5 needs h5py."""
+def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool = False) -> Contents:
+    """Read the tensors of a file, on the CPU. Raises BadCheckpoint, or MissingExtra where HDF5 needs h5py.
+
+    `fits` recognizes the network's tensors among those of a checkpoint. `select` is "plain", "averaged", or the key of
+    a state dict in it; where it is empty and there are several, averaged ones are taken and the choice is logged.
+    """
     _check_file(path)
     with _as_bad_checkpoint(path):
         with path.open("rb") as file:
             head = file.read(512)
-        contents = _reader(head, path)(path)
+        saved = _reader(head, path)(path)
+        chosen, others = _choose(saved.values, fits, select, path)
+        contents = Contents(
+            tensors=saved.tensors(chosen.tensors),
+            metadata=saved.metadata,
+            extras={str(key): value for key, value in saved.values.items() if not _is_tensor(value)},
+            weights=f"{chosen.key or 'the whole file'}{', averaged' * chosen.averaged}" if others else "",
+            outside=chosen.outside,
+        )
         _check_tensors(contents.tensors, path)
+    if not quiet:
+        _tell(path, chosen, others, select, saved.unread)
     return contents
+
+
+def _tell(path: Path, chosen: StateDict, others: Sequence[StateDict], select: str, unread: Sequence[str]) -> None:
+    """Log which weights were taken, and what in the file was not read."""
+    if others and not select:
+        known = {"plain": "plain weights", "averaged": "averaged weights"}
+        taken, *rest = (f"{known[s.kind]} ({s.key or 'without a key'})" for s in (chosen, *others))
+        way = f"{path.name}:{others[0].kind if others[0].kind != chosen.kind else others[0].key}"
+        _log.info("%s holds %s and %s: the first are taken; %s takes others", path, taken, ", ".join(rest), way)
+    if unread:
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        _log.info("%s: objects of %s are not read, since nothing in a file is executed; its tensors are", path, shown)
 
 
 def max_bytes(path: Path) -> int:
@@ -95,7 +134,7 @@ def _check_file(path: Path) -> None:
         raise BadCheckpoint(f"{path} is empty: get it again")
 
 
-def _reader(head: bytes, path: Path) -> Callable[[Path], Contents]:
+def _reader(head: bytes, path: Path) -> Callable[[Path], _Saved]:
     if head.startswith(_ZIP):
         return _read_npz if _is_npz(path) else _read_torch
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
@@ -132,7 +171,37 @@ def _is_npz(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------ readers
 
 
-def _read_safetensors(path: Path) -> Contents:
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """What a format's reader found: values by key, in which tensors may still be `StoredTensor`s or numpy's arrays.
+
+    `storages` gives the bytes of a storage by its key; `unread` are the names of classes that were not understood.
+    """
+
+    values: Mapping[Any, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    storages: Callable[[str], bytearray] = lambda _key: bytearray()
+    unread: tuple[str, ...] = ()
+
+    def tensors(self, leaves: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Give the tensors themselves; of tensors that share a storage it is read once."""
+        storage = lru_cache(maxsize=None)(self.storages)
+        out: dict[str, Tensor] = {}
+        for name, leaf in leaves.items():
+            if isinstance(leaf, StoredTensor):
+                data = leaf.storage.data
+                out[name] = leaf.read(storage(leaf.storage.key) if data is None else data)
+            elif isinstance(leaf, Placeholder):
+                array = as_array(leaf)
+                if array is None:
+                    raise RefusedError(f"{name!r} is no dense tensor of numbers ({leaf.name}): save it as floats")
+                out[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+            else:
+                out[name] = leaf
+        return out
+
+
+def _read_safetensors(path: Path) -> _Saved:
     size = path.stat().st_size
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -140,65 +209,54 @@ def _read_safetensors(path: Path) -> Contents:
         raise BadCheckpoint(f"{path} declares a header of {header} bytes and has {size}: it is truncated or forged")
     with safe_open(path, framework="pt") as file:
         names = file.keys()
-        return Contents(tensors={name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
+        return _Saved(values={name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
 
 
-def _read_npz(path: Path) -> Contents:
+def _read_npz(path: Path) -> _Saved:
     with np.load(path, allow_pickle=False) as archive:
-        return Contents(tensors={name: torch.from_numpy(np.array(archive[name])) for name in archive.files})
+        arrays = {name: np.array(archive[name]) for name in archive.files}
+    return _Saved(values={n: a.tolist() if a.dtype.kind == "U" else torch.from_numpy(a) for n, a in arrays.items()})
 
 
-def _read_torch(path: Path) -> Contents:
-    """Read a file of torch.save: of its pickle only tensors, plain values, and argparse's namespaces of those."""
-    with _pickles(path) as pickles:
-        refused = sorted({name for pickled in pickles for name in _globals_of(pickled)} - _ALLOWED_GLOBALS)
-    refused = [name for name in refused if re.fullmatch(_ALLOWED_TORCH_GLOBALS, name) is None]
-    if refused:
-        names = f"{refused[0]}{', ...' if len(refused) > 1 else ''}"
-        raise BadCheckpoint(
-            f"{path} holds pickled objects ({names}) besides tensors, and those are never loaded: "
-            "save model.state_dict() alone"
-        )
-    with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-        warnings.simplefilter("ignore")
-        # An open file, since torch chooses other readers for some suffixes of a path.
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(saved, Mapping):
-        raise BadCheckpoint(f"{path} holds a {type(saved).__name__}, not a state dict: save model.state_dict()")
-    weights = next((saved[key] for key in _STATE_DICT_KEYS if isinstance(saved.get(key), Mapping)), saved)
-    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
-    extras = {
-        str(name): value for name, value in saved.items() if not isinstance(value, Tensor) and value is not weights
-    }
-    return Contents(tensors=_unwrapped(tensors), extras=extras)
-
-
-@contextmanager
-def _pickles(path: Path) -> Iterator[Iterable[IO[bytes]]]:
-    """The pickles of torch.save's file: one in a zip; five at the start of a file of the older kind."""
+def _read_torch(path: Path) -> _Saved:
+    """Read a file of torch.save, or of pickle.dump."""
     with path.open("rb") as file:
-        if file.read(len(_ZIP)) != _ZIP:  # as torch decides
-            file.seek(0)
-            yield repeat(file, 5)
-            return
+        is_zip = file.read(len(_ZIP)) == _ZIP  # as torch decides
+        file.seek(0)
+        if is_zip:
+            value, storages = _read_zip(path)
+        else:
+            value, stored = load_legacy(file)
+            storages = stored.__getitem__
+    values = _mapping(value)
+    if values is None:
+        kind = value.name if isinstance(value, Placeholder) else type(value).__name__
+        raise BadCheckpoint(f"{path} holds a {kind}, not a state dict: save model.state_dict()")
+    unknown = (found for found in objects(value) if isinstance(found, Placeholder) and "_modules" not in found.values)
+    names = sorted({found.name for found in unknown if _HARMLESS.match(found.name) is None})
+    return _Saved(values=values, storages=storages, unread=tuple(names))
+
+
+def _read_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        if len(set(names)) < len(names) or sum(name.endswith("/data.pkl") for name in names) != 1:
+        pickled = [name for name in names if name.endswith("/data.pkl")]
+        if len(set(names)) < len(names) or len(pickled) != 1:
             raise BadCheckpoint(f"{path} is a zip archive, but no file of torch.save: {_HINT}")
-        with archive.open(next(name for name in names if name.endswith("/data.pkl"))) as file:
-            yield [file]
+        root = pickled[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise RefusedError("its numbers are big-endian: save it again on a little-endian machine")
+        with archive.open(pickled[0]) as file:
+            value = load(file)
+
+    def storage(key: str) -> bytearray:
+        with zipfile.ZipFile(path) as archive:
+            return bytearray(archive.read(f"{root}data/{key}"))
+
+    return value, storage
 
 
-def _globals_of(pickled: IO[bytes]) -> Iterator[str]:
-    """The names of the globals that a pickle uses; the pickle is parsed, not run."""
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".", 1)
-        elif opcode.name == "STACK_GLOBAL":
-            yield "a name made while loading"  # from the stack: not known without running the pickle
-
-
-def _read_hdf5(path: Path) -> Contents:
+def _read_hdf5(path: Path) -> _Saved:
     try:
         import h5py
     except ImportError as error:
@@ -215,15 +273,128 @@ def _read_hdf5(path: Path) -> Contents:
 
     with h5py.File(path, "r") as file:
         file.visititems(visit)
-    return Contents(tensors=tensors)
+    return _Saved(values=tensors)
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes that wrappers of a module add to all names."""
-    for prefix in _WRAPPER_PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    return tensors
+# ------------------------------------------------------------------------------- finding the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateDict:
+    """Tensors by name, under `key` in a file, words joined by dots; `outside` are the names of some beside them."""
+
+    key: str
+    tensors: Mapping[str, Any]
+    averaged: bool = False
+    outside: frozenset[str] = frozenset()
+
+    @property
+    def kind(self) -> str:
+        """The word that selects it: "averaged" or "plain"."""
+        return "averaged" if self.averaged else "plain"
+
+    def inside(self, word: str, names: Sequence[str]) -> StateDict:
+        """Give what the wrapper `word` holds, the tensors `names`, with the other tensors as they are beside it."""
+        held = {name.removeprefix(f"{word}."): self.tensors[name] for name in names}
+        beside = {name: leaf for name, leaf in self.tensors.items() if name not in set(names) and name not in held}
+        return StateDict(
+            key=f"{self.key}.{word}" if self.key else word,
+            tensors=held | beside,
+            averaged=self.averaged or _AVERAGED.search(word) is not None or "n_averaged" in self.tensors,
+            outside=(self.outside & beside.keys()) | frozenset(beside),
+        )
+
+
+def _choose(values: Mapping[Any, Any], fits: Fits | None, select: str, path: Path) -> tuple[StateDict, list[StateDict]]:
+    """Give the state dict to take, and the others that could be; RefusedError where `select` names none."""
+    found = list(_state_dicts(values))
+    if not found:
+        raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
+    fitting = [inner for each in found for inner in _unwrapped(each, fits)] if fits else []
+    if not fitting:
+        fitting = [_without_common_wrappers(max(found, key=lambda each: len(each.tensors)))]
+    chosen = [each for each in fitting if not select or select == each.kind or f"{each.key}.".startswith(f"{select}.")]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(word for each in fitting for word in (each.kind, each.key) if word))
+        raise RefusedError(f"it holds no weights {select!r}; there are: {known}")
+    chosen.sort(key=lambda each: not each.averaged)  # stable: the file's order otherwise
+    return chosen[0], [each for each in fitting if each is not chosen[0]]
+
+
+def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
+    """Give every mapping in a checkpoint that holds tensors itself, the checkpoint first."""
+    swapped = _swapped(values)
+    queue: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), values)]
+    for path, mapping in queue:  # grows
+        leaves = {str(key): value for key, value in mapping.items() if _is_tensor(value)}
+        key = ".".join(path)
+        if leaves:
+            yield StateDict(key=key, tensors=leaves, averaged=swapped.get(key, bool(_AVERAGED.search(key))))
+        if len(path) < _MAX_CONTAINERS:
+            inner = ((str(key), _mapping(value)) for key, value in mapping.items() if not _is_tensor(value))
+            queue += [((*path, key), m) for key, m in inner if m is not None and not _NO_WEIGHTS.search(key)]
+
+
+def _swapped(values: Mapping[Any, Any]) -> dict[str, bool]:
+    """Which weights are averaged, by their key, for trainers that put the averaged ones in the plain ones' place."""
+    if "current_model_state" in values:  # Lightning's WeightAveraging
+        return {"state_dict": True, "current_model_state": False}
+    meta = values.get("meta")
+    if "ema_state_dict" in values and (
+        "message_hub" in values or (isinstance(meta, Mapping) and "mmengine_version" in meta)
+    ):
+        return {"state_dict": True, "ema_state_dict": False}
+    return {}
+
+
+def _unwrapped(found: StateDict, fits: Fits, depth: int = 0) -> Iterator[StateDict]:
+    """Give the networks that `fits` recognizes in a state dict: as it is, or under some words in front of the names."""
+    whole = fits(found.tensors)
+    words: dict[str, list[str]] = {}
+    for name in found.tensors.keys() - found.outside:
+        word, dot, _ = name.partition(".")
+        if dot and (not whole or word in _WRAPPERS or _AVERAGED.search(word)):
+            words.setdefault(word, []).append(name)
+    inner = [
+        each
+        for word, names in sorted(words.items())
+        if len(names) > 1 and depth < _MAX_WRAPPERS
+        for each in _unwrapped(found.inside(word, names), fits, depth + 1)
+    ]
+    taken = {
+        name for word, names in words.items() if any(f".{word}" in f".{each.key}" for each in inner) for name in names
+    }
+    if whole:
+        yield replace(found, tensors={name: leaf for name, leaf in found.tensors.items() if name not in taken})
+    for each in inner:
+        others = taken & each.outside  # those of the other networks in this state dict
+        tensors = {name: leaf for name, leaf in each.tensors.items() if name not in others}
+        yield replace(each, tensors=tensors, outside=each.outside - others)
+
+
+def _without_common_wrappers(found: StateDict) -> StateDict:
+    """The state dict without the words that wrappers put in front of all its names."""
+    names = [name for name, leaf in found.tensors.items() if name != "n_averaged"]
+    word = names[0].partition(".")[0] if names else ""
+    if (word in _WRAPPERS or _AVERAGED.search(word)) and all(name.startswith(f"{word}.") for name in names):
+        return _without_common_wrappers(replace(found.inside(word, names), outside=frozenset()))
+    return found
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, (Tensor, StoredTensor)) or (
+        isinstance(value, Placeholder)
+        and (value.name.startswith("torch._utils._rebuild") or as_array(value) is not None)
+    )
+
+
+def _mapping(value: object) -> Mapping[Any, Any] | None:
+    """Give a value as a mapping: a dict, an object's attributes, or the state dict of a whole network; else None."""
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, Placeholder) or not value.values:
+        return None
+    return dict(module_tensors(value)) if "_modules" in value.values else value.values
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -236,6 +407,8 @@ def _as_bad_checkpoint(path: Path) -> Iterator[None]:
         yield
     except (BadCheckpoint, MissingExtra):
         raise
+    except RefusedError as error:
+        raise BadCheckpoint(f"{path} is not loaded: {error}") from error
     except PermissionError as error:
         raise BadCheckpoint(f"{path} may not be read by you: change its permissions") from error
     except Exception as error:  # SafetensorError, zlib.error, struct.error, MemoryError ...: readers raise many kinds

@@ -1,0 +1,427 @@
+"""Checkpoints as people have them: containers, wrappers, averages, objects beside the tensors; nothing is run."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import datetime
+import json
+import pathlib
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from onefold.errors import BadCheckpoint
+from onefold.models.load_weights import class_names_in
+from onefold.models.safe_load import Contents, read
+
+NAMES = ("stem.conv.weight", "stages.0.conv.weight", "head.fc.weight", "head.fc.bias")
+PLAIN = {name: torch.full((2, 2), float(i + 1)) for i, name in enumerate(NAMES)}
+EMA = {name: tensor + 100 for name, tensor in PLAIN.items()}
+
+
+def fits(keys: Any) -> bool:
+    return "stem.conv.weight" in keys
+
+
+def under(prefix: str, tensors: dict[str, Tensor] = PLAIN) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def written(path: Path, content: Any) -> Path:
+    """The content in the format that the suffix names."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in content.items()})
+    elif path.suffix == ".h5":
+        h5py = pytest.importorskip("h5py", reason="needs h5py")
+        with h5py.File(path, "w") as file:
+            for name, tensor in content.items():
+                file[name] = tensor.numpy()
+    elif path.suffix == ".old":
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    elif path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    return path
+
+
+def loaded(content: Any, folder: Path, suffix: str = ".pth", select: str = "") -> Contents:
+    return read(written(folder / f"w{suffix}", content), fits=fits, select=select)
+
+
+def check_is(contents: Contents, expected: dict[str, Tensor]) -> None:
+    assert {name: t.tolist() for name, t in contents.tensors.items()} == {n: t.tolist() for n, t in expected.items()}
+
+
+# ---------------------------------------------------------------------------------------- wrappers
+
+PREFIXES = (
+    "",
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "net.",
+    "backbone.",
+    "module._orig_mod.",
+    "model.module.",
+    "model.net.backbone.",
+    "_orig_mod.module.model.",
+    "my_own_name.",
+    "_forward_module.model.",
+)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".old", ".pkl", ".safetensors", ".npz", ".h5"])
+def test_wrappers_of_any_depth_are_undone_in_any_format(suffix: str, tmp_path: Path) -> None:
+    for prefix in PREFIXES:
+        check_is(loaded(under(prefix), tmp_path, suffix), PLAIN)
+
+
+def test_what_stands_beside_the_wrapped_network_is_kept_where_it_may_be_of_it(tmp_path: Path) -> None:
+    body = {name: tensor for name, tensor in PLAIN.items() if not name.startswith("head.")}
+    head = {name: tensor for name, tensor in PLAIN.items() if name.startswith("head.")}
+    contents = loaded(under("backbone.", body) | head | {"criterion.weight": torch.ones(3)}, tmp_path)
+    assert set(contents.tensors) == {*NAMES, "criterion.weight"}
+    assert contents.outside == {*head, "criterion.weight"}
+
+
+# -------------------------------------------------------------------------- containers and averages
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Module()
+        self.stem.conv = nn.Linear(2, 2, bias=False)
+        self.register_buffer("passing", torch.ones(1), persistent=False)
+        self.stem.conv.weight.data.fill_(1.0)
+
+
+CONTAINERS: dict[str, Callable[[], Any]] = {
+    "state_dict": lambda: {"state_dict": PLAIN, "epoch": 3},
+    "model": lambda: {"model": PLAIN, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    "model_state_dict": lambda: {"model_state_dict": under("module."), "loss": 0.1},
+    "net, weights, params": lambda: {"net": PLAIN},
+    "two deep": lambda: {"checkpoint": {"network": {"weights": PLAIN}}},
+    "DeepSpeed": lambda: {"module": under("module."), "dp_world_size": 1},
+    "Lightning": lambda: {
+        "state_dict": under("model.") | {"val_acc.total": torch.ones(2)},
+        "pytorch-lightning_version": "2.4",
+        "loops": {},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_the_state_dict_is_found(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "onefold")
+    contents = loaded(CONTAINERS[kind](), tmp_path)
+    contents.tensors.pop("val_acc.total", None)
+    check_is(contents, PLAIN)
+    assert contents.weights == ""
+    assert caplog.text == ""
+
+
+def swa() -> dict[str, Tensor]:
+    return {"n_averaged": torch.tensor(5), **under("module.", EMA)}
+
+
+AVERAGES: dict[str, Callable[[], Any]] = {
+    "timm": lambda: {"state_dict": PLAIN, "state_dict_ema": EMA},
+    "torchvision": lambda: {"model": under("module."), "model_ema": swa()},
+    "averaged model beside": lambda: {"model": PLAIN, "averaged_model": swa()},
+    "SWA": lambda: {"state_dict": PLAIN, "swa_state_dict": under("module.", EMA)},
+    "BasicSR": lambda: {"params": PLAIN, "params_ema": EMA},
+    "Lightning, in one dict": lambda: {"state_dict": under("model.") | under("model_ema.module.", EMA)},
+    "Lightning, AveragedModel in one dict": lambda: {
+        "state_dict": under("model.") | {f"swa_model.{name}": t for name, t in swa().items()}
+    },
+    "Lightning's WeightAveraging": lambda: {"state_dict": under("model.", EMA), "current_model_state": under("model.")},
+    "mmengine": lambda: {
+        "state_dict": EMA,
+        "ema_state_dict": under("module.") | {"steps": torch.tensor(7)},
+        "meta": {"mmengine_version": "0.10"},
+    },
+    "one flat dict": lambda: PLAIN | under("ema.", EMA),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averaged_weights_are_taken_said_and_chosen(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "onefold")
+    contents = loaded(AVERAGES[kind](), tmp_path)
+    tensors = {name: tensor for name, tensor in contents.tensors.items() if tensor.ndim}
+    assert {name: t.tolist() for name, t in tensors.items()} == {n: t.tolist() for n, t in EMA.items()}
+    assert contents.weights.endswith(", averaged")
+    assert "holds averaged weights" in caplog.text
+    assert "and plain weights" in caplog.text
+    assert "w.pth:plain takes others" in caplog.text
+    caplog.clear()
+    for select, expected in (("plain", PLAIN), ("averaged", EMA)):
+        chosen = loaded(AVERAGES[kind](), tmp_path, select=select)
+        assert chosen.tensors["stem.conv.weight"].tolist() == expected["stem.conv.weight"].tolist()
+    assert caplog.text == ""  # who chose knows
+
+
+def test_an_averaged_model_alone_is_no_choice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "onefold")
+    network = Wrapped()
+    contents = loaded(AveragedModel(network).state_dict(), tmp_path)
+    assert contents.tensors["stem.conv.weight"].tolist() == network.stem.conv.weight.tolist()
+    assert caplog.text == ""
+
+
+def test_a_key_chooses_and_an_unknown_one_says_which_there_are(tmp_path: Path) -> None:
+    both = {"state_dict": PLAIN, "best_state_dict": EMA}
+    check_is(loaded(both, tmp_path), PLAIN)
+    check_is(loaded(both, tmp_path, select="best_state_dict"), EMA)
+    with pytest.raises(BadCheckpoint, match=r"no weights 'ema'; there are: plain, state_dict, best_state_dict"):
+        loaded(both, tmp_path, select="ema")
+
+
+# ------------------------------------------------------------------------------ what stands beside
+
+
+class HistoryBuffer:
+    def __init__(self) -> None:
+        self.history = np.arange(3.0)
+
+
+class Config(dict):
+    pass
+
+
+class Log(list):
+    pass
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "numpy's float64": lambda: np.float64(91.2),
+    "numpy's float32": lambda: np.float32(91.2),
+    "numpy's int64, bool_": lambda: (np.int64(3), np.bool_(True)),
+    "numpy's array": lambda: np.arange(6.0).reshape(2, 3).T,
+    "numpy's texts": lambda: np.array(["cat", "dog"]),
+    "numpy's objects": lambda: np.array([{"a": 1}, None], dtype=object),
+    "numpy's random state": lambda: np.random.default_rng(0),
+    "a date": lambda: [datetime.datetime(2026, 1, 1), datetime.timedelta(1), datetime.timezone.utc],
+    "a path": lambda: [pathlib.Path("x"), pathlib.PureWindowsPath("y")],
+    "a Namespace": lambda: argparse.Namespace(lr=0.1, nested=argparse.Namespace(out=pathlib.Path("x"))),
+    "SimpleNamespace": lambda: types.SimpleNamespace(a=1),
+    "collections": lambda: [
+        collections.OrderedDict(a=1),
+        collections.defaultdict(list),
+        collections.Counter("abc"),
+        collections.deque([1], maxlen=3),
+    ],
+    "sets": lambda: [{1, 2}, frozenset("ab"), {(1, 2)}],
+    "numbers": lambda: [1 << 80, 2j, range(3), slice(1, 2), b"x", bytearray(b"y"), float("nan"), ...],
+    "a class of one's own": lambda: HistoryBuffer(),
+    "kinds of dict and list": lambda: [Config(a=Config(b=1)), Log([1, HistoryBuffer()])],
+    "a function and a class": lambda: [written, HistoryBuffer, len],
+    "a bound method": lambda: "abc".upper,
+    "torch's own": lambda: [torch.float16, torch.device("cpu"), torch.Size([1, 2])],
+    "tensors of other kinds": lambda: [torch.ones(2).to_sparse(), torch.ones(1).to(torch.float8_e4m3fn)],
+    "a module": lambda: nn.Linear(2, 2),
+    "an optimizer": lambda: torch.optim.AdamW([nn.Parameter(torch.ones(2))]),
+    "keys of any kind": lambda: {(1, "a"): 2, frozenset([1]): 3, None: 4, HistoryBuffer: 5},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_objects_beside_the_weights_are_no_reason_to_refuse(kind: str, tmp_path: Path) -> None:
+    for suffix in (".pth", ".old", ".pkl"):
+        check_is(loaded({"state_dict": PLAIN, "beside": BESIDE[kind]()}, tmp_path, suffix), PLAIN)
+
+
+def test_plain_values_are_read_as_they_are(tmp_path: Path) -> None:
+    values = {
+        "acc": np.float32(0.5),
+        "n": np.int64(-3),
+        "name": "é",
+        "list": [1, (2.5, None)],
+        "od": {"a": {"b": True}},
+    }
+    extras = loaded({"state_dict": PLAIN, **values}, tmp_path).extras
+    assert {key: extras[key] for key in values} == values
+    for protocol in range(2, 6):
+        path = tmp_path / f"{protocol}.pkl"
+        path.write_bytes(pickle.dumps({"w": {k: t.numpy() for k, t in PLAIN.items()}, **values}, protocol))
+        contents = read(path, fits=fits)
+        check_is(contents, PLAIN)
+        assert {key: contents.extras[key] for key in values} == values
+
+
+def test_a_class_that_is_gone_is_named_and_never_imported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "onefold")
+    gone = types.ModuleType("mmengine_like")
+    buffer = type("HistoryBuffer", (), {"__module__": "mmengine_like"})
+    gone.HistoryBuffer = buffer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mmengine_like", gone)
+    path = written(tmp_path / "w.pth", {"state_dict": PLAIN, "message_hub": buffer()})
+    monkeypatch.delitem(sys.modules, "mmengine_like")
+    check_is(read(path, fits=fits), PLAIN)
+    assert "objects of mmengine_like.HistoryBuffer are not read, since nothing in a file is executed" in caplog.text
+    assert "mmengine_like" not in sys.modules
+
+
+def test_a_whole_network_gives_its_state_dict(tmp_path: Path) -> None:
+    network = Wrapped()
+    for content in (network, {"model": network, "ema": None}, nn.DataParallel(network)):
+        for suffix in (".pth", ".old", ".pkl"):
+            contents = loaded(content, tmp_path, suffix)
+            assert {n: t.tolist() for n, t in contents.tensors.items()} == {
+                "stem.conv.weight": [[1.0, 1.0], [1.0, 1.0]]
+            }
+
+
+def test_views_shared_and_strided_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+    base = torch.arange(24.0)
+    tensors = {
+        "stem.conv.weight": base.view(4, 6).T,
+        "part": base[3:9],
+        "step": base[::5],
+        "half": base[:4].half(),
+        "bf16": base[:4].bfloat16(),
+        "int": torch.tensor([1, -2]),
+        "flag": torch.tensor([True, False]),
+        "scalar": torch.tensor(3.5),
+        "parameter": nn.Parameter(base[:2].clone()),
+    }
+    for suffix in (".pth", ".old", ".pkl"):
+        got = loaded(tensors, tmp_path, suffix).tensors
+        for name, tensor in tensors.items():
+            assert torch.equal(got[name], tensor.detach()), name
+            assert got[name].dtype == tensor.dtype, name
+
+
+# --------------------------------------------------------------------------------- hostile pickles
+
+GLOBAL_LIST = b"c__builtin__\nlist\n"
+
+
+def bomb(body: bytes) -> bytes:
+    return b"\x80\x02" + body + b"."
+
+
+HOSTILE: dict[str, bytes] = {
+    "no end": b"\x80\x02]",
+    "pops nothing": bomb(b"0"),
+    "memo of nothing": bomb(b"h\x05"),
+    "no mark": bomb(b"(0e"),
+    "reduces a number": bomb(b"K\x01)R"),
+    "an extension": bomb(b"\x82\x01"),
+    "a persistent id of elsewhere": bomb(b"U\x03abcQ"),
+    "ends empty": b"\x80\x02.",
+    "sets items of a number": bomb(b"K\x01(K\x01K\x02u"),
+    "copies one text again and again": bomb(
+        b"X\x00\x00\x10\x00" + b"a" * (1 << 20) + b"q\x000" + b"c_codecs\nencode\nq\x010" + b"h\x01h\x00\x85R0" * 200
+    ),
+    "a tuple of tuples as a key": bomb(b")q\x000" + b"h\x00h\x00\x86q\x000" * 60 + b"}h\x00K\x01s"),
+    "itself": bomb(b"]q\x00h\x00a"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_pickles_made_by_hand_are_refused_at_once(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "w.pkl").write_bytes(HOSTILE[kind])
+    with pytest.raises(BadCheckpoint) as caught:
+        read(tmp_path / "w.pkl", fits=fits)
+    assert str(caught.value).isprintable()
+
+
+def test_a_program_beside_good_weights_is_refused_by_its_name(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return __import__("os").system, ("true",)
+
+    for suffix in (".pth", ".old", ".pkl"):
+        with pytest.raises(
+            BadCheckpoint, match=r"it would call 'posix\.system', which no weights need: do not trust it"
+        ):
+            loaded({"state_dict": PLAIN, "x": Evil()}, tmp_path, suffix)
+
+
+def test_a_network_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    network = Wrapped()
+    network._modules["again"] = network
+    path = written(tmp_path / "w.pth", network)
+    with pytest.raises(BadCheckpoint, match=r"network of more than|cannot read"):
+        read(path, fits=fits)
+
+
+def test_a_tensor_past_its_storage_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "w.pkl", {"stem.conv.weight": torch.arange(4.0)})
+    data = path.read_bytes()
+    assert data.count(b"K\x04\x85") == 1  # its shape
+    path.write_bytes(data.replace(b"K\x04\x85", b"K\x09\x85"))
+    with pytest.raises(BadCheckpoint, match="reaches past the end of its storage"):
+        read(path, fits=fits)
+
+
+# ------------------------------------------------------------------------------------- class names
+
+CLASS_LISTS: dict[str, Any] = {
+    "classes": {"classes": ["cat", "dog", "éa"]},
+    "CLASSES": {"meta": {"CLASSES": ("cat", "dog", "éa")}},
+    "dataset_meta": {"meta": {"dataset_meta": {"classes": ["cat", "dog", "éa"]}}},
+    "class_to_idx": {"class_to_idx": {"dog": 1, "éa": 2, "cat": 0}},
+    "idx_to_class": {"idx_to_class": {2: "éa", 0: "cat", 1: "dog"}},
+    "names": {"names": {0: "cat", 1: "dog", 2: "éa"}},
+    "labels": {"hyper_parameters": {"labels": ["cat", "dog", "éa"]}},
+    "id2label": {"config": {"id2label": {"0": "cat", "2": "éa", "1": "dog"}}},
+    "label2id": {"config": {"label2id": {"cat": "0", "éa": "2", "dog": "1"}}},
+    "in a Namespace": {"args": argparse.Namespace(data=argparse.Namespace(class_names=["cat", "dog", "éa"]))},
+    "JSON in a header": {"classes": json.dumps(["cat", "dog", "éa"])},
+    "decomposed": {"classes": ["cat", "dog", "e\u0301a"]},
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_LISTS)
+def test_names_of_classes_are_found(kind: str, tmp_path: Path) -> None:
+    extras = loaded({"state_dict": PLAIN, **CLASS_LISTS[kind]}, tmp_path).extras
+    assert class_names_in(extras, 3) == ("cat", "dog", "éa")
+    assert class_names_in(extras, 4) is None
+
+
+def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
+    cycle: dict[str, Any] = {}
+    cycle["again"] = cycle
+    for extras in (
+        {"classes": ["a", "", "c"]},
+        {"classes": [1.5, 2, 3]},
+        {"class_to_idx": {"a": 0, "b": 1, "c": 1}},
+        {"class_to_idx": {"a": 1, "b": 2, "c": 3}},
+        {"names": "abc"},
+        {"labels": torch.tensor([0, 1, 2])},
+        {"classes": "[" * 10_000},
+        cycle,
+    ):
+        assert class_names_in(copy.copy(extras), 3) is None
+    numbers = {"class_to_idx": {str(i): i for i in range(12)}}
+    assert class_names_in(numbers, 12) == tuple(map(str, range(12)))  # in the order of the numbers, not of texts
+
+
+def test_names_in_the_header_of_safetensors_and_in_npz_are_found(tmp_path: Path) -> None:
+    save_file(dict(PLAIN), tmp_path / "w.safetensors", {"id2label": json.dumps({"0": "cat", "1": "dog"})})
+    assert class_names_in(read(tmp_path / "w.safetensors").metadata, 2) == ("cat", "dog")
+    np.savez(tmp_path / "w.npz", classes=np.array(["cat", "dog"]), **{n: t.numpy() for n, t in PLAIN.items()})
+    assert class_names_in(read(tmp_path / "w.npz").extras, 2) == ("cat", "dog")
