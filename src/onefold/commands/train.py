@@ -41,7 +41,9 @@ from onefold.train import (
     worker_batches,
 )
 from onefold.train.loggers import check_services
+from onefold.train.optim import frozen_modules
 from onefold.train.rng_state import forked_rng
+from onefold.train.step import norms_of_one_value
 
 CHECK, SAMPLES, QPARAMS = "check.json", "samples.png", "int8.json"
 """Files of a run folder: the data check, the first augmented images, the quantization parameters of an int8 run."""
@@ -123,6 +125,7 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
         if params is not None:
             size = recipe.preprocessing.size
             prepare_qat_(model, params, (recipe.preprocessing.channels, size, size))
+        _check_batch_of_one(model, recipe)
         teachers = open_teachers(recipe, training.classes, world.device)
 
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
@@ -159,6 +162,24 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
         epoch=int(best["epoch"]),
         count=len(validation),
     )
+
+
+def _check_batch_of_one(model: nn.Module, recipe: Recipe) -> None:
+    """Raise BadArgument where every batch has one image and norms see one value a channel of it: it would diverge."""
+    plan = recipe.plan
+    if not plan.epochs or plan.images_per_batch() > 1:
+        return
+    frozen = {id(norm) for part in frozen_modules(model, plan.freeze) for norm in part.modules()}
+    stages = recipe.curriculum.stages if recipe.curriculum else ()
+    size = min([recipe.preprocessing.size, *(stage.size for stage in stages)])
+    image = torch.zeros(1, recipe.preprocessing.channels, size, size)
+    lone = [name for name in norms_of_one_value(model, image) if id(model.get_submodule(name)) not in frozen]
+    if lone:
+        divided = "" if plan.batch_size == 1 else f", which {plan.batch_size // plan.images_per_batch()} share,"
+        raise BadArgument(
+            f"plan.batch_size is {plan.batch_size}{divided} and at {size} pixels {len(lone)} norms of {recipe.model} "
+            "see one value a channel of one image, which they cannot normalize: give two images or more (-b 2)"
+        )
 
 
 def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:

@@ -192,18 +192,18 @@ class TrainState:
     def _lone_image(self, images: Tensor) -> Iterator[None]:
         """A block in which norms that would see one value a channel use, and keep, their running statistics.
 
-        They are the norms of maps of one pixel, where a batch has one image: what a batch of one leaves for them to
-        normalize is nothing, and torch refuses it.
+        They are the norms of maps of one pixel, where a batch has one image: its own statistics would leave nothing of
+        it, and torch refuses. A run of nothing but such batches would learn no statistics, and diverge.
         """
         names: list[str] = []
         if len(images) == 1:
             shape = tuple(images.shape[1:])
             if shape not in self._lone_norms:
-                self._lone_norms[shape] = _norms_of_one_value(self.model, images)
+                self._lone_norms[shape] = norms_of_one_value(self.model, images)
                 if self._lone_norms[shape]:
                     _log.warning(
-                        "a batch has one image, of which %d norms see one value a channel: there they use their "
-                        "running statistics (the first is %s)",
+                        "a batch has one image, of which %d norms see one value a channel (the first is %s): there "
+                        "they use their running statistics",
                         len(self._lone_norms[shape]),
                         self._lone_norms[shape][0],
                     )
@@ -304,9 +304,10 @@ class TrainState:
         self.metrics, self.best = dict(saved.metrics), dict(saved.best)
 
 
-def _norms_of_one_value(model: nn.Module, image: Tensor) -> list[str]:
+def norms_of_one_value(model: nn.Module, image: Tensor) -> list[str]:
     """Name the BatchNorms of `model` whose input, for an image (1, C, H, W), has one value a channel."""
-    probe, found = copy.deepcopy(model).eval(), []
+    found: list[str] = []
+    probe = copy.deepcopy(model).eval()
 
     def listen(name: str) -> None:
         def heard(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
