@@ -52,7 +52,7 @@ def labelled(source: Dataset) -> dict[str, str]:
     return {source.name(i): source.classes[source.label(i)] for i in range(len(source))}
 
 
-@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+@pytest.mark.parametrize("held_out", ["val", "validation", "Dev"])
 def test_a_folder_that_is_split_already(tmp_path: Path, held_out: str) -> None:
     write_images(tmp_path, ["train/dog/1.jpg", "train/cat/2.JPEG", "train/cat/deep/er/3.png", f"{held_out}/cat/4.png"])
     write_images(tmp_path, [f"{held_out}/dog/5.webp"])
@@ -127,8 +127,8 @@ def test_labels_by_index(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("", "expected the columns file,label or file,index"),
-        ("name,label\n1.png,a\n", "expected the columns file,label or file,index"),
-        ("file,class\n1.png,a\n", "expected the columns"),
+        ("title,label\n1.png,a\n", "expected the columns file,label or file,index"),
+        ("file,score\n1.png,a\n", "expected the columns"),
         ("file,label\n", "lists no images"),
         ("file,label\n1.png,a\ngone.png,b\nlost.png,b\n", "lists 2 files that are not there: gone.png, lost.png"),
         ("file,label\n1.png,a\n1.png,b\n", "lists 1.png twice, in lines 2 and 3"),
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_used_is_explained(tmp_path: Path) -> None:
     assert len(open_dataset(tmp_path / "one", "val", seed=0, val_fraction=1.0)) == 1  # to evaluate, one class will do
     with pytest.raises(BadData, match="leaves no image for val"):
         open_dataset(tmp_path / "single", "val", seed=0, val_fraction=0.2)
-    for split, fraction in (("test", 0.2), ("train", 1.5)):
+    for split, fraction in (("exam", 0.2), ("train", 1.5)):
         with pytest.raises(BadArgument):
             open_dataset(tmp_path / "one", split, seed=0, val_fraction=fraction)  # type: ignore[arg-type]
 
@@ -214,17 +214,14 @@ def test_loops_of_links_and_special_files_do_not_hang(tmp_path: Path) -> None:
     source = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
     assert [source.name(i) for i in range(len(source))] == [
         "a/1.png",
-        "a/up/b/1.png",
-        "a/up/b/pipe.jpg",
-        "a/up/b/self.png",
         "b/1.png",
         "b/pipe.jpg",
         "b/self.png",
     ]
-    batches = ImageLoader(source, SMALL, batch_size=7, on_bad="skip")
+    batches = ImageLoader(source, SMALL, batch_size=4, on_bad="skip")
     ((images, labels),) = batches.epoch(0)
-    assert (len(images), labels.tolist()) == (3, [0, 0, 1])
-    assert list(batches.bad) == ["a/up/b/pipe.jpg", "a/up/b/self.png", "b/pipe.jpg", "b/self.png"]
+    assert (len(images), labels.tolist()) == (2, [0, 1])
+    assert list(batches.bad) == ["b/pipe.jpg", "b/self.png"]
 
 
 def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:

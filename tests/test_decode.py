@@ -31,7 +31,7 @@ from onefold.data.decode import (
     masks_beside,
     printable,
 )
-from onefold.data.folders import walk_images
+from onefold.data.folders import list_folder
 from onefold.errors import BadData
 
 RNG = np.random.default_rng(0)
@@ -318,9 +318,9 @@ def test_masks_beside_their_photos_are_no_photos(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for name in names:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    images, others = walk_images(tmp_path)
-    assert images == ["a (1).png", "b.jpg", "c_mask.png", "d/b_mask.png", "gt.png"]
-    assert others == {MASKS: 3}
+    listing = list_folder(tmp_path)
+    assert listing.images == ["a (1).png", "b.jpg", "c_mask.png", "d/b_mask.png", "gt.png"]
+    assert listing.others == {MASKS: ["a (1)_mask.png", "a (1)_mask_1.png", "b_seg.png"]}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from onefold.data import fingerprint as fingerprints
 from onefold.data.dataset import Dataset, Subset
 from onefold.data.fingerprint import ImageList, TrainedOn, fingerprint, keys_of, trained_among
 from onefold.data.remote import LocalFile, digest_bytes
-from onefold.data.shards import read_tar_index
+from onefold.data.tars import read_tar_index
 from onefold.errors import BadArgument, BadCheckpoint
 
 
@@ -80,7 +80,7 @@ def test_a_tar_that_is_rewritten_with_the_same_size_and_time_is_indexed_anew(tmp
                 entry.size = 3
                 tar.addfile(entry, io.BytesIO(b"abc"))
         os.utime(path, ns=(10**18, 10**18))
-        return [member.name for member in read_tar_index(LocalFile(path))]
+        return [member.name for member in read_tar_index(LocalFile(path)).members]
 
     assert write(["a/1.png", "b/2.png"]) == ["a/1.png", "b/2.png"]
     assert write(["b/1.png", "a/2.png"]) == ["b/1.png", "a/2.png"]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from onefold.data.remote import BlobReader, RetryPolicy, open_blob
-from onefold.data.shards import read_tar_index
+from onefold.data.tars import read_tar_index
 from onefold.errors import BadData
 from range_server import RangeServer, seldom, serving
 

@@ -1,7 +1,7 @@
 """Images on disk: finding them, and the classes that folders give them.
 
-Folders are read at any depth and links are followed; a folder that is reached twice is read once, so that a loop of
-links ends. Hidden files (a leading dot) and the folders that archives and file servers leave behind are skipped. What
+Folders are read at any depth and links are followed, but for those back to a folder that they lie in. Hidden files (a
+leading dot), the folders that archives and file servers leave behind, and what onefold itself wrote are left out. What
 is an image is for `left_out_as` to say; what is inside, or whether it is a pipe or a broken link, is for `decode`.
 Names are relative to the folder, with "/", in the order of their code points; bytes that are not UTF-8 are kept.
 """
@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
+from onefold.data.dataset_info import LeftOut
 from onefold.data.decode import (
     MASKS,
     SUFFIXES,
@@ -34,7 +36,8 @@ from onefold.data.remote import LocalFile, digest_bytes
 from onefold.errors import BadData
 
 _LOG = logging.getLogger("onefold.data")
-_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found"))
+_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"))
+_CLASS_DEPTH = 3  # folders above which one may be a class or a split
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class ImageFiles:
         return self.labels[i]
 
     def name(self, i: int) -> str:
-        """Give the name of image i, relative to the folder."""
-        return self.names[i]
+        """Give the name of image i, relative to the folder, in NFC: file systems write accents in two ways."""
+        return unicodedata.normalize("NFC", self.names[i])
 
     def image(self, i: int, *, min_side: int = 0) -> Image.Image:
         """Decode image i; see `decode`."""
@@ -93,11 +96,12 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
                 raise BadData(f"{printable(path)} is not there: expected an image or a folder of images")
             images[path] = None
             continue
-        names, others = walk_images(path)
-        if not names:
-            raise BadData(f"{printable(path)} holds no images{_other_files(others)}")
-        images.update(dict.fromkeys(path / name for name in names))
-        _say_left_out(path, others)
+        listing = list_folder(path)
+        if not listing.images:
+            raise no_images(path, listing)
+        images.update(dict.fromkeys(path / name for name in listing.images))
+        for left_out in listing.left_out():
+            _LOG.warning("%s: left out %s", printable(path), left_out)
     return list(images)
 
 
@@ -106,68 +110,139 @@ def read_class_folders(folder: Path) -> ImageFiles:
 
     Raises BadData where there are no class folders, and where one of them holds no images.
     """
+    listing = list_folder(folder)
     classes = subfolders(folder)
-    if not classes:
-        images, others = walk_images(folder)
-        if not images:
-            raise BadData(f"{printable(folder)} holds no images{_other_files(others)}")
-        raise BadData(
-            f"{printable(folder)} holds {len(images)} images and no class folders: put the images of each class "
-            "in a folder of its own, or add a labels.csv with the columns file,label"
-        )
-    names: list[str] = []
-    labels: list[int] = []
-    empty: list[str] = []
-    others = Counter()
-    for label, name in enumerate(classes):
-        images, other = walk_images(folder / name)
-        others.update(other)
-        names.extend(f"{name}/{image}" for image in images)
-        labels.extend([label] * len(images))
-        if not images:
-            empty.append(name)
+    number = {name: label for label, name in enumerate(classes)}
+    names = [name for name in listing.images if "/" in name]
     if not names:
-        raise BadData(f"{printable(folder)} holds no images{_other_files(others)}")
-    _say_left_out(folder, others)
-    if empty:
+        raise no_images(folder, listing)
+    labels = [number[name.partition("/")[0]] for name in names]
+    if empty := [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]:
         raise BadData(f"class folders without images in {printable(folder)}: {join_names(empty)}; fill or remove them")
     return ImageFiles(folder, names, labels, tuple(classes))
 
 
 def subfolders(folder: Path) -> list[str]:
     """List the names of the subfolders of `folder`, hidden ones left out, sorted."""
-    return sorted(name for name, is_folder in _entries(folder) if is_folder)
+    return sorted(name for name, is_folder in _entries(folder) if is_folder and not _is_hidden(name))
 
 
-def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
-    """List the names of the images under `folder`, sorted, and count what is left out: see `left_out_as`."""
+# ------------------------------------------------------------------------------------ what a folder holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a folder holds at any depth: names relative to it, with "/", in the order of their NFC forms.
+
+    `others` has the files that are no images by what they are, `outputs` the folders that onefold wrote, `empty` those
+    with no file at all.
+    """
+
+    images: list[str]
+    others: Mapping[str, list[str]]
+    hidden: int
+    outputs: list[str]
+    empty: list[str]
+
+    def left_out(self, used: Collection[str] = (), reasons: Mapping[str, str] | None = None) -> list[LeftOut]:
+        """Say what is left out by what it is, but for files that were `used`; `reasons` are by kind."""
+        kinds = {kind: [name for name in names if name not in used] for kind, names in self.others.items()}
+        found = [
+            LeftOut(
+                count=len(names),
+                what=f"{kind} file{'s' * (len(names) > 1)}" if kind.startswith(".") else kind,
+                reason=(reasons or {}).get(kind) or left_out_reason(kind),
+                examples=tuple(names[:2]),
+            )
+            for kind, names in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+            if names
+        ]
+        if self.outputs:
+            reason = "runs and artifacts that onefold wrote"
+            what = "folder" + "s" * (len(self.outputs) > 1)
+            found.append(LeftOut(count=len(self.outputs), what=what, reason=reason, examples=tuple(self.outputs[:3])))
+        if self.hidden:
+            found.append(LeftOut(count=self.hidden, what="hidden files", reason="names with a dot, system folders"))
+        return found
+
+
+def list_folder(folder: Path) -> Listing:
+    """List what is in a folder and below it; links are followed, but not to a folder that they lie in.
+
+    Raises BadData where a folder cannot be read.
+    """
     images: list[str] = []
-    others: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()
-    pending = [""]
+    others: dict[str, list[str]] = defaultdict(list)
+    hidden, outputs, empty = 0, [], []
+    # A folder that links reach twice is read twice where that may be two classes or splits, once below a class.
+    pending: list[tuple[str, frozenset[tuple[int, int]], set[tuple[int, int]]]] = [("", frozenset(), set())]
     while pending:
-        inner = pending.pop()
+        inner, ancestors, seen = pending.pop()
         try:
             status = (folder / inner).stat()
         except OSError as error:
             raise _unreadable(folder / inner, error) from error
         identity = status.st_dev, status.st_ino
-        if identity in seen:
+        if identity in seen or identity in ancestors:
             continue
         seen.add(identity)
-        for name, is_folder in _entries(folder / inner):
+        entries = _entries(folder / inner)
+        if inner and _is_output({name for name, _ in entries}):
+            outputs.append(inner)
+            continue
+        visible = [entry for entry in entries if not _is_hidden(entry[0])]
+        hidden += len(entries) - len(visible)
+        if inner and not visible:
+            empty.append(inner.removesuffix("/"))
+        for name, is_folder in visible:
             if is_folder:
-                pending.append(f"{inner}{name}/")
+                below = seen if inner.count("/") >= _CLASS_DEPTH else set()
+                pending.append((f"{inner}{name}/", ancestors | {identity}, below))
                 continue
             kind = left_out_as(name, partial(first_bytes, os.path.join(folder, inner, name)))
-            if kind is None:
-                images.append(inner + name)
-            else:
-                others[kind] += 1
-    masks = set(masks_beside(images))
-    if masks:
-        others[MASKS] = len(masks)
-    return sorted(set(images) - masks), others
+            (images if kind is None else others[kind]).append(inner + name)
+    if masks := set(masks_beside(images)):
+        others[MASKS] = sorted(masks)
+    return Listing(
+        images=sorted((name for name in images if name not in masks), key=partial(unicodedata.normalize, "NFC")),
+        others={kind: sorted(names) for kind, names in others.items()},
+        hidden=hidden,
+        outputs=sorted(outputs),
+        empty=sorted(empty),
+    )
+
+
+@dataclass(eq=False)
+class Folder:
+    """A folder by its images: `num_direct` in it, `num_images` with those below; `children` by their names.
+
+    Folders without images are left out, but for those that are empty: a class that nobody filled yet.
+    """
+
+    path: str = ""
+    num_direct: int = 0
+    num_images: int = 0
+    children: dict[str, Folder] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition("/")[2]
+
+
+def folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folder:
+    """Give the folders that images (names with "/") lie in, and the empty ones."""
+    root = Folder()
+    counts = Counter(name.rpartition("/")[0] for name in images)
+    for path in [*counts, *empty]:
+        folder, count = root, counts[path]
+        folder.num_images += count
+        for name in path.split("/") if path else ():
+            inner = f"{folder.path}/{name}" if folder.path else name
+            folder = folder.children.setdefault(name, Folder(path=inner))
+            folder.num_images += count
+        folder.num_direct += count
+    return root
 
 
 def join_names(names: Sequence[str], most: int = 5) -> str:
@@ -180,10 +255,19 @@ def _entries(folder: Path) -> list[tuple[str, bool]]:
     """List (name, whether it is a folder) of what `folder` holds, sorted."""
     try:
         with os.scandir(folder) as entries:
-            visible = [e for e in entries if not e.name.startswith(".") and e.name not in _SYSTEM_FOLDERS]
-            return sorted((entry.name, _is_folder(entry)) for entry in visible)
+            return sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         raise _unreadable(folder, error) from error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
+def _is_output(names: set[str]) -> bool:
+    """Whether a folder with files of these names is a run or an artifact of onefold."""
+    is_run = "recipe.json" in names and bool(names & {"log.jsonl", "best", "last", "samples.png", "check.json"})
+    return is_run or {"manifest.json", "reference.npz"} <= names
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -197,14 +281,11 @@ def _unreadable(folder: Path, error: OSError) -> BadData:
     return BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}")
 
 
-def _say_left_out(folder: Path, others: Counter[str]) -> None:
-    for kind, count in others.most_common():
-        _LOG.warning("%s: left out %d %s: %s", printable(folder), count, printable(kind), left_out_reason(kind))
-
-
-def _other_files(others: Counter[str]) -> str:
-    """Say which files a folder without images holds."""
-    if not others:
-        return ": it has no files at all"
-    kinds = [f"{count} {printable(kind)} ({left_out_reason(kind)})" for kind, count in others.most_common(3)]
-    return f": of files it has {', '.join(kinds)} (images are {' '.join(sorted(SUFFIXES))})"
+def no_images(folder: Path, listing: Listing) -> BadData:
+    """Say that a folder holds no images, and which files it holds."""
+    if not listing.others:
+        return BadData(f"{printable(folder)} holds no images: it has no files at all")
+    most = sorted(listing.others.items(), key=lambda item: -len(item[1]))[:3]
+    kinds = ", ".join(f"{len(names)} {printable(kind)} ({left_out_reason(kind)})" for kind, names in most)
+    suffixes = " ".join(sorted(SUFFIXES))
+    return BadData(f"{printable(folder)} holds no images: of files it has {kinds} (images are {suffixes})")

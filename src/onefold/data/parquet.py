@@ -1,0 +1,143 @@
+"""Parquet files of images (the extra `parquet`), as Hugging Face's datasets write them.
+
+One column holds the images, a struct of `bytes` and `path` or the bytes alone; another the classes, numbers or names,
+and perhaps another the split; their names are those of a table's columns (see tables.py). Names of classes that
+`datasets` wrote into the schema are taken. A row group is read at once and the last few are kept, so files with row
+groups of some megabytes are the quickest to read in random order.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from onefold.data.dataset_info import Split
+from onefold.data.decode import printable
+from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column, read_splits
+from onefold.errors import BadData, MissingExtra
+
+_CACHE_BYTES = 512 << 20  # of row groups of one file
+
+
+class ParquetImages:
+    """The images of one Parquet file: their names, their classes, and their bytes when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, Lock()
+        self._row_groups: OrderedDict[int, list[bytes | None]] = OrderedDict()  # the least recently used first
+        try:
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise MissingExtra(f'{printable(path)} needs pyarrow: pip install "onefold[parquet]"') from error
+        try:
+            self._file = pq.ParquetFile(path)
+            schema = self._file.schema_arrow
+            self._image, self._label, self._split = self._columns(schema)
+            self.classes = _class_names(schema, self._label)
+            labels: list[Any] = self._file.read([self._label]).column(0).to_pylist()
+            self._splits = self._file.read([self._split]).column(0).to_pylist() if self._split else None
+        except BadData:
+            raise
+        except Exception as error:  # pyarrow's errors have no common root but Exception
+            raise BadData(f"cannot read {printable(path)}: {_first_line(error)}") from error
+        if bad := [x for x in labels if isinstance(x, bool) or not isinstance(x, int | str | None)]:
+            raise BadData(f"{printable(path)}: the column {self._label} holds {bad[0]!r}: expected a number or a name")
+        self.labels: list[int | str | None] = [None if label == -1 else label for label in labels]
+        counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
+        self._rows = [(group, row) for group, count in enumerate(counts) for row in range(count)]
+        self._numbers: Sequence[int] = range(len(labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows_by_split(self, split: Split | None) -> dict[Split | None, list[int]]:
+        """Number the rows of each split: of `split` all, without one as the column says that tells the split."""
+        splits = None
+        if split is None and self._splits is not None:
+            values = ["" if value is None else str(value) for value in self._splits]
+            splits = read_splits(values, f"{printable(self.path)}: the column {printable(self._split or '')}")
+        rows: dict[Split | None, list[int]] = defaultdict(list)
+        for row in range(len(self)):
+            rows[splits[row] if splits else split].append(row)
+        return rows
+
+    def select(self, rows: Sequence[int]) -> ParquetImages:
+        """Give some of the images; the file and what is kept of it are shared."""
+        part = copy.copy(self)
+        part.labels, part._rows = [self.labels[row] for row in rows], [self._rows[row] for row in rows]
+        part._numbers = [self._numbers[row] for row in rows]
+        return part
+
+    def name(self, i: int) -> str:
+        """Give the file's name and the row."""
+        return f"{self.path.name}/{self._numbers[i]:07d}"
+
+    def read(self, i: int) -> bytes:
+        """Read the bytes of image i as stored. Raises BadData where there are none."""
+        group, row = self._rows[i]
+        with self._lock:  # pyarrow reads one row group of a file at a time; other threads decode meanwhile
+            if group not in self._row_groups:
+                self._row_groups[group] = self._read_row_group(group)
+                while len(self._row_groups) > 1 and sum(map(_num_bytes, self._row_groups.values())) > _CACHE_BYTES:
+                    self._row_groups.popitem(last=False)
+            self._row_groups.move_to_end(group)
+            data = self._row_groups[group][row]
+        if data is None:
+            raise BadData(f"{printable(self.name(i))} holds no bytes, only a path: expected embedded images")
+        return data
+
+    def num_bytes(self, i: int) -> int:
+        """Give -1: sizes are not known without reading all images."""
+        return -1
+
+    def _read_row_group(self, group: int) -> list[bytes | None]:
+        try:
+            rows: list[Any] = self._file.read_row_group(group, [self._image]).column(0).to_pylist()
+        except Exception as error:
+            raise BadData(f"cannot read rows of {printable(self.path)}: {_first_line(error)}") from error
+        values = [row.get("bytes") if isinstance(row, dict) else row for row in rows]
+        return [value if isinstance(value, bytes) else None for value in values]
+
+    def _columns(self, schema: Any) -> tuple[str, str, str | None]:
+        """Find the columns of the image (by what it holds), of its class and of its split (by their names)."""
+        import pyarrow.types as kinds
+
+        def holds_images(name: str) -> bool:
+            kind = schema.field(name).type
+            if kinds.is_struct(kind):
+                return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+            return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
+
+        names = list(dict.fromkeys(schema.names))
+        images = [name for name in names if holds_images(name)]
+        images.sort(key=lambda name: 9 if (rank := file_rank(name)) is None else abs(rank - 1))  # image before path
+        classes = [name for name in names if name not in images]
+        ranked = sorted((name for name in classes if class_rank(name) is not None), key=lambda n: class_rank(n) or 0)
+        ranked += [name for name in classes if is_number_column(name)]
+        for found, what in ((images, "an image in bytes or a struct with bytes"), (ranked, "a class in label, class")):
+            if not found:
+                raise BadData(f"{printable(self.path)} has the columns {', '.join(names)}: expected {what} or the like")
+        return images[0], ranked[0], next((name for name in classes if is_split_column(name)), None)
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:
+    """Read what `datasets` wrote: {"info": {"features": {column: {"names": [...]}}}}."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        names = feature["names"] if "names" in feature else feature["feature"]["names"]
+        return tuple(map(str, names))
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _num_bytes(rows: list[bytes | None]) -> int:
+    return sum(len(row) for row in rows if row is not None)
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).splitlines()[0] if str(error) else type(error).__name__)

@@ -1,0 +1,337 @@
+"""Places: the images that a user's folder, table, shards or pattern holds, their classes by name, and their splits.
+
+| place | images and classes |
+|---|---|
+| a folder of class folders; of splits with class folders; of class folders with splits in them | the folders |
+| the same inside one folder more (an unpacked archive) | the same |
+| a folder with a table, or with one in each split; a table by itself | see tables.py |
+| tar shards, Parquet files, patterns of them, URLs; a folder with them | see shards.py |
+
+Of several in one folder that one counts that says most of the images: labels.csv; then class folders; then other
+tables; then shards. A table that contradicts the class folders is refused. What is not used is left out, and said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onefold.data.dataset_info import LeftOut, Split
+from onefold.data.decode import printable
+from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, list_folder, no_images
+from onefold.data.remote import REMOTE
+from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
+from onefold.data.splits import (
+    Arrangement,
+    NoClassFolders,
+    SplitImages,
+    arrange,
+    assign,
+    left_out_images,
+    split_name,
+    splits_of_folders,
+)
+from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
+from onefold.data.tables import ImageIndex, NotATable, Table, read_table
+from onefold.errors import BadData
+
+_ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz2", ".xz")
+_MAX_TABLES = 50  # files of a folder that are tried as tables
+_TABLE_DEPTH = 2  # folders above a table
+_LABELS = "labels.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceImages:
+    """The images of a place by split; `container` says what they lie in, the rest what was not taken as it is."""
+
+    container: str
+    splits: tuple[SplitImages, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_place(place: str | Path) -> PlaceImages:
+    """Find the images of a place. Raises BadData where it cannot be used, or can be understood in two ways."""
+    text, shown = os.fspath(place), printable(place)
+    if "{split}" in text:
+        return _sharded(split_patterns(text), text, ())
+    if text.startswith(REMOTE) or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
+        paths = expand(text)
+        if not paths:
+            raise BadData(f"{shown} is not there: expected tar shards or Parquet files")
+        found, left_out = find_shards(paths, is_chosen=True)
+        return _sharded(found, text, left_out)
+    path = Path(text)
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        listing = list_folder(path.parent)
+        table = read_table(path.parent, path.name, ImageIndex(path.parent, listing.images))
+        return _tabled(path.parent, listing, [table], [])
+    if not os.path.isdir(text):
+        if not os.path.exists(text):
+            raise BadData(f"{shown} is not there: expected a folder of images, or the word digits")
+        if path.suffix.lower() in _ARCHIVES:
+            raise BadData(f"{shown} is an archive: unpack it and give the folder")
+        raise BadData(f"{shown} is a file: expected a folder of images")
+    return _read_folder(path)
+
+
+def _read_folder(place: Path) -> PlaceImages:
+    shown, listing = printable(place), list_folder(place)
+    shards = [name for suffix in SHARD_SUFFIXES for name in listing.others.get(suffix, ())]
+    if not listing.images and shards:
+        return _sharded_folder(place, listing, shards)
+    if not listing.images:
+        raise no_images(place, listing)
+    tables, problems = _tables(place, listing)
+    inner = {folder: table for table in tables if _is_split_folder(folder := table.path.rpartition("/")[0])}
+    outer = [table for table in tables if table not in inner.values()]
+    problem: BadData | None = None
+    arrangement = Arrangement(folders=())
+    try:
+        arrangement = arrange(
+            folder_tree(listing.images, listing.empty), shown, {path: frozenset(t.labels) for path, t in inner.items()}
+        )
+    except BadData as error:
+        problem = error
+    is_plain = not any(folder.split for folder in arrangement.folders)
+    is_sure = not is_plain or any(len(folder.classes) > 1 for folder in arrangement.folders)
+    chosen = _choose_tables(outer, shown)
+    if chosen and (not is_sure or _prefers_tables(chosen, listing, arrangement, shown, problems)):
+        return _tabled(place, listing, chosen, problems)
+    if problem is None and (is_sure or not shards):
+        return _foldered(place, listing, arrangement, inner, problems)
+    if shards and (problem is None or isinstance(problem, NoClassFolders)):
+        return _sharded_folder(place, listing, shards)
+    if isinstance(problem, NoClassFolders) and problems:
+        raise NoClassFolders(f"{problem}; {problems[0]}") from problem
+    assert problem is not None
+    raise problem
+
+
+def _is_split_folder(folder: str) -> bool:
+    return any(split_name(part) for part in folder.split("/") if part)
+
+
+# ----------------------------------------------------------------------------------------- class folders
+
+
+def _foldered(
+    place: Path, listing: Listing, arrangement: Arrangement, tables: Mapping[str, Table], notes: Sequence[str]
+) -> PlaceImages:
+    """Give the images of class folders; of split folders that have a table, those that it lists."""
+    assigned = assign(listing.images, arrangement)
+    by_split: dict[Split | None, list[int]] = defaultdict(list)
+    for i, folder in enumerate(arrangement.folders):
+        by_split[folder.split].append(i)
+    splits, empty = [], []
+    listed = {file for table in tables.values() for file in table.files}
+    for split, numbers in by_split.items():
+        folders = [arrangement.folders[i] for i in numbers]
+        those = [f for f in folders if f.root in tables and not f.classes]
+        if those:
+            splits += [
+                _table_split(place, tables[f.root], split, f.shown, range(len(tables[f.root].files))) for f in those
+            ]
+            continue
+        members = [(a[1], image) for image, a in zip(listing.images, assigned, strict=True) if a and a[0] in numbers]
+        members.sort(key=lambda member: member[0])  # stable: by class, then as they are listed
+        root = folders[0].root if len(folders) == 1 else os.path.commonpath([f.root or "." for f in folders])
+        shown = " and ".join(folder.shown for folder in folders) or "all images"
+        labels = [label for label, _ in members]
+        names = [image[len(root) + 1 :] if root and root != "." else image for _, image in members]
+        splits.append(_files(place / root, names, labels, split, shown))
+        unfilled = [name for folder in folders for name in folder.classes if name not in set(labels)]
+        if unfilled and split in ("train", None):
+            where = printable(place / root)
+            raise BadData(f"class folders without images in {where}: {join_names(unfilled)}; fill or remove them")
+        empty += unfilled
+    rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
+    kinds = [*(["class folders"] if any(f.classes for f in arrangement.folders) else [])]
+    kinds += sorted({table.path.rpartition("/")[2] for table in tables.values()})
+    return PlaceImages(
+        container=" and ".join(kinds),
+        splits=tuple(splits),
+        left_out=(
+            *left_out_images(rest, arrangement.reasons, "in no class folder"),
+            *_files_left_out(listing, tables.values()),
+        ),
+        notes=(*arrangement.notes, *notes, *(note for table in tables.values() for note in table.notes)),
+    )
+
+
+def _files(root: Path, names: Sequence[str], labels: Sequence[str], split: Split | None, source: str) -> SplitImages:
+    return SplitImages(
+        split=split,
+        source=source,
+        labels=labels,
+        open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
+    )
+
+
+def _files_left_out(listing: Listing, tables: Iterable[Table]) -> list[LeftOut]:
+    shards = "beside images in folders, which count: give --data with its path to read it"
+    return listing.left_out({table.path for table in tables}, dict.fromkeys(SHARD_SUFFIXES, shards))
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str]]:
+    """Read the tables of labels in a folder; gives them, and why others cannot be used.
+
+    Raises BadData where a labels.csv cannot be used.
+    """
+    names = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
+    names = [name for name in names if name.count("/") <= _TABLE_DEPTH and "submission" not in name.lower()]
+    images, tables, problems = ImageIndex(place, listing.images), [], []
+    for name in sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES]:
+        try:
+            tables.append(read_table(place, name, images))
+        except BadData as error:
+            if name.rpartition("/")[2].lower() == _LABELS:
+                raise
+            if not isinstance(error, NotATable):
+                problems.append(f"{printable(name)} is not used: {error}")
+    return tables, problems
+
+
+def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:
+    """Choose the one table that counts, or one for each split. Raises BadData where that is not plain."""
+    if len(tables) < 2:
+        return list(tables)
+    roles = {table.path: said.split if (said := split_name(Path(table.path).stem)) else None for table in tables}
+    named = [table for table in tables if roles[table.path]]
+    if named and len({roles[table.path] for table in named}) == len(named):
+        return named
+    if labels := [table for table in tables if Path(table.path).name.lower() == _LABELS]:
+        return labels[:1]
+    if all(
+        set(zip(t.files, t.labels, strict=True)) == set(zip(tables[0].files, tables[0].labels, strict=True))
+        for t in tables
+    ):
+        return [next((table for table in tables if table.splits), tables[0])]
+    paths = [table.path for table in tables]
+    raise BadData(
+        f"{shown} holds several tables of labels, {join_names(paths)}: give --data {shown}/{paths[0]} for one"
+    )
+
+
+def _prefers_tables(
+    tables: Sequence[Table], listing: Listing, arrangement: Arrangement, shown: str, notes: list[str]
+) -> bool:
+    """Whether tables count rather than the class folders beside them. Raises BadData where they contradict."""
+    is_split = any(folder.split for folder in arrangement.folders)
+    if not is_split and Path(tables[0].path).name.lower() == _LABELS:
+        return True
+    folders = dict(zip(listing.images, assign(listing.images, arrangement), strict=True))
+    rows = [(file, label) for table in tables for file, label in zip(table.files, table.labels, strict=True)]
+    pairs = {(given[1], label) for file, label in rows if (given := folders.get(file))}
+    paths = join_names([table.path for table in tables])
+    if all(a == b for a, b in pairs):
+        says_splits = len(tables) > 1 or any(table.splits for table in tables)
+        if says_splits and not is_split and len(rows) == len(listing.images):
+            return True
+        notes.append(f"{paths} says the same classes as the folders, which count")
+        return False
+    if len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
+        folder, label = min(pairs)
+        notes.append(f"the classes are called as their folders ({folder}), not as in {paths} ({label})")
+        return False
+    if (
+        len({"".join(c for c in name if not c.isdigit()) for f in arrangement.folders for name in f.classes} - {""})
+        == 1
+    ):
+        return True  # parts of one archive: images_part_1, images_part_2
+    (folder, label) = min((a, b) for a, b in pairs if a != b)
+    raise BadData(
+        f"{shown}: {paths} says other classes than the folders ({label} of an image in {folder}/): give --data "
+        f"{shown}/{tables[0].path} for the table, or move the table away for the folders"
+    )
+
+
+def _tabled(place: Path, listing: Listing, tables: Sequence[Table], notes: Sequence[str]) -> PlaceImages:
+    splits = [split for table in tables for split in _splits_of(place, table)]
+    listed = {file for table in tables for file in table.files}
+    paths = [table.path for table in tables]
+    rest = [image for image in listing.images if image not in listed]
+    reasons = {}
+    for folder in {image.rpartition("/")[0] for image in rest}:
+        said = split_name(folder.rpartition("/")[2])
+        if said and said.split == "test" and not any(file.startswith(f"{folder}/") for file in listed):
+            reasons[folder] = "no labels to score by"
+    return PlaceImages(
+        container=join_names(paths),
+        splits=tuple(splits),
+        left_out=(
+            *left_out_images(rest, reasons, f"not listed in {join_names(paths)}"),
+            *_files_left_out(listing, tables),
+        ),
+        notes=(*notes, *(note for table in tables for note in table.notes)),
+    )
+
+
+def _splits_of(place: Path, table: Table) -> list[SplitImages]:
+    """Divide a table: by its column, by its name (train.csv), by the folders of its images, or not at all."""
+    rows: dict[Split | None, list[int]] = defaultdict(list)
+    name = Path(table.path).name
+    if table.splits is not None:
+        for i, split in enumerate(table.splits):
+            rows[split].append(i)
+        return [_table_split(place, table, s, f"{name} (its column says {s})", rows[s]) for s in rows]
+    if said := split_name(Path(table.path).stem):
+        return [_table_split(place, table, said.split, name, range(len(table.files)))]
+    if by_folder := splits_of_folders(table.files):
+        for i, split in enumerate(by_folder):
+            rows[split].append(i)
+        return [_table_split(place, table, split, f"{name} ({split}: by folders)", rows[split]) for split in rows]
+    return [_table_split(place, table, None, name, range(len(table.files)))]
+
+
+def _table_split(place: Path, table: Table, split: Split | None, source: str, rows: Sequence[int]) -> SplitImages:
+    """Give some rows of a table; the names are relative to the table's folder."""
+    folder = table.path.rpartition("/")[0]
+    names = [os.path.relpath(table.files[i], folder or ".").replace(os.sep, "/") for i in rows]
+    labels = [table.labels[i] for i in rows]
+    root = place / folder
+    return SplitImages(
+        split=split,
+        source=source,
+        labels=labels,
+        numbered=table.numbered,
+        open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def _sharded_folder(place: Path, listing: Listing, names: Sequence[str]) -> PlaceImages:
+    """Read the shards that lie least deep, in one folder or in split folders beside each other."""
+    depth = min(name.count("/") for name in names)
+    used = [name for name in names if name.count("/") == depth]
+    folders = {"/".join(part for part in name.split("/")[:-1] if not split_name(part)) for name in used}
+    if len(folders) > 1:
+        raise BadData(
+            f"{printable(place)} holds shards in {join_names([f'{folder}/' for folder in sorted(folders)])}: give the "
+            "folder of one dataset"
+        )
+    found, left_out = find_shards([str(place / name) for name in used], is_chosen=False, below=place)
+    if deeper := [name for name in names if name.count("/") > depth]:
+        reason = "deeper than the shards that are read"
+        left_out.append(LeftOut(count=len(deeper), what="shards", reason=reason, examples=tuple(deeper[:3])))
+    images = left_out_images(listing.images, {}, "beside shards")
+    return _sharded(found, os.fspath(place), (*left_out, *images, *listing.left_out(set(names))))
+
+
+def _sharded(found: Mapping[Split | None, Sequence[str]], shown: str, left_out: Sequence[LeftOut]) -> PlaceImages:
+    splits, more, notes = read_shards(found, printable(shown))
+    kind = (
+        "Parquet files"
+        if any(path.endswith(".parquet") for paths in found.values() for path in paths)
+        else "tar shards"
+    )
+    return PlaceImages(container=kind, splits=tuple(splits), left_out=(*more, *left_out), notes=tuple(notes))

@@ -1,0 +1,424 @@
+"""Splits by the words that people have for them, and which folders are splits and which are classes.
+
+| split | words, of any case and form |
+|---|---|
+| train | train, training, trn, trainval |
+| val | val, valid, validation, validate, validating, dev, devel, development, eval, evaluation, evaluate |
+| test | test, tests, testing, tst, holdout, held-out |
+
+A word stands alone or beside words that say nothing more (`train_set`, `ValImages`, `images_train`, `trainset`) and
+numbers (`train2017`); or beside a stem that all splits share (`seg_train`, `seg_test`). `eval` is test where there is
+another val. These rules hold alike for folders, folders in tars, names of shards and tables, and columns.
+
+`arrange` decides which folders are splits. A folder called `train` is a class where it holds images directly beside
+other folders that do; it is a split where it holds folders, and another split holds folders of the same names. What
+can be either is refused, with what was seen and what to type.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from onefold.data.dataset_info import SPLITS, LeftOut, Split
+from onefold.data.folders import Folder, join_names
+from onefold.errors import BadData
+
+if TYPE_CHECKING:
+    from onefold.data.dataset import Dataset
+
+SPLIT_WORDS: Mapping[str, Split] = {
+    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev", "devel", "development"), "val"),
+    **dict.fromkeys(("eval", "evaluation", "evaluate", "evaluating"), "val"),
+    **dict.fromkeys(("test", "tests", "testing", "tst", "holdout", "heldout"), "test"),
+}
+"""The words for splits, in lower case."""
+
+_WEAK = ("eval", "evaluation", "evaluate", "evaluating")  # val, or test beside another val
+_FILLERS = frozenset(
+    ("set", "sets", "data", "dataset", "datasets", "split", "splits", "folder", "subset", "part", "shard", "of")
+) | {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "file", "files"}
+_UNLABELLED = frozenset(("unlabeled", "unlabelled", "pred", "predict", "prediction", "predictions", "submission"))
+_TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|[^\W\d_]+|\d+")
+_GLUED = re.compile(
+    rf"({'|'.join(SPLIT_WORDS)})({'|'.join(sorted(_FILLERS))})|({'|'.join(sorted(_FILLERS))})(train|val|test)"
+)
+
+
+@dataclass(frozen=True)
+class SplitName:
+    """What a name says of a split: the split, the word for it, and what else is in the name: a stem, numbers."""
+
+    split: Split
+    word: str
+    stem: str
+    number: str
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether it is a word that may mean val as well as test."""
+        return self.word in _WEAK
+
+
+def read_weak(said: SplitName, has_val: bool) -> Split:
+    """Give the split: where there is another val, a word that may mean either means test."""
+    return "test" if said.is_weak and has_val else said.split
+
+
+def words_of(name: str) -> list[str]:
+    """Divide a name into its words and numbers, in lower case: train_images2 and TrainImages2 have the same."""
+    return [token.casefold() for token in _TOKENS.findall(unicodedata.normalize("NFKC", name))]
+
+
+def split_name(name: str) -> SplitName | None:
+    """Read a split out of a name; None where it says none, or two."""
+    tokens: list[str] = []
+    for word in words_of(name):
+        glued = _GLUED.fullmatch(word)
+        tokens += [part for part in glued.groups() if part] if glued else [word]
+    text = " ".join(tokens).replace("hold out", "holdout").replace("held out", "heldout")
+    tokens = re.sub(r"\btrain val\b", "trainval", text).split()
+    words = [token for token in tokens if token in SPLIT_WORDS]
+    if not words or len({SPLIT_WORDS[word] for word in words}) > 1:
+        return None
+    rest = [token for token in tokens if token not in SPLIT_WORDS and token not in _FILLERS]
+    stem, number = ([t for t in rest if t.isdigit() is is_number] for is_number in (False, True))
+    return SplitName(SPLIT_WORDS[words[0]], words[0], " ".join(stem), " ".join(number))
+
+
+# ------------------------------------------------------------------------------- folders: splits or classes
+
+
+class NoClassFolders(BadData):
+    """Images that lie in no class folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFolder:
+    """A split, or a part of one, as it lies in a folder; split None where nothing says for what the images are.
+
+    `root` is the folder that the class folders lie in, `shown` how the split is called ("valid/"); `classes` gives the
+    folders of each class, relative to the place. Without classes the folder's own table says which there are.
+    """
+
+    split: Split | None
+    root: str
+    shown: str
+    classes: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """Which folders are splits and classes; `reasons` says of other folders why their images are in no split."""
+
+    folders: tuple[SplitFolder, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> Arrangement:
+    """Decide which folders below `root` are splits and which are classes.
+
+    `tables` gives the classes of each folder that has a table of its own. Raises BadData for what can be understood in
+    two ways, for splits of different classes, and for images without class folders.
+    """
+    for level in _levels(root):
+        named = [(said, folder) for name, folder in level.children.items() if (said := split_name(name))]
+        if named and (found := _as_splits(level, _choose(named, place), place, tables)):
+            return found
+    level = _class_level(root)
+    if not level.children:
+        raise _flat(level, place)
+    inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
+    if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
+        return _splits_within_classes(level, inner)
+    return Arrangement(folders=(_split_folder(None, level, "", level),), notes=_merged(level))
+
+
+def _levels(folder: Folder) -> Iterator[Folder]:
+    """Give the folder, and what is inside as long as that is one folder and no image."""
+    yield folder
+    while len(folder.children) == 1 and not folder.num_direct:
+        (folder,) = folder.children.values()
+        yield folder
+
+
+def _class_level(folder: Folder, wanted: frozenset[str] = frozenset()) -> Folder:
+    """Find the folder whose subfolders are the classes: of those `wanted` most, else the first with two or more."""
+    levels = [level for level in _levels(folder) if level.children]
+    if not levels:
+        return folder
+    shared = max(levels, key=lambda level: len(_names(level) & wanted))
+    if _names(shared) & wanted:
+        return shared
+    several = (level for level in levels if len(level.children) > 1)
+    return next(several, next((level for level in levels if not all(map(split_name, level.children))), levels[0]))
+
+
+def _names(level: Folder) -> frozenset[str]:
+    return frozenset(unicodedata.normalize("NFC", name) for name in level.children)
+
+
+def _split_folder(
+    split: Split | None, level: Folder, shown: str, within: Folder, known: frozenset[str] | None = None
+) -> SplitFolder:
+    """Give a split whose classes are the subfolders of `within` (only the `known` ones)."""
+    classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    for name, folder in sorted(within.children.items()):
+        composed = unicodedata.normalize("NFC", name)
+        if known is None or composed in known:
+            classes[composed] += (folder.path,)
+    return SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes))
+
+
+def _merged(level: Folder) -> tuple[str, ...]:
+    """Say which folders are one class, since their names differ in their Unicode form only."""
+    counts: dict[str, int] = defaultdict(int)
+    for name in level.children:
+        counts[unicodedata.normalize("NFC", name)] += 1
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    where = f"{level.path}/: " if level.path else ""
+    return (f"{where}folders of one name in two Unicode forms are one class: {join_names(twice)}",) if twice else ()
+
+
+Named = Sequence[tuple[SplitName, Folder]]
+Group = dict[Split, list[Folder]]
+
+
+def _choose(named: Named, place: str) -> Group:
+    """Choose the folders of each split among those with a split's name; empty where none is meant so."""
+    stems: dict[str, list[tuple[SplitName, Folder]]] = defaultdict(list)
+    for said, folder in named:
+        stems[said.stem].append((said, folder))
+    several = [
+        stem
+        for stem, those in stems.items()
+        if stem
+        and len({said.split for said, _ in those} | {"train"}) > 1
+        and any(said.split == "train" for said, _ in those)
+    ]
+    if "" not in stems and len(several) > 1:
+        shown = join_names([folder.name for stem in several for _, folder in stems[stem]])
+        raise BadData(f"{place} holds several sets of splits, {shown}: give the folder of one, or class folders")
+    chosen = stems.get("") or (stems[several[0]] if several else [])
+    words = {said.word for said, _ in chosen}
+    strong_val = any(SPLIT_WORDS[word] == "val" and word not in _WEAK for word in words)
+    group: dict[Split, list[tuple[SplitName, Folder]]] = defaultdict(list)
+    for said, folder in chosen:
+        group[read_weak(said, strong_val)].append((said, folder))
+    clashing = [split for split, those in group.items() if len(those) > 1 and len({s.number for s, _ in those}) > 1]
+    for split, those in group.items():
+        words = {said.word for said, _ in those}
+        if split == "train" and words > {"trainval"} and "val" in group:
+            those[:] = [(said, folder) for said, folder in those if said.word != "trainval"]
+        elif split == "test" and len(words) > 1:
+            first = min(words, key=lambda word: (word != "test", list(SPLIT_WORDS).index(word)))
+            those[:] = [(said, folder) for said, folder in those if said.word == first]
+        elif len(those) > 1 and (len({said.number for said, _ in those}) == 1 or len(clashing) > 1 or len(words) > 1):
+            shown = " and ".join(f"{folder.name}/" for _, folder in those)
+            raise BadData(f"{place}: {shown} may each be {split}: rename or move away those that are not")
+    return {split: [folder for _, folder in those] for split, those in group.items()}
+
+
+def _choose_quietly(folder: Folder) -> Group:
+    """Give the splits that a class folder is divided into; none where it holds anything else."""
+    named = [(said, inner) for name, inner in folder.children.items() if (said := split_name(name)) and not said.stem]
+    if folder.num_direct or len(named) < len(folder.children):
+        return {}
+    return _choose(named, folder.path)
+
+
+def _splits_within_classes(level: Folder, inner: Mapping[str, Group]) -> Arrangement:
+    """Arrange cat/train/, cat/test/, dog/train/, dog/test/."""
+    folders = []
+    for split in SPLITS:
+        classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
+        for name, group in sorted(inner.items()):
+            classes[unicodedata.normalize("NFC", name)] += tuple(folder.path for folder in group.get(split, ()))
+        words = sorted({folder.name for group in inner.values() for folder in group.get(split, ())})
+        if words:
+            shown = f"{'/, '.join(words)}/ in the class folders"
+            folders.append(SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes)))
+    return Arrangement(folders=tuple(folders), notes=_merged(level))
+
+
+def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, frozenset[str]]) -> Arrangement | None:
+    """Arrange the folders of `group` as splits; None where they are classes, as their neighbours are."""
+    chosen = [folder for folders in group.values() for folder in folders]
+    others = [folder for folder in level.children.values() if folder not in chosen]
+    train, held_out = group.get("train", []), [*group.get("val", []), *group.get("test", [])]
+
+    def holds_classes(folder: Folder) -> bool:
+        return folder.path in tables or bool(folder.children)
+
+    def classes_of(folder: Folder) -> frozenset[str]:
+        return tables.get(folder.path) or _names(_class_level(folder, classes))
+
+    classes: frozenset[str] = frozenset()
+    folders: list[SplitFolder] = []
+    reasons: dict[str, str] = {}
+    notes: list[str] = []
+    unnamed = [
+        folder
+        for folder in others
+        if folder.num_images
+        and not _UNLABELLED & set(words_of(folder.name))
+        and not ((said := split_name(folder.name)) and not said.stem)
+    ]
+    if not chosen:
+        return None
+    if train and not any(map(holds_classes, train)):
+        if unnamed and not any(map(holds_classes, held_out)):
+            return None
+        raise _flat(train[0], place)
+    if not train and unnamed:
+        classes = frozenset(unicodedata.normalize("NFC", folder.name) for folder in unnamed)
+        if not any(holds_classes(folder) and classes & classes_of(folder) for folder in held_out):
+            return None
+        beside = join_names([f"{folder.name}/" for folder in chosen])
+        folders.append(_split_folder("train", level, f"the class folders beside {beside}", level, classes))
+    elif not any(map(holds_classes, chosen)):
+        raise _flat(chosen[0], place)
+    elif train and unnamed and not held_out:
+        seen = f"{train[0].name}/ (with the folders {join_names(sorted(train[0].children), 3)})"
+        beside = join_names([f"{folder.name}/" for folder in unnamed], 3)
+        raise BadData(
+            f"{place} holds {seen} beside {beside}: {train[0].name} may be a split or a class. If it is a split, give "
+            f"--data {place}/{train[0].path}; if it is a class, rename it (to {train[0].name}_class, say)"
+        )
+    elif train:
+        classes = frozenset().union(*map(classes_of, train))
+    for split in SPLITS:
+        for folder in group.get(split, ()):
+            shown = f"{folder.path}/"
+            if not folder.num_images and folder.path not in tables:
+                if split == "train":
+                    raise BadData(f"{place}/{folder.path} holds no images")
+                notes.append(f"{shown} holds no images")
+                continue
+            names = classes_of(folder) if holds_classes(folder) else frozenset()
+            classes = classes or names
+            if split == "test" and not names & classes:
+                reasons[folder.path] = f"no labels to score {shown} by: {_why_unlabelled(names)}"
+                continue
+            if not names:
+                raise _flat(folder, place)
+            if split == "test":
+                for name in sorted(names - classes):
+                    reasons[f"{_class_level(folder, classes).path}/{name}"] = "a class that train does not have"
+            elif names - classes:
+                raise different_classes(place, {train[0].name if train else "train": classes, folder.name: names})
+            if split != "train" and (missing := sorted(classes - names)):
+                notes.append(f"{shown} has no images of {join_names(missing)}")
+            if folder.path in tables:
+                folders.append(SplitFolder(split=split, root=folder.path, shown=shown, classes={}))
+                continue
+            inner = _class_level(folder, classes)
+            folders.append(_split_folder(split, inner, shown, inner, classes))
+            notes += _merged(inner)
+    if train:
+        reasons |= {folder.path: "beside the splits" for folder in others}
+    return Arrangement(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
+
+
+def different_classes(place: str, sides: Mapping[str, frozenset[str]]) -> BadData:
+    """Say which classes only one of two splits has."""
+    (one, these), (other, those) = sides.items()
+    parts = [
+        f"only in {name}: {join_names(sorted(x))}" for name, x in ((one, these - those), (other, those - these)) if x
+    ]
+    return BadData(f"{place}: the classes differ; {'; '.join(parts)}")
+
+
+def _why_unlabelled(names: frozenset[str]) -> str:
+    return (
+        f"its folders are no classes of train ({join_names(sorted(names), 3)})" if names else "it has no class folders"
+    )
+
+
+def _flat(folder: Folder, place: str) -> NoClassFolders:
+    where = f"{place}/{folder.path}" if folder.path else place
+    return NoClassFolders(
+        f"{where} holds {folder.num_images} images and no class folders: put the images of each class "
+        "in a folder of its own, or add a labels.csv with the columns file,label"
+    )
+
+
+# ------------------------------------------------------------------------------------ images: of which split
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitImages:
+    """The images of one split, or (split None) of all, before their classes are numbered.
+
+    `labels` has each image's class by name, `numbered` the names in the order of their numbers where the place numbers
+    them. `open` makes a Dataset of the images' class indices and the classes.
+    """
+
+    split: Split | None
+    source: str
+    labels: Sequence[str]
+    open: Callable[[Sequence[int], tuple[str, ...]], Dataset]
+    numbered: tuple[str, ...] | None = None
+
+
+def arrange_split(root: Folder, place: str, split: Split) -> Arrangement:
+    """Find the classes of images that are all of one split, which their file's name says."""
+    level = _class_level(root)
+    if not level.children:
+        raise _flat(root, place)
+    return Arrangement(folders=(_split_folder(split, level, "", level),), notes=_merged(level))
+
+
+def splits_of_folders(images: Sequence[str]) -> list[Split] | None:
+    """Give the split of labelled images by the first of their folders that says one; None unless each has one."""
+    found: dict[str, SplitName | None] = {}
+    for image in images:
+        folder = image.rpartition("/")[0]
+        if folder not in found:
+            found[folder] = next(filter(None, map(split_name, folder.split("/"))), None)
+            if found[folder] is None:
+                return None
+    has_val = any(said.split == "val" and not said.is_weak for said in found.values() if said)
+    return [read_weak(said, has_val) for image in images if (said := found[image.rpartition("/")[0]])]
+
+
+def assign(images: Sequence[str], arrangement: Arrangement) -> list[tuple[int, str] | None]:
+    """Give for each image the number of its `SplitFolder` and its class; None where it is in none."""
+    owners = {
+        path: (i, name)
+        for i, folder in enumerate(arrangement.folders)
+        for name, paths in folder.classes.items()
+        for path in paths
+    }
+    found: dict[str, tuple[int, str] | None] = {}
+    assigned = []
+    for image in images:
+        folder = image.rpartition("/")[0]
+        if folder not in found:
+            inner = folder
+            while inner and inner not in owners:
+                inner = inner.rpartition("/")[0]
+            found[folder] = owners.get(inner)
+        assigned.append(found[folder])
+    return assigned
+
+
+def left_out_images(images: Iterable[str], reasons: Mapping[str, str], otherwise: str) -> list[LeftOut]:
+    """Say why these images are in no split: by the nearest folder that has a reason, or `otherwise`."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for image in images:
+        folder = image.rpartition("/")[0]
+        while folder and folder not in reasons:
+            folder = folder.rpartition("/")[0]
+        where = folder or (image.partition("/")[0] if "/" in image else "")
+        groups[where, reasons.get(folder, otherwise)].append(image)
+    return [
+        LeftOut(count=len(names), what=f"images in {where}/" if where else "images in no folder", reason=reason)
+        for (where, reason), names in groups.items()
+    ]

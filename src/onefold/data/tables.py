@@ -1,0 +1,408 @@
+"""Tables of labels: which image is of which class, in a CSV or JSON Lines file beside the images.
+
+| column | names that it may have |
+|---|---|
+| the image | file, filename, path, filepath; image, img, photo, picture; id, key; name; or several (image_id) |
+| its class | label; class, cls; category; target; breed, species, variety, disease, diagnosis, dx, tag; class_name |
+| the number of its class | index, or a name for the class with id, index, idx, no, number or code (class_id) |
+| its split | split, subset, set, dataset, partition, phase, usage, fold, where its values are words for splits |
+| one column a class | of 0 and 1, a single 1 in each line |
+
+Case, blanks and underscores do not count. Of several columns for the image that one counts by which images are found.
+A cell names an image by its path relative to the table, by the end of its path in any folder, or so without its suffix.
+Values are separated by commas, semicolons, tabs or bars. A table without a line of names has an image and its class.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from onefold.data.dataset_info import Split
+from onefold.data.decode import printable
+from onefold.data.folders import join_names
+from onefold.data.splits import read_weak, split_name, words_of
+from onefold.errors import BadData
+from onefold.storage import read_text
+
+MAX_CLASSES = 1_000_000
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+"""Of files that may be a table of labels."""
+
+_FILE_WORDS = {
+    **dict.fromkeys(("file", "files", "filename", "filenames", "filepath", "filepaths", "path", "paths"), 0),
+    **dict.fromkeys(
+        ("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "jpg", "png"), 1
+    ),
+    **dict.fromkeys(("id", "ids", "uid", "uuid", "key"), 2),
+    "name": 3,
+}
+_CLASS_WORDS = {
+    **dict.fromkeys(("label", "labels"), 0),
+    **dict.fromkeys(("class", "classes", "cls"), 1),
+    **dict.fromkeys(("category", "categories"), 2),
+    **dict.fromkeys(("target", "targets"), 3),
+    **dict.fromkeys(("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "y"), 4),
+}
+_NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
+_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
+_SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
+_SEPARATORS = ",;\t|"
+_NUM_TRIED = 100  # rows that show which column names the images
+_SHOWN = 80
+
+
+class NotATable(BadData):
+    """A file that does not say which image is of which class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Which image is of which class: `files` relative to the place; `lines` says where each stands in the table.
+
+    `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
+    each image where a column says it. `notes` says what was not used.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    labels: tuple[str, ...]
+    numbered: tuple[str, ...] | None
+    splits: tuple[Split, ...] | None
+    notes: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------- columns
+
+
+def file_rank(column: str) -> int | None:
+    """Give how surely a column names images, 0 the most; None where it does not."""
+    words = [word for word in words_of(column) if not word.isdigit()]
+    return min(_FILE_WORDS[word] for word in words) if words and set(words) <= set(_FILE_WORDS) else None
+
+
+def class_rank(column: str) -> int | None:
+    """Give how surely a column names classes, 0 the most; None where it does not, or numbers them."""
+    words = words_of(column)
+    ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
+    rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
+    return min(ranks) if ranks and not rest else None
+
+
+def is_number_column(column: str) -> bool:
+    """Whether a column numbers classes: index, class_id, label_idx and the like."""
+    words = set(words_of(column))
+    if words == {"index"}:
+        return True
+    return bool(words & set(_CLASS_WORDS)) and bool(words & _NUMBER_WORDS) and words <= {*_CLASS_WORDS, *_NUMBER_WORDS}
+
+
+def is_split_column(column: str) -> bool:
+    """Whether a column may say the split of an image."""
+    return " ".join(words_of(column)) in _SPLIT_COLUMNS
+
+
+def read_splits(values: Sequence[str], where: str) -> tuple[Split, ...] | None:
+    """Read the column of splits; None where no value is a word for a split. BadData where only some of them are."""
+    known = {value: split_name(value) for value in set(values)}
+    if not any(known.values()):
+        return None
+    if unknown := sorted(value for value, said in known.items() if said is None):
+        quoted = join_names([repr(value) for value in unknown])
+        raise BadData(f"{where} says {quoted}: expected words for splits, such as train, val and test")
+    strong = any(said.split == "val" and not said.is_weak for said in known.values() if said)
+    return tuple(read_weak(said, strong) for value in values if (said := known[value]))
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def read_table(place: Path, path: str, images: ImageIndex) -> Table:
+    """Read a table below `place`.
+
+    Raises NotATable where its columns are not those of a table of labels, BadData (naming the line) where it is one
+    that cannot be used.
+    """
+    shown = printable(place / path)
+    columns, rows, lines = _read_rows(place / path, path, images)
+    expected = "expected the columns file,label or file,index"
+    if columns and not rows:
+        raise NotATable(f"{shown} lists no images")
+    cells = {name: [row[i] if i < len(row) else "" for row in rows] for i, name in enumerate(columns)}
+    file_columns = sorted(
+        (name for name in cells if file_rank(name) is not None), key=lambda name: file_rank(name) or 0
+    )
+    class_columns = sorted((n for n in cells if class_rank(n) is not None), key=lambda name: class_rank(name) or 0)
+    number_columns = [name for name in cells if is_number_column(name)]
+    split_columns = [name for name in cells if is_split_column(name)]
+    if not file_columns:
+        raise NotATable(f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}")
+    file_column = max(file_columns, key=lambda name: images.count(path, cells[name][:_NUM_TRIED]))
+    class_columns = [name for name in class_columns if name != file_column]
+    number_columns = [name for name in number_columns if name != file_column]
+    notes: list[str] = []
+    splits, split_column = None, None
+    for name in split_columns:
+        if splits := read_splits(cells[name], f"{shown}: the column {printable(name)}"):
+            split_column = name
+            break
+    files = images.find_all(path, cells[file_column], lines, shown)
+    label_column = _label_column(shown, cells, class_columns)
+    number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
+    if label_column is None and number_column is None:
+        rest = [name for name in cells if name not in (file_column, split_column, *file_columns)]
+        labels, numbered = _one_hot(shown, cells, rest, lines, expected, columns)
+    else:
+        for i, line in enumerate(lines):
+            if not cells[file_column][i] or not any(cells[n][i] for n in (label_column, number_column) if n):
+                raise BadData(f"{shown}, line {line}: expected a file and its class")
+        labels = [unicodedata.normalize("NFC", text) for text in _whole(cells[label_column])] if label_column else []
+        numbered = None
+        if number_column is not None:
+            numbers = [_number(shown, lines[i], text) for i, text in enumerate(_whole(cells[number_column]))]
+            numbered = _names_by_number(shown, lines, numbers, labels)
+            labels = [numbered[number] for number in numbers]
+    kept = _once(shown, files, labels, lines, notes)
+    unused = [name for name in class_columns if name != label_column]
+    if unused and label_column:
+        notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
+    return Table(
+        path=path,
+        files=tuple(files[i] for i in kept),
+        labels=tuple(labels[i] for i in kept),
+        numbered=numbered,
+        splits=None if splits is None else tuple(splits[i] for i in kept),
+        notes=tuple(notes),
+    )
+
+
+def _read_rows(file: Path, path: str, images: ImageIndex) -> tuple[list[str], list[list[str]], list[int]]:
+    """Give the names of the columns, the rows, and the line of each; rows without any value are none."""
+    text, shown = read_text(file), printable(file)
+    if file.suffix.lower() == ".jsonl":
+        return _json_rows(text, shown)
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    separator = max(_SEPARATORS, key=first.count)
+    reader = csv.reader(text.split("\n"), delimiter=separator, skipinitialspace=True)
+    rows, lines, start = [], [], 1
+    try:
+        for row in reader:
+            stripped = [value.strip() for value in row]
+            if any(stripped):
+                rows.append(stripped)
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise BadData(f"cannot read {shown}: {error}") from error
+    if not rows:
+        return [], [], []
+    if len(rows[0]) == 2 and images.count(path, [rows[0][0]]):
+        return ["file", "label"], rows, lines
+    return rows[0], rows[1:], lines[1:]
+
+
+def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[int]]:
+    records, lines = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise NotATable(f"{shown}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise NotATable(f"{shown}, line {number}: expected an object with file_name and label")
+            records.append(record)
+            lines.append(number)
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[_cell(record.get(key)) for key in columns] for record in records]
+    return columns, rows, lines
+
+
+def _cell(value: object) -> str:
+    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+
+
+def _whole(values: Sequence[str]) -> Sequence[str]:
+    """Write 3.0 as 3 where all values are such numbers: what a column of integers becomes where one was missing."""
+    return [v.partition(".")[0] for v in values] if all(re.fullmatch(r"\d+\.0+", v) for v in values) else values
+
+
+def _partition(values: Sequence[str]) -> list[int]:
+    """Number the values by their first appearance: equal for columns that divide the rows alike."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(value, len(seen)) for value in values]
+
+
+def _label_column(shown: str, cells: Mapping[str, Sequence[str]], candidates: Sequence[str]) -> str | None:
+    """Choose the column of classes; BadData where several divide the images in different ways."""
+    if not candidates:
+        return None
+    first = candidates[0]
+    if class_rank(first) == 0 and sum(class_rank(name) == 0 for name in candidates) == 1:
+        return first
+    if any(_partition(cells[name]) != _partition(cells[first]) for name in candidates[1:]):
+        names = " and ".join(map(printable, candidates))
+        raise BadData(f"{shown}: the columns {names} say different classes: call the one that counts `label`")
+    return first
+
+
+def _number_column(
+    cells: Mapping[str, Sequence[str]], candidates: Sequence[str], labels: Sequence[str] | None, notes: list[str]
+) -> str | None:
+    """Choose the column of numbers; an `index` that numbers the rows, as pandas writes it, is none."""
+    for name in candidates:
+        values = cells[name]
+        if labels and len(set(values)) == len(values) > len(set(labels)):
+            notes.append(f"the column {printable(name)} numbers the rows, not the classes")
+            continue
+        return name
+    return None
+
+
+def _number(shown: str, line: int, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < MAX_CLASSES):
+        raise BadData(
+            f"{shown}, line {line}: the index is {printable(text)!r}, expected a number from 0 to {MAX_CLASSES - 1}"
+        )
+    return int(text)
+
+
+def _names_by_number(
+    shown: str, lines: Sequence[int], numbers: Sequence[int], labels: Sequence[str]
+) -> tuple[str, ...]:
+    """Name the classes by their labels; a class that no image is of, or without labels, by its number."""
+    names: dict[int, str] = {}
+    for line, number, label in zip(lines, numbers, labels or map(str, numbers), strict=True):
+        name = names.setdefault(number, label)
+        if name != label:
+            both = f"{printable(name)!r} and {printable(label)!r}"
+            raise BadData(f"{shown}, line {line}: index {number} is called both {both}")
+    return tuple(names.get(number, str(number)) for number in range(max(numbers) + 1))
+
+
+def _one_hot(
+    shown: str,
+    cells: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    lines: Sequence[int],
+    expected: str,
+    columns: Sequence[str],
+) -> tuple[list[str], None]:
+    """Read one column a class, 1 where an image is of it."""
+    values = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+    names = [name for name in names if all(cell.lower() in values for cell in cells[name])]
+    if len(names) < 2:
+        raise NotATable(f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}")
+    labels = []
+    for i, line in enumerate(lines):
+        ones = [name for name in names if values[cells[name][i].lower()]]
+        if len(ones) != 1:
+            raise BadData(f"{shown}, line {line} has {len(ones)} classes: expected one class an image")
+        labels.append(unicodedata.normalize("NFC", ones[0]))
+    return labels, None
+
+
+def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[int]:
+    """Number the rows that count: of a file listed again with the same class only the first."""
+    first: dict[str, int] = {}
+    for i, file in enumerate(files):
+        j = first.setdefault(file, i)
+        if labels[i] != labels[j]:
+            raise BadData(f"{shown} lists {printable(file)} twice, in lines {lines[j]} and {lines[i]}")
+    if len(first) < len(files):
+        notes.append(f"{shown}: {len(files) - len(first)} lines list an image again with the same class")
+    return sorted(first.values())
+
+
+# ------------------------------------------------------------------------------------- finding the images
+
+
+class ImageIndex:
+    """The images of a place, found by what a table calls them."""
+
+    def __init__(self, place: Path, images: Iterable[str]) -> None:
+        self._place = place
+        self._paths = {unicodedata.normalize("NFC", path): path for path in images}
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Give the images with a file's name, with its name without the suffix, and with either in lower case."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for path in self._paths:
+            name = path.rpartition("/")[2]
+            stem = os.path.splitext(name)[0]
+            for key in dict.fromkeys((name, stem, "\0" + name.casefold(), "\0" + stem.casefold())):
+                found[key].append(path)
+        return found
+
+    def count(self, table: str, cells: Sequence[str]) -> int:
+        """Count the cells that name an image."""
+        return sum(bool(cell) and bool(self._candidates(table, cell)) for cell in cells)
+
+    def find_all(self, table: str, cells: Sequence[str], lines: Sequence[int], shown: str) -> list[str]:
+        """Give the image of each cell, relative to the place. BadData where some are not there, or are two."""
+        found, missing = [], []
+        for line, cell in zip(lines, cells, strict=True):
+            if not cell:
+                raise BadData(f"{shown}, line {line}: expected a file and its class")
+            candidates = self._candidates(table, cell)
+            if len(candidates) > 1:
+                raise BadData(
+                    f"{shown}, line {line}: {printable(cell)} may be {join_names(candidates, 3)}: write the folder too"
+                )
+            (missing.append(cell) if not candidates else found.append(candidates[0]))
+        if missing:
+            raise BadData(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
+        return found
+
+    def _candidates(self, table: str, cell: str) -> list[str]:
+        """Give the images that a cell may mean: those whose paths end most like it, and lie nearest to the table."""
+        folder = table.rpartition("/")[0]
+        name = unicodedata.normalize("NFC", cell.replace("\\", "/"))
+        while name.startswith("./"):
+            name = name[2:]
+        for inner in ("", "images"):
+            path = os.path.normpath(os.path.join(folder, inner, name))
+            if path in self._paths:
+                return [self._paths[path]]
+            if os.path.lexists(self._place / folder / inner / cell) and not os.path.isdir(
+                self._place / folder / inner / cell
+            ):
+                return [os.path.join(folder, inner, cell)]
+        parts = PurePosixPath(name).parts
+        if not parts:
+            return []
+        last = parts[-1]
+        those = self._by_name.get(last) or self._by_name.get("\0" + last.casefold(), [])
+        scores = [self._same_folders(path, parts) for path in those]
+        if len(parts) > 1 and not max(scores, default=0):  # a file of that name, but in another folder
+            those = [path for path in those if path.rpartition("/")[0] == folder]
+        if len(those) > 1:  # the more folders are the same, the better
+            those = [path for path in those if self._same_folders(path, parts) == max(scores)]
+        if len(those) > 1:  # train.csv means train/1.png rather than test/1.png
+            said = split_name(PurePosixPath(table).stem)
+            near = [
+                path
+                for path in those
+                if said and any((s := split_name(part)) and s.split == said.split for part in path.split("/")[:-1])
+            ]
+            those = near or [path for path in those if path.rpartition("/")[0] == folder] or those
+        return [self._paths[path] for path in those]
+
+    def _same_folders(self, path: str, parts: Sequence[str]) -> int:
+        """Count the folders, from the file upwards, in which a path and the parts of a cell agree."""
+        count = 0
+        for a, b in zip(reversed((self._place.name, *path.split("/")[:-1])), reversed(parts[:-1]), strict=False):
+            if a != b:
+                break
+            count += 1
+        return count

@@ -1,0 +1,271 @@
+"""Tars of images: their index, kept under XDG_CACHE_HOME, and the images read in place by their offsets.
+
+The layout of a tar is one of two. Class folders: as on a disk (see splits.py). WebDataset: the members of a sample
+share their name up to the first dot, and one of them gives its class, and perhaps its split:
+    .cls    a number or a name, as text
+    .json   an object with `label` or another name that a table's column may have (see tables.py); one without any is
+            metadata that is not read
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from onefold.data.dataset_info import LeftOut, Split
+from onefold.data.decode import MASKS, left_out_as, left_out_reason, masks_beside, printable
+from onefold.data.folders import folder_tree, join_names
+from onefold.data.remote import Blob, BlobReader
+from onefold.data.splits import (
+    NoClassFolders,
+    arrange,
+    arrange_split,
+    assign,
+    left_out_images,
+    split_name,
+    splits_of_folders,
+)
+from onefold.data.tables import class_rank, is_number_column, is_split_column
+from onefold.errors import BadData, NotWritable
+from onefold.storage import write_text
+
+_READ_BYTES = 4 << 20  # read at once while a tar's headers are read
+_CLASS_SUFFIXES = (".cls", ".json")
+_MAX_CLASS_BYTES = 1 << 20
+_INDEX_VERSION = 2  # of the kept index
+
+
+@dataclass(frozen=True, slots=True)  # there are as many as images
+class TarMember:
+    """An image in a tar: its name, where its bytes are, and its class and split if a member beside it gives them."""
+
+    name: str
+    offset: int
+    size: int
+    label: int | str | None = None
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The images of a tar in its order, and how many other members there are of each kind."""
+
+    members: list[TarMember]
+    others: Mapping[str, int]
+
+
+class TarImages:
+    """The images of one tar; `prefix` are the folders that all images of a dataset share."""
+
+    classes: tuple[str, ...] | None = None  # a tar does not name its classes in their order
+
+    def __init__(self, blob: Blob, members: Sequence[TarMember], labels: Sequence[int | str], prefix: str) -> None:
+        self.blob, self._members, self._prefix = blob, members, prefix
+        self.labels: list[int | str | None] = list(labels)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def select(self, rows: Sequence[int]) -> TarImages:
+        """Give some of the images."""
+        labels = [label for row in rows if (label := self.labels[row]) is not None]
+        return TarImages(self.blob, [self._members[row] for row in rows], labels, self._prefix)
+
+    def name(self, i: int) -> str:
+        """Give the image's name in the tar, without the shared folders, in NFC."""
+        return unicodedata.normalize("NFC", self._members[i].name.removeprefix(self._prefix))
+
+    def read(self, i: int) -> bytes:
+        """Read the bytes of image i. Raises BadData where they cannot be read."""
+        return self.blob.read(self._members[i].offset, self._members[i].size)
+
+    def num_bytes(self, i: int) -> int:
+        """Give the size of image i."""
+        return self._members[i].size
+
+
+def tars_by_split(
+    blobs: Sequence[Blob],
+    indexes: Sequence[TarIndex],
+    split: Split | None,
+    shown: str,
+    left_out: list[LeftOut],
+    notes: list[str],
+) -> dict[Split | None, list[TarImages]]:
+    """Divide the images of tars by what their samples say, or by the folders inside, and give each its class."""
+    names = [member.name for index in indexes for member in index.members]
+    labels = [member.label for index in indexes for member in index.members]
+    if not names:
+        raise BadData(f"{join_names([blob.name for blob in blobs], 3)} holds no images")
+    splits: list[Split | None]
+    if any(label is not None for label in labels):
+        missing = [name for name, label in zip(names, labels, strict=True) if label is None]
+        if missing:
+            raise BadData(f"{shown}: {len(missing)} images have no .cls or .json, the first: {printable(missing[0])}")
+        told = [member.split for index in indexes for member in index.members]
+        by_folders = splits_of_folders(names) or []
+        splits = told if any(told) else [*by_folders] or [split] * len(names)
+        if split is not None:
+            splits = [split] * len(names)
+        prefixes = dict.fromkeys(set(splits), "")
+        classes: list[int | str] = [label for label in labels if label is not None]
+        kept = [True] * len(names)
+    else:
+        tree = folder_tree(names)
+        try:
+            arranged = arrange(tree, shown, {}) if split is None else arrange_split(tree, shown, split)
+        except NoClassFolders as error:
+            flat = next((name for name in names if "/" not in name), names[0])
+            where = f"{blobs[0].name}: {printable(flat)}"
+            raise BadData(f"{where} is in no class folder and has no .cls or .json beside it") from error
+        assigned = assign(names, arranged)
+        kept = [each is not None for each in assigned]
+        splits = [arranged.folders[each[0]].split if each else None for each in assigned]
+        classes = [each[1] if each else "" for each in assigned]
+        roots: dict[Split | None, list[str]] = defaultdict(list)
+        for folder in arranged.folders:
+            roots[folder.split].append(f"{folder.root}/" if folder.root else "")
+        prefixes = {part: those[0] if len(those) == 1 else "" for part, those in roots.items()}
+        rest = [name for name, is_kept in zip(names, kept, strict=True) if not is_kept]
+        left_out += left_out_images(rest, arranged.reasons, "in no class folder")
+        notes += arranged.notes
+    found: dict[Split | None, list[TarImages]] = defaultdict(list)
+    start = 0
+    for blob, index in zip(blobs, indexes, strict=True):
+        rows = range(start, start + len(index.members))
+        start += len(index.members)
+        for part in dict.fromkeys(splits[row] for row in rows if kept[row]):
+            those = [row for row in rows if kept[row] and splits[row] == part]
+            members = [index.members[row - rows.start] for row in those]
+            found[part].append(TarImages(blob, members, [classes[row] for row in those], prefixes[part]))
+    return found
+
+
+def others_left_out(counts: Sequence[Mapping[str, int]]) -> list[LeftOut]:
+    """Say which members of tars are no images."""
+    total: Counter[str] = Counter()
+    for others in counts:
+        total.update(others)
+    return [
+        LeftOut(count=count, what=f"{kind} members" if kind.startswith(".") else kind, reason=left_out_reason(kind))
+        for kind, count in total.most_common()
+    ]
+
+
+def read_tar_index(blob: Blob) -> TarIndex:
+    """List the images of a tar, in its order. Raises BadData where it cannot be read or is no tar.
+
+    The index is kept under XDG_CACHE_HOME until the tar's identity changes (see `Blob.identity`).
+    """
+    key = hashlib.sha256(f"{_INDEX_VERSION} {blob.identity}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = home / "onefold" / "tars" / f"{key}.json"
+    try:
+        kept = json.loads(cached.read_text(encoding="utf-8"))
+        return TarIndex([TarMember(**entry) for entry in kept["members"]], dict(kept["others"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # not there yet, or damaged
+    others: Counter[str] = Counter()
+    members = _with_classes(blob, list(_walk_tar(blob, others)), others)
+    index = TarIndex(members, dict(others))
+    with suppress(NotWritable):  # then the tar is walked again the next time
+        write_text(cached, json.dumps(asdict(index)))
+    return index
+
+
+def _walk_tar(blob: Blob, others: Counter[str]) -> Iterator[tuple[TarMember, bytes]]:
+    """Walk the images, and with their bytes the members that give classes; `others` counts what is skipped."""
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(BlobReader(blob), _READ_BYTES), mode="r:") as tar:
+            for entry in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every one
+                name, suffix = entry.name.removeprefix("./"), os.path.splitext(entry.name)[1].lower()
+                if entry.isdir():
+                    continue
+                if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+                    others["hidden files"] += 1
+                elif not entry.isreg() or entry.sparse is not None:
+                    others["links and devices"] += 1
+                elif (kind := left_out_as(name, partial(blob.read, entry.offset_data, min(16, entry.size)))) is None:
+                    yield TarMember(name, entry.offset_data, entry.size), b""
+                elif suffix in _CLASS_SUFFIXES and entry.size <= _MAX_CLASS_BYTES:
+                    content = tar.extractfile(entry)
+                    yield TarMember(name, entry.offset_data, entry.size), content.read() if content else b""
+                else:
+                    others[kind] += 1
+    except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
+        if isinstance(error, BadData):
+            raise
+        raise BadData(f"{blob.name} is no tar that can be read, or damaged: {error}") from error
+    size = blob.num_bytes
+    if size % 512 or size < 1024:
+        raise BadData(f"{blob.name} is truncated: a tar's size is a multiple of 512 bytes, it has {size}")
+
+
+def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Counter[str]) -> list[TarMember]:
+    """Give the images, each with the class and split that members of the same sample give, where there are any."""
+    images = [m for m, _ in walked if not m.name.lower().endswith(_CLASS_SUFFIXES)]
+    if masks := set(masks_beside([m.name for m in images])):
+        others[MASKS] += len(masks)
+        images = [m for m in images if m.name not in masks]
+    labels: dict[str, tuple[str, int | str]] = {}
+    splits: dict[str, Split] = {}
+    for member, content in walked:
+        if member.name.lower().endswith(_CLASS_SUFFIXES):
+            key = _sample_key(member.name)
+            label, split = _parse_class(blob, member.name, content)
+            if split:
+                splits[key] = split
+            if label is None:
+                continue
+            name, given = labels.setdefault(key, (member.name, label))
+            if given != label:
+                raise BadData(
+                    f"{blob.name}: {join_names(sorted((name, member.name)))} say different classes, "
+                    f"{join_names(sorted(map(str, (given, label))))}"
+                )
+    keys = [_sample_key(m.name) for m in images]
+    nothing: tuple[str, None] = ("", None)
+    return [
+        TarMember(m.name, m.offset, m.size, labels.get(key, nothing)[1], splits.get(key))
+        for m, key in zip(images, keys, strict=True)
+    ]
+
+
+def _sample_key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | None, Split | None]:
+    """Give the class and the split that a member says; None where a .json is of other things."""
+    value: object = content.decode("utf-8", "surrogateescape").strip().removeprefix("\ufeff")
+    split = None
+    if name.lower().endswith(".json"):
+        try:
+            parsed = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise BadData(f"{blob.name}: {printable(name)} is not JSON: {error}") from error
+        record = parsed if isinstance(parsed, dict) else {}
+        columns = sorted((key for key in record if class_rank(key) is not None), key=lambda key: class_rank(key) or 0)
+        columns += [key for key in record if is_number_column(key)]
+        said = next((split_name(str(record[key])) for key in record if is_split_column(key)), None)
+        split = said.split if said else None
+        if not columns:
+            return None, split
+        value = record[columns[0]]
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "" or value == -1:
+        raise BadData(f"{blob.name}: expected in {printable(name)} a class: a number, a name, or an object with label")
+    return value, split
