@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onefold.commands.classes import all_outputs
 from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.folders import read_class_folders
@@ -26,7 +27,6 @@ from onefold.data.imagenet_variants import (
     imagenet_variant,
     mean_corruption_error,
     read_real_labels,
-    wordnet_ids,
 )
 from onefold.errors import BadData
 from onefold.storage import write_text
@@ -155,25 +155,7 @@ def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> 
 
 def class_indices(predictor: Predictor, source: Dataset) -> list[int]:
     """Give the network's index of each class of the source. Raises BadData where the classes cannot be the same."""
-    names, known = source.classes, predictor.classes
-    ids = wordnet_ids() if predictor.num_classes == 1000 else ()
-    if set(names) <= set(ids) and (known is None or not set(names) <= set(known)):
-        return [ids.index(name) for name in names]
-    by_number = names == tuple(map(str, range(len(names))))
-    fits = len(names) <= predictor.num_classes if by_number else len(names) == predictor.num_classes
-    if (known is None or by_number) and fits:
-        return list(range(len(names)))
-    if known is None or by_number:
-        raise BadData(
-            f"the data have {len(names)} classes and {predictor.title} has {predictor.num_classes}: "
-            "give data of its classes, or the names of its classes with --classes"
-        )
-    index = {name: i for i, name in enumerate(known)}
-    unknown = [name for name in names if name not in index]
-    if unknown:
-        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise BadData(f"the data have classes that {predictor.title} does not know: {shown}")
-    return [index[name] for name in names]
+    return all_outputs(source.classes, predictor.classes, predictor.num_classes, predictor.title)
 
 
 PREDICTIONS = "predictions.jsonl"

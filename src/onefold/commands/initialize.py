@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from onefold.commands.classes import all_outputs, match_classes
 from onefold.commands.open import open_network, open_predictor, weights_file
 from onefold.commands.timm import is_timm, open_pretrained
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
 from onefold.data.loader import Transform
 from onefold.data.sampler import shuffled
-from onefold.errors import BadArgument
+from onefold.errors import BadArgument, BadData
 from onefold.models import Classifier, create_model
+from onefold.models.hub import Card, load_model
 from onefold.models.mobileone import zero_init_branches_
 from onefold.models.parts import set_dropout_
 from onefold.recipes import Recipe
@@ -78,8 +80,11 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
         if recipe.start == "skips":
             zero_init_branches_(fresh)
         return _with_dropout(fresh, recipe)
-    model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights)
-    if recipe.head != "kept":
+    if recipe.head == "kept":
+        model, card = load_model(weights, name=recipe.model, in_chans=channels)
+        _move_head_(model, card, images.source.classes)
+    else:
+        model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights)
         _reset_head_(model, recipe, images)
     if recipe.start == "expanded" and not unfused_norms(model):
         model = _expand(model, fresh, recipe, images)
@@ -106,6 +111,36 @@ def _with_dropout(model: nn.Module, recipe: Recipe) -> nn.Module:
     if recipe.dropout is not None:
         set_dropout_(model, recipe.dropout)
     return model.train()
+
+
+def _move_head_(model: nn.Module, card: Card, classes: tuple[str, ...]) -> None:
+    """Give the network, whose classes are the card's, a last layer for these classes: each has the row of its name."""
+    assert isinstance(model, Classifier)
+    if card.classes is None and card.num_classes != len(classes):
+        _log.info("the weights do not name their %d classes: the head for %d is random", card.num_classes, len(classes))
+        model.reset_classifier(len(classes))
+        return
+    hint = "fit a new head: --head probe"
+    rows = match_classes(classes, card.classes, card.num_classes, f"the weights' network {card.model}", hint=hint)
+    if rows == list(range(card.num_classes)):
+        return
+    old = model.get_classifier()
+    assert isinstance(old, nn.Linear)
+    model.reset_classifier(len(classes))
+    new = model.get_classifier()
+    assert isinstance(new, nn.Linear)
+    kept = [(i, row) for i, row in enumerate(rows) if row is not None]
+    with torch.no_grad():
+        for i, row in kept:
+            new.weight[i], new.bias[i] = old.weight[row], old.bias[row]
+    fresh = [name for name, row in zip(classes, rows, strict=True) if row is None]
+    dropped = card.num_classes - len(kept)
+    _log.info(
+        "the weights' head: %d rows go to the classes of their names%s%s",
+        len(kept),
+        f"; {len(fresh)} classes that it does not know begin at random ({', '.join(fresh[:3])})" if fresh else "",
+        f"; {dropped} of its own are left out" if dropped else "",
+    )
 
 
 def _reset_head_(model: nn.Module, recipe: Recipe, images: TrainingImages) -> None:
@@ -279,16 +314,16 @@ class TeacherAdapter:
 
 
 def _class_map(teacher: Teacher, student: Student) -> Tensor | None:
-    if teacher.classes is not None and set(student.classes) <= set(teacher.classes):
-        indices = [teacher.classes.index(name) for name in student.classes]
-        return None if indices == list(range(teacher.num_classes)) else torch.tensor(indices, device=student.device)
-    if teacher.classes is None and teacher.num_classes == len(student.classes):
-        return None
-    known = f"{teacher.num_classes} classes" if teacher.classes is None else f"classes like {teacher.classes[0]!r}"
-    raise BadArgument(
-        f"the teacher {teacher.title} has {known}, the data have {len(student.classes)} like {student.classes[0]!r}: "
+    hint = (
         "fine-tune the teacher on these data first (onefold train --recipe photos:finetune), or name folders as it does"
     )
+    try:
+        title = f"the teacher {teacher.title}"
+        outputs = all_outputs(student.classes, teacher.classes, teacher.num_classes, title, hint=hint)
+    except BadData as error:
+        raise BadArgument(str(error)) from error
+    same = outputs == list(range(teacher.num_classes))
+    return None if same else torch.tensor(outputs, device=student.device)
 
 
 def _artifact_teacher(spec: str) -> Teacher:

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from onefold.commands.classes import read_class_names
 from onefold.commands.timm import is_timm, load_stored_timm, open_timm
 from onefold.data import Dataset, Preprocessing, open_dataset
 from onefold.data.dataset_info import Split
-from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
+from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
 from onefold.quantize import IntegerModel, QuantizationParams
@@ -27,7 +28,6 @@ from onefold.recipes import Data, Recipe
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import Artifact, load
 from onefold.runtimes.artifact import is_artifact
-from onefold.storage import read_lines
 
 Floats = NDArray[np.float32]
 
@@ -216,14 +216,10 @@ def _untrained(untrained: bool) -> dict[str, object]:
 
 
 def with_class_names(predictor: Predictor, classes: Path | None) -> Predictor:
-    """Give the predictor with class names from a file, one a line in the order of the logits; empty lines are none."""
+    """Give the predictor with the class names of a file (see `read_class_names`); None leaves it as it is."""
     if classes is None:
         return predictor
-    names = tuple(read_lines(classes))
-    if len(names) != predictor.num_classes:
-        raise BadData(
-            f"{classes} names {len(names)} classes, one per line; {predictor.title} has {predictor.num_classes}"
-        )
+    names = read_class_names(classes, predictor.num_classes, predictor.title)
     return replace(predictor, classes=names)
 
 

@@ -39,20 +39,22 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckp
 
 
 def load_model(
-    source: str | Path, *, name: str | None = None, num_classes: int | None = None
+    source: str | Path, *, name: str | None = None, num_classes: int | None = None, in_chans: int | None = None
 ) -> tuple[nn.Module, Card]:
     """Load a network, in eval mode, and its card from a file, a folder, or an id of the hub ("timm/mobileone_s0...").
 
     The model's name is taken from the card, or guessed from the tensors' shapes; `name` is needed where neither is
     enough. Weights that are fused give the fused network. For another `num_classes` than the file's the classifier has
-    a random initialization, and the card says so. Raises BadCheckpoint, BadArgument.
+    a random initialization, and the card says so; for other `in_chans` the stem is adapted. Raises BadCheckpoint,
+    BadArgument.
     """
     file, weights = _open(source)
     known = _model_name(weights, name)
     classes = weights.num_classes if num_classes is None else num_classes
-    fresh = build(known, classes, weights.in_chans)
+    channels = weights.in_chans if in_chans is None else in_chans
+    fresh = build(known, classes, channels)
     model = load_into_(fresh, weights, known).eval()
-    return model, _card(weights, file, known, model is not fresh, classes)
+    return model, replace(_card(weights, file, known, model is not fresh, classes), in_chans=channels)
 
 
 def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
