@@ -20,6 +20,8 @@ from onefold.errors import GateFailed
 from onefold.recipes import Recipe, find_recipe
 from onefold.runtimes import load, open_artifact
 
+pytestmark = pytest.mark.timeout(1200)  # a minute where nothing else runs; on a busy machine the whole path takes many
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -215,6 +215,7 @@ def test_export_writes_the_other_runtimes_before_a_parity_gate_fails(
     assert not (out / "openvino-fp32").exists()
 
 
+@pytest.mark.slow
 def test_the_costliest_layers_can_be_left_in_32_bits(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

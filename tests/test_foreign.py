@@ -71,6 +71,7 @@ def test_drawn_weights_give_answers_that_depend_on_the_image(timm, name):
     assert (logits[0] - logits[1]).norm() > 0.01 * logits.norm()
 
 
+@pytest.mark.slow
 def test_fused_by_us_kept_exported_and_measured(timm, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["fuse", f"timm:{SMALL}", "--out", "f.safetensors"]) == 0

@@ -25,7 +25,11 @@ from onefold.reparam.moments import merged_kernel
 from onefold.runtimes import load
 
 SHAPE = (3, 32, 32)
-FAMILIES = ("mobileone_s0", "mobileone_s4", "mobilenetv1_025", "mobileformer_26m")
+FAMILIES = (
+    "mobileone_s0",
+    "mobilenetv1_025",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobileone_s4", "mobileformer_26m")),
+)
 
 
 def lively(*args: int) -> nn.Module:
