@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onefold.data import Dataset, ImageFiles, ImageLoader, Subset, find_images, open_dataset
+from onefold.cli import main
+from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import IMAGENET
 from onefold.errors import BadArgument, BadData, MissingExtra
@@ -267,3 +268,32 @@ def test_the_fingerprint_sees_names_sizes_labels_and_classes(tmp_path: Path) -> 
     (tmp_path / "a/1.png").unlink()
     prints.add(fingerprint(one))
     assert len(prints) == 7
+
+
+def test_data_prints_what_a_place_is_and_leaves_nothing_unsaid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, [f"{side}/{kind}/{i}.png" for side in ("train", "valid") for kind in "ab" for i in range(2)])
+    write_images(tmp_path, ["test/1.png", "cover.png"])
+    (tmp_path / "train/a/notes.txt").write_text("a note")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    (tmp_path / "old.tar").write_bytes(b"")
+    assert main(["data", str(tmp_path), "--json"]) == 0
+    info = DatasetInfo.from_dict(json.loads(capsys.readouterr().out))
+    assert (info.classes, info.class_order, info.container) == (("a", "b"), "sorted by name", "class folders")
+    assert [(split.name, split.source, split.images_per_class) for split in info.splits] == [
+        ("train", "train/", (2, 2)),
+        ("val", "valid/", (2, 2)),
+    ]
+    assert [(one.count, one.what) for one in info.left_out] == [
+        (1, "images in no folder"),
+        (1, "images in test/"),
+        (1, ".tar file"),
+        (1, ".txt file"),
+        (1, "hidden file"),
+    ]
+    assert main(["data", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == info.lines()
+    assert len(info.lines(3)) == 3
+    assert info.lines(3)[-1] == f"  and 6 more lines: onefold data {tmp_path}"

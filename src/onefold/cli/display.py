@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onefold.commands.models import Row
     from onefold.commands.predict import Prediction
     from onefold.commands.train import TrainResult
+    from onefold.data import DatasetInfo
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
     from onefold.train import Progress
@@ -162,6 +163,12 @@ def _expected(recipe: Recipe) -> str:
     if recipe.expect is None:
         return "-"
     return f"{recipe.expect.top1:.1f} ({recipe.expect.source})"
+
+
+def dataset(info: DatasetInfo, *, most: int | None = 8) -> None:
+    """What a dataset holds, in a few lines on stderr."""
+    for line in info.lines(most):
+        print(line, file=sys.stderr, flush=True)
 
 
 def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:

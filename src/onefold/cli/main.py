@@ -94,8 +94,9 @@ def train(
 ) -> None:
     """Train a network by a recipe. Any field of it can be overridden: --plan.epochs 5, --data.seed 1 ...
 
-    The complete recipe is printed and saved with the run. Photos lie in class folders: data/train/<class>/ and
-    data/val/<class>/, or data/<class>/, which is then split by a stated seed.
+    The complete recipe is printed and saved with the run, and so is what was found in the data. Photos lie in class
+    folders: data/train/<class>/ and data/val/<class>/, or data/<class>/, which is then split by a stated seed; `onefold
+    data PLACE` shows how any other place is understood.
     """
     from onefold.commands.train import Callbacks, resume_run, start_run
     from onefold.recipes import recipe_for, recipes
@@ -119,7 +120,7 @@ def train(
         return
     services = tuple(name.strip() for name in log_to.split(",") if name.strip())
     with display.training() as on_progress:
-        callbacks = Callbacks(on_progress=on_progress, on_start=display.recipe)
+        callbacks = Callbacks(on_progress=on_progress, on_start=display.recipe, on_data=display.dataset)
         if resume is not None:
             if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
                 raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
@@ -129,6 +130,28 @@ def train(
             folder = out or Path("runs") / chosen.name.replace(":", "-")
             outcome = start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check)
     display.trained(outcome)
+
+
+@app.command()
+def data(
+    place: Annotated[str, Argument(help='a folder, tar shards, Parquet files, a table of labels, or "digits"')],
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="of the split, where val is cut out of train")] = 0,
+    val_fraction: Annotated[float, Option(min=0.0, max=1.0, help="the share of val, where it is cut")] = 0.2,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a dataset is before it is used: its classes, its splits and where they come from, and what is left out.
+
+    Nothing is decoded. `train`, `eval`, `export` and `deploy` read a place in the same way.
+    """
+    from onefold.data import read_dataset
+
+    with display.waiting(f"reading {place}"):
+        info = read_dataset(place, seed=seed, val_fraction=val_fraction).info
+    if as_json:
+        display.emit_json([info.to_dict()])
+        return
+    for line in info.lines():
+        display.say(line)
 
 
 @app.command("eval")

@@ -17,8 +17,7 @@ from torch import nn
 
 from onefold.commands.classes import read_class_names
 from onefold.commands.timm import is_timm, load_stored_timm, open_timm
-from onefold.data import Dataset, Preprocessing, open_dataset
-from onefold.data.dataset_info import Split
+from onefold.data import Dataset, DatasetSplits, Preprocessing, read_dataset
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
@@ -293,19 +292,19 @@ def read_recipe(out: Path) -> Recipe:
 def validation_images(source: str | Path, data: str | None) -> tuple[Dataset, str]:
     """Open the labelled images to evaluate on; gives their title too.
 
-    Without `data` they are the validation images of the run in `source`. Of a folder they are those in val/ where it
-    has one, and else all; of "digits" those that the demo does not train on.
+    Without `data` they are the validation images of the run in `source`. Of a place they are val where it has one, else
+    test, and else all; of "digits" those that the demo does not train on.
     """
     if data is None:
         run = Path(source)
         if not (run / RECIPE).is_file():
             raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
         recipe = read_recipe(run)
-        return open_data(recipe.data, "val"), f"{recipe.data.spec} (held out)"
-    images = Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0)
-    return open_data(images, "val"), data
+        return read_data(recipe.data).open("val"), f"{recipe.data.spec} (held out)"
+    splits = read_data(Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0))
+    return splits.open(splits.scored), data
 
 
-def open_data(data: Data, split: Split) -> Dataset:
-    """Open one split of a recipe's data."""
-    return open_dataset(data.spec, split, seed=data.seed, val_fraction=data.val_fraction)
+def read_data(data: Data) -> DatasetSplits:
+    """Read a recipe's data."""
+    return read_dataset(data.spec, seed=data.seed, val_fraction=data.val_fraction)

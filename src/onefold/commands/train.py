@@ -16,9 +16,10 @@ from torch import nn
 
 from onefold.commands.evaluate import PREDICTIONS, evaluate, write_predictions
 from onefold.commands.initialize import TrainingImages, fold_frozen_, init_network, open_teachers, resumed_network
-from onefold.commands.open import RECIPE, Network, open_data, open_predictor, read_recipe
-from onefold.data import CachedDataset, Dataset, ImageLoader, MixupLoader, Preprocessing
+from onefold.commands.open import RECIPE, Network, open_predictor, read_data, read_recipe
+from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
+from onefold.data.dataset_info import SPLITS
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import resolve
 from onefold.models.hub import Card
@@ -54,9 +55,10 @@ _log = logging.getLogger("onefold")
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What is called during a training: `on_start` before the first step, `on_progress` after each step."""
+    """What is called during a training: `on_start` and `on_data` before the first step, `on_progress` after each."""
 
     on_start: Callable[[Recipe], None] | None = None
+    on_data: Callable[[DatasetInfo], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
 
 
@@ -98,7 +100,8 @@ def resume_run(out: Path, *, callbacks: Callbacks = NO_CALLBACKS, log_to: Sequen
 
 def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str], check: bool) -> TrainResult:
     resolve(recipe.model)  # an unknown name is an error before the data are read
-    training, validation = (CachedDataset(open_data(recipe.data, split)) for split in ("train", "val"))
+    data = read_data(recipe.data)
+    training, validation = (CachedDataset(data.open(split)) for split in SPLITS[:2])
     with start_world() as world:
         resume = world.broadcast(RunFolder(out).has_run)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
@@ -133,6 +136,8 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
             checked = _check(training, validation, recipe.preprocessing.size) if check else None
             if callbacks.on_start:
                 callbacks.on_start(recipe)
+            if callbacks.on_data:
+                callbacks.on_data(data.info)
             write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
             if checked:
                 write_text(out / CHECK, json.dumps(asdict(checked), indent=1) + "\n")

@@ -162,7 +162,13 @@ class Listing:
             what = "folder" + "s" * (len(self.outputs) > 1)
             found.append(LeftOut(count=len(self.outputs), what=what, reason=reason, examples=tuple(self.outputs[:3])))
         if self.hidden:
-            found.append(LeftOut(count=self.hidden, what="hidden files", reason="names with a dot, system folders"))
+            found.append(
+                LeftOut(
+                    count=self.hidden,
+                    what="hidden file" + "s" * (self.hidden > 1),
+                    reason="names with a dot, system folders",
+                )
+            )
         return found
 
 
