@@ -109,6 +109,9 @@ def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
     assert read_text(tmp_path / "latin") == os.fsdecode(b"caf\xe9\n\xe7a")
     (tmp_path / "accents").write_text("\ufeffcafé\x85naïve\n", encoding="utf-16-le")  # U+0085 ends no line
     assert read_lines(tmp_path / "accents") == ["café\x85naïve"]
+    (tmp_path / "binary").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)))
+    with pytest.raises(BadData, match="is not text"):
+        read_text(tmp_path / "binary")
     os.mkfifo(tmp_path / "pipe")
     for place, sentence in (
         (tmp_path, "is not a file"),

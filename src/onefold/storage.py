@@ -86,6 +86,8 @@ def read_text(path: Path) -> str:
         wide = max(zeros) > len(data[:512]) // 4 and not min(zeros)
         encoding = "utf-8" if not wide else "utf-16-be" if zeros[0] else "utf-16-le"
     text = data.decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace").removeprefix("\ufeff")
+    if "\0" in text:
+        raise BadData(f"cannot read {shown}: it is not text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
