@@ -29,6 +29,7 @@ from onefold.data import (
     open_dataset,
 )
 from onefold.data.crop import Crop, CropBox
+from onefold.data.preprocessing import ValueRange
 
 SMALL = Preprocessing(size=8, crop_pct=1.0)
 CROP_AND_FLIP = Augment(steps=(RandomResizedCrop(size=8, scale=(0.3, 1.0)), HorizontalFlip()), preprocessing=SMALL)
@@ -62,8 +63,11 @@ class Shades:
     def name(self, i: int) -> str:
         return f"shade-{i}"
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         return Image.new("RGB", (8, 8), (i % 256, i // 256, 0))
+
+    def samples(self, i: int) -> None:
+        """Eight bits."""
 
     def num_bytes(self, i: int) -> int:
         return 192
@@ -99,7 +103,7 @@ class Pictures:
     def __len__(self) -> int:
         return 24
 
-    def image(self, i: int, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         return picture(i)
 
     def crop(self, i: int, window: CropBox) -> Crop:

@@ -28,6 +28,7 @@ from onefold.data import (
 from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import decode
 from onefold.data.fingerprint import fingerprint
+from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
 from pictures import (
     CROP_AND_FLIP,
@@ -227,7 +228,7 @@ def test_training_decodes_large_photos_small_and_evaluation_does_not(tmp_path: P
         def digest(self, i: int) -> str:
             return ""
 
-        def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+        def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
             image = self.source.image(i, min_side=min_side)
             sizes.append(image.size)
             return image

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.data import Preprocessing
-from onefold.data.preprocessing import IMAGENET
-from onefold.errors import BadArgument
-from pictures import noise
+from onefold.data import (
+    Augment,
+    CachedDataset,
+    CentreCrop,
+    ImageFiles,
+    ImageLoader,
+    Preprocessing,
+    RandomResizedCrop,
+    Resize,
+)
+from onefold.data.crop import CropBox
+from onefold.data.decode import decode, read_samples
+from onefold.data.preprocessing import IMAGENET, ValueRange
+from onefold.data.value_range import measure_value_range, mismatch
+from onefold.errors import BadArgument, BadData
+from pictures import noise, photos
+from test_decode import png
 
 
 @pytest.mark.parametrize(
@@ -78,3 +93,129 @@ def test_preprocessing_goes_through_json_and_refuses_what_cannot_be() -> None:
     ):
         with pytest.raises(BadArgument, match="preprocessing"):
             Preprocessing.from_dict(bad)
+
+
+# ------------------------------------------------------------------------------- more than 8 bits a sample
+
+
+def deep_files(folder: Path, low: float, high: float, suffix: str = ".png", dtype: str = "uint16") -> ImageFiles:
+    """Six images whose samples fill low to high between them."""
+    names = [f"{i}{suffix}" for i in range(6)]
+    for i, name in enumerate(names):
+        samples = np.linspace(low, high, 48 * 6).reshape(6, 6, 8)[i].astype(dtype)
+        Image.fromarray(samples).save(folder / name)
+    return ImageFiles(folder, names, [0] * 6, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value_range"),
+    [
+        (0, 200, (0, 255)),
+        (0, 1000, (0, 1023)),
+        (0, 1023, (0, 1023)),
+        (90, 4000, (0, 4095)),
+        (0, 16000, (0, 16383)),
+        (0, 65535, (0, 65535)),
+        (5000, 60000, (0, 65535)),
+        (7000, 8500, (6850, 8650)),  # thermal: degrees around a room's
+        (60000, 65535, (59446, 65535)),
+        (20, 40, (18, 42)),
+        (3000, 3000, (2999, 3001)),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_the_range_of_deep_samples_is_that_of_the_set(
+    tmp_path: Path, low: int, high: int, value_range: ValueRange, suffix: str
+) -> None:
+    measured = measure_value_range(deep_files(tmp_path, low, high, suffix))
+    assert measured is not None
+    assert (measured.value_range, measured.is_float) == (value_range, False)
+    assert f"{value_range[1]:g} as white" in measured.sentence
+    assert measured.is_full == (value_range == (0, 65535))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "value_range"),
+    [
+        (0.0, 1.0, "float32", (0, 1)),
+        (0.0, 255.0, "float32", (0, 255)),
+        (20.0, 40.0, "float32", (18, 42)),  # degrees
+        (-1000.0, 1000.0, "float32", (-1200, 1200)),
+        (-1000, 3000, "int32", (-1400, 3400)),
+    ],
+)
+def test_floats_and_signed_samples_get_a_range_too(
+    tmp_path: Path, low: float, high: float, dtype: str, value_range: ValueRange
+) -> None:
+    images = deep_files(tmp_path, low, high, ".tif", dtype)
+    with pytest.raises(BadData, match="range is not known"):
+        images.image(0)
+    measured = measure_value_range(images)
+    assert measured is not None
+    assert measured.is_float
+    assert measured.value_range == pytest.approx(value_range)
+    greys = np.concatenate([np.asarray(images.image(i, value_range=measured.value_range))[..., 0] for i in range(6)])
+    assert (np.diff(greys.ravel().astype(int)) >= 0).all()  # levels are kept, over the whole set
+    assert len(np.unique(greys)) > 150
+
+
+def test_eight_bits_have_no_range_and_a_dead_pixel_does_not_count(tmp_path: Path) -> None:
+    assert measure_value_range(photos(tmp_path / "8 bits", 4)) is None
+    samples = np.full((100, 100), 7000, np.uint16)
+    samples[:50] = 8000
+    samples[3, 3], samples[7, 7] = 0, 65535
+    Image.fromarray(samples).save(tmp_path / "0.png")
+    measured = measure_value_range(ImageFiles(tmp_path, ["0.png"], [0], ("a",)))
+    assert measured is not None
+    assert measured.value_range == (6900, 8100)
+
+
+def test_one_value_is_one_grey_in_every_file_and_way_of_reading(tmp_path: Path) -> None:
+    images = deep_files(tmp_path, 0, 4095)
+    preprocessing = Preprocessing(size=4, crop_pct=1.0, value_range=(0, 4095))
+    for i in range(6):
+        stored = np.asarray(Image.open(tmp_path / images.names[i])).astype(float)
+        greys = np.asarray(images.image(i, value_range=(0, 4095)))
+        np.testing.assert_array_equal(greys, np.repeat(np.rint(stored * 255 / 4095)[..., None], 3, axis=-1))
+        box = CropBox(size=6, place=lambda sides: (0, 0, 6, 6), value_range=(0, 4095))
+        for cut in (images.crop(i, box), CachedDataset(images).crop(i, box)):
+            np.testing.assert_array_equal(cut.resized(), greys[:, :6])
+    augment = Augment(steps=(RandomResizedCrop(size=4, scale=(1.0, 1.0)),), preprocessing=preprocessing)
+    for transform in (
+        preprocessing,
+        augment,
+        Augment(steps=(Resize(size=4), CentreCrop(size=4)), preprocessing=preprocessing),
+    ):
+        batch, _ = next(ImageLoader(images, transform, batch_size=6).epoch(0))
+        assert batch.max() - batch.min() > 3.5  # of 4.4 from black to white; unscaled it would be 0.3
+
+
+def test_sixteen_bit_colours_are_scaled_with_both_their_bytes() -> None:
+    levels = np.array([0, 1, 100, 2048, 4094, 4095])
+    for colour, channels in ((2, 3), (6, 4)):  # RGB, RGBA
+        samples = np.repeat(levels, channels).astype(">u2").reshape(6, channels)
+        if channels == 4:
+            samples[:, 3] = 65535
+        data = png(6, 1, b"\0" + samples.tobytes(), depth=16, colour=colour)
+        np.testing.assert_array_equal(read_samples(data), np.repeat(levels, 3).reshape(1, 6, 3))
+        greys = np.rint(levels * 255 / 4095).astype(int)
+        seen = np.asarray(decode(data, value_range=(0, 4095))).astype(int)
+        np.testing.assert_array_equal(seen, np.repeat(greys, 3).reshape(1, 6, 3))
+
+
+def test_a_network_says_where_it_would_see_deep_samples_nearly_uniform(tmp_path: Path) -> None:
+    images = deep_files(tmp_path, 7000, 8500)
+    assert "this network takes 0 as black and 65535 as white" in (mismatch(images, None) or "")
+    assert "takes 0 as black and 4095 as white" in (mismatch(images, (0, 4095)) or "")
+    assert mismatch(images, (6850, 8650)) is None
+    assert mismatch(images, (7200, 8800)) is None
+    assert mismatch(photos(tmp_path / "8 bits", 4), (6850, 8650)) is None
+
+
+def test_a_value_range_is_kept_where_there_is_one() -> None:
+    assert "value_range" not in Preprocessing().to_dict()
+    deep = Preprocessing(value_range=(0, 4095))
+    assert Preprocessing.from_dict(json.loads(json.dumps(deep.to_dict()))) == deep
+    for wrong in ((5, 5), (6, 5), (0, math.inf), (0, math.nan)):
+        with pytest.raises(BadArgument, match="value_range"):
+            Preprocessing(value_range=wrong)

@@ -18,6 +18,7 @@ import torch
 
 from onefold.commands.classes import all_outputs
 from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
+from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
@@ -145,6 +146,7 @@ def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> 
     Images that cannot be read are left out and named in the log. Raises BadData where none can be read.
     """
     index = torch.tensor(class_indices(predictor, source))
+    say_mismatch(source, predictor.preprocessing)
     batches = ImageLoader(source, predictor.preprocessing, batch_size=batch_size, on_bad="skip", max_bad=len(source))
     score = accuracy(predictor.session, ((images, index[labels]) for images, labels in batches.epoch(0)))
     if not batches.bad:
@@ -189,7 +191,7 @@ def _lines(predictor: Predictor, images: Dataset, score: Accuracy, data: str) ->
 
 def _picture(predictor: Predictor, images: Dataset, i: int) -> str | None:
     try:
-        image = predictor.preprocessing.crop(images.image(i))
+        image = predictor.preprocessing.crop(images.image(i, value_range=predictor.preprocessing.value_range))
     except BadData:
         return None
     scale = max(1, _SIDE // image.width) if image.width < _SIDE else _SIDE / image.width

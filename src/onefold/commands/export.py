@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from onefold.commands.open import TOLERANCE, Floats, Network, open_network
+from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, Preprocessing, find_images, open_dataset
-from onefold.data.decode import decode
 from onefold.data.folders import ImageFiles
 from onefold.errors import BadArgument, BadData, GateFailed
 from onefold.models import cost
@@ -177,11 +176,12 @@ def _images(order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
     """The photos (B, C, H, W), chosen evenly; what cannot be read is left out and named."""
     if order.count < 2:
         raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
-    count, read = _photos(order.data)
-    chosen, photos = _spread(count, order.count), list[Floats]()
+    source = _photos(order.data)
+    say_mismatch(source, preprocessing)
+    chosen, photos = _spread(len(source), order.count), list[Floats]()
     for number, index in enumerate(chosen):
         try:
-            photos.append(preprocessing(read(index)))
+            photos.append(preprocessing(source.image(index, value_range=preprocessing.value_range)))
         except BadData as error:
             left_out = number + 1 - len(photos)
             _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(chosen), error)
@@ -190,14 +190,12 @@ def _images(order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
     return torch.from_numpy(np.stack(photos))
 
 
-def _photos(data: str) -> tuple[int, Callable[[int], Image.Image]]:
-    """How many there are, and how to read one: the training part where the photos have classes, else all of them."""
+def _photos(data: str) -> Dataset:
+    """The training part where the photos have classes, else all of them."""
     try:
-        source = open_dataset(data, "train", seed=0, val_fraction=_HELD_OUT)
+        return open_dataset(data, "train", seed=0, val_fraction=_HELD_OUT)
     except BadData:
-        paths = find_images([data])
-        return len(paths), lambda i: decode(paths[i])
-    return len(source), source.image
+        return unlabelled(data)
 
 
 def held_out(data: str) -> Dataset:

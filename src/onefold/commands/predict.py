@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from onefold.commands.open import Floats, Predictor
-from onefold.data import Preprocessing
+from onefold.data import Dataset, ImageFiles, Preprocessing
 from onefold.data.decode import decode
+from onefold.data.value_range import mismatch
 from onefold.errors import BadArgument, BadData
+
+_log = logging.getLogger("onefold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ def predict(
     """Give predictions in the order of `images`; one that cannot be read has a `problem`, and the others go on."""
     if top < 1 or batch_size < 1:
         raise BadArgument(f"top and batch_size must be 1 or more, not {top} and {batch_size}")
+    names = [str(path) for path in images]
+    say_mismatch(ImageFiles(Path(), names, [0] * len(names), ("photos",)), predictor.preprocessing)
     for start in range(0, len(images), batch_size):
         paths = images[start : start + batch_size]
         read = [_preprocess(path, predictor.preprocessing) for path in paths]
@@ -41,9 +47,16 @@ def predict(
                 yield Prediction(path=path, best=_best(predictor, next(logits), top))
 
 
+def say_mismatch(images: Dataset, preprocessing: Preprocessing) -> None:
+    """Log a warning where images have samples that the network's value range makes nearly uniform."""
+    sentence = mismatch(images, preprocessing.value_range)
+    if sentence:
+        _log.warning("%s", sentence)
+
+
 def _preprocess(path: Path, preprocessing: Preprocessing) -> Floats | str:
     try:
-        return preprocessing(decode(path))
+        return preprocessing(decode(path, value_range=preprocessing.value_range))
     except BadData as error:
         return str(error)
 

@@ -20,6 +20,7 @@ from onefold.commands.open import RECIPE, Network, open_predictor, read_data, re
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
 from onefold.data.dataset_info import SPLITS
+from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import resolve
 from onefold.models.hub import Card
@@ -104,6 +105,8 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
     training, validation = (CachedDataset(data.open(split)) for split in SPLITS[:2])
     with start_world() as world:
         resume = world.broadcast(RunFolder(out).has_run)
+        if not resume:
+            recipe = _with_value_range(recipe, training, world)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
             # A recipe that does not say how many logical workers gets as many as the processes it is started in.
             recipe = replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
@@ -133,7 +136,7 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
 
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
         if not resume and world.is_main:
-            checked = _check(training, validation, recipe.preprocessing.size) if check else None
+            checked = _check(training, validation, recipe.preprocessing) if check else None
             if callbacks.on_start:
                 callbacks.on_start(recipe)
             if callbacks.on_data:
@@ -251,9 +254,19 @@ class Evaluator:
         return {**accuracy(evaluated, batches.epoch(0)).metrics(), "drift": drift}
 
 
-def _check(training: Dataset, validation: Dataset, size: int) -> DataCheck:
+def _with_value_range(recipe: Recipe, training: Dataset, world: World) -> Recipe:
+    """The recipe with the value range of the training images, where they have more than 8 bits and it has none yet."""
+    measured = None if recipe.preprocessing.value_range else measure_value_range(training)
+    if measured is None or measured.is_full:
+        return recipe
+    if world.is_main:
+        _log.warning("the data: %s", measured.sentence)
+    return replace(recipe, preprocessing=replace(recipe.preprocessing, value_range=measured.value_range))
+
+
+def _check(training: Dataset, validation: Dataset, preprocessing: Preprocessing) -> DataCheck:
     """Check the data and log the warnings; raises BadData for an error."""
-    checked = check_data(training, validation, size)
+    checked = check_data(training, validation, preprocessing.size, preprocessing.value_range)
     for finding in checked.findings:
         if not finding.is_error:
             _log.warning("the data: %s", finding.text)

@@ -271,7 +271,9 @@ class Augment:
     def crop_box(self, rng: np.random.Generator) -> CropBox | None:
         """Give the crop that the first transform takes of the stored picture; None where it needs the whole picture."""
         first = self.steps[0] if self.steps else None
-        return first.crop_box(rng) if isinstance(first, RandomResizedCrop) else None
+        if not isinstance(first, RandomResizedCrop):
+            return None
+        return replace(first.crop_box(rng), value_range=self.preprocessing.value_range)
 
     def after_crop(self, crop: Crop, rng: np.random.Generator) -> NDArray[np.float32]:
         """Apply the transforms after the first to the crop that `crop_box` asked for: float32 (C, H, W)."""

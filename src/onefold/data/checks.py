@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from onefold.data.dataset import Dataset
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.preprocessing import Preprocessing
+from onefold.data.preprocessing import Preprocessing, ValueRange
 from onefold.data.sampler import shuffled
 from onefold.errors import BadData
 
@@ -71,14 +71,17 @@ class DataCheck:
             raise BadData(f"{errors[0]}{more} (if that is meant, train with --no-check)")
 
 
-def check_data(train: Dataset, val: Dataset, size: int) -> DataCheck:
-    """Check the data of a training whose network takes `size` x `size` pixels."""
+def check_data(train: Dataset, val: Dataset, size: int, value_range: ValueRange | None = None) -> DataCheck:
+    """Check the data of a training whose network takes `size` x `size` pixels, decoded with `value_range`."""
     findings = list(_check_classes(train, val))
     num_train = num_val = 0
     if not any(finding.is_error for finding in findings):
-        stats = thumbnail_stats(train, MAX_TRAIN, other=val), thumbnail_stats(val, MAX_VAL, other=train)
+        stats = (
+            thumbnail_stats(train, MAX_TRAIN, other=val, value_range=value_range),
+            thumbnail_stats(val, MAX_VAL, other=train, value_range=value_range),
+        )
         num_train, num_val = (len(side) + len(side.unread) for side in stats)
-        findings += [*_check_pictures(*stats), *_check_size(train, size)]
+        findings += [*_check_pictures(*stats), *_check_size(train, size, value_range)]
         if len(stats[0]) and len(stats[1]):
             findings += [*_check_duplicates(*stats), *_check_labels(*stats)]
     findings.sort(key=lambda finding: not finding.is_error)
@@ -159,14 +162,14 @@ def _check_pictures(train: ThumbnailStats, val: ThumbnailStats) -> Iterator[Find
             yield Finding(text, is_error=2 * len(flat) >= len(stats))
 
 
-def _check_size(train: Dataset, size: int) -> Iterator[Finding]:
+def _check_size(train: Dataset, size: int, value_range: ValueRange | None) -> Iterator[Finding]:
     """Find whether half of the photos are enlarged by more than two. One that is smaller than `size` comes whole."""
     if size <= _SMALL_INPUT:
         return
     shorter: list[int] = []
     for i in range(0, len(train), max(1, len(train) // _NUM_SIZED)):
         try:
-            shorter.append(min(train.image(i, min_side=size).size))
+            shorter.append(min(train.image(i, min_side=size, value_range=value_range).size))
         except BadData:
             continue
     middle = sorted(shorter)[len(shorter) // 2] if shorter else size
@@ -274,7 +277,9 @@ class ThumbnailStats:
         return flat
 
 
-def thumbnail_stats(dataset: Dataset, most: int, other: Dataset | None = None) -> ThumbnailStats:
+def thumbnail_stats(
+    dataset: Dataset, most: int, other: Dataset | None = None, value_range: ValueRange | None = None
+) -> ThumbnailStats:
     """Compute the statistics of all pictures, or of `most`: those with equal file sizes first, then a sample.
 
     Equal sizes are sought within `dataset` and between it and `other`, so that a copy is found however many images
@@ -284,7 +289,7 @@ def thumbnail_stats(dataset: Dataset, most: int, other: Dataset | None = None) -
     unread: list[str] = []
     for i in _select(dataset, most, other):
         try:
-            image = dataset.image(i, min_side=_DECODED_SIDE)
+            image = dataset.image(i, min_side=_DECODED_SIDE, value_range=value_range)
         except BadData as error:
             unread.append(str(error))
             continue

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, Split, Split
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
 from onefold.data.places import PlaceImages, read_place
+from onefold.data.preprocessing import ValueRange
 from onefold.data.splits import SplitImages, different_classes
 from onefold.errors import BadArgument, BadData, MissingExtra
 
@@ -47,8 +48,14 @@ class Dataset(Protocol):
     def name(self, i: int) -> str:
         """Give the name of image i: the same wherever the dataset lies."""
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
-        """Decode image i, RGB; with `min_side` above 0 perhaps at a smaller scale, each side no less than that."""
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
+        """Decode image i, RGB; with `min_side` above 0 perhaps at a smaller scale, each side no less than that.
+
+        `value_range` are the values that become 0 and 255 where samples have more than 8 bits.
+        """
+
+    def samples(self, i: int) -> NDArray[Any] | None:
+        """Read the samples of image i as stored, (h, w) or (h, w, 3), where they have more than 8 bits, else None."""
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Decode a crop of image i; no more of the image need be decoded."""
@@ -79,9 +86,12 @@ class Digits:
         """Give the number of image i in scikit-learn's order."""
         return f"digit-{i:04d}"
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         """Give image i, 8 x 8, RGB."""
         return Image.fromarray(self.pixels[i]).convert("RGB")
+
+    def samples(self, i: int) -> None:
+        """Give None: digits have 8 bits."""
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Give a crop of image i."""
@@ -119,9 +129,13 @@ class Subset:
         """Give the name of image i of the subset."""
         return self.dataset.name(self.indices[i])
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         """Decode image i of the subset."""
-        return self.dataset.image(self.indices[i], min_side=min_side)
+        return self.dataset.image(self.indices[i], min_side=min_side, value_range=value_range)
+
+    def samples(self, i: int) -> NDArray[Any] | None:
+        """Read the samples of image i of the subset where they have more than 8 bits, else None."""
+        return self.dataset.samples(self.indices[i])
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Decode a crop of image i of the subset."""

@@ -24,7 +24,6 @@ import os
 import re
 import stat
 import struct
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -40,6 +39,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from onefold.data.crop import EXIF_ORIENTATION, TRANSPOSE, Crop, CropBox, crop_jpeg, oriented_crop, stored_box
 from onefold.data.preprocessing import ValueRange
+from onefold.data.value_range import FULL_RANGE, deep_samples, scaled
 from onefold.errors import BadData
 
 T = TypeVar("T")
@@ -162,6 +162,9 @@ _MAX_UNSCALED_PIXELS = 1 << 30  # of a format that cannot be decoded at a smalle
 _MAX_PIXELS_PER_JPEG_BYTE, _MAX_PIXELS_PER_BYTE = 400, 200
 
 
+_SAY_RANGE = "save it with 8 or 16 bits, unsigned, or give the values that become black and white (value_range)"
+
+
 class _RefusedError(Exception):
     """What is wrong with a picture, as the rest of a sentence that begins with its name."""
 
@@ -189,12 +192,12 @@ def decode_crop(image: Path | str | bytes, crop_box: CropBox, *, name: str | Non
     return _with_file(image, name, lambda file, size, shown: _decode_crop(file, size, shown, crop_box))
 
 
-def deep_samples(image: Path | str | bytes, *, name: str | None = None) -> NDArray[Any] | None:
+def read_samples(image: Path | str | bytes, *, name: str | None = None) -> NDArray[Any] | None:
     """Read the stored samples of an image that has more than 8 bits: (h, w) or (h, w, 3); None where it has 8.
 
     Of 8 bits no more than the header is read. Raises BadData only.
     """
-    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, _deep_samples))
+    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, deep_samples))
 
 
 def printable(name: str | os.PathLike[str]) -> str:
@@ -333,10 +336,9 @@ def _to_rgb(image: ImageFile, value_range: ValueRange | None) -> Image.Image:
         kind = "float" if image.mode == "F" else "integer"
         raise _RefusedError(f"has {kind} samples whose range is not known: {_SAY_RANGE}")
     if image.mode.startswith(("I", "F")) or value_range is not None:
-        samples = _deep_samples(image)
+        samples = deep_samples(image)
         if samples is not None:
-            grey_or_rgb = _scaled(samples, value_range or (0, 65535))
-            return _over_white(image, Image.fromarray(grey_or_rgb).convert("RGB"))
+            return _over_white(image, Image.fromarray(scaled(samples, value_range or FULL_RANGE)).convert("RGB"))
     image.load()
     return _over_white(image, None)
 
@@ -349,42 +351,6 @@ def _over_white(image: ImageFile, colours: Image.Image | None) -> Image.Image:
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(colours or rgba.convert("RGB"), mask=rgba.getchannel("A"))
     return white
-
-
-# ------------------------------------------------------------------------------- more than 8 bits a sample
-
-_SAY_RANGE = "save it with 8 or 16 bits, unsigned, or give the values that become black and white (value_range)"
-_SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # of rawmodes: the other byte first
-
-
-def _deep_samples(image: ImageFile) -> NDArray[Any] | None:
-    if image.mode.startswith(("I", "F")):
-        image.load()
-        return np.asarray(image)
-    args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
-    if not args or not all(re.fullmatch(r"(RGB|RGBA|LA);16[LBN]", str(each[0])) for each in args):
-        return None
-    # Pillow keeps one byte of each colour: the picture is read twice, the second time with the bytes exchanged.
-    if image.mode == "LA" or image.fp is None:
-        image.load()
-        return 257 * np.asarray(image.convert("RGB")).astype(np.uint16)  # Pillow has no way to the low byte of these
-    image.fp.seek(0)
-    again = type(image)(BytesIO(image.fp.read()))
-    again.tile = [
-        tile._replace(args=(each[0][:-1] + _SWAPPED[each[0][-1]], *each[1:]))
-        for tile, each in zip(image.tile, args, strict=True)
-    ]
-    image.load()
-    again.load()
-    high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
-    return 256 * high + low
-
-
-def _scaled(samples: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
-    """Map low to 0 and high to 255, rounded and clipped; what is no number is low."""
-    low, high = value_range
-    levels = (samples.astype(np.float32 if samples.dtype.itemsize == 2 else np.float64) - low) * (255 / (high - low))
-    return np.rint(np.clip(np.nan_to_num(levels, nan=0.0), 0, 255)).astype(np.uint8)
 
 
 def free_memory(root: Path = Path("/")) -> int:

@@ -16,7 +16,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
@@ -31,7 +33,9 @@ from onefold.data.decode import (
     left_out_reason,
     masks_beside,
     printable,
+    read_samples,
 )
+from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import LocalFile, digest_bytes
 from onefold.errors import BadData
 
@@ -60,9 +64,13 @@ class ImageFiles:
         """Give the name of image i, relative to the folder, in NFC: file systems write accents in two ways."""
         return unicodedata.normalize("NFC", self.names[i])
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         """Decode image i; see `decode`."""
-        return decode(self.root / self.names[i], min_side=min_side)
+        return decode(self.root / self.names[i], min_side=min_side, value_range=value_range)
+
+    def samples(self, i: int) -> NDArray[Any] | None:
+        """Read the samples of image i where they have more than 8 bits; see `read_samples`."""
+        return read_samples(self.root / self.names[i])
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Decode a crop of image i; see `decode_crop`."""

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from threading import Lock
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from onefold.data.crop import Crop, CropBox
 from onefold.data.curriculum import ProgressiveAugment
 from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import fingerprint
-from onefold.data.preprocessing import Preprocessing
+from onefold.data.preprocessing import Preprocessing, ValueRange
 from onefold.data.sampler import sample_generator, shuffled
 from onefold.errors import BadArgument, BadData
 
@@ -147,12 +147,13 @@ class ImageLoader:
     def _sample(self, n: int, i: int) -> NDArray[np.float32]:
         transform = self.transform.at_epoch(n) if isinstance(self.transform, ProgressiveAugment) else self.transform
         if isinstance(transform, Preprocessing):
-            return transform(self.dataset.image(i))
+            return transform(self.dataset.image(i, value_range=transform.value_range))
         rng = sample_generator(self.seed, n, i)
         crop_box = transform.crop_box(rng) if isinstance(transform, Augment) else None
         if isinstance(transform, Augment) and crop_box is not None:
             return transform.after_crop(self.dataset.crop(i, crop_box), rng)
-        return transform(self.dataset.image(i, min_side=transform.min_side), rng)
+        value_range = transform.preprocessing.value_range if isinstance(transform, Augment) else None
+        return transform(self.dataset.image(i, min_side=transform.min_side, value_range=value_range), rng)
 
     def _collate(self, n: int, numbers: NDArray[np.int64], samples: list[_Sample]) -> tuple[Tensor, Tensor] | None:
         """Stack what could be made; where nothing could, no images in training, and otherwise None."""
@@ -212,7 +213,7 @@ class CachedDataset:
     def __init__(self, dataset: Dataset, limit_mib: int = 256) -> None:
         self.dataset = dataset
         self._free_bytes = limit_mib << 20
-        self._images: dict[tuple[int, int], Image.Image] = {}  # (i, min_side) -> the picture
+        self._images: dict[tuple[int, int, ValueRange | None], Image.Image] = {}  # what was asked for -> the picture
         self._too_large: set[int] = set()
         self._digests: dict[int, str] = {}
         self._lock = Lock()
@@ -233,25 +234,29 @@ class CachedDataset:
         """Give the name of image i."""
         return self.dataset.name(i)
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         """Give image i, decoded the first time it is asked for; not to be changed in place."""
-        cached = self._images.get((i, min_side))
+        cached = self._images.get((i, min_side, value_range))
         if cached is not None:
             return cached
-        image = self.dataset.image(i, min_side=min_side)
+        image = self.dataset.image(i, min_side=min_side, value_range=value_range)
         num_bytes = 4 * image.width * image.height  # Pillow holds RGB in four bytes
         with self._lock:
             if num_bytes <= self._free_bytes:
                 self._free_bytes -= num_bytes
-                self._images[i, min_side] = image
+                self._images[i, min_side, value_range] = image
         return image
+
+    def samples(self, i: int) -> NDArray[Any] | None:
+        """Read the samples of image i where they have more than 8 bits, else None."""
+        return self.dataset.samples(i)
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Give a crop of image i, out of the whole image where that is cached."""
         no_use = self._free_bytes < _SMALLEST_BYTES or len(self._too_large) > _MAX_TOO_LARGE + len(self._images)
-        if i in self._too_large or (no_use and (i, 0) not in self._images):
+        if i in self._too_large or (no_use and (i, 0, crop_box.value_range) not in self._images):
             return self.dataset.crop(i, crop_box)
-        whole = self.image(i)
+        whole = self.image(i, value_range=crop_box.value_range)
         if min(whole.size) >= 2 * crop_box.size:  # the dataset might decode the crop at half the scale
             self._too_large.add(i)
             return self.dataset.crop(i, crop_box)

@@ -45,6 +45,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: Interpolation = "bilinear"
     channels: int = 3
+    value_range: ValueRange | None = None  # None: 0 to 65535, see value_range.py
 
     def __post_init__(self) -> None:
         check(self, "preprocessing")
@@ -57,6 +58,9 @@ class Preprocessing:
                 raise BadArgument(
                     f"preprocessing.{name} is {values}, expected {self.channels} numbers, one per channel"
                 )
+        low, high = self.value_range or (0, 1)
+        if not (np.isfinite((low, high)).all() and low < high):
+            raise BadArgument(f"preprocessing.value_range is {self.value_range}, expected two rising numbers")
         if min(self.std) <= 0:
             raise BadArgument(f"preprocessing.std is {self.std}, expected numbers above 0")
 
@@ -85,8 +89,8 @@ class Preprocessing:
         return _scale_and_offset(self.mean, self.std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON can hold them; `from_dict` reads them."""
-        return to_dict(self)
+        """Give the fields as JSON can hold them; `from_dict` reads them. A value range only where there is one."""
+        return {name: value for name, value in to_dict(self).items() if name != "value_range" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:

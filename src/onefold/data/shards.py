@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,10 @@ from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, LeftOut, Split
-from onefold.data.decode import decode, decode_crop, printable
+from onefold.data.decode import decode, decode_crop, printable, read_samples
 from onefold.data.folders import join_names
 from onefold.data.parquet import ParquetImages
+from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE, LocalFile, digest_bytes, open_blob
 from onefold.data.splits import SPLIT_WORDS, SplitImages, SplitName, read_weak, split_name
 from onefold.data.tables import MAX_CLASSES
@@ -66,10 +68,15 @@ class ShardedImages:
         file, row = self._locate(i)
         return file.name(row)
 
-    def image(self, i: int, *, min_side: int = 0) -> Image.Image:
+    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         """Decode image i; see `decode`."""
         file, row = self._locate(i)
-        return decode(file.read(row), name=file.name(row), min_side=min_side)
+        return decode(file.read(row), name=file.name(row), min_side=min_side, value_range=value_range)
+
+    def samples(self, i: int) -> NDArray[Any] | None:
+        """Read the samples of image i where they have more than 8 bits; see `read_samples`."""
+        file, row = self._locate(i)
+        return read_samples(file.read(row), name=file.name(row))
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Decode a crop of image i; see `decode_crop`."""

@@ -47,6 +47,9 @@ _KERNEL_NAMES = {
     "bicubic": "the cubic filter (a = -0.5, antialiased: widened where it reduces, so that it averages)",
     "nearest": "the nearest pixel",
 }
+_DEEP_OPENED = (  # interp clips
+    "Image.fromarray(np.interp(np.asarray(Image.open(sys.argv[1]), float), value_range, (0, 255)).round().astype('B'))"
+)
 _MAX_CLASSES_SHOWN = 10
 _DOCS = "https://github.com/onefold/onefold/blob/main/docs/artifacts.md"
 
@@ -134,7 +137,13 @@ def _input(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
     size, short = preprocessing.size, preprocessing.short
     colours = "red, green, blue" if preprocessing.channels == 3 else "grey"
     grey = "(19595 R + 38470 G + 7471 B + 32768) / 65536, rounded down: the photo as one channel"
+    low, high = preprocessing.value_range or (0, 0)
+    deep = (
+        f"where its samples have more than 8 bits: (value - {low:g}) / ({high:g} - {low:g}) x 255, rounded, at least 0 "
+        "and at most 255"
+    )
     steps = [
+        *([deep] if preprocessing.value_range else []),
         "decode the photo to 8-bit RGB; turn it as its EXIF orientation says; put it on white where it is transparent; "
         "ignore its colour profile",
         f"resize it with {_KERNEL_NAMES[preprocessing.interpolation]} so that its short side has {short} pixels "
@@ -287,6 +296,7 @@ class PreprocessingSpec:
     std: tuple[float, ...]
     interpolation: str
     channels: int
+    value_range: tuple[float, ...]  # of samples with more than 8 bits: two numbers, or none
 
     @property
     def short(self) -> int:
@@ -297,8 +307,9 @@ class PreprocessingSpec:
 def preprocessing_of(artifact: Artifact) -> PreprocessingSpec | None:
     """Read an artifact's preprocessing; None where it is incomplete, or does not fit the input shape."""
     stated = artifact.preprocessing
-    if set(stated) != set(_VARIABLES):
+    if set(stated) - {"value_range"} != set(_VARIABLES):
         return None
+    value_range = _floats(stated.get("value_range"))
     spec = PreprocessingSpec(
         order=tuple(stated),
         size=artifact.input_shape[1],
@@ -307,6 +318,7 @@ def preprocessing_of(artifact: Artifact) -> PreprocessingSpec | None:
         std=_floats(stated["std"]),
         interpolation=str(stated["interpolation"]),
         channels=artifact.input_shape[0],
+        value_range=value_range,
     )
     is_valid = (
         (stated["channels"], stated["size"], stated["size"]) == artifact.input_shape
@@ -315,6 +327,8 @@ def preprocessing_of(artifact: Artifact) -> PreprocessingSpec | None:
         and len(spec.mean) == len(spec.std) == spec.channels
         and min(spec.std) > 0
         and spec.interpolation in _KERNEL_CODE
+        and (not value_range or (len(value_range) == 2 and value_range[0] < value_range[1]))
+        and bool(value_range) == ("value_range" in stated)
     )
     return spec if is_valid else None
 
@@ -357,7 +371,8 @@ def _preprocessing_values(spec: PreprocessingSpec, *, channels_last: bool) -> di
     test, _, yes = yes.rpartition(" ? ")
     is_rgb = channels == 3
     return {
-        "names": ", ".join(_VARIABLES[key] for key in spec.order),
+        "names": ", ".join(_VARIABLES.get(key, key) for key in spec.order),
+        "opened": _DEEP_OPENED if spec.value_range else "Image.open(sys.argv[1])",
         "grey": "" if is_rgb else '.convert("L")',
         "size": str(size),
         "short": str(spec.short),
