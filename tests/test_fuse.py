@@ -62,7 +62,7 @@ class NormWithAct(nn.BatchNorm2d):
 
 
 class Deployable(nn.Module):
-    """As other projects' blocks: the method that fuses it makes a convolution with random initialization first."""
+    """As other projects' blocks: the method that fuses it draws a convolution before it fills it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,10 @@ class Deployable(nn.Module):
         return self.conv(x)
 
     def switch_to_deploy(self) -> None:
+        before, norm = self.conv
         self.conv = nn.Conv2d(3, 3, 1)
+        self.conv.weight.data = before.weight.data / (1 + norm.eps) ** 0.5
+        self.conv.bias.data.zero_()
 
 
 @pytest.mark.parametrize("make", [net, lambda: nn.Sequential(nn.Conv2d(3, 3, 1), NormWithAct(3)), Deployable])
@@ -111,11 +114,17 @@ def test_a_layer_used_twice_stays_one_layer(seeded):
     assert drift(model, fused, X) <= 1e-6
 
 
-def test_tied_weights_inside_a_folded_tree_are_refused(seeded):
+def test_a_tree_whose_weight_is_tied_to_another_layer_is_left(seeded):
     model = net()
-    model[2][0][0].weight = model[4].weight = nn.Parameter(torch.randn(4, 4, 3, 3))
-    with pytest.raises(ValueError, match=r"'2\.0\.0\.weight' is shared between the rest of the network and '2'"):
-        fuse(model)
+    model[4] = nn.Conv2d(4, 4, 3)
+    model[2][0][0].weight = model[4].weight
+    with pytest.warns(
+        UnfoldedWarning, match=r"could not fold 1: 2 \('0\.0\.weight' inside is shared with another part"
+    ):
+        fused = fuse(model)
+    assert fused[2][0][0].weight is fused[4].weight
+    assert type(fused[0]) is nn.Conv2d
+    assert drift(model, fused, X) <= 1e-6
 
 
 def test_tied_weights_outside_stay_tied(seeded):
@@ -127,7 +136,7 @@ def test_tied_weights_outside_stay_tied(seeded):
     assert fused[6].weight is not model[4].weight
 
 
-def test_hooks_on_a_tree_are_kept_and_inside_one_refused(seeded):
+def test_hooks_on_a_tree_are_kept_and_a_tree_with_one_inside_is_left(seeded):
     model = net()
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda _m, _i, out: seen.append(out))
@@ -137,8 +146,10 @@ def test_hooks_on_a_tree_are_kept_and_inside_one_refused(seeded):
     assert len(seen) == 2
     assert torch.allclose(*seen, atol=1e-5)
     model[2][1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="layer '1' inside '2' has a hook"):
-        fuse(model)
+    with pytest.warns(UnfoldedWarning, match=r"could not fold 1: 2 \(layer '1' inside has a hook"):
+        fused = fuse(model)
+    assert len(fused[2][1]._forward_hooks) == 1
+    assert drift(model, fused, X) <= 1e-6
 
 
 def test_training_flags_are_kept(seeded):
@@ -264,11 +275,11 @@ def test_a_foreign_kernel_gets_the_dtype_of_its_block(dtype, seeded):
     assert {p.dtype for p in fused.parameters()} == {dtype}
 
 
-def test_a_block_that_fails_stays_as_it_was_and_is_logged(caplog, seeded):
+def test_a_block_that_fails_stays_as_it_was_and_is_named(seeded):
     host = shaken(nn.Sequential(Broken(), nn.BatchNorm2d(3), Asks()))
-    with pytest.warns(UnfoldedWarning, match="could not fold 1: 1"):
+    why = r"could not fold 2: 0 \(its reparameterize\(\) failed: not today\); 1 \(no convolution or Linear stands"
+    with pytest.warns(UnfoldedWarning, match=why):
         fused = fuse(host)
-    assert "reparameterize() of 0 failed" in caplog.text
     assert drift(host, fused, X) == 0.0
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 
 from conftest import shaken
 from onefold.reparam import Chain, Scale, Stencil, Sum, drift, fold, fuse, is_linear
+from onefold.reparam.folding_rules import fused_layer
 
 C = 8
 bn, conv = nn.BatchNorm2d, nn.Conv2d
@@ -243,27 +244,31 @@ REFUSALS = {
     "a late padding put in afterwards": (
         ValueError,
         "only the first layer",
-        lambda: fuse(Chain(conv(3, 3, 1)).append(conv(3, 3, 3, padding=1))),
+        lambda: fused_layer(Chain(conv(3, 3, 1)).append(conv(3, 3, 3, padding=1))),
     ),
     "reflecting padding": (
         ValueError,
         "pads by 'reflect'",
-        lambda: fuse(Chain(conv(3, 3, 3, padding=1, padding_mode="reflect"))),
+        lambda: fused_layer(Chain(conv(3, 3, 3, padding=1, padding_mode="reflect"))),
     ),
-    "maps of two sizes": (ValueError, "maps of one shape", lambda: fuse(Sum(conv(3, 3, 3), conv(3, 3, 1)))),
-    "uneven padding": (ValueError, "one side more", lambda: fuse(Sum(conv(3, 3, 2, padding="same")))),
-    "channels that do not meet": (ValueError, "the next takes 5", lambda: fuse(Chain(conv(3, 4, 1), conv(5, 3, 1)))),
+    "maps of two sizes": (ValueError, "maps of one shape", lambda: fused_layer(Sum(conv(3, 3, 3), conv(3, 3, 1)))),
+    "uneven padding": (ValueError, "one side more", lambda: fused_layer(Sum(conv(3, 3, 2, padding="same")))),
+    "channels that do not meet": (
+        ValueError,
+        "the next takes 5",
+        lambda: fused_layer(Chain(conv(3, 4, 1), conv(5, 3, 1))),
+    ),
     "an uneven pool": (
         ValueError,
         "does not fold",
-        lambda: fuse(Chain(uneven_pool(), bn(C)).eval()),
+        lambda: fused_layer(Chain(uneven_pool(), bn(C)).eval()),
     ),
-    "nothing that has a width": (ValueError, "how many channels", lambda: fuse(Sum(nn.Identity()))),
+    "nothing that has a width": (ValueError, "how many channels", lambda: fused_layer(Sum(nn.Identity()))),
     "train mode": (ValueError, r"call model.eval\(\) first", lambda: fuse(Chain(conv(3, 3, 1), bn(3)))),
     "no running statistics": (
         ValueError,
         "without running statistics",
-        lambda: fuse(Chain(conv(3, 3, 1), bn(3, track_running_stats=False)).eval()),
+        lambda: fused_layer(Chain(conv(3, 3, 1), bn(3, track_running_stats=False)).eval()),
     ),
 }
 

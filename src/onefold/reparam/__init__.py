@@ -4,6 +4,7 @@ It stands on torch and on `onefold.native` alone, which compiles the kernels of 
 """
 
 from onefold.reparam.accelerate import accelerate as accelerate
+from onefold.reparam.drift import drift as drift
 from onefold.reparam.expand import expand as expand
 from onefold.reparam.expand import recalibrate_norms_ as recalibrate_norms_
 from onefold.reparam.folding_rules import Chain as Chain
@@ -15,7 +16,6 @@ from onefold.reparam.folding_rules import fold as fold
 from onefold.reparam.folding_rules import is_linear as is_linear
 from onefold.reparam.folding_rules import per_branch as per_branch
 from onefold.reparam.fuse import UnfoldedWarning as UnfoldedWarning
-from onefold.reparam.fuse import drift as drift
 from onefold.reparam.fuse import fuse as fuse
 from onefold.reparam.fuse import unfused_norms as unfused_norms
 from onefold.reparam.routes import folded as folded

@@ -1,74 +1,95 @@
-"""Fusing a network: a copy with one layer in place of every linear tree; and `drift`, how far two networks differ.
+"""Fusing a network: a copy with one layer in place of every linear tree, which proves its own answer.
 
-Networks of other projects are fused too. Many of them give each block a method that folds it, called
-`reparameterize`, `switch_to_deploy` or `fuse`: `_fuse_blocks_` calls it wherever it is found, on the root too. Then
-`_fold_norms_` traces the forward pass, finds every convolution whose output only a norm reads, and folds that norm by
-the algebra's own rules. Both work in place, on the copy that `fuse` made.
+Three things are replaced: our own trees (`Chain`, `Sum`); blocks of other projects that have a method `reparameterize`,
+`switch_to_deploy` or `fuse`, by that method; and norms that alone read the output of a convolution or Linear, which are
+folded into it by the algebra's own rules. Each replacement is proved before it stays, in float64 on drawn input, and
+the whole network after them: what cannot be proved, or would change what somebody else sees - a hook, a weight that is
+read elsewhere - is left as it is and named in an `UnfoldedWarning`.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import logging
-import math
+import itertools
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from onefold.reparam.folding_rules import Chain, Sum, fold, fused_layer
-from onefold.reparam.stencil import Stencil
+from onefold.reparam.dataflow import (
+    HOOK_FLAGS,
+    HOOKS,
+    Example,
+    Run,
+    bare_copy,
+    copy_of,
+    drawn,
+    drawn_examples,
+    generators_kept,
+    has_hooks,
+    observe,
+    roots,
+)
+from onefold.reparam.drift import EPS32, exact_drift, unit, wrong_layer
+from onefold.reparam.fold_norms import fold_norms_
+from onefold.reparam.folding_rules import Chain, Sum, fused_layer, input_channels, is_linear
 
 _FUSING_METHODS = ("reparameterize", "switch_to_deploy", "fuse")
-_log = logging.getLogger("onefold")
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+_MOST_TRIALS = 24  # of parts of the replacements, where all of them together change the answer
+_MOST_NAMES = 6  # of one reason, in the warning
 
 
 class UnfoldedWarning(UserWarning):
-    """Norms could not be folded; the message lists them."""
+    """Parts of a network were left as they were, or could not be checked; the message names them and says why."""
 
 
-def fuse(model: nn.Module) -> nn.Module:
+@dataclass(eq=False)
+class _Fused:
+    """A fused copy, the names of what was replaced in it, and why other parts were left as they were, by name."""
+
+    model: nn.Module
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def fuse(model: nn.Module, example: Tensor | Example | None = None) -> nn.Module:
     """Copy `model` with one convolution (or Linear) in place of every outermost `Sum` and `Chain`.
 
     Blocks of other projects that have a method `reparameterize()`, `switch_to_deploy()` or `fuse()` are fused in the
     copy by it, and norms that directly follow a convolution are folded into it. `model` and the random number
     generators are left as they are. Dtype, device, hooks on the fused layers and training flags are kept; a layer used
-    twice stays one layer; the fused parameters can be trained where the originals could. Norms that could not be
-    folded are listed in an `UnfoldedWarning` (see `unfused_norms`).
+    twice stays one layer; the fused parameters can be trained where the originals could.
 
-    Raises ValueError for a model in train mode, for a parameter that a folded tree shares with something else,
-    and for a hook inside a folded tree.
+    The answer is checked on `example`, the arguments of a call; without it, on drawn images of a size that the network
+    takes. What could not be folded, or not without changing the answer, a hook or a shared weight, is left as it is
+    and listed with the reason in an `UnfoldedWarning` (see `unfused_norms`).
+
+    Raises ValueError for a model in train mode.
     """
     in_training = next((name for name, norm in _norms(model) if norm.training), None)
-    if in_training is not None:
+    if in_training is not None and model.training:
         raise ValueError(f"norm {in_training!r} is in train mode and depends on the batch: call model.eval() first")
-    trees = dict(outermost_trees(model))
-    _refuse_shared(model, trees)
-    _refuse_inner_hooks(trees)
-    # deepcopy finds the fused layers in its memo, as if it had copied the trees to them already.
-    memo: dict[int, object] = {}
-    for tree in trees.values():
-        layer = memo[id(tree)] = fused_layer(tree)
-        for attribute in (*_HOOKS, *_HOOK_FLAGS):
-            setattr(layer, attribute, copy.copy(getattr(tree, attribute)))
-    fused = copy.deepcopy(model, memo)
-    if next(_norms(fused), None) is not None:
-        # Other projects make the fused layers with random initialization before they fill them.
-        devices = {p.device.index for p in fused.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=sorted(devices)):
-            fused = _fuse_blocks_(fused)
-        _fold_norms_(fused)
-    if norms := unfused_norms(fused):
-        warnings.warn(f"could not fold {len(norms)}: {', '.join(norms)}", UnfoldedWarning, stacklevel=2)
-    return fused
+    args = (example,) if isinstance(example, Tensor) else example
+    trees, blocks = dict(outermost_trees(model)), [name for name, part in model.named_modules() if _method_of(part)]
+    with generators_kept(model), torch.no_grad():
+        norms = any(True for _ in _norms(model))
+        runs = _observe(model, trees, blocks, args) if trees or blocks or norms else {}
+        fused = _replaced(model, runs, args)
+        if fused.replaced and not _same_answer(model, fused.model, runs):
+            fused = _largest_right(model, runs, args, fused)
+    remarks = [_summary(fused.left)] if fused.left else []
+    if fused.replaced and None in runs.values():
+        remarks.append(
+            "the model takes none of the images that were drawn, so each replaced layer was checked by itself and not "
+            "all of them together: give images that it takes, fuse(model, images)"
+        )
+    if remarks:
+        warnings.warn("; ".join(remarks), UnfoldedWarning, stacklevel=2)
+    return fused.model
 
 
 def unfused_norms(model: nn.Module) -> list[str]:
@@ -76,193 +97,261 @@ def unfused_norms(model: nn.Module) -> list[str]:
     return [name for name, _ in _norms(model)]
 
 
-@torch.no_grad()
-def drift(a: nn.Module, b: nn.Module, x: Tensor) -> float:
-    """Measure how far the outputs of two models for `x` differ: norm of the difference over norm of a's output.
-
-    Of models with several outputs it is the largest; infinite where an output is not finite. Raises ValueError where
-    a model is in train mode (its output would depend on the batch) or the shapes of the outputs differ.
-    """
-    for model in (a, b):
-        if any(norm.training for _, norm in _norms(model)):
-            raise ValueError("drift compares models in eval mode: call model.eval() first")
-    first, second = list(_tensors(a(x))), list(_tensors(b(x)))
-    if [y.shape for y in first] != [z.shape for z in second]:
-        raise ValueError("drift compares outputs of the same shapes, and those of these two models differ")
-    worst = 0.0
-    for y, z in zip(first, second, strict=True):
-        size, gap = y.double().norm().item(), (y.double() - z.double()).norm().item()
-        distance = gap / size if size > 0 else gap
-        # max() would drop a NaN: outputs that are not finite would pass as equal.
-        worst = max(worst, math.inf if math.isnan(distance) else distance)
-    return worst
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    """The tensors in a model's output, which may be nested in mappings and sequences."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, Sequence) and not isinstance(output, str):
-        for value in output:
-            yield from _tensors(value)
-
-
-def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
-
-
 def outermost_trees(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The names and modules of a network's Chains and Sums that are not inside another one."""
-    if isinstance(module, (Chain, Sum)):
+    if isinstance(module, (Chain, Sum)) and is_linear(module):
         yield name, module
         return
     for key, child in module.named_children():
         yield from outermost_trees(child, f"{name}.{key}" if name else key)
 
 
-def _refuse_shared(model: nn.Module, trees: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError for a parameter that a tree shares with something else: folding would untie them."""
+def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
+
+
+def _observe(
+    model: nn.Module, units: Mapping[str, nn.Module], blocks: Sequence[str], example: Example | None
+) -> dict[str, Run | None]:
+    return {prefix: observe(root, prefix, units, blocks, example) for prefix, root in roots(model)}
+
+
+def _replaced(
+    model: nn.Module, runs: Mapping[str, Run | None], example: Example | None, skip: Iterable[str] = ()
+) -> _Fused:
+    """Replace all that may be replaced, in a copy, but for the names in `skip`."""
+    left = dict.fromkeys(skip, "the network's answer changes with it")
+    trees = dict(outermost_trees(model))
+    left |= _why_not_trees(model, trees, runs) | left
+    # deepcopy finds the fused layers in its memo, as if it had copied the trees to them already.
+    memo: dict[int, object] = {}
+    for name, tree in trees.items():
+        if name in left:
+            continue
+        try:
+            layer = fused_layer(tree)
+            wrong = _wrong_tree(tree, layer, _bare(tree, name, runs))
+        except (TypeError, ValueError) as error:
+            wrong = str(error)
+        if wrong:
+            left[name] = wrong
+            continue
+        for attribute in (*HOOKS, *HOOK_FLAGS):
+            setattr(layer, attribute, copy.copy(getattr(tree, attribute)))
+        memo[id(tree)] = layer
+    fused = _Fused(model=copy_of(model, memo), replaced=[name for name in trees if name not in left], left=left)
+    if next(_norms(fused.model), None) is not None:
+        fused.model = _fuse_blocks_(fused.model, fused, runs)
+        folded, why = fold_norms_(fused.model, example, fused.left)
+        fused.replaced += folded
+        fused.left |= why
+    return fused
+
+
+def _summary(left: Mapping[str, str]) -> str:
+    """One line: how many parts were left as they were, and their names by reason."""
+    named = {name: why for name, why in left.items() if not any(_within(name, other) for other in left)}
+    reasons: dict[str, list[str]] = {}
+    for name, why in named.items():
+        reasons.setdefault(why, []).append(name or "the model")
+    lines = []
+    for why, names in reasons.items():
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        lines.append(f"{', '.join(names[:_MOST_NAMES])}{more} ({why})")
+    return f"could not fold {len(named)}: {'; '.join(lines)}"
+
+
+def _within(name: str, other: str) -> bool:
+    return name != other and (name.startswith(f"{other}.") or not other)
+
+
+# ------------------------------------------------------------------------------------------- the proof
+
+
+def _same_answer(model: nn.Module, fused: nn.Module, runs: Mapping[str, Run | None]) -> bool:
+    """Whether the fused network answers as the original did on the examples, as far as rounding allows."""
+    if any(p.is_meta for p in model.parameters()):
+        return True  # there are no numbers to compare
+    after = dict(roots(fused))
+    for prefix, root in roots(model):
+        seen = runs.get(prefix)
+        if seen is None:
+            continue
+        try:
+            distance, allowed = exact_drift(root, after[prefix], seen.args, rounded=seen.output, bare=seen.bare)
+        except Exception:  # a part that its network names was folded away, and whatever that raises there
+            return False
+        if not distance <= max(allowed, 8 * EPS32):
+            return False
+    return True
+
+
+def _largest_right(model: nn.Module, runs: Mapping[str, Run | None], example: Example | None, whole: _Fused) -> _Fused:
+    """Fuse as many of the replacements as leave the answer alone, by halves; the rest is named."""
+    every, trials = set(whole.replaced), 0
+    good: list[str] = []
+
+    def grow(names: list[str]) -> None:
+        nonlocal trials
+        trials += 1
+        if trials <= _MOST_TRIALS:
+            tried = _replaced(model, runs, example, every - {*good, *names})
+            if _same_answer(model, tried.model, runs):
+                good.extend(names)
+            elif len(names) > 1:
+                grow(names[: len(names) // 2])
+                grow(names[len(names) // 2 :])
+
+    grow(whole.replaced[: len(whole.replaced) // 2])
+    grow(whole.replaced[len(whole.replaced) // 2 :])
+    return _replaced(model, runs, example, every - set(good))
+
+
+# --------------------------------------------------------------------------------------- our own trees
+
+
+def _why_not_trees(model: nn.Module, trees: Mapping[str, nn.Module], runs: Mapping[str, Run | None]) -> dict[str, str]:
+    """The trees that may not be folded: for a weight that is shared or read elsewhere, a hook inside, or a mode."""
+    left: dict[str, str] = {}
     owners: dict[int, set[str]] = {}
-    names: dict[int, str] = {}
-    within = {id(part): name for name, tree in trees.items() for part in tree.modules()}
-    for path, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            owner = within.get(id(module), "")  # everything outside the trees is copied together, and stays tied
-            owners.setdefault(id(parameter), set()).add(owner)
-            names.setdefault(id(parameter), f"{path}.{key}" if path else key)
-    for key_id, holders in owners.items():
-        if len(holders) > 1:
-            where = " and ".join(repr(h) if h else "the rest of the network" for h in sorted(holders))
-            raise ValueError(f"parameter {names[key_id]!r} is shared between {where}: folding would untie it")
-
-
-def _refuse_inner_hooks(trees: Mapping[str, nn.Module]) -> None:
+    names = {id(tree): name for name, tree in trees.items()}
+    holder = {"": names.get(id(model), "outside")}  # by path: a part of a tree may be reached around it too
+    for path, module in model.named_modules(remove_duplicate=False):
+        above = holder.get(path.rpartition(".")[0], "outside")
+        holder[path] = names.get(id(module), above) if above == "outside" else above
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            owners.setdefault(id(tensor), set()).add(holder[path])
     for name, tree in trees.items():
         for path, part in tree.named_modules():
-            if path and any(getattr(part, kind) for kind in _HOOKS):
-                raise ValueError(f"layer {path!r} inside {name or 'the model'!r} has a hook, and would be folded away")
+            if path and has_hooks(part):
+                left.setdefault(name, f"layer {path!r} inside has a hook, which would be folded away")
+            elif isinstance(part, _BatchNorm) and part.training:
+                left.setdefault(name, f"norm {path!r} inside is in train mode")
+            for key, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+                if len(owners[id(tensor)]) > 1:
+                    inner = f"{path}.{key}".lstrip(".")
+                    left.setdefault(name, f"{inner!r} inside is shared with another part of the network")
+        if any(seen is not None and name in seen.read_elsewhere for seen in runs.values()):
+            left.setdefault(name, "a weight inside is read by another part of the network")
+    return left
 
 
-# ------------------------------------------------------------------- networks of other projects
+def _bare(tree: nn.Module, name: str, runs: Mapping[str, Run | None]) -> nn.Module:
+    """A bare copy of a tree: that of the run, where there was one, for copies are what takes the time."""
+    for prefix, seen in runs.items():
+        if seen is not None and name.startswith(prefix):
+            return seen.bare.get_submodule(name.removeprefix(prefix))
+    return bare_copy(tree)
 
 
-def _fuse_blocks_(module: nn.Module, name: str = "") -> nn.Module:
+def _wrong_tree(tree: nn.Module, layer: nn.Module, bare: nn.Module) -> str | None:
+    """Why a tree's fused layer is not the tree, on drawn input in float64; None where it is. `bare` is a copy of it."""
+    like, channels = next(tree.parameters()), input_channels(tree)
+    device = "cpu" if like.device.type == "mps" else None  # which has no float64
+    wide, layer = bare.to(device, torch.float64), copy.deepcopy(layer).to(device)
+    reach = 1
+    if isinstance(layer, nn.Conv2d):
+        reach = max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    num_inputs = channels or 1
+    shape = (4, num_inputs) if isinstance(layer, nn.Linear) else (2, num_inputs, reach + 5, reach + 6)
+    return wrong_layer(wide, layer, drawn(next(wide.parameters()), *shape), unit(tree))
+
+
+# ------------------------------------------------------------------- blocks of other projects
+
+
+def _method_of(module: nn.Module) -> str | None:
+    """The name of a block's method that fuses it and can be called without arguments; None where it has none."""
+    if isinstance(module, (Chain, Sum)):
+        return None
+    for name in _FUSING_METHODS:
+        method = getattr(type(module), name, None)
+        if callable(method):
+            parameters = inspect.signature(method).parameters.values()
+            if sum(p.default is p.empty and p.kind in (0, 1) for p in parameters) == 1:  # self
+                return name
+    return None
+
+
+def _fuse_blocks_(module: nn.Module, fused: _Fused, runs: Mapping[str, Run | None], name: str = "") -> nn.Module:
     """Call the fusing method of every block that has one, outermost first; give the module that `module` became."""
-    method = next((name for name in _FUSING_METHODS if _has_method(module, name)), None)
-    if method is not None:
-        like = next(module.parameters(), torch.empty(0))
-        trainable = any(p.requires_grad for p in module.parameters())
-        old = (*module.parameters(), *module.modules())  # kept alive, so that no new object gets the id of an old one
-        before = {id(part) for part in old}
-        mode = module.training
-        try:
-            result = getattr(module, method)()
-        except Exception as error:  # another project's code may raise anything
-            _log.warning("%s() of %s failed and the block is left unfused: %s", method, name or "the model", error)
+    method = _method_of(module)
+    if method is not None and name not in fused.left:
+        why = _why_not_block(module, method, fused.model, runs, name)
+        if why is None:
+            module = _fuse_block_(module, method)
+            fused.replaced.append(name)
         else:
-            module = result if isinstance(result, nn.Module) else module
-            module.to(device=like.device, dtype=like.dtype)  # some of them make float32 of any dtype
-            for parameter in module.parameters():
-                if id(parameter) not in before:  # and many detach the new kernel, which freezes it
-                    parameter.requires_grad_(trainable)
-            for part in module.modules():
-                if id(part) not in before:  # a new module is in train mode
-                    part.training = mode
+            fused.left[name] = why
     for key, child in list(module.named_children()):
-        fused = _fuse_blocks_(child, f"{name}.{key}" if name else key)
-        if fused is not child:
-            setattr(module, key, fused)
+        result = _fuse_blocks_(child, fused, runs, f"{name}.{key}" if name else key)
+        if result is not child:
+            setattr(module, key, result)
     return module
 
 
-def _fold_norms_(model: nn.Module) -> None:
-    """Fold each norm into the convolution or Linear before it, wherever nothing else reads that layer's output."""
-    for layer_name, norm_name in _layers_with_norms(model, ""):
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        rest = _remainder(norm)
-        if rest is None or not isinstance(layer, (_ConvNd, nn.Linear)) or isinstance(layer, _ConvTransposeNd):
-            continue
-        assert isinstance(norm, _BatchNorm)
-        _absorb_(layer, norm)
-        parent, _, key = norm_name.rpartition(".")
-        setattr(model.get_submodule(parent), key, rest)
+def _fuse_block_(module: nn.Module, method: str) -> nn.Module:
+    """Fuse a block by its method; dtype, device, hooks and flags stay as they were."""
+    like = next(module.parameters(), torch.empty(0))
+    trainable = any(p.requires_grad for p in module.parameters())
+    old = (*module.parameters(), *module.modules())  # kept alive, so that no new object gets the id of an old one
+    before = {id(part) for part in old}
+    mode = module.training
+    result = getattr(module, method)()
+    block = result if isinstance(result, nn.Module) else module
+    if block is not module:
+        for attribute in (*HOOKS, *HOOK_FLAGS):
+            setattr(block, attribute, getattr(module, attribute))
+    block.to(device=like.device, dtype=like.dtype)  # some of them make float32 of any dtype
+    for parameter in block.parameters():
+        if id(parameter) not in before:  # and many detach the new kernel, which freezes it
+            parameter.requires_grad_(trainable)
+    for part in block.modules():
+        if id(part) not in before:  # a new module is in train mode
+            part.training = mode
+    return block
 
 
-class _Tracer(fx.Tracer):
-    """Traces through blocks, down to torch's own layers and whatever is derived from a convolution or a norm."""
-
-    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or super().is_leaf_module(m, qualified_name)
-
-
-def _layers_with_norms(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
-    """The names of each layer and of the norm that alone reads its output.
-
-    A block that cannot be traced, for control flow that depends on data, is searched part by part.
-    """
-    if not any(isinstance(m, _BatchNorm) for m in module.modules()):
-        return
+def _why_not_block(
+    block: nn.Module, method: str, network: nn.Module, runs: Mapping[str, Run | None], name: str
+) -> str | None:
+    """Why a block may not be fused by its own method, tried on a copy; None where the copy answers as the block."""
+    if any(path and has_hooks(part) for path, part in block.named_modules()):
+        return "a layer inside has a hook, which would be folded away"
+    inside = {id(part) for part in block.modules()}
+    ours = {id(p) for p in block.parameters()}
+    for part in network.modules():
+        if id(part) not in inside and any(id(p) in ours for p in part.parameters(recurse=False)):
+            return "a weight inside is shared with another part of the network"
+    if any(isinstance(part, _BatchNorm) and part.training for part in block.modules()):
+        return "a norm inside is in train mode"
     try:
-        graph = _Tracer().trace(module)
-    except Exception:  # data-dependent control flow and the like: try its parts
-        for key, child in module.named_children():
-            yield from _layers_with_norms(child, f"{prefix}{key}.")
-        return
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
-        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
-        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
-            continue
-        layer, norm = str(before.target), str(node.target)
-        if isinstance(module.get_submodule(norm), _BatchNorm) and calls[layer] == calls[norm] == 1:
-            yield f"{prefix}{layer}", f"{prefix}{norm}"
-
-
-def _remainder(norm: nn.Module) -> nn.Module | None:
-    """What a norm computes after normalizing; None for a norm that cannot be folded.
-
-    Some projects' norms hold an activation as a child; that this is all they add is checked on random numbers.
-    """
-    if not isinstance(norm, _BatchNorm) or norm.training or norm.running_mean is None:
+        other = _fuse_block_(bare_copy(block), method)
+    except Exception as error:  # another project's code may raise anything
+        return f"its {method}() failed: {error}"
+    inputs = [seen.part_inputs[name] for seen in runs.values() if seen is not None and name in seen.part_inputs]
+    if not inputs:
+        inputs = [(args, {}) for args in itertools.islice(drawn_examples(block), 1)]
+    if not inputs:
+        return f"what its {method}() makes cannot be checked: it was not called"
+    (args, kwargs), *_ = inputs
+    if any(p.is_meta for p in block.parameters()):
         return None
-    if type(norm).forward is _BatchNorm.forward:
-        return nn.Identity().eval()
-    rest = nn.Sequential(*norm.children()) if list(norm.children()) else nn.Identity()
-    rest.eval()
-    stencil = _as_stencil(norm)
-    z = torch.randn(4, norm.num_features, 3, 3, generator=torch.Generator().manual_seed(0)).to(norm.running_mean)
-    plain = z * stencil.weight.view(-1, 1, 1).to(z) + stencil.bias.view(-1, 1, 1).to(z)
-    with torch.no_grad():
-        same = torch.allclose(norm(z), rest(plain), rtol=1e-3, atol=1e-4)
-    return rest if same else None
+    try:
+        distance, allowed = exact_drift(_WithArguments(block, kwargs), _WithArguments(other, kwargs), args)
+    except Exception as error:
+        return f"what its {method}() makes cannot be checked: {error}"
+    # These methods compute in float32, whatever the dtype.
+    return None if distance <= max(allowed, 64 * EPS32) else f"its {method}() changes its answer by {distance:.1g}"
 
 
-def _as_stencil(norm: _BatchNorm) -> Stencil:
-    """The gain and bias of a norm in eval mode, in float64."""
-    one = Stencil.diagonal(torch.ones(norm.num_features, dtype=torch.float64))
-    with torch.no_grad():
-        return fold.dispatch(_BatchNorm)(norm, one)
+class _WithArguments(nn.Module):
+    """A block with the keyword arguments of its call."""
 
+    def __init__(self, block: nn.Module, kwargs: Mapping[str, object]) -> None:
+        super().__init__()
+        self.block, self.kwargs = block, kwargs
 
-@torch.no_grad()
-def _absorb_(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> None:
-    """Scale the layer's rows by the norm's gain, and move its bias."""
-    stencil = _as_stencil(norm)
-    gain, shift = stencil.weight.flatten(), stencil.bias
-    weight: Tensor = layer.weight
-    bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.double().cpu()
-    scaled = weight.double().cpu() * gain.view(-1, *[1] * (weight.dim() - 1))
-    layer.weight = nn.Parameter(scaled.to(weight), requires_grad=weight.requires_grad)
-    layer.bias = nn.Parameter((bias * gain + shift).to(weight), requires_grad=weight.requires_grad)
-
-
-def _has_method(module: nn.Module, name: str) -> bool:
-    """Whether the module has a method of this name that can be called without arguments."""
-    method = getattr(type(module), name, None)
-    if not callable(method):
-        return False
-    needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty and p.kind in (0, 1)]
-    return len(needed) == 1  # self
+    def forward(self, *args: object) -> object:
+        """Call the block."""
+        return self.block(*args, **self.kwargs)
