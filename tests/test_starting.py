@@ -17,7 +17,15 @@ from torch import nn
 
 from conftest import shaken
 from onefold.commands.export import ExportOptions, export
-from onefold.commands.initialize import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
+from onefold.commands.initialize import (
+    Student,
+    TeacherAdapter,
+    TeacherEnsemble,
+    open_teacher,
+    open_teachers,
+    provenance,
+    with_weights_preprocessing,
+)
 from onefold.commands.open import Network
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
@@ -166,6 +174,76 @@ def test_a_fitted_layer_is_where_the_gradient_vanishes():
     (F.cross_entropy(x @ w.T + b, labels) + 1e-3 * w.square().sum()).backward()
     assert max(float(g.abs().max()) for g in (w.grad, b.grad)) < 1e-5
     assert weight[:, 4].abs().max() == 0  # what never varies tells nothing
+
+
+# ---------------------------------------------------------------------- what belongs to the weights
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights for gray images of 96 px and a mean of a half, under a licence."""
+    path = tmp_path_factory.mktemp("half") / "half.safetensors"
+    own = Preprocessing(size=96, crop_pct=1.0, mean=(0.5,), std=(0.25,), interpolation="bicubic", channels=1)
+    card = Card(
+        model=NAME, num_classes=3, in_chans=1, preprocessing=own.to_dict(), licence="apple-amlr", source="somebody's"
+    )
+    save_weights(create_model(NAME, num_classes=3, in_chans=1).eval(), path, card)
+    return path
+
+
+def test_a_recipe_takes_the_preprocessing_of_its_weights_and_says_so(half, caplog):
+    caplog.set_level("INFO", "onefold")
+    told = override(find_recipe("photos:finetune"), {"weights": str(half), "model": NAME})
+    taken = with_weights_preprocessing(told, ())
+    assert taken.preprocessing == Preprocessing(
+        size=96, crop_pct=1.0, mean=(0.5,), std=(0.25,), interpolation="bicubic", channels=1
+    )
+    assert taken.steps[0].size == 96
+    assert "size 96, not 224; crop_pct 1, not 0.875; mean 0.5, not 0.485 0.456 0.406" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", "32"),
+        ("crop_pct", "0.9"),
+        ("interpolation", "bilinear"),
+        ("mean", "[0.1, 0.2, 0.3]"),
+        ("std", "[0.1, 0.2, 0.3]"),
+        ("channels", "3"),
+    ],
+)
+def test_what_the_user_states_stays(field, value, half):
+    told = override(
+        find_recipe("photos:finetune"), {"weights": str(half), "model": NAME, f"preprocessing.{field}": value}
+    )
+    taken = with_weights_preprocessing(told, [f"preprocessing.{field}"]).preprocessing
+    assert getattr(taken, field) == getattr(told.preprocessing, field)
+    assert taken.channels == (3 if field in ("mean", "std", "channels") else 1)
+    assert len(taken.mean) == len(taken.std) == taken.channels
+
+
+def test_foreign_weights_bring_what_the_catalogue_says_of_them(tmp_path):
+    name = "mobilenetv1_025.timm"
+    torch.save(create_model(name, num_classes=3).state_dict(), tmp_path / "w.pth")
+    told = override(find_recipe("photos:finetune"), {"weights": str(tmp_path / "w.pth"), "model": name})
+    taken = with_weights_preprocessing(told, ()).preprocessing
+    assert (taken.mean, taken.interpolation) == ((0.5, 0.5, 0.5), "bicubic")
+    gone = override(told, {"weights": str(tmp_path / "gone.pth")})
+    assert with_weights_preprocessing(gone, ()) == gone
+
+
+def test_licence_and_source_go_into_the_run_and_stay_when_it_goes_on(half, tmp_path, photos, caplog):
+    told = override(find_recipe("photos:finetune"), {"weights": str(half), "data.spec": str(photos), "model": NAME})
+    expected = ("apple-amlr", "trained on photos0, from half.safetensors (somebody's)")
+    assert provenance(told, None) == expected
+    card = Card(model=NAME, num_classes=3, licence=expected[0], source=expected[1])
+    save_weights(create_model(NAME, num_classes=3).eval(), tmp_path / "best" / "model.safetensors", card)
+    gone = override(told, {"weights": str(tmp_path / "gone.safetensors")})
+    assert provenance(gone, tmp_path) == expected
+    caplog.set_level("INFO", "onefold")
+    assert provenance(gone, tmp_path / "empty")[0] == ""
+    assert "their licence is not known" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------- teachers

@@ -98,6 +98,7 @@ def train(
     folders: data/train/<class>/ and data/val/<class>/, or data/<class>/, which is then split by a stated seed; `onefold
     data PLACE` shows how any other place is understood.
     """
+    from onefold.commands.initialize import with_weights_preprocessing
     from onefold.commands.train import Callbacks, resume_run, start_run
     from onefold.recipes import recipe_for, recipes
     from onefold.train import import_ahead
@@ -114,8 +115,10 @@ def train(
     given["plan.distill.teacher"] = teacher
     changes = {field: str(value) for field, value in given.items() if value is not None}
     changes |= ({"int8": "{}"} if int8 else {}) | _dotted(context.args)
+    stated = {*changes, *(["preprocessing.size"] if img_size is not None else [])}
     if show:
         chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+        chosen = with_weights_preprocessing(chosen, stated)
         display.recipe(chosen, to=sys.stdout)
         return
     services = tuple(name.strip() for name in log_to.split(",") if name.strip())
@@ -127,6 +130,7 @@ def train(
             outcome = resume_run(resume, callbacks=callbacks, log_to=services)
         else:
             chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            chosen = with_weights_preprocessing(chosen, stated)
             folder = out or Path("runs") / chosen.name.replace(":", "-")
             outcome = start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check)
     display.trained(outcome)

@@ -97,9 +97,7 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise BadData(
-                f"cannot read class names from {path}: it is no JSON ({error}), and begins as JSON does"
-            ) from error
+            raise BadData(f"cannot read class names from {path}: it begins as JSON and is none ({error})") from error
         names = class_names_in({"classes": value}, num_classes)
         if names is None:
             count = len(value)

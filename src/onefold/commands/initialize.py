@@ -6,7 +6,7 @@ Weights are taken as they are, or expanded to branches again; their head is kept
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
 from onefold.data.loader import Transform
 from onefold.data.sampler import shuffled
-from onefold.errors import BadArgument, BadData
+from onefold.errors import BadArgument, BadCheckpoint, BadData, NetworkFailed
 from onefold.models import Classifier, create_model
-from onefold.models.hub import Card, load_model
+from onefold.models.hub import Card, load_model, read_card, weights_card
 from onefold.models.mobileone import zero_init_branches_
 from onefold.models.parts import set_dropout_
-from onefold.recipes import Recipe
+from onefold.recipes import Recipe, at_size
 from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.runtimes.artifact import is_artifact
 from onefold.train import NORMS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
@@ -67,6 +67,78 @@ class TrainingImages:
             yield images.to(self.device).contiguous(memory_format=torch.channels_last), labels.to(self.device)
 
 
+def with_weights_preprocessing(recipe: Recipe, stated: Collection[str]) -> Recipe:
+    """Give the recipe with the preprocessing of the weights that it starts from, and log what that changes.
+
+    `stated` are the recipe's fields that the user set, such as "preprocessing.mean": those stay as they are. Weights
+    that cannot be read leave the recipe as it is. Raises BadArgument where their preprocessing cannot be.
+    """
+    if recipe.weights is None:
+        return recipe
+    try:
+        card = weights_card(weights_file(recipe.weights), name=recipe.model)
+    except (BadCheckpoint, BadArgument, NetworkFailed):
+        return recipe  # a training says so when it starts from them, and --show shows the recipe's
+    keep = {name.removeprefix("preprocessing.") for name in stated if name.startswith("preprocessing.")}
+    given = dict(card.preprocessing)
+    channels = card.in_chans if card.in_chans in (1, 3) else recipe.preprocessing.channels
+    taken = {**given, "channels": channels}
+    taken = {key: value for key, value in taken.items() if key not in keep}
+    if keep & {"mean", "std", "channels"}:
+        taken.pop("channels", None)  # as many as the user's own mean and deviation say
+    before = recipe.preprocessing.to_dict()
+    if "size" in taken:
+        recipe = at_size(recipe, taken.pop("size"))
+    settings = recipe.preprocessing.to_dict() | taken
+    for key in ("mean", "std"):  # weights may say how many channels they take, and no more
+        values = settings[key]
+        if len(values) != settings["channels"] and key not in keep:
+            settings[key] = (sum(values) / len(values),) * settings["channels"]
+    recipe = replace(recipe, preprocessing=Preprocessing.from_dict(settings))
+    after = recipe.preprocessing.to_dict()
+    changed = [f"{key} {_text(after[key])}, not {_text(before[key])}" for key in after if after[key] != before[key]]
+    if changed:
+        _log.info("preprocessing is that of the weights %s: %s", recipe.weights, "; ".join(changed))
+    return recipe
+
+
+def provenance(recipe: Recipe, run: Path | None) -> tuple[str, str]:
+    """Give the licence and the source of a training's weights, which those that it starts from have a part in.
+
+    `run` is the folder of a run that goes on: its first weights may be gone, and its best ones know both.
+    """
+    trained = f"trained on {Path(recipe.data.spec).name}"
+    if recipe.weights is None:
+        return "", trained
+    best = None if run is None else RunFolder(run).best / WEIGHTS
+    if best is not None and best.is_file():
+        card = read_card(best)
+        return card.licence, card.source
+    try:
+        card = weights_card(weights_file(recipe.weights), name=recipe.model)
+    except BadCheckpoint:
+        if run is None:
+            raise
+        _log.info("the weights %s, from which the run began, are gone: their licence is not known", recipe.weights)
+        return "", f"{trained}, from {Path(recipe.weights).name}"
+    origin = f" ({card.source})" if card.source not in ("", recipe.weights) else ""
+    return card.licence, f"{trained}, from {Path(recipe.weights).name}{origin}"
+
+
+def _tell_differences(card: Card, recipe: Recipe) -> None:
+    """Log where a recipe prepares images otherwise than the weights that it starts from were made for."""
+    ours = {key: _text(value) for key, value in recipe.preprocessing.to_dict().items()}
+    made = {key: _text(value) for key, value in {"channels": card.in_chans, **card.preprocessing}.items()}
+    differ = [f"{key} {made[key]}, not {ours[key]}" for key in ours if key in made and made[key] != ours[key]]
+    if differ:
+        _log.info("the weights %s were made for other preprocessing: %s", recipe.weights, "; ".join(differ))
+
+
+def _text(value: object) -> str:
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    return " ".join(f"{number:.4g}" if isinstance(number, float) else str(number) for number in numbers)
+
+
 def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     """Give the network that a run of the recipe starts from, in train mode. Raises BadArgument, BadCheckpoint."""
     num_classes = len(images.source.classes)
@@ -85,7 +157,9 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
         _move_head_(model, card, images.source.classes)
     else:
         model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights)
+        card = weights_card(weights, name=recipe.model)
         _reset_head_(model, recipe, images)
+    _tell_differences(card, recipe)
     if recipe.start == "expanded" and not unfused_norms(model):
         model = _expand(model, fresh, recipe, images)
     return _with_dropout(model, recipe)

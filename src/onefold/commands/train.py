@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from onefold.commands.evaluate import PREDICTIONS, evaluate, write_predictions
-from onefold.commands.initialize import TrainingImages, fold_frozen_, init_network, open_teachers, resumed_network
+from onefold.commands.initialize import (
+    TrainingImages,
+    fold_frozen_,
+    init_network,
+    open_teachers,
+    provenance,
+    resumed_network,
+)
 from onefold.commands.open import RECIPE, Network, open_predictor, read_data, read_recipe
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
@@ -117,6 +124,7 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
         model = resumed_network(recipe, len(training.classes), out) if resume else init_network(recipe, images)
         fold_frozen_(model, recipe.plan.freeze)
         params = None if recipe.int8 is None else _qparams(recipe, images, model, out if resume else None)
+        licence, source = provenance(recipe, out if resume else None)
         card = Card(
             model=recipe.model,
             num_classes=len(training.classes),
@@ -126,7 +134,8 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
             fused=not unfused_norms(model),
             recipe=recipe.name,
             int8=None if params is None else params.to_dict(),
-            source=f"trained on {Path(recipe.data.spec).name}",
+            licence=licence,
+            source=source,
         )
         if params is not None:
             size = recipe.preprocessing.size

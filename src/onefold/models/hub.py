@@ -9,11 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +21,9 @@ from torch import nn
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
 from onefold.models.load_weights import CLASSIFIER, Weights, class_names_in, guess_model, load_into_, read_weights
+from onefold.models.restricted_unpickler import Placeholder
 from onefold.models.weights_file import Card as Card
-from onefold.models.weights_file import hub_config, hub_readme
+from onefold.models.weights_file import config_licence, config_preprocessing, hub_config, hub_readme
 from onefold.models.weights_file import read_card as read_card
 from onefold.models.weights_file import save_weights as save_weights
 from onefold.storage import write_text
@@ -57,6 +56,12 @@ def load_model(
     return model, replace(_card(weights, file, known, model is not fresh, classes), in_chans=channels)
 
 
+def weights_card(source: str | Path, *, name: str | None = None) -> Card:
+    """Give the card that `load_model` would give, without making a network of it. Raises as `load_model` does."""
+    file, weights = _open(source, quiet=True)
+    return _card(weights, file, _model_name(weights, name), weights.is_fused, weights.num_classes, quiet=True)
+
+
 def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
     """Load weights into `model`, which is called `name`, and return the network that holds them.
 
@@ -78,10 +83,10 @@ def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> N
 # ---------------------------------------------------------------------------------- weights of a file
 
 
-def _open(source: str | Path) -> tuple[WeightsFile, Weights]:
+def _open(source: str | Path, *, quiet: bool = False) -> tuple[WeightsFile, Weights]:
     """The weights of a path or an id of the hub. Raises BadCheckpoint."""
     file = locate(source)
-    weights = read_weights(file.path, select=file.select)
+    weights = read_weights(file.path, select=file.select, quiet=quiet)
     for key, expected in weights.layout.config.items():
         if file.config.get(key, expected) != expected:
             raise BadCheckpoint(
@@ -113,7 +118,7 @@ def _model_name(weights: Weights, name: str | None) -> str:
     return base
 
 
-def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_classes: int) -> Card:
+def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_classes: int, quiet: bool = False) -> Card:
     """The card that a file carries, or else what is known of it as a card."""
     kept = num_classes == weights.num_classes
     source = f"{file.source} ({weights.origin})" if weights.origin else file.source
@@ -121,16 +126,41 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
     if weights.card is not None:
         card = weights.card
         return card if kept else replace(card, num_classes=num_classes, classes=None, source=source)
+    default = CATALOGUE[name].input
+    stated = config_preprocessing(file.config or _in_checkpoint(weights.extras), default)
+    preprocessing = {**default, "channels": weights.in_chans, **stated}
+    if not stated and not quiet:
+        shown = ", ".join(f"{key} {value}" for key, value in default.items() if key != "channels")
+        _log.info("%s does not say how images are prepared: as the catalogue's %s (%s)", file.source, name, shown)
     return Card(
         model=name,
         num_classes=num_classes,
         in_chans=weights.in_chans,
         classes=(weights.classes or class_names_in(file.config, num_classes)) if kept else None,
-        preprocessing=dict(CATALOGUE[name].input) | _preprocessing(file.config, CATALOGUE[name].input),
+        preprocessing=preprocessing,
         fused=fused,
         licence=file.licence,
         source=source,
     )
+
+
+def _in_checkpoint(extras: Mapping[str, object]) -> dict[str, Any]:
+    """What a trainer's own arguments in a checkpoint say of preprocessing, under the names of timm's config."""
+    for key in ("args", "config", "hyper_parameters", "hparams", "opt"):
+        given = extras.get(key)
+        table = given.values if isinstance(given, Placeholder) else given
+        if not isinstance(table, Mapping):
+            continue
+        keys = ("mean", "std", "crop_pct", "interpolation", "input_size")
+        stated = {key: table[key] for key in keys if table.get(key) is not None}
+        size, resized = table.get("val_crop_size", table.get("img_size")), table.get("val_resize_size")
+        if isinstance(size, int) and "input_size" not in stated:
+            stated["size"] = size
+        if isinstance(size, int) and isinstance(resized, int) and resized:  # torchvision's
+            stated["crop_pct"] = size / resized
+        if stated:
+            return {"pretrained_cfg": stated}
+    return {}
 
 
 # ------------------------------------------------------------------------------- finding a file
@@ -179,7 +209,7 @@ def _with_files_beside(file: WeightsFile) -> WeightsFile:
     """Add what the other files of its folder say."""
     folder = file.path.parent
     config = dict(_read_config(folder / CONFIG)) | dict(_read_config(folder / PREPROCESSOR))
-    return replace(file, config=config, licence=_licence(config, folder / "README.md"))
+    return replace(file, config=config, licence=config_licence(config, folder / "README.md"))
 
 
 def _on_hub(repo_id: str) -> WeightsFile:
@@ -208,12 +238,12 @@ def _on_hub(repo_id: str) -> WeightsFile:
                 f"(hf download {repo_id}), or give a folder that holds both"
             ) from error
     readme = path.parent / "README.md"
-    if not _licence(config, readme):
+    if not config_licence(config, readme):
         try:
             readme = _download(repo_id, "README.md")
         except (EntryNotFoundError, NetworkFailed):
             _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
-    return WeightsFile(path=path, source=repo_id, config=config, licence=_licence(config, readme))
+    return WeightsFile(path=path, source=repo_id, config=config, licence=config_licence(config, readme))
 
 
 def _download(repo_id: str, name: str) -> Path:
@@ -270,113 +300,6 @@ def _read_config(path: Path) -> Mapping[str, Any]:
             f"{path} cannot be read ({error}): get it again, or give the file of weights alone"
         ) from error
     return config
-
-
-# ------------------------------------------------------------------------- reading config.json
-
-
-def _preprocessing(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `Preprocessing` that a config states, as far as their values are valid; what is not is logged.
-
-    They are those of timm's pretrained_cfg, else of transformers' preprocessor_config.json. What neither says is as in
-    `default`.
-    """
-    timm = config.get("pretrained_cfg")
-    stated = _of_timm(timm) if isinstance(timm, Mapping) else _of_transformers(config, default)
-    out: dict[str, Any] = {}
-    for key, value in stated.items():
-        if _is_valid(key, value):
-            out[key] = tuple(float(v) for v in value) if key in ("mean", "std") else value
-        else:
-            _log.info(
-                "the config beside the weights states %s %r, which is not known here: %r", key, value, default[key]
-            )
-    if out.get("crop_pct", 0) > 1:
-        _log.info("the weights' config pads images (crop_pct %.4g); here they are not: 1.0", out["crop_pct"])
-        out["crop_pct"] = 1.0
-    return out
-
-
-def _is_valid(key: str, value: object) -> bool:
-    if key in ("mean", "std"):
-        numbers = value if isinstance(value, (list, tuple)) else ()
-        return len(numbers) > 0 and all(_is_number(v) and (v > 0 or key == "mean") for v in numbers)
-    if key == "interpolation":
-        return value in ("bilinear", "bicubic", "nearest")
-    return (
-        type(value) in ((int, float) if key == "crop_pct" else (int,)) and _is_number(value) and float(str(value)) > 0
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's pretrained_cfg states."""
-    keys = ("mean", "std", "crop_pct", "interpolation")
-    stated = {key: settings[key] for key in keys if settings.get(key) is not None}
-    size = settings.get("input_size")
-    if isinstance(size, list) and len(size) == 3:
-        stated |= {"channels": size[0], "size": size[2]}
-    return stated
-
-
-def _of_transformers(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' preprocessor_config.json states; without one the image_size of config.json."""
-    stated: dict[str, Any] = {}
-    if config.get("image_size") is not None:
-        stated["size"] = _side(config["image_size"])
-    resized = _side(config.get("size")) if config.get("do_resize", True) else None
-    cropped = _side(config.get("crop_size")) if config.get("do_center_crop", "crop_size" in config) else None
-    if isinstance(cropped or resized, int):
-        stated["size"] = cropped or resized
-        if resized:
-            stated["crop_pct"] = cropped / resized if cropped else 1.0
-        if cropped is None and isinstance(config.get("size"), Mapping) and "height" in config["size"]:
-            _log.info("the weights' config resizes images without their aspect ratio; here the middle square is taken")
-    if config.get("crop_pct") is not None:
-        stated["crop_pct"] = config["crop_pct"]
-    if config.get("resample") is not None:
-        stated["interpolation"] = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(
-            config["resample"], config["resample"]
-        )
-    if "image_mean" in config or "do_normalize" in config or "rescale_factor" in config:
-        # (v * factor - offset - mean) / std is (v / 255 - mean') / std' with these
-        factor = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
-        offset = 1.0 if config.get("rescale_offset") else 0.0
-        normalized = config.get("do_normalize", True)
-        mean = config.get("image_mean", default["mean"]) if normalized else [0.0]
-        std = config.get("image_std", default["std"]) if normalized else [1.0]
-        with suppress(TypeError, ZeroDivisionError):  # refused by name, as they stand
-            mean, std = [(v + offset) / factor for v in mean], [v / factor for v in std]
-        channels = len(default["mean"])
-        stated |= {
-            key: v * channels if isinstance(v, list) and len(v) == 1 else v for key, v in (("mean", mean), ("std", std))
-        }
-    return stated
-
-
-def _side(size: object) -> Any:
-    """The side in pixels of transformers' ways to state a size; what is none as it stands."""
-    if isinstance(size, Mapping):
-        return next((size[key] for key in ("shortest_edge", "height") if key in size), size)
-    return size[-1] if isinstance(size, list) and size else size
-
-
-def _licence(config: Mapping[str, Any], readme: Path) -> str:
-    """The licence in timm's pretrained_cfg, in config.json, or in the README's front matter; empty where none is."""
-    settings = config.get("pretrained_cfg")
-    for table in (settings if isinstance(settings, Mapping) else {}, config):
-        if isinstance(table.get("license"), str) and table["license"]:
-            return str(table["license"])
-    try:
-        front = readme.read_text(encoding="utf-8", errors="replace")[:65536].split("---")[1]
-    except (OSError, IndexError):
-        return ""
-    stated = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+ -]+)", front, re.M))
-    named = str(stated.get("license", ""))
-    return str(stated.get("license_name", named) if named == "other" else named).strip()
 
 
 # ---------------------------------------------------------------------------- folders, and the hub

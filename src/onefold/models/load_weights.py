@@ -11,7 +11,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +64,8 @@ class Weights:
     classes: tuple[str, ...] | None = None
     card: Card | None = None
     """The card of a file of our own format."""
+    extras: Mapping[str, object] = field(default_factory=dict)
+    """The values beside the tensors in the file."""
 
     @property
     def num_classes(self) -> int:
@@ -75,6 +77,11 @@ class Weights:
         """Number of channels of the images; 3 where the stem is missing."""
         stems = (t for name, t in self.tensors.items() if _is_stem(name))
         return next((t.shape[1] for t in stems if t.ndim == 4 and t.shape[0] >= MIN_STEM and t.shape[2] > 1), 3)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it has no norms with statistics."""
+        return _is_fused(self.tensors)
 
     @property
     def variant(self) -> str | None:
@@ -121,6 +128,7 @@ def parse_weights(contents: Contents, path: Path, *, quiet: bool = False) -> Wei
         unexpected=tuple(key for key in keys if key not in names),
         card=card,
         origin=contents.weights,
+        extras=contents.extras,
     )
     head = weights.tensors.get(CLASSIFIER[0])
     if head is not None and (head.ndim != 2 or head.shape[1] < MIN_FEATURES):

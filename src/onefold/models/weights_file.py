@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -27,6 +31,8 @@ from onefold.config import check
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models.safe_load import Contents, read
 from onefold.storage import replacing
+
+_log = logging.getLogger("onefold")
 
 FORMAT = "1"
 MANIFEST = "manifest.json"  # of a run's sealed folder: checksums of its files
@@ -177,6 +183,115 @@ def _is_in_manifest(path: Path) -> bool:
         return bool(written == hashlib.sha256(path.read_bytes()).hexdigest())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadCheckpoint(f"{manifest} has no checksum of {path.name}: it is damaged, get both again") from error
+
+
+# ------------------------------------------------------------------------------ what the hub's files say
+
+
+def config_preprocessing(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `Preprocessing` that a config states, as far as their values are valid; what is not is logged.
+
+    They are those of timm's pretrained_cfg, else of transformers' preprocessor_config.json. What neither says is as in
+    `default`.
+    """
+    timm = config.get("pretrained_cfg")
+    stated = _of_timm(timm) if isinstance(timm, Mapping) else _of_transformers(config, default)
+    out: dict[str, Any] = {}
+    for key, value in stated.items():
+        if _is_valid(key, value):
+            out[key] = tuple(float(v) for v in value) if key in ("mean", "std") else value
+        else:
+            _log.info(
+                "the config beside the weights states %s %r, which is not known here: %r", key, value, default[key]
+            )
+    if out.get("crop_pct", 0) > 1:
+        _log.info("the weights' config pads images (crop_pct %.4g); here they are not: 1.0", out["crop_pct"])
+        out["crop_pct"] = 1.0
+    return out
+
+
+def _is_valid(key: str, value: object) -> bool:
+    if key in ("mean", "std"):
+        numbers = value if isinstance(value, (list, tuple)) else ()
+        return len(numbers) > 0 and all(_is_number(v) and (v > 0 or key == "mean") for v in numbers)
+    if key == "interpolation":
+        return value in ("bilinear", "bicubic", "nearest")
+    return (
+        type(value) in ((int, float) if key == "crop_pct" else (int,)) and _is_number(value) and float(str(value)) > 0
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's pretrained_cfg states."""
+    keys = ("mean", "std", "crop_pct", "interpolation")
+    stated = {key: settings[key] for key in keys if settings.get(key) is not None}
+    size = settings.get("input_size")
+    if settings.get("size") is not None:
+        stated["size"] = settings["size"]
+    if isinstance(size, (list, tuple)) and len(size) == 3:
+        stated |= {"channels": size[0], "size": size[2]}
+    return stated
+
+
+def _of_transformers(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' preprocessor_config.json states; without one the image_size of config.json."""
+    stated: dict[str, Any] = {}
+    if config.get("image_size") is not None:
+        stated["size"] = _side(config["image_size"])
+    resized = _side(config.get("size")) if config.get("do_resize", True) else None
+    cropped = _side(config.get("crop_size")) if config.get("do_center_crop", "crop_size" in config) else None
+    if isinstance(cropped or resized, int):
+        stated["size"] = cropped or resized
+        if resized:
+            stated["crop_pct"] = cropped / resized if cropped else 1.0
+        if cropped is None and isinstance(config.get("size"), Mapping) and "height" in config["size"]:
+            _log.info("the weights' config resizes images without their aspect ratio; here the middle square is taken")
+    if config.get("crop_pct") is not None:
+        stated["crop_pct"] = config["crop_pct"]
+    if config.get("resample") is not None:
+        stated["interpolation"] = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(
+            config["resample"], config["resample"]
+        )
+    if "image_mean" in config or "do_normalize" in config or "rescale_factor" in config:
+        # (v * factor - offset - mean) / std is (v / 255 - mean') / std' with these
+        factor = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+        offset = 1.0 if config.get("rescale_offset") else 0.0
+        normalized = config.get("do_normalize", True)
+        mean = config.get("image_mean", default["mean"]) if normalized else [0.0]
+        std = config.get("image_std", default["std"]) if normalized else [1.0]
+        with suppress(TypeError, ZeroDivisionError):  # refused by name, as they stand
+            mean, std = [(v + offset) / factor for v in mean], [v / factor for v in std]
+        channels = len(default["mean"])
+        stated |= {
+            key: v * channels if isinstance(v, list) and len(v) == 1 else v for key, v in (("mean", mean), ("std", std))
+        }
+    return stated
+
+
+def _side(size: object) -> Any:
+    """The side in pixels of transformers' ways to state a size; what is none as it stands."""
+    if isinstance(size, Mapping):
+        return next((size[key] for key in ("shortest_edge", "height") if key in size), size)
+    return size[-1] if isinstance(size, list) and size else size
+
+
+def config_licence(config: Mapping[str, Any], readme: Path) -> str:
+    """The licence in timm's pretrained_cfg, in config.json, or in the README's front matter; empty where none is."""
+    settings = config.get("pretrained_cfg")
+    for table in (settings if isinstance(settings, Mapping) else {}, config):
+        if isinstance(table.get("license"), str) and table["license"]:
+            return str(table["license"])
+    try:
+        front = readme.read_text(encoding="utf-8", errors="replace")[:65536].split("---")[1]
+    except (OSError, IndexError):
+        return ""
+    stated = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+ -]+)", front, re.M))
+    named = str(stated.get("license", ""))
+    return str(stated.get("license_name", named) if named == "other" else named).strip()
 
 
 # ------------------------------------------------------------------------------- what the hub shows
