@@ -41,6 +41,10 @@ from onefold.errors import BadData
 
 _LOG = logging.getLogger("onefold.data")
 _SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"))
+_MASK_FOLDERS = frozenset(
+    ("mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "gt", "trimaps")
+)
+_IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "jpegimages"))
 _CLASS_DEPTH = 3  # folders above which one may be a class or a split
 
 
@@ -215,7 +219,7 @@ def list_folder(folder: Path) -> Listing:
                 continue
             kind = left_out_as(name, partial(first_bytes, os.path.join(folder, inner, name)))
             (images if kind is None else others[kind]).append(inner + name)
-    if masks := set(masks_beside(images)):
+    if masks := {*masks_beside(images), *_masks_in_folders(images)}:
         others[MASKS] = sorted(masks)
     return Listing(
         images=sorted((name for name in images if name not in masks), key=partial(unicodedata.normalize, "NFC")),
@@ -224,6 +228,20 @@ def list_folder(folder: Path) -> Listing:
         outputs=sorted(outputs),
         empty=sorted(empty),
     )
+
+
+def _masks_in_folders(images: Sequence[str]) -> list[str]:
+    """List the images in folders called masks or the like that are called as one beside it, or in images/."""
+
+    def key(name: str) -> str:
+        parts = os.path.splitext(name)[0].split("/")
+        return "/".join(part for part in parts if part.lower() not in (*_MASK_FOLDERS, *_IMAGE_FOLDERS))
+
+    masks = [name for name in images if not _MASK_FOLDERS.isdisjoint(name.lower().split("/")[:-1])]
+    if not masks:
+        return []
+    photos = {key(name) for name in set(images).difference(masks)}
+    return [name for name in masks if key(name) in photos]
 
 
 @dataclass(eq=False)

@@ -173,8 +173,11 @@ def _files(root: Path, names: Sequence[str], labels: Sequence[str], split: Split
 
 
 def _files_left_out(listing: Listing, tables: Iterable[Table]) -> list[LeftOut]:
-    shards = "beside images in folders, which count: give --data with its path to read it"
-    return listing.left_out({table.path for table in tables}, dict.fromkeys(SHARD_SUFFIXES, shards))
+    reasons = dict.fromkeys(
+        SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
+    )
+    reasons |= dict.fromkeys(TABLE_SUFFIXES, "no table of labels, or not the one that counts")
+    return listing.left_out({table.path for table in tables}, reasons)
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -184,12 +184,13 @@ def read_shards(
     parquet = [place for place in places if place.endswith(".parquet")]
     if parquet and len(parquet) < len(places):
         raise BadData(f"there are tars and Parquet files side by side: {join_names(places)}; give one kind")
+    shown_parts = 1 if len({place.rpartition("/")[0] for place in places}) == 1 else 2  # the name, or its folder too
     left_out: list[LeftOut] = []
     notes: list[str] = []
     files: dict[Split | None, list[TarImages | ParquetImages]] = defaultdict(list)
     sources: dict[Split | None, str] = {}
     for split, paths in shards.items():
-        sources[split] = join_names([path.rpartition("/")[2] for path in paths], 3)
+        sources[split] = join_names(["/".join(path.split("/")[-shown_parts:]) for path in paths], 3)
         if parquet:
             for file in (ParquetImages(Path(place)) for place in paths):
                 for inner, rows in file.rows_by_split(split).items():

@@ -45,6 +45,7 @@ _FILLERS = frozenset(
 ) | {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "file", "files"}
 _UNLABELLED = frozenset(("unlabeled", "unlabelled", "pred", "predict", "prediction", "predictions", "submission"))
 _TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|[^\W\d_]+|\d+")
+_RUNS = re.compile(r"[^\W\d_]+|\d+")
 _GLUED = re.compile(
     rf"({'|'.join(SPLIT_WORDS)})({'|'.join(sorted(_FILLERS))})|({'|'.join(sorted(_FILLERS))})(train|val|test)"
 )
@@ -78,9 +79,11 @@ def words_of(name: str) -> list[str]:
 def split_name(name: str) -> SplitName | None:
     """Read a split out of a name; None where it says none, or two."""
     tokens: list[str] = []
-    for word in words_of(name):
-        glued = _GLUED.fullmatch(word)
-        tokens += [part for part in glued.groups() if part] if glued else [word]
+    for run in _RUNS.findall(unicodedata.normalize("NFKC", name)):
+        whole = _GLUED.fullmatch(run.casefold())
+        for word in [run.casefold()] if whole or run.casefold() in SPLIT_WORDS else words_of(run):
+            glued = _GLUED.fullmatch(word)
+            tokens += [part for part in glued.groups() if part] if glued else [word]
     text = " ".join(tokens).replace("hold out", "holdout").replace("held out", "heldout")
     tokens = re.sub(r"\btrain val\b", "trainval", text).split()
     words = [token for token in tokens if token in SPLIT_WORDS]
@@ -141,10 +144,13 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
 
 
 def _levels(folder: Folder) -> Iterator[Folder]:
-    """Give the folder, and what is inside as long as that is one folder and no image."""
+    """Give the folder, and what is inside as long as that is one folder that may be an archive's, not a class."""
     yield folder
-    while len(folder.children) == 1 and not folder.num_direct:
-        (folder,) = folder.children.values()
+    while len(folder.children) == 1:
+        (inner,) = folder.children.values()
+        if folder.num_direct and not inner.children:
+            return
+        folder = inner
         yield folder
 
 
@@ -227,8 +233,8 @@ def _choose(named: Named, place: str) -> Group:
 
 def _choose_quietly(folder: Folder) -> Group:
     """Give the splits that a class folder is divided into; none where it holds anything else."""
-    named = [(said, inner) for name, inner in folder.children.items() if (said := split_name(name)) and not said.stem]
-    if folder.num_direct or len(named) < len(folder.children):
+    named = [(said, inner) for name, inner in folder.children.items() if (said := split_name(name))]
+    if folder.num_direct or len(named) < len(folder.children) or len({said.stem for said, _ in named}) > 1:
         return {}
     return _choose(named, folder.path)
 
