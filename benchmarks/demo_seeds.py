@@ -41,7 +41,8 @@ from onefold.commands.demo import deployment, recipe_of
 from onefold.commands.deploy import build_deployment
 from onefold.commands.export import Calibration, quantized
 from onefold.commands.fuse import fuse
-from onefold.commands.open import open_network, validation_images
+from onefold.commands.held_out import validation_images
+from onefold.commands.open import open_network
 from onefold.commands.train import start_run
 from onefold.quantize import Method
 from onefold.storage import write_text
@@ -111,7 +112,7 @@ def others(fused: Path) -> dict[str, dict[str, float]]:
 
     true, found = logits(network.model), {}
     for name, (count, method) in OTHERS.items():
-        answers = logits(quantized(network, Calibration(data="digits", count=count, method=method)).model)
+        answers = logits(quantized(network, Calibration(data="digits", count=count, method=method)).made.model)
         right = [(each.argmax(1) == labels).double().mean() for each in (true, answers)]
         found[name] = {
             "drop": 100 * float(right[0] - right[1]),

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import export_made
-from onefold.commands.open import Network, open_network, predictor_of, validation_images
+from onefold.commands.export import Int8Network, export_made
+from onefold.commands.held_out import validation_images
+from onefold.commands.open import Network, open_network, predictor_of
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX, Method, Quantized, quantize
@@ -113,7 +114,7 @@ class Subject:
     def _export(self, made: Quantized, folder: Path, runtime: str) -> None:
         """Our artifact, or beside its place the reason why there is none."""
         try:
-            export_made(self.network, made, folder / runtime, runtime, "int8")
+            export_made(self.network, Int8Network(made=made), folder / runtime, runtime, "int8")
         except OnefoldError as error:
             write_text(folder / f"{runtime}.refused", str(error))
 

@@ -32,7 +32,7 @@ PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network that knows the digits somewhat: its last layer is fitted, the rest as drawn."""
-    from onefold.commands.open import validation_images
+    from onefold.commands.held_out import validation_images
     from onefold.train import fit_linear_probe
 
     torch.manual_seed(0)

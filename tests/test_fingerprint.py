@@ -108,7 +108,7 @@ def test_of_more_images_than_keys_some_cannot_be_told(monkeypatch: pytest.Monkey
     assert record.images == 3
     assert not record.is_complete
     told = [record.contains(key) for key in ("000000000001", "000000000002", "000000000009", "00000000000a", "")]
-    assert told == [True, False, None, None, None]
+    assert told == [True, False, None, None, False]
     assert TrainedOn.from_dict(record.to_dict()).contains("000000000005")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -94,6 +95,24 @@ def read_text(path: Path) -> str:
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text that a user gives, without blanks at their ends and without empty lines."""
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A block that no other process is in for the same `path`: to read it, and to write what follows from that.
+
+    The lock is a file beside it, which the kernel unlocks when the process ends, however it ends.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise NotWritable(_why(error, path)) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -230,13 +230,23 @@ def scores(title: str, found: Sequence[EvalResult], *, as_json: bool) -> None:
         if as_json:
             plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.extra}
             plain |= {"unreadable": each.unreadable} if each.unreadable else {}
+            plain |= {"trained_on": each.trained_on} | (
+                {"calibrated_on": each.calibrated_on} if each.calibrated_on else {}
+            )
             emit_json([{key: value if _is_known(value) else None for key, value in plain.items()}])
             continue
         rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}, ECE {score.ece:.2f} %"
         counted = f" of {score.count + each.unreadable}, as the others cannot be read" if each.unreadable else ""
-        say(f"{title} on {each.data}: {rates}, {score.count} images{counted}")
+        say(f"{title} on {each.data}: {rates}, {score.count} images{counted}{_seen(each)}")
         for name, value in each.extra.items():
             say(f"  {name} {value:.2f}")
+
+
+def _seen(result: EvalResult) -> str:
+    """What the network has seen of the images before, as the end of a line."""
+    kinds = {"were trained on": result.trained_on, "calibrated it": result.calibrated_on}
+    parts = [f"{count} of them {kind}" for kind, count in kinds.items() if count]
+    return f", {' and '.join(parts)}: this score flatters" if parts else ""
 
 
 def _is_known(value: object) -> bool:

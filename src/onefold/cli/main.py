@@ -125,9 +125,13 @@ def train(
     with display.training() as on_progress:
         callbacks = Callbacks(on_progress=on_progress, on_start=display.recipe, on_data=display.dataset)
         if resume is not None:
+            changes.pop("data.spec", None)
             if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
-                raise BadArgument("--resume goes on with the run's own recipe: give nothing else with it")
-            outcome = resume_run(resume, callbacks=callbacks, log_to=services)
+                raise BadArgument(
+                    "--resume goes on with the run's own recipe: give nothing else with it, except --data where its "
+                    "photos have moved"
+                )
+            outcome = resume_run(resume, data=data, callbacks=callbacks, log_to=services)
         else:
             chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
             chosen = with_weights_preprocessing(chosen, stated)
@@ -173,7 +177,8 @@ def evaluate(
     """Evaluate a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
 
     Without --data a run is evaluated on the validation images of its own recipe, and the predictions are kept for
-    `report`. Of a folder with val/ that split is used; of class folders, or with a labels.csv, all images. ImageNet-A,
+    `report`. Of a place with val or test those are used; of one without, all images but those that the network was
+    trained on. Where images that were trained on are scored, the line says how many. ImageNet-A,
     -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a real.json
     beside val/.
     """
@@ -181,11 +186,12 @@ def evaluate(
     from onefold.commands.evaluate import evaluate_suite, open_suite
     from onefold.commands.open import open_predictor, with_class_names
 
-    suite = open_suite(source, data)
     with with_class_names(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
+        suite = open_suite(source, data, predictor)
         with display.waiting(f"scoring {suite.title}"):
             found = evaluate_suite(predictor, suite, batch_size=batch_size)
-        note_accuracy(predictor, suite.title, found[0].score.top1, results)
+        first = found[0]
+        note_accuracy(predictor, first.data, first.score.top1, results, trained_on=first.trained_on)
         display.scores(predictor.title, found, as_json=as_json)
 
 

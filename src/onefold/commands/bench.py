@@ -37,7 +37,7 @@ from onefold.bench import (
     self_test,
 )
 from onefold.commands.open import Floats, Predictor, facts_of, open_predictor
-from onefold.errors import BadArgument, GateFailed, MissingExtra
+from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.phone import PROGRAMS, Adb, Load, Plan, Program, connect, look, measure_on, program_of
 from onefold.phone.adb import FOLDER
 from onefold.phone.benchmark import place_of
@@ -45,7 +45,10 @@ from onefold.runtimes import open_artifact
 from onefold.runtimes.artifact import REFERENCE, Artifact, is_artifact, read_files
 from onefold.runtimes.exporter import TOLERANCES
 from onefold.runtimes.reference_logits import read_reference, relative_difference
-from onefold.storage import write_text
+from onefold.storage import locked, write_text
+
+ACCURACY = "accuracy.json"
+"""In a folder of results: top-1 of what was evaluated, by its digest."""
 
 _MORE_ATTEMPTS = 3
 
@@ -186,29 +189,36 @@ def _each(outcome: Measurement | Comparison, change: Callable[[Measurement], Mea
     return replace(outcome, measurements={name: change(each) for name, each in outcome.measurements.items()})
 
 
-def note_accuracy(predictor: Predictor, data: str, top1: float, results: Path) -> None:
-    """Keep the accuracy of what answered, so that measurements of the same bytes can be shown with it."""
-    path = results / "accuracy.json"
-    known = _accuracies(results)
-    known[_identity(predictor.facts)] = {"top1": top1, "top1_on": data}
-    write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+def note_accuracy(
+    predictor: Predictor, data: str, top1: float, results: Path, *, trained_on: int | None = None
+) -> None:
+    """Keep the accuracy of what answered, so that measurements of the same bytes can be shown with it.
+
+    `trained_on` images of the data were trained on.
+    """
+    path = results / ACCURACY
+    noted: dict[str, object] = {"top1": top1, "top1_on": data}
+    noted |= {"top1_trained_on": trained_on} if trained_on else {}
+    with locked(path):  # another process may note one too
+        known = _accuracies(results)
+        known[str(predictor.facts["sha256"])] = noted
+        write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]:
     """What `note_accuracy` kept of the same bytes; empty where nothing."""
-    return _accuracies(results).get(_identity(facts), {})
+    return _accuracies(results).get(str(facts["sha256"]), {})
 
 
 def _accuracies(results: Path) -> dict[str, dict[str, object]]:
+    path = results / ACCURACY
     try:
-        known = json.loads((results / "accuracy.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path} is damaged ({error}): remove it, and score again") from error
     return known if isinstance(known, dict) else {}
-
-
-def _identity(facts: Mapping[str, Any]) -> str:
-    return str(facts.get("sha256") or f"{facts['model']}:{facts['runtime']}:{facts['fused']}:{facts['source']}")
 
 
 def must_be_fused(fused: bool, source: str, allowed: bool) -> None:

@@ -24,20 +24,29 @@ from numpy.typing import NDArray
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, bench, note_accuracy
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import Calibration, export_made, held_out, quantized, unlabelled
-from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of, validation_images
+from onefold.commands.export import Calibration, Int8Network, export_made, quantized
+from onefold.commands.held_out import (
+    Photos,
+    count_trained,
+    photos_to_deploy,
+    records_of,
+    sets_to_evaluate,
+    unlabelled,
+    without_copies,
+    without_labels,
+)
+from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.models.weights_file import hub_readme
-from onefold.quantize import Quantized
 from onefold.report import GATES, require_matplotlib
 from onefold.runtimes import Artifact, Runtime, find_runtime
 from onefold.runtimes.base import installed_versions
 from onefold.storage import replacing, write_text
+from onefold.train.evaluate import drop_interval
 
 Say = Callable[[str], None]
-FLOATS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +54,10 @@ class DeployOptions:
     """What to deploy to: runtimes and precisions by name, and the photos.
 
     `data` calibrates int8: a folder of photos, or class folders, or one with train/ and val/, or "digits". `val` is
-    what to score on; without it the held-out part of `data`, and where that has no labels the answers are compared
-    with the float network's. `max_drop` is in percent points of top-1, against the float network in PyTorch. With
-    `exact_fp32` a 32-bit artifact fails its gate by a single answer that is not the network's.
-    Without `timed` no latency is measured; `procedure` then says only on how many threads.
+    what to score on; without it the part of `data` that was not trained on, and where that has no labels the answers
+    are compared with the float network's. No photo that calibrates is scored. `max_drop` is in percent points of
+    top-1, against the float network in PyTorch. With `exact_fp32` a 32-bit artifact fails its gate by a single answer
+    that is not the network's. Without `timed` no latency is measured; `procedure` then says only on how many threads.
     """
 
     runtimes: Sequence[str]
@@ -64,15 +73,30 @@ class DeployOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of one artifact: `top1` in percent, None without labels; `changed` answers of `count`; its latency."""
+    """What came of one artifact: `top1` in percent, None without labels; `changed` answers of `count`; its latency.
+
+    `lost` photos were right in PyTorch and are wrong in it, `won` the other way round; without labels all that changed
+    are lost. `drop` is in points of top-1, or in percent of the answers.
+    """
 
     name: str
     artifact: Artifact
     top1: float | None
-    drop: float
     changed: int
     count: int
+    lost: int
+    won: int
     measurement: Measurement | None = None
+
+    @property
+    def drop(self) -> float:
+        """What was lost, less what was won, in percent of the photos."""
+        return 100 * (self.lost - self.won) / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the drop on all photos of the kind."""
+        return drop_interval(self.lost, self.won, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +169,14 @@ def build_deployment(
         network, drift = network.fused()
         say(f"fused     drift {drift:.1e}")
     network = network.with_size(order.size)
+    calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
+    photos = _photos(network, order, calibrates=calibrates)
     made = None
     if any(precision == "int8" for _, precision in wanted):
-        made = quantized(network, None if network.card.int8 is not None else order.calibration, say)
+        made = quantized(network, replace(order.calibration, photos=photos.calibration) if calibrates else None, say)
     with replacing(out) as aside:
         aside.mkdir()
-        done = _deploy(network, made, wanted, order, aside, say)
+        done = _deploy(network, made, photos, wanted, order, aside, say)
         _explain(done)
     for gate in done.failed:
         say(f"FAILED    {gate.sentence}")
@@ -181,31 +207,36 @@ def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
 
 def _deploy(
     network: Network,
-    made: Quantized | None,
+    made: Int8Network | None,
+    photos: Photos,
     wanted: Sequence[tuple[str, str]],
     order: DeployOptions,
     out: Path,
     say: Say,
 ) -> DeployResult:
     artifacts, refused = _exported(network, made, wanted, out, say)
-    photos, title, labelled = _photos_to_score(network, order)
-    asked = _Exam(photos, network, labelled)
+    title = photos.title
+    asked = _Exam(photos.scored, network, photos.labelled)
     with predictor_of(network, threads=order.procedure.threads) as torch_network:
-        true, top1 = asked.answers(torch_network)
+        true, right, top1 = asked.answers(torch_network)
         if asked.bad:
-            title += f", without {len(asked.bad)} of {len(photos)} photos, which cannot be read"
-            say(f"left out  {len(asked.bad)} of {len(photos)} photos, which cannot be read")
+            title += f", without {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read"
+            say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
     verdicts, runs = [], [name for name, each in artifacts.items() if _runs_here(each)]
     for name in runs:
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
-            answers, scored = asked.answers(predictor)
+            answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
                 note_accuracy(predictor, title, scored, out / "results")
         changed = int((answers != true).sum())
-        drop = 100 * changed / len(true) if top1 is None or scored is None else top1 - scored
-        verdict = Verdict(name=name, artifact=artifacts[name], top1=scored, drop=drop, changed=changed, count=len(true))
+        lost, won = changed, 0
+        if right is not None and still_right is not None:
+            lost, won = int((right & ~still_right).sum()), int((still_right & ~right).sum())
+        verdict = Verdict(
+            name=name, artifact=artifacts[name], top1=scored, changed=changed, count=len(true), lost=lost, won=won
+        )
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
     timed = _timed(out, runs, order, say) if order.timed else {}
@@ -216,7 +247,7 @@ def _deploy(
 
 
 def _exported(
-    network: Network, made: Quantized | None, wanted: Sequence[tuple[str, str]], out: Path, say: Say
+    network: Network, made: Int8Network | None, wanted: Sequence[tuple[str, str]], out: Path, say: Say
 ) -> tuple[dict[str, Artifact], list[Gate]]:
     """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none."""
     artifacts, refused = {}, []
@@ -241,8 +272,14 @@ def _gate(verdict: Verdict, order: DeployOptions) -> Gate:
         sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the network's, and none may differ"
         return Gate(name=name, kind="parity", passed=False, sentence=sentence)
     lost = f"{verdict.drop:.2f} points of top-1" if top1 is not None else f"{verdict.drop:.2f} % of the answers"
-    sentence = f"{name} lost {lost}, and {order.max_drop:g} may be lost"
-    return Gate(name=name, kind="accuracy", passed=verdict.drop <= order.max_drop, sentence=sentence)
+    low, high = verdict.interval
+    passed = verdict.drop <= order.max_drop
+    sentence = (
+        f"{name} lost {lost} ({low:.1f} to {high:.1f} on {verdict.count} photos), and {order.max_drop:g} may be lost"
+    )
+    if passed and high > order.max_drop:
+        sentence += ": so few photos cannot show that it loses no more"
+    return Gate(name=name, kind="accuracy", passed=passed, sentence=sentence)
 
 
 def _check_installed(name: str, kind: Runtime) -> None:
@@ -266,8 +303,8 @@ class _Exam:
     labelled: bool
     bad: dict[str, str] = field(default_factory=dict)
 
-    def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], float | None]:
-        """The best class of each photo (N,), and top-1 in percent where the photos have labels."""
+    def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None, float | None]:
+        """The best class of each photo (N,); where they have labels, whether it is right (N,), and top-1 in percent."""
         batches = ImageLoader(
             self.photos,
             self.network.preprocessing,
@@ -282,22 +319,36 @@ class _Exam:
             labels.append(truth.numpy())
         answers = np.concatenate(found)
         if not self.labelled:
-            return answers, None
-        index = np.array(class_indices(predictor, self.photos))
-        return answers, 100 * float((answers == index[np.concatenate(labels)]).mean())
+            return answers, None, None
+        right = answers == np.array(class_indices(predictor, self.photos))[np.concatenate(labels)]
+        return answers, right, 100 * float(right.mean())
 
 
-def _photos_to_score(network: Network, order: DeployOptions) -> tuple[Dataset, str, bool]:
-    """The photos, what to call them, and whether they have labels that the network knows."""
-    given = order.val or order.calibration.data
-    try:
-        photos = held_out(given) if order.val is None else validation_images("", order.val)[0]
-        class_indices(predictor_of(network), photos)
-        return photos, given if order.val else f"{given} (held out)", True
-    except BadData:
-        if order.val is not None:
-            raise
-    return unlabelled(given), f"{given} (not labelled: answers compared with the float network's)", False
+def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Photos:
+    """The photos to calibrate with, and those to score on, none of which is among them; what they are is in the title.
+
+    Photos are without labels where none of their classes is the network's. Raises BadData for labels that are partly
+    unknown, or damaged: the gate on accuracy is not to be lost with them.
+    """
+    place, records = order.calibration.data, records_of(network.title, network.card.trained_on)
+    photos = photos_to_deploy(place, records)
+    if order.val is not None:
+        title, scored = next(iter(sets_to_evaluate("", order.val, records).items()))
+        calibration = without_copies(photos.calibration, scored)
+        photos = Photos(calibration=calibration, scored=scored, title=title)
+    if photos.labelled:
+        try:
+            class_indices(predictor_of(network), photos.scored)
+        except BadData as error:
+            if order.val is not None or set(photos.scored.classes) & set(network.card.classes or ()):
+                raise
+            photos = without_labels(place, str(error))
+    if not photos.labelled and not calibrates:
+        photos = replace(photos, scored=unlabelled(place))
+    trained = count_trained(records, photos.scored)
+    seen = "what the network was trained on is not recorded" if trained is None else f"{trained} of them trained on"
+    title = f"{photos.title}: {len(photos.scored)} photos, {seen}"
+    return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))
 
 
 def _timed(out: Path, runs: Sequence[str], order: DeployOptions, say: Say) -> dict[str, Measurement]:
@@ -354,7 +405,8 @@ def _readme(done: DeployResult) -> str:
 
 
 def _table(done: DeployResult) -> list[str]:
-    head = ["artifact", "top-1 %", "lost, points", "answers changed", "latency, median", "threads", "machine", "size"]
+    head = ["artifact", "top-1 %", "lost, points", "answers changed", "95 % interval", "latency, median", "threads"]
+    head += ["machine", "size"]
     rows = [_row(each) for each in done.verdicts]
     scored = {each.name for each in done.verdicts}
     folders = sorted(path.name for path in done.folder.iterdir() if (path / "manifest.json").is_file())
@@ -369,6 +421,7 @@ def _row(each: Verdict) -> list[str]:
         "-" if each.top1 is None else f"{each.top1:.2f}",
         "-" if each.top1 is None else f"{each.drop:.2f}",
         f"{each.changed} of {each.count}",
+        f"{each.interval[0]:.1f} to {each.interval[1]:.1f}",
         "-" if timed is None else f"{timed.median_ns / 1e6:.2f} ms ({timed.verdict})",
         "-" if timed is None else str(timed.procedure.threads),
         "-" if timed is None else timed.machine.chip,

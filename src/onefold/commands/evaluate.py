@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from onefold.commands.classes import all_outputs
-from onefold.commands.open import RECIPE, Floats, Predictor, validation_images
+from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
+from onefold.commands.open import RECIPE, Floats, Predictor
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.folders import read_class_folders
@@ -37,42 +38,54 @@ from onefold.train.evaluate import merge
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSuite:
-    """Named sets of labelled images to evaluate on; `run` is the run folder whose own validation images they are."""
+    """Named sets of labelled images to evaluate on; `run` is the run folder whose own validation images come first.
+
+    Sets that are `corruptions` of one are summed up. `source` is what is evaluated.
+    """
 
     title: str
     folder: Path
     sets: Mapping[str, Dataset]
     run: Path | None = None
+    corruptions: bool = False
+    source: str | Path = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """The accuracy on one set of a suite; `extra` has the metrics that only this kind of data has, in percent.
 
-    `images` are those that were scored, without the `unreadable` ones.
+    `images` are those that were scored, without the `unreadable` ones. So many of them were `trained_on`, and so many
+    calibrated the int8 model; None where that is not known.
     """
 
     data: str
     score: Accuracy
     images: Dataset
     unreadable: int = 0
+    trained_on: int | None = None
+    calibrated_on: int | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
-def open_suite(source: str | Path, data: str | None) -> EvalSuite:
-    """Open the labelled images of `data`, or the sets of ImageNet-C; without it a run's validation images."""
+def open_suite(source: str | Path, data: str | None, predictor: Predictor | None = None) -> EvalSuite:
+    """Open the labelled images of `data`, or the sets of ImageNet-C; without it a run's validation images.
+
+    Of data without a split those are left out that the predictor was trained on.
+    """
     folder = Path(data or source)
     if data is not None and folder.is_dir():
-        sets = {
+        sets: dict[str, Dataset] = {
             f"{name} {level}": read_class_folders(path)
             for name, levels in corruption_folders(folder).items()
             for level, path in levels.items()
         }
         if sets:
-            return EvalSuite(title=data, folder=folder, sets=sets)
-    images, label = validation_images(source, data)
-    is_own = data is None and (Path(source) / RECIPE).is_file()
-    return EvalSuite(title=label, folder=folder, sets={label: images}, run=Path(source) if is_own else None)
+            return EvalSuite(title=data, folder=folder, sets=sets, corruptions=True)
+    records = None if predictor is None else records_of(source, predictor.trained_on)
+    sets = sets_to_evaluate(source, data, records)
+    run = Path(source) if data is None and (Path(source) / RECIPE).is_file() else None
+    return EvalSuite(title=next(iter(sets)), folder=folder, sets=sets, run=run, source=source)
 
 
 def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 32) -> list[EvalResult]:
@@ -80,7 +93,17 @@ def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 
     results = [_evaluate_set(predictor, suite, name, batch_size) for name in suite.sets]
     if suite.run:
         write_predictions(suite.run, predictor, results[0].images, results[0].score, suite.title)
-    return [_summary(suite, results), *results] if len(results) > 1 else results
+    if suite.corruptions:
+        return [_summary(suite, results), *results] if len(results) > 1 else results
+    trained, calibrated = records_of(suite.source, predictor.trained_on), from_card(predictor.calibrated_on)
+    return [
+        replace(
+            result,
+            trained_on=count_trained(trained, result.images),
+            calibrated_on=count_trained(calibrated, result.images),
+        )
+        for result in results
+    ]
 
 
 def _evaluate_set(predictor: Predictor, suite: EvalSuite, name: str, batch_size: int) -> EvalResult:
@@ -174,10 +197,21 @@ def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: A
     write_text(run / PREDICTIONS, "\n".join(lines) + "\n")
 
 
+def predictions_are_of(path: Path, predictor: Predictor) -> bool:
+    """Whether a file of predictions is there, and of this very network."""
+    try:
+        with path.open("rb") as file:
+            head = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(head, dict) and head.get("sha256") == predictor.facts["sha256"]
+
+
 def _lines(predictor: Predictor, images: Dataset, score: Accuracy, data: str) -> Iterator[dict[str, Any]]:
     names = [predictor.class_name(c) for c in range(predictor.num_classes)]
     metrics = {name: value for name, value in score.metrics().items() if np.isfinite(value)}
-    yield {"kind": "predictions", "data": data, "classes": names, "count": score.count, **metrics}
+    of = {"sha256": predictor.facts["sha256"]}
+    yield {"kind": "predictions", "data": data, "classes": names, "count": score.count, **of, **metrics}
     values = score.predictions
     misclassified = np.flatnonzero((values.predicted != values.labels) & (values.predicted >= 0))
     worst = set(misclassified[np.argsort(-values.losses[misclassified], kind="stable")][:_PICTURES].tolist())

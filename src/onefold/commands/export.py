@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from onefold.commands.held_out import photos_to_calibrate, records_of, to_card
 from onefold.commands.open import TOLERANCE, Floats, Network, open_network
 from onefold.commands.predict import say_mismatch
-from onefold.data import Dataset, Preprocessing, find_images, open_dataset
-from onefold.data.folders import ImageFiles
+from onefold.data import Dataset, Preprocessing, Subset
+from onefold.data.fingerprint import TrainedOn, keys_of
 from onefold.errors import BadArgument, BadData, GateFailed
 from onefold.models import cost
 from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
@@ -24,22 +25,30 @@ from onefold.runtimes import export as export_to
 _log = logging.getLogger("onefold")
 
 _FEWEST_TO_SEARCH = 8
-_HELD_OUT = 0.2  # of photos in class folders without a split: kept for scoring
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What an 8-bit network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
 
-    With `search` the method is only where a search by measured answers begins; `keep` layers, those that cost most,
-    stay in floating point.
+    `photos` are those of `data` to choose from; None leaves that to `photos_to_calibrate`. With `search` the method is
+    only where a search by measured answers begins; `skip_layers`, those that cost most, stay in floating point.
     """
 
     data: str
+    photos: Dataset | None = None
     count: int = 200
     method: Method = field(default_factory=Method)
     search: bool = False
     skip_layers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Network:
+    """A network of 8 bits, and on which photos it was calibrated; None where it was trained so."""
+
+    made: Quantized
+    calibrated_on: TrainedOn | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +90,11 @@ def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | N
     return artifacts
 
 
-def export_made(network: Network, made: Quantized | None, folder: Path, runtime: str, precision: str) -> Artifact:
+def export_made(network: Network, made: Int8Network | None, folder: Path, runtime: str, precision: str) -> Artifact:
     """One verified artifact of a network, or of the one of 8 bits that was `made` of it."""
     size = network.preprocessing.size
     return export_to(
-        network.model if made is None else made,
+        network.model if made is None else made.made,
         (network.card.in_chans, size, size),
         folder,
         runtime=runtime,
@@ -100,9 +109,11 @@ def _cost(network: Network) -> dict[str, int]:
     return {"params": counted.params, "macs": counted.macs}
 
 
-def model_info(network: Network, source: str | Path, made: Quantized | None = None) -> ModelInfo:
+def model_info(network: Network, source: str | Path, made: Int8Network | None = None) -> ModelInfo:
     """What an artifact's manifest says of a network, and of how it was quantized."""
     card = network.card
+    records = records_of(network.title, card.trained_on)
+    calibrated_on = None if made is None else made.calibrated_on
     return ModelInfo(
         model=card.model,
         fused=network.is_fused,
@@ -113,13 +124,15 @@ def model_info(network: Network, source: str | Path, made: Quantized | None = No
         source=card.source or str(source),
         details={
             "cost": _cost(network),
-            **({} if made is None else told(made)),
+            **({} if made is None else told(made.made)),
+            **({} if records is None else {"trained_on": to_card(records)}),
+            **({} if calibrated_on is None else {"calibrated_on": to_card([calibrated_on])}),
             **({"untrained": True} if card.untrained else {}),
         },
     )
 
 
-def _quantized(network: Network, order: ExportOptions) -> Quantized | None:
+def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
     """The network of 8 bits, where that is what is asked for. BadArgument where photos are missing or too many."""
     photos, wanted = order.calibration is not None, order.precision == "int8"
     if (photos and not wanted) or (wanted and not photos and network.card.int8 is None):
@@ -130,21 +143,28 @@ def _quantized(network: Network, order: ExportOptions) -> Quantized | None:
 # ---------------------------------------------------------------------------------- int8 networks
 
 
-def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Quantized:
-    """The network of 8 bits: calibrated, or without an order as it was trained.
+def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Int8Network:
+    """The network of 8 bits: as it was trained where it was trained so, and else calibrated.
 
-    Raises BadData where there are too few photos, BadArgument where it is not fused, or was not trained so.
+    Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
+    there is no order, and where it was, and the order asks for something else.
     """
-    if order is None:
-        return _as_trained(network)
+    if order is None or network.card.int8 is not None:
+        return Int8Network(made=_as_trained(network, order))
     if not network.is_fused:
         raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
-    images, method = _images(order, network.preprocessing), order.method
+    source = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
+    if order.count < 2:
+        raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
+    source = Subset(source, _spread(len(source), order.count))
+    images, method = _images(source, order, network.preprocessing), order.method
     if order.skip_layers:
         method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        return search(network.model, images, method, say or (lambda _: None))
-    return quantize(network.model, images, method)
+        made = search(network.model, images, method, say or (lambda _: None))
+    else:
+        made = quantize(network.model, images, method)
+    return Int8Network(made=made, calibrated_on=TrainedOn.of(keys_of(source, "content"), "content"))
 
 
 def told(made: Quantized) -> dict[str, object]:
@@ -165,48 +185,36 @@ def told(made: Quantized) -> dict[str, object]:
     }
 
 
-def _as_trained(network: Network) -> Quantized:
-    whole = network.int8_model()
+def _as_trained(network: Network, order: Calibration | None) -> Quantized:
+    """The network of 8 bits that was trained: another one than that is refused, photos to calibrate it are not used."""
     params = QuantizationParams.from_dict(network.card.int8 or {})
+    if order is not None:
+        method = order.method
+        other = method.weights == "tensor" != params.weights or method.weight_qmax < params.weight_qmax
+        if other or order.skip_layers:
+            raise BadArgument(
+                f"{network.title} was trained for 8 bits, weights per {params.weights} up to {params.weight_qmax}, "
+                "and another network would lose what it has learnt: leave out --weight-bits, --per-tensor and "
+                "--skip-layers, or train for them (onefold train --int8 --int8.limit 63, --int8.weights tensor)"
+            )
+        _log.warning("%s was trained for 8 bits and keeps its own: %s is not calibrated on", network.title, order.data)
     method = replace(MINMAX, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers)
-    return Quantized(model=whole, method=method, layers=(), images=0)
+    return Quantized(model=network.int8_model(), method=method, layers=(), images=0)
 
 
-def _images(order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
-    """The photos (B, C, H, W), chosen evenly; what cannot be read is left out and named."""
-    if order.count < 2:
-        raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
-    source = _photos(order.data)
+def _images(source: Dataset, order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
+    """The photos (B, C, H, W); what cannot be read is left out and named."""
     say_mismatch(source, preprocessing)
-    chosen, photos = _spread(len(source), order.count), list[Floats]()
-    for number, index in enumerate(chosen):
+    photos: list[Floats] = []
+    for index in range(len(source)):
         try:
             photos.append(preprocessing(source.image(index, value_range=preprocessing.value_range)))
         except BadData as error:
-            left_out = number + 1 - len(photos)
-            _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(chosen), error)
+            left_out = index + 1 - len(photos)
+            _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(source), error)
     if len(photos) < 2:
         raise BadData(f"{order.data} has {len(photos)} photos that can be read: calibration needs 2, better 200")
     return torch.from_numpy(np.stack(photos))
-
-
-def _photos(data: str) -> Dataset:
-    """The training part where the photos have classes, else all of them."""
-    try:
-        return open_dataset(data, "train", seed=0, val_fraction=_HELD_OUT)
-    except BadData:
-        return unlabelled(data)
-
-
-def held_out(data: str) -> Dataset:
-    """The labelled photos that calibration does not see. Raises BadData where there are none."""
-    return open_dataset(data, "val", seed=0, val_fraction=_HELD_OUT)
-
-
-def unlabelled(data: str) -> Dataset:
-    """All photos of a folder at any depth, as if of one class. Raises BadData where there are none."""
-    names = [str(path.relative_to(data)) for path in find_images([data])]
-    return ImageFiles(root=Path(data), names=names, labels=[0] * len(names), classes=("photos",))
 
 
 def _spread(length: int, count: int) -> list[int]:

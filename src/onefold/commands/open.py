@@ -1,7 +1,8 @@
-"""Open what a user names: a run folder, a file of weights, an id of the hub, an exported artifact; and its images."""
+"""Open what a user names: a run folder, a file of weights, an id of the hub, an exported artifact."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,13 +18,14 @@ from torch import nn
 
 from onefold.commands.classes import read_class_names
 from onefold.commands.timm import is_timm, load_stored_timm, open_timm
-from onefold.data import Dataset, DatasetSplits, Preprocessing, read_dataset
+from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model
+from onefold.models.weights_file import digest
 from onefold.quantize import IntegerModel, QuantizationParams
 from onefold.quantize.convert import convert
-from onefold.recipes import Data, Recipe
+from onefold.recipes import Recipe
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.runtimes import Artifact, load
 from onefold.runtimes.artifact import is_artifact
@@ -114,7 +116,8 @@ class Session(Protocol):
 class Predictor:
     """A session with what is needed to use it: its preprocessing and its classes.
 
-    `facts` describes it as a measurement records it: model, runtime, precision, fused, ...
+    `facts` describes it as a measurement records it: model, runtime, precision, fused, ... `trained_on` and
+    `calibrated_on` say on which images, as `held_out.from_card` reads it; None where nothing is recorded.
     """
 
     session: Session
@@ -122,6 +125,8 @@ class Predictor:
     num_classes: int
     preprocessing: Preprocessing
     facts: Mapping[str, Any]
+    trained_on: object = None
+    calibrated_on: object = None
 
     @property
     def title(self) -> str:
@@ -188,15 +193,19 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
     card, size = network.card, network.preprocessing.size
     is_int8 = network.is_fused and card.int8 is not None
     flops = cost(network.model, size)
+    precision = "int8" if is_int8 else "fp32"
+    # What its answers depend on: of two runs in folders of one name, or of one network at two sizes, none is the other.
+    identity = json.dumps([digest(network.model.state_dict()), precision, network.preprocessing.to_dict(), card.int8])
     facts = {
         "model": card.model,
         "runtime": "eager",
-        "precision": "int8" if is_int8 else "fp32",
+        "precision": precision,
         "fused": network.is_fused,
         "drift": card.drift,
         "input_shape": (card.in_chans, size, size),
         "params": flops.params,
         "macs": flops.macs,
+        "sha256": hashlib.sha256(identity.encode()).hexdigest(),
         "source": Path(network.title).name,
         **_untrained(card.untrained),
     }
@@ -206,6 +215,7 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
         num_classes=card.num_classes,
         preprocessing=network.preprocessing,
         facts=facts,
+        trained_on=card.trained_on,
     )
 
 
@@ -233,6 +243,8 @@ def _artifact_predictor(folder: Path, threads: int, size: int | None) -> Predict
         num_classes=artifact.num_classes,
         preprocessing=Preprocessing.from_dict(artifact.preprocessing),
         facts=facts_of(artifact),
+        trained_on=artifact.details.get("trained_on"),
+        calibrated_on=artifact.details.get("calibrated_on"),
     )
 
 
@@ -287,24 +299,3 @@ def read_recipe(out: Path) -> Recipe:
         raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
-
-
-def validation_images(source: str | Path, data: str | None) -> tuple[Dataset, str]:
-    """Open the labelled images to evaluate on; gives their title too.
-
-    Without `data` they are the validation images of the run in `source`. Of a place they are val where it has one, else
-    test, and else all; of "digits" those that the demo does not train on.
-    """
-    if data is None:
-        run = Path(source)
-        if not (run / RECIPE).is_file():
-            raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
-        recipe = read_recipe(run)
-        return read_data(recipe.data).open("val"), f"{recipe.data.spec} (held out)"
-    splits = read_data(Data(spec=data) if data == "digits" else Data(spec=data, val_fraction=1.0))
-    return splits.open(splits.scored), data
-
-
-def read_data(data: Data) -> DatasetSplits:
-    """Read a recipe's data."""
-    return read_dataset(data.spec, seed=data.seed, val_fraction=data.val_fraction)

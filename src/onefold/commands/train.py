@@ -14,7 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from onefold.commands.evaluate import PREDICTIONS, evaluate, write_predictions
+from onefold.commands.evaluate import PREDICTIONS, evaluate, predictions_are_of, write_predictions
+from onefold.commands.held_out import (
+    Records,
+    check_run_data,
+    move_run_data,
+    open_data,
+    open_run_data,
+    record_of,
+    records_of,
+    run_records,
+    to_card,
+    write_run_data,
+)
 from onefold.commands.initialize import (
     TrainingImages,
     fold_frozen_,
@@ -23,14 +35,14 @@ from onefold.commands.initialize import (
     provenance,
     resumed_network,
 )
-from onefold.commands.open import RECIPE, Network, open_predictor, read_data, read_recipe
+from onefold.commands.open import RECIPE, Network, open_predictor, read_recipe, weights_file
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
 from onefold.models import resolve
-from onefold.models.hub import Card
+from onefold.models.hub import Card, weights_card
 from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
 from onefold.recipes import Recipe
 from onefold.reparam import unfused_norms
@@ -100,19 +112,28 @@ def start_run(
     return _run(recipe, out, callbacks, log_to, check)
 
 
-def resume_run(out: Path, *, callbacks: Callbacks = NO_CALLBACKS, log_to: Sequence[str] = ()) -> TrainResult:
-    """Go on with the run in `out`, by the recipe that is saved in it; its data are not checked again."""
+def resume_run(
+    out: Path, *, data: str | None = None, callbacks: Callbacks = NO_CALLBACKS, log_to: Sequence[str] = ()
+) -> TrainResult:
+    """Go on with the run in `out`, by the recipe that is saved in it; its data are not checked again.
+
+    `data` is where its images are now, if they have moved. Raises BadCheckpoint where they are not the same ones.
+    """
     check_services(log_to)
-    return _run(read_recipe(out), out, replace(callbacks, on_start=None), log_to, check=False)
+    return _run(read_recipe(out), out, replace(callbacks, on_start=None), log_to, check=False, data=data)
 
 
-def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str], check: bool) -> TrainResult:
+def _run(
+    recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str], check: bool, data: str | None = None
+) -> TrainResult:
     resolve(recipe.model)  # an unknown name is an error before the data are read
-    data = read_data(recipe.data)
-    training, validation = (CachedDataset(data.open(split)) for split in SPLITS[:2])
     with start_world() as world:
         resume = world.broadcast(RunFolder(out).has_run)
-        if not resume:
+        splits = open_run_data(out, recipe, data) if resume else open_data(recipe.data)
+        training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
+        if resume:
+            check_run_data(out, {"train": training, "val": validation})
+        else:
             recipe = _with_value_range(recipe, training, world)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
             # A recipe that does not say how many logical workers gets as many as the processes it is started in.
@@ -125,6 +146,7 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
         fold_frozen_(model, recipe.plan.freeze)
         params = None if recipe.int8 is None else _qparams(recipe, images, model, out if resume else None)
         licence, source = provenance(recipe, out if resume else None)
+        records = run_records(out) if resume else (*_base_records(recipe), record_of(training, recipe.data))
         card = Card(
             model=recipe.model,
             num_classes=len(training.classes),
@@ -136,6 +158,7 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
             int8=None if params is None else params.to_dict(),
             licence=licence,
             source=source,
+            trained_on=None if records is None else to_card(records),
         )
         if params is not None:
             size = recipe.preprocessing.size
@@ -149,13 +172,17 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
             if callbacks.on_start:
                 callbacks.on_start(recipe)
             if callbacks.on_data:
-                callbacks.on_data(data.info)
+                callbacks.on_data(splits.info)
             write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+            write_run_data(out, splits.info, {"train": training, "val": validation}, records or ())
             if checked:
                 write_text(out / CHECK, json.dumps(asdict(checked), indent=1) + "\n")
             _draw_samples(out, batches, training.classes, recipe.preprocessing)
             if params is not None:
                 write_text(out / QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
+
+        elif world.is_main and data is not None:
+            move_run_data(out, data)
 
         run = Run(
             out=out,
@@ -179,6 +206,14 @@ def _run(recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str],
         epoch=int(best["epoch"]),
         count=len(validation),
     )
+
+
+def _base_records(recipe: Recipe) -> Records:
+    """What the weights that a run starts from were trained on, as far as that is recorded."""
+    if recipe.weights is None:
+        return ()
+    card = weights_card(weights_file(recipe.weights), name=recipe.model)
+    return records_of(recipe.weights, card.trained_on) or ()
 
 
 def _check_batch_of_one(model: nn.Module, recipe: Recipe) -> None:
@@ -297,12 +332,11 @@ def _draw_samples(out: Path, batches: Batches, classes: tuple[str, ...], preproc
 
 
 def _write_best_predictions(out: Path, recipe: Recipe, validation: Dataset) -> None:
-    """Write the predictions of the best network for each validation image, unless they are newer than it already."""
-    written, best = out / PREDICTIONS, RunFolder(out).best
-    if written.is_file() and written.stat().st_mtime >= best.stat().st_mtime:
-        return
+    """Write the predictions of the best network for each validation image, unless they are there already."""
     try:
         with open_predictor(out, threads=torch.get_num_threads()) as predictor:
+            if predictions_are_of(out / PREDICTIONS, predictor):
+                return
             scored = evaluate(predictor, validation, batch_size=recipe.plan.batch_size)
             write_predictions(out, predictor, scored.images, scored.score, f"{recipe.data.spec} (held out)")
     except (BadData, GateFailed, NonFiniteLoss) as error:

@@ -103,9 +103,9 @@ class TrainedOn:
         return frozenset(self.keys.tolist())
 
     def contains(self, key: str) -> bool | None:
-        """Whether the image of a key was trained on; None where that cannot be told."""
+        """Whether the image of a key was trained on; None where that cannot be told. One that cannot be read: not."""
         if not key:
-            return None
+            return False
         number = _number(key)
         if number in self._known:
             return True

@@ -68,6 +68,8 @@ class Card:
     """Where the weights are from, and how they were changed since."""
     int8: Mapping[str, Any] | None = None
     """The parameters of quantization-aware training, as `quantize.QuantizationParams` writes them; None without it."""
+    trained_on: Mapping[str, Any] | None = None
+    """Digests of the images that it was trained on, as `data.fingerprint.TrainedOn` writes them; None: not recorded."""
     untrained: bool = False
     """Whether the weights are a random initialization: good for measuring latency, of no accuracy."""
 
@@ -355,6 +357,7 @@ def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
         "classes": f"{card.num_classes}" + ("" if card.classes is not None else ", not named"),
         "input": ", ".join(f"{key} {value}" for key, value in card.preprocessing.items()),
         "recipe": card.recipe,
+        "trained on": _num_trained_on(card),
         "source": card.source,
         "licence": card.licence or "not stated",
         "written by": f"onefold {card.version}",
@@ -363,6 +366,12 @@ def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
     table = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items() if value]
     load = ["import onefold", "", 'model, card = onefold.from_pretrained("<owner>/<name>")']
     return [f"# {_cell(card.model)}", "", "| | |", "|---|---|", *table, "", "```python", *load, "```"]
+
+
+def _num_trained_on(card: Card) -> str:
+    records = (card.trained_on or {}).get("records")
+    counts = [each["images"] for each in records if isinstance(each, dict)] if isinstance(records, list) else []
+    return f"{' and '.join(map(str, counts))} images, known by their digests" if counts else ""
 
 
 def _cell(text: str) -> str:

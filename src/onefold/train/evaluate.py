@@ -164,6 +164,18 @@ def calibration_error(confidences: NDArray[np.float64], is_right: NDArray[np.boo
     return 100.0 * float(np.abs(gaps).sum() / len(finite))
 
 
+def drop_interval(lost: int, won: int, count: int) -> tuple[float, float]:
+    """Give the 95 % interval, in percent, of the difference of two accuracies on the same `count` images.
+
+    Wald's with half an image added to each of the four kinds of pairs, which keeps its level with few images, and with
+    none that differ (Agresti and Min, Statistics in Medicine 24, 2005).
+    """
+    total = count + 2
+    middle = (lost - won) / total
+    half = 1.96 * math.sqrt((lost + won + 1) / total - middle**2) / math.sqrt(total)
+    return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
+
+
 # ------------------------------------------------------------------------------------ linear probe
 
 _PENALTY = 1e-3  # on the squares of the weights of standardized features; 1e-5 to 1e-3 differ by 0.2 % on photos

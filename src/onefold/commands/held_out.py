@@ -1,0 +1,296 @@
+"""Which photos a network was trained on, and which are held out: to score it, to calibrate it, and to go on with a run.
+
+A run folder keeps what it was trained on:
+
+    data.json    the dataset as `read_dataset` described it, where it lay, and what the weights were trained on
+    images.csv   each image of train and val: name, class, and a digest by which it is known again
+
+The weights and artifacts that are made of a run carry the digests too (see `TrainedOn`). So a score never depends on a
+seed of its own: images that were trained on are left out, or the score says how many of them it has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onefold.commands.open import RECIPE, read_recipe
+from onefold.data import Dataset, Subset, find_images
+from onefold.data.dataset import DatasetSplits, read_dataset
+from onefold.data.dataset_info import DatasetInfo
+from onefold.data.decode import printable
+from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, keys_of, trained_among
+from onefold.data.folders import ImageFiles
+from onefold.data.remote import REMOTE
+from onefold.data.splits import NoClassFolders
+from onefold.errors import BadArgument, BadCheckpoint, BadData
+from onefold.recipes import Data, Recipe
+from onefold.storage import write_text
+
+_log = logging.getLogger("onefold")
+
+DATA, IMAGES = "data.json", "images.csv"
+"""Files of a run folder: see the top of this file."""
+
+Records = tuple[TrainedOn, ...]
+
+_HELD_OUT = 0.2  # of photos none of which was trained on: kept for scoring, where the others calibrate
+
+# ------------------------------------------------------------------------------------ the data of a run
+
+
+def open_run_data(out: Path, recipe: Recipe, place: str | None = None) -> DatasetSplits:
+    """Open the data of the run in `out`: at `place`, or where they were found when it started, or moved along with it.
+
+    Raises BadData where they are gone.
+    """
+    saved = _read_data(out)
+    dataset = saved.get("dataset")
+    classes = dataset.get("classes") if isinstance(dataset, dict) else None
+    found = place or _place(out, recipe.data.spec, saved)
+    if found is None and saved:
+        was = printable(str(saved.get("place")))
+        raise BadData(f"the photos of {out} were in {was}, and are gone: say where they are with --data FOLDER")
+    return open_data(recipe.data, found or "", classes)
+
+
+def write_run_data(out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: Records) -> None:
+    """Keep in the run folder what it is trained on."""
+    ImageList.of(images).write(out / IMAGES)
+    values = {"dataset": info.to_dict(), **_where(out, info.place), "trained_on": to_card(records)}
+    write_text(out / DATA, json.dumps(values, indent=1) + "\n")
+
+
+def move_run_data(out: Path, place: str) -> None:
+    """Keep in the run folder that its images are elsewhere now."""
+    write_text(out / DATA, json.dumps(_read_data(out) | _where(out, place), indent=1) + "\n")
+
+
+def check_run_data(out: Path, images: Mapping[str, Dataset]) -> None:
+    """Raise BadCheckpoint where the images of a split are others than those the run was started with."""
+    listed = ImageList.read(out / IMAGES)
+    differences = [] if listed is None else [listed.difference(split, images[split]) for split in images]
+    if any(differences):
+        raise BadCheckpoint(
+            f"{out} was started on other images: {'; '.join(filter(None, differences))}. Put them back, or start a run "
+            "of its own on these (--out)"
+        )
+
+
+def _where(out: Path, place: str) -> dict[str, str]:
+    is_local = place != "digits" and not place.startswith(REMOTE)
+    absolute = os.path.abspath(place) if is_local else place
+    return {"place": absolute, "from_here": os.path.relpath(absolute, out) if is_local else absolute}
+
+
+def run_records(out: Path) -> Records | None:
+    """Give what the run in `out` wrote of what it was trained on; None where it wrote nothing."""
+    return from_card(_read_data(out).get("trained_on"))
+
+
+def open_data(data: Data, place: str = "", classes: Sequence[str] | None = None) -> DatasetSplits:
+    """Open a recipe's data, or those of another place split as it says; see `read_dataset`."""
+    return read_dataset(place or data.spec, seed=data.seed, val_fraction=data.val_fraction, class_order=classes)
+
+
+def _read_data(out: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((out / DATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{out / DATA} cannot be read: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _place(out: Path, spec: str, saved: Mapping[str, Any]) -> str | None:
+    """Find the data of a run: where they were, as seen from the run folder, or as they were typed."""
+    places = [spec]
+    if isinstance(saved.get("place"), str) and isinstance(saved.get("from_here"), str):
+        places = [saved["place"], os.path.join(out, saved["from_here"]), spec]
+    return next((place for place in places if _is_there(place)), None)
+
+
+def _is_there(place: str) -> bool:
+    if place == "digits" or place.startswith(REMOTE):
+        return True
+    return os.path.exists(os.path.dirname(place) or "." if any(c in place for c in "*?[{") else place)
+
+
+# ------------------------------------------------------------------------------- what was trained on
+
+
+def to_card(records: Sequence[TrainedOn]) -> dict[str, Any]:
+    """Give records as a card or a manifest holds them; each once, the last eight."""
+    plain = {record.keys.tobytes(): record.to_dict() for record in records}
+    return {"records": list(plain.values())[-8:]}
+
+
+def from_card(values: object) -> Records | None:
+    """Read what `to_card` wrote; None where there is nothing, or nothing that can be read."""
+    records = values.get("records") if isinstance(values, Mapping) else None
+    if not isinstance(records, list):
+        return None
+    try:
+        return tuple(TrainedOn.from_dict(record) for record in records)
+    except BadArgument as error:
+        _log.warning("%s", error)
+        return None
+
+
+def records_of(source: str | Path, values: object) -> Records | None:
+    """Give what a network was trained on: by its card or manifest, or of an older run by its recipe. None: unknown."""
+    records = from_card(values)
+    if records is not None or not (Path(source) / RECIPE).is_file():
+        return records
+    try:
+        recipe = read_recipe(Path(source))
+        return (record_of(open_run_data(Path(source), recipe).open("train"), recipe.data),)
+    except (BadData, BadCheckpoint):
+        return None
+
+
+def record_of(training: Dataset, data: Data) -> TrainedOn:
+    """Give the record of training images that were split as `data` says."""
+    images = ImageList.of({"train": training})
+    return TrainedOn.of(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
+
+
+def count_trained(records: Records | None, images: Dataset) -> int | None:
+    """Count the images that were trained on; None where that is not known."""
+    return None if records is None else sum(seen is True for seen in trained_among(records, images))
+
+
+# ------------------------------------------------------------------------------- photos for a purpose
+
+
+def sets_to_evaluate(source: str | Path, place: str | None, records: Records | None) -> dict[str, Dataset]:
+    """Give the labelled images to evaluate on, under their titles.
+
+    Without a place they are the validation images of the run in `source`. Of a place that has val or test they are
+    those, and otherwise all images that were not trained on, if there are any.
+    """
+    if place is None:
+        run = Path(source)
+        if not (run / RECIPE).is_file():
+            raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
+        recipe = read_recipe(run)
+        splits = open_run_data(run, recipe)
+        sets = {f"{recipe.data.spec} (held out)": splits.open("val")}
+        return sets | ({f"{recipe.data.spec} (test)": splits.open("test")} if "test" in splits.datasets else {})
+    default = Data(spec=place, val_fraction=Data().val_fraction if place == "digits" and not records else 1.0)
+    splits = open_data(default, place)
+    names = dict.fromkeys((splits.scored, "test" if "test" in splits.datasets else splits.scored))
+    sets = {}
+    for split in names:
+        images, title = splits.open(split), f"{place} ({split})" if len(names) > 1 else place
+        if splits.is_val_cut and split == "val" and records:
+            images, left_out = _not_trained_on(images, place, records)
+            if left_out:
+                title += f" ({len(images)} images that were not trained on, {left_out} that were are left out)"
+        sets[title] = images
+    return sets
+
+
+def validation_images(source: str | Path, data: str | None) -> tuple[Dataset, str]:
+    """Give the first of the sets to evaluate on, and its title; nothing is known of what was trained on."""
+    title, images = next(iter(sets_to_evaluate(source, data, None).items()))
+    return images, title
+
+
+def _not_trained_on(images: Dataset, place: str, records: Records) -> tuple[Dataset, int]:
+    """Give those of the images that were not trained on, if there are any, and how many others there are."""
+    seen = trained_among(records, images)
+    if None in seen:  # there were more than a record holds: by the rule that they were split by
+        record = records[-1]
+        held_out = open_data(Data(seed=record.seed, val_fraction=record.val_fraction), place).open("val")
+        return held_out, len(images) - len(held_out)
+    rest = [i for i, was_trained_on in enumerate(seen) if not was_trained_on]
+    return (Subset(images, rest), len(images) - len(rest)) if 0 < len(rest) < len(images) else (images, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photos:
+    """Photos to calibrate with, and others to score on; `title` names those, `labelled` is whether they have classes.
+
+    `why_unlabelled` says why they have none.
+    """
+
+    calibration: Dataset
+    scored: Dataset
+    title: str
+    labelled: bool = True
+    why_unlabelled: str = ""
+
+
+def photos_to_calibrate(place: str, records: Records | None) -> Dataset:
+    """Give the photos of a place that calibrate: those that were trained on, or train, or all but those to score on.
+
+    Photos without classes are all taken.
+    """
+    try:
+        return _labelled(place, records).calibration
+    except NoClassFolders:
+        return unlabelled(place)
+
+
+def photos_to_deploy(place: str, records: Records | None) -> Photos:
+    """Divide the photos of a place into some to calibrate with and others to score on.
+
+    Raises BadData where they have classes that cannot be read: then they could be scored, and are not to be taken for
+    photos without classes.
+    """
+    try:
+        return _labelled(place, records)
+    except NoClassFolders as error:
+        return without_labels(place, str(error))
+
+
+def _labelled(place: str, records: Records | None) -> Photos:
+    splits = open_data(Data(val_fraction=_HELD_OUT), place)
+    if not splits.is_val_cut:
+        scored, title = splits.open(splits.scored), f"{place} ({splits.scored})"
+        calibration = splits.datasets.get("train", scored)
+    elif "train" not in splits.datasets or "val" not in splits.datasets:
+        raise BadData(f"{printable(place)} has too few images to keep some of them for scoring")
+    else:
+        whole = open_data(Data(val_fraction=0.0), place).datasets["train"]
+        seen = trained_among(records or (), whole)
+        trained = [i for i, was_trained_on in enumerate(seen) if was_trained_on]
+        rest = [i for i, was_trained_on in enumerate(seen) if was_trained_on is False]
+        calibration, scored, title = splits.datasets["train"], splits.datasets["val"], f"{place} (held out)"
+        if None in seen and records:
+            split = open_data(Data(seed=records[-1].seed, val_fraction=records[-1].val_fraction), place)
+            calibration, scored = split.datasets["train"], split.datasets["val"]
+        elif trained and rest:
+            calibration, scored = Subset(whole, trained), Subset(whole, rest)
+    return Photos(calibration=without_copies(calibration, scored), scored=scored, title=title)
+
+
+def without_labels(place: str, why: str) -> Photos:
+    """Divide photos that have no classes: every fifth is to score on."""
+    photos = unlabelled(place)
+    scored = [i for i in range(len(photos)) if i % 5 == 2] or list(range(len(photos)))[:1]
+    rest = Subset(photos, [i for i in range(len(photos)) if i not in set(scored)])
+    title = f"{place} (not labelled: answers compared with the float network's)"
+    part = Subset(photos, scored)
+    return Photos(calibration=without_copies(rest, part), scored=part, title=title, labelled=False, why_unlabelled=why)
+
+
+def without_copies(calibration: Dataset, scored: Dataset) -> Dataset:
+    """Give the photos of `calibration` that are not among those to score on, whatever they are called there."""
+    by: By = "content" if max(len(calibration), len(scored)) <= MAX_CONTENTS else "name"
+    kept = set(keys_of(scored, by))
+    chosen = [i for i, key in enumerate(keys_of(calibration, by)) if key not in kept or not key]
+    return calibration if len(chosen) == len(calibration) else Subset(calibration, chosen)
+
+
+def unlabelled(place: str) -> Dataset:
+    """Give all photos of a folder at any depth, as if of one class. Raises BadData where there are none."""
+    names = [str(path.relative_to(place)) for path in find_images([place])]
+    return ImageFiles(root=Path(place), names=names, labels=[0] * len(names), classes=("photos",))
