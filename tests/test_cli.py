@@ -96,6 +96,8 @@ def test_eval_of_a_run_is_the_accuracy_that_its_training_logged(home: Path, caps
 
 def test_eval_matches_classes_by_name_not_by_position(scratch: Path, capsys):
     shutil.rmtree(scratch / "photos" / "cat")  # dog is now the first folder
+    for path in (scratch / "photos").rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"!")  # so that none of them was trained on
     assert run("eval", scratch / "run", "--data", scratch / "photos", "--json", "--results", scratch) == 0
     part = json.loads(capsys.readouterr().out)
     assert run("predict", scratch / "run", scratch / "photos", "--json", "--top", 1) == 0
@@ -372,7 +374,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     ),
     "resume on other photos": (
         4,
-        "data:",
+        "was started on other images: of 24 train images 1 new ('cat/new.png')",
         lambda h: [photo(h / "photos/cat/new.png", 999), _absolute(h), "train", "--resume", h / "run"][2:],
     ),
     # evaluation, once more
@@ -509,7 +511,8 @@ def test_one_corrupt_photo_does_not_stop_the_others(scratch: Path, capsys):
     assert "note: 1 of 10 images could not be read" in said.err
     assert run("eval", scratch / "run", "--data", scratch / "photos", "--results", scratch / "results") == 0
     said = capsys.readouterr()
-    assert "29 images of 30, as the others cannot be read" in said.out
+    assert "(7 images that were not trained on, 23 that were are left out)" in said.out
+    assert "6 images of 7, as the others cannot be read" in said.out
     assert "3.png is text, not an image" in said.err
     export = ("export", scratch / "fused.safetensors", "--to", "onnx", "--precision", "int8", "--img-size", 32)
     assert run(*export, "--data", scratch / "photos" / "cat", "--out", scratch / "int8") == 0

@@ -73,13 +73,15 @@ def move_run_data(out: Path, place: str) -> None:
 
 def check_run_data(out: Path, images: Mapping[str, Dataset]) -> None:
     """Raise BadCheckpoint where the images of a split are others than those the run was started with."""
+    if differences := _differences(out, images):
+        advice = "Put them back, or start a run of its own on these (--out)"
+        raise BadCheckpoint(f"{out} was started on other images: {differences}. {advice}")
+
+
+def _differences(out: Path, images: Mapping[str, Dataset]) -> str:
     listed = ImageList.read(out / IMAGES)
-    differences = [] if listed is None else [listed.difference(split, images[split]) for split in images]
-    if any(differences):
-        raise BadCheckpoint(
-            f"{out} was started on other images: {'; '.join(filter(None, differences))}. Put them back, or start a run "
-            "of its own on these (--out)"
-        )
+    found = [] if listed is None else [listed.difference(split, images[split]) for split in images]
+    return "; ".join(filter(None, found))
 
 
 def _where(out: Path, place: str) -> dict[str, str]:
@@ -109,10 +111,10 @@ def _read_data(out: Path) -> dict[str, Any]:
 
 
 def _place(out: Path, spec: str, saved: Mapping[str, Any]) -> str | None:
-    """Find the data of a run: where they were, as seen from the run folder, or as they were typed."""
+    """Find the data of a run: as seen from the run folder (both may have moved), where they were, or as typed."""
     places = [spec]
     if isinstance(saved.get("place"), str) and isinstance(saved.get("from_here"), str):
-        places = [saved["place"], os.path.join(out, saved["from_here"]), spec]
+        places = [os.path.normpath(os.path.join(out, saved["from_here"])), saved["place"], spec]
     return next((place for place in places if _is_there(place)), None)
 
 
@@ -182,6 +184,8 @@ def sets_to_evaluate(source: str | Path, place: str | None, records: Records | N
         recipe = read_recipe(run)
         splits = open_run_data(run, recipe)
         sets = {f"{recipe.data.spec} (held out)": splits.open("val")}
+        if differences := _differences(run, {"val": splits.open("val")}):
+            _log.warning("these are not the images that %s was validated on: %s", run, differences)
         return sets | ({f"{recipe.data.spec} (test)": splits.open("test")} if "test" in splits.datasets else {})
     default = Data(spec=place, val_fraction=Data().val_fraction if place == "digits" and not records else 1.0)
     splits = open_data(default, place)
