@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from onefold.cli import main
-from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset
+from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import IMAGENET
 from onefold.errors import BadArgument, BadData, MissingExtra
@@ -297,3 +297,37 @@ def test_data_prints_what_a_place_is_and_leaves_nothing_unsaid(
     assert lines == info.lines()
     assert len(info.lines(3)) == 3
     assert info.lines(3)[-1] == f"  and 6 more lines: onefold data {tmp_path}"
+
+
+def test_test_is_kept_aside_and_was_val_for_runs_of_before(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{side}/{kind}/{i}.png" for side in ("train", "test") for kind in "ab" for i in range(4)])
+    now = read_dataset(tmp_path, seed=0, val_fraction=0.25)
+    assert {split: len(images) for split, images in now.datasets.items()} == {"train": 6, "val": 2, "test": 8}
+    assert now.scored == "test"
+    assert "test/ is kept for `onefold eval`" in now.info.notes[0]
+    before = read_dataset(tmp_path, seed=0, val_fraction=0.25, test_is_val=True)
+    assert {split: len(images) for split, images in before.datasets.items()} == {"train": 8, "val": 8}
+
+
+def test_the_classes_of_a_run_keep_their_order(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{kind}/{i}.png" for kind in range(11) for i in range(2)])
+    assert read_dataset(tmp_path, seed=0, val_fraction=0.5).info.classes == tuple(map(str, range(11)))
+    before = sorted(map(str, range(11)))
+    opened = read_dataset(tmp_path, seed=0, val_fraction=0.5, class_order=before)
+    assert opened.info.classes == tuple(before)
+    assert all(name.partition("/")[0] == kind for name, kind in labelled(opened.open("train")).items())
+
+
+def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_images(tmp_path, [f"train/{composed}/1.png", f"train/{decomposed}/2.png", "train/bar/3.png"])
+    write_images(tmp_path, [f"val/{decomposed}/4.png", "val/bar/5.png"])
+    splits = read_dataset(tmp_path, seed=0, val_fraction=0.25)
+    assert [split.images_per_class for split in splits.info.splits] == [(1, 2), (1, 1)]
+    assert splits.info.classes == ("bar", composed)
+    assert "two Unicode forms are one class: caf\u00e9" in splits.info.notes[0]
+    assert splits.open("val").name(1) == f"{composed}/4.png"
+    assert splits.open("val").image(1).size == (16, 12)
+    listed = write_images(tmp_path / "listed", [f"{decomposed}.png", "b.png"])
+    (listed / "labels.csv").write_text(f"file,label\n{composed}.png,u\nb.png,v\n", encoding="utf-8")
+    assert open_dataset(listed, "val", seed=0, val_fraction=1.0).classes == ("u", "v")

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from onefold import bench
 from onefold.cli import main
 from onefold.commands.report import find_inputs, write_page
+from onefold.data import DatasetInfo, LeftOut, SplitInfo
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.report import write_report
 from onefold.report.format import joined, latency, one_line, plural, printable, significant, size
@@ -400,6 +401,29 @@ def test_what_the_first_look_found_is_told(tmp_path: Path) -> None:
         "The check of the data before training found: digits: 3 images are black"
         in Page(report(tmp_path, runs=[run])).text
     )
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_what_the_data_were_read_as_is_told(tmp_path: Path, damage: bool) -> None:
+    run = a_run(tmp_path)
+    info = DatasetInfo(
+        place="photos",
+        container="class folders",
+        classes=("cat", "dog"),
+        class_order="sorted by name",
+        splits=(SplitInfo(name="train", source="train/", num_images=7, images_per_class=(3, 4)),),
+        left_out=(LeftOut(count=3, what="images in test/", reason="no labels"),),
+        notes=("val/ has no images of dog",),
+    )
+    values = {"dataset": info.to_dict()} if not damage else {"dataset": {"splits": 3, "notes": [7], "left_out": ["x"]}}
+    (run / "data.json").write_text(json.dumps(values))
+    text = Page(report(tmp_path, runs=[run])).text
+    said = (
+        "class folders, 2 classes sorted by name: train 7 images (train/)",
+        "val/ has no images of dog",
+        "left out: 3 images",
+    )
+    assert all((sentence in text) is not damage for sentence in said)
 
 
 # ---- a page that holds -----------------------------------------------------------------------------------------------

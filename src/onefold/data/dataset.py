@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -183,18 +183,26 @@ class DatasetSplits:
 
 
 def read_dataset(
-    place: str | Path, *, seed: int, val_fraction: float, class_order: Sequence[str] | None = None
+    place: str | Path,
+    *,
+    seed: int,
+    val_fraction: float,
+    class_order: Sequence[str] | None = None,
+    test_is_val: bool = False,
 ) -> DatasetSplits:
     """Look at a place ("digits", a folder, shards, a table) and give its splits, and what they were read from.
 
-    `class_order` are the classes in an order that counts if they are the same ones: that of a run that goes on. Raises
-    BadData for a place that cannot be used or that can be understood in two ways.
+    `class_order` are the classes in an order that counts if they are the same ones, and `test_is_val` takes test where
+    there is no val: both for a run that goes on as it was started. Raises BadData for a place that cannot be used or
+    that can be understood in two ways.
     """
     if not 0 <= val_fraction <= 1:
         raise BadArgument(f"val_fraction is {val_fraction}, expected 0 to 1")
     images = _digits() if place == "digits" else read_place(place)
     parts, notes, left_out = list(images.splits), list(images.notes), list(images.left_out)
     shown = printable(place)
+    if test_is_val and not any(part.split == "val" for part in parts):
+        parts = [replace(part, split="val") if part.split == "test" else part for part in parts]
     by_split = {part.split: part for part in parts}
     reference = next(by_split[split] for split in ("train", None, "val", "test") if split in by_split)
     present = frozenset(reference.labels)

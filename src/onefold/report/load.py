@@ -25,6 +25,7 @@ BINS = 15  # of the reliability diagram, as in the calibration error of train.ev
 
 _LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
 _MAX_CLASSES = 100_000
+_MAX_SENTENCES = 20  # on the data of a run
 _MAX_PICTURE_BYTES = 100_000
 _JPEG_START = b"\xff\xd8\xff"
 
@@ -89,7 +90,10 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run: the epochs of its log, in order, and the accuracy that its recipe expects (in percent)."""
+    """A training run: the epochs of its log, in order, and the accuracy that its recipe expects (in percent).
+
+    `data_findings` are what the check of the data found, `dataset` what was read: splits, notes, and left out.
+    """
 
     name: str
     epochs: tuple[Mapping[str, Any], ...] = ()
@@ -98,6 +102,7 @@ class Run:
     expected_source: str | None = None
     predictions: Predictions | None = None
     data_findings: tuple[str, ...] = ()
+    dataset: tuple[str, ...] = ()
 
     def curve(self, key: str) -> tuple[tuple[float, float], ...]:
         """Return (epoch, value) wherever the log has a finite number under `key`."""
@@ -219,7 +224,32 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         expected_source=one_line(expected["source"]) if expected.get("source") else None,
         predictions=_read_predictions(folder / "predictions.jsonl", name, notes),
         data_findings=tuple(one_line(text, 400) for text in findings if isinstance(text, str)),
+        dataset=_read_dataset(folder / "data.json"),
     )
+
+
+def _read_dataset(path: Path) -> tuple[str, ...]:
+    """Say what a run read its data as: a sentence for the splits, and one for each note and each thing left out."""
+    dataset = _parse(_read_text(path) or "").get("dataset")
+    values: Mapping[str, Any] = dataset if isinstance(dataset, Mapping) else {}
+    splits, notes, left_out = (
+        entries if isinstance(entries := values.get(key), list) else [] for key in ("splits", "notes", "left_out")
+    )
+    told = [
+        f"{split.get('name')} {split.get('num_images')} images ({split.get('source')})"
+        for split in splits
+        if isinstance(split, Mapping)
+    ]
+    classes = values.get("classes")
+    if told and isinstance(classes, list):
+        told[0] = f"{values.get('container')}, {len(classes)} classes {values.get('class_order')}: {told[0]}"
+    sentences = [", ".join(told), *(note for note in notes if isinstance(note, str))]
+    sentences += [
+        f"left out: {entry.get('count')} {entry.get('what')}: {entry.get('reason')}"
+        for entry in left_out
+        if isinstance(entry, Mapping)
+    ]
+    return tuple(one_line(sentence, 400) for sentence in sentences[:_MAX_SENTENCES] if sentence)
 
 
 def _read_log(path: Path, run: str, notes: list[str]) -> list[Mapping[str, Any]]:

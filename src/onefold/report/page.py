@@ -216,6 +216,7 @@ def _training(runs: Sequence[Run]) -> dict[str, Any]:
     shown = predicted[:_MAX_PREDICTIONS]
     return {
         "findings": [f"{run.name}: {sentence}" for run in runs for sentence in run.data_findings],
+        "datasets": [f"{run.name}: {sentence}" for run in runs for sentence in run.dataset],
         "verdicts": [_verdict(run) for run in runs],
         "note": f"The figures show the first {NUM_COLOURS} of {len(runs)} runs." if len(runs) > len(drawn) else "",
         "figures": [
