@@ -58,6 +58,27 @@ def test_mobileone_s0_on_a_hundred_photos(shared_data: Path, capsys, tmp_path: P
         assert agreement(shared_data, "mobileone_s0", source, photos, capsys) >= 0.99
 
 
+@pytest.mark.parametrize(
+    ("column", "typed", "said"),
+    [
+        ("mnv1_025_224_tf", "mobilenetv1_025", "under --model mobilenetv1_025.tf"),
+        ("mnv1_025_224_tf", "mobilenetv1_025.tf", None),
+        ("mnv1_025_224_pt_leaky", "mobilenetv1_025.tf", "under --model mobilenetv1_025.leaky"),
+        ("mnv1_025_224_pt_leaky", "mobilenetv1_025.leaky", None),
+    ],
+)
+def test_a_name_that_does_not_fit_its_weights_is_seen(
+    column: str, typed: str, said: str | None, shared_data: Path, capsys
+) -> None:
+    photos = sorted((shared_data / "imagenet-sample" / "images").glob("*.jpg"))[::250]
+    weights = str(shared_data / "weights" / MODELS[column][0])
+    assert main(["predict", weights, *map(str, photos), "--model", typed]) == 0
+    err = capsys.readouterr().err
+    assert "does not tell its padding, activation and epsilon" in err  # fused weights can be told no more than that
+    assert ("does not seem to be" in err) == (said is not None)
+    assert said is None or said in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["torch", *RUNTIMES])
 @pytest.mark.parametrize("column", MODELS)

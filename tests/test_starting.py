@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from conftest import shaken
+from onefold.cli import main
 from onefold.commands.export import ExportOptions, export
 from onefold.commands.initialize import (
     Student,
@@ -26,7 +27,7 @@ from onefold.commands.initialize import (
     provenance,
     with_weights_preprocessing,
 )
-from onefold.commands.open import Network
+from onefold.commands.open import NameCheck, Network, open_network
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
@@ -311,3 +312,47 @@ def test_a_timm_model_teaches_with_the_weights_of_a_file(timm, tmp_path):
     assert (teacher.num_classes, teacher.preprocessing.mean) == (3, (0.485, 0.456, 0.406))
     with pytest.raises(BadArgument, match="timm has no model"):
         open_teacher("timm:resnet1800", torch.device("cpu"))
+
+
+# ----------------------------------------------------------------------------- names that do not fit
+
+
+def test_norms_tell_which_of_the_names_weights_are_of(tmp_path):
+    """Weights whose norms have the statistics of some photos under one name are told from the others by them."""
+    torch.manual_seed(0)
+    photos = 0.5 + 0.25 * torch.randn(8, 3, 64, 64)
+    model = shaken(create_model("mobilenetv1_025.tf", num_classes=3))
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+            nn.init.normal_(norm.weight, 3.0)  # maps that reach beyond the 6 of ReLU6
+    with torch.no_grad():
+        model.train()((photos - 0.5) / 0.5)
+    torch.save(model.eval().state_dict(), tmp_path / "w.pth")
+    own = {name: open_network(tmp_path / "w.pth", name=name) for name in ("mobilenetv1_025", "mobilenetv1_025.tf")}
+    checks = {name: NameCheck.of(network, tmp_path / "w.pth", name) for name, network in own.items()}
+    seen = {name: network.preprocessing for name, network in own.items()}
+    said = {
+        name: check(
+            (
+                (photos - torch.tensor(seen[name].mean).view(3, 1, 1)) / torch.tensor(seen[name].std).view(3, 1, 1)
+            ).numpy()
+        )
+        for name, check in checks.items()
+        if check is not None
+    }
+    assert said["mobilenetv1_025.tf"] is None
+    assert "does not seem to be mobilenetv1_025:" in said["mobilenetv1_025"]
+    assert said["mobilenetv1_025"].endswith("under --model mobilenetv1_025.tf")
+    source = weights(tmp_path / "own.safetensors", fused=False, num_classes=3)
+    assert NameCheck.of(open_network(source), source, NAME) is None  # its card says what it is
+
+
+def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsys):
+    torch.save(create_model(NAME, num_classes=0).state_dict(), tmp_path / "b.pth")
+    photo = str(photos / "val" / "red" / "0.png")
+    assert main(["predict", str(tmp_path / "b.pth"), photo, "--model", NAME, "--img-size", "32"]) == 4
+    assert "has no last layer" in capsys.readouterr().err
+    [artifact] = export(str(tmp_path / "b.pth"), tmp_path / "a", ExportOptions(runtimes=["onnx"], size=32), name=NAME)
+    assert main(["predict", str(artifact.folder), photo]) == 4
+    assert main(["eval", str(artifact.folder), "--data", str(photos)]) == 3

@@ -171,7 +171,14 @@ def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> 
     index = torch.tensor(class_indices(predictor, source))
     say_mismatch(source, predictor.preprocessing)
     batches = ImageLoader(source, predictor.preprocessing, batch_size=batch_size, on_bad="skip", max_bad=len(source))
-    score = accuracy(predictor.session, ((images, index[labels]) for images, labels in batches.epoch(0)))
+
+    def labelled() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for i, (images, labels) in enumerate(batches.epoch(0)):
+            if i == 0:
+                predictor.check_name(images.numpy())
+            yield images, index[labels]
+
+    score = accuracy(predictor.session, labelled())
     if not batches.bad:
         return EvalResult(data="", score=score, images=source)
     readable = Subset(source, [i for i in range(len(source)) if source.name(i) not in batches.bad])

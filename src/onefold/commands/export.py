@@ -128,6 +128,7 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
             **({} if records is None else {"trained_on": to_card(records)}),
             **({} if calibrated_on is None else {"calibrated_on": to_card([calibrated_on])}),
             **({"untrained": True} if card.untrained else {}),
+            **({} if card.num_classes else {"features": True}),
         },
     )
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from onefold.commands.classes import all_outputs, match_classes
-from onefold.commands.open import open_network, open_predictor, weights_file
+from onefold.commands.open import NameCheck, Network, open_network, open_predictor, weights_file
 from onefold.commands.timm import is_timm, open_pretrained
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
@@ -160,6 +160,12 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
         card = weights_card(weights, name=recipe.model)
         _reset_head_(model, recipe, images)
     _tell_differences(card, recipe)
+    check = NameCheck.of(Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model)
+    if check is not None:
+        batch, _ = next(images.subset(8, seed).batches(recipe.preprocessing, seed))
+        doubt = check(batch.cpu().contiguous().numpy())
+        if doubt:
+            _log.warning("%s", doubt)
     if recipe.start == "expanded" and not unfused_norms(model):
         model = _expand(model, fresh, recipe, images)
     return _with_dropout(model, recipe)

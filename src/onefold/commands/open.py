@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from onefold.commands.timm import is_timm, load_stored_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost
-from onefold.models.hub import Card, load_model
+from onefold.models.hub import Card, load_model, possible_names
 from onefold.models.weights_file import digest
 from onefold.quantize import IntegerModel, QuantizationParams
 from onefold.quantize.convert import convert
@@ -31,6 +32,8 @@ from onefold.runtimes import Artifact, load
 from onefold.runtimes.artifact import is_artifact
 
 Floats = NDArray[np.float32]
+
+_log = logging.getLogger("onefold")
 
 RECIPE = "recipe.json"
 """The recipe of a run, in its folder."""
@@ -102,6 +105,79 @@ class Network:
         return torch.randn(count, self.card.in_chans, size, size, generator=generator)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NameCheck:
+    """Whether weights are those of the network that the user named, by the statistics that its norms have stored.
+
+    Tensors alone do not tell padding, activation and epsilon. Under the wrong ones the maps on photos have another mean
+    and variance than in training: those of Google's MobileNetV1 of width 0.25 differ by 0.30 on four photos under its
+    own name and by 1.14 under the paper's, on sixteen photos by 0.14 and 1.28.
+    """
+
+    network: Network
+    source: str | Path
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, network: Network, source: str | Path, name: str | None) -> NameCheck | None:
+        """Give the check; None where the weights tell what they are, or have no norms any more."""
+        if name is None or is_timm(source) or network.is_fused:
+            return None
+        others = tuple(other for other in possible_names(weights_file(source), name) if other != network.card.model)
+        return cls(network=network, source=source, others=others) if others else None
+
+    def __call__(self, images: Floats) -> str | None:
+        """Give a sentence where another name fits photos (B, C, H, W), prepared for the network, clearly better."""
+        own, card = torch.from_numpy(np.ascontiguousarray(images[:_CHECKED])), self.network.card
+        ours, distances = self.network.preprocessing, {card.model: norm_distance(self.network.model, own)}
+        for other in self.others:
+            model, its = load_model(weights_file(self.source), name=other, quiet=True)
+            theirs = Preprocessing.from_dict(its.preprocessing)
+            mean, std, its_mean, its_std = (
+                torch.tensor(values).view(1, -1, 1, 1) for values in (ours.mean, ours.std, theirs.mean, theirs.std)
+            )
+            distances[other] = norm_distance(model, (own * std + mean - its_mean) / its_std)
+        best = min(distances.values())
+        if distances[card.model] < _CLEARLY * best or best > _FITS:
+            return None
+        better = [name for name, value in distances.items() if value < 1.1 * best]
+        return (
+            f"{self.source} does not seem to be {card.model}: on these photos its maps differ from the statistics "
+            f"stored in its norms by {distances[card.model]:.2f}, and by {best:.2f} under --model {' or '.join(better)}"
+        )
+
+
+_CHECKED = 8  # photos that a check looks at
+_CLEARLY, _FITS = 1.3, 1.0  # how many times nearer another name has to be, and how near
+
+
+def norm_distance(model: nn.Module, images: torch.Tensor) -> float:
+    """Give how far the maps on images are from the statistics of the norms that they enter; 0 where they are the same.
+
+    It is the mean over the norms of two medians over channels: of the difference of means, in deviations, and of the
+    logarithm of the ratio of variances.
+    """
+    distances: list[float] = []
+
+    def compare(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        if norm.running_mean is None or norm.running_var is None:
+            return
+        var, mean = torch.var_mean(args[0], (0, 2, 3), correction=0)
+        stored = norm.running_var + norm.eps
+        shift = (mean - norm.running_mean).abs() / stored.sqrt()
+        distances.append(float(shift.median() + ((var + norm.eps) / stored).log().abs().median()))
+
+    hooks = [m.register_forward_pre_hook(compare) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(np.mean(distances)) if distances else 0.0
+
+
 class Session(Protocol):
     """Images (B, C, H, W) float32 in, logits (B, N) float32 out."""
 
@@ -127,6 +203,13 @@ class Predictor:
     facts: Mapping[str, Any]
     trained_on: object = None
     calibrated_on: object = None
+    name_check: NameCheck | None = None
+
+    def check_name(self, images: Floats) -> None:
+        """Log a warning where the network's norms say, on these photos, that the weights are of another network."""
+        doubt = None if self.name_check is None else self.name_check(images)
+        if doubt:
+            _log.warning("%s", doubt)
 
     @property
     def title(self) -> str:
@@ -157,6 +240,8 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
         return Network(model=model, card=card, title=str(source))
     file = weights_file(source)
     model, card = load_stored_timm(Path(file)) or load_model(file, name=name)
+    if not card.num_classes:
+        _log.info("%s has no last layer: its outputs are features and no classes", source)
     return Network(model=model.eval(), card=card, title=str(source))
 
 
@@ -183,9 +268,10 @@ def open_predictor(
     if is_artifact(Path(source)):
         return _artifact_predictor(Path(source), threads, size)
     network = open_network(source, name=name)
+    check = NameCheck.of(network, source, name)
     if fused and not network.is_fused:
         network, _ = network.fused()
-    return predictor_of(network.with_size(size), threads=threads)
+    return replace(predictor_of(network.with_size(size), threads=threads), name_check=check)
 
 
 def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
@@ -240,7 +326,7 @@ def _artifact_predictor(folder: Path, threads: int, size: int | None) -> Predict
     return Predictor(
         session=session,
         classes=artifact.classes,
-        num_classes=artifact.num_classes,
+        num_classes=0 if artifact.details.get("features") is True else artifact.num_classes,
         preprocessing=Preprocessing.from_dict(artifact.preprocessing),
         facts=facts_of(artifact),
         trained_on=artifact.details.get("trained_on"),

@@ -13,7 +13,7 @@ from onefold.commands.open import Floats, Predictor
 from onefold.data import Dataset, ImageFiles, Preprocessing
 from onefold.data.decode import decode
 from onefold.data.value_range import mismatch
-from onefold.errors import BadArgument, BadData
+from onefold.errors import BadArgument, BadCheckpoint, BadData
 
 _log = logging.getLogger("onefold")
 
@@ -33,12 +33,21 @@ def predict(
     """Give predictions in the order of `images`; one that cannot be read has a `problem`, and the others go on."""
     if top < 1 or batch_size < 1:
         raise BadArgument(f"top and batch_size must be 1 or more, not {top} and {batch_size}")
+    if not predictor.num_classes:
+        raise BadCheckpoint(
+            f"{predictor.title} has no last layer: its outputs are features and no classes; fit one to photos of yours "
+            "first (onefold train --recipe photos:probe)"
+        )
+    if predictor.num_classes == 1:
+        _log.info("%s has one output, whose share of the softmax is 100 %% for any photo", predictor.title)
     names = [str(path) for path in images]
     say_mismatch(ImageFiles(Path(), names, [0] * len(names), ("photos",)), predictor.preprocessing)
     for start in range(0, len(images), batch_size):
         paths = images[start : start + batch_size]
         read = [_preprocess(path, predictor.preprocessing) for path in paths]
         inputs = [image for image in read if not isinstance(image, str)]
+        if inputs and start == 0:
+            predictor.check_name(np.stack(inputs))
         logits = iter(predictor.session(np.stack(inputs)) if inputs else ())
         for path, image in zip(paths, read, strict=True):
             if isinstance(image, str):

@@ -20,7 +20,15 @@ from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
-from onefold.models.load_weights import CLASSIFIER, Weights, class_names_in, guess_model, load_into_, read_weights
+from onefold.models.load_weights import (
+    CLASSIFIER,
+    IMAGENET,
+    Weights,
+    class_names_in,
+    guess_model,
+    load_into_,
+    read_weights,
+)
 from onefold.models.restricted_unpickler import Placeholder
 from onefold.models.weights_file import Card as Card
 from onefold.models.weights_file import config_licence, config_preprocessing, hub_config, hub_readme
@@ -38,28 +46,53 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckp
 
 
 def load_model(
-    source: str | Path, *, name: str | None = None, num_classes: int | None = None, in_chans: int | None = None
+    source: str | Path,
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    quiet: bool = False,
 ) -> tuple[nn.Module, Card]:
     """Load a network, in eval mode, and its card from a file, a folder, or an id of the hub ("timm/mobileone_s0...").
 
     The model's name is taken from the card, or guessed from the tensors' shapes; `name` is needed where neither is
     enough. Weights that are fused give the fused network. For another `num_classes` than the file's the classifier has
-    a random initialization, and the card says so; for other `in_chans` the stem is adapted. Raises BadCheckpoint,
-    BadArgument.
+    a random initialization, and the card says so; for other `in_chans` the stem is adapted. What is assumed is logged
+    unless it is `quiet`. Raises BadCheckpoint, BadArgument.
     """
-    file, weights = _open(source)
+    file, weights = _open(source, quiet=quiet)
     known = _model_name(weights, name)
+    base = known.partition(".")[0]
+    others = [base, *list_models(f"{base}.*")]
+    if weights.variant is None and len(others) > 1 and not quiet:
+        text = "%s does not tell its padding, activation and epsilon: taken as those of %s; if that is wrong: %s%s"
+        tf = f"; it has {IMAGENET + 1} classes, as TensorFlow's have" if weights.num_classes == IMAGENET + 1 else ""
+        _log.info(text, source, known, ", ".join(other for other in others if other != known), tf)
     classes = weights.num_classes if num_classes is None else num_classes
     channels = weights.in_chans if in_chans is None else in_chans
     fresh = build(known, classes, channels)
     model = load_into_(fresh, weights, known).eval()
-    return model, replace(_card(weights, file, known, model is not fresh, classes), in_chans=channels)
+    card = _card(weights, file, known, model is not fresh, classes, quiet)
+    return model, replace(card, in_chans=channels)
 
 
 def weights_card(source: str | Path, *, name: str | None = None) -> Card:
     """Give the card that `load_model` would give, without making a network of it. Raises as `load_model` does."""
     file, weights = _open(source, quiet=True)
     return _card(weights, file, _model_name(weights, name), weights.is_fused, weights.num_classes, quiet=True)
+
+
+def possible_names(source: str | Path, name: str | None) -> tuple[str, ...]:
+    """Give the names in the catalogue that weights may be of, where they tell all but padding, activation and epsilon.
+
+    `name` is the one that the user gave; it is among them. Empty where the weights tell it themselves.
+    """
+    _, weights = _open(source, quiet=True)
+    if name is None or weights.variant is not None:
+        return ()
+    base = resolve(name).partition(".")[0]
+    names = (base, *list_models(f"{base}.*"))
+    return names if len(names) > 1 else ()
 
 
 def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
