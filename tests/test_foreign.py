@@ -14,13 +14,14 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.export import ExportOptions, export
+from onefold.commands.export import Calibration, ExportOptions, export, export_made, quantized
 from onefold.commands.fuse import fuse as fuse_stage
-from onefold.commands.open import open_network, open_predictor
+from onefold.commands.open import Network, open_network, open_predictor, predictor_of
 from onefold.commands.timm import open_pretrained
-from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
+from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
+from onefold.models.hub import Card
 from onefold.quantize import Method, quantize
-from onefold.reparam import drift, fuse, unfused_norms
+from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo
 from onefold.runtimes import export as export_to
 from onefold.runtimes.reference_logits import make_images
@@ -182,3 +183,85 @@ def test_equal_kernels_of_8_bits_are_taken_by_onnx_runtime(seeded, tmp_path):
     info = ModelInfo(model="twins", fused=True)
     artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", info=info, precision="int8")
     assert artifact.parity.difference < 1e-6
+
+
+@pytest.mark.parametrize(("name", "channels"), [("repvit_m0_9", 3), ("repvgg_a0", 1)])
+def test_two_classifiers_and_grey_images_are_opened(timm, tmp_path, name, channels):
+    model = timm.create_model(name, num_classes=5, in_chans=channels).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    network = open_network(f"timm:{name}@{tmp_path / 'w.pth'}")
+    assert (network.card.num_classes, network.card.in_chans) == (5, channels)
+    assert len(network.preprocessing.mean) == channels
+    images = network.random_images()
+    with torch.no_grad():
+        assert torch.equal(network.model(images), model(images))
+
+
+def test_other_channels_and_classifiers_that_differ_are_told(timm, tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 4, 7, 7), "fc.weight": torch.zeros(5, 512)}, tmp_path / "four.pth")
+    with pytest.raises(BadCheckpoint, match="takes images of 4 channels"):
+        open_network(f"timm:resnet18@{tmp_path / 'four.pth'}")
+    heads = {"head.linear.weight": torch.zeros(5, 9), "head_dist.linear.weight": torch.zeros(6, 9)}
+    torch.save(heads, tmp_path / "d.pth")
+    with pytest.raises(BadCheckpoint, match="classifiers of 5 and 6 classes"):
+        open_network(f"timm:levit_128s@{tmp_path / 'd.pth'}")
+
+
+class PreActivated(nn.Module):
+    """As DenseNet's layers: the norm stands before its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.stem(x).relu()).mean((2, 3)))
+
+
+def test_a_network_that_cannot_be_folded_through_is_partly_fused(seeded, tmp_path):
+    network = Network(model=shaken(PreActivated()), card=Card(model="pre", num_classes=5), title="pre").with_size(32)
+    with pytest.warns(UnfoldedWarning, match=r"could not fold 1: norm \(no convolution or Linear"):
+        fused, found = network.fused()
+    assert (fused.is_fused, fused.left_norms, found) == (True, 1, 0.0)
+    with predictor_of(fused) as predictor:
+        assert predictor.title.endswith("fp32 partly fused")
+    artifact = export_made(fused, None, tmp_path / "a", "onnx", "fp32")
+    assert (artifact.fused, artifact.details["left_norms"]) == (True, 1)
+    assert artifact.title.endswith("partly fused")
+    assert "partly fused" in (tmp_path / "a" / "README.md").read_text()
+    with pytest.raises(BadArgument, match="1 norms follow no convolution"):
+        quantized(fused, Calibration(data="digits"))
+
+
+class Cancelling(nn.Module):
+    """Its last layer takes the difference of large, nearly equal features: it magnifies every rounding."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.body = shaken(nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(2)))
+        self.head = nn.Linear(16, 2)
+        with torch.no_grad():
+            self.body[1].bias.fill_(gain)
+            self.head.weight -= self.head.weight.mean(1, keepdim=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean(2))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_gate_says_the_same_on_one_thread_and_on_two(seeded, threads, monkeypatch):
+    honest = Network(model=Cancelling(3e3).eval(), card=Card(model="x", num_classes=2), title="x").with_size(32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("onefold.commands.open.TOLERANCE", 1e-9)  # so that rounding has to be told from a wrong fold
+            honest.fused()
+        wrong = copy.deepcopy(honest.model)
+        with torch.no_grad():
+            wrong.body[1].bias[0] *= 1.01
+        monkeypatch.setattr("onefold.commands.open.fuse", lambda model: wrong)
+        with pytest.raises(GateFailed, match=r"differ by .* in float64, and .* is allowed"):
+            honest.fused()
+    finally:
+        torch.set_num_threads(before)

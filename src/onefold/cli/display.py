@@ -191,7 +191,9 @@ def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def artifacts(made: Sequence[Artifact]) -> None:
     """What was exported, with the proof of it."""
     for artifact in made:
-        fused = "" if artifact.fused else "   NOT FUSED"
+        fused = (
+            "   NOT FUSED" if not artifact.fused else "   partly fused" if artifact.details.get("left_norms") else ""
+        )
         fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
         size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
         say(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
@@ -220,6 +222,8 @@ def fused(made: FuseResult) -> None:
     """What folding changed, and the proof that the answer is not among it."""
     before, after = made.before, made.after
     say(f"{made.path}: drift {made.drift:.1e}")
+    if made.left_norms:
+        say(f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay")
     say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
 
 

@@ -229,7 +229,14 @@ def fuse(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
     model: Name = None,
-    tolerance: Annotated[float, Option(min=0.0, help="the largest relative difference of outputs that passes")] = 1e-4,
+    tolerance: Annotated[
+        float | None,
+        Option(
+            min=0.0,
+            show_default="1e-4, or 16 times the network's own rounding",
+            help="the largest relative difference of outputs that passes",
+        ),
+    ] = None,
 ) -> None:
     """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
     from onefold.commands.fuse import fuse as fold

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from onefold.commands.held_out import photos_to_calibrate, records_of, to_card
-from onefold.commands.open import TOLERANCE, Floats, Network, open_network
+from onefold.commands.open import Floats, Network, open_network
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, keys_of
@@ -62,7 +62,7 @@ class ExportOptions:
     precision: str = "fp32"
     size: int | None = None
     fused: bool = True
-    tolerance: float = TOLERANCE
+    tolerance: float | None = None
     calibration: Calibration | None = None
 
 
@@ -129,6 +129,7 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
             **({} if calibrated_on is None else {"calibrated_on": to_card([calibrated_on])}),
             **({"untrained": True} if card.untrained else {}),
             **({} if card.num_classes else {"features": True}),
+            **({"left_norms": network.left_norms} if network.left_norms else {}),
         },
     )
 
@@ -154,6 +155,11 @@ def quantized(network: Network, order: Calibration | None, say: Callable[[str], 
         return Int8Network(made=_as_trained(network, order))
     if not network.is_fused:
         raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
+    if network.left_norms:
+        raise BadArgument(
+            f"{network.title} is partly fused, {network.left_norms} norms follow no convolution: int8 is made of "
+            "networks without norms; export it in fp32"
+        )
     source = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
     if order.count < 2:
         raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")

@@ -10,6 +10,7 @@ on the image, so that the parity of an artifact would prove nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from onefold.reparam import fuse
 from onefold.runtimes.reference_logits import make_images
 
 PREFIX = "timm:"
+_log = logging.getLogger("onefold")
 _NUM_IMAGES = 8
 _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
 
@@ -113,16 +115,25 @@ def _from_file(spec: str, name: str, file: Path) -> TimmModel:
     """Open the network with as many classes as the last layer in the file has."""
     timm = _timm(spec, name)
     tensors = read(file).tensors
-    last = timm.get_pretrained_cfg_value(name, "classifier") or "fc"
-    head = tensors.get(f"{last}.weight")
-    if head is None:
-        raise BadCheckpoint(f"{file} has no {last}.weight, the last layer of timm's {name}: it is of another model")
+    last, first = (
+        (names,) if isinstance(names, str) else tuple(names)  # distilled networks have two classifiers
+        for names in (timm.get_pretrained_cfg_value(name, key) or () for key in ("classifier", "first_conv"))
+    )
+    heads = {len(tensors[f"{part}.weight"]) for part in last if f"{part}.weight" in tensors}
+    if len(heads) != 1:
+        missing = " or ".join(f"{part}.weight" for part in last)
+        found = f"classifiers of {' and '.join(map(str, sorted(heads)))} classes" if heads else f"no {missing}"
+        raise BadCheckpoint(f"{file} has {found}, the last layer of timm's {name}: it is of another model")
+    stems = [tensors[f"{part}.weight"] for part in first if f"{part}.weight" in tensors]
+    channels = next((int(stem.shape[1]) for stem in stems if stem.dim() == 4), 3)
+    if channels not in (1, 3):
+        raise BadCheckpoint(f"{file} takes images of {channels} channels: only grey and colour ones are known here")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=head.shape[0])
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=heads.pop(), in_chans=channels)
         model.load_state_dict(dict(tensors))
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_weights(spec, name, error) from error
-    return _timm_model(timm, name, model)
+    return _timm_model(timm, name, model, channels)
 
 
 @torch.no_grad()
@@ -211,17 +222,21 @@ def _timm(spec: str, name: str) -> Any:
     return timm
 
 
-def _timm_model(timm: Any, name: str, model: Any) -> TimmModel:
+def _timm_model(timm: Any, name: str, model: Any, in_chans: int | None = None) -> TimmModel:
     config: Mapping[str, Any] = model.pretrained_cfg
     channels, height, width = config["input_size"]
     if height != width or channels not in (1, 3):
         raise BadArgument(f"timm's {name} takes images of {channels}x{height}x{width}: only square ones are known here")
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if in_chans == 1 and channels == 3:  # its configuration is that of the colour network
+        channels, mean, std = 1, (sum(mean) / len(mean),), (sum(std) / len(std),)
+        _log.info("%s has one channel: its mean and std are the averages of the colour network's", name)
     names = config.get("label_names")
     preprocessing = Preprocessing(
         size=int(height),
         crop_pct=float(config.get("crop_pct") or 0.875),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        mean=mean,
+        std=std,
         interpolation=config.get("interpolation") or "bilinear",
         channels=1 if channels == 1 else 3,
     )

@@ -186,6 +186,7 @@ def label(subject: Mapping[str, Any]) -> str:
     """Return model, runtime and precision, with the name it was compared under where that says more."""
     parts = [one_line(subject[key], 60) for key in _IDENTITY if subject.get(key)]
     parts += ["random weights"] if parts and subject.get("untrained") else []
+    parts += ["partly fused"] if parts and subject.get("left_norms") else []
     name = one_line(subject.get("name") or "", 60)
     if not parts:
         return name or "unnamed"

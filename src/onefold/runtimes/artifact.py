@@ -111,7 +111,8 @@ class Artifact:
     def title(self) -> str:
         """One line for a table or a log; it says where a model is unfused or was never trained."""
         untrained = " random weights" if self.details.get("untrained") is True else ""
-        return f"{self.model} {self.runtime} {self.precision}{untrained}{'' if self.fused else ' NOT FUSED'}"
+        fused = " NOT FUSED" if not self.fused else " partly fused" if self.details.get("left_norms") else ""
+        return f"{self.model} {self.runtime} {self.precision}{untrained}{fused}"
 
 
 def hash_files(folder: Path) -> dict[str, StoredFile]:

@@ -118,11 +118,14 @@ def _introduction(artifact: Artifact) -> list[tuple[str, str]]:
 
 def _properties(artifact: Artifact) -> dict[str, str]:
     shape = " x ".join(map(str, artifact.input_shape))
+    fused = "fused: one convolution per unit" if artifact.fused else "NOT FUSED"
+    if artifact.fused and artifact.details.get("left_norms"):
+        fused = "partly fused: all but the norms that follow no convolution"
     return {
         "model": artifact.model,
         "runtime": _display_name(artifact.runtime, _RUNTIMES),
         "precision": f"{artifact.precision}: {_display_name(artifact.precision, _PRECISIONS)}",
-        "structure": "fused: one convolution per unit" if artifact.fused else "NOT FUSED",
+        "structure": fused,
         "drift of the fused network": "not measured" if artifact.drift is None else f"{artifact.drift:.1e}, relative",
         "shape of an image": f"{shape} (channels x height x width)",
         "classes": str(artifact.num_classes) + ("" if artifact.classes is not None else ", not named"),
