@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,3 +282,23 @@ def test_a_networks_own_corrupted_classes_are_matched_by_name(tmp_path: Path):
     found = evaluate_suite(predictor(lambda _: one_hot(1, among=2), ("cat", "dog"), 2), open_suite("x", str(tmp_path)))
     assert [each.data for each in found[1:]] == ["fog 1", "fog 2"]
     assert found[0].score.top1 == 100.0
+
+
+def test_eval_scores_the_split_that_is_asked_for(tmp_path: Path):
+    for split, codes in (("train", (0, 1)), ("valid", (0, 0)), ("test", (1, 1))):
+        for name, code in zip(("0", "1"), codes, strict=True):
+            painted(tmp_path / split / name / "a.png", code)
+
+    def scores(split: str | None) -> dict[str, float]:
+        suite = open_suite("x", str(tmp_path), split=split)
+        return {
+            each.data: each.score.top1
+            for each in evaluate_suite(predictor(lambda c: one_hot(c, among=2), count=2), suite)
+        }
+
+    assert scores(None) == {f"{tmp_path} (val)": 50.0, f"{tmp_path} (test)": 50.0}
+    assert scores("test") == {f"{tmp_path} (test)": 50.0}
+    assert scores("train") == {f"{tmp_path} (train)": 100.0}
+    with pytest.raises(BadData, match="has train/, valid/ and no test/"):
+        shutil.rmtree(tmp_path / "test")
+        open_suite("x", str(tmp_path), split="test")

@@ -166,6 +166,7 @@ def data(
 def evaluate(
     source: Source,
     data: Annotated[str | None, Option("--data", "--data-dir", help='labelled images, or "digits"')] = None,
+    split: Annotated[str | None, Option(help="train, val or test; by default val and test, where there are")] = None,
     model: Name = None,
     classes: Classes = None,
     img_size: Size = None,
@@ -176,7 +177,7 @@ def evaluate(
 ) -> None:
     """Evaluate a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
 
-    Without --data a run is evaluated on the validation images of its own recipe, and the predictions are kept for
+    Without --data a run is evaluated on the val and the test of its own data, and the predictions for val are kept for
     `report`. Of a place with val or test those are used; of one without, all images but those that the network was
     trained on. Where images that were trained on are scored, the line says how many. ImageNet-A,
     -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a real.json
@@ -185,9 +186,13 @@ def evaluate(
     from onefold.commands.bench import note_accuracy
     from onefold.commands.evaluate import evaluate_suite, open_suite
     from onefold.commands.open import open_predictor, with_class_names
+    from onefold.data.dataset_info import SPLITS
 
+    only = next((name for name in SPLITS if name == split), None)
+    if split is not None and only is None:
+        raise BadArgument(f"--split is {split!r}, expected one of {', '.join(SPLITS)}")
     with with_class_names(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
-        suite = open_suite(source, data, predictor)
+        suite = open_suite(source, data, predictor, only)
         with display.waiting(f"scoring {suite.title}"):
             found = evaluate_suite(predictor, suite, batch_size=batch_size)
         first = found[0]

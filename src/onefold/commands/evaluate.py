@@ -21,6 +21,7 @@ from onefold.commands.held_out import count_trained, from_card, records_of, sets
 from onefold.commands.open import RECIPE, Floats, Predictor
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, ImageLoader, Subset
+from onefold.data.dataset_info import Split
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
@@ -68,13 +69,15 @@ class EvalResult:
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
-def open_suite(source: str | Path, data: str | None, predictor: Predictor | None = None) -> EvalSuite:
-    """Open the labelled images of `data`, or the sets of ImageNet-C; without it a run's validation images.
+def open_suite(
+    source: str | Path, data: str | None, predictor: Predictor | None = None, split: Split | None = None
+) -> EvalSuite:
+    """Open the labelled images of `data`, or the sets of ImageNet-C; without it a run's val, and its test.
 
-    Of data without a split those are left out that the predictor was trained on.
+    Of data without a split those are left out that the predictor was trained on. With `split` the images are its own.
     """
     folder = Path(data or source)
-    if data is not None and folder.is_dir():
+    if data is not None and folder.is_dir() and split is None:
         sets: dict[str, Dataset] = {
             f"{name} {level}": read_class_folders(path)
             for name, levels in corruption_folders(folder).items()
@@ -83,8 +86,9 @@ def open_suite(source: str | Path, data: str | None, predictor: Predictor | None
         if sets:
             return EvalSuite(title=data, folder=folder, sets=sets, corruptions=True)
     records = None if predictor is None else records_of(source, predictor.trained_on)
-    sets = sets_to_evaluate(source, data, records)
-    run = Path(source) if data is None and (Path(source) / RECIPE).is_file() else None
+    sets = sets_to_evaluate(source, data, records, split)
+    is_own = data is None and (Path(source) / RECIPE).is_file()
+    run = Path(source) if is_own and split in (None, "val") else None  # whose predictions are for the report
     return EvalSuite(title=next(iter(sets)), folder=folder, sets=sets, run=run, source=source)
 
 

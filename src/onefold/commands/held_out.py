@@ -22,15 +22,17 @@ from typing import Any
 from onefold.commands.open import RECIPE, read_recipe
 from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
-from onefold.data.dataset_info import DatasetInfo
+from onefold.data.dataset_info import DatasetInfo, Split
 from onefold.data.decode import printable
 from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, keys_of, trained_among
 from onefold.data.folders import ImageFiles
 from onefold.data.remote import REMOTE
 from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
+from onefold.models.hub import read_card
 from onefold.recipes import Data, Recipe
 from onefold.storage import write_text
+from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
 
@@ -51,12 +53,21 @@ def open_run_data(out: Path, recipe: Recipe, place: str | None = None) -> Datase
     """
     saved = _read_data(out)
     dataset = saved.get("dataset")
-    classes = dataset.get("classes") if isinstance(dataset, dict) else None
+    classes = dataset.get("classes") if isinstance(dataset, dict) else _classes_of_best(out)
     found = place or _place(out, recipe.data.spec, saved)
     if found is None and saved:
         was = printable(str(saved.get("place")))
         raise BadData(f"the photos of {out} were in {was}, and are gone: say where they are with --data FOLDER")
-    return open_data(recipe.data, found or "", classes)
+    # A run that kept nothing is of before test was kept aside: there it was val where there was no other.
+    return open_data(recipe.data, found or "", classes, test_is_val=not saved)
+
+
+def _classes_of_best(out: Path) -> Sequence[str] | None:
+    """Give the classes of a run that did not keep what it was trained on, in the order of its outputs."""
+    try:
+        return read_card(RunFolder(out).best / "model.safetensors").classes
+    except (OSError, BadCheckpoint):
+        return None
 
 
 def write_run_data(out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: Records) -> None:
@@ -95,9 +106,17 @@ def run_records(out: Path) -> Records | None:
     return from_card(_read_data(out).get("trained_on"))
 
 
-def open_data(data: Data, place: str = "", classes: Sequence[str] | None = None) -> DatasetSplits:
+def open_data(
+    data: Data, place: str = "", classes: Sequence[str] | None = None, *, test_is_val: bool = False
+) -> DatasetSplits:
     """Open a recipe's data, or those of another place split as it says; see `read_dataset`."""
-    return read_dataset(place or data.spec, seed=data.seed, val_fraction=data.val_fraction, class_order=classes)
+    return read_dataset(
+        place or data.spec,
+        seed=data.seed,
+        val_fraction=data.val_fraction,
+        class_order=classes,
+        test_is_val=test_is_val,
+    )
 
 
 def _read_data(out: Path) -> dict[str, Any]:
@@ -171,11 +190,13 @@ def count_trained(records: Records | None, images: Dataset) -> int | None:
 # ------------------------------------------------------------------------------- photos for a purpose
 
 
-def sets_to_evaluate(source: str | Path, place: str | None, records: Records | None) -> dict[str, Dataset]:
-    """Give the labelled images to evaluate on, under their titles.
+def sets_to_evaluate(
+    source: str | Path, place: str | None, records: Records | None, only: Split | None = None
+) -> dict[str, Dataset]:
+    """Give the labelled images to evaluate on, under their titles: those of the split `only`, or val and test.
 
-    Without a place they are the validation images of the run in `source`. Of a place that has val or test they are
-    those, and otherwise all images that were not trained on, if there are any.
+    Without a place they are the images of the run in `source`. Of a place that has neither val nor test they are all
+    images that were not trained on, if there are any.
     """
     if place is None:
         run = Path(source)
@@ -183,10 +204,15 @@ def sets_to_evaluate(source: str | Path, place: str | None, records: Records | N
             raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
         recipe = read_recipe(run)
         splits = open_run_data(run, recipe)
+        if only not in (None, "val"):
+            return {f"{recipe.data.spec} ({only})": splits.open(only)}
         sets = {f"{recipe.data.spec} (held out)": splits.open("val")}
         if differences := _differences(run, {"val": splits.open("val")}):
             _log.warning("these are not the images that %s was validated on: %s", run, differences)
-        return sets | ({f"{recipe.data.spec} (test)": splits.open("test")} if "test" in splits.datasets else {})
+        has_test = "test" in splits.datasets and only is None
+        return sets | ({f"{recipe.data.spec} (test)": splits.open("test")} if has_test else {})
+    if only is not None:
+        return {f"{place} ({only})": open_data(Data(spec=place), place).open(only)}
     default = Data(spec=place, val_fraction=Data().val_fraction if place == "digits" and not records else 1.0)
     splits = open_data(default, place)
     names = dict.fromkeys((splits.scored, "test" if "test" in splits.datasets else splits.scored))

@@ -168,7 +168,7 @@ class DatasetSplits:
         if split not in self.datasets:
             if self.is_val_cut and split != "test":
                 raise BadData(f"{shown}: a val_fraction of {self.val_fraction} leaves no image for {split}")
-            there = " and ".join(s.source for s in self.info.splits)
+            there = ", ".join(s.source for s in self.info.splits)
             why = ": there is nothing to train on" if split == "train" else ""
             raise BadData(f"{shown} has {there} and no {split}/{why}")
         dataset = self.datasets[split]
