@@ -1,0 +1,382 @@
+"""What a run was trained on is known to it: to evaluation, deployment, calibration, and to a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from onefold.bench import Procedure
+from onefold.cli import main
+from onefold.commands.bench import ACCURACY, known_accuracy, note_accuracy
+from onefold.commands.deploy import DeployOptions, _photos
+from onefold.commands.evaluate import evaluate_suite, open_suite
+from onefold.commands.export import Calibration, quantized
+from onefold.commands.fuse import fuse
+from onefold.commands.held_out import (
+    DATA,
+    IMAGES,
+    Records,
+    from_card,
+    photos_to_calibrate,
+    photos_to_deploy,
+    records_of,
+    sets_to_evaluate,
+    to_card,
+)
+from onefold.commands.open import open_network, open_predictor, read_recipe
+from onefold.commands.train import resume_run, start_run
+from onefold.data import open_dataset, read_dataset
+from onefold.data.dataset import Dataset
+from onefold.data.fingerprint import TrainedOn, keys_of
+from onefold.errors import BadArgument, BadCheckpoint, BadData
+from onefold.models import create_model
+from onefold.models.hub import Card, read_card, save_weights
+from onefold.quantize import Method
+from onefold.recipes import find_recipe
+from onefold.recipes.recipe import at_size, override
+from onefold.train.evaluate import drop_interval
+
+NAME = "mobilenetv1_025"
+SPLIT = {"seed": 1, "val_fraction": 0.25}
+
+
+def paint(root: Path, count: int = 12, first: int = 0) -> Path:
+    for c, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + count):
+            noise = np.random.default_rng(100 * c + i).integers(0, 60, (32, 32, 3))
+            Image.fromarray((noise + 150 * c).astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos, and a run of a fitted head on three quarters of them, made with a relative path."""
+    home = tmp_path_factory.mktemp("home")
+    paint(home / "photos")
+    torch.manual_seed(0)
+    model = create_model(NAME, num_classes=2).eval()
+    save_weights(model, home / "blank.safetensors", Card(model=NAME, num_classes=2))
+    changes = {"data.seed": "1", "data.val_fraction": "0.25", "model": NAME, "weights": str(home / "blank.safetensors")}
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        recipe = at_size(override(find_recipe("photos:probe"), {**changes, "data.spec": "photos"}), 32)
+        start_run(recipe, Path("run"), check=False)
+    finally:
+        os.chdir(before)
+    return home
+
+
+@pytest.fixture
+def scratch(home: Path, tmp_path: Path) -> Path:
+    for name in ("photos", "run"):
+        shutil.copytree(home / name, tmp_path / name)
+    return tmp_path
+
+
+def names_of(dataset: Dataset) -> set[str]:
+    return {dataset.name(i) for i in range(len(dataset))}
+
+
+def held_out_of(home: Path) -> set[str]:
+    return names_of(open_dataset(home / "photos", "val", seed=1, val_fraction=0.25))
+
+
+def records(home: Path) -> Records:
+    found = records_of(home / "run", open_network(home / "run").card.trained_on)
+    assert found is not None
+    return found
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_run_is_evaluated_on_what_it_held_out_whatever_the_folder_is_called(home: Path, scratch: Path) -> None:
+    own = sets_to_evaluate(home / "run", None, records(home))
+    (scratch / "photos").rename(scratch / "elsewhere")
+    for place in (home / "photos", scratch / "elsewhere"):
+        for source in (home / "run", fused_file(home, scratch)):
+            with open_predictor(source) as predictor:
+                suite = open_suite(source, str(place), predictor)
+                (result,) = evaluate_suite(predictor, suite)
+            assert names_of(result.images) == held_out_of(home) == names_of(next(iter(own.values())))
+            assert result.trained_on == 0
+            assert "6 images that were not trained on, 18 that were are left out" in result.data
+
+
+def fused_file(home: Path, folder: Path) -> Path:
+    path = folder / "fused.safetensors"
+    if not path.exists():
+        fuse(home / "run", path)
+    return path
+
+
+def test_a_score_on_what_was_trained_on_says_so_in_its_line_and_its_row(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = tmp_path / "train_only"
+    for name in names_of(open_dataset(home / "photos", "train", seed=1, val_fraction=0.25)):
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(home / "photos" / name, train / name)
+    words = ["eval", str(home / "run"), "--data", str(train), "--results", str(tmp_path)]
+    assert main(words) == 0
+    assert "18 images, 18 of them were trained on: this score flatters" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trained_on"] == 18
+    (noted,) = json.loads((tmp_path / ACCURACY).read_text()).values()
+    assert noted["top1_trained_on"] == 18
+    paint(tmp_path / "new", first=50)
+    assert main(["eval", str(home / "run"), "--data", str(tmp_path / "new"), "--results", str(tmp_path), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["count"], row["trained_on"]) == (24, 0)
+
+
+def test_a_split_of_the_place_counts_and_test_is_scored_beside_val(home: Path, tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "val", "test")):
+        paint(tmp_path / split, count=3, first=10 * number)
+    sets = sets_to_evaluate("x", str(tmp_path), records(home))
+    assert [title.rpartition(" ")[2] for title in sets] == ["(val)", "(test)"]
+    assert [sorted(names_of(images))[0] for images in sets.values()] == ["cat/10.png", "cat/20.png"]
+
+
+def test_an_older_run_is_known_by_its_recipe_and_strange_weights_by_nothing(home: Path, scratch: Path) -> None:
+    for name in (DATA, IMAGES):
+        (scratch / "run" / name).unlink()
+    recipe = read_recipe(scratch / "run")
+    plain = recipe.to_dict()
+    plain["data"]["spec"] = str(scratch / "photos")
+    (scratch / "run/recipe.json").write_text(json.dumps(plain))
+    found = records_of(scratch / "run", None)
+    assert found is not None
+    assert found[0].to_dict() == records(home)[0].to_dict()
+    assert records_of(home / "blank.safetensors", None) is None
+    assert records_of("x", {"records": [{"images": 1}]}) is None
+    images = next(iter(sets_to_evaluate("x", str(home / "photos"), None).values()))
+    assert len(images) == 24
+
+
+def test_weights_that_start_from_weights_know_both(home: Path) -> None:
+    first = records(home)
+    other = TrainedOn.of(["0" * 24], "content")
+    both = from_card(json.loads(json.dumps(to_card([*first, other, *first]))))
+    assert both is not None
+    assert [record.images for record in both] == [18, 1]
+    card = read_card(home / "run/best/model.safetensors")
+    assert card.trained_on == json.loads((home / "run" / DATA).read_text())["trained_on"]
+
+
+# ------------------------------------------------------------------------------ a run whose photos moved
+
+
+def test_a_run_is_used_from_anywhere_and_moved_with_its_photos(
+    home: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(scratch / "run")
+    assert resume_run(Path()).epoch == 0
+    shutil.move(scratch / "photos", scratch / "run/moved")
+    monkeypatch.chdir(scratch)
+    gone = json.loads((scratch / "run" / DATA).read_text()) | {"place": "/nowhere/photos"}
+    (scratch / "run" / DATA).write_text(json.dumps(gone))
+    assert main(["eval", "run"]) == 3
+    assert "the photos of run were in /nowhere/photos, and are gone" in capsys.readouterr().err
+    assert main(["train", "--resume", "run", "--data", "run/moved"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 6
+    assert main(["train", "--resume", "run", "--data", "run/moved", "--epochs", "3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda p, held: (p / held).write_bytes((p / held).read_bytes() + b"!"), "1 of other content"),
+        (lambda p, held: (p / held).unlink(), "1 gone"),
+        (lambda p, held: paint(p, count=1, first=90), "2 new"),
+        (lambda p, held: (p / held).rename(p / "dog/moved.png"), "gone"),
+    ],
+)
+def test_a_resume_notices_other_validation_images(
+    change: Callable[[Path, str], Any], says: str, home: Path, scratch: Path
+) -> None:
+    change(scratch / "photos", min(held_out_of(home)))
+    with pytest.raises(BadCheckpoint, match=f"was started on other images: .*{says}"):
+        resume_run(scratch / "run")
+
+
+def test_an_evaluation_says_that_validation_images_are_others(
+    home: Path, scratch: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (scratch / "photos" / min(held_out_of(home))).unlink()
+    sets_to_evaluate(scratch / "run", None, None)
+    assert "these are not the images that" in caplog.text
+
+
+# --------------------------------------------------------------------------- deployment and calibration
+
+
+@pytest.mark.parametrize("count", [4, 200])
+def test_calibration_takes_what_was_trained_on_and_scores_take_the_rest(count: int, home: Path) -> None:
+    place, known = str(home / "photos"), records(home)
+    photos = photos_to_deploy(place, known)
+    assert names_of(photos.scored) == held_out_of(home)
+    assert not names_of(photos.calibration) & names_of(photos.scored)
+    assert names_of(photos_to_calibrate(place, known)) == names_of(photos.calibration)
+    order = Calibration(data=place, count=count, method=Method(clip_weights=False, correct_weights=False))
+    made = quantized(open_network(home / "run").fused()[0], order)
+    assert made.calibrated_on is not None
+    assert made.calibrated_on.images == made.made.images == min(count, 18)
+    with open_predictor(home / "run") as predictor:
+        seen = replace(predictor, calibrated_on=to_card([made.calibrated_on]))
+        (result,) = evaluate_suite(seen, open_suite(home / "run", None, seen))
+    assert result.calibrated_on == 0
+
+
+def test_without_a_record_a_fifth_is_held_out_and_copies_of_it_do_not_calibrate(home: Path, scratch: Path) -> None:
+    place = scratch / "photos"
+    scored = photos_to_deploy(str(place), None).scored
+    assert names_of(scored) == names_of(open_dataset(place, "val", seed=0, val_fraction=0.2))
+    for name in names_of(scored):
+        shutil.copy(place / name, place / f"{name[:-4]}-copy.png")
+    photos = photos_to_deploy(str(place), None)
+    assert not set(keys_of(photos.calibration, "content")) & set(keys_of(photos.scored, "content"))
+
+
+def deployment(place: Path, **more: Any) -> DeployOptions:
+    given = {"runtimes": ["onnx"], "precisions": ["int8"], "calibration": Calibration(data=str(place)), **more}
+    return DeployOptions(**given, procedure=Procedure(samples=16))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: (p / "labels.csv").write_text("name,class\nx,y\n"),
+        lambda p: paint(p / "ape").rename(p / "ape2") and shutil.move(p / "ape2/cat", p / "ape"),
+    ],
+)
+def test_labels_that_are_partly_unknown_do_not_turn_the_gate_off(spoil: Callable[[Path], Any], scratch: Path) -> None:
+    spoil(scratch / "photos")
+    try:
+        photos = _photos(open_network(scratch / "run"), deployment(scratch / "photos"), calibrates=True)
+    except BadData:
+        return
+    assert photos.labelled
+
+
+def test_photos_without_labels_are_divided_and_the_title_says_why(home: Path, tmp_path: Path) -> None:
+    flat, dated = tmp_path / "flat", tmp_path / "dated"
+    shutil.copytree(home / "photos/cat", flat)
+    shutil.copytree(home / "photos/cat", dated / "2023")
+    shutil.copytree(home / "photos/dog", dated / "2024")
+    network = open_network(home / "run")
+    for place in (flat, dated):
+        photos = _photos(network, deployment(place), calibrates=True)
+        assert not photos.labelled
+        assert "not labelled" in photos.title
+        assert not names_of(photos.calibration) & names_of(photos.scored)
+        everything = _photos(network, deployment(place), calibrates=False).scored
+        assert len(everything) == len(photos.scored) + len(photos.calibration)
+
+
+def test_photos_that_are_given_to_score_on_do_not_calibrate(home: Path) -> None:
+    photos = _photos(open_network(home / "run"), deployment(home / "photos", val=str(home / "photos")), calibrates=True)
+    assert not set(keys_of(photos.calibration, "content")) & set(keys_of(photos.scored, "content"))
+    assert "6 photos, 0 of them trained on" in photos.title
+
+
+def test_the_interval_of_a_drop() -> None:
+    """By hand: 10 lost, 4 won of 98: (6 / 100 +- 1.96 sqrt(15 / 100 - 0.0036) / 10)."""
+    low, high = drop_interval(10, 4, 98)
+    assert (low, high) == pytest.approx((6 - 7.499, 6 + 7.499), abs=2e-3)
+    assert drop_interval(0, 0, 7) == pytest.approx((-21.78, 21.78), abs=0.01)  # seven photos show nothing
+    assert drop_interval(1, 0, 1)[1] <= 100
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"), [(Method(), False), (Method(weight_qmax=63), True), (Method(weights="tensor"), True)]
+)
+def test_weights_trained_for_8_bits_keep_their_own(method: Method, refused: bool, home: Path, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    fused = open_network(home / "run").fused()[0]
+    inputs = torch.rand(2, 3, 32, 32)
+    from onefold.quantize import calibrate_qat
+
+    params = calibrate_qat(fused.model, [inputs], Method(clip_weights=False))
+    trained = replace(fused, card=replace(fused.card, int8=params.to_dict()))
+    order = Calibration(data=str(home / "photos"), method=method)
+    if refused:
+        with pytest.raises(BadArgument, match="was trained for 8 bits"):
+            quantized(trained, order)
+        return
+    made = quantized(trained, order)
+    assert (made.made.images, made.calibrated_on) == (0, None)
+    assert "keeps its own" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def test_results_go_by_the_weights_not_by_the_names_of_files(home: Path, scratch: Path) -> None:
+    def facts(source: Path, **size: int) -> Any:
+        with open_predictor(source, **size) as predictor:
+            return predictor.facts
+
+    same, other = facts(home / "run"), scratch / "elsewhere" / "run"
+    torch.manual_seed(5)
+    save_weights(
+        create_model(NAME, num_classes=2).eval(), other.with_suffix(".safetensors"), Card(model=NAME, num_classes=2)
+    )
+    assert facts(scratch / "run")["sha256"] == same["sha256"]
+    assert len({same["sha256"], facts(home / "run", size=64)["sha256"]}) == 2
+    assert facts(other.with_suffix(".safetensors"), size=32)["sha256"] != same["sha256"]
+
+
+def _note(home: Path, number: int) -> None:
+    named = SimpleNamespace(facts={"sha256": str(number)})
+    for _ in range(5):
+        note_accuracy(named, "x", float(number), home)  # type: ignore[arg-type]
+
+
+def test_two_writers_of_accuracies_lose_none(tmp_path: Path) -> None:
+    started = [multiprocessing.get_context("fork").Process(target=_note, args=(tmp_path, n)) for n in range(4)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert sorted(json.loads((tmp_path / ACCURACY).read_text())) == ["0", "1", "2", "3"]
+    assert known_accuracy({"sha256": "2"}, tmp_path)["top1"] == 2.0
+    (tmp_path / ACCURACY).write_text("{")
+    with pytest.raises(BadData, match="is damaged"):
+        _note(tmp_path, 1)
+
+
+def test_a_run_of_batches_of_one_image_is_refused_where_norms_cannot_normalize(home: Path, tmp_path: Path) -> None:
+    changes = {"data.spec": str(home / "photos"), "model": NAME, "plan.epochs": "9", "plan.batch_size": "1"}
+    recipe = override(find_recipe("photos:scratch"), {**changes, "start": "plain", "curriculum": "none"})
+    with pytest.raises(BadArgument, match=r"see one value a channel of one image.*\(-b 2\)"):
+        start_run(at_size(recipe, 32), tmp_path / "run", check=False)
+    assert not (tmp_path / "run/recipe.json").exists()
+    halves = override(recipe, {"plan.batch_size": "2", "plan.accumulate": "2"})
+    with pytest.raises(BadArgument, match="which 2 share"):
+        start_run(at_size(halves, 32), tmp_path / "run", check=False)
+
+
+def test_the_run_keeps_what_its_dataset_is(home: Path) -> None:
+    kept = json.loads((home / "run" / DATA).read_text())["dataset"]
+    now = read_dataset(home / "photos", seed=1, val_fraction=0.25).info.to_dict()
+    assert kept["splits"][0]["images_per_class"] == list(now["splits"][0]["images_per_class"])
+    assert kept["classes"] == ["cat", "dog"]
+    assert [split["num_images"] for split in kept["splits"]] == [18, 6]
