@@ -238,6 +238,7 @@ def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     listed = write_images(tmp_path / "listed", [f"{raw}.png", "other.png"])
     (listed / "labels.csv").write_bytes(table)
     assert open_dataset(listed, "train", seed=0, val_fraction=0.0).classes == (raw, "x")[:: 1 if raw < "x" else -1]
+    assert "is not UTF-8" in read_dataset(listed, seed=0, val_fraction=0.0).info.notes[0]
 
 
 def test_find_images(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.data import Dataset, open_dataset
+from onefold.data import Dataset, open_dataset, read_dataset
 from onefold.data.crop import CropBox
 from onefold.data.fingerprint import fingerprint
 from onefold.data.remote import LocalFile
@@ -168,6 +168,35 @@ def test_what_cannot_be_used_is_explained(tmp_path: Path) -> None:
     tarred(both / "val.tar", [*good, ("c/1.jpg", jpeg())])
     with pytest.raises(BadData, match="the classes differ; only in val: c"):
         opened(both)
+
+
+def test_the_class_of_a_tar_with_one_class_is_the_innermost_folder(tmp_path: Path) -> None:
+    tar = tarred(tmp_path / "x.tar", [(f"photos/owl/{i}.jpg", jpeg()) for i in range(2)])
+    source = opened(tar, "val", 1.0)
+    assert (source.classes, source.name(1)) == (("owl",), "1.jpg") or source.name(1) == "owl/1.jpg"
+    assert opened(tarred(tmp_path / "y.tar", [("val/owl/1.jpg", jpeg())]), "val").classes == ("owl",)
+
+
+def test_metadata_beside_a_class_is_no_class_and_two_classes_of_a_sample_are_refused(tmp_path: Path) -> None:
+    both = [(f"{i}.{kind}", data) for i in range(4) for kind, data in
+            (("jpg", jpeg()), ("cls", str(i % 2).encode()), ("json", b'{"width": 32, "url": "u"}'))]  # fmt: skip
+    assert len(opened(tarred(tmp_path / "both.tar", both), "val", 1.0)) == 4
+    for order in (("cls", "json"), ("json", "cls")):
+        given = {"cls": b"1", "json": b'{"label": 0}'}
+        files = [("0.jpg", jpeg()), *((f"0.{kind}", given[kind]) for kind in order)]
+        with pytest.raises(BadData, match=r"0\.cls, 0\.json say different classes, 0, 1"):
+            opened(tarred(tmp_path / f"{order[0]}.tar", files), "val", 1.0)
+    same = [("0.jpg", jpeg()), ("0.json", b'{"category": "1"}'), ("0.cls", b"1")]
+    assert opened(tarred(tmp_path / "same.tar", same), "val", 1.0).classes == ("0", "1")
+
+
+def test_unlabelled_rows_of_test_are_left_out(tmp_path: Path, tree: dict[str, bytes]) -> None:
+    images = [{"bytes": data, "path": None} for data in tree.values()]
+    parquet(tmp_path / "hub/train-0.parquet", images, [0, 1, 2] * 3, CLASSES)
+    parquet(tmp_path / "hub/test-0.parquet", images[:3], [-1, -1, -1], CLASSES)
+    splits = read_dataset(tmp_path / "hub", seed=0, val_fraction=0.3)
+    assert set(splits.datasets) == {"train", "val"}
+    assert [(one.count, one.what) for one in splits.info.left_out] == [(3, "images of test")]
 
 
 def test_a_tar_that_goes_or_shrinks_while_it_is_used_is_bad_data(tmp_path: Path) -> None:

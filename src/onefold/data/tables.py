@@ -171,6 +171,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
             numbers = [_number(shown, lines[i], text) for i, text in enumerate(_whole(cells[number_column]))]
             numbered = _names_by_number(shown, lines, numbers, labels)
             labels = [numbered[number] for number in numbers]
+    if any("\udc80" <= c <= "\udcff" for label in {*labels} for c in label):
+        notes.append(f"{shown} is not UTF-8: names of classes hold bytes that no text has; save it as UTF-8")
     kept = _once(shown, files, labels, lines, notes)
     unused = [name for name in class_columns if name != label_column]
     if unused and label_column:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASKS, left_out_as, left_out_reason, masks_beside, printable
-from onefold.data.folders import folder_tree, join_names
+from onefold.data.folders import Folder, folder_tree, join_names
 from onefold.data.remote import Blob, BlobReader
 from onefold.data.splits import (
     NoClassFolders,
@@ -121,7 +121,7 @@ def tars_by_split(
         classes: list[int | str] = [label for label in labels if label is not None]
         kept = [True] * len(names)
     else:
-        tree = folder_tree(names)
+        tree = _without_shared_folders(folder_tree(names))
         try:
             arranged = arrange(tree, shown, {}) if split is None else arrange_split(tree, shown, split)
         except NoClassFolders as error:
@@ -149,6 +149,17 @@ def tars_by_split(
             members = [index.members[row - rows.start] for row in those]
             found[part].append(TarImages(blob, members, [classes[row] for row in those], prefixes[part]))
     return found
+
+
+def _without_shared_folders(tree: Folder) -> Folder:
+    """Give the folder of the class where a tar has one class only, whose folder is the innermost."""
+    inner = tree
+    while len(inner.children) == 1 and not inner.num_direct:
+        (child,) = inner.children.values()
+        if not child.children:
+            return tree if any(map(split_name, inner.path.split("/"))) else inner
+        inner = child
+    return tree
 
 
 def others_left_out(counts: Sequence[Mapping[str, int]]) -> list[LeftOut]:
