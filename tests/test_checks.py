@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from onefold.data import Preprocessing, open_dataset, read_dataset
+from onefold.data import Preprocessing, Subset, open_dataset, read_dataset
 from onefold.data.checks import (
     DataCheck,
     captions,
@@ -18,8 +18,8 @@ from onefold.data.checks import (
     contact_sheet,
     denormalise,
     swapped_classes,
-    thumbnail_stats,
 )
+from onefold.data.duplicates import near_duplicates, thumbnail_stats
 from onefold.errors import BadData
 
 COLOURS = {"ash": (200, 60, 60), "birch": (60, 200, 60), "cedar": (60, 60, 200)}
@@ -252,3 +252,79 @@ def test_captions_name_classes_and_shares():
     assert list(captions(np.array([2, 0]), classes)) == ["cedar", "ash"]
     mixed = np.array([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.9667, 0.0167, 0.0167]])
     assert list(captions(mixed, classes)) == ["70% ash + 30% birch", "birch", "ash"]
+
+
+def scenes(count: int, seed: int) -> list[Image.Image]:
+    """Pictures with shapes and detail, no two alike."""
+    rng = np.random.default_rng(seed)
+    blocks = [np.kron(rng.integers(30, 220, (6, 6, 3)), np.ones((16, 16, 1))) for _ in range(count)]
+    noisy = [np.clip(each + rng.normal(0, 8, each.shape), 0, 255).astype(np.uint8) for each in blocks]
+    return [Image.fromarray(each) for each in noisy]
+
+
+def cropped(image: Image.Image, share: float, left: float, top: float) -> Image.Image:
+    side = round(share * image.width)
+    x, y = round(left * (image.width - side)), round(top * (image.height - side))
+    return image.crop((x, y, x + side, y + side))
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "resized": lambda image: image.resize((64, 80)),
+    "mirrored": ImageOps.mirror,
+    "flipped": ImageOps.flip,
+    "turned by a quarter": lambda image: image.rotate(90),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.3),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.6),
+    "more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.4),
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "turned": lambda image: image.rotate(8),
+    "turned the other way": lambda image: image.rotate(-5),
+    "cropped": lambda image: cropped(image, 0.9, 0.5, 0.5),
+    "cropped in a corner": lambda image: cropped(image, 0.88, 1, 0),
+    "several": lambda image: ImageEnhance.Brightness(cropped(ImageOps.mirror(image.rotate(4)), 0.92, 0.3, 0.7)).enhance(
+        1.2
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_changed_copies_are_found_and_nothing_else(change: Callable[[Image.Image], Image.Image]):
+    copied, others, more = scenes(8, 1), scenes(40, 2), scenes(20, 3)
+    train = thumbnail_stats(InMemory([*others, *copied]), 100)
+    val = thumbnail_stats(InMemory([*map(change, copied), *more]), 100)
+    assert near_duplicates(val, train) == [(n, 40 + n) for n in range(8)]
+    assert near_duplicates(train, val) == [(40 + n, n) for n in range(8)]
+
+
+class InMemory:
+    """A dataset of pictures, of one class."""
+
+    classes = ("a",)
+
+    def __init__(self, images: list[Image.Image]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def label(self, i: int) -> int:
+        return 0
+
+    def image(self, i: int, *, min_side: int = 0, value_range: object = None) -> Image.Image:
+        return self.images[i]
+
+
+def test_a_copy_of_a_tiny_picture_must_be_nearly_equal():
+    small = [image.resize((8, 8), Image.Resampling.BOX) for image in scenes(6, 4)]
+    copies = [Image.fromarray(np.asarray(image) // 2 * 2) for image in small[:3]]
+    brighter = [ImageEnhance.Brightness(image).enhance(1.2) for image in small[3:]]
+    found = near_duplicates(*(thumbnail_stats(InMemory(images), 10) for images in ([*copies, *brighter], small)))
+    assert found == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_different_photos_are_no_copies_of_each_other(shared_data: Path):
+    """Real photos, which share skies, grass and one thing in the middle: no false alarm among 150,000 pairs."""
+    photos = open_dataset(str(shared_data / "imagenette-224-subset"), "train", seed=0, val_fraction=0.2)
+    stats = [thumbnail_stats(Subset(photos, range(start, len(photos), 5)), 1000) for start in (0, 1)]
+    assert len(stats[0]) * len(stats[1]) > 100_000
+    assert near_duplicates(*stats) == []

@@ -19,7 +19,6 @@ N = pictures with a thumbnail, C = classes; in `contact_sheet` C = channels.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import unicodedata
 from collections import Counter, defaultdict
@@ -32,9 +31,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from onefold.data.dataset import Dataset
 from onefold.data.decode import printable
+from onefold.data.duplicates import THUMB, ThumbnailStats, exact_duplicates, near_duplicates, thumbnail_stats
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import Preprocessing, ValueRange
-from onefold.data.sampler import shuffled
 from onefold.errors import BadData
 
 MAX_TRAIN, MAX_VAL = 2000, 1000
@@ -237,138 +236,9 @@ def _pairs(val: ThumbnailStats, train: ThumbnailStats, pairs: Sequence[tuple[int
     return join_names([f"{val.name(n)} (val) = {train.name(m)} (train)" for n, m in pairs], most=3)
 
 
-# ------------------------------------------------------------------------------ thumbnail statistics
+# ---------------------------------------------------------------------------------- nearest neighbours
 
-_DECODED_SIDE = 64  # pictures are decoded no smaller than this
-_THUMB = 16
-_MAX_FILE_SIZES = 200_000  # pictures whose file size is read, to find equal ones
 _MIN_OF_CLASS = 8  # pictures of a class, for its neighbours to tell anything
-_MAX_BITS = 8  # of 64, in which the dHashes of near duplicates may differ
-_MIN_CORRELATION = 0.9  # of their thumbnails
-_TINY_SIDE = 32  # a picture with a shorter side has too little detail for either to tell,
-_MAX_DIFFERENCE = 2.0  # so its near duplicates must be within so many levels of 255, mean over a thumbnail
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ThumbnailStats:
-    """Thumbnails and hashes of a dataset's pictures; `unread` has the sentences about those that cannot be read."""
-
-    dataset: Dataset
-    indices: NDArray[np.int64]  # (N,) of the dataset
-    labels: NDArray[np.int64]  # (N,)
-    digests: tuple[bytes, ...]  # of the decoded pixels
-    thumbs: NDArray[np.float32]  # (N, 16, 16, 3), 0 to 255
-    dhashes: NDArray[np.float32]  # (N, 64), the signs of the gradients along rows: -1 or 1
-    is_tiny: NDArray[np.bool_]  # (N,): whether the shorter side is below 32 pixels
-    unread: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, n: int) -> str:
-        """Give the name of the n-th picture."""
-        return self.dataset.name(int(self.indices[n]))
-
-    @property
-    def is_flat(self) -> NDArray[np.bool_]:
-        """(N,): whether a picture is of one colour."""
-        planes = self.thumbs.reshape(len(self), _THUMB * _THUMB, 3)
-        flat: NDArray[np.bool_] = np.ptp(planes, axis=1).max(axis=1, initial=0) <= 4
-        return flat
-
-
-def thumbnail_stats(
-    dataset: Dataset, most: int, other: Dataset | None = None, value_range: ValueRange | None = None
-) -> ThumbnailStats:
-    """Compute the statistics of all pictures, or of `most`: those with equal file sizes first, then a sample.
-
-    Equal sizes are sought within `dataset` and between it and `other`, so that a copy is found however many images
-    there are. Every picture is decoded small (JPEGs at a reduced scale), so a thousand photos take a few seconds.
-    """
-    rows: list[tuple[int, bytes, bool, NDArray[np.float32], NDArray[np.float32]]] = []
-    unread: list[str] = []
-    for i in _select(dataset, most, other):
-        try:
-            image = dataset.image(i, min_side=_DECODED_SIDE, value_range=value_range)
-        except BadData as error:
-            unread.append(str(error))
-            continue
-        digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
-        thumb = np.asarray(image.resize((_THUMB, _THUMB), Image.Resampling.BOX), dtype=np.float32)
-        grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.float32)
-        dhash = np.where(grey[:, 1:] > grey[:, :-1], 1.0, -1.0).astype(np.float32).ravel()
-        rows.append((i, digest, min(image.size) < _TINY_SIDE, thumb, dhash))
-    return ThumbnailStats(
-        dataset=dataset,
-        indices=np.array([i for i, *_ in rows], dtype=np.int64),
-        labels=np.array([dataset.label(i) for i, *_ in rows], dtype=np.int64),
-        digests=tuple(digest for _, digest, *_ in rows),
-        thumbs=np.array([thumb for *_, thumb, _ in rows], dtype=np.float32).reshape(-1, _THUMB, _THUMB, 3),
-        dhashes=np.array([dhash for *_, dhash in rows], dtype=np.float32).reshape(-1, 64),
-        is_tiny=np.array([is_tiny for _, _, is_tiny, *_ in rows], dtype=np.bool_),
-        unread=tuple(unread),
-    )
-
-
-def _select(dataset: Dataset, most: int, other: Dataset | None) -> list[int]:
-    count = len(dataset)
-    if count <= most:
-        return list(range(count))
-    order = shuffled(np.arange(count, dtype=np.int64), count, seed=0, epoch=0).tolist()
-    sizes = [dataset.num_bytes(i) for i in order[:_MAX_FILE_SIZES]]
-    frequency = Counter(sizes)
-    other_sizes = {other.num_bytes(i) for i in range(min(len(other), _MAX_FILE_SIZES))} if other else set()
-    # Half of the places are for possible copies: first those of a size that `other` has too, then the rarest sizes.
-    twins = [(size not in other_sizes, frequency[size], i) for i, size in zip(order, sizes, strict=False)]
-    twins = sorted((twin for twin in twins if not twin[0] or twin[1] > 1), key=lambda twin: twin[:2])
-    return list(dict.fromkeys([i for *_, i in twins[: most // 2]] + order))[:most]
-
-
-def exact_duplicates(these: ThumbnailStats, those: ThumbnailStats) -> list[tuple[int, int]]:
-    """Find pairs (n of these, m of those) with equal pixels, each picture of these once; within one dataset m < n."""
-    first: dict[bytes, int] = {}
-    pairs: list[tuple[int, int]] = []
-    if these is not those:
-        first = {digest: m for m, digest in reversed(list(enumerate(those.digests)))}
-    for n, digest in enumerate(these.digests):
-        if digest in first:
-            pairs.append((n, first[digest]))
-        elif these is those:
-            first[digest] = n
-    return pairs
-
-
-def near_duplicates(these: ThumbnailStats, those: ThumbnailStats) -> list[tuple[int, int]]:
-    """Find pairs (n of these, m of those) that are nearly the same picture, yet not to the pixel; each of these once.
-
-    Nearly the same is what a resize, another JPEG quality or brightness, a mirror, a slight crop or rotation leave:
-    dHashes that differ in few bits and correlated thumbnails. Of 200 photos it finds 100 % resized or saved again,
-    99 % at 0.7 or 1.3 of the brightness, 96 % mirrored, 84 % rotated by 2 degrees, 81 % cropped by 5 % (24 % by 10 %);
-    among two million pairs of different photos it finds none.
-    """
-    if not len(these) or not len(those):
-        return []
-    mirrored_hashes = -these.dhashes.reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64)  # the gradients change their signs
-    correlations = []
-    for dhashes, thumbs in ((these.dhashes, these.thumbs), (mirrored_hashes, these.thumbs[:, :, ::-1])):
-        close = dhashes @ those.dhashes.T >= 64 - 2 * _MAX_BITS  # of signs: 64 less twice the bits that differ
-        correlations.append(np.where(close, _standardised(thumbs) @ _standardised(those.thumbs).T, -1.0))
-    similarity = np.maximum(*correlations)
-    similarity[:, those.is_flat] = -1.0
-    for n, m in zip(
-        *np.nonzero((similarity >= _MIN_CORRELATION) & (these.is_tiny[:, None] | those.is_tiny)), strict=True
-    ):
-        if np.abs(those.thumbs[m] - these.thumbs[n]).mean() > _MAX_DIFFERENCE:
-            similarity[n, m] = -1.0
-    pairs = enumerate(similarity.argmax(axis=1).tolist())
-    return [(n, m) for n, m in pairs if similarity[n, m] >= _MIN_CORRELATION and these.digests[n] != those.digests[m]]
-
-
-def _standardised(thumbs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Give (N, 256) grey thumbnails of mean 0 and length 1, whose products are correlations."""
-    grey = thumbs.mean(axis=-1).reshape(len(thumbs), -1)
-    grey = grey - grey.mean(axis=1, keepdims=True)
-    return np.asarray(grey / np.maximum(np.linalg.norm(grey, axis=1, keepdims=True), 1e-3), dtype=np.float32)
 
 
 def nearest_neighbours(these: ThumbnailStats, those: ThumbnailStats) -> NDArray[np.int64]:
@@ -435,7 +305,7 @@ def _confusion(labels: NDArray[np.int64], others: NDArray[np.int64], num_classes
 
 
 def _features(stats: ThumbnailStats) -> NDArray[np.float32]:
-    halves = stats.thumbs.reshape(-1, _THUMB // 2, 2, _THUMB // 2, 2, 3).mean(axis=(2, 4))
+    halves = stats.thumbs.reshape(-1, THUMB // 2, 2, THUMB // 2, 2, 3).mean(axis=(2, 4))
     return np.asarray(halves.reshape(len(stats), -1) / 255, dtype=np.float32)
 
 
