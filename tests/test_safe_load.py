@@ -18,13 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from onefold.errors import BadCheckpoint
+from onefold.errors import BadCheckpoint, NetworkFailed
+from onefold.models import create_model
+from onefold.models.hub import load_model, weights_card
 from onefold.models.load_weights import class_names_in
 from onefold.models.safe_load import Contents, read
+from onefold.models.weights_file import config_preprocessing
 
 NAMES = ("stem.conv.weight", "stages.0.conv.weight", "head.fc.weight", "head.fc.bias")
 PLAIN = {name: torch.full((2, 2), float(i + 1)) for i, name in enumerate(NAMES)}
@@ -311,6 +315,123 @@ def test_views_shared_and_strided_tensors_come_back_as_they_were(tmp_path: Path)
         for name, tensor in tensors.items():
             assert torch.equal(got[name], tensor.detach()), name
             assert got[name].dtype == tensor.dtype, name
+
+
+# ------------------------------------------------------------------------------------ the docs' tables
+
+
+def rows(heading: str) -> list[str]:
+    """The first cells of the table under a heading of docs/formats.md."""
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = text.partition(f"### {heading}\n")[2].partition("\n#")[0]
+    return [line.split("|")[1].strip().strip("`") for line in section.splitlines() if line.startswith("| ")][1:]
+
+
+def test_each_row_of_the_docs_is_tested_here() -> None:
+    assert rows("Wrappers") == [prefix for prefix in PREFIXES if prefix]
+    assert rows("Containers") == list(CONTAINERS)
+    assert rows("Averaged weights") == list(AVERAGES)
+    assert rows("Names of classes") == list(CLASS_LISTS)
+    assert rows("Preprocessing") == ["timm", *PROCESSORS, *ARGUMENTS]
+
+
+# ----------------------------------------------------------------------------------- preprocessing
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.2]
+CATALOGUE_INPUT = {
+    "size": 224,
+    "crop_pct": 0.875,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bilinear",
+    "channels": 3,
+}
+NORMAL = {"image_mean": MEAN, "image_std": STD}
+PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "shortest edge and crop": (
+        {"size": {"shortest_edge": 256}, "crop_size": {"height": 192, "width": 192}, "resample": 3, **NORMAL},
+        {"size": 192, "crop_pct": 0.75, "interpolation": "bicubic", "mean": tuple(MEAN), "std": tuple(STD)},
+    ),
+    "one number each": ({"size": 256, "crop_size": 224, "resample": 0}, {"size": 224, "interpolation": "nearest"}),
+    "height and width": ({"size": {"height": 160, "width": 160}}, {"size": 160, "crop_pct": 1.0}),
+    "crop_pct": ({"size": {"shortest_edge": 192}, "crop_pct": 0.95}, {"size": 192, "crop_pct": 0.95}),
+    "not normalized": ({"do_normalize": False, **NORMAL}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}),
+    "rescaled to -1 and 1": (
+        {"do_normalize": False, "rescale_factor": 1 / 127.5, "rescale_offset": True},
+        {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    ),
+    "image_size alone": ({"image_size": 128}, {"size": 128}),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_what_transformers_say_of_preprocessing_is_read(kind: str) -> None:
+    config, expected = PROCESSORS[kind]
+    stated = config_preprocessing(config, CATALOGUE_INPUT)
+    for key, value in expected.items():
+        assert stated[key] == pytest.approx(value) if key != "interpolation" else stated[key] == value
+
+
+def test_what_is_no_preprocessing_is_said_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "onefold")
+    stated = config_preprocessing(
+        {"size": "big", "resample": 1, "image_mean": "x", "image_std": [0, 0, 0]}, CATALOGUE_INPUT
+    )
+    assert stated == {}
+    for word in ("interpolation 1", "mean 'x'", "std"):
+        assert word in caplog.text
+
+
+ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "timm's arguments": (
+        argparse.Namespace(img_size=96, mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic", input_size=None),
+        {"size": 96, "mean": tuple(MEAN), "crop_pct": 1.0, "interpolation": "bicubic"},
+    ),
+    "torchvision's arguments": (
+        argparse.Namespace(val_crop_size=160, val_resize_size=200, interpolation="bilinear"),
+        {"size": 160, "crop_pct": 0.8},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_what_a_trainer_was_told_goes_with_its_weights(kind: str, tmp_path: Path) -> None:
+    arguments, expected = ARGUMENTS[kind]
+    state = create_model("mobilenetv1_025", num_classes=2).state_dict()
+    torch.save({"state_dict": state, "args": arguments}, tmp_path / "w.pth")
+    card = weights_card(tmp_path / "w.pth", name="mobilenetv1_025")
+    assert {key: card.preprocessing[key] for key in expected} == expected
+
+
+def test_a_choice_among_weights_is_part_of_their_name(tmp_path: Path) -> None:
+    state = create_model("mobilenetv1_025", num_classes=2).state_dict()
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    path = tmp_path / "w.ckpt"
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, path)
+    for suffix, expected in (("", averaged), (":averaged", averaged), (":plain", state), (":state_dict_ema", averaged)):
+        model, card = load_model(f"{path}{suffix}", name="mobilenetv1_025")
+        assert torch.equal(model.state_dict()["head.fc.bias"], expected["head.fc.bias"])
+        assert card.source.startswith(f"{path}{suffix} (state_dict")
+
+
+def test_offline_with_half_a_hub_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(dict(create_model("mobilenetv1_025", num_classes=2).state_dict()), tmp_path / "model.safetensors")
+
+    def download(repo_id: str, filename: str) -> str:
+        if not (tmp_path / filename).exists():
+            raise LocalEntryNotFoundError(f"{filename} is not in the cache")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(NetworkFailed, match=r"weights of me/pets are in the hub's cache and config\.json is not"):
+        load_model("me/pets", name="mobilenetv1_025")
+    (tmp_path / "config.json").write_text('{"model_type": "mobilenet_v1", "id2label": {"0": "cat", "1": "dog"}}')
+    with pytest.raises(NetworkFailed, match=r"preprocessor_config\.json is not"):
+        load_model("me/pets", name="mobilenetv1_025")
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 64}, "do_center_crop": false}')
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: apple-amlr\n---\n# Pets\n")
+    card = load_model("me/pets", name="mobilenetv1_025")[1]
+    assert (card.licence, card.classes, card.preprocessing["size"]) == ("apple-amlr", ("cat", "dog"), 64)
 
 
 # --------------------------------------------------------------------------------- hostile pickles

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from onefold.cli import display
-from onefold.cli.options import Name, Size, Source, Threads, quantization_method, runtime_names
+from onefold.cli.options import Name, Size, Source, Threads, UseEma, chosen_weights, quantization_method, runtime_names
 
 if TYPE_CHECKING:
     pass
@@ -31,6 +31,7 @@ def deploy(
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
     threads: Threads = 1,
     model: Name = None,
+    use_ema: UseEma = None,
     img_size: Size = None,
 ) -> None:
     """Export, verify, evaluate and benchmark artifacts in one folder, with a README, a model card and a report.
@@ -38,6 +39,7 @@ def deploy(
     How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
+    source = chosen_weights(source, use_ema)
     from onefold.bench import Procedure
     from onefold.commands.deploy import DeployOptions
     from onefold.commands.deploy import deploy as run

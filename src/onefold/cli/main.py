@@ -17,7 +17,19 @@ from typer import Argument, Option
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
 from onefold.cli import display, error_handling
-from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads, quantization_method, runtime_names
+from onefold.cli.options import (
+    AsJson,
+    Batch,
+    Classes,
+    Name,
+    Size,
+    Source,
+    Threads,
+    UseEma,
+    chosen_weights,
+    quantization_method,
+    runtime_names,
+)
 from onefold.errors import BadArgument, BadData
 from onefold.runtimes import RUNTIMES
 
@@ -69,6 +81,7 @@ def train(
     data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
     model: Annotated[str | None, Option(help="a network in place of the recipe's")] = None,
     weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
+    use_ema: UseEma = None,
     start: Annotated[
         str | None, Option(help="initialization: plain, skips, or expanded (branches for fused weights)")
     ] = None,
@@ -110,6 +123,7 @@ def train(
     if processes > 1 and "RANK" not in os.environ:
         import_ahead()
         raise typer.Exit(launch(lambda: main(context.obj), processes, max_restarts))
+    weights = None if weights is None else chosen_weights(weights, use_ema)
     short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
     given = {"data.spec": data, "model": model, "weights": weights, "start": start, "head": head, **short}
     given["plan.distill.teacher"] = teacher
@@ -168,6 +182,7 @@ def evaluate(
     data: Annotated[str | None, Option("--data", "--data-dir", help='labelled images, or "digits"')] = None,
     split: Annotated[str | None, Option(help="train, val or test; by default val and test, where there are")] = None,
     model: Name = None,
+    use_ema: UseEma = None,
     classes: Classes = None,
     img_size: Size = None,
     batch_size: Batch = 32,
@@ -183,6 +198,7 @@ def evaluate(
     -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a real.json
     beside val/.
     """
+    source = chosen_weights(source, use_ema)
     from onefold.commands.bench import note_accuracy
     from onefold.commands.evaluate import evaluate_suite, open_suite
     from onefold.commands.open import open_predictor, with_class_names
@@ -205,6 +221,7 @@ def predict(
     source: Source,
     images: Annotated[list[Path], Argument(help="photos, or folders of photos")],
     model: Name = None,
+    use_ema: UseEma = None,
     classes: Classes = None,
     img_size: Size = None,
     top: Annotated[int, Option(min=1, help="classes to print per image")] = 5,
@@ -213,6 +230,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Predict the classes of photos of any format and orientation. Unreadable files are reported and skipped."""
+    source = chosen_weights(source, use_ema)
     from onefold.commands.open import open_predictor, with_class_names
     from onefold.commands.predict import predict as answers
     from onefold.data import find_images
@@ -234,6 +252,7 @@ def fuse(
     source: Source,
     out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
     model: Name = None,
+    use_ema: UseEma = None,
     tolerance: Annotated[
         float | None,
         Option(
@@ -244,6 +263,7 @@ def fuse(
     ] = None,
 ) -> None:
     """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
+    source = chosen_weights(source, use_ema)
     from onefold.commands.fuse import fuse as fold
 
     display.fused(fold(source, out, name=model, tolerance=tolerance))
@@ -262,10 +282,12 @@ def export(
     ] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     model: Name = None,
+    use_ema: UseEma = None,
     img_size: Size = None,
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
+    source = chosen_weights(source, use_ema)
     from onefold.commands.export import Calibration, ExportOptions
     from onefold.commands.export import export as export_all
 

@@ -18,8 +18,17 @@ Name = Annotated[str | None, Option("--model", help="the network's name, if the 
 Threads = Annotated[int, Option(min=1, max=1024, help="compute threads")]
 AsJson = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]
 Batch = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images per step or call")]
-Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line")]
+Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line, or JSON")]
+UseEma = Annotated[
+    bool | None,
+    Option("--use-ema/--no-use-ema", help="of a checkpoint that holds both, averaged or plain weights; else averaged"),
+]
 Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
+
+
+def chosen_weights(source: str, use_ema: bool | None) -> str:
+    """The source with the choice that the option states among its weights, as FILE:averaged or FILE:plain."""
+    return source if use_ema is None else f"{source}:{'averaged' if use_ema else 'plain'}"
 
 
 def runtime_names(to: str) -> list[str]:
