@@ -332,3 +332,36 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
     listed = write_images(tmp_path / "listed", [f"{decomposed}.png", "b.png"])
     (listed / "labels.csv").write_text(f"file,label\n{composed}.png,u\nb.png,v\n", encoding="utf-8")
     assert open_dataset(listed, "val", seed=0, val_fraction=1.0).classes == ("u", "v")
+
+
+@pytest.mark.parametrize(
+    ("files", "tables", "sentence"),
+    [
+        (["train1/1.png", "train2/2.png"], {"train1/labels.csv": "1.png,a", "train2/labels.csv": "2.png,b"}, "parts"),
+        (["train1/1.png", "train2/b/2.png"], {"train1/labels.csv": "1.png,a"}, "one by a table and one by folders"),
+        (["fold1_train/a/1.png", "fold2_train/a/2.png", "fold1_val/a/3.png", "fold2_val/a/4.png"], {}, "may each be"),
+        (["1.png", "2.png"], {"a.csv": "1.png,a\n2.png,b", "b.csv": "1.png,b\n2.png,a"}, "several tables of labels"),
+        (
+            ["1.png", "2.png"],
+            {"a.csv": "file,label,split\n1.png,a,train\n2.png,b,later"},
+            "the column split says 'later'",
+        ),
+        (["a/1.png", "b/1.png"], {"labels.csv": "file,label\n1.png,x"}, "1.png may be a/1.png, b/1.png"),
+    ],
+)
+def test_what_can_be_understood_in_two_ways_is_refused(
+    tmp_path: Path, files: list[str], tables: dict[str, str], sentence: str
+) -> None:
+    write_images(tmp_path, files)
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadData) as caught:
+        read_dataset(tmp_path, seed=0, val_fraction=0.5)
+    assert sentence in str(caught.value)
+
+
+def test_a_class_with_the_name_of_a_split_is_said(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog", "test") for i in range(2)])
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
+    assert info.classes == ("cat", "dog", "test")
+    assert info.notes == ("test: a class here, since it holds images as the folders beside it do",)

@@ -204,6 +204,9 @@ def read_dataset(
     if test_is_val and not any(part.split == "val" for part in parts):
         parts = [replace(part, split="val") if part.split == "test" else part for part in parts]
     by_split = {part.split: part for part in parts}
+    if len({part.split or "train" for part in parts}) < len(parts):
+        each = ", ".join(f"{part.source} ({part.split or 'train'})" for part in parts)
+        raise BadData(f"{shown} has one split in several parts, {each}: put it together, or give the folder of one")
     reference = next(by_split[split] for split in ("train", None, "val", "test") if split in by_split)
     present = frozenset(reference.labels)
     classes, class_order_rule = _order(reference)

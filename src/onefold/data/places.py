@@ -132,6 +132,9 @@ def _foldered(
     for split, numbers in by_split.items():
         folders = [arrangement.folders[i] for i in numbers]
         those = [f for f in folders if f.root in tables and not f.classes]
+        if those and len(those) < len(folders):
+            shown = " and ".join(folder.shown for folder in folders)
+            raise BadData(f"{printable(place)}: {shown} are both {split}, one by a table and one by folders: use one")
         if those:
             splits += [
                 _table_split(place, tables[f.root], split, f.shown, range(len(tables[f.root].files))) for f in those

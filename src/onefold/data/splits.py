@@ -140,7 +140,9 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
     inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
     if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
         return _splits_within_classes(level, inner)
-    return Arrangement(folders=(_split_folder(None, level, "", level),), notes=_merged(level))
+    words = sorted(name for name in level.children if (said := split_name(name)) and not said.stem)
+    called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
+    return Arrangement(folders=(_split_folder(None, level, "", level),), notes=(*_merged(level), *called))
 
 
 def _levels(folder: Folder) -> Iterator[Folder]:

@@ -113,6 +113,8 @@ def tars_by_split(
         if missing:
             raise BadData(f"{shown}: {len(missing)} images have no .cls or .json, the first: {printable(missing[0])}")
         told = [member.split for index in indexes for member in index.members]
+        if split is None and None in told and any(told):
+            raise BadData(f"{shown}: {told.count(None)} of {len(told)} samples say no split, the others do")
         by_folders = splits_of_folders(names) or []
         splits = told if any(told) else [*by_folders] or [split] * len(names)
         if split is not None:
