@@ -213,6 +213,8 @@ def evaluate(
             found = evaluate_suite(predictor, suite, batch_size=batch_size)
         first = found[0]
         note_accuracy(predictor, first.data, first.score.top1, results, trained_on=first.trained_on)
+        if first.trained_on is None and not suite.corruptions:
+            display.note("what the network was trained on is not recorded: these images may be among it")
         display.scores(predictor.title, found, as_json=as_json)
 
 
