@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import resource
 import socket
 import struct
@@ -12,6 +13,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,22 @@ def test_the_suffix_says_what_is_an_image_and_without_one_the_first_bytes(
     name: str, head: bytes, kind: str | None
 ) -> None:
     assert left_out_as(name, lambda: head) == kind
+
+
+def test_the_page_says_which_files_are_images() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| `([^`]+)` \| (used|left out as .+) \|$", page, re.MULTILINE)
+    assert len(rows) == 10
+    heads = {
+        "JPEG": b"\xff\xd8\xff\xe0",
+        "PNG": b"\x89PNG\r\n\x1a\n",
+        "TIFF": b"II*\0",
+        "text": b"text",
+        "anything": b"?",
+    }
+    for begins, name, outcome in rows:
+        kind = left_out_as(name, partial(heads.__getitem__, begins))
+        assert outcome == ("used" if kind is None else f"left out as {kind}")
 
 
 @pytest.mark.parametrize("installed", [True, False])
