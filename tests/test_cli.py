@@ -430,7 +430,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     "nothing to score on": (2, "give --data", lambda h: ["eval", h / "fused.safetensors"]),
     "other classes": (
         3,
-        "does not know: newts",
+        "does not know: 'newts'",
         lambda h: ["eval", h / "run", "--data", _class_folders(h / "d", {"cat": 1, "newts": 1})],
     ),
     "too few class names": (
