@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import builtins
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.export import Calibration, ExportOptions, export, export_made, quantized
+from onefold.commands.export import Calibration, ExportOptions, _agreement, export, export_made, quantized
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open import Network, open_network, open_predictor, predictor_of
 from onefold.commands.timm import open_pretrained
@@ -24,6 +27,7 @@ from onefold.quantize import Method, quantize
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo
 from onefold.runtimes import export as export_to
+from onefold.runtimes.onnx import opset_details
 from onefold.runtimes.reference_logits import make_images
 
 _import = builtins.__import__
@@ -265,3 +269,47 @@ def test_the_gate_says_the_same_on_one_thread_and_on_two(seeded, threads, monkey
             honest.fused()
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_older_opset_is_written_and_says_what_it_needs(seeded, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="twins")
+    details = opset_details(17)
+    artifact = export_made(network.with_size(32), None, tmp_path / "a", "onnx", "fp32", details)
+    model = onnx.load(tmp_path / "a" / "model.onnx")
+    assert (model.opset_import[0].version, model.ir_version, artifact.details["opset"]) == (17, 8, 17)
+    assert artifact.parity.difference < 1e-5
+    assert "| needs | ONNX Runtime >= 1.12 |" in (tmp_path / "a" / "README.md").read_text()
+    with pytest.raises(BadArgument, match="opset from 15 to 20, not 11"):
+        opset_details(11)
+
+
+def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog):
+    for place, value in (("black", None), ("bright", 255)):
+        (tmp_path / place).mkdir()
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3)) if value else np.zeros((32, 32, 3))
+            Image.fromarray(pixels.astype("uint8")).save(tmp_path / place / f"{i}.png")
+    network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="x").with_size(
+        32
+    )
+    order = Calibration(data=str(tmp_path / "black"))
+    made = quantized(network, order)
+    assert _agreement(network, made, order)["answers"].startswith("4 of 4 are the float network's")
+    assert "of one colour each" in caplog.text
+    caplog.clear()
+    right = Calibration(data=str(tmp_path / "bright"))
+    assert "are the float network's" in _agreement(network, quantized(network, right), right)["answers"]
+    assert "one colour" not in caplog.text
+    broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
+    assert _agreement(network, broken, right)["answers"].startswith("0 of 4")
+    assert "has destroyed the network: 0 of 4 answers" in caplog.text
+
+
+class Opposite(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.model(x)

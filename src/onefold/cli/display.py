@@ -195,6 +195,7 @@ def artifacts(made: Sequence[Artifact]) -> None:
             "   NOT FUSED" if not artifact.fused else "   partly fused" if artifact.details.get("left_norms") else ""
         )
         fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
+        fused += f"   {artifact.details['answers']}" if artifact.details.get("answers") else ""
         size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
         say(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
 

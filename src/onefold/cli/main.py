@@ -287,6 +287,9 @@ def export(
     use_ema: UseEma = None,
     img_size: Size = None,
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
+    opset: Annotated[
+        int | None, Option(help="ONNX opset, 15 to 20: a lower one for an older ONNX Runtime", show_default="20")
+    ] = None,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
     source = chosen_weights(source, use_ema)
@@ -296,7 +299,12 @@ def export(
     method = quantization_method(weight_bits, per_tensor=per_tensor)
     calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
     order = ExportOptions(
-        runtimes=runtime_names(to), precision=precision, size=img_size, fused=not no_fuse, calibration=calibration
+        runtimes=runtime_names(to),
+        precision=precision,
+        size=img_size,
+        fused=not no_fuse,
+        calibration=calibration,
+        opset=opset,
     )
     with display.waiting("exporting"):
         artifacts = export_all(source, out, order, name=model)

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from onefold.commands.held_out import photos_to_calibrate, records_of, to_card
+from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
 from onefold.commands.open import Floats, Network, open_network
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, keys_of
-from onefold.errors import BadArgument, BadData, GateFailed
+from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import cost
 from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
 from onefold.quantize.method_search import search, skip_sensitive_layers
 from onefold.runtimes import Artifact, ModelInfo
 from onefold.runtimes import export as export_to
+from onefold.runtimes.onnx import opset_details
 
 _log = logging.getLogger("onefold")
 
 _FEWEST_TO_SEARCH = 8
+_AGREEMENT_PHOTOS = 64  # at most, on which the int8 network is compared with the float one
+_FEWEST_SAME = 0.8  # of its answers, below which calibration counts as failed
+_FLAT = 0.02  # standard deviation of a prepared photo's channels, below which it is of one colour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class ExportOptions:
     """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's).
 
     int8 needs `calibration`, unless the weights were trained as a network of 8 bits; no other precision takes it.
+    `opset` is that of ONNX files, for an older ONNX Runtime.
     """
 
     runtimes: Sequence[str]
@@ -64,6 +69,7 @@ class ExportOptions:
     fused: bool = True
     tolerance: float | None = None
     calibration: Calibration | None = None
+    opset: int | None = None
 
 
 def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | None = None) -> list[Artifact]:
@@ -71,17 +77,22 @@ def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | N
 
     Raises GateFailed where a runtime's answer is not PyTorch's, once the artifacts of the other runtimes are written.
     """
+    details = {} if order.opset is None else opset_details(order.opset)
+    if order.opset is not None and set(order.runtimes) != {"onnx"}:
+        raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
     network = network.with_size(order.size)
     made = _quantized(network, order)
+    if made is not None and order.calibration is not None:
+        details |= _agreement(network, made, order.calibration)
     suffix = "" if network.is_fused else "-unfused"
     artifacts, failures = [], []
     for runtime in order.runtimes:
         folder = out / f"{runtime}-{order.precision}{suffix}"
         try:
-            artifacts.append(export_made(network, made, folder, runtime, order.precision))
+            artifacts.append(export_made(network, made, folder, runtime, order.precision, details))
         except GateFailed as error:
             failures.append(str(error))
     if failures:
@@ -90,15 +101,22 @@ def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | N
     return artifacts
 
 
-def export_made(network: Network, made: Int8Network | None, folder: Path, runtime: str, precision: str) -> Artifact:
-    """One verified artifact of a network, or of the one of 8 bits that was `made` of it."""
-    size = network.preprocessing.size
+def export_made(
+    network: Network,
+    made: Int8Network | None,
+    folder: Path,
+    runtime: str,
+    precision: str,
+    details: Mapping[str, object] | None = None,
+) -> Artifact:
+    """One verified artifact of a network, or of the one of 8 bits that was `made` of it; `details` for its manifest."""
+    size, info = network.preprocessing.size, model_info(network, network.title, made)
     return export_to(
         network.model if made is None else made.made,
         (network.card.in_chans, size, size),
         folder,
         runtime=runtime,
-        info=model_info(network, network.title, made),
+        info=replace(info, details={**info.details, **(details or {})}),
         precision=precision,
     )
 
@@ -140,6 +158,34 @@ def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
     if (photos and not wanted) or (wanted and not photos and network.card.int8 is None):
         raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
     return quantized(network, order.calibration) if wanted else None
+
+
+@torch.inference_mode()
+def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[str, object]:
+    """How often the network of 8 bits answers as the float one, on photos; a warning where it does so too rarely.
+
+    The photos are those that the run in `network.title` held out, where it is one and they are there: calibrated on
+    black photos, or on another kind, a network is right on those alone. Else they are the photos of `order`.
+    """
+    if not network.card.num_classes:
+        return {}
+    try:
+        photos, title = validation_images(network.title, None)
+    except (BadArgument, BadData, BadCheckpoint):
+        photos = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
+        title = f"{order.data}, which it was calibrated on"
+    images = _images(Subset(photos, _spread(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing)
+    same = int((network.model(images).argmax(1) == made.made.model(images).argmax(1)).sum())
+    varied = images.flatten(2).std(2).amax(1) > _FLAT  # within a channel; images have a deviation near 1
+    if not bool(varied.any()):
+        _log.warning("the photos of %s are of one colour each: what was calibrated on them is not to be trusted", title)
+    if same < _FEWEST_SAME * len(images):
+        _log.warning(
+            "calibration on %s has destroyed the network: %d of %d answers are the float network's on %s; calibrate "
+            "on photos of the kind it will see",
+            *(order.data, same, len(images), title),
+        )
+    return {"answers": f"{same} of {len(images)} are the float network's, on {title}"}
 
 
 # ---------------------------------------------------------------------------------- int8 networks

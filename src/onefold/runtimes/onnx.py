@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from onefold.errors import BadArtifact
+from onefold.errors import BadArgument, BadArtifact
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, quiet, require
 from onefold.runtimes.layer_times import WARMUP, Layer, ProfileRequest, medians
@@ -33,13 +33,22 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-OPSET = 20
+OPSET, IR_VERSION = 20, 10
+
+# The IR version of an opset's files, and the first ONNX Runtime that reads both: the table of its documentation.
+_OLDEST = {
+    **{15: (8, "1.10"), 16: (8, "1.11"), 17: (8, "1.12"), 18: (8, "1.14")},
+    **{19: (9, "1.15"), 20: (9, "1.17")},
+}
 
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PRECISIONS = ("fp32", "int8")
 REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {"opset": OPSET, "input": "images", "output": "logits"}
+DETAILS: Mapping[str, object] = {
+    **{"opset": OPSET, "ir_version": IR_VERSION, "needs": "ONNX Runtime >= 1.18"},
+    **{"input": "images", "output": "logits"},
+}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 
@@ -51,7 +60,46 @@ _DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
     _onnxruntime()
-    write(program, folder / "model.onnx", info=info, precision=precision)
+    path = folder / "model.onnx"
+    write(program, path, info=info, precision=precision)
+    opset = info.details.get("opset", OPSET)
+    if isinstance(opset, int) and opset != OPSET:
+        onnx = require("onnx", extra="onnx")
+        try:
+            older = onnx.version_converter.convert_version(onnx.load_model_from_string(path.read_bytes()), opset)
+        except RuntimeError as error:  # an operation that the older opset lacks, as Gelu before 20
+            what = str(error).rpartition(": ")[2]
+            raise BadArgument(f"this network cannot be written in opset {opset} ({what}): give a higher one") from error
+        older.ir_version = info.details["ir_version"]
+        if opset < 18:
+            _axes_to_attributes_(older)
+        onnx.checker.check_model(older)
+        path.write_bytes(older.SerializeToString())
+
+
+def _axes_to_attributes_(model: Any) -> None:
+    """Write the axes of ReduceMean, ReduceMax, ... as attributes, as before opset 18; onnx's converter leaves them."""
+    onnx = require("onnx", extra="onnx")
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+            kept = [each for each in node.attribute if each.name != "noop_with_empty_axes"]
+            if len(node.input) == 2:
+                kept.append(onnx.helper.make_attribute("axes", constants[node.input.pop()].tolist()))
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def opset_details(opset: int) -> dict[str, object]:
+    """What a manifest says of a file in this opset, which `export` then writes. Raises BadArgument."""
+    if opset not in _OLDEST:
+        raise BadArgument(f"expected an ONNX opset from {min(_OLDEST)} to {max(_OLDEST)}, not {opset}")
+    if opset == OPSET:
+        return {}
+    ir_version, oldest = _OLDEST[opset]
+    return {"opset": opset, "ir_version": ir_version, "needs": f"ONNX Runtime >= {oldest}"}
 
 
 def write(program: ExportedProgram, path: Path, *, info: ModelInfo, precision: str) -> None:
