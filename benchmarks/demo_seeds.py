@@ -42,7 +42,7 @@ from onefold.commands.deploy import build_deployment
 from onefold.commands.export import Calibration, quantized
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import validation_images
-from onefold.commands.open import open_network
+from onefold.commands.open_network import open_network
 from onefold.commands.train import start_run
 from onefold.quantize import Method
 from onefold.storage import write_text

@@ -35,7 +35,7 @@ from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
 from onefold.bench.noise import paired_interval
 from onefold.commands.bench import bound, call_of, measured_limits
 from onefold.commands.export import Calibration, quantized
-from onefold.commands.open import Network, Predictor, open_predictor
+from onefold.commands.open_network import Network, Predictor, open_predictor
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX
 from onefold.storage import write_text
@@ -49,7 +49,7 @@ def timms_own(name: str) -> Network:
     """timm's network, its norms settled, folded by timm."""
     from timm.utils.model import reparameterize_model
 
-    from onefold.commands.open import open_network
+    from onefold.commands.open_network import open_network
 
     opened = open_network(f"timm:{name}")
     return replace(opened, model=reparameterize_model(opened.model).eval(), title=f"timm:{name}")

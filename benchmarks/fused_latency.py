@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
 from onefold.commands.export import ExportOptions, export
-from onefold.commands.open import open_predictor
+from onefold.commands.open_network import open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.hub import Card, save_weights
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import Int8Network, export_made
 from onefold.commands.held_out import validation_images
-from onefold.commands.open import Network, open_network, predictor_of
+from onefold.commands.open_network import Network, open_network, predictor_of
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX, Method, Quantized, quantize

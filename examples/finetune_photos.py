@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from onefold.commands.open import open_predictor
+from onefold.commands.open_network import open_predictor
 from onefold.commands.predict import predict
 from onefold.commands.train import start_run
 from onefold.data import find_images

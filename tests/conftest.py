@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from available import missing
+from available_runtimes import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from image_fixtures import picture, pixels
 from onefold.data import AutoAugment, RandAugment
 from onefold.data.autoaugment import IMAGENET_POLICY, OPERATIONS, WITHOUT_LEVEL, apply, parameter_of
 from onefold.data.sampler import sample_generator
-from pictures import picture, pixels
 
 GREY = (128, 128, 128)
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from available import require
-from mil import Machine
+from available_runtimes import require
+from coreml_interpreter import Machine
 from onefold.errors import BadArgument, BadArtifact
 from onefold.models import create_model
 from onefold.quantize import Method, quantize

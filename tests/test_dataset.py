@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import IMAGENET
 from onefold.errors import BadArgument, BadData, MissingExtra
-from pictures import SMALL, noise, write_images
 
 
 def test_the_digits_are_embedded_and_split_by_class() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from available import require
+from available_runtimes import require
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes.exporter import trace
 from onefold.runtimes.reference_logits import make_images

@@ -611,7 +611,7 @@ def test_a_foreign_folder_tells_its_preprocessing_and_classes(tmp_path: Path, mo
 
 
 def test_a_config_that_asks_for_another_network_is_refused(tmp_path: Path) -> None:
-    from test_weights import hf_names, torch_file, v1_layers
+    from test_load_weights import hf_names, torch_file, v1_layers
 
     generator = torch.Generator().manual_seed(9)
     head = {"weight": torch.randn(3, 256, generator=generator), "bias": torch.zeros(3)}
@@ -660,7 +660,7 @@ def test_ids_of_the_hub_are_downloaded_as_safetensors_only(
 
 
 def test_a_timm_repository_needs_no_name(hub: dict[str, dict[str, Path]], tmp_path: Path) -> None:
-    from test_weights import small
+    from test_load_weights import small
 
     save_file(small(), tmp_path / "model.safetensors")
     config = {"architecture": "mobilenetv1_025", "pretrained_cfg": {"crop_pct": 0.95, "license": "apache-2.0"}}

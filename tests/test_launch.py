@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 import training_kit
-from lives import size_of
 from onefold.cli import main
 from onefold.errors import LostWorker
 from onefold.train import Checkpoint
 from onefold.train.launch import launch
+from training_processes import size_of
 
 
 def sh(code: str) -> Callable[[], int]:

@@ -15,6 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from image_fixtures import (
+    CROP_AND_FLIP,
+    CURRICULUM,
+    PLAIN,
+    SMALL,
+    Shades,
+    batches,
+    everything,
+    image_numbers,
+    noise,
+    photos,
+    same_batches,
+)
 from onefold.data import (
     CachedDataset,
     Dataset,
@@ -30,19 +43,6 @@ from onefold.data.decode import decode
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
-from pictures import (
-    CROP_AND_FLIP,
-    CURRICULUM,
-    PLAIN,
-    SMALL,
-    Shades,
-    batches,
-    everything,
-    image_numbers,
-    noise,
-    photos,
-    same_batches,
-)
 
 
 @settings(deadline=None, max_examples=40)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from image_fixtures import batches
 from onefold.data import Mixing, MixupLoader
 from onefold.data.sampler import batch_generator, sample_generator
 from onefold.errors import BadArgument
 from onefold.train import cross_entropy
-from pictures import batches
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup=0.2), Mixing(cutmix=1.0), Mixing(mixup=0.8, cutmix=1.0, p=0.7)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from available import require
+from available_runtimes import require
 from onefold.errors import BadArgument
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import mnn as runtime

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from onefold import bench
 from onefold.report.grouping import Group, aggregate_inputs, group_by_subject, subject_key
-from onefold.report.load import Inputs
+from onefold.report.load_results import Inputs
 from onefold.report.page import render
 from onefold.report.pareto import (
     Box,

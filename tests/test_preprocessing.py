@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from image_fixtures import noise, photos
 from onefold.data import (
     Augment,
     CachedDataset,
@@ -25,7 +26,6 @@ from onefold.data.decode import decode, read_samples
 from onefold.data.preprocessing import IMAGENET, ValueRange
 from onefold.data.value_range import measure_value_range, mismatch
 from onefold.errors import BadArgument, BadData
-from pictures import noise, photos
 from test_decode import png
 
 

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from available import INSTALLED, RUNNABLE
+from available_runtimes import INSTALLED, RUNNABLE
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.open import open_network
+from onefold.commands.open_network import open_network
 from onefold.data import find_images, open_dataset
 from onefold.data.decode import decode
 from onefold.errors import BadArgument

@@ -30,7 +30,7 @@ from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.report import write_report
 from onefold.report.format import joined, latency, one_line, plural, printable, significant, size
 from onefold.report.grouping import aggregate_inputs, group_by_subject, label
-from onefold.report.load import Inputs, load_inputs
+from onefold.report.load_results import Inputs, load_inputs
 from onefold.report.page import render
 from onefold.runtimes.artifact import Artifact, Parity, StoredFile, render_manifest
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from available import INSTALLED, RUNNABLE, unavailable
+from available_runtimes import INSTALLED, RUNNABLE, unavailable
 from onefold import runtimes
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
 from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, find_runtime, load, open_artifact

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from available import require
+from available_runtimes import require
 from onefold.errors import LostWorker, MissingExtra
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import web as runtime

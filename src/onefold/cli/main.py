@@ -111,7 +111,7 @@ def train(
     folders: data/train/<class>/ and data/val/<class>/, or data/<class>/, which is then split by a stated seed; `onefold
     data PLACE` shows how any other place is understood.
     """
-    from onefold.commands.initialize import with_weights_preprocessing
+    from onefold.commands.initial_weights import with_weights_preprocessing
     from onefold.commands.train import Callbacks, resume_run, start_run
     from onefold.recipes import recipe_for, recipes
     from onefold.train import import_ahead
@@ -201,7 +201,7 @@ def evaluate(
     source = chosen_weights(source, use_ema)
     from onefold.commands.bench import note_accuracy
     from onefold.commands.evaluate import evaluate_suite, open_suite
-    from onefold.commands.open import open_predictor, with_class_names
+    from onefold.commands.open_network import open_predictor, with_class_names
     from onefold.data.dataset_info import SPLITS
 
     only = next((name for name in SPLITS if name == split), None)
@@ -233,7 +233,7 @@ def predict(
 ) -> None:
     """Predict the classes of photos of any format and orientation. Unreadable files are reported and skipped."""
     source = chosen_weights(source, use_ema)
-    from onefold.commands.open import open_predictor, with_class_names
+    from onefold.commands.open_network import open_predictor, with_class_names
     from onefold.commands.predict import predict as answers
     from onefold.data import find_images
 

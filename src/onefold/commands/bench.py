@@ -36,7 +36,7 @@ from onefold.bench import (
     planted,
     self_test,
 )
-from onefold.commands.open import Floats, Predictor, facts_of, open_predictor
+from onefold.commands.open_network import Floats, Predictor, facts_of, open_predictor
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
 from onefold.phone import PROGRAMS, Adb, Load, Plan, Program, connect, look, measure_on, program_of
 from onefold.phone.adb import FOLDER

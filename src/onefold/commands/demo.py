@@ -13,7 +13,7 @@ from onefold.commands.bench import BenchOptions, bench, note_accuracy
 from onefold.commands.deploy import DeployOptions, DeployResult, Gate, build_deployment, write_gates
 from onefold.commands.export import Calibration
 from onefold.commands.fuse import fuse
-from onefold.commands.open import open_predictor
+from onefold.commands.open_network import open_predictor
 from onefold.commands.report import write_page
 from onefold.commands.train import Callbacks, start_run
 from onefold.errors import BadArgument, GateFailed

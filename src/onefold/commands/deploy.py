@@ -35,7 +35,7 @@ from onefold.commands.held_out import (
     without_copies,
     without_labels,
 )
-from onefold.commands.open import Network, Predictor, open_network, open_predictor, predictor_of
+from onefold.commands.open_network import Network, Predictor, open_network, open_predictor, predictor_of
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
 from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra

@@ -18,7 +18,7 @@ import torch
 
 from onefold.commands.classes import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
-from onefold.commands.open import RECIPE, Floats, Predictor
+from onefold.commands.open_network import RECIPE, Floats, Predictor
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import Split

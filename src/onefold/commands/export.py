@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
-from onefold.commands.open import Floats, Network, open_network
+from onefold.commands.open_network import Floats, Network, open_network
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, keys_of

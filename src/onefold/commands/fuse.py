@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onefold.commands.open import open_network
+from onefold.commands.open_network import open_network
 from onefold.commands.timm import is_timm, save_timm
 from onefold.errors import BadArgument
 from onefold.models import Cost, cost

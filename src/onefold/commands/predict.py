@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onefold.commands.open import Floats, Predictor
+from onefold.commands.open_network import Floats, Predictor
 from onefold.data import Dataset, ImageFiles, Preprocessing
 from onefold.data.decode import decode
 from onefold.data.value_range import mismatch

@@ -27,7 +27,7 @@ from onefold.commands.held_out import (
     to_card,
     write_run_data,
 )
-from onefold.commands.initialize import (
+from onefold.commands.initial_weights import (
     TrainingImages,
     fold_frozen_,
     init_network,
@@ -35,9 +35,9 @@ from onefold.commands.initialize import (
     provenance,
     resumed_network,
 )
-from onefold.commands.open import RECIPE, Network, open_predictor, read_recipe, weights_file
+from onefold.commands.open_network import RECIPE, Network, open_predictor, read_recipe, weights_file
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
-from onefold.data.checks import DataCheck, captions, check_data, contact_sheet
+from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from onefold.errors import BadCheckpoint
 from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.catalogue import build, list_models
-from onefold.models.layout import Layout
+from onefold.models.key_mapping import Layout
 from onefold.models.restricted_unpickler import Placeholder
 from onefold.models.safe_load import Contents, read
 from onefold.models.weights_file import Card, verify

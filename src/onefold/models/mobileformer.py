@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onefold.models.layout import Layout, by_module
+from onefold.models.key_mapping import Layout, by_module
 from onefold.models.parts import Classifier, DynamicReLU, Feature, Head, State, conv_norm, hard_sigmoid, init_
 from onefold.reparam import Chain, conv_act
 

@@ -20,7 +20,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from onefold.models.layout import Layout
+from onefold.models.key_mapping import Layout
 from onefold.models.parts import Classifier, Feature, PooledHead, SamePad, init_
 from onefold.reparam import Chain, conv_act
 

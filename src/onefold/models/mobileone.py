@@ -22,7 +22,7 @@ from itertools import count, takewhile
 
 from torch import Tensor, nn
 
-from onefold.models.layout import Layout, by_module, modules_of
+from onefold.models.key_mapping import Layout, by_module, modules_of
 from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
 from onefold.reparam import Chain, Sum, conv_act
 

@@ -2,7 +2,7 @@
 
 from onefold.quantize.convert import Quantized as Quantized
 from onefold.quantize.convert import quantize as quantize
-from onefold.quantize.integer import IntegerModel as IntegerModel
+from onefold.quantize.integer_model import IntegerModel as IntegerModel
 from onefold.quantize.qat import calibrate_qat as calibrate_qat
 from onefold.quantize.qat import prepare_qat_ as prepare_qat_
 from onefold.quantize.qat import remove_qat_ as remove_qat_

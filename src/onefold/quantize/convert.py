@@ -30,7 +30,7 @@ from onefold.quantize.graph import (
     set_parameter,
     trace,
 )
-from onefold.quantize.integer import IntegerModel
+from onefold.quantize.integer_model import IntegerModel
 from onefold.quantize.qparams import QMAX, QMIN, LayerReport, Method, QParams, QuantizationParams
 
 BATCH_SIZE = 16

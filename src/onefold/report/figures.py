@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from onefold.bench import Ratio, percentile
 from onefold.errors import MissingExtra, NotWritable
 from onefold.report.format import one_line, percent, plural, printable, significant
-from onefold.report.load import BINS, Predictions
+from onefold.report.load_results import BINS, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

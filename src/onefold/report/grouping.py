@@ -12,7 +12,7 @@ from typing import Any
 from onefold.bench import Comparison, Machine, Measurement, Ratio, pooled
 from onefold.errors import BadArgument
 from onefold.report.format import one_line, plural
-from onefold.report.load import Inputs
+from onefold.report.load_results import Inputs
 
 _IDENTITY = ("model", "runtime", "precision")
 # Keys of a subject that were measured or say where it came from: they do not make it another subject.

@@ -34,7 +34,7 @@ from onefold.report.figures import (
 )
 from onefold.report.format import joined, latency, one_line, percent, plural, printable, scientific, significant
 from onefold.report.grouping import Group, Pair, ReportData, aggregate_inputs, label
-from onefold.report.load import Predictions, Run, load_inputs
+from onefold.report.load_results import Predictions, Run, load_inputs
 from onefold.report.pareto import pareto_figures
 from onefold.report.tables import artifact_table, class_table, confusion_table, latency_table, run_table
 from onefold.storage import write_text

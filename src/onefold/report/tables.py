@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size
 from onefold.report.grouping import Group
-from onefold.report.load import Inputs, Predictions, Run
+from onefold.report.load_results import Inputs, Predictions, Run
 from onefold.runtimes.artifact import Artifact
 
 _MAX_CONFUSIONS = 10

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from onefold.errors import BadArgument, BadCheckpoint, NotWritable, RunBusy
 from onefold.storage import replacing
-from onefold.train.plan import Plan
+from onefold.train.hyperparameters import Plan
 from onefold.train.rng_state import RandomState
 
 MANIFEST = "manifest.json"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from onefold.errors import BadArgument
 from onefold.train.distributed import World
-from onefold.train.plan import Plan
+from onefold.train.hyperparameters import Plan
 
 Batch = tuple[Tensor, Tensor]
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.train.plan import SGD, AdamW, Ema, Exponential, ParameterKind, Plan
+from onefold.train.hyperparameters import SGD, AdamW, Ema, Exponential, ParameterKind, Plan
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

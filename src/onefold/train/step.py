@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from onefold.errors import BadArgument, BadCheckpoint, NonFiniteLoss
 from onefold.train.checkpoint import Checkpoint, Position
 from onefold.train.distributed import World, lost_worker_errors, no_sync
+from onefold.train.hyperparameters import Distill, Plan
 from onefold.train.logical_workers import Batch, create_reducer, local_workers
 from onefold.train.optim import (
     ModelEma,
@@ -33,7 +34,6 @@ from onefold.train.optim import (
     train_mode_,
     weight_decay,
 )
-from onefold.train.plan import Distill, Plan
 from onefold.train.rng_state import RandomState, seed_everything
 
 _log = logging.getLogger(__name__)

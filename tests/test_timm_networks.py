@@ -19,7 +19,7 @@ from conftest import shaken
 from onefold.cli import main
 from onefold.commands.export import Calibration, ExportOptions, _agreement, export, export_made, quantized
 from onefold.commands.fuse import fuse as fuse_stage
-from onefold.commands.open import Network, open_network, open_predictor, predictor_of
+from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
 from onefold.commands.timm import open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
 from onefold.models.hub import Card
@@ -259,12 +259,14 @@ def test_the_gate_says_the_same_on_one_thread_and_on_two(seeded, threads, monkey
     torch.set_num_threads(threads)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("onefold.commands.open.TOLERANCE", 1e-9)  # so that rounding has to be told from a wrong fold
+            patch.setattr(
+                "onefold.commands.open_network.TOLERANCE", 1e-9
+            )  # so that rounding has to be told from a wrong fold
             honest.fused()
         wrong = copy.deepcopy(honest.model)
         with torch.no_grad():
             wrong.body[1].bias[0] *= 1.01
-        monkeypatch.setattr("onefold.commands.open.fuse", lambda model: wrong)
+        monkeypatch.setattr("onefold.commands.open_network.fuse", lambda model: wrong)
         with pytest.raises(GateFailed, match=r"differ by .* in float64, and .* is allowed"):
             honest.fused()
     finally:

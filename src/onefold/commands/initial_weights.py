@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from onefold.commands.classes import all_outputs, match_classes
-from onefold.commands.open import NameCheck, Network, open_network, open_predictor, weights_file
+from onefold.commands.open_network import NameCheck, Network, open_network, open_predictor, weights_file
 from onefold.commands.timm import is_timm, open_pretrained
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset

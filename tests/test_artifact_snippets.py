@@ -20,14 +20,14 @@ import pytest
 from PIL import Image
 
 from onefold.commands.export import Calibration, ExportOptions, export
-from onefold.commands.open import open_network, open_predictor
+from onefold.commands.open_network import open_network, open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights
 from onefold.runtimes import web
 from onefold.runtimes.readme import platforms_of, render_code
-from test_readme import PREPARED, SIZES, blocks, fake, python_of
+from test_artifact_readme import PREPARED, SIZES, blocks, fake, python_of
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn"}
 PHOTOS = ("n01440764_tench.jpg", "n02123045_tabby.jpg", "n07747607_orange.jpg")

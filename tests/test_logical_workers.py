@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from lives import Lives, Order, must_hold_every_image_once, samples_of
 from onefold.errors import BadArgument, LostWorker
 from onefold.train import Checkpoint, Plan, Steps, World, worker_batches
 from onefold.train.logical_workers import _ExactReducer, create_reducer
 from onefold.train.step import TrainState
 from training_kit import PLAN, Blobs, fresh, network
+from training_processes import Lives, Order, must_hold_every_image_once, samples_of
 
 FOUR = replace(PLAN, epochs=2, batch_size=16, logical_workers=4, reduce="exact", checkpoint_every=Steps(3))
 

@@ -1,6 +1,6 @@
 """The report of fixed files (tests/data/report) says, heading by heading and cell by cell, what its golden text says.
 
-Only the words count: neither tags nor styles nor the drawings. `python tests/test_report_text.py` writes it anew.
+Only the words count: neither tags nor styles nor the drawings. `python tests/test_report_golden.py` writes it anew.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def report_text() -> str:
 
 def test_the_page_says_what_its_golden_text_says() -> None:
     pytest.importorskip("matplotlib")
-    assert report_text() == GOLDEN.read_text(encoding="utf-8"), "if wanted: python tests/test_report_text.py"
+    assert report_text() == GOLDEN.read_text(encoding="utf-8"), "if wanted: python tests/test_report_golden.py"
 
 
 def test_a_changed_word_number_or_cell_is_found() -> None:

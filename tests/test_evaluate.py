@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from onefold.commands.evaluate import evaluate_suite, open_suite
-from onefold.commands.open import Predictor
+from onefold.commands.open_network import Predictor
 from onefold.data import Preprocessing
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,

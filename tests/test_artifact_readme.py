@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from available import RUNNABLE
-from onefold.commands.open import open_predictor
+from available_runtimes import RUNNABLE
+from onefold.commands.open_network import open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import BadArtifact

@@ -31,7 +31,7 @@ from safetensors.torch import save as save_tensors
 
 from onefold import create_model
 from onefold.cli import main
-from onefold.commands.open import open_predictor
+from onefold.commands.open_network import open_predictor
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.hub import load_model
 from onefold.models.weights_file import Card, save_weights

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from image_fixtures import SMALL, noise, pixels
 from onefold.data import (
     Augment,
     CentreCrop,
@@ -26,7 +27,6 @@ from onefold.data import (
 from onefold.data.preprocessing import IMAGENET
 from onefold.data.sampler import sample_generator
 from onefold.errors import BadArgument
-from pictures import SMALL, noise, pixels
 
 
 @settings(deadline=None)

@@ -18,7 +18,7 @@ from torch import nn
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands.export import ExportOptions, export
-from onefold.commands.initialize import (
+from onefold.commands.initial_weights import (
     Student,
     TeacherAdapter,
     TeacherEnsemble,
@@ -27,7 +27,7 @@ from onefold.commands.initialize import (
     provenance,
     with_weights_preprocessing,
 )
-from onefold.commands.open import NameCheck, Network, open_network
+from onefold.commands.open_network import NameCheck, Network, open_network
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from onefold.data import Preprocessing, Subset, open_dataset, read_dataset
-from onefold.data.checks import (
+from onefold.data.dataset_checks import (
     DataCheck,
     captions,
     check_data,
