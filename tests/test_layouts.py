@@ -424,3 +424,28 @@ def test_the_words_of_the_page_on_data_are_those_of_the_reader():
 def test_words_that_only_hold_a_split_are_none(name: str):
     said = split_name(name)
     assert said is None or said.stem or said.word == "trainval"
+
+
+@pytest.mark.parametrize("in_tar", [False, True])
+def test_splits_and_masks_of_segmentation_are_no_classes(tmp_path: Path, in_tar: bool):
+    for name in ("train/a.jpg", "trainannot/a.png", "val/b.jpg", "valannot/b.png"):
+        put(tmp_path / "seg" / name)
+    place = tmp_path / "seg"
+    if in_tar:
+        place = tmp_path / "seg.tar"
+        with tarfile.open(place, "w") as tar:
+            for name in ("train/a.jpg", "trainannot/a.png", "val/b.jpg", "valannot/b.png"):
+                add(tar, name, JPEG)
+    with pytest.raises(BadData, match="class folder"):
+        read_dataset(place, seed=0, val_fraction=0.2)
+
+
+def test_a_file_of_boxes_beside_all_images_is_left_out(tmp_path: Path):
+    with cache_in(tmp_path), tarfile.open(tmp_path / "boxes.tar", "w") as tar:
+        for name in ("cat/a.jpg", "cat/b.jpg", "dog/a.jpg", "dog/b.jpg"):
+            add(tar, name, JPEG)
+        add(tar, "instances_train.json", json.dumps({"images": [], "annotations": [], "categories": []}).encode())
+    with cache_in(tmp_path):
+        info = read_dataset(tmp_path / "boxes.tar", seed=0, val_fraction=0.5).info
+    assert info.classes == ("cat", "dog")
+    assert [(each.what, each.count) for each in info.left_out] == [(".json members", 1)]

@@ -55,6 +55,7 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
 HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+ARCHIVE_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz2", ".xz"))
 _RAW_SUFFIXES = frozenset(
     (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw")
 ) | {".raw", ".rwl", ".3fr", ".iiq", ".x3f", ".kdc", ".dcr", ".mrw", ".erf", ".mef", ".mos"}
@@ -108,6 +109,8 @@ def left_out_reason(kind: str) -> str:
         return "another image's name and _mask, _seg, _gt or the like"
     if kind in _RAW_SUFFIXES:
         return "raw photos: export them as JPEG or 16-bit TIFF"
+    if kind in ARCHIVE_SUFFIXES:
+        return "archives: unpack them"
     return "no image by their first bytes" if kind == NO_SUFFIX else "no suffix of an image"
 
 

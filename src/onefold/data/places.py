@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onefold.data.dataset_info import LeftOut, Split
-from onefold.data.decode import printable
+from onefold.data.decode import ARCHIVE_SUFFIXES, printable
 from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, list_folder, no_images
 from onefold.data.remote import REMOTE
 from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
@@ -38,7 +38,6 @@ from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import ImageIndex, NotATable, Table, read_table
 from onefold.errors import BadData
 
-_ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz2", ".xz")
 _MAX_TABLES = 50  # files of a folder that are tried as tables
 _TABLE_DEPTH = 2  # folders above a table
 _LABELS = "labels.csv"
@@ -73,7 +72,7 @@ def read_place(place: str | Path) -> PlaceImages:
     if not os.path.isdir(text):
         if not os.path.exists(text):
             raise BadData(f"{shown} is not there: expected a folder of images, or the word digits")
-        if path.suffix.lower() in _ARCHIVES:
+        if path.suffix.lower() in ARCHIVE_SUFFIXES:
             raise BadData(f"{shown} is an archive: unpack it and give the folder")
         raise BadData(f"{shown} is a file: expected a folder of images")
     return _read_folder(path)

@@ -140,7 +140,13 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
     inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
     if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
         return _splits_within_classes(level, inner)
-    words = sorted(name for name in level.children if (said := split_name(name)) and not said.stem)
+    said_by = {name: said for name in level.children if (said := split_name(name)) and not said.stem}
+    words = sorted(said_by)
+    if len({said.split for said in said_by.values()}) > 1:  # as of segmentation and detection
+        raise NoClassFolders(
+            f"{place}: {join_names(words)} are words for splits, and hold images without class folders: put the "
+            f"images of each class in a folder of its own ({words[0]}/<class>/), or add a labels.csv (file,label)"
+        )
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
     return Arrangement(folders=(_split_folder(None, level, "", level),), notes=(*_merged(level), *called))
 

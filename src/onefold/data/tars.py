@@ -42,7 +42,7 @@ from onefold.storage import write_text
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
 _CLASS_SUFFIXES = (".cls", ".json")
 _MAX_CLASS_BYTES = 1 << 20
-_INDEX_VERSION = 2  # of the kept index
+_INDEX_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)  # there are as many as images
@@ -231,11 +231,16 @@ def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Cou
     if masks := set(masks_beside([m.name for m in images])):
         others[MASKS] += len(masks)
         images = [m for m in images if m.name not in masks]
+    keys = [_sample_key(m.name) for m in images]
+    of_images = set(keys)
     labels: dict[str, tuple[str, int | str]] = {}
     splits: dict[str, Split] = {}
     for member, content in walked:
         if member.name.lower().endswith(_CLASS_SUFFIXES):
             key = _sample_key(member.name)
+            if key not in of_images:  # a file of boxes or of metadata, beside all images
+                others[os.path.splitext(member.name)[1].lower()] += 1
+                continue
             label, split = _parse_class(blob, member.name, content)
             if split:
                 splits[key] = split
@@ -247,7 +252,6 @@ def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Cou
                     f"{blob.name}: {join_names(sorted((name, member.name)))} say different classes, "
                     f"{join_names(sorted(map(str, (given, label))))}"
                 )
-    keys = [_sample_key(m.name) for m in images]
     nothing: tuple[str, None] = ("", None)
     return [
         TarMember(m.name, m.offset, m.size, labels.get(key, nothing)[1], splits.get(key))
