@@ -360,6 +360,38 @@ def test_what_can_be_understood_in_two_ways_is_refused(
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "text", "note"),
+    [
+        ("{}/cat/{}.png {}/dog/{}.png", {}, "fold1, fold2: a class with all folders inside (fold1/: cat, dog)"),
+        ("train/{}/cat/{}.png train/{}/dog/{}.png", {}, "fold1, fold2: a class with all folders inside"),
+        ("{}/{}.png", {"meta/train.txt": "fold1/1"}, "meta/train.txt (lists that may say splits) stay unread"),
+        ("{}/{}.png", {"train_test_split.txt": "1 0"}, "train_test_split.txt (lists that may say splits)"),
+        ("{}/{}.png FOLD1/3.png", {}, "classes whose names differ in case only are several: FOLD1, fold1"),
+        (
+            "{}/{}.png",
+            {"x.csv": "file,label,split\nfold1/1.png,fold1,train\nfold2/1.png,fold2,val"},
+            "x.csv: the splits are not used, since 2 images in class folders are in none of them",
+        ),
+        ("{}{}.png", {"x.csv": "id,label,fold\nfold11,a,0\nfold21,b,1"}, "x.csv: the column fold (0, 1) is not used"),
+    ],
+)
+def test_what_may_have_been_meant_otherwise_is_said(
+    tmp_path: Path, names: str, text: dict[str, str], note: str
+) -> None:
+    files = [
+        each.replace("{}", fold, 1).replace("{}", str(i))
+        for each in names.split()
+        for fold in ("fold1", "fold2")
+        for i in (1, 2)
+    ]
+    write_images(tmp_path, files)
+    for name, content in text.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert note in "\n".join(read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes)
+
+
 def test_a_class_with_the_name_of_a_split_is_said(tmp_path: Path) -> None:
     write_images(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog", "test") for i in range(2)])
     info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info

@@ -213,6 +213,9 @@ def read_dataset(
     if class_order is not None and sorted(class_order) == sorted(classes):
         classes, class_order_rule = tuple(class_order), "in the order of the run"
     number = {name: i for i, name in enumerate(classes)}
+    folded = Counter(name.casefold() for name in classes)
+    if alike := sorted(name for name in classes if folded[name.casefold()] > 1):
+        notes.append(f"classes whose names differ in case only are several: {join_names(alike)}")
     datasets: dict[Split, Dataset] = {}
     sources: dict[Split, str] = {}
     for part in parts:

@@ -18,7 +18,7 @@ from typing import Any
 
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
-from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column, read_splits
+from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column, read_splits, split_word
 from onefold.errors import BadData, MissingExtra
 
 _CACHE_BYTES = 512 << 20  # of row groups of one file
@@ -59,7 +59,7 @@ class ParquetImages:
         """Number the rows of each split: of `split` all, without one as the column says that tells the split."""
         splits = None
         if split is None and self._splits is not None:
-            values = ["" if value is None else str(value) for value in self._splits]
+            values = ["" if value is None else split_word(self._split or "", str(value)) for value in self._splits]
             splits = read_splits(values, f"{printable(self.path)}: the column {printable(self._split or '')}")
         rows: dict[Split | None, list[int]] = defaultdict(list)
         for row in range(len(self)):

@@ -25,6 +25,7 @@ from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, l
 from onefold.data.remote import REMOTE
 from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
 from onefold.data.splits import (
+    SPLIT_WORDS,
     Arrangement,
     NoClassFolders,
     SplitImages,
@@ -33,6 +34,7 @@ from onefold.data.splits import (
     left_out_images,
     split_name,
     splits_of_folders,
+    words_of,
 )
 from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import ImageIndex, NotATable, Table, read_table
@@ -153,6 +155,16 @@ def _foldered(
         empty += unfilled
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
     kinds = [*(["class folders"] if any(f.classes for f in arrangement.folders) else [])]
+    if set(by_split) == {None}:
+        texts = [name for suffix in (".txt", ".json") for name in listing.others.get(suffix, ())]
+        lists = [
+            name for name in texts if set(words_of(os.path.splitext(name)[0].rpartition("/")[2])) & set(SPLIT_WORDS)
+        ]
+        if lists:
+            notes = [
+                *notes,
+                f"{join_names(lists, 3)} (lists that may say splits) stay unread: write splits into a table or folders",
+            ]
     kinds += sorted({table.path.rpartition("/")[2] for table in tables.values()})
     return PlaceImages(
         container=" and ".join(kinds),
@@ -236,14 +248,24 @@ def _prefers_tables(
     rows = [(file, label) for table in tables for file, label in zip(table.files, table.labels, strict=True)]
     pairs = {(given[1], label) for file, label in rows if (given := folders.get(file))}
     paths = join_names([table.path for table in tables])
+    says_splits = len(tables) > 1 or any(table.splits for table in tables)
+    labelled, listed = {file for file, given in folders.items() if given}, {file for file, _ in rows}
+    covers = labelled < listed if is_split else labelled <= listed  # labels of a test/ without class folders
     if all(a == b for a, b in pairs):
-        says_splits = len(tables) > 1 or any(table.splits for table in tables)
-        if says_splits and not is_split and len(rows) == len(listing.images):
+        if says_splits and covers:
             return True
+        if says_splits and not is_split:
+            missing = len(labelled - listed)
+            notes.append(
+                f"{paths}: the splits are not used, since {missing} images in class folders are in none of them"
+            )
         notes.append(f"{paths} says the same classes as the folders, which count")
         return False
     if len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
         folder, label = min(pairs)
+        if says_splits and covers:
+            notes.append(f"the classes are called as in {paths} ({label}), not as their folders ({folder})")
+            return True
         notes.append(f"the classes are called as their folders ({folder}), not as in {paths} ({label})")
         return False
     if (

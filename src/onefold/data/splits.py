@@ -140,6 +140,13 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
     inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
     if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
         return _splits_within_classes(level, inner)
+    for name, folder in level.children.items():
+        words = sorted(n for n in folder.children if (said := split_name(n)) and not said.stem)
+        if len({said.split for said in map(split_name, words) if said}) > 1:
+            raise BadData(
+                f"{place}: {folder.path}/ holds the splits {join_names(words)}, so {name} may be a dataset or a class: "
+                f"give {folder.path}/ alone as --data, or give all class folders the same splits"
+            )
     said_by = {name: said for name in level.children if (said := split_name(name)) and not said.stem}
     words = sorted(said_by)
     if len({said.split for said in said_by.values()}) > 1:  # as of segmentation and detection
@@ -148,7 +155,15 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
             f"images of each class in a folder of its own ({words[0]}/<class>/), or add a labels.csv (file,label)"
         )
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
-    return Arrangement(folders=(_split_folder(None, level, "", level),), notes=(*_merged(level), *called))
+    notes = (*_merged(level), *called, *_nested(level))
+    return Arrangement(folders=(_split_folder(None, level, "", level),), notes=notes)
+
+
+def _nested(level: Folder) -> tuple[str, ...]:
+    """Say which class folders hold several folders of images: these may be the classes, or versions of one dataset."""
+    nested = {name: sorted(folder.children) for name, folder in level.children.items() if len(folder.children) > 1}
+    shown = f"{join_names(sorted(nested), 3)}: a class with all folders inside"
+    return tuple(f"{shown} ({name}/: {join_names(nested[name], 3)})" for name in sorted(nested)[:1])
 
 
 def _levels(folder: Folder) -> Iterator[Folder]:
@@ -318,7 +333,8 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
             names = classes_of(folder) if holds_classes(folder) else frozenset()
             classes = classes or names
             if split == "test" and not names & classes:
-                reasons[folder.path] = f"no labels to score {shown} by: {_why_unlabelled(names)}"
+                why = f"its folders are no classes of train ({join_names(sorted(names), 3)})" if names else ""
+                reasons[folder.path] = f"no labels to score {shown} by: {why or 'it has no class folders'}"
                 continue
             if not names:
                 raise _flat(folder, place)
@@ -335,6 +351,8 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
             inner = _class_level(folder, classes)
             folders.append(_split_folder(split, inner, shown, inner, classes))
             notes += _merged(inner)
+            if split == "train":
+                notes += _nested(inner)
     if train:
         reasons |= {folder.path: "beside the splits" for folder in others}
     return Arrangement(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
@@ -347,12 +365,6 @@ def different_classes(place: str, sides: Mapping[str, frozenset[str]]) -> BadDat
         f"only in {name}: {join_names(sorted(x))}" for name, x in ((one, these - those), (other, those - these)) if x
     ]
     return BadData(f"{place}: the classes differ; {'; '.join(parts)}")
-
-
-def _why_unlabelled(names: frozenset[str]) -> str:
-    return (
-        f"its folders are no classes of train ({join_names(sorted(names), 3)})" if names else "it has no class folders"
-    )
 
 
 def _flat(folder: Folder, place: str) -> NoClassFolders:

@@ -6,6 +6,7 @@
 | its class | label; class, cls; category; target; breed, species, variety, disease, diagnosis, dx, tag; class_name |
 | the number of its class | index, or a name for the class with id, index, idx, no, number or code (class_id) |
 | its split | split, subset, set, dataset, partition, phase, usage, fold, where its values are words for splits |
+| whether it is of a split | is_valid, is_train, is_test ...: true or false, 1 or 0 |
 | one column a class | of 0 and 1, a single 1 in each line |
 
 Case, blanks and underscores do not count. Of several columns for the image that one counts by which images are found.
@@ -56,6 +57,7 @@ _CLASS_WORDS = {
 _NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
+_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _SEPARATORS = ",;\t|"
 _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
@@ -107,8 +109,26 @@ def is_number_column(column: str) -> bool:
 
 
 def is_split_column(column: str) -> bool:
-    """Whether a column may say the split of an image."""
-    return " ".join(words_of(column)) in _SPLIT_COLUMNS
+    """Whether a column may say the split of an image: by a word, or (is_valid, is_train) by true and false."""
+    return " ".join(words_of(column)) in _SPLIT_COLUMNS or _flagged(column) is not None
+
+
+def split_word(column: str, value: str) -> str:
+    """Give the word that a value of a split column stands for: of is_valid, true is val and false train.
+
+    What is not train is test, since test chooses nothing.
+    """
+    split, flag = _flagged(column), _FLAGS.get(value.lower())
+    if split is None or flag is None:
+        return value
+    return split if flag else "test" if split == "train" else "train"
+
+
+def _flagged(column: str) -> Split | None:
+    """Give the split that a column is true for: is_valid, is_train and the like."""
+    words = words_of(column)
+    said = split_name(" ".join(words[1:])) if words[:1] == ["is"] else None
+    return said.split if said and not said.stem else None
 
 
 def read_splits(values: Sequence[str], where: str) -> tuple[Split, ...] | None:
@@ -152,11 +172,25 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     notes: list[str] = []
     splits, split_column = None, None
     for name in split_columns:
-        if splits := read_splits(cells[name], f"{shown}: the column {printable(name)}"):
+        values = [split_word(name, value) for value in cells[name]]
+        if len(set(values)) > 1 or not _flagged(name):
+            splits = read_splits(values, f"{shown}: the column {printable(name)}")
+        if splits:
             split_column = name
             break
+        seen = join_names(sorted(set(cells[name]) - {""}), 3)
+        notes.append(
+            f"{path}: the column {printable(name)} ({seen or 'empty'}) is not used: it has no words for splits"
+        )
     files = images.find_all(path, cells[file_column], lines, shown)
     label_column = _label_column(shown, cells, class_columns)
+    if label_column and not number_columns and all(map(str.isdecimal, cells[label_column])):
+        same = _partition(cells[label_column])  # Label 0, ClassName AnnualCrop: a number and its name
+        for name in class_columns:
+            if _partition(cells[name]) == same and not any(map(str.isdecimal, cells[name])):
+                label_column, number_columns = name, [label_column]
+                class_columns = [name]
+                break
     number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
     if label_column is None and number_column is None:
         rest = [name for name in cells if name not in (file_column, split_column, *file_columns)]
@@ -300,13 +334,12 @@ def _one_hot(
     columns: Sequence[str],
 ) -> tuple[list[str], None]:
     """Read one column a class, 1 where an image is of it."""
-    values = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
-    names = [name for name in names if all(cell.lower() in values for cell in cells[name])]
+    names = [name for name in names if all(cell.lower() in _FLAGS for cell in cells[name])]
     if len(names) < 2:
         raise NotATable(f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}")
     labels = []
     for i, line in enumerate(lines):
-        ones = [name for name in names if values[cells[name][i].lower()]]
+        ones = [name for name in names if _FLAGS[cells[name][i].lower()]]
         if len(ones) != 1:
             raise BadData(f"{shown}, line {line} has {len(ones)} classes: expected one class an image")
         labels.append(unicodedata.normalize("NFC", ones[0]))

@@ -35,7 +35,7 @@ from onefold.data.splits import (
     split_name,
     splits_of_folders,
 )
-from onefold.data.tables import class_rank, is_number_column, is_split_column
+from onefold.data.tables import class_rank, is_number_column, is_split_column, split_word
 from onefold.errors import BadData, NotWritable
 from onefold.storage import write_text
 
@@ -276,7 +276,7 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
         record = parsed if isinstance(parsed, dict) else {}
         columns = sorted((key for key in record if class_rank(key) is not None), key=lambda key: class_rank(key) or 0)
         columns += [key for key in record if is_number_column(key)]
-        said = next((split_name(str(record[key])) for key in record if is_split_column(key)), None)
+        said = next((split_name(split_word(key, str(record[key]))) for key in record if is_split_column(key)), None)
         split = said.split if said else None
         if not columns:
             return None, split
