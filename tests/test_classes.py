@@ -39,6 +39,7 @@ WORDS = ["tench, Tinca tinca", "goldfish", *(f"word {i}" for i in range(2, 1000)
         (TEXT_ORDER, None, 12, [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]),
         ([f"{i:02d}" for i in range(12)], None, 12, list(range(12))),
         ([f"{i:02d}" for i in range(10)], [str(i) for i in range(10)], 10, list(range(10))),
+        ([f"{i:02d}" for i in range(12)], TEXT_ORDER, 12, [TEXT_ORDER.index(str(i)) for i in range(12)]),
         (["1", "0"], ["cat", "dog"], 2, [1, 0]),
         # then WordNet ids
         ([IDS[7], IDS[2]], None, 1000, [7, 2]),

@@ -446,6 +446,13 @@ def test_what_takes_no_drawn_image_is_told_and_taken_with_an_example(seeded):
     assert unfused_norms(fused) == []
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_left_as_it_is_and_said(seeded):
+    model = torch.jit.trace(with_norm(nn.Conv2d(3, 8, 3)), X)
+    with pytest.warns(UnfoldedWarning, match="TorchScript module in it was left as it is"):
+        assert torch.equal(fuse(model)(X), model(X))
+
+
 def test_a_container_without_a_forward_is_fused_part_by_part(seeded):
     parts = nn.ModuleList([with_norm(nn.Conv2d(3, 8, 3)), with_norm(nn.Conv2d(8, 8, 3))]).eval()
     assert unfused_norms(fuse(parts)) == []

@@ -7,10 +7,13 @@ import collections
 import copy
 import datetime
 import json
+import logging
 import pathlib
 import pickle
+import pickletools
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from onefold.errors import BadCheckpoint, NetworkFailed
 from onefold.models import create_model
+from onefold.models.catalogue import CATALOGUE
 from onefold.models.hub import load_model, weights_card
 from onefold.models.load_weights import class_names_in
+from onefold.models.restricted_unpickler import Placeholder, RefusedError, module_tensors
 from onefold.models.safe_load import Contents, read
 from onefold.models.weights_file import config_preprocessing
 
@@ -372,6 +377,18 @@ def test_what_transformers_say_of_preprocessing_is_read(kind: str) -> None:
         assert stated[key] == pytest.approx(value) if key != "interpolation" else stated[key] == value
 
 
+def test_values_of_bytes_older_configs_and_huge_sizes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    default = CATALOGUE["mobileone_s0"].input
+    found = config_preprocessing({"mean": [127.5] * 3, "std": [51.0] * 3, "input_size": [3, 96, 96]}, default)
+    assert found == {"mean": (0.5,) * 3, "std": (0.2,) * 3, "channels": 3, "size": 96}
+    assert "are divided by 255" in caplog.text
+    assert config_preprocessing({"pretrained_cfg": {}, "image_size": 64}, default) == {"size": 64}
+    assert config_preprocessing({"size": 10**6, "do_flip_channel_order": True}, default).get("size") is None
+    assert "states size 1000000, which is not known here" in caplog.text
+    assert "in the order BGR" in caplog.text
+
+
 def test_what_is_no_preprocessing_is_said_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "onefold")
     stated = config_preprocessing(
@@ -469,6 +486,56 @@ def test_pickles_made_by_hand_are_refused_at_once(kind: str, tmp_path: Path) -> 
     assert str(caught.value).isprintable()
 
 
+def long_keys(opcode: bytes, after: bytes) -> bytes:
+    """Keys that all have one hash in CPython."""
+    numbers = ((i * ((1 << 61) - 1) + 7).to_bytes(10, "little") for i in range(2, 30_000))
+    return b"\x80\x02}(" + b"".join(opcode + b"\x0a" + number + after for number in numbers) + b"u."
+
+
+def test_forged_pickles_take_neither_minutes_nor_gigabytes(tmp_path: Path) -> None:
+    itself = b"\x80\x02}q\x00(" + b"".join(b"M" + i.to_bytes(2, "little") + b"h\x00" for i in range(3000)) + b"u."
+    numbers = (b"%d" % (i * ((1 << 61) - 1) + 7) for i in range(2, 30_000))
+    forged = {
+        "itself under many keys": itself,
+        "keys of one hash": long_keys(b"\x8a", b"N"),
+        "a memo of one hash": b"\x80\x02}" + b"".join(b"p" + number + b"\n" for number in numbers) + b".",
+    }
+    for kind, pickled in forged.items():
+        with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        with pytest.raises(BadCheckpoint, match="holds no tensors"):
+            raise AssertionError(f"{kind}: {read(tmp_path / 'w.pth', fits=fits)}")
+    with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"}" * (8 << 20) + b".")
+    with pytest.raises(BadCheckpoint, match="its pickle of 8388611 bytes is a decompression bomb"):
+        read(tmp_path / "w.pth", fits=fits)
+    array = np.zeros(1 << 20, np.float32)
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({f"stem.conv{i}.weight": array for i in range(1000)}))
+    with pytest.raises(BadCheckpoint, match="decompression bomb"):
+        read(tmp_path / "w.pkl", fits=fits)
+
+
+def test_many_tensors_and_tables_under_many_modules_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onefold.models.safe_load._MAX_TENSORS", 3)
+    save_file(PLAIN, tmp_path / "w.safetensors")
+    with pytest.raises(BadCheckpoint, match="more than 3 tensors"):
+        read(tmp_path / "w.safetensors", fits=fits)
+    parts = {
+        str(i): Placeholder("m", state={"_modules": {}, "_parameters": dict.fromkeys(range(1000))}) for i in range(300)
+    }
+    with pytest.raises(RefusedError, match="or 200000 tensors"):
+        list(module_tensors(Placeholder("m", state={"_modules": parts})))
+
+
+def test_a_pickle_without_its_memo_keeps_each_storage(tmp_path: Path) -> None:
+    tensors = {f"stem.conv{i}.weight": torch.full((8,), float(i)) for i in range(50)}
+    (tmp_path / "w.pkl").write_bytes(pickletools.optimize(pickle.dumps(tensors, 2)))
+    found = read(tmp_path / "w.pkl").tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_a_program_beside_good_weights_is_refused_by_its_name(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
@@ -539,6 +606,18 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
         assert class_names_in(copy.copy(extras), 3) is None
     numbers = {"class_to_idx": {str(i): i for i in range(12)}}
     assert class_names_in(numbers, 12) == tuple(map(str, range(12)))  # in the order of the numbers, not of texts
+
+
+def test_labels_of_images_and_names_of_an_optimizer_name_no_classes() -> None:
+    for values in (
+        {"labels": [1, 0, 1]},
+        {"optimizer": {"names": ["a", "b", "c"]}},
+        {"metrics": {"names": ["a", "b", "c"]}},
+    ):
+        assert class_names_in(values, 3) is None
+    itself: dict[str, object] = {}
+    itself |= {str(i): itself for i in range(3000)} | {"z": {"classes": [2, 0, 1]}}
+    assert class_names_in(itself, 3) == ("2", "0", "1")
 
 
 def test_names_in_the_header_of_safetensors_and_in_npz_are_found(tmp_path: Path) -> None:

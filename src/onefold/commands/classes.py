@@ -1,6 +1,7 @@
 """Which class of the data is which output of a network: one rule, for evaluation, teachers, and heads that are kept.
 
-1. By name, where any of the data's names is among the network's. Names are compared in Unicode's form NFC.
+1. By name, where any of the data's names is among the network's. Names are compared in Unicode's form NFC; where those
+   of both are exactly the numbers 0 to N-1, as numbers, so that "07" is 7.
 2. By WordNet id, where the network is one for ImageNet-1k: its outputs are in the order of the sorted ids.
 3. By number, where the data's names are exactly the numbers 0 to N-1 and the network has N outputs; "07" is 7. So
    numbers are never in the order of texts, in which 10 comes before 2.
@@ -45,6 +46,9 @@ def match_classes(
     wanted = [unicodedata.normalize("NFC", name) for name in wanted]
     outputs = None if known is None else [unicodedata.normalize("NFC", name) for name in known]
     ids = wordnet_ids() if num_outputs == IMAGENET else ()
+    numbers, theirs = _numbers(wanted), _numbers(outputs or ())
+    if outputs is not None and sorted(theirs) == sorted(numbers) == list(range(num_outputs)):
+        return [theirs.index(number) for number in numbers]  # "07" is 7, also where "10" is "10"
     if outputs is not None and set(wanted) & set(outputs):
         double = sorted(name for name, count in Counter(outputs).items() if count > 1 and name in wanted)
         if double:
@@ -53,10 +57,9 @@ def match_classes(
         return [index.get(name) for name in wanted]
     if ids and set(wanted) <= set(ids) and (outputs is None or _is_imagenet(outputs)):
         return [ids.index(name) for name in wanted]
-    numbers = [int(name) for name in wanted if name.isascii() and name.isdecimal() and len(name) < 8]
     if len(numbers) == len(wanted):
         if sorted(numbers) == list(range(num_outputs)):
-            if outputs is not None and sorted(outputs) != sorted(map(str, numbers)):
+            if outputs is not None:
                 taken = ", ".join(f"{i} for {outputs[i]!r}" for i in range(min(_SHOWN, num_outputs)))
                 _log.info("the data number their classes, and %s names them: %s, and so on", title, taken)
             return [*numbers]
@@ -107,6 +110,11 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
     if len(lines) != num_classes:
         raise BadData(f"{path} names {len(lines)} classes, one per line; {title} has {num_classes}")
     return tuple(unicodedata.normalize("NFC", line) for line in lines)
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Give the names that are numbers, as numbers."""
+    return [int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 8]
 
 
 def _is_imagenet(names: Sequence[str]) -> bool:

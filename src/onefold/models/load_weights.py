@@ -22,7 +22,7 @@ from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.catalogue import build, list_models
 from onefold.models.key_mapping import Layout
 from onefold.models.restricted_unpickler import Placeholder
-from onefold.models.safe_load import Contents, read
+from onefold.models.safe_load import NO_WEIGHTS, Contents, read
 from onefold.models.weights_file import Card, verify
 from onefold.reparam import fuse, unfused_norms
 
@@ -212,6 +212,7 @@ def class_names_in(values: Mapping[str, object], num_classes: int) -> tuple[str,
     `_NUMBERS`, at most four mappings deep, or JSON of one in a header. TensorFlow's background class is left off.
     """
     queue: list[tuple[int, object]] = [(0, values)]
+    seen: set[int] = set()  # a forged mapping contains itself, as often as it likes
     for depth, value in queue:  # grows
         mapping = value if isinstance(value, Mapping) else value.values if isinstance(value, Placeholder) else {}
         lowered = {str(key).lower(): inner for key, inner in mapping.items()}
@@ -219,8 +220,12 @@ def class_names_in(values: Mapping[str, object], num_classes: int) -> tuple[str,
             names = _names_of(lowered.get(key), num_classes, by_name=key in _NUMBERS)
             if names is not None:
                 return names
-        if depth < _MAX_NESTING and len(queue) < _MAX_MAPPINGS:
-            queue += [(depth + 1, inner) for inner in mapping.values() if isinstance(inner, (Mapping, Placeholder))]
+        for key, inner in mapping.items() if depth < _MAX_NESTING else ():
+            if NO_WEIGHTS.search(str(key)):
+                continue  # an optimizer's names are of its groups, and a logger's of what it measures
+            if isinstance(inner, (Mapping, Placeholder)) and id(inner) not in seen and len(queue) < _MAX_MAPPINGS:
+                seen.add(id(inner))
+                queue.append((depth + 1, inner))
     return None
 
 
@@ -242,6 +247,8 @@ def _names_of(given: object, num_classes: int, by_name: bool) -> tuple[str, ...]
         given = [table[i] for i in range(len(table))]
     if not isinstance(given, (list, tuple)) or not all(type(name) in (str, int) and name != "" for name in given):
         return None
+    if any(type(name) is int for name in given) and len(set(given)) < len(given):
+        return None  # the labels of some images
     if len(given) == num_classes + 1 == IMAGENET + 1:
         given = given[1:]
     return tuple(unicodedata.normalize("NFC", str(name)) for name in given) if len(given) == num_classes else None

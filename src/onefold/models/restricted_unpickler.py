@@ -57,7 +57,7 @@ _DICTS = (
 )
 _SETS = ("builtins.set", "builtins.frozenset", "builtins.list", "builtins.tuple")
 _LEGACY = 0x1950A86A20F9469CFC6C  # the number at the start of a file of torch.save's older format
-_MAX_MODULES = 20_000  # of a network; a forged one may contain itself
+_MAX_MODULES, _MAX_TENSORS = 20_000, 200_000  # of a network; a forged one may contain itself
 _MAX_COPIED = 50_000_000  # elements that calls in one pickle may copy
 
 
@@ -164,16 +164,19 @@ def objects(value: Any) -> Iterator[Any]:
 
 def module_tensors(module: Placeholder, prefix: str = "", left: list[int] | None = None) -> Iterator[tuple[str, Any]]:
     """Give the parameters and buffers of a pickled nn.Module by name, as its state dict would; raises RefusedError."""
-    left = left or [_MAX_MODULES]  # one count for all that lie in each other
+    left = left or [_MAX_MODULES, _MAX_TENSORS]  # one count for all that lie in each other
+    parts = {key: module.values.get(key) for key in ("_parameters", "_buffers", "_modules")}
+    tables = {key: value if isinstance(value, dict) else {} for key, value in parts.items()}
     left[0] -= 1
-    if left[0] < 1:
-        raise RefusedError(f"it is a network of more than {_MAX_MODULES} modules")
-    parts = {key: value for key, value in module.values.items() if isinstance(value, (dict, list))}
+    left[1] -= sum(map(len, tables.values()))
+    if min(left) < 1:
+        raise RefusedError(f"it is a network of more than {_MAX_MODULES} modules, or {_MAX_TENSORS} tensors")
+    passing = module.values.get("_non_persistent_buffers_set", ())
     for table in ("_parameters", "_buffers"):
-        for name, leaf in dict(parts.get(table, {})).items():
-            if leaf is not None and name not in parts.get("_non_persistent_buffers_set", ()):
+        for name, leaf in tables[table].items():
+            if leaf is not None and name not in passing:
                 yield f"{prefix}{name}", leaf
-    for name, child in dict(parts.get("_modules", {})).items():
+    for name, child in tables["_modules"].items():
         if isinstance(child, Placeholder):
             yield from module_tensors(child, f"{prefix}{name}.", left)
 
@@ -214,7 +217,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.copied = 0
-        self.inline: dict[int, Any] = {}
+        self.inline: dict[int, tuple[bytes | bytearray, Any]] = {}
 
     def run(self, file: IO[bytes]) -> Any:
         argument: Any
@@ -227,11 +230,11 @@ class _Machine:
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name]())
             elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                self.memo[argument] = self.stack[-1]
+                self.memo[argument % (1 << 32)] = self.stack[-1]  # longer numbers may be made to have one hash
             elif name == "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
             elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[argument])
+                self.stack.append(self.memo[argument % (1 << 32)])
             elif name in ("GLOBAL", "INST"):
                 named = _named(*str(argument).split(" ", 1))
                 self.stack.append(self.called(named, tuple(self.marked())) if name == "INST" else named)
@@ -320,7 +323,7 @@ class _Machine:
         if name.endswith("multiarray.scalar") and name.startswith("numpy.") and len(args) == 2:
             return _numpy_scalar(*args)
         if name == "torch.storage._load_from_bytes" and isinstance(first, (bytes, bytearray)):
-            return self.inline.setdefault(id(first), None) or self.inline_storage(first)
+            return self.inline[id(first)][1] if id(first) in self.inline else self.inline_storage(first)
         if name == "torch._tensor._rebuild_from_type_v2":
             return self.called(args[0], args[2])
         return _tensor(name, args) if name.startswith("torch._utils._rebuild") else Placeholder(name, args=args)
@@ -330,7 +333,7 @@ class _Machine:
         value, storages = load_legacy(io.BytesIO(data))
         if isinstance(value, Storage) and value.key in storages:
             value = replace(value, data=storages[value.key])
-        self.inline[id(data)] = value
+        self.inline[id(data)] = data, value  # kept, so that no other bytes get their id
         return value
 
 
@@ -389,13 +392,17 @@ def _named(module: Any, name: Any) -> _Name:
 
 
 def _key(value: Any) -> Hashable:
-    """Give a key that is quickly hashed: a scalar, or a short tuple of scalars; others are told by identity."""
-    scalar = (str, bytes, int, float, bool, type(None), Placeholder, _Name)
-    if isinstance(value, scalar):
-        return value
-    if isinstance(value, tuple) and len(value) < 9 and all(isinstance(item, scalar) for item in value):
-        return value
-    return Placeholder("a key", args=value)
+    """Give a key that is quickly hashed, and not as all others of the file; what is none is told by its identity.
+
+    The hash of long integers, and of tuples, is no secret: a file can be full of those that have the same one.
+    """
+    if isinstance(value, int):
+        return value if -(1 << 63) <= value < 1 << 63 else Placeholder("a key", args=value)
+    return (
+        value
+        if isinstance(value, (str, bytes, float, type(None), Placeholder, _Name))
+        else Placeholder("a key", args=value)
+    )
 
 
 # ------------------------------------------------------------------------------------------ tensors

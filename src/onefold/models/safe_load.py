@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,14 +45,17 @@ _log = logging.getLogger("onefold")
 # Weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros.
 MAX_RATIO = 20
 ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
+ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
 
 MAX_NAME = 300  # characters; the longest known has 68
 
 # Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
 _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
 _WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network", "backbone")
-_NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
 _MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's mappings, and in wrappers
+_MAX_NAMES, _MAX_WORDS = 4, 16  # under how many keys one mapping is looked at; how many words are tried as wrappers
+_MAX_TENSORS = 20_000  # of one state dict
 # Classes that are no news: their values are understood, or nobody misses them.
 _HARMLESS = re.compile(
     r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
@@ -92,7 +96,7 @@ def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool 
         saved = _reader(head, path)(path)
         chosen, others = _choose(saved.values, fits, select, path)
         contents = Contents(
-            tensors=saved.tensors(chosen.tensors),
+            tensors=saved.tensors(chosen.tensors, path),
             metadata=saved.metadata,
             extras={str(key): value for key, value in saved.values.items() if not _is_tensor(value)},
             weights=f"{chosen.key or 'the whole file'}{', averaged' * chosen.averaged}" if others else "",
@@ -183,9 +187,9 @@ class _Saved:
     storages: Callable[[str], bytearray] = lambda _key: bytearray()
     unread: tuple[str, ...] = ()
 
-    def tensors(self, leaves: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Give the tensors themselves; of tensors that share a storage it is read once."""
-        storage = lru_cache(maxsize=None)(self.storages)
+    def tensors(self, leaves: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+        """Give the tensors themselves, which are of the file `path`; of those that share a storage it is read once."""
+        storage, copied = lru_cache(maxsize=None)(self.storages), 0
         out: dict[str, Tensor] = {}
         for name, leaf in leaves.items():
             if isinstance(leaf, StoredTensor):
@@ -195,6 +199,8 @@ class _Saved:
                 array = as_array(leaf)
                 if array is None:
                     raise RefusedError(f"{name!r} is no dense tensor of numbers ({leaf.name}): save it as floats")
+                copied += array.nbytes  # one array may stand under many names
+                _check_size(copied, path)
                 out[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
             else:
                 out[name] = leaf
@@ -246,7 +252,10 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
         root = pickled[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise RefusedError("its numbers are big-endian: save it again on a little-endian machine")
-        with archive.open(pickled[0]) as file:
+        entry = archive.getinfo(pickled[0])
+        if entry.file_size > ALWAYS_PICKLED + MAX_RATIO * entry.compress_size:
+            raise RefusedError(f"its pickle of {entry.file_size} bytes is a decompression bomb, not weights")
+        with archive.open(entry) as file:
             value = load(file)
 
     def storage(key: str) -> bytearray:
@@ -295,8 +304,8 @@ class StateDict:
 
     def inside(self, word: str, names: Sequence[str]) -> StateDict:
         """Give what the wrapper `word` holds, the tensors `names`, with the other tensors as they are beside it."""
-        held = {name.removeprefix(f"{word}."): self.tensors[name] for name in names}
-        beside = {name: leaf for name, leaf in self.tensors.items() if name not in set(names) and name not in held}
+        held, inner = {name.removeprefix(f"{word}."): self.tensors[name] for name in names}, set(names)
+        beside = {name: leaf for name, leaf in self.tensors.items() if name not in inner and name not in held}
         return StateDict(
             key=f"{self.key}.{word}" if self.key else word,
             tensors=held | beside,
@@ -310,6 +319,8 @@ def _choose(values: Mapping[Any, Any], fits: Fits | None, select: str, path: Pat
     found = list(_state_dicts(values))
     if not found:
         raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
+    if max(len(each.tensors) for each in found) > _MAX_TENSORS:
+        raise RefusedError(f"a state dict in it has more than {_MAX_TENSORS} tensors, as no network here has")
     fitting = [inner for each in found for inner in _unwrapped(each, fits)] if fits else []
     if not fitting:
         fitting = [_without_common_wrappers(max(found, key=lambda each: len(each.tensors)))]
@@ -325,14 +336,18 @@ def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
     """Give every mapping in a checkpoint that holds tensors itself, the checkpoint first."""
     swapped = _swapped(values)
     queue: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), values)]
+    visits: Counter[int] = Counter()  # of a mapping: a forged one contains itself, as often as it likes
     for path, mapping in queue:  # grows
         leaves = {str(key): value for key, value in mapping.items() if _is_tensor(value)}
         key = ".".join(path)
         if leaves:
             yield StateDict(key=key, tensors=leaves, averaged=swapped.get(key, bool(_AVERAGED.search(key))))
         if len(path) < _MAX_CONTAINERS:
-            inner = ((str(key), _mapping(value)) for key, value in mapping.items() if not _is_tensor(value))
-            queue += [((*path, key), m) for key, m in inner if m is not None and not _NO_WEIGHTS.search(key)]
+            for key, value in mapping.items():
+                visits[id(value)] += isinstance(value, (Mapping, Placeholder))
+                if visits[id(value)] <= _MAX_NAMES and not _is_tensor(value) and not NO_WEIGHTS.search(str(key)):
+                    inner = _mapping(value)
+                    queue += [] if inner is None else [((*path, str(key)), inner)]
 
 
 def _swapped(values: Mapping[Any, Any]) -> dict[str, bool]:
@@ -357,7 +372,7 @@ def _unwrapped(found: StateDict, fits: Fits, depth: int = 0) -> Iterator[StateDi
             words.setdefault(word, []).append(name)
     inner = [
         each
-        for word, names in sorted(words.items())
+        for word, names in sorted(sorted(words.items(), key=lambda item: -len(item[1]))[:_MAX_WORDS])
         if len(names) > 1 and depth < _MAX_WRAPPERS
         for each in _unwrapped(found.inside(word, names), fits, depth + 1)
     ]

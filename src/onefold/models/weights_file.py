@@ -190,14 +190,24 @@ def _is_in_manifest(path: Path) -> bool:
 # ------------------------------------------------------------------------------ what the hub's files say
 
 
+_OF_BYTES = 2.0  # what the mean and deviation of values 0 to 1 are below, also under a factor of their own
+_MAX_SIDE = 4096  # pixels; a forged size could ask for any amount of memory
+
+
 def config_preprocessing(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `Preprocessing` that a config states, as far as their values are valid; what is not is logged.
 
-    They are those of timm's pretrained_cfg, else of transformers' preprocessor_config.json. What neither says is as in
-    `default`.
+    They are those of timm's pretrained_cfg (older files have its keys themselves), else of transformers'
+    preprocessor_config.json. What neither says is as in `default`.
     """
-    timm = config.get("pretrained_cfg")
+    timm = config.get("pretrained_cfg") or (config if {"input_size", "mean", "std"} & config.keys() else None)
     stated = _of_timm(timm) if isinstance(timm, Mapping) else _of_transformers(config, default)
+    scaled = {key: stated[key] for key in ("mean", "std") if _is_valid(key, stated.get(key))}
+    if len(scaled) == 2 and all(max(values) > _OF_BYTES for values in scaled.values()):
+        _log.info("the weights' config states mean and std of values 0 to 255; here they are divided by 255")
+        stated |= {key: [v / 255 for v in values] for key, values in scaled.items()}
+    if config.get("do_flip_channel_order") is True:
+        _log.info("the weights' config gives the channels in the order BGR; here they are RGB: its answers may differ")
     out: dict[str, Any] = {}
     for key, value in stated.items():
         if _is_valid(key, value):
@@ -218,9 +228,8 @@ def _is_valid(key: str, value: object) -> bool:
         return len(numbers) > 0 and all(_is_number(v) and (v > 0 or key == "mean") for v in numbers)
     if key == "interpolation":
         return value in ("bilinear", "bicubic", "nearest")
-    return (
-        type(value) in ((int, float) if key == "crop_pct" else (int,)) and _is_number(value) and float(str(value)) > 0
-    )
+    kinds, most = ((int, float), math.inf) if key == "crop_pct" else ((int,), _MAX_SIDE)
+    return type(value) in kinds and _is_number(value) and 0 < float(str(value)) <= most
 
 
 def _is_number(value: object) -> bool:

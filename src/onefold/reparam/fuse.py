@@ -82,6 +82,8 @@ def fuse(model: nn.Module, example: Tensor | Example | None = None) -> nn.Module
         if fused.replaced and not _same_answer(model, fused.model, runs):
             fused = _largest_right(model, runs, args, fused)
     remarks = [_summary(fused.left)] if fused.left else []
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        remarks.append("what is a TorchScript module in it was left as it is: fuse the network before it is scripted")
     if fused.replaced and None in runs.values():
         remarks.append(
             "the model takes none of the images that were drawn, so each replaced layer was checked by itself and not "
