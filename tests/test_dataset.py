@@ -347,6 +347,19 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
             "the column split says 'later'",
         ),
         (["a/1.png", "b/1.png"], {"labels.csv": "file,label\n1.png,x"}, "1.png may be a/1.png, b/1.png"),
+        (
+            ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"],
+            {"train/metadata.csv": "file_name,label\na/1.png,b\nb/2.png,a"},
+            "train/metadata.csv says other classes than the folders (b of train/a/1.png)",
+        ),
+        (
+            ["train/1.png", "train/2.png"],
+            {
+                "train/metadata.csv": "file_name,label\n1.png,a\n2.png,b",
+                "train/metadata.jsonl": '{"file_name": "1.png", "label": "b"}\n{"file_name": "2.png", "label": "a"}',
+            },
+            "several tables of labels",
+        ),
     ],
 )
 def test_what_can_be_understood_in_two_ways_is_refused(
@@ -390,6 +403,32 @@ def test_what_may_have_been_meant_otherwise_is_said(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert note in "\n".join(read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes)
+
+
+def test_columns_of_parquet_files_that_are_not_used_are_said(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [b"x"] * 4
+    columns = {
+        "image": images,
+        "image_mask": images,
+        "label": list("abab"),
+        "category": list("xxyy"),
+        "fold": [0, 1, 2, 3],
+    }
+    parquet.write_table(arrow.table({**columns, "image_2": images}), tmp_path / "x.parquet")
+    assert read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes == (
+        "the images are the column image, not image_2, image_mask",
+        "the classes are the column label, not category",
+        "the column fold is not used: it has no words for splits",
+    )
+
+
+def test_a_table_in_a_class_folder_is_left_out(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"train/{kind}/{i}.png" for kind in ("0", "1") for i in range(2)])
+    (tmp_path / "train/0/boxes.csv").write_text("Filename;Width;ClassId\n0.png;16;0\n1.png;16;0\n")
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
+    assert info.container == "class folders"
+    assert [one.examples for one in info.left_out] == [("train/0/boxes.csv",)]
 
 
 def test_a_class_with_the_name_of_a_split_is_said(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
+from onefold.data.folders import join_names
 from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column, read_splits, split_word
 from onefold.errors import BadData, MissingExtra
 
@@ -29,6 +30,7 @@ class ParquetImages:
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, Lock()
+        self.notes: list[str] = []
         self._row_groups: OrderedDict[int, list[bytes | None]] = OrderedDict()  # the least recently used first
         try:
             import pyarrow.parquet as pq
@@ -61,6 +63,8 @@ class ParquetImages:
         if split is None and self._splits is not None:
             values = ["" if value is None else split_word(self._split or "", str(value)) for value in self._splits]
             splits = read_splits(values, f"{printable(self.path)}: the column {printable(self._split or '')}")
+            if splits is None:
+                self.notes.append(f"the column {self._split} is not used: it has no words for splits")
         rows: dict[Split | None, list[int]] = defaultdict(list)
         for row in range(len(self)):
             rows[splits[row] if splits else split].append(row)
@@ -122,6 +126,10 @@ class ParquetImages:
         for found, what in ((images, "an image in bytes or a struct with bytes"), (ranked, "a class in label, class")):
             if not found:
                 raise BadData(f"{printable(self.path)} has the columns {', '.join(names)}: expected {what} or the like")
+        for those, what in ((images, "images"), ([n for n in ranked if class_rank(n) is not None], "classes")):
+            if len(those) > 1:
+                others = join_names(those[1:])
+                self.notes.append(f"the {what} are the column {those[0]}, not {others}")
         return images[0], ranked[0], next((name for name in classes if is_split_column(name)), None)
 
 

@@ -88,8 +88,13 @@ def _read_folder(place: Path) -> PlaceImages:
     if not listing.images:
         raise no_images(place, listing)
     tables, problems = _tables(place, listing)
-    inner = {folder: table for table in tables if _is_split_folder(folder := table.path.rpartition("/")[0])}
-    outer = [table for table in tables if table not in inner.values()]
+    by_folder: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        if _is_split_folder(folder := table.path.rpartition("/")[0]):
+            by_folder[folder].append(table)
+    chosen_in = {folder: _choose_tables(those, shown) for folder, those in by_folder.items()}
+    inner = {folder: those[0] for folder, those in chosen_in.items() if len(those) == 1}
+    outer = [table for table in tables if table.path.rpartition("/")[0] not in inner]
     problem: BadData | None = None
     arrangement = Arrangement(folders=())
     try:
@@ -129,6 +134,9 @@ def _foldered(
     for i, folder in enumerate(arrangement.folders):
         by_split[folder.split].append(i)
     splits, empty = [], []
+    tables = {f.root: tables[f.root] for f in arrangement.folders if f.root in tables and not f.classes}
+    for where, table in tables.items():
+        _check_folders(table, where, printable(place))
     listed = {file for table in tables.values() for file in table.files}
     for split, numbers in by_split.items():
         folders = [arrangement.folders[i] for i in numbers]
@@ -175,6 +183,18 @@ def _foldered(
         ),
         notes=(*arrangement.notes, *notes, *(note for table in tables.values() for note in table.notes)),
     )
+
+
+def _check_folders(table: Table, split: str, shown: str) -> None:
+    """Raise BadData where a split's own table says other classes than the folders that its images lie in."""
+    classes = set(table.labels)
+    for file, label in zip(table.files, table.labels, strict=True):
+        folder = file[len(split) :].strip("/").partition("/")[0]
+        if folder in classes and folder != label:
+            raise BadData(
+                f"{shown}: {table.path} says other classes than the folders ({label} of {file}): move the table away "
+                "for the folders, or put the images together for the table"
+            )
 
 
 def _files(root: Path, names: Sequence[str], labels: Sequence[str], split: Split | None, source: str) -> SplitImages:

@@ -195,6 +195,7 @@ def read_shards(
             for file in (ParquetImages(Path(place)) for place in paths):
                 for inner, rows in file.rows_by_split(split).items():
                     files[inner].append(file.select(rows))
+                notes += file.notes
         else:
             blobs = [open_blob(place) for place in paths]
             indexes = [read_tar_index(blob) for blob in blobs]
