@@ -19,7 +19,7 @@ from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import cost
 from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
 from onefold.quantize.method_search import search, skip_sensitive_layers
-from onefold.runtimes import Artifact, ModelInfo
+from onefold.runtimes import Artifact, ModelInfo, find_runtime
 from onefold.runtimes import export as export_to
 from onefold.runtimes.onnx import opset_details
 
@@ -80,6 +80,8 @@ def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | N
     details = {} if order.opset is None else opset_details(order.opset)
     if order.opset is not None and set(order.runtimes) != {"onnx"}:
         raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
+    for runtime in order.runtimes:
+        find_runtime(runtime)  # a wrong name is told before minutes of calibration
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
@@ -181,8 +183,8 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
         _log.warning("the photos of %s are of one colour each: what was calibrated on them is not to be trusted", title)
     if same < _FEWEST_SAME * len(images):
         _log.warning(
-            "calibration on %s has destroyed the network: %d of %d answers are the float network's on %s; calibrate "
-            "on photos of the kind it will see",
+            "int8 calibrated on %s gives only %d of %d of the float network's answers on %s: calibrate on photos of the "
+            "kind it will see, and score it with `onefold eval`",
             *(order.data, same, len(images), title),
         )
     return {"answers": f"{same} of {len(images)} are the float network's, on {title}"}
