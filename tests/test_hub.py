@@ -650,6 +650,14 @@ def test_ids_of_the_hub_are_downloaded_as_safetensors_only(
     monkeypatch.chdir(tmp_path)
     assert load_model("me/mine")[1] == card()
     assert load_model("hf-hub:me/mine")[1] == card()
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "mine-fp32").mkdir()
+    with pytest.raises(
+        BadCheckpoint, match=r"the folder me holds mine-fp32; for the repository of the hub type hf-hub:me"
+    ):
+        load_model("me/mine")
+    (tmp_path / "me" / "mine-fp32").rmdir()
+    (tmp_path / "me").rmdir()
     hub["me/pickled"] = {"pytorch_model.bin": tmp_path / "w.bin", "config.json": tmp_path / "c.json"}
     with pytest.raises(BadCheckpoint, match=r"has no model\.safetensors, and pickled files from there are not read"):
         load_model("me/pickled")

@@ -183,8 +183,8 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
         _log.warning("the photos of %s are of one colour each: what was calibrated on them is not to be trusted", title)
     if same < _FEWEST_SAME * len(images):
         _log.warning(
-            "int8 calibrated on %s gives only %d of %d of the float network's answers on %s: calibrate on photos of the "
-            "kind it will see, and score it with `onefold eval`",
+            "int8 calibrated on %s gives only %d of %d of the float network's answers on %s: calibrate on photos "
+            "of the kind it will see, and score it with `onefold eval`",
             *(order.data, same, len(images), title),
         )
     return {"answers": f"{same} of {len(images)} are the float network's, on {title}"}

@@ -235,6 +235,12 @@ def locate(source: str | Path) -> WeightsFile:
     if is_there or hub_id is None or path.suffix in _SUFFIXES:
         file = WeightsFile(path=path, source=str(source))
         return _with_files_beside(file) if path.name in _IN_FOLDERS else file
+    if path.parent.is_dir() and not re.match("hf[-_]hub:", str(source)):  # a mistyped path, before the hub is asked
+        there = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
+        raise BadCheckpoint(
+            f"there is no {path}: the folder {path.parent} holds {there}; for the repository of the hub type "
+            f"hf-hub:{source}"
+        )
     return _on_hub(hub_id[1])
 
 
