@@ -100,6 +100,7 @@ def test_measurements_carry_the_accuracy_and_the_method(deployed: Path) -> None:
     assert manifest["details"]["cost"]["macs"] > 0
 
 
+@pytest.mark.slow
 def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def altered(
     monkeypatch.setattr(runtime, "load", load_altered)
 
 
+@pytest.mark.slow
 def test_a_runtime_that_answers_something_else_leaves_no_artifact_and_loses_no_other(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_runtime_that_answers_something_else_leaves_no_artifact_and_loses_no_o
     }
 
 
+@pytest.mark.slow
 def test_where_no_runtime_answers_as_it_should_the_folder_says_so(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

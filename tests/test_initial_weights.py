@@ -236,7 +236,7 @@ def test_foreign_weights_bring_what_the_catalogue_says_of_them(tmp_path):
 
 def test_licence_and_source_go_into_the_run_and_stay_when_it_goes_on(half, tmp_path, photos, caplog):
     told = override(find_recipe("photos:finetune"), {"weights": str(half), "data.spec": str(photos), "model": NAME})
-    expected = ("apple-amlr", "trained on photos0, from half.safetensors (somebody's)")
+    expected = ("apple-amlr", f"trained on {photos.name}, from half.safetensors (somebody's)")
     assert provenance(told, None) == expected
     card = Card(model=NAME, num_classes=3, licence=expected[0], source=expected[1])
     save_weights(create_model(NAME, num_classes=3).eval(), tmp_path / "best" / "model.safetensors", card)

@@ -85,7 +85,7 @@ def test_a_signal_is_passed_on_once_and_all_may_save(tmp_path: Path, number: sig
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["term\n"] * 2
 
 
-def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
 
     def note(*arguments: object) -> int:
@@ -97,8 +97,9 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch) -> N
     assert main(given) == 75
     [(work, *numbers)] = asked
     assert numbers == [2, 9]
-    monkeypatch.setenv("RANK", "0")  # what a process does is the same command, which finds no photos
-    assert work() == 3
+    monkeypatch.setenv("RANK", "0")  # what a process does is the same command, as one of several
+    assert work() == 2
+    assert "WORLD_SIZE must be a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -219,6 +219,7 @@ def test_parameters_of_version_1_are_read() -> None:
     assert QuantizationParams.from_dict(params.to_dict()) == params
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_resumed_fused_and_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -464,6 +464,7 @@ def test_sums_of_openvino_saturate_without_vnni() -> None:
     assert done.stdout == "True\n"
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], seeded: int) -> None:
     weights = tmp_path / "fused.safetensors"
     model = fuse(shaken(create_model("mobileone_s0", num_classes=10, in_chans=1)).eval())

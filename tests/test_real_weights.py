@@ -51,6 +51,7 @@ def agreement(shared: Path, column: str, source: list[str], photos: list[Path], 
     return sum(same) / len(same)
 
 
+@pytest.mark.slow
 def test_mobileone_s0_on_a_hundred_photos(shared_data: Path, capsys, tmp_path: Path):
     photos = sorted((shared_data / "imagenet-sample" / "images").glob("*.jpg"))[::10]
     for runtime in ("torch", "onnx"):

@@ -53,7 +53,7 @@ def test_a_misbehaving_server_changes_nothing(shard: Path, server: RangeServer) 
     assert blob.num_bytes == len(whole)
     found = read_tar_index(blob)
     assert found == read_tar_index(open_blob(shard))
-    for member in found:
+    for member in found.members:
         assert blob.read(member.offset, member.size) == whole[member.offset : member.offset + member.size]
     assert sum(server.requests.values()) > 14  # some were asked for again
 

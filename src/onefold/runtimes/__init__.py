@@ -41,7 +41,7 @@ _MODULE_OF = {
     for module, names in {
         "artifact": ("Artifact", "ModelInfo", "Parity"),
         "base": ("Runtime", "Session", "find_runtime"),
-        "profile": ("Layer", "Profile"),
+        "layer_times": ("Layer", "Profile"),
         "exporter": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
     }.items()
     for name in names
