@@ -28,19 +28,12 @@ _DTYPES = {
 }
 # The names of typed storages: torch.FloatStorage is one of float32.
 _STORAGES = {
-    "Double": torch.float64,
-    "Float": torch.float32,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-    "Untyped": torch.uint8,
+    name: _DTYPES[dtype]
+    for name, dtype in (
+        *(("Double", "float64"), ("Float", "float32"), ("Half", "float16"), ("BFloat16", "bfloat16")),
+        *(("Long", "int64"), ("Int", "int32"), ("Short", "int16"), ("Char", "int8"), ("Byte", "uint8")),
+        *(("Bool", "bool"), ("ComplexFloat", "complex64"), ("ComplexDouble", "complex128"), ("Untyped", "uint8")),
+    )
 }
 # What no honest checkpoint holds: a call of these would run a program, or open a file or a connection.
 _PROGRAMS = re.compile(

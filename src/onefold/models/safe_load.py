@@ -41,14 +41,10 @@ from onefold.models.restricted_unpickler import (
 )
 
 _log = logging.getLogger("onefold")
-
-# Weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros.
-MAX_RATIO = 20
+MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
 ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
-
 MAX_NAME = 300  # characters; the longest known has 68
-
 # Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
 _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
 _WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network", "backbone")
@@ -62,7 +58,6 @@ _HARMLESS = re.compile(
 )
 _ZIP = b"PK\x03\x04"
 _HINT = "give weights as .safetensors, .pth, .npz or .h5"
-
 
 Fits = Callable[[Collection[str]], bool]
 """Whether tensors of these names are of a network that the caller knows."""
