@@ -99,7 +99,7 @@ def best_of(outcome: Comparison, kind: str) -> str:
     return min(names, key=lambda name: median(outcome.measurements[name].latencies_ns[:third]))
 
 
-def told(outcome: Comparison, name: str, threads: int, results: Path) -> list[str]:
+def report_lines(outcome: Comparison, name: str, threads: int, results: Path) -> list[str]:
     """The table of one size: medians, and their share of the limit."""
     limits = measured_limits(results, [threads])
     lines = [
@@ -159,7 +159,7 @@ def run(job: Job, procedures: list[Procedure], openings: int, results: Path) -> 
                     calls = {title: call_of(predictor) for title, predictor in found.items()}
                     outcomes.append(compare(calls, procedure, {t: {**p.facts, "batch": 1} for t, p in found.items()}))
             append(results / f"deployed-{machine.slug}.jsonl", outcomes)
-            parts += ["", *told(outcomes[0], name, procedure.threads, results), *ratios(outcomes)]
+            parts += ["", *report_lines(outcomes[0], name, procedure.threads, results), *ratios(outcomes)]
             say("\n".join(parts[-len(found) - 2 * openings - 4 :]))
     return "\n".join(parts) + "\n"
 

@@ -1,4 +1,4 @@
-"""What this machine is, for whoever reads a latency later: chip, cores, features, versions.
+"""What this machine is, as a latency's reader needs it: chip, cores, features, versions.
 
 The name of the machine and of its user are not recorded: a results file can be published as it is."""
 

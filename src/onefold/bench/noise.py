@@ -149,7 +149,7 @@ class Noise:
 
     `switches`: how often this process lost its core to another. `steal`: the share (0 to 1) of all cores' time that a
     hypervisor took. `others`: how many cores' worth of time other processes used. `mhz_before` and `mhz_after`:
-    the clock of the quickest core at either end. `remarks` are sentences of whoever measured about what else speaks
+    the clock of the quickest core at either end. `remarks` are the caller's sentences about what else speaks
     against the figures, such as a phone's heat.
     """
 

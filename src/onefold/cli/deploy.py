@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Option
 
 from onefold.cli import display
 from onefold.cli.options import Name, Size, Source, Threads, UseEma, chosen_weights, quantization_method, runtime_names
-
-if TYPE_CHECKING:
-    pass
 
 
 def deploy(

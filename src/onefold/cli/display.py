@@ -99,16 +99,16 @@ def training() -> Iterator[OnProgress]:
 
 def state_of(at: Progress) -> str:
     """Loss, accuracy of the last evaluation, speed, memory and the time that is left, as far as they are known."""
-    told = [f"loss {at.loss:.3f}"]
+    parts = [f"loss {at.loss:.3f}"]
     if "top1" in at.metrics:
-        told.append(f"top-1 {at.metrics['top1']:.2f} %")
+        parts.append(f"top-1 {at.metrics['top1']:.2f} %")
     if math.isfinite(at.images_per_s):
-        told.append(f"{at.images_per_s:.0f} images/s")
+        parts.append(f"{at.images_per_s:.0f} images/s")
     if at.memory_bytes:
-        told.append(f"{at.memory_bytes / 2**20:.0f} MiB")
+        parts.append(f"{at.memory_bytes / 2**20:.0f} MiB")
     if math.isfinite(at.eta_s):
-        told.append(f"{timedelta(seconds=round(at.eta_s))} left")
-    return "  ".join(told)
+        parts.append(f"{timedelta(seconds=round(at.eta_s))} left")
+    return "  ".join(parts)
 
 
 # -------------------------------------------------------------------------------------------- tables
@@ -288,8 +288,8 @@ def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) ->
     head = ["", "median ms", "p90 ms", "min ms", "spread", "of the limit", "verdict"]
     table(head, [_row(name, m) for name, m in together.items()])
     for name, m in together.items():
-        for told in _beside(m):
-            say(f"  {name}: {told}")
+        for line in _beside(m):
+            say(f"  {name}: {line}")
     for reason in dict.fromkeys(reason for m in together.values() for reason in m.reasons):
         say(f"  {reason}")
     if isinstance(outcome, Comparison):
@@ -344,14 +344,14 @@ def _row(name: str, m: Measurement) -> list[str]:
 
 def _beside(m: Measurement) -> list[str]:
     """What was found beside the times: the least time, the start in a fresh process, memory, size."""
-    told = []
+    parts = []
     if m.roofline is not None and m.bound is not None:
-        told.append(
+        parts.append(
             f"{100 * m.roofline:.0f} % of the roofline: {m.subject['precision']} with {_threads(m.procedure.threads)} "
             f"cannot take less than {(m.bound.ns or 0) / 1e6:.3f} ms here ({m.bound.how}; bound by {m.bound.side})"
         )
     if m.beats_limit:
-        told.append(
+        parts.append(
             "its quickest call beats this limit: that was measured on a busier machine (`onefold limits --again`), "
             "or the runtime saves multiplications"
         )
@@ -361,8 +361,8 @@ def _beside(m: Measurement) -> list[str]:
         )
         times = f"opened in {m.cold.open_ns / 1e6:.0f} ms, first call {m.cold.first_ns / 1e6:.1f} ms"
         file = f", {_size(m.subject['num_bytes'])} on disk" if "num_bytes" in m.subject else ""
-        told.append(f"in a fresh process {times}, then {m.cold.warm_ns / 1e6:.1f} ms; {peak}{file}")
-    return told
+        parts.append(f"in a fresh process {times}, then {m.cold.warm_ns / 1e6:.1f} ms; {peak}{file}")
+    return parts
 
 
 def _compared(outcome: Comparison) -> None:
@@ -374,8 +374,8 @@ def _compared(outcome: Comparison) -> None:
     for name, m in outcome.measurements.items():
         if "planted" in m.subject:
             found = outcome.ratio(name).verdict == "slower"
-            told = f"The {100 * m.subject['planted']:g} % that were planted were {'found' if found else 'NOT found'}"
-            say(f"{told}; the noise floor is {floor}.")
+            line = f"The {100 * m.subject['planted']:g} % that were planted were {'found' if found else 'NOT found'}"
+            say(f"{line}; the noise floor is {floor}.")
 
 
 def _plain(m: Measurement, outcome: Measurement | Comparison) -> dict[str, Any]:

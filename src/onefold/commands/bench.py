@@ -93,7 +93,7 @@ def bench(order: BenchOptions, results: Path) -> tuple[Measurement | Comparison,
         candidates = _opened(order, results, opened)
         outcome = _timed(order, candidates)
         completed = {title: _completed(each, order) for title, each in candidates.items()}
-    outcome = _held_against_limits(_told(outcome, completed), order, results)
+    outcome = _held_against_limits(_with_cold_starts(outcome, completed), order, results)
     path = results / f"{Machine.this().slug}.jsonl"
     append(path, [outcome])
     return outcome, path
@@ -152,14 +152,14 @@ def _completed(candidate: _Candidate, order: BenchOptions) -> _Candidate:
     return replace(candidate, cold=seen)
 
 
-def _told(outcome: Measurement | Comparison, completed: dict[str, _Candidate]) -> Measurement | Comparison:
+def _with_cold_starts(outcome: Measurement | Comparison, completed: dict[str, _Candidate]) -> Measurement | Comparison:
     """The outcome with what was found beside the times."""
 
-    def told(measurement: Measurement) -> Measurement:
+    def with_cold_start(measurement: Measurement) -> Measurement:
         candidate = completed.get(str(measurement.subject["name"]))
         return measurement if candidate is None else replace(measurement, cold=candidate.cold)
 
-    return _each(outcome, told)
+    return _each(outcome, with_cold_start)
 
 
 def _held_against_limits(

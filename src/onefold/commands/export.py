@@ -33,7 +33,7 @@ _FLAT = 0.02  # standard deviation of a prepared photo's channels, below which i
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What an 8-bit network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
+    """What an int8 network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
 
     `photos` are those of `data` to choose from; None leaves that to `photos_to_calibrate`. With `search` the method is
     only where a search by measured answers begins; `skip_layers`, those that cost most, stay in floating point.
@@ -49,7 +49,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Network:
-    """A network of 8 bits, and on which photos it was calibrated; None where it was trained so."""
+    """An int8 network, and on which photos it was calibrated; None where its scales were trained."""
 
     made: Quantized
     calibrated_on: TrainedOn | None = None
@@ -59,7 +59,7 @@ class Int8Network:
 class ExportOptions:
     """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's).
 
-    int8 needs `calibration`, unless the weights were trained as a network of 8 bits; no other precision takes it.
+    int8 needs `calibration`, unless the weights were trained for int8; no other precision takes it.
     `opset` is that of ONNX files, for an older ONNX Runtime.
     """
 
@@ -81,7 +81,7 @@ def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | N
     if order.opset is not None and set(order.runtimes) != {"onnx"}:
         raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
     for runtime in order.runtimes:
-        find_runtime(runtime)  # a wrong name is told before minutes of calibration
+        find_runtime(runtime)  # a wrong name is refused before minutes of calibration
     network = open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
@@ -111,7 +111,7 @@ def export_made(
     precision: str,
     details: Mapping[str, object] | None = None,
 ) -> Artifact:
-    """One verified artifact of a network, or of the one of 8 bits that was `made` of it; `details` for its manifest."""
+    """One verified artifact of a network, or of the int8 network that was `made` of it; `details` for its manifest."""
     size, info = network.preprocessing.size, model_info(network, network.title, made)
     return export_to(
         network.model if made is None else made.made,
@@ -124,7 +124,7 @@ def export_made(
 
 
 def _cost(network: Network) -> dict[str, int]:
-    """What the exported network computes for one image, for whoever holds its latency against the machine's limits."""
+    """What the exported network computes for one image, to compare its latency with the limits of a machine."""
     counted = cost(network.model, network.preprocessing.size)
     return {"params": counted.params, "macs": counted.macs}
 
@@ -144,7 +144,7 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
         source=card.source or str(source),
         details={
             "cost": _cost(network),
-            **({} if made is None else told(made.made)),
+            **({} if made is None else quantization_details(made.made)),
             **({} if records is None else {"trained_on": to_card(records)}),
             **({} if calibrated_on is None else {"calibrated_on": to_card([calibrated_on])}),
             **({"untrained": True} if card.untrained else {}),
@@ -155,7 +155,7 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
 
 
 def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
-    """The network of 8 bits, where that is what is asked for. BadArgument where photos are missing or too many."""
+    """The int8 network, where int8 is asked for. BadArgument where photos are missing or too many."""
     photos, wanted = order.calibration is not None, order.precision == "int8"
     if (photos and not wanted) or (wanted and not photos and network.card.int8 is None):
         raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
@@ -164,7 +164,7 @@ def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
 
 @torch.inference_mode()
 def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[str, object]:
-    """How often the network of 8 bits answers as the float one, on photos; a warning where it does so too rarely.
+    """How often the int8 network answers as the float one, on photos; a warning where it does so too rarely.
 
     The photos are those that the run in `network.title` held out, where it is one and they are there: calibrated on
     black photos, or on another kind, a network is right on those alone. Else they are the photos of `order`.
@@ -194,7 +194,7 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
 
 
 def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Int8Network:
-    """The network of 8 bits: as it was trained where it was trained so, and else calibrated.
+    """The int8 network: with the scales it was trained with, where it was trained for int8, and else calibrated.
 
     Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
     there is no order, and where it was, and the order asks for something else.
@@ -222,7 +222,7 @@ def quantized(network: Network, order: Calibration | None, say: Callable[[str], 
     return Int8Network(made=made, calibrated_on=TrainedOn.of(keys_of(source, "content"), "content"))
 
 
-def told(made: Quantized) -> dict[str, object]:
+def quantization_details(made: Quantized) -> dict[str, object]:
     """What an artifact's manifest says of its quantization; the noise of each layer in decibels."""
     layers = {
         each.name: {"output_db": round(each.output_db, 2), "weight_db": round(each.weight_db, 2)}
@@ -241,7 +241,7 @@ def told(made: Quantized) -> dict[str, object]:
 
 
 def _as_trained(network: Network, order: Calibration | None) -> Quantized:
-    """The network of 8 bits that was trained: another one than that is refused, photos to calibrate it are not used."""
+    """The int8 network with the scales it was trained with: options that contradict them are refused."""
     params = QuantizationParams.from_dict(network.card.int8 or {})
     if order is not None:
         method = order.method

@@ -51,7 +51,7 @@ class DatasetInfo:
 
     `container` says what the images lie in ("class folders", "tar shards", the name of a table ...), `class_order` by
     what rule the classes are numbered. `notes` has a sentence for each thing that somebody might have expected
-    otherwise: where val comes from if nobody gave one, which folders were taken for one class, and the like.
+    otherwise: where val comes from if there was none, which folders were taken for one class, and the like.
     """
 
     place: str

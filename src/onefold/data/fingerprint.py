@@ -76,7 +76,7 @@ class TrainedOn:
     """Which images something was trained on, or calibrated on: their keys, sorted, shortened to 48 bits.
 
     There are at most `MAX_CONTENTS` keys, the smallest ones: of `images` more than that, an image whose key is larger
-    than all of them cannot be told. `seed` and `val_fraction` are those of the split.
+    than all of them is not known. `seed` and `val_fraction` are those of the split.
     """
 
     images: int
@@ -103,7 +103,7 @@ class TrainedOn:
         return frozenset(self.keys.tolist())
 
     def contains(self, key: str) -> bool | None:
-        """Whether the image of a key was trained on; None where that cannot be told. One that cannot be read: not."""
+        """Whether the image of a key was trained on; None where that is not known. One that cannot be read: not."""
         if not key:
             return False
         number = _number(key)
@@ -146,7 +146,7 @@ def _number(key: str) -> int:
 
 
 def trained_among(records: Sequence[TrainedOn], dataset: Dataset) -> list[bool | None]:
-    """Say of each image whether any of the records has it: whether it was trained on; None where it cannot be told."""
+    """Say of each image whether any of the records has it: whether it was trained on; None where it is not known."""
     found: list[bool | None] = [False] * len(dataset)
     keys = {by: keys_of(dataset, by) for by in {record.by for record in records}}
     for record in records:

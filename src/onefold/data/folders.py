@@ -248,7 +248,7 @@ def _masks_in_folders(images: Sequence[str]) -> list[str]:
 class Folder:
     """A folder by its images: `num_direct` in it, `num_images` with those below; `children` by their names.
 
-    Folders without images are left out, but for those that are empty: a class that nobody filled yet.
+    Folders without images are left out, but for those that are empty: a class without images yet.
     """
 
     path: str = ""

@@ -112,11 +112,11 @@ def tars_by_split(
         missing = [name for name, label in zip(names, labels, strict=True) if label is None]
         if missing:
             raise BadData(f"{shown}: {len(missing)} images have no .cls or .json, the first: {printable(missing[0])}")
-        told = [member.split for index in indexes for member in index.members]
-        if split is None and None in told and any(told):
-            raise BadData(f"{shown}: {told.count(None)} of {len(told)} samples say no split, the others do")
+        stated = [member.split for index in indexes for member in index.members]
+        if split is None and None in stated and any(stated):
+            raise BadData(f"{shown}: {stated.count(None)} of {len(stated)} samples say no split, the others do")
         by_folders = splits_of_folders(names) or []
-        splits = told if any(told) else [*by_folders] or [split] * len(names)
+        splits = stated if any(stated) else [*by_folders] or [split] * len(names)
         if split is not None:
             splits = [split] * len(names)
         prefixes = dict.fromkeys(set(splits), "")

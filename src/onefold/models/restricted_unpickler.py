@@ -385,7 +385,7 @@ def _named(module: Any, name: Any) -> _Name:
 
 
 def _key(value: Any) -> Hashable:
-    """Give a key that is quickly hashed, and not as all others of the file; what is none is told by its identity.
+    """Give a key that is quickly hashed, and not as all others of the file; what is none is known by its identity.
 
     The hash of long integers, and of tuples, is no secret: a file can be full of those that have the same one.
     """

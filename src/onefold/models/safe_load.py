@@ -52,7 +52,7 @@ NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|mess
 _MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's mappings, and in wrappers
 _MAX_NAMES, _MAX_WORDS = 4, 16  # under how many keys one mapping is looked at; how many words are tried as wrappers
 _MAX_TENSORS = 20_000  # of one state dict
-# Classes that are no news: their values are understood, or nobody misses them.
+# Classes that are not named in a note: their values are understood, or are no weights.
 _HARMLESS = re.compile(
     r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
 )

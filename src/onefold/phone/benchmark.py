@@ -324,12 +324,12 @@ def measure_on(adb: Adb, phone: Phone, loads: Sequence[Load], plan: Plan) -> Mea
     proofs = [runner.prove(load) for load in loads]
     times, heats = runner.series(loads)
     remarks = _remarks(before, condition(adb), heats)
-    told = [
+    parts = [
         {**load.subject, "name": load.title, "answer": proof, "cores": plan.cores, "condition": asdict(before)}
         for load, proof in zip(loads, proofs, strict=True)
     ]
     measured = _Result(plan=plan, machine=phone.machine(cores), noise=Noise(remarks=remarks))
-    return measured.of(told, times)
+    return measured.of(parts, times)
 
 
 @dataclass(frozen=True, kw_only=True)

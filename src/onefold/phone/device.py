@@ -21,7 +21,7 @@ _CPU = "/sys/devices/system/cpu"
 
 @dataclass(frozen=True, kw_only=True)
 class Phone:
-    """A phone as a value; `max_khz` has each core's highest clock, by its number, None where it is not told."""
+    """A phone as a value; `max_khz` has each core's highest clock, by its number, None where it is not known."""
 
     model: str
     soc: str
@@ -122,25 +122,25 @@ class Condition:
 
 def look(adb: Adb) -> Phone:
     """What the phone says of itself. Raises DeviceFailed."""
-    told = dict(re.findall(r"^\[(.*?)\]: \[(.*?)\]$", adb.says("getprop"), re.MULTILINE))
+    properties = dict(re.findall(r"^\[(.*?)\]: \[(.*?)\]$", adb.says("getprop"), re.MULTILINE))
     cpuinfo, memory = adb.says("cat", "/proc/cpuinfo"), adb.says("cat", "/proc/meminfo")
     cores = _cores(adb, cpuinfo)
     clocks, governors = (_of_cores(adb, cores, name) for name in ("cpuinfo_max_freq", "scaling_governor"))
     total = re.search(r"^MemTotal:\s+(\d+) kB", memory, re.MULTILINE)
-    maker, model = told.get("ro.product.manufacturer", ""), told.get("ro.product.model", "")
-    soc = f"{told.get('ro.soc.manufacturer', '')} {told.get('ro.soc.model', '')}".strip()
+    maker, model = properties.get("ro.product.manufacturer", ""), properties.get("ro.product.model", "")
+    soc = f"{properties.get('ro.soc.manufacturer', '')} {properties.get('ro.soc.model', '')}".strip()
     named = model if model.lower().startswith(maker.lower()) else f"{maker} {model}"
     return Phone(
         model=named.strip() or "unknown phone",
-        soc=soc or told.get("ro.board.platform", "") or told.get("ro.hardware", ""),
-        system=f"Android {told.get('ro.build.version.release', '')}".strip(),
-        architecture=told.get("ro.product.cpu.abi", ""),
+        soc=soc or properties.get("ro.board.platform", "") or properties.get("ro.hardware", ""),
+        system=f"Android {properties.get('ro.build.version.release', '')}".strip(),
+        architecture=properties.get("ro.product.cpu.abi", ""),
         cores=cores,
         features=features_of(cpuinfo),
         memory_bytes=int(total.group(1)) * 1024 if total else None,
         max_khz={core: int(khz) for core, khz in clocks.items() if khz.isdigit()},
         governors=governors,
-        is_emulator=told.get("ro.kernel.qemu") == "1" or told.get("ro.hardware") in ("goldfish", "ranchu"),
+        is_emulator=properties.get("ro.kernel.qemu") == "1" or properties.get("ro.hardware") in ("goldfish", "ranchu"),
     )
 
 

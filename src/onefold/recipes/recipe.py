@@ -60,7 +60,7 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8:
-    """Training as the network of 8 bits: a scale of the weights a "channel" or a "tensor", whole numbers up to `limit`
+    """Quantization-aware training: a scale of the weights a "channel" or a "tensor", integers up to `limit`
     (63 where 16-bit sums saturate), grids of the activations chosen on so many of the training images.
     """
 
@@ -83,7 +83,7 @@ class Recipe:
     becomes of the weights' last layer: "kept" where it is for as many classes, "fresh", or the linear "probe" that
     fits the photos best.
 
-    With `int8` the network trains, is judged and ships as one of 8 bits.
+    With `int8` the network trains, is evaluated and saved as an int8 network.
     """
 
     name: str
@@ -171,7 +171,7 @@ def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
 def at_size(recipe: Recipe, size: int) -> Recipe:
     """The recipe on images of another size, in pixels: its preprocessing, its curriculum and every step with a size.
 
-    At another size the recipe's expected result is nobody's: it is left out.
+    At another size the recipe's expected result does not hold: it is left out.
     """
     own = recipe.preprocessing.size
     if size == own:
@@ -192,7 +192,7 @@ def at_size(recipe: Recipe, size: int) -> Recipe:
 def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
     """The recipe with another length; a warm-up counted in epochs and a curriculum stay the same shares of it.
 
-    At another length the recipe's expected result is nobody's: it is left out.
+    At another length the recipe's expected result does not hold: it is left out.
     """
     plan = recipe.plan
     if epochs == plan.epochs:

@@ -81,7 +81,7 @@ def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def generators_kept(model: nn.Module) -> Iterator[None]:
     """Leave the random generators of torch, numpy and Python as they were found."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    numpy: Any = sys.modules.get("numpy")  # where nobody has imported it, nobody has drawn from it
+    numpy: Any = sys.modules.get("numpy")  # what is not imported has not been drawn from
     ours, theirs = random.getstate(), numpy and numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=sorted(devices)):

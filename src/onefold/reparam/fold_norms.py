@@ -1,7 +1,7 @@
 """Folding norms into the convolution or Linear before them, in networks of other projects.
 
-A norm is folded where it alone reads the layer's output, on a run and in the trace (see `dataflow`), where nobody else
-reads either's weights or listens to them, and where the folded layer is the two of them, in float64 on drawn input. A
+A norm is folded where it alone reads the layer's output, on a run and in the trace (see `dataflow`), where nothing else
+reads either's weights or hooks into them, and where the folded layer is the two of them, in float64 on drawn input. A
 layer with a forward of its own may be folded only where its answer is what torch's function gives of its own weight and
 bias: one that pads its input is, one that standardizes its weight or scales its output is not.
 """
@@ -87,7 +87,7 @@ class _Flow:
             if dims != (2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2):
                 return layer_name, f"it norms another axis than the channels of {layer_name}"
         elif isinstance(layer, nn.Linear) and layer_name not in traced.flat:
-            return layer_name, f"it cannot be told which axis of {layer_name}'s output it norms: give images to run on"
+            return layer_name, f"it is not known which axis of {layer_name}'s output it norms: give images to run on"
         return layer_name, None
 
     def reads_weights_of(self, name: str, module: nn.Module) -> bool:

@@ -187,12 +187,12 @@ def curves(key: str, title: str, lines: Sequence[Curve], unit: str, suffix: str 
     drawn = [(index, line) for index, line in enumerate(lines) if line.points]
     if not drawn:
         return Drawing(title=title, svg=None, caption="The logs hold no numbers for this figure.")
-    told = []
+    parts = []
     for _, line in drawn:
         (first, start), (last, end) = line.points[0], line.points[-1]
         before = f"{significant(start)}{suffix} after epoch {first:g}, " if last > first else ""
-        told.append(f"{line.label}: {before}{significant(end)}{suffix} after epoch {last:g}")
-    caption = f"{'; '.join(told)}."
+        parts.append(f"{line.label}: {before}{significant(end)}{suffix} after epoch {last:g}")
+    caption = f"{'; '.join(parts)}."
     legend = [legend_entry(index, line.label) for index, line in drawn]
     if any(line.expected is not None for _, line in drawn):
         legend.append(LegendEntry("┄┄", "", "expected, in the same colour"))

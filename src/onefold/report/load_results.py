@@ -235,15 +235,15 @@ def _read_dataset(path: Path) -> tuple[str, ...]:
     splits, notes, left_out = (
         entries if isinstance(entries := values.get(key), list) else [] for key in ("splits", "notes", "left_out")
     )
-    told = [
+    parts = [
         f"{split.get('name')} {split.get('num_images')} images ({split.get('source')})"
         for split in splits
         if isinstance(split, Mapping)
     ]
     classes = values.get("classes")
-    if told and isinstance(classes, list):
-        told[0] = f"{values.get('container')}, {len(classes)} classes {values.get('class_order')}: {told[0]}"
-    sentences = [", ".join(told), *(note for note in notes if isinstance(note, str))]
+    if parts and isinstance(classes, list):
+        parts[0] = f"{values.get('container')}, {len(classes)} classes {values.get('class_order')}: {parts[0]}"
+    sentences = [", ".join(parts), *(note for note in notes if isinstance(note, str))]
     sentences += [
         f"left out: {entry.get('count')} {entry.get('what')}: {entry.get('reason')}"
         for entry in left_out

@@ -316,7 +316,7 @@ def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
 
 
 def new_map(*shape: int) -> Tensor:
-    """A float32 tensor of any content. Needs the library, as whoever writes a map has it."""
+    """A float32 tensor of any content. Needs the compiled library, without which no map is written."""
     count = math.prod(shape)
     if count < SMALLEST_MAP:
         return torch.empty(*shape)
