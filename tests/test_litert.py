@@ -25,11 +25,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setenv("ONEFOLD_KERNELS", "plain")
         else:
             patch.delenv("ONEFOLD_KERNELS", raising=False)
-        litert._library.cache_clear()
-        if request.param == "compiled" and litert._library() is None:
+        if request.param == "compiled" and litert.compiled() is None:
             pytest.skip("there is no C++ compiler")
         yield
-    litert._library.cache_clear()
 
 
 def images(shape: tuple[int, ...]) -> Floats:

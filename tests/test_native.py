@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from onefold.data.crop import resampler
 from onefold.native import WARNED, NotCompiledWarning, loaded
+from onefold.reparam.kernels.base import library
 
 SOURCES = {"one": "int one() { return 1; }", "two": "int two() { return 2; }"}
 
@@ -27,7 +29,7 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(folder: Path, name: str) -> object:
     (folder / f"{name}.cpp").write_text(SOURCES[name])
-    return loaded(name, [folder / f"{name}.cpp"], switch="NO_SUCH_SWITCH")
+    return loaded(name, [folder / f"{name}.cpp"])
 
 
 def test_the_first_library_warns_and_no_other(no_compiler: Path):
@@ -64,3 +66,15 @@ def test_a_training_without_a_compiler_says_so_once(no_compiler: Path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("slower") == 1
     assert next(line for line in done.stderr.splitlines() if "slower" in line).startswith("warning: the C++ code")
+
+
+def test_a_switch_holds_as_long_as_it_is_set(monkeypatch: pytest.MonkeyPatch):
+    """A process that once did without compiled code would train other bits ever after."""
+    monkeypatch.delenv("ONEFOLD_KERNELS", raising=False)
+    before = [load() is None for load in (library, resampler)]
+    monkeypatch.setenv("ONEFOLD_KERNELS", "plain")
+    assert [library(), resampler()] == [None, None]
+    monkeypatch.delenv("ONEFOLD_KERNELS")
+    assert [load() is None for load in (library, resampler)] == before
+    if before == [True, True]:
+        pytest.skip("there is no C++ compiler")

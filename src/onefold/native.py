@@ -50,13 +50,19 @@ def built(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> P
     return path
 
 
-def loaded(name: str, sources: Sequence[Path], headers: Sequence[Path] = (), *, switch: str) -> ctypes.CDLL | None:
-    """The library `name`, compiled if it is not there yet; None where the environment's `switch` is "plain".
+def is_plain(switch: str) -> bool:
+    """Whether the environment's `switch` is "plain": do without compiled code.
 
-    None too where it cannot be compiled, with one NotCompiledWarning for this process and all that it starts.
+    It is read at each use and never cached: a library that is switched off once would be off for the whole process.
     """
-    if os.environ.get(switch) == "plain":
-        return None
+    return os.environ.get(switch) == "plain"
+
+
+def loaded(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> ctypes.CDLL | None:
+    """The library `name`, compiled if it is not there yet.
+
+    None where it cannot be compiled, with one NotCompiledWarning for this process and all that it starts.
+    """
     try:
         return ctypes.CDLL(str(built(name, sources, headers)))
     except (OSError, subprocess.SubprocessError) as error:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.preprocessing import FILTERS, Interpolation, ValueRange
-from onefold.native import loaded
+from onefold.native import is_plain, loaded
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 FloatBox = tuple[float, float, float, float]  # the same; an edge may lie within a pixel
@@ -95,10 +95,14 @@ class Crop:
 _SCALE_1, _OFFSET_0 = np.ones(3, np.float32), np.zeros(3, np.float32)
 
 
-@cache
 def resampler() -> ctypes.CDLL | None:
     """Load the compiled resize; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    library = loaded("resample", [Path(__file__).with_name("resample.cpp")], switch="ONEFOLD_KERNELS")
+    return None if is_plain("ONEFOLD_KERNELS") else _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = loaded("resample", [Path(__file__).with_name("resample.cpp")])
     if library is None:
         return None
     number, address = ctypes.c_int, ctypes.c_void_p

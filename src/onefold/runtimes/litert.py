@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from onefold.native import loaded
+from onefold.native import is_plain, loaded
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import Engine, mute, quiet, require
 from onefold.runtimes.reference_logits import Floats
@@ -138,7 +138,7 @@ def _quantize_constant_weights_(network: GraphModule) -> None:
 
 def copy_channels_last(images: Floats, out: Floats) -> None:
     """Copy images (B, C, H, W) float32, contiguous, to `out` (B, H, W, C)."""
-    library = _library()
+    library = compiled()
     if library is not None and images.shape[1] <= _MAX_COMPILED_CHANNELS:
         library.copy_channels_last(*_arguments(images, out))
     else:
@@ -148,7 +148,7 @@ def copy_channels_last(images: Floats, out: Floats) -> None:
 def quantize_channels_last(images: Floats, out: npt.NDArray[np.int8], scale: float, zero_point: int) -> None:
     """Quantize images (B, C, H, W) to `out` (B, H, W, C): round(images / scale) + zero_point, clamped to int8."""
     inverse, offset = np.float32(1 / scale), np.float32(zero_point)
-    library = _library()
+    library = compiled()
     if library is not None and images.shape[1] <= _MAX_COMPILED_CHANNELS:
         library.quantize_channels_last(*_arguments(images, out), ctypes.c_float(inverse), ctypes.c_float(offset))
         return
@@ -170,10 +170,14 @@ def _arguments(images: Floats, out: npt.NDArray[Any]) -> tuple[object, ...]:
     return (*addresses, *map(ctypes.c_int64, (batch, channels, height * width)))
 
 
+def compiled() -> ctypes.CDLL | None:
+    """Load nchw_to_nhwc.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
+    return None if is_plain("ONEFOLD_KERNELS") else _library()
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Compile and load nchw_to_nhwc.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    library = loaded("nchw_to_nhwc", [Path(__file__).with_name("nchw_to_nhwc.cpp")], switch="ONEFOLD_KERNELS")
+    library = loaded("nchw_to_nhwc", [Path(__file__).with_name("nchw_to_nhwc.cpp")])
     if library is not None:
         library.copy_channels_last.restype = library.quantize_channels_last.restype = None
     return library

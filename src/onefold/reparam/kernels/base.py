@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from onefold.native import loaded
+from onefold.native import is_plain, loaded
 
 Pair = tuple[int, int]
 Act = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is ReLU6
@@ -81,13 +81,17 @@ SOURCES = ("pointwise.cpp", "depthwise.cpp", "fused_norms.cpp", "moments_algebra
 HEADERS = ("vector.h", "pointwise.h")
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The kernels as a loaded library; None, with one warning, where they cannot be compiled.
 
     In the environment ONEFOLD_KERNELS=plain switches them off and CXX names another compiler. The library is cached
     under XDG_CACHE_HOME (~/.cache), by a hash of sources, flags, compiler and processor.
     """
+    return None if is_plain("ONEFOLD_KERNELS") else _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
     here = Path(__file__).parent
     sources, headers = ([here / name for name in names] for names in (SOURCES, HEADERS))
-    return loaded("kernels", sources, headers, switch="ONEFOLD_KERNELS")
+    return loaded("kernels", sources, headers)
