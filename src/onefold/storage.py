@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -17,6 +16,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from onefold.errors import BadData, NotWritable
 
@@ -101,18 +102,18 @@ def read_lines(path: Path) -> list[str]:
 def locked(path: Path) -> Iterator[None]:
     """A block that no other process is in for the same `path`: to read it, and to write what follows from that.
 
-    The lock is a file beside it, which the kernel unlocks when the process ends, however it ends.
+    The lock is a file beside it, and is released when the process ends, however it ends. Raises NotWritable.
     """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        lock.acquire()
     except OSError as error:
         raise NotWritable(_why(error, path)) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _remove_abandoned(path: Path) -> None:
