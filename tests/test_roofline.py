@@ -16,6 +16,7 @@ from onefold import bench
 from onefold.bench.cold_start import observe
 from onefold.bench.machine import current_mhz
 from onefold.bench.roofline import cache_sizes
+from onefold.cli import display
 from onefold.commands.bench import bound, measured_limits
 from onefold.errors import BadArgument, BadData
 
@@ -67,12 +68,15 @@ def test_what_was_not_measured_has_no_limit() -> None:
 
 
 def test_of_two_rates_for_one_thing_the_quicker_stays() -> None:
-    better = ROOFLINE.with_limits([limit("fp32", 120e9), limit("int8", 1e9), limit("bf16", 7e9)])
+    better = ROOFLINE.merged(
+        bench.Roofline(limits=(limit("fp32", 120e9), limit("int8", 1e9), limit("bf16", 7e9)), notes=("a",))
+    )
     rates = {(each.kind, each.threads, each.num_bytes): each.best for each in better.limits}
     assert rates["fp32", 1, None] == 120e9
     assert rates["int8", 1, None] == 400e9
     assert rates["bf16", 1, None] == 7e9
     assert len(better.limits) == len(ROOFLINE.limits) + 1
+    assert better.merged(better).notes == ("a",)
 
 
 def test_a_roofline_survives_its_file() -> None:
@@ -175,6 +179,46 @@ def test_this_machine_has_limits(plain: str, monkeypatch: pytest.MonkeyPatch) ->
     if plain:
         assert set(kinds) == {"fp32", "read"}
         assert all("numpy" in each.how for each in found.limits)
+        assert found.notes == (
+            "without compiled loops numpy's product and copy are measured: bf16 and int8 are not known",
+        )
+    else:
+        assert found.notes == ()  # on a processor with AMX too, whose loops once ended the process
+
+
+# The first int8 loop faults, as an instruction does which the system forbids.
+FAULTS = """
+import os, signal
+from onefold.bench import roofline
+real = roofline._multiplying
+def faulty(library, kind, which):
+    if (kind, which) == (2, 0):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(library, kind, which)
+roofline._multiplying = faulty
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_loop_that_ends_its_process_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    found = bench.measure_roofline([1])
+    (note,) = found.notes
+    assert note.endswith(" is left out: its loop was ended by SIGSEGV")
+    how = {each.kind: each.how for each in found.limits}
+    assert {"fp32", "int8", "read"} <= set(how)
+    assert not note.startswith(how["int8"])
+
+
+def test_a_kind_without_a_limit_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    display.limits(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
+    printed = capsys.readouterr()
+    assert [line.split("  ")[0] for line in printed.out.splitlines() if "not known" in line] == [
+        "multiply-adds in bf16",
+        "multiply-adds in int8",
+    ]
+    assert "so it was" in printed.err
 
 
 # ---- a fresh process -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,20 +42,53 @@ Turn = Callable[[int], Amounts]  # does it for at least so many nanoseconds
 def measure_roofline(threads: Sequence[int]) -> Roofline:
     """What this machine can do with each of these numbers of threads; about two seconds for each.
 
-    Every limit is measured in five runs of 50 ms or more. No limits at all where not even numpy could be asked.
+    Every limit is measured in five runs of 50 ms or more, in a process of its own, so that an instruction that the
+    system forbids ends that process and not this one: what died is left out, and `notes` say so, as they say when
+    numpy measured because the loops could not be compiled.
     """
-    found = Roofline(limits=(), features=Machine.this(packages=()).features)
-    for plain in ("", "plain"):  # the second time without the compiled loops
-        asked = {
-            **os.environ,
-            **dict.fromkeys(_SINGLE, "1"),
-            "ONEFOLD_PEAKS": plain or os.environ.get("ONEFOLD_PEAKS", ""),
-        }
-        command = [sys.executable, "-c", "from onefold.bench.roofline import main; main()", *map(str, threads)]
-        with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LIMIT_S, env=asked)
-            return found.with_limits(Roofline.from_dict(json.loads(done.stdout)).limits)
-    return found
+    limits: list[Limit] = []
+    notes: list[str] = []
+    without: list[str] = []  # variants that died
+    plain = _library() is None  # compiled here, so that the warning of a missing compiler is this process's
+    if plain:
+        notes.append("without compiled loops numpy's product and copy are measured: bf16 and int8 are not known")
+    while True:
+        order = {"threads": list(threads), "without": without, "plain": plain}
+        command = [sys.executable, "-c", "from onefold.bench.roofline import main; main()", json.dumps(order)]
+        environment = {**os.environ, **dict.fromkeys(_SINGLE, "1")}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, env=environment)
+            output, ended = done.stdout, _how_it_ended(done.returncode)
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+            ended = f"took longer than {_LIMIT_S} s"
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+        limits = [_limit_from_dict(line["limit"]) for line in lines if "limit" in line]
+        if not ended:
+            break
+        last = lines[-1].get("trying") if lines else None
+        if last and not plain:
+            without.append(last)
+            notes.append(f"{last} is left out: its loop {ended}")
+        elif not plain:
+            plain = True
+            notes.append(
+                f"the compiled loops {ended}: numpy's product and copy are measured, bf16 and int8 are not known"
+            )
+        else:
+            notes.append(f"numpy's product {ended}: what was not measured is not known")
+            break
+    return Roofline(limits=tuple(limits), features=Machine.this(packages=()).features, notes=tuple(notes))
+
+
+def _how_it_ended(status: int) -> str:
+    """A predicate for a note; empty where all went well."""
+    if status >= 0:
+        return f"ended with exit status {status}" if status else ""
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
 
 
 def cache_sizes(root: Path = Path("/")) -> tuple[tuple[int, bool], ...]:
@@ -72,22 +106,26 @@ def cache_sizes(root: Path = Path("/")) -> tuple[tuple[int, bool], ...]:
     return tuple(found[level] for level in sorted(found) if level >= 2) or ((1 << 20, False),)
 
 
-def limits(threads: int) -> Iterator[Limit]:
-    """Measure, in this process."""
-    library = _library()
+def limits(
+    threads: int, *, without: Sequence[str] = (), plain: bool = False, trying: Callable[[str], object] = lambda _: None
+) -> Iterator[Limit]:
+    """Measure, in this process; `trying` hears the name of each loop before it runs, for it may be the last word."""
+    library = None if plain else _library()
     if library is None:
         yield from _plain_limits(threads)
         return
     for kind, name in enumerate(KINDS):
-        variants = list(iter(_names(library, kind)))
-        if variants:
-            turns = [_multiplying(library, kind, which) for which in range(len(variants))]
-            probes = [
-                [_rate([turn], _PROBE_NS) for turn in turns] for _ in range(_PROBES)
-            ]  # in turns: others' work shifts
-            rates = [max(seen) for seen in zip(*probes, strict=True)]
-            chosen = rates.index(max(rates))
-            yield _limit(name, [turns[chosen]] * threads, variants[chosen])
+        variants = {which: each for which, each in enumerate(_names(library, kind)) if each not in without}
+        rates: dict[int, float] = {}
+        for _ in range(_PROBES):  # in turns: others' work shifts
+            for which, each in variants.items():
+                trying(each)
+                rate = _rate([_multiplying(library, kind, which)], _PROBE_NS)
+                rates[which] = max(rate, rates.get(which, 0.0))
+        if rates:
+            chosen = max(rates, key=lambda which: rates[which])
+            trying(variants[chosen])
+            yield _limit(name, [_multiplying(library, kind, chosen)] * threads, variants[chosen])
     for num_bytes in _places(threads):
         buffers = [np.ones(num_bytes // threads, dtype=np.uint8) for _ in range(threads)]
         reads = [_reading(library, buffer) for buffer in buffers]
@@ -192,9 +230,17 @@ def _repeating(call: Callable[[], object], amount: int) -> Turn:
 
 
 def main() -> None:
-    """What the process of its own runs: numbers of threads from the command line, the limits as JSON to stdout."""
-    found = Roofline(limits=tuple(limit for word in sys.argv[1:] for limit in limits(int(word))))
-    sys.stdout.write(json.dumps(found.to_dict()))
+    """What the process of its own runs: an order from the command line; a line of JSON for each loop and limit."""
+    order = json.loads(sys.argv[1])
+
+    def write(**line: Any) -> None:
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()  # before what may end this process
+
+    for number in order["threads"]:
+        found = limits(number, without=order["without"], plain=order["plain"], trying=lambda name: write(trying=name))
+        for limit in found:
+            write(limit=asdict(limit))
 
 
 # What arithmetic a precision is computed in; where the processor has no such arithmetic, the next one serves.
@@ -263,10 +309,14 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """What a machine was measured to do at the most, and the `features` that its processor had then."""
+    """What a machine was measured to do at the most, and the `features` that its processor had then.
+
+    `notes` say what could not be measured, and why.
+    """
 
     limits: tuple[Limit, ...]
     features: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def threads(self) -> tuple[int, ...]:
@@ -285,17 +335,22 @@ class Roofline:
             how="" if compute is None else compute.how,
         )
 
-    def with_limits(self, limits: Sequence[Limit]) -> Roofline:
-        """The same machine with further limits; of two for one thing the quicker stays."""
+    def merged(self, other: Roofline) -> Roofline:
+        """The same machine with the limits of `other` too; of two for one thing the quicker stays."""
         found = {(limit.kind, limit.threads, limit.num_bytes): limit for limit in self.limits}
-        for limit in limits:
+        for limit in other.limits:
             key = (limit.kind, limit.threads, limit.num_bytes)
             found[key] = max(limit, found.get(key, limit), key=lambda each: each.best)
-        return Roofline(limits=tuple(found.values()), features=self.features)
+        notes = tuple(dict.fromkeys((*self.notes, *other.notes)))
+        return Roofline(limits=tuple(found.values()), features=self.features, notes=notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"features": list(self.features), "limits": [asdict(limit) for limit in self.limits]}
+        return {
+            "features": list(self.features),
+            "limits": [asdict(limit) for limit in self.limits],
+            "notes": list(self.notes),
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Roofline:
@@ -303,6 +358,7 @@ class Roofline:
         return cls(
             limits=tuple(_limit_from_dict(each) for each in plain["limits"]),
             features=tuple(str(name) for name in plain["features"]),
+            notes=tuple(str(note) for note in plain["notes"]),
         )
 
     def _of(self, kind: str, threads: int) -> list[Limit]:

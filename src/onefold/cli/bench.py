@@ -70,7 +70,7 @@ def limits(
     numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
     with display.waiting("measuring this machine"):
         found = measured_limits(results, numbers, again=again)
-    display.limits([limit for limit in found.limits if limit.threads in numbers], as_json=as_json)
+    display.limits(found, numbers, as_json=as_json)
 
 
 def profile(

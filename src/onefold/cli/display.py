@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
@@ -271,7 +271,7 @@ def prediction(answer: Prediction, *, as_json: bool) -> None:
 
 
 if TYPE_CHECKING:
-    from onefold.bench import Comparison, Limit, Measurement
+    from onefold.bench import Comparison, Measurement, Roofline
     from onefold.runtimes import Profile
 
 _WHAT = {"fp32": "multiply-adds in fp32", "bf16": "multiply-adds in bf16", "int8": "multiply-adds in int8"}
@@ -297,22 +297,28 @@ def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) ->
     say(f"appended to {path}")
 
 
-def limits(found: Sequence[Limit], *, as_json: bool) -> None:
-    """What the machine can do at the most, the best of five runs and their median."""
+def limits(found: Roofline, threads: Collection[int], *, as_json: bool) -> None:
+    """What the machine can do at the most with these numbers of threads, the best of five runs and their median."""
+    limits = [limit for limit in found.limits if limit.threads in threads]
+    for each in found.notes:
+        note(each)
     if as_json:
-        emit_json(found)
+        emit_json(limits)
         return
-    if not found:
-        say("nothing could be measured: neither the compiled loops nor numpy's product ran in a fresh process")
-        return
-    head = ["", "threads", "best of five", "median", "unit", "by"]
     rows = []
-    for limit in sorted(found, key=lambda each: each.threads):
-        reads = limit.num_bytes is not None
-        what = f"reading {_size(limit.num_bytes)} over and over" if reads else _WHAT[limit.kind]
-        best, median = (f"{rate / 1e9:.1f}" for rate in (limit.best, limit.median))
-        rows.append([what, str(limit.threads), best, median, "GB/s" if reads else "GMAC/s", limit.how])
-    table(head, rows)
+    for number in sorted(threads):
+        of_number = {limit.kind: limit for limit in limits if limit.threads == number and limit.num_bytes is None}
+        for kind, what in _WHAT.items():
+            if kind in of_number:
+                limit = of_number[kind]
+                rates = [f"{rate / 1e9:.1f}" for rate in (limit.best, limit.median)]
+                rows.append([what, str(number), *rates, "GMAC/s", limit.how])
+            else:  # such as bf16 on a processor without it
+                rows.append([what, str(number), "not known", "", "", ""])
+        for limit in (one for one in limits if one.threads == number and one.num_bytes is not None):
+            rates = [f"{rate / 1e9:.1f}" for rate in (limit.best, limit.median)]
+            rows.append([f"reading {_size(limit.num_bytes)} over and over", str(number), *rates, "GB/s", limit.how])
+    table(["", "threads", "best of five", "median", "unit", "by"], rows)
     say("The best run is the limit, for what disturbs a run only slows it. A multiply-add is two operations (FLOP).")
 
 

@@ -282,7 +282,8 @@ def measured_limits(results: Path, threads: Sequence[int], *, again: bool = Fals
         known = Roofline(limits=(), features=machine.features)
     wanted = [number for number in threads if again or number not in known.threads]
     if wanted:
-        known = known.with_limits(measure_roofline(wanted).limits)
+        fresh = measure_roofline(wanted)
+        known = (replace(known, notes=()) if again else known).merged(fresh)
         write_text(path, json.dumps(known.to_dict(), indent=1) + "\n")
     return known
 
