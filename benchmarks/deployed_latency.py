@@ -32,7 +32,7 @@ from statistics import median
 
 from latency_against_timm import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
-from onefold.bench.noise import paired_interval
+from onefold.bench.timing_noise import paired_interval
 from onefold.commands.bench import bound, call_of, measured_limits
 from onefold.commands.export import Calibration, quantized
 from onefold.commands.open_network import Network, Predictor, open_predictor

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from onefold.commands.timm import open_timm
+from onefold.commands.timm_networks import open_timm
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
 from onefold.reparam.drift import exact_drift
 

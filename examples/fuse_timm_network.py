@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import onefold
-from onefold.commands.timm import open_timm
+from onefold.commands.timm_networks import open_timm
 from onefold.data import Preprocessing, find_images
 from onefold.data.decode import decode
 from onefold.errors import MissingExtra

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from onefold import bench
 from onefold.bench.measurement import random_orders
-from onefold.bench.noise import discarded, interval_over, paired_interval, sure_percentile
+from onefold.bench.timing_noise import discarded, interval_over, paired_interval, sure_percentile
 from onefold.errors import BadArgument, BadData, NotWritable
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")

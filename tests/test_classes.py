@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from onefold.commands.classes import all_outputs, match_classes, read_class_names
+from onefold.commands.class_matching import all_outputs, match_classes, read_class_names
 from onefold.commands.initial_weights import Student, Teacher, TeacherAdapter, _move_head_
 from onefold.data import Preprocessing
 from onefold.data.imagenet_variants import wordnet_ids

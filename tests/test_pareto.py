@@ -12,7 +12,7 @@ from onefold import bench
 from onefold.report.grouping import Group, aggregate_inputs, group_by_subject, subject_key
 from onefold.report.load_results import Inputs
 from onefold.report.page import render
-from onefold.report.pareto import (
+from onefold.report.pareto_figure import (
     Box,
     Label,
     ParetoFigure,

@@ -29,7 +29,12 @@ from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.quantize import MINMAX, Method, quantize
-from onefold.quantize.equalize import activation_qparams, equalize_, rescale_, shorten_weight_scales
+from onefold.quantize.cross_layer_equalization import (
+    activation_qparams,
+    equalize_,
+    rescale_channels_,
+    shorten_weight_scales,
+)
 from onefold.quantize.gptq import gptq, nearest
 from onefold.quantize.graph import get_parameter, layers, trace
 from onefold.quantize.qparams import QParams, choose_qparams, weight_scales
@@ -180,7 +185,7 @@ def test_rescaling_makes_steps_powers_of_two_and_keeps_the_answer(images: Tensor
         fused = fuse(shaken(create_model(name, num_classes=7)).eval()).double()
         graph = trace(fused, images.double())
         before = answer(graph, images.double())
-        points = rescale_(graph, [images.double()], "mse")
+        points = rescale_channels_(graph, [images.double()], "mse")
         assert len(points) > 10
         assert noise(before, answer(graph, images.double())) < 1e-9  # random gates make much of rounding
         steps = activation_qparams(graph, [images.double()], list(points), "mse")

@@ -32,7 +32,7 @@ from onefold.models.catalogue import CATALOGUE
 from onefold.models.hub import load_model, weights_card
 from onefold.models.load_weights import class_names_in
 from onefold.models.restricted_unpickler import Placeholder, RefusedError, module_tensors
-from onefold.models.safe_load import Contents, read
+from onefold.models.safe_load import CheckpointContents, read
 from onefold.models.weights_file import config_preprocessing
 
 NAMES = ("stem.conv.weight", "stages.0.conv.weight", "head.fc.weight", "head.fc.bias")
@@ -68,11 +68,11 @@ def written(path: Path, content: Any) -> Path:
     return path
 
 
-def loaded(content: Any, folder: Path, suffix: str = ".pth", select: str = "") -> Contents:
+def loaded(content: Any, folder: Path, suffix: str = ".pth", select: str = "") -> CheckpointContents:
     return read(written(folder / f"w{suffix}", content), fits=fits, select=select)
 
 
-def check_is(contents: Contents, expected: dict[str, Tensor]) -> None:
+def check_is(contents: CheckpointContents, expected: dict[str, Tensor]) -> None:
     assert {name: t.tolist() for name, t in contents.tensors.items()} == {n: t.tolist() for n, t in expected.items()}
 
 

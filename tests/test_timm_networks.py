@@ -20,7 +20,7 @@ from onefold.cli import main
 from onefold.commands.export import Calibration, ExportOptions, _agreement, export, export_made, quantized
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
-from onefold.commands.timm import open_pretrained
+from onefold.commands.timm_networks import open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
 from onefold.models.hub import Card
 from onefold.quantize import Method, quantize

@@ -15,9 +15,6 @@ from onefold.bench.measurement import Instruments as Instruments
 from onefold.bench.measurement import Measurement as Measurement
 from onefold.bench.measurement import Procedure as Procedure
 from onefold.bench.measurement import measure as measure
-from onefold.bench.noise import Noise as Noise
-from onefold.bench.noise import Vitals as Vitals
-from onefold.bench.noise import percentile as percentile
 from onefold.bench.results import Results as Results
 from onefold.bench.results import append as append
 from onefold.bench.results import read as read
@@ -27,3 +24,6 @@ from onefold.bench.roofline import Limit as Limit
 from onefold.bench.roofline import Roofline as Roofline
 from onefold.bench.roofline import Work as Work
 from onefold.bench.roofline import measure_roofline as measure_roofline
+from onefold.bench.timing_noise import Noise as Noise
+from onefold.bench.timing_noise import Vitals as Vitals
+from onefold.bench.timing_noise import percentile as percentile

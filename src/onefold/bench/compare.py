@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from onefold.bench.measurement import Call, Clock, Instruments, Measurement, Procedure, as_measurements, run_series
-from onefold.bench.noise import interval_over, paired_interval
+from onefold.bench.timing_noise import interval_over, paired_interval
 from onefold.errors import BadArgument, BadData
 
 _FEWEST_ROUNDS = 16

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from onefold.bench.cold_start import ColdStart
 from onefold.bench.machine import Machine
-from onefold.bench.noise import Noise, Vitals, percentile, sure_percentile
 from onefold.bench.roofline import Bound
+from onefold.bench.timing_noise import Noise, Vitals, percentile, sure_percentile
 from onefold.errors import BadArgument, BadData
 
 _CENTURY_NS = 100 * 366 * 24 * 3600 * 10**9

@@ -19,8 +19,8 @@ from onefold.bench.cold_start import ColdStart
 from onefold.bench.compare import Comparison
 from onefold.bench.machine import Machine
 from onefold.bench.measurement import Measurement, Procedure
-from onefold.bench.noise import Noise
 from onefold.bench.roofline import Bound
+from onefold.bench.timing_noise import Noise
 from onefold.errors import BadData, NotWritable
 
 

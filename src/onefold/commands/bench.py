@@ -119,7 +119,7 @@ def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, 
         predictor = opened.enter_context(
             open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
         )
-        must_be_fused(bool(predictor.facts["fused"]), source, order.allow_unfused)
+        refuse_unfused(bool(predictor.facts["fused"]), source, order.allow_unfused)
         subject = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
         call = call_of(predictor, order.batch)
         candidates[free_title(predictor.title, candidates)] = _Candidate(source=source, call=call, subject=subject)
@@ -221,7 +221,7 @@ def _accuracies(results: Path) -> dict[str, dict[str, object]]:
     return known if isinstance(known, dict) else {}
 
 
-def must_be_fused(fused: bool, source: str, allowed: bool) -> None:
+def refuse_unfused(fused: bool, source: str, allowed: bool) -> None:
     """Raises BadArgument for a network that is not, unless that is allowed."""
     if not fused and not allowed:
         raise BadArgument(
@@ -335,7 +335,7 @@ def bench_on_phone(order: PhoneBenchOptions, results: Path) -> tuple[Measurement
     with tempfile.TemporaryDirectory() as folder:
         loads: list[Load] = []
         for number, (artifact, program) in enumerate(zip(artifacts, programs, strict=True)):
-            must_be_fused(artifact.fused, str(artifact.folder), order.allow_unfused)
+            refuse_unfused(artifact.fused, str(artifact.folder), order.allow_unfused)
             title = free_title(artifact.title, {load.title for load in loads})
             facts = {**facts_of(artifact), "batch": 1, "program": f"{program.name} {builds[program.name]}"}
             subject = {**facts, **known_accuracy(facts, results)}

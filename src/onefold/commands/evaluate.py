@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onefold.commands.classes import all_outputs
+from onefold.commands.class_matching import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
 from onefold.commands.open_network import RECIPE, Floats, Predictor
 from onefold.commands.predict import say_mismatch

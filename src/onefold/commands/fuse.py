@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onefold.commands.open_network import open_network
-from onefold.commands.timm import is_timm, save_timm
+from onefold.commands.timm_networks import is_timm, save_timm
 from onefold.errors import BadArgument
 from onefold.models import Cost, cost
 from onefold.models.hub import save_weights

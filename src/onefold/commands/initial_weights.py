@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from onefold.commands.classes import all_outputs, match_classes
+from onefold.commands.class_matching import all_outputs, match_classes
 from onefold.commands.open_network import NameCheck, Network, open_network, open_predictor, weights_file
-from onefold.commands.timm import is_timm, open_pretrained
+from onefold.commands.timm_networks import is_timm, open_pretrained
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
 from onefold.data.loader import Transform

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from onefold.commands.classes import read_class_names
-from onefold.commands.timm import is_timm, load_stored_timm, open_timm
+from onefold.commands.class_matching import read_class_names
+from onefold.commands.timm_networks import is_timm, load_stored_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost

@@ -22,7 +22,7 @@ from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.catalogue import build, list_models
 from onefold.models.key_mapping import Layout
 from onefold.models.restricted_unpickler import Placeholder
-from onefold.models.safe_load import NO_WEIGHTS, Contents, read
+from onefold.models.safe_load import NO_WEIGHTS, CheckpointContents, read
 from onefold.models.weights_file import Card, verify
 from onefold.reparam import fuse, unfused_norms
 
@@ -100,7 +100,7 @@ def read_weights(path: Path, *, select: str = "", quiet: bool = False) -> Weight
     return parse_weights(contents, path, quiet=quiet)
 
 
-def parse_weights(contents: Contents, path: Path, *, quiet: bool = False) -> Weights:
+def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> Weights:
     """Give the contents of a file as weights. Raises BadCheckpoint where they are of no known layout, or damaged."""
     card = verify(contents, path) if "onefold" in contents.metadata else None
     layout = detect(contents.tensors)

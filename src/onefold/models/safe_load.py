@@ -64,7 +64,7 @@ Fits = Callable[[Collection[str]], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class CheckpointContents:
     """What a file holds: tensors by name, its header's metadata, and the values beside the weights.
 
     `weights` says which of the file's state dicts these are, such as "state_dict_ema, averaged"; empty where there is
@@ -78,7 +78,7 @@ class Contents:
     outside: frozenset[str] = frozenset()
 
 
-def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool = False) -> Contents:
+def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool = False) -> CheckpointContents:
     """Read the tensors of a file, on the CPU. Raises BadCheckpoint, or MissingExtra where HDF5 needs h5py.
 
     `fits` recognizes the network's tensors among those of a checkpoint. `select` is "plain", "averaged", or the key of
@@ -90,7 +90,7 @@ def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool 
             head = file.read(512)
         saved = _reader(head, path)(path)
         chosen, others = _choose(saved.values, fits, select, path)
-        contents = Contents(
+        contents = CheckpointContents(
             tensors=saved.tensors(chosen.tensors, path),
             metadata=saved.metadata,
             extras={str(key): value for key, value in saved.values.items() if not _is_tensor(value)},

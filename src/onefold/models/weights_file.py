@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from onefold.config import check
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.models.safe_load import Contents, read
+from onefold.models.safe_load import CheckpointContents, read
 from onefold.storage import replacing
 
 _log = logging.getLogger("onefold")
@@ -162,7 +162,7 @@ def read_card(path: str | Path) -> Card:
     return verify(read(path), path)
 
 
-def verify(contents: Contents, path: Path) -> Card:
+def verify(contents: CheckpointContents, path: Path) -> Card:
     """Give the card of a file's contents, after a check of its checksums. Raises BadCheckpoint."""
     try:
         card = Card.from_metadata(contents.metadata)

@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
-from onefold.quantize.equalize import nearest_power_of_two, rescale_, shorten_scale, shorten_weight_scales
+from onefold.quantize.cross_layer_equalization import (
+    nearest_power_of_two,
+    rescale_channels_,
+    shorten_scale,
+    shorten_weight_scales,
+)
 from onefold.quantize.gptq import gptq, input_moments, nearest
 from onefold.quantize.graph import (
     Layer,
@@ -59,7 +64,7 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> 
 
     Raises BadArgument where `method.skip_layers` names a layer that does not exist.
     """
-    rescaled = rescale_(graph, batches, method.range_method) if method.power_of_two_scales else frozenset()
+    rescaled = rescale_channels_(graph, batches, method.range_method) if method.power_of_two_scales else frozenset()
     calibrator = _Calibrator(graph, batches, method, rescaled)
     for node in graph.graph.nodes:
         if node.op != "output":

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer, calibrate, quantize_layer
-from onefold.quantize.equalize import equalize_
+from onefold.quantize.cross_layer_equalization import equalize_
 from onefold.quantize.graph import (
     CLAMPS,
     Layer,

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.quantize.calibrate import CalibrationResult, calibrate, quantize_layer
 from onefold.quantize.convert import activation_names, quantization_params
-from onefold.quantize.equalize import equalize_
+from onefold.quantize.cross_layer_equalization import equalize_
 from onefold.quantize.graph import CONVS, LINEARS, Layer, clamp_bounds, get_parameter, layers, trace
 from onefold.quantize.qparams import QMAX, QMIN, Method, QParams, QuantizationParams
 from onefold.reparam import Chain, Sum, fuse, unfused_norms

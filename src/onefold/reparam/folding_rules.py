@@ -217,12 +217,12 @@ def update_running_stats_(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
-    factor = average_factor_(norm)
+    factor = exponential_average_factor_(norm)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
     norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
 
 
-def average_factor_(norm: _BatchNorm) -> float:
+def exponential_average_factor_(norm: _BatchNorm) -> float:
     """Count this batch and give BatchNorm's exponential average factor: 1/n where momentum is None."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

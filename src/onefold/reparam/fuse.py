@@ -35,8 +35,8 @@ from onefold.reparam.dataflow import (
     roots,
 )
 from onefold.reparam.drift import EPS32, exact_drift, unit, wrong_layer
-from onefold.reparam.fold_norms import fold_norms_
 from onefold.reparam.folding_rules import Chain, Sum, fused_layer, input_channels, is_linear
+from onefold.reparam.fuse_conv_bn import fold_norms_
 
 _FUSING_METHODS = ("reparameterize", "switch_to_deploy", "fuse")
 _MOST_TRIALS = 24  # of parts of the replacements, where all of them together change the answer

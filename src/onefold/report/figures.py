@@ -285,7 +285,7 @@ def reliability_diagram(key: str, found: Predictions) -> Drawing:
 # ---- latency ---------------------------------------------------------------------------------------------------------
 
 
-def distributions(key: str, title: str, rows: Sequence[LatencyRow], more: str = "") -> Drawing:
+def latency_distributions(key: str, title: str, rows: Sequence[LatencyRow], more: str = "") -> Drawing:
     """Draw one histogram a row over a shared axis of milliseconds, with marks at the median and at p90."""
     states = {row.fused for row in rows}
     kinds = ((True, "series-0", "fused"), (False, "alarm-mark", "UNFUSED"), (None, "series-7", "not stated"))

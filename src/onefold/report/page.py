@@ -26,7 +26,7 @@ from onefold.report.figures import (
     RatioRow,
     confusion_matrix,
     curves,
-    distributions,
+    latency_distributions,
     legend_entry,
     ratios,
     reliability_diagram,
@@ -35,7 +35,7 @@ from onefold.report.figures import (
 from onefold.report.format import joined, latency, one_line, percent, plural, printable, scientific, significant
 from onefold.report.grouping import Group, Pair, ReportData, aggregate_inputs, label
 from onefold.report.load_results import Predictions, Run, load_inputs
-from onefold.report.pareto import pareto_figures
+from onefold.report.pareto_figure import pareto_figures
 from onefold.report.tables import artifact_table, class_table, confusion_table, latency_table, run_table
 from onefold.storage import write_text
 
@@ -314,7 +314,7 @@ def _distribution_figures(groups: Sequence[Group], index: int) -> list[Drawing]:
         rows = [_latency_row(group) for group in members]
         more = f" The fastest {_MAX_ROWS} of {len(rows)} are drawn." if len(rows) > _MAX_ROWS else ""
         title = f"Latency of {model}" if model else "Latency"
-        drawings.append(distributions(f"latency-{index}-{at}", title, rows[:_MAX_ROWS], more))
+        drawings.append(latency_distributions(f"latency-{index}-{at}", title, rows[:_MAX_ROWS], more))
     return drawings
 
 

@@ -357,8 +357,8 @@ def render_code(artifact: Artifact, platform: str) -> str:
         "num_classes": str(artifact.num_classes),
         "mode": mode,
         "mode_swift": _SWIFT_MODES.get(mode, ""),
-        "answer": "@named.python@" if artifact.classes is not None else "@numbered.python@",
-        "photo": "@reference.python@" if preprocessing is None else "@photo.python@",
+        "answer": "@class_names.python@" if artifact.classes is not None else "@class_numbers.python@",
+        "photo": "@reference_input.python@" if preprocessing is None else "@photo.python@",
     }
     if preprocessing is not None:
         values |= _preprocessing_values(preprocessing, channels_last=artifact.runtime in _CHANNELS_LAST)

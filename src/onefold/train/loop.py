@@ -22,7 +22,7 @@ from onefold.train.hyperparameters import Plan
 from onefold.train.loggers import Progress, Throughput, memory_in_use
 from onefold.train.logical_workers import Batch, Batches, local_workers
 from onefold.train.rng_state import forked_rng, seed_everything
-from onefold.train.step import Teachers, TrainState, snapshot
+from onefold.train.step import Teachers, TrainState, clone_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class _Trainer:
         is_best = state.metrics["top1"] >= state.best.get("top1", -math.inf)
         if is_best:
             state.best = {**state.metrics, "epoch": epoch, "step": position.global_step}
-        return snapshot(state.eval_model.state_dict()) if is_best and self.world.is_main else {}
+        return clone_tensors(state.eval_model.state_dict()) if is_best and self.world.is_main else {}
 
     def _save(self, best_weights: Mapping[str, Tensor] | None = None) -> None:
         """Start to write the state, as it is now, as the last checkpoint, after the best weights if there are any.

@@ -280,9 +280,9 @@ class TrainState:
             plan=self.plan,
             data=data,
             position=self.position,
-            weights=snapshot(self.model.state_dict()),
-            average=snapshot(self.ema.module.state_dict()) if self.ema else {},
-            optimizer=snapshot(optimizer_tensors(self.model, self.optimizer)),
+            weights=clone_tensors(self.model.state_dict()),
+            average=clone_tensors(self.ema.module.state_dict()) if self.ema else {},
+            optimizer=clone_tensors(optimizer_tensors(self.model, self.optimizer)),
             scaler=self.scaler.state_dict(),
             randomness=RandomState.capture(self.world.device),
             metrics=self.metrics,
@@ -324,7 +324,7 @@ def norms_of_one_value(model: nn.Module, image: Tensor) -> list[str]:
     return found
 
 
-def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def clone_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to the CPU, in the contiguous memory format, sharing nothing with the network or each other."""
     return {
         name: value.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import Unit
-from onefold.reparam.folding_rules import average_factor_
+from onefold.reparam.folding_rules import exponential_average_factor_
 from onefold.reparam.kernels.base import Moments, Passes
 from onefold.reparam.kernels.cpu import Compiled, call, pointers
 from onefold.reparam.moments_algebra import Folded, Gradients
@@ -45,7 +45,7 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
         pointers([norm.bias for norm in norms]), _doubles([norm.eps for norm in norms]),
         pointers([norm.running_mean if t else None for norm, t in zip(norms, tracked, strict=True)]),
         pointers([norm.running_var if t else None for norm, t in zip(norms, tracked, strict=True)]),
-        _doubles([average_factor_(norm) if t else 0.0 for norm, t in zip(norms, tracked, strict=True)]),
+        _doubles([exponential_average_factor_(norm) if t else 0.0 for norm, t in zip(norms, tracked, strict=True)]),
         rows, rows_cov, inv_std, gain, kernel, bias,
     )  # fmt: skip
     _add_biases(unit, norms)

@@ -43,7 +43,7 @@ def supports(x: Tensor, geometry: Geometry) -> bool:
     return geometry == POINTWISE or (geometry.groups == x.shape[1] and max(geometry.kernel_size) <= 7)
 
 
-def layout(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format that a pass on x works in, and answers in."""
     last = x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
@@ -65,7 +65,7 @@ def clamp_limits(act: Act) -> tuple[float, bool]:
 
 def feature_map_block(x: Tensor, places: int) -> Launch:
     """The block of a program that makes a depthwise map: 1024 values, along the memory."""
-    block_c = min(64, _power_of_2(x.shape[1])) if layout(x) == torch.channels_last else 1
+    block_c = min(64, _power_of_2(x.shape[1])) if memory_format_of(x) == torch.channels_last else 1
     return {"block_c": block_c, "block_p": min(1024 // block_c, _power_of_2(places)), "num_warps": 4, "num_stages": 1}
 
 
@@ -74,7 +74,7 @@ def patch_block(x: Tensor, geometry: Geometry) -> Launch:
 
     One step at a time: Triton 3.2 cannot load three-dimensional blocks ahead.
     """
-    last = layout(x) == torch.channels_last
+    last = memory_format_of(x) == torch.channels_last
     block_t = max(16, _power_of_2(geometry.kernel_size[0] * geometry.kernel_size[1] + 1))
     block_c = min(_power_of_2(x.shape[1]), max(1, 8192 // block_t**2 // (1 if last else 8)))
     block_p = 8192 // (block_t * block_c)

@@ -24,7 +24,7 @@ from onefold.reparam.kernels.triton_base import (
     feature_map_block,
     grid_of,
     jit,
-    layout,
+    memory_format_of,
     multiply,
     patch_block,
     pilot,
@@ -186,7 +186,7 @@ class Depthwise:
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches; those of a half-precision x are of its differences from the pilot."""
-        x = x.contiguous(memory_format=layout(x))
+        x = x.contiguous(memory_format=memory_format_of(x))
         shift, sizes, block = pilot(x), _sizes(x, geometry), patch_block(x, geometry)
         taps = geometry.kernel_size[0] * geometry.kernel_size[1]
         by_tap = x.dtype == torch.float32  # a program a tap: there are no tensor cores for all pairs at once
@@ -200,13 +200,13 @@ class Depthwise:
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W'); the kernel stays in float32."""
-        x = x.contiguous(memory_format=layout(x))
+        x = x.contiguous(memory_format=memory_format_of(x))
         sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_limits(act)
         block = feature_map_block(x, sizes["places"])
         kernel, weight = kernel.double(), _by_tap(kernel)
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
         shape = (x.shape[0], x.shape[1] * times, sizes["rows"], sizes["columns"])
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         grid = (*grid_of(sizes, block), times)
         with torch.cuda.device_of(x):
             _convolve_kernel[grid](x, weight, offset.float(), y, act_max, clamp, times, **sizes, **block)
@@ -216,7 +216,7 @@ class Depthwise:
         self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (C, M, T), and of grad' (O,), in float64."""
-        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
         sizes, block, (act_max, clamp) = _sizes(x, geometry), patch_block(x, geometry), clamp_limits(act)
         times = grad.shape[1] // x.shape[1]
         shift = mean.mean(1).float()
@@ -235,7 +235,7 @@ class Depthwise:
         geometry: Geometry, act: Act,
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, gathered by the pixels."""
-        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
         sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_limits(act)
         high, wide = (
             _readers(size, out, *along, x.device)
@@ -247,7 +247,7 @@ class Depthwise:
         table = _table(quad.double(), constant, high, wide)
         sizes["places"] = x.shape[0] * x.shape[2] * x.shape[3]
         block = feature_map_block(x, sizes["places"])
-        dx = torch.empty_like(x, memory_format=layout(x))
+        dx = torch.empty_like(x, memory_format=memory_format_of(x))
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):
             _input_grad_kernel[grid_of(sizes, block)](
@@ -311,5 +311,5 @@ def _sizes(x: Tensor, geometry: Geometry) -> Launch:
         "places": x.shape[0] * rows * columns, "channels": x.shape[1],
         "height": height, "width": width, "rows": rows, "columns": columns,
         "kernel_h": kernel[0], "kernel_w": kernel[1], "stride_h": stride[0], "stride_w": stride[1],
-        "pad_h": pad[0], "pad_w": pad[1], "channels_last": layout(x) == torch.channels_last,
+        "pad_h": pad[0], "pad_w": pad[1], "channels_last": memory_format_of(x) == torch.channels_last,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from onefold.reparam.kernels.triton_base import (
     constexpr,
     gram_block,
     jit,
-    layout,
+    memory_format_of,
     multiply,
     num_parts,
     pilot,
@@ -187,7 +187,7 @@ class Pointwise:
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the rows; those of a half-precision x are of its differences from the pilot."""
-        x = x.contiguous(memory_format=layout(x))
+        x = x.contiguous(memory_format=memory_format_of(x))
         channels, sizes, block = x.shape[1], _sizes(x), gram_block(x, x.shape[1], x.shape[1])
         tiles, across, shift = _num_tiles(x, block), -(-channels // block["block_a"]), pilot(x)
         parts = num_parts(tiles, across**2)
@@ -202,13 +202,13 @@ class Pointwise:
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
         """act(bias + kernel (row - mean)): (B, O, H, W)."""
-        x = x.contiguous(memory_format=layout(x))
+        x = x.contiguous(memory_format=memory_format_of(x))
         weight, (act_max, clamp) = kernel[0].to(x.dtype).contiguous(), clamp_limits(act)
         offset = (bias.double() - weight.double() @ mean[0].double()).float()
         outputs, sizes = len(weight), _sizes(x)
         block = product_block(x, sizes["places"], outputs)
         shape = (x.shape[0], outputs, *x.shape[2:])
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         grid = (_num_tiles(x, block) * -(-outputs // block["block_b"]),)
         with torch.cuda.device_of(x):
             _convolve_kernel[grid](x, weight, offset, y, act_max, clamp, outputs, **sizes, **block)
@@ -218,7 +218,7 @@ class Pointwise:
         self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (row - mean)^T (1, O, I), and of grad' (O,), in float64."""
-        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
         (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_limits(act)
         block = gram_block(x, outputs, channels)
         tiles, down, across = _num_tiles(x, block), -(-outputs // block["block_a"]), -(-channels // block["block_b"])
@@ -238,12 +238,12 @@ class Pointwise:
         geometry: Geometry, act: Act,
     ) -> Tensor:  # fmt: skip
         """The rows' gradient kernel^T grad' + quad (row - mean) + shift, in the shape of x."""
-        x, grad, y = (m.contiguous(memory_format=layout(x)) for m in (x, grad, y))
+        x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
         (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_limits(act)
         scale = quad.abs().amax().clamp_min(1e-30).float()  # a batch's quad may be below float16's least
         weight, square = kernel[0].to(x.dtype).contiguous(), (quad[0] / scale).to(x.dtype).contiguous()
         offset = (shift[0].double() - scale.double() * (square.double() @ mean[0].double())).float()
-        sizes, dx = _sizes(x), torch.empty_like(x, memory_format=layout(x))
+        sizes, dx = _sizes(x), torch.empty_like(x, memory_format=memory_format_of(x))
         block = product_block(x, sizes["places"], channels)
         grid = (_num_tiles(x, block) * -(-channels // block["block_b"]),)
         with torch.cuda.device_of(x):
@@ -255,7 +255,7 @@ class Pointwise:
 
 def _sizes(x: Tensor) -> Launch:
     """How the map lies: the places of an image, and in channels_last all images are one."""
-    last = layout(x) == torch.channels_last
+    last = memory_format_of(x) == torch.channels_last
     places = x.shape[2] * x.shape[3] * (x.shape[0] if last else 1)
     return {"places": places, "channels": x.shape[1], "channels_last": last}
 

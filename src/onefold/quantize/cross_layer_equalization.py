@@ -189,7 +189,7 @@ def _scale_input_channels(weight: Tensor, layer: Layer, s: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rescale_(graph: GraphModule, batches: Sequence[Tensor], range_method: RangeMethod) -> frozenset[Node]:
+def rescale_channels_(graph: GraphModule, batches: Sequence[Tensor], range_method: RangeMethod) -> frozenset[Node]:
     """Rescale the activations between pairs of layers, in place, so that their best scales are powers of two.
 
     Returns those activations.
