@@ -1,13 +1,17 @@
 """A training step (forward, loss, backward), ours against timm, branch-by-branch code and the plain skeleton.
 
-    python benchmarks/train_step.py [--models mobileone_s0,...] [--batch 32] [--size 224] [--threads 2] [--rounds 5]
-                                    [--compile] [--device cuda] [--units]
+    python benchmarks/train_step.py [--models mobileone_s0,...] [--dtypes float32,bfloat16] [--allocators equal,default]
+                                    [--batch 32] [--size 224] [--threads 2] [--rounds 20] [--compile] [--units]
 
 Interleaved in one run: every round steps each contender once, in a random order. Prints medians, images a second,
-their ratio to ours (median and range of the rounds), the peak memory of a process that does nothing else, and the
-bytes that the tensors of a step pass through memory, by count. `--units` adds a table of unit shapes: every route's
-time. Raw samples are appended to benchmarks/results/train-step-<machine>.jsonl. On a GPU: `--device cuda --batch 256`,
-in bf16 autocast.
+their ratio to ours (median and range of the rounds), page faults a step, the peak memory of a process that does nothing
+else, and the bytes that the tensors of a step pass through memory, by count. bfloat16 is autocast's. `--units` adds a
+table of unit shapes: every route's time. Raw samples are appended to benchmarks/results/train-step-<machine>.jsonl.
+
+Both memory formats of every contender but ours are there: each side is to be judged by its better one. `equal` has the
+C library keep the memory that it was given, for every contender alike: by default it returns large maps to the system,
+which hands them out again page by page, and that costs contenders without a pool of their own up to half of their time.
+`default` is what a user gets who sets nothing. Each allocator is a process of its own, for it reads its settings once.
 Needs timm, whose operator schemas are declared here where torchvision lacks them.
 """
 
@@ -19,6 +23,7 @@ import datetime
 import gc
 import json
 import math
+import os
 import random
 import resource
 import statistics
@@ -42,7 +47,22 @@ from onefold.reparam.branches import as_unit
 from onefold.reparam.routes import costs
 
 HERE = Path(__file__).parent
-CONTENDERS = ("ours", "per_branch", "plain", "timm", "timm channels_last", "timm accelerated", "timm compiled")
+CONTENDERS = (
+    "ours",
+    "per_branch",
+    "plain",
+    "plain channels_last",
+    "timm",
+    "timm channels_last",
+    "timm accelerated",
+    "timm compiled",
+)
+# glibc: one heap for all threads, nothing mapped apart from it, nothing returned. The threshold for mapping cannot be
+# set above 32 MiB, and maps of training are larger, so mapping is switched off.
+ALLOCATORS = {
+    "equal": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    "default": {},
+}
 
 
 def timm_model(name: str) -> nn.Module:
@@ -94,11 +114,9 @@ def build(name: str, contender: str) -> nn.Module:
         model = accelerate(model) if contender == "timm accelerated" else model
         return torch.compile(model) if contender == "timm compiled" else model
     model = create_model(name)
-    return (
-        plain_(model)
-        if contender == "plain"
-        else set_route_(model, per_branch if contender == "per_branch" else quickest)
-    )
+    if contender.startswith("plain"):
+        return plain_(model)
+    return set_route_(model, per_branch if contender == "per_branch" else quickest)
 
 
 def step_of(name: str, contender: str, given: argparse.Namespace) -> Callable[[], None]:
@@ -107,11 +125,11 @@ def step_of(name: str, contender: str, given: argparse.Namespace) -> Callable[[]
     model = build(name, contender).to(device).train()
     x, y = torch.randn(given.batch, 3, given.size, given.size), torch.randint(0, 1000, (given.batch,))
     x, y = x.to(device), y.to(device)
-    if contender not in ("timm",):
+    if contender not in ("plain", "timm"):
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=given.dtype == "bfloat16"):
             loss = F.cross_entropy(model(x), y)
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -128,7 +146,7 @@ def peak_memory(name: str, contender: str, given: argparse.Namespace) -> float:
         "given = t.parser().parse_args(sys.argv[4:]); t.torch.set_num_threads(given.threads)\n"
         "print(t.memory_here(sys.argv[2], sys.argv[3], given))"
     )
-    arguments = [str(HERE), name, contender, *sys.argv[1:]]
+    arguments = [str(HERE), name, contender, *sys.argv[1:], "--dtype", given.dtype]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -171,39 +189,44 @@ def bytes_moved(name: str, given: argparse.Namespace) -> tuple[float, float, flo
     return tuple(4 * t * given.batch / 2 / 1e9 for t in totals)
 
 
-def interleave(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, in an order drawn anew each round; one round before is not counted.
+def interleave(calls: Mapping[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every call in every round, and its page faults a call, in an order drawn anew each round.
+
+    One round before is not counted.
 
     (`onefold.bench.compare` wants sixteen rounds or more, which for steps of many seconds is too long.)
     """
     order, random_source = list(calls), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    faults: dict[str, int] = dict.fromkeys(calls, 0)
     for number in range(rounds + 1):
         random_source.shuffle(order)
         for name in order:
             gc.collect()
-            start = time.perf_counter()
+            before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
             calls[name]()
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    return seconds
+                faults[name] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return seconds, {name: total / rounds for name, total in faults.items()}
 
 
 def run_model(name: str, given: argparse.Namespace) -> None:
     chosen = given.contenders.split(",")
     contenders = ["ours", *(c for c in CONTENDERS[1:] if c in chosen and (given.compile or c != "timm compiled"))]
     memory = {c: peak_memory(name, c, given) if given.memory and c != "timm compiled" else math.nan for c in contenders}
-    seconds = interleave({c: step_of(name, c, given) for c in contenders}, given.rounds)
-    keep({"model": name, **vars(given), "seconds": seconds, "peak_memory_gb": memory})
-    where = f"{given.size} px, {given.device}, {given.threads} threads, {given.rounds} rounds"
-    print(f"\n{name}: batch {given.batch}, {where}")
-    print(f"{'':22}{'median':>9}{'min-max':>15}{'images/s':>10}{'time / ours':>20}{'peak memory':>13}")
+    seconds, faults = interleave({c: step_of(name, c, given) for c in contenders}, given.rounds)
+    keep({"model": name, **vars(given), "seconds": seconds, "page_faults": faults, "peak_memory_gb": memory})
+    where = f"{given.size} px, {given.dtype}, {given.device}, {given.threads} threads, {given.rounds} rounds"
+    print(f"\n{name}: batch {given.batch}, {where}, allocator {given.allocator}")
+    heads = f"{'median':>9}{'min-max':>15}{'images/s':>10}{'time / ours':>20}{'page faults':>13}{'peak memory':>13}"
+    print(f"{'':22}{heads}")
     for c in contenders:
         mid, low, high = statistics.median(seconds[c]), min(seconds[c]), max(seconds[c])
         ratios = [its / ours for its, ours in zip(seconds[c], seconds["ours"], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        rate = given.batch / mid
-        print(f"{c:22}{mid:7.3f} s{f'{low:.2f}-{high:.2f}':>15}{rate:10.1f}{ratio:>20}{memory[c]:10.2f} GB")
+        times = f"{mid:7.3f} s{f'{low:.2f}-{high:.2f}':>15}{given.batch / mid:10.1f}{ratio:>20}"
+        print(f"{c:22}{times}{faults[c]:13,.0f}{memory[c]:10.2f} GB")
     moved = bytes_moved(name, given)
     print("moved by count, GB a step: branch by branch {:.1f}, plain {:.1f}, moments {:.1f}".format(*moved), flush=True)
 
@@ -245,7 +268,7 @@ def run_units(given: argparse.Namespace) -> None:
         skeleton = plain_(nn.Sequential(copy.deepcopy(unit), act)).to(memory_format=torch.channels_last)
         calls = {r.__name__: partial(_unit_step, partial(r, unit), x, act) for r in (per_branch, moments, mixed)}
         calls["plain"] = partial(_unit_step, lambda x, _, net=skeleton: net(x), x, act)
-        ms = {name: 1e3 * statistics.median(times) for name, times in interleave(calls, 9).items()}
+        ms = {name: 1e3 * statistics.median(times) for name, times in interleave(calls, 9)[0].items()}
         cost = costs(as_unit(unit), x)._asdict()
         row = "".join(f"{ms[name]:11.1f}" for name in ("per_branch", "moments", "mixed", "plain"))
         label = f"{c_in}, {c_out}, {kernel}x{kernel}, {stride}, {k}, {size}"
@@ -262,8 +285,12 @@ def draw(path: Path) -> None:
 
     ledger = HERE / "results" / f"train-step-{Machine.this().slug}.jsonl"
     kept = [json.loads(line) for line in ledger.read_text().splitlines()]
-    runs = {run["model"]: run for run in kept if "timm channels_last" in run["seconds"]}
-    colours = {"ours": "#0d9488", "plain": "#94a3b8", "timm channels_last": "#f59e0b", "timm": "#c2410c"}
+    runs = {
+        run["model"]: run
+        for run in kept
+        if "timm channels_last" in run["seconds"] and run.get("allocator") == "equal" and run["dtype"] == "float32"
+    }
+    colours = {"ours": "#0d9488", "plain channels_last": "#94a3b8", "timm channels_last": "#f59e0b", "timm": "#c2410c"}
     figure = Figure(figsize=(8, 0.8 + 0.9 * len(runs)), layout="constrained")
     axes = figure.subplots()
     seen: set[str] = set()
@@ -276,7 +303,7 @@ def draw(path: Path) -> None:
             seen.add(c)
     axes.set_yticks([row + 0.3 for row in range(len(runs))], sorted(runs))
     axes.invert_yaxis()
-    axes.set_xlabel("training, images a second: batch 32, 224 px, float32, two threads")
+    axes.set_xlabel("training, images a second: batch 32, 224 px, float32, two threads, equal allocator settings")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
@@ -290,7 +317,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--size", type=int, default=224)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--dtypes", default="float32,bfloat16")
+    options.add_argument("--allocators", default="equal,default", help="each in a process of its own; glibc only")
+    options.add_argument("--allocator", default="", help=argparse.SUPPRESS)  # which one this process was started with
+    options.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--contenders", default=",".join(CONTENDERS), help="ours is always there")
     options.add_argument("--compile", action="store_true", help="also timm under torch.compile, which takes minutes")
@@ -305,11 +336,17 @@ def main() -> None:
     if given.figure:
         draw(given.figure)
         return
+    if not given.allocator:
+        for allocator in given.allocators.split(","):
+            command = [sys.executable, __file__, *sys.argv[1:], "--allocator", allocator]
+            subprocess.run(command, env={**os.environ, **ALLOCATORS[allocator]}, check=True)
+        return
     torch.set_num_threads(given.threads)
-    machine = Machine.this()
-    print(f"{machine.slug}; torch {torch.__version__}")
+    print(f"{Machine.this().slug}; torch {torch.__version__}; allocator {given.allocator}")
     for name in filter(None, given.models.split(",")):
-        run_model(name, given)
+        for dtype in given.dtypes.split(","):
+            given.dtype = dtype
+            run_model(name, given)
     if given.units:
         run_units(given)
 
