@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
-from onefold.commands.export import ExportOptions, export
+from onefold.commands.export import ExportOptions, export_network
 from onefold.commands.open_network import open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.hub import Card, save_weights
@@ -31,7 +31,7 @@ def weights_of(name: str, folder: Path) -> Path:
 def measured(name: str, procedure: Procedure, folder: Path) -> Comparison:
     """Torch unfused (the baseline), torch fused, ONNX Runtime fused, OpenVINO fused."""
     weights = weights_of(name, folder)
-    artifacts = export(weights, folder / name, ExportOptions(runtimes=["onnx", "openvino"]))
+    artifacts = export_network(weights, folder / name, ExportOptions(runtimes=["onnx", "openvino"]))
     threads = procedure.threads
     predictors = [open_predictor(weights, threads=threads, fused=fused) for fused in (False, True)]
     predictors += [open_predictor(artifact.folder, threads=threads) for artifact in artifacts]

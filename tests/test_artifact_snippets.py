@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands.export import Calibration, ExportOptions, export
+from onefold.commands.export import Calibration, ExportOptions, export_network
 from onefold.commands.open_network import open_network, open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
@@ -72,7 +72,7 @@ def test_ten_lines_in_a_clean_environment(runtime: str, weights: Path, shared_da
         calibration = Calibration(data=str(images), count=32) if precision == "int8" else None
         order = ExportOptions(runtimes=(runtime,), precision=precision, calibration=calibration)
         try:
-            (artifact,) = export(weights, tmp_path / "artifacts", order)
+            (artifact,) = export_network(weights, tmp_path / "artifacts", order)
         except MissingExtra as error:
             pytest.skip(str(error))
         (tmp_path / "classify.py").write_text(python_of(artifact), encoding="utf-8")

@@ -11,8 +11,8 @@ import torch
 from onefold import bench, fuse
 from onefold.cli import main
 from onefold.commands.bench import BenchOptions
-from onefold.commands.bench import bench as run_bench
-from onefold.commands.export import ExportOptions, export
+from onefold.commands.bench import measure_sources as run_bench
+from onefold.commands.export import ExportOptions, export_network
 from onefold.errors import BadArgument
 from onefold.models import cost, create_model
 from onefold.models.hub import Card, save_weights
@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = fuse(create_model("mobilenetv1_025", num_classes=4).eval())
     save_weights(model, home / "fused.safetensors", Card(model="mobilenetv1_025", num_classes=4, fused=True))
-    export(home / "fused.safetensors", home / "artifacts", ExportOptions(runtimes=["onnx"], size=SIZE))
+    export_network(home / "fused.safetensors", home / "artifacts", ExportOptions(runtimes=["onnx"], size=SIZE))
     here = bench.Machine.this(())
     rates = [
         bench.Limit(kind=kind, threads=1, median=best, best=best, how="by hand", num_bytes=size)
@@ -179,7 +179,7 @@ def test_limits_are_printed_from_their_file(home: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_the_layers_of_an_artifact_have_times(runtime: str, home: Path, tmp_path: Path) -> None:
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[runtime], reason=f"{runtime} is not installed")
-    export(home / "fused.safetensors", tmp_path, ExportOptions(runtimes=[runtime], size=SIZE))
+    export_network(home / "fused.safetensors", tmp_path, ExportOptions(runtimes=[runtime], size=SIZE))
     found = profile(tmp_path / f"{runtime}-fp32", calls=5)
     kinds = [layer.kind.lower() for layer in found.layers]
     convolutions = sum("conv" in kind for kind in kinds)

@@ -17,7 +17,7 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.export import ExportOptions, export
+from onefold.commands.export import ExportOptions, export_network
 from onefold.commands.initial_weights import (
     Student,
     TeacherAdapter,
@@ -269,7 +269,7 @@ def test_a_teacher_sees_the_pictures_in_its_own_colours_and_answers_in_our_order
 
 def test_an_exported_artifact_teaches_as_the_network_does_at_its_own_size(tmp_path):
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
-    [artifact] = export(str(source), tmp_path / "a", ExportOptions(runtimes=["onnx"]))
+    [artifact] = export_network(str(source), tmp_path / "a", ExportOptions(runtimes=["onnx"]))
     teachers = [open_teacher(str(s), torch.device("cpu")) for s in (source, artifact.folder)]
     images = torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -353,6 +353,8 @@ def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsy
     photo = str(photos / "val" / "red" / "0.png")
     assert main(["predict", str(tmp_path / "b.pth"), photo, "--model", NAME, "--img-size", "32"]) == 4
     assert "has no last layer" in capsys.readouterr().err
-    [artifact] = export(str(tmp_path / "b.pth"), tmp_path / "a", ExportOptions(runtimes=["onnx"], size=32), name=NAME)
+    [artifact] = export_network(
+        str(tmp_path / "b.pth"), tmp_path / "a", ExportOptions(runtimes=["onnx"], size=32), name=NAME
+    )
     assert main(["predict", str(artifact.folder), photo]) == 4
     assert main(["eval", str(artifact.folder), "--data", str(photos)]) == 3

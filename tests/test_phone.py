@@ -17,7 +17,7 @@ import pytest
 
 from onefold.bench import Comparison, read_all
 from onefold.cli import main
-from onefold.commands.bench import PhoneBenchOptions, bench_on_phone
+from onefold.commands.phone import PhoneBenchOptions, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, Plan, look
 from onefold.phone.benchmark import Call

@@ -17,7 +17,7 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.export import Calibration, ExportOptions, _agreement, export, export_made, quantized
+from onefold.commands.export import Calibration, ExportOptions, _agreement, export_network, export_made, quantized
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
 from onefold.commands.timm_networks import open_pretrained
@@ -120,7 +120,7 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     tagged = open_network(f"timm:{SMALL}.rvgg_in1k@{tmp_path / 'w.pth'}")
     assert tagged.card.licence == "mit"
     fuse_stage(spec, tmp_path / "f.safetensors")
-    [artifact] = export(tmp_path / "f.safetensors", tmp_path / "a", ExportOptions(runtimes=["onnx"], size=64))
+    [artifact] = export_network(tmp_path / "f.safetensors", tmp_path / "a", ExportOptions(runtimes=["onnx"], size=64))
     assert "random" not in artifact.title
     assert artifact.num_classes == 5
 

@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock
@@ -56,6 +57,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a read-only disk refuses this too, even where there is nothing to remove
             _remove(aside)
+
+
+def free_path(path: Path) -> Path:
+    """Give `path`, or where something is there the first of NAME-2, NAME-3, ... that is free."""
+    names = (path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}") for k in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def write_text(path: Path, text: str) -> None:

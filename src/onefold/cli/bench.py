@@ -27,7 +27,10 @@ def bench(
     aa: Annotated[
         bool, Option("--aa", help="A/A test: one source against itself, which gives the noise floor")
     ] = False,
-    plant: Annotated[str | None, Option(help="control: one source against itself made slower by so much: 2%")] = None,
+    plant: Annotated[
+        str | None,
+        Option(help="control: one source against itself slowed down by so much: 2%"),
+    ] = None,
     model: Name = None,
     allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
     as_json: AsJson = False,
@@ -37,24 +40,25 @@ def bench(
     Each row gives the share of the machine's roofline that it reaches (see `onefold limits`), and whether arithmetic or
     memory bounds it. Artifacts are also started cold in a fresh process: time to open, first call, peak memory.
     """
-    from onefold.bench import Procedure
-    from onefold.commands.bench import BenchOptions
-    from onefold.commands.bench import bench as run
+    from onefold.commands.bench import bench as measure
 
-    order = BenchOptions(
-        sources=sources,
-        procedure=Procedure(warmup_seconds=warmup, samples=samples, threads=threads, seed=seed),
-        batch=batch_size,
-        allow_unfused=allow_unfused,
-        name=model,
-        cold=not no_cold,
-        pin=None if pin is None else _processors(pin),
-        aa=aa,
-        plant=None if plant is None else _share(plant),
-    )
     with display.waiting(f"measuring {len(sources)}"):
-        outcome, path = run(order, results)
-    display.measured(outcome, path, as_json=as_json)
+        found = measure(
+            *sources,
+            results=results,
+            samples=samples,
+            warmup=warmup,
+            batch_size=batch_size,
+            threads=threads,
+            seed=seed,
+            pin=None if pin is None else _processors(pin),
+            no_cold=no_cold,
+            aa=aa,
+            plant=None if plant is None else _share(plant),
+            model=model,
+            allow_unfused=allow_unfused,
+        )
+    display.measured(found.outcome, found.path, as_json=as_json)
 
 
 def limits(
@@ -137,7 +141,7 @@ def phone(
     Temperature, charging, battery and clocks are recorded; a hot phone may cool first, or is refused. docs/phones.md
     says where the programs come from, and how to measure on an iPhone.
     """
-    from onefold.commands.bench import PhoneBenchOptions, bench_on_phone
+    from onefold.commands.phone import PhoneBenchOptions, bench_on_phone
     from onefold.phone import Plan
 
     plan = Plan(

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 from onefold.cli import display
-from onefold.cli.options import Name, Size, Source, Threads, UseEma, chosen_weights, quantization_method, runtime_names
+from onefold.cli.options import Name, Size, Source, Threads, UseEma, quantization_method, runtime_names
 
 
 def deploy(
@@ -22,7 +22,7 @@ def deploy(
     val: Annotated[str | None, Option(help="labelled photos to evaluate on, if not those held out of --data")] = None,
     max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that an artifact may lose")] = 1.0,
     calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
-    weight_bits: Annotated[int, Option(min=7, max=8, help="7 where 16-bit sums saturate")] = 8,
+    weight_bits: Annotated[int, Option(min=7, max=8, help="7 for processors whose 16-bit sums overflow")] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     skip_layers: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
@@ -36,11 +36,11 @@ def deploy(
     How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
-    source = chosen_weights(source, use_ema)
     from onefold.bench import Procedure
     from onefold.commands.deploy import DeployOptions
     from onefold.commands.deploy import deploy as run
     from onefold.commands.export import Calibration
+    from onefold.commands.load import chosen_weights
 
     method = quantization_method(weight_bits, per_tensor=per_tensor)
     order = DeployOptions(
@@ -52,4 +52,4 @@ def deploy(
         size=img_size,
         procedure=Procedure(samples=samples, threads=threads),
     )
-    typer.echo(f"wrote {run(source, out, order, name=model, say=display.say).folder}")
+    typer.echo(f"wrote {run(chosen_weights(source, use_ema), out, order, name=model, say=display.say).folder}")

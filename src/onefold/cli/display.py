@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from onefold.commands.evaluate import EvalResult
-    from onefold.commands.fuse import FuseResult
+    from onefold.commands.fuse import FusedWeights
     from onefold.commands.models import Row
     from onefold.commands.predict import Prediction
-    from onefold.commands.train import TrainResult
+    from onefold.commands.run import Run
     from onefold.data import DatasetInfo
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
@@ -177,6 +176,16 @@ def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
         print(f"  {path:32} {value}", file=to or sys.stderr)
 
 
+def changed_fields(chosen: Recipe) -> None:
+    """The fields in which a recipe differs from the one of its name, on stderr; all of them are in recipe.json."""
+    from onefold.recipes import find_recipe
+
+    before = dict(_fields(find_recipe(chosen.name).to_dict()))
+    changed = {path: value for path, value in _fields(chosen.to_dict()) if before.get(path) != value}
+    for path, value in changed.items():
+        print(f"  {path} {value}" + (f", not {before[path]}" if path in before else ""), file=sys.stderr)
+
+
 def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(plain, dict):
         for key, value in plain.items():
@@ -211,15 +220,19 @@ def _parity(artifact: Artifact) -> str:
 # ------------------------------------------------------------------------------------------ outcomes
 
 
-def trained(outcome: TrainResult) -> None:
-    """Where the best weights are, and how they score."""
+def trained(run: Run) -> None:
+    """Where the best weights are, how they score, and what one must know of the score."""
+    best, (low, high) = run.best, run.best.interval
     say(
-        f"best top-1 {outcome.top1:.2f} % (epoch {outcome.epoch}), the fused averaged network on {outcome.count} images"
+        f"best top-1 {best.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}; epoch {best.epoch}), the fused averaged "
+        f"network on {best.count} images"
     )
-    say(f"weights: {outcome.weights}")
+    for remark in run.remarks:
+        say(f"note: {remark}")
+    say(f"weights: {best.weights}")
 
 
-def fused(made: FuseResult) -> None:
+def fused(made: FusedWeights) -> None:
     """What folding changed, and the proof that the answer is not among it."""
     before, after = made.before, made.after
     say(f"{made.path}: drift {made.drift:.1e}")
@@ -228,46 +241,14 @@ def fused(made: FuseResult) -> None:
     say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
 
 
-def scores(title: str, found: Sequence[EvalResult], *, as_json: bool) -> None:
-    """Top-1, top-5, calibration error and loss of each part of an examination, then what sums them up."""
-    for each in found:
-        score = each.score
-        if as_json:
-            plain = {"subject": title, "data": each.data, "count": score.count, **score.metrics(), **each.extra}
-            plain |= {"unreadable": each.unreadable} if each.unreadable else {}
-            plain |= {"trained_on": each.trained_on} | (
-                {"calibrated_on": each.calibrated_on} if each.calibrated_on else {}
-            )
-            emit_json([{key: value if _is_known(value) else None for key, value in plain.items()}])
-            continue
-        rates = f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}, ECE {score.ece:.2f} %"
-        counted = f" of {score.count + each.unreadable}, as the others cannot be read" if each.unreadable else ""
-        say(f"{title} on {each.data}: {rates}, {score.count} images{counted}{_seen(each)}")
-        for name, value in each.extra.items():
-            say(f"  {name} {value:.2f}")
-
-
-def _seen(result: EvalResult) -> str:
-    """What the network has seen of the images before, as the end of a line."""
-    kinds = {"were trained on": result.trained_on, "calibrated it": result.calibrated_on}
-    parts = [f"{count} of them {kind}" for kind, count in kinds.items() if count]
-    return f", {' and '.join(parts)}: this score flatters" if parts else ""
-
-
-def _is_known(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def prediction(answer: Prediction, *, as_json: bool) -> None:
-    """One image: its likeliest classes, or on stderr why it was not read."""
-    path = str(answer.path).encode("utf-8", "backslashreplace").decode()
+def prediction(answer: Prediction, *, as_json: bool, listed: bool = True) -> None:
+    """One image: its likeliest classes where they are `listed`, or on stderr why it was not read."""
     if as_json:
-        best = [{"index": index, "class": name, "probability": share} for index, name, share in answer.best]
-        emit_json([{"file": path, "predictions": best, "problem": answer.problem}])
+        emit_json([answer.to_dict()])
     elif answer.problem is not None:
-        print(f"unread: {answer.problem}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-    else:
-        say(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for _, name, share in answer.best))
+        print(str(answer).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    elif listed:
+        say(str(answer))
 
 
 if TYPE_CHECKING:

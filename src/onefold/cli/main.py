@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -26,12 +27,13 @@ from onefold.cli.options import (
     Source,
     Threads,
     UseEma,
-    chosen_weights,
-    quantization_method,
     runtime_names,
 )
-from onefold.errors import BadArgument, BadData
+from onefold.errors import BadArgument
 from onefold.runtimes import RUNTIMES
+
+if TYPE_CHECKING:
+    from onefold.recipes import Recipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
@@ -79,15 +81,25 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, Option(help="family:recipe; `onefold train --list` shows all")] = "photos:scratch",
     data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
+    val: Annotated[str | None, Option(help="another place with photos to validate on")] = None,
     model: Annotated[str | None, Option(help="a network in place of the recipe's")] = None,
     weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
     use_ema: UseEma = None,
     start: Annotated[
-        str | None, Option(help="initialization: plain, skips, or expanded (branches for fused weights)")
+        str | None,
+        Option(
+            help="plain: weights as they are, or random ones; skips: at first each block is its skip; expanded: "
+            "fused weights with branches again"
+        ),
     ] = None,
-    head: Annotated[str | None, Option(help="classifier of the weights: kept, fresh, or a fitted probe")] = None,
+    head: Annotated[
+        str | None,
+        Option(help="last layer: kept from the weights, fresh (random), or probe (fitted to the photos first)"),
+    ] = None,
     teacher: Annotated[str | None, Option(help="short for --plan.distill.teacher: a run, weights, timm:NAME")] = None,
-    out: Annotated[Path | None, Option("--out", "--output", help="the run folder; by default runs/<recipe>")] = None,
+    out: Annotated[
+        Path | None, Option("--out", "--output", help="the run folder; by default a new one, runs/<recipe>")
+    ] = None,
     resume: Annotated[Path | None, Option(help="resume the run in this folder")] = None,
     img_size: Size = None,
     epochs: Annotated[int | None, Option(help="number of epochs; the warm-up scales along")] = None,
@@ -98,8 +110,11 @@ def train(
     ] = None,
     lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
     seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
+    threads: Annotated[int | None, Option(min=1, max=1024, help="compute threads; by default all cores")] = None,
+    device: Annotated[str, Option(help="auto (the GPU, if there is one), cpu or cuda")] = "auto",
     log_to: Annotated[str, Option(help="loggers beside TensorBoard: wandb, trackio")] = "",
     no_check: Annotated[bool, Option("--no-check", help="skip the check of the data")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="no progress, only warnings and the result")] = False,
     processes: Annotated[int, Option(min=1, max=1024, help="processes on this machine that train together")] = 1,
     max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are restarted")] = 3,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
@@ -107,13 +122,14 @@ def train(
 ) -> None:
     """Train a network by a recipe. Any field of it can be overridden: --plan.epochs 5, --data.seed 1 ...
 
-    The complete recipe is printed and saved with the run, and so is what was found in the data. Photos lie in class
+    What was found in the data is printed, and saved with the complete recipe in the run folder. Photos lie in class
     folders: data/train/<class>/ and data/val/<class>/, or data/<class>/, which is then split by a stated seed; `onefold
     data PLACE` shows how any other place is understood.
     """
-    from onefold.commands.initial_weights import with_weights_preprocessing
-    from onefold.commands.train import Callbacks, resume_run, start_run
-    from onefold.recipes import recipe_for, recipes
+    from onefold.commands.run import new_folder
+    from onefold.commands.train import Callbacks
+    from onefold.commands.train import train as train_network
+    from onefold.recipes import find_recipe, recipes
     from onefold.train import import_ahead
     from onefold.train.launch import launch
 
@@ -122,36 +138,51 @@ def train(
         return
     if processes > 1 and "RANK" not in os.environ:
         import_ahead()
-        raise typer.Exit(launch(lambda: main(context.obj), processes, max_restarts))
-    weights = None if weights is None else chosen_weights(weights, use_ema)
-    short = {"plan.batch_size": batch_size, "plan.optimizer.lr": lr, "plan.seed": seed}
-    given = {"data.spec": data, "model": model, "weights": weights, "start": start, "head": head, **short}
-    given["plan.distill.teacher"] = teacher
-    changes = {field: str(value) for field, value in given.items() if value is not None}
-    changes |= ({"int8": "{}"} if int8 else {}) | _dotted(context.args)
-    stated = {*changes, *(["preprocessing.size"] if img_size is not None else [])}
-    if show:
-        chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
-        chosen = with_weights_preprocessing(chosen, stated)
-        display.recipe(chosen, to=sys.stdout)
-        return
-    services = tuple(name.strip() for name in log_to.split(",") if name.strip())
-    with display.training() as on_progress:
-        callbacks = Callbacks(on_progress=on_progress, on_start=display.recipe, on_data=display.dataset)
-        if resume is not None:
-            changes.pop("data.spec", None)
-            if changes or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
-                raise BadArgument(
-                    "--resume goes on with the run's own recipe: give nothing else with it, except --data where its "
-                    "photos have moved"
-                )
-            outcome = resume_run(resume, data=data, callbacks=callbacks, log_to=services)
-        else:
-            chosen = recipe_for(recipe, changes, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
-            chosen = with_weights_preprocessing(chosen, stated)
-            folder = out or Path("runs") / chosen.name.replace(":", "-")
-            outcome = start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check)
-    display.trained(outcome)
+        given = list(context.obj)
+        if out is None and resume is None:  # chosen once, for all processes
+            given += ["--out", str(new_folder(find_recipe(recipe)))]
+        raise typer.Exit(launch(lambda: main(given), processes, max_restarts))
+    with ExitStack() as stack:
+        callbacks = Callbacks(on_recipe=_show) if show else Callbacks()
+        if not (show or quiet):
+            callbacks = Callbacks(
+                on_start=display.changed_fields,
+                on_data=display.dataset,
+                on_progress=stack.enter_context(display.training()),
+            )
+        run = train_network(
+            data,
+            recipe=recipe,
+            val=val,
+            model=model,
+            weights=weights,
+            use_ema=use_ema,
+            start=start,
+            head=head,
+            teacher=teacher,
+            out=out,
+            resume=resume,
+            img_size=img_size,
+            epochs=epochs,
+            int8=int8,
+            batch_size=batch_size,
+            scale_to_batch=scale_to_batch,
+            lr=lr,
+            seed=seed,
+            threads=threads,
+            device=device,
+            log_to=log_to,
+            no_check=no_check,
+            changes=_dotted(context.args),
+            callbacks=callbacks,
+        )
+    display.trained(run)
+
+
+def _show(recipe: Recipe) -> None:
+    """Print the complete recipe, and go no further."""
+    display.recipe(recipe, to=sys.stdout)
+    raise typer.Exit
 
 
 @app.command()
@@ -198,30 +229,40 @@ def evaluate(
     -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a real.json
     beside val/.
     """
-    source = chosen_weights(source, use_ema)
-    from onefold.commands.bench import note_accuracy
-    from onefold.commands.evaluate import evaluate_suite, open_suite
-    from onefold.commands.open_network import open_predictor, with_class_names
-    from onefold.data.dataset_info import SPLITS
+    from onefold.commands.evaluate import evaluate as evaluate_source
 
-    only = next((name for name in SPLITS if name == split), None)
-    if split is not None and only is None:
-        raise BadArgument(f"--split is {split!r}, expected one of {', '.join(SPLITS)}")
-    with with_class_names(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
-        suite = open_suite(source, data, predictor, only)
-        with display.waiting(f"scoring {suite.title}"):
-            found = evaluate_suite(predictor, suite, batch_size=batch_size)
-        first = found[0]
-        note_accuracy(predictor, first.data, first.score.top1, results, trained_on=first.trained_on)
-        if first.trained_on is None and not suite.corruptions:
-            display.note("what the network was trained on is not recorded: these images may be among it")
-        display.scores(predictor.title, found, as_json=as_json)
+    with display.waiting(f"scoring {source}"):
+        found = evaluate_source(
+            source,
+            data,
+            split=split,
+            model=model,
+            use_ema=use_ema,
+            classes=classes,
+            img_size=img_size,
+            batch_size=batch_size,
+            threads=threads,
+            results=results,
+        )
+    if as_json:
+        display.emit_json({"subject": found.subject, **each.to_dict()} for each in found)
+    else:
+        display.say(repr(found))
 
 
 @app.command()
 def predict(
     source: Source,
     images: Annotated[list[Path], Argument(help="photos, or folders of photos")],
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="write a table in place of lines: answers.csv or answers.jsonl")
+    ] = None,
+    sort_into: Annotated[
+        Path | None, Option(help="copy each photo to a folder of its class in this new folder")
+    ] = None,
+    min_confidence: Annotated[
+        float, Option(min=0.0, max=1.0, help="below this probability (0 to 1) a photo is unsure")
+    ] = 0.0,
     model: Name = None,
     use_ema: UseEma = None,
     classes: Classes = None,
@@ -231,22 +272,34 @@ def predict(
     threads: Threads = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the classes of photos of any format and orientation. Unreadable files are reported and skipped."""
-    source = chosen_weights(source, use_ema)
-    from onefold.commands.open_network import open_predictor, with_class_names
-    from onefold.commands.predict import predict as answers
-    from onefold.data import find_images
+    """Predict the classes of photos of any format and orientation.
 
-    paths = find_images(images)
-    unread = 0
-    with with_class_names(open_predictor(source, name=model, threads=threads, size=img_size), classes) as predictor:
-        for answer in answers(predictor, paths, top=top, batch_size=batch_size):
-            unread += answer.problem is not None
-            display.prediction(answer, as_json=as_json)
-    if unread == len(paths):
-        raise BadData(f"{unread} of {len(paths)} images could not be read: they are named above")
-    if unread:
-        display.note(f"{unread} of {len(paths)} images could not be read and are left out: they are named above")
+    Files that cannot be read, and paths that are not there, are named and counted, and the others go on.
+    """
+    from onefold.commands import predict as prediction
+
+    if out is not None:
+        prediction.check_table(out)
+    if sort_into is not None:
+        prediction.check_empty(sort_into)
+    is_listed = as_json or (out is None and sort_into is None)
+    found = prediction.predict(
+        source,
+        images,
+        model=model,
+        use_ema=use_ema,
+        classes=classes,
+        img_size=img_size,
+        top=top,
+        min_confidence=min_confidence,
+        batch_size=batch_size,
+        threads=threads,
+        on_prediction=lambda each: display.prediction(each, as_json=as_json, listed=is_listed),
+    )
+    for made in ([] if out is None else [found.write(out)]) + (
+        [] if sort_into is None else [found.sort_into(sort_into)]
+    ):
+        display.note(f"wrote {made}: {', '.join(f'{count} {name}' for name, count in found.counts().items())}")
 
 
 @app.command()
@@ -265,10 +318,9 @@ def fuse(
     ] = None,
 ) -> None:
     """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
-    source = chosen_weights(source, use_ema)
-    from onefold.commands.fuse import fuse as fold
+    from onefold.commands.fuse import fuse as fuse_weights
 
-    display.fused(fold(source, out, name=model, tolerance=tolerance))
+    display.fused(fuse_weights(source, out, model=model, use_ema=use_ema, tolerance=tolerance))
 
 
 @app.command()
@@ -280,7 +332,7 @@ def export(
     data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
     calibrate: Annotated[int, Option(min=2, help="how many photos to take, evenly")] = 200,
     weight_bits: Annotated[
-        int, Option(min=7, max=8, help="7 where 16-bit sums saturate: OpenVINO on x86 without VNNI")
+        int, Option(min=7, max=8, help="7 for processors whose 16-bit sums overflow: x86 without VNNI under OpenVINO")
     ] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     model: Name = None,
@@ -292,23 +344,25 @@ def export(
     ] = None,
 ) -> None:
     """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
-    source = chosen_weights(source, use_ema)
-    from onefold.commands.export import Calibration, ExportOptions
-    from onefold.commands.export import export as export_all
+    from onefold.commands.export import export as export_to
 
-    method = quantization_method(weight_bits, per_tensor=per_tensor)
-    calibration = None if data is None else Calibration(data=data, count=calibrate, method=method)
-    order = ExportOptions(
-        runtimes=runtime_names(to),
-        precision=precision,
-        size=img_size,
-        fused=not no_fuse,
-        calibration=calibration,
-        opset=opset,
-    )
     with display.waiting("exporting"):
-        artifacts = export_all(source, out, order, name=model)
-    display.artifacts(artifacts)
+        made = export_to(
+            source,
+            runtime_names(to),
+            out=out,
+            precision=precision,
+            data=data,
+            calibrate=calibrate,
+            weight_bits=weight_bits,
+            per_tensor=per_tensor,
+            model=model,
+            use_ema=use_ema,
+            img_size=img_size,
+            no_fuse=no_fuse,
+            opset=opset,
+        )
+    display.artifacts(made)
 
 
 for verb in (deploying.deploy, benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone):
@@ -323,10 +377,9 @@ def report(
     out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page of all that was trained, exported and measured."""
-    from onefold.commands.report import write_page
+    from onefold.commands.report import report as write
 
-    found = write_page(folders or [Path()], out)
-    typer.echo(f"wrote {out} of {found}")
+    display.say(str(write(*(folders or [Path()]), out=out)))
 
 
 @app.command()

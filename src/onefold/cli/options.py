@@ -26,11 +26,6 @@ UseEma = Annotated[
 Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
 
 
-def chosen_weights(source: str, use_ema: bool | None) -> str:
-    """The source with the choice that the option states among its weights, as FILE:averaged or FILE:plain."""
-    return source if use_ema is None else f"{source}:{'averaged' if use_ema else 'plain'}"
-
-
 def runtime_names(to: str) -> list[str]:
     """The runtimes of a list by comma. Raises BadArgument where there is none."""
     names = [name.strip() for name in to.split(",") if name.strip()]

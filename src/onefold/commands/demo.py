@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from onefold.bench import Comparison, Procedure
-from onefold.commands.bench import BenchOptions, bench, note_accuracy
+from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
 from onefold.commands.deploy import DeployOptions, DeployResult, Gate, build_deployment, write_gates
 from onefold.commands.export import Calibration
 from onefold.commands.fuse import fuse
@@ -104,7 +104,7 @@ def _from_run(run: Path, out: Path, order: DeployOptions, say: Say) -> DeployRes
             note_accuracy(predictor, deployed.data, top1 or 0.0, results)
 
     sources = [str(run), *map(str, scores)]
-    compared, _ = bench(
+    compared, _ = measure_sources(
         BenchOptions(sources=sources, procedure=order.procedure, allow_unfused=True, cold=False), results
     )
     assert isinstance(compared, Comparison)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
-from onefold.commands.bench import BenchOptions, bench, note_accuracy
+from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import Calibration, Int8Network, export_made, quantized
 from onefold.commands.held_out import (
@@ -355,7 +355,7 @@ def _timed(out: Path, runs: Sequence[str], order: DeployOptions, say: Say) -> di
     """All of them interleaved in one run; the first is the baseline of the ratios."""
     if not runs:
         return {}
-    outcome, _ = bench(
+    outcome, _ = measure_sources(
         BenchOptions(sources=[str(out / name) for name in runs], procedure=order.procedure), out / "results"
     )
     found = list(outcome.measurements.values()) if isinstance(outcome, Comparison) else [outcome]

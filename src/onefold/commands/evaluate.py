@@ -6,22 +6,28 @@ Predictions for a run's validation images are written to predictions.jsonl in it
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
+import logging
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
+from onefold.commands.bench import note_accuracy
 from onefold.commands.class_matching import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
+from onefold.commands.load import Source, open_source
 from onefold.commands.open_network import RECIPE, Floats, Predictor
 from onefold.commands.predict import say_mismatch
 from onefold.data import Dataset, ImageLoader, Subset
-from onefold.data.dataset_info import Split
+from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
@@ -31,10 +37,12 @@ from onefold.data.imagenet_variants import (
     mean_corruption_error,
     read_real_labels,
 )
-from onefold.errors import BadData
+from onefold.errors import BadArgument, BadData
 from onefold.storage import write_text
 from onefold.train import Accuracy, accuracy
 from onefold.train.evaluate import merge
+
+_log = logging.getLogger("onefold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,116 @@ class EvalResult:
     trained_on: int | None = None
     calibrated_on: int | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values, as `onefold eval --json` prints them; what is not finite is None."""
+        score = self.score
+        plain: dict[str, Any] = {"data": self.data, "count": score.count, **score.metrics()}
+        plain |= {"top1_interval": list(score.interval), **self.extra, "trained_on": self.trained_on}
+        plain |= {"unreadable": self.unreadable} if self.unreadable else {}
+        plain |= {"calibrated_on": self.calibrated_on} if self.calibrated_on else {}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+    def __str__(self) -> str:
+        """One line for a person, with what the network has seen of the images before."""
+        score, (low, high) = self.score, self.score.interval
+        counted = f" of {score.count + self.unreadable}, as the others cannot be read" if self.unreadable else ""
+        kinds = {"were trained on": self.trained_on, "calibrated it": self.calibrated_on}
+        seen = " and ".join(f"{count} of them {kind}" for kind, count in kinds.items() if count)
+        rates = f"top-1 {score.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}), top-5 {score.top5:.2f} %"
+        line = f"{self.data}: {rates}, loss {score.loss:.4f}, ECE {score.ece:.2f} %, {score.count} images{counted}"
+        return f"{line}, {seen}: this score flatters" if seen else line
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores(Sequence[EvalResult]):
+    """The accuracy of one network on each set of images; `subject` names the network.
+
+    `top1` (percent) and its 95 % `interval` (Wilson's) are those of the first set: of several the sum of all, where
+    they are the corruptions of one, else val before test.
+    """
+
+    subject: str
+    found: tuple[EvalResult, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> EvalResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> Scores: ...
+    def __getitem__(self, index: int | slice) -> EvalResult | Scores:
+        return Scores(self.subject, self.found[index]) if isinstance(index, slice) else self.found[index]
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return self.found[0].score.top1
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `top1`, in percent."""
+        return self.found[0].score.interval
+
+    def __repr__(self) -> str:
+        lines = [f"{self.subject} on {each}" for each in self.found]
+        extra = [f"  {name} {value:.2f}" for each in self.found for name, value in each.extra.items()]
+        return "\n".join([*lines, *extra])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            f"<tr><td>{html.escape(each.data)}</td><td>{each.score.top1:.2f}</td>"
+            f"<td>{each.score.interval[0]:.1f} to {each.score.interval[1]:.1f}</td><td>{each.score.top5:.2f}</td>"
+            f"<td>{each.score.loss:.4f}</td><td>{each.score.ece:.2f}</td><td>{each.score.count}</td></tr>"
+            for each in self.found
+        ]
+        head = "".join(f"<th>{c}</th>" for c in ("", "top-1 %", "95 %", "top-5 %", "loss", "ECE %", "images"))
+        return f"<p>{html.escape(self.subject)}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def evaluate(
+    source: Source | Predictor,
+    data: Source | None = None,
+    *,
+    split: str | None = None,
+    model: str | None = None,
+    use_ema: bool | None = None,
+    classes: Source | None = None,
+    img_size: int | None = None,
+    batch_size: int = 32,
+    threads: int = 2,
+    results: Source | None = "results",
+) -> Scores:
+    """Evaluate a network or an artifact on labelled images: top-1 with its interval, top-5, loss, calibration error.
+
+    `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or an artifact; `data` a place with
+    labelled images, or "digits". Without it a run is evaluated on the val and the test of its own data, and the
+    predictions for val are kept for the report. Of a place with val or test those are used, or the one `split`; of one
+    without, all images but those that the network was trained on. The top-1 is kept in the folder `results` for
+    `bench` and `report` (None: nowhere). Rates are in percent. `model`, `use_ema`, `classes`, `img_size` are as in
+    `predict`.
+
+    Raises BadData where no image can be used or classes do not match, BadArgument, BadCheckpoint.
+
+        scores = onefold.evaluate("runs/photos-finetune", "other/")
+        scores.top1, scores.interval
+    """
+    only = next((name for name in SPLITS if name == split), None)
+    if split is not None and only is None:
+        raise BadArgument(f"--split is {split!r}, expected one of {', '.join(SPLITS)}")
+    with open_source(
+        source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
+    ) as predictor:
+        place = "" if isinstance(source, Predictor) else source
+        suite = open_suite(os.fspath(place), None if data is None else os.fspath(data), predictor, only)
+        found = evaluate_suite(predictor, suite, batch_size=batch_size)
+        first = found[0]
+        if results is not None:
+            note_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=first.trained_on)
+        if first.trained_on is None and not suite.corruptions:
+            _log.info("what the network was trained on is not recorded: these images may be among it")
+        return Scores(predictor.title, tuple(found))
 
 
 def open_suite(
@@ -114,9 +232,9 @@ def _evaluate_set(predictor: Predictor, suite: EvalSuite, name: str, batch_size:
     source = suite.sets[name]
     kind = imagenet_variant(suite.folder, source.classes) if predictor.num_classes == 1000 else None
     if kind in ("ImageNet-A", "ImageNet-R"):
-        result = evaluate(_restricted_to(predictor, source), source, batch_size=batch_size)
+        result = evaluate_dataset(_restricted_to(predictor, source), source, batch_size=batch_size)
         return replace(result, data=f"{name} ({kind}, among its 200 classes)")
-    result = evaluate(predictor, source, batch_size=batch_size)
+    result = evaluate_dataset(predictor, source, batch_size=batch_size)
     score, images = result.score, result.images
     labels = find_real_labels(suite.folder) if kind == "ImageNet" else None
     if labels is None:
@@ -167,7 +285,7 @@ def _summary(suite: EvalSuite, results: Sequence[EvalResult]) -> EvalResult:
     return EvalResult(data=suite.title, score=merged, images=results[0].images, unreadable=unreadable, extra=extra)
 
 
-def evaluate(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> EvalResult:
+def evaluate_dataset(predictor: Predictor, source: Dataset, *, batch_size: int = 32) -> EvalResult:
     """Give the accuracy of a predictor on labelled images, their classes matched to the network's by name.
 
     Images that cannot be read are left out and named in the log. Raises BadData where none can be read.

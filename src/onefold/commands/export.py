@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
+from torch import nn
 
+from onefold import runtimes
+from onefold.commands.bench import bench
+from onefold.commands.evaluate import evaluate
 from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
+from onefold.commands.load import Saved, Source, chosen_weights
 from onefold.commands.open_network import Floats, Network, open_network
-from onefold.commands.predict import say_mismatch
+from onefold.commands.predict import Predictions, predict, say_mismatch
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, keys_of
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
-from onefold.models import cost
+from onefold.models import CATALOGUE, cost, resolve
+from onefold.models.hub import Card
 from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
 from onefold.quantize.method_search import search, skip_sensitive_layers
-from onefold.runtimes import Artifact, ModelInfo, find_runtime
+from onefold.reparam import unfused_norms
+from onefold.runtimes import RUNTIMES, ModelInfo, find_runtime
 from onefold.runtimes import export as export_to
 from onefold.runtimes.onnx import opset_details
 
@@ -72,7 +81,148 @@ class ExportOptions:
     opset: int | None = None
 
 
-def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | None = None) -> list[Artifact]:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Artifact(runtimes.Artifact, Saved):
+    """An exported model on disk: what its manifest tells, and the verbs as methods.
+
+    `artifact(images)` gives Predictions, as `predict` does; `evaluate` and `bench` are as the functions of that name.
+    """
+
+    predict = predict
+    evaluate = evaluate
+    bench = bench
+
+    @classmethod
+    def of(cls, artifact: runtimes.Artifact) -> Artifact:
+        """Give an artifact with the verbs."""
+        return cls(**{each.name: getattr(artifact, each.name) for each in fields(runtimes.Artifact)})
+
+    def __call__(self, images: object) -> Predictions:
+        """Predict the classes of paths, folders, PIL images, arrays, tensors, or a list of them."""
+        return predict(self, images)
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.input_shape))
+        size = f"{self.num_bytes / 2**20:.1f} MiB"
+        return f"Artifact({self.title}, {shape} -> {self.num_classes}, {size}, {str(self.folder)!r})"
+
+
+@overload
+def export(
+    source: Source | nn.Module,
+    to: str = "onnx",
+    *,
+    out: Source = "artifacts",
+    precision: str = "fp32",
+    data: Source | None = None,
+    calibrate: int = 200,
+    weight_bits: int = 8,
+    per_tensor: bool = False,
+    model: str | None = None,
+    use_ema: bool | None = None,
+    img_size: int | None = None,
+    no_fuse: bool = False,
+    opset: int | None = None,
+) -> Artifact: ...
+@overload
+def export(
+    source: Source | nn.Module,
+    to: list[str] | tuple[str, ...],
+    *,
+    out: Source = "artifacts",
+    precision: str = "fp32",
+    data: Source | None = None,
+    calibrate: int = 200,
+    weight_bits: int = 8,
+    per_tensor: bool = False,
+    model: str | None = None,
+    use_ema: bool | None = None,
+    img_size: int | None = None,
+    no_fuse: bool = False,
+    opset: int | None = None,
+) -> list[Artifact]: ...
+def export(
+    source: Source | nn.Module,
+    to: str | list[str] | tuple[str, ...] = "onnx",
+    *,
+    out: Source = "artifacts",
+    precision: str = "fp32",
+    data: Source | None = None,
+    calibrate: int = 200,
+    weight_bits: int = 8,
+    per_tensor: bool = False,
+    model: str | None = None,
+    use_ema: bool | None = None,
+    img_size: int | None = None,
+    no_fuse: bool = False,
+    opset: int | None = None,
+) -> Artifact | list[Artifact]:
+    """Export a network to a runtime, fused, with its classes, its preprocessing and a reference output inside.
+
+    `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or a module in eval mode. Of one runtime
+    (onnx, openvino, executorch, litert, ncnn, coreml, mnn, tensorrt, web) it gives the artifact, of a list of them a
+    list; each lies in `out`/<runtime>-<precision>. The precision is fp32, fp16, bf16 or int8, which is calibrated on
+    `calibrate` photos of `data`, a folder or "digits". `weight_bits` is 8, or 7 for processors whose int8 sums
+    overflow; `per_tensor` takes one scale a weight tensor. `model` names the network where the weights do not, and
+    says how images are prepared for a module; `img_size` is the side in pixels; `opset` that of ONNX files.
+
+    Raises GateFailed where the runtime's answer is not PyTorch's, BadArgument, BadData, MissingExtra.
+
+        artifact = onefold.export("runs/photos-finetune", "onnx", precision="int8", data="photos/")
+        artifact("cat.jpg").names
+    """
+    names = [to] if isinstance(to, str) else list(to)
+    if not names:
+        raise BadArgument(f"there is no runtime to export to: give one or more of {', '.join(RUNTIMES)}")
+    method = Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
+    order = ExportOptions(
+        runtimes=names,
+        precision=precision,
+        size=img_size,
+        fused=not no_fuse,
+        calibration=None if data is None else Calibration(data=os.fspath(data), count=calibrate, method=method),
+        opset=opset,
+    )
+    network = network_of(source, model) if isinstance(source, nn.Module) else chosen_weights(source, use_ema)
+    made = [Artifact.of(each) for each in export_network(network, Path(out), order, name=model)]
+    return made[0] if isinstance(to, str) else made
+
+
+def network_of(module: nn.Module, name: str | None) -> Network:
+    """Give a module, in eval mode, as a network; by its `name` the catalogue says how images are prepared for it.
+
+    Raises BadArgument where it is in train mode.
+    """
+    if module.training:
+        raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
+    preprocessing = dict(CATALOGUE[resolve(name)].input) if name is not None else Preprocessing().to_dict()
+    in_chans = next((int(m.in_channels) for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    if name is None:
+        _log.info("a module does not say how images are prepared: taken as ImageNet's, 224 pixels (model=NAME says it)")
+    if in_chans != 3:
+        grey = {key: (sum(preprocessing[key]) / 3,) * in_chans for key in ("mean", "std")}
+        preprocessing |= {**grey, "channels": in_chans}
+    size = preprocessing["size"]
+    with torch.inference_mode():
+        logits = module(torch.zeros(1, in_chans, size, size, device=next(module.parameters()).device))
+    title = name or type(module).__name__
+    card = Card(
+        model=resolve(name) if name is not None else title,
+        num_classes=logits.shape[-1],
+        in_chans=in_chans,
+        preprocessing=preprocessing,
+        fused=not unfused_norms(module),
+        source="a module in memory",
+    )
+    return Network(model=module, card=card, title=title)
+
+
+def export_network(
+    source: str | Path | Network, out: Path, order: ExportOptions, *, name: str | None = None
+) -> list[runtimes.Artifact]:
     """One verified artifact a runtime, in `out`/<runtime>-<precision>; weights are fused first unless told not to.
 
     Raises GateFailed where a runtime's answer is not PyTorch's, once the artifacts of the other runtimes are written.
@@ -82,7 +232,7 @@ def export(source: str | Path, out: Path, order: ExportOptions, *, name: str | N
         raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
     for runtime in order.runtimes:
         find_runtime(runtime)  # a wrong name is refused before minutes of calibration
-    network = open_network(source, name=name)
+    network = source if isinstance(source, Network) else open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
     network = network.with_size(order.size)
@@ -110,7 +260,7 @@ def export_made(
     runtime: str,
     precision: str,
     details: Mapping[str, object] | None = None,
-) -> Artifact:
+) -> runtimes.Artifact:
     """One verified artifact of a network, or of the int8 network that was `made` of it; `details` for its manifest."""
     size, info = network.preprocessing.size, model_info(network, network.title, made)
     return export_to(

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ def open_run_data(out: Path, recipe: Recipe, place: str | None = None) -> Datase
     dataset = saved.get("dataset")
     classes = dataset.get("classes") if isinstance(dataset, dict) else _classes_of_best(out)
     found = place or _place(out, recipe.data.spec, saved)
+    val = saved.get("val")
+    if recipe.data.val and isinstance(val, dict):
+        recipe = replace(recipe, data=replace(recipe.data, val=_place(out, recipe.data.val, val) or recipe.data.val))
     if found is None and saved:
         was = printable(str(saved.get("place")))
         raise BadData(f"the photos of {out} were in {was}, and are gone: say where they are with --data FOLDER")
@@ -70,10 +73,13 @@ def _classes_of_best(out: Path) -> Sequence[str] | None:
         return None
 
 
-def write_run_data(out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: Records) -> None:
-    """Keep in the run folder what it is trained on."""
+def write_run_data(
+    out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: Records, val: str = ""
+) -> None:
+    """Keep in the run folder what it is trained on; `val` is where its val lies, if elsewhere."""
     ImageList.of(images).write(out / IMAGES)
     values = {"dataset": info.to_dict(), **_where(out, info.place), "trained_on": to_card(records)}
+    values |= {"val": _where(out, val)} if val else {}
     write_text(out / DATA, json.dumps(values, indent=1) + "\n")
 
 
@@ -116,6 +122,7 @@ def open_data(
         val_fraction=data.val_fraction,
         class_order=classes,
         test_is_val=test_is_val,
+        val=data.val or None,
     )
 
 

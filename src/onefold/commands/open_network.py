@@ -35,8 +35,6 @@ from onefold.runtimes.artifact import is_artifact
 Floats = NDArray[np.float32]
 _log = logging.getLogger("onefold")
 
-_log = logging.getLogger("onefold")
-
 RECIPE = "recipe.json"
 """The recipe of a run, in its folder."""
 

@@ -1,38 +1,255 @@
-"""Predictions of a network for a user's photos."""
+"""Predictions of a network for a user's photos, or for images in memory."""
 
 from __future__ import annotations
 
+import csv
+import html
+import io
+import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
+from onefold.commands.load import Source, open_source
 from onefold.commands.open_network import Floats, Predictor
-from onefold.data import Dataset, ImageFiles, Preprocessing
+from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
 from onefold.data.decode import decode
+from onefold.data.in_memory import prepare, split_images
 from onefold.data.value_range import mismatch
-from onefold.errors import BadArgument, BadCheckpoint, BadData
+from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable
+from onefold.storage import free_path, write_text
 
 _log = logging.getLogger("onefold")
+
+UNSURE = "unsure"
+"""The folder that `sort_into` makes for photos whose likeliest class is below the least confidence."""
+
+_SHOWN = 10  # rows of a table that `repr` shows
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f<>:"/\\|?*]|^\.+$|[. ]+$')  # of folders, on any system
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The likeliest classes of one image as (index, name, softmax probability), or why the image could not be read."""
+    """The likeliest classes of one image as (index, name, softmax probability), or why the image could not be read.
 
-    path: Path
+    `path` is None for an image in memory; `name` is the path, or which of the images it was. `probabilities` (N,) are
+    of all classes, None where the image could not be read. `is_unsure` is whether the likeliest class is less probable
+    than was asked for.
+    """
+
+    name: str
+    path: Path | None = None
     best: tuple[tuple[int, str, float], ...] = ()
     problem: str | None = None
+    is_unsure: bool = False
+    probabilities: Floats | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def label(self) -> str | None:
+        """The likeliest class; None where that is unsure, or the image could not be read."""
+        return None if self.problem is not None or self.is_unsure else self.best[0][1]
+
+    def __str__(self) -> str:
+        """The likeliest classes but those of 0.0 %, or why the image could not be read."""
+        if self.problem is not None:
+            return f"unread: {self.problem}"
+        shown = [
+            f"{name} {100 * share:.1f} %" for k, (_, name, share) in enumerate(self.best) if not k or share >= 5e-4
+        ]
+        return f"{printable_name(self.name)}: {f'{UNSURE}: ' if self.is_unsure else ''}{', '.join(shown)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values: file, predictions, problem, as `onefold predict --json` prints them."""
+        best = [{"index": index, "class": name, "probability": share} for index, name, share in self.best]
+        unsure = {"unsure": True} if self.is_unsure else {}
+        return {"file": printable_name(self.name), "predictions": best, "problem": self.problem, **unsure}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Sequence[Prediction]):
+    """The predictions for several images, in their order; `classes` are the network's.
+
+    `names` has the likeliest class of each (None: unsure or unread), `probabilities` (B, N) float32 the softmax of all
+    classes, NaN where an image could not be read. `not_there` says which paths were passed over, and why.
+    """
+
+    found: tuple[Prediction, ...]
+    classes: tuple[str, ...]
+    not_there: tuple[str, ...] = ()
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> Predictions: ...
+    def __getitem__(self, index: int | slice) -> Prediction | Predictions:
+        if isinstance(index, slice):
+            return Predictions(self.found[index], self.classes)
+        return self.found[index]
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    @property
+    def names(self) -> list[str | None]:
+        """The likeliest class of each image; None where it is unsure or could not be read."""
+        return [each.label for each in self.found]
+
+    @property
+    def probabilities(self) -> Floats:
+        """The softmax of all classes, (B, N) float32; NaN where an image could not be read."""
+        blank = np.full(len(self.classes), np.nan, dtype=np.float32)
+        rows = [blank if each.probabilities is None else each.probabilities for each in self.found]
+        return np.stack(rows) if rows else np.empty((0, len(self.classes)), dtype=np.float32)
+
+    def counts(self) -> dict[str, int]:
+        """How many images are of which class, the most frequent first; the unsure and the unread at the end."""
+        labels = Counter(each.label for each in self.found if each.label is not None)
+        rest = {
+            UNSURE: sum(each.is_unsure for each in self.found),
+            "unread": sum(each.problem is not None for each in self.found),
+        }
+        return {**dict(labels.most_common()), **{name: count for name, count in rest.items() if count}}
+
+    def to_csv(self) -> str:
+        """Give a table as CSV: file, class and probability, the next classes with theirs, what is wrong with a file."""
+        most = max((len(each.best) for each in self.found), default=1)
+        more = [column for k in range(2, most + 1) for column in (f"class_{k}", f"probability_{k}")]
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["file", "class", "probability", *more, "problem"])
+        for each in self.found:
+            cells: list[object] = [cell for _, name, share in each.best for cell in (name, f"{share:.6f}")]
+            problem = each.problem or (UNSURE if each.is_unsure else "")
+            table.writerow([printable_name(each.name), *cells, *[""] * (2 * max(most, 1) - len(cells)), problem])
+        return text.getvalue()
+
+    def write(self, out: Source) -> Path:
+        """Write the table to a file: .csv, or .jsonl with one JSON object an image. Raises BadArgument, NotWritable."""
+        path = check_table(out)
+        lines = (json.dumps(each.to_dict(), allow_nan=False) + "\n" for each in self.found)
+        write_text(path, self.to_csv() if path.suffix.lower() == ".csv" else "".join(lines))
+        return path
+
+    def sort_into(self, folder: Source) -> Path:
+        """Copy each photo to `folder`/<class>/, the unsure to `folder`/unsure; the folder must be new or empty.
+
+        Photos stay where they are, and of equal names one gets a number. Images in memory and unread files are left
+        out. Raises BadArgument, NotWritable.
+        """
+        place = check_empty(folder)
+        folders: dict[str | None, str] = {None: UNSURE}
+        for each in self.found:
+            if each.path is None or each.problem is not None:
+                continue
+            if each.label not in folders:
+                folders[each.label] = _folder_name(str(each.label), folders.values())
+            inner = place / folders[each.label]
+            try:
+                inner.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(each.path, free_path(inner / each.path.name))
+            except OSError as error:
+                raise NotWritable(f"cannot copy {each.path} to {inner}: {error.strerror or error}") from error
+        return place
+
+    def __repr__(self) -> str:
+        lines = [str(each) for each in self.found[:_SHOWN]]
+        rest = len(self.found) - len(lines)
+        head = f"Predictions: {len(self.found)} images, {len(self.classes)} classes"
+        return "\n".join([head, *lines, *([f"... and {rest} more"] if rest else [])])
+
+    def _repr_html_(self) -> str:
+        rows = [f"<tr><td>{html.escape(part)}</td></tr>" for part in map(str, self.found[:_SHOWN])]
+        rest = len(self.found) - len(rows)
+        more = f"<p>... and {rest} more</p>" if rest else ""
+        return f"<table>{''.join(rows)}</table>{more}"
 
 
 def predict(
-    predictor: Predictor, images: Sequence[Path], *, top: int = 5, batch_size: int = 32
+    source: Source | Predictor,
+    images: object,
+    *,
+    model: str | None = None,
+    use_ema: bool | None = None,
+    classes: Source | None = None,
+    img_size: int | None = None,
+    top: int = 5,
+    min_confidence: float = 0.0,
+    batch_size: int = 32,
+    threads: int = 2,
+    on_prediction: Callable[[Prediction], None] | None = None,
+) -> Predictions:
+    """Predict the classes of photos: paths, folders, PIL images, arrays, tensors, or a list of them.
+
+    `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or an artifact. Pictures are uint8: PIL,
+    arrays (H, W, 3) or tensors (3, H, W); floats (3, S, S) are taken as normalized inputs. `model` names the network
+    where the weights do not; `use_ema` chooses averaged or plain weights where a checkpoint has both; `classes` is a
+    file with their names; `img_size` the side in pixels; `top` how many classes each prediction lists; below
+    `min_confidence` (0 to 1) the class is unsure. `on_prediction` is called with each as it comes.
+
+    Files that cannot be read, and paths that are not there, are named and passed over. Raises BadData where none is
+    left, BadArgument, BadCheckpoint.
+
+        found = onefold.predict("runs/photos-finetune", ["cat.jpg", "holiday/"])
+        found.names, found.probabilities
+    """
+    if top < 1 or batch_size < 1 or not 0 <= min_confidence <= 1:
+        raise BadArgument(
+            f"top and batch_size must be 1 or more and min_confidence from 0 to 1, not {top}, {batch_size} and "
+            f"{min_confidence}"
+        )
+    given, not_there = _find(images)
+    with open_source(
+        source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
+    ) as predictor:
+        found = []
+        for each in _predict(predictor, given, top, min_confidence, batch_size):
+            found.append(each)
+            if on_prediction is not None:
+                on_prediction(each)
+        names = tuple(predictor.class_name(index) for index in range(predictor.num_classes))
+    unread = sum(each.problem is not None for each in found)
+    if unread == len(found):
+        raise BadData(f"{unread} of {len(found)} images could not be read: {found[0].problem}")
+    if unread:
+        _log.warning("%d of %d images could not be read and are left out: they are named above", unread, len(found))
+    if not_there:
+        _log.warning("%d of the places given are passed over: %s", len(not_there), "; ".join(not_there))
+    return Predictions(tuple(found), names, tuple(not_there))
+
+
+def _find(images: object) -> tuple[list[object], list[str]]:
+    """Give each image once, paths in place of folders; and of each path that cannot be followed, why."""
+    given: list[object] = []
+    not_there: list[str] = []
+    seen: set[Path] = set()
+    for item in split_images(images):
+        if not isinstance(item, str | Path):
+            given.append(item)
+            continue
+        try:
+            paths = [path for path in find_images([item]) if path not in seen]
+        except BadData as error:
+            not_there.append(str(error))
+            continue
+        seen.update(paths)
+        given.extend(paths)
+    if not given:
+        raise BadData("; ".join(not_there) or "there is no image: give photos, or folders of photos")
+    return given, not_there
+
+
+def _predict(
+    predictor: Predictor, images: Sequence[object], top: int, min_confidence: float, batch_size: int
 ) -> Iterator[Prediction]:
     """Give predictions in the order of `images`; one that cannot be read has a `problem`, and the others go on."""
-    if top < 1 or batch_size < 1:
-        raise BadArgument(f"top and batch_size must be 1 or more, not {top} and {batch_size}")
     if not predictor.num_classes:
         raise BadCheckpoint(
             f"{predictor.title} has no last layer: its outputs are features and no classes; fit one to photos of yours "
@@ -40,20 +257,33 @@ def predict(
         )
     if predictor.num_classes == 1:
         _log.info("%s has one output, whose share of the softmax is 100 %% for any photo", predictor.title)
-    names = [str(path) for path in images]
-    say_mismatch(ImageFiles(Path(), names, [0] * len(names), ("photos",)), predictor.preprocessing)
-    for start in range(0, len(images), batch_size):
-        paths = images[start : start + batch_size]
-        read = [_preprocess(path, predictor.preprocessing) for path in paths]
+    names = [str(path) for path in images if isinstance(path, Path)]
+    if names:
+        say_mismatch(ImageFiles(Path(), names, [0] * len(names), ("photos",)), predictor.preprocessing)
+    numbered = enumerate(images)
+    first = True
+    while part := list(islice(numbered, batch_size)):
+        read = [_preprocess(image, predictor.preprocessing) for _, image in part]
         inputs = [image for image in read if not isinstance(image, str)]
-        if inputs and start == 0:
+        if inputs and first:
             predictor.check_name(np.stack(inputs))
+            first = False
         logits = iter(predictor.session(np.stack(inputs)) if inputs else ())
-        for path, image in zip(paths, read, strict=True):
-            if isinstance(image, str):
-                yield Prediction(path=path, problem=image)
-            else:
-                yield Prediction(path=path, best=_best(predictor, next(logits), top))
+        for (number, image), prepared in zip(part, read, strict=True):
+            path = image if isinstance(image, Path) else None
+            name = f"image {number + 1}" if path is None else str(path)
+            if isinstance(prepared, str):
+                yield Prediction(name=name, path=path, problem=prepared)
+                continue
+            probabilities = _softmax(next(logits))
+            order = np.argsort(-probabilities, kind="stable")[:top]
+            yield Prediction(
+                name=name,
+                path=path,
+                best=tuple((int(i), predictor.class_name(int(i)), float(probabilities[i])) for i in order),
+                is_unsure=bool(probabilities[order[0]] < min_confidence),
+                probabilities=probabilities.astype(np.float32),
+            )
 
 
 def say_mismatch(images: Dataset, preprocessing: Preprocessing) -> None:
@@ -63,16 +293,47 @@ def say_mismatch(images: Dataset, preprocessing: Preprocessing) -> None:
         _log.warning("%s", sentence)
 
 
-def _preprocess(path: Path, preprocessing: Preprocessing) -> Floats | str:
+def _preprocess(image: object, preprocessing: Preprocessing) -> Floats | str:
     try:
-        return preprocessing(decode(path, value_range=preprocessing.value_range))
+        if isinstance(image, Path):
+            return preprocessing(decode(image, value_range=preprocessing.value_range))
+        return prepare(image, preprocessing)
     except BadData as error:
         return str(error)
 
 
-def _best(predictor: Predictor, logits: Floats, top: int) -> tuple[tuple[int, str, float], ...]:
+def _softmax(logits: Floats) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     wide = logits.astype(np.float64)
     probabilities = np.exp(wide - wide.max())
-    probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")[:top]
-    return tuple((int(i), predictor.class_name(int(i)), float(probabilities[i])) for i in order)
+    return probabilities / probabilities.sum()
+
+
+# ------------------------------------------------------------------------- tables and sorted folders
+
+
+def check_table(out: Source) -> Path:
+    """Give the path of a table to write. Raises BadArgument for another suffix than .csv and .jsonl."""
+    path = Path(out)
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise BadArgument(f"predictions are written as .csv or .jsonl, not {path.name!r}")
+    return path
+
+
+def check_empty(folder: Source) -> Path:
+    """Give the folder to sort photos into. Raises BadArgument where it holds something."""
+    place = Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise BadArgument(f"{place} is not empty: photos are sorted into a new folder (--sort-into {free_path(place)})")
+    return place
+
+
+def printable_name(name: str) -> str:
+    """Give a path as text that any file can hold: bytes that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _folder_name(label: str, taken: Collection[str]) -> str:
+    """Give a class as the name of a folder inside the one it is made in, whatever characters the class has."""
+    name = _NOT_IN_NAMES.sub("_", label)[:100] or "_"
+    others = {other.casefold() for other in taken}
+    return next(n for k in count(1) if (n := name if k == 1 else f"{name}-{k}").casefold() not in others)

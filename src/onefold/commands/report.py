@@ -45,6 +45,35 @@ class ReportInputs:
         return joined([plural(len(paths), noun) for paths, noun in counts]) + _not_searched(self.skipped, "; ")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report(os.PathLike[str]):
+    """The page that was written, and what it is of."""
+
+    page: Path
+    found: ReportInputs
+
+    def __fspath__(self) -> str:
+        return str(self.page)
+
+    def __str__(self) -> str:
+        return f"wrote {self.page} of {self.found}"
+
+    def __repr__(self) -> str:
+        return f"Report({str(self.page)!r}, of {self.found})"
+
+
+def report(*folders: str | os.PathLike[str], out: str | os.PathLike[str] = "report.html") -> Report:
+    """Write one self-contained HTML page of all runs, results and artifacts in the folders and below them.
+
+    Without a folder it is the current one. Raises BadData where there is nothing, MissingExtra without matplotlib,
+    NotWritable.
+
+        onefold.report("runs/", out="report.html")
+    """
+    page = Path(out)
+    return Report(page=page, found=write_page([Path(folder) for folder in folders or (".",)], page))
+
+
 def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
     """Write the report of every run, result and artifact below `places` to `out`; return what was found.
 

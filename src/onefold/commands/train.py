@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from onefold.commands.evaluate import PREDICTIONS, evaluate, predictions_are_of, write_predictions
+from onefold.commands.evaluate import PREDICTIONS, evaluate_dataset, predictions_are_of, write_predictions
 from onefold.commands.held_out import (
     Records,
     check_run_data,
@@ -34,31 +35,34 @@ from onefold.commands.initial_weights import (
     open_teachers,
     provenance,
     resumed_network,
+    with_weights_preprocessing,
 )
+from onefold.commands.load import Source, chosen_weights
 from onefold.commands.open_network import RECIPE, Network, open_predictor, read_recipe, weights_file
+from onefold.commands.progress import training_bar
+from onefold.commands.run import Run, TrainResult, new_folder
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
-from onefold.models import resolve
+from onefold.models import CATALOGUE, resolve
 from onefold.models.hub import Card, weights_card
 from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
-from onefold.recipes import Recipe
+from onefold.recipes import Recipe, recipe_for
 from onefold.reparam import unfused_norms
 from onefold.storage import replacing, write_text
 from onefold.train import (
     Batches,
     Progress,
-    Run,
     RunFolder,
     World,
     accuracy,
     is_restarted,
     local_workers,
+    loop,
     open_loggers,
     start_world,
-    train,
     worker_batches,
 )
 from onefold.train.loggers import check_services
@@ -75,8 +79,12 @@ _log = logging.getLogger("onefold")
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What is called during a training: `on_start` and `on_data` before the first step, `on_progress` after each."""
+    """What is called during a training: `on_data` and `on_start` before the first step, `on_progress` after each.
 
+    `on_recipe` gets the complete recipe before anything is read.
+    """
+
+    on_recipe: Callable[[Recipe], None] | None = None
     on_start: Callable[[Recipe], None] | None = None
     on_data: Callable[[DatasetInfo], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
@@ -85,18 +93,110 @@ class Callbacks:
 NO_CALLBACKS = Callbacks()
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """The end of a training: the best weights, their epoch, and their accuracy on `count` images. `top1` in percent."""
+def train(
+    data: Source | None = None,
+    *,
+    recipe: str = "photos:scratch",
+    val: Source | None = None,
+    model: str | None = None,
+    weights: Source | None = None,
+    use_ema: bool | None = None,
+    start: str | None = None,
+    head: str | None = None,
+    teacher: Source | None = None,
+    out: Source | None = None,
+    resume: Source | None = None,
+    img_size: int | None = None,
+    epochs: int | None = None,
+    int8: bool = False,
+    batch_size: int | None = None,
+    scale_to_batch: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    log_to: str | Sequence[str] = (),
+    no_check: bool = False,
+    quiet: bool = False,
+    changes: Mapping[str, object] | None = None,
+    callbacks: Callbacks | None = None,
+) -> Run:
+    """Train a network by a recipe, and give the run: its folder, history, best epoch, and the verbs as methods.
 
-    weights: Path
-    top1: float
-    epoch: int
-    count: int
+    `data` is a folder of photos, one folder a class, or "digits", or any place that `onefold data` understands; `val`
+    another one to validate on. `model` takes the place of the recipe's network; `weights`, a file, a run or an id of
+    the hub, are what it starts from: a recipe that needs some takes the released ones of its model. `out` is the
+    run folder, by default a new one in runs/; `resume` a run to go on with, and then only `data`, where its photos have
+    moved, `threads`, `device` and `log_to` are given with it. `img_size` is in pixels, `lr` the rate of the
+    whole batch; `changes` sets any other field of the recipe, such as {"plan.clip_grad_norm": 1.0}. `threads` are of
+    torch, all cores by default; `device` is auto, cpu or cuda. `quiet` shows no progress.
+
+    Raises BadData for photos that cannot be used, BadArgument, BadCheckpoint, RunBusy, NonFiniteLoss, Stopped.
+
+        run = onefold.train("photos/", model="mobileone_s0", recipe="photos:finetune")
+        run.best.top1, run.predict("cat.jpg").names
+    """
+    services = [name.strip() for name in log_to.split(",") if name.strip()] if isinstance(log_to, str) else list(log_to)
+    fields: dict[str, object] = {"data.val": val, "model": model, "start": start, "head": head, "plan.seed": seed}
+    fields |= {"weights": None if weights is None else chosen_weights(weights, use_ema)}
+    fields |= {"plan.distill.teacher": teacher, "plan.batch_size": batch_size, "plan.optimizer.lr": lr}
+    texts = {field: str(value) for field, value in fields.items() if value is not None}
+    texts |= {"int8": "{}"} if int8 else {}
+    texts |= {field: v if isinstance(v, str) else json.dumps(v) for field, v in (changes or {}).items()}
+    place = None if data is None else os.fspath(data)
+    with ExitStack() as stack:
+        if threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        if callbacks is None:
+            callbacks = NO_CALLBACKS if quiet else Callbacks(on_progress=stack.enter_context(training_bar()))
+        if resume is not None:
+            if texts or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
+                raise BadArgument(
+                    "--resume goes on with the run's own recipe: give nothing else with it, except --data where its "
+                    "photos have moved"
+                )
+            folder = Path(resume)
+            resume_run(folder, data=place, callbacks=callbacks, log_to=services, device=device)
+        else:
+            texts |= {} if place is None else {"data.spec": place}
+            chosen = resolved_recipe(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            folder = new_folder(chosen) if out is None else Path(out)
+            if callbacks.on_recipe is not None:
+                callbacks.on_recipe(chosen)
+            start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check, device=device)
+    return Run(folder)
+
+
+def resolved_recipe(
+    name: str,
+    changes: Mapping[str, str],
+    *,
+    size: int | None = None,
+    epochs: int | None = None,
+    scale_to_batch: int | None = None,
+) -> Recipe:
+    """Give a recipe with these changes, the released weights of its model where it needs some, and their preprocessing.
+
+    Fields that are changed keep their values. Raises BadArgument.
+    """
+    recipe = recipe_for(name, changes, size=size, epochs=epochs, scale_to_batch=scale_to_batch)
+    if recipe.weights is None and (recipe.head != "kept" or recipe.start == "expanded"):
+        released = CATALOGUE[resolve(recipe.model)].weights
+        if released:
+            _log.info("starts from %s of the Hugging Face hub; --weights gives others", released)
+            recipe = replace(recipe, weights=released)
+    return with_weights_preprocessing(recipe, {*changes, *(["preprocessing.size"] if size is not None else [])})
 
 
 def start_run(
-    recipe: Recipe, out: Path, *, callbacks: Callbacks = NO_CALLBACKS, log_to: Sequence[str] = (), check: bool = True
+    recipe: Recipe,
+    out: Path,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    log_to: Sequence[str] = (),
+    check: bool = True,
+    device: str = "auto",
 ) -> TrainResult:
     """Train from the start into the run folder `out`, which must not hold a run.
 
@@ -107,27 +207,39 @@ def start_run(
         raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
     if RunFolder(out).has_run:
         if is_restarted():
-            return resume_run(out, callbacks=callbacks, log_to=log_to)
+            return resume_run(out, callbacks=callbacks, log_to=log_to, device=device)
+        open_data(recipe.data)  # data that are not there are the first thing to say
         raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-    return _run(recipe, out, callbacks, log_to, check)
+    return _run(recipe, out, callbacks, log_to, check, device)
 
 
 def resume_run(
-    out: Path, *, data: str | None = None, callbacks: Callbacks = NO_CALLBACKS, log_to: Sequence[str] = ()
+    out: Path,
+    *,
+    data: str | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
+    log_to: Sequence[str] = (),
+    device: str = "auto",
 ) -> TrainResult:
     """Go on with the run in `out`, by the recipe that is saved in it; its data are not checked again.
 
     `data` is where its images are now, if they have moved. Raises BadCheckpoint where they are not the same ones.
     """
     check_services(log_to)
-    return _run(read_recipe(out), out, replace(callbacks, on_start=None), log_to, check=False, data=data)
+    return _run(read_recipe(out), out, replace(callbacks, on_start=None), log_to, False, device, data=data)
 
 
 def _run(
-    recipe: Recipe, out: Path, callbacks: Callbacks, log_to: Sequence[str], check: bool, data: str | None = None
+    recipe: Recipe,
+    out: Path,
+    callbacks: Callbacks,
+    log_to: Sequence[str],
+    check: bool,
+    device: str,
+    data: str | None = None,
 ) -> TrainResult:
     resolve(recipe.model)  # an unknown name is an error before the data are read
-    with start_world() as world:
+    with start_world(device) as world:
         resume = world.broadcast(RunFolder(out).has_run)
         splits = open_run_data(out, recipe, data) if resume else open_data(recipe.data)
         training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
@@ -169,12 +281,13 @@ def _run(
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
         if not resume and world.is_main:
             checked = _check(training, validation, recipe.preprocessing) if check else None
-            if callbacks.on_start:
-                callbacks.on_start(recipe)
             if callbacks.on_data:
                 callbacks.on_data(splits.info)
+            if callbacks.on_start:
+                callbacks.on_start(recipe)
             write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
-            write_run_data(out, splits.info, {"train": training, "val": validation}, records or ())
+            images_of = {"train": training, "val": validation}
+            write_run_data(out, splits.info, images_of, records or (), recipe.data.val)
             if checked:
                 write_text(out / CHECK, json.dumps(asdict(checked), indent=1) + "\n")
             _draw_samples(out, batches, training.classes, recipe.preprocessing)
@@ -184,7 +297,7 @@ def _run(
         elif world.is_main and data is not None:
             move_run_data(out, data)
 
-        run = Run(
+        run = loop.Run(
             out=out,
             evaluate=Evaluator(card=card, validation=validation, recipe=recipe),
             world=world,
@@ -195,9 +308,9 @@ def _run(
         )
         if world.is_main:
             with open_loggers(out, log_to, recipe.to_dict(), callbacks.on_progress) as on_progress:
-                best = train(model, batches, recipe.plan, replace(run, on_progress=on_progress)).best
+                best = loop.train(model, batches, recipe.plan, replace(run, on_progress=on_progress)).best
         else:
-            best = train(model, batches, recipe.plan, run).best
+            best = loop.train(model, batches, recipe.plan, run).best
     if world.is_main:
         _write_best_predictions(out, recipe, validation)
     return TrainResult(
@@ -337,7 +450,7 @@ def _write_best_predictions(out: Path, recipe: Recipe, validation: Dataset) -> N
         with open_predictor(out, threads=torch.get_num_threads()) as predictor:
             if predictions_are_of(out / PREDICTIONS, predictor):
                 return
-            scored = evaluate(predictor, validation, batch_size=recipe.plan.batch_size)
+            scored = evaluate_dataset(predictor, validation, batch_size=recipe.plan.batch_size)
             write_predictions(out, predictor, scored.images, scored.score, f"{recipe.data.spec} (held out)")
     except (BadData, GateFailed, NonFiniteLoss) as error:
         _log.warning("the predictions for the validation images are not kept for the report: %s", error)

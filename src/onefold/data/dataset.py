@@ -189,18 +189,29 @@ def read_dataset(
     val_fraction: float,
     class_order: Sequence[str] | None = None,
     test_is_val: bool = False,
+    val: str | Path | None = None,
 ) -> DatasetSplits:
     """Look at a place ("digits", a folder, shards, a table) and give its splits, and what they were read from.
 
     `class_order` are the classes in an order that counts if they are the same ones, and `test_is_val` takes test where
-    there is no val: both for a run that goes on as it was started. Raises BadData for a place that cannot be used or
-    that can be understood in two ways.
+    there is no val: both for a run that goes on as it was started. `val` is another place, whose val, or else test, or
+    else all images are val then. Raises BadData for a place that cannot be used or that can be understood in two ways.
     """
     if not 0 <= val_fraction <= 1:
         raise BadArgument(f"val_fraction is {val_fraction}, expected 0 to 1")
     images = _digits() if place == "digits" else read_place(place)
     parts, notes, left_out = list(images.splits), list(images.notes), list(images.left_out)
     shown = printable(place)
+    if val is not None:
+        own = [part.source for part in parts if part.split == "val"]
+        notes += [f"{source} is not used: val is {printable(val)}" for source in own]
+        elsewhere = _digits() if val == "digits" else read_place(val)
+        notes += elsewhere.notes
+        left_out += elsewhere.left_out
+        held_out = {part.split: part for part in elsewhere.splits}
+        chosen = next(held_out[split] for split in ("val", "test", None, "train") if split in held_out)
+        parts = [replace(part, split=part.split or "train") for part in parts if part.split != "val"]
+        parts.append(replace(chosen, split="val", source=f"{printable(val)} ({chosen.source})"))
     if test_is_val and not any(part.split == "val" for part in parts):
         parts = [replace(part, split="val") if part.split == "test" else part for part in parts]
     by_split = {part.split: part for part in parts}

@@ -185,6 +185,26 @@ def decode(
     return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, finish))
 
 
+def from_pil(image: Image.Image, *, value_range: ValueRange | None = None) -> Image.Image:
+    """Give an image that Pillow holds as `decode` gives a file: RGB, EXIF orientation applied, over white.
+
+    Raises BadData where its file is damaged, and where its samples have a range that is not known.
+    """
+    try:
+        image.load()
+        if image.mode in ("F", "I") and value_range is None:
+            raise BadData(f"a PIL image of mode {image.mode} has samples whose range is not known: {_SAY_RANGE}")
+        is_deep = image.mode.startswith(("I", "F"))
+        colours = Image.fromarray(scaled(np.asarray(image), value_range or FULL_RANGE)) if is_deep else None
+        rgb = _over_white(image, None if colours is None else colours.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, BadData) else BadData(f"a PIL image cannot be used: {error}") from error
+    method = TRANSPOSE.get(_orientation(image))
+    oriented = rgb if method is None else rgb.transpose(method)
+    oriented.info = {}
+    return oriented
+
+
 def decode_crop(image: Path | str | bytes, crop_box: CropBox, *, name: str | None = None) -> Crop:
     """Decode a crop of an image, and no more of the image than the crop needs; for training.
 
@@ -346,7 +366,7 @@ def _to_rgb(image: ImageFile, value_range: ValueRange | None) -> Image.Image:
     return _over_white(image, None)
 
 
-def _over_white(image: ImageFile, colours: Image.Image | None) -> Image.Image:
+def _over_white(image: Image.Image, colours: Image.Image | None) -> Image.Image:
     """Lay a loaded picture over white where it is transparent; `colours` in place of its own where given."""
     if not image.has_transparency_data or image.mode.startswith(("I", "F")):
         return colours or image.convert("RGB")

@@ -24,12 +24,14 @@ class Entry:
 
     `build(num_classes, in_chans)` gives the training network; `input` says how its images are prepared (the keys of
     `Preprocessing`); `top1` is the accuracy that `source` states for ImageNet-1k in percent, None where none does.
+    `weights` is the id on the Hugging Face hub of released ImageNet weights, "" where none are known.
     """
 
     build: Callable[[int, int], Classifier]
     input: Mapping[str, Any]
     top1: float | None = None
     source: str = ""
+    weights: str = ""
 
     @property
     def size(self) -> int:
@@ -66,6 +68,7 @@ def _mobilenet(width: float, flavour: _v1.Flavour = _v1.PAPER) -> Callable[[int,
     return partial(_v1.mobilenetv1, _v1.Variant(width=width, flavour=flavour))
 
 
+_APPLE = "timm/mobileone_s{}.apple_in1k"
 _ONE = "arXiv 2206.04040, Table 9"
 _FORMER = "arXiv 2108.05895 and its released code"
 _V1 = "arXiv 1704.04861, Table 6"
@@ -73,11 +76,11 @@ _SLIM = "TF-slim mobilenet_v1.md, checkpoints of 2018-02-22"
 
 CATALOGUE: dict[str, Entry] = {
     # MobileOne. The paper states no crop; these are the ones that timm gives its weights.
-    "mobileone_s0": Entry(build=_mobileone("s0"), input=_IMAGENET, top1=71.4, source=_ONE),
-    "mobileone_s1": Entry(build=_mobileone("s1"), input=_CROP_90, top1=75.9, source=_ONE),
-    "mobileone_s2": Entry(build=_mobileone("s2"), input=_CROP_90, top1=77.4, source=_ONE),
-    "mobileone_s3": Entry(build=_mobileone("s3"), input=_CROP_90, top1=78.1, source=_ONE),
-    "mobileone_s4": Entry(build=_mobileone("s4"), input=_CROP_90, top1=79.4, source=_ONE),
+    "mobileone_s0": Entry(build=_mobileone("s0"), input=_IMAGENET, top1=71.4, source=_ONE, weights=_APPLE.format(0)),
+    "mobileone_s1": Entry(build=_mobileone("s1"), input=_CROP_90, top1=75.9, source=_ONE, weights=_APPLE.format(1)),
+    "mobileone_s2": Entry(build=_mobileone("s2"), input=_CROP_90, top1=77.4, source=_ONE, weights=_APPLE.format(2)),
+    "mobileone_s3": Entry(build=_mobileone("s3"), input=_CROP_90, top1=78.1, source=_ONE, weights=_APPLE.format(3)),
+    "mobileone_s4": Entry(build=_mobileone("s4"), input=_CROP_90, top1=79.4, source=_ONE, weights=_APPLE.format(4)),
     # Mobile-Former, named by its published million FLOPs.
     "mobileformer_26m": Entry(build=_mobileformer("26m"), input=_IMAGENET, top1=64.0, source=_FORMER),
     "mobileformer_52m": Entry(build=_mobileformer("52m"), input=_IMAGENET, top1=68.7, source=_FORMER),
@@ -96,7 +99,11 @@ CATALOGUE: dict[str, Entry] = {
     "mobilenetv1_050.tf": Entry(build=_mobilenet(0.5, _v1.TF), input=_CENTRED, top1=63.3, source=_SLIM),
     "mobilenetv1_025.tf": Entry(build=_mobilenet(0.25, _v1.TF), input=_CENTRED, top1=49.8, source=_SLIM),
     "mobilenetv1_100.timm": Entry(
-        build=_mobilenet(1.0, _v1.TIMM), input=_CENTRED_BICUBIC, top1=75.388, source="timm, ra4_e3600_r224_in1k at 224"
+        build=_mobilenet(1.0, _v1.TIMM),
+        input=_CENTRED_BICUBIC,
+        top1=75.388,
+        source="timm, ra4_e3600_r224_in1k at 224",
+        weights="timm/mobilenetv1_100.ra4_e3600_r224_in1k",
     ),
     "mobilenetv1_075.timm": Entry(build=_mobilenet(0.75, _v1.TIMM), input=_CENTRED_BICUBIC),
     "mobilenetv1_050.timm": Entry(build=_mobilenet(0.5, _v1.TIMM), input=_CENTRED_BICUBIC),

@@ -39,9 +39,13 @@ _GRID = 8  # pixels: to a multiple of it the sizes of a curriculum's stages are 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What to train on: "digits" or a folder, and how it is split where it is not split already."""
+    """What to train on: "digits" or a folder, and how it is split where it is not split already.
+
+    `val` is another place, whose images are val: then all of `spec` but its own val is trained on.
+    """
 
     spec: str = ""
+    val: str = ""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     val_fraction: Annotated[float, Range(0.0, 1.0)] = 0.2
 

@@ -93,11 +93,12 @@ class Session:
     """A loaded artifact: images (B, C, H, W) float32 to logits (B, classes) float32, for any B >= 1.
 
     Its logits for the reference images were compared with PyTorch's. It may be called from several threads. Close it,
-    or use it in a `with`.
+    or use it in a `with`. With `prepare` it takes whatever that makes inputs of.
     """
 
     def __init__(self, artifact: Artifact, engine: Engine) -> None:
         self.artifact = artifact
+        self.prepare: Callable[[object], Floats] | None = None
         self._engine: Engine | None = engine
 
     @property
@@ -105,10 +106,13 @@ class Session:
         """The number of threads that the runtime itself reports."""
         return self._open_engine().threads
 
-    def __call__(self, images: Floats) -> Floats:
+    def __call__(self, images: object) -> Floats:
         """Compute logits (B, classes). Raises BadArgument where the images are not float32 of the model's shape."""
         engine = self._open_engine()
         shape = self.artifact.input_shape
+        is_batch = isinstance(images, np.ndarray) and images.dtype == np.float32 and images.ndim == 4
+        if self.prepare is not None and not is_batch:
+            images = self.prepare(images)
         if not isinstance(images, np.ndarray) or images.dtype != np.float32:
             actual = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
             raise BadArgument(

@@ -57,6 +57,11 @@ class Accuracy:
     logits: Floats | None = field(default=None, repr=False)
     labels: NDArray[np.int64] | None = field(default=None, repr=False)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `top1`, in percent, for images of this kind: see `wilson_interval`."""
+        return wilson_interval(round(self.top1 * self.count / 100), self.count)
+
     def metrics(self) -> dict[str, float]:
         """Give the numbers that a training logs and chooses the best epoch by."""
         return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss, "ece": self.ece}
@@ -162,6 +167,14 @@ def calibration_error(confidences: NDArray[np.float64], is_right: NDArray[np.boo
     bins = np.clip(np.ceil(finite * BINS).astype(np.int64) - 1, 0, BINS - 1)
     gaps = np.bincount(bins, weights=right - finite, minlength=BINS)  # already weighted by the images of each bin
     return 100.0 * float(np.abs(gaps).sum() / len(finite))
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Give the 95 % interval, in percent, of a share of which `right` of `count` images are a sample (Wilson, 1927)."""
+    share, z2 = right / count, 1.96**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 def drop_interval(lost: int, won: int, count: int) -> tuple[float, float]:

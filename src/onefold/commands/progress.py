@@ -1,0 +1,87 @@
+"""Progress of the verbs in Python: tqdm's bars, in a terminal and in a notebook, and nothing elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from onefold.train import Progress
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_logger = logging.getLogger("onefold.progress")
+
+
+def has_viewer() -> bool:
+    """Whether somebody looks: stderr is a terminal, or this is the kernel of a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+@contextmanager
+def _bar(**options: Any) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of widgets that are not installed, where text does
+        from tqdm.auto import tqdm
+
+        bar = tqdm(disable=not has_viewer(), **options)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[Progress], None]]:
+    """Show the steps of a training as they are taken, with loss and accuracy: gives the callback for each."""
+    with _bar(unit="step", dynamic_ncols=True) as bar:
+
+        def on_progress(at: Progress) -> None:
+            bar.total = at.epochs * at.steps
+            bar.set_description(f"epoch {at.epoch}/{at.epochs}", refresh=False)
+            top1 = {"top-1": f"{at.metrics['top1']:.2f} %"} if "top1" in at.metrics else {}
+            bar.set_postfix({"loss": f"{at.loss:.3f}", **top1}, refresh=False)
+            bar.update(at.global_step - bar.n)
+
+        yield on_progress
+
+
+class _Stages(logging.Handler):
+    """Shows on a bar what the library says that it does: a sentence, with `done` and `total` where they are counted."""
+
+    def __init__(self, bar: Any) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one sentence."""
+        done, total = getattr(record, "done", 0), getattr(record, "total", 0)
+        self.bar.set_description_str(f"{record.getMessage()} ({done + 1} of {total})" if total else record.getMessage())
+
+
+def shows_progress(verb: Callable[P, T]) -> Callable[P, T]:
+    """Make a verb show what it does, where somebody looks and nobody else, as the command line, shows it already."""
+
+    @wraps(verb)
+    def shown(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _logger.handlers or not has_viewer():
+            return verb(*args, **kwargs)
+        level, propagate = _logger.level, _logger.propagate
+        with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar:
+            stages = _Stages(bar)
+            _logger.addHandler(stages)
+            _logger.setLevel(logging.DEBUG)
+            _logger.propagate = False
+            try:
+                return verb(*args, **kwargs)
+            finally:
+                _logger.removeHandler(stages)
+                _logger.setLevel(level)
+                _logger.propagate = propagate
+
+    return shown

@@ -1,0 +1,90 @@
+"""Images in memory, as PIL, numpy and torch hold them: pictures, or inputs that are prepared for a network already.
+
+| given | taken as |
+|---|---|
+| PIL image | a picture, of any size and mode; its EXIF orientation is applied, transparency is laid over white |
+| uint8 array (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4 | a picture, RGB (OpenCV's are BGR: `image[..., ::-1]`) |
+| uint8 tensor (C, H, W), as torchvision reads files | a picture |
+| floats (C, H, W) with the channels and sides of the network | an input: resized and normalized already |
+| one axis more, (B, ...); a list or tuple | each of them |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from onefold.data.decode import from_pil
+from onefold.data.preprocessing import Preprocessing
+from onefold.errors import BadArgument
+
+Floats = NDArray[np.float32]
+_CHANNELS = (1, 3, 4)
+_log = logging.getLogger("onefold")
+
+
+def split_images(value: object) -> Iterator[object]:
+    """Give the single images of what may be one, a batch or a list of them; what is no image comes as it is."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from split_images(item)
+    elif isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4:
+        yield from value
+    else:
+        yield value
+
+
+def prepare_all(value: object, preprocessing: Preprocessing) -> Floats:
+    """Give an image, a batch or a list of them as the network's inputs, float32 (B, C, S, S). Raises as `prepare`."""
+    inputs = [prepare(image, preprocessing) for image in split_images(value)]
+    if not inputs:
+        raise BadArgument("there is no image: expected one, or a list with one or more")
+    return np.stack(inputs)
+
+
+def prepare(image: object, preprocessing: Preprocessing) -> Floats:
+    """Give one image as the network's input, float32 (C, S, S), contiguous.
+
+    Raises BadArgument for what is no image, or floats of another shape; BadData for an image that cannot be used.
+    """
+    if isinstance(image, Image.Image):
+        return preprocessing(from_pil(image, value_range=preprocessing.value_range))
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise BadArgument(
+            f"expected an image as PIL, a uint8 array (H, W, 3) or a tensor (3, H, W), not {type(image).__name__}"
+        )
+    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+    if array.dtype == np.uint8:
+        return preprocessing(_picture(array, channels_first=isinstance(image, torch.Tensor)))
+    shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
+    if not np.issubdtype(array.dtype, np.floating) or array.shape != shape:
+        raise BadArgument(
+            f"expected a picture of uint8 (H, W, 3), values 0 to 255, or a normalized input of floats {shape}, got "
+            f"{array.dtype} {array.shape}"
+        )
+    if preprocessing.mean != (0.0,) * preprocessing.channels and 0 <= array.min() <= 0.5 < array.max() <= 1:
+        _log.warning(
+            "an input of floats has values from %.2f to %.2f: it is taken as normalized already; give a picture as "
+            "PIL or uint8 to have it normalized",
+            *(float(array.min()), float(array.max())),
+        )
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _picture(pixels: NDArray[np.uint8], *, channels_first: bool) -> Image.Image:
+    """Give an array of uint8 as an RGB picture; `channels_first` where both ends could be the channels."""
+    if pixels.ndim == 3 and 0 not in pixels.shape:
+        first, last = pixels.shape[0] in _CHANNELS, pixels.shape[2] in _CHANNELS
+        if first and (channels_first or not last):
+            pixels = pixels.transpose(1, 2, 0)
+        elif not last:
+            raise BadArgument(f"expected a picture with 1, 3 or 4 channels, got an array of shape {pixels.shape}")
+        pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape:
+        raise BadArgument(f"expected a picture (H, W), (H, W, 3) or (3, H, W), got an array of shape {pixels.shape}")
+    return from_pil(Image.fromarray(np.ascontiguousarray(pixels)))
