@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,7 +27,9 @@ def test_the_law_of_imports_holds():
 
 def test_the_face_is_exactly_what_can_be_had():
     for name in onefold.__all__:
-        assert getattr(onefold, name).__module__.startswith("onefold.")
+        thing = getattr(onefold, name)
+        assert (thing.__name__ if isinstance(thing, ModuleType) else thing.__module__).startswith("onefold.")
+        assert callable(thing)
     assert sorted(onefold._HOME_OF) == sorted(onefold.__all__)
     with pytest.raises(AttributeError, match="nothing_like_this"):
         _ = onefold.nothing_like_this

@@ -6,6 +6,7 @@ as a program of its own.
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -263,6 +264,22 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
         "already holds a run",
         lambda h: ["train", "--data", h / "photos", *TRAIN, "--out", h / "run"],
     ),
+    "missing data for a taken folder": (
+        3,
+        "is not there",
+        lambda h: ["train", "--data", h / "nowhere", *TRAIN, "--out", h / "run"],
+    ),
+    "val that is not there": (
+        3,
+        "nowhere is not there",
+        lambda h: ["train", "--data", h / "photos", "--val", h / "nowhere", *TRAIN, "--out", h / "new"],
+    ),
+    "a device that is none": (
+        2,
+        "device must be one of",
+        lambda h: ["train", "--data", h / "photos", "--device", "tpu", *TRAIN, "--out", h / "new"],
+    ),
+    "no threads": (2, "--threads", lambda _: ["train", "--threads", 0]),
     "nothing to resume": (4, "is not a run", lambda h: ["train", "--resume", h / "photos"]),
     "resume with a change": (2, "give nothing else", lambda h: ["train", "--resume", h / "run", "--epochs", 3]),
     "a damaged recipe": (
@@ -424,6 +441,17 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     "a damaged run": (4, "damaged", lambda h: ["fuse", _flip(h / "run/best/model.safetensors")]),
     # photos
     "photo not there": (3, "nowhere.jpg", lambda h: ["predict", h / "run", h / "nowhere.jpg"]),
+    "a table of another kind": (
+        2,
+        "as .csv or .jsonl",
+        lambda h: ["predict", h / "run", h / "photos", "--out", h / "a.xlsx"],
+    ),
+    "photos sorted into photos": (
+        2,
+        "is not empty",
+        lambda h: ["predict", h / "run", h / "photos", "--sort-into", h / "photos"],
+    ),
+    "a confidence in percent": (2, "--min-confidence", lambda h: ["predict", h / "run", h, "--min-confidence", 60]),
     "no photos in the folder": (3, "no images", lambda h: ["predict", h / "run", _class_folders(h / "e", {"x": 0})]),
     "a corrupt photo": (3, "1 of 1 images", lambda h: ["predict", h / "run", _write(h / "a.jpg", b"\xff\xd8\xff")]),
     # evaluation
@@ -444,7 +472,6 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
         lambda h: ["predict", h / "artifacts/onnx-fp32", h / "photos", "--img-size", 64],
     ),
     # fusing and exporting
-    "fused already": (2, "is fused already", lambda h: ["fuse", h / "fused.safetensors"]),
     "a drift above the bound": (1, "differ by", lambda h: ["fuse", h / "run", "--tolerance", 0, "--out", h / "f"]),
     "unknown runtime": (2, "did you mean 'onnx'", lambda h: ["export", h / "run", "--to", "onxx", "--out", h / "n"]),
     "no runtime": (2, "names no runtime", lambda h: ["export", h / "run", "--to", ","]),
@@ -517,6 +544,65 @@ def test_one_corrupt_photo_does_not_stop_the_others(scratch: Path, capsys):
     export = ("export", scratch / "fused.safetensors", "--to", "onnx", "--precision", "int8", "--img-size", 32)
     assert run(*export, "--data", scratch / "photos" / "cat", "--out", scratch / "int8") == 0
     assert "left out of calibration, 1 of 10 photos so far" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ what is asked of photos
+
+
+def test_a_mistyped_path_does_not_stop_the_others(home: Path, capsys):
+    assert run("predict", home / "run", home / "photos/cat", home / "nowhere.jpg", home / "photos/dog/0.png") == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 11
+    assert "note: 1 of the places given are passed over" in said.err
+    assert "nowhere.jpg is not there" in said.err
+
+
+def test_predictions_are_written_as_a_table_and_photos_are_sorted(scratch: Path, capsys):
+    _write(scratch / "photos/cat/3.png", b"not a picture")
+    table = ("--out", scratch / "a.csv", "--sort-into", scratch / "sorted", "--min-confidence", 0.5, "--top", 2)
+    assert run("predict", scratch / "run", scratch / "photos", *table) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "1 unread" in said.err
+    rows = list(csv.DictReader((scratch / "a.csv").read_text().splitlines()))
+    assert len(rows) == 30
+    assert list(rows[0]) == ["file", "class", "probability", "class_2", "probability_2", "problem"]
+    unread = [row for row in rows if "not an image" in row["problem"]]
+    assert [row["file"] for row in unread] == [str(scratch / "photos/cat/3.png")]
+    sure = [row for row in rows if row["probability"] and float(row["probability"]) >= 0.5]
+    files = [path.relative_to(scratch / "sorted") for path in (scratch / "sorted").rglob("*.png")]
+    assert len(files) == 29
+    assert sum(path.parts[0] == "unsure" for path in files) == 29 - len(sure)
+    assert len(list((scratch / "photos").rglob("*.png"))) == 30  # copied, not moved
+    assert run("predict", scratch / "run", scratch / "photos", "--out", scratch / "a.jsonl", "--json") == 0
+    lines = [json.loads(line) for line in (scratch / "a.jsonl").read_text().splitlines()]
+    assert lines == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_fusing_what_is_fused_writes_the_file_with_a_note(home: Path, tmp_path: Path, capsys):
+    assert run("fuse", home / "fused.safetensors", "--out", tmp_path / "again.safetensors") == 0
+    assert "is fused already" in capsys.readouterr().err
+    assert run("predict", tmp_path / "again.safetensors", home / "photos/cat/0.png") == 0
+
+
+def test_a_run_has_a_new_folder_each_time_validates_elsewhere_and_is_quiet(scratch: Path, capsys, monkeypatch):
+    monkeypatch.chdir(scratch)
+    options = ("--data", "photos", "--val", "other", "--threads", 1, "--device", "cpu", "--quiet", *TRAIN)
+    for number, name in enumerate(CLASSES[:2]):
+        photo(scratch / "other" / name / "0.png", 900 + number)
+    for folder in ("runs/photos-scratch", "runs/photos-scratch-2"):
+        assert run("train", *options) == 0
+        said = capsys.readouterr()
+        assert f"weights: {folder}/best/model.safetensors" in said.out
+        assert "epoch 1/1" not in said.err
+        found = json.loads((scratch / folder / "data.json").read_text())["dataset"]["splits"]
+        assert {split["name"]: split["num_images"] for split in found} == {"train": 30, "val": 2}
+    assert "runs/photos-scratch is there already: this run is written to runs/photos-scratch-2" in said.err
+    assert "note: 30 images are few to train from scratch with" in said.out
+    (scratch / "other").rename(scratch / "runs/other")
+    (scratch / "runs/photos-scratch").rename(scratch / "moved")
+    assert run("train", "--resume", "moved") == 3  # val is gone
+    assert "other is not there" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- from outside

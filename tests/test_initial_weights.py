@@ -22,10 +22,10 @@ from onefold.commands.initial_weights import (
     Student,
     TeacherAdapter,
     TeacherEnsemble,
+    initialized_from,
     open_teacher,
     open_teachers,
     provenance,
-    with_weights_preprocessing,
 )
 from onefold.commands.open_network import NameCheck, Network, open_network
 from onefold.commands.train import Callbacks, resume_run, start_run
@@ -195,7 +195,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_takes_the_preprocessing_of_its_weights_and_says_so(half, caplog):
     caplog.set_level("INFO", "onefold")
     told = override(find_recipe("photos:finetune"), {"weights": str(half), "model": NAME})
-    taken = with_weights_preprocessing(told, ())
+    taken = initialized_from(told, ())
     assert taken.preprocessing == Preprocessing(
         size=96, crop_pct=1.0, mean=(0.5,), std=(0.25,), interpolation="bicubic", channels=1
     )
@@ -218,7 +218,7 @@ def test_what_the_user_states_stays(field, value, half):
     told = override(
         find_recipe("photos:finetune"), {"weights": str(half), "model": NAME, f"preprocessing.{field}": value}
     )
-    taken = with_weights_preprocessing(told, [f"preprocessing.{field}"]).preprocessing
+    taken = initialized_from(told, [f"preprocessing.{field}"]).preprocessing
     assert getattr(taken, field) == getattr(told.preprocessing, field)
     assert taken.channels == (3 if field in ("mean", "std", "channels") else 1)
     assert len(taken.mean) == len(taken.std) == taken.channels
@@ -228,10 +228,10 @@ def test_foreign_weights_bring_what_the_catalogue_says_of_them(tmp_path):
     name = "mobilenetv1_025.timm"
     torch.save(create_model(name, num_classes=3).state_dict(), tmp_path / "w.pth")
     told = override(find_recipe("photos:finetune"), {"weights": str(tmp_path / "w.pth"), "model": name})
-    taken = with_weights_preprocessing(told, ()).preprocessing
+    taken = initialized_from(told, ()).preprocessing
     assert (taken.mean, taken.interpolation) == ((0.5, 0.5, 0.5), "bicubic")
     gone = override(told, {"weights": str(tmp_path / "gone.pth")})
-    assert with_weights_preprocessing(gone, ()) == gone
+    assert initialized_from(gone, ()) == gone
 
 
 def test_licence_and_source_go_into_the_run_and_stay_when_it_goes_on(half, tmp_path, photos, caplog):

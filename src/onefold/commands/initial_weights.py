@@ -24,7 +24,7 @@ from onefold.data.dataset import Subset
 from onefold.data.loader import Transform
 from onefold.data.sampler import shuffled
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NetworkFailed
-from onefold.models import Classifier, create_model
+from onefold.models import CATALOGUE, Classifier, create_model, resolve
 from onefold.models.hub import Card, load_model, read_card, weights_card
 from onefold.models.mobileone import zero_init_branches_
 from onefold.models.parts import set_dropout_
@@ -67,12 +67,17 @@ class TrainingImages:
             yield images.to(self.device).contiguous(memory_format=torch.channels_last), labels.to(self.device)
 
 
-def with_weights_preprocessing(recipe: Recipe, stated: Collection[str]) -> Recipe:
+def initialized_from(recipe: Recipe, stated: Collection[str]) -> Recipe:
     """Give the recipe with the preprocessing of the weights that it starts from, and log what that changes.
 
+    A recipe that needs weights and names none takes the released ones of its model, where there are some.
     `stated` are the recipe's fields that the user set, such as "preprocessing.mean": those stay as they are. Weights
     that cannot be read leave the recipe as it is. Raises BadArgument where their preprocessing cannot be.
     """
+    released = CATALOGUE[resolve(recipe.model)].weights
+    if recipe.weights is None and needs_weights(recipe) and released:
+        _log.info("starts from %s of the Hugging Face hub; --weights gives others", released)
+        recipe = replace(recipe, weights=released)
     if recipe.weights is None:
         return recipe
     try:
@@ -100,6 +105,11 @@ def with_weights_preprocessing(recipe: Recipe, stated: Collection[str]) -> Recip
     if changed:
         _log.info("preprocessing is that of the weights %s: %s", recipe.weights, "; ".join(changed))
     return recipe
+
+
+def needs_weights(recipe: Recipe) -> bool:
+    """Whether a recipe cannot start from random weights."""
+    return recipe.start == "expanded" or recipe.head != "kept"
 
 
 def provenance(recipe: Recipe, run: Path | None) -> tuple[str, str]:
@@ -144,7 +154,7 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     num_classes = len(images.source.classes)
     channels, seed = recipe.preprocessing.channels, recipe.plan.seed
     weights = None if recipe.weights is None else weights_file(recipe.weights)
-    if weights is None and (recipe.start == "expanded" or recipe.head != "kept"):
+    if weights is None and needs_weights(recipe):
         raise BadArgument(f"the recipe {recipe.name} starts from weights: give --weights FILE, a run or a hub id")
     seed_everything(seed)
     fresh = create_model(recipe.model, num_classes=num_classes, in_chans=channels)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from onefold.commands.load import Saved, Source
 from onefold.commands.open_network import read_recipe
 from onefold.commands.predict import predict
 from onefold.data import DatasetInfo
+from onefold.data.dataset_info import Split
 from onefold.errors import BadCheckpoint, MissingExtra
 from onefold.recipes import Recipe
 from onefold.report.figures import Curve, curves
@@ -55,8 +55,8 @@ class TrainResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of `top1` (Wilson's), in percent."""
-        return wilson_interval(round(self.top1 * self.count / 100), self.count)
+        """The 95 % interval of `top1` (Wilson's), in percent; 0 to 100 where no image is known."""
+        return (0.0, 100.0) if not self.count else wilson_interval(round(self.top1 * self.count / 100), self.count)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,9 +101,7 @@ class Run(Saved):
         top1, epoch = max(((each["top1"], each["epoch"]) for each in self.history), default=(None, 0))
         if top1 is None:
             raise BadCheckpoint(f"{self.folder} is a run without best weights yet: let it finish an epoch")
-        held_out = self.data.split("val")
-        found = self._predictions
-        count = found.num_images if found is not None else held_out.num_images if held_out is not None else 0
+        count = self._num_images("val") if self._predictions is None else self._predictions.num_images
         weights = RunFolder(self.folder).best / "model.safetensors"
         return TrainResult(weights=weights, top1=float(top1), epoch=int(epoch), count=count)
 
@@ -120,6 +118,13 @@ class Run(Saved):
         """The complete recipe."""
         return read_recipe(self.folder)
 
+    def _num_images(self, split: Split) -> int:
+        """How many images a split has; 0 where a run of an older onefold did not keep it."""
+        if not (self.folder / DATA).is_file():
+            return 0
+        found = self.data.split(split)
+        return 0 if found is None else found.num_images
+
     @cached_property
     def _predictions(self) -> Predictions | None:
         return load_inputs([self.folder], [], []).runs[0].predictions
@@ -131,9 +136,7 @@ class Run(Saved):
         remarks = []
         if found is not None and found.num_images:
             label, most = found.images_per_class.most_common(1)[0]
-            answers = Counter({answer: 0 for _, answer in found.pairs})
-            for (_, answer), count in found.pairs.items():
-                answers[answer] += count
+            answers = {answer for _, answer in found.pairs}
             share = 100 * most / found.num_images
             if len(answers) == 1 and len(found.images_per_class) > 1:
                 remarks.append(
@@ -144,11 +147,10 @@ class Run(Saved):
                     f"this is no better than chance: always answering {found.name(label)!r} is right on {share:.1f} %, "
                     f"and the 95 % interval begins at {best.interval[0]:.1f} %"
                 )
-        training = self.data.split("train")
-        few = training is not None and training.num_images < _FEW * len(self.data.classes)
-        if few and training is not None and recipe.weights is None and best.top1 < _GOOD:
+        num_train = self._num_images("train")
+        if num_train and num_train < _FEW * len(self.data.classes) and recipe.weights is None and best.top1 < _GOOD:
             remarks.append(
-                f"{training.num_images} images are few to train from scratch with: start from weights "
+                f"{num_train} images are few to train from scratch with: start from weights "
                 "(--recipe photos:finetune --weights timm/mobileone_s0.apple_in1k)"
             )
         history = self.history
@@ -156,7 +158,7 @@ class Run(Saved):
             remarks.append(
                 "no epoch was better than the weights it started from, which stay the best: try a lower rate (--lr)"
             )
-        elif history[-1]["top1"] < wilson_interval(round(best.top1 * best.count / 100), best.count)[0]:
+        elif history[-1]["top1"] < best.interval[0]:
             remarks.append(
                 f"it got worse after epoch {best.epoch}, down to {history[-1]['top1']:.1f} %: try fewer epochs, or "
                 "a lower rate (--lr)"

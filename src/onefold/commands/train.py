@@ -32,10 +32,10 @@ from onefold.commands.initial_weights import (
     TrainingImages,
     fold_frozen_,
     init_network,
+    initialized_from,
     open_teachers,
     provenance,
     resumed_network,
-    with_weights_preprocessing,
 )
 from onefold.commands.load import Source, chosen_weights
 from onefold.commands.open_network import RECIPE, Network, open_predictor, read_recipe, weights_file
@@ -46,7 +46,7 @@ from onefold.data.dataset_checks import DataCheck, captions, check_data, contact
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
-from onefold.models import CATALOGUE, resolve
+from onefold.models import resolve
 from onefold.models.hub import Card, weights_card
 from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
 from onefold.recipes import Recipe, recipe_for
@@ -160,33 +160,13 @@ def train(
             resume_run(folder, data=place, callbacks=callbacks, log_to=services, device=device)
         else:
             texts |= {} if place is None else {"data.spec": place}
-            chosen = resolved_recipe(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            chosen = recipe_for(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            chosen = initialized_from(chosen, {*texts, *(["preprocessing.size"] if img_size is not None else [])})
             folder = new_folder(chosen) if out is None else Path(out)
             if callbacks.on_recipe is not None:
                 callbacks.on_recipe(chosen)
             start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check, device=device)
     return Run(folder)
-
-
-def resolved_recipe(
-    name: str,
-    changes: Mapping[str, str],
-    *,
-    size: int | None = None,
-    epochs: int | None = None,
-    scale_to_batch: int | None = None,
-) -> Recipe:
-    """Give a recipe with these changes, the released weights of its model where it needs some, and their preprocessing.
-
-    Fields that are changed keep their values. Raises BadArgument.
-    """
-    recipe = recipe_for(name, changes, size=size, epochs=epochs, scale_to_batch=scale_to_batch)
-    if recipe.weights is None and (recipe.head != "kept" or recipe.start == "expanded"):
-        released = CATALOGUE[resolve(recipe.model)].weights
-        if released:
-            _log.info("starts from %s of the Hugging Face hub; --weights gives others", released)
-            recipe = replace(recipe, weights=released)
-    return with_weights_preprocessing(recipe, {*changes, *(["preprocessing.size"] if size is not None else [])})
 
 
 def start_run(
