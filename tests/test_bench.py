@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onefold import bench
+from onefold import bench, processors
 from onefold.bench.measurement import random_orders
 from onefold.bench.timing_noise import discarded, interval_over, paired_interval, sure_percentile
 from onefold.errors import BadArgument, BadData, NotWritable
@@ -464,6 +465,25 @@ def test_a_limit_of_an_older_container(tmp_path: Path) -> None:
     assert bench.Machine.this((), fake_root(tmp_path / "a", **legacy)).quota == 2.0
     legacy["sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1"
     assert bench.Machine.this((), fake_root(tmp_path / "b", **legacy)).quota is None
+
+
+def test_the_least_quota_of_the_groups_around_a_process_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container of two processors on a host of 64 would get 64 threads from libraries that see no quota."""
+    group = "sys/fs/cgroup/kubepods/pod/box"
+    files = {"proc/self/cgroup": "0::/kubepods/pod/box\n", f"{group}/cpu.max": "max 100000\n"}
+    files |= {"sys/fs/cgroup/kubepods/pod/cpu.max": "250000 100000\n", "sys/fs/cgroup/kubepods/cpu.max": "max 100000"}
+    root = fake_root(tmp_path, **files)
+    monkeypatch.setattr("onefold.processors.usable", lambda: 64)
+    assert processors.quota(root) == 2.5
+    assert processors.available(root) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with monkeypatch.context() as patch:
+        patch.setattr("onefold.processors._read", lambda path: "50000 100000" if path.name == "cpu.max" else "")
+        processors.respect_quota()
+        assert os.environ["OMP_NUM_THREADS"] == "7"  # what a user says stands
+        patch.delenv("OMP_NUM_THREADS")
+        processors.respect_quota()
+        assert os.environ.pop("OMP_NUM_THREADS") == "1"  # of half a processor
 
 
 def test_a_slug_is_short_and_changes_with_the_machine_only() -> None:

@@ -23,9 +23,10 @@ import pytest
 
 import training_kit
 from onefold import storage
+from onefold.checksums import seal, unseal
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy, Stopped
 from onefold.train import Checkpoint, RunFolder, Steps
-from onefold.train.checkpoint import load_for_resume, save_best, seal, unseal
+from onefold.train.checkpoint import load_for_resume, save_best
 from training_kit import PLAN, fresh
 
 PARTS = ("model.safetensors", "ema.safetensors", "state.safetensors", "progress.json", "manifest.json")
@@ -251,7 +252,7 @@ def test_a_save_killed_between_any_two_calls_leaves_a_whole_checkpoint(
             assert json.loads(unseal(folder.best)["metrics.json"])["top1"] in (1.0, 2.0)
             states[3].save(folder, {})
         assert same(Checkpoint.load(folder.path), states[3])
-        assert sorted(p.name for p in folder.path.iterdir()) == [".lock", "best", "last", "previous"]
+        assert sorted(p.name for p in folder.path.iterdir()) == [".lock", ".pid", "best", "last", "previous"]
         if count[0] <= call:
             break
     assert call > 30
@@ -327,7 +328,7 @@ def test_a_busy_folder_names_its_process_and_a_dead_one_frees_it(tmp_path: Path)
         holder.kill()
         holder.wait()
         with RunFolder(tmp_path / "run").lock():
-            assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+            assert (tmp_path / "run" / ".pid").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def run_and_kill(out: Path, lives: int, rng: random.Random) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -30,13 +31,18 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from onefold import create_model
+from onefold.checksums import seal, unseal
 from onefold.cli import main
 from onefold.commands.open_network import open_predictor
+from onefold.commands.run_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.hub import load_model
 from onefold.models.weights_file import Card, save_weights
+from onefold.recipes import recipes
+from onefold.report.load_results import load_inputs
+from onefold.storage import parse_json
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
-from onefold.train.checkpoint import BackgroundWriter, seal, unseal
+from onefold.train.checkpoint import BackgroundWriter
 from training_kit import PLAN, fresh
 
 NAME = "mobilenetv1_0.25"
@@ -129,6 +135,80 @@ def test_no_damaged_weights_are_taken_for_whole_ones(tmp_path: Path, count: int)
         with pytest.raises(BadCheckpoint) as error:
             load_model(path)
         assert "\n" not in str(error.value), kind
+
+
+# ----------------------------------------------------------------------- the rest of a run folder
+
+
+@pytest.fixture
+def run_of_recipe(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A run whose checkpoint knows its recipe and one more file, and the recipe."""
+    out, recipe = tmp_path / "run", recipes()[0].to_dict()
+    out.mkdir()
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    (out / "int8.json").write_text("{}")
+    sha256 = {"int8.json": hashlib.sha256(b"{}").hexdigest()}
+    fresh(out, replace(PLAN, epochs=1), settings={"recipe": recipe, "sha256": sha256})
+    return out, recipe
+
+
+def test_a_recipe_that_was_edited_is_told_field_by_field(
+    run_of_recipe: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = run_of_recipe
+    assert read_recipe(out).to_dict() == recipe
+    recipe["plan"] |= {"workers": 7}  # changes no result
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=4))
+    read_recipe(out)
+    recipe["plan"] |= {"label_smoothing": 0.3}
+    recipe |= {"mixing": {"mixup": 0.8, "cutmix": 0.0}, "dropout": 0.25}
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["train", "--resume", str(out)]) == 4
+    said = capsys.readouterr().err
+    for field in ("dropout: ", " -> 0.25; ", "mixing: null -> {", "plan.label_smoothing: ", " -> 0.3. Put it back"):
+        assert field in said
+    assert "workers" not in said
+
+
+def test_a_file_that_a_resume_depends_on_is_checked(run_of_recipe: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = run_of_recipe
+    (out / "int8.json").write_text("{ }")
+    with pytest.raises(BadCheckpoint, match=r"int8\.json is not as the training wrote it"):
+        read_recipe(out)
+
+
+def test_a_log_that_was_changed_is_said_at_the_resume_and_in_the_report(
+    run_of_recipe: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    out, recipe = run_of_recipe
+    assert load_inputs([out], [], []).notes == ()
+    log = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(log.replace('"loss": ', '"loss": 1', 1))
+    assert "The log of run was changed" in load_inputs([out], [], []).notes[0]
+    fresh(out, replace(PLAN, epochs=1), resume=True, settings={"recipe": recipe})
+    assert "log.jsonl is not as the training wrote it" in caplog.text
+    (out / "recipe.json").write_text(json.dumps(recipe | {"dropout": 0.25}))
+    assert "recipe.json of run is not the one" in load_inputs([out], [], []).notes[-1]
+
+
+@pytest.mark.parametrize("opening", ['{"a": ' * 100_000, "[" * 3000 + "1" + "]" * 3000])
+def test_json_without_an_end_is_a_sentence_wherever_it_is_read(
+    opening: str, tmp_path: Path, run_of_recipe: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = run_of_recipe
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    for name in ("recipe.json", "data.json", "config.json", "manifest.json", "accuracy.json", "labels.jsonl"):
+        (tmp_path / name).write_text(opening)
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json(opening)
+    for name in ("recipe.json", "int8.json", "data.json"):
+        shutil.copy(tmp_path / "data.json", out / name)
+        assert main(["train", "--resume", str(out)]) == 4
+    assert main(["predict", str(tmp_path), str(tmp_path / "x.png")]) == 4
+    assert main(["train", "--data", str(tmp_path / "labels.jsonl"), "--out", str(tmp_path / "new")]) in (2, 3)
+    (tmp_path / "results.jsonl").write_text(opening)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) in (0, 3)
+    assert capsys.readouterr().err.count("internal") == 0
 
 
 # ----------------------------------------------------------------------------- hostile checkpoints

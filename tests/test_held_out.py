@@ -36,7 +36,8 @@ from onefold.commands.held_out import (
     sets_to_evaluate,
     to_card,
 )
-from onefold.commands.open_network import open_network, open_predictor, read_recipe
+from onefold.commands.open_network import open_network, open_predictor
+from onefold.commands.run_recipe import read_recipe
 from onefold.commands.train import resume_run, start_run
 from onefold.data import open_dataset, read_dataset
 from onefold.data.dataset import Dataset

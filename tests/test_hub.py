@@ -26,9 +26,10 @@ from huggingface_hub.errors import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
+from onefold.checksums import seal, sealed_safetensors
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
 from onefold.models.hub import (
@@ -43,6 +44,8 @@ from onefold.models.hub import (
 from onefold.models.safe_load import read
 from onefold.models.weights_file import Card, digest, verify
 from onefold.reparam import drift, fuse
+from onefold.train import RunFolder
+from onefold.train.checkpoint import save_best
 
 NAME = "mobilenetv1_025"
 CLASSES = ("cat", "dog", "caf\u00e9 <b>", "a|b\n---")
@@ -281,11 +284,7 @@ def test_a_bare_state_dict_of_ours_needs_a_name(model: nn.Module, tmp_path: Path
 
 
 def test_a_runs_folder_is_verified_by_its_manifest(model: nn.Module, tmp_path: Path) -> None:
-    """What training writes: the card in the header, the sums in a manifest beside the file."""
-    from safetensors.torch import save
-
-    from onefold.train.checkpoint import seal
-
+    """What training wrote up to 0.2: the card in the header, the sums in a manifest beside the file alone."""
     data = save(dict(model.state_dict()), card().to_metadata())
     seal(tmp_path / "best", {"model.safetensors": data, "metrics.json": b"{}"})
     assert load_model(tmp_path / "best")[1] == card()
@@ -293,11 +292,51 @@ def test_a_runs_folder_is_verified_by_its_manifest(model: nn.Module, tmp_path: P
     damaged[-1000] ^= 1
     (tmp_path / "best" / "model.safetensors").write_bytes(damaged)
     for path in (tmp_path / "best", tmp_path / "best" / "model.safetensors"):
-        with pytest.raises(BadCheckpoint, match="it is not what was written"):
+        with pytest.raises(BadCheckpoint, match=r"is damaged: its size or SHA-256 is not what manifest\.json says"):
             load_model(path)
     (tmp_path / "best" / "manifest.json").write_text("[]")
-    with pytest.raises(BadCheckpoint, match="has no checksum of"):
+    with pytest.raises(BadCheckpoint, match=r"manifest\.json is missing or damaged"):
         load_model(tmp_path / "best")
+
+
+def test_a_file_without_any_checksum_of_its_tensors_is_said_to_have_none(
+    model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of our own that is: another project's file has none, and nobody expects one."""
+    (tmp_path / "w.safetensors").write_bytes(save(dict(model.state_dict()), card().to_metadata()))
+    assert load_model(tmp_path / "w.safetensors")[1] == card()
+    assert "has no checksum of its tensors" in caplog.text
+    caplog.clear()
+    save_file(dict(model.state_dict()), tmp_path / "w.safetensors", {"format": "pt", "source": "somewhere"})
+    load_model(tmp_path / "w.safetensors", name=NAME)
+    assert "checksum" not in caplog.text
+
+
+def test_no_bit_of_the_lone_weights_of_a_run_is_free(model: nn.Module, tmp_path: Path) -> None:
+    """`best/model.safetensors` without the folder around it: header, card and tensors are all checked."""
+    folder = RunFolder(tmp_path / "run")
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    save_best(folder, tensors, {"top1": 1.0}, card().to_metadata())
+    whole = (folder.best / "model.safetensors").read_bytes()
+    path, header = tmp_path / "w.safetensors", 8 + int.from_bytes(whole[:8], "little")
+    path.write_bytes(whole)
+    assert load_model(path)[1] == card()
+    for byte in (*range(0, header, header // 90), *range(header, len(whole), (len(whole) - header) // 30)):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
+        with pytest.raises(BadCheckpoint):
+            load_model(path, name=NAME)
+
+
+def test_equal_networks_are_equal_files_that_others_can_read(model: nn.Module) -> None:
+    """Safetensors writes the metadata in an order that differs from process to process."""
+    metadata, tensors = card().to_metadata(), dict(model.state_dict())
+    files = {sealed_safetensors(save(tensors, metadata)) for _ in range(9)}
+    assert len(files) == 1
+    content = files.pop()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["__metadata__"]["sha256"] == digest(tensors)
+    assert list(header["__metadata__"]) == ["card", "card_sha256", "format", "onefold", "sha256"]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load(content).items())
 
 
 # --------------------------------------------------------------------------- damaged and hostile

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ import pytest
 from onefold.data.crop import resampler
 from onefold.native import WARNED, NotCompiledWarning, loaded
 from onefold.reparam.kernels.base import library
+from onefold.storage import cache_folder
 
-SOURCES = {"one": "int one() { return 1; }", "two": "int two() { return 2; }"}
+SOURCES = {"one": 'extern "C" int one() { return 1; }', "two": 'extern "C" int two() { return 2; }'}
 
 
 @pytest.fixture
@@ -78,3 +82,44 @@ def test_a_switch_holds_as_long_as_it_is_set(monkeypatch: pytest.MonkeyPatch):
     assert [load() is None for load in (library, resampler)] == before
     if before == [True, True]:
         pytest.skip("there is no C++ compiler")
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler in name that copies a library that is there, and a fresh cache."""
+    real = shutil.which("c++") or shutil.which("g++") or pytest.skip("there is no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{launcher} {real} -O0")
+    return tmp_path
+
+
+def test_a_library_in_the_cache_is_checked_before_it_is_loaded(compiler: Path, caplog: pytest.LogCaptureFixture):
+    """Loaded half-written it would end this process by SIGBUS; another's would compute something else."""
+    assert load(compiler, "one").one() == 1
+    (library,) = (compiler / "cache").rglob("*.so")
+    whole = library.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], bytes(len(whole)), b"\x7fELF" + whole[:3] + whole[4:]):
+        library.unlink()  # a file that is loaded is not written to
+        library.write_bytes(damaged)
+        assert not caplog.messages
+        assert load(compiler, "one").one() == 1
+        assert "compiled anew" in caplog.text
+        assert library.read_bytes() == whole
+        caplog.clear()
+    assert [path.name for path in (compiler / "cache" / "onefold").iterdir() if path.suffix == ".new"] == []
+
+
+def test_without_a_home_the_cache_is_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user that the system does not know
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(OSError, match="others may write to it"):
+        cache_folder()

@@ -19,6 +19,7 @@ from onefold.bench.roofline import cache_sizes
 from onefold.cli import display
 from onefold.commands.bench import bound, measured_limits
 from onefold.errors import BadArgument, BadData
+from onefold.processors import pinned
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
 QUICK = bench.Procedure(warmup_calls=3, warmup_seconds=0.0, samples=20)
@@ -258,7 +259,7 @@ def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.bench.machine.affinity", lambda: (0, 2))
+    monkeypatch.setattr("onefold.processors.affinity", lambda: (0, 2))
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 1500.5\ncpu MHz\t\t: 2400.0\n")
     assert current_mhz(tmp_path) == 2400.0
@@ -284,15 +285,15 @@ def test_a_clock_that_changed_is_noise() -> None:
 def test_pinning_lasts_as_long_as_its_block() -> None:
     before = os.sched_getaffinity(0)
     one = min(before)
-    with bench.pinned([one]):
+    with pinned([one]):
         assert os.sched_getaffinity(0) == {one}
         assert bench.Machine.this(()).affinity == (one,)
-        with pytest.raises(BadArgument, match="no processor 4096; this process may use"), bench.pinned([one, 4096]):
+        with pytest.raises(BadArgument, match="no processor 4096; this process may use"), pinned([one, 4096]):
             pass
     assert os.sched_getaffinity(0) == before
-    with bench.pinned(None):
+    with pinned(None):
         assert os.sched_getaffinity(0) == before
-    with pytest.raises(BadArgument, match="none is named"), bench.pinned([]):
+    with pytest.raises(BadArgument, match="none is named"), pinned([]):
         pass
 
 

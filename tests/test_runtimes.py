@@ -15,6 +15,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,13 +25,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from available_runtimes import INSTALLED, RUNNABLE, unavailable
 from onefold import runtimes
+from onefold.cli import main
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
 from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, find_runtime, load, open_artifact
+from onefold.runtimes.artifact import read_manifest
 from onefold.runtimes.reference_logits import make_images, read_reference, relative_difference, top1_agreement
+from onefold.runtimes.sandbox import mark_as_opened
 
 SHAPE = (3, 17, 19)
 CLASSES = ("ant", "bee", "cat", "caf\u00e9", "<b>", "new\nline", "\udce9")
@@ -156,7 +161,7 @@ def digest(path: Path) -> str:
 
 
 def reseal(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -> None:
-    """What a forger would do: edit the manifest and set every hash right again."""
+    """What a forger would do: edit the manifest and set every hash right again. Here it is opened without a child."""
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
     del fields["sha256"]
@@ -165,6 +170,8 @@ def reseal(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -
     edit(fields)
     fields["sha256"] = hashlib.sha256(json.dumps(fields, indent=1).encode()).hexdigest()
     path.write_text(json.dumps(fields, indent=1) + "\n")
+    with suppress(BadArtifact, BadArgument):
+        mark_as_opened(read_manifest(folder))
 
 
 def refuses(folder: Path) -> str:
@@ -403,6 +410,53 @@ def test_the_room_has_every_name_it_shows() -> None:
     assert set(dir(runtimes)) == set(runtimes.__all__) == {"RUNTIMES", *runtimes._MODULE_OF}
     with pytest.raises(AttributeError, match="nothing_like_this"):
         _ = runtimes.nothing_like_this
+
+
+# --- an artifact that somebody else made is opened in a child process first ----------------------------------------
+
+STANDS_IN = {
+    "a signal": ("import os; os.kill(os.getpid(), 11)", "was ended by SIGSEGV"),
+    "an abort": ("import os; os.abort()", "was ended by SIGABRT"),
+    "an exit": ("import os; os._exit(0 + 9)", "ended with status 9"),
+    "no end": ("import time; time.sleep(99)", "did not answer within 3 s"),
+    "all memory": ("bytearray(10 << 30)", "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("kind", STANDS_IN)
+def test_what_would_end_the_process_is_a_sentence(
+    kind: str, copied_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A package in the vendor's place does what its parser does for a forged file."""
+    code, said = STANDS_IN[kind]
+    (tmp_path / "vendor" / "onnxruntime").mkdir(parents=True)
+    (tmp_path / "vendor" / "onnxruntime" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path / "vendor"), *sys.path)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("onefold.runtimes.sandbox.LIMIT_S", 3 if kind == "no end" else 60)
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    assert main(["predict", str(copied_onnx), str(tmp_path / "x.png")]) == 4
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_it_is_opened_in_a_child_once(
+    copied_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    load(copied_onnx).close()
+    (marker,) = (tmp_path / "cache" / "onefold" / "opened").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a child was started"))
+        load(copied_onnx).close()
+        marker.unlink()
+        mark_as_opened(read_manifest(copied_onnx))  # as `export` does for what it wrote
+        load(copied_onnx).close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copied_onnx / "manifest.json"))
+    load(copied_onnx).close()
+    assert "is tried in a process of its own each time" in caplog.text
 
 
 # --- what is the same for all runtimes: folders and manifests -----------------------------------------------------
@@ -780,14 +834,14 @@ assert "openvino_telemetry" not in sys.modules
 def test_a_session_needs_its_own_package_only_and_no_network(running: Artifact, tmp_path: Path) -> None:
     """In a fresh process with an empty home, where telemetry would ask for the network and leave its files.
 
-    What onefold compiles (see litert.py) is all that may be left there.
+    What onefold compiles (see litert.py), and that it was opened in a child first, is all that may be left there.
     """
     call = [sys.executable, "-W", "error", "-c", ALONE, str(running.folder), running.runtime]
     done = subprocess.run(call, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
-    compiled = ".cache/onefold/channels_last-"
-    assert all(compiled.startswith(name) or name.startswith(compiled) for name in left)
+    ours = (".cache/onefold/nchw_to_nhwc-", ".cache/onefold/.nchw_to_nhwc-", ".cache/onefold/opened")
+    assert all(name in (".cache", ".cache/onefold") or name.startswith(ours) for name in left)
 
 
 def test_openvino_converts_with_its_telemetrys_stand_in(artifact: Callable[[str], Artifact]) -> None:

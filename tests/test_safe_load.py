@@ -518,7 +518,7 @@ def test_forged_pickles_take_neither_minutes_nor_gigabytes(tmp_path: Path) -> No
 def test_many_tensors_and_tables_under_many_modules_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onefold.models.safe_load._MAX_TENSORS", 3)
+    monkeypatch.setattr("onefold.models.safe_load.MAX_TENSORS", 3)
     save_file(PLAIN, tmp_path / "w.safetensors")
     with pytest.raises(BadCheckpoint, match="more than 3 tensors"):
         read(tmp_path / "w.safetensors", fits=fits)

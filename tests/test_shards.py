@@ -15,6 +15,7 @@ from PIL import Image
 from onefold.data import Dataset, open_dataset, read_dataset
 from onefold.data.crop import CropBox
 from onefold.data.fingerprint import fingerprint
+from onefold.data.parquet import ParquetImages
 from onefold.data.remote import LocalFile
 from onefold.data.tars import read_tar_index
 from onefold.errors import BadData
@@ -228,7 +229,9 @@ def test_a_server_without_ranges_or_without_the_file(tmp_path: Path) -> None:
         opened(f"{server.url}/absent.tar")
 
 
-def parquet(path: Path, images: Sequence[object], labels: Sequence[object], names: Sequence[str] = ()) -> Path:
+def parquet(
+    path: Path, images: Sequence[object], labels: Sequence[object], names: Sequence[str] = (), rows: int = 2
+) -> Path:
     arrow = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     table = arrow.table({"image": list(images), "label": list(labels)})
@@ -236,8 +239,30 @@ def parquet(path: Path, images: Sequence[object], labels: Sequence[object], name
         told = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
         table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=2)
+    pq.write_table(table, path, row_group_size=rows)
     return path
+
+
+def test_an_index_in_the_cache_is_believed_as_long_as_it_is_what_was_written(
+    tmp_path: Path, tree: dict[str, bytes], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flipped byte in a name, or the index of another tar, would be other images and classes in silence."""
+    path = tarred(tmp_path / "x.tar", list(tree.items()))
+    first = read_tar_index(LocalFile(path))
+    (kept,) = (cache / "onefold" / "tars").glob("*.json")
+    whole = kept.read_text()
+    read_tar_index(LocalFile(tarred(tmp_path / "y.tar", list(tree.items())[1:])))
+    (other,) = (each for each in kept.parent.glob("*.json") if each != kept)
+    damaged = [whole.replace("/cat/", "/cab/", 1), whole[:-2], "", other.read_text(), "[" * 9000]
+    for text in damaged:
+        kept.write_text(text)
+        caplog.clear()
+        assert read_tar_index(LocalFile(path)) == first
+        assert "in the cache is not used, and made anew" in caplog.text
+        assert kept.read_text() == whole
+    caplog.clear()
+    assert read_tar_index(LocalFile(path)) == first
+    assert not caplog.messages
 
 
 def test_hugging_faces_parquet_is_the_same_source(tmp_path: Path, tree: dict[str, bytes]) -> None:
@@ -250,6 +275,20 @@ def test_hugging_faces_parquet_is_the_same_source(tmp_path: Path, tree: dict[str
         source, folder = opened(tmp_path / "hub", side), opened(tmp_path / "tree", side)
         assert source.classes == CLASSES
         assert sorted(content(source).values()) == sorted(content(folder).values())
+
+
+def test_a_row_group_of_many_rows_is_read_once_and_one_of_too_many_bytes_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = jpeg()
+    path = parquet(tmp_path / "train.parquet", [{"bytes": image, "path": None}] * 30_000, [0, 1] * 15_000, rows=30_000)
+    images = ParquetImages(path)
+    assert images.read(29_999) == image
+    monkeypatch.setattr(images, "_read_row_group", None)  # it is kept as Arrow has it: no object for each row
+    assert images.read(0) == image
+    monkeypatch.setattr("onefold.data.parquet._MAX_ROW_GROUP_BYTES", 1 << 9)
+    with pytest.raises(BadData, match=r"MiB of images in a row group of 30000 rows, .* again with row_group_size=100"):
+        ParquetImages(path).read(0)
 
 
 def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:

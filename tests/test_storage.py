@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from onefold.errors import BadData, NotWritable
 from onefold.storage import read_lines, read_text, replacing, write_text
@@ -120,3 +123,46 @@ def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
     ):
         with pytest.raises(BadData, match=sentence):
             read_text(place)
+
+
+ON_ANOTHER_SYSTEM = """
+import errno, json, os, stat, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+for name in ("fork", "forkpty", "sched_getaffinity", "sched_setaffinity"):
+    delattr(os, name)
+sync = os.fsync
+def fsync(handle):
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        raise OSError(errno.EACCES, "Permission denied")  # as Windows says of a folder
+    sync(handle)
+os.fsync = fsync
+from onefold.cli import main
+for line in sys.stdin:
+    print("status", main(json.loads(line)), flush=True)
+"""
+
+
+def test_the_verbs_without_what_only_linux_has(tmp_path: Path):
+    """Locks, limits, forks, affinity and the fsync of a folder: macOS and Windows lack one or the other."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        for split, count in (("train", 4), ("val", 1)):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "d" / split / name / f"{i}.png")
+    verbs = [
+        "models mobilenetv1_025",
+        "train --recipe photos:scratch --model mobilenetv1_025 --img-size 32 --epochs 1 -b 4 --data d --out run",
+        "predict run d/val --json",
+        "fuse run --out fused.safetensors",
+        "report . --out report.html",
+    ]
+    lines = "".join(json.dumps(verb.split()) + "\n" for verb in verbs)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_ANOTHER_SYSTEM],
+        **{"cwd": tmp_path, "input": lines, "capture_output": True, "text": True, "check": False},
+    )
+    statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status ")]
+    assert dict(zip(verbs, statuses, strict=True)) == dict.fromkeys(verbs, 0), done.stderr

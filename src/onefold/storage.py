@@ -2,28 +2,32 @@
 
 `replacing(path)` gives a fresh name beside `path`; what is written there takes the place of `path` in one
 step when the block ends without an error, and is removed when it does not. It serves files and folders alike.
-`read_text` is for every text that a user gives: labels, names of classes, metadata.
+`read_text` is for every text that a user gives: labels, names of classes, metadata. `parse_json` is for all JSON.
 """
 
 from __future__ import annotations
 
 import codecs
 import errno
+import json
 import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from onefold.errors import BadData, NotWritable
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MAX_TEXT_BYTES = 256 << 20
+_MAX_TEXT_BYTES, _MAX_JSON_BYTES = 256 << 20, 64 << 20
+_MAX_DEPTH, _TOO_DEEP = 100, "it is nested too deep"
 _BYTE_ORDER_MARKS = (  # UTF-32's first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -105,6 +109,52 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Give the value of a JSON text as `json.loads` does, nested at most a hundred deep. Raises ValueError."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of at most 64 MiB. Raises OSError, and ValueError where it is no such file."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"it has {status.st_size >> 20} MiB, {_MAX_JSON_BYTES >> 20} are read at the most")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def cache_folder() -> Path:
+    """Give the folder for what can be made again: $XDG_CACHE_HOME/onefold, or ~/.cache/onefold.
+
+    Without a home (a container under a user that it does not know) it is one in the system's temporary folder, for
+    this user alone. Raises OSError where that belongs to somebody else.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named) / "onefold"
+    home = os.environ.get("HOME") or os.path.expanduser("~")
+    if os.path.isabs(home) and os.access(home, os.W_OK):
+        return Path(home) / ".cache" / "onefold"
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = Path(tempfile.gettempdir()) / f"onefold-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if os.name == "posix" and (status.st_uid != user or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode)):
+        raise PermissionError(errno.EACCES, "it belongs to somebody else, or others may write to it", str(folder))
+    return folder
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """A block that no other process is in for the same `path`: to read it, and to write what follows from that.
@@ -173,12 +223,20 @@ def _sync(path: Path) -> None:
     _sync_entry(path)
 
 
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
+
+
 def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Have a file's bytes, or a folder's names, on the disk; not every system and disk can do that for a folder."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def _remove(path: Path) -> None:

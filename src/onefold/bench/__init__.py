@@ -10,7 +10,6 @@ from onefold.bench.compare import planted as planted
 from onefold.bench.compare import pooled as pooled
 from onefold.bench.compare import self_test as self_test
 from onefold.bench.machine import Machine as Machine
-from onefold.bench.machine import pinned as pinned
 from onefold.bench.measurement import Instruments as Instruments
 from onefold.bench.measurement import Measurement as Measurement
 from onefold.bench.measurement import Procedure as Procedure

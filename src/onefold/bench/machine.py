@@ -10,41 +10,12 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from onefold.errors import BadArgument
-
-
-def affinity() -> tuple[int, ...]:
-    """The processors, by number; empty where the system does not tell (macOS, Windows)."""
-    try:
-        return tuple(sorted(os.sched_getaffinity(0)))
-    except (AttributeError, OSError):
-        return ()
-
-
-@contextmanager
-def pinned(processors: Sequence[int] | None) -> Iterator[None]:
-    """Have this thread, and those it starts, use these processors only; None leaves all as it is. BadArgument."""
-    if processors is None:
-        yield
-        return
-    before = affinity()
-    if not before:
-        raise BadArgument("this system does not let a program choose its processors: leave out --pin")
-    if not processors or (missing := sorted(set(processors) - set(before))):
-        gone = f"there is no processor {', '.join(map(str, missing))}" if processors else "none is named"
-        raise BadArgument(f"cannot pin: {gone}; this process may use {', '.join(map(str, before))}")
-    os.sched_setaffinity(0, processors)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
+from onefold import processors
 
 PACKAGES = (
     "onefold",
@@ -105,8 +76,8 @@ class Machine:
             chip=_chip(cpuinfo),
             architecture=platform.machine(),
             cores=os.cpu_count() or 1,
-            usable_cores=_usable_cores(),
-            quota=_quota(root),
+            usable_cores=processors.usable(),
+            quota=processors.quota(root),
             memory_bytes=_memory(root),
             features=features_of(cpuinfo) or _features_of_macos(),
             system=f"{platform.system()} {platform.release()}".strip(),
@@ -115,7 +86,7 @@ class Machine:
             governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
             max_mhz=_max_mhz(root),
             load=load_average(root),
-            affinity=affinity(),
+            affinity=processors.affinity(),
         )
 
     @property
@@ -175,7 +146,9 @@ def current_mhz(root: Path = Path("/")) -> float | None:
     The quickest, since the one that computes is, and those that idle tell nothing.
     """
     frequencies = root / "sys/devices/system/cpu"
-    found = [_read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in affinity() or (0,)]
+    found = [
+        _read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in processors.affinity() or (0,)
+    ]
     known = [int(khz) / 1000 for khz in found if khz.isdigit()]
     known = known or [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _read(root / "proc/cpuinfo"), re.M)]
     return max(known, default=None)
@@ -232,28 +205,6 @@ def _sysctl(name: str, bare: bool = True) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not on macOS or Windows
-        return os.cpu_count() or 1
-
-
-def _quota(root: Path) -> float | None:
-    """Cores' worth of time that a container may use (cgroup v2, else v1); None where there is no limit."""
-    folders = [root / "sys/fs/cgroup"]
-    own = re.search(r"^0::/(.+)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
-    if own:
-        folders.insert(0, folders[0] / own.group(1))
-    for folder in folders:
-        limit, _, period = _read(folder / "cpu.max").strip().partition(" ")
-        if limit.isdigit() and period.isdigit():
-            return int(limit) / int(period)
-    legacy = root / "sys/fs/cgroup/cpu"
-    limit, period = (_read(legacy / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-    return int(limit) / int(period) if limit.isdigit() and period.isdigit() and int(limit) > 0 else None
 
 
 def _memory(root: Path) -> int | None:

@@ -22,6 +22,7 @@ from onefold.bench.measurement import Measurement, Procedure
 from onefold.bench.roofline import Bound
 from onefold.bench.timing_noise import Noise
 from onefold.errors import BadData, NotWritable
+from onefold.storage import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ def read_all(path: Path) -> Results:
         if not line.strip():
             continue
         try:
-            plain = json.loads(line, parse_constant=_not_a_number)
-        except (ValueError, RecursionError):
+            plain = parse_json(line, parse_constant=_not_a_number)
+        except ValueError:
             notes.append(f"{path.name}, line {number}: left out, it was cut off while being written.")
             continue
         try:

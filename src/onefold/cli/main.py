@@ -30,6 +30,7 @@ from onefold.cli.options import (
     runtime_names,
 )
 from onefold.errors import BadArgument
+from onefold.processors import respect_quota
 from onefold.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
@@ -418,4 +419,5 @@ def _dotted(arguments: Sequence[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    respect_quota()
     return error_handling.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))

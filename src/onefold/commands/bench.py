@@ -29,15 +29,15 @@ from onefold.bench import (
     measure,
     measure_cold_start,
     measure_roofline,
-    pinned,
     planted,
     self_test,
 )
 from onefold.commands.load import Source
 from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.errors import BadArgument, BadData
+from onefold.processors import pinned
 from onefold.runtimes.artifact import is_artifact
-from onefold.storage import locked, write_text
+from onefold.storage import locked, read_json, write_text
 
 ACCURACY = "accuracy.json"
 """In a folder of results: top-1 of what was evaluated, by its digest."""
@@ -270,7 +270,7 @@ def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]
 def _accuracies(results: Path) -> dict[str, dict[str, object]]:
     path = results / ACCURACY
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -358,6 +358,6 @@ def bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> Bound
 
 def _read(path: Path) -> Roofline | None:
     try:
-        return Roofline.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Roofline.from_dict(read_json(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

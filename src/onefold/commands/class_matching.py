@@ -13,7 +13,6 @@ Everything else cannot be decided, and is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 import unicodedata
 from collections import Counter
@@ -23,7 +22,7 @@ from pathlib import Path
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
 from onefold.models.load_weights import class_names_in
-from onefold.storage import read_lines, read_text
+from onefold.storage import parse_json, read_lines, read_text
 
 _log = logging.getLogger("onefold")
 
@@ -98,8 +97,8 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
     text = read_text(path)
     if text.lstrip()[:1] in ("[", "{"):
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(text)
+        except ValueError as error:
             raise BadData(f"cannot read class names from {path}: it begins as JSON and is none ({error})") from error
         names = class_names_in({"classes": value}, num_classes)
         if names is None:

@@ -24,8 +24,9 @@ from onefold.commands.bench import note_accuracy
 from onefold.commands.class_matching import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
 from onefold.commands.load import Source, open_source
-from onefold.commands.open_network import RECIPE, Floats, Predictor
+from onefold.commands.open_network import Floats, Predictor
 from onefold.commands.predict import say_mismatch
+from onefold.commands.run_recipe import RECIPE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.folders import read_class_folders
@@ -38,7 +39,7 @@ from onefold.data.imagenet_variants import (
     read_real_labels,
 )
 from onefold.errors import BadArgument, BadData
-from onefold.storage import write_text
+from onefold.storage import parse_json, write_text
 from onefold.train import Accuracy, accuracy
 from onefold.train.evaluate import merge
 
@@ -315,6 +316,8 @@ def class_indices(predictor: Predictor, source: Dataset) -> list[int]:
 PREDICTIONS = "predictions.jsonl"
 
 _PICTURES, _SIDE = 24, 96
+_MAX_HEAD_BYTES = 16 << 20  # of the first line of predictions: it names the classes
+_MAX_HEAD_BYTES = 16 << 20  # of the first line of predictions: it names the classes
 
 
 def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: Accuracy, data: str) -> None:
@@ -330,7 +333,7 @@ def predictions_are_of(path: Path, predictor: Predictor) -> bool:
     """Whether a file of predictions is there, and of this very network."""
     try:
         with path.open("rb") as file:
-            head = json.loads(file.readline())
+            head = parse_json(file.readline(_MAX_HEAD_BYTES))
     except (OSError, ValueError):
         return False
     return isinstance(head, dict) and head.get("sha256") == predictor.facts["sha256"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onefold.commands.open_network import RECIPE, read_recipe
+from onefold.commands.run_recipe import RECIPE, read_recipe
 from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
 from onefold.data.dataset_info import DatasetInfo, Split
@@ -31,7 +31,7 @@ from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models.hub import read_card
 from onefold.recipes import Data, Recipe
-from onefold.storage import write_text
+from onefold.storage import read_json, write_text
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
@@ -128,7 +128,7 @@ def open_data(
 
 def _read_data(out: Path) -> dict[str, Any]:
     try:
-        values = json.loads((out / DATA).read_text(encoding="utf-8"))
+        values = read_json(out / DATA)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from onefold.checksums import MANIFEST, unseal
 from onefold.commands.class_matching import read_class_names
 from onefold.commands.timm_networks import is_timm, load_stored_timm, open_timm
 from onefold.data import Preprocessing
@@ -26,7 +27,6 @@ from onefold.models.hub import Card, load_model, possible_names
 from onefold.models.weights_file import digest
 from onefold.quantize import IntegerModel, QuantizationParams
 from onefold.quantize.convert import convert
-from onefold.recipes import Recipe
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.reparam.drift import exact_drift
 from onefold.runtimes import Artifact, load
@@ -34,9 +34,6 @@ from onefold.runtimes.artifact import is_artifact
 
 Floats = NDArray[np.float32]
 _log = logging.getLogger("onefold")
-
-RECIPE = "recipe.json"
-"""The recipe of a run, in its folder."""
 
 TOLERANCE = 1e-4
 """The drift in float32 that passes at once: rounding gives 1e-6 to 1e-5 in most networks, a wrong fold 1e-2. What is
@@ -270,10 +267,16 @@ def weights_file(source: str | Path) -> str | Path:
         raise BadArgument(f"{source} is an exported artifact: give the weights that it was made from")
     if not (path / "log.jsonl").is_file():
         return source
-    best = path / "best" / "model.safetensors"
-    if not best.is_file():
+    best = path / "best"
+    if not (best / "model.safetensors").is_file():
         raise BadCheckpoint(f"{source} is a run without best weights yet: let it finish an epoch")
-    return best
+    if (best / MANIFEST).exists():
+        unseal(best)
+    else:
+        _log.warning(
+            "%s is gone: the weights are checked by their own checksum, their metrics are not", best / MANIFEST
+        )
+    return best / "model.safetensors"
 
 
 def open_predictor(
@@ -395,13 +398,3 @@ class _TorchSession:
 
     def close(self) -> None:
         """Do nothing: there is nothing to free."""
-
-
-def read_recipe(out: Path) -> Recipe:
-    """Read the recipe of a run folder. Raises BadCheckpoint where there is none."""
-    try:
-        return Recipe.from_dict(json.loads((out / RECIPE).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error

@@ -19,8 +19,8 @@ from onefold.commands.export import export
 from onefold.commands.fuse import FusedWeights, fuse
 from onefold.commands.held_out import DATA
 from onefold.commands.load import Saved, Source
-from onefold.commands.open_network import read_recipe
 from onefold.commands.predict import predict
+from onefold.commands.run_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
 from onefold.errors import BadCheckpoint, MissingExtra

@@ -17,6 +17,7 @@ from torch import nn
 
 from onefold.commands.evaluate import PREDICTIONS, evaluate_dataset, predictions_are_of, write_predictions
 from onefold.commands.held_out import (
+    IMAGES,
     Records,
     check_run_data,
     move_run_data,
@@ -38,9 +39,10 @@ from onefold.commands.initial_weights import (
     resumed_network,
 )
 from onefold.commands.load import Source, chosen_weights
-from onefold.commands.open_network import RECIPE, Network, open_predictor, read_recipe, weights_file
+from onefold.commands.open_network import Network, open_predictor, weights_file
 from onefold.commands.progress import training_bar
 from onefold.commands.run import Run, TrainResult, new_folder
+from onefold.commands.run_recipe import RECIPE, read_recipe, settings_of_run
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
 from onefold.data.dataset_info import SPLITS
@@ -51,7 +53,7 @@ from onefold.models.hub import Card, weights_card
 from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
 from onefold.recipes import Recipe, recipe_for
 from onefold.reparam import unfused_norms
-from onefold.storage import replacing, write_text
+from onefold.storage import read_json, replacing, write_text
 from onefold.train import (
     Batches,
     Progress,
@@ -282,6 +284,7 @@ def _run(
             evaluate=Evaluator(card=card, validation=validation, recipe=recipe),
             world=world,
             metadata=card.to_metadata(),
+            settings=settings_of_run(recipe, out, (IMAGES, QPARAMS)) if world.is_main else {},
             resume=resume,
             teachers=teachers,
             evaluate_start=recipe.weights is not None,
@@ -359,7 +362,7 @@ def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path
     """The quantization parameters that an int8 network trains with: calibrated, or those that the run started with."""
     if run is not None:
         try:
-            return QuantizationParams.from_dict(json.loads((run / QPARAMS).read_text(encoding="utf-8")))
+            return QuantizationParams.from_dict(read_json(run / QPARAMS))
         except (OSError, ValueError, BadArgument) as error:
             raise BadCheckpoint(f"{run / QPARAMS} cannot be read ({error}): the run cannot go on without it") from error
     int8 = recipe.int8

@@ -13,7 +13,6 @@ A class's index is the place of its WordNet id among the 1000 sorted ones, as ev
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -22,6 +21,7 @@ from pathlib import Path
 from onefold.data.decode import printable
 from onefold.data.folders import subfolders
 from onefold.errors import BadData
+from onefold.storage import read_json
 
 ALEXNET_ERRORS: Mapping[str, float] = {
     "gaussian_noise": 88.6428,
@@ -109,7 +109,7 @@ def read_real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
     Raises BadData for a file that is not a list of lists of classes, and for a name without such a number.
     """
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
+        labels = read_json(path)
     except (OSError, ValueError) as error:
         raise BadData(f"cannot read the ReaL labels {printable(path)}: {error}") from error
     if not isinstance(labels, list) or not all(_is_labels(entry) for entry in labels):

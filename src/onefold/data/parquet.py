@@ -9,7 +9,6 @@ groups of some megabytes are the quickest to read in random order.
 from __future__ import annotations
 
 import copy
-import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,10 @@ from onefold.data.decode import printable
 from onefold.data.folders import join_names
 from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column, read_splits, split_word
 from onefold.errors import BadData, MissingExtra
+from onefold.storage import parse_json
 
 _CACHE_BYTES = 512 << 20  # of row groups of one file
+_MAX_ROW_GROUP_BYTES = 1 << 30  # of images, which are read at once
 
 
 class ParquetImages:
@@ -31,7 +32,7 @@ class ParquetImages:
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, Lock()
         self.notes: list[str] = []
-        self._row_groups: OrderedDict[int, list[bytes | None]] = OrderedDict()  # the least recently used first
+        self._row_groups: OrderedDict[int, Any] = OrderedDict()  # Arrow arrays, the least recently used first
         try:
             import pyarrow.parquet as pq
         except ImportError as error:
@@ -87,11 +88,14 @@ class ParquetImages:
         with self._lock:  # pyarrow reads one row group of a file at a time; other threads decode meanwhile
             if group not in self._row_groups:
                 self._row_groups[group] = self._read_row_group(group)
-                while len(self._row_groups) > 1 and sum(map(_num_bytes, self._row_groups.values())) > _CACHE_BYTES:
+                while (
+                    len(self._row_groups) > 1 and sum(each.nbytes for each in self._row_groups.values()) > _CACHE_BYTES
+                ):
                     self._row_groups.popitem(last=False)
             self._row_groups.move_to_end(group)
-            data = self._row_groups[group][row]
-        if data is None:
+            value = self._row_groups[group][row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
             raise BadData(f"{printable(self.name(i))} holds no bytes, only a path: expected embedded images")
         return data
 
@@ -99,13 +103,22 @@ class ParquetImages:
         """Give -1: sizes are not known without reading all images."""
         return -1
 
-    def _read_row_group(self, group: int) -> list[bytes | None]:
+    def _read_row_group(self, group: int) -> Any:
         try:
-            rows: list[Any] = self._file.read_row_group(group, [self._image]).column(0).to_pylist()
+            facts = self._file.metadata.row_group(group)
+            columns = (facts.column(i) for i in range(facts.num_columns))
+            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self._image)
+            if size > _MAX_ROW_GROUP_BYTES:
+                raise BadData(
+                    f"{printable(self.path)} has {size >> 20} MiB of images in a row group of {facts.num_rows} rows, "
+                    f"which are read at once; {_MAX_ROW_GROUP_BYTES >> 20} are the most: write it again with "
+                    "row_group_size=100"
+                )
+            return self._file.read_row_group(group, [self._image]).column(0)
+        except BadData:
+            raise
         except Exception as error:
             raise BadData(f"cannot read rows of {printable(self.path)}: {_first_line(error)}") from error
-        values = [row.get("bytes") if isinstance(row, dict) else row for row in rows]
-        return [value if isinstance(value, bytes) else None for value in values]
 
     def _columns(self, schema: Any) -> tuple[str, str, str | None]:
         """Find the columns of the image (by what it holds), of its class and of its split (by their names)."""
@@ -136,15 +149,11 @@ class ParquetImages:
 def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:
     """Read what `datasets` wrote: {"info": {"features": {column: {"names": [...]}}}}."""
     try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         names = feature["names"] if "names" in feature else feature["feature"]["names"]
         return tuple(map(str, names))
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, ValueError, TypeError):
         return None
-
-
-def _num_bytes(rows: list[bytes | None]) -> int:
-    return sum(len(row) for row in rows if row is not None)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,6 @@ Values are separated by commas, semicolons, tabs or bars. A table without a line
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import unicodedata
@@ -32,7 +31,7 @@ from onefold.data.decode import printable
 from onefold.data.folders import join_names
 from onefold.data.splits import read_weak, split_name, words_of
 from onefold.errors import BadData
-from onefold.storage import read_text
+from onefold.storage import parse_json, read_text
 
 MAX_CLASSES = 1_000_000
 
@@ -251,8 +250,8 @@ def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise NotATable(f"{shown}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise NotATable(f"{shown}, line {number}: expected an object with file_name and label")

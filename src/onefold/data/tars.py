@@ -12,16 +12,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
+from onefold.checksums import read_sealed_text, write_sealed_text
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASKS, left_out_as, left_out_reason, masks_beside, printable
 from onefold.data.folders import Folder, folder_tree, join_names
@@ -37,12 +37,13 @@ from onefold.data.splits import (
 )
 from onefold.data.tables import class_rank, is_number_column, is_split_column, split_word
 from onefold.errors import BadData, NotWritable
-from onefold.storage import write_text
+from onefold.storage import cache_folder, parse_json
 
+_log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
 _CLASS_SUFFIXES = (".cls", ".json")
 _MAX_CLASS_BYTES = 1 << 20
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)  # there are as many as images
@@ -181,18 +182,21 @@ def read_tar_index(blob: Blob) -> TarIndex:
     The index is kept under XDG_CACHE_HOME until the tar's identity changes (see `Blob.identity`).
     """
     key = hashlib.sha256(f"{_INDEX_VERSION} {blob.identity}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = home / "onefold" / "tars" / f"{key}.json"
+    cached = cache_folder() / "tars" / f"{key}.json"
     try:
-        kept = json.loads(cached.read_text(encoding="utf-8"))
+        kept = parse_json(read_sealed_text(cached))
         return TarIndex([TarMember(**entry) for entry in kept["members"]], dict(kept["others"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # not there yet, or damaged
+    except FileNotFoundError:
+        pass  # not there yet
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _log.warning("the index of %s in the cache is not used, and made anew: %s", blob.name, error)
     others: Counter[str] = Counter()
     members = _with_classes(blob, list(_walk_tar(blob, others)), others)
     index = TarIndex(members, dict(others))
-    with suppress(NotWritable):  # then the tar is walked again the next time
-        write_text(cached, json.dumps(asdict(index)))
+    try:
+        write_sealed_text(cached, json.dumps(asdict(index)))
+    except NotWritable as error:
+        _log.warning("the index of %s is not kept, and made anew the next time: %s", blob.name, error)
     return index
 
 
@@ -270,8 +274,8 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
     split = None
     if name.lower().endswith(".json"):
         try:
-            parsed = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            parsed = parse_json(content)
+        except ValueError as error:
             raise BadData(f"{blob.name}: {printable(name)} is not JSON: {error}") from error
         record = parsed if isinstance(parsed, dict) else {}
         columns = sorted((key for key in record if class_rank(key) is not None), key=lambda key: class_rank(key) or 0)

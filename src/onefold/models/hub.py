@@ -34,7 +34,7 @@ from onefold.models.weights_file import Card as Card
 from onefold.models.weights_file import config_licence, config_preprocessing, hub_config, hub_readme
 from onefold.models.weights_file import read_card as read_card
 from onefold.models.weights_file import save_weights as save_weights
-from onefold.storage import write_text
+from onefold.storage import read_json, write_text
 
 FILE = "model.safetensors"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -331,10 +331,10 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG:
             raise ValueError(f"larger than {MAX_CONFIG} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if not isinstance(config, dict):
             raise TypeError("not an object")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BadCheckpoint(
             f"{path} cannot be read ({error}): get it again, or give the file of weights alone"
         ) from error

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import unicodedata
@@ -22,9 +21,11 @@ from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.catalogue import build, list_models
 from onefold.models.key_mapping import Layout
 from onefold.models.restricted_unpickler import Placeholder
-from onefold.models.safe_load import NO_WEIGHTS, CheckpointContents, read
-from onefold.models.weights_file import Card, verify
+from onefold.models.safe_load import CheckpointContents, read
+from onefold.models.state_dicts import NO_WEIGHTS
+from onefold.models.weights_file import Card, is_ours, verify
 from onefold.reparam import fuse, unfused_norms
+from onefold.storage import parse_json
 
 _log = logging.getLogger("onefold")
 
@@ -102,7 +103,7 @@ def read_weights(path: Path, *, select: str = "", quiet: bool = False) -> Weight
 
 def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> Weights:
     """Give the contents of a file as weights. Raises BadCheckpoint where they are of no known layout, or damaged."""
-    card = verify(contents, path) if "onefold" in contents.metadata else None
+    card = verify(contents, path, quiet=quiet) if is_ours(contents.metadata) else None
     layout = detect(contents.tensors)
     if layout is None:
         titles = ", ".join(known.title for known in LAYOUTS)
@@ -233,8 +234,8 @@ def _names_of(given: object, num_classes: int, by_name: bool) -> tuple[str, ...]
     """One text for each class; None where `given` is anything else."""
     if isinstance(given, str) and given[:1] in ("[", "{") and len(given) < _MAX_JSON:
         try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
+            given = parse_json(given)
+        except ValueError:
             return None
     if isinstance(given, Placeholder):
         given = given.values or given.elements

@@ -4,8 +4,7 @@ The format is recognized by the first bytes, never by the name: safetensors, a z
 older format of torch.save, a plain pickle, HDF5. Nothing in a file is ever executed, and a small file cannot allocate
 much memory: the sizes that it declares are compared with its own before it is read.
 
-Of a training's checkpoint the state dict is found, whatever it is called and whatever wrappers were around the network,
-by one rule for all formats; where there are plain and averaged weights, the averaged ones are taken, and that is said.
+Of a training's checkpoint the state dict is found by one rule for all formats (see `state_dicts`).
 
 Every failure is a BadCheckpoint of one sentence.
 """
@@ -15,10 +14,9 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,31 +34,23 @@ from onefold.models.restricted_unpickler import (
     as_array,
     load,
     load_legacy,
-    module_tensors,
     objects,
 )
+from onefold.models.state_dicts import MAX_TENSORS, Fits, StateDict, as_mapping, choose, is_tensor
+from onefold.storage import parse_json
 
 _log = logging.getLogger("onefold")
 MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
 ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
 MAX_NAME = 300  # characters; the longest known has 68
-# Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
-_AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
-_WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network", "backbone")
-NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
-_MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's mappings, and in wrappers
-_MAX_NAMES, _MAX_WORDS = 4, 16  # under how many keys one mapping is looked at; how many words are tried as wrappers
-_MAX_TENSORS = 20_000  # of one state dict
+_MAX_HEADER = 32 << 20  # bytes of a safetensors file: names, shapes and the metadata
 # Classes that are not named in a note: their values are understood, or are no weights.
 _HARMLESS = re.compile(
     r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
 )
 _ZIP = b"PK\x03\x04"
 _HINT = "give weights as .safetensors, .pth, .npz or .h5"
-
-Fits = Callable[[Collection[str]], bool]
-"""Whether tensors of these names are of a network that the caller knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +79,11 @@ def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool 
         with path.open("rb") as file:
             head = file.read(512)
         saved = _reader(head, path)(path)
-        chosen, others = _choose(saved.values, fits, select, path)
+        chosen, others = choose(saved.values, fits, select, path)
         contents = CheckpointContents(
             tensors=saved.tensors(chosen.tensors, path),
             metadata=saved.metadata,
-            extras={str(key): value for key, value in saved.values.items() if not _is_tensor(value)},
+            extras={str(key): value for key, value in saved.values.items() if not is_tensor(value)},
             weights=f"{chosen.key or 'the whole file'}{', averaged' * chosen.averaged}" if others else "",
             outside=chosen.outside,
         )
@@ -159,12 +149,32 @@ def _other_format(head: bytes) -> str:
 def _is_npz(path: Path) -> bool:
     """Whether a zip archive is numpy's. Raises BadCheckpoint for a decompression bomb."""
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise BadCheckpoint(f"{path} is a damaged or truncated zip archive: get it again") from error
     _check_size(sum(entry.file_size for entry in entries), path)
     return bool(entries) and all(entry.filename.endswith(".npy") for entry in entries)
+
+
+_END, _END_BYTES, _MAX_COMMENT = b"PK\x05\x06", 22, 1 << 16
+_ENTRY_BYTES = 512  # of the directory of a zip archive, with a name and what is said beside it
+
+
+def _check_directory(path: Path) -> None:
+    """Raise BadCheckpoint for a zip archive of very many entries before Python makes an object of each."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _END_BYTES - _MAX_COMMENT))
+        tail = file.read()
+    at = tail.rfind(_END)
+    length = int.from_bytes(tail[at + 12 : at + 16], "little") if at >= 0 else 0
+    if length == 0xFFFFFFFF:  # stated in 64 bits, somewhere before this
+        at = tail.rfind(b"PK\x06\x06")
+        length = int.from_bytes(tail[at + 40 : at + 48], "little") if at >= 0 else size
+    if length > _ENTRY_BYTES * MAX_TENSORS:
+        raise BadCheckpoint(f"{path} lists more entries than {MAX_TENSORS} tensors need: it is forged")
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -205,9 +215,14 @@ class _Saved:
 def _read_safetensors(path: Path) -> _Saved:
     size = path.stat().st_size
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > size - 8:
-        raise BadCheckpoint(f"{path} declares a header of {header} bytes and has {size}: it is truncated or forged")
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise BadCheckpoint(f"{path} declares a header of {length} bytes and has {size}: it is truncated or forged")
+        if length > _MAX_HEADER:
+            raise RefusedError(f"its header has {length} bytes, more than {MAX_TENSORS} tensors need")
+        header = parse_json(file.read(length))
+    if isinstance(header, dict) and len(header) > MAX_TENSORS:  # safetensors itself takes a minute for a million
+        raise RefusedError(f"it has more than {MAX_TENSORS} tensors, as no network here has")
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         return _Saved(values={name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
@@ -229,7 +244,7 @@ def _read_torch(path: Path) -> _Saved:
         else:
             value, stored = load_legacy(file)
             storages = stored.__getitem__
-    values = _mapping(value)
+    values = as_mapping(value)
     if values is None:
         kind = value.name if isinstance(value, Placeholder) else type(value).__name__
         raise BadCheckpoint(f"{path} holds a {kind}, not a state dict: save model.state_dict()")
@@ -266,145 +281,23 @@ def _read_hdf5(path: Path) -> _Saved:
     except ImportError as error:
         raise MissingExtra(f"reading {path} needs h5py: type `pip install h5py`") from error
     tensors: dict[str, Tensor] = {}
+    total = 0
 
     def visit(name: str, item: object) -> None:
         if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
             return  # groups, and the strings of a Keras model
         if item.external or item.is_virtual:
             raise BadCheckpoint(f"{path} keeps {name!r} in another file: give one file that holds its weights itself")
-        _check_size(item.nbytes + sum(tensor.nbytes for tensor in tensors.values()), path)
+        nonlocal total
+        total += item.nbytes
+        _check_size(total, path)
+        if len(tensors) >= MAX_TENSORS:
+            raise RefusedError(f"it has more than {MAX_TENSORS} tensors, as no network here has")
         tensors[name] = torch.from_numpy(np.asarray(item[()]))
 
     with h5py.File(path, "r") as file:
         file.visititems(visit)
     return _Saved(values=tensors)
-
-
-# ------------------------------------------------------------------------------- finding the weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateDict:
-    """Tensors by name, under `key` in a file, words joined by dots; `outside` are the names of some beside them."""
-
-    key: str
-    tensors: Mapping[str, Any]
-    averaged: bool = False
-    outside: frozenset[str] = frozenset()
-
-    @property
-    def kind(self) -> str:
-        """The word that selects it: "averaged" or "plain"."""
-        return "averaged" if self.averaged else "plain"
-
-    def inside(self, word: str, names: Sequence[str]) -> StateDict:
-        """Give what the wrapper `word` holds, the tensors `names`, with the other tensors as they are beside it."""
-        held, inner = {name.removeprefix(f"{word}."): self.tensors[name] for name in names}, set(names)
-        beside = {name: leaf for name, leaf in self.tensors.items() if name not in inner and name not in held}
-        return StateDict(
-            key=f"{self.key}.{word}" if self.key else word,
-            tensors=held | beside,
-            averaged=self.averaged or _AVERAGED.search(word) is not None or "n_averaged" in self.tensors,
-            outside=(self.outside & beside.keys()) | frozenset(beside),
-        )
-
-
-def _choose(values: Mapping[Any, Any], fits: Fits | None, select: str, path: Path) -> tuple[StateDict, list[StateDict]]:
-    """Give the state dict to take, and the others that could be; RefusedError where `select` names none."""
-    found = list(_state_dicts(values))
-    if not found:
-        raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
-    if max(len(each.tensors) for each in found) > _MAX_TENSORS:
-        raise RefusedError(f"a state dict in it has more than {_MAX_TENSORS} tensors, as no network here has")
-    fitting = [inner for each in found for inner in _unwrapped(each, fits)] if fits else []
-    if not fitting:
-        fitting = [_without_common_wrappers(max(found, key=lambda each: len(each.tensors)))]
-    chosen = [each for each in fitting if not select or select == each.kind or f"{each.key}.".startswith(f"{select}.")]
-    if not chosen:
-        known = ", ".join(dict.fromkeys(word for each in fitting for word in (each.kind, each.key) if word))
-        raise RefusedError(f"it holds no weights {select!r}; there are: {known}")
-    chosen.sort(key=lambda each: not each.averaged)  # stable: the file's order otherwise
-    return chosen[0], [each for each in fitting if each is not chosen[0]]
-
-
-def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
-    """Give every mapping in a checkpoint that holds tensors itself, the checkpoint first."""
-    swapped = _swapped(values)
-    queue: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), values)]
-    visits: Counter[int] = Counter()  # of a mapping: a forged one contains itself, as often as it likes
-    for path, mapping in queue:  # grows
-        leaves = {str(key): value for key, value in mapping.items() if _is_tensor(value)}
-        key = ".".join(path)
-        if leaves:
-            yield StateDict(key=key, tensors=leaves, averaged=swapped.get(key, bool(_AVERAGED.search(key))))
-        if len(path) < _MAX_CONTAINERS:
-            for key, value in mapping.items():
-                visits[id(value)] += isinstance(value, (Mapping, Placeholder))
-                if visits[id(value)] <= _MAX_NAMES and not _is_tensor(value) and not NO_WEIGHTS.search(str(key)):
-                    inner = _mapping(value)
-                    queue += [] if inner is None else [((*path, str(key)), inner)]
-
-
-def _swapped(values: Mapping[Any, Any]) -> dict[str, bool]:
-    """Which weights are averaged, by their key, for trainers that put the averaged ones in the plain ones' place."""
-    if "current_model_state" in values:  # Lightning's WeightAveraging
-        return {"state_dict": True, "current_model_state": False}
-    meta = values.get("meta")
-    if "ema_state_dict" in values and (
-        "message_hub" in values or (isinstance(meta, Mapping) and "mmengine_version" in meta)
-    ):
-        return {"state_dict": True, "ema_state_dict": False}
-    return {}
-
-
-def _unwrapped(found: StateDict, fits: Fits, depth: int = 0) -> Iterator[StateDict]:
-    """Give the networks that `fits` recognizes in a state dict: as it is, or under some words in front of the names."""
-    whole = fits(found.tensors)
-    words: dict[str, list[str]] = {}
-    for name in found.tensors.keys() - found.outside:
-        word, dot, _ = name.partition(".")
-        if dot and (not whole or word in _WRAPPERS or _AVERAGED.search(word)):
-            words.setdefault(word, []).append(name)
-    inner = [
-        each
-        for word, names in sorted(sorted(words.items(), key=lambda item: -len(item[1]))[:_MAX_WORDS])
-        if len(names) > 1 and depth < _MAX_WRAPPERS
-        for each in _unwrapped(found.inside(word, names), fits, depth + 1)
-    ]
-    taken = {
-        name for word, names in words.items() if any(f".{word}" in f".{each.key}" for each in inner) for name in names
-    }
-    if whole:
-        yield replace(found, tensors={name: leaf for name, leaf in found.tensors.items() if name not in taken})
-    for each in inner:
-        others = taken & each.outside  # those of the other networks in this state dict
-        tensors = {name: leaf for name, leaf in each.tensors.items() if name not in others}
-        yield replace(each, tensors=tensors, outside=each.outside - others)
-
-
-def _without_common_wrappers(found: StateDict) -> StateDict:
-    """The state dict without the words that wrappers put in front of all its names."""
-    names = [name for name, leaf in found.tensors.items() if name != "n_averaged"]
-    word = names[0].partition(".")[0] if names else ""
-    if (word in _WRAPPERS or _AVERAGED.search(word)) and all(name.startswith(f"{word}.") for name in names):
-        return _without_common_wrappers(replace(found.inside(word, names), outside=frozenset()))
-    return found
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, (Tensor, StoredTensor)) or (
-        isinstance(value, Placeholder)
-        and (value.name.startswith("torch._utils._rebuild") or as_array(value) is not None)
-    )
-
-
-def _mapping(value: object) -> Mapping[Any, Any] | None:
-    """Give a value as a mapping: a dict, an object's attributes, or the state dict of a whole network; else None."""
-    if isinstance(value, Mapping):
-        return value
-    if not isinstance(value, Placeholder) or not value.values:
-        return None
-    return dict(module_tensors(value)) if "_modules" in value.values else value.values
 
 
 # ------------------------------------------------------------------------------------------- checks

@@ -5,7 +5,7 @@ The metadata in the file's header has these texts:
     onefold       the version of this format
     card          the `Card` as JSON, keys sorted
     card_sha256   of the card's text
-    sha256        of the tensors (see `digest`); not in a run's `best/`, whose manifest has the checksum of the file
+    sha256        of the tensors (see `digest`); older runs' `best/` have it in their manifest only, of the whole file
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from onefold.checksums import MANIFEST, sealed_safetensors, unseal
 from onefold.config import check
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models.safe_load import CheckpointContents, read
-from onefold.storage import replacing
+from onefold.storage import parse_json, replacing
 
 _log = logging.getLogger("onefold")
 
-FORMAT = "1"
-MANIFEST = "manifest.json"  # of a run's sealed folder: checksums of its files
+FORMAT, _PT = "1", "pt"
+_KEYS = {"format", "onefold", "card", "card_sha256", "sha256"}
 
 
 def _version() -> str:
@@ -86,7 +87,7 @@ class Card:
         """The card as texts for a safetensors header. `save_weights` adds the tensors' sha256."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return {
-            "format": "pt",
+            "format": _PT,
             "onefold": FORMAT,
             "card": text,
             "card_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -95,18 +96,21 @@ class Card:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Card:
         """Read the card in a header. Raises BadCheckpoint where there is none, or one that was changed since."""
-        if "onefold" not in metadata or "card" not in metadata:
+        if not is_ours(metadata):
             raise BadCheckpoint("this file carries no card of onefold: give the name of its model too")
+        if "onefold" not in metadata or "card" not in metadata:
+            raise BadCheckpoint("the header of this file is not what was written: the file is damaged, get it again")
         if metadata["onefold"] != FORMAT:
             raise BadCheckpoint(
                 f"this file is of format {metadata['onefold'][:20]}, this onefold reads {FORMAT}: "
                 "type `pip install --upgrade onefold`"
             )
         text = metadata["card"]
-        if metadata.get("card_sha256") != hashlib.sha256(text.encode()).hexdigest():
+        intact = metadata.get("card_sha256") == hashlib.sha256(text.encode()).hexdigest()
+        if not intact or metadata.get("format", _PT) != _PT or metadata.keys() - _KEYS:
             raise BadCheckpoint("the card in this file is not what was written: the file is damaged, get it again")
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             if not isinstance(values, dict):
                 raise TypeError("it is not an object")
             known = {f.name: values[f.name] for f in fields(cls) if f.name in values}  # without later versions' fields
@@ -116,8 +120,13 @@ class Card:
                 settings = known["preprocessing"].items()
                 known["preprocessing"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings}
             return cls(**known)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise BadCheckpoint(f"the card in this file cannot be read ({error})") from error
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether a file is of our own format, by its metadata; also one that lost one of our keys to damage."""
+    return len({"onefold", "card", "card_sha256"} & metadata.keys()) > 1
 
 
 # --------------------------------------------------------------------------- writing and reading
@@ -151,7 +160,7 @@ def save_weights(model: nn.Module, path: str | Path, card: Card) -> None:
 def write_weights(model: nn.Module, path: str | Path, card: Card) -> None:
     """Do the same for any network, also one that is not in the catalogue, without a check of its card."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    data = save(tensors, card.to_metadata() | {"sha256": digest(tensors)})
+    data = sealed_safetensors(save(tensors, card.to_metadata()))
     with replacing(Path(path)) as aside:
         aside.write_bytes(data)
 
@@ -162,29 +171,27 @@ def read_card(path: str | Path) -> Card:
     return verify(read(path), path)
 
 
-def verify(contents: CheckpointContents, path: Path) -> Card:
-    """Give the card of a file's contents, after a check of its checksums. Raises BadCheckpoint."""
+def verify(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> Card:
+    """Give the card of a file's contents, after a check of its checksums. Raises BadCheckpoint.
+
+    That a file has none of its tensors is logged unless it is `quiet`.
+    """
     try:
         card = Card.from_metadata(contents.metadata)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path}: {error}") from error
     written = contents.metadata.get("sha256")
-    intact = _is_in_manifest(path) if written is None else written == digest(contents.tensors)
+    if written is not None:
+        intact = written == digest(contents.tensors)
+    elif (path.parent / MANIFEST).exists():  # of a run of an older version
+        intact = path.name in unseal(path.parent, only=[path.name])
+    else:
+        intact = True
+        if not quiet:
+            _log.warning("%s has no checksum of its tensors, as older versions wrote it: damage is not noticed", path)
     if not intact:
         raise BadCheckpoint(f"{path} is damaged: it is not what was written; get it again")
     return card
-
-
-def _is_in_manifest(path: Path) -> bool:
-    """Whether a file has the checksum in the manifest of its folder; True where there is no manifest."""
-    manifest = path.with_name(MANIFEST)
-    try:
-        if not manifest.exists():
-            return True
-        written = json.loads(manifest.read_text(encoding="utf-8"))["files"][path.name]["sha256"]
-        return bool(written == hashlib.sha256(path.read_bytes()).hexdigest())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadCheckpoint(f"{manifest} has no checksum of {path.name}: it is damaged, get both again") from error
 
 
 # ------------------------------------------------------------------------------ what the hub's files say

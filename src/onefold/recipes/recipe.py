@@ -29,6 +29,7 @@ from onefold.data import (
 )
 from onefold.data.augmentation import at_size as steps_at_size
 from onefold.errors import BadArgument
+from onefold.storage import parse_json
 from onefold.train import SGD, Cosine, Epochs, Exponential, Plan, Steps
 
 Sized = RandomResizedCrop | Resize | CentreCrop
@@ -215,7 +216,7 @@ def _value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

@@ -7,7 +7,7 @@ left is worth more than none.
 from __future__ import annotations
 
 import base64
-import json
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from onefold.bench import Comparison, Measurement, read_all
-from onefold.errors import BadArtifact, BadData
+from onefold.checksums import unseal
+from onefold.errors import BadArtifact, BadCheckpoint, BadData
 from onefold.report.format import one_line
 from onefold.runtimes.artifact import Artifact, read_manifest
+from onefold.storage import parse_json
 
 GATES = "gates.json"  # what each gate of a deployment found, beside its measurements
 BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
 
 _LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
-_MAX_CLASSES = 100_000
+_MAX_CLASSES, _MAX_BYTES = 100_000, 256 << 20
 _MAX_SENTENCES = 20  # on the data of a run
 _MAX_PICTURE_BYTES = 100_000
 _JPEG_START = b"\xff\xd8\xff"
@@ -212,6 +214,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
     if lines and not epochs:
         notes.append(f"The run {name} has not finished an epoch yet.")
     recipe = _parse(_read_text(folder / "recipe.json") or "")
+    notes += _differences_from_checkpoint(folder, name, recipe, lines)
     expect = recipe.get("expect")
     expected: Mapping[str, Any] = expect if isinstance(expect, Mapping) else {}
     check = _parse(_read_text(folder / "check.json") or "").get("findings")
@@ -226,6 +229,29 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         data_findings=tuple(one_line(text, 400) for text in findings if isinstance(text, str)),
         dataset=_read_dataset(folder / "data.json"),
     )
+
+
+def _differences_from_checkpoint(
+    folder: Path, run: str, recipe: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Say what in a run folder is not as its checkpoint has it; nothing of older runs, which keep no checksums."""
+    if not (folder / "last").is_dir():
+        return []
+    try:
+        saved = _parse(unseal(folder / "last", only=["progress.json"])["progress.json"].decode())
+        with (folder / "log.jsonl").open("rb") as file:
+            log = file.read(int(saved["log_bytes"])) if saved.get("log_sha256") else b""
+    except (BadCheckpoint, OSError, KeyError, ValueError, TypeError):
+        return [f"Whether the log and the recipe of {run} are as the training wrote them cannot be checked."]
+    notes = []
+    wrong = saved.get("log_sha256") and hashlib.sha256(log).hexdigest() != saved["log_sha256"]
+    if wrong or any(line.get("log_changed") for line in lines):
+        notes.append(f"The log of {run} was changed after the training wrote it: its figures may be anything.")
+    settings = saved.get("settings")
+    began_with = settings.get("recipe") if isinstance(settings, Mapping) else None
+    if began_with is not None and began_with != recipe:
+        notes.append(f"The recipe.json of {run} is not the one that it began with.")
+    return notes
 
 
 def _read_dataset(path: Path) -> tuple[str, ...]:
@@ -353,6 +379,8 @@ def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:
 
 def _read_text(path: Path) -> str | None:
     try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            return None
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
@@ -361,8 +389,8 @@ def _read_text(path: Path) -> str | None:
 def _parse(text: str) -> Mapping[str, Any]:
     """Return the JSON object in `text`; an empty one for anything else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return {}
     return value if isinstance(value, Mapping) else {}
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from onefold.errors import BadArtifact
+from onefold.storage import parse_json, read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -134,8 +135,8 @@ def render_manifest(artifact: Artifact) -> str:
 def is_artifact(folder: Path) -> bool:
     """Whether a folder claims to be an exported artifact; a sealed folder of weights has a manifest too."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
         return folder.is_dir() and (folder / REFERENCE).is_file()
     return isinstance(manifest, dict) and "runtime" in manifest
 
@@ -153,9 +154,9 @@ def read_manifest(folder: Path) -> Artifact:
     data = _read(path, None)
     try:
         text = data.decode("utf-8")
-        fields = json.loads(text)
+        fields = parse_json(text)
         intact = isinstance(fields, dict) and _with_digest({k: v for k, v in fields.items() if k != "sha256"}) == text
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadArtifact(f"{path} is damaged: it is not JSON ({error}); export the model again") from error
     _check_schema(fields, path)
     if not intact:

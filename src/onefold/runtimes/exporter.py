@@ -51,6 +51,7 @@ from onefold.runtimes.reference_logits import (
     top1_agreement,
     write_reference,
 )
+from onefold.runtimes.sandbox import mark_as_opened, open_in_child_first
 from onefold.storage import replacing
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ def export(
         _write(request, program, temporary)
     if not info.fused:
         warnings.warn(f"{info.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
-    return read_manifest(folder)
+    artifact = read_manifest(folder)
+    if artifact.parity is not None:  # else it was not opened
+        mark_as_opened(artifact)
+    return artifact
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
@@ -162,6 +166,14 @@ def load(artifact: Artifact | Path | str, *, threads: int = 1) -> Session:
         raise BadArgument(f"expected a number of threads of 1 or more, got {threads!r}")
     if not isinstance(artifact, Artifact):
         artifact = read_manifest(Path(artifact))
+    runtime = _runtime_of(artifact)
+    if not _unavailable(runtime):
+        open_in_child_first(artifact)
+    return open_session(artifact, threads=threads)
+
+
+def open_session(artifact: Artifact, *, threads: int) -> Session:
+    """Load an artifact as `load` does, in this process, whatever it may do to it."""
     runtime = _runtime_of(artifact)
     content = read_files(artifact)
     reference = read_reference(content[REFERENCE], artifact.input_shape, artifact.num_classes)

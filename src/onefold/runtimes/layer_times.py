@@ -16,6 +16,7 @@ from onefold.errors import BadArgument, BadArtifact, OnefoldError
 from onefold.runtimes.artifact import Artifact, read_files, read_manifest
 from onefold.runtimes.base import find_runtime, first_line
 from onefold.runtimes.reference_logits import Floats, make_images
+from onefold.runtimes.sandbox import open_in_child_first
 
 PROFILED = ("onnx", "openvino")
 WARMUP = 3
@@ -79,6 +80,7 @@ def profile(folder: Path | str, *, threads: int = 1, batch: int = 1, calls: int 
             "them and profile that"
         )
     runtime = cast(ProfilingRuntime, find_runtime(artifact.runtime))
+    open_in_child_first(artifact)
     images = make_images(artifact.input_shape, num_images=batch)
     request = ProfileRequest(images=images, calls=calls, threads=threads)
     try:

@@ -14,7 +14,7 @@ The order of a resume, which `loop.train` follows:
 7. Restore the random states last, after everything that might have drawn random numbers.
 
 runs/<name>/
-    .lock       locked by the process that writes here; names it
+    .lock       locked by the process that writes here, which .pid names
     log.jsonl   one JSON object per line
     last/       the checkpoint that a resume goes on from  } sealed: every file's size and SHA-256
     previous/   the one before it                          } are in manifest.json, and are checked
@@ -23,7 +23,6 @@ runs/<name>/
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -33,94 +32,24 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from onefold.checksums import copy_sealed, seal, sealed_safetensors, unseal
 from onefold.errors import BadArgument, BadCheckpoint, NotWritable, RunBusy
-from onefold.storage import replacing
+from onefold.storage import parse_json
 from onefold.train.hyperparameters import Plan
 from onefold.train.rng_state import RandomState
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-# ---------------------------------------------------------------------------------- sealed folders
-
-
-def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write `contents` (file name -> bytes) and their manifest to `folder`, all of it or nothing.
-
-    It takes bytes, and no function that writes, so that a full disk is an OSError and becomes NotWritable.
-    """
-    with replacing(folder) as aside:
-        aside.mkdir()
-        for name, content in contents.items():
-            (aside / name).write_bytes(content)
-        (aside / MANIFEST).write_text(_manifest(contents), encoding="utf-8")
-
-
-def unseal(folder: Path) -> dict[str, bytes]:
-    """Give every file of a sealed folder as it was written; raises BadCheckpoint for the least difference."""
-    try:
-        manifest = _read(folder / MANIFEST, limit=1 << 20)
-        sealed = json.loads(manifest)
-        sizes = {str(name): int(entry["bytes"]) for name, entry in sealed["files"].items()}
-        if sealed["format"] != FORMAT or any(Path(name).name != name for name in sizes):
-            raise ValueError(f"it is not of format {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadCheckpoint(f"{folder / MANIFEST} is missing or damaged: {error}") from error
-    try:
-        contents = {name: _read(folder / name, limit=size) for name, size in sizes.items()}
-    except OSError as error:
-        raise BadCheckpoint(f"{folder} is damaged: {error}") from error
-    for name, content in contents.items():
-        if len(content) != sizes[name] or _entry(content) != sealed["files"][name]:
-            raise BadCheckpoint(f"{folder / name} is damaged: its size or SHA-256 is not what {MANIFEST} says")
-    if manifest != _manifest(contents).encode():
-        raise BadCheckpoint(f"{folder / MANIFEST} is damaged: it is not as it was written")
-    return contents
-
-
-def copy_sealed(source: Path, target: Path) -> None:
-    """Make `target` a copy of the sealed folder `source`, if there is one: by hard links where the disk has them."""
-    if source.is_dir():
-        with replacing(target) as aside:
-            shutil.copytree(source, aside, copy_function=_link)
-
-
-def _manifest(contents: Mapping[str, bytes]) -> str:
-    files = {name: _entry(content) for name, content in sorted(contents.items())}
-    return json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
-
-
-def _entry(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _read(path: Path, limit: int) -> bytes:
-    """The bytes of a plain file, never many more than `limit` of them."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, or not a plain file")
-    with path.open("rb") as file:
-        return file.read(limit + 1)
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
-
 
 # -------------------------------------------------------------------------------------- the folder
 
@@ -163,22 +92,25 @@ class RunFolder:
         The kernel releases the lock when the process ends, however it ends; that the file exists means nothing.
         Raises RunBusy naming the process that has the lock, NotWritable where nothing can be written.
         """
+        lock, holder = FileLock(self.path / ".lock", timeout=0, thread_local=False), self.path / ".pid"
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                named = ""
+                with suppress(OSError):
+                    named = holder.read_text(encoding="utf-8", errors="replace")[:200].strip()
+                raise RunBusy(
+                    f"{self.path} is in use by {named or 'another process'}: wait for it or choose another folder"
+                ) from error
         try:
             with _writing(self.path):
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-                    raise RunBusy(f"{self.path} is in use by {holder}: wait for it or choose another folder") from error
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
                 self._repair()
             yield
         finally:
-            os.close(handle)
+            lock.release()
 
     def append_log(self, entry: Mapping[str, Any]) -> None:
         """Add a line to the log, on the disk when this returns; NaN and infinities, which JSON has not, become null."""
@@ -192,6 +124,11 @@ class RunFolder:
     def log_bytes(self) -> int:
         """The length of the log."""
         return self.log.stat().st_size if self.log.exists() else 0
+
+    def log_sha256(self, length: int) -> str:
+        """The SHA-256 of the log's first `length` bytes."""
+        content = self.log.read_bytes() if self.log.exists() else b""
+        return hashlib.sha256(content[:length]).hexdigest()
 
     def truncate_log(self, length: int) -> None:
         """Remove from the log what was added after it had `length` bytes."""
@@ -248,7 +185,8 @@ class Checkpoint:
     """The complete state of a run between two optimizer steps, on the CPU.
 
     `metrics` are those of the last evaluation, `best` those of the best with its "epoch" (empty before the first).
-    `loss_sum` and `num_images` are the epoch's so far; `made_with` says what else the last bits depend on.
+    `loss_sum` and `num_images` are the epoch's so far; `made_with` says what else the last bits depend on. Of the log
+    it has the length and the SHA-256, and `settings` are the caller's own: what else must be as it was at a resume.
     """
 
     plan: Plan
@@ -265,6 +203,8 @@ class Checkpoint:
     num_images: int
     log_bytes: int
     made_with: Mapping[str, Any]
+    log_sha256: str = ""  # of older checkpoints nothing is known
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -323,17 +263,19 @@ class Checkpoint:
             "num_images": self.num_images,
             "log_bytes": self.log_bytes,
             "made_with": dict(self.made_with),
+            "log_sha256": self.log_sha256,
+            "settings": dict(self.settings),
         }
-        contents = {WEIGHTS: save_tensors(dict(self.weights), dict(metadata)), STATE: save_tensors(state)}
-        if self.average:
-            contents[AVERAGE] = save_tensors(dict(self.average), dict(metadata))
+        weights = {WEIGHTS: self.weights, **({AVERAGE: self.average} if self.average else {})}
+        contents = {name: _weights_file(tensors, metadata) for name, tensors in weights.items()}
+        contents[STATE] = save_tensors(state)
         contents[PROGRESS] = json.dumps(progress, indent=1).encode()
         return contents
 
     @classmethod
     def _from_contents(cls, contents: Mapping[str, bytes], folder: Path) -> Checkpoint:
         try:
-            progress = json.loads(contents[PROGRESS])
+            progress = parse_json(contents[PROGRESS])
             state = load_tensors(contents[STATE])
             randomness = RandomState(tensors=_without_prefix(state, "randomness/"), numbers=progress.pop("randomness"))
             return cls(
@@ -354,7 +296,12 @@ def save_best(
 ) -> None:
     """Make `weights`, under `metadata`, the folder's `best/model.safetensors`, with its metrics beside it."""
     table = json.dumps(dict(metrics), indent=1).encode()
-    seal(folder.best, {WEIGHTS: save_tensors(dict(weights), dict(metadata)), "metrics.json": table})
+    seal(folder.best, {WEIGHTS: _weights_file(weights, metadata), "metrics.json": table})
+
+
+def _weights_file(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Give the file of weights that other verbs open; it can be checked without the manifest of its folder too."""
+    return sealed_safetensors(save_tensors(dict(weights), dict(metadata)))
 
 
 def load_for_resume(folder: RunFolder) -> Checkpoint:

@@ -27,6 +27,7 @@ from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 from onefold.errors import BadArgument, LostWorker, Stopped
+from onefold.processors import available
 
 _log = logging.getLogger("onefold.launch")
 
@@ -73,7 +74,7 @@ class _ProcessGroup:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, available() // processes)))
         # Those of torchrun, so that a process need not know which of the two has started it.
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
         variables |= {"OMP_NUM_THREADS": threads, "TORCHELASTIC_RESTART_COUNT": str(restarts)}

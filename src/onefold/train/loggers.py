@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from onefold.errors import BadArgument, MissingExtra
-from onefold.storage import write_text
+from onefold.storage import read_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ class ServiceLogger:
 
     def _start(self) -> None:
         try:
-            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            state = read_json(self._state_file)
         except (OSError, ValueError):
             state = None
         is_known = isinstance(state, dict) and isinstance(state.get("id"), str)

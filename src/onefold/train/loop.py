@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,7 +36,7 @@ class Run:
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch, and gives its metrics; "top1"
     decides which epoch is best, of equal ones the last. With `evaluate_start` it is called before the first step too.
     `metadata` goes into the header of the weights' file. With `resume` the run in `out` goes on. `teachers` gives the
-    logits of the networks that `plan.distill` names.
+    logits of the networks that `plan.distill` names. `settings` are kept with each checkpoint, as they are.
     """
 
     out: Path
@@ -47,6 +47,7 @@ class Run:
     on_progress: Callable[[Progress], None] | None = None
     teachers: Teachers | None = None
     evaluate_start: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoint:
@@ -132,13 +133,19 @@ class _Trainer:
             torch.set_num_threads(int(threads))
         self._check_same_run(self.saved)
         self.state.load_checkpoint_(self.saved)
+        changed: dict[str, bool] = {}
+        if self.world.is_main and self.saved.log_sha256 not in ("", self.folder.log_sha256(self.saved.log_bytes)):
+            _log.warning(
+                "%s is not as the training wrote it: it may say anything of the epochs before", self.folder.log
+            )
+            changed = {"log_changed": True}
         if self.saved.is_complete:
             _log.info("%s is complete: all %d epochs are done", self.run.out, self.plan.epochs)
             return
         position = self.saved.position
         if self.world.is_main:
             self.folder.truncate_log(self.saved.log_bytes)
-        self._log_event("resume", epoch=position.epoch + 1, step=position.global_step, **self._environment())
+        self._log_event("resume", epoch=position.epoch + 1, step=position.global_step, **self._environment(), **changed)
         # Last, since everything above may have drawn random numbers. A checkpoint holds the states of the first
         # process alone, so that it says nothing of their number; the others are seeded anew.
         if self.world.is_main:
@@ -266,7 +273,10 @@ class _Trainer:
         The state is copied here and written in the background. The best weights come first: were the process killed
         between the two, the resumed run would evaluate the same epoch again, and write the same best weights again.
         """
-        self.saved = saved = self.state.to_checkpoint(self.data, self.folder.log_bytes(), self._environment())
+        log_bytes = self.folder.log_bytes()
+        saved = self.state.to_checkpoint(self.data, log_bytes, self._environment())
+        log_sha256 = self.folder.log_sha256(log_bytes) if self.world.is_main else ""
+        self.saved = saved = replace(saved, log_sha256=log_sha256, settings=self.run.settings)
         folder, metadata = self.folder, self.run.metadata
 
         def write() -> None:

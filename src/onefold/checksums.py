@@ -1,0 +1,141 @@
+"""Checksums: folders, texts and weights that notice when they are no longer what was written.
+
+A sealed folder has a manifest.json with the size and SHA-256 of every other file in it, and of nothing else. A sealed
+text has its SHA-256 in its first line. A safetensors file has that of its tensors in its own metadata, so that it can
+be checked wherever it is copied to. All of them detect damage, not malice: who can write a file can write its checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from onefold.errors import BadCheckpoint
+from onefold.storage import parse_json, replacing, write_text
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_MAX_MANIFEST_BYTES = 1 << 20
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write `contents` (file name -> bytes) and their manifest to `folder`, all of it or nothing.
+
+    It takes bytes, and no function that writes, so that a full disk is an OSError and becomes NotWritable.
+    """
+    with replacing(folder) as aside:
+        aside.mkdir()
+        for name, content in contents.items():
+            (aside / name).write_bytes(content)
+        entries = {name: _entry(content) for name, content in contents.items()}
+        (aside / MANIFEST).write_text(_manifest(entries), encoding="utf-8")
+
+
+def unseal(folder: Path, only: Collection[str] | None = None) -> dict[str, bytes]:
+    """Give every file of a sealed folder, or `only` some, as written; raises BadCheckpoint for the least difference."""
+    try:
+        manifest = _read(folder / MANIFEST, limit=_MAX_MANIFEST_BYTES)
+        sealed = parse_json(manifest)
+        entries = {str(name): {"bytes": int(e["bytes"]), "sha256": e["sha256"]} for name, e in sealed["files"].items()}
+        if sealed["format"] != FORMAT or any(Path(name).name != name for name in entries):
+            raise ValueError(f"it is not of format {FORMAT}")
+        if manifest != _manifest(entries).encode():
+            raise ValueError("it is not as it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{folder / MANIFEST} is missing or damaged: {error}") from error
+    wanted = entries if only is None else [name for name in only if name in entries]
+    try:
+        contents = {name: _read(folder / name, limit=entries[name]["bytes"]) for name in wanted}
+    except OSError as error:
+        raise BadCheckpoint(f"{folder} is damaged: {error}") from error
+    for name, content in contents.items():
+        if _entry(content) != entries[name]:
+            raise BadCheckpoint(f"{folder / name} is damaged: its size or SHA-256 is not what {MANIFEST} says")
+    return contents
+
+
+def copy_sealed(source: Path, target: Path) -> None:
+    """Make `target` a copy of the sealed folder `source`, if there is one: by hard links where the disk has them."""
+    if source.is_dir():
+        with replacing(target) as aside:
+            shutil.copytree(source, aside, copy_function=_link)
+
+
+def _manifest(entries: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "files": dict(sorted(entries.items()))}, indent=1) + "\n"
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file, never many more than `limit` of them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, or not a plain file")
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+# -------------------------------------------------------------------------------------------- texts
+
+
+def write_sealed_text(path: Path, text: str) -> None:
+    """Write a text below its SHA-256, which is of the file's name too: no other sealed text can stand in its place."""
+    write_text(path, f"{_sum_of_text(path, text)}\n{text}")
+
+
+def read_sealed_text(path: Path) -> str:
+    """Read what `write_sealed_text` wrote. Raises OSError, and ValueError where it is damaged."""
+    checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+    if checksum != _sum_of_text(path, text):
+        raise ValueError(f"{path} is damaged: its SHA-256 is not what its first line says")
+    return text
+
+
+def _sum_of_text(path: Path, text: str) -> str:
+    return hashlib.sha256(f"{path.name}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- safetensors
+
+_TORCH_NAMES = {
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32"},
+    **{"I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
+}
+
+
+def sealed_safetensors(data: bytes) -> bytes:
+    """Give the bytes of a safetensors file with the SHA-256 of its tensors as "sha256" in its metadata.
+
+    The checksum is of a header for each name in sorted order, the UTF-8 text "<name> <dtype> <shape>" and a newline,
+    such as "head.fc.weight float32 [10, 1024]", each followed by the tensor's bytes, row-major and little-endian. The
+    metadata are sorted, which safetensors leaves to chance, so that equal networks are equal files.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:start]), memoryview(data)[start:]
+    metadata, total = header.pop("__metadata__", {}), hashlib.sha256()
+    for name, entry in sorted(header.items()):
+        first, last = entry["data_offsets"]
+        total.update(f"{name} {_TORCH_NAMES[entry['dtype']]} {entry['shape']}\n".encode())
+        total.update(body[first:last])
+    metadata |= {"sha256": total.hexdigest()}
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":"))
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)  # as the format has it: the tensors begin at a multiple of 8 bytes
+    return len(encoded).to_bytes(8, "little") + encoded + bytes(body)

@@ -1,0 +1,93 @@
+"""The recipe of a run, as long as it is the one that the run began with.
+
+Each checkpoint keeps the recipe, and the SHA-256 of those files of the run folder that are written once. So an edit
+between stop and resume, or damage, is refused, field by field: a run is computed by one recipe from its first step on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from onefold.checksums import unseal
+from onefold.errors import BadCheckpoint
+from onefold.recipes import Recipe
+from onefold.storage import parse_json, read_json
+from onefold.train import RunFolder
+from onefold.train.checkpoint import PROGRESS
+from onefold.train.hyperparameters import RESUMABLE
+
+RECIPE = "recipe.json"
+"""The recipe of a run, in its folder."""
+
+_log = logging.getLogger("onefold")
+
+
+def settings_of_run(recipe: Recipe, out: Path, written_once: tuple[str, ...]) -> dict[str, Any]:
+    """Give what the checkpoints of a run keep for `read_recipe`: its recipe, and checksums of files of its folder."""
+    files = (out / name for name in written_once)
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    return {"recipe": recipe.to_dict(), "sha256": sums}
+
+
+def read_recipe(out: Path) -> Recipe:
+    """Read the recipe of a run folder. Raises BadCheckpoint where there is none, or not the one that it began with."""
+    try:
+        recipe = Recipe.from_dict(read_json(out / RECIPE))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
+    _check_settings(out, recipe)
+    return recipe
+
+
+def _check_settings(out: Path, recipe: Recipe) -> None:
+    """Raise BadCheckpoint where a run's recipe or another file that it depends on is not as its checkpoint says."""
+    settings = _sealed_settings(out)
+    for name, sha256 in settings.get("sha256", {}).items():
+        file = out / Path(name).name
+        if not file.is_file():
+            _log.warning("%s is gone: what the training wrote there cannot be checked", file)
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            raise BadCheckpoint(f"{file} is not as the training wrote it: put it back, or start a run of its own")
+    if "recipe" not in settings:
+        return
+    free = tuple(f"plan.{name}: " for name in RESUMABLE)
+    edited = [each for each in _differences(settings["recipe"], recipe.to_dict()) if not each.startswith(free)]
+    if edited:
+        raise BadCheckpoint(
+            f"{out / RECIPE} was edited after the run began: {'; '.join(edited)}. Put it back, or start a run of its "
+            "own with what you want (onefold train --recipe ... --out ...)"
+        )
+
+
+def _sealed_settings(out: Path) -> Mapping[str, Any]:
+    """Give what the newest undamaged checkpoint of a run says that it was started with; empty where none says it."""
+    folder = RunFolder(out)
+    for sealed in (folder.last, folder.previous):
+        with suppress(BadCheckpoint, ValueError, KeyError, AttributeError):
+            return dict(parse_json(unseal(sealed, only=[PROGRESS])[PROGRESS]).get("settings", {}))
+    return {}
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], under: str = "") -> list[str]:
+    """Say `field: before -> after` for each field that two settings share and in which they differ."""
+    out: list[str] = []
+    for name in before.keys() & after.keys():  # a field that one version lacks is no edit
+        a, b = before[name], after[name]
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += _differences(a, b, f"{under}{name}.")
+        elif a != b:
+            out.append(f"{under}{name}: {_shown(a)} -> {_shown(b)}")
+    return sorted(out)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,79 @@
+"""The processors that this process may use: those of its affinity, as far as its container's quota reaches."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from onefold.errors import BadArgument
+
+
+def affinity() -> tuple[int, ...]:
+    """The processors, by number; empty where the system does not tell (macOS, Windows)."""
+    try:
+        return tuple(sorted(os.sched_getaffinity(0)))
+    except (AttributeError, OSError):
+        return ()
+
+
+@contextmanager
+def pinned(processors: Sequence[int] | None) -> Iterator[None]:
+    """Have this thread, and those it starts, use these processors only; None leaves all as it is. BadArgument."""
+    if processors is None:
+        yield
+        return
+    before = affinity()
+    if not before:
+        raise BadArgument("this system does not let a program choose its processors: leave out --pin")
+    if not processors or (missing := sorted(set(processors) - set(before))):
+        gone = f"there is no processor {', '.join(map(str, missing))}" if processors else "none is named"
+        raise BadArgument(f"cannot pin: {gone}; this process may use {', '.join(map(str, before))}")
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def usable() -> int:
+    """How many processors the affinity leaves."""
+    return len(affinity()) or os.cpu_count() or 1
+
+
+def quota(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that a container may use (cgroup v2, else v1); None where there is no limit.
+
+    The quota of a group holds for all groups in it, so the least of them counts. `root` is where /proc and /sys are.
+    """
+    top = root / "sys/fs/cgroup"
+    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    folder = top / own[1] if own else top
+    inside = [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
+    limits = [_read(each / "cpu.max").split() for each in inside]
+    limits += [[_read(top / "cpu" / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]]
+    found = [int(most) / int(period) for most, period in (pair for pair in limits if len(pair) == 2) if most.isdigit()]
+    return min((each for each in found if each > 0), default=None)
+
+
+def available(root: Path = Path("/")) -> int:
+    """How many threads have a processor for themselves: what affinity and quota leave, at least one."""
+    return max(1, int(min(usable(), quota(root) or usable())))
+
+
+def respect_quota() -> None:
+    """Have libraries that are imported from now on start as many threads as the quota has processors.
+
+    They see the affinity themselves, and nothing of a quota: a container of 2 on a host of 64 would get 64 threads.
+    """
+    limit = quota()
+    if limit is not None and limit < usable():
+        os.environ.setdefault("OMP_NUM_THREADS", str(available()))
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError, UnicodeError):
+        return path.read_text(encoding="utf-8")
+    return ""
