@@ -157,6 +157,8 @@ def test_a_split_of_the_place_counts_and_test_is_scored_beside_val(home: Path, t
 def test_an_older_run_is_known_by_its_recipe_and_strange_weights_by_nothing(home: Path, scratch: Path) -> None:
     for name in (DATA, IMAGES):
         (scratch / "run" / name).unlink()
+    for name in ("last", "previous"):  # those of older runs keep no recipe
+        shutil.rmtree(scratch / "run" / name)
     recipe = read_recipe(scratch / "run")
     plain = recipe.to_dict()
     plain["data"]["spec"] = str(scratch / "photos")
