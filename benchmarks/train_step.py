@@ -253,23 +253,31 @@ UNITS = (
 
 
 def run_units(given: argparse.Namespace) -> None:
-    """Milliseconds of a unit with its ReLU, forward and backward, by every route and as one convolution and norm."""
+    """Milliseconds of a unit with its ReLU, forward and backward, by every route and as one convolution and norm.
+
+    bfloat16 is autocast's, with an input in bfloat16, as it comes from the unit before.
+    """
     title = "".join(f"{name:>11}" for name in ("per_branch", "moments", "mixed", "plain"))
-    print(f"\n{'unit: in, out, kernel, stride, k, map':42}{title}  quickest takes")
+    low = given.dtype == "bfloat16"
+    print(f"\n{given.dtype}, allocator {given.allocator}")
+    print(f"{'unit: in, out, kernel, stride, k, map':42}{title}  quickest takes")
     for c_in, c_out, kernel, stride, groups, k, size in UNITS:
         torch.manual_seed(0)
         unit, act = branches(c_in, c_out, kernel, stride, groups, k).train(), nn.ReLU()
         x = (
             torch.randn(given.batch, c_in, size, size)
             .relu()
+            .to(torch.bfloat16 if low else torch.float32)
             .to(memory_format=torch.channels_last)
             .requires_grad_(c_in > 3)
         )
         skeleton = plain_(nn.Sequential(copy.deepcopy(unit), act)).to(memory_format=torch.channels_last)
         calls = {r.__name__: partial(_unit_step, partial(r, unit), x, act) for r in (per_branch, moments, mixed)}
         calls["plain"] = partial(_unit_step, lambda x, _, net=skeleton: net(x), x, act)
-        ms = {name: 1e3 * statistics.median(times) for name, times in interleave(calls, 9)[0].items()}
-        cost = costs(as_unit(unit), x)._asdict()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            timed, _ = interleave(calls, 9)
+            cost = costs(as_unit(unit), x)._asdict()
+        ms = {name: 1e3 * statistics.median(times) for name, times in timed.items()}
         row = "".join(f"{ms[name]:11.1f}" for name in ("per_branch", "moments", "mixed", "plain"))
         label = f"{c_in}, {c_out}, {kernel}x{kernel}, {stride}, {k}, {size}"
         print(f"{label:42}{row}  {min(cost, key=cost.get)}", flush=True)
@@ -347,7 +355,8 @@ def main() -> None:
         for dtype in given.dtypes.split(","):
             given.dtype = dtype
             run_model(name, given)
-    if given.units:
+    for dtype in given.dtypes.split(",") if given.units else ():
+        given.dtype = dtype
         run_units(given)
 
 

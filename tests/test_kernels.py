@@ -189,6 +189,21 @@ def test_the_quickest_route_by_count():
     assert costs(as_unit(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
 
 
+def test_in_bfloat16_wide_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch):
+    """With instructions for bfloat16 its products are nearly free; without them nothing changes, nor in float32."""
+    x, wide = torch.randn(2, 256, 14, 14), as_unit(unit(256, 256, 1, 1, 1, 4))
+    before = costs(wide, x)
+    for has in (True, False):
+        monkeypatch.setattr("onefold.reparam.routes._has_bfloat16", lambda has=has: has)
+        assert costs(wide, x) == before
+        with torch.autocast("cpu", torch.bfloat16):
+            cost = costs(wide, x)
+            assert (cost.moments > min(cost)) == has
+            assert cost.moments == before.moments
+            depthwise = costs(as_unit(unit(48, 48, 3, 2, 48, 4)), torch.randn(2, 48, 112, 112))
+            assert min(depthwise) == depthwise.moments
+
+
 @pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s1", "repvgg_a0", "fastvit_t8"])
 def test_accelerate_gives_timm_the_same_numbers(name, timm, seeded):
     model = timm.create_model(name, num_classes=7).double().train()
