@@ -223,7 +223,7 @@ def test_planting_makes_a_call_slower_by_its_share() -> None:
     clock = FakeClock(step=20)
     work = clock.call(lambda: 1_000_000)
     result = bench.compare(
-        {"plain": work, "planted": bench.planted(work, 0.05, clock)}, QUICK, instruments=instruments(clock)
+        {"plain": work, "planted": bench.slowed_down(work, 0.05, clock)}, QUICK, instruments=instruments(clock)
     )
     assert result.ratio("planted").value == pytest.approx(1.05, abs=1e-4)
     assert result.sentences() == ["planted is 5.0 % (95 % CI 5.0-5.0 %) slower than plain."]

@@ -122,8 +122,8 @@ def test_the_self_test_prints_its_floor_and_keeps_it(home: Path, capsys: pytest.
 def test_a_planted_slowdown_is_told_to_be_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sevenfold, which no machine is too noisy for."""
     where = ("--results", home / "results")
-    assert run("bench", home / "artifacts/onnx-fp32", *where, *QUICK, "--plant", "600%") == 0
-    assert "The 600 % that were planted were found" in capsys.readouterr().out
+    assert run("bench", home / "artifacts/onnx-fp32", *where, *QUICK, "--inject-slowdown", "600%") == 0
+    assert "The injected slowdown of 600 % was detected" in capsys.readouterr().out
     plain, slower = lines_of(home)[-1]["measurements"].values()
     assert "planted" not in plain["subject"]
     assert slower["subject"]["planted"] == 6

@@ -6,9 +6,9 @@ from onefold.bench.compare import Comparison as Comparison
 from onefold.bench.compare import Ratio as Ratio
 from onefold.bench.compare import aa as aa
 from onefold.bench.compare import compare as compare
-from onefold.bench.compare import planted as planted
 from onefold.bench.compare import pooled as pooled
 from onefold.bench.compare import self_test as self_test
+from onefold.bench.compare import slowed_down as slowed_down
 from onefold.bench.machine import Machine as Machine
 from onefold.bench.measurement import Instruments as Instruments
 from onefold.bench.measurement import Measurement as Measurement

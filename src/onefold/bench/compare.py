@@ -87,9 +87,19 @@ class Comparison:
         return Ratio(value=value, low=low, high=high, floor=self.floor.floor)
 
     def sentences(self) -> list[str]:
-        """One sentence for each call but the baseline."""
-        others = list(self.measurements)[1:]
-        return [self.ratio(name).words(name, self.baseline) for name in others]
+        """One sentence for each call but the baseline; no verdict where the machine was noisy during either."""
+        base, sentences = self.measurements[self.baseline], []
+        for name in list(self.measurements)[1:]:
+            ratio = self.ratio(name)
+            if "noisy" in (base.verdict, self.measurements[name].verdict):
+                seen = f"{_percent(ratio.value)} (95 % CI {_percent(ratio.low)} to {_percent(ratio.high)})"
+                sentences.append(
+                    f"No verdict on {name} against {self.baseline}: {seen} was measured on a noisy machine; measure "
+                    "again when it is idle."
+                )
+            else:
+                sentences.append(ratio.words(name, self.baseline))
+        return sentences
 
     def _interval(self, other: Measurement) -> tuple[float, float, float]:
         base = self.measurements[self.baseline]
@@ -128,7 +138,7 @@ def self_test(
     return Comparison(measurements=measured, twin=twin)
 
 
-def planted(call: Call, share: float, clock: Clock) -> Call:
+def slowed_down(call: Call, share: float, clock: Clock) -> Call:
     """The same call made slower by `share` of its time (0.05: 5 %), to see that a comparison finds it."""
 
     def slower() -> object:

@@ -27,9 +27,13 @@ def bench(
     aa: Annotated[
         bool, Option("--aa", help="A/A test: one source against itself, which gives the noise floor")
     ] = False,
-    plant: Annotated[
+    inject_slowdown: Annotated[
         str | None,
-        Option(help="control: one source against itself slowed down by so much: 2%"),
+        Option(
+            "--inject-slowdown",
+            "--plant",
+            help="control: measure one source against itself slowed down by so much, such as 2%",
+        ),
     ] = None,
     model: Name = None,
     allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
@@ -54,7 +58,7 @@ def bench(
             pin=None if pin is None else _processors(pin),
             no_cold=no_cold,
             aa=aa,
-            plant=None if plant is None else _share(plant),
+            inject_slowdown=None if inject_slowdown is None else _share(inject_slowdown),
             model=model,
             allow_unfused=allow_unfused,
         )
@@ -115,7 +119,7 @@ def _share(words: str) -> float:
     try:
         return float(words.strip().removesuffix("%")) / 100
     except ValueError as error:
-        raise BadArgument(f"--plant takes a slowdown in percent, such as 2%; not {words!r}") from error
+        raise BadArgument(f"--inject-slowdown takes a slowdown in percent, such as 2%; not {words!r}") from error
 
 
 def phone(

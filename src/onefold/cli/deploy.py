@@ -22,7 +22,7 @@ def deploy(
     val: Annotated[str | None, Option(help="labelled photos to evaluate on, if not those held out of --data")] = None,
     max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that an artifact may lose")] = 1.0,
     calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
-    weight_bits: Annotated[int, Option(min=7, max=8, help="7 for processors whose 16-bit sums overflow")] = 8,
+    weight_bits: Annotated[int, Option(min=7, max=8, help="7 for x86 processors without VNNI")] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     skip_layers: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,

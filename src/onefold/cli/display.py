@@ -266,7 +266,7 @@ def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) ->
     if as_json:
         emit_json(_plain(m, outcome) for m in together.values())
         return
-    head = ["", "median ms", "p90 ms", "min ms", "spread", "of the limit", "verdict"]
+    head = ["", "median ms", "p90 ms", "min ms", "spread", "of the limit", "machine"]
     table(head, [_row(name, m) for name, m in together.items()])
     for name, m in together.items():
         for line in _beside(m):
@@ -323,10 +323,20 @@ def profiled(found: Profile, *, top: int, as_json: bool) -> None:
 
 
 def _row(name: str, m: Measurement) -> list[str]:
-    reached = "-" if m.roofline is None or m.bound is None else f"{100 * m.roofline:.0f} % ({m.bound.side})"
-    p90 = "-" if m.p90_ns is None else f"{m.p90_ns / 1e6:.3f}"
+    reached = (
+        f"- ({_no_limit(m)})" if m.roofline is None or m.bound is None else f"{100 * m.roofline:.0f} % ({m.bound.side})"
+    )
+    too_few = "needs 64 samples" if m.calls_per_sample == 1 else f"samples of {m.calls_per_sample} calls"
+    p90 = f"- ({too_few})" if m.p90_ns is None else f"{m.p90_ns / 1e6:.3f}"
     times = [f"{m.median_ns / 1e6:.3f}", p90, f"{m.min_ns / 1e6:.3f}"]
     return [name, *times, f"{100 * m.spread:.1f} %", reached, m.verdict]
+
+
+def _no_limit(m: Measurement) -> str:
+    """Why no limit is known for a measurement."""
+    if m.bound is not None:
+        return f"no peak of {m.subject['precision']} was measured"
+    return "its multiply-adds are not known" if "macs" not in m.subject else f"none for {m.subject['precision']}"
 
 
 def _beside(m: Measurement) -> list[str]:
@@ -339,8 +349,8 @@ def _beside(m: Measurement) -> list[str]:
         )
     if m.beats_limit:
         parts.append(
-            "its quickest call beats this limit: that was measured on a busier machine (`onefold limits --again`), "
-            "or the runtime saves multiplications"
+            "its fastest call took less than this peak allows: the peak was measured while the machine was busy "
+            "(`onefold limits --again` measures anew), or the runtime needs fewer multiplications (Winograd)"
         )
     if m.cold is not None:
         peak = (
@@ -361,7 +371,7 @@ def _compared(outcome: Comparison) -> None:
     for name, m in outcome.measurements.items():
         if "planted" in m.subject:
             found = outcome.ratio(name).verdict == "slower"
-            line = f"The {100 * m.subject['planted']:g} % that were planted were {'found' if found else 'NOT found'}"
+            line = f"The injected slowdown of {100 * m.subject['planted']:g} % was{'' if found else ' NOT'} detected"
             say(f"{line}; the noise floor is {floor}.")
 
 

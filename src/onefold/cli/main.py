@@ -333,7 +333,7 @@ def export(
     data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
     calibrate: Annotated[int, Option(min=2, help="how many photos to take, evenly")] = 200,
     weight_bits: Annotated[
-        int, Option(min=7, max=8, help="7 for processors whose 16-bit sums overflow: x86 without VNNI under OpenVINO")
+        int, Option(min=7, max=8, help="7 for x86 processors without VNNI, as reduce_range in ONNX Runtime")
     ] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     model: Name = None,

@@ -29,8 +29,8 @@ from onefold.bench import (
     measure,
     measure_cold_start,
     measure_roofline,
-    planted,
     self_test,
+    slowed_down,
 )
 from onefold.commands.load import Source
 from onefold.commands.open_network import Floats, Predictor, open_predictor
@@ -54,7 +54,7 @@ class BenchOptions:
 
     A network that is not fused is refused unless `allow_unfused`, and then labelled in every row. `cold` has every
     artifact started in a fresh process too. `pin` names the processors to use. Two controls, each of one source: `aa`
-    measures it against itself, `plant` against itself made slower by a share (0.02: 2 %).
+    measures it against itself, `inject_slowdown` against itself made slower by a share (0.02: 2 %).
     """
 
     sources: Sequence[str]
@@ -65,7 +65,7 @@ class BenchOptions:
     cold: bool = True
     pin: tuple[int, ...] | None = None
     aa: bool = False
-    plant: float | None = None
+    inject_slowdown: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def bench(
     pin: Sequence[int] | None = None,
     no_cold: bool = False,
     aa: bool = False,
-    plant: float | None = None,
+    inject_slowdown: float | None = None,
     model: str | None = None,
     allow_unfused: bool = False,
 ) -> BenchResult:
@@ -121,8 +121,8 @@ def bench(
 
     The calls are interleaved: `warmup` seconds of each, then `samples` timed calls of `batch_size` images (B, C, H, W)
     on `threads` threads, in an order drawn by `seed`, on the processors `pin`. Artifacts are also started in a fresh
-    process, unless `no_cold`. Two controls, each of one source: `aa` measures it against itself, `plant` against
-    itself made slower by a share (0.02: 2 %). Times are kept in nanoseconds, and appended to `results`/<machine>.jsonl.
+    process, unless `no_cold`. Two controls, each of one source: `aa` measures it against itself,
+    `inject_slowdown` against itself made slower by a share (0.02: 2 %). Times are kept in nanoseconds, and appended to `results`/<machine>.jsonl.
 
     Raises BadArgument for a network that is not fused, unless `allow_unfused`, which labels its rows.
 
@@ -137,7 +137,7 @@ def bench(
         cold=not no_cold,
         pin=None if pin is None else tuple(pin),
         aa=aa,
-        plant=plant,
+        inject_slowdown=inject_slowdown,
     )
     outcome, path = measure_sources(order, Path(results))
     return BenchResult(outcome=outcome, path=path)
@@ -161,12 +161,18 @@ def _must_be_sound(order: BenchOptions) -> None:
         raise BadArgument(f"batch must be 1 or more, not {order.batch}")
     if not order.sources:
         raise BadArgument("there is nothing to measure: give artifacts, runs or files of weights")
-    if (order.aa or order.plant is not None) and len(order.sources) > 1:
-        raise BadArgument("a self-test is of one source: give --aa or --plant one artifact, run or file of weights")
-    if order.aa and order.plant is not None:
-        raise BadArgument("--aa and --plant are two tests: give one of them; the second holds the first in it")
-    if order.plant is not None and not 0 < order.plant <= 10:
-        raise BadArgument(f"the slowdown to plant must lie above 0 and be at most 1000 %, not {100 * order.plant:g} %")
+    if (order.aa or order.inject_slowdown is not None) and len(order.sources) > 1:
+        raise BadArgument(
+            "a self-test is of one source: give --aa or --inject-slowdown one artifact, run or file of weights"
+        )
+    if order.aa and order.inject_slowdown is not None:
+        raise BadArgument(
+            "--aa and --inject-slowdown are two tests: give one of them; the second holds the first in it"
+        )
+    if order.inject_slowdown is not None and not 0 < order.inject_slowdown <= 10:
+        raise BadArgument(
+            f"the injected slowdown must lie above 0 and be at most 1000 %, not {100 * order.inject_slowdown:g} %"
+        )
 
 
 def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, _Candidate]:
@@ -189,10 +195,10 @@ def _timed(order: BenchOptions, candidates: dict[str, _Candidate]) -> Measuremen
     title = next(iter(calls))
     if order.aa:
         return self_test(calls[title], order.procedure, {**subjects[title], "name": title})
-    if order.plant is not None:
-        slower = f"{title} made {100 * order.plant:g} % slower"
-        calls[slower] = planted(calls[title], order.plant, time.perf_counter_ns)
-        subjects[slower] = {**subjects[title], "planted": order.plant}
+    if order.inject_slowdown is not None:
+        slower = f"{title} made {100 * order.inject_slowdown:g} % slower"
+        calls[slower] = slowed_down(calls[title], order.inject_slowdown, time.perf_counter_ns)
+        subjects[slower] = {**subjects[title], "planted": order.inject_slowdown}
     if len(calls) == 1:
         return measure(calls[title], order.procedure, {**subjects[title], "name": title})
     return compare(calls, order.procedure, subjects)
@@ -201,7 +207,7 @@ def _timed(order: BenchOptions, candidates: dict[str, _Candidate]) -> Measuremen
 def _completed(candidate: _Candidate, order: BenchOptions) -> _Candidate:
     """Where it is an artifact, its start in a fresh process."""
     seen = None
-    if order.aa or order.plant is not None:  # a control says something of the machine, not of its subject
+    if order.aa or order.inject_slowdown is not None:  # a control says something of the machine, not of its subject
         return candidate
     if order.cold and is_artifact(Path(candidate.source)):
         arguments = [candidate.source, str(order.procedure.threads), str(order.batch)]

@@ -165,8 +165,8 @@ def export(
     `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or a module in eval mode. Of one runtime
     (onnx, openvino, executorch, litert, ncnn, coreml, mnn, tensorrt, web) it gives the artifact, of a list of them a
     list; each lies in `out`/<runtime>-<precision>. The precision is fp32, fp16, bf16 or int8, which is calibrated on
-    `calibrate` photos of `data`, a folder or "digits". `weight_bits` is 8, or 7 for processors whose int8 sums
-    overflow; `per_tensor` takes one scale a weight tensor. `model` names the network where the weights do not, and
+    `calibrate` photos of `data`, a folder or "digits". `weight_bits` is 8, or 7 for x86 processors
+    without VNNI; `per_tensor` takes one scale a weight tensor. `model` names the network where the weights do not, and
     says how images are prepared for a module; `img_size` is the side in pixels; `opset` that of ONNX files.
 
     Raises GateFailed where the runtime's answer is not PyTorch's, BadArgument, BadData, MissingExtra.

@@ -25,6 +25,7 @@ def create_model(
     num_classes: int = 1000,
     in_chans: int = 3,
     weights: str | Path | None = None,
+    pretrained: bool = False,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
 ) -> nn.Module:
@@ -32,8 +33,23 @@ def create_model(
 
     With `weights` (a file, or an id of the hub) it is the network that these weights fit, which may be a fused one.
     With `features_only` it gives a list of maps in place of logits: those at `out_indices` of its features, shallow
-    to deep, all by default; what they are is its `feature_info`. Raises BadArgument, BadCheckpoint.
+    to deep, all by default; what they are is its `feature_info`. There is no `pretrained`: weights are
+    named, since their licences differ. Raises BadArgument, BadCheckpoint.
+
+        model = onefold.create_model("mobileone_s0", num_classes=10)
+        model(torch.randn(1, 3, 224, 224)).shape
     """
+    if pretrained:
+        released = CATALOGUE[resolve(name)].weights
+        known = (
+            f"weights={released!r}, of the Hugging Face hub, are released ones"
+            if released
+            else "none are known on the hub"
+        )
+        raise BadArgument(
+            f"pretrained weights are named: create_model({name!r}, weights=...) takes a file, or an id of the hub; "
+            f"for {resolve(name)} {known}"
+        )
     if out_indices is not None and not features_only:
         raise BadArgument("out_indices chooses among feature maps: pass features_only=True with it")
     model: nn.Module = build(name, num_classes, in_chans)

@@ -227,6 +227,15 @@ class Classifier(nn.Module):
         """N, or 0 where the network ends in features."""
         return self.head.num_classes
 
+    def __repr__(self) -> str:
+        """One line a stage; `torch.nn.Module.__repr__(model)` shows every layer."""
+        maps = {f.module: f"{f.num_chs} channels at 1/{f.reduction}, " for f in self.features}
+        stages = [("stem", self.stem), *((f"stages.{name}", stage) for name, stage in self.stages.named_children())]
+        parts = [(name, part, maps.get(name, "")) for name, part in stages]
+        parts.append(("head", self.head, f"{self.num_features} -> {self.num_classes or 'features'}, "))
+        lines = [f"  {name}: {text}{_num_parameters(part):,} parameters" for name, part, text in parts]
+        return "\n".join([f"{type(self).__name__}(  # {_num_parameters(self):,} parameters", *lines, ")"])
+
     def forward_features(self, x: Tensor) -> State:
         """Images -> the last state, before any pooling."""
         state: State = self.stages(self.stem(x))
@@ -307,6 +316,10 @@ class FeatureInfo:
     def get_dicts(self) -> list[dict[str, int | str]]:
         """Each map as a dict with the keys num_chs, reduction, module."""
         return [{"num_chs": f.num_chs, "reduction": f.reduction, "module": f.module} for f in self.features]
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _depth(feature: Feature) -> int:

@@ -47,7 +47,7 @@ def search(model: nn.Module, images: Tensor, start: Method, report: Callable[[st
         logits = _logits(quantize(model, subset[~is_test], method).model, subset[is_test])
         # Relative to what of the logits depends on the image.
         noise = float((logits - expected).norm() / (expected - expected.mean(0)).norm())
-        report(f"{method.title}: {100 * noise:.1f} % noise in the logits of {len(expected)} other photos")
+        report(f"{method.title}: {100 * noise:.1f} % relative error of the logits on {len(expected)} held-out photos")
         return noise
 
     best, tried = start, {start: relative_noise(start)}

@@ -173,12 +173,13 @@ class Method:
     @property
     def title(self) -> str:
         """A short description for tables and manifests."""
-        parts = [f"equalized by {self.equalize}"] * (self.equalize != "none") + [self.range_method]
-        parts += ["clipped weights"] * self.clip_weights + ["corrected weights"] * self.correct_weights
-        parts += ["GPTQ rounding"] * (self.rounding == "gptq") + ["corrected bias"] * self.correct_bias
+        parts = [f"cross-layer equalization ({self.equalize})"] * (self.equalize != "none")
+        parts += [f"{self.range_method} ranges"]
+        parts += ["weight clipping"] * self.clip_weights + ["weight correction"] * self.correct_weights
+        parts += ["GPTQ rounding"] * (self.rounding == "gptq") + ["bias correction"] * self.correct_bias
         parts += ["7-bit weights"] * (self.weight_qmax == 63)
-        parts += [f"{len(self.skip_layers)} layers in floating point"] * bool(self.skip_layers)
-        return f"per {self.weights}, " + ", ".join(parts)
+        parts += [f"{len(self.skip_layers)} layers in fp32"] * bool(self.skip_layers)
+        return f"per-{self.weights} weights, " + ", ".join(parts)
 
 
 MINMAX = Method(

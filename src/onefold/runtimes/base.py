@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-_muting = Lock()
+_muting = RLock()
 
 
 class Engine(Protocol):
@@ -177,7 +177,7 @@ def first_call(folder: str, threads: str, batch: str) -> Callable[[], object]:
 def require(module: str, *, extra: str) -> ModuleType:
     """Import a vendor's module. Raises MissingExtra, with the command to type, where it cannot be imported."""
     try:
-        with quiet():
+        with quiet(), mute():  # TensorFlow's native code logs when it is imported
             return importlib.import_module(module)
     except ImportError as error:
         command = f'pip install "onefold[{extra}]"'
