@@ -122,7 +122,8 @@ def bench(
     The calls are interleaved: `warmup` seconds of each, then `samples` timed calls of `batch_size` images (B, C, H, W)
     on `threads` threads, in an order drawn by `seed`, on the processors `pin`. Artifacts are also started in a fresh
     process, unless `no_cold`. Two controls, each of one source: `aa` measures it against itself,
-    `inject_slowdown` against itself made slower by a share (0.02: 2 %). Times are kept in nanoseconds, and appended to `results`/<machine>.jsonl.
+    `inject_slowdown` against itself made slower by a share (0.02: 2 %). Times are kept in nanoseconds, and appended to
+    `results`/<machine>.jsonl.
 
     Raises BadArgument for a network that is not fused, unless `allow_unfused`, which labels its rows.
 
