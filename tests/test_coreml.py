@@ -108,7 +108,7 @@ def test_a_mac_refuses_what_does_not_answer_as_it_promises(
     machine = request.getfixturevalue("mac")
     honest = machine.predict
     monkeypatch.setattr(machine, "predict", lambda self, given: {"logits": honest(self, given)["logits"] * 1.001})
-    with pytest.raises(BadArtifact, match="does not answer as it promises"):
+    with pytest.raises(BadArtifact, match="does not give its reference logits"):
         load(artifact)
 
 
@@ -124,7 +124,7 @@ def test_a_network_of_8_bits_keeps_its_kernels_and_grids(
     """Whole numbers and scales are found in the file as they are in ours, and the answers are the simulation's."""
     made = quantize(small, torch.randn(6, *SHAPE), Method(weight_qmax=63))
     artifact = away(made, x[:2], tmp_path / "a", "int8")
-    runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
+    runtime.unzip_mlpackage((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     program = Machine(str(tmp_path / "p.mlpackage")).function
     state = made.graph.state_dict()
     kernels = [op for op in program.operations if op.op_type == "constexpr_affine_dequantize"]
@@ -149,7 +149,7 @@ def test_every_family_is_converted(name: str, seeded: int, tmp_path: Path) -> No
     model = fuse(create_model(name, num_classes=7).eval())
     images = torch.randn(2, 3, 32, 32).numpy()
     artifact = away(model, images, tmp_path / "a", "fp32", ModelInfo(model=name, fused=True))
-    runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
+    runtime.unzip_mlpackage((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     logits = Machine(str(tmp_path / "p.mlpackage")).predict({"images": images[:1]})["logits"]
     np.testing.assert_allclose(logits, answer(model, images[:1]), rtol=1e-4, atol=1e-5)
 
@@ -161,7 +161,7 @@ def test_the_same_network_is_the_same_file(small: nn.Module, x: np.ndarray, tmp_
 
 def test_the_package_says_what_it_is(small: nn.Module, x: np.ndarray, tmp_path: Path) -> None:
     artifact = away(small, x[:2], tmp_path / "a", "fp32")
-    runtime.unpack((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
+    runtime.unzip_mlpackage((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     told = Machine(str(tmp_path / "p.mlpackage")).metadata
     assert told["model"] == "small"
     assert json.loads(told["classes"]) == list(INFO.classes or ())
@@ -191,25 +191,25 @@ def larger(data: bytes) -> bytes:
 
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "up": (lambda: archive(*GOOD, ("../evil", b"")), "no plain file"),
-    "up inside": (lambda: archive(*GOOD, ("Data/../../evil", b"")), "no plain file"),
-    "absolute": (lambda: archive(*GOOD, ("/tmp/evil", b"")), "no plain file"),
-    "drive": (lambda: archive(*GOOD, ("C:/evil", b"")), "no plain file"),
-    "backslash": (lambda: archive(*GOOD, ("..\\evil", b"")), "no plain file"),
-    "hidden": (lambda: archive(*GOOD, (".evil", b"")), "no plain file"),
-    "folder": (lambda: archive(*GOOD, ("Data/evil/", b"")), "no plain file"),
-    "link": (lambda: archive(*GOOD, mode=stat.S_IFLNK | 0o777), "no plain file"),
-    "device": (lambda: archive(*GOOD, mode=stat.S_IFCHR | 0o777), "no plain file"),
-    "twice": (lambda: archive(*GOOD, GOOD[0]), "not a package"),
-    "a file as folder": (lambda: archive(*GOOD, ("Manifest.json/evil", b"")), "not a package"),
-    "no program": (lambda: archive(GOOD[0]), "not a package"),
-    "no contents": (lambda: archive(GOOD[1]), "not a package"),
+    "up": (lambda: archive(*GOOD, ("../evil", b"")), "not a plain file"),
+    "up inside": (lambda: archive(*GOOD, ("Data/../../evil", b"")), "not a plain file"),
+    "absolute": (lambda: archive(*GOOD, ("/tmp/evil", b"")), "not a plain file"),
+    "drive": (lambda: archive(*GOOD, ("C:/evil", b"")), "not a plain file"),
+    "backslash": (lambda: archive(*GOOD, ("..\\evil", b"")), "not a plain file"),
+    "hidden": (lambda: archive(*GOOD, (".evil", b"")), "not a plain file"),
+    "folder": (lambda: archive(*GOOD, ("Data/evil/", b"")), "not a plain file"),
+    "link": (lambda: archive(*GOOD, mode=stat.S_IFLNK | 0o777), "not a plain file"),
+    "device": (lambda: archive(*GOOD, mode=stat.S_IFCHR | 0o777), "not a plain file"),
+    "twice": (lambda: archive(*GOOD, GOOD[0]), "not a Core ML package"),
+    "a file as folder": (lambda: archive(*GOOD, ("Manifest.json/evil", b"")), "not a Core ML package"),
+    "no program": (lambda: archive(GOOD[0]), "not a Core ML package"),
+    "no contents": (lambda: archive(GOOD[1]), "not a Core ML package"),
     "a bomb": (lambda: archive(*GOOD, ("Data/zeros", bytes(1 << 20)), compression=zipfile.ZIP_DEFLATED), "compressed"),
-    "a promise": (lambda: larger(archive(*GOOD)), "promises more"),
-    "no archive": (lambda: b"PK" * 40, "not a package"),
-    "nothing": (lambda: b"", "not a package"),
-    "half": (lambda: archive(*GOOD)[:100], "not a package"),
-    "changed": (lambda: archive(*GOOD).replace(b"mmm", b"mnm", 1), "not a package"),
+    "a promise": (lambda: larger(archive(*GOOD)), "declares more"),
+    "no archive": (lambda: b"PK" * 40, "not a Core ML package"),
+    "nothing": (lambda: b"", "not a Core ML package"),
+    "half": (lambda: archive(*GOOD)[:100], "not a Core ML package"),
+    "changed": (lambda: archive(*GOOD).replace(b"mmm", b"mnm", 1), "not a Core ML package"),
 }
 
 
@@ -217,18 +217,18 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_an_archive_writes_nothing_outside_of_its_folder(case: str, tmp_path: Path) -> None:
     make, said = HOSTILE[case]
     with pytest.raises(BadArtifact, match=said):
-        runtime.unpack(make(), tmp_path / "inside" / "p")
+        runtime.unzip_mlpackage(make(), tmp_path / "inside" / "p")
     assert {path.name for path in tmp_path.iterdir()} <= {"inside"}
     assert not Path("/tmp/evil").exists()
     assert not any("evil" in path.name for path in tmp_path.rglob("*"))
 
 
 def test_what_is_packed_is_unpacked(tmp_path: Path) -> None:
-    runtime.unpack(archive(*GOOD, ("Data/com.apple.CoreML/weights/weight.bin", b"w")), tmp_path / "p")
+    runtime.unzip_mlpackage(archive(*GOOD, ("Data/com.apple.CoreML/weights/weight.bin", b"w")), tmp_path / "p")
     (tmp_path / "p" / "Manifest.json").write_text('{"itemInfoEntries": {}}')
     (tmp_path / "p" / "left_out.json").write_text("{}")
-    data = runtime.pack(tmp_path / "p")
+    data = runtime.zip_mlpackage(tmp_path / "p")
     shutil.rmtree(tmp_path / "p")
-    runtime.unpack(data, tmp_path / "p")
+    runtime.unzip_mlpackage(data, tmp_path / "p")
     found = {path.relative_to(tmp_path / "p").as_posix() for path in (tmp_path / "p").rglob("*") if path.is_file()}
     assert found == {"Manifest.json", "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"}

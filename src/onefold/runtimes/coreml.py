@@ -86,7 +86,7 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
         package.save(str(saved))
         # Written again in a fixed order, so that the same network gives the same bytes.
         (saved / _PROGRAM).write_bytes(package.get_spec().SerializeToString(deterministic=True))
-        (folder / FILES[0]).write_bytes(pack(saved))
+        (folder / FILES[0]).write_bytes(zip_mlpackage(saved))
 
 
 def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
@@ -124,7 +124,7 @@ class _CoreMl:
             self._folder.cleanup()
 
 
-def pack(package: Path) -> bytes:
+def zip_mlpackage(package: Path) -> bytes:
     """Archive a package: uncompressed, sorted, without dates or random ids, so that it depends on the network alone."""
     archive_bytes = io.BytesIO()
     data_files = (path.relative_to(package).as_posix() for path in package.glob("Data/**/*") if path.is_file())
