@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from PIL import Image
 
 from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.open_network import Predictor
-from onefold.data import Preprocessing
+from onefold.commands.validation import Evaluator
+from onefold.data import Dataset, Preprocessing, Subset, open_dataset
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
     corruption_folders,
@@ -25,7 +28,10 @@ from onefold.data.imagenet_variants import (
     wordnet_ids,
 )
 from onefold.errors import BadData
-from onefold.train import accuracy
+from onefold.models import create_model
+from onefold.models.hub import Card
+from onefold.recipes import recipe_for
+from onefold.train import World, accuracy
 from onefold.train.evaluate import BINS, calibration_error, merge
 
 SIZE = 32
@@ -302,3 +308,45 @@ def test_eval_scores_the_split_that_is_asked_for(tmp_path: Path):
     with pytest.raises(BadData, match="has train/, valid/ and no test/"):
         shutil.rmtree(tmp_path / "test")
         open_suite("x", str(tmp_path), split="test")
+
+
+# --------------------------------------------------------------------- the validation of a training
+
+
+@dataclass(frozen=True)
+class Holed:
+    """A dataset some of whose images cannot be read."""
+
+    source: Dataset
+    holes: tuple[int, ...]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, i: int, **how: Any) -> Image.Image:
+        if i in self.holes:
+            raise BadData(f"image {i} is damaged")
+        return self.source.image(i, **how)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_processes_validate_as_one_does(size: int):
+    """All figures, to the bit, wherever batches end, with images that cannot be read, and more ranks than batches."""
+    recipe = recipe_for("photos:scratch", {"model": "mobilenetv1_025", "plan.batch_size": "8"}, size=32)
+    card = Card(model=recipe.model, num_classes=10, preprocessing=recipe.preprocessing.to_dict())
+    torch.manual_seed(0)
+    model = create_model(recipe.model, num_classes=10).eval()
+    validation = Holed(Subset(open_dataset("digits", "val", seed=0, val_fraction=0.2), range(44)), holes=(3, 17))
+    one = Evaluator(card=card, validation=validation, recipe=recipe)
+    alone = one.combine([one(copy.deepcopy(model))])
+    worlds = [World(rank=rank, size=size) for rank in range(size)]
+    shares = [replace(one, world=world)(copy.deepcopy(model)) for world in worlds]
+    assert one.combine(shares) == alone
+    assert alone["top1"] == pytest.approx(100 * round(alone["top1"] * 42 / 100) / 42)  # of the 42 that can be read
+    assert sum(len(share.unreadable) for share in shares) == 2
+    many = replace(shares[0], unreadable={str(i): f"image {i} is damaged" for i in range(11)})
+    with pytest.raises(BadData, match=r"more than 10 of 44 images are bad, the last: image"):
+        one.combine([many, *shares[1:]])

@@ -18,7 +18,7 @@ import pytest
 
 import training_kit
 from onefold.cli import main
-from onefold.errors import LostWorker
+from onefold.errors import LostWorker, Stopped
 from onefold.train import Checkpoint
 from onefold.train.launch import launch
 from training_processes import size_of
@@ -83,6 +83,107 @@ def test_a_signal_is_passed_on_once_and_all_may_save(tmp_path: Path, number: sig
     with subprocess.Popen(["sh", "-c", f"until {waiting}; do sleep 0.05; done; {twice}"]):
         assert launch(sh(code), processes=2, max_restarts=5) == 75
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["term\n"] * 2
+
+
+def signalled(pid: int, code: str) -> subprocess.Popen[bytes]:
+    """A shell that sends signals to a process: some of its own words are `$PID`."""
+    return subprocess.Popen(["sh", "-c", code], env={**os.environ, "PID": str(pid)})
+
+
+def test_a_hangup_is_passed_on_as_one(tmp_path: Path) -> None:
+    code = f"trap 'exit 75' HUP; touch {tmp_path}/up$RANK; sleep 60 & wait"
+    both = f"[ -e {tmp_path}/up0 ] && [ -e {tmp_path}/up1 ]"
+    with signalled(os.getpid(), f"until {both}; do sleep 0.05; done; kill -HUP $PID"):
+        assert launch(sh(code), processes=2, max_restarts=5) == 75
+
+
+def test_one_that_was_stopped_is_woken_to_end(tmp_path: Path) -> None:
+    """SIGSTOP is for ever to who waits for it, and it hears no SIGTERM."""
+    code = f"trap 'exit 75' TERM; echo $$ > {tmp_path}/new$RANK; mv {tmp_path}/new$RANK {tmp_path}/up$RANK; " + (
+        "sleep 60 & wait"
+    )
+    both = f"[ -e {tmp_path}/up0 ] && [ -e {tmp_path}/up1 ]"
+    stop = f"kill -STOP $(cat {tmp_path}/up1); sleep 0.1; kill -TERM $PID"
+    with signalled(os.getpid(), f"until {both}; do sleep 0.05; done; {stop}"):
+        assert launch(sh(code), processes=2, max_restarts=5) == 75
+
+
+def test_who_neither_ends_nor_computes_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("onefold.train.launch._HUNG_SECONDS", 0.3)
+    monkeypatch.setattr("onefold.train.launch._HUNG_POLL_SECONDS", 0.05)
+    code = f"trap '' TERM; touch {tmp_path}/up$RANK; while :; do sleep 60; done"
+    both = f"[ -e {tmp_path}/up0 ] && [ -e {tmp_path}/up1 ]"
+    with (
+        signalled(os.getpid(), f"until {both}; do sleep 0.05; done; kill -TERM $PID"),
+        pytest.raises(LostWorker, match="process 1 of 2 was killed by SIGKILL while it was to stop; what was saved is"),
+    ):
+        launch(sh(code), processes=2, max_restarts=5)
+    assert "no process has computed" in caplog.text
+
+
+def test_who_was_stopped_before_it_heard_of_signals_had_nothing_to_save(tmp_path: Path) -> None:
+    code = f"touch {tmp_path}/up$RANK; exec sleep 60"
+    both = f"[ -e {tmp_path}/up0 ] && [ -e {tmp_path}/up1 ]"
+    with (
+        signalled(os.getpid(), f"until {both}; do sleep 0.05; done; kill -INT $PID"),
+        pytest.raises(Stopped, match="stopped by SIGINT before the training began"),
+    ):
+        launch(sh(code), processes=2, max_restarts=5)
+
+
+def test_the_first_may_take_its_time_when_others_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes the predictions of the best network, of all validation images."""
+    monkeypatch.setattr("onefold.train.launch._GRACE_SECONDS", 0.05)
+    assert launch(sh("[ $RANK = 1 ] || sleep 0.5"), processes=2, max_restarts=0) == 0
+
+
+HANG = """
+import os, sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from onefold.train.distributed import process_group
+torch.set_num_threads(1)
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # torch imports more of itself here
+folder, rank = sys.argv[1], int(os.fork() > 0)
+
+def train():
+    network = DistributedDataParallel(torch.nn.Linear(4, 4))
+    network(torch.ones(2, 4)).sum().backward()
+    box = torch.ones(4)
+    dist.all_reduce(box)  # a gloo thread lets go of it, for which it needs the GIL
+    del box
+    return network
+
+for i in range(4):
+    try:
+        with process_group("gloo", f"file://{folder}/{i}", rank=rank, world_size=2):
+            for task in os.listdir("/proc/self/task"):  # as on a busy machine: gloo's threads come last
+                if "gloo_runloop" in open(f"/proc/self/task/{task}/comm").read():
+                    os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+            network = train()
+            if i % 2:
+                raise KeyError("an error, whose traceback holds the network too")
+    except KeyError as error:
+        kept = error
+    network = kept = None  # only here, behind the end of its group
+if rank:
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it finds gloo's threads in /proc")
+def test_a_process_group_ends_while_its_network_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own `destroy_process_group` the first or second round of this waits for ever, with the GIL held."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, "-W", "ignore", "-c", HANG, str(tmp_path)]
+    with subprocess.Popen(command, start_new_session=True) as both:
+        try:
+            assert both.wait(timeout=100) == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(both.pid, signal.SIGKILL)
 
 
 def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,9 @@ def test_over_the_ranks_every_sample_comes_exactly_once(n: int, share: int, worl
     ranks = [ImageLoader(Shades(n), PLAIN, batch_size=share * world, rank=r, world=world) for r in range(world)]
     assert sorted(i for b in ranks for images, _ in b.epoch(epoch) for i in image_numbers(images)) == list(range(n))
     assert all(len(list(b.epoch(epoch))) == len(b) for b in ranks)
+    whole = [image_numbers(images) for images, _ in replace(ranks[0], rank=0, world=1).epoch(epoch)]
+    for rank, loader in enumerate(ranks):  # whole batches, in turn
+        assert [image_numbers(images) for images, _ in loader.epoch(epoch)] == whole[rank::world]
     if n < share * world:
         return
     ranks = [replace(loader, shuffle=True, seed=4) for loader in ranks]
@@ -184,7 +187,7 @@ def test_batches_refuse_what_cannot_be() -> None:
     source = Shades(10)
     for wrong in (
         {"batch_size": 0},
-        {"batch_size": 3, "world": 2},
+        {"batch_size": 3, "world": 2, "shuffle": True},
         {"batch_size": 4, "world": 2, "rank": 2},
         {"batch_size": 4, "num_workers": -1},
         {"batch_size": 4, "on_bad": "ignore"},

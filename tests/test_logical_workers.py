@@ -142,7 +142,7 @@ def test_the_tree_is_the_tree() -> None:
     reducer.begin_step()
     for value in values:
         model.weight.grad = value.reshape(1, 1).clone()
-        reducer.add_worker(0.0, 1)
+        reducer.add_worker(torch.zeros(()), 1)
     reducer.finish_step()
     while len(values) > 1:
         values = values[::2] + values[1::2]

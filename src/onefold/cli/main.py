@@ -177,7 +177,8 @@ def train(
             changes=_dotted(context.args),
             callbacks=callbacks,
         )
-    display.trained(run)
+    if os.environ.get("RANK", "0") == "0":  # the run folder need not be on the machines of the others
+        display.trained(run)
 
 
 def _show(recipe: Recipe) -> None:

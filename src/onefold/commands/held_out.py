@@ -46,23 +46,50 @@ _HELD_OUT = 0.2  # of photos none of which was trained on: kept for scoring, whe
 # ------------------------------------------------------------------------------------ the data of a run
 
 
-def open_run_data(out: Path, recipe: Recipe, place: str | None = None) -> DatasetSplits:
-    """Open the data of the run in `out`: at `place`, or where they were found when it started, or moved along with it.
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """Where the data of a run are, and what of them was settled when it started: what any machine needs to open them.
+
+    `typed` has the places as the user named them; on another machine they may be there where those of `found` are not.
+    """
+
+    found: Data
+    typed: Data
+    classes: Sequence[str] | None
+    test_is_val: bool
+
+    def open(self) -> DatasetSplits:
+        """Open the data; raises BadData where they are not here."""
+        spec, val = (
+            here if _is_there(here) else typed
+            for here, typed in ((self.found.spec, self.typed.spec), (self.found.val, self.typed.val))
+        )
+        return open_data(replace(self.found, spec=spec, val=val), "", self.classes, test_is_val=self.test_is_val)
+
+
+def find_run_data(out: Path, recipe: Recipe, place: str | None = None) -> RunData:
+    """Find the data of the run in `out`: at `place`, or where they were found when it started, or moved along with it.
 
     Raises BadData where they are gone.
     """
     saved = _read_data(out)
     dataset = saved.get("dataset")
     classes = dataset.get("classes") if isinstance(dataset, dict) else _classes_of_best(out)
-    found = place or _place(out, recipe.data.spec, saved)
-    val = saved.get("val")
-    if recipe.data.val and isinstance(val, dict):
-        recipe = replace(recipe, data=replace(recipe.data, val=_place(out, recipe.data.val, val) or recipe.data.val))
-    if found is None and saved:
+    typed = replace(recipe.data, spec=place or recipe.data.spec)
+    spec, val = place or _place(out, recipe.data.spec, saved), recipe.data.val
+    if val and isinstance(saved.get("val"), dict):
+        val = _place(out, val, saved["val"]) or val
+    if spec is None and saved:
         was = printable(str(saved.get("place")))
         raise BadData(f"the photos of {out} were in {was}, and are gone: say where they are with --data FOLDER")
     # A run that kept nothing is of before test was kept aside: there it was val where there was no other.
-    return open_data(recipe.data, found or "", classes, test_is_val=not saved)
+    found = replace(typed, spec=spec or typed.spec, val=val)
+    return RunData(found=found, typed=typed, classes=classes, test_is_val=not saved)
+
+
+def open_run_data(out: Path, recipe: Recipe, place: str | None = None) -> DatasetSplits:
+    """Find the data of a run, and open them; see `find_run_data`."""
+    return find_run_data(out, recipe, place).open()
 
 
 def _classes_of_best(out: Path) -> Sequence[str] | None:

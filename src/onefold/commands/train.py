@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from onefold.commands.evaluate import PREDICTIONS, evaluate_dataset, predictions_are_of, write_predictions
 from onefold.commands.held_out import (
     IMAGES,
     Records,
     check_run_data,
+    find_run_data,
     move_run_data,
     open_data,
-    open_run_data,
     record_of,
     records_of,
     run_records,
@@ -39,18 +37,19 @@ from onefold.commands.initial_weights import (
     resumed_network,
 )
 from onefold.commands.load import Source, chosen_weights
-from onefold.commands.open_network import Network, open_predictor, weights_file
+from onefold.commands.open_network import weights_file
 from onefold.commands.progress import training_bar
 from onefold.commands.run import Run, TrainResult, new_folder
 from onefold.commands.run_recipe import RECIPE, read_recipe, settings_of_run
+from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
-from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, NonFiniteLoss
+from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models import resolve
 from onefold.models.hub import Card, weights_card
-from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
+from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_
 from onefold.recipes import Recipe, recipe_for
 from onefold.reparam import unfused_norms
 from onefold.storage import read_json, replacing, write_text
@@ -59,7 +58,6 @@ from onefold.train import (
     Progress,
     RunFolder,
     World,
-    accuracy,
     is_restarted,
     local_workers,
     loop,
@@ -67,6 +65,7 @@ from onefold.train import (
     start_world,
     worker_batches,
 )
+from onefold.train.distributed import stop_at_once
 from onefold.train.loggers import check_services
 from onefold.train.optim import frozen_modules
 from onefold.train.rng_state import forked_rng
@@ -185,14 +184,21 @@ def start_run(
     `log_to` names services (wandb, trackio) beside TensorBoard; `check` is whether the data are checked first.
     """
     check_services(log_to)
-    if not recipe.data.spec:
-        raise BadArgument(f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders")
-    if RunFolder(out).has_run:
-        if is_restarted():
-            return resume_run(out, callbacks=callbacks, log_to=log_to, device=device)
-        open_data(recipe.data)  # data that are not there are the first thing to say
-        raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-    return _run(recipe, out, callbacks, log_to, check, device)
+
+    def plan_run() -> tuple[Recipe, bool]:
+        if not recipe.data.spec:
+            raise BadArgument(
+                f"the recipe {recipe.name} needs data: --data FOLDER, with train/ and val/ or class folders"
+            )
+        if RunFolder(out).has_run and is_restarted():
+            return read_recipe(out), True
+        if RunFolder(out).has_run:
+            open_data(recipe.data)  # data that are not there are the first thing to say
+            raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
+        resolve(recipe.model)  # an unknown name is an error before the data are read
+        return recipe, False
+
+    return _run(plan_run, out, callbacks, log_to, check, device)
 
 
 def resume_run(
@@ -208,11 +214,11 @@ def resume_run(
     `data` is where its images are now, if they have moved. Raises BadCheckpoint where they are not the same ones.
     """
     check_services(log_to)
-    return _run(read_recipe(out), out, replace(callbacks, on_start=None), log_to, False, device, data=data)
+    return _run(lambda: (read_recipe(out), True), out, callbacks, log_to, False, device, data=data)
 
 
 def _run(
-    recipe: Recipe,
+    plan_run: Callable[[], tuple[Recipe, bool]],
     out: Path,
     callbacks: Callbacks,
     log_to: Sequence[str],
@@ -220,48 +226,46 @@ def _run(
     device: str,
     data: str | None = None,
 ) -> TrainResult:
-    resolve(recipe.model)  # an unknown name is an error before the data are read
-    with start_world(device) as world:
-        resume = world.broadcast(RunFolder(out).has_run)
-        splits = open_run_data(out, recipe, data) if resume else open_data(recipe.data)
-        training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
-        if resume:
+    """Train by the recipe that `plan_run` gives, with whether the run goes on.
+
+    The run folder and the weights need to be on the machine of the first process alone, which sends what they say.
+    """
+    with stop_at_once(), start_world(device) as world:
+        recipe, resume = world.first(plan_run)
+        run_data = world.first(lambda: find_run_data(out, recipe, data) if resume else None)
+        with world.agree():
+            splits = run_data.open() if run_data else open_data(recipe.data)
+            training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
+
+        def checked_recipe() -> Recipe:
+            if not resume:
+                return _with_value_range(recipe, training)
             check_run_data(out, {"train": training, "val": validation})
-        else:
-            recipe = _with_value_range(recipe, training, world)
+            return recipe
+
+        recipe = world.first(checked_recipe)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
             # A recipe that does not say how many logical workers gets as many as the processes it is started in.
             recipe = replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
-        batches = _batches(training, recipe, world)
-        images = TrainingImages(source=training, device=world.device, batch_size=min(len(training), 32))
+        with world.agree():
+            batches = _batches(training, recipe, world)
 
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
-        model = resumed_network(recipe, len(training.classes), out) if resume else init_network(recipe, images)
-        fold_frozen_(model, recipe.plan.freeze)
-        params = None if recipe.int8 is None else _qparams(recipe, images, model, out if resume else None)
-        licence, source = provenance(recipe, out if resume else None)
-        records = run_records(out) if resume else (*_base_records(recipe), record_of(training, recipe.data))
-        card = Card(
-            model=recipe.model,
-            num_classes=len(training.classes),
-            in_chans=recipe.preprocessing.channels,
-            classes=training.classes,
-            preprocessing=recipe.preprocessing.to_dict(),
-            fused=not unfused_norms(model),
-            recipe=recipe.name,
-            int8=None if params is None else params.to_dict(),
-            licence=licence,
-            source=source,
-            trained_on=None if records is None else to_card(records),
-        )
+        start = world.first(lambda: _start(recipe, training, world.device, out if resume else None))
+        model, card, params = start.model, start.card, start.params
         if params is not None:
             size = recipe.preprocessing.size
             prepare_qat_(model, params, (recipe.preprocessing.channels, size, size))
         _check_batch_of_one(model, recipe)
-        teachers = open_teachers(recipe, training.classes, world.device)
+        with world.agree():
+            teachers = open_teachers(recipe, training.classes, world.device)
 
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
-        if not resume and world.is_main:
+        def write_once() -> None:
+            if resume:
+                if data is not None:
+                    move_run_data(out, data)
+                return
             checked = _check(training, validation, recipe.preprocessing) if check else None
             if callbacks.on_data:
                 callbacks.on_data(splits.info)
@@ -269,19 +273,19 @@ def _run(
                 callbacks.on_start(recipe)
             write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
             images_of = {"train": training, "val": validation}
-            write_run_data(out, splits.info, images_of, records or (), recipe.data.val)
+            write_run_data(out, splits.info, images_of, start.records or (), recipe.data.val)
             if checked:
                 write_text(out / CHECK, json.dumps(asdict(checked), indent=1) + "\n")
             _draw_samples(out, batches, training.classes, recipe.preprocessing)
             if params is not None:
                 write_text(out / QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
 
-        elif world.is_main and data is not None:
-            move_run_data(out, data)
-
+        world.first(write_once)
+        evaluator = Evaluator(card=card, validation=validation, recipe=recipe, world=world)
         run = loop.Run(
             out=out,
-            evaluate=Evaluator(card=card, validation=validation, recipe=recipe),
+            evaluate=evaluator,
+            combine=evaluator.combine,
             world=world,
             metadata=card.to_metadata(),
             settings=settings_of_run(recipe, out, (IMAGES, QPARAMS)) if world.is_main else {},
@@ -294,14 +298,52 @@ def _run(
                 best = loop.train(model, batches, recipe.plan, replace(run, on_progress=on_progress)).best
         else:
             best = loop.train(model, batches, recipe.plan, run).best
-    if world.is_main:
-        _write_best_predictions(out, recipe, validation)
+    with stop_at_once():
+        if world.is_main:
+            write_best_predictions(out, recipe, validation)
     return TrainResult(
         weights=RunFolder(out).best / "model.safetensors",
         top1=float(best["top1"]),
         epoch=int(best["epoch"]),
         count=len(validation),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What all processes start from, as the first one finds it; `records` are of the images that were trained on."""
+
+    model: nn.Module
+    card: Card
+    params: QuantizationParams | None
+    records: Records | None
+
+
+def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | None) -> _Start:
+    """Build the network of a new run, or of one that goes on in the folder `run`, and its card.
+
+    Raises BadArgument, BadCheckpoint, and BadData.
+    """
+    images = TrainingImages(source=training, device=device, batch_size=min(len(training), 32))
+    model = resumed_network(recipe, len(training.classes), run) if run else init_network(recipe, images)
+    fold_frozen_(model, recipe.plan.freeze)
+    params = None if recipe.int8 is None else _qparams(recipe, images, model, run)
+    licence, source = provenance(recipe, run)
+    records = run_records(run) if run else (*_base_records(recipe), record_of(training, recipe.data))
+    card = Card(
+        model=recipe.model,
+        num_classes=len(training.classes),
+        in_chans=recipe.preprocessing.channels,
+        classes=training.classes,
+        preprocessing=recipe.preprocessing.to_dict(),
+        fused=not unfused_norms(model),
+        recipe=recipe.name,
+        int8=None if params is None else params.to_dict(),
+        licence=licence,
+        source=source,
+        trained_on=None if records is None else to_card(records),
+    )
+    return _Start(model=model.cpu(), card=card, params=params, records=records)
 
 
 def _base_records(recipe: Recipe) -> Records:
@@ -345,6 +387,7 @@ def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:
             rank=worker,
             world=plan.logical_workers,
             num_workers=num_workers,
+            pin_memory=world.device.type == "cuda",
             on_bad="skip",
             bad=unreadable,
         )
@@ -374,33 +417,12 @@ def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path
     return calibrate_qat(model.to(images.device), inputs, method)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluator:
-    """Evaluates what will be deployed: the averaged network, fused, and on integers where it trains for int8."""
-
-    card: Card
-    validation: Dataset
-    recipe: Recipe
-
-    def __call__(self, model: nn.Module) -> Mapping[str, float]:
-        """Give accuracy in percent, loss, calibration error, and the drift of the fused network."""
-        network, drift = Network(model=remove_qat_(model).cpu(), card=self.card, title=self.recipe.name), 0.0
-        if not network.is_fused:
-            network, drift = network.fused(tolerance=math.inf)  # logged: only what is deployed has to pass the gate
-        batches = ImageLoader(
-            self.validation, self.recipe.preprocessing, batch_size=self.recipe.plan.batch_size, on_bad="skip"
-        )
-        evaluated = network.model if self.card.int8 is None else network.int8_model()
-        return {**accuracy(evaluated, batches.epoch(0)).metrics(), "drift": drift}
-
-
-def _with_value_range(recipe: Recipe, training: Dataset, world: World) -> Recipe:
+def _with_value_range(recipe: Recipe, training: Dataset) -> Recipe:
     """The recipe with the value range of the training images, where they have more than 8 bits and it has none yet."""
     measured = None if recipe.preprocessing.value_range else measure_value_range(training)
     if measured is None or measured.is_full:
         return recipe
-    if world.is_main:
-        _log.warning("the data: %s", measured.sentence)
+    _log.warning("the data: %s", measured.sentence)
     return replace(recipe, preprocessing=replace(recipe.preprocessing, value_range=measured.value_range))
 
 
@@ -425,15 +447,3 @@ def _draw_samples(out: Path, batches: Batches, classes: tuple[str, ...], preproc
     captioned = list(zip(images.astype(np.float32), captions(labels, classes), strict=True))
     with replacing(out / SAMPLES) as aside:
         contact_sheet(captioned, preprocessing).save(aside)
-
-
-def _write_best_predictions(out: Path, recipe: Recipe, validation: Dataset) -> None:
-    """Write the predictions of the best network for each validation image, unless they are there already."""
-    try:
-        with open_predictor(out, threads=torch.get_num_threads()) as predictor:
-            if predictions_are_of(out / PREDICTIONS, predictor):
-                return
-            scored = evaluate_dataset(predictor, validation, batch_size=recipe.plan.batch_size)
-            write_predictions(out, predictor, scored.images, scored.score, f"{recipe.data.spec} (held out)")
-    except (BadData, GateFailed, NonFiniteLoss) as error:
-        _log.warning("the predictions for the validation images are not kept for the report: %s", error)

@@ -59,9 +59,11 @@ _Samples = tuple[NDArray[np.int64], list[_Sample]]  # their numbers, and what wa
 class ImageLoader:
     """Gives batches of a dataset: images float32 (B, C, H, W) and labels int64 (B).
 
-    `batch_size` counts the images of all ranks together, so the same run on another `world` sees the same batches.
-    With `shuffle` (training) each epoch has its own order and an incomplete last batch is dropped; without, the order
-    is the dataset's and every image comes exactly once over the ranks. A bad image raises (`on_bad` "error"), or is
+    With `shuffle` (training) `batch_size` counts the images of all ranks together, so the same run on another `world`
+    sees the same batches; each epoch has its own order, and an incomplete last batch is dropped. Without (evaluation)
+    the order is the dataset's, every image comes exactly once over the ranks, and the batches are dealt to them in
+    turn: whole ones, so that what a network says of them does not depend on `world`. With `pin_memory` the images are
+    in memory from where a GPU takes them without waiting. A bad image raises (`on_bad` "error"), or is
     left out of its batch and noted once in `bad` and in the log ("skip"), until there are more than `max_bad` of them;
     a batch of bad images alone has, with `shuffle`, B = 0.
     """
@@ -75,14 +77,15 @@ class ImageLoader:
     rank: int = 0
     world: int = 1
     num_workers: int = 0
+    pin_memory: bool = False
     on_bad: Literal["error", "skip"] = "error"
-    max_bad: int | None = None  # None: one in a hundred, or ten
+    max_bad: int | None = None  # None: see `max_bad_images`
     bad: dict[str, str] = field(default_factory=dict, repr=False)  # name -> why, in the order of meeting; may be shared
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:
             raise BadArgument(f"rank is {self.rank} of {self.world}, expected 0 to one less than the number of ranks")
-        if self.batch_size < 1 or self.batch_size % self.world:
+        if self.batch_size < 1 or (self.shuffle and self.batch_size % self.world):
             raise BadArgument(f"the batch size is {self.batch_size}, expected a multiple of the {self.world} ranks")
         if self.num_workers < 0 or self.on_bad not in ("error", "skip"):
             raise BadArgument(f"num_workers is {self.num_workers} and on_bad {self.on_bad!r}: 0 or more, error or skip")
@@ -92,8 +95,9 @@ class ImageLoader:
 
     def __len__(self) -> int:
         """Steps of an epoch, for this rank."""
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full if self.shuffle or rest <= self.rank else full + 1
+        if self.shuffle:
+            return len(self.dataset) // self.batch_size
+        return len(range(self.rank, -(-len(self.dataset) // self.batch_size), self.world))
 
     def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the batches of epoch n (from 0) from step `start` on: the same, to the bit, as without a start."""
@@ -107,9 +111,12 @@ class ImageLoader:
 
     def samples(self, n: int, step: int) -> NDArray[np.int64]:
         """Give the numbers of the samples that this rank has at a step of epoch n."""
-        last = min((step + 1) * self.batch_size, len(self.dataset))
-        positions = np.arange(step * self.batch_size, last, dtype=np.int64)[self.rank :: self.world]
-        return shuffled(positions, len(self.dataset), seed=self.seed, epoch=n) if self.shuffle else positions
+        batch = step if self.shuffle else step * self.world + self.rank
+        last = min((batch + 1) * self.batch_size, len(self.dataset))
+        positions = np.arange(batch * self.batch_size, last, dtype=np.int64)
+        if not self.shuffle:
+            return positions
+        return shuffled(positions[self.rank :: self.world], len(self.dataset), seed=self.seed, epoch=n)
 
     def _epoch(self, n: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         steps = (self.samples(n, step) for step in range(start, len(self)))
@@ -166,7 +173,10 @@ class ImageLoader:
             images.append(sample)
             labels.append(self.dataset.label(i))
         if images:
-            return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
+            stacked = torch.empty(len(images), *images[0].shape, pin_memory=self.pin_memory)
+            np.stack(images, out=stacked.numpy())
+            classes = torch.tensor(labels, dtype=torch.int64)
+            return stacked, classes.pin_memory() if self.pin_memory else classes
         # In training a step counts its batches, so that one without images has to come too.
         return (torch.zeros(0, *self._shape(n)), torch.zeros(0, dtype=torch.int64)) if self.shuffle else None
 
@@ -185,12 +195,17 @@ class ImageLoader:
         self.bad[name] = str(error)
         if len(self.bad) == len(self.dataset):
             raise BadData(f"none of the {len(self.dataset)} images can be read, the last: {error}")
-        limit = max(10, len(self.dataset) // 100) if self.max_bad is None else self.max_bad
+        limit = max_bad_images(len(self.dataset)) if self.max_bad is None else self.max_bad
         if len(self.bad) > limit:
             raise BadData(f"more than {limit} of {len(self.dataset)} images are bad, the last: {error}")
         if len(self.bad) <= _MAX_NAMED:
             last = "; further ones are not named" if len(self.bad) == _MAX_NAMED else ""
             _LOG.warning("left out, %d so far (the limit is %d): %s%s", len(self.bad), limit, error, last)
+
+
+def max_bad_images(count: int) -> int:
+    """Give how many of `count` images may be bad and left out, where nothing else is said."""
+    return max(10, count // 100)
 
 
 def _wait(numbers: NDArray[np.int64], parts: list[Future[list[_Sample]]]) -> _Samples:

@@ -6,8 +6,9 @@ Shapes: B images in a batch, N images in all, C classes, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ Floats = NDArray[np.float32]
 Session = Callable[[Floats], NDArray[np.floating[Any]]]
 
 BINS = 15
+_NO_IMAGE = "there is no image to evaluate on: the batches are empty"
 
 
 class Predictions(NamedTuple):
@@ -76,19 +78,43 @@ def accuracy(
     gives numpy float32. Raises BadArgument for a module in training mode or a label without a logit, BadData where
     there is no image.
     """
-    session = _module_session(predict) if isinstance(predict, nn.Module) else predict
     parts: list[Predictions] = []
     kept: list[Floats] = []
     num_classes = 0
-    for images, labels in batches:
-        logits = np.asarray(session(np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)), dtype=np.float32)
-        parts.append(_predictions(logits, labels.cpu().numpy().astype(np.int64)))
+    for logits, part in _predict(predict, batches):
+        parts.append(part)
         num_classes = logits.shape[1]
         if keep_logits:
             kept.append(logits)
     if not sum(len(part.labels) for part in parts):
-        raise BadData("there is no image to evaluate on: the batches are empty")
+        raise BadData(_NO_IMAGE)
     return _summary(_concatenate(parts), num_classes, np.concatenate(kept) if keep_logits else None)
+
+
+def predict_batches(predict: nn.Module | Session, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Predictions]:
+    """Give the predictions for each batch: the share of one process, which `merge_shares` puts together."""
+    return [part for _, part in _predict(predict, batches)]
+
+
+def merge_shares(shares: Sequence[Sequence[Predictions]], num_classes: int) -> Accuracy:
+    """Give the accuracy on all images, where of N shares share i has batches i, i + N, i + 2N ... of the dataset.
+
+    The predictions are put in the dataset's order, so that all sums are those of one process to the bit, as long as
+    no batch is missing. Raises BadData where there is no image.
+    """
+    parts = [part for turn in zip_longest(*shares) for part in turn if part is not None]
+    if not sum(len(part.labels) for part in parts):
+        raise BadData(_NO_IMAGE)
+    return _summary(_concatenate(parts), num_classes, None)
+
+
+def _predict(
+    predict: nn.Module | Session, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Floats, Predictions]]:
+    session = _module_session(predict) if isinstance(predict, nn.Module) else predict
+    for images, labels in batches:
+        logits = np.asarray(session(np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)), dtype=np.float32)
+        yield logits, _predictions(logits, labels.cpu().numpy().astype(np.int64))
 
 
 def merge(scores: Sequence[Accuracy]) -> Accuracy:

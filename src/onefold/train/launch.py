@@ -19,22 +19,25 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, Any, NoReturn
+from pathlib import Path
+from typing import IO, NoReturn
 
 from onefold.errors import BadArgument, LostWorker, Stopped
 from onefold.processors import available
+from onefold.train.distributed import STOP_SIGNALS, StopSignals, signal_at_death_of
 
 _log = logging.getLogger("onefold.launch")
 
 _LOST = (LostWorker.exit_status, 70)  # another process is gone, or this one ended by an unexpected error
 _POLL_SECONDS = 0.02
-_REPEAT_SECONDS = 0.5  # within which a second signal is the same request, sent by the terminal and a job system both
-_GRACE_SECONDS = {0: 60.0, Stopped.exit_status: 60.0}  # for the other processes, after one has ended with this status
+_GRACE_SECONDS = 5.0  # for the other processes, after one has ended by an error of its own
+_HUNG_SECONDS = 8.0  # for a group that is to end, in which none computes and none waits for a disk
+_HUNG_POLL_SECONDS = 0.5
+_UNHEARD = (-signal.SIGTERM, -signal.SIGHUP)
 _STABLE_SECONDS = 600.0  # a group that has lived so long resets the count of restarts
 
 
@@ -42,13 +45,15 @@ def launch(command: Callable[[], int], processes: int, max_restarts: int) -> int
     """Run `command`, which gives an exit status, in that many processes to its end; gives the exit status of all.
 
     When a process is lost (killed, or ended by an error that is not the user's) all are ended and started again, at
-    most `max_restarts` times in a row. A SIGTERM or SIGINT is passed on once; a second one kills. Raises LostWorker
-    where restarts do not help. Call it before anything has started a thread or used a GPU, since it forks.
+    most `max_restarts` times in a row. A SIGTERM, SIGINT or SIGHUP is passed on once, and who is stopped by SIGSTOP is
+    woken to hear it; a second one kills, and so does this process where they wait for each other and none computes.
+    Raises LostWorker where restarts do not help, and Stopped where a signal came before there was anything to save.
+    Call it before anything has started a thread or used a GPU, since it forks.
     """
     if sys.platform != "linux":
         raise BadArgument("--processes works on Linux alone: start the processes by torchrun")
     losses, restarts = 0, 0
-    with _Signals() as signals:
+    with StopSignals(keep_repeated=True) as signals:
         while True:
             started = time.monotonic()
             group = _ProcessGroup(command, processes, restarts, signals)
@@ -56,8 +61,10 @@ def launch(command: Callable[[], int], processes: int, max_restarts: int) -> int
                 status, cause = group.wait()
             finally:
                 group.kill()
-            if cause is None or signals.received:
+            if cause is None:
                 return status
+            if signals.received:
+                raise LostWorker(f"{cause} while it was to stop; what was saved is safe: resume the run")
             losses = 1 if time.monotonic() - started > _STABLE_SECONDS else losses + 1
             if losses > max_restarts:
                 raise LostWorker(
@@ -70,7 +77,7 @@ def launch(command: Callable[[], int], processes: int, max_restarts: int) -> int
 class _ProcessGroup:
     """The processes from their start to the end of the last one."""
 
-    def __init__(self, command: Callable[[], int], processes: int, restarts: int, signals: _Signals) -> None:
+    def __init__(self, command: Callable[[], int], processes: int, restarts: int, signals: StopSignals) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -82,39 +89,67 @@ class _ProcessGroup:
         self._stderr = [tempfile.TemporaryFile() for _ in range(processes)]  # noqa: SIM115  (closed by `kill`)
         self._pids: list[int] = []
         self._statuses: list[int | None] = [None] * processes
-        self._signals = signals
+        self._signals, self._passed_on = signals, False
+        self._cpu_ticks = [0] * processes
+        self._computed_at = self._looked_at = 0.0
         sys.stdout.flush()  # or a fork would write what is buffered once more
         sys.stderr.flush()
+        launcher = os.getpid()
         for rank in range(processes):
+            # A signal that comes between the fork and its own handlers waits: this process's would forget it there.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             pid = os.fork()
             if not pid:
-                signals.restore_handlers()
                 own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                _run_forked(command, own, self._stderr[rank] if rank else None)
+                _run_forked(command, own, self._stderr[rank] if rank else None, signals, launcher)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             self._pids.append(pid)
 
     def wait(self) -> tuple[int, str | None]:
         """Wait until all have ended; gives the exit status, and what was lost if that is worth a restart."""
         deadline: float | None = None
         while None in (statuses := self._poll()):
-            if self._signals.received_twice:
-                self.kill()
-            elif self._signals.take_new():
-                self._send(signal.SIGTERM)
+            if self._signals.is_repeated:
+                self._send(signal.SIGKILL)
+            elif self._signals.received and not self._passed_on:
+                self._passed_on, self._computed_at = True, time.monotonic()
+                self._send(signal.SIGHUP if self._signals.received == "SIGHUP" else signal.SIGTERM)
+                self._send(signal.SIGCONT)
             ended = [status for status in statuses if status is not None]
-            if deadline is None and ended:
+            if deadline is None and ended and (ended[0] not in (0, Stopped.exit_status)):
                 # The others may wait for the one that has ended, for as long as a collective's timeout.
                 is_lost = ended[0] < 0 or ended[0] in _LOST
-                deadline = time.monotonic() + (0.3 if is_lost else _GRACE_SECONDS.get(ended[0], 5.0))
-            if deadline is not None and time.monotonic() > deadline and not self._signals.received:
+                deadline = time.monotonic() + (0.3 if is_lost else _GRACE_SECONDS)
+            if deadline is not None and time.monotonic() > deadline and not self._passed_on:
                 break
+            if self._passed_on and self._is_hung():
+                _log.warning("no process has computed for %.0f seconds: those that are left are killed", _HUNG_SECONDS)
+                self._send(signal.SIGKILL)
             time.sleep(_POLL_SECONDS)
         return self._outcome(statuses)
+
+    def _is_hung(self) -> bool:
+        """Whether none of the processes that are left has computed, or waited for a disk, for some time.
+
+        A long step, or a checkpoint on a slow disk, is waited for; one that waits for a process that is gone is not.
+        """
+        now = time.monotonic()
+        if now - self._looked_at > _HUNG_POLL_SECONDS:
+            self._looked_at = now
+            for rank, (pid, status) in enumerate(zip(self._pids, self._statuses, strict=True)):
+                ticks, waits = _cpu_ticks(pid) if status is None else (0, False)
+                if waits or ticks > self._cpu_ticks[rank] + 1:  # the threads that only watch take less than a tick
+                    self._cpu_ticks[rank], self._computed_at = ticks, now
+        return now - self._computed_at > _HUNG_SECONDS
 
     def _outcome(self, statuses: list[int | None]) -> tuple[int, str | None]:
         failed = {rank: status for rank, status in enumerate(statuses) if status}
         if not failed:
             return 0, None if None not in statuses else "a process did not end"
+        if self._passed_on and not self._signals.is_repeated and statuses[0] in (Stopped.exit_status, *_UNHEARD):
+            if statuses[0] in _UNHEARD:  # it had no handler yet, and so nothing that it could have saved
+                raise Stopped(f"stopped by {self._signals.received} before the training began: start it again")
+            return Stopped.exit_status, None  # the first process saves for all, and has said so
         # A process that ended by an error of its own tells the cause; its neighbours were lost for want of it.
         causes = {rank: status for rank, status in failed.items() if status > 0 and status not in _LOST}
         if causes and (Stopped.exit_status not in causes.values() or len(causes) == len(failed)):
@@ -149,11 +184,17 @@ class _ProcessGroup:
             stderr.close()
 
 
-def _run_forked(command: Callable[[], int], variables: dict[str, str], stderr: IO[bytes] | None) -> NoReturn:
+def _run_forked(
+    command: Callable[[], int], variables: dict[str, str], stderr: IO[bytes] | None, signals: StopSignals, launcher: int
+) -> NoReturn:
     """Run the command in a fork. Rank 0 alone writes to the terminal; the others' stderr is kept in a file."""
     status = 70
     try:
         os.setsid()
+        if not signal_at_death_of(launcher):
+            os._exit(LostWorker.exit_status)  # it is gone already
+        signals.restore_handlers()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         os.environ |= variables
         if stderr is not None:
             os.dup2(stderr.fileno(), 2)
@@ -171,35 +212,11 @@ def _run_forked(command: Callable[[], int], variables: dict[str, str], stderr: I
         os._exit(status)
 
 
-class _Signals:
-    """A block in which SIGTERM and SIGINT are kept: the first is to be passed on, a second one to kill."""
-
-    def __init__(self) -> None:
-        self.received = self.received_twice = False
-        self._is_new, self._received_at = False, 0.0
-        self._previous: dict[int, Any] = {}
-
-    def take_new(self) -> bool:
-        """Whether a signal came that was not passed on; it counts as passed on from now."""
-        was_new, self._is_new = self._is_new, False
-        return was_new
-
-    def _handle(self, number: int, frame: object) -> None:
-        if not self.received:
-            self.received = self._is_new = True
-            self._received_at = time.monotonic()
-        elif time.monotonic() - self._received_at > _REPEAT_SECONDS:
-            self.received_twice = True
-
-    def restore_handlers(self) -> None:
-        """Put back the handlers from before the block; in a fork, so that its signals are its own."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.restore_handlers()
+def _cpu_ticks(pid: int) -> tuple[int, bool]:
+    """Give the processor time of a process in the kernel's ticks, and whether one of its threads waits for a disk."""
+    ticks, waits = 0, False
+    with suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            values = (task / "stat").read_text().rpartition(")")[2].split()
+            ticks, waits = ticks + int(values[11]) + int(values[12]), waits or values[0] == "D"
+    return ticks, waits

@@ -118,11 +118,14 @@ class Reducer(Protocol):
     def begin_step(self) -> None:
         """Save the buffers that all workers start from."""
 
-    def add_worker(self, loss: float, count: int) -> None:
-        """Add a worker's gradient, buffers, sum of losses and images, and restore the buffers for the next one."""
+    def add_worker(self, loss: Tensor, count: int) -> None:
+        """Add a worker's gradient, buffers, sum of losses () and images, and restore the buffers for the next one."""
 
-    def finish_step(self) -> tuple[float, int]:
-        """Set the gradient of all images, and the buffers; gives the mean loss and the images of all workers."""
+    def finish_step(self, flag: bool = False) -> tuple[float, int, bool]:
+        """Set the gradient of all images, and the buffers; gives the mean loss and the images of all workers.
+
+        Last comes whether any process gave the `flag`, which travels with the sums.
+        """
 
 
 def create_reducer(model: nn.Module, plan: Plan, world: World) -> Reducer | None:
@@ -181,7 +184,7 @@ class _ExactReducer:
         self._parameters: list[nn.Parameter] = []
         values = [*model.parameters(), *self._buffers.floats]
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in values) else torch.float32
-        self._partial: list[tuple[int, Tensor]] = []  # (number of workers, sum of their vectors (F + 2,))
+        self._partial: list[tuple[int, Tensor]] = []  # (number of workers, sum of their vectors (F + 3,))
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -190,12 +193,11 @@ class _ExactReducer:
         self._partial = []
 
     @torch.no_grad()
-    def add_worker(self, loss: float, count: int) -> None:
+    def add_worker(self, loss: Tensor, count: int) -> None:
         # a parameter that this worker's graph did not reach has a gradient of zero: another's may have reached it
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         floats = [value.reshape(-1).to(self._dtype) for value in (*grads, *self._buffers.floats)]
-        totals = torch.tensor([loss, count], dtype=self._dtype, device=self._world.device)
-        size, total = 1, torch.cat([*floats, totals])
+        size, total = 1, torch.cat([*floats, _totals(loss, count).to(self._dtype)])
         for parameter in self._parameters:
             parameter.grad = None
         self._buffers.restore()
@@ -205,18 +207,19 @@ class _ExactReducer:
         self._partial.append((size, total))
 
     @torch.no_grad()
-    def finish_step(self) -> tuple[float, int]:
+    def finish_step(self, flag: bool = False) -> tuple[float, int, bool]:
         [(_, total)] = self._partial
         self._partial = []
+        total[-1] += flag
         # The upper levels of the tree: both sides add the same two vectors, and a + b = b + a to the bit.
         distance = 1
         while distance < self._world.size:
             received = self._world.sendrecv(total, self._world.rank ^ distance)
             total, distance = total.add_(received), 2 * distance
-        loss, count = total[-2:].tolist()
+        loss, count, flags = total[-3:].tolist()
         images = round(count)
         sizes = [p.numel() for p in (*self._parameters, *self._buffers.floats)]
-        values = iter(total[:-2].split(sizes))
+        values = iter(total[:-3].split(sizes))
         for parameter in self._parameters:
             value = next(values).view(parameter.shape)
             parameter.grad = torch.empty_like(parameter).copy_(value)
@@ -225,7 +228,7 @@ class _ExactReducer:
         for buffer in self._buffers.floats:
             buffer.copy_((next(values) / self._plan.logical_workers).view(buffer.shape))
         self._buffers.finish()
-        return loss / max(1, images), images
+        return loss / max(1, images), images, flags > 0
 
 
 class _FastReducer:
@@ -240,26 +243,32 @@ class _FastReducer:
     def begin_step(self) -> None:
         self._buffers.begin()
         size = sum(b.numel() for b in self._buffers.floats)
-        self._summed = torch.zeros(size + 2, dtype=torch.float64, device=self._world.device)
+        self._summed = torch.zeros(size + 3, dtype=torch.float64, device=self._world.device)
 
     @torch.no_grad()
-    def add_worker(self, loss: float, count: int) -> None:
+    def add_worker(self, loss: Tensor, count: int) -> None:
         floats = [b.reshape(-1).double() for b in self._buffers.floats]
-        self._summed += torch.cat([*floats, self._summed.new_tensor([loss, count])])
+        self._summed += torch.cat([*floats, _totals(loss, count)])
         self._buffers.restore()
 
     @torch.no_grad()
-    def finish_step(self) -> tuple[float, int]:
+    def finish_step(self, flag: bool = False) -> tuple[float, int, bool]:
+        self._summed[-1] += flag
         self._world.all_reduce_(self._summed)
-        loss, count = self._summed[-2:].tolist()
+        loss, count, flags = self._summed[-3:].tolist()
         images = round(count)
         if images not in (0, self._plan.batch_size):
             for parameter in self._model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._plan.batch_size / images)
         sizes = [b.numel() for b in self._buffers.floats]
-        means = (self._summed[:-2] / self._plan.logical_workers).split(sizes)
+        means = (self._summed[:-3] / self._plan.logical_workers).split(sizes)
         for buffer, mean in zip(self._buffers.floats, means, strict=True):
             buffer.copy_(mean.view(buffer.shape))
         self._buffers.finish()
-        return loss / max(1, images), images
+        return loss / max(1, images), images, flags > 0
+
+
+def _totals(loss: Tensor, count: int) -> Tensor:
+    """The end of a worker's vector (3,) float64: its sum of losses, its images, and room for the flags."""
+    return torch.cat([loss.reshape(1).double(), loss.new_full((1,), count).double(), loss.new_zeros(1).double()])

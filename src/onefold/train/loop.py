@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -34,13 +34,16 @@ class Run:
     """The surroundings of a training, which do not change what it computes.
 
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch, and gives its metrics; "top1"
-    decides which epoch is best, of equal ones the last. With `evaluate_start` it is called before the first step too.
-    `metadata` goes into the header of the weights' file. With `resume` the run in `out` goes on. `teachers` gives the
-    logits of the networks that `plan.distill` names. `settings` are kept with each checkpoint, as they are.
+    decides which epoch is best, of equal ones the last. It is called on every process, and must not communicate. Where
+    each evaluates its own share of the images, `combine` makes the metrics of what all have given, by rank; without it
+    those of the first process count. With `evaluate_start` it is called before the first step too. `metadata` goes
+    into the header of the weights' file. With `resume` the run in `out` goes on. `teachers` gives the logits of the
+    networks that `plan.distill` names. `settings` are kept with each checkpoint, as they are.
     """
 
     out: Path
-    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    evaluate: Callable[[nn.Module], Any]
+    combine: Callable[[Sequence[Any]], Mapping[str, float]] | None = None
     world: World = field(default_factory=World)
     metadata: Mapping[str, str] = field(default_factory=dict)
     resume: bool = False
@@ -61,11 +64,12 @@ def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoin
     is of another plan, data or model, RunBusy, NotWritable, NonFiniteLoss (before the weights take it in), LostWorker,
     and Stopped after a SIGTERM, SIGINT or SIGHUP, once the state is saved.
     """
-    if run.resume and run.world.is_main and not run.out.exists():
-        Checkpoint.load(run.out)  # raises; taking the lock would make the folder first
-    lock = RunFolder(run.out).lock() if run.world.is_main else nullcontext()
-    with lock, BackgroundWriter() as writer, StopSignals() as signals:
-        run.world.barrier()  # the others go on once the folder is locked and repaired
+    with ExitStack() as lock, BackgroundWriter() as writer, StopSignals() as signals:
+        with run.world.agree():  # the others go on once the folder is locked and repaired
+            if run.world.is_main:
+                if run.resume and not run.out.exists():
+                    Checkpoint.load(run.out)  # raises; taking the lock would make the folder first
+                lock.enter_context(RunFolder(run.out).lock())
 
         # ---- The start: a state that follows from the plan, or the one that was saved
         seed_everything(plan.seed, *([run.world.rank] if run.world.rank else []))
@@ -74,7 +78,7 @@ def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoin
         if run.evaluate_start:
             trainer.evaluate_start()
 
-        # ---- The epochs: their steps, then an evaluation, then a checkpoint
+        # ---- The epochs: their steps and a checkpoint, then an evaluation and a checkpoint
         while not trainer.saved.is_complete:
             trainer.train_epoch()
             trainer.finish_epoch()
@@ -101,7 +105,12 @@ class _Trainer:
             raise BadArgument("plan.distill and teachers go together: give Run(teachers=...) where the plan distills")
         self.batches, self.plan, self.run = batches, plan, run
         self.writer, self.signals = services
-        self.data = batches.fingerprint()
+        with run.world.agree():
+            self.data = batches.fingerprint()
+        data_of_first = run.world.broadcast(self.data)
+        with run.world.agree():
+            if self.data != data_of_first:
+                raise BadData(f"its images are not those of the first process: {self.data}, not {data_of_first}")
         self.folder, self.world = RunFolder(run.out), run.world
         self.workers = local_workers(plan, run.world)
         self.batches_per_worker = len(batches) // len(self.workers)
@@ -113,10 +122,11 @@ class _Trainer:
 
     def start(self) -> None:
         """Start a new run. Its first checkpoint is of step 0: it shows that there is room before hours are spent."""
-        if self.world.is_main and self.folder.has_run:
-            raise BadArgument(f"{self.run.out} already holds a run: resume it, or choose another folder")
-        if self.world.is_main:
-            self.folder.truncate_log(0)  # of a run that was killed before its first checkpoint
+        with self.world.agree():
+            if self.world.is_main and self.folder.has_run:
+                raise BadArgument(f"{self.run.out} already holds a run: resume it, or choose another folder")
+            if self.world.is_main:
+                self.folder.truncate_log(0)  # of a run that was killed before its first checkpoint
         self._log_event("start", plan=self.plan.to_dict(), data=self.data, **self._environment())
         self._save()
         self.flush()
@@ -124,8 +134,7 @@ class _Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint, in the order that `checkpoint` lists."""
         # One process reads the disk, so that all of them go on from the same checkpoint.
-        checkpoint = load_for_resume(self.folder) if self.world.is_main else None
-        self.saved = self.world.broadcast(checkpoint)  # type: ignore[assignment]
+        self.saved = self.world.first(lambda: load_for_resume(self.folder))
         threads = self.saved.made_with.get("threads", "")
         if self.plan.reduce == "exact" and threads.isdecimal() and int(threads) != torch.get_num_threads():
             # Sums are split among threads, so another number of them would round differently.
@@ -180,14 +189,16 @@ class _Trainer:
         state.train_mode_()
         self.throughput = Throughput()
         for micro_batches in self._steps():
-            loss = state.step(micro_batches)
+            # Whether to stop, or that a checkpoint could not be written, travels with the sums of the step.
+            loss = state.step(micro_batches, lambda: bool(self.signals.received) or self.writer.has_failed)
             if not math.isnan(loss):
                 self.throughput.add(sum(len(labels) for _, labels in micro_batches) * self.world.size)
                 self._report_progress(loss)
             position = state.position
             if every and position.step < position.steps_per_epoch and position.global_step % every == 0:
-                self._save()  # the end of an epoch has a checkpoint of its own, after the evaluation
-            self._check_stop()
+                self._save()  # the end of an epoch has checkpoints of its own, before and after the evaluation
+            if state.flagged or self.world.size == 1:
+                self._check_stop()
 
     def _steps(self) -> Iterator[list[Batch]]:
         """Give the micro-batches of one step at a time: `accumulate` of each logical worker of this process."""
@@ -222,10 +233,15 @@ class _Trainer:
         self._save(best_weights)
 
     def finish_epoch(self) -> None:
-        """Evaluate the epoch, log it, and save; its weights become the best where its "top1" is."""
+        """Save, evaluate the epoch, log it, and save again; its weights become the best where its "top1" is.
+
+        An evaluation may take as long as many steps, and none of them is lost where the process is killed within it.
+        """
         state, position = self.state, self.state.position
         if not state.num_images:
             raise BadData(f"not one image of epoch {position.epoch + 1} could be read: why is said above")
+        if self.saved.position != position:
+            self._save()
         best_weights = self._evaluate(epoch=position.epoch + 1)
         loss, (lr, decay) = state.loss_sum / state.num_images, state.lr_and_decay(position.global_step - 1)
         entry = {"epoch": position.epoch + 1, "step": position.global_step, "loss": loss, "lr": lr}
@@ -238,29 +254,31 @@ class _Trainer:
         self._check_stop()
 
     def _evaluate(self, epoch: int) -> dict[str, Tensor]:
-        """Evaluate on the first process, and share the metrics; gives the weights to keep if they are the best yet."""
+        """Evaluate on all processes, and share the metrics; gives the weights to keep if they are the best yet."""
         state, position = self.state, self.state.position
         state.check_weights_finite()  # the update of the last step was not followed by a loss that would have shown it
-        metrics: dict[str, float] = {}
-        if self.world.is_main:
+        share: tuple[Any, ...] = ()
+        with self.world.agree():
             try:
                 # The user's evaluation may draw random numbers and must not move those of the training; and it may
-                # take long, but has no effects of its own, so that a signal may end it at once.
+                # take long, but has no effects of its own, so that a signal to any process may end it at once.
                 with (
                     forked_rng(self.world.device, self.plan.seed, 0, position.epoch, _EVALUATION),
-                    self.signals.raise_on_signal(),
+                    self.signals.raise_on_signal(self.world),
                 ):
-                    result = self.run.evaluate(copy.deepcopy(state.eval_model).eval())
-                metrics = {str(name): float(value) for name, value in result.items()}
-                if "top1" not in metrics:
-                    raise BadArgument(
-                        f"evaluate must give 'top1', by which the best epoch is chosen; it gave {sorted(metrics)}"
-                    )
+                    share = (self.run.evaluate(copy.deepcopy(state.eval_model).eval()),)
             except Interrupted:
                 pass
-        state.metrics = self.world.broadcast(metrics)
-        if not state.metrics:  # the first process was interrupted; the evaluation is the first thing after a resume
+        shares = self.world.all_gather(share)
+        if not all(shares):  # one was interrupted; the evaluation is the first thing after a resume
             self._stop()
+        parts = [part for (part,) in shares]
+        result: Mapping[str, float] = self.run.combine(parts) if self.run.combine else parts[0]
+        state.metrics = {str(name): float(value) for name, value in result.items()}
+        if "top1" not in state.metrics:
+            raise BadArgument(
+                f"evaluate must give 'top1', by which the best epoch is chosen; it gave {sorted(state.metrics)}"
+            )
         # Of equals the later one: it has learnt longer, and where nothing was gained, it is not the start that ships.
         is_best = state.metrics["top1"] >= state.best.get("top1", -math.inf)
         if is_best:
@@ -292,7 +310,7 @@ class _Trainer:
     def _check_stop(self) -> None:
         """Between two steps: end where a signal asked for it, or where the last checkpoint could not be written.
 
-        All processes agree by one integer, so that none waits in a collective for one that has ended.
+        All processes come here together, and agree by one integer, so that none waits for one that has ended.
         """
         wanted = self.world.max(2 if self.writer.has_failed else 1 if self.signals.received else 0)
         if wanted == 2:

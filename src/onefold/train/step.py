@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NoReturn, Protocol
 
@@ -103,6 +103,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=plan.amp == "fp16")
         self.position = Position(epoch=0, step=0, steps_per_epoch=steps_per_epoch)
         self.loss_sum, self.num_images = 0.0, 0
+        self.flagged = False
         self._lone_norms: dict[tuple[int, ...], list[str]] = {}  # shape of an image -> see `_lone_image`
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -123,14 +124,18 @@ class TrainState:
 
     # -------------------------------------------------------------------------------------- a step
 
-    def step(self, micro_batches: list[Batch]) -> float:
+    def step(self, micro_batches: list[Batch], flag: Callable[[], bool] = lambda: False) -> float:
         """Take one optimizer step on the images of all `micro_batches`, and give their mean loss.
 
-        Without any image, since none could be read, the weights stay as they are, and the loss is NaN. Raises
+        `flagged` is then whether `flag` was true on any process, which travels with the sums of the step. Without any
+        image, since none could be read, the weights stay as they are, and the loss is NaN. Raises
         NonFiniteLoss, with the weights as they were, where the loss or its gradient is not finite.
         """
         set_rates_(self.optimizer, *self.lr_and_decay(self.position.global_step))
-        loss, count = self._backward_workers(micro_batches) if self.reducer else self._backward(micro_batches)
+        if self.reducer:
+            loss, count, self.flagged = self._backward_workers(micro_batches, flag)
+        else:
+            (loss, count), self.flagged = self._backward(micro_batches), flag()
         if count:
             self._apply_gradient()
             if self.ema:
@@ -145,18 +150,20 @@ class TrainState:
 
     def _backward(self, micro_batches: list[Batch]) -> tuple[float, int]:
         """Accumulate the gradient of all micro-batches; gives the mean loss and the number of images."""
-        count, loss = sum(len(labels) for _, labels in micro_batches), 0.0
+        count, shares = sum(len(labels) for _, labels in micro_batches), list[Tensor]()
         for images, labels in micro_batches:
             if not len(labels):
                 continue
             # weighted by its images, since an unreadable one may be missing from a micro-batch
             share = self._loss(images, labels) * (len(labels) / count)
-            loss += share.item()
-            self._check_finite("loss", loss)
+            shares.append(share.detach())
             self.scaler.scale(share).backward()
+        # read when all has been given to the device: a GPU would wait for the host before each backward
+        loss = sum(torch.stack(shares).tolist(), 0.0) if shares else 0.0
+        self._check_finite("loss", loss)
         return loss, count
 
-    def _backward_workers(self, micro_batches: list[Batch]) -> tuple[float, int]:
+    def _backward_workers(self, micro_batches: list[Batch], flag: Callable[[], bool]) -> tuple[float, int, bool]:
         """Do the same for one logical worker after another, and with the other processes (see `logical_workers`)."""
         assert self.reducer is not None
         self.reducer.begin_step()
@@ -164,7 +171,7 @@ class TrainState:
         for i, worker in enumerate(self.workers):
             # Dropout of a worker must not depend on which workers the same process has computed before it.
             seed_everything(self.plan.seed, _FORWARD, self.position.global_step, worker)
-            loss, count = 0.0, 0
+            loss, count = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
             for j, (images, labels) in enumerate(micro_batches[i * per_worker : (i + 1) * per_worker]):
                 is_last = (i + 1, j + 1) == (len(self.workers), per_worker)
                 # DistributedDataParallel adds over processes within backward: once, with the last micro-batch. A
@@ -174,11 +181,11 @@ class TrainState:
                     # by the planned batch: how many images there really are is known when all workers are done
                     weight = len(labels) * self.reducer.weight / self.plan.batch_size
                     self.scaler.scale(mean * weight).backward()
-                loss, count = loss + mean.item() * len(labels), count + len(labels)
+                loss, count = loss + mean.detach().double() * len(labels), count + len(labels)
             self.reducer.add_worker(loss, count)
-        loss, count = self.reducer.finish_step()
-        self._check_finite("loss", loss)
-        return loss, count
+        mean_loss, total, flagged = self.reducer.finish_step(flag())
+        self._check_finite("loss", mean_loss)
+        return mean_loss, total, flagged
 
     def _loss_of_none(self, images: Tensor) -> Tensor:
         """Give 0 for a batch without images, with a gradient of 0 for each parameter, which all processes wait for."""
