@@ -27,6 +27,9 @@ torch.set_num_threads(1)  # tests run side by side, one process a core; threads 
 
 # Of a runtime that is missing nothing is collected; test_runtimes.test_it_is_here says so by name.
 collect_ignore = [f"test_{runtime}.py" for runtime in ("coreml", "executorch", "mnn", "web") if missing(runtime)]
+SHARED_DATA = Path(os.environ.get("ONEFOLD_TEST_DATA", ROOT.parent / "shared" / "data"))
+if not (SHARED_DATA / "weights").is_dir():  # said by the fixture below, to the tests that only need it among others
+    collect_ignore.append("test_real_weights.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,10 +75,12 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data and weights, or a skip that says where it was looked for."""
-    folder = Path(os.environ.get("ONEFOLD_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if not (folder / "weights").is_dir():
-        pytest.skip(f"needs the shared data folder, not found at {folder}; set ONEFOLD_TEST_DATA")
-    return folder
+    if not (SHARED_DATA / "weights").is_dir():
+        pytest.skip(
+            f"needs the shared data folder, not found at {SHARED_DATA}; set ONEFOLD_TEST_DATA (test_real_weights.py is "
+            "left out without it)"
+        )
+    return SHARED_DATA
 
 
 @pytest.fixture
