@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -439,6 +440,51 @@ def test_what_would_end_the_process_is_a_sentence(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def forged_graph(kind: str) -> Any:
+    """An ONNX network of the padded one's form that asks for 10 GiB, or that does not end."""
+    onnx = pytest.importorskip("onnx")
+    make, numbers = onnx.helper, onnx.numpy_helper
+    parts = onnx.TensorProto
+    first, last = (make.make_tensor_value_info(name, parts.FLOAT, ["b", *shape]) for name, shape in FORM)
+    pooled = make.make_node("GlobalAveragePool", ["images"], ["pooled"])
+    if kind == "memory":
+        constants = [numbers.from_array(np.array([10 << 28], np.int64), "size")]
+        nodes = [make.make_node("ConstantOfShape", ["size"], ["large"]), make.make_node("ReduceMax", ["large"], ["x"])]
+    else:
+        body = make.make_graph(
+            [make.make_node("Identity", ["on"], ["still"]), make.make_node("Sin", ["v"], ["w"])],
+            "body",
+            [make.make_tensor_value_info(n, t, s) for n, t, s in (("i", 7, []), ("on", 9, []), ("v", 1, [1, 1]))],
+            [make.make_tensor_value_info(n, t, s) for n, t, s in (("still", 9, []), ("w", 1, [1, 1]))],
+        )
+        values = {"count": np.array(1 << 60), "go": np.array(True), "v0": np.ones((1, 1), np.float32)}
+        constants = [numbers.from_array(value, name) for name, value in values.items()]
+        nodes = [make.make_node("Loop", ["count", "go", "v0"], ["x"], body=body)]
+    wide = numbers.from_array(np.zeros((1, FORM[1][1][0]), np.float32), "wide")
+    nodes += [pooled, make.make_node("Flatten", ["pooled"], ["flat"]), make.make_node("ReduceMax", ["flat"], ["top"])]
+    nodes += [make.make_node("Add", ["top", "x"], ["y"]), make.make_node("Add", ["y", "wide"], ["logits"])]
+    graph = make.make_graph(nodes, "forged", [first], [last], [*constants, wide])
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
+
+
+FORM = (("images", SHAPE), ("logits", (len(CLASSES),)))
+
+
+@pytest.mark.parametrize("kind", ["memory", "time"])
+def test_a_graph_without_a_bound_is_refused_in_bounded_time_and_memory(
+    kind: str, copied_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    (copied_onnx / "model.onnx").write_bytes(forged_graph(kind).SerializeToString())
+    reseal(copied_onnx)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr("onefold.runtimes.sandbox.LIMIT_CPU_S", 3)
+    said = refuses(copied_onnx)
+    assert {"memory": "cannot run", "time": "used more than 3 s of a processor's time"}[kind] in said
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20
 
 
 def test_it_is_opened_in_a_child_once(

@@ -11,6 +11,7 @@ import logging
 import pathlib
 import pickle
 import pickletools
+import struct
 import sys
 import types
 import zipfile
@@ -513,6 +514,23 @@ def test_forged_pickles_take_neither_minutes_nor_gigabytes(tmp_path: Path) -> No
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({f"stem.conv{i}.weight": array for i in range(1000)}))
     with pytest.raises(BadCheckpoint, match="decompression bomb"):
         read(tmp_path / "w.pkl", fits=fits)
+
+
+def test_a_header_of_very_many_tensors_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """Safetensors takes more than a minute for a million; so does Python for the directory of a zip."""
+    entries = ",".join(f'"{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(60_000))
+    header = ("{" + entries + "}").encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(60_000))
+    with pytest.raises(BadCheckpoint, match=r"more than 20000 tensors"):
+        read(path)
+    path.write_bytes((40 << 20).to_bytes(8, "little") + b"{" + b" " * (40 << 20))
+    with pytest.raises(BadCheckpoint, match="its header has 41943040 bytes, more than 20000 tensors need"):
+        read(path)
+    directory = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 9, 9, 12 << 20, 40, 0)
+    (tmp_path / "w.pth").write_bytes(b"PK\3\4" + bytes(99) + directory)
+    with pytest.raises(BadCheckpoint, match="lists more entries than 20000 tensors need"):
+        read(tmp_path / "w.pth")
 
 
 def test_many_tensors_and_tables_under_many_modules_are_refused(

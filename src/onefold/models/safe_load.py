@@ -148,8 +148,8 @@ def _other_format(head: bytes) -> str:
 
 def _is_npz(path: Path) -> bool:
     """Whether a zip archive is numpy's. Raises BadCheckpoint for a decompression bomb."""
+    _check_directory(path)
     try:
-        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:

@@ -35,7 +35,7 @@ def mark_as_opened(artifact: Artifact) -> None:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     except OSError as error:
-        _log.info("%s is tried in a process of its own each time: %s", artifact.folder, error)
+        _log.warning("%s is tried in a process of its own each time: %s", artifact.folder, error)
 
 
 def open_in_child_first(artifact: Artifact) -> None:
@@ -43,13 +43,12 @@ def open_in_child_first(artifact: Artifact) -> None:
     with suppress(OSError):
         if _marker(artifact).exists():
             return
-    command = [sys.executable, "-c", "from onefold.runtimes.sandbox import main; main()", str(artifact.folder)]
+    command = [sys.executable, "-c", "from onefold.runtimes.sandbox import main; main()"]
+    command += [str(artifact.folder), _digest(artifact), str(LIMIT_CPU_S)]
     what = f"{artifact.folder} is not opened: {artifact.runtime}, in a process of its own,"
     hint = "it is damaged or forged; export the model again"
     try:
-        child = subprocess.run(
-            [*command, _digest(artifact)], stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False
-        )
+        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise BadArtifact(f"{what} did not answer within {LIMIT_S} s; {hint}") from error
     if child.returncode == 0:
@@ -61,10 +60,10 @@ def open_in_child_first(artifact: Artifact) -> None:
 
 
 def main() -> None:
-    """What the child process runs: the folder and the digest of an artifact are on its command line."""
+    """What the child process runs: an artifact's folder and digest, and the seconds it has, are on its command line."""
     from onefold.runtimes.exporter import open_session
 
-    _limit_resources(Path(sys.argv[1]))
+    _limit_resources(Path(sys.argv[1]), int(sys.argv[3]))
     try:
         artifact = read_manifest(Path(sys.argv[1]))
         if _digest(artifact) != sys.argv[2]:
@@ -82,14 +81,14 @@ def main() -> None:
 _OTHER_ERROR = 3
 
 
-def _limit_resources(folder: Path) -> None:
+def _limit_resources(folder: Path, cpu_s: int) -> None:
     """Bound the memory for data and the time of processors of this process, where the system can do that."""
     try:
         import resource
     except ImportError:  # not on Windows
         return
     num_bytes = LIMIT_BYTES + LIMIT_TIMES * sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    for name, limit in (("RLIMIT_DATA", num_bytes), ("RLIMIT_CPU", LIMIT_CPU_S), ("RLIMIT_CORE", 0)):
+    for name, limit in (("RLIMIT_DATA", num_bytes), ("RLIMIT_CPU", cpu_s), ("RLIMIT_CORE", 0)):
         with suppress(AttributeError, OSError, ValueError):
             which = getattr(resource, name)
             _, hard = resource.getrlimit(which)
