@@ -14,11 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from onefold.commands.open_network import open_predictor
-from onefold.commands.predict import predict
-from onefold.commands.train import start_run
-from onefold.data import find_images
-from onefold.recipes import recipe_for
+import onefold
 
 MODEL, SIZE = "mobilenetv1_025", 32
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
@@ -39,20 +35,17 @@ def make_photos(folder: Path, colours: dict[str, tuple[int, int, int]], count: i
 def main(photos: str | None = None, weights: str | None = None) -> None:
     """Fine-tune by the recipe photos:finetune, with a few of its fields changed."""
     out = Path(tempfile.mkdtemp(prefix="onefold-"))
-    small = {"model": MODEL, "plan.workers": "0", "plan.batch_size": "16"}
+    small = {"model": MODEL, "img_size": SIZE, "epochs": 2, "batch_size": 16, "changes": {"plan.workers": 0}}
     if weights is None:
         others = make_photos(out / "others", OTHERS)
-        scratch = recipe_for("photos:scratch", {**small, "data.spec": str(others)}, size=SIZE, epochs=2)
-        weights = str(start_run(scratch, out / "scratch").weights)
+        weights = str(onefold.train(others, out=out / "scratch", **small).folder)
     data = Path(photos) if photos is not None else make_photos(out / "photos", COLOURS)
-    recipe = recipe_for("photos:finetune", {**small, "data.spec": str(data), "weights": weights}, size=SIZE, epochs=2)
-    result = start_run(recipe, out / "finetuned")
-    print(f"top-1 {result.top1:.1f} % on {result.count} held-out photos; the run is in {out / 'finetuned'}")
+    run = onefold.train(data, recipe="photos:finetune", weights=weights, out=out / "finetuned", **small)
+    best = run.best
+    print(f"top-1 {best.top1:.1f} % on {best.count} held-out photos; the run is in {run.folder}")
 
-    with open_predictor(out / "finetuned") as predictor:
-        for answer in predict(predictor, find_images([data])[:1]):
-            _, name, share = answer.best[0]
-            print(f"{answer.path.parent.name}/{answer.path.name}: {name} ({share:.0%})")
+    photo = next(path for path in sorted(data.rglob("*")) if path.is_file())
+    print(f"{photo.parent.name}/{run.predict(photo)[0].path.name}: {run.predict(photo).names[0]}")
 
 
 if __name__ == "__main__":

@@ -226,6 +226,8 @@ def _similarity(images: Floats, targets: Floats, maps: Floats) -> Floats:
     similarity = np.zeros(len(images), np.float32)
     maps = _aligned(_band(images, 5, 15), _band(targets, 5, 15), maps)
     kept = np.flatnonzero(_agreement(_band(images, 3, 11), _band(targets, 3, 11), maps)[0] >= _MIN_ALIGNED)
+    if not len(kept):
+        return similarity
     images, targets, maps = images[kept], targets[kept], maps[kept]
     fine, fine_targets = _band(images, 3, 11), _band(targets, 3, 11)
     maps = _aligned(fine, fine_targets, maps)
