@@ -37,9 +37,9 @@ import numpy as np
 import torch
 
 from onefold.bench import Machine, Procedure
+from onefold.commands.calibration import Calibration, quantized
 from onefold.commands.demo import deployment, recipe_of
 from onefold.commands.deploy import build_deployment
-from onefold.commands.export import Calibration, quantized
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import validation_images
 from onefold.commands.open_network import open_network

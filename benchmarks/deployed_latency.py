@@ -34,7 +34,7 @@ from latency_against_timm import Job, declare_operators, export_one, is_missing,
 from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
 from onefold.bench.timing_noise import paired_interval
 from onefold.commands.bench import bound, call_of, measured_limits
-from onefold.commands.export import Calibration, quantized
+from onefold.commands.calibration import Calibration, quantized
 from onefold.commands.open_network import Network, Predictor, open_predictor
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from onefold.commands.calibration import Int8Network
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import Int8Network, export_made
+from onefold.commands.export import export_made
 from onefold.commands.held_out import validation_images
 from onefold.commands.open_network import Network, open_network, predictor_of
 from onefold.data import Dataset, open_dataset

@@ -33,7 +33,8 @@ from PIL import Image
 
 from onefold.bench import Comparison, Machine, Procedure, append, compare
 from onefold.commands.bench import call_of
-from onefold.commands.export import Calibration, model_info, quantized
+from onefold.commands.calibration import Calibration, quantized
+from onefold.commands.export import model_info
 from onefold.commands.open_network import Network, Predictor, open_network, open_predictor
 from onefold.commands.timm_networks import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing

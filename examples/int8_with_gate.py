@@ -11,8 +11,9 @@ from pathlib import Path
 
 import onefold
 from onefold.bench import Procedure
+from onefold.commands.calibration import Calibration
 from onefold.commands.deploy import DeployOptions, deploy
-from onefold.commands.export import Calibration, ExportOptions, export
+from onefold.commands.export import ExportOptions, export
 from onefold.commands.fuse import fuse
 from onefold.commands.train import start_run
 from onefold.errors import GateFailed

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands.export import Calibration, ExportOptions, export_network
+from onefold.commands.calibration import Calibration
+from onefold.commands.export import ExportOptions, export_network
 from onefold.commands.open_network import open_network, open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing

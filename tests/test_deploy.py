@@ -17,8 +17,8 @@ from torch import nn
 
 from onefold.bench import Procedure
 from onefold.cli import main
+from onefold.commands.calibration import Calibration
 from onefold.commands.deploy import DeployOptions, build_deployment
-from onefold.commands.export import Calibration
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.reparam import fuse

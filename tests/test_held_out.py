@@ -21,9 +21,9 @@ from PIL import Image
 from onefold.bench import Procedure
 from onefold.cli import main
 from onefold.commands.bench import ACCURACY, known_accuracy, note_accuracy
+from onefold.commands.calibration import Calibration, quantized
 from onefold.commands.deploy import DeployOptions, _photos
 from onefold.commands.evaluate import evaluate_suite, open_suite
-from onefold.commands.export import Calibration, quantized
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import (
     DATA,

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from onefold.cli import display
+from onefold.cli.progress import state_of, training
 from onefold.errors import BadArgument, MissingExtra
 from onefold.train import Progress, open_loggers
 from onefold.train.loggers import check_services, scalars
@@ -167,7 +167,7 @@ def drawn(monkeypatch, stream: io.StringIO) -> str:
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_PROGRESS", raising=False)
-    with display.training() as hear:
+    with training() as hear:
         for epoch in (1, 2):
             for step in range(1, 7):
                 before = {"top1": 41.0} if epoch == 2 else {}
@@ -191,4 +191,4 @@ def test_on_a_terminal_there_is_a_bar_with_all_that_one_wants_to_know(monkeypatc
 
 
 def test_a_number_that_is_not_known_yet_is_not_shown():
-    assert "nan" not in display.state_of(at(1, images_per_s=math.nan, eta_s=math.nan))
+    assert "nan" not in state_of(at(1, images_per_s=math.nan, eta_s=math.nan))

@@ -17,7 +17,8 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.export import Calibration, ExportOptions, _agreement, export_made, export_network, quantized
+from onefold.commands.calibration import Calibration, quantized
+from onefold.commands.export import ExportOptions, _agreement, export_made, export_network
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
 from onefold.commands.timm_networks import open_pretrained

@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from onefold.cli import display
 from onefold.cli.options import AsJson, Batch, Name, Threads
+from onefold.cli.progress import progress
 from onefold.errors import BadArgument
 
 Results = Annotated[Path, Option(help="the folder of results")]
@@ -46,7 +47,7 @@ def bench(
     """
     from onefold.commands.bench import bench as measure
 
-    with display.waiting(f"measuring {len(sources)}"):
+    with progress(f"measuring {len(sources)}"):
         found = measure(
             *sources,
             results=results,
@@ -76,7 +77,7 @@ def limits(
     from onefold.commands.bench import measured_limits
 
     numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
-    with display.waiting("measuring this machine"):
+    with progress("measuring this machine"):
         found = measured_limits(results, numbers, again=again)
     display.limits(found, numbers, as_json=as_json)
 
@@ -92,7 +93,7 @@ def profile(
     """Profile an artifact layer by layer as its runtime runs them: name, type, milliseconds, share."""
     from onefold.runtimes.layer_times import profile as layers_of
 
-    with display.waiting("profiling"):
+    with progress("profiling"):
         found = layers_of(artifact, threads=threads, batch=batch_size, calls=calls)
     display.profiled(found, top=top, as_json=as_json)
 
@@ -161,6 +162,6 @@ def phone(
     order = PhoneBenchOptions(
         sources=sources, serial=serial, programs=program or (), allow_unfused=allow_unfused, plan=plan
     )
-    with display.waiting(f"measuring {len(sources)} on the phone"):
+    with progress(f"measuring {len(sources)} on the phone"):
         outcome, path = bench_on_phone(order, results)
     display.measured(outcome, path, as_json=as_json)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from onefold.cli import display
 from onefold.cli.options import Name, Size, Source, Threads, UseEma, quantization_method, runtime_names
+from onefold.cli.progress import progress
 
 
 def deploy(
@@ -37,9 +37,9 @@ def deploy(
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
     from onefold.bench import Procedure
+    from onefold.commands.calibration import Calibration
     from onefold.commands.deploy import DeployOptions
     from onefold.commands.deploy import deploy as run
-    from onefold.commands.export import Calibration
     from onefold.commands.load import chosen_weights
 
     method = quantization_method(weight_bits, per_tensor=per_tensor)
@@ -52,4 +52,6 @@ def deploy(
         size=img_size,
         procedure=Procedure(samples=samples, threads=threads),
     )
-    typer.echo(f"wrote {run(chosen_weights(source, use_ema), out, order, name=model, say=display.say).folder}")
+    with progress("deploying"):
+        made = run(chosen_weights(source, use_ema), out, order, name=model, say=display.say)
+    display.say(f"wrote {made.folder}")

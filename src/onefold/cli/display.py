@@ -1,17 +1,13 @@
-"""How results look in a terminal: tables and answers on stdout, progress and remarks on stderr."""
+"""How results look in a terminal: tables and answers on stdout, remarks on stderr."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from onefold.commands.fuse import FusedWeights
@@ -21,10 +17,6 @@ if TYPE_CHECKING:
     from onefold.data import DatasetInfo
     from onefold.recipes import Recipe
     from onefold.runtimes import Artifact
-    from onefold.train import Progress
-
-T = TypeVar("T")
-OnProgress = Callable[["Progress"], None]
 
 
 def note(text: str) -> None:
@@ -43,71 +35,6 @@ def emit_json(values: Iterable[Any]) -> None:
     for value in values:
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         print(json.dumps(plain, default=str), flush=True)
-
-
-# ------------------------------------------------------------------------------------------ progress
-
-
-def track(items: Iterable[T], what: str) -> Iterator[T]:
-    """The items, with a spinner on stderr while they come, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield from items
-
-
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A spinner on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-@contextmanager
-def training() -> Iterator[OnProgress]:
-    """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere; both on stderr."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(None), bars.TextColumn("{task.fields[now]}"))
-    live = sys.stderr.isatty() and not os.environ.get("NO_PROGRESS")
-    bar = bars.Progress(*columns, console=Console(stderr=True, highlight=False), disable=not live, expand=True)
-    tasks: list[Any] = []
-
-    def on_progress(at: Progress) -> None:
-        epoch, now = f"epoch {at.epoch}/{at.epochs}", state_of(at)
-        if live:
-            if not tasks:
-                tasks.append(bar.add_task(epoch, total=at.epochs * at.steps, now=now))
-            bar.update(tasks[0], completed=at.global_step, now=now, description=epoch)
-        if at.is_evaluation:
-            line = f"{epoch}  {now}"
-            bar.console.print(line) if live else print(line, file=sys.stderr, flush=True)
-
-    with bar:
-        yield on_progress
-
-
-def state_of(at: Progress) -> str:
-    """Loss, accuracy of the last evaluation, speed, memory and the time that is left, as far as they are known."""
-    parts = [f"loss {at.loss:.3f}"]
-    if "top1" in at.metrics:
-        parts.append(f"top-1 {at.metrics['top1']:.2f} %")
-    if math.isfinite(at.images_per_s):
-        parts.append(f"{at.images_per_s:.0f} images/s")
-    if at.memory_bytes:
-        parts.append(f"{at.memory_bytes / 2**20:.0f} MiB")
-    if math.isfinite(at.eta_s):
-        parts.append(f"{timedelta(seconds=round(at.eta_s))} left")
-    return "  ".join(parts)
 
 
 # -------------------------------------------------------------------------------------------- tables
@@ -138,10 +65,10 @@ def model_table(rows: Iterable[Row]) -> None:
             [
                 row.name,
                 str(row.size),
-                f"{row.train.params:,}",
-                f"{row.folded.params:,}",
-                f"{row.train.macs:,}",
-                f"{row.folded.macs:,}",
+                f"{row.train['params']:,}",
+                f"{row.folded['params']:,}",
+                f"{row.train['macs']:,}",
+                f"{row.folded['macs']:,}",
                 "-" if row.top1 is None else f"{row.top1:.1f}",
                 row.source or "-",
             ]

@@ -36,17 +36,21 @@ def status_of(command: Callable[[], int]) -> int:
         return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
 
 
-class _Notes(logging.StreamHandler):  # type: ignore[type-arg]  # generic from Python 3.11 on only
-    """Log lines for a person."""
+class _Notes(logging.Handler):
+    """Log lines for a person, on what stderr is by then: a live line on a terminal stands in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the line."""
+        print(self.format(record).encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _speak_plainly() -> None:
     """Library warnings and log lines as single lines on stderr."""
-    handler = _Notes(sys.stderr)
+    handler = _Notes()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logger = logging.getLogger("onefold")
     for earlier in [each for each in logger.handlers if isinstance(each, _Notes)]:
-        logger.removeHandler(earlier)  # of an earlier command in this process, whose stderr may be gone
+        logger.removeHandler(earlier)  # of an earlier command in this process
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 

@@ -29,6 +29,7 @@ from onefold.cli.options import (
     UseEma,
     runtime_names,
 )
+from onefold.cli.progress import progress, training
 from onefold.errors import BadArgument
 from onefold.processors import respect_quota
 from onefold.runtimes import RUNTIMES
@@ -73,7 +74,8 @@ def models(
     """List the networks: parameters and multiply-adds before and after fusing, and published accuracy."""
     from onefold.commands.models import table
 
-    rows = display.track(table(pattern, img_size), "counting")
+    with progress("counting"):
+        rows = list(table(pattern, img_size))
     display.emit_json(rows) if as_json else display.model_table(rows)
 
 
@@ -149,7 +151,7 @@ def train(
             callbacks = Callbacks(
                 on_start=display.changed_fields,
                 on_data=display.dataset,
-                on_progress=stack.enter_context(display.training()),
+                on_progress=stack.enter_context(training()),
             )
         run = train_network(
             data,
@@ -200,7 +202,7 @@ def data(
     """
     from onefold.data import read_dataset
 
-    with display.waiting(f"reading {place}"):
+    with progress(f"reading {place}"):
         info = read_dataset(place, seed=seed, val_fraction=val_fraction).info
     if as_json:
         display.emit_json([info.to_dict()])
@@ -233,7 +235,7 @@ def evaluate(
     """
     from onefold.commands.evaluate import evaluate as evaluate_source
 
-    with display.waiting(f"scoring {source}"):
+    with progress(f"scoring {source}"):
         found = evaluate_source(
             source,
             data,
@@ -322,7 +324,9 @@ def fuse(
     """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
     from onefold.commands.fuse import fuse as fuse_weights
 
-    display.fused(fuse_weights(source, out, model=model, use_ema=use_ema, tolerance=tolerance))
+    with progress("fusing"):
+        made = fuse_weights(source, out, model=model, use_ema=use_ema, tolerance=tolerance)
+    display.fused(made)
 
 
 @app.command()
@@ -348,7 +352,7 @@ def export(
     """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
     from onefold.commands.export import export as export_to
 
-    with display.waiting("exporting"):
+    with progress("exporting"):
         made = export_to(
             source,
             runtime_names(to),
@@ -397,7 +401,7 @@ def demo(
     """
     from onefold.commands.demo import demo as run
 
-    with display.training() as on_progress:
+    with training() as on_progress:
         page = run(out, say=display.say, on_progress=on_progress, seed=seed, epochs=epochs)
     typer.echo(f"\nThe report: {page}")
 

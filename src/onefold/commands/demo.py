@@ -10,8 +10,9 @@ import torch
 
 from onefold.bench import Comparison, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
-from onefold.commands.deploy import DeployOptions, DeployResult, Gate, build_deployment, write_gates
-from onefold.commands.export import Calibration
+from onefold.commands.calibration import Calibration
+from onefold.commands.deploy import DeployOptions, build_deployment
+from onefold.commands.deployment import DeployResult, Gate, write_gates
 from onefold.commands.fuse import fuse
 from onefold.commands.open_network import open_predictor
 from onefold.commands.report import write_page

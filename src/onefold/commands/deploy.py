@@ -5,26 +5,35 @@
              MODEL_CARD.md               what the network is, and on what it was scored
              report.html  results/       the measurements, drawn and raw
 
-Everything is made aside and put in its place at the end. A gate that fails loses none of it: where an artifact loses
-more accuracy than is allowed, or a runtime's answer is not PyTorch's, the rest is finished, the folder is put in its
-place, its README.md and report.html say so in their first lines, and then GateFailed is raised.
+Everything is made in a folder beside it, deploy.unfinished, that takes its place at the end. Where a deployment is
+stopped, that folder is left, and the same command goes on with the artifacts in it. A gate that fails loses none of it:
+where an artifact loses more accuracy than is allowed, or a runtime's answer is not PyTorch's, the rest is finished, the
+folder is put in its place, its README.md and report.html say so in their first lines, and then GateFailed is raised.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
+from onefold.commands.calibration import Calibration, Int8Network, quantized
+from onefold.commands.deployment import DeployResult, Gate, Verdict, readme, write_gates
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import Calibration, Int8Network, export_made, quantized
+from onefold.commands.export import export_made
 from onefold.commands.held_out import (
     Photos,
     count_trained,
@@ -38,15 +47,21 @@ from onefold.commands.held_out import (
 from onefold.commands.open_network import Network, Predictor, open_network, open_predictor, predictor_of
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
-from onefold.errors import BadArgument, BadData, GateFailed, MissingExtra
-from onefold.models.weights_file import hub_readme
-from onefold.report import GATES, require_matplotlib
-from onefold.runtimes import Artifact, Runtime, find_runtime
+from onefold.data.fingerprint import keys_of
+from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed, MissingExtra
+from onefold.models.weights_file import digest, hub_readme
+from onefold.report import require_matplotlib
+from onefold.report.format import joined
+from onefold.runtimes import Artifact, Runtime, find_runtime, open_artifact
 from onefold.runtimes.base import installed_versions
 from onefold.storage import replacing, write_text
-from onefold.train.evaluate import drop_interval
 
 Say = Callable[[str], None]
+
+_KEY = "unfinished.key"  # in the folder of a deployment that is not finished: what it is of
+
+_log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +73,7 @@ class DeployOptions:
     are compared with the float network's. No photo that calibrates is scored. `max_drop` is in percent points of
     top-1, against the float network in PyTorch. With `exact_fp32` a 32-bit artifact fails its gate by a single answer
     that is not the network's. Without `timed` no latency is measured; `procedure` then says only on how many threads.
+    Beyond the time `until`, of `time.monotonic`, nothing is timed either.
     """
 
     runtimes: Sequence[str]
@@ -69,76 +85,7 @@ class DeployOptions:
     size: int | None = None
     procedure: Procedure = field(default_factory=lambda: Procedure(samples=200))
     timed: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What came of one artifact: `top1` in percent, None without labels; `changed` answers of `count`; its latency.
-
-    `lost` photos were right in PyTorch and are wrong in it, `won` the other way round; without labels all that changed
-    are lost. `drop` is in points of top-1, or in percent of the answers.
-    """
-
-    name: str
-    artifact: Artifact
-    top1: float | None
-    changed: int
-    count: int
-    lost: int
-    won: int
-    measurement: Measurement | None = None
-
-    @property
-    def drop(self) -> float:
-        """What was lost, less what was won, in percent of the photos."""
-        return 100 * (self.lost - self.won) / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the drop on all photos of the kind."""
-        return drop_interval(self.lost, self.won, self.count)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """A check that an artifact must pass before it is shipped, and in one sentence what was measured and is allowed."""
-
-    name: str
-    kind: Literal["fusing", "parity", "accuracy"]
-    passed: bool
-    sentence: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeployResult:
-    """The folder, a verdict for each artifact that was scored, and the gates; `top1` of the float network in PyTorch.
-
-    An artifact whose export failed its parity gate is not in the folder. `data` names what was scored on.
-    """
-
-    folder: Path
-    network: Network
-    verdicts: tuple[Verdict, ...]
-    gates: tuple[Gate, ...]
-    top1: float | None
-    data: str
-
-    @property
-    def failed(self) -> list[Gate]:
-        """The gates that did not hold."""
-        return [gate for gate in self.gates if not gate.passed]
-
-    @property
-    def failure(self) -> GateFailed | None:
-        """The error that says which gates did not hold, None where all did."""
-        if not self.failed:
-            return None
-        advice = "More photos to calibrate with, or training for 8 bits (onefold train --int8), win accuracy back"
-        return GateFailed(
-            f"{len(self.failed)} of {len(self.gates)} artifacts failed their gate: "
-            f"{', '.join(gate.sentence for gate in self.failed)}; {self.folder / 'README.md'} has the table"
-            + (f". {advice}" if any(gate.kind == "accuracy" for gate in self.failed) else "")
-        )
+    until: float | None = None
 
 
 def deploy(source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: Say) -> DeployResult:
@@ -171,21 +118,77 @@ def build_deployment(
     network = network.with_size(order.size)
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
     photos = _photos(network, order, calibrates=calibrates)
-    made = None
-    if any(precision == "int8" for _, precision in wanted):
-        made = quantized(network, replace(order.calibration, photos=photos.calibration) if calibrates else None, say)
-    with replacing(out) as aside:
-        aside.mkdir()
-        done = _deploy(network, made, photos, wanted, order, aside, say)
+    order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
+    with replacing(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
+        kept = _kept_artifacts(folder, wanted, say)
+        made = None
+        if any(precision == "int8" and f"{name}-int8" not in kept for name, precision in wanted):
+            made = quantized(network, order.calibration if calibrates else None, say)
+        done = _deploy(network, made, photos, wanted, kept, order, folder, say)
         _explain(done)
+        (folder / _KEY).unlink()
+        folder.rename(aside)
     for gate in done.failed:
         say(f"FAILED    {gate.sentence}")
     return replace(done, folder=out)
 
 
-def write_gates(gates: Sequence[Gate], results: Path) -> None:
-    """Keep what each gate found in `results`/gates.json, where the report reads it."""
-    write_text(results / GATES, json.dumps({"gates": [vars(gate) for gate in gates]}, indent=1) + "\n")
+def _key(network: Network, order: DeployOptions, *, calibrates: bool) -> str:
+    """The digest of what the artifacts of a deployment depend on."""
+    calibration = order.calibration
+    photos = [] if calibration.photos is None or not calibrates else keys_of(calibration.chosen(), "content")
+    how = [asdict(calibration.method), calibration.search, calibration.skip_layers]
+    facts = [digest(network.model.state_dict()), network.card.to_dict(), how, photos]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _unfinished(out: Path, key: str, say: Say) -> Iterator[Path]:
+    """The folder that a deployment is made in; one that was stopped is gone on with if it is of the same `key`.
+
+    Raises BadArgument where another process is at work in it.
+    """
+    folder = Path(os.path.abspath(out))
+    folder = folder.with_name(f"{folder.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BadArgument(f"another process is making {out}: wait for it, or choose another --out") from error
+    try:
+        if not (folder / _KEY).is_file() or (folder / _KEY).read_text() != key:
+            if any(folder.iterdir()):
+                say(f"removed   {folder.name}: it was left by a deployment of other weights, photos or options")
+            shutil.rmtree(folder)
+            folder.mkdir()
+            write_text(folder / _KEY, key)
+        shutil.rmtree(folder / "results", ignore_errors=True)
+        yield folder
+    except BaseException:
+        made = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+        if made:
+            _log.info("stopped: the same command goes on with %s, in %s", joined(made), folder)
+        elif folder.exists():
+            shutil.rmtree(folder)
+        raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _kept_artifacts(folder: Path, wanted: Sequence[tuple[str, str]], say: Say) -> dict[str, Artifact]:
+    """The artifacts that a stopped deployment has left whole, by name."""
+    kept = {}
+    for name in (f"{runtime}-{precision}" for runtime, precision in wanted):
+        if (folder / name).is_dir():
+            with suppress(BadArtifact):
+                kept[name] = open_artifact(folder / name)
+                say(f"kept      {name:20} from the deployment that was stopped")
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path)
+    return kept
 
 
 def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
@@ -210,11 +213,12 @@ def _deploy(
     made: Int8Network | None,
     photos: Photos,
     wanted: Sequence[tuple[str, str]],
+    kept: Mapping[str, Artifact],
     order: DeployOptions,
     out: Path,
     say: Say,
 ) -> DeployResult:
-    artifacts, refused = _exported(network, made, wanted, out, say)
+    artifacts, refused = _exported(network, made, wanted, kept, out, say)
     title = photos.title
     asked = _Exam(photos.scored, network, photos.labelled)
     with predictor_of(network, threads=order.procedure.threads) as torch_network:
@@ -225,7 +229,8 @@ def _deploy(
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
     verdicts, runs = [], [name for name, each in artifacts.items() if _runs_here(each)]
-    for name in runs:
+    for number, name in enumerate(runs):
+        _progress.debug("scoring %s", name, extra={"done": number, "total": len(runs)})
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
             answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
@@ -239,7 +244,10 @@ def _deploy(
         )
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
-    timed = _timed(out, runs, order, say) if order.timed else {}
+    late = order.until is not None and time.monotonic() > order.until
+    if late:
+        say("not timed, as the time is over: `onefold bench` times the artifacts")
+    timed = _timed(out, runs, order, say) if order.timed and not late else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
     gates = (*refused, *(_gate(each, order) for each in verdicts))
     write_gates(gates, out / "results")
@@ -247,12 +255,20 @@ def _deploy(
 
 
 def _exported(
-    network: Network, made: Int8Network | None, wanted: Sequence[tuple[str, str]], out: Path, say: Say
+    network: Network,
+    made: Int8Network | None,
+    wanted: Sequence[tuple[str, str]],
+    kept: Mapping[str, Artifact],
+    out: Path,
+    say: Say,
 ) -> tuple[dict[str, Artifact], list[Gate]]:
     """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none."""
-    artifacts, refused = {}, []
-    for runtime, precision in wanted:
+    artifacts, refused = {**kept}, []
+    for number, (runtime, precision) in enumerate(wanted):
         name = f"{runtime}-{precision}"
+        if name in kept:
+            continue
+        _progress.debug("exporting %s", name, extra={"done": number, "total": len(wanted)})
         try:
             artifacts[name] = export_made(
                 network, made if precision == "int8" else None, out / name, runtime, precision
@@ -262,7 +278,8 @@ def _exported(
             say(f"refused   {name:20} {error}")
         else:
             say(f"exported  {name:20} {_proof(artifacts[name])}")
-    return artifacts, refused
+    names = [f"{runtime}-{precision}" for runtime, precision in wanted]
+    return {name: artifacts[name] for name in names if name in artifacts}, refused
 
 
 def _gate(verdict: Verdict, order: DeployOptions) -> Gate:
@@ -355,6 +372,7 @@ def _timed(out: Path, runs: Sequence[str], order: DeployOptions, say: Say) -> di
     """All of them interleaved in one run; the first is the baseline of the ratios."""
     if not runs:
         return {}
+    _progress.debug("timing %d artifacts, interleaved", len(runs))
     outcome, _ = measure_sources(
         BenchOptions(sources=[str(out / name) for name in runs], procedure=order.procedure), out / "results"
     )
@@ -366,7 +384,7 @@ def _timed(out: Path, runs: Sequence[str], order: DeployOptions, say: Say) -> di
 
 def _explain(done: DeployResult) -> None:
     """The texts and the page."""
-    write_text(done.folder / "README.md", _readme(done))
+    write_text(done.folder / "README.md", readme(done))
     metrics = {} if done.top1 is None else {"top1": done.top1}
     metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
     write_text(done.folder / "MODEL_CARD.md", hub_readme(done.network.card, metrics))
@@ -381,66 +399,3 @@ def _proof(artifact: Artifact) -> str:
 def _score(top1: float | None, changed: int, count: int) -> str:
     scored = "" if top1 is None else f"top-1 {top1:.2f} %, "
     return f"{scored}{changed} of {count} answers are not the float network's"
-
-
-# ------------------------------------------------------------------------------------------ README.md
-
-
-def _readme(done: DeployResult) -> str:
-    """README.md in Markdown: which artifact to take, by what was measured."""
-    network = done.network
-    lines = [f"# {network.card.model}, for devices", ""]
-    if done.failed:
-        lines += [f"**Not to be shipped: {', '.join(gate.sentence for gate in done.failed)}.**", ""]
-    float_score = "without labels" if done.top1 is None else f"top-1 {done.top1:.2f} % in PyTorch, fp32"
-    lines += [f"Scored on {done.data}: {float_score}.", "", *_table(done), "", *_choice(done), ""]
-    lines += [
-        "Each folder is complete by itself: its `README.md` has code that loads it (Python without PyTorch, C++, "
-        "Swift, Kotlin, JavaScript, as far as the runtime has them), its `manifest.json` the classes and the "
-        "preprocessing, its `reference.npz` a pair of images with the answers that it must give.",
-        "",
-        "`report.html` draws the measurements; `results/` has every sample. `MODEL_CARD.md` says what the network is.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _table(done: DeployResult) -> list[str]:
-    head = ["artifact", "top-1 %", "lost, points", "answers changed", "95 % interval", "latency, median", "threads"]
-    head += ["machine", "size"]
-    rows = [_row(each) for each in done.verdicts]
-    scored = {each.name for each in done.verdicts}
-    folders = sorted(path.name for path in done.folder.iterdir() if (path / "manifest.json").is_file())
-    rows += [[name, "not run here", *["-"] * (len(head) - 2)] for name in folders if name not in scored]
-    return [_line(head), "|---" + "|--:" * (len(head) - 1) + "|", *map(_line, rows)]
-
-
-def _row(each: Verdict) -> list[str]:
-    timed = each.measurement
-    return [
-        each.name,
-        "-" if each.top1 is None else f"{each.top1:.2f}",
-        "-" if each.top1 is None else f"{each.drop:.2f}",
-        f"{each.changed} of {each.count}",
-        f"{each.interval[0]:.1f} to {each.interval[1]:.1f}",
-        "-" if timed is None else f"{timed.median_ns / 1e6:.2f} ms ({timed.verdict})",
-        "-" if timed is None else str(timed.procedure.threads),
-        "-" if timed is None else timed.machine.chip,
-        f"{each.artifact.num_bytes / 2**20:.1f} MiB",
-    ]
-
-
-def _choice(done: DeployResult) -> list[str]:
-    """The quickest that may be shipped, by this machine's times."""
-    failed = {gate.name for gate in done.failed}
-    fit = [each for each in done.verdicts if each.measurement is not None and each.name not in failed]
-    if not fit:
-        return ["Nothing here was both timed and good enough to be recommended."]
-    best = min(fit, key=lambda each: each.measurement.median_ns if each.measurement else 0.0)
-    return [
-        f"Quickest of those that keep their accuracy, on this machine: **{best.name}**. A phone is another machine: "
-        "measure there (`onefold phone`)."
-    ]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

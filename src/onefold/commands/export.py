@@ -4,64 +4,45 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import overload
 
-import numpy as np
 import torch
 from torch import nn
 
 from onefold import runtimes
 from onefold.commands.bench import bench
+from onefold.commands.calibration import (
+    Calibration,
+    Int8Network,
+    prepared_images,
+    quantization_details,
+    quantized,
+    spread,
+)
 from onefold.commands.evaluate import evaluate
 from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
 from onefold.commands.load import Saved, Source, chosen_weights
-from onefold.commands.open_network import Floats, Network, open_network
-from onefold.commands.predict import Predictions, predict, say_mismatch
-from onefold.data import Dataset, Preprocessing, Subset
-from onefold.data.fingerprint import TrainedOn, keys_of
+from onefold.commands.open_network import Network, open_network
+from onefold.commands.predict import Predictions, predict
+from onefold.data import Preprocessing, Subset
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import CATALOGUE, cost, resolve
 from onefold.models.hub import Card
-from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
-from onefold.quantize.method_search import search, skip_sensitive_layers
+from onefold.quantize import Method
 from onefold.reparam import unfused_norms
 from onefold.runtimes import RUNTIMES, ModelInfo, find_runtime
 from onefold.runtimes import export as export_to
 from onefold.runtimes.onnx import opset_details
 
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
-_FEWEST_TO_SEARCH = 8
 _AGREEMENT_PHOTOS = 64  # at most, on which the int8 network is compared with the float one
 _FEWEST_SAME = 0.8  # of its answers, below which calibration counts as failed
 _FLAT = 0.02  # standard deviation of a prepared photo's channels, below which it is of one colour
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What an int8 network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
-
-    `photos` are those of `data` to choose from; None leaves that to `photos_to_calibrate`. With `search` the method is
-    only where a search by measured answers begins; `skip_layers`, those that cost most, stay in floating point.
-    """
-
-    data: str
-    photos: Dataset | None = None
-    count: int = 200
-    method: Method = field(default_factory=Method)
-    search: bool = False
-    skip_layers: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int8Network:
-    """An int8 network, and on which photos it was calibrated; None where its scales were trained."""
-
-    made: Quantized
-    calibrated_on: TrainedOn | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +222,8 @@ def export_network(
         details |= _agreement(network, made, order.calibration)
     suffix = "" if network.is_fused else "-unfused"
     artifacts, failures = [], []
-    for runtime in order.runtimes:
+    for number, runtime in enumerate(order.runtimes):
+        _progress.debug("exporting to %s", runtime, extra={"done": number, "total": len(order.runtimes)})
         folder = out / f"{runtime}-{order.precision}{suffix}"
         try:
             artifacts.append(export_made(network, made, folder, runtime, order.precision, details))
@@ -326,7 +308,7 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
     except (BadArgument, BadData, BadCheckpoint):
         photos = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
         title = f"{order.data}, which it was calibrated on"
-    images = _images(Subset(photos, _spread(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing)
+    images = prepared_images(Subset(photos, spread(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing)
     same = int((network.model(images).argmax(1) == made.made.model(images).argmax(1)).sum())
     varied = images.flatten(2).std(2).amax(1) > _FLAT  # within a channel; images have a deviation near 1
     if not bool(varied.any()):
@@ -338,90 +320,3 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
             *(order.data, same, len(images), title),
         )
     return {"answers": f"{same} of {len(images)} are the float network's, on {title}"}
-
-
-# ---------------------------------------------------------------------------------- int8 networks
-
-
-def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Int8Network:
-    """The int8 network: with the scales it was trained with, where it was trained for int8, and else calibrated.
-
-    Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
-    there is no order, and where it was, and the order asks for something else.
-    """
-    if order is None or network.card.int8 is not None:
-        return Int8Network(made=_as_trained(network, order))
-    if not network.is_fused:
-        raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
-    if network.left_norms:
-        raise BadArgument(
-            f"{network.title} is partly fused, {network.left_norms} norms follow no convolution: int8 is made of "
-            "networks without norms; export it in fp32"
-        )
-    source = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
-    if order.count < 2:
-        raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
-    source = Subset(source, _spread(len(source), order.count))
-    images, method = _images(source, order, network.preprocessing), order.method
-    if order.skip_layers:
-        method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
-    if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        made = search(network.model, images, method, say or (lambda _: None))
-    else:
-        made = quantize(network.model, images, method)
-    return Int8Network(made=made, calibrated_on=TrainedOn.of(keys_of(source, "content"), "content"))
-
-
-def quantization_details(made: Quantized) -> dict[str, object]:
-    """What an artifact's manifest says of its quantization; the noise of each layer in decibels."""
-    layers = {
-        each.name: {"output_db": round(each.output_db, 2), "weight_db": round(each.weight_db, 2)}
-        for each in made.layers
-        if each.quantized
-    }
-    return {
-        "quantization": {
-            "method": made.method.title if made.images else f"trained, per {made.method.weights}",
-            "activations": "int8, asymmetric, per tensor",
-            "weights": f"int8, symmetric, per {made.method.weights}, up to {made.method.weight_qmax}",
-            "calibrated_on": made.images,
-            "layers": layers,
-        }
-    }
-
-
-def _as_trained(network: Network, order: Calibration | None) -> Quantized:
-    """The int8 network with the scales it was trained with: options that contradict them are refused."""
-    params = QuantizationParams.from_dict(network.card.int8 or {})
-    if order is not None:
-        method = order.method
-        other = method.weights == "tensor" != params.weights or method.weight_qmax < params.weight_qmax
-        if other or order.skip_layers:
-            raise BadArgument(
-                f"{network.title} was trained for 8 bits, weights per {params.weights} up to {params.weight_qmax}, "
-                "and another network would lose what it has learnt: leave out --weight-bits, --per-tensor and "
-                "--skip-layers, or train for them (onefold train --int8 --int8.limit 63, --int8.weights tensor)"
-            )
-        _log.warning("%s was trained for 8 bits and keeps its own: %s is not calibrated on", network.title, order.data)
-    method = replace(MINMAX, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers)
-    return Quantized(model=network.int8_model(), method=method, layers=(), images=0)
-
-
-def _images(source: Dataset, order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
-    """The photos (B, C, H, W); what cannot be read is left out and named."""
-    say_mismatch(source, preprocessing)
-    photos: list[Floats] = []
-    for index in range(len(source)):
-        try:
-            photos.append(preprocessing(source.image(index, value_range=preprocessing.value_range)))
-        except BadData as error:
-            left_out = index + 1 - len(photos)
-            _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(source), error)
-    if len(photos) < 2:
-        raise BadData(f"{order.data} has {len(photos)} photos that can be read: calibration needs 2, better 200")
-    return torch.from_numpy(np.stack(photos))
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """`count` of the indices below `length`, evenly; all where there are fewer."""
-    return [i * length // count for i in range(count)] if length > count else list(range(length))

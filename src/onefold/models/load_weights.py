@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import unicodedata
@@ -164,12 +165,19 @@ def load_into_(model: nn.Module, weights: Weights, name: str) -> nn.Module:
     tensors = _adapt_stem(_without_other_classifier(weights, model), model)
     target = model
     if _is_fused(tensors) and unfused_norms(model):
-        training = model.training
-        target = fuse(model.eval()).train(training)
-        model.train(training)
+        target = _empty_fused(model)
     _check_match(replace(weights, tensors=tensors), target, name)
     target.load_state_dict(tensors, strict=False)  # _check_match has refused everything but what may be missing
     return target
+
+
+def _empty_fused(model: nn.Module) -> nn.Module:
+    """The fused form of a training network, to be filled: only what fusing leaves as it is has its values."""
+    empty = fuse(copy.deepcopy(model).to("meta").eval()).to_empty(device="cpu").train(model.training)
+    kept, fused = model.state_dict(), empty.state_dict()
+    same = [key for key in kept.keys() & fused.keys() if kept[key].shape == fused[key].shape]
+    empty.load_state_dict({key: kept[key] for key in same}, strict=False)
+    return empty
 
 
 def guess_model(tensors: Mapping[str, Tensor], family: str = "") -> str | None:

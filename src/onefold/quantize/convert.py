@@ -7,8 +7,9 @@ PyTorch simulates what a device computes in integers, and each converter finds t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operations
@@ -17,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer, calibrate, quantize_layer
-from onefold.quantize.cross_layer_equalization import equalize_
+from onefold.quantize.cross_layer_equalization import bound_clamp_, equalize_
 from onefold.quantize.graph import (
     CLAMPS,
     Layer,
@@ -126,6 +127,62 @@ def activation_names(of_layers: list[Layer]) -> dict[Node, str]:
         names.setdefault(layer.source, f"{layer.name}:in")
         names.setdefault(layer.output, f"{layer.name}:out")
     return {node: names[node] for node in quantized_activations(of_layers)}
+
+
+# ------------------------------------------------------------------------- calibrations that are kept
+
+
+def calibration_state(made: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give all that calibration has found: the tensors of the layers, and the rest as plain values for JSON."""
+    state = made.graph.state_dict()
+    names = {each.name for each in made.layers}
+    kept = [key for key in state if key.rpartition(".")[0] in names and not key.endswith(".weight_zero")]
+    nodes = made.graph.graph.nodes
+    facts = {
+        "method": asdict(made.method),
+        "images": made.images,
+        "layers": [asdict(each) for each in made.layers],
+        "activations": {
+            str(node.args[0]): list(node.args[1:3]) for node in nodes if node.target is _ops.quantize_per_tensor.default
+        },
+        "clamps": {
+            node.name: list(clamp_bounds(node.target, node.args[1:])) for node in nodes if node.target in CLAMPS
+        },
+    }
+    return {key: state[key].contiguous() for key in kept}, facts
+
+
+@torch.no_grad()
+def from_calibration_state(
+    model: nn.Module, shape: tuple[int, int, int], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> Quantized:
+    """Make the int8 model of a fused network again from what `calibration_state` gave: the same to the bit.
+
+    Raises BadArgument where it is of another network.
+    """
+    graph = trace(model, torch.zeros(2, *shape))
+    nodes = {node.name: node for node in graph.graph.nodes}
+    method = Method(**{**facts["method"], "skip_layers": tuple(facts["method"]["skip_layers"])})
+    if not {*facts["activations"], *facts["clamps"]} <= set(nodes):
+        raise BadArgument("the calibration is of another network")
+    for name, (low, high) in facts["clamps"].items():
+        bound_clamp_(nodes[name], low, high)
+    quantized = {}
+    for layer in layers(graph):
+        if layer.name in method.skip_layers:
+            set_parameter(graph, layer.weight, tensors[f"{layer.name}.weight"])
+            if layer.bias is not None:
+                set_parameter(graph, layer.bias, tensors[f"{layer.name}.bias"])
+            continue
+        kept = (tensors[f"{layer.name}.{part}"] for part in ("weight_int8", "weight_scale", "bias"))
+        q, scales, bias = (tensor.float() for tensor in kept)
+        if q.shape != get_parameter(graph, layer.weight).shape or not scales.shape == bias.shape == q.shape[:1]:
+            raise BadArgument("the calibration is of another network")
+        quantized[layer] = QuantizedLayer(q, scales, bias)
+    activations = {nodes[name]: QParams(*qparams) for name, qparams in facts["activations"].items()}
+    reports = tuple(LayerReport(**each) for each in facts["layers"])
+    insert_qdq_(graph, CalibrationResult(activations, quantized, reports))
+    return Quantized(model=IntegerModel(graph), method=method, layers=reports, images=facts["images"])
 
 
 # -------------------------------------------------------------- quantize and dequantize operations

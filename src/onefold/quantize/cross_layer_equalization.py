@@ -249,9 +249,14 @@ def _round_up(scales: Tensor, digits: int) -> Tensor:
 
 def _rescale_clamp_(node: Node, factor: float) -> None:
     """Divide the upper bound of a clamp by the factor, so that it clamps the same values as before."""
-    if node.target not in CLAMPS:
-        return
-    low, high = clamp_bounds(node.target, node.args[1:])
-    if high < math.inf:
-        node.target = aten.hardtanh.default
-        node.args = (node.args[0], low, high / factor)
+    if node.target in CLAMPS:
+        low, high = clamp_bounds(node.target, node.args[1:])
+        if high < math.inf:
+            bound_clamp_(node, low, high / factor)
+
+
+def bound_clamp_(node: Node, low: float, high: float) -> None:
+    """Let a clamp have other bounds, in place."""
+    if clamp_bounds(node.target, node.args[1:]) != (low, high):
+        node.target = aten.relu.default if (low, high) == (0.0, math.inf) else aten.hardtanh.default
+        node.args = node.args[:1] if node.target is aten.relu.default else (node.args[0], low, high)

@@ -8,6 +8,8 @@ of it.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,6 +33,8 @@ _CHANGES: tuple[Callable[[Method], Method], ...] = (
     lambda method: replace(method, range_method="percentile"),
     lambda method: replace(method, correct_weights=not method.correct_weights),
 )
+_progress = logging.getLogger("onefold.progress")
+
 _MAX_IMAGES = 128  # to compare methods on; the best one is calibrated on all images
 
 
@@ -39,24 +43,43 @@ def search(model: nn.Module, images: Tensor, start: Method, report: Callable[[st
 
     `report` is called with a sentence for each method that was tried.
     """
+    return quantize(model, images, best_method(model, images, start, report))
+
+
+def best_method(
+    model: nn.Module, images: Tensor, start: Method, report: Callable[[str], None], *, until: float | None = None
+) -> Method:
+    """Find the best method from `start`, compared on some of the images; the best by then at the time `until`.
+
+    `report` is called with a sentence for each method that was tried. `until` is a time of `time.monotonic`.
+    """
     subset = images[:: -(-len(images) // _MAX_IMAGES)]
     is_test = torch.arange(len(subset)) % 4 == 3
     expected = _logits(model, subset[is_test])
+    total = 1 + len(_CHANGES)
 
     def relative_noise(method: Method) -> float:
+        number = len(tried) + 1
+        _progress.debug("trying a method of calibration", extra={"done": number - 1, "total": total})
         logits = _logits(quantize(model, subset[~is_test], method).model, subset[is_test])
         # Relative to what of the logits depends on the image.
         noise = float((logits - expected).norm() / (expected - expected.mean(0)).norm())
-        report(f"{method.title}: {100 * noise:.1f} % relative error of the logits on {len(expected)} held-out photos")
+        title, share = f"candidate {number} of {total}  {method.title}", f"{100 * noise:.1f} %"
+        report(f"{title}: {share} relative error of the logits on {len(expected)} held-out photos")
         return noise
 
-    best, tried = start, {start: relative_noise(start)}
+    tried: dict[Method, float] = {}
+    best, tried[start] = start, relative_noise(start)
     for change in _CHANGES:
         method = change(best)
         if method not in tried:
+            if until is not None and time.monotonic() > until:
+                report(f"the search ends here, as the time is over: {len(tried)} of {total} methods were tried")
+                break
             tried[method] = relative_noise(method)
         best = min(best, method, key=tried.__getitem__)
-    return quantize(model, images, best)
+    _progress.debug("the method is found", extra={"done": total, "total": total})
+    return best
 
 
 @torch.no_grad()

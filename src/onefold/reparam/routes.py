@@ -10,9 +10,11 @@ quickest   whichever of them costs least for this unit and batch, by count; what
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,26 @@ from onefold.reparam.moments import Patches, convolve
 from onefold.reparam.stencil import Stencil
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-_opaque: Callable[[_Function], _Function] = torch.compiler.disable  # torch.compile breaks its graph at a unit
-
 __all__ = ["Route", "evaluate", "folded", "mixed", "moments", "per_branch", "quickest", "set_route_"]
+
+
+def _opaque(function: _Function) -> _Function:
+    """torch.compile breaks its graph at `function`, as at one that `torch.compiler.disable` has wrapped.
+
+    That is asked for at the first call under torch.compile only: it imports the compiler, which takes over a second.
+    """
+    wrapped: list[_Function] = []
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not wrapped:
+            wrapped.append(torch.compiler.disable(function))
+        return wrapped[0](*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # not to be traced into
+    return cast(_Function, call)
 
 
 @_opaque

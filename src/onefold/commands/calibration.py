@@ -1,0 +1,234 @@
+"""Int8 networks, calibrated on the user's photos once: a calibration is kept, and found again for every export.
+
+It is kept under XDG_CACHE_HOME (~/.cache) by the digests of all that it depends on: the network's tensors, the
+preprocessing, the contents of the photos in their order, the method, and the code that calibrates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from onefold import quantize as quantize_package
+from onefold.commands.held_out import photos_to_calibrate, records_of
+from onefold.commands.open_network import Floats, Network
+from onefold.commands.predict import say_mismatch
+from onefold.data import Dataset, Preprocessing, Subset
+from onefold.data.fingerprint import TrainedOn, keys_of
+from onefold.errors import BadArgument, BadData, NotWritable
+from onefold.models.weights_file import digest
+from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
+from onefold.quantize.convert import calibration_state, from_calibration_state
+from onefold.quantize.method_search import best_method, skip_sensitive_layers
+from onefold.storage import replacing
+
+_FEWEST_TO_SEARCH = 8
+_MOST_KEPT = 40  # files, each as large as the int8 network
+
+_log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What an int8 network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
+
+    `photos` are those of `data` to choose from; None leaves that to `photos_to_calibrate`. With `search` the method is
+    only where a search by measured answers begins; `skip_layers`, those that cost most, stay in floating point.
+    The search ends where `time.monotonic()` is beyond `until`, with the best method by then.
+    """
+
+    data: str
+    photos: Dataset | None = None
+    count: int = 200
+    method: Method = field(default_factory=Method)
+    search: bool = False
+    skip_layers: int = 0
+    until: float | None = None
+
+    def chosen(self) -> Dataset:
+        """`count` of `photos`, evenly; all where there are fewer."""
+        assert self.photos is not None
+        return Subset(self.photos, spread(len(self.photos), self.count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Network:
+    """An int8 network, and on which photos it was calibrated; None where its scales were trained."""
+
+    made: Quantized
+    calibrated_on: TrainedOn | None = None
+
+
+def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Int8Network:
+    """The int8 network: with the scales it was trained with, where it was trained for int8, and else calibrated.
+
+    Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
+    there is no order, and where it was, and the order asks for something else.
+    """
+    if order is None or network.card.int8 is not None:
+        return Int8Network(made=_as_trained(network, order))
+    if not network.is_fused:
+        raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
+    if network.left_norms:
+        raise BadArgument(
+            f"{network.title} is partly fused, {network.left_norms} norms follow no convolution: int8 is made of "
+            "networks without norms; export it in fp32"
+        )
+    if order.photos is None:
+        records = records_of(network.title, network.card.trained_on)
+        order = replace(order, photos=photos_to_calibrate(order.data, records))
+    if order.count < 2:
+        raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
+    source = order.chosen()
+    contents = keys_of(source, "content")
+    kept = _kept_as(network, contents, order)
+    made = _found(network, kept)
+    if made is None:
+        made = _calibrated(network, source, order, say)
+        if order.until is None or time.monotonic() < order.until:  # else the search was cut short
+            _keep(made, kept)
+    return Int8Network(made=made, calibrated_on=TrainedOn.of(contents, "content"))
+
+
+def _calibrated(network: Network, source: Dataset, order: Calibration, say: Callable[[str], None] | None) -> Quantized:
+    images, method = prepared_images(source, order, network.preprocessing), order.method
+    if order.skip_layers:
+        method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
+    if order.search and len(images) >= _FEWEST_TO_SEARCH:
+        method = best_method(network.model, images, method, say or (lambda _: None), until=order.until)
+    return quantize(network.model, images, method)
+
+
+# ------------------------------------------------------------------------------ calibrations that are kept
+
+
+def _kept_as(network: Network, contents: Sequence[str], order: Calibration) -> Path:
+    """The file of a calibration, named by the digests of all that it depends on."""
+    facts = {
+        "model": network.card.model,
+        "tensors": digest(network.model.state_dict()),
+        "preprocessing": network.preprocessing.to_dict(),
+        "photos": contents,
+        "method": asdict(order.method),
+        "search": order.search,
+        "skip_layers": order.skip_layers,
+        "code": _code(),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "onefold" / "calibrations" / f"{key}.safetensors"
+
+
+@cache
+def _code() -> str:
+    """The digest of the code that calibrates: another version may calibrate otherwise."""
+    total = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(Path(quantize_package.__file__).parent.glob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _found(network: Network, path: Path) -> Quantized | None:
+    """The int8 network of a calibration that is kept; None where there is none, or none that can be used."""
+    size = network.preprocessing.size
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["calibration"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        made = from_calibration_state(network.model, (network.card.in_chans, size, size), tensors, facts)
+        os.utime(path)  # the files that are used last are kept
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, BadArgument, ValueError, KeyError, TypeError) as error:
+        _log.info("the calibration that was kept as %s cannot be used (%s): it is done again", path, error)
+        return None
+    _log.info("calibration found, made at %s, for this network, these photos and this method (%s)", facts["at"], path)
+    return made
+
+
+def _keep(made: Quantized, path: Path) -> None:
+    """Keep a calibration, in place of those that were used longest ago; a folder that cannot be written keeps none."""
+    tensors, facts = calibration_state(made)
+    facts["at"] = datetime.now().strftime("%Y-%m-%d %H:%M")
+    try:
+        with replacing(path) as aside:
+            aside.write_bytes(save(tensors, {"calibration": json.dumps(facts)}))
+        kept = sorted(path.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
+        for old in kept[:-_MOST_KEPT]:
+            old.unlink()
+    except (NotWritable, OSError) as error:
+        _log.info("the calibration is not kept for the next time: %s", error)
+
+
+# ------------------------------------------------------------------------------------------ what is made
+
+
+def quantization_details(made: Quantized) -> dict[str, object]:
+    """What an artifact's manifest says of its quantization; the noise of each layer in decibels."""
+    layers = {
+        each.name: {"output_db": round(each.output_db, 2), "weight_db": round(each.weight_db, 2)}
+        for each in made.layers
+        if each.quantized
+    }
+    return {
+        "quantization": {
+            "method": made.method.title if made.images else f"trained, per {made.method.weights}",
+            "activations": "int8, asymmetric, per tensor",
+            "weights": f"int8, symmetric, per {made.method.weights}, up to {made.method.weight_qmax}",
+            "calibrated_on": made.images,
+            "layers": layers,
+        }
+    }
+
+
+def _as_trained(network: Network, order: Calibration | None) -> Quantized:
+    """The int8 network with the scales it was trained with: options that contradict them are refused."""
+    params = QuantizationParams.from_dict(network.card.int8 or {})
+    if order is not None:
+        method = order.method
+        other = method.weights == "tensor" != params.weights or method.weight_qmax < params.weight_qmax
+        if other or order.skip_layers:
+            raise BadArgument(
+                f"{network.title} was trained for 8 bits, weights per {params.weights} up to {params.weight_qmax}, "
+                "and another network would lose what it has learnt: leave out --weight-bits, --per-tensor and "
+                "--skip-layers, or train for them (onefold train --int8 --int8.limit 63, --int8.weights tensor)"
+            )
+        _log.warning("%s was trained for 8 bits and keeps its own: %s is not calibrated on", network.title, order.data)
+    method = replace(MINMAX, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers)
+    return Quantized(model=network.int8_model(), method=method, layers=(), images=0)
+
+
+def prepared_images(source: Dataset, order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
+    """The photos (B, C, H, W); what cannot be read is left out and named."""
+    say_mismatch(source, preprocessing)
+    photos: list[Floats] = []
+    for index in range(len(source)):
+        _progress.debug("reading photos", extra={"done": index, "total": len(source)})
+        try:
+            photos.append(preprocessing(source.image(index, value_range=preprocessing.value_range)))
+        except BadData as error:
+            left_out = index + 1 - len(photos)
+            _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(source), error)
+    _progress.debug("photos are read", extra={"done": 1, "total": 1})
+    if len(photos) < 2:
+        raise BadData(f"{order.data} has {len(photos)} photos that can be read: calibration needs 2, better 200")
+    return torch.from_numpy(np.stack(photos))
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` of the indices below `length`, evenly; all where there are fewer."""
+    return [i * length // count for i in range(count)] if length > count else list(range(length))
