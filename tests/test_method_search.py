@@ -41,7 +41,7 @@ def test_the_chosen_method_is_at_least_as_good_as_where_it_began(seeded: int) ->
     assert made.method.weights == "tensor"
     assert made.images == 32
     assert len(reported) >= 6
-    assert all("8 other photos" in line for line in reported)
+    assert all("8 held-out photos" in line for line in reported)
 
 
 def test_the_most_sensitive_layers_are_skipped(seeded: int) -> None:

@@ -65,7 +65,7 @@ class _CountedFlops(TorchDispatchMode):
     """Counts by the formulas of torch's FlopCounterMode, which imports the compiler, for over a second."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops, self.in_gates, self._gates = 0, 0, 0
         for module in model.modules():
             if isinstance(module, SqueezeExcite):
