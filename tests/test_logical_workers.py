@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
@@ -9,13 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
-from onefold.errors import BadArgument, LostWorker
+from onefold.errors import BadArgument, BadData, LostWorker, Stopped
 from onefold.train import Checkpoint, Plan, Steps, World, worker_batches
 from onefold.train.logical_workers import _ExactReducer, create_reducer
 from onefold.train.step import TrainState
@@ -266,7 +267,41 @@ def test_threads_are_pinned_where_bits_are_promised(tmp_path: Path, caplog: pyte
     assert "last bits" not in caplog.text
 
 
+# ------------------------------------------------------------------------------ stopped by one, and in trouble by one
+
+
+@pytest.mark.parametrize("reduce", ["exact", "fast"])
+def test_a_signal_to_one_within_a_validation_stops_all_and_loses_no_step(
+    lives: Lives, tmp_path: Path, reduce: Literal["exact", "fast"]
+) -> None:
+    plan = replace(FOUR, reduce=reduce, epochs=1, checkpoint_every=None)
+    order = Order(out=str(tmp_path / "run"), plan=plan.to_dict(), processes=2, num_images=88, trouble="signal")
+    lives.start(order)
+    assert lives.statuses() == [Stopped.exit_status] * 2
+    position = Checkpoint.load(tmp_path / "run").position
+    assert position.step == position.steps_per_epoch == 6
+    _, end = run(lives, tmp_path / "run", plan, 2, num_images=88)
+    _, whole = run(lives, tmp_path / "whole", plan, 2, num_images=88)
+    must_be_equal(end, whole)
+    assert (tmp_path / "run/best/model.safetensors").read_bytes() == (
+        tmp_path / "whole/best/model.safetensors"
+    ).read_bytes()
+
+
+def test_an_error_of_one_is_told_by_all(lives: Lives, tmp_path: Path) -> None:
+    """None waits for another that has left."""
+    order = Order(out=str(tmp_path / "run"), plan=FOUR.to_dict(), processes=4, trouble="data")
+    lives.start(order)
+    assert lives.statuses() == [BadData.exit_status] * 4
+
+
 # ------------------------------------------------------------------------------ killed, and another number
+
+
+def epochs_of(log: Path) -> list[dict[str, Any]]:
+    """The epochs of a log, without what depends on the clock."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if line["kind"] == "epoch"]
 
 
 def killed_often(
@@ -299,6 +334,9 @@ def test_killed_at_any_moment_the_run_ends_as_if_nothing_had_happened(
     order = replace(whole, out=str(tmp_path / "run"))
     print(f"{kills} kills, {saving} of them within saving; lives by number of processes: {dict(used)}")
     must_be_equal(Checkpoint.load(tmp_path / "run"), end)
+    best = [(tmp_path / name / "best/model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert best[0] == best[1]
+    assert epochs_of(tmp_path / "run/log.jsonl") == epochs_of(tmp_path / "whole/log.jsonl")
     assert samples_of(order) == samples_of(whole)
     must_hold_every_image_once(order)
     if kills == 50:

@@ -54,7 +54,7 @@ plans = st.builds(
     label_smoothing=share,
     ema=st.none() | st.builds(Ema, decay=share, warmup=st.booleans()),
     clip_grad_norm=st.none() | st.floats(1e-3, 1e3),
-    amp=st.sampled_from(["off", "bf16", "fp16"]),
+    amp=st.sampled_from(["off", "auto", "bf16", "fp16"]),
     channels_last=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
     workers=st.integers(0, 64),
@@ -83,7 +83,7 @@ def test_a_plan_comes_back_from_json_as_it_was(plan: Plan) -> None:
         ({"label_smoothing": -0.1}, r"plan\.label_smoothing .*not -0\.1"),
         ({"clip_grad_norm": 0}, r"plan\.clip_grad_norm must be a number from 1e-12 to 1e\+12 or none, not 0"),
         ({"clip_grad_norm": math.inf}, r"plan\.clip_grad_norm .*not inf"),
-        ({"amp": "half"}, r"plan\.amp must be one of 'off', 'bf16', 'fp16', not 'half'"),
+        ({"amp": "half"}, r"plan\.amp must be one of 'off', 'auto', 'bf16', 'fp16', not 'half'"),
         ({"seed": -1}, r"plan\.seed .*from 0 to .*not -1"),
         ({"channels_last": 1}, r"plan\.channels_last must be true or false, not 1"),
         (

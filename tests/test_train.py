@@ -158,6 +158,18 @@ def test_a_signal_during_evaluation_stops_at_once(tmp_path: Path, whole: Callabl
     must_be_the_same_run(tmp_path / "run", whole("sgd"))
 
 
+def test_killed_within_an_evaluation_no_step_is_lost(tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    def killed(model: nn.Module) -> Mapping[str, float]:
+        raise Killed
+
+    with pytest.raises(Killed):
+        fresh(tmp_path / "run", evaluate=killed)
+    position = Checkpoint.load(tmp_path / "run").position
+    assert (position.epoch, position.step) == (0, 6)
+    fresh(tmp_path / "run", resume=True)
+    must_be_the_same_run(tmp_path / "run", whole("sgd"))
+
+
 def test_killed_between_the_log_and_the_checkpoint_no_epoch_stands_twice(
     tmp_path: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,12 +16,15 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class Order:
     """A training to start: `processes` of it in `out`. `nap` seconds are slept in each step and each sync of a file.
 
     One that is `to_be_killed` waits for that behind its last step, so that it cannot be done before; with `sync` it
-    waits at that sync of a file, counted over its checkpoints from 1.
+    waits at that sync of a file, counted over its checkpoints from 1. The `trouble` of the last process is a "signal"
+    within the first validation, which would take the others an hour, or "data" that are not there.
     """
 
     out: str
@@ -39,6 +43,7 @@ class Order:
     nap: float = 0.0
     to_be_killed: bool = False
     sync: int = 0
+    trouble: str = ""
 
     @property
     def steps(self) -> Path:
@@ -182,8 +187,9 @@ def live(order: Order, rank: int, port: int) -> None:
     """One process of a training."""
     import torch
 
+    from onefold.errors import BadData
     from onefold.train import Plan, Progress, start_world
-    from training_kit import Blobs, fresh
+    from training_kit import Blobs, fresh, score
 
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # a kill is not a power failure
@@ -198,11 +204,22 @@ def live(order: Order, rank: int, port: int) -> None:
         if order.to_be_killed and progress.global_step == progress.epochs * progress.steps:
             order.wait()
 
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        if order.trouble == "signal" and rank == order.processes - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif order.trouble == "signal":
+            time.sleep(3600)
+        time.sleep(5 * order.nap)
+        return score(model)
+
     plan = Plan.from_dict(order.plan)
     data = Blobs(num_images=order.num_images, batch_size=plan.batch_size // plan.accumulate, log=str(order.samples))
     with start_world("cpu") as world, marking(order):
         has_run = world.broadcast((Path(order.out) / "last").exists())
-        fresh(Path(order.out), plan, data, resume=has_run, world=world, on_progress=step)
+        with world.agree():
+            if order.trouble == "data" and rank == order.processes - 1:
+                raise BadData("there are no photos")
+        fresh(Path(order.out), plan, data, resume=has_run, world=world, on_progress=step, evaluate=evaluate)
 
 
 def serve() -> None:

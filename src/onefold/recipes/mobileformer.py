@@ -63,6 +63,7 @@ def _plan(lr: float, decay: float) -> Plan:
         schedule=Cosine(final=1e-5, warmup=Epochs(3), warmup_from=1e-4),
         weight_decay=WeightDecay(start=decay, skip=("vector", "bias")),
         label_smoothing=0.1,
+        amp="auto",
         channels_last=True,
         workers=8,
     )

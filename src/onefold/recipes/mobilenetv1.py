@@ -60,6 +60,7 @@ def modern(size: int = 224) -> Recipe:
         weight_decay=WeightDecay(start=4e-5, final=4e-6, skip=("norm", "bias", "depthwise")),
         label_smoothing=0.1,
         ema=Ema(decay=0.9995),
+        amp="auto",
         channels_last=True,
         workers=8,
     )
@@ -81,6 +82,7 @@ def _paper(percent: int, size: int) -> Recipe:
             optimizer=RMSprop(lr=0.045, alpha=0.9, eps=1.0, momentum=0.9),
             schedule=Exponential(factor=0.94, every=Epochs(2.5)),
             weight_decay=WeightDecay(start=4e-5, skip=("norm", "bias", "depthwise")),
+            amp="auto",
             channels_last=True,
             workers=8,
         ),

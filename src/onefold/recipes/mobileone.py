@@ -43,6 +43,7 @@ def s0() -> Recipe:
             weight_decay=WeightDecay(start=1e-4, final=1e-5, skip=("norm", "bias")),
             label_smoothing=0.1,
             ema=Ema(decay=0.9995),
+            amp="auto",
             channels_last=True,
             workers=8,
         ),

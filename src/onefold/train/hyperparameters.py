@@ -149,7 +149,8 @@ class Plan:
     """What a training computes.
 
     `batch_size` counts the images of one optimizer step, over all processes and all `accumulate` micro-batches.
-    `clip_grad_norm` is the greatest allowed l2 norm of the whole gradient. `checkpoint_every` adds checkpoints to
+    `clip_grad_norm` is the greatest allowed l2 norm of the whole gradient. `amp` is automatic mixed precision: "auto"
+    is bf16 on a GPU that computes in it, and off elsewhere. `checkpoint_every` adds checkpoints to
     the one at the end of each epoch. `freeze` names the modules that are not trained (see `optim.freeze_`);
     the learning rate is multiplied with `layer_decay` at each level from the head towards the input. A step is shared
     by `logical_workers`, at any number of processes, and `reduce` says how their gradients are added (see the module
@@ -167,7 +168,7 @@ class Plan:
     layer_decay: Fraction = 1.0
     ema: Ema | None = None
     clip_grad_norm: Annotated[float, Range(1e-12, 1e12)] | None = None
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Literal["off", "auto", "bf16", "fp16"] = "off"
     channels_last: bool = False
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1

@@ -103,6 +103,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=plan.amp == "fp16")
         self.position = Position(epoch=0, step=0, steps_per_epoch=steps_per_epoch)
         self.loss_sum, self.num_images = 0.0, 0
+        self.amp = _amp_on(world.device) if plan.amp == "auto" else plan.amp
         self.flagged = False
         self._lone_norms: dict[tuple[int, ...], list[str]] = {}  # shape of an image -> see `_lone_image`
         self.metrics: dict[str, float] = {}
@@ -225,7 +226,7 @@ class TrainState:
                 norm.train()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        device, amp, distill = self.world.device, self.plan.amp, self.plan.distill
+        device, amp, distill = self.world.device, self.amp, self.plan.distill
         layout = torch.channels_last if self.plan.channels_last else torch.preserve_format
         images = images.to(device, non_blocking=True, memory_format=layout)
         half = torch.float16 if amp == "fp16" else torch.bfloat16
@@ -243,7 +244,7 @@ class TrainState:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
-        if self.plan.amp != "fp16":  # there an overflow is expected: the scaler skips the step and halves its scale
+        if self.amp != "fp16":  # there an overflow is expected: the scaler skips the step and halves its scale
             self._check_finite("gradient", norm.item())
         if self.plan.clip_grad_norm is not None:
             clip_grads_with_norm_(parameters, self.plan.clip_grad_norm, norm)
@@ -309,6 +310,16 @@ class TrainState:
         self.scaler.load_state_dict(dict(saved.scaler))
         self.position, self.loss_sum, self.num_images = saved.position, saved.loss_sum, saved.num_images
         self.metrics, self.best = dict(saved.metrics), dict(saved.best)
+
+
+def _amp_on(device: torch.device) -> str:
+    """Give what the plan's amp "auto" is on a device."""
+    if device.type != "cuda":
+        return "off"
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        _log.info("plan.amp auto: this GPU does not compute in bf16, so it trains in float32; fp16 is an option")
+        return "off"
+    return "bf16"
 
 
 def norms_of_one_value(model: nn.Module, image: Tensor) -> list[str]:
