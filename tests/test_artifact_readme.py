@@ -260,6 +260,15 @@ def test_every_platform_is_rendered_whole(runtime: str) -> None:
             assert (f"\n## {PLATFORMS[platform]}\n" in text) == (complete or platform == "python")
 
 
+def test_code_that_does_not_apply_the_value_range_says_so() -> None:
+    deep = replace(PREPARED, value_range=(0, 4095))
+    text, plain = (render_readme(fake("onnx", prepared=prepared)) for prepared in (deep, PREPARED))
+    said = "This code takes 8-bit pictures and does not apply the network's value range, 0 to 4095"
+    saying = [section.partition("\n")[0] for section in text.split("\n## ") if said in section]
+    assert saying == ["C++", "Swift", "Kotlin", "JavaScript"]
+    assert "value range" not in plain
+
+
 @pytest.mark.parametrize("runtime", ["onnx", "web", "openvino"])
 def test_nobody_is_told_of_its_use(runtime: str) -> None:
     """What declines comes before the import that would report."""

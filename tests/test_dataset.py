@@ -16,6 +16,7 @@ import pytest
 from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
+from onefold.data.columns import MultiLabel, plain_numbers, several_classes
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import IMAGENET
 from onefold.errors import BadArgument, BadData, MissingExtra
@@ -112,6 +113,45 @@ def test_labels_by_name(tmp_path: Path, table: str) -> None:
     assert Counter(labelled(half).values()) == {"ant, red": 1, "zebra": 1}
 
 
+@pytest.mark.parametrize(
+    ("separator", "joined", "several"),
+    [
+        ("|", ["cat|dog", "dog", "cat"], True),
+        (";", ["cat;dog", "cat;owl"], True),
+        (",", ["cat, dog", "dog", "cat"], True),
+        (",", ["tench, Tinca tinca", "maillot", "maillot, tank suit"], False),
+        (",", ["Portland, Oregon", "Portland, Maine", "Salem, Oregon", "Salem, Maine"], False),
+        ("|", ["a|b", "c|d"], False),
+        (";", ["cat;", "cat"], False),
+        ("|", ["cat", "dog"], False),
+    ],
+)
+def test_cells_that_name_several_classes_are_told_from_names(separator: str, joined: list[str], several: bool) -> None:
+    assert several_classes(joined) == (separator if several else "")
+
+
+@pytest.mark.parametrize(
+    ("values", "plain"),
+    [
+        (["0", "01", "1.0", "1"], ["0", "1", "1", "1"]),
+        (["3.0", "2.0"], ["3", "2"]),
+        (["01", "02", "10"], ["01", "02", "10"]),
+        (["01", "1", "cat"], ["01", "1", "cat"]),
+        (["1.5", "1"], ["1.5", "1"]),
+        (["-1", "-1.0"], ["-1", "-1"]),
+    ],
+)
+def test_whole_numbers_in_several_forms_are_one_class_each(values: list[str], plain: list[str]) -> None:
+    assert plain_numbers(values) == plain
+
+
+def test_a_multi_label_table_that_is_not_labels_csv_says_so_too(tmp_path: Path) -> None:
+    write_images(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "marks.csv").write_text("file,cat,dog\n1.png,1,1\n2.png,0,1\n")
+    with pytest.raises(MultiLabel, match=r"line 2: 1 in the columns cat, dog\. Images of several classes"):
+        read_dataset(tmp_path, seed=0, val_fraction=0.5)
+
+
 def test_labels_by_index(tmp_path: Path) -> None:
     write_images(tmp_path, ["1.png", "2.png"])
     table = tmp_path / "labels.csv"
@@ -132,7 +172,10 @@ def test_labels_by_index(tmp_path: Path) -> None:
         ("file,score\n1.png,a\n", "expected the columns"),
         ("file,label\n", "lists no images"),
         ("file,label\n1.png,a\ngone.png,b\nlost.png,b\n", "lists 2 files that are not there: gone.png, lost.png"),
-        ("file,label\n1.png,a\n1.png,b\n", "lists 1.png twice, in lines 2 and 3"),
+        (
+            "file,label\n1.png,a\n1.png,b\n",
+            "1.png is a in line 2 and b in line 3. Images of several classes (multi-label)",
+        ),
         ("file,label\n1.png,\n", "line 2: expected a file and its class"),
         ("file,label\n1.png\n", "line 2: expected a file and its class"),
         ("file,index\n1.png,-1\n", "line 2: the index is '-1'"),
@@ -417,10 +460,51 @@ def test_columns_of_parquet_files_that_are_not_used_are_said(tmp_path: Path) -> 
     }
     parquet.write_table(arrow.table({**columns, "image_2": images}), tmp_path / "x.parquet")
     assert read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes == (
+        f"{tmp_path}: the column fold (0, 1, 2 and 1 more) is not used: it has no words for splits",
         "the images are the column image, not image_2, image_mask",
         "the classes are the column label, not category",
-        "the column fold is not used: it has no words for splits",
     )
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([0.0, 1.0, 0.0, 1.0], ("0", "1")),
+        (["0", "01", "1.0", "1"], ("0", "1")),
+        ([True, False, True, False], ("false", "true")),
+        ([["cat"], ["dog"], ["cat"], ["dog"]], ("cat", "dog")),
+        ([["cat"], ["dog", "cat"], ["cat"], ["dog"]], None),
+        (["cat|dog", "dog", "cat", "dog"], None),
+    ],
+)
+def test_labels_of_parquet_files_are_read_as_those_of_tables(
+    tmp_path: Path, labels: list[object], classes: tuple[str, ...] | None
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"image": [b"x"] * 4, "label": labels}), tmp_path / "x.parquet")
+    if classes is None:
+        with pytest.raises(MultiLabel, match=r"\(multi-label\) are not supported"):
+            read_dataset(tmp_path, seed=0, val_fraction=0.5)
+    else:
+        assert read_dataset(tmp_path, seed=0, val_fraction=0.5).info.classes == classes
+
+
+def test_a_flag_of_parquet_files_that_is_the_same_everywhere_divides_nothing(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def write(name: str, is_valid: bool) -> None:
+        columns = {"image": [b"x"] * 4, "label": list("abab"), "is_valid": [is_valid] * 4}
+        parquet.write_table(arrow.table(columns), tmp_path / name)
+
+    for is_valid in (True, False):
+        write("1.parquet", is_valid)
+        info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
+        assert [(split.name, split.num_images) for split in info.splits] == [("train", 2), ("val", 2)]
+        said = f"the column is_valid is {str(is_valid).lower()} in all rows, so it divides nothing and is not used"
+        assert info.notes == (f"{tmp_path}: {said}",)
+    write("2.parquet", True)  # the other is false everywhere: together they divide
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
+    assert [(split.name, split.num_images) for split in info.splits] == [("train", 4), ("val", 4)]
 
 
 def test_a_table_in_a_class_folder_is_left_out(tmp_path: Path) -> None:

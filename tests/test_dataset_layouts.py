@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from onefold.data import read_dataset
+from onefold.data.columns import class_rank, file_rank, is_number_column, is_split_column
 from onefold.data.dataset import DatasetSplits
 from onefold.data.decode import SUFFIXES
 from onefold.data.splits import SPLIT_WORDS, split_name
-from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column
 from onefold.errors import BadData
 
 WORDS = {

@@ -21,10 +21,12 @@ import pytest
 from PIL import Image, ImageFile
 
 import onefold.data.decode as decoding
-from onefold.data.crop import CropBox
+from onefold.commands.predict import say_mismatch
+from onefold.data.crop import CropBox, num_scans
 from onefold.data.decode import (
     MASKS,
     MAX_PIXELS,
+    ODD_ALPHA,
     decode,
     decode_crop,
     free_memory,
@@ -33,7 +35,9 @@ from onefold.data.decode import (
     masks_beside,
     printable,
 )
-from onefold.data.folders import list_folder
+from onefold.data.duplicates import thumbnail_stats
+from onefold.data.folders import ImageFiles, list_folder
+from onefold.data.preprocessing import Preprocessing
 from onefold.errors import BadData
 
 RNG = np.random.default_rng(0)
@@ -135,6 +139,27 @@ def test_transparency_is_laid_over_white() -> None:
         np.testing.assert_array_equal(pixels(data), np.full((2, 2, 3), 204))  # 255 * (1 - 51 / 255)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "is_odd"),
+    [
+        (RNG.integers(1, 255, (48, 64)), True),  # infrared, depth
+        (np.full((48, 64), 128), False),
+        (np.tile(np.r_[np.zeros(28), np.linspace(0, 255, 8), np.full(28, 255)], (48, 1)), False),  # a soft edge
+        (np.full((48, 64), 255), False),
+    ],
+)
+def test_a_fourth_channel_that_is_no_transparency_is_seen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, alpha: np.ndarray, is_odd: bool
+) -> None:
+    picture = Image.fromarray(np.dstack([SCENE, alpha.astype(np.uint8)]), "RGBA")
+    assert (ODD_ALPHA in decode(saved(picture, "PNG")).info) == is_odd
+    picture.save(tmp_path / "0.png")
+    images = ImageFiles(tmp_path, ["0.png"], [0], ("a",))
+    say_mismatch(images, Preprocessing())
+    assert ("1 of 1 images looked at have a fourth channel that does not look like" in caplog.text) == is_odd
+    assert thumbnail_stats(images, 9).has_odd_alpha.tolist() == [is_odd]
+
+
 def test_a_palette_is_looked_up_and_its_transparent_entry_is_white() -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -186,6 +211,23 @@ def test_a_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, widt
         warnings.simplefilter("ignore")
         with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
             decode(bomb, name="bomb.png")
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded() -> None:
+    whole = Image.fromarray(SCENE)
+    progressive, plain = saved(whole, "JPEG", progressive=True), saved(whole, "JPEG")
+    last = progressive.rindex(b"\xff\xda")
+    trap = progressive[:-2] + progressive[last:-2] * 1000 + progressive[-2:]
+    assert [num_scans(io.BytesIO(data)) for data in (plain, progressive, trap)] == [1, 10, 1010]
+    box = CropBox(size=6, place=lambda sides: (0, 0, 6, 6))
+    for use in (decode, partial(decode, min_side=8), lambda data: decode_crop(data, box)):
+        use(progressive)
+        with pytest.raises(BadData, match="has 1010 scans, and no photo has more than 100"):
+            use(trap)
+    apart = bytearray(plain)  # a sequential one whose first scan has one of its three components
+    apart[plain.index(b"\xff\xda") + 4] = 1
+    assert num_scans(io.BytesIO(bytes(apart[:-2]) + b"\xff\xda\0\x08" * 300)) == 301
+    assert num_scans(io.BytesIO(plain + b"\xff\xda\0\x08" * 300)) == 1  # the decoder does not come there
 
 
 def test_a_photo_of_more_than_50_megapixels_comes_at_half_its_scale() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from onefold.bench import Procedure
 from onefold.cli import main
-from onefold.commands.bench import ACCURACY, known_accuracy, note_accuracy
+from onefold.commands.bench import known_accuracy, note_accuracy
 from onefold.commands.calibration import Calibration, quantized
 from onefold.commands.deploy import DeployOptions, _photos
 from onefold.commands.evaluate import evaluate_suite, open_suite
@@ -48,6 +48,7 @@ from onefold.models.hub import Card, read_card, save_weights
 from onefold.quantize import Method
 from onefold.recipes import find_recipe
 from onefold.recipes.recipe import at_size, override
+from onefold.report import ACCURACY
 from onefold.train.evaluate import drop_interval
 
 NAME = "mobilenetv1_025"

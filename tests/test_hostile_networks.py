@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -466,3 +467,24 @@ def test_a_sum_that_is_left_keeps_working(seeded):
     with pytest.warns(UnfoldedWarning, match="is shared with another part"):
         fused = fuse(model)
     assert torch.equal(fused.shared.weight, shared.weight)
+
+
+class Locked(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.guard = threading.Lock()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_cannot_be_copied_is_refused_by_the_name_of_its_attribute(nested):
+    model = with_norm(Locked() if not nested else nn.Conv2d(3, 8, 3))
+    if nested:
+        model.cache = [iter(range(3)), (x for x in "ab")]
+    where = r"'cache' of the network, a builtins\.list" if nested else r"'guard' of layer '0', a _thread\.lock"
+    with pytest.raises(TypeError, match=f"cannot be copied, and fusing changes a copy: its attribute {where}"):
+        fuse(model)
+    if nested:
+        del model.cache
+    else:
+        model[0].guard = None
+    assert unfused_norms(fuse(model)) == []

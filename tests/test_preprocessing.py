@@ -212,6 +212,18 @@ def test_a_network_says_where_it_would_see_deep_samples_nearly_uniform(tmp_path:
     assert mismatch(photos(tmp_path / "8 bits", 4), (6850, 8650)) is None
 
 
+def test_a_picture_of_16_bits_is_mapped_by_the_value_range_when_it_is_prepared() -> None:
+    samples = np.full((8, 8), 1000, np.uint16)
+    deep, eight = Image.fromarray(samples), Image.new("RGB", (8, 8), (62,) * 3)  # 1000 of 4095 is 62 of 255
+    for channels in (1, 3):
+        values = {"size": 4, "channels": channels, "mean": (0.4,) * channels, "std": (0.2,) * channels}
+        ranged = Preprocessing(**values, value_range=(0, 4095))
+        assert np.array_equal(ranged(deep), ranged(eight))
+        assert np.array_equal(Preprocessing(**values)(deep), ranged(Image.new("RGB", (8, 8), (4,) * 3)))
+        with pytest.raises(BadArgument, match="range is not known"):
+            Preprocessing(**values)(Image.fromarray(samples.astype(np.float32)))
+
+
 def test_a_value_range_is_kept_where_there_is_one() -> None:
     assert "value_range" not in Preprocessing().to_dict()
     deep = Preprocessing(value_range=(0, 4095))

@@ -319,6 +319,25 @@ def test_accuracy_is_found_through_the_hash_of_the_artifact(tmp_path: Path) -> N
     assert [group.top1 for group in found.groups] == [70.25, None]
 
 
+def test_an_accuracy_that_was_evaluated_after_measuring_is_found(tmp_path: Path) -> None:
+    path, digests = tmp_path / "results" / "accuracy.json", ("a" * 64, "d" * 64, "b" * 64)
+    path.parent.mkdir()
+    entries = {digest: {"top1": 60.5 + i, "top1_on": "photos"} for i, digest in enumerate(digests)}
+    entries[digests[1]]["top1_trained_on"] = 7
+    path.write_text(json.dumps(entries))
+    assert find_inputs([tmp_path]).accuracies == [path]
+    measured_as = [measured(5 + i, sha256=digest) for i, digest in enumerate(("a" * 64, "d" * 64, "e" * 64))]
+    inputs = load_inputs([], [results(tmp_path, *measured_as)], [an_artifact(tmp_path)], accuracies=[path])
+    assert [group.top1 for group in aggregate_inputs(inputs).groups] == [60.5, 61.5, None]
+    assert inputs.notes == ("The accuracy 61.5 % on photos flatters: 7 of these images were trained on.",)
+    path.write_text("[]")
+    damaged = load_inputs([], [], [], accuracies=[path])
+    assert (damaged.accuracies, damaged.notes) == (
+        {},
+        ("accuracy.json cannot be read, or not all of it: evaluate again.",),
+    )
+
+
 # ---- what a run answered ---------------------------------------------------------------------------------------------
 
 JPEG = base64.b64encode(b"\xff\xd8\xff" + bytes(40)).decode()

@@ -409,7 +409,35 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
         argparse.Namespace(val_crop_size=160, val_resize_size=200, interpolation="bilinear"),
         {"size": 160, "crop_pct": 0.8},
     ),
+    "mmengine's configuration": (
+        {
+            "cfg": "data_preprocessor = dict(\n    mean=[\n        127.5, 102.0, 76.5,\n    ],\n    num_classes=2,\n"
+            "    std=[51.0, 51.0, 51.0],\n    to_rgb=True)\ntest_pipeline = [\n    dict(type='LoadImageFromFile'),\n"
+            "    dict(edge='short', scale=256, type='ResizeEdge'),\n    dict(crop_size=192, type='CenterCrop'),\n]\n"
+        },
+        {"size": 192, "crop_pct": 0.75, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)},
+    ),
+    "img_norm_cfg": (
+        {"cfg": "img_norm_cfg = dict(mean=[127.5, 102.0, 76.5], std=[51.0, 51.0, 51.0], to_rgb=True)"},
+        {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "size": 224},
+    ),
+    "data_preprocessor": (
+        argparse.Namespace(model={"data_preprocessor": {"mean": [127.5] * 3, "std": [51.0] * 3, "bgr_to_rgb": True}}),
+        {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
+    ),
 }
+
+
+def test_a_network_of_mmengine_for_bgr_is_said_and_its_text_is_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "onefold")
+    text = "data_preprocessor = dict(mean=[__import__('os').abort(), 2.0], std=[51.0, 51.0, 51.0])"
+    assert config_preprocessing({"data_preprocessor": text}, CATALOGUE_INPUT) == {"std": (51.0, 51.0, 51.0)}
+    assert "in the order BGR" in caplog.text
+    caplog.clear()
+    given = {"mean": [103.53, 116.28, 123.675], "std": [57.375] * 3, "to_rgb": True}
+    stated = config_preprocessing({"model": {"data_preprocessor": given}}, CATALOGUE_INPUT)
+    assert stated["mean"] == pytest.approx((0.406, 0.456, 0.485))
+    assert "BGR" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
@@ -598,6 +626,9 @@ CLASS_LISTS: dict[str, Any] = {
     "in a Namespace": {"args": argparse.Namespace(data=argparse.Namespace(class_names=["cat", "dog", "éa"]))},
     "JSON in a header": {"classes": json.dumps(["cat", "dog", "éa"])},
     "decomposed": {"classes": ["cat", "dog", "e\u0301a"]},
+    "numbered from 1": {"config": {"id2label": {"1": "cat", "2": "dog", "3": "éa"}}},
+    "COCO's categories": {"categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "éa"}, {"id": 1, "name": "cat"}]},
+    "one text": {"hparams": {"class_names": "cat, dog, éa"}},
 }
 
 
@@ -615,7 +646,7 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
         {"classes": ["a", "", "c"]},
         {"classes": [1.5, 2, 3]},
         {"class_to_idx": {"a": 0, "b": 1, "c": 1}},
-        {"class_to_idx": {"a": 1, "b": 2, "c": 3}},
+        {"class_to_idx": {"a": 2, "b": 3, "c": 4}},
         {"names": "abc"},
         {"labels": torch.tensor([0, 1, 2])},
         {"classes": "[" * 10_000},
@@ -624,6 +655,39 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
         assert class_names_in(copy.copy(extras), 3) is None
     numbers = {"class_to_idx": {str(i): i for i in range(12)}}
     assert class_names_in(numbers, 12) == tuple(map(str, range(12)))  # in the order of the numbers, not of texts
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "remark"),
+    [
+        ({"id2label": {1: "cat", 2: "dog"}}, 2, "its id2label (cat, dog) are numbered from 1: the first is taken for"),
+        (
+            {"categories": [{"id": 3, "name": "a"}, {"id": 9, "name": "b"}]},
+            2,
+            "its categories (a, b) have the ids 3 to 9",
+        ),
+        (
+            {"names": ["val/acc", "val/loss", "lr"]},
+            3,
+            "its names (val/acc, val/loss, lr) are not used: they name metrics",
+        ),
+        ({"labels": ["train_loss", "top1"]}, 2, "its labels (train_loss, top1) are not used: they name metrics"),
+        (
+            {"classes": ["a", "b", "c"]},
+            2,
+            "its classes (a, b, c) are not used: they are 3, of a network with 2 outputs",
+        ),
+        ({"id2label": {5: "a", 6: "b"}}, 2, "its id2label (a, b) are not used: their numbers are not 0 to 1"),
+        ({"classes": ["map", "tie"]}, 2, ""),
+        ({"labels": [1, 0, 1]}, 2, ""),
+        ({"names": ["a", "b"]}, 2, ""),
+    ],
+)
+def test_what_is_assumed_of_names_or_not_taken_for_them_is_said(values: Any, count: int, remark: str) -> None:
+    remarks: list[str] = []
+    names = class_names_in(values, count, remarks)
+    assert "\n".join(remarks)[: len(remark) or None] == remark
+    assert (names is None) == ("not used" in remark or values == {"labels": [1, 0, 1]})
 
 
 def test_labels_of_images_and_names_of_an_optimizer_name_no_classes() -> None:

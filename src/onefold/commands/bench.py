@@ -36,11 +36,9 @@ from onefold.commands.load import Source
 from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.errors import BadArgument, BadData
 from onefold.processors import pinned
+from onefold.report import ACCURACY
 from onefold.runtimes.artifact import is_artifact
 from onefold.storage import locked, read_json, write_text
-
-ACCURACY = "accuracy.json"
-"""In a folder of results: top-1 of what was evaluated, by its digest."""
 
 _MORE_ATTEMPTS = 3
 

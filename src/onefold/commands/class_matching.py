@@ -100,10 +100,14 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
             value = parse_json(text)
         except ValueError as error:
             raise BadData(f"cannot read class names from {path}: it begins as JSON and is none ({error})") from error
-        names = class_names_in({"classes": value}, num_classes)
+        remarks: list[str] = []
+        beside = value if isinstance(value, dict) else {}  # COCO's files hold categories among others
+        names = class_names_in({"classes": value, "beside": beside}, num_classes, remarks)
         if names is None:
             count = len(value)
             raise BadData(f"{path} has {count} entries that do not name {num_classes} classes, as {title} has")
+        for remark in remarks:
+            _log.info("%s: %s", path, remark)
         return names
     lines = read_lines(path)
     if len(lines) != num_classes:

@@ -107,9 +107,11 @@ class Network:
         return convert(self.model, QuantizationParams.from_dict(self.card.int8), (self.card.in_chans, size, size))
 
     def with_size(self, size: int | None) -> Network:
-        """Give the network with a preprocessing to images of another size; None leaves it."""
+        """Give the network with a preprocessing to images of another size, which is logged; None leaves it."""
         if size is None or size == self.preprocessing.size:
             return self
+        text = "%s: its images are %d pixels here (--img-size), and %d by its card, for which its accuracy holds"
+        _log.info(text, self.title, size, self.preprocessing.size)
         resized = Preprocessing.from_dict({**self.preprocessing.to_dict(), "size": size})
         return replace(self, card=replace(self.card, preprocessing=resized.to_dict()))
 

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 from onefold.commands.load import Source, open_source
 from onefold.commands.open_network import Floats, Predictor
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
-from onefold.data.decode import decode
+from onefold.data.decode import ODD_ALPHA, ODD_ALPHA_IS, decode
+from onefold.data.folders import join_names
 from onefold.data.in_memory import prepare, split_images
 from onefold.data.value_range import mismatch
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable
@@ -34,6 +36,8 @@ UNSURE = "unsure"
 
 _SHOWN = 10  # rows of a table that `repr` shows
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f<>:"/\\|?*]|^\.+$|[. ]+$')  # of folders, on any system
+_MAX_ALPHA = 20  # images whose fourth channel is looked at
+_NO_ALPHA = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".gif")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,10 +291,22 @@ def _predict(
 
 
 def say_mismatch(images: Dataset, preprocessing: Preprocessing) -> None:
-    """Log a warning where images have samples that the network's value range makes nearly uniform."""
+    """Log a warning where images have samples that the network's value range makes nearly uniform, or an odd alpha.
+
+    Of many images some are looked at, spread evenly.
+    """
     sentence = mismatch(images, preprocessing.value_range)
     if sentence:
         _log.warning("%s", sentence)
+    step = max(1, -(-len(images) // _MAX_ALPHA))
+    looked_at = [i for i in range(0, len(images), step) if not images.name(i).lower().endswith(_NO_ALPHA)]
+    odd: list[str] = []
+    for i in looked_at:
+        with suppress(BadData):  # named where it is used
+            odd += [images.name(i)] if ODD_ALPHA in images.image(i, value_range=preprocessing.value_range).info else []
+    if odd:
+        text = "%d of %d images looked at have %s: %s"
+        _log.warning(text, len(odd), len(looked_at), ODD_ALPHA_IS, join_names(odd, 3))
 
 
 def _preprocess(image: object, preprocessing: Preprocessing) -> Floats | str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onefold.errors import BadData
-from onefold.report import GATES, write_report
+from onefold.report import ACCURACY, GATES, write_report
 from onefold.report.format import joined, plural
 from onefold.runtimes.artifact import is_artifact
 
@@ -37,6 +37,7 @@ class ReportInputs:
     results: list[Path] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
     gates: list[Path] = field(default_factory=list)
+    accuracies: list[Path] = field(default_factory=list)
     skipped: Counter[Reason] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -89,15 +90,23 @@ def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
     # Hidden folders and links are left out on purpose; for the others, the page must say what it may lack.
     lacking = Counter({reason: n for reason, n in found.skipped.items() if reason not in (_HIDDEN, _LINK)})
     notes = [f"The report may lack something{_not_searched(lacking, ': ')}."] if lacking else []
-    write_report(out, runs=found.runs, results=found.results, artifacts=found.artifacts, gates=found.gates, notes=notes)
+    write_report(
+        out,
+        runs=found.runs,
+        results=found.results,
+        artifacts=found.artifacts,
+        gates=found.gates,
+        accuracies=found.accuracies,
+        notes=notes,
+    )
     return found
 
 
 def find_inputs(places: Sequence[Path]) -> ReportInputs:
-    """Return the runs, results, artifacts and gates in `places` and below, each once, in the order of their paths.
+    """Return what the report is made from in `places` and below, each once, in the order of their paths.
 
     A run is a folder with a training log, an artifact one with the manifest of an export, and results are files of
-    JSON lines with measurements, whatever their names are; gates are files of deployments that are named gates.json.
+    JSON lines with measurements, whatever their names are; gates and accuracies are files of these names.
     Raises BadData where a place does not exist.
     """
     found, seen = ReportInputs(), set[str]()
@@ -130,6 +139,8 @@ def find_inputs(places: Sequence[Path]) -> ReportInputs:
                 found.runs.append(folder)
             if GATES in files:
                 found.gates.append(folder / GATES)
+            if ACCURACY in files:
+                found.accuracies.append(folder / ACCURACY)
             found.results.extend(
                 Path(entry.path)
                 for name, entry in files.items()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -231,6 +232,7 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers SOF0 to S
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; Huffman coded
 _PROGRESSIVE, _START_OF_SCAN, _APP1 = 0xC2, 0xDA, 0xE1
 _END_OF_IMAGE, _EXIF = b"\xff\xd9", b"Exif\0\0"
+_MAX_SEARCHED = 200_000_000  # bytes in which scans are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +296,22 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
                 orientation = int(exif.get(EXIF_ORIENTATION, 1))
         at += 2 + length
     return None
+
+
+def num_scans(file: BinaryIO) -> int:
+    """Count the scans of a JPEG; of one that is sequential, with all components in its first scan, no more is read."""
+    file.seek(0)
+    is_sequential, components, at = False, b"", file.read(2)
+    while at and len(segment := file.read(4)) == 4 and segment[0] == 0xFF:
+        kind, body = segment[1], file.read(max(0, int.from_bytes(segment[2:], "big") - 2))
+        if kind == _START_OF_SCAN:
+            if is_sequential and body[:1] == components:
+                return 1  # the decoder ends with this scan, whatever follows
+            break
+        if kind in _FRAMES:
+            is_sequential, components = kind & 3 != 2, body[5:6]
+    file.seek(0)
+    return file.read(_MAX_SEARCHED).count(bytes((0xFF, _START_OF_SCAN)))  # in coded data a zero follows 0xFF
 
 
 def _header(frame: tuple[int, int, bytes], scan: bytes, orientation: int) -> JpegHeader | None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from onefold.data.dataset import Dataset
-from onefold.data.decode import printable
+from onefold.data.decode import ODD_ALPHA_IS, printable
 from onefold.data.duplicates import THUMB, ThumbnailStats, exact_duplicates, near_duplicates, thumbnail_stats
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import Preprocessing, ValueRange
@@ -155,6 +155,9 @@ def _check_pictures(train: ThumbnailStats, val: ThumbnailStats) -> Iterator[Find
                 f"all {len(stats)} images of {side} are the same picture, {_named(stats, [0])}", is_error=True
             )
             continue
+        odd = np.flatnonzero(stats.has_odd_alpha).tolist()
+        if odd:
+            yield Finding(f"{len(odd)} of {len(stats)} images of {side} have {ODD_ALPHA_IS}: {_named(stats, odd)}")
         flat = np.flatnonzero(stats.is_flat).tolist()
         if flat:
             text = f"{len(flat)} of {len(stats)} images of {side} are of one colour: {_named(stats, flat)}"

@@ -3,7 +3,7 @@
 | in the file | becomes |
 |---|---|
 | EXIF orientation | applied; an unreadable EXIF block counts as none |
-| alpha, palette or colour-key transparency | over white |
+| alpha, palette or colour-key transparency | over white; `ODD_ALPHA` where alpha seems to be no transparency |
 | samples of 16 bits, without a `value_range` | 0 to 65535: grey as round(v / 257), colour by its high byte |
 | samples of 16 or 32 bits or floats, with one | low to high become 0 to 255, what lies outside is clipped |
 | floats or integers of 32 bits, without one | refused: their range is not known |
@@ -13,6 +13,7 @@
 | more than `MAX_PIXELS` | comes at 1/2, 1/4 or 1/8 of its scale, the first that has no more |
 | more than fit into the free memory, or than so few bytes can hold | refused from the header, before it is decoded |
 | HEIC | decoded by pillow-heif (the extra `heic`), refused without it |
+| a JPEG of more than `_MAX_SCANS` scans, each of which decodes the whole picture again | refused |
 | truncated, empty, not an image, not a regular file | refused |
 
 Colour conversion and decoding are Pillow's, so what Pillow raises on damaged bytes becomes BadData here.
@@ -37,9 +38,18 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from onefold.data.crop import EXIF_ORIENTATION, TRANSPOSE, Crop, CropBox, crop_jpeg, oriented_crop, stored_box
-from onefold.data.preprocessing import ValueRange
-from onefold.data.value_range import FULL_RANGE, deep_samples, scaled
+from onefold.data.crop import (
+    EXIF_ORIENTATION,
+    TRANSPOSE,
+    Crop,
+    CropBox,
+    crop_jpeg,
+    num_scans,
+    oriented_crop,
+    stored_box,
+)
+from onefold.data.preprocessing import FULL_RANGE, ValueRange, scaled
+from onefold.data.value_range import deep_samples
 from onefold.errors import BadData
 
 T = TypeVar("T")
@@ -159,11 +169,21 @@ _TEXT = frozenset(range(32, 127)) | {9, 10, 13}
 _BYTES_PER_PIXEL = 12  # Pillow keeps RGB in 4, and turning or converting it takes another 8 for a while
 _BYTES_OF_COEFFICIENTS = 6  # a progressive JPEG is kept whole as coefficients, three of two bytes a pixel
 _MAX_SCALE = 8
+_MAX_SCANS = 100  # of a JPEG: encoders make about ten, and each takes as long as the picture has pixels
 _UNKNOWN_MEMORY = 4 << 30  # taken for free where the system does not say
 _MAX_UNSCALED_PIXELS = 1 << 30  # of a format that cannot be decoded at a smaller scale: seconds
 # Pixels for each byte of a file, above `MAX_PIXELS`. No photo has 20; a JPEG of one colour has 350, a PNG of one 344.
 _MAX_PIXELS_PER_JPEG_BYTE, _MAX_PIXELS_PER_BYTE = 400, 200
 
+
+ODD_ALPHA = "alpha is no transparency"
+"""A key of a decoded picture's `info`: its fourth channel has many values in most pixels, as infrared or depth has."""
+ODD_ALPHA_IS = (
+    "a fourth channel that does not look like transparency, by which they are laid over white (if it is infrared or "
+    "depth, save them without it)"
+)
+"""What a message says of such pictures."""
+_MIN_ODD_LEVELS = 16  # different values; a picture that is half transparent everywhere has one
 
 _SAY_RANGE = "save it with 8 or 16 bits, unsigned, or give the values that become black and white (value_range)"
 
@@ -252,7 +272,7 @@ def _with_file(image: Path | str | bytes, name: str | None, use: Callable[[Binar
 def _decode_crop(file: BinaryIO, num_bytes: int, shown: str, crop_box: CropBox) -> Crop:
     if num_bytes <= _MAX_JPEG_BYTES:
         data = file.read()
-        crop = crop_jpeg(data, crop_box, MAX_PIXELS)
+        crop = None if num_scans(BytesIO(data)) > _MAX_SCANS else crop_jpeg(data, crop_box, MAX_PIXELS)
         if crop is not None:
             return crop
         file = BytesIO(data)
@@ -265,6 +285,8 @@ def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageF
     try:
         opened = _open(file)
         _check_header(opened, num_bytes)
+        if opened.format == "JPEG" and (scans := num_scans(file)) > _MAX_SCANS:
+            raise _RefusedError(f"has {scans} scans, and no photo has more than {_MAX_SCANS}: it is damaged, or a trap")
         return finish(opened)
     except _RefusedError as error:
         raise BadData(f"{shown} {error}") from error
@@ -337,7 +359,8 @@ def _whole(min_side: int, value_range: ValueRange | None, opened: ImageFile) -> 
     if image.width * image.height > MAX_PIXELS:  # a format that knows no smaller scale
         image = image.reduce(scale)
     oriented = image if method is None else image.transpose(method)
-    oriented.info.clear()  # what it says of the file (orientation, profile, transparency) no longer holds
+    kept = {ODD_ALPHA: True} if ODD_ALPHA in image.info else {}
+    oriented.info = kept  # the rest is of the file (orientation, profile, transparency) and no longer holds
     return oriented
 
 
@@ -371,8 +394,11 @@ def _over_white(image: Image.Image, colours: Image.Image | None) -> Image.Image:
     if not image.has_transparency_data or image.mode.startswith(("I", "F")):
         return colours or image.convert("RGB")
     rgba = image.convert("RGBA")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(colours or rgba.convert("RGB"), mask=rgba.getchannel("A"))
+    white, alpha = Image.new("RGB", image.size, (255, 255, 255)), rgba.getchannel("A")
+    white.paste(colours or rgba.convert("RGB"), mask=alpha)
+    counts = np.array(alpha.histogram())[1:-1]  # of what is neither transparent nor opaque
+    if 2 * counts.sum() > image.width * image.height and np.count_nonzero(counts) >= _MIN_ODD_LEVELS:
+        white.info[ODD_ALPHA] = True
     return white
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.dataset import Dataset
+from onefold.data.decode import ODD_ALPHA
 from onefold.data.preprocessing import ValueRange
 from onefold.data.sampler import shuffled
 from onefold.errors import BadData
@@ -48,6 +49,7 @@ class ThumbnailStats:
     thumbs: NDArray[np.float32]  # (N, 16, 16, 3), 0 to 255
     greys: NDArray[np.float32]  # (N, 32, 32), 0 to 255
     is_tiny: NDArray[np.bool_]  # (N,): whether the shorter side is below 32 pixels
+    has_odd_alpha: NDArray[np.bool_]  # (N,): see `decode.ODD_ALPHA`
     unread: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ def thumbnail_stats(
     Equal sizes are sought within `dataset` and between it and `other`, so that a copy is found however many images
     there are. Every picture is decoded small (JPEGs at a reduced scale), so a thousand photos take a few seconds.
     """
-    rows: list[tuple[int, bytes, bool, NDArray[np.float32], NDArray[np.float32]]] = []
+    rows: list[tuple[int, bytes, tuple[bool, bool], NDArray[np.float32], NDArray[np.float32]]] = []
     unread: list[str] = []
     for i in _select(dataset, most, other):
         try:
@@ -84,7 +86,7 @@ def thumbnail_stats(
         digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
         thumb = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX), dtype=np.float32)
         grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32)
-        rows.append((i, digest, min(image.size) < _TINY_SIDE, thumb, grey))
+        rows.append((i, digest, (min(image.size) < _TINY_SIDE, ODD_ALPHA in image.info), thumb, grey))
     return ThumbnailStats(
         dataset=dataset,
         indices=np.array([i for i, *_ in rows], dtype=np.int64),
@@ -92,7 +94,8 @@ def thumbnail_stats(
         digests=tuple(digest for _, digest, *_ in rows),
         thumbs=np.array([thumb for *_, thumb, _ in rows], dtype=np.float32).reshape(-1, THUMB, THUMB, 3),
         greys=np.array([grey for *_, grey in rows], dtype=np.float32).reshape(-1, _SIDE, _SIDE),
-        is_tiny=np.array([is_tiny for _, _, is_tiny, *_ in rows], dtype=np.bool_),
+        is_tiny=np.array([is_tiny for _, _, (is_tiny, _), *_ in rows], dtype=np.bool_),
+        has_odd_alpha=np.array([is_odd for _, _, (_, is_odd), *_ in rows], dtype=np.bool_),
         unread=tuple(unread),
     )
 

@@ -9,16 +9,15 @@ groups of some megabytes are the quickest to read in random order.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from onefold.data.dataset_info import Split
+from onefold.data.columns import MultiLabel, cell_text, class_rank, file_rank, is_number_column, is_split_column
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.tables import class_rank, file_rank, is_number_column, is_split_column, read_splits, split_word
 from onefold.errors import BadData, MissingExtra
 from onefold.storage import parse_json
 
@@ -40,15 +39,21 @@ class ParquetImages:
         try:
             self._file = pq.ParquetFile(path)
             schema = self._file.schema_arrow
-            self._image, self._label, self._split = self._columns(schema)
+            self._image, self._label, self.split_column = self._columns(schema)
             self.classes = _class_names(schema, self._label)
             labels: list[Any] = self._file.read([self._label]).column(0).to_pylist()
-            self._splits = self._file.read([self._split]).column(0).to_pylist() if self._split else None
+            splits = self._file.read([self.split_column]).column(0).to_pylist() if self.split_column else []
         except BadData:
             raise
         except Exception as error:  # pyarrow's errors have no common root but Exception
             raise BadData(f"cannot read {printable(path)}: {_first_line(error)}") from error
-        if bad := [x for x in labels if isinstance(x, bool) or not isinstance(x, int | str | None)]:
+        self.split_values = [cell_text(value) for value in splits]
+        labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
+        if several := [label for label in labels if isinstance(label, list) and label]:
+            raise MultiLabel(printable(path), f"the column {self._label} holds {several[0]!r} of one image")
+        labels = [cell_text(label) if isinstance(label, bool) else label for label in labels]
+        labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
+        if bad := [label for label in labels if not isinstance(label, int | str | None)]:
             raise BadData(f"{printable(path)}: the column {self._label} holds {bad[0]!r}: expected a number or a name")
         self.labels: list[int | str | None] = [None if label == -1 else label for label in labels]
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
@@ -57,19 +62,6 @@ class ParquetImages:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def rows_by_split(self, split: Split | None) -> dict[Split | None, list[int]]:
-        """Number the rows of each split: of `split` all, without one as the column says that tells the split."""
-        splits = None
-        if split is None and self._splits is not None:
-            values = ["" if value is None else split_word(self._split or "", str(value)) for value in self._splits]
-            splits = read_splits(values, f"{printable(self.path)}: the column {printable(self._split or '')}")
-            if splits is None:
-                self.notes.append(f"the column {self._split} is not used: it has no words for splits")
-        rows: dict[Split | None, list[int]] = defaultdict(list)
-        for row in range(len(self)):
-            rows[splits[row] if splits else split].append(row)
-        return rows
 
     def select(self, rows: Sequence[int]) -> ParquetImages:
         """Give some of the images; the file and what is kept of it are shared."""

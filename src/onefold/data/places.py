@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onefold.data.columns import MultiLabel
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import ARCHIVE_SUFFIXES, printable
 from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, list_folder, no_images
@@ -87,7 +88,7 @@ def _read_folder(place: Path) -> PlaceImages:
         return _sharded_folder(place, listing, shards)
     if not listing.images:
         raise no_images(place, listing)
-    tables, problems = _tables(place, listing)
+    tables, problems, several = _tables(place, listing)
     by_folder: dict[str, list[Table]] = defaultdict(list)
     for table in tables:
         if _is_split_folder(folder := table.path.rpartition("/")[0]):
@@ -112,6 +113,8 @@ def _read_folder(place: Path) -> PlaceImages:
         return _foldered(place, listing, arrangement, inner, problems)
     if shards and (problem is None or isinstance(problem, NoClassFolders)):
         return _sharded_folder(place, listing, shards)
+    if isinstance(problem, NoClassFolders) and several:
+        raise several
     if isinstance(problem, NoClassFolders) and problems:
         raise NoClassFolders(f"{problem}; {problems[0]}") from problem
     assert problem is not None
@@ -217,23 +220,25 @@ def _files_left_out(listing: Listing, tables: Iterable[Table]) -> list[LeftOut]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str]]:
-    """Read the tables of labels in a folder; gives them, and why others cannot be used.
+def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], MultiLabel | None]:
+    """Read the tables of labels in a folder; gives them, why others cannot be used, and the error of a multi-label one.
 
     Raises BadData where a labels.csv cannot be used.
     """
     names = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
     names = [name for name in names if name.count("/") <= _TABLE_DEPTH and "submission" not in name.lower()]
     images, tables, problems = ImageIndex(place, listing.images), [], []
+    several = None
     for name in sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES]:
         try:
             tables.append(read_table(place, name, images))
         except BadData as error:
             if name.rpartition("/")[2].lower() == _LABELS:
                 raise
+            several = error if isinstance(error, MultiLabel) else several
             if not isinstance(error, NotATable):
                 problems.append(f"{printable(name)} is not used: {error}")
-    return tables, problems
+    return tables, problems, several
 
 
 def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:

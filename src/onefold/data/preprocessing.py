@@ -32,6 +32,9 @@ FILTERS: dict[Interpolation, Image.Resampling] = {
 ValueRange = tuple[float, float]
 """The stored values that become 0 and 255, where samples have more than 8 bits."""
 
+FULL_RANGE: ValueRange = (0, 65535)
+"""What 16-bit samples have without a measured range."""
+
 _MAX_ASPECT_RATIO = 16  # of a picture that is resized whole
 
 
@@ -65,7 +68,17 @@ class Preprocessing:
             raise BadArgument(f"preprocessing.std is {self.std}, expected numbers above 0")
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """Resize, crop and normalise an RGB picture of any size: float32 (C, H, W)."""
+        """Resize, crop and normalise an RGB picture of any size: float32 (C, H, W).
+
+        One with samples of more than 8 bits is mapped by the value range first. Raises BadArgument for one of floats or
+        32 bits where there is none.
+        """
+        if image.mode.startswith(("I", "F")):
+            if self.value_range is None and image.mode in ("I", "F"):
+                raise BadArgument(
+                    f"an image of mode {image.mode} has samples whose range is not known: set preprocessing.value_range"
+                )
+            image = Image.fromarray(scaled(np.asarray(image), self.value_range or FULL_RANGE)).convert("RGB")
         return self.normalise(self.crop(image))
 
     def crop(self, image: Image.Image) -> Image.Image:
@@ -122,6 +135,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Give the middle size x size pixels; neither side may be shorter than `size`."""
     left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
+
+
+def scaled(samples: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
+    """Map low to 0 and high to 255, rounded and clipped; what is no number becomes 0."""
+    low, high = value_range
+    levels = (samples.astype(np.float32 if samples.dtype.itemsize == 2 else np.float64) - low) * (255 / (high - low))
+    return np.rint(np.clip(np.nan_to_num(levels, nan=0.0), 0, 255)).astype(np.uint8)
 
 
 @lru_cache(maxsize=64)

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onefold.data.columns import MultiLabel, plain_numbers, read_split_column, several_classes
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, LeftOut, Split
 from onefold.data.decode import decode, decode_crop, printable, read_samples
@@ -192,10 +193,10 @@ def read_shards(
     for split, paths in shards.items():
         sources[split] = join_names(["/".join(path.split("/")[-shown_parts:]) for path in paths], 3)
         if parquet:
-            for file in (ParquetImages(Path(place)) for place in paths):
-                for inner, rows in file.rows_by_split(split).items():
-                    files[inner].append(file.select(rows))
-                notes += file.notes
+            opened = [ParquetImages(Path(place)) for place in paths]
+            for inner, parts in _parquet_by_split(opened, split, shown, notes).items():
+                files[inner] += parts
+            notes += [note for file in opened for note in file.notes]
         else:
             blobs = [open_blob(place) for place in paths]
             indexes = [read_tar_index(blob) for blob in blobs]
@@ -210,13 +211,18 @@ def read_shards(
         ]
         labels["test"] = [label for label in labels["test"] if label is not None]
     labels = {split: those for split, those in labels.items() if those}
+    names = sorted({label for those in labels.values() for label in those if isinstance(label, str)})
+    if separator := several_classes(names):
+        both = next(name for name in names if separator in name)
+        raise MultiLabel(shown, f"{printable(both)} is of one image")
+    forms = dict(zip(names, plain_numbers(names), strict=True))
     numbered = _numbered([file for those in files.values() for file in those])
     return (
         [
             SplitImages(
                 split=split,
                 source=sources.get(split) or f"{join_names(list(sources.values()), 3)} ({split} inside)",
-                labels=_names(those, numbered),
+                labels=_names(those, numbered, forms),
                 numbered=numbered,
                 open=partial(_sharded_images, files[split]),
             )
@@ -225,6 +231,26 @@ def read_shards(
         left_out,
         notes,
     )
+
+
+def _parquet_by_split(
+    files: Sequence[ParquetImages], split: Split | None, shown: str, notes: list[str]
+) -> dict[Split | None, list[ParquetImages]]:
+    """Divide the images of Parquet files: of `split` all, without one as their column says that tells the split."""
+    columns = {file.split_column for file in files}
+    splits: Sequence[Split | None] | None = None
+    if split is None and len(columns) == 1 and (column := columns.pop()):  # of all files, since each may have one value
+        splits = read_split_column(column, [value for file in files for value in file.split_values], shown, notes)
+    found: dict[Split | None, list[ParquetImages]] = defaultdict(list)
+    start = 0
+    for file in files:
+        rows: dict[Split | None, list[int]] = defaultdict(list)
+        for row in range(len(file)):
+            rows[splits[start + row] if splits else split].append(row)
+        for inner, those in rows.items():
+            found[inner].append(file.select(those))
+        start += len(file)
+    return found
 
 
 def _sharded_images(
@@ -251,7 +277,7 @@ def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | N
     return schema_names or tuple(map(str, range(max(numbers, default=-1) + 1)))
 
 
-def _names(labels: Sequence[int | str | None], numbered: tuple[str, ...] | None) -> list[str]:
+def _names(labels: Sequence[int | str | None], numbered: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
     if numbered is None:
-        return [unicodedata.normalize("NFC", str(label)) for label in labels]
+        return [unicodedata.normalize("NFC", forms.get(str(label), str(label))) for label in labels]
     return [numbered[label] for label in labels if isinstance(label, int)]

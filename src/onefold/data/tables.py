@@ -11,7 +11,8 @@
 
 Case, blanks and underscores do not count. Of several columns for the image that one counts by which images are found.
 A cell names an image by its path relative to the table, by the end of its path in any folder, or so without its suffix.
-Values are separated by commas, semicolons, tabs or bars. A table without a line of names has an image and its class.
+Values are separated by commas, semicolons, tabs or bars, or as a first line of Excel says (`sep=;`). A table without
+a line of names has an image and its class. An image has one class: where images have several, the table is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +27,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from onefold.data.columns import (
+    FLAGS,
+    MultiLabel,
+    cell_text,
+    class_rank,
+    file_rank,
+    is_number_column,
+    is_split_column,
+    plain_numbers,
+    read_split_column,
+    several_classes,
+)
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.splits import read_weak, split_name, words_of
+from onefold.data.splits import split_name
 from onefold.errors import BadData
 from onefold.storage import parse_json, read_text
 
@@ -38,26 +51,8 @@ MAX_CLASSES = 1_000_000
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of files that may be a table of labels."""
 
-_FILE_WORDS = {
-    **dict.fromkeys(("file", "files", "filename", "filenames", "filepath", "filepaths", "path", "paths"), 0),
-    **dict.fromkeys(
-        ("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "jpg", "png"), 1
-    ),
-    **dict.fromkeys(("id", "ids", "uid", "uuid", "key"), 2),
-    "name": 3,
-}
-_CLASS_WORDS = {
-    **dict.fromkeys(("label", "labels"), 0),
-    **dict.fromkeys(("class", "classes", "cls"), 1),
-    **dict.fromkeys(("category", "categories"), 2),
-    **dict.fromkeys(("target", "targets"), 3),
-    **dict.fromkeys(("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "y"), 4),
-}
-_NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
-_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
-_SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
-_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _SEPARATORS = ",;\t|"
+_EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
 _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
 
@@ -80,66 +75,6 @@ class Table:
     numbered: tuple[str, ...] | None
     splits: tuple[Split, ...] | None
     notes: tuple[str, ...]
-
-
-# ---------------------------------------------------------------------------------------------- columns
-
-
-def file_rank(column: str) -> int | None:
-    """Give how surely a column names images, 0 the most; None where it does not."""
-    words = [word for word in words_of(column) if not word.isdigit()]
-    return min(_FILE_WORDS[word] for word in words) if words and set(words) <= set(_FILE_WORDS) else None
-
-
-def class_rank(column: str) -> int | None:
-    """Give how surely a column names classes, 0 the most; None where it does not, or numbers them."""
-    words = words_of(column)
-    ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
-    rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
-    return min(ranks) if ranks and not rest else None
-
-
-def is_number_column(column: str) -> bool:
-    """Whether a column numbers classes: index, class_id, label_idx and the like."""
-    words = set(words_of(column))
-    if words == {"index"}:
-        return True
-    return bool(words & set(_CLASS_WORDS)) and bool(words & _NUMBER_WORDS) and words <= {*_CLASS_WORDS, *_NUMBER_WORDS}
-
-
-def is_split_column(column: str) -> bool:
-    """Whether a column may say the split of an image: by a word, or (is_valid, is_train) by true and false."""
-    return " ".join(words_of(column)) in _SPLIT_COLUMNS or _flagged(column) is not None
-
-
-def split_word(column: str, value: str) -> str:
-    """Give the word that a value of a split column stands for: of is_valid, true is val and false train.
-
-    What is not train is test, since test chooses nothing.
-    """
-    split, flag = _flagged(column), _FLAGS.get(value.lower())
-    if split is None or flag is None:
-        return value
-    return split if flag else "test" if split == "train" else "train"
-
-
-def _flagged(column: str) -> Split | None:
-    """Give the split that a column is true for: is_valid, is_train and the like."""
-    words = words_of(column)
-    said = split_name(" ".join(words[1:])) if words[:1] == ["is"] else None
-    return said.split if said and not said.stem else None
-
-
-def read_splits(values: Sequence[str], where: str) -> tuple[Split, ...] | None:
-    """Read the column of splits; None where no value is a word for a split. BadData where only some of them are."""
-    known = {value: split_name(value) for value in set(values)}
-    if not any(known.values()):
-        return None
-    if unknown := sorted(value for value, said in known.items() if said is None):
-        quoted = join_names([repr(value) for value in unknown])
-        raise BadData(f"{where} says {quoted}: expected words for splits, such as train, val and test")
-    strong = any(said.split == "val" and not said.is_weak for said in known.values() if said)
-    return tuple(read_weak(said, strong) for value in values if (said := known[value]))
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -169,18 +104,9 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
     notes: list[str] = []
-    splits, split_column = None, None
+    splits = None
     for name in split_columns:
-        values = [split_word(name, value) for value in cells[name]]
-        if len(set(values)) > 1 or not _flagged(name):
-            splits = read_splits(values, f"{shown}: the column {printable(name)}")
-        if splits:
-            split_column = name
-            break
-        seen = join_names(sorted(set(cells[name]) - {""}), 3)
-        notes.append(
-            f"{path}: the column {printable(name)} ({seen or 'empty'}) is not used: it has no words for splits"
-        )
+        splits = splits or read_split_column(name, cells[name], shown, notes)
     files = images.find_all(path, cells[file_column], lines, shown)
     label_column = _label_column(shown, cells, class_columns)
     if label_column and not number_columns and all(map(str.isdecimal, cells[label_column])):
@@ -192,16 +118,16 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
                 break
     number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
     if label_column is None and number_column is None:
-        rest = [name for name in cells if name not in (file_column, split_column, *file_columns)]
+        rest = [name for name in cells if name not in (*split_columns, *file_columns)]
         labels, numbered = _one_hot(shown, cells, rest, lines, expected, columns)
     else:
         for i, line in enumerate(lines):
             if not cells[file_column][i] or not any(cells[n][i] for n in (label_column, number_column) if n):
                 raise BadData(f"{shown}, line {line}: expected a file and its class")
-        labels = [unicodedata.normalize("NFC", text) for text in _whole(cells[label_column])] if label_column else []
+        labels = _labels(shown, label_column, cells[label_column], lines, notes) if label_column else []
         numbered = None
         if number_column is not None:
-            numbers = [_number(shown, lines[i], text) for i, text in enumerate(_whole(cells[number_column]))]
+            numbers = [_number(shown, lines[i], text) for i, text in enumerate(plain_numbers(cells[number_column]))]
             numbered = _names_by_number(shown, lines, numbers, labels)
             labels = [numbered[number] for number in numbers]
     if any("\udc80" <= c <= "\udcff" for label in {*labels} for c in label):
@@ -225,9 +151,12 @@ def _read_rows(file: Path, path: str, images: ImageIndex) -> tuple[list[str], li
     text, shown = read_text(file), printable(file)
     if file.suffix.lower() == ".jsonl":
         return _json_rows(text, shown)
-    first = next((line for line in text.split("\n") if line.strip()), "")
-    separator = max(_SEPARATORS, key=first.count)
-    reader = csv.reader(text.split("\n"), delimiter=separator, skipinitialspace=True)
+    text_lines = text.split("\n")
+    at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
+    if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
+        text_lines[at] = ""
+    separator = by_excel[1] if by_excel else max(_SEPARATORS, key=first.count)
+    reader = csv.reader(text_lines, delimiter=separator, skipinitialspace=separator != " ")
     rows, lines, start = [], [], 1
     try:
         for row in reader:
@@ -258,17 +187,21 @@ def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[
             records.append(record)
             lines.append(number)
     columns = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[_cell(record.get(key)) for key in columns] for record in records]
+    rows = [[cell_text(record.get(key)) for key in columns] for record in records]
     return columns, rows, lines
 
 
-def _cell(value: object) -> str:
-    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-
-
-def _whole(values: Sequence[str]) -> Sequence[str]:
-    """Write 3.0 as 3 where all values are such numbers: what a column of integers becomes where one was missing."""
-    return [v.partition(".")[0] for v in values] if all(re.fullmatch(r"\d+\.0+", v) for v in values) else values
+def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:
+    """Give the class of each row by name. Raises MultiLabel where cells name several classes."""
+    if separator := several_classes(set(cells)):
+        i = next(i for i, cell in enumerate(cells) if separator in cell)
+        both = " and ".join(printable(part.strip()) for part in cells[i].split(separator)[:3])
+        raise MultiLabel(f"{shown}, line {lines[i]}", f"the column {printable(column)} names {both} of one image")
+    plain = plain_numbers(cells)
+    if len(set(plain)) < len(set(cells)):
+        forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
+        notes.append(f"{shown}: numbers in several forms are one class each: {forms} are whole numbers too")
+    return [unicodedata.normalize("NFC", text) for text in plain]
 
 
 def _partition(values: Sequence[str]) -> list[int]:
@@ -333,14 +266,16 @@ def _one_hot(
     columns: Sequence[str],
 ) -> tuple[list[str], None]:
     """Read one column a class, 1 where an image is of it."""
-    names = [name for name in names if all(cell.lower() in _FLAGS for cell in cells[name])]
+    names = [name for name in names if all(cell.lower() in FLAGS for cell in cells[name])]
     if len(names) < 2:
         raise NotATable(f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}")
     labels = []
     for i, line in enumerate(lines):
-        ones = [name for name in names if _FLAGS[cells[name][i].lower()]]
-        if len(ones) != 1:
-            raise BadData(f"{shown}, line {line} has {len(ones)} classes: expected one class an image")
+        ones = [name for name in names if FLAGS[cells[name][i].lower()]]
+        if len(ones) > 1:
+            raise MultiLabel(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
+        if not ones:
+            raise BadData(f"{shown}, line {line} has no 1 in any column of a class: expected one class an image")
         labels.append(unicodedata.normalize("NFC", ones[0]))
     return labels, None
 
@@ -351,7 +286,8 @@ def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequen
     for i, file in enumerate(files):
         j = first.setdefault(file, i)
         if labels[i] != labels[j]:
-            raise BadData(f"{shown} lists {printable(file)} twice, in lines {lines[j]} and {lines[i]}")
+            both = f"{printable(labels[j])} in line {lines[j]} and {printable(labels[i])} in line {lines[i]}"
+            raise MultiLabel(shown, f"{printable(file)} is {both}")
     if len(first) < len(files):
         notes.append(f"{shown}: {len(files) - len(first)} lines list an image again with the same class")
     return sorted(first.values())

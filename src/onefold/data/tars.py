@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from onefold.checksums import read_sealed_text, write_sealed_text
+from onefold.data.columns import MultiLabel, cell_text, class_rank, is_number_column, is_split_column, split_word
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASKS, left_out_as, left_out_reason, masks_beside, printable
 from onefold.data.folders import Folder, folder_tree, join_names
@@ -35,7 +36,6 @@ from onefold.data.splits import (
     split_name,
     splits_of_folders,
 )
-from onefold.data.tables import class_rank, is_number_column, is_split_column, split_word
 from onefold.errors import BadData, NotWritable
 from onefold.storage import cache_folder, parse_json
 
@@ -280,13 +280,18 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
         record = parsed if isinstance(parsed, dict) else {}
         columns = sorted((key for key in record if class_rank(key) is not None), key=lambda key: class_rank(key) or 0)
         columns += [key for key in record if is_number_column(key)]
-        said = next((split_name(split_word(key, str(record[key]))) for key in record if is_split_column(key)), None)
+        said = next(
+            (split_name(split_word(key, cell_text(record[key]))) for key in record if is_split_column(key)), None
+        )
         split = said.split if said else None
         if not columns:
             return None, split
         value = record[columns[0]]
+        if isinstance(value, list) and len(value) > 1:
+            raise MultiLabel(f"{blob.name}: {printable(name)}", f"{columns[0]} holds {value!r:.80}")
+        value = cell_text(value) if isinstance(value, list | bool) else value
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "" or value == -1:
+    if not isinstance(value, int | str) or value == "" or value == -1:
         raise BadData(f"{blob.name}: expected in {printable(name)} a class: a number, a name, or an object with label")
     return value, split

@@ -26,12 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.ImageFile import ImageFile
 
-from onefold.data.preprocessing import ValueRange
+from onefold.data.preprocessing import FULL_RANGE, ValueRange
 from onefold.errors import BadData
 
 MAX_MEASURED = 200
-FULL_RANGE: ValueRange = (0, 65535)
-"""What 16-bit samples have without a measured range."""
 
 _BITS = (8, 10, 12, 14, 16)
 _FLOAT_RANGES: tuple[ValueRange, ...] = ((0, 1), (0, 255))
@@ -156,10 +154,3 @@ def deep_samples(image: ImageFile) -> NDArray[Any] | None:
     again.load()
     high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
     return 256 * high + low
-
-
-def scaled(samples: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
-    """Map low to 0 and high to 255, rounded and clipped; what is no number becomes 0."""
-    low, high = value_range
-    levels = (samples.astype(np.float32 if samples.dtype.itemsize == 2 else np.float64) - low) * (255 / (high - low))
-    return np.rint(np.clip(np.nan_to_num(levels, nan=0.0), 0, 255)).astype(np.uint8)

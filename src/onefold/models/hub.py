@@ -29,9 +29,10 @@ from onefold.models.load_weights import (
     load_into_,
     read_weights,
 )
-from onefold.models.restricted_unpickler import Placeholder
+from onefold.models.restricted_unpickler import Placeholder, objects
+from onefold.models.safe_load import NO_WEIGHTS
+from onefold.models.weights_file import MMENGINE, config_licence, config_preprocessing, hub_config, hub_readme
 from onefold.models.weights_file import Card as Card
-from onefold.models.weights_file import config_licence, config_preprocessing, hub_config, hub_readme
 from onefold.models.weights_file import read_card as read_card
 from onefold.models.weights_file import save_weights as save_weights
 from onefold.storage import read_json, write_text
@@ -160,7 +161,12 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
         card = weights.card
         return card if kept else replace(card, num_classes=num_classes, classes=None, source=source)
     default = CATALOGUE[name].input
-    stated = config_preprocessing(file.config or _in_checkpoint(weights.extras), default)
+    stated = config_preprocessing(file.config, default)
+    stated = stated or config_preprocessing(_in_checkpoint(weights.extras), default)
+    remarks: list[str] = []
+    classes = (weights.classes or class_names_in(file.config, num_classes, remarks)) if kept else None
+    for remark in () if quiet else remarks:
+        _log.info("the config beside %s: %s", file.source, remark)
     preprocessing = {**default, "channels": weights.in_chans, **stated}
     if not stated and not quiet:
         shown = ", ".join(f"{key} {value}" for key, value in default.items() if key != "channels")
@@ -169,7 +175,7 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
         model=name,
         num_classes=num_classes,
         in_chans=weights.in_chans,
-        classes=(weights.classes or class_names_in(file.config, num_classes)) if kept else None,
+        classes=classes,
         preprocessing=preprocessing,
         fused=fused,
         licence=file.licence,
@@ -178,7 +184,15 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
 
 
 def _in_checkpoint(extras: Mapping[str, object]) -> dict[str, Any]:
-    """What a trainer's own arguments in a checkpoint say of preprocessing, under the names of timm's config."""
+    """What a trainer's arguments or configuration in a checkpoint say of preprocessing, as keys of a config.json."""
+    for found in objects({key: extras[key] for key in extras if not NO_WEIGHTS.search(str(key))}):
+        values = found.values if isinstance(found, Placeholder) else found
+        for key, inner in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(inner, str) and MMENGINE.search(inner[:MAX_CONFIG]):
+                return {"data_preprocessor": inner[:MAX_CONFIG]}  # mmengine keeps its configuration as Python's text
+            inner = inner.values if isinstance(inner, Placeholder) else inner
+            if key in ("data_preprocessor", "img_norm_cfg") and isinstance(inner, Mapping):
+                return {"data_preprocessor": inner}
     for key in ("args", "config", "hyper_parameters", "hparams", "opt"):
         given = extras.get(key)
         table = given.values if isinstance(given, Placeholder) else given

@@ -198,6 +198,9 @@ def verify(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> 
 
 
 _OF_BYTES = 2.0  # what the mean and deviation of values 0 to 1 are below, also under a factor of their own
+MMENGINE = re.compile(r"\b(?:data_preprocessor|img_norm_cfg)['\"]?\s*[=:]")
+"""How mmengine's and older configurations name what normalizes images, in a text of Python."""
+_MMENGINE_PART, _MMENGINE_PIPELINE = 2000, 4000  # characters that are looked at
 _MAX_SIDE = 4096  # pixels; a forged size could ask for any amount of memory
 
 
@@ -205,10 +208,16 @@ def config_preprocessing(config: Mapping[str, Any], default: Mapping[str, Any]) 
     """The keys of `Preprocessing` that a config states, as far as their values are valid; what is not is logged.
 
     They are those of timm's pretrained_cfg (older files have its keys themselves), else of transformers'
-    preprocessor_config.json. What neither says is as in `default`.
+    preprocessor_config.json, or mmengine's data_preprocessor. What none of them says is as in `default`.
     """
     timm = config.get("pretrained_cfg") or (config if {"input_size", "mean", "std"} & config.keys() else None)
-    stated = _of_timm(timm) if isinstance(timm, Mapping) else _of_transformers(config, default)
+    model = config.get("model")
+    inner = model.get("data_preprocessor") if isinstance(model, Mapping) else None
+    mmengine = config.get("data_preprocessor", config.get("img_norm_cfg", inner))
+    if isinstance(timm, Mapping):
+        stated = _of_timm(timm)
+    else:
+        stated = _of_transformers(config, default) if mmengine is None else _of_mmengine(mmengine)
     scaled = {key: stated[key] for key in ("mean", "std") if _is_valid(key, stated.get(key))}
     if len(scaled) == 2 and all(max(values) > _OF_BYTES for values in scaled.values()):
         _log.info("the weights' config states mean and std of values 0 to 255; here they are divided by 255")
@@ -287,6 +296,38 @@ def _of_transformers(config: Mapping[str, Any], default: Mapping[str, Any]) -> d
         stated |= {
             key: v * channels if isinstance(v, list) and len(v) == 1 else v for key, v in (("mean", mean), ("std", std))
         }
+    return stated
+
+
+def _of_mmengine(given: object) -> dict[str, Any]:
+    """What mmengine's data_preprocessor states: as a mapping, or in the text of a whole configuration.
+
+    A text is only searched: for the numbers of `mean` and `std`, and the sides of the test pipeline's resize and crop.
+    """
+    stated: dict[str, Any] = {}
+    is_rgb: object = False
+    if isinstance(given, Mapping):
+        stated = {key: given[key] for key in ("mean", "std") if given.get(key) is not None}
+        is_rgb = given.get("to_rgb") or given.get("bgr_to_rgb")
+    elif isinstance(given, str):
+        parts = [given[at.end() : at.end() + _MMENGINE_PART] for at in MMENGINE.finditer(given)]
+        part = next((part for part in parts if re.search(r"\bmean\b", part)), "")
+        for key in ("mean", "std"):
+            numbers = re.search(rf"\b{key}['\"]?\s*[=:]\s*[\[(]([-+\d.eE,\s]+)[\])]", part)
+            with suppress(ValueError):
+                stated |= {key: [float(v) for v in numbers[1].split(",") if v.strip()]} if numbers else {}
+        is_rgb = re.search(r"\b(?:bgr_)?to_rgb['\"]?\s*[=:]\s*True", part)
+        pipeline = given[given.find("test_pipeline") :][:_MMENGINE_PIPELINE] if "test_pipeline" in given else ""
+        steps = re.findall(r"dict\(((?:[^()]|\([^()]*\))*)\)", pipeline)
+        sides = [
+            next((int(side[1]) for step in steps if kind in step and (side := re.search(pattern, step))), None)
+            for kind, pattern in (("Resize", r"\b(?:scale|size)=[\[(]?(\d+)"), ("CenterCrop", r"crop_size=[\[(]?(\d+)"))
+        ]
+        resized, cropped = sides
+        if cropped or resized:
+            stated |= {"size": cropped or resized, "crop_pct": cropped / resized if cropped and resized else 1.0}
+    if stated and not is_rgb:
+        _log.info("the weights' config gives the channels in the order BGR; here they are RGB: its answers may differ")
     return stated
 
 

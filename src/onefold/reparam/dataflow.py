@@ -57,13 +57,38 @@ def tensors_of(output: object) -> Iterator[Tensor]:
 
 
 def copy_of(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
-    """A deep copy; also of a network that keeps a tensor computed in its last forward, as old `weight_norm` does."""
+    """A deep copy; also of a network that keeps a tensor computed in its last forward, as old `weight_norm` does.
+
+    Raises TypeError, with the name of what hinders it, where a part of the network cannot be copied.
+    """
     memo = {} if memo is None else memo
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # an object may raise anything where it is copied
+        raise TypeError(_why_no_copy(model, error)) from error
+
+
+def _why_no_copy(model: nn.Module, error: Exception) -> str:
+    """Name the attributes, in whatever part of the network, that cannot be copied."""
+    found = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            inner = value.items() if name in ("_parameters", "_buffers", *HOOKS) else [(name, value)]
+            for key, each in inner if name != "_modules" else ():
+                try:
+                    copy.deepcopy(each)
+                except Exception:
+                    of = f"layer {path!r}" if path else "the network"
+                    found.append(f"{key!r} of {of}, a {type(each).__module__}.{type(each).__qualname__}")
+    what = "; ".join(found[:3]) or f"a {type(model).__qualname__}"
+    return (
+        f"the network cannot be copied, and fusing changes a copy: its attribute {what} ({error}). Set it to None "
+        "while it is fused, or give its class a __deepcopy__"
+    )
 
 
 def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -10,8 +10,8 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from onefold.runtimes.artifact import Artifact, read_manifest
 from onefold.storage import parse_json
 
 GATES = "gates.json"  # what each gate of a deployment found, beside its measurements
+ACCURACY = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured
 BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
 
 _LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
@@ -126,7 +127,8 @@ class Run:
 class Inputs:
     """Everything there is to report; `sources` names the result files, `notes` says what could not be used.
 
-    `failed_gates` has a sentence for each gate of a deployment that an artifact failed.
+    `failed_gates` has a sentence for each gate of a deployment that an artifact failed, `accuracies` the top-1 in
+    percent of what was evaluated, by its SHA-256.
     """
 
     runs: tuple[Run, ...] = ()
@@ -135,6 +137,7 @@ class Inputs:
     comparisons: tuple[Comparison, ...] = ()
     sources: tuple[str, ...] = ()
     failed_gates: tuple[str, ...] = ()
+    accuracies: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -144,13 +147,15 @@ class Inputs:
         return (*self.measurements, *compared)
 
     def top1_of(self, subject: Mapping[str, Any]) -> float | None:
-        """Return the accuracy of a measured subject in percent: its own, or that of the artifact with its SHA-256."""
+        """Return the accuracy of a measured subject in percent: its own, that of the artifact with its SHA-256, or the
+        one that was evaluated."""
         own = number(subject, "top1")
         if own is not None:
             return own
         digest = subject.get("sha256")
         same = (a for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()})
-        return next((top1 for a in same if (top1 := number(a.details, "top1")) is not None), None)
+        known = next((top1 for a in same if (top1 := number(a.details, "top1")) is not None), None)
+        return self.accuracies.get(str(digest)) if known is None else known
 
     def top1_of_artifact(self, artifact: Artifact) -> float | None:
         """Return the accuracy of an artifact in percent: its manifest's, or that of a measurement of the same bytes."""
@@ -159,11 +164,16 @@ class Inputs:
             return own
         digests = {stored.sha256 for stored in artifact.files.values()}
         same = (m.subject for m in self.all_measurements if m.subject.get("sha256") in digests)
-        return next((top1 for subject in same if (top1 := number(subject, "top1")) is not None), None)
+        known = next((top1 for subject in same if (top1 := number(subject, "top1")) is not None), None)
+        return next((self.accuracies[d] for d in digests if d in self.accuracies), None) if known is None else known
 
 
 def load_inputs(
-    runs: Sequence[Path], results: Sequence[Path], artifacts: Sequence[Path], gates: Sequence[Path] = ()
+    runs: Sequence[Path],
+    results: Sequence[Path],
+    artifacts: Sequence[Path],
+    gates: Sequence[Path] = (),
+    accuracies: Sequence[Path] = (),
 ) -> Inputs:
     """Read all of it; what cannot be read becomes a note."""
     notes: list[str] = []
@@ -191,6 +201,7 @@ def load_inputs(
         comparisons=tuple(comparisons),
         sources=tuple(one_line(path.name) for path in results),
         failed_gates=tuple(sentence for path in gates for sentence in _read_failed_gates(path, notes)),
+        accuracies={digest: top1 for path in accuracies for digest, top1 in _read_accuracies(path, notes)},
         notes=tuple(notes),
     )
 
@@ -366,6 +377,19 @@ def _probability(value: object) -> float | None:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]]:
+    entries = _parse(_read_text(path) or "")
+    mappings = {key: entry for key, entry in entries.items() if isinstance(entry, Mapping)}
+    known = {key: (top1, entry) for key, entry in mappings.items() if (top1 := number(entry, "top1")) is not None}
+    if len(known) < len(entries) or not entries:
+        notes.append(f"{one_line(path.name)} cannot be read, or not all of it: evaluate again.")
+    for digest, (top1, entry) in known.items():
+        if trained_on := number(entry, "top1_trained_on"):
+            of = f"{top1:.4g} % on {one_line(entry.get('top1_on'))}"
+            notes.append(f"The accuracy {of} flatters: {trained_on:.0f} of these images were trained on.")
+        yield digest, top1
 
 
 def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:

@@ -52,9 +52,10 @@ def write_report(
     results: Sequence[Path] = (),
     artifacts: Sequence[Path] = (),
     gates: Sequence[Path] = (),
+    accuracies: Sequence[Path] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page about run folders, result files (JSON lines), artifact folders and gates.json files to `path`.
+    """Write the page about run folders, result files (JSON lines), artifact folders, and files of gates and accuracies.
 
     The same inputs give the same bytes. What is missing or damaged is said on the page, after `notes`. Raises BadData
     where nothing at all is given, BadArgument where `path` is a folder, MissingExtra without matplotlib, NotWritable.
@@ -64,7 +65,7 @@ def write_report(
     if Path(path).is_dir():
         raise BadArgument(f"{path} is a folder: give the name of the page to write, as in {Path(path) / 'report.html'}")
     require_matplotlib()
-    write_text(Path(path), render(aggregate_inputs(load_inputs(runs, results, artifacts, gates)), notes))
+    write_text(Path(path), render(aggregate_inputs(load_inputs(runs, results, artifacts, gates, accuracies)), notes))
 
 
 def render(data: ReportData, notes: Sequence[str] = ()) -> str:

@@ -220,9 +220,10 @@ def _limits(artifact: Artifact, preprocessing: PreprocessingSpec | None) -> list
         "Hashes detect damage, not malice. Take models from people you trust.",
     ]
     if preprocessing is not None:
+        reads = "8-bit photos" + (" (that for Python: of more bits too)" if preprocessing.value_range else "")
         limits.insert(
             1,
-            "The code below reads 8-bit photos; onefold itself also 16-bit grey ones, and of strips longer "
+            f"The code below reads {reads}; onefold itself also 16-bit grey ones, and of strips longer "
             "than 16 times their width it keeps the middle.",
         )
     if artifact.precision == "int8":
@@ -247,13 +248,15 @@ def _usage(artifact: Artifact, preprocessing: PreprocessingSpec | None) -> list[
     if not chosen:
         return [("## Use", "`onefold predict FOLDER PHOTOS`, with the path of this folder.")]
     instruction = "Run it in this folder, with the path of a photo. It prints the top class and its probability."
-    return [
-        (
-            f"## {PLATFORMS[name]}",
-            f"{instruction}\n\n{render_code(artifact, name)}" if name == "python" else render_code(artifact, name),
+    before = dict.fromkeys(chosen, "") | {"python": f"{instruction}\n\n"}
+    if preprocessing is not None and preprocessing.value_range:
+        low, high = preprocessing.value_range
+        deep = (
+            f"This code takes 8-bit pictures and does not apply the network's value range, {low:g} to {high:g}: make "
+            "such pictures of samples with more than 8 bits first, as step 1 of Input says.\n\n"
         )
-        for name in chosen
-    ]
+        before |= {name: deep for name in chosen if name != "python"}
+    return [(f"## {PLATFORMS[name]}", before[name] + render_code(artifact, name)) for name in chosen]
 
 
 def _display_name(name: str, names: Mapping[str, str]) -> str:

@@ -1,0 +1,159 @@
+"""Columns: what a table, a Parquet file or a sample's JSON says of an image, by the columns' names and values.
+
+The names of columns are those of the table at the top of tables.py. Values are read alike in all three: numbers in any
+of their forms are one class, true and false are classes or splits, and several classes of one image are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from onefold.data.dataset_info import Split
+from onefold.data.decode import printable
+from onefold.data.folders import join_names
+from onefold.data.splits import read_weak, split_name, words_of
+from onefold.errors import BadData
+
+_FILE_WORDS = {
+    **dict.fromkeys(("file", "files", "filename", "filenames", "filepath", "filepaths", "path", "paths"), 0),
+    **dict.fromkeys(
+        ("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "jpg", "png"), 1
+    ),
+    **dict.fromkeys(("id", "ids", "uid", "uuid", "key"), 2),
+    "name": 3,
+}
+_CLASS_WORDS = {
+    **dict.fromkeys(("label", "labels"), 0),
+    **dict.fromkeys(("class", "classes", "cls"), 1),
+    **dict.fromkeys(("category", "categories"), 2),
+    **dict.fromkeys(("target", "targets"), 3),
+    **dict.fromkeys(("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "y"), 4),
+}
+_NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
+_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
+_SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
+FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
+_LISTED = "\0"  # between the values of a JSON list in one cell
+
+
+class MultiLabel(BadData):
+    """Images that have several classes each."""
+
+    def __init__(self, where: str, seen: str) -> None:
+        super().__init__(
+            f"{where}: {seen}. Images of several classes (multi-label) are not supported, each has one here: keep one "
+            "class an image, or train a network for each class (class, not_class)"
+        )
+
+
+def file_rank(column: str) -> int | None:
+    """Give how surely a column names images, 0 the most; None where it does not."""
+    words = [word for word in words_of(column) if not word.isdigit()]
+    return min(_FILE_WORDS[word] for word in words) if words and set(words) <= set(_FILE_WORDS) else None
+
+
+def class_rank(column: str) -> int | None:
+    """Give how surely a column names classes, 0 the most; None where it does not, or numbers them."""
+    words = words_of(column)
+    ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
+    rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
+    return min(ranks) if ranks and not rest else None
+
+
+def is_number_column(column: str) -> bool:
+    """Whether a column numbers classes: index, class_id, label_idx and the like."""
+    words = set(words_of(column))
+    if words == {"index"}:
+        return True
+    return bool(words & set(_CLASS_WORDS)) and bool(words & _NUMBER_WORDS) and words <= {*_CLASS_WORDS, *_NUMBER_WORDS}
+
+
+def is_split_column(column: str) -> bool:
+    """Whether a column may say the split of an image: by a word, or (is_valid, is_train) by true and false."""
+    return " ".join(words_of(column)) in _SPLIT_COLUMNS or _flagged(column) is not None
+
+
+def split_word(column: str, value: str) -> str:
+    """Give the word that a value of a split column stands for: of is_valid, true is val and false train.
+
+    What is not train is test, since test chooses nothing.
+    """
+    split, flag = _flagged(column), FLAGS.get(value.lower())
+    if split is None or flag is None:
+        return value
+    return split if flag else "test" if split == "train" else "train"
+
+
+def _flagged(column: str) -> Split | None:
+    """Give the split that a column is true for: is_valid, is_train and the like."""
+    words = words_of(column)
+    said = split_name(" ".join(words[1:])) if words[:1] == ["is"] else None
+    return said.split if said and not said.stem else None
+
+
+def read_split_column(column: str, cells: Sequence[str], shown: str, notes: list[str]) -> tuple[Split, ...] | None:
+    """Read a column of splits; None, with a note that says why, where it divides nothing or has no words for splits.
+
+    Raises BadData where only some of its values are words for splits.
+    """
+    values, where = [split_word(column, cell) for cell in cells], f"the column {printable(column)}"
+    seen = join_names(sorted(set(cells) - {""}), 3) or "empty"
+    if _flagged(column) and len(set(values)) == 1:
+        notes.append(f"{shown}: {where} is {seen} in all rows, so it divides nothing and is not used")
+        return None
+    known = {value: split_name(value) for value in set(values)}
+    if not any(known.values()):
+        notes.append(f"{shown}: {where} ({seen}) is not used: it has no words for splits")
+        return None
+    if unknown := sorted(value for value, said in known.items() if said is None):
+        quoted = join_names([repr(value) for value in unknown])
+        raise BadData(f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test")
+    strong = any(said.split == "val" and not said.is_weak for said in known.values() if said)
+    return tuple(read_weak(said, strong) for value in values if (said := known[value]))
+
+
+def cell_text(value: object) -> str:
+    """Write a value of JSON as a cell: true and false as JSON does, a list's values together, nothing for the rest."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return _LISTED.join(map(cell_text, value))
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def plain_numbers(values: Sequence[str]) -> Sequence[str]:
+    """Write whole numbers alike, 01 and 1.0 as 1, where all values are such and some have two forms, or a fraction.
+
+    Columns of integers become 3.0 where one is missing. Names such as 01 and 02, each in one form, stay as they are.
+    """
+    if not all(map(_WHOLE_NUMBER.fullmatch, values)):
+        return values
+    forms = {value: int(value.partition(".")[0]) for value in values}
+    if len(set(forms.values())) == len(forms) and not any("." in value for value in forms):
+        return values
+    return [str(forms[value]) for value in values]
+
+
+def several_classes(cells: Iterable[str]) -> str:
+    """Give the separator by which cells name several classes, as in cat|dog; "" where they name one each.
+
+    Bars and semicolons separate classes where one of them stands elsewhere too, alone or beside another. Names have
+    commas too (`tench, Tinca tinca`): they separate where that is so of all classes of most such cells, and one of them
+    stands alone.
+    """
+    cells = set(cells)
+    for separator in (_LISTED, "|", ";", ","):
+        joined = [{part.strip() for part in cell.split(separator)} for cell in cells if separator in cell]
+        joined = [parts for parts in joined if len(parts) > 1 and "" not in parts]
+        alone = {cell for cell in cells if separator not in cell}
+        frequency = Counter(part for parts in (*joined, *({cell} for cell in alone)) for part in parts)
+        repeated = [sum(frequency[part] > 1 for part in parts) for parts in joined]
+        whole = sum(count == len(parts) for count, parts in zip(repeated, joined, strict=True))
+        if separator == "," and not (2 * whole > len(joined) and any(parts & alone for parts in joined)):
+            continue
+        if joined and (separator == _LISTED or any(repeated)):
+            return separator
+    return ""
