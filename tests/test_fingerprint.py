@@ -10,13 +10,14 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from onefold.data import ImageFiles, open_dataset
 from onefold.data import fingerprint as fingerprints
 from onefold.data.dataset import Dataset, Subset
-from onefold.data.fingerprint import ImageList, TrainedOn, fingerprint, keys_of, trained_among
+from onefold.data.fingerprint import Copies, ImageList, TrainedOn, copies_among, fingerprint, keys_of, trained_among
 from onefold.data.remote import LocalFile, digest_bytes
 from onefold.data.tars import read_tar_index
 from onefold.errors import BadArgument, BadCheckpoint
@@ -28,6 +29,38 @@ def paint(root: Path, shade: int = 0, suffix: str = ".bmp", count: int = 4, side
         for i in range(count):
             Image.new("RGB", (side, side), (shade, i, ord(c))).save(root / c / f"{i}{suffix}")
     return open_dataset(root, "train", seed=0, val_fraction=0.0)
+
+
+def scenes(root: Path, numbers: range, base: int = 0) -> Dataset:
+    """Pictures of coarse noise, or, with a `base`, all like one picture."""
+    (root / "a").mkdir(parents=True, exist_ok=True)
+    for i in numbers:
+        draw = np.random.default_rng(i)
+        coarse = draw.integers(0, 256, (8, 8, 3)) // 8 + np.random.default_rng(base).integers(0, 224, (8, 8, 3))
+        coarse = coarse if base else draw.integers(0, 256, (8, 8, 3))
+        Image.fromarray(coarse.astype(np.uint8)).resize((96, 64)).save(root / "a" / f"{i}.png")
+    return ImageFiles(root, [f"a/{i}.png" for i in numbers], [0] * len(numbers), ("a",))
+
+
+def test_records_know_copies_by_their_pixels_where_pixels_tell(tmp_path: Path) -> None:
+    trained = scenes(tmp_path / "trained", range(40))
+    record = TrainedOn.of(keys_of(trained, "content"), "content").with_pixels(trained)
+    assert record.pixels.shape == (40, 2)
+    assert np.array_equal(TrainedOn.from_dict(json.loads(json.dumps(record.to_dict()))).pixels, record.pixels)
+    again = scenes(tmp_path / "again", range(30, 50))
+    for i in range(30, 50):
+        with Image.open(tmp_path / "again/a" / f"{i}.png") as image:
+            image.resize((72, 48)).save(tmp_path / "again/a" / f"{i}.png")
+    assert copies_among([record], again) == Copies(found=10, looked_at=20)
+    assert copies_among([record], trained) == Copies(found=0, looked_at=0)  # content knows them all
+    assert copies_among([replace(record, pixels=record.pixels[:0])], again) is None
+    old = {key: value for key, value in record.to_dict().items() if key != "pixels"}
+    assert len(TrainedOn.from_dict(old).pixels) == 0
+    for wrong in ("AAAA", 5, record.to_dict()["pixels"] * 500):
+        with pytest.raises(BadArgument, match="cannot be read"):
+            TrainedOn.from_dict({**old, "pixels": wrong})
+    alike = scenes(tmp_path / "alike", range(40), base=1)
+    assert len(record.with_pixels(alike).pixels) == 0
 
 
 @pytest.mark.parametrize("suffix", [".bmp", ".ppm", ".tif"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from conftest import shaken
-from onefold.reparam import Chain, Sum, UnfoldedWarning, drift, fuse, unfused_norms
+from onefold.reparam import Chain, Sum, UnfoldedWarning, dataflow, drift, fuse, unfused_norms
 
 X = torch.randn(2, 3, 13, 11, generator=torch.Generator().manual_seed(0))
 
@@ -339,3 +340,27 @@ def test_timm_models_fuse_with_the_same_answer(name, timm, seeded):
         assert drift(model.double(), fuse(model), x.double()) <= 1e-12
     assert unfused_norms(fused) == []
     assert not [w for w in caught if issubclass(w.category, UnfoldedWarning)]
+
+
+class Seen(nn.Sequential):
+    """Keeps the sizes and dtypes that it runs on."""
+
+    runs: ClassVar[list[tuple[tuple[int, ...], torch.dtype]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor:  # and not a trace of it
+            Seen.runs.append((tuple(x.shape), x.dtype))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("side", [64, 32])
+def test_a_network_without_blocks_is_run_once_and_its_proof_twice_on_fewer_pixels_if_that_is_costly(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataflow, "_COSTLY", 2 * 62 * 62 * 8 * 27 - (side == 32))
+    network = shaken(Seen(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    Seen.runs.clear()
+    assert unfused_norms(fuse(network)) == []
+    first = [((2, 3, 64, 64), torch.float32)] * (side == 32)
+    shape = (2, 3, side, side)
+    assert Seen.runs == [*first, (shape, torch.float32), (shape, torch.float64), (shape, torch.float64)]

@@ -147,6 +147,28 @@ def test_a_score_on_what_was_trained_on_says_so_in_its_line_and_its_row(
     assert (row["count"], row["trained_on"]) == (24, 0)
 
 
+def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixels(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In another format, of another quality, resized: no file is the same any more."""
+    again = tmp_path / "again"
+    for i, name in enumerate(sorted(names_of(open_dataset(home / "photos", "train", seed=1, val_fraction=0.25)))):
+        path = (again / name).with_suffix((".bmp", ".jpg", ".webp")[i % 3])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(home / "photos" / name) as image:
+            (image.resize((64, 64)) if i % 2 else image).save(path, quality=80)
+    paint(again, count=2, first=70)
+    for source in (home / "run", fused_file(home, tmp_path)):
+        words = ["eval", str(source), "--data", str(again), "--results", str(tmp_path), "--img-size", "32"]
+        assert main(words) == 0
+        said = capsys.readouterr()
+        assert "22 images, 18 of them are by their pixels copies of trained ones (saved again, resized)" in said.out
+        assert "known by their files only" not in said.err
+        assert main([*words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["copies_of_trained"] == 18
+    assert {entry["top1_trained_on"] for entry in json.loads((tmp_path / ACCURACY).read_text()).values()} == {18}
+
+
 def test_a_split_of_the_place_counts_and_test_is_scored_beside_val(home: Path, tmp_path: Path) -> None:
     for number, split in enumerate(("train", "val", "test")):
         paint(tmp_path / split, count=3, first=10 * number)

@@ -229,9 +229,9 @@ def evaluate(
 
     Without --data a run is evaluated on the val and the test of its own data, and the predictions for val are kept for
     `report`. Of a place with val or test those are used; of one without, all images but those that the network was
-    trained on. Where images that were trained on are scored, the line says how many. ImageNet-A,
-    -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a real.json
-    beside val/.
+    trained on. Where images that were trained on are scored, or copies of them by their pixels, the line says how many.
+    ImageNet-A, -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a
+    real.json beside val/.
     """
     from onefold.commands.evaluate import evaluate as evaluate_source
 

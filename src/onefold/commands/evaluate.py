@@ -29,6 +29,7 @@ from onefold.commands.predict import say_mismatch
 from onefold.commands.run_recipe import RECIPE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
+from onefold.data.fingerprint import Copies, copies_among
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
@@ -66,7 +67,7 @@ class EvalResult:
     """The accuracy on one set of a suite; `extra` has the metrics that only this kind of data has, in percent.
 
     `images` are those that were scored, without the `unreadable` ones. So many of them were `trained_on`, and so many
-    calibrated the int8 model; None where that is not known.
+    calibrated the int8 model; None where that is not known. `copies` of trained ones are known by their pixels.
     """
 
     data: str
@@ -75,6 +76,7 @@ class EvalResult:
     unreadable: int = 0
     trained_on: int | None = None
     calibrated_on: int | None = None
+    copies: Copies | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class EvalResult:
         plain |= {"top1_interval": list(score.interval), **self.extra, "trained_on": self.trained_on}
         plain |= {"unreadable": self.unreadable} if self.unreadable else {}
         plain |= {"calibrated_on": self.calibrated_on} if self.calibrated_on else {}
+        plain |= {"copies_of_trained": self.copies.found} if self.copies else {}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
     def __str__(self) -> str:
@@ -91,7 +94,11 @@ class EvalResult:
         score, (low, high) = self.score, self.score.interval
         counted = f" of {score.count + self.unreadable}, as the others cannot be read" if self.unreadable else ""
         kinds = {"were trained on": self.trained_on, "calibrated it": self.calibrated_on}
-        seen = " and ".join(f"{count} of them {kind}" for kind, count in kinds.items() if count)
+        parts = [f"{count} of them {kind}" for kind, count in kinds.items() if count]
+        if self.copies and self.copies.found:
+            of = "them" if self.copies.looked_at == score.count else f"{self.copies.looked_at} looked at"
+            parts.append(f"{self.copies.found} of {of} are by their pixels copies of trained ones (saved again, resized)")
+        seen = " and ".join(parts)
         rates = f"top-1 {score.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}), top-5 {score.top5:.2f} %"
         line = f"{self.data}: {rates}, loss {score.loss:.4f}, ECE {score.ece:.2f} %, {score.count} images{counted}"
         return f"{line}, {seen}: this score flatters" if seen else line
@@ -182,9 +189,12 @@ def evaluate(
         found = evaluate_suite(predictor, suite, batch_size=batch_size)
         first = found[0]
         if results is not None:
-            note_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=first.trained_on)
+            seen = (first.trained_on or 0) + (first.copies.found if first.copies else 0)
+            note_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=seen)
         if first.trained_on is None and not suite.corruptions:
             _log.info("what the network was trained on is not recorded: these images may be among it")
+        elif first.copies is None and not suite.corruptions and suite.run is None:
+            _log.info("images it was trained on are known by their files only: copies saved again are not seen")
         return Scores(predictor.title, tuple(found))
 
 
@@ -224,6 +234,7 @@ def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 
             result,
             trained_on=count_trained(trained, result.images),
             calibrated_on=count_trained(calibrated, result.images),
+            copies=copies_among(trained or (), result.images, predictor.preprocessing.value_range),
         )
         for result in results
     ]

@@ -26,6 +26,7 @@ from onefold.data.dataset_info import DatasetInfo, Split
 from onefold.data.decode import printable
 from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, keys_of, trained_among
 from onefold.data.folders import ImageFiles
+from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE
 from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
@@ -210,10 +211,11 @@ def records_of(source: str | Path, values: object) -> Records | None:
         return None
 
 
-def record_of(training: Dataset, data: Data) -> TrainedOn:
+def record_of(training: Dataset, data: Data, value_range: ValueRange | None = None) -> TrainedOn:
     """Give the record of training images that were split as `data` says."""
     images = ImageList.of({"train": training})
-    return TrainedOn.of(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
+    record = TrainedOn.of(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
+    return record.with_pixels(training, value_range)
 
 
 def count_trained(records: Records | None, images: Dataset) -> int | None:

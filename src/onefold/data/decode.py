@@ -359,8 +359,10 @@ def _whole(min_side: int, value_range: ValueRange | None, opened: ImageFile) -> 
     if image.width * image.height > MAX_PIXELS:  # a format that knows no smaller scale
         image = image.reduce(scale)
     oriented = image if method is None else image.transpose(method)
-    kept = {ODD_ALPHA: True} if ODD_ALPHA in image.info else {}
-    oriented.info = kept  # the rest is of the file (orientation, profile, transparency) and no longer holds
+    is_odd = ODD_ALPHA in image.info
+    oriented.info.clear()  # what it says of the file (orientation, profile, transparency) no longer holds
+    if is_odd:
+        oriented.info[ODD_ALPHA] = True
     return oriented
 
 

@@ -5,7 +5,8 @@ those of another. Of more than `MAX_CONTENTS` images reading all would take hour
 the fingerprint has the contents of that many, evenly spaced.
 
 `TrainedOn` is what a file of weights or an artifact carries: enough to tell whether an image was trained on, without
-the images, and without their names, which are private.
+the images, and without their names, which are private. Content does not tell an image that was saved again or resized:
+for that it has keys of the pixels, of up to `MAX_PIXELS` images, which say nearly surely and not more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,11 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onefold.data.dataset import Dataset
+from onefold.data.duplicates import among_pixel_keys, pixel_keys, telling_pixel_keys
+from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.storage import write_text
 
 MAX_CONTENTS = 20_000
 """The most images of a dataset whose contents are read for its fingerprint, and the most keys of a `TrainedOn`."""
+
+MAX_PIXELS = 5_000
+"""The most images whose pixels are read for their keys."""
 
 By = Literal["content", "name"]
 
@@ -45,9 +51,7 @@ def fingerprint(dataset: Dataset) -> str:
     facts, contents = hashlib.sha256(repr(dataset.classes).encode()), hashlib.sha256()
     for i in range(len(dataset)):
         facts.update(f"{dataset.name(i)!r} {dataset.label(i)} {dataset.num_bytes(i)}\n".encode())
-    count = len(dataset)
-    read = range(count) if count <= MAX_CONTENTS else [i * count // MAX_CONTENTS for i in range(MAX_CONTENTS)]
-    for digest in _digests(dataset, read):
+    for digest in _digests(dataset, _evenly(len(dataset), MAX_CONTENTS)):
         contents.update(f"{digest}\n".encode())
     return f"{facts.hexdigest()}-{contents.hexdigest()}"
 
@@ -76,7 +80,8 @@ class TrainedOn:
     """Which images something was trained on, or calibrated on: their keys, sorted, shortened to 48 bits.
 
     There are at most `MAX_CONTENTS` keys, the smallest ones: of `images` more than that, an image whose key is larger
-    than all of them is not known. `seed` and `val_fraction` are those of the split.
+    than all of them is not known. `seed` and `val_fraction` are those of the split. `pixels` are keys of the pixels of
+    up to `MAX_PIXELS` images (see `pixel_keys`), none of older records and of images that are too much alike.
     """
 
     images: int
@@ -84,6 +89,7 @@ class TrainedOn:
     keys: NDArray[np.uint64]
     seed: int = 0
     val_fraction: float = 0.0
+    pixels: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
 
     @classmethod
     def of(cls, keys: Iterable[str], by: By, *, seed: int = 0, val_fraction: float = 0.0) -> TrainedOn:
@@ -92,6 +98,11 @@ class TrainedOn:
         return cls(
             images=len(numbers), by=by, keys=numbers[:MAX_CONTENTS], seed=int(seed), val_fraction=float(val_fraction)
         )
+
+    def with_pixels(self, dataset: Dataset, value_range: ValueRange | None = None) -> TrainedOn:
+        """Give the record with keys of the images' pixels, of `MAX_PIXELS` evenly spaced where they are more."""
+        keys = pixel_keys(dataset, _evenly(len(dataset), MAX_PIXELS), value_range)
+        return replace(self, pixels=telling_pixel_keys(keys))
 
     @property
     def is_complete(self) -> bool:
@@ -116,7 +127,8 @@ class TrainedOn:
         packed = b"".join(key.to_bytes(_KEY_BYTES, "big") for key in self.keys.tolist())
         text = base64.b64encode(packed).decode("ascii")
         split = {"seed": self.seed, "val_fraction": self.val_fraction}
-        return {"images": self.images, "by": self.by, **split, "keys": text}
+        pixels = base64.b64encode(self.pixels.tobytes()).decode("ascii")
+        return {"images": self.images, "by": self.by, **split, "keys": text, **({"pixels": pixels} if pixels else {})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainedOn:
@@ -125,6 +137,7 @@ class TrainedOn:
             images, by, seed, share = (values[name] for name in ("images", "by", "seed", "val_fraction"))
             packed = base64.b64decode(values["keys"].encode("ascii"), validate=True)
             numbers = [int.from_bytes(packed[i : i + _KEY_BYTES], "big") for i in range(0, len(packed), _KEY_BYTES)]
+            pixels = np.frombuffer(base64.b64decode(values.get("pixels", "").encode("ascii"), validate=True), np.uint64)
             is_sound = (
                 type(images) is int
                 and type(seed) is int
@@ -133,12 +146,21 @@ class TrainedOn:
                 and 0 <= share <= 1
                 and len(packed) == _KEY_BYTES * min(images, MAX_CONTENTS)
                 and numbers == sorted(numbers)
+                and len(pixels) % 2 == 0
+                and len(pixels) <= 2 * MAX_PIXELS
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadArgument(f"what the weights were trained on cannot be read: {error!r}") from error
         if not is_sound:
             raise BadArgument("what the weights were trained on cannot be read: it is not as it was written")
-        return cls(images=images, by=by, keys=np.array(numbers, np.uint64), seed=seed, val_fraction=float(share))
+        return cls(
+            images=images,
+            by=by,
+            keys=np.array(numbers, np.uint64),
+            seed=seed,
+            val_fraction=float(share),
+            pixels=pixels.reshape(-1, 2),
+        )
 
 
 def _number(key: str) -> int:
@@ -155,6 +177,34 @@ def trained_among(records: Sequence[TrainedOn], dataset: Dataset) -> list[bool |
             if has or (has is None and found[i] is False):
                 found[i] = has
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """How many of the images that were `looked_at` are, by their pixels, copies of trained ones that content misses."""
+
+    found: int
+    looked_at: int
+
+
+def copies_among(
+    records: Sequence[TrainedOn], dataset: Dataset, value_range: ValueRange | None = None
+) -> Copies | None:
+    """Look for copies of images that were trained on, saved again or resized; None where no record has keys for it.
+
+    Of more than `MAX_PIXELS` images so many are looked at, evenly spaced.
+    """
+    pixels = [record.pixels for record in records if len(record.pixels)]
+    if not pixels:
+        return None
+    seen = trained_among(records, dataset)
+    numbers = [i for i in _evenly(len(dataset), MAX_PIXELS) if seen[i] is not True]
+    found = among_pixel_keys(pixel_keys(dataset, numbers, value_range), np.concatenate(pixels))
+    return Copies(found=int(found.sum()), looked_at=len(numbers))
+
+
+def _evenly(count: int, most: int) -> Sequence[int]:
+    return range(count) if count <= most else [i * count // most for i in range(most)]
 
 
 # ------------------------------------------------------------------------------ the images of a run

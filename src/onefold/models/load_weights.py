@@ -137,10 +137,10 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
         raise BadCheckpoint(f"{path} has a classifier of shape {tuple(head.shape)}, which no network here has")
     if card is None:
         remarks: list[str] = []
-        names = class_names_in({**contents.metadata, **contents.extras}, weights.num_classes, remarks)
+        classes = class_names_in({**contents.metadata, **contents.extras}, weights.num_classes, remarks)
         for remark in () if quiet else remarks:
             _log.info("%s: %s", path, remark)
-        return replace(weights, classes=names)
+        return replace(weights, classes=classes)
     stated = (card.num_classes, card.in_chans, card.fused)
     actual = (weights.num_classes, weights.in_chans, _is_fused(weights.tensors))
     if stated != actual:

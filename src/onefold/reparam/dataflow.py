@@ -13,12 +13,13 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -28,6 +29,8 @@ from torch.utils.hooks import RemovableHandle
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 _SIZES = (64, 224, 32, 28, 256, 384)  # of drawn images, in this order
+_COSTLY = 10**10  # multiply-adds: seconds in float64, in which a network and its fused form run on the same images
+_COUNTED = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 _SHAPE_ONLY = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
@@ -180,6 +183,7 @@ class Run:
     shared_output: set[str] = field(default_factory=set)  # layers whose output somebody else than a norm reads
     norm_inputs: dict[str, tuple[str, int]] = field(default_factory=dict)
     part_inputs: dict[str, tuple[Example, dict[str, Any]]] = field(default_factory=dict)
+    macs: int = 0  # multiply-adds of its convolutions and Linears
 
 
 def observe(
@@ -187,17 +191,22 @@ def observe(
 ) -> Run | None:
     """Run a copy of `root` and watch `units`, layers by name; None where it takes none of the drawn examples.
 
-    The inputs of the modules named in `parts` are kept. An example that was given and fails raises what it raises.
+    The inputs of the modules named in `parts` are kept. An example that was given and fails raises what it raises. Of
+    drawn images every second pixel is taken where they cost much and the network takes those too.
     """
     names = {name.removeprefix(prefix) for name in units if name.startswith(prefix) or not prefix}
     inner = [name.removeprefix(prefix) for name in parts if name.startswith(prefix)]
     for args in (example,) if example is not None else drawn_examples(root):
-        watch = _Watch(bare_copy(root), names, inner, prefix)
         try:
-            return watch.seen(args)
+            seen = _Watch(bare_copy(root), names, inner, prefix).seen(args)
         except Exception:  # a network that takes other inputs may raise anything
             if example is not None:
                 raise
+            continue
+        if example is None and seen.macs > _COSTLY:
+            with suppress(Exception):
+                return _Watch(bare_copy(root), names, inner, prefix).seen(tuple(x[..., ::2, ::2] for x in args))
+        return seen
     return None
 
 
@@ -244,7 +253,11 @@ class _Watch(TorchFunctionMode):
                 maker = self._maker(tensor)
                 if maker is not None and not (self.stack and self._takes(self.stack[-1], maker)):
                     self.run.shared_output.add(maker)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _COUNTED and isinstance(result, Tensor):
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            self.run.macs += result.numel() * weight[0].numel()
+        return result
 
     def _takes(self, norm: str, maker: str) -> bool:
         return self.run.norm_inputs.get(norm, ("", 0))[0] == maker

@@ -36,7 +36,7 @@ from onefold.reparam.dataflow import (
 )
 from onefold.reparam.drift import EPS32, exact_drift, unit, wrong_layer
 from onefold.reparam.folding_rules import Chain, Sum, fused_layer, input_channels, is_linear
-from onefold.reparam.fuse_conv_bn import fold_norms_
+from onefold.reparam.fuse_conv_bn import fold_norms_, layers
 
 _FUSING_METHODS = ("reparameterize", "switch_to_deploy", "fuse")
 _MOST_TRIALS = 24  # of parts of the replacements, where all of them together change the answer
@@ -77,7 +77,8 @@ def fuse(model: nn.Module, example: Tensor | Example | None = None) -> nn.Module
     trees, blocks = dict(outermost_trees(model)), [name for name, part in model.named_modules() if _method_of(part)]
     with generators_kept(model), torch.no_grad():
         norms = any(True for _ in _norms(model))
-        runs = _observe(model, trees, blocks, args) if trees or blocks or norms else {}
+        watched = trees if trees or blocks else layers(model)  # what is watched of a plain network is not run for again
+        runs = _observe(model, watched, blocks, args) if trees or blocks or norms else {}
         fused = _replaced(model, runs, args)
         if fused.replaced and not _same_answer(model, fused.model, runs):
             fused = _largest_right(model, runs, args, fused)
@@ -144,7 +145,8 @@ def _replaced(
     fused = _Fused(model=copy_of(model, memo), replaced=[name for name in trees if name not in left], left=left)
     if next(_norms(fused.model), None) is not None:
         fused.model = _fuse_blocks_(fused.model, fused, runs)
-        folded, why = fold_norms_(fused.model, example, fused.left)
+        is_plain = not trees and not any(map(_method_of, model.modules()))
+        folded, why = fold_norms_(fused.model, example, fused.left, runs if is_plain else None)
         fused.replaced += folded
         fused.left |= why
     return fused
@@ -256,7 +258,8 @@ def _wrong_tree(tree: nn.Module, layer: nn.Module, bare: nn.Module) -> str | Non
         reach = max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
     num_inputs = channels or 1
     shape = (4, num_inputs) if isinstance(layer, nn.Linear) else (2, num_inputs, reach + 5, reach + 6)
-    return wrong_layer(wide, layer, drawn(next(wide.parameters()), *shape), unit(tree))
+    x = drawn(next(wide.parameters()), *shape)
+    return wrong_layer(wide(x), layer.double()(x), unit(tree))
 
 
 # ------------------------------------------------------------------- blocks of other projects

@@ -8,9 +8,8 @@ bias: one that pads its input is, one that standardizes its weight or scales its
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +29,29 @@ _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 _FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
 
 
-def fold_norms_(model: nn.Module, example: Example | None, skip: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Fold, in place, each norm that may be; the names of those, and why each other one was left, by name."""
-    units = {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))}
-    flows = [
-        _Flow(trace(root, prefix), observe(root, prefix, units, (), example), prefix) for prefix, root in roots(model)
-    ]
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that norms may be folded into, and the norms, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))}
+
+
+def fold_norms_(
+    model: nn.Module,
+    example: Example | None,
+    skip: Mapping[str, str],
+    runs: Mapping[str, Run | None] | None = None,
+) -> tuple[list[str], dict[str, str]]:
+    """Fold, in place, each norm that may be; the names of those, and why each other one was left, by name.
+
+    `runs` are runs of the same network on which its `layers` were watched; without them it is run here.
+    """
+    units = layers(model)
+    if runs is None:
+        runs = {prefix: observe(root, prefix, units, (), example) for prefix, root in roots(model)}
+    flows = [_Flow(trace(root, prefix), runs[prefix], prefix) for prefix, root in roots(model)]
+    parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            parents[id(child)].append((parent, key))
     owners = Counter(
         id(p) for m in model.modules() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None
     )
@@ -47,7 +63,7 @@ def fold_norms_(model: nn.Module, example: Example | None, skip: Mapping[str, st
         layer_name, why = flow.layer_of(name, norm, units)
         if why is None:
             layer = units[layer_name]
-            why = _why_not({layer_name: layer, name: norm}, flow, owners) or _fold_(model, layer, norm)
+            why = _why_not({layer_name: layer, name: norm}, flow, owners) or _fold_(layer, norm, parents[id(norm)])
         if why is None:
             folded.append(name)
         else:
@@ -115,8 +131,8 @@ def _why_not(pair: Mapping[str, nn.Module], flow: _Flow, owners: Mapping[int, in
     return None
 
 
-def _fold_(model: nn.Module, layer: nn.Module, norm: nn.Module) -> str | None:
-    """Fold the norm into the layer, in place, once it is proved; else why not."""
+def _fold_(layer: nn.Module, norm: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> str | None:
+    """Fold the norm into the layer, in place, once it is proved; else why not. `places` are all that hold the norm."""
     assert isinstance(norm, _BatchNorm)
     assert isinstance(layer, (_ConvNd, nn.Linear))
     if norm.running_mean is None or norm.running_var is None:
@@ -131,26 +147,22 @@ def _fold_(model: nn.Module, layer: nn.Module, norm: nn.Module) -> str | None:
         return "it has another number of channels than the layer before it"
     bias = torch.zeros_like(gain) if layer.bias is None else layer.bias.detach().double().to(gain.device)
     scaled = weight.detach().double().to(gain.device) * gain.view(-1, *[1] * (weight.dim() - 1))
-    fused = bare_copy(layer)
-    fused.weight = nn.Parameter(scaled.to(weight), requires_grad=weight.requires_grad)
-    fused.bias = nn.Parameter((bias * gain + shift).to(weight), requires_grad=weight.requires_grad)
-    if why := _wrong_fold(layer, stencil, fused):
+    fused = scaled.to(weight), (bias * gain + shift).to(weight)
+    if why := _wrong_fold(layer, stencil, *fused):
         return why
-    layer.weight, layer.bias = fused.weight, fused.bias
-    for parent in model.modules():  # under every name that it has
-        for key, child in parent._modules.items():
-            if child is norm:
-                parent._modules[key] = rest
+    layer.weight, layer.bias = (nn.Parameter(t, requires_grad=weight.requires_grad) for t in fused)
+    for parent, key in places:
+        parent._modules[key] = rest
     return None
 
 
-def _wrong_fold(layer: _ConvNd | nn.Linear, norm: Stencil, fused: nn.Module) -> str | None:
+def _wrong_fold(layer: _ConvNd | nn.Linear, norm: Stencil, weight: Tensor, bias: Tensor) -> str | None:
     """Why the fused layer is not the layer and its norm, on drawn input in float64; None where it is."""
     like = layer.weight
     on_cpu = like.device.type == "mps"  # which has no float64
     wide = bare_copy(layer, torch.float64)
     if on_cpu:
-        wide, fused = wide.cpu(), copy.deepcopy(fused).cpu()
+        wide = wide.cpu()
     if isinstance(layer, nn.Linear):
         shape: tuple[int, ...] = (4, layer.in_features)
     else:
@@ -164,7 +176,9 @@ def _wrong_fold(layer: _ConvNd | nn.Linear, norm: Stencil, fused: nn.Module) -> 
     gain, shift = (t.to(x.device).view(channels) for t in (norm.weight.flatten(), norm.bias))
     if not _has_own_weight(wide, x):
         return f"{type(layer).__name__} has a forward of its own"
-    return wrong_layer(lambda images: wide(images) * gain + shift, fused, x, unit(layer))
+    expected = wide(x) * gain + shift
+    wide.weight, wide.bias = nn.Parameter(weight.to(x)), nn.Parameter(bias.to(x))
+    return wrong_layer(expected, wide(x), unit(layer))
 
 
 class _LastCall(TorchFunctionMode):
