@@ -322,6 +322,18 @@ def test_a_copy_of_a_tiny_picture_must_be_nearly_equal():
     assert found == [(0, 0), (1, 1), (2, 2)]
 
 
+def test_pictures_that_are_alike_at_first_sight_only_are_no_copies() -> None:
+    """Noise on one colour: of 256 pairs a few are aligned, and none of them stays."""
+
+    def noise(seed: int) -> Image.Image:
+        levels = np.random.default_rng(seed).integers(-30, 31, (48, 48, 3)) + (204, 41, 41)
+        return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+
+    for first in (1000, 4000):
+        val, train = (InMemory([noise(first + start + i) for i in range(n)]) for start, n in ((0, 8), (500, 32)))
+        assert near_duplicates(thumbnail_stats(val, 99), thumbnail_stats(train, 99)) == []
+
+
 def test_different_photos_are_no_copies_of_each_other(shared_data: Path):
     """Real photos, which share skies, grass and one thing in the middle: no false alarm among 150,000 pairs."""
     photos = open_dataset(str(shared_data / "imagenette-224-subset"), "train", seed=0, val_fraction=0.2)
