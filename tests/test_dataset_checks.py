@@ -326,7 +326,7 @@ def test_pictures_that_are_alike_at_first_sight_only_are_no_copies() -> None:
     """Noise on one colour: of 256 pairs a few are aligned, and none of them stays."""
 
     def noise(seed: int) -> Image.Image:
-        levels = np.random.default_rng(seed).integers(-30, 31, (48, 48, 3)) + (204, 41, 41)
+        levels = np.random.default_rng(seed).integers(-30, 31, (48, 48, 3)) + np.array((204, 41, 41))
         return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
 
     for first in (1000, 4000):
