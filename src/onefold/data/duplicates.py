@@ -136,7 +136,8 @@ KEY_BITS = 128
 _KEY_FREQUENCIES = [(u, v) for s in range(1, 16) for u in range(s + 1) for v in [s - u]][:KEY_BITS]
 _KEY_DISTANCE = 16  # bits in which copies may differ; pictures that have nothing in common differ in 64, give or take 6
 _KEY_READERS = 8  # threads
-_NEAR, _MAX_NEAR = 32, 0.2  # of photos one in a hundred has another one so near; of pictures all built alike most have
+_NEAR = 32  # bits; of photos one in a hundred has another so near, of pictures all built alike most have, and many
+_MAX_NEAR, _MAX_NEAR_PAIRS = 0.2, 0.02  # the shares of pictures and of pairs that may be so near
 
 
 def pixel_keys(dataset: Dataset, numbers: Sequence[int], value_range: ValueRange | None = None) -> NDArray[np.uint64]:
@@ -166,7 +167,7 @@ def pixel_keys(dataset: Dataset, numbers: Sequence[int], value_range: ValueRange
 
 def among_pixel_keys(keys: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Say of each key (N, 2) whether a known one (M, 2) is of the same picture, which may have been saved again."""
-    return _least_distance(keys, known) <= _KEY_DISTANCE
+    return _distances(keys, known)[0] <= _KEY_DISTANCE
 
 
 def telling_pixel_keys(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -176,27 +177,34 @@ def telling_pixel_keys(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     picture. The nearest other key of photos (ImageNet's) differs in 45 bits, and in no case in less than 35.
     """
     keys = np.unique(keys[keys.any(axis=1)], axis=0)
-    distance = _least_distance(keys, keys, is_same=True)
-    is_near = (distance > _KEY_DISTANCE) & (distance <= _NEAR)  # what is nearer may be a copy within the set
-    return keys if not len(keys) or is_near.mean() <= _MAX_NEAR else keys[:0]
+    least, num_near = _distances(keys, keys, is_same=True)
+    is_near = (least > _KEY_DISTANCE) & (least <= _NEAR)  # what is nearer may be a copy within the set
+    is_alike = is_near.sum() > _MAX_NEAR * len(keys) or num_near.sum() > _MAX_NEAR_PAIRS * len(keys) ** 2
+    return keys[:0] if is_alike else keys
 
 
-def _least_distance(keys: NDArray[np.uint64], known: NDArray[np.uint64], *, is_same: bool = False) -> NDArray[np.int64]:
-    """Give (N,) in how many bits each key differs from the nearest known one; of one set, from the nearest other."""
+def _distances(
+    keys: NDArray[np.uint64], known: NDArray[np.uint64], *, is_same: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Give (N,) in how many bits each key differs from the nearest known one, and how many are within `_NEAR` bits.
+
+    Of one set the key itself does not count.
+    """
     signs, known_signs = (
         2
         * np.unpackbits(np.ascontiguousarray(each).view(np.uint8).reshape(-1, KEY_BITS // 8), axis=1).astype(np.float32)
         - 1
         for each in (keys, known)
     )
-    least = np.full(len(keys), KEY_BITS, np.int64)
+    least, num_near = np.full(len(keys), KEY_BITS, np.int64), np.zeros(len(keys), np.int64)
     for start in range(0, len(keys) if len(known) else 0, 1024):
-        distance = (KEY_BITS - signs[start : start + 1024] @ known_signs.T) / 2
+        part = slice(start, start + 1024)
+        distance = np.rint((KEY_BITS - signs[part] @ known_signs.T) / 2)
         if is_same:
             distance[np.arange(len(distance)), start + np.arange(len(distance))] = KEY_BITS
-        least[start : start + 1024] = np.rint(distance.min(axis=1))
+        least[part], num_near[part] = distance.min(axis=1), (distance <= _NEAR).sum(axis=1)
     least[~keys.any(axis=1)] = KEY_BITS
-    return least
+    return least, num_near
 
 
 # -------------------------------------------------------------------------------------------- changed copies
