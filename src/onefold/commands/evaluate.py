@@ -97,7 +97,9 @@ class EvalResult:
         parts = [f"{count} of them {kind}" for kind, count in kinds.items() if count]
         if self.copies and self.copies.found:
             of = "them" if self.copies.looked_at == score.count else f"{self.copies.looked_at} looked at"
-            parts.append(f"{self.copies.found} of {of} are by their pixels copies of trained ones (saved again, resized)")
+            parts.append(
+                f"{self.copies.found} of {of} are by their pixels copies of trained ones (saved again, resized)"
+            )
         seen = " and ".join(parts)
         rates = f"top-1 {score.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}), top-5 {score.top5:.2f} %"
         line = f"{self.data}: {rates}, loss {score.loss:.4f}, ECE {score.ece:.2f} %, {score.count} images{counted}"
