@@ -30,7 +30,7 @@ from onefold.models.load_weights import (
     read_weights,
 )
 from onefold.models.restricted_unpickler import Placeholder, objects
-from onefold.models.safe_load import NO_WEIGHTS
+from onefold.models.state_dicts import NO_WEIGHTS
 from onefold.models.weights_file import MMENGINE, config_licence, config_preprocessing, hub_config, hub_readme
 from onefold.models.weights_file import Card as Card
 from onefold.models.weights_file import read_card as read_card
