@@ -26,7 +26,6 @@ from onefold.data.dataset_info import DatasetInfo, Split
 from onefold.data.decode import printable
 from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, keys_of, trained_among
 from onefold.data.folders import ImageFiles
-from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE
 from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
@@ -206,16 +205,16 @@ def records_of(source: str | Path, values: object) -> Records | None:
         return records
     try:
         recipe = read_recipe(Path(source))
-        return (record_of(open_run_data(Path(source), recipe).open("train"), recipe.data),)
+        return (record_of(open_run_data(Path(source), recipe).open("train"), recipe),)
     except (BadData, BadCheckpoint):
         return None
 
 
-def record_of(training: Dataset, data: Data, value_range: ValueRange | None = None) -> TrainedOn:
-    """Give the record of training images that were split as `data` says."""
-    images = ImageList.of({"train": training})
+def record_of(training: Dataset, recipe: Recipe) -> TrainedOn:
+    """Give the record of training images that were split and decoded as a recipe says."""
+    images, data = ImageList.of({"train": training}), recipe.data
     record = TrainedOn.of(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
-    return record.with_pixels(training, value_range)
+    return record.with_pixels(training, recipe.preprocessing.value_range)
 
 
 def count_trained(records: Records | None, images: Dataset) -> int | None:

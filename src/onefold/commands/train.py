@@ -329,9 +329,7 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
     fold_frozen_(model, recipe.plan.freeze)
     params = None if recipe.int8 is None else _qparams(recipe, images, model, run)
     licence, source = provenance(recipe, run)
-    value_range = recipe.preprocessing.value_range
-    own = () if run else (record_of(training, recipe.data, value_range),)
-    records = run_records(run) if run else (*_base_records(recipe), *own)
+    records = run_records(run) if run else (*_base_records(recipe), record_of(training, recipe))
     card = Card(
         model=recipe.model,
         num_classes=len(training.classes),
