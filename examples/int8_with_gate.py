@@ -13,7 +13,6 @@ import onefold
 from onefold.bench import Procedure
 from onefold.commands.calibration import Calibration
 from onefold.commands.deploy import DeployOptions, deploy
-from onefold.commands.export import ExportOptions, export
 from onefold.commands.fuse import fuse
 from onefold.commands.train import start_run
 from onefold.errors import GateFailed
@@ -34,17 +33,14 @@ def main(photos: str = "digits") -> None:
     print(f"fused: drift {fused.drift:.1e}")
 
     # The ranges of activations come from 64 images of the kind that the network will see.
-    calibration = Calibration(data=photos, count=64)
-    (artifact,) = export(
-        fused.path, out / "artifacts", ExportOptions(runtimes=["onnx"], precision="int8", calibration=calibration)
-    )
-    with onefold.load(artifact) as session:  # loading compares its logits with those of the int8 network in PyTorch
+    artifact = onefold.export(fused.path, "onnx", out=out / "artifacts", precision="int8", data=photos, calibrate=64)
+    with onefold.load(artifact.folder) as session:  # loading compares its logits with the int8 network's in PyTorch
         print(f"exported {artifact.folder.name}: {artifact.parity.difference:.1e} from PyTorch; opened {session}")
 
     order = DeployOptions(
         runtimes=["onnx"],
         precisions=["fp32", "int8"],
-        calibration=calibration,
+        calibration=Calibration(data=photos, count=64),
         max_drop=MAX_DROP,
         procedure=Procedure(samples=20, warmup_seconds=0.05),
     )
