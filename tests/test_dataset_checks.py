@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from onefold.data import Preprocessing, Subset, open_dataset, read_dataset
+from onefold.data import Preprocessing, Subset, duplicates, open_dataset, read_dataset
 from onefold.data.dataset_checks import (
     DataCheck,
     captions,
@@ -340,3 +340,11 @@ def test_different_photos_are_no_copies_of_each_other(shared_data: Path):
     stats = [thumbnail_stats(Subset(photos, range(start, len(photos), 5)), 1000) for start in (0, 1)]
     assert len(stats[0]) * len(stats[1]) > 100_000
     assert near_duplicates(*stats) == []
+
+
+def test_pairs_none_of_which_aligns_are_no_copies():
+    """Noise gives candidates of which not one is kept for the finer comparison."""
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((6, 32, 32)).astype(np.float32)
+    maps = np.tile(np.eye(2, 3, dtype=np.float32), (3, 1, 1))
+    assert not duplicates._similarity(noise[:3], noise[3:], maps).any()

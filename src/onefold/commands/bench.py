@@ -34,6 +34,7 @@ from onefold.bench import (
 )
 from onefold.commands.load import Source
 from onefold.commands.open_network import Floats, Predictor, open_predictor
+from onefold.commands.progress import shown_progress
 from onefold.errors import BadArgument, BadData
 from onefold.processors import pinned
 from onefold.report import ACCURACY
@@ -138,7 +139,8 @@ def bench(
         aa=aa,
         inject_slowdown=inject_slowdown,
     )
-    outcome, path = measure_sources(order, Path(results))
+    with shown_progress():
+        outcome, path = measure_sources(order, Path(results))
     return BenchResult(outcome=outcome, path=path)
 
 

@@ -26,6 +26,7 @@ from onefold.commands.held_out import count_trained, from_card, records_of, sets
 from onefold.commands.load import Source, open_source
 from onefold.commands.open_network import Floats, Predictor
 from onefold.commands.predict import say_mismatch
+from onefold.commands.progress import shown_progress
 from onefold.commands.run_recipe import RECIPE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
@@ -103,7 +104,7 @@ class EvalResult:
         seen = " and ".join(parts)
         rates = f"top-1 {score.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}), top-5 {score.top5:.2f} %"
         line = f"{self.data}: {rates}, loss {score.loss:.4f}, ECE {score.ece:.2f} %, {score.count} images{counted}"
-        return f"{line}, {seen}: this score flatters" if seen else line
+        return f"{line}, {seen}: the score is optimistic" if seen else line
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -183,9 +184,12 @@ def evaluate(
     only = next((name for name in SPLITS if name == split), None)
     if split is not None and only is None:
         raise BadArgument(f"--split is {split!r}, expected one of {', '.join(SPLITS)}")
-    with open_source(
-        source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
-    ) as predictor:
+    with (
+        shown_progress(),
+        open_source(
+            source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
+        ) as predictor,
+    ):
         place = "" if isinstance(source, Predictor) else source
         suite = open_suite(os.fspath(place), None if data is None else os.fspath(data), predictor, only)
         found = evaluate_suite(predictor, suite, batch_size=batch_size)

@@ -27,6 +27,7 @@ from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, 
 from onefold.commands.load import Saved, Source, chosen_weights
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predict import Predictions, predict
+from onefold.commands.progress import shown_progress
 from onefold.data import Preprocessing, Subset
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import CATALOGUE, cost, resolve
@@ -168,7 +169,8 @@ def export(
         opset=opset,
     )
     network = network_of(source, model) if isinstance(source, nn.Module) else chosen_weights(source, use_ema)
-    made = [Artifact.of(each) for each in export_network(network, Path(out), order, name=model)]
+    with shown_progress():
+        made = [Artifact.of(each) for each in export_network(network, Path(out), order, name=model)]
     return made[0] if isinstance(to, str) else made
 
 

@@ -17,6 +17,7 @@ from onefold.commands.export import export
 from onefold.commands.load import Saved, Source, chosen_weights
 from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict
+from onefold.commands.progress import shown_progress
 from onefold.commands.timm_networks import is_timm, save_timm
 from onefold.errors import BadArgument
 from onefold.models import Cost, cost
@@ -102,7 +103,8 @@ def fuse(
     if network.is_fused:
         _log.info("%s is fused already: written as it is", os.fspath(source))
     else:
-        fused, distance = network.fused(tolerance)
+        with shown_progress():
+            fused, distance = network.fused(tolerance)
     write = save_timm if is_timm(fused.card.model) else save_weights
     write(fused.model, path, replace(fused.card, source=fused.card.source or os.fspath(source)))
     size = network.preprocessing.size

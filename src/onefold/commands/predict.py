@@ -21,6 +21,7 @@ import numpy as np
 
 from onefold.commands.load import Source, open_source
 from onefold.commands.open_network import Floats, Predictor
+from onefold.commands.progress import shown_progress
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
 from onefold.data.decode import ODD_ALPHA, ODD_ALPHA_IS, decode
 from onefold.data.folders import join_names
@@ -210,9 +211,12 @@ def predict(
             f"{min_confidence}"
         )
     given, not_there = _find(images)
-    with open_source(
-        source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
-    ) as predictor:
+    with (
+        shown_progress(),
+        open_source(
+            source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
+        ) as predictor,
+    ):
         found = []
         for each in _predict(predictor, given, top, min_confidence, batch_size):
             found.append(each)

@@ -7,14 +7,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onefold.train import Progress
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _logger = logging.getLogger("onefold.progress")
 
 
@@ -64,24 +61,21 @@ class _Stages(logging.Handler):
         self.bar.set_description_str(f"{record.getMessage()} ({done + 1} of {total})" if total else record.getMessage())
 
 
-def shows_progress(verb: Callable[P, T]) -> Callable[P, T]:
-    """Make a verb show what it does, where somebody looks and nobody else, as the command line, shows it already."""
-
-    @wraps(verb)
-    def shown(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _logger.handlers or not has_viewer():
-            return verb(*args, **kwargs)
-        level, propagate = _logger.level, _logger.propagate
-        with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar:
-            stages = _Stages(bar)
-            _logger.addHandler(stages)
-            _logger.setLevel(logging.DEBUG)
-            _logger.propagate = False
-            try:
-                return verb(*args, **kwargs)
-            finally:
-                _logger.removeHandler(stages)
-                _logger.setLevel(level)
-                _logger.propagate = propagate
-
-    return shown
+@contextmanager
+def shown_progress() -> Iterator[None]:
+    """Show what the library does in the block, where somebody looks and nobody shows it, as the command line does."""
+    if _logger.handlers or not has_viewer():
+        yield
+        return
+    level, propagate = _logger.level, _logger.propagate
+    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar:
+        stages = _Stages(bar)
+        _logger.addHandler(stages)
+        _logger.setLevel(logging.DEBUG)
+        _logger.propagate = False
+        try:
+            yield
+        finally:
+            _logger.removeHandler(stages)
+            _logger.setLevel(level)
+            _logger.propagate = propagate

@@ -150,8 +150,7 @@ class Run(Saved):
         num_train = self._num_images("train")
         if num_train and num_train < _FEW * len(self.data.classes) and recipe.weights is None and best.top1 < _GOOD:
             remarks.append(
-                f"{num_train} images are few to train from scratch with: start from weights "
-                "(--recipe photos:finetune --weights timm/mobileone_s0.apple_in1k)"
+                f"{num_train} images are few to train from scratch with: start from weights (--recipe photos:finetune)"
             )
         history = self.history
         if best.epoch == 0 and len(history) > 1:

@@ -150,7 +150,7 @@ class Method:
     rounding             weights to the "nearest" integer, or by "gptq" (see gptq.py)
     correct_bias         change a bias by the mean error of its outputs
     weights              one scale per "channel" or, as DSPs need it, per "tensor"
-    weight_qmax          the largest integer weight: 127, or 63 where 16-bit sums saturate (x86 without VNNI)
+    weight_qmax          the largest integer weight: 127, or 63 (7 bits) for x86 processors without VNNI
     power_of_two_scales  make the order in which a runtime scales its sums irrelevant (see equalize.py)
     skip_layers          names of layers that stay in floating point
     """

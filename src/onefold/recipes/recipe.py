@@ -65,8 +65,8 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8:
-    """Quantization-aware training: a scale of the weights a "channel" or a "tensor", integers up to `limit`
-    (63 where 16-bit sums saturate), grids of the activations chosen on so many of the training images.
+    """Quantization-aware training: one scale a "channel" or a "tensor" of the weights, which are integers up to `limit`
+    (63: 7 bits, for x86 processors without VNNI), and ranges of the activations from so many of the training images.
     """
 
     weights: Literal["channel", "tensor"] = "channel"

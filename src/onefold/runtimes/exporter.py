@@ -204,7 +204,7 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
     parity = _convert(request, program, folder)
     if parity is not None and not parity.difference <= parity.tolerance:
         hint = (
-            "; 16-bit sums may saturate on this processor, which 7-bit weights prevent (--weight-bits 7)"
+            "; int8 may overflow on this processor, as on x86 without VNNI: 7-bit weights do not (--weight-bits 7)"
             if request.precision == "int8"
             else ""
         )
