@@ -209,6 +209,16 @@ def test_a_module_is_fused_and_exported(tmp_path: Path):
         onefold.export(model.train(), out=tmp_path)
 
 
+def test_an_int8_network_is_made_in_memory_and_exported(fused, photos: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    int8 = onefold.quantize(fused, photos, calibrate=10)
+    assert int8.model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert "calibrated on 10 images" in repr(int8)
+    artifact = int8.export("onnx", out=tmp_path)
+    assert (artifact.precision, artifact.folder) == ("int8", tmp_path / "onnx-int8")
+    assert artifact(photos / "red/0.png").names == onefold.predict(artifact, [photos / "red/0.png"]).names
+
+
 def test_a_report_is_written_of_folders(run: onefold.Run, tmp_path: Path):
     page = onefold.report(run.folder, out=tmp_path / "page.html")
     assert Path(page).read_text().startswith("<!")
@@ -218,7 +228,7 @@ def test_a_report_is_written_of_folders(run: onefold.Run, tmp_path: Path):
 # ------------------------------------------------------------------------------------------- the face
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, "deploy"])
 def test_a_verb_has_the_options_and_defaults_of_the_command_line(verb: str):
     """All but what is about printing, processes, and showing recipes."""
     printing = {"as_json", "list_recipes", "show", "processes", "max_restarts", "context", "source", "sources"}
@@ -238,13 +248,13 @@ def test_a_package_and_its_verb_share_a_name():
 
     assert onefold.train.loop is loop
     assert onefold.train.Plan is Plan
-    for package in (onefold.train, onefold.bench, onefold.report):
+    for package in (onefold.train, onefold.bench, onefold.quantize, onefold.report):
         assert callable(package)
         assert "Raises" in inspect.getdoc(package)
-        assert "out" in inspect.signature(package).parameters or "results" in inspect.signature(package).parameters
+        assert inspect.signature(package).parameters.keys() & {"out", "results", "data"}
 
 
-@pytest.mark.parametrize("name", [*VERBS, "report", "load", "load_model"])
+@pytest.mark.parametrize("name", [*VERBS, "deploy", "quantize", "report", "load", "load_model"])
 def test_help_says_errors_and_an_example(name: str):
     text = inspect.getdoc(getattr(onefold, name))
     assert "Raises" in text

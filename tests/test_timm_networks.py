@@ -298,11 +298,11 @@ def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog)
     )
     order = Calibration(data=str(tmp_path / "black"))
     made = quantized(network, order)
-    assert _agreement(network, made, order)["answers"].startswith("4 of 4 are the float network's")
+    assert _agreement(network, made, order)["answers"].startswith("int8 agrees with fp32 on 4 of 4 photos")
     assert "of one colour each" in caplog.text
     caplog.clear()
     right = Calibration(data=str(tmp_path / "bright"))
-    assert "are the float network's" in _agreement(network, quantized(network, right), right)["answers"]
+    assert "int8 agrees with fp32 on" in _agreement(network, quantized(network, right), right)["answers"]
     assert "one colour" not in caplog.text
     broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
     assert _agreement(network, broken, right)["answers"].startswith("0 of 4")

@@ -6,7 +6,7 @@
     onefold.report("runs/")
 
 Each verb of the command line is a function of the same name, options and defaults. Names are loaded when they are
-used, so that `import onefold` costs nothing. Of `train`, `bench` and `report` the package of that name is
+used, so that `import onefold` costs nothing. Of `train`, `bench`, `quantize` and `report` the package of that name is
 the function, too: `onefold.train(...)` beside `from onefold.train import Plan`.
 """
 
@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onefold.commands.bench import bench as bench
+    from onefold.commands.deploy import deploy as deploy
     from onefold.commands.evaluate import evaluate as evaluate
     from onefold.commands.export import export as export
     from onefold.commands.fuse import fuse as fuse
     from onefold.commands.load import load as load
     from onefold.commands.load import load_model as load_model
     from onefold.commands.predict import predict as predict
+    from onefold.commands.quantize import quantize as quantize
     from onefold.commands.report import report as report
     from onefold.commands.run import Run as Run
     from onefold.commands.train import train as train
@@ -44,11 +46,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "onefold.commands.bench": ("bench",),
+    "onefold.commands.deploy": ("deploy",),
     "onefold.commands.evaluate": ("evaluate",),
     "onefold.commands.export": ("export",),
     "onefold.commands.fuse": ("fuse",),
     "onefold.commands.load": ("load", "load_model"),
     "onefold.commands.predict": ("predict",),
+    "onefold.commands.quantize": ("quantize",),
     "onefold.commands.report": ("report",),
     "onefold.commands.run": ("Run",),
     "onefold.commands.train": ("train",),
@@ -72,6 +76,7 @@ __all__ = [
     "accelerate",
     "bench",
     "create_model",
+    "deploy",
     "drift",
     "evaluate",
     "export",
@@ -82,6 +87,7 @@ __all__ = [
     "load_model",
     "predict",
     "push_to_hub",
+    "quantize",
     "report",
     "save_pretrained",
     "save_weights",
@@ -139,5 +145,5 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-_PACKAGES = ("bench", "report", "train")
+_PACKAGES = ("bench", "quantize", "report", "train")
 sys.modules[__name__].__class__ = _Root

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from onefold.cli import display
-from onefold.cli.options import Name, Size, Source, Threads, UseEma, quantization_method, runtime_names
+from onefold.cli.options import Name, Size, Source, Threads, UseEma, runtime_names
 from onefold.cli.progress import progress
 
 
@@ -36,22 +36,27 @@ def deploy(
     How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
-    from onefold.bench import Procedure
-    from onefold.commands.calibration import Calibration
-    from onefold.commands.deploy import DeployOptions
-    from onefold.commands.deploy import deploy as run
-    from onefold.commands.load import chosen_weights
+    from onefold.commands.deploy import deploy as deploy_to
 
-    method = quantization_method(weight_bits, per_tensor=per_tensor)
-    order = DeployOptions(
-        runtimes=runtime_names(to),
-        precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
-        calibration=Calibration(data=data, count=calibrate, method=method, search=True, skip_layers=skip_layers),
-        val=val,
-        max_drop=max_drop,
-        size=img_size,
-        procedure=Procedure(samples=samples, threads=threads),
-    )
     with progress("deploying"):
-        made = run(chosen_weights(source, use_ema), out, order, name=model, say=display.say)
+        made = deploy_to(
+            source,
+            data,
+            out=out,
+            to=runtime_names(to),
+            int8=int8,
+            half=half,
+            val=val,
+            max_drop=max_drop,
+            calibrate=calibrate,
+            weight_bits=weight_bits,
+            per_tensor=per_tensor,
+            skip_layers=skip_layers,
+            samples=samples,
+            threads=threads,
+            model=model,
+            use_ema=use_ema,
+            img_size=img_size,
+            say=display.say,
+        )
     display.say(f"wrote {made.folder}")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
 from onefold.errors import BadArgument
 from onefold.runtimes import RUNTIMES
-
-if TYPE_CHECKING:
-    from onefold.quantize import Method
 
 Source = Annotated[str, Argument(help="a run folder, a file of weights, a hub id, timm:NAME, or an exported artifact")]
 Name = Annotated[str | None, Option("--model", help="the network's name, if the weights do not hold it")]
@@ -32,10 +29,3 @@ def runtime_names(to: str) -> list[str]:
     if not names:
         raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
     return names
-
-
-def quantization_method(weight_bits: int, *, per_tensor: bool) -> Method:
-    """How an int8 model is made, as the options say."""
-    from onefold import quantize
-
-    return quantize.Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)

@@ -44,12 +44,15 @@ from onefold.commands.held_out import (
     without_copies,
     without_labels,
 )
+from onefold.commands.load import Source, chosen_weights
 from onefold.commands.open_network import Network, Predictor, open_network, open_predictor, predictor_of
+from onefold.commands.progress import shown_progress
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader
 from onefold.data.fingerprint import keys_of
 from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed, MissingExtra
 from onefold.models.weights_file import digest, hub_readme
+from onefold.quantize import Method
 from onefold.report import require_matplotlib
 from onefold.report.format import joined
 from onefold.runtimes import Artifact, Runtime, find_runtime, open_artifact
@@ -88,12 +91,48 @@ class DeployOptions:
     until: float | None = None
 
 
-def deploy(source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: Say) -> DeployResult:
-    """Export, verify, score, time and explain; see the top of the file.
+def deploy(
+    source: Source,
+    data: Source,
+    *,
+    out: Source = "deploy",
+    to: str | Sequence[str] = "onnx",
+    int8: bool = False,
+    half: bool = False,
+    val: Source | None = None,
+    max_drop: float = 1.0,
+    calibrate: int = 200,
+    weight_bits: int = 8,
+    per_tensor: bool = False,
+    skip_layers: int = 0,
+    samples: int = 200,
+    threads: int = 1,
+    model: str | None = None,
+    use_ema: bool | None = None,
+    img_size: int | None = None,
+    say: Say | None = None,
+) -> DeployResult:
+    """Export, verify, evaluate and measure artifacts in one new folder: see the top of the file, and `DeployOptions`.
 
-    Raises GateFailed once the folder is written, where a gate did not hold; the rest as `build_deployment` does.
+    `data` are photos to calibrate int8 with and to evaluate on. Raises GateFailed once the folder is written, where an
+    artifact loses more than `max_drop` points of top-1; the rest as `build_deployment` does.
+
+        onefold.deploy("runs/photos-finetune", "photos/", to=["onnx", "litert"], int8=True).folder
     """
-    done = build_deployment(source, out, order, name=name, say=say)
+    method = Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
+    photos = os.fspath(data)
+    order = DeployOptions(
+        runtimes=[to] if isinstance(to, str) else to,
+        precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
+        calibration=Calibration(data=photos, count=calibrate, method=method, search=True, skip_layers=skip_layers),
+        val=None if val is None else os.fspath(val),
+        max_drop=max_drop,
+        size=img_size,
+        procedure=Procedure(samples=samples, threads=threads),
+    )
+    with shown_progress():
+        weights = chosen_weights(source, use_ema)
+        done = build_deployment(weights, Path(out), order, name=model, say=say or (lambda _: None))
     if done.failure is not None:
         raise done.failure
     return done

@@ -321,4 +321,4 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
             "of the kind it will see, and score it with `onefold eval`",
             *(order.data, same, len(images), title),
         )
-    return {"answers": f"{same} of {len(images)} are the float network's, on {title}"}
+    return {"answers": f"int8 agrees with fp32 on {same} of {len(images)} photos of {title}"}
