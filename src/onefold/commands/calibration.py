@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from onefold import quantize as quantize_package
 from onefold.commands.held_out import photos_to_calibrate, records_of
 from onefold.commands.open_network import Floats, Network
 from onefold.commands.predict import say_mismatch
@@ -137,7 +136,7 @@ def _kept_as(network: Network, contents: Sequence[str], order: Calibration) -> P
 def _code() -> str:
     """The digest of the code that calibrates: another version may calibrate otherwise."""
     total = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(Path(quantize_package.__file__).parent.glob("*.py")):
+    for path in sorted((Path(__file__).parents[1] / "quantize").glob("*.py")):
         total.update(path.read_bytes())
     return total.hexdigest()
 

@@ -54,7 +54,7 @@ def quantize(
     """Quantize a network to int8, fused first, calibrated on `calibrate` photos of `data`, a folder or "digits".
 
     `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or a module in eval mode; weights that
-    were trained for int8 keep their ranges and take no `data`. `weight_bits` is 8, or 7 for x86 processors without VNNI;
+    were trained for int8 keep their ranges, without `data`. `weight_bits` is 8, or 7 for x86 processors without VNNI;
     `per_tensor` takes one scale a weight tensor; so many `skip_layers`, the most sensitive, stay in fp32. `model` names
     the network where the weights do not; `img_size` is the side in pixels.
 
