@@ -128,9 +128,17 @@ def test_who_was_stopped_before_it_heard_of_signals_had_nothing_to_save(tmp_path
     both = f"[ -e {tmp_path}/up0 ] && [ -e {tmp_path}/up1 ]"
     with (
         signalled(os.getpid(), f"until {both}; do sleep 0.05; done; kill -INT $PID"),
-        pytest.raises(Stopped, match="stopped by SIGINT before the training began"),
+        pytest.raises(Stopped, match="stopped by SIGINT while no step was under way"),
     ):
         launch(sh(code), processes=2, max_restarts=5)
+
+
+def test_one_that_was_stopped_is_no_reason_to_start_again(capfd: pytest.CaptureFixture[str]) -> None:
+    """A signal to one process, at a time when the others lose it."""
+    assert (
+        launch(sh("[ $RANK = 1 ] && echo stopped >&2 && exit 75; sleep 0.1; exit 8"), processes=2, max_restarts=5) == 75
+    )
+    assert capfd.readouterr().err == "stopped\n"
 
 
 def test_the_first_may_take_its_time_when_others_are_done(monkeypatch: pytest.MonkeyPatch) -> None:

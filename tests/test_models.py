@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -189,6 +190,15 @@ def test_a_copy_answers_the_same_and_is_another_network(net: Classifier) -> None
         parameter.mul_(1.1)
     assert not torch.equal(mine(x), before)
     assert torch.equal(net(x), before)
+
+
+def test_a_network_is_sent_to_another_process_whole(net: Classifier) -> None:
+    """As `World.first` sends it, fused ones too: the same routes, tensors and answer."""
+    for sent in (net, fuse(net)):
+        received = pickle.loads(pickle.dumps(sent))
+        assert [type(module) for module in received.modules()] == [type(module) for module in sent.modules()]
+        assert list(received.state_dict()) == list(sent.state_dict())
+        assert received(x := torch.rand(2, 3, 48, 33)).equal(sent(x))
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -89,7 +89,7 @@ class _ProcessGroup:
         self._stderr = [tempfile.TemporaryFile() for _ in range(processes)]  # noqa: SIM115  (closed by `kill`)
         self._pids: list[int] = []
         self._statuses: list[int | None] = [None] * processes
-        self._signals, self._passed_on = signals, False
+        self._signals, self._passed_on, self._is_ending = signals, False, False
         self._cpu_ticks = [0] * processes
         self._computed_at = self._looked_at = 0.0
         sys.stdout.flush()  # or a fork would write what is buffered once more
@@ -112,17 +112,19 @@ class _ProcessGroup:
             if self._signals.is_repeated:
                 self._send(signal.SIGKILL)
             elif self._signals.received and not self._passed_on:
-                self._passed_on, self._computed_at = True, time.monotonic()
+                self._passed_on = True
                 self._send(signal.SIGHUP if self._signals.received == "SIGHUP" else signal.SIGTERM)
                 self._send(signal.SIGCONT)
-            ended = [status for status in statuses if status is not None]
-            if deadline is None and ended and (ended[0] not in (0, Stopped.exit_status)):
+            failed = [status for status in statuses if status is not None and status not in (0, Stopped.exit_status)]
+            if deadline is None and failed:
                 # The others may wait for the one that has ended, for as long as a collective's timeout.
-                is_lost = ended[0] < 0 or ended[0] in _LOST
+                is_lost = failed[0] < 0 or failed[0] in _LOST
                 deadline = time.monotonic() + (0.3 if is_lost else _GRACE_SECONDS)
             if deadline is not None and time.monotonic() > deadline and not self._passed_on:
                 break
-            if self._passed_on and self._is_hung():
+            if not self._is_ending and (self._passed_on or Stopped.exit_status in statuses):
+                self._is_ending, self._computed_at = True, time.monotonic()
+            if self._is_ending and self._is_hung():
                 _log.warning("no process has computed for %.0f seconds: those that are left are killed", _HUNG_SECONDS)
                 self._send(signal.SIGKILL)
             time.sleep(_POLL_SECONDS)
@@ -146,18 +148,18 @@ class _ProcessGroup:
         failed = {rank: status for rank, status in enumerate(statuses) if status}
         if not failed:
             return 0, None if None not in statuses else "a process did not end"
-        if self._passed_on and not self._signals.is_repeated and statuses[0] in (Stopped.exit_status, *_UNHEARD):
-            if statuses[0] in _UNHEARD:  # it had no handler yet, and so nothing that it could have saved
-                raise Stopped(f"stopped by {self._signals.received} before the training began: start it again")
-            return Stopped.exit_status, None  # the first process saves for all, and has said so
-        # A process that ended by an error of its own tells the cause; its neighbours were lost for want of it.
+        # A process that ended by an error of its own tells the cause; its neighbours were lost for want of it. One that
+        # was stopped says that all is saved.
         causes = {rank: status for rank, status in failed.items() if status > 0 and status not in _LOST}
-        if causes and (Stopped.exit_status not in causes.values() or len(causes) == len(failed)):
+        if causes:
             rank = next((r for r, status in causes.items() if status != Stopped.exit_status), min(causes))
             if rank:  # the first process has written to the terminal itself
                 self._stderr[rank].seek(0)
                 sys.stderr.write(self._stderr[rank].read().decode(errors="replace"))
             return causes[rank], None
+        if self._passed_on and not self._signals.is_repeated and any(status in _UNHEARD for status in statuses):
+            # it had no handler yet, and so nothing to save
+            raise Stopped(f"stopped by {self._signals.received} while no step was under way: resume, or start again")
         rank = next((rank for rank, status in failed.items() if status < 0), min(failed))
         status = failed[rank]
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
