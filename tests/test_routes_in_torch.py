@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import copy
 import faulthandler
-import gc
 import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from onefold.reparam import Chain, Route, Sum, conv_act, mixed, moments, per_branch, quickest, set_route_
+from onefold.train.distributed import process_group
 from test_routes import batch, gap, unit
 
 ROUTES = (moments, mixed, quickest)
@@ -215,13 +213,10 @@ def shard(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name need not be one that can be looked up
     faulthandler.dump_traceback_later(120)  # who waits for whom, should they ever
-    store, patience = f"file://{folder}/meeting", timedelta(seconds=100)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    for name, sizes in SPLITS.items():
-        for dtype in BOUNDS:
-            one_step(rank, sizes, dtype, Path(folder), name)
-    gc.collect()  # a DistributedDataParallel that outlived the process group would wait for gloo's threads with the GIL
-    dist.destroy_process_group()
+    with process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2):
+        for name, sizes in SPLITS.items():
+            for dtype in BOUNDS:
+                one_step(rank, sizes, dtype, Path(folder), name)
 
 
 def one_step(rank: int, sizes: tuple[int, int], dtype: torch.dtype, folder: Path, name: str) -> None:

@@ -81,7 +81,7 @@ class Evaluator:
             last = list(unreadable.values())[-1]
             raise BadData(f"more than {limit} of {len(self.validation)} images are bad, the last: {last}")
         if self.world.is_main:  # which has said so of its own
-            for name in unreadable.keys() - shares[0].unreadable.keys():
+            for name in sorted(unreadable.keys() - shares[0].unreadable.keys()):
                 _log.warning("left out of the validation: %s", unreadable[name])
         score = merge_shares([share.predictions for share in shares], self.card.num_classes)
         return {**score.metrics(), "drift": shares[0].drift}
