@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from onefold.phone.adb import FOLDER
 from onefold.phone.benchmark import place_of
 from onefold.runtimes import open_artifact
 from onefold.runtimes.artifact import REFERENCE, Artifact, read_files
-from onefold.runtimes.exporter import TOLERANCES
+from onefold.runtimes.exporter import tolerance_of
 from onefold.runtimes.reference_logits import read_reference, relative_difference
 
 _PROGRAM_MODE = "755"
@@ -88,8 +87,7 @@ def _load(artifact: Artifact, program: Program, named: tuple[str, dict[str, obje
 
 def _check(artifact: Artifact, logits: Floats) -> Callable[[bytes], None]:
     """Whether a phone's answer is the one that the artifact promises. Raises GateFailed."""
-    exported = math.inf if artifact.parity is None else artifact.parity.tolerance
-    allowed = min(exported, TOLERANCES[artifact.precision])
+    allowed = tolerance_of(artifact)
 
     def check(answer: bytes) -> None:
         if len(answer) != 4 * logits.size:
