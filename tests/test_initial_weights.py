@@ -22,6 +22,7 @@ from onefold.commands.initial_weights import (
     Student,
     TeacherAdapter,
     TeacherEnsemble,
+    _tell_differences,
     initialized_from,
     open_teacher,
     open_teachers,
@@ -32,7 +33,7 @@ from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
 from onefold.models import create_model
-from onefold.models.hub import Card, load_model, save_weights
+from onefold.models.hub import Card, load_model, read_card, save_weights
 from onefold.recipes import Recipe, at_epochs, find_recipe, override
 from onefold.reparam import fuse, unfused_norms
 from onefold.train import Checkpoint, Distill, fit_linear_probe
@@ -222,6 +223,21 @@ def test_what_the_user_states_stays(field, value, half):
     assert getattr(taken, field) == getattr(told.preprocessing, field)
     assert taken.channels == (3 if field in ("mean", "std", "channels") else 1)
     assert len(taken.mean) == len(taken.std) == taken.channels
+
+
+def test_what_is_stated_otherwise_than_in_the_card_is_said(half, caplog):
+    caplog.set_level("INFO", "onefold")
+    told = override(
+        find_recipe("photos:finetune"), {"weights": str(half), "model": NAME, "preprocessing.interpolation": "nearest"}
+    )
+    _tell_differences(read_card(half), initialized_from(told, ["preprocessing.interpolation"]))
+    assert "were made for other preprocessing: interpolation bicubic, not nearest" in caplog.text
+    caplog.clear()
+    network = open_network(half)
+    assert network.with_size(96) is network.with_size(None) is network
+    assert caplog.text.count("--img-size") == 0
+    assert network.with_size(64).preprocessing.size == 64
+    assert "its images are 64 pixels here (--img-size), and 96 by its card" in caplog.text
 
 
 def test_foreign_weights_bring_what_the_catalogue_says_of_them(tmp_path):
