@@ -305,7 +305,7 @@ def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog)
     assert "int8 agrees with fp32 on" in _agreement(network, quantized(network, right), right)["answers"]
     assert "one colour" not in caplog.text
     broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
-    assert _agreement(network, broken, right)["answers"].startswith("0 of 4")
+    assert _agreement(network, broken, right)["answers"].startswith("int8 agrees with fp32 on 0 of 4")
     assert "gives only 0 of 4 of the float network's answers" in caplog.text
 
 
