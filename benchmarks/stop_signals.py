@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from onefold.errors import Stopped
-from onefold.train import Checkpoint, Plan, Progress, Steps, World, import_ahead, start_world
+from onefold.train import Checkpoint, Plan, Progress, RunFolder, Steps, World, import_ahead, start_world
 from onefold.train.launch import launch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -44,7 +44,7 @@ def train(out: Path, plan: Plan) -> int:
     """Train as one of several processes, marking the phases by files beside the run folder."""
     with start_world("cpu") as world:
         mark(out, f"pid{world.rank}").write_text(str(os.getpid()))
-        resume = world.broadcast((out / "last").exists())
+        resume = world.broadcast(RunFolder(out).has_run)
         data = Blobs(num_images=48, batch_size=plan.batch_size)
         with marked_saves(out):
             fresh(out, plan, data, resume=resume, world=world, on_progress=told(out), evaluate=slow_score(out, world))

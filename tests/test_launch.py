@@ -247,7 +247,7 @@ sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
 from onefold.train.launch import launch
-from onefold.train import Steps, import_ahead, start_world
+from onefold.train import RunFolder, Steps, import_ahead, start_world
 from training_kit import PLAN, Blobs, fresh
 max_restarts, out, epochs, nap = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 plan = replace(PLAN, epochs=epochs, batch_size=8, logical_workers=2, reduce="exact", checkpoint_every=Steps(5))
@@ -259,7 +259,7 @@ def work():
             with open(str(out) + ".steps", "ab") as steps:
                 steps.write(b".")
             time.sleep(nap)
-        resume = world.broadcast((out / "last").exists())
+        resume = world.broadcast(RunFolder(out).has_run)
         data = Blobs(num_images=400, batch_size=8)
         done = fresh(out, plan, data, resume=resume, world=world, on_progress=step)
         if world.is_main:
