@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -427,6 +428,7 @@ def run() -> None:
     for package in ("h5py", "pyarrow.parquet", "matplotlib.pyplot"):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
+    gc.freeze()  # or each fork would copy what a collection touches
     rows = []
     for trial in trials(root, given.kinds.split(","), given.count, given.seed, given.seconds):
         rows.append(trial)
