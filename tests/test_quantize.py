@@ -29,12 +29,9 @@ from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.quantize import MINMAX, Method, quantize
-from onefold.quantize.cross_layer_equalization import (
-    activation_qparams,
-    equalize_,
-    rescale_channels_,
-    shorten_weight_scales,
-)
+from onefold.quantize.calibrate import calibrate
+from onefold.quantize.convert import calibration_state, from_calibration_state
+from onefold.quantize.cross_layer_equalization import equalize_, joined_pairs, rescale_pair_, shorten_weight_scales
 from onefold.quantize.gptq import gptq, nearest
 from onefold.quantize.graph import get_parameter, layers, trace
 from onefold.quantize.qparams import QParams, choose_qparams, weight_scales
@@ -180,16 +177,46 @@ def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_o
 # ----------------------------------------------------------------------------------------- powers
 
 
-def test_rescaling_makes_steps_powers_of_two_and_keeps_the_answer(images: Tensor) -> None:
+def test_rescaling_a_pair_of_layers_keeps_the_answer(images: Tensor) -> None:
     for name in ("mobileone_s0", "mobilenetv1_025", "mobileone_s4"):
         fused = fuse(shaken(create_model(name, num_classes=7)).eval()).double()
         graph = trace(fused, images.double())
         before = answer(graph, images.double())
-        points = rescale_channels_(graph, [images.double()], "mse")
-        assert len(points) > 10
+        pairs = joined_pairs(layers(graph))
+        assert len(pairs) > 10
+        for number, pair in enumerate(pairs):
+            rescale_pair_(graph, *pair, 1.0 + 0.1 * number)
         assert noise(before, answer(graph, images.double())) < 1e-9  # random gates make much of rounding
-        steps = activation_qparams(graph, [images.double()], list(points), "mse")
-        assert all(abs(math.log2(qparams.scale) - round(math.log2(qparams.scale))) < 1e-3 for qparams in steps.values())
+
+
+def test_scales_between_joined_layers_are_powers_of_two(small: nn.Module, images: Tensor) -> None:
+    graph = trace(small, images)
+    pairs = joined_pairs(layers(graph))
+    found = calibrate(graph, images.split(4), Method()).activations
+    assert pairs
+    assert all(math.frexp(found[first.output].scale)[0] == 0.5 for first, _ in pairs)
+
+
+def test_the_network_does_not_depend_on_the_number_of_threads(small: nn.Module, images: Tensor) -> None:
+    made = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        made.append(quantize(small, images, Method(correct_weights=True)).graph.state_dict())
+        assert torch.get_num_threads() == threads
+    assert all(torch.equal(made[0][key], each[key]) for each in made[1:] for key in made[0])
+
+
+def test_a_calibration_that_is_kept_gives_the_same_network(small: nn.Module, images: Tensor) -> None:
+    for method in (Method(), Method(skip_layers=(layers(trace(small, images))[1].name,)), MINMAX):
+        made = quantize(small, images, method)
+        tensors, facts = calibration_state(made)
+        again = from_calibration_state(small, tuple(images.shape[1:]), tensors, json.loads(json.dumps(facts)))
+        assert (again.method, again.layers, again.images) == (made.method, made.layers, made.images)
+        with torch.inference_mode():
+            assert torch.equal(again.model(images), made.model(images))
+            assert torch.equal(again.graph(images), made.graph(images))
+    with pytest.raises(BadArgument, match="another network"):
+        from_calibration_state(small, tuple(images.shape[1:]), tensors, {**facts, "activations": {"other": [1.0, 0]}})
 
 
 @given(step=st.floats(1e-6, 1e6))

@@ -6,6 +6,7 @@ weight is rounded for the inputs that its layer will really get, and a bias can 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,22 +16,27 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.cross_layer_equalization import (
+    joined_pairs,
     nearest_power_of_two,
-    rescale_channels_,
+    rescale_pair_,
     shorten_scale,
     shorten_weight_scales,
 )
 from onefold.quantize.gptq import gptq, input_moments, nearest
 from onefold.quantize.graph import (
     Layer,
+    batches_side_by_side,
     free_used_inputs,
     get_parameter,
     layers,
     node_values,
+    over_batches,
     padding_input,
     quantized_activations,
 )
 from onefold.quantize.qparams import LayerReport, Method, QParams, QuantizationParams, choose_qparams, weight_scales
+
+_progress = logging.getLogger("onefold.progress")
 
 _MAX_BIAS = 2.0**30
 
@@ -64,22 +70,25 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> 
 
     Raises BadArgument where `method.skip_layers` names a layer that does not exist.
     """
-    rescaled = rescale_channels_(graph, batches, method.range_method) if method.power_of_two_scales else frozenset()
-    calibrator = _Calibrator(graph, batches, method, rescaled)
-    for node in graph.graph.nodes:
-        if node.op != "output":
-            calibrator.evaluate(node)
+    with batches_side_by_side():
+        calibrator = _Calibrator(graph, batches, method)
+        for number, node in enumerate(graph.graph.nodes):
+            _progress.debug("calibrating", extra={"done": number, "total": len(graph.graph.nodes)})
+            if node.op != "output":
+                calibrator.evaluate(node)
+        _progress.debug("calibrated", extra={"done": 1, "total": 1})
     return CalibrationResult(calibrator.activations, calibrator.quantized, tuple(calibrator.reports))
 
 
 class _Calibrator:
     """The state of a calibration: the float and quantized values, by batch, that later nodes still read."""
 
-    def __init__(
-        self, graph: GraphModule, batches: Sequence[Tensor], method: Method, rescaled: frozenset[Node]
-    ) -> None:
-        self._graph, self._batches, self._method, self._rescaled = graph, batches, method, rescaled
+    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: Method) -> None:
+        self._graph, self._batches, self._method = graph, batches, method
         all_layers = layers(graph)
+        pairs = joined_pairs(all_layers) if method.power_of_two_scales else []
+        self._pairs = {first.node: (first, second) for first, second in pairs}
+        self._rescaled = frozenset(first.output for first, _ in pairs)
         names = {layer.name for layer in all_layers}
         if unknown := set(method.skip_layers) - names:
             raise BadArgument(
@@ -98,11 +107,10 @@ class _Calibrator:
     def evaluate(self, node: Node) -> None:
         """Compute a node's float and quantized values; quantize it where it is a layer or a quantized activation."""
         self._float[node] = node_values(self._graph, node, self._float, self._batches)
+        if node in self._pairs:
+            self._rescale(*self._pairs[node])
         if node in self._layers:
-            layer = self._layers[node]
-            quantized = self.quantized[layer] = self._quantize_layer(layer)
-            inputs = self._inputs(self._quantized, node)
-            self._quantized[node] = [_run(layer, x, quantized.weight, quantized.bias) for x in inputs]
+            self._quantize_layer(self._layers[node])
         else:
             self._quantized[node] = node_values(self._graph, node, self._quantized, self._batches)
         if node in self._activations:
@@ -111,13 +119,28 @@ class _Calibrator:
             self._report(self._outputs[node])
         free_used_inputs(node, self._quantized, self._float)
 
-    def _quantize_layer(self, layer: Layer) -> QuantizedLayer:
+    def _rescale(self, first: Layer, second: Layer) -> None:
+        """Rescale the activation between two layers so that its best scale is a power of two (see equalization)."""
+        sums = self._float[first.node]
+        values = sums
+        if first.output is not first.node:
+            values = node_values(self._graph, first.output, {**self._float, first.node: sums}, self._batches)
+        scale = choose_qparams([x for x in values if isinstance(x, Tensor)], self._method.range_method).scale
+        factor = scale / nearest_power_of_two(scale)
+        rescale_pair_(self._graph, first, second, factor)
+        self._float[first.node] = over_batches(lambda x: x.div_(factor), sums)
+        for node in (*first.node.args, *second.node.args):  # the attributes are new tensors now
+            if isinstance(node, Node) and node.op == "get_attr" and node in self._float:
+                self._float[node] = self._quantized[node] = node_values(self._graph, node, {}, self._batches)
+
+    def _quantize_layer(self, layer: Layer) -> None:
+        """Quantize a layer, and compute its quantized values."""
         method, weight = self._method, get_parameter(self._graph, layer.weight)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else get_parameter(self._graph, layer.bias)
         moments = None
         if method.correct_weights or method.rounding == "gptq":
-            quantized, exact = (self._inputs(values, layer.node) for values in (self._quantized, self._float))
-            moments = input_moments(layer, quantized, exact, weight)
+            exact = self._inputs(self._float, layer.node) if method.correct_weights else None
+            moments = input_moments(layer, self._inputs(self._quantized, layer.node), exact, weight)
         flat = moments.corrected(weight.flatten(1)) if moments and method.correct_weights else weight.flatten(1)
         per_tensor = method.weights == "tensor"
         scales = weight_scales(flat, qmax=method.weight_qmax, per_tensor=per_tensor, clip=method.clip_weights)
@@ -130,21 +153,16 @@ class _Calibrator:
         input_scale = self.activations[layer.source].scale
         scales = shorten_weight_scales(scales, input_scale) if method.power_of_two_scales else scales
         result = _round_layer(weight, bias, scales, input_scale, round_weight)
+        inputs, no_bias = self._inputs(self._quantized, layer.node), torch.zeros_like(bias)
+        rounded, kernel = list(self._float[layer.node]), result.weight
+        sums = over_batches(lambda x: _run(layer, x, kernel, no_bias), inputs)
         if method.correct_bias:
-            result = _with_bias(result, bias + self._mean_error(layer, result), input_scale)
-        return result
-
-    def _mean_error(self, layer: Layer, quantized: QuantizedLayer) -> Tensor:
-        """Compute by how much the mean of each output channel (O,) has become smaller."""
-        total: Tensor | float = 0.0
-        float_inputs = self._inputs(self._float, layer.node)
-        weight = get_parameter(self._graph, layer.weight)
-        bias = torch.zeros_like(quantized.bias) if layer.bias is None else get_parameter(self._graph, layer.bias)
-        for exact, x in zip(float_inputs, self._inputs(self._quantized, layer.node), strict=True):
-            error = _run(layer, exact, weight, bias) - _run(layer, x, quantized.weight, quantized.bias)
-            total = total + error.transpose(0, 1).flatten(1).mean(1)
-        assert isinstance(total, Tensor)
-        return total / len(float_inputs)
+            errors = over_batches(_total_difference, rounded, sums)
+            error = sum(errors[1:], errors[0]) / sum(len(x) for x in sums)  # of the sums without a bias
+            result = _with_bias(result, error, input_scale)
+        shape = (-1, *[1] * (sums[0].dim() - 2))
+        self._quantized[layer.node] = over_batches(lambda x: x.add_(result.bias.view(shape)), sums)
+        self.quantized[layer] = result
 
     def _inputs(self, values: Mapping[Node, list[object]], node: Node) -> list[Tensor]:
         source = node.args[0]
@@ -164,14 +182,13 @@ class _Calibrator:
             elif self._method.power_of_two_scales:
                 qparams = shorten_scale(qparams)
         self.activations[node] = qparams
-        self._quantized[node] = [qparams.fake_quantize(x) for x in chunks]
+        self._quantized[node] = over_batches(qparams.fake_quantize, chunks)
 
     def _report(self, layer: Layer) -> None:
         is_quantized = layer in self.quantized
         weight = get_parameter(self._graph, layer.weight)
         rounded = self.quantized[layer].weight if is_quantized else weight
-        pairs = zip(self._float[layer.output], self._quantized[layer.output], strict=True)
-        powers = [(float((f**2).sum()), float(((f - q) ** 2).sum())) for f, q in pairs]  # type: ignore[operator]
+        powers = over_batches(_powers, self._float[layer.output], self._quantized[layer.output])
         signal, noise = (sum(column) for column in zip(*powers, strict=True))
         weight_noise = float(((weight - rounded) ** 2).sum())
         self.reports.append(
@@ -182,6 +199,16 @@ class _Calibrator:
                 quantized=is_quantized,
             )
         )
+
+
+def _total_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Sum the means of a - b over the maps (C,), image by image."""
+    return (a - b).mean([dim for dim in range(a.dim()) if dim != 1]) * len(a)
+
+
+def _powers(exact: Tensor, rounded: Tensor) -> tuple[float, float]:
+    """Compute the squared norms of the exact values and of the error of the rounded ones."""
+    return float(exact.norm().double() ** 2), float((exact - rounded).norm().double() ** 2)
 
 
 def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

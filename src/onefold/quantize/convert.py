@@ -34,7 +34,7 @@ from onefold.quantize.graph import (
 from onefold.quantize.integer_model import IntegerModel
 from onefold.quantize.qparams import QMAX, QMIN, LayerReport, Method, QParams, QuantizationParams
 
-BATCH_SIZE = 16
+BATCH_SIZE = 4
 _DEFAULT_METHOD = Method()
 _ops = torch.ops.quantized_decomposed
 _WEIGHT_QMAX = 127

@@ -23,7 +23,7 @@ the second's weight multiplied by it, as above, and the scale is 2^k.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -35,15 +35,15 @@ from onefold.quantize.graph import (
     CLAMPS,
     Layer,
     aten,
+    batches_side_by_side,
     clamp_bounds,
-    free_used_inputs,
     get_parameter,
     layers,
-    node_values,
+    over_batches,
     padding_input,
     set_parameter,
 )
-from onefold.quantize.qparams import QParams, RangeMethod, choose_qparams
+from onefold.quantize.qparams import QParams
 
 _MAX_ITERATIONS = 30
 _MAX_FACTOR = 1e4
@@ -59,10 +59,11 @@ def equalize_(
     """Equalize all pairs of layers in place, by batches (B, C, H, W); returns the number of pairs."""
     if by in ("none", None):
         return 0
-    pairs = [pair for pair in pairwise(layers(graph)) if _are_joined(*pair)]
-    statistics = _ClampStatistics(graph, {first.output: _clamp_max(first) for first, _ in pairs})
-    for batch in batches:
-        statistics.run(batch)
+    pairs = joined_pairs(layers(graph))
+    statistics = _ClampStatistics({first.output: _clamp_max(first) for first, _ in pairs})
+    with batches_side_by_side():
+        for each in over_batches(lambda batch: _Watched(graph, statistics.clamps).watch(batch), batches):
+            statistics.add(each)
     if by == "activations":
         for first, second in pairs:
             s = _factors_by_activations(graph, second, statistics.peak[first.output])
@@ -90,26 +91,44 @@ def _factor_bounds(layer: Layer, statistics: _ClampStatistics) -> list[Tensor]:
     return [torch.where(reached, 1.0, least), torch.where(reached, 1.0, _MAX_FACTOR)]
 
 
-class _ClampStatistics(Interpreter):
-    """Runs the graph and records for each channel of clamped outputs the peak, and how many values reach the clamp."""
+class _ClampStatistics:
+    """For each channel of clamped outputs the peak, and how many values reach the clamp."""
+
+    def __init__(self, clamps: dict[Node, float]) -> None:
+        self.clamps = clamps
+        self.peak: dict[Node, Tensor] = {}
+        self.num_clamped: dict[Node, Tensor] = {}
+        self.count = dict.fromkeys(clamps, 0)
+
+    def add(self, found: dict[Node, tuple[Tensor, Tensor, int]]) -> None:
+        """Add what `_Watched` has found of a batch."""
+        for node, (peak, reached, count) in found.items():
+            self.peak[node] = torch.maximum(self.peak[node], peak) if node in self.peak else peak
+            self.num_clamped[node] = self.num_clamped[node] + reached if node in self.num_clamped else reached
+            self.count[node] += count
+
+
+class _Watched(Interpreter):
+    """Runs the graph on a batch, and gives peak, clamped values and values of each channel of clamped outputs."""
 
     def __init__(self, graph: GraphModule, clamps: dict[Node, float]) -> None:
         super().__init__(graph)
         self._clamps = clamps
-        self.peak: dict[Node, Tensor] = {}
-        self.num_clamped: dict[Node, Tensor] = {}
-        self.count = dict.fromkeys(clamps, 0)
+        self._found: dict[Node, tuple[Tensor, Tensor, int]] = {}
+
+    def watch(self, batch: Tensor) -> dict[Node, tuple[Tensor, Tensor, int]]:
+        """Run one batch."""
+        self.run(batch)
+        return self._found
 
     def run_node(self, n: Node) -> Any:
         """Compute the node's value and record it."""
         value = super().run_node(n)
         if n in self._clamps:
-            channels = value.transpose(0, 1).flatten(1)
-            reached = (channels >= self._clamps[n]).sum(1)
-            peak = channels.abs().amax(1)
-            self.peak[n] = torch.maximum(self.peak[n], peak) if n in self.peak else peak
-            self.num_clamped[n] = self.num_clamped[n] + reached if n in self.num_clamped else reached
-            self.count[n] += channels.shape[1]
+            others, clamp = [dim for dim in range(value.dim()) if dim != 1], self._clamps[n]
+            low, high = value.amin(others), value.amax(others)
+            reached = (value >= clamp).sum(others) if clamp < math.inf else torch.zeros_like(high, dtype=torch.int64)
+            self._found[n] = torch.maximum(high, -low), reached, value.numel() // value.shape[1]
         return value
 
 
@@ -118,6 +137,11 @@ def _clamp_max(layer: Layer) -> float:
     if layer.output is layer.node:
         return math.inf
     return clamp_bounds(layer.output.target, layer.output.args[1:])[1]
+
+
+def joined_pairs(of_layers: list[Layer]) -> list[tuple[Layer, Layer]]:
+    """List the pairs of layers between which channels may be rescaled."""
+    return [pair for pair in pairwise(of_layers) if _are_joined(*pair)]
 
 
 def _are_joined(first: Layer, second: Layer) -> bool:
@@ -188,41 +212,14 @@ def _scale_input_channels(weight: Tensor, layer: Layer, s: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- power-of-two scales
 
 
-@torch.no_grad()
-def rescale_channels_(graph: GraphModule, batches: Sequence[Tensor], range_method: RangeMethod) -> frozenset[Node]:
-    """Rescale the activations between pairs of layers, in place, so that their best scales are powers of two.
-
-    Returns those activations.
-    """
-    pairs = [pair for pair in pairwise(layers(graph)) if _are_joined(*pair)]
-    best = activation_qparams(graph, batches, [first.output for first, _ in pairs], range_method)
-    for first, second in pairs:
-        scale = best[first.output].scale
-        factor = scale / nearest_power_of_two(scale)
-        set_parameter(graph, first.weight, get_parameter(graph, first.weight) / factor)
-        if first.bias is not None:
-            set_parameter(graph, first.bias, get_parameter(graph, first.bias) / factor)
-        factors = torch.full_like(get_parameter(graph, first.weight).flatten(1)[:, 0], factor)
-        set_parameter(graph, second.weight, _scale_input_channels(get_parameter(graph, second.weight), second, factors))
-        _rescale_clamp_(first.output, factor)
-    return frozenset(first.output for first, _ in pairs)
-
-
-@torch.no_grad()
-def activation_qparams(
-    graph: GraphModule, batches: Sequence[Tensor], nodes: Collection[Node], range_method: RangeMethod
-) -> dict[Node, QParams]:
-    """Choose parameters for these nodes by their values in floating point."""
-    values: dict[Node, list[object]] = {}
-    qparams: dict[Node, QParams] = {}
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            continue
-        values[node] = node_values(graph, node, values, batches)
-        if node in nodes:
-            qparams[node] = choose_qparams([x for x in values[node] if isinstance(x, Tensor)], range_method)
-        free_used_inputs(node, values)
-    return qparams
+def rescale_pair_(graph: GraphModule, first: Layer, second: Layer, factor: float) -> None:
+    """Divide the activation between two layers by a factor, in place; the network's function stays as it is."""
+    set_parameter(graph, first.weight, get_parameter(graph, first.weight) / factor)
+    if first.bias is not None:
+        set_parameter(graph, first.bias, get_parameter(graph, first.bias) / factor)
+    factors = torch.full_like(get_parameter(graph, first.weight).flatten(1)[:, 0], factor)
+    set_parameter(graph, second.weight, _scale_input_channels(get_parameter(graph, second.weight), second, factors))
+    _rescale_clamp_(first.output, factor)
 
 
 def nearest_power_of_two(scale: float) -> float:

@@ -9,18 +9,23 @@ Source: Frantar et al., arXiv 2210.17323 (GPTQ), here for grouped convolutions. 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onefold.quantize.graph import Layer
+from onefold.quantize.graph import Layer, over_batches
 
 _DAMPING = 0.01
 _RIDGE = 1.0
 _MAX_PATCHES = 60_000
+_MAX_GROUPED_PATCHES = 16_000  # of a depthwise layer, whose covariances have 9 rows
+_MIN_IMAGES = 16
 _BLOCK = 64
 
 
@@ -72,37 +77,57 @@ class Moments:
         return (rows + step).flatten(0, 1).to(weight.dtype)
 
 
-def input_moments(layer: Layer, quantized: Sequence[Tensor], exact: Sequence[Tensor], weight: Tensor) -> Moments:
-    """Compute the moments of a layer's inputs, given as quantized and float batches, from a subset of patches."""
-    per_batch = max(1, _MAX_PATCHES // len(quantized))
+def input_moments(layer: Layer, quantized: Sequence[Tensor], exact: Sequence[Tensor] | None, weight: Tensor) -> Moments:
+    """Compute the moments of a layer's inputs, given as quantized and float batches, from a subset of patches.
+
+    Without `exact` the cross moments, which only correcting weights needs, are those of the quantized inputs.
+    """
+    picked = _picked_images(layer, quantized)
+    limit = max(1, _MAX_PATCHES // len(quantized))
     # Centred on the first batch's mean already while they are summed, which keeps digits.
-    pilot = _patches(layer, quantized[0], weight, per_batch).mean(-1, keepdim=True)
-    squares, products = (pilot @ pilot.mT * 0).double(), (pilot @ pilot.mT * 0).double()
-    means, count = [(pilot * 0).double(), (pilot * 0).double()], 0
-    for x, y in zip(quantized, exact, strict=True):
-        a, b = (_patches(layer, chunk, weight, per_batch) - pilot for chunk in (x, y))
-        squares += (a @ a.mT).double()
-        products += (b @ a.mT).double()
-        means = [mean + part.sum(-1, keepdim=True).double() for mean, part in zip(means, (a, b), strict=True)]
-        count += a.shape[-1]
-    a_mean, b_mean = (mean / count for mean in means)
+    pilot = _patches(layer, quantized[0][picked[0] or slice(1)], weight, limit).mean(-1, keepdim=True)
+
+    def moments(x: Tensor, y: Tensor | None, images: list[int]) -> tuple[Tensor, ...] | None:
+        if not images:
+            return None
+        a = _patches(layer, x[images], weight, limit).sub_(pilot)
+        b = a if y is None else _patches(layer, y[images], weight, limit).sub_(pilot)
+        sums = (part.sum(-1, keepdim=True).double() for part in (a, b))
+        squares = (a @ a.mT).double()
+        return (squares, squares if y is None else (b @ a.mT).double(), *sums, torch.tensor(a.shape[-1]))
+
+    parts = [part for part in over_batches(moments, quantized, exact or [None] * len(quantized), picked) if part]
+    squares, products, a_sum, b_sum, count = (reduce(torch.add, column) for column in zip(*parts, strict=True))
+    a_mean, b_mean = a_sum / count, b_sum / count
     return Moments(squares / count - a_mean @ a_mean.mT, products / count - b_mean @ a_mean.mT)
 
 
-def _patches(layer: Layer, x: Tensor, weight: Tensor, limit: int) -> Tensor:
-    """Extract the patches of one batch (G, K, N), N near `limit` where there are more."""
+def _picked_images(layer: Layer, batches: Sequence[Tensor]) -> list[list[int]]:
+    """Pick images of each batch, evenly over all: as many as patches are wanted of a convolution larger than 1x1."""
+    counts = [len(batch) for batch in batches]
     if not layer.is_conv:
-        return x.flatten(1).T[None]
+        return [list(range(count)) for count in counts]
+    stride = _pair(layer.node.args, 3, 1)
+    positions = max(1, math.prod(batches[0].shape[2:]) // (stride[0] * stride[1]))
+    limit, total = _MAX_PATCHES if layer.groups == 1 else _MAX_GROUPED_PATCHES, sum(counts)
+    wanted = min(total, max(_MIN_IMAGES, -(-limit // positions)))
+    numbers = {i * total // wanted for i in range(wanted)}
+    starts = itertools.accumulate(counts, initial=0)
+    return [[i for i in range(count) if start + i in numbers] for start, count in zip(starts, counts, strict=False)]
+
+
+def _patches(layer: Layer, x: Tensor, weight: Tensor, limit: int) -> Tensor:
+    """Extract the patches of one batch (G, K, N), in memory of their own; of a 1x1 convolution N near `limit`."""
+    if not layer.is_conv:
+        return x.flatten(1).T[None].clone()
     args = layer.node.args
     stride, padding, dilation = (_pair(args, at, default) for at, default in ((3, 1), (4, 0), (5, 1)))
     kernel_size = weight.shape[-2:]
     if tuple(kernel_size) == (1, 1):
         columns = x[:, :, :: stride[0], :: stride[1]].transpose(0, 1).flatten(1)
-        columns = columns[:, :: max(1, columns.shape[1] // limit)]
+        columns = columns[:, :: max(1, columns.shape[1] // limit)].clone()
         return columns.unflatten(0, (layer.groups, -1))
-    positions = x.shape[2] * x.shape[3] // (stride[0] * stride[1])
-    images = x[: max(1, -(-limit // positions))]
-    columns = F.unfold(images, tuple(kernel_size), dilation, padding, stride)  # (B, I*H*W, L)
+    columns = F.unfold(x, tuple(kernel_size), dilation, padding, stride)  # (B, I*H*W, L)
     return columns.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 

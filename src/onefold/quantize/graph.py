@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from torch.fx.node import map_arg
 
 from onefold.errors import BadArgument
 
+T = TypeVar("T")
 aten = torch.ops.aten
 CONVS = (aten.conv2d.default, aten.conv2d.padding)
 POOLS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
@@ -180,7 +184,44 @@ def node_values(
         assert callable(node.target)
         return node.target(*map_arg(node.args, argument), **map_arg(node.kwargs, argument))
 
-    return [compute(batch) for batch in range(len(batches))]
+    return over_batches(compute, range(len(batches)))
+
+
+_workers: ContextVar[Executor | None] = ContextVar("workers", default=None)
+
+
+@contextmanager
+def batches_side_by_side() -> Iterator[None]:
+    """Let `over_batches` compute as many batches at a time as torch has threads, each on one of them.
+
+    What is computed then does not depend on the number of threads, to the bit: torch's own threads divide a sum among
+    them. Inside of another such block nothing changes.
+    """
+    count = torch.get_num_threads()
+    if _workers.get() is not None:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
+            token = _workers.set(pool)
+            try:
+                yield
+            finally:
+                _workers.reset(token)
+    finally:
+        torch.set_num_threads(count)
+
+
+def over_batches(function: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
+    """Call the function, without gradients, for each row of the columns, which belong to batches."""
+
+    def without_gradients(*row: Any) -> T:
+        with torch.no_grad():
+            return function(*row)
+
+    workers = _workers.get()
+    return list(map(without_gradients, *columns) if workers is None else workers.map(without_gradients, *columns))
 
 
 def free_used_inputs(node: Node, *values: dict[Node, list[object]]) -> None:

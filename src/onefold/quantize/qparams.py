@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from onefold.errors import BadArgument
+from onefold.quantize.graph import over_batches
 
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 Granularity = Literal["channel", "tensor"]
 QMIN, QMAX = -128, 127
 _BINS = 2048
 _CANDIDATES = 60
+_MAX_COUNTED = 4_000_000  # values of an activation, near which its histogram stays
 _PERCENTILE = 0.9999
 
 
@@ -57,8 +59,8 @@ class QParams:
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Round to the nearest representable values: a float tensor of any shape in and out."""
-        q = torch.round(x * (1.0 / self.scale)) + self.zero_point
-        return (q.clamp_(QMIN, QMAX) - self.zero_point) * self.scale
+        q = (x * (1.0 / self.scale)).round_().add_(self.zero_point).clamp_(QMIN, QMAX)
+        return q.sub_(self.zero_point).mul_(self.scale)
 
 
 def choose_qparams(chunks: Sequence[Tensor], range_method: RangeMethod) -> QParams:
@@ -67,11 +69,13 @@ def choose_qparams(chunks: Sequence[Tensor], range_method: RangeMethod) -> QPara
     Sources: the percentile and the entropy as in Wu et al., arXiv 2004.09602; the entropy's search as in Migacz, "8-bit
     inference with TensorRT" (GTC 2017).
     """
-    low = min(float(chunk.min()) for chunk in chunks)
-    high = max(float(chunk.max()) for chunk in chunks)
+    ends = over_batches(torch.aminmax, chunks)
+    low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
     if range_method == "minmax" or not high > low:
         return QParams.from_range(low, high)
-    counts = sum(torch.histc(chunk, _BINS, low, high).double() for chunk in chunks)
+    # Of millions of values every n-th is counted, n being odd: the widths of maps are even.
+    step = sum(chunk.numel() for chunk in chunks) // _MAX_COUNTED | 1
+    counts = sum(over_batches(lambda chunk: torch.histc(chunk.flatten()[::step], _BINS, low, high).double(), chunks))
     assert isinstance(counts, Tensor)
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
     if range_method == "percentile":
