@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +71,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     """One thread again, whatever the test before has set."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_calibration_of_another_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Calibrations are kept in a folder of this run: those of an earlier one would be found, and nothing computed."""
+    folder = tmp_path_factory.mktemp("calibrations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onefold.commands.calibration.calibrations_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

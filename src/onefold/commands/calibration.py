@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
+from onefold.checksums import seal, unseal
 from onefold.commands.held_out import photos_to_calibrate, records_of
 from onefold.commands.open_network import Floats, Network
 from onefold.commands.predict import say_mismatch
@@ -32,10 +34,11 @@ from onefold.models.weights_file import digest
 from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
 from onefold.quantize.convert import calibration_state, from_calibration_state
 from onefold.quantize.method_search import best_method, skip_sensitive_layers
-from onefold.storage import replacing
+from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
-_MOST_KEPT = 40  # files, each as large as the int8 network
+_MOST_KEPT = 40  # each as large as the int8 network
+_FACTS, _TENSORS = "calibration.json", "calibration.safetensors"
 
 _log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")
@@ -116,7 +119,7 @@ def _calibrated(network: Network, source: Dataset, order: Calibration, say: Call
 
 
 def _kept_as(network: Network, contents: Sequence[str], order: Calibration) -> Path:
-    """The file of a calibration, named by the digests of all that it depends on."""
+    """The folder of a calibration, named by the digests of all that it depends on."""
     facts = {
         "model": network.card.model,
         "tensors": digest(network.model.state_dict()),
@@ -128,8 +131,12 @@ def _kept_as(network: Network, contents: Sequence[str], order: Calibration) -> P
         "code": _code(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "onefold" / "calibrations" / f"{key}.safetensors"
+    return calibrations_folder() / key
+
+
+def calibrations_folder() -> Path:
+    """Where calibrations are kept, a sealed folder each: another one's damage or exchange is noticed."""
+    return cache_folder() / "calibrations"
 
 
 @cache
@@ -144,14 +151,13 @@ def _code() -> str:
 def _found(network: Network, path: Path) -> Quantized | None:
     """The int8 network of a calibration that is kept; None where there is none, or none that can be used."""
     size = network.preprocessing.size
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["calibration"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        made = from_calibration_state(network.model, (network.card.in_chans, size, size), tensors, facts)
-        os.utime(path)  # the files that are used last are kept
-    except FileNotFoundError:
+    if not path.is_dir():
         return None
+    try:
+        contents = unseal(path)
+        facts, tensors = parse_json(contents[_FACTS]), load(contents[_TENSORS])
+        made = from_calibration_state(network.model, (network.card.in_chans, size, size), tensors, facts)
+        os.utime(path)  # those that are used last are kept
     except (OSError, SafetensorError, BadArgument, ValueError, KeyError, TypeError) as error:
         _log.info("the calibration that was kept as %s cannot be used (%s): it is done again", path, error)
         return None
@@ -164,11 +170,10 @@ def _keep(made: Quantized, path: Path) -> None:
     tensors, facts = calibration_state(made)
     facts["at"] = datetime.now().strftime("%Y-%m-%d %H:%M")
     try:
-        with replacing(path) as aside:
-            aside.write_bytes(save(tensors, {"calibration": json.dumps(facts)}))
-        kept = sorted(path.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
+        seal(path, {_FACTS: json.dumps(facts).encode(), _TENSORS: save(tensors)})
+        kept = sorted(path.parent.glob(f"*/{_FACTS}"), key=lambda each: each.parent.stat().st_mtime)
         for old in kept[:-_MOST_KEPT]:
-            old.unlink()
+            shutil.rmtree(old.parent)
     except (NotWritable, OSError) as error:
         _log.info("the calibration is not kept for the next time: %s", error)
 
