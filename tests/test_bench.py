@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onefold import bench, processors
+from onefold import bench, resources
 from onefold.bench.measurement import random_orders
 from onefold.bench.timing_noise import discarded, interval_over, paired_interval, sure_percentile
 from onefold.errors import BadArgument, BadData, NotWritable
@@ -473,16 +473,16 @@ def test_the_least_quota_of_the_groups_around_a_process_counts(tmp_path: Path, m
     files = {"proc/self/cgroup": "0::/kubepods/pod/box\n", f"{group}/cpu.max": "max 100000\n"}
     files |= {"sys/fs/cgroup/kubepods/pod/cpu.max": "250000 100000\n", "sys/fs/cgroup/kubepods/cpu.max": "max 100000"}
     root = fake_root(tmp_path, **files)
-    monkeypatch.setattr("onefold.processors.usable", lambda: 64)
-    assert processors.quota(root) == 2.5
-    assert processors.available(root) == 2
+    monkeypatch.setattr("onefold.resources.usable", lambda: 64)
+    assert resources.quota(root) == 2.5
+    assert resources.available(root) == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with monkeypatch.context() as patch:
-        patch.setattr("onefold.processors._read", lambda path: "50000 100000" if path.name == "cpu.max" else "")
-        processors.respect_quota()
+        patch.setattr("onefold.resources._read", lambda path: "50000 100000" if path.name == "cpu.max" else "")
+        resources.respect_quota()
         assert os.environ["OMP_NUM_THREADS"] == "7"  # what a user says stands
         patch.delenv("OMP_NUM_THREADS")
-        processors.respect_quota()
+        resources.respect_quota()
         assert os.environ.pop("OMP_NUM_THREADS") == "1"  # of half a processor
 
 

@@ -29,7 +29,6 @@ from onefold.data.decode import (
     ODD_ALPHA,
     decode,
     decode_crop,
-    free_memory,
     left_out_as,
     left_out_reason,
     masks_beside,
@@ -39,6 +38,7 @@ from onefold.data.duplicates import thumbnail_stats
 from onefold.data.folders import ImageFiles, list_folder
 from onefold.data.preprocessing import Preprocessing
 from onefold.errors import BadData
+from onefold.resources import free_memory
 
 RNG = np.random.default_rng(0)
 SCENE = np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 48 x 64 px, blocks of 8

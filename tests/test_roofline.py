@@ -19,7 +19,7 @@ from onefold.bench.roofline import cache_sizes
 from onefold.cli import display
 from onefold.commands.bench import bound, measured_limits
 from onefold.errors import BadArgument, BadData
-from onefold.processors import pinned
+from onefold.resources import pinned
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
 QUICK = bench.Procedure(warmup_calls=3, warmup_seconds=0.0, samples=20)
@@ -259,7 +259,7 @@ def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.processors.affinity", lambda: (0, 2))
+    monkeypatch.setattr("onefold.resources.affinity", lambda: (0, 2))
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 1500.5\ncpu MHz\t\t: 2400.0\n")
     assert current_mhz(tmp_path) == 2400.0

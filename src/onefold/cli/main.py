@@ -31,7 +31,7 @@ from onefold.cli.options import (
 )
 from onefold.cli.progress import progress, training
 from onefold.errors import BadArgument
-from onefold.processors import respect_quota
+from onefold.resources import respect_quota
 from onefold.runtimes import RUNTIMES
 
 if TYPE_CHECKING:

@@ -36,8 +36,8 @@ from onefold.commands.load import Source
 from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.commands.progress import shown_progress
 from onefold.errors import BadArgument, BadData
-from onefold.processors import pinned
 from onefold.report import ACCURACY
+from onefold.resources import pinned
 from onefold.runtimes.artifact import is_artifact
 from onefold.storage import locked, read_json, write_text
 

@@ -51,6 +51,7 @@ from onefold.data.crop import (
 from onefold.data.preprocessing import FULL_RANGE, ValueRange, scaled
 from onefold.data.value_range import deep_samples
 from onefold.errors import BadData
+from onefold.resources import free_memory
 
 T = TypeVar("T")
 
@@ -170,7 +171,6 @@ _BYTES_PER_PIXEL = 12  # Pillow keeps RGB in 4, and turning or converting it tak
 _BYTES_OF_COEFFICIENTS = 6  # a progressive JPEG is kept whole as coefficients, three of two bytes a pixel
 _MAX_SCALE = 8
 _MAX_SCANS = 100  # of a JPEG: encoders make about ten, and each takes as long as the picture has pixels
-_UNKNOWN_MEMORY = 4 << 30  # taken for free where the system does not say
 _MAX_UNSCALED_PIXELS = 1 << 30  # of a format that cannot be decoded at a smaller scale: seconds
 # Pixels for each byte of a file, above `MAX_PIXELS`. No photo has 20; a JPEG of one colour has 350, a PNG of one 344.
 _MAX_PIXELS_PER_JPEG_BYTE, _MAX_PIXELS_PER_BYTE = 400, 200
@@ -402,31 +402,6 @@ def _over_white(image: Image.Image, colours: Image.Image | None) -> Image.Image:
     if 2 * counts.sum() > image.width * image.height and np.count_nonzero(counts) >= _MIN_ODD_LEVELS:
         white.info[ODD_ALPHA] = True
     return white
-
-
-def free_memory(root: Path = Path("/")) -> int:
-    """Give the bytes of memory that this process may still take: what is free, or what its cgroup leaves of it."""
-    found = re.search(r"MemAvailable:\s+(\d+)", _text(root / "proc/meminfo"))
-    free = [1024 * int(found[1]) if found else _UNKNOWN_MEMORY]
-    own = re.search(r"^0::/(.+)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
-    groups = root / "sys/fs/cgroup"
-    for folder, most, used in (
-        (groups, "memory.max", "memory.current"),
-        (groups / (own[1] if own else ""), "memory.max", "memory.current"),
-        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        limit, current = _text(folder / most).strip(), _text(folder / used).strip()
-        if limit.isdigit() and current.isdigit():  # files that the kernel can drop from its cache count as free
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
-            free.append(int(limit) - int(current) + (int(cached[1]) if cached else 0))
-    return max(0, min(free))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,4 +1,4 @@
-"""The processors that this process may use: those of its affinity, as far as its container's quota reaches."""
+"""What this process may use: the processors of its affinity and the free memory, as far as its container lets it."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def quota(root: Path = Path("/")) -> float | None:
     The quota of a group holds for all groups in it, so the least of them counts. `root` is where /proc and /sys are.
     """
     top = root / "sys/fs/cgroup"
-    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
-    folder = top / own[1] if own else top
-    inside = [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
+    inside = _groups(root)
     limits = [_read(each / "cpu.max").split() for each in inside]
     limits += [[_read(top / "cpu" / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]]
     found = [int(most) / int(period) for most, period in (pair for pair in limits if len(pair) == 2) if most.isdigit()]
@@ -77,3 +75,29 @@ def _read(path: Path) -> str:
     with suppress(OSError, UnicodeError):
         return path.read_text(encoding="utf-8")
     return ""
+
+
+_UNKNOWN_MEMORY = 4 << 30  # taken for free where the system does not say
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Give the bytes of memory that this process may still take: what is free, or what its cgroup leaves of it."""
+    found = re.search(r"MemAvailable:\s+(\d+)", _read(root / "proc/meminfo"))
+    free = [1024 * int(found[1]) if found else _UNKNOWN_MEMORY]
+    for folder, most, used in (
+        *((group, "memory.max", "memory.current") for group in _groups(root)),
+        (root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit, current = _read(folder / most).strip(), _read(folder / used).strip()
+        if limit.isdigit() and current.isdigit():  # files that the kernel can drop from its cache count as free
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+            free.append(int(limit) - int(current) + (int(cached[1]) if cached else 0))
+    return max(0, min(free))
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders of this process's control group (version 2) and of those that it lies in: all of them limit it."""
+    top = root / "sys/fs/cgroup"
+    own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    folder = top / own[1] if own else top
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
