@@ -17,7 +17,7 @@ from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
 from onefold.data.columns import MultiLabel, plain_numbers, several_classes
-from onefold.data.fingerprint import fingerprint
+from onefold.data.fingerprint import ImageList, fingerprint
 from onefold.data.preprocessing import IMAGENET
 from onefold.errors import BadArgument, BadData, MissingExtra
 
@@ -176,8 +176,13 @@ def test_labels_by_index(tmp_path: Path) -> None:
             "file,label\n1.png,a\n1.png,b\n",
             "1.png is a in line 2 and b in line 3. Images of several classes (multi-label)",
         ),
-        ("file,label\n1.png,\n", "line 2: expected a file and its class"),
-        ("file,label\n1.png\n", "line 2: expected a file and its class"),
+        ("file,label\n1.png,\n", "labels no image: label say nothing in any line"),
+        ("file,label\n1.png\n", "labels no image: label say nothing in any line"),
+        ("file,label\n,a\n", "line 2: expected a file and its class"),
+        (
+            "file,label,is_val,test\n1.png,a,1,1\n2.png,b,0,0\n",
+            "an image is of test and val by the columns is_val, test",
+        ),
         ("file,index\n1.png,-1\n", "line 2: the index is '-1'"),
         ("file,index\n1.png,two\n", "line 2: the index is 'two'"),
         ("file,index\n1.png,0\n2.png,1000000\n", "line 3: the index is '1000000', expected a number from 0"),
@@ -272,16 +277,21 @@ def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     raw = os.fsdecode(b"caf\xe9")
     write_images(tmp_path, [f"{raw}/{raw}.png", "plain/<b>\n.png"])
     source = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
-    assert source.classes == (raw, "plain")
-    assert os.fsencode(source.name(0)) == b"caf\xe9/caf\xe9.png"
+    assert source.classes == ("caf\u00e9", "plain")
+    assert source.name(0) == "caf\u00e9/caf\u00e9.png"
     assert source.image(0).size == (16, 12)
-    assert json.loads(json.dumps(source.name(0))) == source.name(0)
+    listed_before = ImageList(by="name", splits={"train": [(source.name(0), source.classes[0], "0")]})
+    listed_before.write(tmp_path / "images.csv")
+    assert ImageList.read(tmp_path / "images.csv") is not None
     assert len(fingerprint(source)) == 129
     table = b"file,label\ncaf\xe9.png,caf\xe9\nother.png,x\n"
     listed = write_images(tmp_path / "listed", [f"{raw}.png", "other.png"])
     (listed / "labels.csv").write_bytes(table)
-    assert open_dataset(listed, "train", seed=0, val_fraction=0.0).classes == (raw, "x")[:: 1 if raw < "x" else -1]
-    assert "is not UTF-8" in read_dataset(listed, seed=0, val_fraction=0.0).info.notes[0]
+    assert open_dataset(listed, "train", seed=0, val_fraction=0.0).classes == ("caf\u00e9", "x")
+    assert (
+        "is not UTF-8: it is read as Windows-1252 ('caf\u00e9.png,caf\u00e9')"
+        in read_dataset(listed, seed=0, val_fraction=0.0).info.notes[0]
+    )
 
 
 def test_find_images(tmp_path: Path) -> None:

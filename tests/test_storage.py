@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from onefold.errors import BadData, NotWritable
-from onefold.storage import read_lines, read_text, replacing, write_text
+from onefold.storage import normalize_name, read_lines, read_text, replacing, write_text
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -109,7 +109,13 @@ def test_a_users_text_is_read_as_any_editor_saves_it(tmp_path: Path, text: str, 
 
 def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
     (tmp_path / "latin").write_bytes(b"caf\xe9\r\n\xe7a")
-    assert read_text(tmp_path / "latin") == os.fsdecode(b"caf\xe9\n\xe7a")
+    notes: list[str] = []
+    assert read_text(tmp_path / "latin", notes) == "caf\u00e9\n\u00e7a"
+    assert len(notes) == 1
+    assert "latin is not UTF-8: it is read as Windows-1252 ('caf\u00e9')" in notes[0]
+    for name, normal in ((b"caf\xe9", "caf\u00e9"), (b"e\xcc\x81", "\u00e9"), (b"\x80\x81", "\u20ac\x81"), (b"a", "a")):
+        assert normalize_name(os.fsdecode(name)) == normal
+    assert normalize_name("\ud800\udc41") == "\ufffd\ufffd"
     (tmp_path / "accents").write_text("\ufeffcafé\x85naïve\n", encoding="utf-16-le")  # U+0085 ends no line
     assert read_lines(tmp_path / "accents") == ["café\x85naïve"]
     (tmp_path / "binary").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)))

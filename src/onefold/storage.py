@@ -3,6 +3,7 @@
 `replacing(path)` gives a fresh name beside `path`; what is written there takes the place of `path` in one
 step when the block ends without an error, and is removed when it does not. It serves files and folders alike.
 `read_text` is for every text that a user gives: labels, names of classes, metadata. `parse_json` is for all JSON.
+`normalize_name` is for every name of a file or a class, so that whatever is written with it is text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -27,6 +29,7 @@ from onefold.errors import BadData, NotWritable
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_TEXT_BYTES, _MAX_JSON_BYTES = 256 << 20, 64 << 20
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH, _TOO_DEEP = 100, "it is nested too deep"
 _BYTE_ORDER_MARKS = (  # UTF-32's first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -74,14 +77,32 @@ def write_text(path: Path, text: str) -> None:
     if path.is_dir():
         raise NotWritable(f"cannot write {path}: it is a folder; give the name of a file")
     with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_text(path: Path) -> str:
+def normalize_name(name: str) -> str:
+    """Give a name in Unicode's NFC, bytes that are not UTF-8 (lone surrogates in Python) as Windows-1252 has them.
+
+    The bytes that Windows-1252 has no character for are those of Latin-1; other lone surrogates become U+FFFD.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", _SURROGATES.sub(_windows_1252, name))
+
+
+def _windows_1252(match: re.Match[str]) -> str:
+    code = ord(match[0]) - 0xDC00
+    if not 0x80 <= code <= 0xFF:
+        return "\ufffd"
+    try:
+        return bytes([code]).decode("cp1252")
+    except UnicodeDecodeError:
+        return chr(code)
+
+
+def read_text(path: Path, notes: list[str] | None = None) -> str:
     """Read a text that a user gives: UTF-8, UTF-16 or UTF-32 with or without a byte order mark, lines ending in "\\n".
 
-    Bytes that are not UTF-8 are kept as lone surrogates, as in file names. Raises BadData where there is no regular
-    file that can be read, or one of more than 256 MiB.
+    Bytes that are not UTF-8 are read as Windows-1252, with a note that says so. Raises BadData where there is no
+    regular file that can be read, or one of more than 256 MiB.
     """
     shown = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     try:
@@ -99,6 +120,14 @@ def read_text(path: Path) -> str:
         wide = max(zeros) > len(data[:512]) // 4 and not min(zeros)
         encoding = "utf-8" if not wide else "utf-16-be" if zeros[0] else "utf-16-le"
     text = data.decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace").removeprefix("\ufeff")
+    if first := _SURROGATES.search(text):
+        line = text[text.rfind("\n", 0, first.start()) + 1 :].partition("\n")[0].strip()[:60]
+        shown_line = _SURROGATES.sub(_windows_1252, line)
+        text = _SURROGATES.sub(_windows_1252, text)
+        if notes is not None:
+            notes.append(
+                f"{shown} is not UTF-8: it is read as Windows-1252 ({shown_line!r}); if not so, save it as UTF-8"
+            )
     if "\0" in text:
         raise BadData(f"cannot read {shown}: it is not text")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -14,7 +14,6 @@ Everything else cannot be decided, and is refused.
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
 from onefold.models.load_weights import class_names_in
-from onefold.storage import parse_json, read_lines, read_text
+from onefold.storage import normalize_name, parse_json, read_lines, read_text
 
 _log = logging.getLogger("onefold")
 
@@ -42,8 +41,8 @@ def match_classes(
     """
     if not num_outputs:
         raise BadData(f"{title} has no last layer, so that its outputs are features and no classes: fit one (train)")
-    wanted = [unicodedata.normalize("NFC", name) for name in wanted]
-    outputs = None if known is None else [unicodedata.normalize("NFC", name) for name in known]
+    wanted = [normalize_name(name) for name in wanted]
+    outputs = None if known is None else [normalize_name(name) for name in known]
     ids = wordnet_ids() if num_outputs == IMAGENET else ()
     numbers, theirs = _numbers(wanted), _numbers(outputs or ())
     if outputs is not None and sorted(theirs) == sorted(numbers) == list(range(num_outputs)):
@@ -94,7 +93,10 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
     It has one name a line, or is JSON: a list of names, or a mapping of numbers to names or of names to numbers. Raises
     BadData where it cannot be read, or names another number of classes than the network has.
     """
-    text = read_text(path)
+    notes: list[str] = []
+    text = read_text(path, notes)
+    for note in notes:
+        _log.warning("%s", note)
     if text.lstrip()[:1] in ("[", "{"):
         try:
             value = parse_json(text)
@@ -112,7 +114,7 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
     lines = read_lines(path)
     if len(lines) != num_classes:
         raise BadData(f"{path} names {len(lines)} classes, one per line; {title} has {num_classes}")
-    return tuple(unicodedata.normalize("NFC", line) for line in lines)
+    return tuple(normalize_name(line) for line in lines)
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

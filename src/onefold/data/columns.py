@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.splits import read_weak, split_name, words_of
+from onefold.data.splits import SPLIT_WORDS, read_weak, split_name, words_of
 from onefold.errors import BadData
 
 _FILE_WORDS = {
@@ -31,6 +31,12 @@ _CLASS_WORDS = {
     **dict.fromkeys(("target", "targets"), 3),
     **dict.fromkeys(("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "y"), 4),
 }
+_OWNER_WORDS = frozenset(
+    ("code", "patient", "sample", "case", "item")
+)  # beside a word for an image: id_code, patientId
+_MISSING = frozenset(  # as pandas reads them
+    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA")
+) | {"NULL", "NaN", "None", "n/a", "nan", "null"}
 _NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
@@ -51,7 +57,7 @@ class MultiLabel(BadData):
 
 def file_rank(column: str) -> int | None:
     """Give how surely a column names images, 0 the most; None where it does not."""
-    words = [word for word in words_of(column) if not word.isdigit()]
+    words = [word for word in words_of(column) if not word.isdigit() and word not in _OWNER_WORDS]
     return min(_FILE_WORDS[word] for word in words) if words and set(words) <= set(_FILE_WORDS) else None
 
 
@@ -88,14 +94,52 @@ def split_word(column: str, value: str) -> str:
 
 
 def _flagged(column: str) -> Split | None:
-    """Give the split that a column is true for: is_valid, is_train and the like."""
+    """Give the split that a column is true for: is_valid, is_train, test and the like."""
     words = words_of(column)
-    said = split_name(" ".join(words[1:])) if words[:1] == ["is"] else None
-    return said.split if said and not said.stem else None
+    said = split_name(" ".join(words[1:] if words[:1] == ["is"] else words))
+    is_flag = words[:1] == ["is"] or (len(words) == 1 and words[0] in SPLIT_WORDS)
+    return said.split if said and is_flag and not said.stem else None
 
 
-def read_split_column(column: str, cells: Sequence[str], shown: str, notes: list[str]) -> tuple[Split, ...] | None:
-    """Read a column of splits; None, with a note that says why, where it divides nothing or has no words for splits.
+def is_missing(cell: str) -> bool:
+    """Whether a cell says nothing: it is empty, or NaN, NA, None, null or the like, as in pandas."""
+    return cell in _MISSING
+
+
+def read_split_columns(
+    columns: Mapping[str, Sequence[str]], shown: str, notes: list[str]
+) -> tuple[Split | None, ...] | None:
+    """Read the columns of a table that say splits: the first of words, else all flags (is_valid, test) together.
+
+    None, with notes, where no column divides the rows. Raises BadData where flags contradict each other.
+    """
+    flags: dict[str, tuple[Split | None, ...]] = {}
+    for name, cells in columns.items():
+        splits = read_split_column(name, cells, shown, notes)
+        if splits is None:
+            continue
+        if _flagged(name) is None or not all(is_missing(cell) or cell.lower() in FLAGS for cell in cells):
+            return splits
+        flags[name] = splits
+    if len(flags) < 2:
+        return next(iter(flags.values()), None)
+    found: list[Split | None] = []
+    for i in range(len(next(iter(flags.values())))):
+        true = {said for name in flags if (said := _flagged(name)) and FLAGS.get(columns[name][i].lower())}
+        if len(true) > 1:
+            raise BadData(f"{shown}: an image is of {' and '.join(sorted(true))} by the columns {join_names([*flags])}")
+        rest: Split = "test" if any(_flagged(name) == "train" for name in flags) else "train"
+        is_known = any(not is_missing(columns[name][i]) for name in flags)
+        found.append(next(iter(true)) if true else rest if is_known else None)
+    return tuple(found)
+
+
+def read_split_column(
+    column: str, cells: Sequence[str], shown: str, notes: list[str]
+) -> tuple[Split | None, ...] | None:
+    """Read a column of splits, None for a cell that says nothing.
+
+    None, with a note that says why, where the column divides nothing or has no words for splits.
 
     Raises BadData where only some of its values are words for splits.
     """
@@ -108,11 +152,11 @@ def read_split_column(column: str, cells: Sequence[str], shown: str, notes: list
     if not any(known.values()):
         notes.append(f"{shown}: {where} ({seen}) is not used: it has no words for splits")
         return None
-    if unknown := sorted(value for value, said in known.items() if said is None):
+    if unknown := sorted(value for value, said in known.items() if said is None and not is_missing(value)):
         quoted = join_names([repr(value) for value in unknown])
         raise BadData(f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test")
     strong = any(said.split == "val" and not said.is_weak for said in known.values() if said)
-    return tuple(read_weak(said, strong) for value in values if (said := known[value]))
+    return tuple(read_weak(said, strong) if (said := known[value]) else None for value in values)
 
 
 def cell_text(value: object) -> str:
@@ -122,6 +166,11 @@ def cell_text(value: object) -> str:
     if isinstance(value, list):
         return _LISTED.join(map(cell_text, value))
     return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def plain_number(text: str) -> str | None:
+    """Write a whole number, 0 or more, in its plain form: 1 for 01 and 1.0; None for what is none."""
+    return str(int(text.partition(".")[0])) if _WHOLE_NUMBER.fullmatch(text) and text[0] != "-" else None
 
 
 def plain_numbers(values: Sequence[str]) -> Sequence[str]:

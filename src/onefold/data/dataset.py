@@ -227,6 +227,8 @@ def read_dataset(
     folded = Counter(name.casefold() for name in classes)
     if alike := sorted(name for name in classes if folded[name.casefold()] > 1):
         notes.append(f"classes whose names differ in case only are several: {join_names(alike)}")
+    if len(classes) == 1 and reference.split in ("train", None):
+        notes.append(f"one class only, {join_names(classes)}: there is nothing to train a classifier on")
     datasets: dict[Split, Dataset] = {}
     sources: dict[Split, str] = {}
     for part in parts:
@@ -244,6 +246,8 @@ def read_dataset(
         whole = part.open([number.get(label, -1) for label in part.labels], classes)
         if unknown:
             whole = Subset(whole, [i for i in range(len(whole)) if whole.label(i) >= 0])
+        if not len(whole):  # what was left out of it is said
+            continue
         datasets[part.split or "train"] = whole
         sources[part.split or "train"] = part.source
     is_val_cut = "train" in datasets and "val" not in datasets
@@ -341,7 +345,10 @@ def _check_training(dataset: Dataset, shown: str) -> None:
     """Raise BadData unless there are two classes or more, each with an image."""
     present = {dataset.label(i) for i in range(len(dataset))}
     if len(dataset.classes) < 2:
-        raise BadData(f"{shown} has one class only, {join_names(dataset.classes)}: training needs two or more")
+        raise BadData(
+            f"{shown} has one class only, {join_names(dataset.classes)}: training needs two or more: put the images of "
+            "each class in a folder of its own, or add a labels.csv with the columns file,label"
+        )
     missing = [name for i, name in enumerate(dataset.classes) if i not in present]
     if missing:
         raise BadData(f"{shown}: classes without an image to train on: {join_names(missing)}")

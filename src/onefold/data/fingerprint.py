@@ -247,7 +247,7 @@ class ImageList:
         rows.writerow(("split", "name", "class", f"sha256 of {self.by}"))
         for split, images in self.splits.items():
             rows.writerows((split, *image) for image in images)
-        write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode())
+        write_text(path, text.getvalue())
 
     @classmethod
     def read(cls, path: Path) -> ImageList | None:
@@ -269,6 +269,6 @@ class ImageList:
 
 
 def _rows(dataset: Dataset, by: By) -> list[tuple[str, str, str]]:
-    escaped = [dataset.name(i).encode("utf-8", "backslashreplace").decode() for i in range(len(dataset))]
+    names = [dataset.name(i) for i in range(len(dataset))]
     classes = [dataset.classes[dataset.label(i)] for i in range(len(dataset))]
-    return list(zip(escaped, classes, keys_of(dataset, by), strict=True))
+    return list(zip(names, classes, keys_of(dataset, by), strict=True))

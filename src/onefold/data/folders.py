@@ -3,14 +3,14 @@
 Folders are read at any depth and links are followed, but for those back to a folder that they lie in. Hidden files (a
 leading dot), the folders that archives and file servers leave behind, and what onefold itself wrote are left out. What
 is an image is for `left_out_as` to say; what is inside, or whether it is a pipe or a broken link, is for `decode`.
-Names are relative to the folder, with "/", in the order of their code points; bytes that are not UTF-8 are kept.
+Names are relative to the folder, with "/", in the order of their code points; a file is opened by the bytes of its
+name, and called as `normalize_name` says.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from onefold.data.decode import (
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import LocalFile, digest_bytes
 from onefold.errors import BadData
+from onefold.storage import normalize_name
 
 _LOG = logging.getLogger("onefold.data")
 _SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"))
@@ -65,8 +66,8 @@ class ImageFiles:
         return self.labels[i]
 
     def name(self, i: int) -> str:
-        """Give the name of image i, relative to the folder, in NFC: file systems write accents in two ways."""
-        return unicodedata.normalize("NFC", self.names[i])
+        """Give the name of image i, relative to the folder; NFC, since file systems write accents in two ways."""
+        return normalize_name(self.names[i])
 
     def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         """Decode image i; see `decode`."""
@@ -222,7 +223,7 @@ def list_folder(folder: Path) -> Listing:
     if masks := {*masks_beside(images), *_masks_in_folders(images)}:
         others[MASKS] = sorted(masks)
     return Listing(
-        images=sorted((name for name in images if name not in masks), key=partial(unicodedata.normalize, "NFC")),
+        images=sorted((name for name in images if name not in masks), key=normalize_name),
         others={kind: sorted(names) for kind, names in others.items()},
         hidden=hidden,
         outputs=sorted(outputs),

@@ -19,7 +19,7 @@ from onefold.data.columns import MultiLabel, cell_text, class_rank, file_rank, i
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
 from onefold.errors import BadData, MissingExtra
-from onefold.storage import parse_json
+from onefold.storage import normalize_name, parse_json
 
 _CACHE_BYTES = 512 << 20  # of row groups of one file
 _MAX_ROW_GROUP_BYTES = 1 << 30  # of images, which are read at once
@@ -72,7 +72,7 @@ class ParquetImages:
 
     def name(self, i: int) -> str:
         """Give the file's name and the row."""
-        return f"{self.path.name}/{self._numbers[i]:07d}"
+        return f"{normalize_name(self.path.name)}/{self._numbers[i]:07d}"
 
     def read(self, i: int) -> bytes:
         """Read the bytes of image i as stored. Raises BadData where there are none."""

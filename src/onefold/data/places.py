@@ -23,6 +23,7 @@ from onefold.data.columns import MultiLabel
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import ARCHIVE_SUFFIXES, printable
 from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, list_folder, no_images
+from onefold.data.image_index import ImageIndex
 from onefold.data.remote import REMOTE
 from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
 from onefold.data.splits import (
@@ -37,13 +38,15 @@ from onefold.data.splits import (
     splits_of_folders,
     words_of,
 )
+from onefold.data.tables import LIST, NotATable, Table, read_table
 from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
-from onefold.data.tables import ImageIndex, NotATable, Table, read_table
 from onefold.errors import BadData
+from onefold.storage import read_lines
 
 _MAX_TABLES = 50  # files of a folder that are tried as tables
 _TABLE_DEPTH = 2  # folders above a table
 _LABELS = "labels.csv"
+_LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say classes, in forms that are not read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ def read_place(place: str | Path) -> PlaceImages:
         found, left_out = find_shards(paths, is_chosen=True)
         return _sharded(found, text, left_out)
     path = Path(text)
-    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+    if path.suffix.lower() in (*TABLE_SUFFIXES, LIST) and path.is_file():
         listing = list_folder(path.parent)
         table = read_table(path.parent, path.name, ImageIndex(path.parent, listing.images))
         return _tabled(path.parent, listing, [table], [])
@@ -88,41 +91,90 @@ def _read_folder(place: Path) -> PlaceImages:
         return _sharded_folder(place, listing, shards)
     if not listing.images:
         raise no_images(place, listing)
-    tables, problems, several = _tables(place, listing)
+    tables, problems, several, unread = _tables(place, listing)
     by_folder: dict[str, list[Table]] = defaultdict(list)
     for table in tables:
-        if _is_split_folder(folder := table.path.rpartition("/")[0]):
+        folder = table.path.rpartition("/")[0]
+        if any(split_name(part) for part in folder.split("/") if part):
             by_folder[folder].append(table)
     chosen_in = {folder: _choose_tables(those, shown) for folder, those in by_folder.items()}
     inner = {folder: those[0] for folder, those in chosen_in.items() if len(those) == 1}
     outer = [table for table in tables if table.path.rpartition("/")[0] not in inner]
     problem: BadData | None = None
     arrangement = Arrangement(folders=())
+    tree = folder_tree(listing.images, listing.empty)
     try:
-        arrangement = arrange(
-            folder_tree(listing.images, listing.empty), shown, {path: frozenset(t.labels) for path, t in inner.items()}
-        )
+        arrangement = arrange(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
     except BadData as error:
         problem = error
+    if isinstance(problem, NoClassFolders) and (more := _labels_of_splits(outer)):  # LOC_val_solution.csv of val/
+        inner |= more
+        outer = [table for table in outer if table not in more.values()]
+        try:
+            arrangement = arrange(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
+            problem = None
+        except BadData:
+            inner = {folder: table for folder, table in inner.items() if folder not in more}
+            outer += more.values()
     is_plain = not any(folder.split for folder in arrangement.folders)
     is_sure = not is_plain or any(len(folder.classes) > 1 for folder in arrangement.folders)
-    chosen = _choose_tables(outer, shown)
-    if chosen and (not is_sure or _prefers_tables(chosen, listing, arrangement, shown, problems)):
-        return _tabled(place, listing, chosen, problems)
+    if problem is None and is_plain and is_sure and not outer:
+        outer = _split_lists(place, listing, arrangement)
+    tabled = [table for table in outer if not table.path.lower().endswith(LIST)]
+    try:
+        chosen = _choose_tables(tabled or outer, shown)
+        if chosen and (not is_sure or _prefers_tables(chosen, listing, arrangement, shown, problems)):
+            return _tabled(place, listing, chosen, problems)
+    except BadData as error:
+        if tabled or problem or not is_sure:
+            raise
+        problems.append(
+            f"{join_names([table.path for table in outer], 3)} beside the class folders stay unread: {error}"
+        )
     if problem is None and (is_sure or not shards):
         return _foldered(place, listing, arrangement, inner, problems)
     if shards and (problem is None or isinstance(problem, NoClassFolders)):
         return _sharded_folder(place, listing, shards)
     if isinstance(problem, NoClassFolders) and several:
         raise several
-    if isinstance(problem, NoClassFolders) and problems:
-        raise NoClassFolders(f"{problem}; {problems[0]}") from problem
+    if isinstance(problem, NoClassFolders):
+        lists = [
+            name for suffix in _LISTS for name in listing.others.get(suffix, ()) if name.count("/") <= _TABLE_DEPTH
+        ]
+        said = [*problems, *unread][:2]
+        if lists:
+            said.append(
+                f"{join_names(lists, 3)} beside them stay unread: save which image is of which class as labels.csv"
+            )
+        raise NoClassFolders("; ".join((str(problem), *said))) from problem
     assert problem is not None
     raise problem
 
 
-def _is_split_folder(folder: str) -> bool:
-    return any(split_name(part) for part in folder.split("/") if part)
+def _labels_of_splits(tables: Sequence[Table]) -> dict[str, Table]:
+    """Give the tables that label the images of one val or test folder, by that folder."""
+    found: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        folders = {file.rpartition("/")[0] for file in table.files}
+        parts = folders.pop().split("/") if len(folders) == 1 else []
+        named = [i for i, part in enumerate(parts) if (said := split_name(part)) and said.split != "train"]
+        if named:
+            found["/".join(parts[: named[-1] + 1])].append(table)
+    return {folder: those[0] for folder, those in found.items() if len(those) == 1}
+
+
+def _split_lists(place: Path, listing: Listing, arrangement: Arrangement) -> list[Table]:
+    """Read train.txt, val.txt and the like where they list images in class folders, and nothing else."""
+    index, found = ImageIndex(place, listing.images), []
+    given = dict(zip(listing.images, assign(listing.images, arrangement), strict=True))
+    for name in listing.others.get(LIST, ()):
+        if name.count("/") <= _TABLE_DEPTH and split_name(Path(name).stem):
+            images = [index.find(name, line) for line in read_lines(place / name)]
+            labels = [folder[1] for those in images if len(those) == 1 and (folder := given.get(those[0]))]
+            if images and len(labels) == len(images):
+                files = tuple(those[0] for those in images)
+                found.append(Table(path=name, files=files, labels=tuple(labels), numbered=None, splits=None, notes=()))
+    return found if len(found) > 1 else []
 
 
 # ----------------------------------------------------------------------------------------- class folders
@@ -164,7 +216,9 @@ def _foldered(
             where = printable(place / root)
             raise BadData(f"class folders without images in {where}: {join_names(unfilled)}; fill or remove them")
         empty += unfilled
+    unlabelled = {file for table in tables.values() for file in table.unlabelled} - listed
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
+    rest = [image for image in rest if image not in unlabelled]
     kinds = [*(["class folders"] if any(f.classes for f in arrangement.folders) else [])]
     if set(by_split) == {None}:
         texts = [name for suffix in (".txt", ".json") for name in listing.others.get(suffix, ())]
@@ -182,6 +236,7 @@ def _foldered(
         splits=tuple(splits),
         left_out=(
             *left_out_images(rest, arrangement.reasons, "in no class folder"),
+            *left_out_images(sorted(unlabelled), {}, "without a class or a split in their table"),
             *_files_left_out(listing, tables.values()),
         ),
         notes=(*arrangement.notes, *notes, *(note for table in tables.values() for note in table.notes)),
@@ -220,16 +275,22 @@ def _files_left_out(listing: Listing, tables: Iterable[Table]) -> list[LeftOut]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], MultiLabel | None]:
+def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], MultiLabel | None, list[str]]:
     """Read the tables of labels in a folder; gives them, why others cannot be used, and the error of a multi-label one.
+
+    The last are the errors of files that are no tables of labels.
 
     Raises BadData where a labels.csv cannot be used.
     """
     names = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
     names = [name for name in names if name.count("/") <= _TABLE_DEPTH and "submission" not in name.lower()]
-    images, tables, problems = ImageIndex(place, listing.images), [], []
+    lists = [name for name in listing.others.get(LIST, ()) if name.count("/") <= _TABLE_DEPTH]
+    images, tables, problems, unread = ImageIndex(place, listing.images), [], [], []
     several = None
-    for name in sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES]:
+    for name in [
+        *sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES],
+        *sorted(lists, key=lambda name: name.count("/"))[:_MAX_TABLES],
+    ]:
         try:
             tables.append(read_table(place, name, images))
         except BadData as error:
@@ -238,7 +299,9 @@ def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], Mult
             several = error if isinstance(error, MultiLabel) else several
             if not isinstance(error, NotATable):
                 problems.append(f"{printable(name)} is not used: {error}")
-    return tables, problems, several
+            elif not name.lower().endswith(LIST):
+                unread.append(f"{printable(name)} is not used: {error}")
+    return tables, problems, several, unread
 
 
 def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:
@@ -309,7 +372,8 @@ def _tabled(place: Path, listing: Listing, tables: Sequence[Table], notes: Seque
     splits = [split for table in tables for split in _splits_of(place, table)]
     listed = {file for table in tables for file in table.files}
     paths = [table.path for table in tables]
-    rest = [image for image in listing.images if image not in listed]
+    unlabelled = {file for table in tables for file in table.unlabelled} - listed
+    rest = [image for image in listing.images if image not in listed and image not in unlabelled]
     reasons = {}
     for folder in {image.rpartition("/")[0] for image in rest}:
         said = split_name(folder.rpartition("/")[2])
@@ -320,6 +384,7 @@ def _tabled(place: Path, listing: Listing, tables: Sequence[Table], notes: Seque
         splits=tuple(splits),
         left_out=(
             *left_out_images(rest, reasons, f"not listed in {join_names(paths)}"),
+            *left_out_images(sorted(unlabelled), {}, f"without a class or a split in {join_names(paths)}"),
             *_files_left_out(listing, tables),
         ),
         notes=(*notes, *(note for table in tables for note in table.notes)),

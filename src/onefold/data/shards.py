@@ -16,7 +16,6 @@ import glob
 import hashlib
 import os
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from onefold.data.splits import SPLIT_WORDS, SplitImages, SplitName, read_weak, 
 from onefold.data.tables import MAX_CLASSES
 from onefold.data.tars import TarImages, others_left_out, read_tar_index, tars_by_split
 from onefold.errors import BadData
+from onefold.storage import normalize_name
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 """Of files that hold many images each."""
@@ -279,5 +279,5 @@ def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | N
 
 def _names(labels: Sequence[int | str | None], numbered: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
     if numbered is None:
-        return [unicodedata.normalize("NFC", forms.get(str(label), str(label))) for label in labels]
+        return [normalize_name(forms.get(str(label), str(label))) for label in labels]
     return [numbered[label] for label in labels if isinstance(label, int)]

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from onefold.data.dataset_info import SPLITS, LeftOut, Split
 from onefold.data.folders import Folder, join_names
 from onefold.errors import BadData
+from onefold.storage import normalize_name
 
 if TYPE_CHECKING:
     from onefold.data.dataset import Dataset
@@ -137,6 +138,8 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
     level = _class_level(root)
     if not level.children:
         raise _flat(level, place)
+    if _is_only_images(level):
+        raise _flat(next(iter(level.children.values())), place)
     inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
     if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
         return _splits_within_classes(level, inner)
@@ -189,8 +192,15 @@ def _class_level(folder: Folder, wanted: frozenset[str] = frozenset()) -> Folder
     return next(several, next((level for level in levels if not all(map(split_name, level.children))), levels[0]))
 
 
+def _is_only_images(level: Folder) -> bool:
+    """Whether a folder holds nothing but one folder that is called images, data or the like, which is no class."""
+    return len(level.children) == 1 and all(
+        set(words_of(name)) <= _FILLERS and words_of(name) for name in level.children
+    )
+
+
 def _names(level: Folder) -> frozenset[str]:
-    return frozenset(unicodedata.normalize("NFC", name) for name in level.children)
+    return frozenset(normalize_name(name) for name in level.children)
 
 
 def _split_folder(
@@ -199,7 +209,7 @@ def _split_folder(
     """Give a split whose classes are the subfolders of `within` (only the `known` ones)."""
     classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for name, folder in sorted(within.children.items()):
-        composed = unicodedata.normalize("NFC", name)
+        composed = normalize_name(name)
         if known is None or composed in known:
             classes[composed] += (folder.path,)
     return SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes))
@@ -209,7 +219,7 @@ def _merged(level: Folder) -> tuple[str, ...]:
     """Say which folders are one class, since their names differ in their Unicode form only."""
     counts: dict[str, int] = defaultdict(int)
     for name in level.children:
-        counts[unicodedata.normalize("NFC", name)] += 1
+        counts[normalize_name(name)] += 1
     twice = sorted(name for name, count in counts.items() if count > 1)
     where = f"{level.path}/: " if level.path else ""
     return (f"{where}folders of one name in two Unicode forms are one class: {join_names(twice)}",) if twice else ()
@@ -268,7 +278,7 @@ def _splits_within_classes(level: Folder, inner: Mapping[str, Group]) -> Arrange
     for split in SPLITS:
         classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
         for name, group in sorted(inner.items()):
-            classes[unicodedata.normalize("NFC", name)] += tuple(folder.path for folder in group.get(split, ()))
+            classes[normalize_name(name)] += tuple(folder.path for folder in group.get(split, ()))
         words = sorted({folder.name for group in inner.values() for folder in group.get(split, ())})
         if words:
             shown = f"{'/, '.join(words)}/ in the class folders"
@@ -306,7 +316,7 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
             return None
         raise _flat(train[0], place)
     if not train and unnamed:
-        classes = frozenset(unicodedata.normalize("NFC", folder.name) for folder in unnamed)
+        classes = frozenset(normalize_name(folder.name) for folder in unnamed)
         if not any(holds_classes(folder) and classes & classes_of(folder) for folder in held_out):
             return None
         beside = join_names([f"{folder.name}/" for folder in chosen])
@@ -336,7 +346,7 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
                 why = f"its folders are no classes of train ({join_names(sorted(names), 3)})" if names else ""
                 reasons[folder.path] = f"no labels to score {shown} by: {why or 'it has no class folders'}"
                 continue
-            if not names:
+            if not names or (folder.path not in tables and _is_only_images(_class_level(folder, classes))):
                 raise _flat(folder, place)
             if split == "test":
                 for name in sorted(names - classes):

@@ -2,11 +2,11 @@
 
 | column | names that it may have |
 |---|---|
-| the image | file, filename, path, filepath; image, img, photo, picture; id, key; name; or several (image_id) |
+| the image | file, filename, path, filepath; image, img, photo, picture; id, key; name; several (image_id); id_code |
 | its class | label; class, cls; category; target; breed, species, variety, disease, diagnosis, dx, tag; class_name |
 | the number of its class | index, or a name for the class with id, index, idx, no, number or code (class_id) |
 | its split | split, subset, set, dataset, partition, phase, usage, fold, where its values are words for splits |
-| whether it is of a split | is_valid, is_train, is_test ...: true or false, 1 or 0 |
+| whether it is of a split | is_valid, is_train, is_test, test, val ...: true or false, 1 or 0 |
 | one column a class | of 0 and 1, a single 1 in each line |
 
 Case, blanks and underscores do not count. Of several columns for the image that one counts by which images are found.
@@ -18,14 +18,10 @@ a line of names has an image and its class. An image has one class: where images
 from __future__ import annotations
 
 import csv
-import os
 import re
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from onefold.data.columns import (
     FLAGS,
@@ -33,26 +29,33 @@ from onefold.data.columns import (
     cell_text,
     class_rank,
     file_rank,
+    is_missing,
     is_number_column,
     is_split_column,
+    plain_number,
     plain_numbers,
-    read_split_column,
+    read_split_columns,
     several_classes,
 )
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.splits import split_name
+from onefold.data.image_index import ImageIndex
+from onefold.data.splits import SPLIT_WORDS, words_of
 from onefold.errors import BadData
-from onefold.storage import parse_json, read_text
+from onefold.storage import normalize_name, parse_json, read_text
 
 MAX_CLASSES = 1_000_000
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of files that may be a table of labels."""
+LIST = ".txt"
+"""Of files that may be one without names of columns: an image and its class a line, as Caffe and MMPretrain have it."""
 
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_PREDICTION = re.compile(r"(\S+)(( +-?[0-9.]+){4}( +\S+( +-?[0-9.]+){4})*)")  # a class and a box, and more of them
 _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
 
@@ -66,7 +69,8 @@ class Table:
     """Which image is of which class: `files` relative to the place; `lines` says where each stands in the table.
 
     `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
-    each image where a column says it. `notes` says what was not used.
+    each image where a column says it. `notes` says what was not used; `unlabelled` are images that are listed without a
+    class or a split.
     """
 
     path: str
@@ -75,6 +79,7 @@ class Table:
     numbered: tuple[str, ...] | None
     splits: tuple[Split, ...] | None
     notes: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -87,11 +92,17 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     that cannot be used.
     """
     shown = printable(place / path)
-    columns, rows, lines = _read_rows(place / path, path, images)
+    notes: list[str] = []
+    columns, rows, lines = _read_rows(place / path, path, images, notes)
     expected = "expected the columns file,label or file,index"
     if columns and not rows:
         raise NotATable(f"{shown} lists no images")
     cells = {name: [row[i] if i < len(row) else "" for row in rows] for i, name in enumerate(columns)}
+    for name in cells:  # PredictionString of ImageNet's own tables: n01440764 10 20 30 40
+        if words_of(name) == ["prediction", "string"] and all(map(_PREDICTION.fullmatch, cells[name])):
+            cells = {**cells, "label": [_classes_of_boxes(cell) for cell in cells[name]]}
+            notes.append(f"{shown}: of the boxes in the column {name} the class is used")
+            break
     file_columns = sorted(
         (name for name in cells if file_rank(name) is not None), key=lambda name: file_rank(name) or 0
     )
@@ -99,19 +110,41 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     number_columns = [name for name in cells if is_number_column(name)]
     split_columns = [name for name in cells if is_split_column(name)]
     if not file_columns:
-        raise NotATable(f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}")
+        raise NotATable(
+            f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}: rename its columns"
+        )
     file_column = max(file_columns, key=lambda name: images.count(path, cells[name][:_NUM_TRIED]))
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
-    notes: list[str] = []
-    splits = None
-    for name in split_columns:
-        splits = splits or read_split_column(name, cells[name], shown, notes)
-    files = images.find_all(path, cells[file_column], lines, shown)
+    if any(not all(map(is_missing, cells[name])) for name in (*class_columns, *number_columns)):
+        class_columns, number_columns = (
+            [name for name in names if not all(map(is_missing, cells[name]))]
+            for names in (class_columns, number_columns)
+        )
+    if not class_columns and not number_columns:
+        rest = [name for name in cells if name not in (*file_columns, *split_columns)]
+        split_columns = _without_classes(cells, rest, split_columns)
+    splits = read_split_columns({name: cells[name] for name in split_columns}, shown, notes)
     label_column = _label_column(shown, cells, class_columns)
-    if label_column and not number_columns and all(map(str.isdecimal, cells[label_column])):
+    said = [name for name in (label_column, *number_columns) if name]
+    kept_rows, unlabelled = _labelled_rows(cells, said, splits)
+    if not kept_rows:
+        raise BadData(f"{shown} labels no image: {join_names([*said, *split_columns])} say nothing in any line")
+    without: list[str] = []
+    if unlabelled:
+        seen = sorted({repr(v) for n in said for i in unlabelled if is_missing(v := cells[n][i]) or v[:2] == "-1"})
+        why = f" ({join_names(said)}: {join_names(seen, 3)})" if seen else f" (no split in {join_names(split_columns)})"
+        notes.append(f"{shown}: {len(unlabelled)} of {len(lines)} lines say nothing of their image{why}: left out")
+        without = [
+            candidates[0] for i in unlabelled if len(candidates := images.find(path, cells[file_column][i])) == 1
+        ]
+        cells = {name: [column[i] for i in kept_rows] for name, column in cells.items()}
+        lines = [lines[i] for i in kept_rows]
+        splits = None if splits is None else tuple(splits[i] for i in kept_rows)
+    files = images.find_all(path, cells[file_column], lines, shown, notes)
+    if label_column and not number_columns and None not in map(plain_number, cells[label_column]):
         same = _partition(cells[label_column])  # Label 0, ClassName AnnualCrop: a number and its name
-        for name in class_columns:
+        for name in (*class_columns, *(n for n in file_columns if n != file_column)):
             if _partition(cells[name]) == same and not any(map(str.isdecimal, cells[name])):
                 label_column, number_columns = name, [label_column]
                 class_columns = [name]
@@ -121,17 +154,12 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         rest = [name for name in cells if name not in (*split_columns, *file_columns)]
         labels, numbered = _one_hot(shown, cells, rest, lines, expected, columns)
     else:
-        for i, line in enumerate(lines):
-            if not cells[file_column][i] or not any(cells[n][i] for n in (label_column, number_column) if n):
-                raise BadData(f"{shown}, line {line}: expected a file and its class")
         labels = _labels(shown, label_column, cells[label_column], lines, notes) if label_column else []
         numbered = None
         if number_column is not None:
             numbers = [_number(shown, lines[i], text) for i, text in enumerate(plain_numbers(cells[number_column]))]
             numbered = _names_by_number(shown, lines, numbers, labels)
             labels = [numbered[number] for number in numbers]
-    if any("\udc80" <= c <= "\udcff" for label in {*labels} for c in label):
-        notes.append(f"{shown} is not UTF-8: names of classes hold bytes that no text has; save it as UTF-8")
     kept = _once(shown, files, labels, lines, notes)
     unused = [name for name in class_columns if name != label_column]
     if unused and label_column:
@@ -141,16 +169,54 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         files=tuple(files[i] for i in kept),
         labels=tuple(labels[i] for i in kept),
         numbered=numbered,
-        splits=None if splits is None else tuple(splits[i] for i in kept),
+        splits=None if splits is None else tuple(split for i in kept if (split := splits[i])),
         notes=tuple(notes),
+        unlabelled=tuple(sorted({*without} - {*files})),
     )
 
 
-def _read_rows(file: Path, path: str, images: ImageIndex) -> tuple[list[str], list[list[str]], list[int]]:
+def _classes_of_boxes(cell: str) -> str:
+    """Give the class of `class x y x y class x y x y`; several with bars between them."""
+    return "|".join(dict.fromkeys(cell.split()[::5]))
+
+
+def _without_classes(cells: Mapping[str, Sequence[str]], rest: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Give the split columns but for those that are classes: `train` beside bus and car, one 1 in each line."""
+    bare = [name for name in columns if name.casefold() in SPLIT_WORDS]
+    flags = [[FLAGS.get(cell.lower()) for cell in cells[name]] for name in (*rest, *bare)]
+    flags = [column for column in flags if None not in column]
+    is_class = (
+        bool(bare) and len(flags) > len(bare) and all(sum(map(bool, row)) == 1 for row in zip(*flags, strict=True))
+    )
+    return [name for name in columns if not (is_class and name in bare)]
+
+
+def _labelled_rows(
+    cells: Mapping[str, Sequence[str]], columns: Sequence[str], splits: Sequence[Split | None] | None
+) -> tuple[list[int], list[int]]:
+    """Number the rows that say a class (and a split, where there are splits), and those that do not.
+
+    -1 is no class in a column of numbers, unless it is one of two (-1 and 1).
+    """
+    is_said = [splits is None or splits[i] is not None for i in range(max(map(len, cells.values()), default=0))]
+    for name in columns:
+        values = {cell for cell in cells[name] if not is_missing(cell)}
+        others = values - {"-1", "-1.0"}
+        if len(others) > 1 and None not in map(plain_number, others):
+            values = others
+        is_said = [said and cell in values for said, cell in zip(is_said, cells[name], strict=True)]
+    return [i for i, said in enumerate(is_said) if said], [i for i, said in enumerate(is_said) if not said]
+
+
+def _read_rows(
+    file: Path, path: str, images: ImageIndex, notes: list[str]
+) -> tuple[list[str], list[list[str]], list[int]]:
     """Give the names of the columns, the rows, and the line of each; rows without any value are none."""
-    text, shown = read_text(file), printable(file)
+    text, shown = read_text(file, notes), printable(file)
     if file.suffix.lower() == ".jsonl":
         return _json_rows(text, shown)
+    if file.suffix.lower() == LIST:
+        return _list_rows(text, path, images, notes)
     text_lines = text.split("\n")
     at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
     if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
@@ -172,6 +238,33 @@ def _read_rows(file: Path, path: str, images: ImageIndex) -> tuple[list[str], li
     if len(rows[0]) == 2 and images.count(path, [rows[0][0]]):
         return ["file", "label"], rows, lines
     return rows[0], rows[1:], lines[1:]
+
+
+def _list_rows(
+    text: str, path: str, images: ImageIndex, notes: list[str]
+) -> tuple[list[str], list[list[str]], list[int]]:
+    """Read lines of an image and its class, separated by a tab or by the last blank; a box after the class is not used.
+
+    Raises NotATable where a line is otherwise, or its image is not there.
+    """
+    rows, lines, num_boxes = [], [], 0
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.strip().split("\t")]
+        if len(cells) == 1:
+            cells = line.strip().rsplit(None, 1)
+        if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
+            cells, num_boxes = cells[:2], num_boxes + 1
+        if len(cells) != 2 or not images.count(path, cells[:1]):
+            raise NotATable(f"{path}, line {number}: expected an image that is there, and its class")
+        rows.append(cells)
+        lines.append(number)
+    if len(rows) > 2 and [cells[1] for cells in rows] in ([str(i + k) for i in range(len(rows))] for k in (0, 1)):
+        raise NotATable(f"{path} numbers its lines: expected an image and its class")
+    if num_boxes:
+        notes.append(f"{path}: of {num_boxes} lines with a class and a box, the class is used")
+    return ["file", "label"], rows, lines
 
 
 def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[int]]:
@@ -201,7 +294,7 @@ def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int],
     if len(set(plain)) < len(set(cells)):
         forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
         notes.append(f"{shown}: numbers in several forms are one class each: {forms} are whole numbers too")
-    return [unicodedata.normalize("NFC", text) for text in plain]
+    return [normalize_name(text) for text in plain]
 
 
 def _partition(values: Sequence[str]) -> list[int]:
@@ -268,7 +361,9 @@ def _one_hot(
     """Read one column a class, 1 where an image is of it."""
     names = [name for name in names if all(cell.lower() in FLAGS for cell in cells[name])]
     if len(names) < 2:
-        raise NotATable(f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}")
+        raise NotATable(
+            f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}: rename its columns"
+        )
     labels = []
     for i, line in enumerate(lines):
         ones = [name for name in names if FLAGS[cells[name][i].lower()]]
@@ -276,7 +371,7 @@ def _one_hot(
             raise MultiLabel(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
         if not ones:
             raise BadData(f"{shown}, line {line} has no 1 in any column of a class: expected one class an image")
-        labels.append(unicodedata.normalize("NFC", ones[0]))
+        labels.append(normalize_name(ones[0]))
     return labels, None
 
 
@@ -291,88 +386,3 @@ def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequen
     if len(first) < len(files):
         notes.append(f"{shown}: {len(files) - len(first)} lines list an image again with the same class")
     return sorted(first.values())
-
-
-# ------------------------------------------------------------------------------------- finding the images
-
-
-class ImageIndex:
-    """The images of a place, found by what a table calls them."""
-
-    def __init__(self, place: Path, images: Iterable[str]) -> None:
-        self._place = place
-        self._paths = {unicodedata.normalize("NFC", path): path for path in images}
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        """Give the images with a file's name, with its name without the suffix, and with either in lower case."""
-        found: dict[str, list[str]] = defaultdict(list)
-        for path in self._paths:
-            name = path.rpartition("/")[2]
-            stem = os.path.splitext(name)[0]
-            for key in dict.fromkeys((name, stem, "\0" + name.casefold(), "\0" + stem.casefold())):
-                found[key].append(path)
-        return found
-
-    def count(self, table: str, cells: Sequence[str]) -> int:
-        """Count the cells that name an image."""
-        return sum(bool(cell) and bool(self._candidates(table, cell)) for cell in cells)
-
-    def find_all(self, table: str, cells: Sequence[str], lines: Sequence[int], shown: str) -> list[str]:
-        """Give the image of each cell, relative to the place. BadData where some are not there, or are two."""
-        found, missing = [], []
-        for line, cell in zip(lines, cells, strict=True):
-            if not cell:
-                raise BadData(f"{shown}, line {line}: expected a file and its class")
-            candidates = self._candidates(table, cell)
-            if len(candidates) > 1:
-                raise BadData(
-                    f"{shown}, line {line}: {printable(cell)} may be {join_names(candidates, 3)}: write the folder too"
-                )
-            (missing.append(cell) if not candidates else found.append(candidates[0]))
-        if missing:
-            raise BadData(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
-        return found
-
-    def _candidates(self, table: str, cell: str) -> list[str]:
-        """Give the images that a cell may mean: those whose paths end most like it, and lie nearest to the table."""
-        folder = table.rpartition("/")[0]
-        name = unicodedata.normalize("NFC", cell.replace("\\", "/"))
-        while name.startswith("./"):
-            name = name[2:]
-        for inner in ("", "images"):
-            path = os.path.normpath(os.path.join(folder, inner, name))
-            if path in self._paths:
-                return [self._paths[path]]
-            if os.path.lexists(self._place / folder / inner / cell) and not os.path.isdir(
-                self._place / folder / inner / cell
-            ):
-                return [os.path.join(folder, inner, cell)]
-        parts = PurePosixPath(name).parts
-        if not parts:
-            return []
-        last = parts[-1]
-        those = self._by_name.get(last) or self._by_name.get("\0" + last.casefold(), [])
-        scores = [self._same_folders(path, parts) for path in those]
-        if len(parts) > 1 and not max(scores, default=0):  # a file of that name, but in another folder
-            those = [path for path in those if path.rpartition("/")[0] == folder]
-        if len(those) > 1:  # the more folders are the same, the better
-            those = [path for path in those if self._same_folders(path, parts) == max(scores)]
-        if len(those) > 1:  # train.csv means train/1.png rather than test/1.png
-            said = split_name(PurePosixPath(table).stem)
-            near = [
-                path
-                for path in those
-                if said and any((s := split_name(part)) and s.split == said.split for part in path.split("/")[:-1])
-            ]
-            those = near or [path for path in those if path.rpartition("/")[0] == folder] or those
-        return [self._paths[path] for path in those]
-
-    def _same_folders(self, path: str, parts: Sequence[str]) -> int:
-        """Count the folders, from the file upwards, in which a path and the parts of a cell agree."""
-        count = 0
-        for a, b in zip(reversed((self._place.name, *path.split("/")[:-1])), reversed(parts[:-1]), strict=False):
-            if a != b:
-                break
-            count += 1
-        return count

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import tarfile
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +36,7 @@ from onefold.data.splits import (
     splits_of_folders,
 )
 from onefold.errors import BadData, NotWritable
-from onefold.storage import cache_folder, parse_json
+from onefold.storage import cache_folder, normalize_name, parse_json
 
 _log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
@@ -84,7 +83,7 @@ class TarImages:
 
     def name(self, i: int) -> str:
         """Give the image's name in the tar, without the shared folders, in NFC."""
-        return unicodedata.normalize("NFC", self._members[i].name.removeprefix(self._prefix))
+        return normalize_name(self._members[i].name.removeprefix(self._prefix))
 
     def read(self, i: int) -> bytes:
         """Read the bytes of image i. Raises BadData where they cannot be read."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from onefold.models.safe_load import CheckpointContents, read
 from onefold.models.state_dicts import NO_WEIGHTS
 from onefold.models.weights_file import Card, is_ours, verify
 from onefold.reparam import fuse, unfused_norms
-from onefold.storage import parse_json
+from onefold.storage import normalize_name, parse_json
 
 _log = logging.getLogger("onefold")
 
@@ -292,7 +291,7 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
         return None
     if any(type(name) is int for name in given) and len(set(given)) < len(given):
         return None  # the labels of some images
-    names = [unicodedata.normalize("NFC", str(name)) for name in given]
+    names = [normalize_name(str(name)) for name in given]
     words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in names]
     if 2 * sum(bool(each & _METRICS) for each in words) > len(names) > 1:
         remarks.append(f"({_first(names)}) are not used: they name metrics, not classes")

@@ -1,0 +1,125 @@
+"""Finding the images that a table lists: by their paths, the ends of them, names without a suffix, and numbers.
+
+A cell names an image by its path relative to the table, by the end of its path in any folder, or so without its suffix;
+else a whole number names the image that is called by that number in any form (1 and 1.0 are 0001.jpg). Of several
+images those count whose folders are most like the cell's, then those of the split that the table's name says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from onefold.data.columns import plain_number
+from onefold.data.decode import printable
+from onefold.data.folders import join_names
+from onefold.data.splits import split_name
+from onefold.errors import BadData
+from onefold.storage import normalize_name
+
+
+class ImageIndex:
+    """The images of a place, found by what a table calls them."""
+
+    def __init__(self, place: Path, images: Iterable[str]) -> None:
+        self._place = place
+        self._paths = {normalize_name(path): path for path in images}
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Give the images with a file's name, with its name without the suffix, and with either in lower case."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for path in self._paths:
+            name = path.rpartition("/")[2]
+            stem = os.path.splitext(name)[0]
+            for key in dict.fromkeys((name, stem, "\0" + name.casefold(), "\0" + stem.casefold())):
+                found[key].append(path)
+        return found
+
+    @cached_property
+    def _by_number(self) -> dict[int, list[str]]:
+        """Give the images whose names are whole numbers but for the suffix."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for path in self._paths:
+            stem = os.path.splitext(path.rpartition("/")[2])[0]
+            if (number := plain_number(stem)) is not None:
+                found[int(number)].append(path)
+        return found
+
+    def count(self, table: str, cells: Sequence[str]) -> int:
+        """Count the cells that name an image."""
+        return sum(bool(cell) and bool(self.find(table, cell)) for cell in cells)
+
+    def find(self, table: str, cell: str) -> list[str]:
+        """Give the images that a cell of a table may mean: by its path, or else by its number (1, 1.0 for 0001.jpg)."""
+        found = self._candidates(table, cell) if cell else []
+        number = plain_number(cell)
+        return found or ([] if number is None else [self._paths[path] for path in self._by_number.get(int(number), ())])
+
+    def find_all(
+        self, table: str, cells: Sequence[str], lines: Sequence[int], shown: str, notes: list[str]
+    ) -> list[str]:
+        """Give the image of each cell, relative to the place. BadData where some are not there, or are two."""
+        found, missing, by_number = [], [], []
+        for line, cell in zip(lines, cells, strict=True):
+            if not cell:
+                raise BadData(f"{shown}, line {line}: expected a file and its class")
+            candidates = self.find(table, cell)
+            if candidates and plain_number(cell) is not None and not self._candidates(table, cell):
+                by_number.append(f"{cell} is {candidates[0]}")
+            if len(candidates) > 1:
+                raise BadData(
+                    f"{shown}, line {line}: {printable(cell)} may be {join_names(candidates, 3)}: write the folder too"
+                )
+            (missing.append(cell) if not candidates else found.append(candidates[0]))
+        if by_number and not missing:
+            notes.append(f"{shown}: {len(by_number)} images are found by their numbers: {join_names(by_number, 2)}")
+        if missing:
+            raise BadData(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
+        return found
+
+    def _candidates(self, table: str, cell: str) -> list[str]:
+        """Give the images that a cell may mean: those whose paths end most like it, and lie nearest to the table."""
+        folder = table.rpartition("/")[0]
+        name = normalize_name(cell.replace("\\", "/"))
+        while name.startswith("./"):
+            name = name[2:]
+        for inner in ("", "images"):
+            path = os.path.normpath(os.path.join(folder, inner, name))
+            if path in self._paths:
+                return [self._paths[path]]
+            if os.path.lexists(self._place / folder / inner / cell) and not os.path.isdir(
+                self._place / folder / inner / cell
+            ):
+                return [os.path.join(folder, inner, cell)]
+        parts = PurePosixPath(name).parts
+        if not parts:
+            return []
+        last = parts[-1]
+        those = self._by_name.get(last) or self._by_name.get("\0" + last.casefold(), [])
+        scores = [self._same_folders(path, parts) for path in those]
+        if len(parts) > 1 and not max(scores, default=0):  # a file of that name, but in another folder
+            those = [path for path in those if path.rpartition("/")[0] == folder]
+        if len(those) > 1:  # the more folders are the same, the better
+            those = [path for path in those if self._same_folders(path, parts) == max(scores)]
+        if len(those) > 1:  # train.csv means train/1.png rather than test/1.png
+            said = split_name(PurePosixPath(table).stem)
+            near = [
+                path
+                for path in those
+                if said and any((s := split_name(part)) and s.split == said.split for part in path.split("/")[:-1])
+            ]
+            those = near or [path for path in those if path.rpartition("/")[0] == folder] or those
+        return [self._paths[path] for path in those]
+
+    def _same_folders(self, path: str, parts: Sequence[str]) -> int:
+        """Count the folders, from the file upwards, in which a path and the parts of a cell agree."""
+        count = 0
+        for a, b in zip(reversed((self._place.name, *path.split("/")[:-1])), reversed(parts[:-1]), strict=False):
+            if a != b:
+                break
+            count += 1
+        return count
