@@ -439,6 +439,9 @@ def test_what_can_be_understood_in_two_ways_is_refused(
             {"x.csv": "file,label,split\nfold1/1.png,fold1,train\nfold2/1.png,fold2,val"},
             "x.csv: the splits are not used, since 2 images in class folders are in none of them",
         ),
+        ("{}.png", {"x.csv": "id,label\nfold1,a\nfold2,NaN"}, "1 of 2 lines say nothing of their image (label: 'NaN')"),
+        ("{}.png", {"x.csv": "id,label,test\nfold1,a,x\nfold2,b,y"}, "the column test (x, y) is not used"),
+        ("cat/{}.png", {}, "one class only, cat: there is nothing to train a classifier on"),
         ("{}{}.png", {"x.csv": "id,label,fold\nfold11,a,0\nfold21,b,1"}, "x.csv: the column fold (0, 1) is not used"),
     ],
 )

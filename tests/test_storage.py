@@ -115,6 +115,8 @@ def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
     assert "latin is not UTF-8: it is read as Windows-1252 ('caf\u00e9')" in notes[0]
     for name, normal in ((b"caf\xe9", "caf\u00e9"), (b"e\xcc\x81", "\u00e9"), (b"\x80\x81", "\u20ac\x81"), (b"a", "a")):
         assert normalize_name(os.fsdecode(name)) == normal
+    write_text(tmp_path / "names", "\udce9")
+    assert (tmp_path / "names").read_bytes() == b"\\udce9"
     assert normalize_name("\ud800\udc41") == "\ufffd\ufffd"
     (tmp_path / "accents").write_text("\ufeffcafé\x85naïve\n", encoding="utf-16-le")  # U+0085 ends no line
     assert read_lines(tmp_path / "accents") == ["café\x85naïve"]

@@ -169,7 +169,10 @@ def _split_lists(place: Path, listing: Listing, arrangement: Arrangement) -> lis
     given = dict(zip(listing.images, assign(listing.images, arrangement), strict=True))
     for name in listing.others.get(LIST, ()):
         if name.count("/") <= _TABLE_DEPTH and split_name(Path(name).stem):
-            images = [index.find(name, line) for line in read_lines(place / name)]
+            try:
+                images = [index.find(name, line) for line in read_lines(place / name)]
+            except BadData:  # no text: said where it was tried as a table
+                continue
             labels = [folder[1] for those in images if len(those) == 1 and (folder := given.get(those[0]))]
             if images and len(labels) == len(images):
                 files = tuple(those[0] for those in images)
