@@ -143,9 +143,7 @@ def _read_folder(place: Path) -> PlaceImages:
         ]
         said = [*problems, *unread][:2]
         if lists:
-            said.append(
-                f"{join_names(lists, 3)} beside them stay unread: save which image is of which class as labels.csv"
-            )
+            said.append(f"{join_names(lists, 3)} lie there unread: save which image is of which class as labels.csv")
         raise NoClassFolders("; ".join((str(problem), *said))) from problem
     assert problem is not None
     raise problem

@@ -12,7 +12,8 @@
 Case, blanks and underscores do not count. Of several columns for the image that one counts by which images are found.
 A cell names an image by its path relative to the table, by the end of its path in any folder, or so without its suffix.
 Values are separated by commas, semicolons, tabs or bars, or as a first line of Excel says (`sep=;`). A table without
-a line of names has an image and its class. An image has one class: where images have several, the table is refused.
+a line of names has an image and its class, and so has a list (.txt). An image has one class:
+where images have several, the table is refused.
 """
 
 from __future__ import annotations
@@ -142,11 +143,13 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         lines = [lines[i] for i in kept_rows]
         splits = None if splits is None else tuple(splits[i] for i in kept_rows)
     files = images.find_all(path, cells[file_column], lines, shown, notes)
-    if label_column and not number_columns and None not in map(plain_number, cells[label_column]):
-        same = _partition(cells[label_column])  # Label 0, ClassName AnnualCrop: a number and its name
-        for name in (*class_columns, *(n for n in file_columns if n != file_column)):
+    numbering = label_column if not number_columns else None if label_column else number_columns[0]
+    if numbering and None not in map(plain_number, cells[numbering]):
+        same = _partition(cells[numbering])  # Label 0, ClassName AnnualCrop: a number and its name
+        names = [n for n in file_columns if n != file_column and len({*cells[n]}) < len(cells[n])]  # of no single image
+        for name in (*class_columns, *names):
             if _partition(cells[name]) == same and not any(map(str.isdecimal, cells[name])):
-                label_column, number_columns = name, [label_column]
+                label_column, number_columns = name, [numbering]
                 class_columns = [name]
                 break
     number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
@@ -245,9 +248,10 @@ def _list_rows(
 ) -> tuple[list[str], list[list[str]], list[int]]:
     """Read lines of an image and its class, separated by a tab or by the last blank; a box after the class is not used.
 
-    Raises NotATable where a line is otherwise, or its image is not there.
+    Raises NotATable where the first line is otherwise, or its image is not there; BadData where that is a later line.
     """
-    rows, lines, num_boxes = [], [], 0
+    rows: list[list[str]] = []
+    lines, num_boxes = [], 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -257,7 +261,10 @@ def _list_rows(
         if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
             cells, num_boxes = cells[:2], num_boxes + 1
         if len(cells) != 2 or not images.count(path, cells[:1]):
-            raise NotATable(f"{path}, line {number}: expected an image that is there, and its class")
+            kind = BadData if rows else NotATable
+            raise kind(
+                f"{path}, line {number}: {printable(line[:_SHOWN])!r}: expected an image that is there, and its class"
+            )
         rows.append(cells)
         lines.append(number)
     if len(rows) > 2 and [cells[1] for cells in rows] in ([str(i + k) for i in range(len(rows))] for k in (0, 1)):
