@@ -69,7 +69,7 @@ def test_each_class_has_its_output(wanted, known, num_outputs, expected) -> None
 def test_what_cannot_be_decided_is_refused_with_what_to_type(wanted, known, num_outputs, message) -> None:
     with pytest.raises(BadData, match=re.escape(message)) as caught:
         all_outputs(wanted, known, num_outputs, "the network")
-    assert "--classes FILE" in str(caught.value)
+    assert "classes=FILE" in str(caught.value)
 
 
 def test_a_network_without_a_last_layer_knows_no_class() -> None:
@@ -135,8 +135,8 @@ def test_a_head_that_fits_is_left_alone_and_one_without_names_is_kept_only_where
     assert head_after(("cat", "dog"), None, 2).bias.tolist() == [0.0, 1.0]
     assert "does not name its classes" in caplog.text
     assert head_after(("cat", "dog"), None, 3).weight.std() > 0
-    assert "do not name their 3 classes: the head for 2 is random" in caplog.text
-    with pytest.raises(BadData, match="fit a new head: --head probe"):
+    assert "do not name 3 classes: the last layer for 2 is random" in caplog.text
+    with pytest.raises(BadData, match="fit a new last layer: head='probe'"):
         head_after(("1", "2"), None, 2)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -217,9 +218,17 @@ def _spoilt(folder: Path) -> Path:
 MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     # what is typed
     "unknown verb": (2, "No such command 'trian'", lambda _: ["trian"]),
-    "unknown option": (2, "No such option: --tpo", lambda h: ["predict", h / "run", h / "photos", "--tpo", 3]),
+    "unknown option": (
+        2,
+        "predict has no option --tpo: did you mean --top?",
+        lambda h: ["predict", h / "run", h / "photos", "--tpo", 3],
+    ),
     "missing argument": (2, "Missing argument", lambda _: ["predict"]),
-    "a number that is none": (2, "valid integer", lambda h: ["predict", h / "run", h / "photos", "--top", "x"]),
+    "a number that is none": (
+        2,
+        "a whole number is expected",
+        lambda h: ["predict", h / "run", h / "photos", "--top", "x"],
+    ),
     "top of nothing": (2, "--top", lambda h: ["predict", h / "run", h / "photos", "--top", 0]),
     "no model of that name": (2, "'resnet*'", lambda _: ["models", "resnet*"]),
     "impossible resolution": (2, "size must be from 32", lambda _: ["models", "mobileone_s0", "--img-size", 8]),
@@ -234,7 +243,7 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     "classes that differ": (3, "only in val: dgo", lambda h: ["train", "--data", _split(h / "d")]),
     "fewer images than a batch": (
         3,
-        "choose a smaller batch size",
+        "30 photos, 6 for validation, leave 24 to train on, and a batch has 64: --batch-size 24",
         lambda h: ["train", "--data", h / "photos", *TRAIN[:-1], 64, "--out", h / "new"],
     ),
     "unknown recipe": (2, "did you mean mobileone:s0", lambda _: ["train", "--recipe", "mobileone:s00"]),
@@ -250,7 +259,18 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
     "no epochs": (2, "plan.epochs must be a whole number from 1", lambda _: ["train", "--epochs", 0]),
     "a negative rate": (2, "plan.optimizer.lr must be a number from 0", lambda _: ["train", "--lr", "-0.1"]),
     "an infinite rate": (2, "plan.optimizer.lr", lambda _: ["train", "--plan.optimizer.lr", "1e999"]),
-    "a loose word": (2, "no such option: photos", lambda _: ["train", "photos"]),
+    "a loose word": (2, "give it as --data photos", lambda _: ["train", "photos"]),
+    "a loose word after another verb": (2, "give it as --data photos", lambda h: ["eval", h / "run", "photos"]),
+    "an option of another tool": (2, "did you mean --to?", lambda h: ["export", h / "run", "--format", "onnx"]),
+    "int8 by another name": (2, "mean --precision int8?", lambda h: ["export", h / "run", "--quantize", "int8"]),
+    "confidence by another name": (2, "mean --min-confidence?", lambda h: ["predict", h / "run", h, "--conf", "0.5"]),
+    "a table by another name": (2, "mean --out answers.csv?", lambda h: ["predict", h / "run", h, "--csv"]),
+    "a size by another name": (2, "did you mean --img-size?", lambda _: ["train", "--imgsz", 64]),
+    "an underscore": (2, "did you mean --img-size?", lambda _: ["train", "--img_size=64"]),
+    "workers": (2, "did you mean --plan.workers?", lambda _: ["train", "--workers", 2]),
+    "a schedule": (2, "did you mean --plan.schedule.kind?", lambda _: ["train", "--lr-schedule", "cosine"]),
+    "an option of nothing": (2, "like --plan.epochs 5", lambda _: ["train", "--zzz"]),
+    "a word for a whole number": (2, "'--epochs': a whole number is expected", lambda _: ["train", "--epochs", "abc"]),
     "a size without pixels": (2, "--img-size", lambda h: ["train", "--data", h / "photos", "--img-size", 0]),
     "a run is there already": (
         2,
@@ -546,7 +566,7 @@ def test_a_mistyped_path_does_not_stop_the_others(home: Path, capsys):
     assert run("predict", home / "run", home / "photos/cat", home / "nowhere.jpg", home / "photos/dog/0.png") == 0
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 11
-    assert "note: 1 of the places given are passed over" in said.err
+    assert "note: 1 path skipped: " in said.err
     assert "nowhere.jpg is not there" in said.err
 
 
@@ -574,7 +594,9 @@ def test_predictions_are_written_as_a_table_and_photos_are_sorted(scratch: Path,
 
 def test_fusing_what_is_fused_writes_the_file_with_a_note(home: Path, tmp_path: Path, capsys):
     assert run("fuse", home / "fused.safetensors", "--out", tmp_path / "again.safetensors") == 0
-    assert "is fused already" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "is fused already" in said.err
+    assert f"{tmp_path / 'again.safetensors'}: was fused already\n" in said.out
     assert run("predict", tmp_path / "again.safetensors", home / "photos/cat/0.png") == 0
 
 
@@ -596,6 +618,37 @@ def test_a_run_has_a_new_folder_each_time_validates_elsewhere_and_is_quiet(scrat
     (scratch / "runs/photos-scratch").rename(scratch / "moved")
     assert run("train", "--resume", "moved") == 3  # val is gone
     assert "other is not there" in capsys.readouterr().err
+
+
+def test_the_changed_fields_have_a_heading_and_leave_out_what_was_typed(capsys):
+    from onefold.cli import display
+    from onefold.recipes import recipe_for
+
+    changed = recipe_for(
+        "photos:scratch", {"data.spec": "Größe", "model": "mobilenetv1_025", "plan.seed": "3"}, epochs=1
+    )
+    display.changed_fields(changed, ("train", "--data=Größe", "--plan.seed", "3", "--epochs", "1"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "changed from photos:scratch:"
+    assert any(re.fullmatch(r'  model "mobilenetv1_025", not "\w+"', line) for line in lines)
+    assert not any(word in line for line in lines for word in ("spec", "seed", "plan.epochs"))
+    assert not any(re.search(r"\d\.\d{4}", line) for line in lines)
+    display.changed_fields(changed)
+    assert 'data.spec "Größe", not ""' in capsys.readouterr().err
+
+
+def test_three_photos_are_said_to_be_too_few(tmp_path: Path, capsys):
+    data = _class_folders(tmp_path / "d", {"cat": 2, "dog": 1})
+    assert run("train", "--data", data, *TRAIN, "--no-check", "--out", tmp_path / "r") == 3
+    error = capsys.readouterr().err
+    assert re.search(
+        r"3 photos, \d for validation, leave \d to train on, and a batch has 8: .*far more are needed", error
+    )
+
+
+def test_minus_h_is_help(capsys):
+    assert run("eval", "-h") == 0
+    assert "Usage:" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------- from outside

@@ -173,7 +173,7 @@ def test_a_planted_fault_is_found_and_named(photos: Path, is_error: bool, says: 
     assert len(told) == 1, found.findings
     assert told[0].is_error == is_error
     if is_error:
-        with pytest.raises(BadData, match="train with --no-check"):
+        with pytest.raises(BadData, match="train with no_check=True"):
             found.raise_for_errors()
     else:
         found.raise_for_errors()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from torch import nn
 from onefold.bench import Procedure
 from onefold.cli import main
 from onefold.commands.calibration import Calibration
-from onefold.commands.deploy import DeployOptions, build_deployment
+from onefold.commands.deploy import DeployOptions, _gate, build_deployment
+from onefold.commands.deployment import DeployResult, Verdict
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.reparam import fuse
@@ -116,6 +117,32 @@ def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
     assert "A gate FAILED: onnx-int8 lost" in (out / "report.html").read_text()
     assert main([*order, "--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lost", "count", "max_drop", "ends"),
+    [
+        (1, 20, 1.0, "20 photos cannot tell 1 point from none: one answer is 5 points; give more held-out photos with "
+         "--val, or --max-drop 5"),
+        (3, 200, 1.0, "200 photos cannot tell 1 point from none: give more held-out photos with --val"),
+        (60, 200, 1.0, "and 1 may be lost"),
+        (1, 20, 0.0, "and 0 may be lost"),
+        (0, 20, 1.0, "so few photos cannot show that it loses no more"),
+    ],
+)  # fmt: skip
+def test_a_failed_gate_says_whether_the_photos_are_too_few_to_tell(
+    lost: int, count: int, max_drop: float, ends: str, tmp_path: Path
+) -> None:
+    artifact = SimpleNamespace(precision="int8")
+    verdict = Verdict(name="onnx-int8", artifact=artifact, top1=50.0, changed=lost, count=count, lost=lost, won=0)  # type: ignore[arg-type]
+    order = DeployOptions(
+        runtimes=["onnx"], precisions=["int8"], calibration=Calibration(data="digits"), max_drop=max_drop
+    )
+    gate = _gate(verdict, order)
+    assert gate.passed == (lost == 0)
+    assert gate.sentence.endswith(ends)
+    done = DeployResult(folder=tmp_path, network=None, verdicts=(), gates=(gate,), top1=None, data="")  # type: ignore[arg-type]
+    assert ("More photos to calibrate with" in str(done.failure)) == (not gate.passed and not gate.has_too_few)
 
 
 class Altered:

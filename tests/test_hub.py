@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a test tried to reach the network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
 
 
 # ------------------------------------------------------------------------------------ own format
@@ -679,15 +681,25 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Path) -> dict[st
             raise EntryNotFoundError(f"404: no {filename}")
         return str(repositories[repo_id][filename])
 
+    def metadata(url: str) -> Any:
+        owner, name, *_, file = url.removeprefix("https://huggingface.co/").split("/")
+        return SimpleNamespace(size=Path(download(f"{owner}/{name}", file)).stat().st_size)
+
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
     return repositories
 
 
 def test_ids_of_the_hub_are_downloaded_as_safetensors_only(
-    hub: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: dict[str, dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_model("me/mine")[1] == card()
+    with caplog.at_level("INFO"):
+        assert load_model("me/mine")[1] == card()
+    assert re.search(r"downloading model\.safetensors of me/mine, \d+\.\d MB, from huggingface\.co", caplog.text)
     assert load_model("hf-hub:me/mine")[1] == card()
     (tmp_path / "me").mkdir()
     (tmp_path / "me" / "mine-fp32").mkdir()
@@ -735,9 +747,38 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.Monke
         def fail(*_: Any, error: Exception = error) -> str:
             raise error
 
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-        with pytest.raises(NetworkFailed, match=r"copy its model\.safetensors here from another machine"):
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+        with pytest.raises(NetworkFailed, match=r"copy its model\.safetensors here from another machine") as raised:
             load_weights_(create_model(NAME, num_classes=4), "timm/x", NAME)
+        assert raised.value.__suppress_context__
+
+
+def test_the_hub_is_asked_once_and_its_first_cause_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def fail(url: str) -> None:
+        asked.append(url)
+        raise ConnectionError("HTTPSConnectionPool, retries, " * 20) from OSError(-2, "Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+    with pytest.raises(NetworkFailed, match=r"\(ConnectionError: \[Errno -2\] Name or service not known\): check"):
+        load_model("timm/x")
+    assert asked == ["https://huggingface.co/timm/x/resolve/main/model.safetensors"]
+
+
+@pytest.mark.parametrize("what", ["runs/nothing", "artifacts/onnx-fp32", "deploy/onnx-int8", "demo/x", "mine/best"])
+@pytest.mark.usefixtures("offline")
+def test_a_path_of_a_folder_that_is_not_here_is_no_id(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = what.split("/")[0]
+    with pytest.raises(
+        BadCheckpoint,
+        match=f"there is no {what}: the current folder {tmp_path} has no folder {folder}; .*hf-hub:{what}",
+    ):
+        load_model(what)
 
 
 def test_a_cache_without_room_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -745,6 +786,7 @@ def test_a_cache_without_room_is_no_fault_of_the_network(monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_: SimpleNamespace(size=None))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(NotWritable, match=r"hub's cache cannot be written .*No space left.*HF_HOME"):
         load_weights_(create_model(NAME, num_classes=4), "timm/x", NAME)

@@ -96,7 +96,7 @@ def test_a_probe_is_fitted_scored_and_kept_without_a_step(fused, photos, tmp_pat
     done = start_run(recipe(photos, source, "photos:probe"), tmp_path / "run")
     assert done.epoch == 0
     assert done.top1 >= 50.0  # of three classes, by features that know nothing
-    assert "for 7 classes and the model's for 3" in caplog.text
+    assert "a new last layer, for 3 classes, replaces its own for 7" in caplog.text
     assert "fitted to 24 images" in caplog.text
     model, card = load_model(done.weights)
     assert (card.num_classes, card.classes, card.fused) == (3, ("blue", "green", "red"), fused)
@@ -159,9 +159,9 @@ def test_a_network_that_diverged_is_not_told_in_the_words_of_the_fusing_gate():
 
 def test_what_needs_weights_says_so(photos, tmp_path):
     told = recipe(photos, Path("x"), **{"weights": "none"})
-    with pytest.raises(BadArgument, match="starts from weights: give --weights"):
+    with pytest.raises(BadArgument, match="starts from weights: give weights="):
         start_run(told, tmp_path / "run")
-    with pytest.raises(BadArgument, match="where --head is not probe"):
+    with pytest.raises(BadArgument, match="where head= is not probe"):
         recipe(photos, Path("x"), "photos:probe", head="kept")
 
 
@@ -306,7 +306,7 @@ def test_teachers_that_cannot_teach_are_told(photos, tmp_path, monkeypatch):
     other = weights(tmp_path / "w.safetensors", fused=True)
     told = recipe(photos, Path("x"), "photos:distill", **{"weights": "none"})
     here = torch.device("cpu")
-    with pytest.raises(BadArgument, match=r"needs a teacher: --plan\.distill\.teacher"):
+    with pytest.raises(BadArgument, match=r"needs a teacher: changes=.\"plan\.distill\.teacher\""):
         open_teachers(told, student().classes, here)
     with pytest.raises(
         BadArgument, match=r"data have 3 classes and the teacher .* has 7, without names: fine-tune the teacher"

@@ -225,7 +225,71 @@ def test_a_report_is_written_of_folders(run: onefold.Run, tmp_path: Path):
     assert "1 run" in repr(page)
 
 
+def test_a_report_says_what_lies_beside_it(run: onefold.Run, artifact, tmp_path: Path, caplog):
+    with caplog.at_level("INFO"):
+        onefold.report(run.folder.parent, out=tmp_path / "page.html")
+    assert f"not in the report, as they were not given: {artifact.folder.parent.as_posix()}/" in caplog.text
+    caplog.clear()
+    onefold.report(run.folder.parents[1], out=tmp_path / "page.html")
+    assert "not in the report" not in caplog.text
+
+
+def test_a_script_hears_of_progress_now_and_then(capsys, monkeypatch):
+    from onefold.commands import progress
+
+    monkeypatch.setattr(progress, "_EVERY_S", 0.0)
+    with progress.shown_progress():
+        progress._logger.debug("calibrating", extra={"done": 1, "total": 5})
+    assert capsys.readouterr().err == "calibrating (2 of 5): 0 s\n"
+
+
 # ------------------------------------------------------------------------------------------- the face
+
+
+@pytest.mark.parametrize(
+    ("flags", "arguments"),
+    [
+        ("give --data FOLDER, with train/", "give data=FOLDER, with train/"),
+        ("or --max-drop 5.", "or max_drop=5."),
+        ("fit one: --head probe", "fit one: head='probe'"),
+        ("train with --no-check", "train with no_check=True"),
+        ("--plan.distill.teacher RUN, weights", 'changes={"plan.distill.teacher": RUN}, weights'),
+        ("by `onefold train --resume runs/c`", "by `onefold train --resume runs/c`"),
+        ("for 8 bits (onefold train --int8), win", "for 8 bits (onefold train --int8), win"),
+        ("a -- b, x--y", "a -- b, x--y"),
+    ],
+)
+def test_an_error_has_arguments_in_python_and_flags_on_the_command_line(flags: str, arguments: str, monkeypatch):
+    assert str(BadArgument(flags)) == arguments
+    monkeypatch.setattr(onefold.OnefoldError, "on_command_line", True)
+    assert str(BadArgument(flags)) == flags
+
+
+def test_an_argument_that_a_verb_does_not_have_is_one_that_was_meant():
+    with pytest.raises(TypeError, match=r"train\(\) has no argument 'image_size': did you mean 'img_size'\?"):
+        onefold.train("photos", image_size=64)
+    with pytest.raises(TypeError, match=r"predict\(\) has no argument 'zzz': it has source, images, "):
+        onefold.predict("run", "cat.jpg", zzz=1)
+
+
+def test_help_of_a_verb_that_is_a_package_has_its_parameters():
+    import pydoc
+
+    assert "    img_size: 'int | None' = None," in pydoc.plain(pydoc.render_doc(onefold.train))
+
+
+def test_what_is_no_picture_yet_is_told_what_to_give():
+    from onefold.data import Preprocessing
+    from onefold.data.in_memory import prepare
+
+    preprocessing = Preprocessing(size=32)
+    for image, remedy in (
+        (torch.rand(3, 40, 48), r"give \(x \* 255\)\.round\(\)\.to\(torch\.uint8\)"),
+        (torch.rand(3, 40, 48) * 255, r"give x\.round\(\)\.to\(torch\.uint8\)"),
+        (np.zeros((40, 48, 3), np.int64), r"give x\.astype\(np\.uint8\)"),
+    ):
+        with pytest.raises(BadArgument, match=remedy):
+            prepare(image, preprocessing)
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "deploy"])

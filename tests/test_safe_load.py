@@ -469,6 +469,11 @@ def test_offline_with_half_a_hub_cache_is_an_error(tmp_path: Path, monkeypatch: 
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: download("", url.rpartition("/")[2]))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda _, name: download("", name) if (tmp_path / name).exists() else None,
+    )
     with pytest.raises(NetworkFailed, match=r"weights of me/pets are in the hub's cache and config\.json is not"):
         load_model("me/pets", name="mobilenetv1_025")
     (tmp_path / "config.json").write_text('{"model_type": "mobilenet_v1", "id2label": {"0": "cat", "1": "dog"}}')

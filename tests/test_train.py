@@ -221,7 +221,9 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
 
 
 def test_a_hangup_saves_as_sigterm_does(tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="stopped by SIGHUP at epoch 1, step 4"):
+    with pytest.raises(
+        Stopped, match=r"stopped by SIGHUP at epoch 1, step 4 .*: go on with `onefold train --resume \S+`$"
+    ):
         fresh(tmp_path, on_progress=lambda p: os.kill(os.getpid(), signal.SIGHUP) if p.step == 4 else None)
     assert Checkpoint.load(tmp_path).position.step == 4
 

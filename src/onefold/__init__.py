@@ -3,7 +3,7 @@
     run = onefold.train("photos/", model="mobileone_s0", recipe="photos:finetune")
     run.predict("cat.jpg")
     int8 = run.fuse().export("onnx", precision="int8", data="photos/")
-    onefold.report("runs/")
+    onefold.report(".")
 
 Each verb of the command line is a function of the same name, options and defaults. Names are loaded when they are
 used, so that `import onefold` costs nothing. Of `train`, `bench`, `quantize` and `report` the package of that name is
@@ -109,8 +109,12 @@ class _VerbPackage(ModuleType):
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
-        """The verb's, for help()."""
-        return _verb(self).__doc__
+        """The verb's with its parameters in front, which help() does not show of a package."""
+        verb = _verb(self)
+        name, parameters = verb.__name__, [f"    {each}," for each in self.__signature__.parameters.values()]
+        return "\n".join(
+            [f"onefold.{name}: a verb, and a package.", "", f"{name}(", *parameters, ")", "", verb.__doc__]
+        )
 
     @property
     def __signature__(self) -> Any:

@@ -19,11 +19,42 @@ A message is one sentence or two: what was expected, what came, and what to type
 The algebra (`onefold.reparam`) is plain mathematics and raises plain ValueError and TypeError.
 """
 
+import re
+from typing import ClassVar
+
+_FLAGS = re.compile(
+    r"(?:onefold [a-z]+|pip install|hf [a-z]+) [^`);,]*"  # a whole command stays one
+    r"|(?<![\w-])--(?P<name>[a-z][a-z0-9_-]*(?P<dotted>(?:\.\w+)*))"
+    r"(?: (?P<value>[A-Z]+\b|\d[\w.]*(?<!\.)|(?:probe|fresh|kept|plain|skips|expanded|int8|fp16|bf16|fp32)\b))?"
+)
+_SWITCHES = ("allow-unfused", "half", "int8", "no-check", "no-fuse", "per-tensor", "quiet", "use-ema")
+
 
 class OnefoldError(Exception):
-    """The root of all errors that are meant for a user."""
+    """The root of all errors that are meant for a user; its text has options as they are spelled where it is read."""
 
     exit_status = 1
+    on_command_line: ClassVar[bool] = False  # whether a command runs, whose options are flags
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if OnefoldError.on_command_line else in_python(text)
+
+
+def in_python(text: str) -> str:
+    """Spell the options in a text as arguments: `--data FOLDER` as `data=FOLDER`; a whole command stays as it is."""
+    return _FLAGS.sub(_as_argument, text)
+
+
+def _as_argument(flag: re.Match[str]) -> str:
+    if not flag["name"]:
+        return flag[0]
+    name, value = flag["name"].replace("-", "_"), flag["value"] or ""
+    if flag["dotted"]:
+        return f'changes={{"{name}": {value or "..."}}}'
+    if flag["name"] in _SWITCHES:
+        return f"{name}=True" + (f" {value}" if value else "")
+    return f"{name}=" + (repr(value) if value.islower() else value)
 
 
 class GateFailed(OnefoldError):

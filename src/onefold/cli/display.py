@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
@@ -100,17 +101,37 @@ def dataset(info: DatasetInfo, *, most: int | None = 8) -> None:
 def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
     """The complete recipe, each field under the name by which it can be changed; beside a progress, on stderr."""
     for path, value in _fields(chosen.to_dict()):
-        print(f"  {path:32} {value}", file=to or sys.stderr)
+        print(f"  {path:32} {value}".encode("utf-8", "backslashreplace").decode(), file=to or sys.stderr)
 
 
-def changed_fields(chosen: Recipe) -> None:
-    """The fields in which a recipe differs from the one of its name, on stderr; all of them are in recipe.json."""
+def changed_fields(chosen: Recipe, typed: Sequence[str] = ()) -> None:
+    """The fields in which a recipe differs from the one of its name, on stderr; all of them are in recipe.json.
+
+    What the user has `typed`, the words of the command line, is not repeated. Numbers have three digits.
+    """
     from onefold.recipes import find_recipe
 
     before = dict(_fields(find_recipe(chosen.name).to_dict()))
-    changed = {path: value for path, value in _fields(chosen.to_dict()) if before.get(path) != value}
+    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in typed if word.startswith("-")}
+    known = {_OTHERWISE.get(word, word) for word in words}
+    changed = {
+        path: value
+        for path, value in _fields(chosen.to_dict())
+        if before.get(path) != value and not known & {path, path.rpartition(".")[2]}
+    }
+    if changed:
+        print(f"changed from {chosen.name}:", file=sys.stderr)
     for path, value in changed.items():
-        print(f"  {path} {value}" + (f", not {before[path]}" if path in before else ""), file=sys.stderr)
+        line = f"  {path} {_rounded(value)}" + (f", not {_rounded(before[path])}" if path in before else "")
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+_OTHERWISE = {"b": "batch_size", "data": "spec", "data_dir": "spec", "img_size": "size"}  # option -> field of a recipe
+
+
+def _rounded(text: str) -> str:
+    """A field's text with three digits of each number in it that has more."""
+    return re.sub(r"(?<![\w./-])\d+\.\d{3,}(e-?\d+)?", lambda number: f"{float(number[0]):.3g}", text)
 
 
 def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -121,7 +142,7 @@ def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for number, value in enumerate(plain):
             yield from _fields(value, f"{path}.{number}")
     else:
-        yield path, json.dumps(plain)
+        yield path, json.dumps(plain, ensure_ascii=False)
 
 
 def artifacts(made: Sequence[Artifact]) -> None:
@@ -141,7 +162,7 @@ def _parity(artifact: Artifact) -> str:
     found = artifact.parity
     if found is None:
         return "not run where it was exported: the first load where it runs checks its answer"
-    return f"parity {found.difference:.1e}, top-1 equal on {100 * found.top1_agreement:.0f} %"
+    return f"parity with PyTorch {found.difference:.1e}, top-1 equal on {100 * found.top1_agreement:.0f} %"
 
 
 # ------------------------------------------------------------------------------------------ outcomes
@@ -150,9 +171,10 @@ def _parity(artifact: Artifact) -> str:
 def trained(run: Run) -> None:
     """Where the best weights are, how they score, and what one must know of the score."""
     best, (low, high) = run.best, run.best.interval
+    weights = "weights" if run.recipe.plan.ema is None else "EMA weights"
     say(
-        f"best top-1 {best.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}; epoch {best.epoch}), the fused averaged "
-        f"network on {best.count} images"
+        f"best top-1 {best.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}; epoch {best.epoch}), the fused "
+        f"{weights} on {best.count} image{'' if best.count == 1 else 's'}"
     )
     for remark in run.remarks:
         say(f"note: {remark}")
@@ -162,7 +184,7 @@ def trained(run: Run) -> None:
 def fused(made: FusedWeights) -> None:
     """What folding changed, and the proof that the answer is not among it."""
     before, after = made.before, made.after
-    say(f"{made.path}: drift {made.drift:.1e}")
+    say(f"{made.path}: {'was fused already' if made.was_fused else f'drift {made.drift:.1e}'}")
     if made.left_norms:
         say(f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay")
     say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")

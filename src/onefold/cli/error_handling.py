@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +21,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or 
 def status_of(command: Callable[[], int]) -> int:
     """Run a command; its exit status (see `errors`), a traceback only where ONEFOLD_DEBUG is set."""
     _speak_plainly()
+    before, OnefoldError.on_command_line = OnefoldError.on_command_line, True
     try:
         return command()
     except OnefoldError as error:
@@ -34,6 +37,8 @@ def status_of(command: Callable[[], int]) -> int:
         return _failed(error, 1, "out of memory: try a smaller --batch-size or --img-size")
     except Exception as error:
         return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
+    finally:
+        OnefoldError.on_command_line = before
 
 
 class _Notes(logging.Handler):
@@ -64,9 +69,73 @@ def _show_warning(message: Warning | str, category: type[Warning], *_place: Any,
 
 
 def _usage(error: Exception) -> str:
-    context = getattr(error, "ctx", None)
-    hint = f" (try `{context.command_path} --help`)" if context else ""
-    return getattr(error, "format_message", error.__str__)() + hint
+    context, text = getattr(error, "ctx", None), getattr(error, "format_message", error.__str__)()
+    if context is None:
+        return text
+    if type(error).__name__ == "NoSuchOption":
+        text = no_such_option(context, str(getattr(error, "option_name", "")))
+    elif (extra := re.match(r"Got unexpected extra argument\S* \((\S+)", text)) and "--data" in _options(context):
+        text = loose_word(extra[1].rstrip(")"))
+    else:
+        text = re.sub(r"Input should be a valid integer.*", "a whole number is expected", text)
+        text = re.sub(r"Input should be a valid number.*", "a number is expected", text)
+    return f"{text} (try `{context.command_path} --help`)"
+
+
+_OTHER_NAMES = {  # options of other tools and other verbs, and what may be meant by them here
+    "--batch": ["--batch-size"],
+    "--bs": ["--batch-size"],
+    "--checkpoint": ["--weights"],
+    "--conf": ["--min-confidence"],
+    "--csv": ["--out answers.csv"],
+    "--dataset": ["--data"],
+    "--format": ["--to"],
+    "--fp16": ["--precision fp16", "--half"],
+    "--gpu": ["--device cuda"],
+    "--half": ["--precision fp16"],
+    "--imgsz": ["--img-size"],
+    "--input-size": ["--img-size"],
+    "--int8": ["--precision int8"],
+    "--learning-rate": ["--lr"],
+    "--lr-schedule": ["--plan.schedule.kind"],
+    "--lr0": ["--lr"],
+    "--num-workers": ["--plan.workers"],
+    "--optimizer": ["--plan.optimizer.kind"],
+    "--pretrained": ["--weights"],
+    "--project": ["--out"],
+    "--quantize": ["--precision int8", "--int8"],
+    "--runtime": ["--to"],
+    "--save-dir": ["--out"],
+    "--sched": ["--plan.schedule.kind"],
+    "--scheduler": ["--plan.schedule.kind"],
+    "--size": ["--img-size"],
+    "--threshold": ["--min-confidence"],
+    "--topk": ["--top"],
+    "--weight-decay": ["--plan.optimizer.weight_decay"],
+    "--workers": ["--plan.workers", "--threads"],
+}
+
+
+def no_such_option(context: typer.Context, flag: str) -> str:
+    """Say that a verb has no such option, and which is meant: of another tool, or nearly spelled as one of its own."""
+    verb, options, spelled = context.info_name, _options(context), flag.replace("_", "-")
+    is_recipe = bool(context.allow_extra_args)  # of train, which takes any field of the recipe
+    others = [
+        name for name in _OTHER_NAMES.get(spelled, ()) if name.split()[0] in options or (is_recipe and "." in name)
+    ]
+    near = others or ([spelled] if spelled in options else difflib.get_close_matches(spelled, options, n=1))
+    hint = f": did you mean {near[0]}?" if near else ""
+    fields = "; a recipe's field is changed like --plan.epochs 5" if is_recipe and not near else ""
+    return f"{verb} has no option {flag}{hint}{fields}"
+
+
+def loose_word(word: str) -> str:
+    """Say how a place is given that stands where none is expected."""
+    return f"{word!r} is not expected here: if it is the place of the photos, give it as --data {word}"
+
+
+def _options(context: typer.Context) -> list[str]:
+    return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
 
 
 def _failed(error: BaseException, status: int, text: str | None = None) -> int:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,12 @@ from onefold.runtimes import RUNTIMES
 if TYPE_CHECKING:
     from onefold.recipes import Recipe
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -129,6 +135,7 @@ def train(
     folders: data/train/<class>/ and data/val/<class>/, or data/<class>/, which is then split by a stated seed; `onefold
     data PLACE` shows how any other place is understood.
     """
+    changes = _dotted(context)  # a mistyped option is an error before torch is imported
     from onefold.commands.run import new_folder
     from onefold.commands.train import Callbacks
     from onefold.commands.train import train as train_network
@@ -149,7 +156,7 @@ def train(
         callbacks = Callbacks(on_recipe=_show) if show else Callbacks()
         if not (show or quiet):
             callbacks = Callbacks(
-                on_start=display.changed_fields,
+                on_start=partial(display.changed_fields, typed=context.obj),
                 on_data=display.dataset,
                 on_progress=stack.enter_context(training()),
             )
@@ -176,7 +183,7 @@ def train(
             device=device,
             log_to=log_to,
             no_check=no_check,
-            changes=_dotted(context.args),
+            changes=changes,
             callbacks=callbacks,
         )
     if os.environ.get("RANK", "0") == "0":  # the run folder need not be on the machines of the others
@@ -349,7 +356,10 @@ def export(
         int | None, Option(help="ONNX opset, 15 to 20: a lower one for an older ONNX Runtime", show_default="20")
     ] = None,
 ) -> None:
-    """Export to runtimes, fused, with classes, preprocessing and a reference output inside."""
+    """Export to runtimes, fused, with classes, preprocessing and a reference output inside.
+
+    Each artifact is run once: its parity is how far its logits lie from PyTorch's, relative to the largest.
+    """
     from onefold.commands.export import export as export_to
 
     with progress("exporting"):
@@ -406,13 +416,15 @@ def demo(
     typer.echo(f"\nThe report: {page}")
 
 
-def _dotted(arguments: Sequence[str]) -> dict[str, str]:
+def _dotted(context: typer.Context) -> dict[str, str]:
     """--plan.epochs 5 and --plan.epochs=5 as {"plan.epochs": "5"}; --mixing none, for a part as a whole."""
-    rest, changes = list(arguments), {}
+    rest, changes = list(context.args), {}
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("-"):
+            raise BadArgument(error_handling.loose_word(flag))
         if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
-            raise BadArgument(f"no such option: {flag}; a recipe's field is changed like --plan.epochs 5")
+            raise BadArgument(error_handling.no_such_option(context, flag))
         if not equals:
             if not rest:
                 raise BadArgument(f"{flag} needs a value: {flag} 5")

@@ -18,7 +18,7 @@ Batch = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="imag
 Classes = Annotated[Path | None, Option(help="a file with the names of the classes, one a line, or JSON")]
 UseEma = Annotated[
     bool | None,
-    Option("--use-ema/--no-use-ema", help="of a checkpoint that holds both, averaged or plain weights; else averaged"),
+    Option("--use-ema/--no-use-ema", help="of a checkpoint that holds both, EMA or plain weights; else EMA"),
 ]
 Size = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
 

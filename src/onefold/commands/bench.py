@@ -32,7 +32,7 @@ from onefold.bench import (
     self_test,
     slowed_down,
 )
-from onefold.commands.load import Source
+from onefold.commands.load import Source, verb
 from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.commands.progress import shown_progress
 from onefold.errors import BadArgument, BadData
@@ -101,6 +101,7 @@ class BenchResult:
         return "\n".join([*lines, *compared])
 
 
+@verb
 def bench(
     *sources: Source,
     results: Source = "results",

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
 from onefold.commands.calibration import Calibration, Int8Network, quantized
-from onefold.commands.deployment import DeployResult, Gate, Verdict, readme, write_gates
+from onefold.commands.deployment import DeployResult, Gate, Verdict, readme, too_few, write_gates
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_made
 from onefold.commands.held_out import (
@@ -44,7 +44,7 @@ from onefold.commands.held_out import (
     without_copies,
     without_labels,
 )
-from onefold.commands.load import Source, chosen_weights
+from onefold.commands.load import Source, chosen_weights, verb
 from onefold.commands.open_network import Network, Predictor, open_network, open_predictor, predictor_of
 from onefold.commands.progress import shown_progress
 from onefold.commands.report import write_page
@@ -91,6 +91,7 @@ class DeployOptions:
     until: float | None = None
 
 
+@verb
 def deploy(
     source: Source,
     data: Source,
@@ -157,6 +158,8 @@ def build_deployment(
     network = network.with_size(order.size)
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
     photos = _photos(network, order, calibrates=calibrates)
+    if 0 < order.max_drop < 100 / len(photos.scored):
+        _log.warning("%s", too_few(len(photos.scored), order.max_drop))
     order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
     with replacing(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
         kept = _kept_artifacts(folder, wanted, say)
@@ -333,9 +336,12 @@ def _gate(verdict: Verdict, order: DeployOptions) -> Gate:
     sentence = (
         f"{name} lost {lost} ({low:.1f} to {high:.1f} on {verdict.count} photos), and {order.max_drop:g} may be lost"
     )
+    has_too_few = low <= order.max_drop < high and order.max_drop > 0
     if passed and high > order.max_drop:
         sentence += ": so few photos cannot show that it loses no more"
-    return Gate(name=name, kind="accuracy", passed=passed, sentence=sentence)
+    elif has_too_few:
+        sentence += f": {too_few(verdict.count, order.max_drop)}"
+    return Gate(name=name, kind="accuracy", passed=passed, sentence=sentence, has_too_few=has_too_few)
 
 
 def _check_installed(name: str, kind: Runtime) -> None:

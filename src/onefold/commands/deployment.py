@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from onefold.bench import Measurement
 from onefold.commands.open_network import Network
 from onefold.errors import GateFailed
 from onefold.report import GATES
+from onefold.report.format import plural
 from onefold.runtimes import Artifact
 from onefold.storage import write_text
 from onefold.train.evaluate import drop_interval
@@ -47,12 +49,16 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A check that an artifact must pass before it is shipped, and in one sentence what was measured and is allowed."""
+    """A check that an artifact must pass before it is shipped, and in one sentence what was measured and is allowed.
+
+    `has_too_few` is whether it was scored on too few photos to tell what was lost from what may be.
+    """
 
     name: str
     kind: Literal["fusing", "parity", "accuracy"]
     passed: bool
     sentence: str
+    has_too_few: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +89,18 @@ class DeployResult:
         return GateFailed(
             f"{len(self.failed)} of {len(self.gates)} artifacts failed their gate: "
             f"{', '.join(gate.sentence for gate in self.failed)}; {self.folder / 'README.md'} has the table"
-            + (f". {advice}" if any(gate.kind == "accuracy" for gate in self.failed) else "")
+            + (f". {advice}" if any(gate.kind == "accuracy" and not gate.has_too_few for gate in self.failed) else "")
         )
+
+
+def too_few(count: int, max_drop: float) -> str:
+    """Say that a loss of `max_drop` points cannot be told on `count` photos, and what to type."""
+    one = 100 / count
+    told = f"one answer is {one:.3g} points; " if one > max_drop else ""
+    other = f", or --max-drop {math.ceil(one * 10) / 10:g}" if told else ""
+    points = f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
+    photos = plural(count, "photo")
+    return f"{photos} cannot tell {points} from none: {told}give more held-out photos with --val{other}"
 
 
 def write_gates(gates: Sequence[Gate], results: Path) -> None:

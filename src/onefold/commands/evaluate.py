@@ -23,7 +23,7 @@ import torch
 from onefold.commands.bench import note_accuracy
 from onefold.commands.class_matching import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
-from onefold.commands.load import Source, open_source
+from onefold.commands.load import Source, open_source, verb
 from onefold.commands.open_network import Floats, Predictor
 from onefold.commands.predict import say_mismatch
 from onefold.commands.progress import shown_progress
@@ -154,6 +154,7 @@ class Scores(Sequence[EvalResult]):
         return f"<p>{html.escape(self.subject)}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
+@verb
 def evaluate(
     source: Source | Predictor,
     data: Source | None = None,

@@ -24,7 +24,7 @@ from onefold.commands.calibration import (
 )
 from onefold.commands.evaluate import evaluate
 from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
-from onefold.commands.load import Saved, Source, chosen_weights
+from onefold.commands.load import Saved, Source, chosen_weights, verb
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predict import Predictions, predict
 from onefold.commands.progress import shown_progress
@@ -126,6 +126,7 @@ def export(
     no_fuse: bool = False,
     opset: int | None = None,
 ) -> list[Artifact]: ...
+@verb
 def export(
     source: Source | nn.Module,
     to: str | list[str] | tuple[str, ...] = "onnx",

@@ -14,7 +14,7 @@ from onefold import reparam
 from onefold.commands.bench import bench
 from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
-from onefold.commands.load import Saved, Source, chosen_weights
+from onefold.commands.load import Saved, Source, chosen_weights, verb
 from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict
 from onefold.commands.progress import shown_progress
@@ -31,7 +31,8 @@ class FusedWeights(Saved):
     """A file of fused weights, how far its answer is off, and what the network costs now and did before.
 
     `drift` is the largest difference of outputs, relative to their size. `left_norms` counts the norms that could not
-    be folded. The verbs are methods: `predict`, `evaluate`, `export`, `bench`.
+    be folded, and `was_fused` says that the weights were fused before. The verbs are methods: `predict`, `evaluate`,
+    `export`, `bench`.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class FusedWeights(Saved):
     before: Cost
     after: Cost
     left_norms: int = 0
+    was_fused: bool = False
 
     predict = predict
     evaluate = evaluate
@@ -50,7 +52,8 @@ class FusedWeights(Saved):
 
     def __repr__(self) -> str:
         params = f"{self.before.params:,} -> {self.after.params:,} parameters"
-        return f"FusedWeights({str(self.path)!r}, drift {self.drift:.1e}, {params})"
+        how = "was fused already" if self.was_fused else f"drift {self.drift:.1e}"
+        return f"FusedWeights({str(self.path)!r}, {how}, {params})"
 
 
 @overload
@@ -69,6 +72,7 @@ def fuse(
     use_ema: bool | None = None,
     tolerance: float | None = None,
 ) -> FusedWeights: ...
+@verb
 def fuse(
     source: nn.Module | Source,
     out: object = None,
@@ -83,7 +87,7 @@ def fuse(
     Of a module, in eval mode, it gives a fused copy: see `onefold.reparam.fuse`; `fuse(module, example)` takes the
     arguments of a call to check the answer on. Of a run folder, a file of weights, an id of the hub or timm:NAME it
     writes the weights to `out` (fused.safetensors); those that are fused already are written as they are. `model` names
-    the network where the weights do not, `use_ema` chooses averaged or plain weights where a checkpoint has both, and
+    the network where the weights do not, `use_ema` chooses EMA or plain weights where a checkpoint has both, and
     `tolerance` is the largest relative difference of outputs that passes: 1e-4, or 16 times the network's own rounding.
 
     Raises GateFailed where the difference is larger, BadCheckpoint, BadArgument, NotWritable; ValueError for a module
@@ -114,4 +118,5 @@ def fuse(
         before=cost(network.model, size),
         after=cost(fused.model, size),
         left_norms=fused.left_norms,
+        was_fused=network.is_fused,
     )

@@ -67,12 +67,13 @@ class TrainingImages:
             yield images.to(self.device).contiguous(memory_format=torch.channels_last), labels.to(self.device)
 
 
-def initialized_from(recipe: Recipe, stated: Collection[str]) -> Recipe:
+def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool = False) -> Recipe:
     """Give the recipe with the preprocessing of the weights that it starts from, and log what that changes.
 
     A recipe that needs weights and names none takes the released ones of its model, where there are some.
     `stated` are the recipe's fields that the user set, such as "preprocessing.mean": those stay as they are. Weights
-    that cannot be read leave the recipe as it is. Raises BadArgument where their preprocessing cannot be.
+    that cannot be read leave the recipe as it is. Raises BadArgument where their preprocessing cannot be, and unless
+    the recipe `is_shown` only NetworkFailed.
     """
     released = CATALOGUE[resolve(recipe.model)].weights
     if recipe.weights is None and needs_weights(recipe) and released:
@@ -82,7 +83,9 @@ def initialized_from(recipe: Recipe, stated: Collection[str]) -> Recipe:
         return recipe
     try:
         card = weights_card(weights_file(recipe.weights), name=recipe.model)
-    except (BadCheckpoint, BadArgument, NetworkFailed):
+    except (BadCheckpoint, BadArgument, NetworkFailed) as error:
+        if isinstance(error, NetworkFailed) and not is_shown:
+            raise  # the hub is asked once, before the data are read
         return recipe  # a training says so when it starts from them, and --show shows the recipe's
     keep = {name.removeprefix("preprocessing.") for name in stated if name.startswith("preprocessing.")}
     given = dict(card.preprocessing)
@@ -207,10 +210,10 @@ def _move_head_(model: nn.Module, card: Card, classes: tuple[str, ...]) -> None:
     """Give the network, whose classes are the card's, a last layer for these classes: each has the row of its name."""
     assert isinstance(model, Classifier)
     if card.classes is None and card.num_classes != len(classes):
-        _log.info("the weights do not name their %d classes: the head for %d is random", card.num_classes, len(classes))
+        _log.info("the weights do not name %d classes: the last layer for %d is random", card.num_classes, len(classes))
         model.reset_classifier(len(classes))
         return
-    hint = "fit a new head: --head probe"
+    hint = "fit a new last layer: --head probe"
     rows = match_classes(classes, card.classes, card.num_classes, f"the weights' network {card.model}", hint=hint)
     if rows == list(range(card.num_classes)):
         return
@@ -226,7 +229,7 @@ def _move_head_(model: nn.Module, card: Card, classes: tuple[str, ...]) -> None:
     fresh = [name for name, row in zip(classes, rows, strict=True) if row is None]
     dropped = card.num_classes - len(kept)
     _log.info(
-        "the weights' head: %d rows go to the classes of their names%s%s",
+        "the weights' last layer: %d rows go to the classes of their names%s%s",
         len(kept),
         f"; {len(fresh)} classes that it does not know begin at random ({', '.join(fresh[:3])})" if fresh else "",
         f"; {dropped} of its own are left out" if dropped else "",
@@ -247,7 +250,7 @@ def _reset_head_(model: nn.Module, recipe: Recipe, images: TrainingImages) -> No
     with torch.no_grad():
         fc.weight.copy_(weight)
         fc.bias.copy_(bias)
-    _log.info("the head was fitted to %d images, with a top-1 of %.1f %% on them", len(labels), top1)
+    _log.info("the last layer was fitted to %d images, with a top-1 of %.1f %% on them", len(labels), top1)
 
 
 @torch.no_grad()

@@ -6,12 +6,15 @@ what the verbs return (a run, fused weights, an artifact) is a path too.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +30,23 @@ from onefold.runtimes import Artifact, Session, exporter
 from onefold.runtimes.artifact import is_artifact
 
 Source = str | os.PathLike[str]
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
+
+
+def verb(function: _Verb) -> _Verb:
+    """Let a verb that is called with an argument that it does not have say by TypeError which one may be meant."""
+    known = list(inspect.signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: Any, **given: Any) -> Any:
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() has no argument {name!r}: {hint}")
+        return function(*args, **given)
+
+    return checked  # type: ignore[return-value]
 
 
 class Saved(os.PathLike[str]):

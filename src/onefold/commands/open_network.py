@@ -233,7 +233,8 @@ class Predictor:
         """One line for a table."""
         untrained = " random weights" if self.facts.get("untrained") else ""
         fused = " UNFUSED" if not self.facts["fused"] else " partly fused" if self.facts.get("left_norms") else ""
-        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{untrained}{fused}"
+        runtime = "PyTorch" if self.facts["runtime"] == "eager" else self.facts["runtime"]
+        return f"{self.facts['model']} {runtime} {self.facts['precision']}{untrained}{fused}"
 
     def class_name(self, index: int) -> str:
         """Give the name of a class, or its index where it has none."""

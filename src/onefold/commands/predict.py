@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from onefold.commands.load import Source, open_source
+from onefold.commands.load import Source, open_source, verb
 from onefold.commands.open_network import Floats, Predictor
 from onefold.commands.progress import shown_progress
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
@@ -28,6 +28,7 @@ from onefold.data.folders import join_names
 from onefold.data.in_memory import prepare, split_images
 from onefold.data.value_range import mismatch
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable
+from onefold.report.format import plural
 from onefold.storage import free_path, write_text
 
 _log = logging.getLogger("onefold")
@@ -83,7 +84,7 @@ class Predictions(Sequence[Prediction]):
     """The predictions for several images, in their order; `classes` are the network's.
 
     `names` has the likeliest class of each (None: unsure or unread), `probabilities` (B, N) float32 the softmax of all
-    classes, NaN where an image could not be read. `not_there` says which paths were passed over, and why.
+    classes, NaN where an image could not be read. `not_there` says which paths were skipped, and why.
     """
 
     found: tuple[Prediction, ...]
@@ -123,8 +124,11 @@ class Predictions(Sequence[Prediction]):
         }
         return {**dict(labels.most_common()), **{name: count for name, count in rest.items() if count}}
 
-    def to_csv(self) -> str:
-        """Give a table as CSV: file, class and probability, the next classes with theirs, what is wrong with a file."""
+    def to_csv(self, path: Source | None = None) -> str:
+        """Give a table as CSV: file, class and probability, the next classes with theirs, what is wrong with a file.
+
+        With a `path` it is written there too. Raises NotWritable.
+        """
         most = max((len(each.best) for each in self.found), default=1)
         more = [column for k in range(2, most + 1) for column in (f"class_{k}", f"probability_{k}")]
         text = io.StringIO()
@@ -134,6 +138,8 @@ class Predictions(Sequence[Prediction]):
             cells: list[object] = [cell for _, name, share in each.best for cell in (name, f"{share:.6f}")]
             problem = each.problem or (UNSURE if each.is_unsure else "")
             table.writerow([printable_name(each.name), *cells, *[""] * (2 * max(most, 1) - len(cells)), problem])
+        if path is not None:
+            write_text(Path(path), text.getvalue())
         return text.getvalue()
 
     def write(self, out: Source) -> Path:
@@ -167,7 +173,7 @@ class Predictions(Sequence[Prediction]):
     def __repr__(self) -> str:
         lines = [str(each) for each in self.found[:_SHOWN]]
         rest = len(self.found) - len(lines)
-        head = f"Predictions: {len(self.found)} images, {len(self.classes)} classes"
+        head = f"Predictions: {plural(len(self.found), 'image')}, {plural(len(self.classes), 'class', 'classes')}"
         return "\n".join([head, *lines, *([f"... and {rest} more"] if rest else [])])
 
     def _repr_html_(self) -> str:
@@ -177,6 +183,7 @@ class Predictions(Sequence[Prediction]):
         return f"<table>{''.join(rows)}</table>{more}"
 
 
+@verb
 def predict(
     source: Source | Predictor,
     images: object,
@@ -195,11 +202,11 @@ def predict(
 
     `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or an artifact. Pictures are uint8: PIL,
     arrays (H, W, 3) or tensors (3, H, W); floats (3, S, S) are taken as normalized inputs. `model` names the network
-    where the weights do not; `use_ema` chooses averaged or plain weights where a checkpoint has both; `classes` is a
+    where the weights do not; `use_ema` chooses EMA or plain weights where a checkpoint has both; `classes` is a
     file with their names; `img_size` the side in pixels; `top` how many classes each prediction lists; below
     `min_confidence` (0 to 1) the class is unsure. `on_prediction` is called with each as it comes.
 
-    Files that cannot be read, and paths that are not there, are named and passed over. Raises BadData where none is
+    Files that cannot be read, and paths that are not there, are named and skipped. Raises BadData where none is
     left, BadArgument, BadCheckpoint.
 
         found = onefold.predict("runs/photos-finetune", ["cat.jpg", "holiday/"])
@@ -229,7 +236,7 @@ def predict(
     if unread:
         _log.warning("%d of %d images could not be read and are left out: they are named above", unread, len(found))
     if not_there:
-        _log.warning("%d of the places given are passed over: %s", len(not_there), "; ".join(not_there))
+        _log.warning("%s skipped: %s", plural(len(not_there), "path"), "; ".join(not_there))
     return Predictions(tuple(found), names, tuple(not_there))
 
 
@@ -335,7 +342,7 @@ def check_table(out: Source) -> Path:
     """Give the path of a table to write. Raises BadArgument for another suffix than .csv and .jsonl."""
     path = Path(out)
     if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise BadArgument(f"predictions are written as .csv or .jsonl, not {path.name!r}")
+        raise BadArgument(f"predictions are written as .csv or .jsonl, not {path.name!r}: give answers.csv")
     return path
 
 

@@ -1,9 +1,10 @@
-"""Progress of the verbs in Python: tqdm's bars, in a terminal and in a notebook, and nothing elsewhere."""
+"""Progress of the verbs in Python: tqdm's bars in a terminal and in a notebook, elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from onefold.train import Progress
 
 _logger = logging.getLogger("onefold.progress")
+_EVERY_S = 10.0  # between two lines, where nobody looks at a bar
 
 
 def has_viewer() -> bool:
@@ -54,17 +56,24 @@ class _Stages(logging.Handler):
     def __init__(self, bar: Any) -> None:
         super().__init__()
         self.bar = bar
+        self.began = self.last = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one sentence."""
         done, total = getattr(record, "done", 0), getattr(record, "total", 0)
-        self.bar.set_description_str(f"{record.getMessage()} ({done + 1} of {total})" if total else record.getMessage())
+        text = f"{record.getMessage()} ({done + 1} of {total})" if total else record.getMessage()
+        if not self.bar.disable:
+            self.bar.set_description_str(text)
+        elif time.monotonic() - self.last >= _EVERY_S:
+            self.last = time.monotonic()
+            sys.stderr.write(f"{text}: {self.last - self.began:.0f} s\n")
+            sys.stderr.flush()
 
 
 @contextmanager
 def shown_progress() -> Iterator[None]:
-    """Show what the library does in the block, where somebody looks and nobody shows it, as the command line does."""
-    if _logger.handlers or not has_viewer():
+    """Show what the library does in the block, where nobody shows it, as the command line does."""
+    if _logger.handlers:
         yield
         return
     level, propagate = _logger.level, _logger.propagate

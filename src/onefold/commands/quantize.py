@@ -10,7 +10,7 @@ from torch import nn
 
 from onefold.commands.calibration import Calibration, Int8Network, quantized
 from onefold.commands.export import Artifact, export_made, network_of
-from onefold.commands.load import Source, chosen_weights
+from onefold.commands.load import Source, chosen_weights, verb
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.progress import shown_progress
 from onefold.quantize import Method
@@ -39,6 +39,7 @@ class QuantizedNetwork:
         return f"QuantizedNetwork({self.network.title}: {made.method.title}; calibrated on {made.images} images)"
 
 
+@verb
 def quantize(
     source: Source | nn.Module,
     data: Source | None = None,

@@ -23,9 +23,10 @@ from onefold.commands.predict import predict
 from onefold.commands.run_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
-from onefold.errors import BadCheckpoint, MissingExtra
+from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, in_python
 from onefold.recipes import Recipe
 from onefold.report.figures import Curve, curves
+from onefold.report.format import plural
 from onefold.report.load_results import Predictions, load_inputs
 from onefold.storage import free_path
 from onefold.train import RunFolder
@@ -162,13 +163,13 @@ class Run(Saved):
                 f"it got worse after epoch {best.epoch}, down to {history[-1]['top1']:.1f} %: try fewer epochs, or "
                 "a lower rate (--lr)"
             )
-        return remarks
+        return remarks if OnefoldError.on_command_line else [in_python(remark) for remark in remarks]
 
     def __repr__(self) -> str:
         best, (low, high) = self.best, self.best.interval
         lines = [
             f"Run({str(self.folder)!r}): {self.recipe.model}, best top-1 {best.top1:.2f} % (95 % interval {low:.1f} to "
-            f"{high:.1f}) on {best.count} images, epoch {best.epoch} of {self.recipe.plan.epochs}"
+            f"{high:.1f}) on {plural(best.count, 'image')}, epoch {best.epoch} of {self.recipe.plan.epochs}"
         ]
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 

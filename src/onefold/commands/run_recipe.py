@@ -1,4 +1,4 @@
-"""The recipe of a run, as long as it is the one that the run began with.
+"""The recipe of a run, as long as it is the one that the run began with, and whether its batches can be trained on.
 
 Each checkpoint keeps the recipe, and the SHA-256 of those files of the run folder that are written once. So an edit
 between stop and resume, or damage, is refused, field by field: a run is computed by one recipe from its first step on.
@@ -14,13 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from onefold.checksums import unseal
-from onefold.errors import BadCheckpoint
+from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.recipes import Recipe
+from onefold.report.format import plural
 from onefold.storage import parse_json, read_json
 from onefold.train import RunFolder
 from onefold.train.checkpoint import PROGRESS
 from onefold.train.hyperparameters import RESUMABLE
+from onefold.train.optim import frozen_modules
+from onefold.train.step import norms_of_one_value
 
 RECIPE = "recipe.json"
 """The recipe of a run, in its folder."""
@@ -91,3 +97,34 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], under: str
 def _shown(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_fills_a_batch(num_train: int, num_val: int, recipe: Recipe) -> None:
+    """Raise BadData where the images to train on are fewer than a batch."""
+    plan = recipe.plan
+    needed = plan.images_per_batch() * plan.logical_workers
+    if plan.epochs and 0 < num_train < needed:
+        hints = [f"--batch-size {num_train}"] if num_train > 1 else []
+        hints += ["far more are needed for a network that is of use"] if num_train < 20 else []
+        raise BadData(
+            f"{plural(num_train + num_val, 'photo')}, {num_val} for validation, leave {num_train} to train on, and a "
+            f"batch has {needed}: {'; '.join(hints)}"
+        )
+
+
+def check_batch_of_one(model: nn.Module, recipe: Recipe) -> None:
+    """Raise BadArgument where every batch has one image and norms see one value a channel of it: it would diverge."""
+    plan = recipe.plan
+    if not plan.epochs or plan.images_per_batch() > 1:
+        return
+    frozen = {id(norm) for part in frozen_modules(model, plan.freeze) for norm in part.modules()}
+    stages = recipe.curriculum.stages if recipe.curriculum else ()
+    size = min([recipe.preprocessing.size, *(stage.size for stage in stages)])
+    image = torch.zeros(1, recipe.preprocessing.channels, size, size)
+    lone = [name for name in norms_of_one_value(model, image) if id(model.get_submodule(name)) not in frozen]
+    if lone:
+        divided = "" if plan.batch_size == 1 else f", which {plan.batch_size // plan.images_per_batch()} share,"
+        raise BadArgument(
+            f"plan.batch_size is {plan.batch_size}{divided} and at {size} pixels {len(lone)} norms of {recipe.model} "
+            "see one value a channel of one image, which they cannot normalize: give two images or more (-b 2)"
+        )

@@ -36,11 +36,17 @@ from onefold.commands.initial_weights import (
     provenance,
     resumed_network,
 )
-from onefold.commands.load import Source, chosen_weights
+from onefold.commands.load import Source, chosen_weights, verb
 from onefold.commands.open_network import weights_file
 from onefold.commands.progress import training_bar
 from onefold.commands.run import Run, TrainResult, new_folder
-from onefold.commands.run_recipe import RECIPE, read_recipe, settings_of_run
+from onefold.commands.run_recipe import (
+    RECIPE,
+    check_batch_of_one,
+    check_fills_a_batch,
+    read_recipe,
+    settings_of_run,
+)
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
@@ -67,9 +73,7 @@ from onefold.train import (
 )
 from onefold.train.distributed import stop_at_once
 from onefold.train.loggers import check_services
-from onefold.train.optim import frozen_modules
 from onefold.train.rng_state import forked_rng
-from onefold.train.step import norms_of_one_value
 
 CHECK, SAMPLES, QPARAMS = "check.json", "samples.png", "int8.json"
 """Files of a run folder: the data check, the first augmented images, the quantization parameters of an int8 run."""
@@ -94,6 +98,7 @@ class Callbacks:
 NO_CALLBACKS = Callbacks()
 
 
+@verb
 def train(
     data: Source | None = None,
     *,
@@ -162,7 +167,9 @@ def train(
         else:
             texts |= {} if place is None else {"data.spec": place}
             chosen = recipe_for(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
-            chosen = initialized_from(chosen, {*texts, *(["preprocessing.size"] if img_size is not None else [])})
+            is_first = os.environ.get("RANK", "0") == "0"
+            given = {*texts, *(["preprocessing.size"] if img_size is not None else [])}
+            chosen = initialized_from(chosen, given, is_shown=callbacks.on_recipe is not None or not is_first)
             folder = new_folder(chosen) if out is None else Path(out)
             if callbacks.on_recipe is not None:
                 callbacks.on_recipe(chosen)
@@ -248,6 +255,7 @@ def _run(
             # A recipe that does not say how many logical workers gets as many as the processes it is started in.
             recipe = replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
         with world.agree():
+            check_fills_a_batch(len(training), len(validation), recipe)
             batches = _batches(training, recipe, world)
 
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
@@ -256,7 +264,7 @@ def _run(
         if params is not None:
             size = recipe.preprocessing.size
             prepare_qat_(model, params, (recipe.preprocessing.channels, size, size))
-        _check_batch_of_one(model, recipe)
+        check_batch_of_one(model, recipe)
         with world.agree():
             teachers = open_teachers(recipe, training.classes, world.device)
 
@@ -352,24 +360,6 @@ def _base_records(recipe: Recipe) -> Records:
         return ()
     card = weights_card(weights_file(recipe.weights), name=recipe.model)
     return records_of(recipe.weights, card.trained_on) or ()
-
-
-def _check_batch_of_one(model: nn.Module, recipe: Recipe) -> None:
-    """Raise BadArgument where every batch has one image and norms see one value a channel of it: it would diverge."""
-    plan = recipe.plan
-    if not plan.epochs or plan.images_per_batch() > 1:
-        return
-    frozen = {id(norm) for part in frozen_modules(model, plan.freeze) for norm in part.modules()}
-    stages = recipe.curriculum.stages if recipe.curriculum else ()
-    size = min([recipe.preprocessing.size, *(stage.size for stage in stages)])
-    image = torch.zeros(1, recipe.preprocessing.channels, size, size)
-    lone = [name for name in norms_of_one_value(model, image) if id(model.get_submodule(name)) not in frozen]
-    if lone:
-        divided = "" if plan.batch_size == 1 else f", which {plan.batch_size // plan.images_per_batch()} share,"
-        raise BadArgument(
-            f"plan.batch_size is {plan.batch_size}{divided} and at {size} pixels {len(lone)} norms of {recipe.model} "
-            "see one value a channel of one image, which they cannot normalize: give two images or more (-b 2)"
-        )
 
 
 def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:

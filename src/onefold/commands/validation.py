@@ -37,7 +37,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates what will be deployed: the averaged network, fused, and on integers where it trains for int8.
+    """Evaluates what will be deployed: the EMA weights, fused, and on integers where it trains for int8.
 
     Each process of `world` evaluates every so many-th batch, on its device; `combine` makes one validation of that.
     """

@@ -65,15 +65,25 @@ def prepare(image: object, preprocessing: Preprocessing) -> Floats:
     if not np.issubdtype(array.dtype, np.floating) or array.shape != shape:
         raise BadArgument(
             f"expected a picture of uint8 (H, W, 3), values 0 to 255, or a normalized input of floats {shape}, got "
-            f"{array.dtype} {array.shape}"
+            f"{array.dtype} {array.shape}{_remedy(image, array)}"
         )
-    if preprocessing.mean != (0.0,) * preprocessing.channels and 0 <= array.min() <= 0.5 < array.max() <= 1:
+    if preprocessing.mean != (0.0,) * preprocessing.channels and 0 <= array.min() < array.max() <= 1:
         _log.warning(
             "an input of floats has values from %.2f to %.2f: it is taken as normalized already; give a picture as "
             "PIL or uint8 to have it normalized",
             *(float(array.min()), float(array.max())),
         )
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _remedy(image: object, array: NDArray[np.generic]) -> str:
+    """What to type where a picture came as other numbers than uint8; nothing for what has no shape of a picture."""
+    if array.ndim not in (2, 3) or array.dtype.kind not in "fiu" or 0 in array.shape:
+        return ""
+    values = np.asarray(array, dtype=np.float64)
+    is_share = array.dtype.kind == "f" and bool(np.all((values >= 0) & (values <= 1)))
+    scaled = "(x * 255).round()" if is_share else "x.round()" if array.dtype.kind == "f" else "x"
+    return f": give {scaled}.{'to(torch.uint8)' if isinstance(image, torch.Tensor) else 'astype(np.uint8)'}"
 
 
 def _picture(pixels: NDArray[np.uint8], *, channels_first: bool) -> Image.Image:

@@ -43,7 +43,9 @@ _IN_FOLDERS = (FILE, "pytorch_model.bin")
 MAX_CONFIG = 16 << 20  # bytes; the names of 21,841 classes make one
 HUB_ID = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
 _log = logging.getLogger("onefold")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt", ".onnx", ".tflite", ".pte")
+# What the verbs write to, and the usual folders for weights: runs/x is a path, and hf-hub:runs/x a repository.
+_FOLDERS = ("runs", "artifacts", "deploy", "results", "demo", "checkpoints", "weights", "models", "outputs")
 
 
 def load_model(
@@ -245,17 +247,26 @@ def locate(source: str | Path) -> WeightsFile:
     before, colon, select = str(source).rpartition(":")
     if not is_there and colon and Path(before).exists():
         return replace(locate(before), source=str(source), select=select)
-    hub_id = re.fullmatch(HUB_ID, str(source))
-    if is_there or hub_id is None or path.suffix in _SUFFIXES:
-        file = WeightsFile(path=path, source=str(source))
-        return _with_files_beside(file) if path.name in _IN_FOLDERS else file
-    if path.parent.is_dir() and not re.match("hf[-_]hub:", str(source)):  # a mistyped path, before the hub is asked
-        there = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
-        raise BadCheckpoint(
-            f"there is no {path}: the folder {path.parent} holds {there}; for the repository of the hub type "
-            f"hf-hub:{source}"
-        )
-    return _on_hub(hub_id[1])
+    if not is_there and path.suffix not in _SUFFIXES and (repository := _repository(str(source))):
+        return _on_hub(repository)
+    file = WeightsFile(path=path, source=str(source))
+    return _with_files_beside(file) if path.name in _IN_FOLDERS else file
+
+
+def _repository(source: str) -> str:
+    """Give the owner/name of the hub that a source names, empty where it is a path; BadCheckpoint for a local name."""
+    hub_id = re.fullmatch(HUB_ID, source)
+    if hub_id is None or source != hub_id[1]:
+        return "" if hub_id is None else hub_id[1]
+    folder, name = source.split("/")
+    if Path(folder).is_dir():
+        there = ", ".join(sorted(entry.name for entry in Path(folder).iterdir())[:8]) or "nothing"
+        seen = f"the folder {folder} holds {there}"
+    elif folder.lower() in _FOLDERS or name in ("best", "last", "previous"):
+        seen = f"the current folder {Path.cwd()} has no folder {folder}"
+    else:
+        return source
+    raise BadCheckpoint(f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}")
 
 
 def _with_files_beside(file: WeightsFile) -> WeightsFile:
@@ -271,11 +282,11 @@ def _on_hub(repo_id: str) -> WeightsFile:
 
     try:
         path = _download(repo_id, FILE)
-    except EntryNotFoundError as error:
+    except EntryNotFoundError:
         raise BadCheckpoint(
             f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
             "download the file you trust and give its path"
-        ) from error
+        ) from None
     config: dict[str, Any] = {}
     for name in (CONFIG, PREPROCESSOR):
         if name == PREPROCESSOR and "pretrained_cfg" in config:
@@ -284,12 +295,12 @@ def _on_hub(repo_id: str) -> WeightsFile:
             config |= _read_config(_download(repo_id, name))
         except EntryNotFoundError:
             continue
-        except NetworkFailed as error:
+        except NetworkFailed:
             raise NetworkFailed(
                 f"the weights of {repo_id} are in the hub's cache and {name} is not, which says how images are "
                 "prepared and what the classes are; the hub cannot be reached: fetch it once "
                 f"(hf download {repo_id}), or give a folder that holds both"
-            ) from error
+            ) from None
     readme = path.parent / "README.md"
     if not config_licence(config, readme):
         try:
@@ -306,36 +317,49 @@ def _download(repo_id: str, name: str) -> Path:
     or does not let it be read, NetworkFailed where the hub cannot be reached, NotWritable where the cache cannot be
     written.
     """
-    from huggingface_hub import errors, hf_hub_download
+    import huggingface_hub
+    from huggingface_hub import errors
 
     no_such = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+    cached = None
     try:
-        return Path(hf_hub_download(repo_id, name))
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, name)
+        if not isinstance(cached, str):  # asked first, since a download tries six times to reach the hub
+            found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo_id, name))
+            if name == FILE:
+                text = "downloading %s of %s, %.1f MB, from huggingface.co"
+                _log.info(text, name, repo_id, (found.size or 0) / 1e6)
+        return Path(huggingface_hub.hf_hub_download(repo_id, name))
     except errors.LocalEntryNotFoundError as error:  # it is an EntryNotFoundError, but says that the cache has no file
-        raise _hub_error(repo_id, error) from error
+        raise _hub_error(repo_id, error) from None
     except errors.EntryNotFoundError:
         raise
     except no_such as error:
         raise BadCheckpoint(
             f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
-            f"path or the id; for a gated or private one `hf auth login` ({_first_line(error)})"
-        ) from error
+            f"path or the id; for a gated or private one `hf auth login` ({_in_one_line(error)})"
+        ) from None
     except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
-        raise _hub_error(repo_id, error) from error
+        if cached is not None and not isinstance(cached, str):  # known of before: the repository has no such file
+            raise errors.EntryNotFoundError(f"{repo_id} has no {name}") from None
+        raise _hub_error(repo_id, error) from None
 
 
 def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return NotWritable(f"the hub's cache cannot be written ({_first_line(error)}): make room, or set HF_HOME")
+        return NotWritable(f"the hub's cache cannot be written ({_in_one_line(error)}): make room, or set HF_HOME")
+    first: BaseException = error  # the others were raised from it, and it is the shortest: "no route to host"
+    while (cause := first.__cause__ or first.__context__) is not None and str(cause):
+        first = cause
     return NetworkFailed(
         f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
-        f"{_first_line(error)}): check the network and HF_HUB_OFFLINE; or copy its {FILE} here from another machine "
-        "and give the path"
+        f"{_in_one_line(first)}): check the network and HF_HUB_OFFLINE; or copy its {FILE} here from "
+        "another machine and give the path"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -417,10 +441,10 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{card.model} from onefold {card.version}"
             )
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-            raise BadArgument(f"the hub refused {repo_id} ({_first_line(error)}): check `hf auth login`") from error
+            raise BadArgument(f"the hub refused {repo_id} ({_in_one_line(error)}): check `hf auth login`") from error
         except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
             raise NetworkFailed(
                 f"the Hugging Face hub cannot be reached to push {repo_id} ({type(error).__name__}: "
-                f"{_first_line(error)}): check the network and HF_HUB_OFFLINE"
+                f"{_in_one_line(error)}): check the network and HF_HUB_OFFLINE"
             ) from error
     return f"https://huggingface.co/{repo_id}"

@@ -326,8 +326,9 @@ def _without_other_classifier(weights: Weights, model: nn.Module) -> dict[str, T
     wanted = next((len(tensor) for name, tensor in model.state_dict().items() if name == CLASSIFIER[0]), 0)
     if wanted == weights.num_classes:
         return weights.tensors
-    text = "%s: its classifier is for %d classes and the model's for %d: the model's keeps its random initialization"
-    _log.info(text, weights.source, weights.num_classes, wanted)
+    _log.info(
+        "%s: a new last layer, for %d classes, replaces its own for %d", weights.source, wanted, weights.num_classes
+    )
     if weights.num_classes == 0:
         return weights.tensors  # a bias alone is refused by _check_match
     return {name: tensor for name, tensor in weights.tensors.items() if name not in CLASSIFIER}

@@ -330,9 +330,10 @@ class _Trainer:
         if self.saved.position != position:
             self._save()
         self.flush()
+        by = "Ctrl-C" if self.signals.received == "SIGINT" else self.signals.received or "a signal"
         raise Stopped(
-            f"stopped by {self.signals.received or 'a signal'} at epoch {position.epoch + 1}, step {position.step} of "
-            f"{position.steps_per_epoch}; everything is saved in {self.folder.last}: resume to go on"
+            f"stopped by {by} at epoch {position.epoch + 1}, step {position.step} of {position.steps_per_epoch}; "
+            f"everything is saved: go on with `onefold train --resume {self.folder.path}`"
         )
 
     # ---------------------------------------------------------------------------------- log and progress
