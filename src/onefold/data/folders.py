@@ -284,6 +284,21 @@ def join_names(names: Sequence[str], most: int = 5) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
+def left_out_images(images: Iterable[str], reasons: Mapping[str, str], otherwise: str) -> list[LeftOut]:
+    """Say why these images are in no split: by the nearest folder that has a reason, or `otherwise`."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for image in images:
+        folder = image.rpartition("/")[0]
+        while folder and folder not in reasons:
+            folder = folder.rpartition("/")[0]
+        where = folder or (image.partition("/")[0] if "/" in image else "")
+        groups[where, reasons.get(folder, otherwise)].append(image)
+    return [
+        LeftOut(count=len(names), what=f"images in {where}/" if where else "images in no folder", reason=reason)
+        for (where, reason), names in groups.items()
+    ]
+
+
 def _entries(folder: Path) -> list[tuple[str, bool]]:
     """List (name, whether it is a folder) of what `folder` holds, sorted."""
     try:

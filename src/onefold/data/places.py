@@ -22,7 +22,7 @@ from pathlib import Path
 from onefold.data.columns import MultiLabel
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import ARCHIVE_SUFFIXES, printable
-from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, list_folder, no_images
+from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, left_out_images, list_folder, no_images
 from onefold.data.image_index import ImageIndex
 from onefold.data.remote import REMOTE
 from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
@@ -33,12 +33,11 @@ from onefold.data.splits import (
     SplitImages,
     arrange,
     assign,
-    left_out_images,
     split_name,
     splits_of_folders,
     words_of,
 )
-from onefold.data.tables import LIST, NotATable, Table, read_table
+from onefold.data.tables import LIST, NotATable, Table, labels_of_splits, read_table
 from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
 from onefold.errors import BadData
 from onefold.storage import read_lines
@@ -107,7 +106,7 @@ def _read_folder(place: Path) -> PlaceImages:
         arrangement = arrange(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
     except BadData as error:
         problem = error
-    if isinstance(problem, NoClassFolders) and (more := _labels_of_splits(outer)):  # LOC_val_solution.csv of val/
+    if isinstance(problem, NoClassFolders) and (more := labels_of_splits(outer)):  # LOC_val_solution.csv of val/
         inner |= more
         outer = [table for table in outer if table not in more.values()]
         try:
@@ -147,18 +146,6 @@ def _read_folder(place: Path) -> PlaceImages:
         raise NoClassFolders("; ".join((str(problem), *said))) from problem
     assert problem is not None
     raise problem
-
-
-def _labels_of_splits(tables: Sequence[Table]) -> dict[str, Table]:
-    """Give the tables that label the images of one val or test folder, by that folder."""
-    found: dict[str, list[Table]] = defaultdict(list)
-    for table in tables:
-        folders = {file.rpartition("/")[0] for file in table.files}
-        parts = folders.pop().split("/") if len(folders) == 1 else []
-        named = [i for i, part in enumerate(parts) if (said := split_name(part)) and said.split != "train"]
-        if named:
-            found["/".join(parts[: named[-1] + 1])].append(table)
-    return {folder: those[0] for folder, those in found.items() if len(those) == 1}
 
 
 def _split_lists(place: Path, listing: Listing, arrangement: Arrangement) -> list[Table]:

@@ -20,11 +20,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from onefold.data.dataset_info import SPLITS, LeftOut, Split
+from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.folders import Folder, join_names
 from onefold.errors import BadData
 from onefold.storage import normalize_name
@@ -443,18 +443,3 @@ def assign(images: Sequence[str], arrangement: Arrangement) -> list[tuple[int, s
             found[folder] = owners.get(inner)
         assigned.append(found[folder])
     return assigned
-
-
-def left_out_images(images: Iterable[str], reasons: Mapping[str, str], otherwise: str) -> list[LeftOut]:
-    """Say why these images are in no split: by the nearest folder that has a reason, or `otherwise`."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for image in images:
-        folder = image.rpartition("/")[0]
-        while folder and folder not in reasons:
-            folder = folder.rpartition("/")[0]
-        where = folder or (image.partition("/")[0] if "/" in image else "")
-        groups[where, reasons.get(folder, otherwise)].append(image)
-    return [
-        LeftOut(count=len(names), what=f"images in {where}/" if where else "images in no folder", reason=reason)
-        for (where, reason), names in groups.items()
-    ]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
 from onefold.data.image_index import ImageIndex
-from onefold.data.splits import SPLIT_WORDS, words_of
+from onefold.data.splits import SPLIT_WORDS, split_name, words_of
 from onefold.errors import BadData
 from onefold.storage import normalize_name, parse_json, read_text
 
@@ -393,3 +394,15 @@ def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequen
     if len(first) < len(files):
         notes.append(f"{shown}: {len(files) - len(first)} lines list an image again with the same class")
     return sorted(first.values())
+
+
+def labels_of_splits(tables: Sequence[Table]) -> dict[str, Table]:
+    """Give the tables that label the images of one val or test folder, by that folder."""
+    found: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        folders = {file.rpartition("/")[0] for file in table.files}
+        parts = folders.pop().split("/") if len(folders) == 1 else []
+        named = [i for i, part in enumerate(parts) if (said := split_name(part)) and said.split != "train"]
+        if named:
+            found["/".join(parts[: named[-1] + 1])].append(table)
+    return {folder: those[0] for folder, those in found.items() if len(those) == 1}

@@ -24,14 +24,13 @@ from onefold.checksums import read_sealed_text, write_sealed_text
 from onefold.data.columns import MultiLabel, cell_text, class_rank, is_number_column, is_split_column, split_word
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASKS, left_out_as, left_out_reason, masks_beside, printable
-from onefold.data.folders import Folder, folder_tree, join_names
+from onefold.data.folders import Folder, folder_tree, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
 from onefold.data.splits import (
     NoClassFolders,
     arrange,
     arrange_split,
     assign,
-    left_out_images,
     split_name,
     splits_of_folders,
 )
