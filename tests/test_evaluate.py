@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from onefold.commands.evaluate import evaluate_suite, open_suite
+from onefold.commands.evaluate import error_groups, evaluate_suite, open_suite
 from onefold.commands.open_network import Predictor
 from onefold.commands.validation import Evaluator
 from onefold.data import Dataset, Preprocessing, Subset, open_dataset
+from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
     corruption_folders,
@@ -311,6 +312,19 @@ def test_eval_scores_the_split_that_is_asked_for(tmp_path: Path):
 
 
 # --------------------------------------------------------------------- the validation of a training
+
+
+def test_equal_errors_on_nearly_the_same_image_are_one_group(tmp_path: Path):
+    """Two frames of one scene are one; another scene, another label or another answer is not."""
+    rng = np.random.default_rng(0)
+    scenes = [rng.integers(0, 256, (6, 6, 3)).repeat(8, axis=0).repeat(8, axis=1) for _ in range(2)]
+    frames = [np.clip(scene + rng.normal(0, 3, scene.shape), 0, 255).astype(np.uint8) for scene in (*scenes, *scenes)]
+    for name, frame in zip(("a/0", "a/1", "a/2", "b/3"), (frames[0], frames[1], frames[2], frames[2]), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(frame).save(tmp_path / f"{name}.png")
+    images = read_class_folders(tmp_path)
+    assert error_groups(images, [2, 1, 0, 3], np.array([1, 1, 1, 0]), None) == {2: [0], 1: [], 3: []}
+    assert error_groups(images, [2, 1, 0, 3], np.array([1, 1, 2, 0]), None) == {2: [], 1: [], 0: [], 3: []}
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,13 @@ from onefold.data import open_dataset, read_dataset
 from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import TrainedOn, keys_of
 from onefold.errors import BadArgument, BadCheckpoint, BadData
+from onefold.intervals import drop_interval
 from onefold.models import create_model
 from onefold.models.hub import Card, read_card, save_weights
 from onefold.quantize import Method
 from onefold.recipes import find_recipe
 from onefold.recipes.recipe import at_size, override
 from onefold.report import ACCURACY
-from onefold.train.evaluate import drop_interval
 
 NAME = "mobilenetv1_025"
 SPLIT = {"seed": 1, "val_fraction": 0.25}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import onefold
 from onefold.cli import main
 from onefold.cli.main import app
 from onefold.errors import BadArgument, BadData
-from onefold.train.evaluate import wilson_interval
+from onefold.intervals import wilson_interval
+from onefold.runtimes.artifact import read_manifest
 
 VERBS = ("train", "predict", "evaluate", "fuse", "export", "bench")
 CLASSES = ("blue", "green", "red")
@@ -177,6 +179,12 @@ def test_an_artifact_is_called_on_photos_and_measured(artifact, run: onefold.Run
     assert name in repr(measured)
     assert measured.path.is_file()
     assert repr(artifact).startswith("Artifact(mobilenetv1_025 onnx fp32, 3 x 32 x 32 -> 3")
+
+
+def test_an_artifact_knows_the_network_that_its_run_has_predictions_of(artifact, run: onefold.Run):
+    """The report gives an artifact that was not evaluated the score of its network."""
+    head = json.loads((run.folder / "predictions.jsonl").read_text().splitlines()[0])
+    assert read_manifest(artifact.folder).details["network"] == head["sha256"]
 
 
 def test_a_session_takes_pictures_and_lists(artifact, photos: Path):

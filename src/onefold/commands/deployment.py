@@ -12,11 +12,11 @@ from typing import Literal
 from onefold.bench import Measurement
 from onefold.commands.open_network import Network
 from onefold.errors import GateFailed
+from onefold.intervals import drop_interval
 from onefold.report import GATES
 from onefold.report.format import plural
 from onefold.runtimes import Artifact
 from onefold.storage import write_text
-from onefold.train.evaluate import drop_interval
 
 
 @dataclass(frozen=True, kw_only=True)

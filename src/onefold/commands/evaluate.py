@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from onefold.commands.bench import note_accuracy
 from onefold.commands.class_matching import all_outputs
@@ -30,6 +31,7 @@ from onefold.commands.progress import shown_progress
 from onefold.commands.run_recipe import RECIPE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
+from onefold.data.duplicates import thumbnail_stats
 from onefold.data.fingerprint import Copies, copies_among
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
@@ -40,6 +42,7 @@ from onefold.data.imagenet_variants import (
     mean_corruption_error,
     read_real_labels,
 )
+from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
 from onefold.storage import parse_json, write_text
 from onefold.train import Accuracy, accuracy
@@ -333,15 +336,16 @@ def class_indices(predictor: Predictor, source: Dataset) -> list[int]:
 
 PREDICTIONS = "predictions.jsonl"
 
-_PICTURES, _SIDE = 24, 96
-_MAX_HEAD_BYTES = 16 << 20  # of the first line of predictions: it names the classes
+_PICTURES, _SIDES = 24, (96, 256)
+_NEARLY_SAME = 0.15  # mean difference of two thumbnails, in standard deviations of the first
 _MAX_HEAD_BYTES = 16 << 20  # of the first line of predictions: it names the classes
 
 
 def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: Accuracy, data: str) -> None:
     """Write one JSON object per line: a header, then the prediction for each image with its rank and probabilities.
 
-    The greatest errors have a `picture` too: what the network saw, as JPEG in base64.
+    The greatest errors have a `picture` too: what the network saw, as JPEG in base64. Of equal errors on images that
+    are nearly the same, as frames of a video are, one has it, and names the others as `alike`.
     """
     lines = (json.dumps(line, allow_nan=False) for line in _lines(predictor, images, score, data))
     write_text(run / PREDICTIONS, "\n".join(lines) + "\n")
@@ -364,13 +368,39 @@ def _lines(predictor: Predictor, images: Dataset, score: Accuracy, data: str) ->
     yield {"kind": "predictions", "data": data, "classes": names, "count": score.count, **of, **metrics}
     values = score.predictions
     misclassified = np.flatnonzero((values.predicted != values.labels) & (values.predicted >= 0))
-    worst = set(misclassified[np.argsort(-values.losses[misclassified], kind="stable")][:_PICTURES].tolist())
+    worst = misclassified[np.argsort(-values.losses[misclassified], kind="stable")]
+    value_range = predictor.preprocessing.value_range
+    groups = error_groups(images, worst[: 3 * _PICTURES].tolist(), values.predicted, value_range)
     rows = zip(*(column.tolist() for column in values), strict=True)
     for i, (label, predicted, rank, loss, confidence) in enumerate(rows):
         line = {"name": images.name(i), "label": label, "answer": predicted, "rank": rank}
         if predicted >= 0:
             line |= {"confidence": round(confidence, 6), "own": round(float(np.exp(-loss)), 6)}
-        yield {**line, "picture": _picture(predictor, images, i)} if i in worst else line
+        if i in groups:
+            line["picture"] = _picture(predictor, images, i)
+            line |= {"alike": [images.name(other) for other in groups[i]]} if groups[i] else {}
+        yield line
+
+
+def error_groups(
+    images: Dataset, errors: list[int], predicted: NDArray[np.int64], value_range: ValueRange | None
+) -> dict[int, list[int]]:
+    """Give the first of the errors, each with the later ones of its label and answer on nearly the same image."""
+    found = thumbnail_stats(Subset(images, errors), len(errors), value_range=value_range)
+    thumbs = {errors[n]: thumb for n, thumb in zip(found.indices.tolist(), found.thumbs, strict=True)}
+
+    def is_alike(i: int, j: int) -> bool:
+        is_same = (images.label(i), predicted[i]) == (images.label(j), predicted[j]) and {i, j} <= thumbs.keys()
+        return is_same and bool(np.abs(thumbs[i] - thumbs[j]).mean() <= _NEARLY_SAME * thumbs[i].std())
+
+    groups: dict[int, list[int]] = {}
+    for i in errors:
+        first = next((j for j in groups if is_alike(j, i)), None)
+        if first is not None:
+            groups[first].append(i)
+        elif len(groups) < _PICTURES:
+            groups[i] = []
+    return groups
 
 
 def _picture(predictor: Predictor, images: Dataset, i: int) -> str | None:
@@ -378,7 +408,8 @@ def _picture(predictor: Predictor, images: Dataset, i: int) -> str | None:
         image = predictor.preprocessing.crop(images.image(i, value_range=predictor.preprocessing.value_range))
     except BadData:
         return None
-    scale = max(1, _SIDE // image.width) if image.width < _SIDE else _SIDE / image.width
+    least, most = _SIDES
+    scale = max(1, least // image.width) if image.width < least else min(1.0, most / image.width)
     small = image.resize((round(image.width * scale), round(image.height * scale)))
     jpeg = io.BytesIO()
     small.convert("RGB").save(jpeg, "JPEG", quality=80)

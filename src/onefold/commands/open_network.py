@@ -63,6 +63,13 @@ class Network:
         """How its images are prepared."""
         return Preprocessing.from_dict(self.card.preprocessing)
 
+    @property
+    def identity(self) -> str:
+        """The digest of all that its answers depend on: of one network at two sizes, none is the other."""
+        precision = "int8" if self.is_fused and self.card.int8 is not None else "fp32"
+        facts = [digest(self.model.state_dict()), precision, self.preprocessing.to_dict(), self.card.int8]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def fused(self, tolerance: float | None = None) -> tuple[Network, float]:
         """Give the fused network and its drift.
 
@@ -304,8 +311,6 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
     is_int8 = network.is_fused and card.int8 is not None
     flops = cost(network.model, size)
     precision = "int8" if is_int8 else "fp32"
-    # What its answers depend on: of two runs in folders of one name, or of one network at two sizes, none is the other.
-    identity = json.dumps([digest(network.model.state_dict()), precision, network.preprocessing.to_dict(), card.int8])
     facts = {
         "model": card.model,
         "runtime": "eager",
@@ -315,7 +320,7 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
         "input_shape": (card.in_chans, size, size),
         "params": flops.params,
         "macs": flops.macs,
-        "sha256": hashlib.sha256(identity.encode()).hexdigest(),
+        "sha256": network.identity,
         "source": Path(network.title).name,
         **_untrained(card.untrained),
         **({"left_norms": network.left_norms} if network.left_norms else {}),

@@ -24,13 +24,13 @@ from onefold.commands.run_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
 from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, in_python
+from onefold.intervals import wilson_interval
 from onefold.recipes import Recipe
 from onefold.report.figures import Curve, curves
 from onefold.report.format import plural
 from onefold.report.load_results import Predictions, load_inputs
 from onefold.storage import free_path
 from onefold.train import RunFolder
-from onefold.train.evaluate import wilson_interval
 
 _log = logging.getLogger("onefold")
 
@@ -57,7 +57,7 @@ class TrainResult:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `top1` (Wilson's), in percent; 0 to 100 where no image is known."""
-        return (0.0, 100.0) if not self.count else wilson_interval(round(self.top1 * self.count / 100), self.count)
+        return wilson_interval(round(self.top1 * self.count / 100), self.count)
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,6 +6,8 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
+from onefold.intervals import wilson_interval
+
 _SPACE = "\N{NO-BREAK SPACE}"
 # Bidirectional controls: they reorder the text after them, so that a page could read differently from its source.
 _BIDIRECTIONAL = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
@@ -46,6 +48,12 @@ def significant(number: float | None, digits: int = 3) -> str:
 def percent(number: float | None, places: int = 1) -> str:
     """Format a number that is in percent already; a dash for None."""
     return "–" if number is None else f"{number:.{places}f}{_SPACE}%"
+
+
+def with_interval(right: float, total: int) -> str:
+    """Format a share of images, given in percent, with its 95 % interval (Wilson's): 85.0 % (80.1–88.9)."""
+    low, high = wilson_interval(round(right / 100 * total), total)
+    return f"{percent(right)} ({low:.1f}–{high:.1f})"
 
 
 def scientific(number: float | None) -> str:

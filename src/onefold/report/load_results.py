@@ -35,7 +35,10 @@ _JPEG_START = b"\xff\xd8\xff"
 
 @dataclass(frozen=True, kw_only=True)
 class Misclassified:
-    """A wrongly classified image: class indices, softmax probabilities, and the picture as JPEG in base64."""
+    """A wrongly classified image: class indices, softmax probabilities, and the picture as JPEG in base64.
+
+    `alike` names other misclassified images that are nearly the same.
+    """
 
     name: str
     label: int
@@ -43,6 +46,7 @@ class Misclassified:
     confidence: float
     label_probability: float
     jpeg: str
+    alike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Predictions:
     `pairs[label, predicted]` counts images; a predicted class of -1 stands for logits that were not finite. `top5` and
     `ece` (expected calibration error) are in percent, as `train.evaluate` computed them. `bins` holds, for each of
     `BINS` equal intervals of confidence, the number of images, how many of them are right, and the sum of confidences.
+    `answers` has (label, predicted) by the name of the image, and is empty where names are not unique; `network` is the
+    digest of what predicted.
     """
 
     data: str
@@ -61,6 +67,8 @@ class Predictions:
     ece: float | None
     bins: tuple[tuple[int, int, float], ...]
     misclassified: tuple[Misclassified, ...]
+    answers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    network: str | None = None
 
     @property
     def num_images(self) -> int:
@@ -95,7 +103,8 @@ class Predictions:
 class Run:
     """A training run: the epochs of its log, in order, and the accuracy that its recipe expects (in percent).
 
-    `data_findings` are what the check of the data found, `dataset` what was read: splits, notes, and left out.
+    Epoch 0 is the network before the first step, where that was evaluated, as a fitted head is. `data_findings` are
+    what the check of the data found, `dataset` what was read: splits, notes, and left out.
     """
 
     name: str
@@ -116,6 +125,11 @@ class Run:
         """Return the last value under `key`; None where there is none."""
         curve = self.curve(key)
         return curve[-1][1] if curve else None
+
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs of training are done: the evaluation before the first is none."""
+        return sum((number(line, "epoch") or 0) >= 1 for line in self.epochs)
 
     @property
     def best(self) -> tuple[float, float] | None:
@@ -156,6 +170,12 @@ class Inputs:
         same = (a for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()})
         known = next((top1 for a in same if (top1 := number(a.details, "top1")) is not None), None)
         return self.accuracies.get(str(digest)) if known is None else known
+
+    def network_score(self, artifact: Artifact) -> Predictions | None:
+        """Return the predictions, for a run's validation images, of the network that an artifact was exported from."""
+        found = (run.predictions for run in self.runs if run.predictions is not None)
+        network = artifact.details.get("network")
+        return next((each for each in found if each.network is not None and each.network == network), None)
 
     def top1_of_artifact(self, artifact: Artifact) -> float | None:
         """Return the accuracy of an artifact in percent: its manifest's, or that of a measurement of the same bytes."""
@@ -221,7 +241,8 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
     name = one_line(folder.name)
     lines = _read_log(folder / "log.jsonl", name, notes)
     # A resumed run writes an epoch again: the later line holds.
-    epochs = {at: line for line in lines if line.get("kind") == "epoch" and (at := number(line, "epoch")) is not None}
+    kinds = ("evaluation", "epoch")
+    epochs = {at: line for line in lines if line.get("kind") in kinds and (at := number(line, "epoch")) is not None}
     if lines and not epochs:
         notes.append(f"The run {name} has not finished an epoch yet.")
     recipe = _parse(_read_text(folder / "recipe.json") or "")
@@ -315,6 +336,7 @@ def _read_predictions(path: Path, run: str, notes: list[str]) -> Predictions | N
         notes.append(f"{len(lines) - len(valid)} lines of the predictions of {run} are damaged.")
     if not valid:
         return None
+    answers = {str(line.get("name")): (line["label"], line["answer"]) for line in valid}
     return Predictions(
         data=one_line(head.get("data", "")),
         classes=tuple(one_line(name, 60) for name in classes),
@@ -323,6 +345,8 @@ def _read_predictions(path: Path, run: str, notes: list[str]) -> Predictions | N
         ece=number(head, "ece"),
         bins=_bins(valid),
         misclassified=tuple(image for line in valid if (image := _misclassified(line)) is not None),
+        answers=answers if len(answers) == len(valid) else {},
+        network=head["sha256"] if isinstance(head.get("sha256"), str) else None,
     )
 
 
@@ -347,6 +371,7 @@ def _bins(lines: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int, float], .
 
 def _misclassified(line: Mapping[str, Any]) -> Misclassified | None:
     jpeg, confidence = _jpeg(line.get("picture")), _probability(line.get("confidence"))
+    alike = line.get("alike")
     if jpeg is None or confidence is None or line["answer"] < 0:
         return None
     return Misclassified(
@@ -356,6 +381,7 @@ def _misclassified(line: Mapping[str, Any]) -> Misclassified | None:
         confidence=confidence,
         label_probability=_probability(line.get("own")) or 0.0,
         jpeg=jpeg,
+        alike=tuple(one_line(name, 80) for name in alike[:20]) if isinstance(alike, list) else (),
     )
 
 

@@ -7,7 +7,7 @@ Markup, after replacing what cannot be shown, and only the SVG of `figures` is M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -36,10 +36,18 @@ from onefold.report.format import joined, latency, one_line, percent, plural, pr
 from onefold.report.grouping import Group, Pair, ReportData, aggregate_inputs, label
 from onefold.report.load_results import Predictions, Run, load_inputs
 from onefold.report.pareto_figure import pareto_figures
-from onefold.report.tables import artifact_table, class_table, confusion_table, latency_table, run_table
+from onefold.report.tables import (
+    Table,
+    artifact_table,
+    class_table,
+    comparison_table,
+    confusion_table,
+    latency_table,
+    run_table,
+)
 from onefold.storage import write_text
 
-_FILTERS = ("latency", "one_line", "percent", "plural")
+_FILTERS = ("latency", "one_line", "percent", "plural", "with_interval")
 _MAX_ROWS = 12  # of a figure
 _MAX_PREDICTIONS = 4  # runs whose predictions are shown
 _MAX_MATRIX_CLASSES = 20  # classes up to which the confusion matrix is drawn
@@ -135,8 +143,8 @@ def _lead(data: ReportData) -> str:
     ]
     sentences = [f"This report covers {joined(counts)}." if counts else "There is nothing to report yet."]
     expected = [run for run in inputs.runs if run.expected_top1 is not None]
-    if len(inputs.runs) == 1:
-        sentences.append(_verdict(inputs.runs[0]))
+    if len(inputs.runs) == 1 or len(expected) == 1:
+        sentences.append(_verdict((expected or inputs.runs)[0]))
     elif expected:
         reached = sum(bool(run.best and run.best[1] >= (run.expected_top1 or 0.0) - 0.05) for run in expected)
         sentences.append(f"{reached} of the {plural(len(expected), 'run')} with an expected accuracy reached it.")
@@ -213,11 +221,11 @@ def _training(runs: Sequence[Run]) -> dict[str, Any]:
     losses = [Curve(run.name, run.curve("loss")) for run in drawn]
     if len(drawn) == 1:
         losses = [Curve("training", drawn[0].curve("loss")), Curve("validation", drawn[0].curve("val_loss"))]
-    predicted = [(run.name, run.predictions) for run in runs if run.predictions is not None]
-    shown = predicted[:_MAX_PREDICTIONS]
+    together = _same_answers(runs)
+    shown = together[:_MAX_PREDICTIONS]
     return {
-        "findings": [f"{run.name}: {sentence}" for run in runs for sentence in run.data_findings],
-        "datasets": [f"{run.name}: {sentence}" for run in runs for sentence in run.dataset],
+        "findings": _told_once((run.name, sentence) for run in runs for sentence in run.data_findings),
+        "datasets": _told_once((run.name, sentence) for run in runs for sentence in run.dataset),
         "verdicts": [_verdict(run) for run in runs],
         "note": f"The figures show the first {NUM_COLOURS} of {len(runs)} runs." if len(runs) > len(drawn) else "",
         "figures": [
@@ -225,11 +233,40 @@ def _training(runs: Sequence[Run]) -> dict[str, Any]:
             curves("loss", "Loss", losses, "loss (cross-entropy), nats"),
         ],
         "table": run_table(runs),
-        "predictions": [_predictions(name, found, f"run{index}") for index, (name, found) in enumerate(shown)],
-        "predictions_note": f"Shown are the first {len(shown)} of {len(predicted)} runs with predictions."
-        if len(predicted) > len(shown)
+        "comparisons": _comparisons([each for group in together for each in group]),
+        "predictions": [_predictions(group, f"run{index}") for index, group in enumerate(shown)],
+        "predictions_note": f"Shown are the first {len(shown)} of {len(together)} runs with different predictions."
+        if len(together) > len(shown)
         else "",
     }
+
+
+def _told_once(named: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each sentence once, after the names of all that it is said of."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in named:
+        names.setdefault(sentence, []).append(name)
+    return [f"{joined(of)}: {sentence}" for sentence, of in names.items()]
+
+
+def _same_answers(runs: Sequence[Run]) -> list[list[tuple[str, Predictions]]]:
+    """Group the runs with predictions: those that answer every image alike are told once, under all their names."""
+    groups: dict[object, list[tuple[str, Predictions]]] = {}
+    for run in runs:
+        if run.predictions is not None:
+            answers = frozenset(run.predictions.answers.items())
+            key = (run.predictions.classes, answers) if answers else id(run)
+            groups.setdefault(key, []).append((run.name, run.predictions))
+    return list(groups.values())
+
+
+def _comparisons(predicted: Sequence[tuple[str, Predictions]]) -> list[Table]:
+    """Return a table for each set of images that several runs have predictions for."""
+    sets: dict[object, list[tuple[str, Predictions]]] = {}
+    for name, found in predicted:
+        images = frozenset((image, label) for image, (label, _) in found.answers.items())
+        sets.setdefault((found.classes, images or id(found)), []).append((name, found))
+    return [comparison_table(named) for named in sets.values() if len(named) > 1]
 
 
 def _verdict(run: Run) -> str:
@@ -237,7 +274,10 @@ def _verdict(run: Run) -> str:
     if run.best is None:
         return f"{run.name} has no accuracy in its log."
     epoch, top1 = run.best
-    reached = f"{run.name} reached {percent(top1)} top-1, in epoch {epoch:g} of {len(run.epochs)}"
+    when = (
+        f"in epoch {epoch:g} of {run.num_epochs}" if epoch else "before its first epoch, as the network it began with"
+    )
+    reached = f"{run.name} reached {percent(top1)} top-1, {when}"
     if run.expected_top1 is None:
         return f"{reached}. Its recipe states no expected accuracy."
     gap = top1 - run.expected_top1
@@ -246,16 +286,21 @@ def _verdict(run: Run) -> str:
     return f"{reached}: {distance} the expected {percent(run.expected_top1)}{source}."
 
 
-def _predictions(run: str, found: Predictions, key: str) -> dict[str, Any]:
-    """Return the part about one run's predictions: figures, tables, and the images with the largest loss first."""
+def _predictions(group: Sequence[tuple[str, Predictions]], key: str) -> dict[str, Any]:
+    """Return the part about the predictions that runs have in common: figures, tables, the largest loss first."""
+    (run, found), names = group[0], joined([name for name, _ in group])
     matrix = [confusion_matrix(f"{key}-confusion", found)] if len(found.classes) <= _MAX_MATRIX_CLASSES else []
     return {
-        "run": run,
+        "runs": names,
+        "shared": f"They predict the same class for every image; the probabilities are those of {run}."
+        if len(group) > 1
+        else "",
         "found": found,
         "figures": [*matrix, reliability_diagram(f"{key}-calibration", found)],
-        "confusions": confusion_table(found),
+        "confusions": None if matrix else confusion_table(found),
+        "all_right": not found.confusions,
         "classes": class_table(found),
-        "misclassified": sorted(found.misclassified, key=lambda image: image.label_probability),
+        "misclassified": sorted(found.misclassified, key=lambda image: (image.label_probability, -image.confidence)),
     }
 
 

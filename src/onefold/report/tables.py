@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size
+from onefold.intervals import drop_interval
+from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size, with_interval
 from onefold.report.grouping import Group
 from onefold.report.load_results import Inputs, Predictions, Run
 from onefold.runtimes.artifact import Artifact
 
 _MAX_CONFUSIONS = 10
 _MAX_CLASSES = 30
+_OF_NETWORK = "network: "
 
 
 class Column(NamedTuple):
@@ -43,8 +45,8 @@ def run_table(runs: Sequence[Run]) -> Table:
     rows = [
         [
             run.name,
-            str(len(run.epochs)),
-            percent(run.best[1] if run.best else None),
+            str(run.num_epochs),
+            _best(run),
             percent(run.expected_top1),
             percent(run.last("top1")),
             percent(run.last("top5")),
@@ -53,8 +55,41 @@ def run_table(runs: Sequence[Run]) -> Table:
         ]
         for run in runs
     ]
-    caption = "Training runs. Accuracies are those of the averaged weights (EMA), which are also the ones kept."
+    caption = (
+        "Training runs. Accuracies are those of the averaged weights (EMA), which are also the ones kept; in brackets "
+        "95 % intervals, of runs with predictions."
+    )
     return Table(caption, [Column("run"), *(Column(title, True) for title in titles)], rows)
+
+
+def _best(run: Run) -> str:
+    """Return the best accuracy, with its interval where it is that of the predictions."""
+    found = run.predictions
+    if run.best is None:
+        return "–"
+    same = found is not None and abs(found.top1 - run.best[1]) < 0.05
+    return with_interval(run.best[1], found.num_images) if found is not None and same else percent(run.best[1])
+
+
+def comparison_table(named: Sequence[tuple[str, Predictions]]) -> Table:
+    """Return one row a run, of several with predictions for the same images: the best first, and held against it."""
+    ranked = sorted(named, key=lambda each: -each[1].top1)
+    first, best = ranked[0]
+    right, *others = ({name for name, (a, b) in found.answers.items() if a == b} for _, found in ranked)
+    rows = [[first, with_interval(best.top1, best.num_images), "–", "–", "–", percent(best.ece)]]
+    for (run, found), own in zip(ranked[1:], others, strict=True):
+        lost, won = len(right - own), len(own - right)
+        low, high = drop_interval(lost, won, found.num_images)
+        behind = f"{best.top1 - found.top1:.1f} ({low:.1f} to {high:.1f})".replace("-", "\N{MINUS SIGN}")
+        top1 = with_interval(found.top1, found.num_images)
+        rows.append([run, top1, behind, str(won), str(lost), percent(found.ece)])
+    titles = ("top-1", "points below the first", "right where the first is wrong", "wrong where the first is right")
+    return Table(
+        f"{plural(len(named), 'run')} compared on the same {plural(best.num_images, 'image')}, the best first, with "
+        "95 % intervals. Where the interval of a difference holds zero, it may be chance.",
+        [Column("run"), *(Column(title, True) for title in (*titles, "calibration error"))],
+        rows,
+    )
 
 
 def confusion_table(found: Predictions) -> Table:
@@ -73,17 +108,14 @@ def confusion_table(found: Predictions) -> Table:
 
 def class_table(found: Predictions) -> Table:
     """Return the accuracy of each class, the worst first."""
-    most_confused: dict[int, str] = {}
-    for a, b, count in found.confusions:  # in the order of frequency: the first of a class stays
-        most_confused.setdefault(a, f"{found.name(b)} ({count})")
     totals = found.images_per_class
     rates = sorted((100 * found.pairs.get((index, index), 0) / count, index) for index, count in totals.items())
     shown = f" The worst {_MAX_CLASSES} of {len(rates)} classes." if len(rates) > _MAX_CLASSES else ""
     return Table(
-        f"Accuracy of each class, the worst first.{shown}",
-        [Column("class"), Column("images", True), Column("accuracy", True), Column("most often predicted as")],
+        f"Accuracy of each class, the worst first, with 95 % intervals.{shown}",
+        [Column("class"), Column("images", True), Column("accuracy", True)],
         [
-            [found.name(index), str(totals[index]), percent(rate), most_confused.get(index, "–")]
+            [found.name(index), str(totals[index]), with_interval(rate, totals[index])]
             for rate, index in rates[:_MAX_CLASSES]
         ],
     )
@@ -193,7 +225,7 @@ def artifact_table(inputs: Inputs) -> Table:
             size(artifact.num_bytes),
             scientific(artifact.drift),
             _parity(artifact),
-            percent(inputs.top1_of_artifact(artifact)),
+            _artifact_top1(inputs, artifact),
             str(artifact.num_classes),
             one_line(artifact.licence or "not stated"),
             Badge(
@@ -205,7 +237,16 @@ def artifact_table(inputs: Inputs) -> Table:
     caption = (
         "Exported artifacts. Each carries a reference input with its logits, and is measured only if it gives them."
     )
+    if any(isinstance(cell, str) and cell.startswith(_OF_NETWORK) for row in rows for cell in row):
+        caption += " Top-1 of the network: the run's own, where the artifact itself was not evaluated."
     return Table(caption, columns, rows)
+
+
+def _artifact_top1(inputs: Inputs, artifact: Artifact) -> str:
+    own, network = inputs.top1_of_artifact(artifact), inputs.network_score(artifact)
+    if own is not None or network is None:
+        return percent(own)
+    return f"{_OF_NETWORK}{with_interval(network.top1, network.num_images)}"
 
 
 def _parity(artifact: Artifact) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadData
+from onefold.intervals import wilson_interval
 
 Floats = NDArray[np.float32]
 Session = Callable[[Floats], NDArray[np.floating[Any]]]
@@ -193,26 +194,6 @@ def calibration_error(confidences: NDArray[np.float64], is_right: NDArray[np.boo
     bins = np.clip(np.ceil(finite * BINS).astype(np.int64) - 1, 0, BINS - 1)
     gaps = np.bincount(bins, weights=right - finite, minlength=BINS)  # already weighted by the images of each bin
     return 100.0 * float(np.abs(gaps).sum() / len(finite))
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Give the 95 % interval, in percent, of a share of which `right` of `count` images are a sample (Wilson, 1927)."""
-    share, z2 = right / count, 1.96**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = 1.96 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
-def drop_interval(lost: int, won: int, count: int) -> tuple[float, float]:
-    """Give the 95 % interval, in percent, of the difference of two accuracies on the same `count` images.
-
-    Wald's with half an image added to each of the four kinds of pairs, which keeps its level with few images, and with
-    none that differ (Agresti and Min, Statistics in Medicine 24, 2005).
-    """
-    total = count + 2
-    middle = (lost - won) / total
-    half = 1.96 * math.sqrt((lost + won + 1) / total - middle**2) / math.sqrt(total)
-    return 100 * max(-1.0, middle - half), 100 * min(1.0, middle + half)
 
 
 # ------------------------------------------------------------------------------------ linear probe
