@@ -715,7 +715,7 @@ def test_another_number_of_classes_keeps_the_fresh_classifier_and_says_so(
     fresh = model.state_dict()["head.fc.weight"].clone()
     with caplog.at_level(logging.INFO, logger="onefold"):
         assert load_weights_(model, tmp_path / "w.pth", SMALL) is model
-    assert "classifier is for 10 classes and the model's for 3" in caplog.text
+    assert "a new last layer, for 3 classes, replaces its own for 10" in caplog.text
     assert torch.equal(model.state_dict()["head.fc.weight"], fresh)
     assert torch.equal(model.state_dict()["stem.conv.0.weight"], small()["conv_stem.weight"])
     model, card = load_model(tmp_path / "w.pth", num_classes=3)

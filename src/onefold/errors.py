@@ -25,7 +25,7 @@ from typing import ClassVar
 _FLAGS = re.compile(
     r"(?:onefold [a-z]+|pip install|hf [a-z]+) [^`);,]*"  # a whole command stays one
     r"|(?<![\w-])--(?P<name>[a-z][a-z0-9_-]*(?P<dotted>(?:\.\w+)*))"
-    r"(?: (?P<value>[A-Z]+\b|\d[\w.]*(?<!\.)|(?:probe|fresh|kept|plain|skips|expanded|int8|fp16|bf16|fp32)\b))?"
+    r"(?: (?P<value>[A-Z]+\b|\d[\w.]*(?<!\.)|(?:probe|fresh|kept|plain|skips|expanded|int8|fp16|bf16|fp32|none)\b))?"
 )
 _SWITCHES = ("allow-unfused", "half", "int8", "no-check", "no-fuse", "per-tensor", "quiet", "use-ema")
 
@@ -50,8 +50,8 @@ def _as_argument(flag: re.Match[str]) -> str:
     if not flag["name"]:
         return flag[0]
     name, value = flag["name"].replace("-", "_"), flag["value"] or ""
-    if flag["dotted"]:
-        return f'changes={{"{name}": {value or "..."}}}'
+    if flag["dotted"] or value == "none":  # a field of the recipe, which has no argument of its own
+        return f'changes={{"{name}": {"None" if value == "none" else value or "..."}}}'
     if flag["name"] in _SWITCHES:
         return f"{name}=True" + (f" {value}" if value else "")
     return f"{name}=" + (repr(value) if value.islower() else value)

@@ -123,7 +123,9 @@ def no_such_option(context: typer.Context, flag: str) -> str:
     others = [
         name for name in _OTHER_NAMES.get(spelled, ()) if name.split()[0] in options or (is_recipe and "." in name)
     ]
-    near = others or ([spelled] if spelled in options else difflib.get_close_matches(spelled, options, n=1))
+    near = others or (
+        [spelled] if spelled in options else difflib.get_close_matches(spelled, options, n=1, cutoff=0.75)
+    )
     hint = f": did you mean {near[0]}?" if near else ""
     fields = "; a recipe's field is changed like --plan.epochs 5" if is_recipe and not near else ""
     return f"{verb} has no option {flag}{hint}{fields}"
