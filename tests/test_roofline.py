@@ -200,6 +200,7 @@ roofline._multiplying = faulty
 """
 
 
+@pytest.mark.slow  # it measures this machine twice
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_loop_that_ends_its_process_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
