@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+import onefold
 from onefold.bench import Procedure
 from onefold.cli import main
 from onefold.commands.calibration import Calibration
-from onefold.commands.deploy import DeployOptions, _gate, build_deployment
+from onefold.commands.deploy import DeployOptions, _gate, _kept_artifacts, _unfinished, build_deployment
 from onefold.commands.deployment import DeployResult, Verdict
+from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.reparam import fuse
@@ -283,3 +286,38 @@ def test_mistakes_are_said_before_anything_is_done(
     assert main([*start, "--to", "ncnn"]) == 2
     assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err
     assert not (tmp_path / "deploy").exists()
+
+
+# ---- a deployment that was stopped
+
+
+def test_what_was_finished_is_kept_for_the_same_deployment_only(weights: Path, tmp_path: Path) -> None:
+    """A stop leaves whole artifacts; another key takes them away; nothing made yet leaves nothing."""
+    out, made, said = tmp_path / "deploy", tmp_path / "made", list[str]()
+    artifact = onefold.export(weights, "onnx", out=made).folder
+    with pytest.raises(KeyboardInterrupt), _unfinished(out, "a", said.append) as folder:
+        shutil.copytree(artifact, folder / "onnx-fp32")
+        (folder / "openvino-fp32").mkdir()  # half of one
+        raise KeyboardInterrupt
+    wanted = [("onnx", "fp32"), ("openvino", "fp32")]
+    with pytest.raises(KeyboardInterrupt), _unfinished(out, "a", said.append) as folder:
+        assert set(_kept_artifacts(folder, wanted, said.append)) == {"onnx-fp32"}
+        assert not (folder / "openvino-fp32").exists()
+        raise KeyboardInterrupt
+    assert said == [f"kept      {'onnx-fp32':20} from the deployment that was stopped"]
+    with pytest.raises(KeyboardInterrupt), _unfinished(out, "b", said.append) as folder:
+        assert _kept_artifacts(folder, wanted, said.append) == {}
+        raise KeyboardInterrupt
+    assert said[1:] == ["removed   deploy.unfinished: it was left by a deployment of other weights, photos or options"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+
+
+def test_a_folder_of_somebody_elses_is_not_touched(tmp_path: Path) -> None:
+    """It only has the name of an unfinished deployment."""
+    own = tmp_path / "deploy.unfinished" / "notes.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(BadArgument, match="no deployment left it"), _unfinished(tmp_path / "deploy", "a", print):
+        pass
+    assert own.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["deploy.unfinished"]

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -50,7 +49,6 @@ class Calibration:
 
     `photos` are those of `data` to choose from; None leaves that to `photos_to_calibrate`. With `search` the method is
     only where a search by measured answers begins; `skip_layers`, those that cost most, stay in floating point.
-    The search ends where `time.monotonic()` is beyond `until`, with the best method by then.
     """
 
     data: str
@@ -59,7 +57,6 @@ class Calibration:
     method: Method = field(default_factory=Method)
     search: bool = False
     skip_layers: int = 0
-    until: float | None = None
 
     def chosen(self) -> Dataset:
         """`count` of `photos`, evenly; all where there are fewer."""
@@ -101,8 +98,7 @@ def quantized(network: Network, order: Calibration | None, say: Callable[[str], 
     made = _found(network, kept)
     if made is None:
         made = _calibrated(network, source, order, say)
-        if order.until is None or time.monotonic() < order.until:  # else the search was cut short
-            _keep(made, kept)
+        _keep(made, kept)
     return Int8Network(made=made, calibrated_on=TrainedOn.of(contents, "content"))
 
 
@@ -111,7 +107,7 @@ def _calibrated(network: Network, source: Dataset, order: Calibration, say: Call
     if order.skip_layers:
         method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        method = best_method(network.model, images, method, say or (lambda _: None), until=order.until)
+        method = best_method(network.model, images, method, say or (lambda _: None))
     return quantize(network.model, images, method)
 
 

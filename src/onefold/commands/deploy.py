@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -76,7 +75,6 @@ class DeployOptions:
     are compared with the float network's. No photo that calibrates is scored. `max_drop` is in percent points of
     top-1, against the float network in PyTorch. With `exact_fp32` a 32-bit artifact fails its gate by a single answer
     that is not the network's. Without `timed` no latency is measured; `procedure` then says only on how many threads.
-    Beyond the time `until`, of `time.monotonic`, nothing is timed either.
     """
 
     runtimes: Sequence[str]
@@ -88,7 +86,6 @@ class DeployOptions:
     size: int | None = None
     procedure: Procedure = field(default_factory=lambda: Procedure(samples=200))
     timed: bool = True
-    until: float | None = None
 
 
 @verb
@@ -188,7 +185,7 @@ def _key(network: Network, order: DeployOptions, *, calibrates: bool) -> str:
 def _unfinished(out: Path, key: str, say: Say) -> Iterator[Path]:
     """The folder that a deployment is made in; one that was stopped is gone on with if it is of the same `key`.
 
-    Raises BadArgument where another process is at work in it.
+    Raises BadArgument where another process is at work in it, and where it holds what no deployment has left.
     """
     folder = Path(os.path.abspath(out))
     folder = folder.with_name(f"{folder.name}.unfinished")
@@ -199,21 +196,24 @@ def _unfinished(out: Path, key: str, say: Say) -> Iterator[Path]:
     except Timeout as error:
         raise BadArgument(f"another process is making {out}: wait for it, or choose another --out") from error
     try:
-        if not (folder / _KEY).is_file() or (folder / _KEY).read_text() != key:
-            if any(folder.iterdir()):
-                say(f"removed   {folder.name}: it was left by a deployment of other weights, photos or options")
+        is_ours = (folder / _KEY).is_file()
+        if not is_ours and any(folder.iterdir()):
+            raise BadArgument(f"{folder} is not empty, and no deployment left it: rename it, or choose another --out")
+        if is_ours and (folder / _KEY).read_text(encoding="utf-8") != key:
+            say(f"removed   {folder.name}: it was left by a deployment of other weights, photos or options")
             shutil.rmtree(folder)
             folder.mkdir()
-            write_text(folder / _KEY, key)
+        write_text(folder / _KEY, key)
         shutil.rmtree(folder / "results", ignore_errors=True)
-        yield folder
-    except BaseException:
-        made = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
-        if made:
-            _log.info("stopped: the same command goes on with %s, in %s", joined(made), folder)
-        elif folder.exists():
-            shutil.rmtree(folder)
-        raise
+        try:
+            yield folder
+        except BaseException:
+            made = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+            if made:
+                _log.info("stopped: the same command goes on with %s, in %s", joined(made), folder)
+            elif folder.exists():
+                shutil.rmtree(folder)
+            raise
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -286,10 +286,7 @@ def _deploy(
         )
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
-    late = order.until is not None and time.monotonic() > order.until
-    if late:
-        say("not timed, as the time is over: `onefold bench` times the artifacts")
-    timed = _timed(out, runs, order, say) if order.timed and not late else {}
+    timed = _timed(out, runs, order, say) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
     gates = (*refused, *(_gate(each, order) for each in verdicts))
     write_gates(gates, out / "results")

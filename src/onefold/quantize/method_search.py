@@ -9,7 +9,6 @@ of it.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,12 +45,10 @@ def search(model: nn.Module, images: Tensor, start: Method, report: Callable[[st
     return quantize(model, images, best_method(model, images, start, report))
 
 
-def best_method(
-    model: nn.Module, images: Tensor, start: Method, report: Callable[[str], None], *, until: float | None = None
-) -> Method:
-    """Find the best method from `start`, compared on some of the images; the best by then at the time `until`.
+def best_method(model: nn.Module, images: Tensor, start: Method, report: Callable[[str], None]) -> Method:
+    """Find the best method from `start`, compared on some of the images.
 
-    `report` is called with a sentence for each method that was tried. `until` is a time of `time.monotonic`.
+    `report` is called with a sentence for each method that was tried.
     """
     subset = images[:: -(-len(images) // _MAX_IMAGES)]
     is_test = torch.arange(len(subset)) % 4 == 3
@@ -73,9 +70,6 @@ def best_method(
     for change in _CHANGES:
         method = change(best)
         if method not in tried:
-            if until is not None and time.monotonic() > until:
-                report(f"the search ends here, as the time is over: {len(tried)} of {total} methods were tried")
-                break
             tried[method] = relative_noise(method)
         best = min(best, method, key=tried.__getitem__)
     _progress.debug("the method is found", extra={"done": total, "total": total})
