@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from onefold.commands.progress import listening
+
 if TYPE_CHECKING:
     from onefold.train import Progress
 
@@ -27,18 +29,9 @@ def progress(what: str) -> Iterator[None]:
     The library says what it does to the logger "onefold.progress": a sentence, with `done` and `total` steps where they
     are counted. A stage within another comes from another function, and is the share of a step that it has done.
     """
-    stages, logger = _Stages(what), logging.getLogger("onefold.progress")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(stages)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    try:
-        with _live(stages) if _is_live() else _lines(stages):
-            yield
-    finally:
-        logger.removeHandler(stages)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    stages = _Stages(what)
+    with listening(stages), _live(stages) if _is_live() else _lines(stages):
+        yield
 
 
 def _is_live() -> bool:

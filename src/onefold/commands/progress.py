@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onefold.train import Progress
 
 _logger = logging.getLogger("onefold.progress")
-_EVERY_S = 10.0  # between two lines, where nobody looks at a bar
+_EVERY_S = 10.0  # between two lines, where no bar is shown
 
 
 def has_viewer() -> bool:
@@ -72,19 +72,24 @@ class _Stages(logging.Handler):
 
 @contextmanager
 def shown_progress() -> Iterator[None]:
-    """Show what the library does in the block, where nobody shows it, as the command line does."""
+    """Show what the library does in the block, where no handler shows it yet, as the command line does."""
     if _logger.handlers:
         yield
         return
+    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar, listening(_Stages(bar)):
+        yield
+
+
+@contextmanager
+def listening(handler: logging.Handler) -> Iterator[None]:
+    """Have a handler, and no other, hear what the library says that it does."""
     level, propagate = _logger.level, _logger.propagate
-    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar:
-        stages = _Stages(bar)
-        _logger.addHandler(stages)
-        _logger.setLevel(logging.DEBUG)
-        _logger.propagate = False
-        try:
-            yield
-        finally:
-            _logger.removeHandler(stages)
-            _logger.setLevel(level)
-            _logger.propagate = propagate
+    _logger.addHandler(handler)
+    _logger.setLevel(logging.DEBUG)
+    _logger.propagate = False
+    try:
+        yield
+    finally:
+        _logger.removeHandler(handler)
+        _logger.setLevel(level)
+        _logger.propagate = propagate

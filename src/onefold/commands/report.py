@@ -73,8 +73,17 @@ def report(*folders: str | os.PathLike[str], out: str | os.PathLike[str] = "repo
 
         onefold.report(".", out="report.html")
     """
-    page = Path(out)
-    return Report(page=page, found=write_page([Path(folder) for folder in folders or (".",)], page))
+    page, places = Path(out), [Path(folder) for folder in folders or (".",)]
+    found = write_page(places, page)
+    beside = [
+        path.as_posix() + "/"
+        for name in ("artifacts", "results", "runs")
+        for path in dict.fromkeys(place.parent / name for place in places)
+        if path.is_dir() and not any(os.path.samefile(path, place) or place in path.parents for place in places)
+    ]
+    if beside and not (found.runs and found.artifacts and found.results):
+        _log.info("not in the report, as they were not given: %s", joined(beside))
+    return Report(page=page, found=found)
 
 
 def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
@@ -89,14 +98,6 @@ def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
             f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "
             "folders that train, bench or export wrote to"
         )
-    beside = [
-        path.as_posix() + "/"
-        for name in ("artifacts", "results", "runs")
-        for path in dict.fromkeys(place.parent / name for place in places)
-        if path.is_dir() and not any(os.path.samefile(path, place) or place in path.parents for place in places)
-    ]
-    if beside and not (found.runs and found.artifacts and found.results):
-        _log.info("not in the report, as they were not given: %s", joined(beside))
     # Hidden folders and links are left out on purpose; for the others, the page must say what it may lack.
     lacking = Counter({reason: n for reason, n in found.skipped.items() if reason not in (_HIDDEN, _LINK)})
     notes = [f"The report may lack something{_not_searched(lacking, ': ')}."] if lacking else []
