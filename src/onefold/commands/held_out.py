@@ -48,7 +48,7 @@ _HELD_OUT = 0.2  # of photos none of which was trained on: kept for scoring, whe
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """Where the data of a run are, and what of them was settled when it started: what any machine needs to open them.
+    """Where the data of a run are, and what of them was decided when it started: what any machine needs to open them.
 
     `typed` has the places as the user named them; on another machine they may be there where those of `found` are not.
     """

@@ -174,7 +174,7 @@ def plain_number(text: str) -> str | None:
 
 
 def plain_numbers(values: Sequence[str]) -> Sequence[str]:
-    """Write whole numbers alike, 01 and 1.0 as 1, where all values are such and some have two forms, or a fraction.
+    """Write integers alike, 01 and 1.0 as 1, where all values are such and some have two forms, or a fraction.
 
     Columns of integers become 3.0 where one is missing. Names such as 01 and 02, each in one form, stay as they are.
     """

@@ -41,7 +41,7 @@ class ImageIndex:
 
     @cached_property
     def _by_number(self) -> dict[int, list[str]]:
-        """Give the images whose names are whole numbers but for the suffix."""
+        """Give the images whose names are integers but for the suffix."""
         found: dict[int, list[str]] = defaultdict(list)
         for path in self._paths:
             stem = os.path.splitext(path.rpartition("/")[2])[0]

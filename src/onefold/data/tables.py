@@ -301,7 +301,7 @@ def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int],
     plain = plain_numbers(cells)
     if len(set(plain)) < len(set(cells)):
         forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
-        notes.append(f"{shown}: numbers in several forms are one class each: {forms} are whole numbers too")
+        notes.append(f"{shown}: numbers in several forms are one class each: {forms} are integers too")
     return [normalize_name(text) for text in plain]
 
 

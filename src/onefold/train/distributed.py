@@ -182,7 +182,7 @@ def process_group(backend: str, init_method: str = "env://", **place: int) -> It
     `place` is rank and world_size, where `init_method` does not say them. Use it in place of `init_process_group` and
     `destroy_process_group`: a DistributedDataParallel that outlives its group (in a variable, a cycle, the traceback
     of an error) is the group's last owner by its reducer, whose destructor joins gloo's threads while it holds the
-    GIL, and such a thread may wait for the GIL: a deadlock. So all reducers go first, whoever holds their networks.
+    GIL, and such a thread may wait for the GIL: a deadlock. So all reducers go first.
     """
     timeout = timedelta(minutes=10)
     with lost_worker_errors():
