@@ -183,7 +183,7 @@ def test_this_machine_has_limits(plain: str, monkeypatch: pytest.MonkeyPatch) ->
         assert found.notes == (
             "without compiled loops numpy's product and copy are measured: bf16 and int8 are not known",
         )
-    else:
+    elif shutil.which("c++") or shutil.which("g++"):
         assert found.notes == ()  # on a processor with AMX too, whose loops once ended the process
 
 
