@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onefold.models import Classifier, FeatureNet, cost
+from onefold.models.layers import DynamicReLU
 from onefold.models.mobileformer import (
     VARIANTS,
     Block,
@@ -26,7 +27,6 @@ from onefold.models.mobileformer import (
     MobileToFormer,
     mobileformer,
 )
-from onefold.models.parts import DynamicReLU
 from onefold.reparam import drift, fuse
 from onefold.reparam.fuse import unfused_norms
 

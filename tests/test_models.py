@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.errors import BadArgument
 from onefold.models import CATALOGUE, Classifier, FeatureNet, create_model, list_models, resolve
+from onefold.models.layers import DynamicReLU, SamePad, SqueezeExcite, conv_norm, init_
 from onefold.models.mobilenetv1 import Variant, mobilenetv1
-from onefold.models.parts import DynamicReLU, SamePad, SqueezeExcite, conv_norm, init_
 from onefold.reparam import Route, drift, fuse, mixed, moments, per_branch, quickest, set_route_, unfused_norms
 
 REPEATS = {

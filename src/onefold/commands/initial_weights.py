@@ -26,8 +26,8 @@ from onefold.data.sampler import shuffled
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NetworkFailed
 from onefold.models import CATALOGUE, Classifier, create_model, resolve
 from onefold.models.hub import Card, load_model, read_card, weights_card
+from onefold.models.layers import set_dropout_
 from onefold.models.mobileone import zero_init_branches_
-from onefold.models.parts import set_dropout_
 from onefold.recipes import Recipe, at_size
 from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.runtimes.artifact import is_artifact

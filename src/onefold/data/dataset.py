@@ -25,9 +25,9 @@ from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, Split, SplitInfo
+from onefold.data.dataset_layouts import PlaceImages, read_place
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.places import PlaceImages, read_place
 from onefold.data.preprocessing import ValueRange
 from onefold.data.splits import SplitImages, different_classes
 from onefold.errors import BadArgument, BadData, MissingExtra

@@ -15,8 +15,8 @@ from onefold.models.catalogue import resolve as resolve
 from onefold.models.flops import Cost as Cost
 from onefold.models.flops import cost as cost
 from onefold.models.hub import load_weights_
-from onefold.models.parts import Classifier as Classifier
-from onefold.models.parts import FeatureNet as FeatureNet
+from onefold.models.layers import Classifier as Classifier
+from onefold.models.layers import FeatureNet as FeatureNet
 
 
 def create_model(

@@ -14,7 +14,7 @@ from onefold.errors import BadArgument
 from onefold.models import mobileformer as _former
 from onefold.models import mobilenetv1 as _v1
 from onefold.models import mobileone as _one
-from onefold.models.parts import Classifier
+from onefold.models.layers import Classifier
 from onefold.reparam import quickest, set_route_
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from onefold.models.parts import DynamicReLU, SqueezeExcite
+from onefold.models.layers import DynamicReLU, SqueezeExcite
 
 
 @dataclass(frozen=True, kw_only=True)

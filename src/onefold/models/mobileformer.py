@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onefold.models.key_mapping import Layout, by_module
-from onefold.models.parts import Classifier, DynamicReLU, Feature, Head, State, conv_norm, hard_sigmoid, init_
+from onefold.models.layers import Classifier, DynamicReLU, Feature, Head, State, conv_norm, hard_sigmoid, init_
 from onefold.reparam import Chain, conv_act
 
 Streams = tuple[Tensor, Tensor]

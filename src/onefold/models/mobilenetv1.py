@@ -21,7 +21,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from onefold.models.key_mapping import Layout
-from onefold.models.parts import Classifier, Feature, PooledHead, SamePad, init_
+from onefold.models.layers import Classifier, Feature, PooledHead, SamePad, init_
 from onefold.reparam import Chain, conv_act
 
 Layers = tuple[tuple[int, int], ...]

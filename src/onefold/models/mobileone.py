@@ -23,7 +23,7 @@ from itertools import count, takewhile
 from torch import Tensor, nn
 
 from onefold.models.key_mapping import Layout, by_module, modules_of
-from onefold.models.parts import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
+from onefold.models.layers import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
 from onefold.reparam import Chain, Sum, conv_act
 
 BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant

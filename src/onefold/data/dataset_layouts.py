@@ -1,4 +1,4 @@
-"""Places: the images that a user's folder, table, shards or pattern holds, their classes by name, and their splits.
+"""Layouts of datasets: the images that a folder, table, shards or pattern holds, their classes by name, and the splits.
 
 | place | images and classes |
 |---|---|
