@@ -38,7 +38,7 @@ import torch
 
 from onefold.bench import Machine, Procedure
 from onefold.commands.calibration import Calibration, quantized
-from onefold.commands.demo import deployment, recipe_of
+from onefold.commands.demo import deploy_options, recipe_of
 from onefold.commands.deploy import build_deployment
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import validation_images
@@ -84,7 +84,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     if not fused.is_file():
         start_run(recipe_of(case.seed), folder / "runs" / "digits-s0")
         fuse(folder / "runs" / "digits-s0", fused)
-    order = replace(deployment(), timed=False, procedure=Procedure(samples=16, threads=case.threads))
+    order = replace(deploy_options(), timed=False, procedure=Procedure(samples=16, threads=case.threads))
     with tempfile.TemporaryDirectory() as place:
         done = build_deployment(fused, Path(place) / "artifacts", order, say=lambda line: print(f"  {line}"))
     scores = {each.name: {"top1": each.top1, "drop": each.drop, "changed": each.changed} for each in done.verdicts}

@@ -533,9 +533,9 @@ def test_a_small_disk(tmp_path: Path) -> None:
         "import sys; sys.path[:0] = [sys.argv[2]]\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from onefold.cli import error_handling\n"
+        "from onefold.cli import run_command\n"
         "from training_kit import fresh\n"
-        "sys.exit(error_handling.status_of(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
+        "sys.exit(run_command.run_command(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
     )
     statuses = {}
     for pages in (8, 14, 17, 19, 40):

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image, ImageFile
 
 import onefold.data.decode as decoding
-from onefold.commands.predict import say_mismatch
+from onefold.commands.predict import warn_unusual_images
 from onefold.data.crop import CropBox, num_scans
 from onefold.data.decode import (
     MASKS,
@@ -155,7 +155,7 @@ def test_a_fourth_channel_that_is_no_transparency_is_seen(
     assert (ODD_ALPHA in decode(saved(picture, "PNG")).info) == is_odd
     picture.save(tmp_path / "0.png")
     images = ImageFiles(tmp_path, ["0.png"], [0], ("a",))
-    say_mismatch(images, Preprocessing())
+    warn_unusual_images(images, Preprocessing())
     assert ("1 of 1 images looked at have a fourth channel that does not look like" in caplog.text) == is_odd
     assert thumbnail_stats(images, 9).has_odd_alpha.tolist() == [is_odd]
 

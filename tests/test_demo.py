@@ -70,8 +70,8 @@ def test_a_failed_gate_loses_nothing_and_the_report_says_so(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """int8 is made to fail by a bound that nothing can keep; the training is the one of the other tests."""
-    order = demo.deployment(full=False)
-    monkeypatch.setattr(demo, "deployment", lambda *, full: replace(order, precisions=("int8",), max_drop=-101.0))
+    order = demo.deploy_options(full=False)
+    monkeypatch.setattr(demo, "deploy_options", lambda *, full: replace(order, precisions=("int8",), max_drop=-101.0))
     monkeypatch.setattr(demo, "start_run", _trained_already(made))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--epochs", "1", "--seed", "7"]) == 1

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Procedure
 from onefold.cli import main
 from onefold.commands.bench import known_accuracy, note_accuracy
@@ -43,7 +44,6 @@ from onefold.data import open_dataset, read_dataset
 from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import TrainedOn, keys_of
 from onefold.errors import BadArgument, BadCheckpoint, BadData
-from onefold.intervals import drop_interval
 from onefold.models import create_model
 from onefold.models.hub import Card, read_card, save_weights
 from onefold.quantize import Method

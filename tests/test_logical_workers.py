@@ -18,7 +18,7 @@ from torch import nn
 
 from onefold.errors import BadArgument, BadData, LostWorker, Stopped
 from onefold.train import Checkpoint, Plan, Steps, World, worker_batches
-from onefold.train.logical_workers import _ExactReducer, create_reducer
+from onefold.train.gradient_reduction import _ExactReducer, create_reducer
 from onefold.train.step import TrainState
 from training_kit import PLAN, Blobs, fresh, network
 from training_processes import Lives, Order, must_hold_every_image_once, samples_of

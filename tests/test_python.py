@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 import onefold
+from onefold.accuracy_intervals import wilson_interval
 from onefold.cli import main
 from onefold.cli.main import app
 from onefold.errors import BadArgument, BadData
-from onefold.intervals import wilson_interval
 from onefold.runtimes.artifact import read_manifest
 
 VERBS = ("train", "predict", "evaluate", "fuse", "export", "bench")

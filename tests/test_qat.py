@@ -17,7 +17,7 @@ from onefold.cli import main
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.mobileone import branches
-from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_, remove_qat_
+from onefold.quantize import Method, ModelQParams, calibrate_qat, prepare_qat_, remove_qat_
 from onefold.quantize.convert import convert
 from onefold.quantize.qparams import QParams
 from onefold.reparam import Chain, fuse
@@ -47,7 +47,7 @@ def answer(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-def trained(name: str, x: Tensor, steps: int = 3) -> tuple[nn.Module, QuantizationParams]:
+def trained(name: str, x: Tensor, steps: int = 3) -> tuple[nn.Module, ModelQParams]:
     """A network of this name, its norms calibrated on these images, after some steps of QAT, in eval mode."""
     model = create_model(name, num_classes=5)
     for norm in model.modules():
@@ -116,7 +116,7 @@ def test_the_converted_model_is_the_trained_one_to_the_bit(name: str, seeded: in
     """The network in training, in eval mode, against the fused one rounded by `convert`: the same bits of float32."""
     x = torch.randn(6, *SHAPE)
     model, params = trained(name, x)
-    reread = QuantizationParams.from_dict(json.loads(json.dumps(params.to_dict())))
+    reread = ModelQParams.from_dict(json.loads(json.dumps(params.to_dict())))
     converted = convert(fuse(remove_qat_(copy.deepcopy(model))), reread, SHAPE)
     fresh = torch.randn(4, *SHAPE)
     assert torch.equal(answer(model, fresh), answer(converted.network, fresh))
@@ -207,16 +207,16 @@ def test_parameters_of_another_network_and_damaged_ones_are_refused(seeded) -> N
     bad += [{**good, "version": 3}, {**good, "skip_layers": 3}, []]
     for plain in bad:
         with pytest.raises(BadArgument):
-            QuantizationParams.from_dict(plain)
+            ModelQParams.from_dict(plain)
 
 
 def test_parameters_of_version_1_are_read() -> None:
     version_1 = {"points": {"stem:in": [0.5, -3]}, "weights": "tensor", "limit": 63, "keep": ["head"]}
-    params = QuantizationParams.from_dict(version_1)
-    assert params == QuantizationParams(
+    params = ModelQParams.from_dict(version_1)
+    assert params == ModelQParams(
         activations={"stem:in": QParams(0.5, -3)}, weights="tensor", weight_qmax=63, skip_layers=("head",)
     )
-    assert QuantizationParams.from_dict(params.to_dict()) == params
+    assert ModelQParams.from_dict(params.to_dict()) == params
 
 
 @pytest.mark.slow

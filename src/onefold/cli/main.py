@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
-from onefold.cli import display, error_handling
+from onefold.cli import display, run_command
 from onefold.cli.options import (
     AsJson,
     Batch,
@@ -422,9 +422,9 @@ def _dotted(context: typer.Context) -> dict[str, str]:
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if not flag.startswith("-"):
-            raise BadArgument(error_handling.loose_word(flag))
+            raise BadArgument(run_command.loose_word(flag))
         if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
-            raise BadArgument(error_handling.no_such_option(context, flag))
+            raise BadArgument(run_command.no_such_option(context, flag))
         if not equals:
             if not rest:
                 raise BadArgument(f"{flag} needs a value: {flag} 5")
@@ -437,4 +437,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     respect_quota()
-    return error_handling.status_of(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
+    return run_command.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))

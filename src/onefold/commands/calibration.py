@@ -25,12 +25,12 @@ from safetensors.torch import load, save
 from onefold.checksums import seal, unseal
 from onefold.commands.held_out import photos_to_calibrate, records_of
 from onefold.commands.open_network import Floats, Network
-from onefold.commands.predict import say_mismatch
+from onefold.commands.predict import warn_unusual_images
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, keys_of
 from onefold.errors import BadArgument, BadData, NotWritable
 from onefold.models.weights_file import digest
-from onefold.quantize import MINMAX, Method, QuantizationParams, Quantized, quantize
+from onefold.quantize import MINMAX, Method, ModelQParams, Quantized, quantize
 from onefold.quantize.convert import calibration_state, from_calibration_state
 from onefold.quantize.method_search import best_method, skip_sensitive_layers
 from onefold.storage import cache_folder, parse_json
@@ -197,7 +197,7 @@ def quantization_details(made: Quantized) -> dict[str, object]:
 
 def _as_trained(network: Network, order: Calibration | None) -> Quantized:
     """The int8 network with the scales it was trained with: options that contradict them are refused."""
-    params = QuantizationParams.from_dict(network.card.int8 or {})
+    params = ModelQParams.from_dict(network.card.int8 or {})
     if order is not None:
         method = order.method
         other = method.weights == "tensor" != params.weights or method.weight_qmax < params.weight_qmax
@@ -214,7 +214,7 @@ def _as_trained(network: Network, order: Calibration | None) -> Quantized:
 
 def prepared_images(source: Dataset, order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
     """The photos (B, C, H, W); what cannot be read is left out and named."""
-    say_mismatch(source, preprocessing)
+    warn_unusual_images(source, preprocessing)
     photos: list[Floats] = []
     for index in range(len(source)):
         _progress.debug("reading photos", extra={"done": index, "total": len(source)})

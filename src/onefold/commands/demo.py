@@ -47,7 +47,7 @@ def demo(
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
     torch.set_num_threads(1)  # on maps of 16 pixels and less, threads wait for each other longer than they compute
     run = out / "runs" / "digits-s0"
-    recipe, order = recipe_of(seed, epochs), deployment(full=epochs is None)
+    recipe, order = recipe_of(seed, epochs), deploy_options(full=epochs is None)
     say(f"1/5  train   {recipe.model} on scikit-learn's digits, {recipe.plan.epochs} epochs, seed {seed}")
     outcome = start_run(recipe, run, callbacks=Callbacks(on_progress=on_progress))
     say(f"             top-1 {outcome.top1:.2f} % on {outcome.count} held-out digits")
@@ -71,7 +71,7 @@ def recipe_of(seed: int, epochs: int | None = None) -> Recipe:
     return recipe if epochs is None else at_epochs(recipe, epochs)
 
 
-def deployment(*, full: bool = True) -> DeployOptions:
+def deploy_options(*, full: bool = True) -> DeployOptions:
     """What the demo deploys, and how it is calibrated; where the training is not the full one, int8 may lose anything.
 
     int8 is calibrated on 200 images, evenly over the training part. They are of the same kind as those that are scored:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Measurement
 from onefold.commands.open_network import Network
 from onefold.errors import GateFailed
-from onefold.intervals import drop_interval
 from onefold.report import GATES
 from onefold.report.format import plural
 from onefold.runtimes import Artifact

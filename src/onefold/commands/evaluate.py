@@ -26,7 +26,7 @@ from onefold.commands.class_matching import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
 from onefold.commands.load import Source, open_source, verb
 from onefold.commands.open_network import Floats, Predictor
-from onefold.commands.predict import say_mismatch
+from onefold.commands.predict import warn_unusual_images
 from onefold.commands.progress import shown_progress
 from onefold.commands.run_recipe import RECIPE
 from onefold.data import Dataset, ImageLoader, Subset
@@ -313,7 +313,7 @@ def evaluate_dataset(predictor: Predictor, source: Dataset, *, batch_size: int =
     Images that cannot be read are left out and named in the log. Raises BadData where none can be read.
     """
     index = torch.tensor(class_indices(predictor, source))
-    say_mismatch(source, predictor.preprocessing)
+    warn_unusual_images(source, predictor.preprocessing)
     batches = ImageLoader(source, predictor.preprocessing, batch_size=batch_size, on_bad="skip", max_bad=len(source))
 
     def labelled() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,7 +25,7 @@ from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost
 from onefold.models.hub import Card, load_model, possible_names
 from onefold.models.weights_file import digest
-from onefold.quantize import IntegerModel, QuantizationParams
+from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.reparam.drift import exact_drift
@@ -111,7 +111,7 @@ class Network:
             why = "was not trained for int8" if self.card.int8 is None else "is not fused"
             raise BadArgument(f"{self.title} {why}: give photos to calibrate it with (--data)")
         size = self.preprocessing.size
-        return convert(self.model, QuantizationParams.from_dict(self.card.int8), (self.card.in_chans, size, size))
+        return convert(self.model, ModelQParams.from_dict(self.card.int8), (self.card.in_chans, size, size))
 
     def with_size(self, size: int | None) -> Network:
         """Give the network with a preprocessing to images of another size, which is logged; None leaves it."""

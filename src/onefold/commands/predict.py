@@ -274,7 +274,7 @@ def _predict(
         _log.info("%s has one output, whose share of the softmax is 100 %% for any photo", predictor.title)
     names = [str(path) for path in images if isinstance(path, Path)]
     if names:
-        say_mismatch(ImageFiles(Path(), names, [0] * len(names), ("photos",)), predictor.preprocessing)
+        warn_unusual_images(ImageFiles(Path(), names, [0] * len(names), ("photos",)), predictor.preprocessing)
     numbered = enumerate(images)
     first = True
     while part := list(islice(numbered, batch_size)):
@@ -301,7 +301,7 @@ def _predict(
             )
 
 
-def say_mismatch(images: Dataset, preprocessing: Preprocessing) -> None:
+def warn_unusual_images(images: Dataset, preprocessing: Preprocessing) -> None:
     """Log a warning where images have samples that the network's value range makes nearly uniform, or an odd alpha.
 
     Of many images some are looked at, spread evenly.

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from onefold.accuracy_intervals import wilson_interval
 from onefold.commands.bench import bench
 from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
@@ -24,7 +25,6 @@ from onefold.commands.run_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
 from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, in_python
-from onefold.intervals import wilson_interval
 from onefold.recipes import Recipe
 from onefold.report.figures import Curve, curves
 from onefold.report.format import plural

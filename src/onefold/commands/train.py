@@ -55,7 +55,7 @@ from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models import resolve
 from onefold.models.hub import Card, weights_card
-from onefold.quantize import Method, QuantizationParams, calibrate_qat, prepare_qat_
+from onefold.quantize import Method, ModelQParams, calibrate_qat, prepare_qat_
 from onefold.recipes import Recipe, recipe_for
 from onefold.reparam import unfused_norms
 from onefold.storage import read_json, replacing, write_text
@@ -323,7 +323,7 @@ class _Start:
 
     model: nn.Module
     card: Card
-    params: QuantizationParams | None
+    params: ModelQParams | None
     records: Records | None
 
 
@@ -391,11 +391,11 @@ def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:
     return worker_batches(batches_of, plan, world)
 
 
-def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path | None) -> QuantizationParams:
+def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path | None) -> ModelQParams:
     """The quantization parameters that an int8 network trains with: calibrated, or those that the run started with."""
     if run is not None:
         try:
-            return QuantizationParams.from_dict(read_json(run / QPARAMS))
+            return ModelQParams.from_dict(read_json(run / QPARAMS))
         except (OSError, ValueError, BadArgument) as error:
             raise BadCheckpoint(f"{run / QPARAMS} cannot be read ({error}): the run cannot go on without it") from error
     int8 = recipe.int8

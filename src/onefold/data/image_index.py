@@ -49,7 +49,7 @@ class ImageIndex:
                 found[int(number)].append(path)
         return found
 
-    def count(self, table: str, cells: Sequence[str]) -> int:
+    def num_matches(self, table: str, cells: Sequence[str]) -> int:
         """Count the cells that name an image."""
         return sum(bool(cell) and bool(self.find(table, cell)) for cell in cells)
 

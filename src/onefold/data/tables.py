@@ -115,7 +115,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         raise NotATable(
             f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
-    file_column = max(file_columns, key=lambda name: images.count(path, cells[name][:_NUM_TRIED]))
+    file_column = max(file_columns, key=lambda name: images.num_matches(path, cells[name][:_NUM_TRIED]))
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
     if any(not all(map(is_missing, cells[name])) for name in (*class_columns, *number_columns)):
@@ -239,7 +239,7 @@ def _read_rows(
         raise BadData(f"cannot read {shown}: {error}") from error
     if not rows:
         return [], [], []
-    if len(rows[0]) == 2 and images.count(path, [rows[0][0]]):
+    if len(rows[0]) == 2 and images.num_matches(path, [rows[0][0]]):
         return ["file", "label"], rows, lines
     return rows[0], rows[1:], lines[1:]
 
@@ -261,7 +261,7 @@ def _list_rows(
             cells = line.strip().rsplit(None, 1)
         if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
             cells, num_boxes = cells[:2], num_boxes + 1
-        if len(cells) != 2 or not images.count(path, cells[:1]):
+        if len(cells) != 2 or not images.num_matches(path, cells[:1]):
             kind = BadData if rows else NotATable
             raise kind(
                 f"{path}, line {number}: {printable(line[:_SHOWN])!r}: expected an image that is there, and its class"

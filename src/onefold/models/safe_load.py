@@ -105,7 +105,7 @@ def _tell(path: Path, chosen: StateDict, others: Sequence[StateDict], select: st
         _log.info("%s: objects of %s are not read, since nothing in a file is executed; its tensors are", path, shown)
 
 
-def max_bytes(path: Path) -> int:
+def max_tensor_bytes(path: Path) -> int:
     """The bytes of tensors that a file of this size may hold."""
     return ALWAYS_ALLOWED + MAX_RATIO * path.stat().st_size
 
@@ -320,7 +320,7 @@ def _as_bad_checkpoint(path: Path) -> Iterator[None]:
 
 
 def _check_size(declared: int, path: Path) -> None:
-    if declared > max_bytes(path):
+    if declared > max_tensor_bytes(path):
         size = path.stat().st_size
         raise BadCheckpoint(
             f"{path} has {size} bytes and declares {declared}: that is a decompression bomb, not weights"

@@ -68,7 +68,7 @@ class Card:
     source: str = ""
     """Where the weights are from, and how they were changed since."""
     int8: Mapping[str, Any] | None = None
-    """The parameters of quantization-aware training, as `quantize.QuantizationParams` writes them; None without it."""
+    """The parameters of quantization-aware training, as `quantize.ModelQParams` writes them; None without it."""
     trained_on: Mapping[str, Any] | None = None
     """Digests of the images that it was trained on, as `data.fingerprint.TrainedOn` writes them; None: not recorded."""
     untrained: bool = False

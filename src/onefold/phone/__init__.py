@@ -9,5 +9,5 @@ from onefold.phone.benchmark import Program as Program
 from onefold.phone.benchmark import measure_on as measure_on
 from onefold.phone.benchmark import program_of as program_of
 from onefold.phone.device import Condition as Condition
-from onefold.phone.device import Phone as Phone
+from onefold.phone.device import PhoneInfo as PhoneInfo
 from onefold.phone.device import look as look

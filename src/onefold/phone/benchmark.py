@@ -19,7 +19,7 @@ from onefold.bench import Comparison, Machine, Measurement, Noise, Procedure
 from onefold.bench.measurement import random_orders
 from onefold.errors import BadArgument, DeviceFailed, GateFailed
 from onefold.phone.adb import FOLDER, Adb
-from onefold.phone.device import HEAT, Condition, Phone, condition, heat_of
+from onefold.phone.device import HEAT, Condition, PhoneInfo, condition, heat_of
 
 _SANE_NS = (100, 100 * 10**9)  # what one call can last: from 0.1 microseconds to 100 seconds
 
@@ -310,7 +310,7 @@ class Plan:
             raise BadArgument(f"rest must be from 0 to 600 seconds, not {self.rest_s}")
 
 
-def measure_on(adb: Adb, phone: Phone, loads: Sequence[Load], plan: Plan) -> Measurement | Comparison:
+def measure_on(adb: Adb, phone: PhoneInfo, loads: Sequence[Load], plan: Plan) -> Measurement | Comparison:
     """Measure artifacts whose programs and files are on the phone: one, or several against the first.
 
     Raises GateFailed where the phone is not fit or an answer is wrong, DeviceFailed where a program fails.
@@ -487,7 +487,7 @@ def _must_be_fit(now: Condition, plan: Plan) -> None:
         )
 
 
-def _mask(adb: Adb, phone: Phone, cores: Sequence[int]) -> tuple[str, ...]:
+def _mask(adb: Adb, phone: PhoneInfo, cores: Sequence[int]) -> tuple[str, ...]:
     """What binds a program to these cores; nothing where that is all of them."""
     if len(cores) == phone.cores:
         return ()

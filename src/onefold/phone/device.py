@@ -20,7 +20,7 @@ _CPU = "/sys/devices/system/cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phone:
+class PhoneInfo:
     """A phone as a value; `max_khz` has each core's highest clock, by its number, None where it is not known."""
 
     model: str
@@ -120,7 +120,7 @@ class Condition:
         return tuple(found)
 
 
-def look(adb: Adb) -> Phone:
+def look(adb: Adb) -> PhoneInfo:
     """What the phone says of itself. Raises DeviceFailed."""
     properties = dict(re.findall(r"^\[(.*?)\]: \[(.*?)\]$", adb.says("getprop"), re.MULTILINE))
     cpuinfo, memory = adb.says("cat", "/proc/cpuinfo"), adb.says("cat", "/proc/meminfo")
@@ -130,7 +130,7 @@ def look(adb: Adb) -> Phone:
     maker, model = properties.get("ro.product.manufacturer", ""), properties.get("ro.product.model", "")
     soc = f"{properties.get('ro.soc.manufacturer', '')} {properties.get('ro.soc.model', '')}".strip()
     named = model if model.lower().startswith(maker.lower()) else f"{maker} {model}"
-    return Phone(
+    return PhoneInfo(
         model=named.strip() or "unknown phone",
         soc=soc or properties.get("ro.board.platform", "") or properties.get("ro.hardware", ""),
         system=f"Android {properties.get('ro.build.version.release', '')}".strip(),

@@ -9,4 +9,4 @@ from onefold.quantize.qat import remove_qat_ as remove_qat_
 from onefold.quantize.qparams import MINMAX as MINMAX
 from onefold.quantize.qparams import LayerReport as LayerReport
 from onefold.quantize.qparams import Method as Method
-from onefold.quantize.qparams import QuantizationParams as QuantizationParams
+from onefold.quantize.qparams import ModelQParams as ModelQParams

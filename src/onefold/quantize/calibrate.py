@@ -34,7 +34,7 @@ from onefold.quantize.graph import (
     padding_input,
     quantized_activations,
 )
-from onefold.quantize.qparams import LayerReport, Method, QParams, QuantizationParams, choose_qparams, weight_scales
+from onefold.quantize.qparams import LayerReport, Method, ModelQParams, QParams, choose_qparams, weight_scales
 
 _progress = logging.getLogger("onefold.progress")
 
@@ -217,7 +217,7 @@ def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return output
 
 
-def quantize_layer(params: QuantizationParams, weight: Tensor, bias: Tensor, input_scale: float) -> QuantizedLayer:
+def quantize_layer(params: ModelQParams, weight: Tensor, bias: Tensor, input_scale: float) -> QuantizedLayer:
     """Quantize a weight (O, ...) and bias (O,) by rounding to nearest, as `params` says."""
     flat = weight.flatten(1)
     per_tensor = params.weights == "tensor"

@@ -32,7 +32,7 @@ from onefold.quantize.graph import (
     trace,
 )
 from onefold.quantize.integer_model import IntegerModel
-from onefold.quantize.qparams import QMAX, QMIN, LayerReport, Method, QParams, QuantizationParams
+from onefold.quantize.qparams import QMAX, QMIN, LayerReport, Method, ModelQParams, QParams
 
 BATCH_SIZE = 4
 _DEFAULT_METHOD = Method()
@@ -83,7 +83,7 @@ def calibrated_graph(
 
 
 @torch.no_grad()
-def convert(fused: nn.Module, params: QuantizationParams, shape: tuple[int, int, int]) -> IntegerModel:
+def convert(fused: nn.Module, params: ModelQParams, shape: tuple[int, int, int]) -> IntegerModel:
     """Convert a fused network in eval mode to an int8 model; `shape` (C, H, W) is that of its images.
 
     The weights are rounded to nearest, so the same weights and parameters give the same bits on any machine. Raises
@@ -107,10 +107,10 @@ def convert(fused: nn.Module, params: QuantizationParams, shape: tuple[int, int,
     return IntegerModel(graph)
 
 
-def quantization_params(calibration: CalibrationResult, method: Method) -> QuantizationParams:
+def quantization_params(calibration: CalibrationResult, method: Method) -> ModelQParams:
     """Extract the parameters of a calibrated network, its activations by name."""
     names = activation_names([*calibration.layers])
-    return QuantizationParams(
+    return ModelQParams(
         activations={names[node]: qparams for node, qparams in calibration.activations.items()},
         weights=method.weights,
         weight_qmax=method.weight_qmax,

@@ -26,14 +26,14 @@ from onefold.quantize.calibrate import CalibrationResult, calibrate, quantize_la
 from onefold.quantize.convert import activation_names, quantization_params
 from onefold.quantize.cross_layer_equalization import equalize_
 from onefold.quantize.graph import CONVS, LINEARS, Layer, clamp_bounds, get_parameter, layers, trace
-from onefold.quantize.qparams import QMAX, QMIN, Method, QParams, QuantizationParams
+from onefold.quantize.qparams import QMAX, QMIN, Method, ModelQParams, QParams
 from onefold.reparam import Chain, Sum, fuse, unfused_norms
 from onefold.reparam.moments import merged_kernel
 
 _DROPOUT = torch.ops.aten.dropout.default
 
 
-def calibrate_qat(model: nn.Module, batches: Sequence[Tensor], method: Method) -> QuantizationParams:
+def calibrate_qat(model: nn.Module, batches: Sequence[Tensor], method: Method) -> ModelQParams:
     """Choose the parameters that QAT of a training or fused network starts with, by batches (B, C, H, W).
 
     A fused network is changed in place to what post-training quantization makes of it - channels equalized, weights
@@ -71,7 +71,7 @@ def _has_upper_clamp(graph: GraphModule) -> bool:
     return any(clamp_bounds(node.target, node.args[1:])[1] < math.inf for node in clamps)
 
 
-def prepare_qat_(model: nn.Module, params: QuantizationParams, shape: tuple[int, int, int]) -> nn.Module:
+def prepare_qat_(model: nn.Module, params: ModelQParams, shape: tuple[int, int, int]) -> nn.Module:
     """Make a network compute as the int8 model with these parameters from now on, in place; returns it.
 
     `shape` (C, H, W) is that of an image. State, names and modes of the network stay.
@@ -111,10 +111,10 @@ class _FusedStructure:
     graph: GraphModule
     layers: Mapping[Node, Layer]
     activations: Mapping[Node, QParams]
-    params: QuantizationParams
+    params: ModelQParams
 
     @classmethod
-    def of(cls, graph: GraphModule, params: QuantizationParams) -> _FusedStructure:
+    def of(cls, graph: GraphModule, params: ModelQParams) -> _FusedStructure:
         quantized = [layer for layer in layers(graph) if layer.name not in params.skip_layers]
         activations = {node: params.activations[name] for node, name in activation_names(quantized).items()}
         return cls(graph, {layer.node: layer for layer in quantized}, activations, params)

@@ -208,7 +208,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationParams:
+class ModelQParams:
     """The parameters of an int8 model that are not in its weights: small enough for the card of a weights file.
 
     `activations` has the parameters of every quantized activation by name (`convert.activation_names`). The weights are
@@ -232,7 +232,7 @@ class QuantizationParams:
         }
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> QuantizationParams:
+    def from_dict(cls, plain: Mapping[str, Any]) -> ModelQParams:
         """Read what `to_dict` wrote, now or in version 1. Raises BadArgument where the values are not valid."""
         if not isinstance(plain, Mapping):
             raise BadArgument(f"the quantization parameters of this network cannot be read: {plain!r:.80}")

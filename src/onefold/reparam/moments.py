@@ -94,7 +94,7 @@ class _Convolve(torch.autograd.Function):
         y = grad if y is None else y
         with torch.autocast(x.device.type, enabled=False):
             products, total = passes.kernel_grad(grad, y, x, folded.mean, geometry, act)
-            d = (compiled if ctx.compiled else moments_algebra).unfold(unit, folded, products, total)
+            d = (compiled if ctx.compiled else moments_algebra).fold_backward(unit, folded, products, total)
             grads = _parameter_grads(unit, d, total, parameters)
             if not ctx.needs_input_grad[1]:
                 return (None, None, *grads)
@@ -205,7 +205,7 @@ class _Kernel(torch.autograd.Function):
         wide = folded.gain.dtype
         total, products = d_bias.to(wide), d_kernel.flatten(1).unflatten(0, (geometry.groups, -1)).to(wide)
         products = products - total.view(len(products), -1, 1) * folded.mean.to(wide)[:, None]
-        d = moments_algebra.unfold(unit, folded, products, total)
+        d = moments_algebra.fold_backward(unit, folded, products, total)
         grads = _parameter_grads(unit, d, total, parameters)
         if not ctx.needs_input_grad[1]:
             return (None, None, *grads)

@@ -71,7 +71,7 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     return Folded(rows, rows_cov, inv_std, gain, kernel, mean), bias
 
 
-def unfold(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
+def fold_backward(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
     """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
     rows, rows_cov, inv_std, gain, kernel, _ = folded
     products, wide = products.to(rows.dtype), gain.dtype

@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-from onefold.intervals import wilson_interval
+from onefold.accuracy_intervals import wilson_interval
 
 _SPACE = "\N{NO-BREAK SPACE}"
 # Bidirectional controls: they reorder the text after them, so that a page could read differently from its source.

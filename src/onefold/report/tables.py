@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from onefold.intervals import drop_interval
+from onefold.accuracy_intervals import drop_interval
 from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size, with_interval
 from onefold.report.grouping import Group
 from onefold.report.load_results import Inputs, Predictions, Run

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from onefold.accuracy_intervals import wilson_interval
 from onefold.errors import BadArgument, BadData
-from onefold.intervals import wilson_interval
 
 Floats = NDArray[np.float32]
 Session = Callable[[Floats], NDArray[np.floating[Any]]]

@@ -21,8 +21,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from onefold.errors import BadArgument, BadCheckpoint, NonFiniteLoss
 from onefold.train.checkpoint import Checkpoint, Position
 from onefold.train.distributed import World, lost_worker_errors, no_sync
+from onefold.train.gradient_reduction import create_reducer
 from onefold.train.hyperparameters import Distill, Plan
-from onefold.train.logical_workers import Batch, create_reducer, local_workers
+from onefold.train.logical_workers import Batch, local_workers
 from onefold.train.optim import (
     ModelEma,
     create_optimizer,

@@ -52,7 +52,7 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     return Folded(rows, rows_cov, inv_std, gain, kernel, moments.mean), bias
 
 
-def unfold(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
+def fold_backward(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
     """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
     d_weights = [torch.empty(conv.weight.shape) for conv in unit.convs]
     d_gamma = [torch.empty(unit.channels[1]) for _ in unit.branches]

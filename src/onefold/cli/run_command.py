@@ -18,7 +18,7 @@ from onefold.errors import OnefoldError
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or of the click that typer carries
 
 
-def status_of(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Run a command; its exit status (see `errors`), a traceback only where ONEFOLD_DEBUG is set."""
     _speak_plainly()
     before, OnefoldError.on_command_line = OnefoldError.on_command_line, True
