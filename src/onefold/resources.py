@@ -1,9 +1,13 @@
-"""What this process may use: the processors of its affinity and the free memory, as far as its container lets it."""
+"""What this process may use: the processors of its affinity and the free memory, as far as its container lets it;
+and what it does with memory that it has freed.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,3 +105,23 @@ def _groups(root: Path) -> list[Path]:
     own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
     folder = top / own[1] if own else top
     return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what this process frees, for its next allocations; whether it does. glibc alone.
+
+    By default maps of more than 32 MiB go back to the system when they are freed, and come back page by page, each
+    filled with zeros, in the next training step: that can take as long as the step's own work. What is kept is not
+    more than the process held at its peak. A user's own MALLOC_ variables are left as they are.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # musl has none
+        return False
+    # One heap, as a mapping of its own is what large allocations of other heaps get; and none of it is given back.
+    return bool(mallopt(_M_ARENA_MAX, 1) and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -129,8 +129,11 @@ def _plain_measurement(measurement: Measurement) -> dict[str, Any]:
 
 
 def _measurement(plain: Mapping[str, Any]) -> Measurement:
+    subject = plain["subject"]
+    if isinstance(subject, dict) and subject.get("runtime") == "eager":  # version 0.1.0's word
+        subject = {**subject, "runtime": "PyTorch"}
     return Measurement(
-        subject=plain["subject"],
+        subject=subject,
         machine=Machine.from_dict(plain["machine"]),
         procedure=Procedure.from_dict(plain["procedure"]),
         noise=Noise.from_dict(plain.get("noise", {})),

@@ -240,8 +240,7 @@ class Predictor:
         """One line for a table."""
         untrained = " random weights" if self.facts.get("untrained") else ""
         fused = " UNFUSED" if not self.facts["fused"] else " partly fused" if self.facts.get("left_norms") else ""
-        runtime = "PyTorch" if self.facts["runtime"] == "eager" else self.facts["runtime"]
-        return f"{self.facts['model']} {runtime} {self.facts['precision']}{untrained}{fused}"
+        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{untrained}{fused}"
 
     def class_name(self, index: int) -> str:
         """Give the name of a class, or its index where it has none."""
@@ -313,7 +312,7 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
     precision = "int8" if is_int8 else "fp32"
     facts = {
         "model": card.model,
-        "runtime": "eager",
+        "runtime": "PyTorch",
         "precision": precision,
         "fused": network.is_fused,
         "drift": card.drift,
