@@ -25,6 +25,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -158,10 +159,18 @@ def memory_here(name: str, contender: str, given: argparse.Namespace) -> float:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 2**30
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _most_memory()
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return (_most_memory() - before) / 2**20
+
+
+def _most_memory() -> int:
+    """KiB that this process held at most. `ru_maxrss` would tell what its parent held before, where that is more."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
 
 
 def bytes_moved(name: str, given: argparse.Namespace) -> tuple[float, float, float]:

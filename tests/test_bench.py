@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -465,6 +466,25 @@ def test_a_limit_of_an_older_container(tmp_path: Path) -> None:
     assert bench.Machine.this((), fake_root(tmp_path / "a", **legacy)).quota == 2.0
     legacy["sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1"
     assert bench.Machine.this((), fake_root(tmp_path / "b", **legacy)).quota is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_allocation() -> None:
+    """Sixteen times 64 MiB cost the pages of one; a user's own settings are left alone."""
+    code = (
+        "import resource, sys; from onefold.resources import keep_freed_memory\n"
+        "kept = keep_freed_memory()\n"
+        "for _ in range(16): bytes(bytearray(1 << 26))\n"
+        "print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+    )
+    found = []
+    for more in ({}, {"MALLOC_TOP_PAD_": "131072"}):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | more
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        found.append([int(each) for each in done.stdout.split()])
+    pages = (1 << 26) // os.sysconf("SC_PAGESIZE")
+    assert (found[0][0], found[1][0]) == (1, 0)
+    assert found[0][1] < 8 * pages < 16 * pages < found[1][1]
 
 
 def test_the_least_quota_of_the_groups_around_a_process_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from onefold.cli.options import (
 )
 from onefold.cli.progress import progress, training
 from onefold.errors import BadArgument
-from onefold.resources import respect_quota
+from onefold.resources import keep_freed_memory, respect_quota
 from onefold.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def train(
     if list_recipes:
         display.recipe_table(recipes())
         return
+    keep_freed_memory()
     if processes > 1 and "RANK" not in os.environ:
         import_ahead()
         given = list(context.obj)
