@@ -5,8 +5,10 @@
 
 For each kind there are files as they should be and the commands that open them. A trial damages one file - a bit or
 three flipped, the end cut off, a page zeroed, two pieces exchanged, another file in its place, nesting without end -
-and runs one of those commands in a fork of this process. Of kind `forged` are artifacts whose checksums were set right
-again after that, for every runtime that is installed. Counted are:
+and runs one of those commands in a fork of this process. Of the kinds `forged` are artifacts whose checksums were set
+right again after that, for every runtime that is installed (ONNX Runtime Web where ONEFOLD_NODE_MODULES names its
+package). Core ML runs nowhere but on a Mac; here its packages are unpacked (`unzip`), and its artifacts reported and
+refused. Counted are:
 
     refused    exit status 2 to 10: one sentence that says why
     said       exit status 0, with a line on stderr that the undamaged file does not cause
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib
 import io
 import json
@@ -48,10 +51,12 @@ from PIL import Image
 
 import onefold
 from onefold.cli import main
+from onefold.errors import OnefoldError
 from onefold.models import create_model
 from onefold.models.hub import Card, save_pretrained
 from onefold.runtimes import RUNTIMES
 from onefold.runtimes.artifact import Artifact, hash_files, read_manifest, render_manifest
+from onefold.runtimes.coreml import unzip_mlpackage
 
 LIMIT_S, LIMIT_BYTES = 20, 2 << 30
 NOTED = re.compile(
@@ -67,6 +72,7 @@ class Kind:
     files: tuple[str, ...]
     commands: tuple[str, ...]
     has_checksum: bool = True
+    is_refused: bool = False  # undamaged, too: this machine cannot run it
 
 
 PREDICT = "predict {} x.png --json --threads 1"
@@ -80,11 +86,16 @@ KINDS = {
     "best/": Kind(("run/best/*",), (PREDICT.format("run"), "fuse run --out f.safetensors")),
     "last/": Kind(("run/last/*", "run/previous/*"), ("train --resume run", "report run --out r.html")),
     "run": Kind(
-        ("run/recipe.json", "run/log.jsonl", "run/images.csv"),
+        ("run/*.json", "run/*.jsonl", "run/images.csv"),
         ("train --resume run", "report run --out r.html", "eval run --json --threads 1"),
     ),
     "artifact": Kind(("artifacts/*/*",), (PREDICT.format("{artifact}"),)),
     "forged": Kind(("artifacts/*/model.*",), (PREDICT.format("{artifact}"),), has_checksum=False),
+    "forged, timed": Kind(
+        ("artifacts/*/model.*",), ("bench {artifact} --samples 5 --warmup 0.01 --results results",), has_checksum=False
+    ),
+    "Core ML": Kind(("packages/*/*",), ("predict {artifact} x.png",), is_refused=True),
+    "forged Core ML": Kind(("packages/*/model.*",), ("unzip {file}", "report {artifact} --out r.html"), False),
     "torch.save": Kind(("w.pth", "old.pth"), (FOREIGN.format("{file}"),), has_checksum=False),
     "npz and HDF5": Kind(("w.npz", "w.h5"), (FOREIGN.format("{file}"),), has_checksum=False),
     "foreign safetensors": Kind(("foreign.safetensors",), (FOREIGN.format("{file}"),), has_checksum=False),
@@ -93,7 +104,7 @@ KINDS = {
     "Parquet": Kind(("d.parquet",), (EVAL.format("d.parquet"),), has_checksum=False),
     "table": Kind(("t/labels.csv", "t/labels.jsonl"), (EVAL.format("{file}"),), has_checksum=False),
     "images": Kind(("i/*",), ("predict lone.safetensors {file} --json --threads 1",), has_checksum=False),
-    "results": Kind(("results/*",), ("report results --out r.html",), has_checksum=False),
+    "results": Kind(("results/*.json*",), ("report results --out r.html",)),
     "class names": Kind(
         ("names.txt", "names.json"), (PREDICT.format("lone.safetensors") + " --classes {file}",), has_checksum=False
     ),
@@ -156,15 +167,12 @@ def make_files() -> None:
     Path("names.txt").write_text("ant\nbee\n")
     Path("names.json").write_text('["ant", "bee"]')
     for runtime in RUNTIMES:
-        if runtime not in ("web", "coreml", "tensorrt"):  # a browser, a Mac, a GPU
+        if runtime not in ("coreml", "tensorrt"):  # a Mac, a GPU
             quietly(f"export fused.safetensors --to {runtime} --out artifacts".split())
-    Path("results").mkdir()
-    quietly(["eval", "run", "--data", "d", "--json", "--threads", "1"])
-    for path in Path("artifacts").glob("onnx*"):
-        shutil.copytree(path, Path("results") / path.name)
-    for name in ("log.jsonl", "recipe.json", "predictions.jsonl", "data.json"):
-        if Path("run", name).is_file():
-            shutil.copy(Path("run", name), Path("results", name))
+    quietly(["export", "fused.safetensors", "--to", "coreml", "--out", "packages"])
+    must("eval artifacts/onnx-fp32 --data d --json --threads 1")  # writes results/accuracy.json
+    must("bench artifacts/onnx-fp32 --samples 16 --warmup 0.01")
+    shutil.copytree("artifacts/onnx-fp32", "results/onnx-fp32")
     must("eval lone.safetensors --data d.tar --json --threads 1")  # fills the cache
 
 
@@ -273,7 +281,7 @@ def forked(command: str, limit_s: float) -> tuple[int, str, str, float, int]:
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 forget_libraries()
-                status = main(command.split())
+                status = unzip(Path(command.split()[1])) if command.startswith("unzip ") else main(command.split())
             except BaseException as error:
                 print(f"Traceback: {type(error).__name__}: {error}", file=sys.stderr)
             finally:
@@ -297,6 +305,18 @@ def forked(command: str, limit_s: float) -> tuple[int, str, str, float, int]:
         memory = 1024 * int(largest) if largest.isdigit() else 1024 * usage.ru_maxrss
         seconds, said = time.monotonic() - started, out.read().decode(errors="replace")
         return os.waitstatus_to_exitcode(code), said, errors, seconds, memory
+
+
+def unzip(archive: Path) -> int:
+    """Unpack a Core ML package as a Mac does before it opens one: exit status as a command has it."""
+    try:
+        unzip_mlpackage(archive.read_bytes(), Path("unpacked.mlpackage"))
+    except OnefoldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    files = sorted(path for path in Path("unpacked.mlpackage").rglob("*") if path.is_file())
+    print(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in files))
+    return 0
 
 
 def forget_libraries() -> None:
@@ -365,7 +385,7 @@ def trials(root: Path, kinds: list[str], count: int, seed: int, seconds: float) 
         if command not in before:
             before[command] = forked(command, 120)
             before[command] = (before[command][0], before[command][1] + product(command), *before[command][2:])
-            if before[command][0]:
+            if before[command][0] and not kind.is_refused:
                 raise SystemExit(f"{command}: {before[command]}")
             shutil.rmtree(scratch)
             shutil.copytree(pristine, scratch)
@@ -374,7 +394,7 @@ def trials(root: Path, kinds: list[str], count: int, seed: int, seconds: float) 
         how, content = damage(rng, file.read_bytes(), others)
         file.unlink()  # a library may be mapped by this very process
         file.write_bytes(content)
-        if name == "forged":
+        if name.startswith("forged"):
             reseal(file.parent)
         seen = forked(command, 3 * LIMIT_S)
         seen = (seen[0], seen[1] + product(command), *seen[2:])

@@ -620,6 +620,20 @@ def test_a_damaged_result_is_refused_by_line(tmp_path: Path, damage: Callable[[d
         bench.read_all(path)
 
 
+def test_a_line_whose_figures_were_changed_is_left_out_and_said(tmp_path: Path) -> None:
+    path, (single, _) = tmp_path / "r.jsonl", some_results()
+    bench.append(path, [single, single])
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{second.replace('[1000, 1001', '[1000, 1002')}\n")
+    found = bench.read_all(path)
+    assert found.measurements == (single,)
+    assert "r.jsonl, line 2: left out, it is damaged: its checksum is not that" in found.notes[0]
+    older = {name: value for name, value in json.loads(first).items() if name != "checksum"}
+    path.write_text(f"{first}\n{json.dumps(older)}\n")
+    assert bench.read_all(path).measurements == (single, single)
+    assert bench.read_all(path).notes[0].startswith("r.jsonl: of 2 results 1 have no checksum")
+
+
 @pytest.mark.parametrize("text", ["not json at all\n", '{"kind": "epoch"}\n', "[" * 100_000, "\x00\xff\n"])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.jsonl"

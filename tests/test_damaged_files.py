@@ -31,8 +31,16 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from onefold import create_model
-from onefold.checksums import seal, unseal
+from onefold.checksums import (
+    lines_have_checksum,
+    read_sealed_json,
+    seal,
+    sealed_lines,
+    unseal,
+    write_sealed_json,
+)
 from onefold.cli import main
+from onefold.commands.held_out import read_run_data
 from onefold.commands.open_network import open_predictor
 from onefold.commands.run_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
@@ -189,6 +197,74 @@ def test_a_log_that_was_changed_is_said_at_the_resume_and_in_the_report(
     assert "log.jsonl is not as the training wrote it" in caplog.text
     (out / "recipe.json").write_text(json.dumps(recipe | {"dropout": 0.25}))
     assert "recipe.json of run is not the one" in load_inputs([out], [], []).notes[-1]
+
+
+def flipped(text: str) -> Iterator[str]:
+    """A text with a bit of one of its characters flipped, another one each time."""
+    for at in range(len(text)):
+        yield text[:at] + chr(ord(text[at]) ^ (1 << at % 7)) + text[at + 1 :]
+
+
+def test_a_flipped_bit_of_sealed_json_changes_nothing_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, values = tmp_path / "data.json", {"a": (1, 2.5, 1e-30), "b": {"11": "ü\udcff", "2": None, "c": True}}
+    write_sealed_json(path, values)
+    whole, plain = path.read_text(), json.loads(json.dumps(values))
+    assert read_sealed_json(path) == plain
+    path.write_text(json.dumps(json.loads(whole), indent=7))  # another layout is no damage
+    assert read_sealed_json(path) == plain
+    assert caplog.text == ""
+    refused = 0
+    for n, text in enumerate(flipped(whole)):
+        path = tmp_path / f"{n}.json"  # that one has no checksum is said once
+        path.write_text(text)
+        try:
+            assert read_sealed_json(path) == plain or f"{path} has no checksum" in caplog.text
+        except ValueError:
+            refused += 1
+    assert refused > len(whole) / 2
+
+
+def test_json_lines_that_lack_one_or_have_another_are_damaged() -> None:
+    whole = sealed_lines({"kind": "predictions"}, [{"name": "a", "label": 0}, {"name": "b", "label": 1}])
+    head, first, second = whole.splitlines(keepends=True)
+    assert lines_have_checksum(whole)
+    assert not lines_have_checksum('{"kind": "predictions"}\n' + first)
+    for damaged in (head, head + first, head + second + first, head + first + first, whole + "\n", head[2:] + first):
+        with pytest.raises(ValueError, match=r"checksum|Extra data|Expecting"):
+            lines_have_checksum(damaged)
+    for text in flipped(head):
+        if '"checksum"' in text and '"lines_sha256"' in text:
+            with pytest.raises(ValueError, match=r"checksum|JSON|:"):
+                lines_have_checksum(text + first + second)
+
+
+def test_what_a_run_keeps_of_its_data_is_checked(
+    run_of_recipe: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out, _ = run_of_recipe
+    dataset = {"splits": [{"name": "val", "num_images": 7, "source": "val/"}], "classes": ["a"]}
+    for name, values in (("data.json", {"dataset": dataset}), ("check.json", {"findings": [{"text": "3 are black"}]})):
+        write_sealed_json(out / name, values)
+    (out / "predictions.jsonl").write_text(
+        sealed_lines({"kind": "predictions", "classes": ["a"]}, [{"label": 0, "answer": 0, "confidence": 0.5}])
+    )
+    found = load_inputs([out], [], [])
+    assert (found.notes, found.runs[0].data_findings, len(found.runs[0].dataset)) == ((), ("3 are black",), 1)
+    assert found.runs[0].predictions is not None
+    for name, was, now in (("data", " 7", " 8"), ("check", "3 are", "4 are"), ("predictions", "0.5", "0.9")):
+        (path,) = out.glob(f"{name}.json*")
+        path.write_text(path.read_text().replace(was, now))
+    assert main(["train", "--resume", str(out)]) == 4
+    assert "data.json cannot be read: its checksum is not that of what it holds" in capsys.readouterr().err
+    found = load_inputs([out], [], [])
+    assert sum("damaged and left out" in note for note in found.notes) == 3
+    assert (found.runs[0].dataset, found.runs[0].data_findings, found.runs[0].predictions) == ((), (), None)
+    (out / "data.json").write_text(json.dumps({"dataset": dataset}))  # as of an older version
+    assert read_run_data(out) == {"dataset": dataset}
+    assert "data.json has no checksum" in caplog.text
+    assert "data.json of run has no checksum" in "".join(load_inputs([out], [], []).notes)
 
 
 @pytest.mark.parametrize("opening", ['{"a": ' * 100_000, "[" * 3000 + "1" + "]" * 3000])

@@ -20,6 +20,7 @@ from PIL import Image
 
 from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Procedure
+from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.cli import main
 from onefold.commands.bench import known_accuracy, note_accuracy
 from onefold.commands.calibration import Calibration, quantized
@@ -33,6 +34,7 @@ from onefold.commands.held_out import (
     from_card,
     photos_to_calibrate,
     photos_to_deploy,
+    read_run_data,
     records_of,
     sets_to_evaluate,
     to_card,
@@ -139,7 +141,7 @@ def test_a_score_on_what_was_trained_on_says_so_in_its_line_and_its_row(
     assert "18 images, 18 of them were trained on: the score is optimistic" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trained_on"] == 18
-    (noted,) = json.loads((tmp_path / ACCURACY).read_text()).values()
+    (noted,) = read_sealed_json(tmp_path / ACCURACY).values()
     assert noted["top1_trained_on"] == 18
     paint(tmp_path / "new", first=50)
     assert main(["eval", str(home / "run"), "--data", str(tmp_path / "new"), "--results", str(tmp_path), "--json"]) == 0
@@ -166,7 +168,7 @@ def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixel
         assert "known by their files only" not in said.err
         assert main([*words, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["copies_of_trained"] == 18
-    assert {entry["top1_trained_on"] for entry in json.loads((tmp_path / ACCURACY).read_text()).values()} == {18}
+    assert {entry["top1_trained_on"] for entry in read_sealed_json(tmp_path / ACCURACY).values()} == {18}
 
 
 def test_a_split_of_the_place_counts_and_test_is_scored_beside_val(home: Path, tmp_path: Path) -> None:
@@ -215,8 +217,7 @@ def test_a_run_is_used_from_anywhere_and_moved_with_its_photos(
     assert resume_run(Path()).epoch == 0
     shutil.move(scratch / "photos", scratch / "run/moved")
     monkeypatch.chdir(scratch)
-    gone = json.loads((scratch / "run" / DATA).read_text()) | {"place": "/nowhere/photos"}
-    (scratch / "run" / DATA).write_text(json.dumps(gone))
+    write_sealed_json(scratch / "run" / DATA, read_run_data(scratch / "run") | {"place": "/nowhere/photos"})
     assert main(["eval", "run"]) == 3
     assert "the photos of run were in /nowhere/photos, and are gone" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--data", "run/moved"]) == 0
@@ -382,11 +383,12 @@ def test_two_writers_of_accuracies_lose_none(tmp_path: Path) -> None:
         process.start()
     for process in started:
         process.join()
-    assert sorted(json.loads((tmp_path / ACCURACY).read_text())) == ["0", "1", "2", "3"]
+    assert sorted(json.loads((tmp_path / ACCURACY).read_text())) == ["0", "1", "2", "3", "checksum"]
     assert known_accuracy({"sha256": "2"}, tmp_path)["top1"] == 2.0
-    (tmp_path / ACCURACY).write_text("{")
-    with pytest.raises(BadData, match="is damaged"):
-        _note(tmp_path, 1)
+    for damaged in ((tmp_path / ACCURACY).read_text().replace("2.0", "92.0"), "{"):
+        (tmp_path / ACCURACY).write_text(damaged)
+        with pytest.raises(BadData, match="is damaged"):
+            _note(tmp_path, 1)
 
 
 def test_a_run_of_batches_of_one_image_is_refused_where_norms_cannot_normalize(home: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_who_is_lost_is_replaced_with_all_others(tmp_path: Path, lost: str, capl
 
 
 def test_not_for_ever() -> None:
-    with pytest.raises(LostWorker, match=r"process 1 of 2 was killed by SIGKILL, and 2 restarts did not help") as error:
+    with pytest.raises(LostWorker, match=r"process 1 of 2 was ended by SIGKILL, and 2 restarts did not help") as error:
         launch(sh("[ $RANK = 0 ] && kill -9 $$; sleep 60"), processes=2, max_restarts=2)
     assert error.value.exit_status == 8
 
@@ -117,7 +117,7 @@ def test_who_neither_ends_nor_computes_is_killed(
     both = f"[ -e {tmp_path}/up0 ] && [ -e {tmp_path}/up1 ]"
     with (
         signalled(os.getpid(), f"until {both}; do sleep 0.05; done; kill -TERM $PID"),
-        pytest.raises(LostWorker, match="process 1 of 2 was killed by SIGKILL while it was to stop; what was saved is"),
+        pytest.raises(LostWorker, match="process 1 of 2 was ended by SIGKILL while it was to stop; what was saved is"),
     ):
         launch(sh(code), processes=2, max_restarts=5)
     assert "no process has computed" in caplog.text

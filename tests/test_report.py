@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onefold import bench
+from onefold.checksums import write_sealed_json
 from onefold.cli import main
 from onefold.commands.report import find_inputs, write_page
 from onefold.data import DatasetInfo, LeftOut, SplitInfo
@@ -324,17 +325,22 @@ def test_an_accuracy_that_was_evaluated_after_measuring_is_found(tmp_path: Path)
     path.parent.mkdir()
     entries = {digest: {"top1": 60.5 + i, "top1_on": "photos"} for i, digest in enumerate(digests)}
     entries[digests[1]]["top1_trained_on"] = 7
-    path.write_text(json.dumps(entries))
+    write_sealed_json(path, entries)
     assert find_inputs([tmp_path]).accuracies == [path]
     measured_as = [measured(5 + i, sha256=digest) for i, digest in enumerate(("a" * 64, "d" * 64, "e" * 64))]
     inputs = load_inputs([], [results(tmp_path, *measured_as)], [an_artifact(tmp_path)], accuracies=[path])
     assert [group.top1 for group in aggregate_inputs(inputs).groups] == [60.5, 61.5, None]
     assert inputs.notes == ("The accuracy 61.5 % on photos flatters: 7 of these images were trained on.",)
+    path.write_text(path.read_text().replace("60.5", "90.5"))
+    damaged = load_inputs([], [], [], accuracies=[path])
+    assert (damaged.accuracies, ["accuracy.json is damaged" in note for note in damaged.notes]) == ({}, [True])
+    path.write_text(json.dumps(entries))
+    assert "accuracy.json has no checksum" in load_inputs([], [], [], accuracies=[path]).notes[0]
     path.write_text("[]")
     damaged = load_inputs([], [], [], accuracies=[path])
     assert (damaged.accuracies, damaged.notes) == (
         {},
-        ("accuracy.json cannot be read, or not all of it: evaluate again.",),
+        ("accuracy.json is damaged and left out: it is not a JSON object that holds anything.",),
     )
 
 
@@ -648,7 +654,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
         "The run nowhere has no log",
         "2 lines of the log of odd are damaged.",
         "odd has no accuracy in its log.",
-        "machine.jsonl, line 2: left out, it was cut off while being written.",
+        "machine.jsonl, line 2: left out, it was cut off while being written, or is damaged.",
         "The results rubbish.jsonl could not be used",
         "blank.jsonl holds no results.",
         "The results gone.jsonl could not be used: cannot read results from gone.jsonl",

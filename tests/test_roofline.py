@@ -147,7 +147,9 @@ def test_no_matrix_product_is_quicker_than_the_measured_peak() -> None:
     assert 0 < product <= 1.1 * peak
 
 
-def test_the_limits_are_kept_and_measured_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_are_kept_and_measured_when_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     asked: list[list[int]] = []
 
     def measured(threads: list[int]) -> bench.Roofline:
@@ -163,8 +165,11 @@ def test_the_limits_are_kept_and_measured_when_missing(tmp_path: Path, monkeypat
     assert max(each.best for each in again.limits if each.threads == 1) == 3e9
     (file,) = tmp_path.iterdir()
     assert file.name == f"{bench.Machine.this(()).slug}-roofline.json"
-    file.write_text("{")
-    assert measured_limits(tmp_path, [1]).threads == (1,)
+    for damaged in ("{", file.read_text().replace("3000000000.0", "4000000000.0")):
+        file.write_text(damaged)
+        assert measured_limits(tmp_path, [1]).threads == (1,)
+        assert caplog.text.count("the machine's limits are measured again") == 1
+        caplog.clear()
 
 
 @pytest.mark.parametrize("plain", ["", "plain"])
@@ -315,10 +320,10 @@ def test_what_was_found_beside_the_times_comes_back(tmp_path: Path) -> None:
     assert bench.read(path) == [whole]
     line = json.loads(path.read_text())
     assert line["summary"]["roofline"] == whole.roofline == 0.5
-    for name in ("bound", "cold"):  # as lines were before there were any
+    for name in ("bound", "cold", "checksum"):  # as lines were before there were any
         del line[name]
     path.write_text(json.dumps(line) + "\n")
-    (bare,) = bench.read(path)
+    (bare,) = bench.read_all(path).measurements
     assert (bare.bound, bare.cold, bare.roofline) == (None, None, None)
     line["cold"] = {"open_ns": "x"}
     path.write_text(json.dumps(line) + "\n")

@@ -35,7 +35,8 @@ from onefold import runtimes
 from onefold.cli import main
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
 from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, find_runtime, load, open_artifact
-from onefold.runtimes.artifact import read_manifest
+from onefold.runtimes.artifact import digest_manifest, read_manifest
+from onefold.runtimes.base import first_call
 from onefold.runtimes.reference_logits import make_images, read_reference, relative_difference, top1_agreement
 from onefold.runtimes.sandbox import mark_as_opened
 
@@ -536,6 +537,15 @@ def test_it_is_opened_in_a_child_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(copied_onnx / "manifest.json"))
     load(copied_onnx).close()
     assert "is tried in a process of its own each time" in caplog.text
+
+
+def test_a_cold_start_is_of_the_artifact_that_was_opened(copied_onnx: Path) -> None:
+    artifact = read_manifest(copied_onnx)
+    call = first_call(str(copied_onnx), digest_manifest(artifact), "1", "2")
+    assert np.asarray(call()).shape == (2, len(CLASSES))
+    reseal(copied_onnx, lambda fields: fields.update(licence="another"))
+    with pytest.raises(BadArtifact, match="changed while it was measured"):
+        first_call(str(copied_onnx), digest_manifest(artifact), "1", "2")
 
 
 # --- what is the same for all runtimes: folders and manifests -----------------------------------------------------

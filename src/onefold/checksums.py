@@ -1,22 +1,27 @@
-"""Checksums: folders, texts and weights that notice when they are no longer what was written.
+"""Checksums: folders, texts, JSON and weights that notice when they are no longer what was written.
 
 A sealed folder has a manifest.json with the size and SHA-256 of every other file in it, and of nothing else. A sealed
-text has its SHA-256 in its first line. A safetensors file has that of its tensors in its own metadata, so that it can
-be checked wherever it is copied to. All of them detect damage, not malice: who can write a file can write its checksum.
+text has its SHA-256 in its first line, a JSON object that of its other members as "checksum". A safetensors file has
+that of its tensors in its own metadata, so that it can be checked wherever it is copied to. All of them detect damage,
+not malice: who can write a file can write its checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint
-from onefold.storage import parse_json, replacing, write_text
+from onefold.storage import parse_json, read_json, replacing, write_text
+
+_log = logging.getLogger("onefold")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -110,6 +115,72 @@ def read_sealed_text(path: Path) -> str:
 
 def _sum_of_text(path: Path, text: str) -> str:
     return hashlib.sha256(f"{path.name}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- JSON
+
+CHECKSUM = "checksum"
+NO_CHECKSUM = "no checksum, as in files of older versions: damage is not noticed"
+_LINES = "lines_sha256"
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a JSON object with "checksum": the SHA-256 of its other members, as JSON with sorted keys and no blanks."""
+    return {**values, CHECKSUM: _sum_of_json(json.loads(json.dumps(values)))}  # as a reader will have them
+
+
+def has_checksum(values: Mapping[str, Any]) -> bool:
+    """Whether a JSON object that was read has a checksum. Raises ValueError where it is not that of its members."""
+    if CHECKSUM not in values:
+        return False
+    if values[CHECKSUM] != _sum_of_json({name: value for name, value in values.items() if name != CHECKSUM}):
+        raise ValueError("its checksum is not that of what it holds")
+    return True
+
+
+def write_sealed_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum to a file."""
+    write_text(path, json.dumps(with_checksum(values), indent=1) + "\n")
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed_json` wrote, without the checksum. Raises OSError, and ValueError where it is damaged.
+
+    That a file has none is logged, once in a process.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    if not has_checksum(values):
+        _say_unchecked(path)
+    return {name: value for name, value in values.items() if name != CHECKSUM}
+
+
+def sealed_lines(head: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> str:
+    """Give JSON lines: the first has its own checksum, and the SHA-256 of the others as "lines_sha256"."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    first = with_checksum({**head, _LINES: hashlib.sha256(text.encode()).hexdigest()})
+    return json.dumps(first, allow_nan=False) + "\n" + text
+
+
+def lines_have_checksum(text: str) -> bool:
+    """Whether JSON lines are such as `sealed_lines` gives. Raises ValueError where they are damaged."""
+    first, _, rest = text.partition("\n")
+    head = parse_json(first)
+    if not isinstance(head, dict) or not has_checksum(head):
+        return False
+    if head.get(_LINES) != hashlib.sha256(rest.encode("utf-8", "surrogatepass")).hexdigest():
+        raise ValueError("its lines are not those that the checksum in the first one is of")
+    return True
+
+
+def _sum_of_json(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@cache
+def _say_unchecked(path: Path) -> None:
+    _log.warning("%s has %s", path, NO_CHECKSUM)
 
 
 # ---------------------------------------------------------------------------------------- safetensors

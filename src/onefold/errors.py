@@ -20,6 +20,8 @@ The algebra (`onefold.reparam`) is plain mathematics and raises plain ValueError
 """
 
 import re
+import signal
+from contextlib import suppress
 from typing import ClassVar
 
 _FLAGS = re.compile(
@@ -129,3 +131,12 @@ class Stopped(OnefoldError):
     """Stopped by a signal, after everything was saved."""
 
     exit_status = 75
+
+
+def describe_end(status: int) -> str:
+    """Say how a process ended, by its status as `subprocess` gives it: a signal is a negative number."""
+    if status >= 0:
+        return f"ended with status {status}"
+    with suppress(ValueError):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"was ended by signal {-status}"

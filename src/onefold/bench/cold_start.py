@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from onefold.errors import BadData
+from onefold.errors import BadData, describe_end
 
 _CALLS = 9
 _LIMIT_S = 120
@@ -63,8 +63,9 @@ def measure_cold_start(opener: str, arguments: Sequence[str]) -> ColdStart:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LIMIT_S)
         return ColdStart.from_dict(json.loads(done.stdout.splitlines()[-1]))
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if line.strip()]
-        raise BadData(f"the fresh process that was to open {arguments[0]} failed: {(said or ['?'])[-1]}") from error
+        said = next((line for line in reversed(error.stderr.splitlines()) if line.strip()), "")
+        why = said if said and error.returncode > 0 else f"it {describe_end(error.returncode)}"
+        raise BadData(f"the fresh process that was to open {arguments[0]} failed: {why}") from error
     except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as error:
         raise BadData(f"cannot measure the cold start of {arguments[0]} in a fresh process: {error}") from error
 

@@ -2,6 +2,7 @@
 
 `{"kind": "measurement", ...}` is a Measurement, `{"kind": "comparison", ...}` a Comparison with all its measurements.
 The raw samples are the truth; `summary` repeats what they give, for people and other programs, and is not read back.
+Each line has its own checksum: one that is damaged is left out, and said.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onefold.bench.machine import Machine
 from onefold.bench.measurement import Measurement, Procedure
 from onefold.bench.roofline import Bound
 from onefold.bench.timing_noise import Noise
+from onefold.checksums import NO_CHECKSUM, has_checksum, with_checksum
 from onefold.errors import BadData, NotWritable
 from onefold.storage import parse_json
 
@@ -39,7 +41,7 @@ def append(path: Path, results: Iterable[Measurement | Comparison]) -> None:
 
     A line that a crash left half-written is closed first. NotWritable where there is no space or no permission.
     """
-    lines = "".join(json.dumps(_plain(each), allow_nan=False) + "\n" for each in results)
+    lines = "".join(json.dumps(with_checksum(_plain(each)), allow_nan=False) + "\n" for each in results)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
@@ -66,14 +68,19 @@ def read_all(path: Path) -> Results:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise BadData(f"cannot read results from {path}: {error.strerror or error}") from error
-    measurements, comparisons, notes = [], [], []
+    measurements, comparisons, notes, unchecked = [], [], list[str](), 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             plain = parse_json(line, parse_constant=_not_a_number)
         except ValueError:
-            notes.append(f"{path.name}, line {number}: left out, it was cut off while being written.")
+            notes.append(f"{path.name}, line {number}: left out, it was cut off while being written, or is damaged.")
+            continue
+        try:
+            unchecked += isinstance(plain, dict) and not has_checksum(plain)
+        except ValueError as error:
+            notes.append(f"{path.name}, line {number}: left out, it is damaged: {error}.")
             continue
         try:
             match _kind(plain):
@@ -87,6 +94,9 @@ def read_all(path: Path) -> Results:
             raise BadData(f"{path}, line {number}: this result is damaged ({error!r}); remove the line") from error
     if notes and not measurements and not comparisons:
         raise BadData(f"{path} holds no results: expected lines as `onefold bench` writes them. {notes[0]}")
+    if unchecked:
+        found = len(measurements) + len(comparisons)
+        notes.append(f"{path.name}: of {found} results {unchecked} have {NO_CHECKSUM}.")
     return Results(measurements=tuple(measurements), comparisons=tuple(comparisons), notes=tuple(notes))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from onefold.bench.machine import Machine
+from onefold.errors import describe_end
 from onefold.native import is_plain, loaded
 
 KINDS = ("fp32", "bf16", "int8")
@@ -58,7 +58,7 @@ def measure_roofline(threads: Sequence[int]) -> Roofline:
         environment = {**os.environ, **dict.fromkeys(_SINGLE, "1")}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, env=environment)
-            output, ended = done.stdout, _how_it_ended(done.returncode)
+            output, ended = done.stdout, describe_end(done.returncode) if done.returncode else ""
         except subprocess.TimeoutExpired as error:
             output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
             ended = f"took longer than {_LIMIT_S} s"
@@ -79,16 +79,6 @@ def measure_roofline(threads: Sequence[int]) -> Roofline:
             notes.append(f"numpy's product {ended}: what was not measured is not known")
             break
     return Roofline(limits=tuple(limits), features=Machine.this(packages=()).features, notes=tuple(notes))
-
-
-def _how_it_ended(status: int) -> str:
-    """A predicate for a note; empty where all went well."""
-    if status >= 0:
-        return f"ended with exit status {status}" if status else ""
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
 
 
 def cache_sizes(root: Path = Path("/")) -> tuple[tuple[int, bool], ...]:

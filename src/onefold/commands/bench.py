@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,14 +32,18 @@ from onefold.bench import (
     self_test,
     slowed_down,
 )
+from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.commands.load import Source, verb
 from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.commands.progress import shown_progress
 from onefold.errors import BadArgument, BadData
 from onefold.report import ACCURACY
 from onefold.resources import pinned
-from onefold.runtimes.artifact import is_artifact
-from onefold.storage import locked, read_json, write_text
+from onefold.runtimes import Artifact, Session
+from onefold.runtimes.artifact import digest_manifest
+from onefold.storage import locked
+
+_log = logging.getLogger("onefold")
 
 _MORE_ATTEMPTS = 3
 
@@ -69,9 +73,9 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """One thing to measure: `cold` is filled in once it was."""
+    """One thing to measure, and the artifact that it is of: `cold` is filled in once it was."""
 
-    source: str
+    artifact: Artifact | None
     call: Callable[[], object]
     subject: dict[str, object]
     cold: ColdStart | None = None
@@ -187,7 +191,8 @@ def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, 
         refuse_unfused(bool(predictor.facts["fused"]), source, order.allow_unfused)
         subject = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
         call = call_of(predictor, order.batch)
-        candidates[free_title(predictor.title, candidates)] = _Candidate(source=source, call=call, subject=subject)
+        artifact = predictor.session.artifact if isinstance(predictor.session, Session) else None
+        candidates[free_title(predictor.title, candidates)] = _Candidate(artifact=artifact, call=call, subject=subject)
     return candidates
 
 
@@ -211,8 +216,9 @@ def _completed(candidate: _Candidate, order: BenchOptions) -> _Candidate:
     seen = None
     if order.aa or order.inject_slowdown is not None:  # a control says something of the machine, not of its subject
         return candidate
-    if order.cold and is_artifact(Path(candidate.source)):
-        arguments = [candidate.source, str(order.procedure.threads), str(order.batch)]
+    if order.cold and candidate.artifact is not None:
+        artifact = candidate.artifact
+        arguments = [str(artifact.folder), digest_manifest(artifact), str(order.procedure.threads), str(order.batch)]
         seen = measure_cold_start("onefold.runtimes.base:first_call", arguments)
     return replace(candidate, cold=seen)
 
@@ -267,7 +273,7 @@ def note_accuracy(
     with locked(path):  # another process may note one too
         known = _accuracies(results)
         known[str(predictor.facts["sha256"])] = noted
-        write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        write_sealed_json(path, dict(sorted(known.items())))
 
 
 def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]:
@@ -278,12 +284,11 @@ def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]
 def _accuracies(results: Path) -> dict[str, dict[str, object]]:
     path = results / ACCURACY
     try:
-        known = read_json(path)
+        return {name: noted for name, noted in read_sealed_json(path).items() if isinstance(noted, dict)}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise BadData(f"{path} is damaged ({error}): remove it, and score again") from error
-    return known if isinstance(known, dict) else {}
 
 
 def refuse_unfused(fused: bool, source: str, allowed: bool) -> None:
@@ -349,7 +354,7 @@ def measured_limits(results: Path, threads: Sequence[int], *, again: bool = Fals
     if wanted:
         fresh = measure_roofline(wanted)
         known = (replace(known, notes=()) if again else known).merged(fresh)
-        write_text(path, json.dumps(known.to_dict(), indent=1) + "\n")
+        write_sealed_json(path, known.to_dict())
     return known
 
 
@@ -366,6 +371,9 @@ def bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> Bound
 
 def _read(path: Path) -> Roofline | None:
     try:
-        return Roofline.from_dict(read_json(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Roofline.from_dict(read_sealed_json(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s cannot be read (%s): the machine's limits are measured again", path, error)
         return None

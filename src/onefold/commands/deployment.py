@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Literal
 
 from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Measurement
+from onefold.checksums import write_sealed_json
 from onefold.commands.open_network import Network
 from onefold.errors import GateFailed
 from onefold.report import GATES
 from onefold.report.format import plural
 from onefold.runtimes import Artifact
-from onefold.storage import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ def too_few(count: int, max_drop: float) -> str:
 
 def write_gates(gates: Sequence[Gate], results: Path) -> None:
     """Keep what each gate found in `results`/gates.json, where the report reads it."""
-    write_text(results / GATES, json.dumps({"gates": [vars(gate) for gate in gates]}, indent=1) + "\n")
+    write_sealed_json(results / GATES, {"gates": [vars(gate) for gate in gates]})
 
 
 def readme(done: DeployResult) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from onefold.checksums import lines_have_checksum, sealed_lines
 from onefold.commands.bench import note_accuracy
 from onefold.commands.class_matching import all_outputs
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
@@ -338,7 +338,6 @@ PREDICTIONS = "predictions.jsonl"
 
 _PICTURES, _SIDES = 24, (96, 256)
 _NEARLY_SAME = 0.15  # mean difference of two thumbnails, in standard deviations of the first
-_MAX_HEAD_BYTES = 16 << 20  # of the first line of predictions: it names the classes
 
 
 def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: Accuracy, data: str) -> None:
@@ -347,15 +346,16 @@ def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: A
     The greatest errors have a `picture` too: what the network saw, as JPEG in base64. Of equal errors on images that
     are nearly the same, as frames of a video are, one has it, and names the others as `alike`.
     """
-    lines = (json.dumps(line, allow_nan=False) for line in _lines(predictor, images, score, data))
-    write_text(run / PREDICTIONS, "\n".join(lines) + "\n")
+    head, *lines = _lines(predictor, images, score, data)
+    write_text(run / PREDICTIONS, sealed_lines(head, lines))
 
 
 def predictions_are_of(path: Path, predictor: Predictor) -> bool:
-    """Whether a file of predictions is there, and of this very network."""
+    """Whether a file of predictions is there, undamaged, and of this very network."""
     try:
-        with path.open("rb") as file:
-            head = parse_json(file.readline(_MAX_HEAD_BYTES))
+        text = path.read_text(encoding="utf-8")
+        lines_have_checksum(text)
+        head = parse_json(text.partition("\n")[0])
     except (OSError, ValueError):
         return False
     return isinstance(head, dict) and head.get("sha256") == predictor.facts["sha256"]

@@ -11,7 +11,6 @@ seed of its own: images that were trained on are left out, or the score says how
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.commands.run_recipe import RECIPE, read_recipe
 from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
@@ -31,7 +31,6 @@ from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models.hub import read_card
 from onefold.recipes import Data, Recipe
-from onefold.storage import read_json, write_text
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
@@ -72,7 +71,7 @@ def find_run_data(out: Path, recipe: Recipe, place: str | None = None) -> RunDat
 
     Raises BadData where they are gone.
     """
-    saved = _read_data(out)
+    saved = read_run_data(out)
     dataset = saved.get("dataset")
     classes = dataset.get("classes") if isinstance(dataset, dict) else _classes_of_best(out)
     typed = replace(recipe.data, spec=place or recipe.data.spec)
@@ -107,12 +106,12 @@ def write_run_data(
     ImageList.of(images).write(out / IMAGES)
     values = {"dataset": info.to_dict(), **_where(out, info.place), "trained_on": to_card(records)}
     values |= {"val": _where(out, val)} if val else {}
-    write_text(out / DATA, json.dumps(values, indent=1) + "\n")
+    write_sealed_json(out / DATA, values)
 
 
 def move_run_data(out: Path, place: str) -> None:
     """Keep in the run folder that its images are elsewhere now."""
-    write_text(out / DATA, json.dumps(_read_data(out) | _where(out, place), indent=1) + "\n")
+    write_sealed_json(out / DATA, read_run_data(out) | _where(out, place))
 
 
 def check_run_data(out: Path, images: Mapping[str, Dataset]) -> None:
@@ -136,7 +135,7 @@ def _where(out: Path, place: str) -> dict[str, str]:
 
 def run_records(out: Path) -> Records | None:
     """Give what the run in `out` wrote of what it was trained on; None where it wrote nothing."""
-    return from_card(_read_data(out).get("trained_on"))
+    return from_card(read_run_data(out).get("trained_on"))
 
 
 def open_data(
@@ -153,14 +152,14 @@ def open_data(
     )
 
 
-def _read_data(out: Path) -> dict[str, Any]:
+def read_run_data(out: Path) -> dict[str, Any]:
+    """Read what a run folder keeps of its data; empty of an older run. Raises BadCheckpoint where it is damaged."""
     try:
-        values = read_json(out / DATA)
+        return read_sealed_json(out / DATA)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{out / DATA} cannot be read: {error}") from error
-    return values if isinstance(values, dict) else {}
+        raise BadCheckpoint(f"{out / DATA} cannot be read: {error}; put it back as the training wrote it") from error
 
 
 def _place(out: Path, spec: str, saved: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from onefold.commands.bench import bench
 from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
 from onefold.commands.fuse import FusedWeights, fuse
-from onefold.commands.held_out import DATA
+from onefold.commands.held_out import DATA, read_run_data
 from onefold.commands.load import Saved, Source
 from onefold.commands.predict import predict
 from onefold.commands.run_recipe import read_recipe
@@ -29,7 +28,7 @@ from onefold.recipes import Recipe
 from onefold.report.figures import Curve, curves
 from onefold.report.format import plural
 from onefold.report.load_results import Predictions, load_inputs
-from onefold.storage import free_path
+from onefold.storage import free_path, parse_json
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
@@ -90,7 +89,7 @@ class Run(Saved):
         """
         try:
             lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            logged = [json.loads(line) for line in lines]
+            logged = [parse_json(line) for line in lines]
         except (OSError, ValueError) as error:
             raise BadCheckpoint(f"{self.folder / 'log.jsonl'} cannot be read: {error}") from error
         by_epoch = {each["epoch"]: each for each in logged if each.get("kind") in ("evaluation", "epoch")}
@@ -110,8 +109,8 @@ class Run(Saved):
     def data(self) -> DatasetInfo:
         """What was found in the data: classes, splits, and what was left out."""
         try:
-            return DatasetInfo.from_dict(json.loads((self.folder / DATA).read_text(encoding="utf-8"))["dataset"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return DatasetInfo.from_dict(read_run_data(self.folder)["dataset"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadCheckpoint(f"{self.folder / DATA} cannot be read: {error}") from error
 
     @property
@@ -128,7 +127,10 @@ class Run(Saved):
 
     @cached_property
     def _predictions(self) -> Predictions | None:
-        return load_inputs([self.folder], [], []).runs[0].predictions
+        found = load_inputs([self.folder], [], [])
+        for note in found.notes:
+            _log.warning("%s", note)
+        return found.runs[0].predictions
 
     @property
     def remarks(self) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from onefold.checksums import write_sealed_json
 from onefold.commands.held_out import (
     IMAGES,
     Records,
@@ -283,7 +284,7 @@ def _run(
             images_of = {"train": training, "val": validation}
             write_run_data(out, splits.info, images_of, start.records or (), recipe.data.val)
             if checked:
-                write_text(out / CHECK, json.dumps(asdict(checked), indent=1) + "\n")
+                write_sealed_json(out / CHECK, asdict(checked))
             _draw_samples(out, batches, training.classes, recipe.preprocessing)
             if params is not None:
                 write_text(out / QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")

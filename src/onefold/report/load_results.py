@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.bench import Comparison, Measurement, read_all
-from onefold.checksums import unseal
+from onefold.checksums import CHECKSUM, NO_CHECKSUM, has_checksum, lines_have_checksum, unseal
 from onefold.errors import BadArtifact, BadCheckpoint, BadData
 from onefold.report.format import one_line
 from onefold.runtimes.artifact import Artifact, read_manifest
@@ -249,7 +249,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
     notes += _differences_from_checkpoint(folder, name, recipe, lines)
     expect = recipe.get("expect")
     expected: Mapping[str, Any] = expect if isinstance(expect, Mapping) else {}
-    check = _parse(_read_text(folder / "check.json") or "").get("findings")
+    check = _read_json(folder / "check.json", notes, f" of {name}").get("findings")
     findings = (entry.get("text") for entry in check if isinstance(entry, Mapping)) if isinstance(check, list) else ()
     return Run(
         name=name,
@@ -259,7 +259,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         expected_source=one_line(expected["source"]) if expected.get("source") else None,
         predictions=_read_predictions(folder / "predictions.jsonl", name, notes),
         data_findings=tuple(one_line(text, 400) for text in findings if isinstance(text, str)),
-        dataset=_read_dataset(folder / "data.json"),
+        dataset=_describe_dataset(_read_json(folder / "data.json", notes, f" of {name}")),
     )
 
 
@@ -286,9 +286,9 @@ def _differences_from_checkpoint(
     return notes
 
 
-def _read_dataset(path: Path) -> tuple[str, ...]:
+def _describe_dataset(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what a run read its data as: a sentence for the splits, and one for each note and each thing left out."""
-    dataset = _parse(_read_text(path) or "").get("dataset")
+    dataset = data.get("dataset")
     values: Mapping[str, Any] = dataset if isinstance(dataset, Mapping) else {}
     splits, notes, left_out = (
         entries if isinstance(entries := values.get(key), list) else [] for key in ("splits", "notes", "left_out")
@@ -330,6 +330,12 @@ def _read_predictions(path: Path, run: str, notes: list[str]) -> Predictions | N
     classes = head.get("classes")
     if head.get("kind") != "predictions" or not isinstance(classes, list) or not 0 < len(classes) <= _MAX_CLASSES:
         notes.append(f"The predictions of {run} could not be used: their first line does not say what they are.")
+        return None
+    try:
+        if not lines_have_checksum(text):
+            notes.append(f"The predictions of {run} have {NO_CHECKSUM}.")
+    except ValueError as error:
+        notes.append(f"The predictions of {run} are damaged and left out ({error}): evaluate the run again.")
         return None
     valid = [line for line in lines if _is_prediction(line, len(classes))]
     if len(valid) < len(lines):
@@ -406,10 +412,10 @@ def _probability(value: object) -> float | None:
 
 
 def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]]:
-    entries = _parse(_read_text(path) or "")
+    entries = _read_json(path, notes)
     mappings = {key: entry for key, entry in entries.items() if isinstance(entry, Mapping)}
     known = {key: (top1, entry) for key, entry in mappings.items() if (top1 := number(entry, "top1")) is not None}
-    if len(known) < len(entries) or not entries:
+    if len(known) < len(entries):
         notes.append(f"{one_line(path.name)} cannot be read, or not all of it: evaluate again.")
     for digest, (top1, entry) in known.items():
         if trained_on := number(entry, "top1_trained_on"):
@@ -419,12 +425,29 @@ def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]
 
 
 def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:
-    gates = _parse(_read_text(path) or "").get("gates")
+    gates = _read_json(path, notes).get("gates")
     if not isinstance(gates, list):
         notes.append(f"{one_line(path.name)} cannot be read: it is not known whether the gates of a deployment passed.")
         return []
     failed = [gate for gate in gates if isinstance(gate, Mapping) and gate.get("passed") is not True]
     return [one_line(gate.get("sentence"), 400) for gate in failed]
+
+
+def _read_json(path: Path, notes: list[str], of: str = "") -> Mapping[str, Any]:
+    """Return the JSON object in a file without its checksum; an empty one where it has none, is damaged, or no file."""
+    text = _read_text(path)
+    if text is None and not path.exists():
+        return {}
+    values = _parse(text or "")
+    try:
+        if not values:
+            raise ValueError("it is not a JSON object that holds anything")
+        if not has_checksum(values):
+            notes.append(f"{one_line(path.name)}{of} has {NO_CHECKSUM}.")
+    except ValueError as error:
+        notes.append(f"{one_line(path.name)}{of} is damaged and left out: {error}.")
+        return {}
+    return {key: value for key, value in values.items() if key != CHECKSUM}
 
 
 def _read_text(path: Path) -> str | None:

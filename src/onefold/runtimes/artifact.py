@@ -132,6 +132,11 @@ def render_manifest(artifact: Artifact) -> str:
     return _with_digest({"schema": SCHEMA, **fields})
 
 
+def digest_manifest(artifact: Artifact) -> str:
+    """Give the SHA-256 of an artifact's manifest, which holds those of all its files."""
+    return hashlib.sha256(render_manifest(artifact).encode()).hexdigest()
+
+
 def is_artifact(folder: Path) -> bool:
     """Whether a folder claims to be an exported artifact; a sealed folder of weights has a manifest too."""
     try:

@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
-from onefold.errors import BadArgument, MissingExtra
+from onefold.errors import BadArgument, BadArtifact, MissingExtra
 from onefold.runtimes import RUNTIMES
-from onefold.runtimes.artifact import Artifact, ModelInfo, read_files, read_manifest
+from onefold.runtimes.artifact import Artifact, ModelInfo, digest_manifest, read_files, read_manifest
 from onefold.runtimes.reference_logits import Floats, make_images
 
 if TYPE_CHECKING:
@@ -158,13 +158,16 @@ def find_runtime(name: str) -> Runtime:
     return cast(Runtime, importlib.import_module(RUNTIMES[name]))
 
 
-def first_call(folder: str, threads: str, batch: str) -> Callable[[], object]:
+def first_call(folder: str, digest: str, threads: str, batch: str) -> Callable[[], object]:
     """Open an artifact for a cold-start measurement; the call that is returned answers random images (batch, C, H, W).
 
-    The logits are not compared with the reference here, so that the call is the first one the engine gets. Numbers
-    are text because a fresh process receives them as arguments. Raises BadArtifact for a changed file, MissingExtra.
+    The logits are not compared with the reference here, so that the call is the first one the engine gets; so its
+    manifest has to be the one of `digest` (`digest_manifest`), which was opened with all checks before. Numbers are
+    text because a fresh process receives them as arguments. Raises BadArtifact for a changed file, MissingExtra.
     """
     artifact = read_manifest(Path(folder))
+    if digest_manifest(artifact) != digest:
+        raise BadArtifact(f"{artifact.folder} changed while it was measured; measure it again")
     runtime = find_runtime(artifact.runtime)
     engine = runtime.load(read_files(artifact), precision=artifact.precision, threads=int(threads))
     images = make_images(artifact.input_shape, num_images=int(batch))

@@ -17,7 +17,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from onefold.errors import BadArtifact, OnefoldError
+from onefold.errors import BadArtifact, OnefoldError, describe_end
 from onefold.runtimes.artifact import Artifact, read_manifest
 from onefold.runtimes.base import find_runtime, installed_versions
 from onefold.storage import cache_folder
@@ -96,14 +96,9 @@ def _limit_resources(folder: Path, cpu_s: int) -> None:
 
 
 def _end_of(status: int) -> str:
-    """Say how a process ended."""
-    if status >= 0:
-        return f"ended with status {status}"
     if -status == getattr(signal, "SIGXCPU", None):
         return f"used more than {LIMIT_CPU_S} s of a processor's time"
-    with suppress(ValueError):
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"was ended by signal {-status}"
+    return describe_end(status)
 
 
 def _marker(artifact: Artifact) -> Path:

@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
-from onefold.errors import BadArgument, LostWorker, Stopped
+from onefold.errors import BadArgument, LostWorker, Stopped, describe_end
 from onefold.resources import available
 from onefold.train.distributed import STOP_SIGNALS, StopSignals, signal_at_death_of
 
@@ -162,8 +162,7 @@ class _ProcessGroup:
             raise Stopped(f"stopped by {self._signals.received} while no step was under way: resume, or start again")
         rank = next((rank for rank, status in failed.items() if status < 0), min(failed))
         status = failed[rank]
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return LostWorker.exit_status, f"process {rank + 1} of {len(statuses)} {how}"
+        return LostWorker.exit_status, f"process {rank + 1} of {len(statuses)} {describe_end(status)}"
 
     def _poll(self, options: int = os.WNOHANG) -> list[int | None]:
         """Give the exit statuses so far; that of a process killed by a signal is negative."""
