@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from onefold.commands.class_matching import all_outputs, match_classes, read_class_names
-from onefold.commands.initial_weights import Student, Teacher, TeacherAdapter, _move_head_
+from onefold.commands.initial_weights import _move_head_
+from onefold.commands.teachers import Student, Teacher, TeacherAdapter
 from onefold.data import Preprocessing
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadArgument, BadData

@@ -18,17 +18,9 @@ from torch import nn
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands.export import ExportOptions, export_network
-from onefold.commands.initial_weights import (
-    Student,
-    TeacherAdapter,
-    TeacherEnsemble,
-    _tell_differences,
-    initialized_from,
-    open_teacher,
-    open_teachers,
-    provenance,
-)
+from onefold.commands.initial_weights import _tell_differences, initialized_from, provenance
 from onefold.commands.open_network import NameCheck, Network, open_network
+from onefold.commands.teachers import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from onefold import accelerate
-from onefold.reparam import fuse, mixed, moments, per_branch, quickest
+from onefold.reparam import mixed, moments, per_branch, quickest
 from onefold.reparam.branches import as_unit
 from onefold.reparam.kernels import Reference, passes_for
 from onefold.reparam.kernels.base import Geometry, library
@@ -202,32 +201,6 @@ def test_in_bfloat16_wide_products_are_the_librarys(monkeypatch: pytest.MonkeyPa
             assert cost.moments == before.moments
             depthwise = costs(as_unit(unit(48, 48, 3, 2, 48, 4)), torch.randn(2, 48, 112, 112))
             assert min(depthwise) == depthwise.moments
-
-
-@pytest.mark.parametrize("name", ["mobileone_s0", "mobileone_s1", "repvgg_a0", "fastvit_t8"])
-def test_accelerate_gives_timm_the_same_numbers(name, timm, seeded):
-    model = timm.create_model(name, num_classes=7).double().train()
-    faster = accelerate(copy.deepcopy(model))
-    assert list(faster.state_dict()) == list(model.state_dict())
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    torch.manual_seed(1)
-    expected = model(x)
-    torch.manual_seed(1)
-    y = faster(x)
-    assert error(y, expected.detach()) < 1e-9
-    expected.square().sum().backward()
-    y.square().sum().backward()
-    for p, q in zip(model.parameters(), faster.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
-        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-7 * (1 + p.grad.abs().max())
-    for p, q in zip(model.buffers(), faster.buffers(), strict=True):
-        assert (p - q).abs().max() <= 1e-9 * (1 + p.abs().max())
-    assert fuse(faster.eval())(x).shape == expected.shape
-
-
-def test_accelerate_names_what_it_knows():
-    with pytest.raises(ValueError, match="no block that accelerate knows"):
-        accelerate(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
 def test_without_a_compiler_training_goes_on(tmp_path):

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import nn
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands.calibration import Calibration, quantized
+from onefold.commands.deploy import DeployOptions, _gate
+from onefold.commands.deployment import Verdict
 from onefold.commands.export import ExportOptions, _agreement, export_made, export_network
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
@@ -26,7 +29,7 @@ from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra,
 from onefold.models.hub import Card
 from onefold.quantize import Method, quantize
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
-from onefold.runtimes import ModelInfo
+from onefold.runtimes import ModelInfo, exporter
 from onefold.runtimes import export as export_to
 from onefold.runtimes.onnx import opset_details
 from onefold.runtimes.reference_logits import make_images
@@ -316,3 +319,36 @@ class Opposite(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -self.model(x)
+
+
+@pytest.mark.parametrize("untrained", [True, False])
+def test_int8_of_drawn_weights_is_not_judged_by_its_logits(seeded, tmp_path, caplog, monkeypatch, untrained):
+    """How far a rounding moves such logits says nothing: it is kept and said. Trained weights have to pass."""
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    measure = exporter._measure_parity
+    monkeypatch.setattr(exporter, "_measure_parity", lambda *a: dataclasses.replace(measure(*a), difference=0.17))
+    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(weight_qmax=63))
+    info = ModelInfo(model="twins", fused=True, details={"untrained": True} if untrained else {})
+    call = partial(export_to, made, (3, 32, 32), tmp_path / "a", runtime="onnx", info=info, precision="int8")
+    if not untrained:
+        with pytest.raises(GateFailed, match=r"differ from PyTorch's by 0\.17 of the largest, 0\.1 is allowed"):
+            call()
+        return
+    artifact = call()
+    assert (artifact.parity.difference, artifact.parity.tolerance) == (0.17, 0.17)
+    assert "the logits of onnx in int8 differ from PyTorch's by 0.17 of the largest" in caplog.text
+    assert "what int8 costs in accuracy cannot be known" in caplog.text
+    assert "this is not judged, since the weights are random" in (tmp_path / "a" / "README.md").read_text()
+    assert exporter.tolerance_of(artifact) == float("inf")
+
+
+def test_the_gate_on_accuracy_says_what_drawn_weights_cannot_tell(seeded, tmp_path):
+    network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="twins")
+    drawn = dataclasses.replace(network, card=dataclasses.replace(network.card, untrained=True)).with_size(32)
+    for each, passed in ((drawn, True), (network.with_size(32), False)):
+        artifact = export_made(each, None, tmp_path / "a", "onnx", "fp32")
+        artifact = dataclasses.replace(artifact, precision="int8")
+        verdict = Verdict(name="onnx-int8", artifact=artifact, top1=None, changed=40, count=100, lost=40, won=0)
+        gate = _gate(verdict, DeployOptions(runtimes=["onnx"], precisions=["int8"], calibration=Calibration(data="x")))
+        assert gate.passed is passed
+        assert ("40 of 100 answers of onnx-int8 are not the float network's. Its weights" in gate.sentence) is passed

@@ -91,7 +91,7 @@ def train(
     recipe: Annotated[str, Option(help="family:recipe; `onefold train --list` shows all")] = "photos:scratch",
     data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
     val: Annotated[str | None, Option(help="another place with photos to validate on")] = None,
-    model: Annotated[str | None, Option(help="a network in place of the recipe's")] = None,
+    model: Annotated[str | None, Option(help="a network in place of the recipe's; timm:NAME too")] = None,
     weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
     use_ema: UseEma = None,
     start: Annotated[

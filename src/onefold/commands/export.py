@@ -317,7 +317,7 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
     varied = images.flatten(2).std(2).amax(1) > _FLAT  # within a channel; images have a deviation near 1
     if not bool(varied.any()):
         _log.warning("the photos of %s are of one colour each: what was calibrated on them is not to be trusted", title)
-    if same < _FEWEST_SAME * len(images):
+    if same < _FEWEST_SAME * len(images) and not network.card.untrained:
         _log.warning(
             "int8 calibrated on %s gives only %d of %d of the float network's answers on %s: calibrate on photos "
             "of the kind it will see, and score it with `onefold eval`",

@@ -1,4 +1,4 @@
-"""What a run starts from: the network, at random initialization or from weights, and the teachers to distill from.
+"""What a run starts from: the network, ours or timm's, at random initialization or from weights.
 
 Weights are taken as they are, or expanded to branches again; their head is kept, reset, or fitted to the images.
 """
@@ -6,31 +6,43 @@ Weights are taken as they are, or expanded to branches again; their head is kept
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from onefold.commands.class_matching import all_outputs, match_classes
-from onefold.commands.open_network import NameCheck, Network, open_network, open_predictor, weights_file
-from onefold.commands.timm_networks import is_timm, open_pretrained
+from onefold.commands.class_matching import match_classes
+from onefold.commands.open_network import NameCheck, Network, weights_file
+from onefold.commands.timm_networks import (
+    check_timm,
+    create_timm,
+    fixed_size,
+    is_timm,
+    last_layers,
+    load_timm,
+    read_timm_card,
+    released_weights,
+    split_timm,
+    stored_model,
+    timm_card,
+)
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
 from onefold.data.loader import Transform
 from onefold.data.sampler import shuffled
-from onefold.errors import BadArgument, BadCheckpoint, BadData, NetworkFailed
+from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
 from onefold.models import CATALOGUE, Classifier, create_model, resolve
 from onefold.models.hub import Card, load_model, read_card, weights_card
 from onefold.models.layers import set_dropout_
 from onefold.models.mobileone import zero_init_branches_
 from onefold.recipes import Recipe, at_size
-from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
-from onefold.runtimes.artifact import is_artifact
+from onefold.reparam import accelerate, expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.train import NORMS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
 from onefold.train.checkpoint import WEIGHTS
 
@@ -70,19 +82,25 @@ class TrainingImages:
 def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool = False) -> Recipe:
     """Give the recipe with the preprocessing of the weights that it starts from, and log what that changes.
 
-    A recipe that needs weights and names none takes the released ones of its model, where there are some.
+    A recipe that needs weights and names none takes the released ones of its model, where there are some. A network of
+    timm brings its own preprocessing, and timm:NAME@FILE its weights.
     `stated` are the recipe's fields that the user set, such as "preprocessing.mean": those stay as they are. Weights
     that cannot be read leave the recipe as it is. Raises BadArgument where their preprocessing cannot be, and unless
     the recipe `is_shown` only NetworkFailed.
     """
-    released = CATALOGUE[resolve(recipe.model)].weights
+    if is_timm(recipe.model):
+        recipe = _of_timm(recipe)
+        released = released_weights(recipe.model) if needs_weights(recipe) else ""
+    else:
+        _refuse_timm(recipe)
+        released = CATALOGUE[resolve(recipe.model)].weights
     if recipe.weights is None and needs_weights(recipe) and released:
         _log.info("starts from %s of the Hugging Face hub; --weights gives others", released)
         recipe = replace(recipe, weights=released)
-    if recipe.weights is None:
+    if recipe.weights is None and not is_timm(recipe.model):
         return recipe
     try:
-        card = weights_card(weights_file(recipe.weights), name=recipe.model)
+        card = timm_card(recipe.model) if recipe.weights is None else starting_card(recipe)
     except (BadCheckpoint, BadArgument, NetworkFailed) as error:
         if isinstance(error, NetworkFailed) and not is_shown:
             raise  # the hub is asked once, before the data are read
@@ -106,8 +124,45 @@ def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool 
     after = recipe.preprocessing.to_dict()
     changed = [f"{key} {_text(after[key])}, not {_text(before[key])}" for key in after if after[key] != before[key]]
     if changed:
-        _log.info("preprocessing is that of the weights %s: %s", recipe.weights, "; ".join(changed))
+        of = recipe.model if recipe.weights is None else f"the weights {recipe.weights}"
+        _log.info("preprocessing is that of %s: %s", of, "; ".join(changed))
+    if is_timm(recipe.model):
+        only, stages = fixed_size(recipe.model), recipe.curriculum.stages if recipe.curriculum else ()
+        others = {recipe.preprocessing.size, *(stage.size for stage in stages)} - {only}
+        if only is not None and others:
+            raise BadArgument(
+                f"{recipe.model} takes images of {only} pixels alone, not of {min(others)}: leave --img-size out"
+                + (", and give --curriculum none" if stages else "")
+            )
     return recipe
+
+
+def _of_timm(recipe: Recipe) -> Recipe:
+    """The recipe of a network of timm without what is of our networks alone: the file in its name, `freeze` of none."""
+    model_name, file = split_timm(recipe.model)
+    check_timm(model_name)
+    if file is not None and recipe.weights is not None:
+        raise BadArgument(f"{recipe.model} names weights, and --weights {recipe.weights} others: give one of them")
+    plan = recipe.plan if recipe.plan.epochs else replace(recipe.plan, freeze=())  # without a step nothing is trained
+    return replace(recipe, model=model_name, weights=recipe.weights if file is None else str(file), plan=plan)
+
+
+def starting_card(recipe: Recipe) -> Card:
+    """Give the card of the weights that a recipe starts from. Raises BadCheckpoint, BadArgument, NetworkFailed."""
+    assert recipe.weights is not None
+    file = weights_file(recipe.weights)
+    if is_timm(recipe.model):
+        return read_timm_card(recipe.model, file)
+    return weights_card(file, name=recipe.model)
+
+
+def _refuse_timm(recipe: Recipe) -> None:
+    """Raise BadArgument where a network of ours is to start from a run or a file of ours that holds one of timm."""
+    stored = None
+    with suppress(BadCheckpoint, BadArgument):  # what else is wrong with them is said where they are read
+        stored = None if recipe.weights is None else stored_model(weights_file(recipe.weights))
+    if stored is not None:
+        raise BadArgument(f"{recipe.weights} holds weights of {stored}, not of {recipe.model}: give --model {stored}")
 
 
 def needs_weights(recipe: Recipe) -> bool:
@@ -128,7 +183,7 @@ def provenance(recipe: Recipe, run: Path | None) -> tuple[str, str]:
         card = read_card(best)
         return card.licence, card.source
     try:
-        card = weights_card(weights_file(recipe.weights), name=recipe.model)
+        card = starting_card(recipe)
     except BadCheckpoint:
         if run is None:
             raise
@@ -160,17 +215,19 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     if weights is None and needs_weights(recipe):
         raise BadArgument(f"the recipe {recipe.name} starts from weights: give --weights FILE, a run or a hub id")
     seed_everything(seed)
-    fresh = create_model(recipe.model, num_classes=num_classes, in_chans=channels)
+    fresh = _fresh_network(recipe, num_classes)
     if weights is None:
         if recipe.start == "skips":
             zero_init_branches_(fresh)
-        return _with_dropout(fresh, recipe)
-    if recipe.head == "kept":
-        model, card = load_model(weights, name=recipe.model, in_chans=channels)
-        _move_head_(model, card, images.source.classes)
+        return _ready(_folded_for_int8(fresh, recipe), recipe)
+    if recipe.head == "kept" or is_timm(recipe.model):
+        model, card = _load(recipe, weights)
     else:
         model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights)
-        card = weights_card(weights, name=recipe.model)
+        card = starting_card(recipe)
+    if recipe.head == "kept":
+        _move_head_(model, card, images.source.classes)
+    else:
         _reset_head_(model, recipe, images)
     _tell_differences(card, recipe)
     check = NameCheck.of(Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model)
@@ -181,14 +238,28 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
             _log.warning("%s", doubt)
     if recipe.start == "expanded" and not unfused_norms(model):
         model = _expand(model, fresh, recipe, images)
-    return _with_dropout(model, recipe)
+    return _ready(_folded_for_int8(model, recipe), recipe)
 
 
 def resumed_network(recipe: Recipe, num_classes: int, out: Path) -> nn.Module:
     """Give a network of the form that the run in `out` trains; its values come from the checkpoint later."""
     seed_everything(recipe.plan.seed)
-    model = create_model(recipe.model, num_classes=num_classes, in_chans=recipe.preprocessing.channels)
-    return _with_dropout(fuse(model.eval()) if _is_fused_checkpoint(out) else model, recipe)
+    model = _fresh_network(recipe, num_classes)
+    return _ready(fuse(model.eval()) if _is_fused_checkpoint(out) else model, recipe)
+
+
+def _fresh_network(recipe: Recipe, num_classes: int) -> nn.Module:
+    channels = recipe.preprocessing.channels
+    if is_timm(recipe.model):
+        return create_timm(recipe.model, num_classes=num_classes, in_chans=channels, dropout=recipe.dropout)
+    return create_model(recipe.model, num_classes=num_classes, in_chans=channels)
+
+
+def _load(recipe: Recipe, weights: str | Path) -> tuple[nn.Module, Card]:
+    channels = recipe.preprocessing.channels
+    if is_timm(recipe.model):
+        return load_timm(recipe.model, weights, in_chans=channels, dropout=recipe.dropout)
+    return load_model(weights, name=recipe.model, in_chans=channels)
 
 
 def fold_frozen_(model: nn.Module, freeze: tuple[str, ...]) -> None:
@@ -199,33 +270,59 @@ def fold_frozen_(model: nn.Module, freeze: tuple[str, ...]) -> None:
         set_route_(model, folded)
 
 
-def _with_dropout(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Give the network in train mode, with the recipe's dropout."""
-    if recipe.dropout is not None:
-        set_dropout_(model, recipe.dropout)
-    return model.train()
+def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Give the network in train mode, with the recipe's dropout, which a network of timm is made with."""
+    if not is_timm(recipe.model):
+        if recipe.dropout is not None:
+            set_dropout_(model, recipe.dropout)
+        return model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing can be taken is logged
+        accelerate(model.train())
+    _log.info("%s trains by the quickest routes: %s", recipe.model, model.acceleration)
+    return model
+
+
+def _folded_for_int8(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Fold the norms of a network of timm that trains for int8: only our units train as one layer with their norms."""
+    if recipe.int8 is None or not is_timm(recipe.model) or not unfused_norms(model):
+        return model
+    _log.info("%s trains for int8 with its norms folded into its convolutions", recipe.model)
+    return fuse(model.eval())
+
+
+def _last_layers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that make logits; two in distilled networks of timm. Raises BadArgument."""
+    if not isinstance(model, Classifier):
+        return last_layers(model)
+    layer = model.get_classifier()
+    assert isinstance(layer, nn.Linear)
+    return [layer]
+
+
+def _reset_classifier_(model: nn.Module, num_classes: int) -> None:
+    """Put a random last layer for so many classes in place of the network's own."""
+    reset: Callable[[int], None] = model.reset_classifier  # type: ignore[assignment]  # ours have it, and timm's all
+    reset(num_classes)
 
 
 def _move_head_(model: nn.Module, card: Card, classes: tuple[str, ...]) -> None:
     """Give the network, whose classes are the card's, a last layer for these classes: each has the row of its name."""
-    assert isinstance(model, Classifier)
     if card.classes is None and card.num_classes != len(classes):
         _log.info("the weights do not name %d classes: the last layer for %d is random", card.num_classes, len(classes))
-        model.reset_classifier(len(classes))
+        _reset_classifier_(model, len(classes))
         return
     hint = "fit a new last layer: --head probe"
     rows = match_classes(classes, card.classes, card.num_classes, f"the weights' network {card.model}", hint=hint)
     if rows == list(range(card.num_classes)):
         return
-    old = model.get_classifier()
-    assert isinstance(old, nn.Linear)
-    model.reset_classifier(len(classes))
-    new = model.get_classifier()
-    assert isinstance(new, nn.Linear)
+    before = _last_layers(model)
+    _reset_classifier_(model, len(classes))
     kept = [(i, row) for i, row in enumerate(rows) if row is not None]
     with torch.no_grad():
-        for i, row in kept:
-            new.weight[i], new.bias[i] = old.weight[row], old.bias[row]
+        for old, new in zip(before, _last_layers(model), strict=True):
+            for i, row in kept:
+                new.weight[i], new.bias[i] = old.weight[row], old.bias[row]
     fresh = [name for name, row in zip(classes, rows, strict=True) if row is None]
     dropped = card.num_classes - len(kept)
     _log.info(
@@ -238,33 +335,44 @@ def _move_head_(model: nn.Module, card: Card, classes: tuple[str, ...]) -> None:
 
 def _reset_head_(model: nn.Module, recipe: Recipe, images: TrainingImages) -> None:
     """Reset the last layer to random values, or with "probe" to the linear probe of the images' features."""
-    assert isinstance(model, Classifier)
-    model.reset_classifier(len(images.source.classes))
+    _reset_classifier_(model, len(images.source.classes))
     if recipe.head != "probe":
         return
-    features, labels = _features(model, images.subset(PROBE_IMAGES, recipe.plan.seed), recipe)
-    weight, bias = fit_linear_probe(features, labels, len(images.source.classes))
-    top1 = 100 * (features @ weight.T + bias).argmax(1).eq(labels).float().mean().item()
-    fc = model.get_classifier()
-    assert isinstance(fc, nn.Linear)
-    with torch.no_grad():
-        fc.weight.copy_(weight)
-        fc.bias.copy_(bias)
-    _log.info("the last layer was fitted to %d images, with a top-1 of %.1f %% on them", len(labels), top1)
+    last = _last_layers(model)
+    per_layer, labels = _features(model, last, images.subset(PROBE_IMAGES, recipe.plan.seed), recipe)
+    for fc, features in zip(last, per_layer, strict=True):
+        weight, bias = fit_linear_probe(features, labels, len(images.source.classes))
+        top1 = 100 * (features @ weight.T + bias).argmax(1).eq(labels).float().mean().item()
+        with torch.no_grad():
+            fc.weight.copy_(weight)
+            fc.bias.copy_(bias)
+        _log.info("the last layer was fitted to %d images, with a top-1 of %.1f %% on them", len(labels), top1)
 
 
 @torch.no_grad()
-def _features(model: Classifier, images: TrainingImages, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Give the inputs of the last layer (M, D) for all images, and the labels (M,)."""
-    network = fuse(model.eval()) if unfused_norms(model) else model.eval()
-    assert isinstance(network, Classifier)
+def _features(
+    model: nn.Module, last: Sequence[nn.Linear], images: TrainingImages, recipe: Recipe
+) -> tuple[list[Tensor], Tensor]:
+    """Give the inputs (M, D) of each of the last layers for all images, and the labels (M,)."""
+    # ours are fused for speed; fusing a network of timm may fold something into its last layer
+    is_ours = isinstance(model, Classifier)
+    network = fuse(model.eval()) if is_ours and unfused_norms(model) else model.eval()
     network = network.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    features, labels = [], []
-    for batch, classes in images.batches(recipe.preprocessing, recipe.plan.seed):
-        features.append(network.forward_head(network.forward_features(batch), pre_logits=True).cpu())
-        labels.append(classes.cpu())
+    features: list[list[Tensor]] = [[] for _ in last]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].cpu()))
+        for layer, seen in zip(_last_layers(network), features, strict=True)
+    ]
+    labels = []
+    try:
+        for batch, classes in images.batches(recipe.preprocessing, recipe.plan.seed):
+            network(batch)
+            labels.append(classes.cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
     network.to("cpu")
-    return torch.cat(features), torch.cat(labels)
+    return [torch.cat(seen) for seen in features], torch.cat(labels)
 
 
 def _expand(fused: nn.Module, like: nn.Module, recipe: Recipe, images: TrainingImages) -> nn.Module:
@@ -290,161 +398,3 @@ def _is_fused_checkpoint(out: Path) -> bool:
         except (OSError, SafetensorError):
             continue
     return False
-
-
-# -------------------------------------------------------------------------------------- teachers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    """What a teacher has to know of the student: its classes, its preprocessing, and its device."""
-
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    device: torch.device
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """A network to distill from: images (B, C, H, W) in its own preprocessing -> logits (B, N), and its classes' names.
-
-    `fixed_size` is the side of its images where it takes no other.
-    """
-
-    title: str
-    network: Callable[[Tensor], Tensor]
-    preprocessing: Preprocessing
-    num_classes: int
-    classes: tuple[str, ...] | None = None
-    fixed_size: int | None = None
-
-
-def open_teachers(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> TeacherEnsemble | None:
-    """Open the teachers that the recipe's plan names, adapted to the student; None where the plan does not distill.
-
-    Raises BadArgument, BadCheckpoint, MissingExtra.
-    """
-    distill = recipe.plan.distill
-    if distill is None:
-        return None
-    if not distill.teachers:
-        raise BadArgument(f"the recipe {recipe.name} needs a teacher: --plan.distill.teacher RUN, weights or timm:NAME")
-    student = Student(classes=classes, preprocessing=recipe.preprocessing, device=device)
-    teachers = [open_teacher(name, device) for name in distill.teachers]
-    _log.info("distilling from %s", ", ".join(teacher.title for teacher in teachers))
-    return TeacherEnsemble(tuple(TeacherAdapter.between(teacher, student) for teacher in teachers))
-
-
-def open_teacher(spec: str, device: torch.device) -> Teacher:
-    """Open `timm:NAME`, `timm:NAME@FILE`, `name@WEIGHTS`, an artifact, a run folder, weights, an id of the hub.
-
-    Raises BadArgument, BadCheckpoint, MissingExtra.
-    """
-    if is_timm(spec):
-        return _timm_teacher(spec, device)
-    if is_artifact(Path(spec)):
-        return _artifact_teacher(spec)
-    name, at, source = spec.rpartition("@")
-    network = open_network(source, name=name or None) if at and not Path(spec).exists() else open_network(spec)
-    if not network.is_fused:
-        network, _ = network.fused()
-    card = network.card
-    return Teacher(
-        title=spec,
-        network=network.model.to(device).requires_grad_(False),
-        preprocessing=network.preprocessing,
-        num_classes=card.num_classes,
-        classes=card.classes,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherEnsemble:
-    """Several teachers, evaluated one after the other. It is the `Teachers` of a training."""
-
-    members: tuple[TeacherAdapter, ...]
-
-    def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        """Give the logits (B, N) of each teacher for the student's images."""
-        return [member(images) for member in self.members]
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherAdapter:
-    """A teacher with the conversions from the student's images to its own, and from its classes to the student's."""
-
-    teacher: Teacher
-    scale: Tensor  # (1, C, 1, 1), with shift: from the student's normalization to the teacher's
-    shift: Tensor
-    class_map: Tensor | None  # for each class of the student the teacher's index; None where they are the same
-
-    @classmethod
-    def between(cls, teacher: Teacher, student: Student) -> TeacherAdapter:
-        """Adapt a teacher; raises BadArgument where it has other classes, or takes gray images and the student RGB."""
-        source, target = student.preprocessing, teacher.preprocessing
-        if source.channels == 3 and target.channels == 1:
-            raise BadArgument(f"the teacher {teacher.title} takes gray images, the student has colour: choose another")
-        channels = max(source.channels, target.channels)
-        mean, std, target_mean, target_std = (
-            torch.tensor((values * channels)[:channels] if len(values) == 1 else values, dtype=torch.float64)
-            for values in (source.mean, source.std, target.mean, target.std)
-        )
-        # (x std + mean - target_mean) / target_std as one multiplication and addition, rounded to float32 once
-        scale, shift = (
-            value.float().view(1, -1, 1, 1).to(student.device)
-            for value in (std / target_std, (mean - target_mean) / target_std)
-        )
-        return cls(teacher, scale, shift, _class_map(teacher, student))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Give the teacher's logits (B, N) for the student's classes, for the student's images (B, C, H, W)."""
-        inputs = images.float() * self.scale + self.shift
-        size = self.teacher.fixed_size
-        if size is not None and inputs.shape[2:] != (size, size):
-            inputs = F.interpolate(inputs, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        logits = self.teacher.network(inputs)
-        return logits if self.class_map is None else logits[:, self.class_map]
-
-
-def _class_map(teacher: Teacher, student: Student) -> Tensor | None:
-    hint = (
-        "fine-tune the teacher on these data first (onefold train --recipe photos:finetune), or name folders as it does"
-    )
-    try:
-        title = f"the teacher {teacher.title}"
-        outputs = all_outputs(student.classes, teacher.classes, teacher.num_classes, title, hint=hint)
-    except BadData as error:
-        raise BadArgument(str(error)) from error
-    same = outputs == list(range(teacher.num_classes))
-    return None if same else torch.tensor(outputs, device=student.device)
-
-
-def _artifact_teacher(spec: str) -> Teacher:
-    """Open an exported artifact, which computes on the CPU from numpy arrays."""
-    predictor = open_predictor(spec)
-
-    def network(images: Tensor) -> Tensor:
-        logits = predictor.session(np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32))
-        return torch.from_numpy(np.asarray(logits)).to(images.device)
-
-    return Teacher(
-        title=predictor.title,
-        network=network,
-        preprocessing=predictor.preprocessing,
-        num_classes=predictor.num_classes,
-        classes=predictor.classes,
-        fixed_size=int(predictor.facts["input_shape"][1]),
-    )
-
-
-def _timm_teacher(spec: str, device: torch.device) -> Teacher:
-    """Open a model of timm by its name, with its published weights, or with those of a file."""
-    timm_model = open_pretrained(spec)
-    return Teacher(
-        title=spec,
-        network=timm_model.model.to(device).requires_grad_(False),
-        preprocessing=timm_model.preprocessing,
-        num_classes=timm_model.num_classes,
-        classes=timm_model.classes,
-        fixed_size=timm_model.fixed_size,
-    )

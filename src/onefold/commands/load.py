@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from onefold.commands.open_network import Predictor, open_network, open_predictor, weights_file, with_class_names
-from onefold.commands.timm_networks import is_timm
+from onefold.commands.timm_networks import is_timm, stored_model
 from onefold.data import Preprocessing
 from onefold.data.in_memory import prepare_all
 from onefold.errors import BadArgument
@@ -97,18 +97,22 @@ def load_model(
         model, card = onefold.load_model("runs/photos-finetune")
     """
     path = os.fspath(source)
-    as_it_is = is_artifact(Path(path)) or is_timm(path)
-    if as_it_is and (num_classes is not None or in_chans is not None):
+    if is_artifact(Path(path)):
+        _refuse_changes(path, num_classes, in_chans)
+        session = exporter.load(Path(path))
+        return SessionModule(session), _card_of(session.artifact)
+    if is_timm(path) or is_timm(name or "") or stored_model(weights_file(path)) is not None:
+        _refuse_changes(path, num_classes, in_chans)
+        network = open_network(path, name=name)
+        return network.model, network.card
+    return hub.load_model(weights_file(path), name=name, num_classes=num_classes, in_chans=in_chans, quiet=quiet)
+
+
+def _refuse_changes(path: str, num_classes: int | None, in_chans: int | None) -> None:
+    if num_classes is not None or in_chans is not None:
         raise BadArgument(
             f"{path} is loaded as it is: num_classes and in_chans are for the weights of onefold's networks"
         )
-    if as_it_is and not is_timm(path):
-        session = exporter.load(Path(path))
-        return SessionModule(session), _card_of(session.artifact)
-    if as_it_is:
-        network = open_network(path)
-        return network.model, network.card
-    return hub.load_model(weights_file(path), name=name, num_classes=num_classes, in_chans=in_chans, quiet=quiet)
 
 
 class SessionModule(nn.Module):

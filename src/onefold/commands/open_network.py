@@ -19,7 +19,7 @@ from torch import nn
 
 from onefold.checksums import MANIFEST, unseal
 from onefold.commands.class_matching import read_class_names
-from onefold.commands.timm_networks import is_timm, load_stored_timm, open_timm
+from onefold.commands.timm_networks import is_timm, load_stored_timm, load_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import cost
@@ -145,7 +145,7 @@ class NameCheck:
     @classmethod
     def of(cls, network: Network, source: str | Path, name: str | None) -> NameCheck | None:
         """Give the check; None where the weights tell what they are, or have no norms any more."""
-        if name is None or is_timm(source) or network.is_fused:
+        if name is None or is_timm(source) or is_timm(name) or network.is_fused:
             return None
         others = tuple(other for other in possible_names(weights_file(source), name) if other != network.card.model)
         return cls(network=network, source=source, others=others) if others else None
@@ -258,12 +258,18 @@ class Predictor:
 
 
 def open_network(source: str | Path, *, name: str | None = None) -> Network:
-    """Open the torch network of a run (its best weights), a file of weights, an id of the hub, or `timm:NAME`."""
+    """Open the torch network of a run (its best weights), a file of weights, an id of the hub, or `timm:NAME`.
+
+    With `name` timm:NAME a file or an id of the hub holds weights of that network of timm.
+    """
     if is_timm(source):
         model, card = open_timm(str(source))
         return Network(model=model, card=card, title=str(source))
     file = weights_file(source)
-    model, card = load_stored_timm(Path(file)) or load_model(file, name=name)
+    if name is not None and is_timm(name):
+        model, card = load_timm(name, file)
+    else:
+        model, card = load_stored_timm(Path(file)) or load_model(file, name=name)
     if not card.num_classes:
         _log.info("%s has no last layer: its outputs are features and no classes", source)
     return Network(model=model.eval(), card=card, title=str(source))

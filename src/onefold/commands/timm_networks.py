@@ -1,29 +1,33 @@
-"""timm's networks, opened as ours are: to distill from, and to be fused, exported and measured beside them.
+"""timm's networks, opened as ours are: to train, to teach, and to be fused, exported and measured.
 
     timm:NAME         random initialization, the same at each call: for latencies, which do not depend on the weights
     timm:NAME@FILE    the weights of a file
 
-Randomly initialized networks have no accuracy, and everything made of them says so. Their norms are recalibrated on
-synthetic images: as timm initializes them, the logits of some networks are near 1e14 and those of others do not depend
-on the image, so that the parity of an artifact would prove nothing.
+A training takes timm:NAME as its model, and weights from a file, a run or the hub (`load_timm`). Randomly initialized
+networks have no accuracy, and everything made of them says so. Where they are opened for latencies their norms are
+recalibrated on synthetic images: as timm initializes them, the logits of some networks are near 1e14 and those of
+others do not depend on the image, so that the parity of an artifact would prove nothing.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
-from onefold.models.safe_load import read
-from onefold.models.weights_file import Card, verify, write_weights
+from onefold.models.hub import locate
+from onefold.models.load_weights import class_names_in
+from onefold.models.safe_load import CheckpointContents, read
+from onefold.models.weights_file import Card, config_preprocessing, is_ours, verify, write_weights
 from onefold.reparam import fuse
 from onefold.runtimes.reference_logits import make_images
 
@@ -33,39 +37,8 @@ _NUM_IMAGES = 8
 _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimmModel:
-    """A network of timm in eval mode, its preprocessing, its license and the version of timm.
-
-    `fixed_size` is the side of its images where it takes no other.
-    """
-
-    model: nn.Module
-    name: str
-    preprocessing: Preprocessing
-    classes: tuple[str, ...] | None
-    num_classes: int
-    fixed_size: int | None
-    licence: str
-    version: str
-
-    def card(self, file: Path | None) -> Card:
-        """Give its card; `file` is where its weights are from, None where they are at random initialization."""
-        untrained = file is None
-        return Card(
-            model=PREFIX + self.name,
-            num_classes=self.num_classes,
-            in_chans=self.preprocessing.channels,
-            classes=None if untrained else self.classes,
-            preprocessing=self.preprocessing.to_dict(),
-            untrained=untrained,
-            licence="Apache-2.0 (timm's code; random weights)" if untrained else self.licence,
-            source=f"timm {self.version}, {'random weights: accuracy unknown' if untrained else f'from {file}'}",
-        )
-
-
 def is_timm(source: str | Path) -> bool:
-    """Whether a source names a network of timm."""
+    """Whether a source, or the model of a recipe, names a network of timm."""
     return str(source).startswith(PREFIX)
 
 
@@ -74,34 +47,29 @@ def open_timm(spec: str) -> tuple[nn.Module, Card]:
 
     Raises BadArgument, BadCheckpoint, MissingExtra.
     """
-    name, file = _split(spec)
+    model_name, file = split_timm(spec)
     if file is not None:
-        timm_model = _from_file(spec, name, file)
-        return timm_model.model, timm_model.card(file)
-    timm = _timm(spec, name)
+        return load_timm(model_name, file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            timm_model = _timm_model(timm, name, timm.create_model(name, pretrained=False))
-        except (RuntimeError, ValueError) as error:
-            raise BadArgument(
-                f"timm does not make {name!r} ({_brief(error)}): give a name of timm.list_models()"
-            ) from error
-        init_norm_statistics_(timm_model.model, timm_model.preprocessing)
-    return timm_model.model, timm_model.card(None)
+        card = timm_card(model_name)
+        model = create_timm(model_name, num_classes=card.num_classes, in_chans=card.in_chans).eval()
+        init_norm_statistics_(model, Preprocessing.from_dict(card.preprocessing))
+    return model, card
 
 
-def open_pretrained(spec: str) -> TimmModel:
-    """Open `timm:NAME` with the weights that timm publishes on the hub, or `timm:NAME@FILE`.
+def open_pretrained(spec: str) -> tuple[nn.Module, Card]:
+    """Open `timm:NAME` with the weights that timm publishes on the hub, or `timm:NAME@FILE`, in eval mode.
 
     Raises as `open_timm`, and NetworkFailed where the hub cannot be reached.
     """
-    name, file = _split(spec)
+    model_name, file = split_timm(spec)
     if file is not None:
-        return _from_file(spec, name, file)
-    timm = _timm(spec, name)
+        return load_timm(model_name, file)
+    name = model_name.removeprefix(PREFIX)
+    timm = _timm(model_name)
     try:
-        return _timm_model(timm, name, timm.create_model(name, pretrained=True))
+        model: nn.Module = timm.create_model(name, pretrained=True).eval()
     except (RuntimeError, ValueError) as error:
         raise _no_weights(spec, name, error) from error
     except Exception as error:  # the network raises errors of whatever package timm downloads with
@@ -109,31 +77,193 @@ def open_pretrained(spec: str) -> TimmModel:
             f"the weights of {spec} cannot be downloaded ({type(error).__name__}: {_brief(error)}): check the network "
             f"and HF_HUB_OFFLINE, or give them as timm:{name}@FILE"
         ) from error
-
-
-def _from_file(spec: str, name: str, file: Path) -> TimmModel:
-    """Open the network with as many classes as the last layer in the file has."""
-    timm = _timm(spec, name)
-    tensors = read(file).tensors
-    last, first = (
-        (names,) if isinstance(names, str) else tuple(names)  # distilled networks have two classifiers
-        for names in (timm.get_pretrained_cfg_value(name, key) or () for key in ("classifier", "first_conv"))
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    names = config.get("label_names")
+    num_classes = int(getattr(model, "num_classes", 0))
+    card = replace(
+        timm_card(model_name),
+        num_classes=num_classes,
+        classes=tuple(names) if names and len(names) == num_classes else None,
+        untrained=False,
+        licence=str(config.get("license") or ""),
+        source=f"timm {timm.__version__}",
     )
+    return model, card
+
+
+# ----------------------------------------------------------------------------- for a training
+
+
+def split_timm(spec: str) -> tuple[str, Path | None]:
+    """Split `timm:NAME@FILE` into timm:NAME and the file, None where there is none. Raises BadArgument."""
+    model_name, at, file = spec.partition("@")
+    if at and not file:
+        raise BadArgument(f"{spec} has no file after its @: give {model_name}@FILE, or {model_name} for random weights")
+    return model_name, Path(file) if at else None
+
+
+def create_timm(model_name: str, *, num_classes: int, in_chans: int, dropout: float | None = None) -> nn.Module:
+    """Create timm:NAME at timm's own random initialization, in train mode; `dropout` is that before the last layer.
+
+    Raises BadArgument, MissingExtra.
+    """
+    timm, name = _timm(model_name), model_name.removeprefix(PREFIX)
+    options = {} if dropout is None else {"drop_rate": dropout}
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _not_made(name, error) from error
+    return model
+
+
+def load_timm(
+    model_name: str, source: str | Path, *, in_chans: int | None = None, dropout: float | None = None
+) -> tuple[nn.Module, Card]:
+    """Load timm:NAME, in eval mode, with weights from a file or an id of the hub, and give its card.
+
+    It has as many classes as the weights' last layer, and is fused where the weights are. For other `in_chans` than
+    the weights' the first convolution takes sums or repetitions, as timm does. Raises BadCheckpoint, BadArgument,
+    MissingExtra, NetworkFailed.
+    """
+    card, tensors = _read_timm(model_name, source, quiet=False)
+    channels = card.in_chans if in_chans is None else in_chans
+    model = create_timm(model_name, num_classes=card.num_classes, in_chans=channels, dropout=dropout)
+    if channels != card.in_chans:
+        tensors = _with_channels(model_name, tensors, channels)
+    try:
+        model = fuse(model.eval()) if card.fused else model.eval()
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        if card.fused:
+            raise BadCheckpoint(
+                f"{source} does not fit {card.model} of timm {_timm(model_name).__version__} ({_brief(error)}): it is "
+                f"{card.source}; fuse the network again"
+            ) from error
+        raise _no_weights(f"{model_name}@{source}", model_name.removeprefix(PREFIX), error) from error
+    return model, card
+
+
+def read_timm_card(model_name: str, source: str | Path) -> Card:
+    """Give the card that `load_timm` would give, without making the network. Raises as `load_timm` does."""
+    return _read_timm(model_name, source, quiet=True)[0]
+
+
+def timm_card(model_name: str) -> Card:
+    """Give the card of timm:NAME at random initialization: its classes, and how images are prepared for it.
+
+    Raises BadArgument, MissingExtra.
+    """
+    timm = _timm(model_name)
+    preprocessing = _preprocessing(model_name)
+    return Card(
+        model=model_name,
+        num_classes=int(_config(model_name).num_classes),
+        in_chans=preprocessing.channels,
+        preprocessing=preprocessing.to_dict(),
+        untrained=True,
+        licence="Apache-2.0 (timm's code; random weights)",
+        source=f"timm {timm.__version__}, random weights: accuracy unknown",
+    )
+
+
+def released_weights(model_name: str) -> str:
+    """Give the id on the Hugging Face hub of the weights that timm publishes for a network; empty where it has none.
+
+    Raises BadArgument, MissingExtra.
+    """
+    return str(_config(model_name).hf_hub_id or "")
+
+
+def fixed_size(model_name: str) -> int | None:
+    """Give the side of the images of a network that takes no other; None where it takes any."""
+    config = _config(model_name)
+    return int(config.input_size[1]) if config.fixed_input_size else None
+
+
+def last_layers(model: nn.Module) -> list[nn.Linear]:
+    """Give the linear layers that make logits in a network of timm: two in distilled ones, whose mean is the answer.
+
+    Raises BadArgument where the last layer is of another kind.
+    """
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    given = config.get("classifier") or ()
+    layers = [model.get_submodule(name) for name in ((given,) if isinstance(given, str) else given)]
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if not linear or len(linear) < len(layers):
+        raise BadArgument(
+            f"the last layer of {type(model).__name__} is no Linear, to which images could be fitted: --head fresh "
+            "begins with a random one"
+        )
+    return linear
+
+
+def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Card, dict[str, Tensor]]:
+    """The card and the tensors of weights for timm:NAME."""
+    name, config = model_name.removeprefix(PREFIX), _config(model_name)
+    last, first = (
+        (names,) if isinstance(names, str) else tuple(names or ())  # distilled networks have two classifiers
+        for names in (config.classifier, config.first_conv)
+    )
+    file = locate(source)
+
+    def fits(keys: Any) -> bool:
+        return any(f"{part}.weight" in keys for part in last)
+
+    own = _own_contents(file.path)
+    if own is not None:
+        card = verify(own, file.path, quiet=quiet)
+        if _base(card.model) != _base(model_name):
+            hint = f"--model {card.model}" if is_timm(card.model) else f"it is no network of timm: --model {card.model}"
+            raise BadCheckpoint(f"{source} holds weights of {card.model}, not of {model_name}: give {hint}")
+        return card, own.tensors
+    contents = read(file.path, fits=fits, select=file.select, quiet=quiet)
+    tensors = contents.tensors
     heads = {len(tensors[f"{part}.weight"]) for part in last if f"{part}.weight" in tensors}
     if len(heads) != 1:
         missing = " or ".join(f"{part}.weight" for part in last)
         found = f"classifiers of {' and '.join(map(str, sorted(heads)))} classes" if heads else f"no {missing}"
-        raise BadCheckpoint(f"{file} has {found}, the last layer of timm's {name}: it is of another model")
+        raise BadCheckpoint(f"{file.path} has {found}, the last layer of timm's {name}: it is of another model")
+    num_classes = heads.pop()
     stems = [tensors[f"{part}.weight"] for part in first if f"{part}.weight" in tensors]
     channels = next((int(stem.shape[1]) for stem in stems if stem.dim() == 4), 3)
     if channels not in (1, 3):
-        raise BadCheckpoint(f"{file} takes images of {channels} channels: only grey and colour ones are known here")
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=heads.pop(), in_chans=channels)
-        model.load_state_dict(dict(tensors))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _no_weights(spec, name, error) from error
-    return _timm_model(timm, name, model, channels)
+        raise BadCheckpoint(
+            f"{file.path} takes images of {channels} channels: only grey and colour ones are known here"
+        )
+    preprocessing = _preprocessing(model_name, channels, quiet=quiet).to_dict()
+    preprocessing |= config_preprocessing(file.config, preprocessing)
+    labels = config.label_names
+    classes = tuple(labels) if labels and len(labels) == num_classes else None
+    card = Card(
+        model=model_name,
+        num_classes=num_classes,
+        in_chans=channels,
+        classes=classes or _class_names(contents, file.config, num_classes, str(source), quiet),
+        preprocessing=preprocessing,
+        # without a tag the license is unknown
+        licence=file.licence or (str(config.license or "") if "." in name else ""),
+        source=f"timm {_timm(model_name).__version__}, from {source}",
+    )
+    return card, tensors
+
+
+def _class_names(
+    contents: CheckpointContents, config: Mapping[str, Any], num_classes: int, source: str, quiet: bool
+) -> tuple[str, ...] | None:
+    remarks: list[str] = []
+    classes = class_names_in({**contents.metadata, **contents.extras, **config}, num_classes, remarks)
+    for remark in () if quiet else remarks:
+        _log.info("%s: %s", source, remark)
+    return classes
+
+
+def _with_channels(model_name: str, tensors: Mapping[str, Tensor], channels: int) -> dict[str, Tensor]:
+    """The tensors with a first convolution for images of so many channels."""
+    first = _config(model_name).first_conv or ()
+    names = {f"{part}.weight" for part in ((first,) if isinstance(first, str) else first)}
+    adapt = _timm(model_name).models.adapt_input_conv
+    _log.info("the first convolution of %s is made one for %d channels, as timm does", model_name, channels)
+    return {name: adapt(channels, tensor) if name in names else tensor for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -169,51 +299,52 @@ def load_stored_timm(path: Path) -> tuple[nn.Module, Card] | None:
 
     Raises BadCheckpoint where the file is damaged or of another timm, MissingExtra.
     """
+    model_name = stored_model(path)
+    return None if model_name is None else load_timm(model_name, path)
+
+
+def stored_model(path: str | Path) -> str | None:
+    """Give the timm:NAME of a file of our own format, such as a run's best weights; None where it is another file."""
+    path = Path(path)
     if not path.is_file():
         return None
     with path.open("rb") as file:
         if PREFIX.encode() not in file.read(_HEADER):
             return None
-    contents = read(path)
-    if f'"model": "{PREFIX}' not in contents.metadata.get("card", ""):
-        return None
-    card = verify(contents, path)
-    name = card.model.removeprefix(PREFIX)
-    timm = _timm(card.model, name)
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=card.num_classes, in_chans=card.in_chans)
-    try:
-        model = fuse(model.eval()) if card.fused else model.eval()
-        model.load_state_dict(contents.tensors)
-    except RuntimeError as error:
-        raise BadCheckpoint(
-            f"{path} does not fit {card.model} of timm {timm.__version__} ({_brief(error)}): it is {card.source}; "
-            "fuse the network again"
-        ) from error
-    return model, card
+    contents = _own_contents(path)
+    card = None if contents is None else verify(contents, path, quiet=True)
+    return None if card is None or not is_timm(card.model) else card.model
+
+
+def _own_contents(path: Path) -> CheckpointContents | None:
+    """The contents of a file of our own format; None of any other. Raises BadCheckpoint where it cannot be read."""
+    with path.open("rb") if path.is_file() else nullcontext() as file:
+        if file is None or b'"onefold"' not in file.read(_HEADER):
+            return None
+    contents = read(path, quiet=True)
+    return contents if is_ours(contents.metadata) else None
 
 
 # -------------------------------------------------------------------------------- the package
 
 
-def _split(spec: str) -> tuple[str, Path | None]:
-    name, at, file = spec.removeprefix(PREFIX).partition("@")
-    if at and not file:
-        raise BadArgument(f"{spec} has no file after its @: give timm:{name}@FILE, or timm:{name} for random weights")
-    return name, Path(file) if at else None
+def check_timm(model_name: str) -> None:
+    """Raise MissingExtra where timm cannot be imported, BadArgument where it has no such network."""
+    _timm(model_name)
 
 
-def _timm(spec: str, name: str) -> Any:
-    """Import timm. Raises MissingExtra where it cannot be, BadArgument where it has no such model."""
+def _timm(model_name: str) -> Any:
+    name = model_name.removeprefix(PREFIX)
     try:
         import timm
     except RuntimeError as error:
         raise MissingExtra(
-            f"{spec} needs timm, and the torchvision that timm imports was built for another torch ({error}): install "
-            "the two from one place, as pytorch.org says"
+            f"{model_name} needs timm, and the torchvision that timm imports was built for another torch ({error}): "
+            "install the two from one place, as pytorch.org says"
         ) from error
     except ImportError as error:
         raise MissingExtra(
-            f"{spec} needs timm, and it cannot be imported ({error}): pip install 'onefold[timm]'"
+            f"{model_name} needs timm, and it cannot be imported ({error}): pip install 'onefold[timm]'"
         ) from error
     base = name.partition(".")[0]
     if not timm.is_model(base):
@@ -222,33 +353,44 @@ def _timm(spec: str, name: str) -> Any:
     return timm
 
 
-def _timm_model(timm: Any, name: str, model: Any, in_chans: int | None = None) -> TimmModel:
-    config: Mapping[str, Any] = model.pretrained_cfg
-    channels, height, width = config["input_size"]
+def _config(model_name: str) -> Any:
+    """timm's pretrained configuration of a network, of the tag that its name has or of the default one."""
+    timm, name = _timm(model_name), model_name.removeprefix(PREFIX)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise _not_made(name, error) from error
+    if config is None:
+        raise BadArgument(f"timm does not say how images are prepared for {name!r}: choose another network")
+    return config
+
+
+def _not_made(name: str, error: Exception) -> BadArgument:
+    return BadArgument(f"timm does not make {name!r} ({_brief(error)}): give a name of timm.list_models()")
+
+
+def _base(model_name: str) -> str:
+    return model_name.removeprefix(PREFIX).partition(".")[0]
+
+
+def _preprocessing(model_name: str, in_chans: int | None = None, *, quiet: bool = False) -> Preprocessing:
+    """How images are prepared for a network, by its pretrained configuration. Raises BadArgument."""
+    config, name = _config(model_name), model_name.removeprefix(PREFIX)
+    channels, height, width = config.input_size
     if height != width or channels not in (1, 3):
         raise BadArgument(f"timm's {name} takes images of {channels}x{height}x{width}: only square ones are known here")
-    mean, std = tuple(config["mean"]), tuple(config["std"])
+    mean, std = tuple(config.mean), tuple(config.std)
     if in_chans == 1 and channels == 3:  # its configuration is that of the colour network
         channels, mean, std = 1, (sum(mean) / len(mean),), (sum(std) / len(std),)
-        _log.info("%s has one channel: its mean and std are the averages of the colour network's", name)
-    names = config.get("label_names")
-    preprocessing = Preprocessing(
+        if not quiet:
+            _log.info("%s has one channel: its mean and std are the averages of the colour network's", name)
+    return Preprocessing(
         size=int(height),
-        crop_pct=float(config.get("crop_pct") or 0.875),
+        crop_pct=float(config.crop_pct or 0.875),
         mean=mean,
         std=std,
-        interpolation=config.get("interpolation") or "bilinear",
+        interpolation=config.interpolation or "bilinear",
         channels=1 if channels == 1 else 3,
-    )
-    return TimmModel(
-        model=model.eval(),
-        name=name,
-        preprocessing=preprocessing,
-        classes=tuple(names) if names and len(names) == model.num_classes else None,
-        num_classes=int(model.num_classes),
-        fixed_size=int(height) if config.get("fixed_input_size") else None,
-        licence=str(config.get("license") or "") if "." in name else "",  # without a tag the license is unknown
-        version=str(timm.__version__),
     )
 
 

@@ -33,12 +33,11 @@ from onefold.commands.initial_weights import (
     fold_frozen_,
     init_network,
     initialized_from,
-    open_teachers,
     provenance,
     resumed_network,
+    starting_card,
 )
 from onefold.commands.load import Source, chosen_weights, verb
-from onefold.commands.open_network import weights_file
 from onefold.commands.progress import training_bar
 from onefold.commands.run import Run, TrainResult, new_folder
 from onefold.commands.run_recipe import (
@@ -48,6 +47,8 @@ from onefold.commands.run_recipe import (
     read_recipe,
     settings_of_run,
 )
+from onefold.commands.teachers import open_teachers
+from onefold.commands.timm_networks import check_timm, is_timm
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
@@ -55,7 +56,7 @@ from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models import resolve
-from onefold.models.hub import Card, weights_card
+from onefold.models.hub import Card
 from onefold.quantize import Method, ModelQParams, calibrate_qat, prepare_qat_
 from onefold.recipes import Recipe, recipe_for
 from onefold.reparam import unfused_norms
@@ -131,8 +132,9 @@ def train(
     """Train a network by a recipe, and give the run: its folder, history, best epoch, and the verbs as methods.
 
     `data` is a folder of photos, one folder a class, or "digits", or any place that `onefold data` understands; `val`
-    another one to validate on. `model` takes the place of the recipe's network; `weights`, a file, a run or an id of
-    the hub, are what it starts from: a recipe that needs some takes the released ones of its model. `out` is the
+    another one to validate on. `model` takes the place of the recipe's network, and may be one of timm, timm:NAME, with
+    its own preprocessing; `weights`, a file, a run or an id of the hub, are what it starts from: a recipe that needs
+    some takes the released ones of its model. `out` is the
     run folder, by default a new one in runs/; `resume` a run to go on with, and then only `data`, where its photos have
     moved, `threads`, `device` and `log_to` are given with it. `img_size` is in pixels, `lr` the rate of the
     whole batch; `changes` sets any other field of the recipe, such as {"plan.clip_grad_norm": 1.0}. `threads` are of
@@ -203,7 +205,8 @@ def start_run(
         if RunFolder(out).has_run:
             open_data(recipe.data)  # data that are not there are the first thing to say
             raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-        resolve(recipe.model)  # an unknown name is an error before the data are read
+        check = check_timm if is_timm(recipe.model) else resolve
+        check(recipe.model)  # an unknown name is an error before the data are read
         return recipe, False
 
     return _run(plan_run, out, callbacks, log_to, check, device)
@@ -359,8 +362,7 @@ def _base_records(recipe: Recipe) -> Records:
     """What the weights that a run starts from were trained on, as far as that is recorded."""
     if recipe.weights is None:
         return ()
-    card = weights_card(weights_file(recipe.weights), name=recipe.model)
-    return records_of(recipe.weights, card.trained_on) or ()
+    return records_of(recipe.weights, starting_card(recipe).trained_on) or ()
 
 
 def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:

@@ -101,8 +101,24 @@ def as_unit(tree: nn.Module) -> Unit | None:
 def make_unit(branches: Sequence[Branch]) -> Unit | None:
     """The unit of these branches; None where they differ in more than kernel size, or cannot be one convolution."""
     convs = [branch.conv for branch in branches if branch.conv is not None]
-    on_batch = all(norm.training or norm.running_mean is None for _, norm in branches)
-    if not convs or not on_batch or len(branches) - len(convs) > 1:
+    if not on_batch(branches) or len(branches) - len(convs) > 1:
+        return None
+    geometry = common_geometry(convs, has_skip=len(convs) < len(branches))
+    channels = (convs[0].in_channels, convs[0].out_channels) if convs else (0, 0)
+    return None if geometry is None else Unit(tuple(branches), channels, geometry)
+
+
+def on_batch(branches: Iterable[Branch]) -> bool:
+    """Whether all norms use the batch's statistics."""
+    return all(norm.training or norm.running_mean is None for _, norm in branches)
+
+
+def common_geometry(convs: Sequence[nn.Conv2d], *, has_skip: bool) -> Geometry | None:
+    """The patch of the one convolution that convolutions of one input, and a skip, add up to; None where there is none.
+
+    They may differ in kernel size and padding alone, and maps have to have one size.
+    """
+    if not convs:
         return None
     first = convs[0]
     if not all(conv.padding_mode == "zeros" and conv.dilation == (1, 1) and is_linear(conv) for conv in convs):
@@ -112,11 +128,11 @@ def make_unit(branches: Sequence[Branch]) -> Unit | None:
     geometry = _union(convs)
     # Maps have one size if kernels reach equally far past their padding.
     ahead = {tuple(k - 1 - 2 * p for k, p in zip(c.kernel_size, padding(c), strict=True)) for c in convs}
-    if len(convs) < len(branches):  # a skip reads one pixel and keeps channels and size
+    if has_skip:  # it reads one pixel and keeps channels and size
         ahead.add((0, 0))
         if first.in_channels != first.out_channels or geometry.stride != (1, 1):
             return None
-    return Unit(tuple(branches), (first.in_channels, first.out_channels), geometry) if len(ahead) == 1 else None
+    return geometry if len(ahead) == 1 else None
 
 
 def as_clamp(act: nn.Module | None) -> tuple[bool, Act]:

@@ -35,6 +35,7 @@ from onefold.reparam.dataflow import (
     roots,
 )
 from onefold.reparam.drift import EPS32, exact_drift, unit, wrong_layer
+from onefold.reparam.find_trees import TrainingForward
 from onefold.reparam.folding_rules import Chain, Sum, fused_layer, input_channels, is_linear
 from onefold.reparam.fuse_conv_bn import fold_norms_, layers
 
@@ -92,6 +93,9 @@ def fuse(model: nn.Module, example: Tensor | Example | None = None) -> nn.Module
         )
     if remarks:
         warnings.warn("; ".join(remarks), UnfoldedWarning, stacklevel=2)
+    for module in fused.model.modules():
+        if isinstance(vars(module).get("forward"), TrainingForward):  # of layers that may be gone
+            del module.forward
     return fused.model
 
 

@@ -8,6 +8,7 @@ Shapes: M maps (the branches' outputs, and the input where there is a skip), eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onefold.reparam.branches import Unit, check_batch
+from onefold.reparam.branches import Branch, check_batch
 from onefold.reparam.folding_rules import update_running_stats_
 from onefold.reparam.kernels import cpu
 from onefold.reparam.kernels.base import Act, library
@@ -25,31 +26,34 @@ from onefold.reparam.kernels.base import Act, library
 class _Call:
     """What is not a tensor of an evaluation."""
 
-    unit: Unit
+    branches: tuple[Branch, ...]
     act: Act
 
 
-def supports(unit: Unit, x: Tensor) -> bool:
-    """Whether the kernels take this unit: float32 on a CPU, norms that do not share statistics between processes."""
+def supports(branches: Sequence[Branch], x: Tensor) -> bool:
+    """Whether the kernels take these: float32 on a CPU, norms that do not share statistics between processes."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in unit.branches)
-    return known and not synchronized and len(unit.branches) <= cpu.MAX_MAPS and library() is not None
+    synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in branches)
+    return known and not synchronized and len(branches) <= cpu.MAX_MAPS and library() is not None
 
 
-def mix(unit: Unit, x: Tensor, act: Act) -> Tensor:
-    """act(unit(x)) with batch statistics; (B, I, H, W) to (B, O, H', W'). Updates the norms' buffers."""
-    maps, norms = _maps(unit, x), [branch.norm for branch in unit.branches]
+def mix(branches: Sequence[Branch], x: Tensor, act: Act) -> Tensor:
+    """act of the branches' sum, with batch statistics; (B, I, H, W) to (B, O, H', W'). Updates the norms' buffers.
+
+    The convolutions may be of any form that gives maps of one size.
+    """
+    maps, norms = _maps(branches, x), [branch.norm for branch in branches]
     affine = [p for norm in norms if norm.weight is not None for p in (norm.weight, norm.bias)]
     y: Tensor = _Mix.apply(  # type: ignore[no-untyped-call]
-        _Call(unit, act), *maps, *affine
+        _Call(tuple(branches), act), *maps, *affine
     )
     return y
 
 
-def _maps(unit: Unit, x: Tensor) -> list[Tensor]:
+def _maps(branches: Sequence[Branch], x: Tensor) -> list[Tensor]:
     """The inputs of the branches' norms: pointwise convolutions pass the batch on, and the skip takes it last."""
     maps: dict[int, Tensor] = {}
-    for number, (conv, _) in sorted(enumerate(unit.branches), key=lambda pair: pair[1].conv is None):
+    for number, (conv, _) in sorted(enumerate(branches), key=lambda pair: pair[1].conv is None):
         if conv is None:
             maps[number] = x
         elif conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0)):
@@ -65,7 +69,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
-        norms = [branch.norm for branch in call.unit.branches]
+        norms = [branch.norm for branch in call.branches]
         maps, parameters = tensors[: len(norms)], tensors[len(norms) :]
         count = maps[0].numel() // maps[0].shape[1]
         check_batch(count, maps[0])
@@ -89,7 +93,7 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        norms = [branch.norm for branch in call.unit.branches]
+        norms = [branch.norm for branch in call.branches]
         y, mean, inv_std, gain, *rest = ctx.saved_tensors
         maps, parameters = rest[: len(norms)], rest[len(norms) :]
         y = grad if y is None else y

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -26,7 +26,7 @@ from onefold.reparam.folding_rules import Chain, Route, Sum, fold, input_channel
 from onefold.reparam.fused_norms import mix
 from onefold.reparam.fused_norms import supports as mix_supports
 from onefold.reparam.kernels import Reference, passes_for
-from onefold.reparam.kernels.base import Act
+from onefold.reparam.kernels.base import Act, Geometry
 from onefold.reparam.moments import Patches, convolve
 from onefold.reparam.stencil import Stencil
 
@@ -34,7 +34,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 __all__ = ["Route", "evaluate", "folded", "mixed", "moments", "per_branch", "quickest", "set_route_"]
 
 
-def _opaque(function: _Function) -> _Function:
+def opaque(function: _Function) -> _Function:
     """torch.compile breaks its graph at `function`, as at one that `torch.compiler.disable` has wrapped.
 
     That is asked for at the first call under torch.compile only: it imports the compiler, which takes over a second.
@@ -53,7 +53,7 @@ def _opaque(function: _Function) -> _Function:
     return cast(_Function, call)
 
 
-@_opaque
+@opaque
 def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """One convolution in all, in training mode too, and exactly; (B, I, H, W) to (B, O, H', W').
 
@@ -62,20 +62,20 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
     unit = as_unit(tree) if x.dim() == 4 else None
-    return _then(act, _by_rules(tree, x)) if unit is None else _with(act, unit, x, convolve)
+    return _then(act, _by_rules(tree, x)) if unit is None else with_act(act, partial(convolve, unit, x))
 
 
-@_opaque
+@opaque
 def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """Every convolution by itself, then all norms, their sum and the activation in one pass.
 
     `per_branch` where there are no kernels for that: on other devices and dtypes, and for trees that are not units.
     """
     unit = as_unit(tree) if x.dim() == 4 else None
-    return per_branch(tree, x, act) if unit is None or not mix_supports(unit, x) else _with(act, unit, x, mix)
+    return per_branch(tree, x, act) if unit is None or not mix_supports(unit.branches, x) else _mixed(unit, x, act)
 
 
-@_opaque
+@opaque
 def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """One convolution, folded where it stands, for trees whose norms are frozen; gradients flow to their kernels.
 
@@ -93,7 +93,7 @@ def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     return _then(act, F.conv2d(x, kernel, bias, total.stride, total.padding, total.dilation, total.groups))
 
 
-@_opaque
+@opaque
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """The route that costs least for this unit and batch, by count (see `costs`); outside training `per_branch`."""
     unit = as_unit(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
@@ -101,13 +101,13 @@ def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor
     return per_branch(tree, x, act) if y is None else y
 
 
-@_opaque
+@opaque
 def evaluate(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
     """act(unit(x)) by `moments` or `mixed`, whichever costs less; None where evaluating each layer costs least."""
     by_moments, by_mixing, by_branch = costs(unit, x)
     if by_branch < min(by_moments, by_mixing):
         return None
-    return _with(act, unit, x, convolve if by_moments <= by_mixing else mix)
+    return with_act(act, partial(convolve, unit, x)) if by_moments <= by_mixing else _mixed(unit, x, act)
 
 
 def set_route_(model: nn.Module, route: Route) -> nn.Module:
@@ -120,10 +120,14 @@ def set_route_(model: nn.Module, route: Route) -> nn.Module:
     return model
 
 
-def _with(act: nn.Module | None, unit: Unit, x: Tensor, route: Callable[[Unit, Tensor, Act], Tensor]) -> Tensor:
-    """act(unit(x)), the activation within the route if it is one that routes know."""
+def _mixed(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor:
+    return with_act(act, partial(mix, unit.branches, x))
+
+
+def with_act(act: nn.Module | None, route: Callable[[Act], Tensor]) -> Tensor:
+    """act of what a route computes, the activation within the route if it is one that routes know."""
     included, clamp = as_clamp(act)
-    return _then(None if included else act, route(unit, x, clamp if included else None))
+    return _then(None if included else act, route(clamp if included else None))
 
 
 def _then(act: nn.Module | None, y: Tensor) -> Tensor:
@@ -177,20 +181,37 @@ def costs(unit: Unit, x: Tensor) -> Costs:
     """Of the three routes, forward and backward."""
     move = MOVE * (LOW_MOVE if _in_bfloat16(x) else 1)
     per_branch = _branches(unit, x) + move * SLOW_NORM * unit.channels[1] * len(unit.branches)
-    return Costs(_moments(unit, x), _branches(unit, x) if mix_supports(unit, x) else float("inf"), per_branch)
+    return Costs(_moments(unit, x), _branches(unit, x) if mix_supports(unit.branches, x) else float("inf"), per_branch)
 
 
 def _moments(unit: Unit, x: Tensor) -> float:
     """Convolution, its two gradients, the moments and theirs; the algebra on kernels, shared by all places."""
-    (c_in, c_out), geometry = unit.channels, unit.geometry
+    return moments_cost(unit.geometry, unit.channels, len(unit.convs), x)
+
+
+def moments_cost(geometry: Geometry, channels: tuple[int, int], num_convs: int, x: Tensor) -> float:
+    """What the `moments` route costs for so many convolutions that are one of this geometry."""
+    c_in, c_out = channels
     size = geometry.kernel_size[0] * geometry.kernel_size[1] * c_in // geometry.groups
     depthwise = c_in == geometry.groups
     square = geometry.groups * size * size
     products = 3 * c_out * size + 1.5 * square * (LAG if depthwise and geometry.stride == (1, 1) else 1)
-    algebra = 2 * len(unit.convs) * c_out * size * size / _places(unit, x)
+    algebra = 2 * num_convs * c_out * size * size / places(geometry, x)
     moved = MOVE * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
     plain = isinstance(passes_for(x, geometry, c_out), Reference)
     return (products + moved) * (PLAIN if plain else 1) + algebra
+
+
+def layers_cost(convs: Sequence[nn.Conv2d], num_norms: float, x: Tensor) -> float:
+    """What convolutions of one input cost layer by layer, with so many norms after them: all passes over maps."""
+    low, c_out = _in_bfloat16(x), convs[0].out_channels
+    move, total = MOVE * (LOW_MOVE if low else 1), 0.0
+    for conv in convs:
+        depthwise = conv.groups == conv.in_channels > 1
+        slow = SLOW_DEPTHWISE if depthwise else LOW_PRODUCTS if low else 1.0
+        total += 3 * slow * conv.weight.numel()
+        total += move * 3 * (c_out + conv.in_channels * conv.stride[0] * conv.stride[-1])
+    return total + move * SLOW_NORM * c_out * num_norms
 
 
 def _branches(unit: Unit, x: Tensor) -> float:
@@ -221,6 +242,7 @@ def _has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _places(unit: Unit, x: Tensor) -> int:
-    (down, across), (b, _, h, w) = unit.geometry.stride, x.shape
+def places(geometry: Geometry, x: Tensor) -> int:
+    """The places of the output over the batch, about."""
+    (down, across), (b, _, h, w) = geometry.stride, x.shape
     return max(1, b * (h // down) * (w // across))

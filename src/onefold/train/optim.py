@@ -1,7 +1,8 @@
 """The optimizer of a Plan: learning-rate and decay schedules, parameter groups, frozen modules, averaged weights (EMA).
 
-A network's *levels* are its children in order, an `nn.Sequential` counting as one level for each of its own children:
-the stem, each stage, the head. Layer-wise learning rates and freezing count depth in them, whatever the network is.
+A network's *levels* are its children with parameters in order, an `nn.Sequential` or `nn.ModuleList` counting as one
+level for each of its own such children: the stem, each stage, the head. Layer-wise learning rates and freezing count
+depth in them, whatever the network is.
 """
 
 from __future__ import annotations
@@ -222,9 +223,14 @@ def levels(model: nn.Module) -> list[str]:
     """Give the paths of a network's levels, from the input to the head."""
     paths: list[str] = []
     for name, child in model.named_children():
-        inside = [f"{name}.{key}" for key, _ in child.named_children()] if isinstance(child, nn.Sequential) else []
-        paths += inside or [name]
+        is_series = isinstance(child, (nn.Sequential, nn.ModuleList))
+        inside = [f"{name}.{key}" for key, part in child.named_children() if _is_trained(part)] if is_series else []
+        paths += inside or ([name] if _is_trained(child) else [])
     return paths
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
