@@ -5,9 +5,13 @@ The integers come from arithmetic on the papers' layer tables, done outside of t
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from onefold.models import CATALOGUE, create_model
 from onefold.models.flops import cost
@@ -136,3 +140,45 @@ def test_counting_needs_no_memory_and_knows_half_precision() -> None:
 def test_a_network_without_a_convolution_is_refused() -> None:
     with pytest.raises(ValueError, match="no convolution"):
         cost(nn.Linear(3, 3), 224)
+
+
+class _EveryRule(nn.Module):
+    """Operations whose shapes are worked out here and not by torch, with broadcasting, strides, dilation and tails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 5, stride=2, padding=1, dilation=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 8, 3, stride=2)
+        self.rows, self.tokens = nn.LayerNorm(8), nn.Linear(8, 6, bias=False)
+        self.head = nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(torch.relu(self.norm(self.stem(x))))
+        y = torch.maximum(y * y.mean((2, 3), keepdim=True).sigmoid(), nn.functional.hardtanh_(y - 1.0))
+        tokens = self.rows(y.flatten(2).mT)
+        mixed = self.tokens((tokens @ tokens.mT).softmax(-1) @ tokens)
+        return self.head(torch.cat([y.mean((-1, -2)), nn.functional.silu(mixed).mean(1)], dim=-1))
+
+
+def test_shapes_that_are_worked_out_here_are_torchs() -> None:
+    model, image = _EveryRule().eval(), torch.zeros(1, 3, 33, 29)
+    with FlopCounterMode(display=False) as theirs:
+        model(image)
+    assert cost(model, (33, 29)).macs == theirs.get_total_flops() // 2
+
+
+def test_no_compiler_is_imported_to_count_to_fuse_or_to_open_fused_weights() -> None:
+    """torch's takes over a second, which was most of the time of `onefold fuse` and `onefold predict`."""
+    code = """
+import sys, torch
+from onefold.models import cost, create_model
+from onefold.models.load_weights import _empty_fused
+from onefold.reparam import fuse
+for name in ("mobilenetv1_025", "mobileformer_26m"):
+    model = create_model(name, num_classes=2).eval()
+    cost(model, 64), cost(fuse(model), 64), cost(_empty_fused(model), 64)
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

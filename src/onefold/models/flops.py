@@ -13,11 +13,12 @@ paper's numbers are those of MobileOne folded, and of Mobile-Former with its nor
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -44,7 +45,10 @@ def cost(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no convolution, so it cannot take an image to be counted on")
-    meta = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    shapes = {
+        id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (*model.parameters(), *model.buffers())
+    }
+    meta = copy.deepcopy(model, shapes).to("meta").eval()
     written: list[int] = []
     for module in meta.modules():
         if isinstance(module, (_BatchNorm, DynamicReLU)):
@@ -61,8 +65,73 @@ def cost(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     )
 
 
+# ------------------------------------------------------------------------- shapes on the meta device
+#
+# torch works them out by rules in Python, the first of which imports sympy and the compiler, for over a second. Those
+# that usual networks need stand here; for what is not here torch's own are called.
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")  # its new_empty and empty_like are such rules
+
+
+def _elementwise(*args: object, **_: object) -> Tensor:
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    shape = torch.broadcast_tensors(*tensors)[0].shape
+    return _empty(shape, torch.result_type(tensors[0], tensors[-1]))
+
+
+def _mean(x: Tensor, dims: Sequence[int], keepdim: bool = False, **_: object) -> Tensor:
+    reduced = {dim % x.dim() for dim in dims}
+    sizes = [1 if dim in reduced else size for dim, size in enumerate(x.shape) if keepdim or dim not in reduced]
+    return _empty(sizes, x.dtype)
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return _empty(shape, parts[0].dtype)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    dilations: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    if rest[0]:  # transposed
+        out: Tensor = _aten.convolution(x, weight, bias, strides, paddings, dilations, *rest)
+        return out
+    sizes = zip(x.shape[2:], weight.shape[2:], strides, paddings, dilations, strict=True)
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return _empty([len(x), len(weight), *sides], x.dtype)
+
+
+_aten: Any = torch.ops.aten
+_SHAPES: Mapping[Any, Callable[..., Any]] = {
+    **{
+        getattr(_aten, name).default: _elementwise
+        for name in ("relu", "sigmoid", "hardsigmoid", "hardswish", "hardtanh", "gelu", "silu", "leaky_relu", "maximum")
+    },
+    **dict.fromkeys([_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor], _elementwise),
+    **dict.fromkeys([_aten.relu_.default, _aten.hardtanh_.default, _aten.silu_.default], lambda x, *_: x),
+    _aten._native_batch_norm_legit_no_training.default: lambda x, *_: (x, x, x),
+    _aten.native_layer_norm.default: lambda x, *_: (x, x, x),
+    _aten._softmax.default: lambda x, *_: x,
+    _aten.mean.dim: _mean,
+    _aten.mm.default: lambda a, b: _empty([len(a), b.shape[1]], a.dtype),
+    _aten.addmm.default: lambda bias, a, b, **_: _empty([len(a), b.shape[1]], a.dtype),
+    _aten.bmm.default: lambda a, b: _empty([*a.shape[:2], b.shape[2]], a.dtype),
+    _aten.cat.default: _cat,
+    _aten.convolution.default: _convolution,
+}
+
+
 class _CountedFlops(TorchDispatchMode):
-    """Counts by the formulas of torch's FlopCounterMode, which imports the compiler, for over a second."""
+    """Counts by the formulas of torch's FlopCounterMode, which imports the compiler as well."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,6 +140,10 @@ class _CountedFlops(TorchDispatchMode):
             if isinstance(module, SqueezeExcite):
                 module.register_forward_pre_hook(lambda *_: self._enter(1))
                 module.register_forward_hook(lambda *_: self._enter(-1))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # by torch's own, each call would go through the compiler, which is imported
+        return False
 
     def _enter(self, by: int) -> None:
         self._gates += by
@@ -82,7 +155,7 @@ class _CountedFlops(TorchDispatchMode):
             decomposed = func.decompose(*args, **kwargs)
         if decomposed is not NotImplemented:
             return decomposed
-        out = func(*args, **kwargs)
+        out = _SHAPES.get(func, func)(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
             self.flops += flops

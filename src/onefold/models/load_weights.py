@@ -24,7 +24,9 @@ from onefold.models.restricted_unpickler import Placeholder
 from onefold.models.safe_load import CheckpointContents, read
 from onefold.models.state_dicts import NO_WEIGHTS
 from onefold.models.weights_file import Card, is_ours, verify
-from onefold.reparam import fuse, unfused_norms
+from onefold.reparam import unfused_norms
+from onefold.reparam.folding_rules import fused_layer
+from onefold.reparam.fuse import outermost_trees
 from onefold.storage import normalize_name, parse_json
 
 _log = logging.getLogger("onefold")
@@ -175,12 +177,13 @@ def load_into_(model: nn.Module, weights: Weights, name: str) -> nn.Module:
 
 
 def _empty_fused(model: nn.Module) -> nn.Module:
-    """The fused form of a training network, to be filled: only what fusing leaves as it is has its values."""
-    empty = fuse(copy.deepcopy(model).to("meta").eval()).to_empty(device="cpu").train(model.training)
-    kept, fused = model.state_dict(), empty.state_dict()
-    same = [key for key in kept.keys() & fused.keys() if kept[key].shape == fused[key].shape]
-    empty.load_state_dict({key: kept[key] for key in same}, strict=False)
-    return empty
+    """The fused form of a training network, to be filled: of its values only those that fusing leaves are of use.
+
+    Its trees are folded as they are, which is the shortest way to their layers' shapes; there is nothing to prove.
+    """
+    trees = copy.deepcopy(model).eval()
+    layers: dict[int, object] = {id(tree): fused_layer(tree) for _, tree in outermost_trees(trees)}
+    return copy.deepcopy(trees, layers).train(model.training)
 
 
 def guess_model(tensors: Mapping[str, Tensor], family: str = "") -> str | None:

@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 Pair = tuple[int, int]
 
@@ -127,27 +126,22 @@ class Stencil:
         c_in, c_out = self.channels
         if min(self.padding) < 0:
             raise ValueError(f"no convolution has a negative padding, as this stencil's {self.padding}")
-        conv = skip_init(
-            nn.Conv2d,
-            *(c_in, c_out, self.kernel_size, self.stride, self.padding, self.dilation, self.groups),
-            device=self.weight.device,
-            dtype=dtype,
-        )
-        with torch.no_grad():
-            conv.weight.copy_(self.weight)
-            conv.bias.copy_(self.bias)
-        assert isinstance(conv, nn.Conv2d)
+        shape = c_in, c_out, self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+        conv = nn.Conv2d(*shape, device="meta", dtype=dtype)  # without the time of an initialization
+        conv.weight, conv.bias = self._parameters(self.weight, dtype)
         return conv
 
     def linear(self, dtype: torch.dtype) -> nn.Linear:
         """The Linear layer that this stencil, with a 1x1 kernel, is for vectors."""
         dense = self.regroup(1)
-        linear = skip_init(nn.Linear, *dense.channels, device=self.weight.device, dtype=dtype)
-        with torch.no_grad():
-            linear.weight.copy_(dense.weight.flatten(1))
-            linear.bias.copy_(dense.bias)
-        assert isinstance(linear, nn.Linear)
+        linear = nn.Linear(*dense.channels, device="meta", dtype=dtype)
+        linear.weight, linear.bias = self._parameters(dense.weight.flatten(1), dtype)
         return linear
+
+    def _parameters(self, weight: Tensor, dtype: torch.dtype) -> list[nn.Parameter]:
+        """A kernel and the bias, rounded to a dtype, as parameters that share no memory with them."""
+        rounded = (t.detach().to(dtype, copy=True, memory_format=torch.contiguous_format) for t in (weight, self.bias))
+        return [nn.Parameter(t) for t in rounded]
 
     @property
     def _spacing(self) -> Pair:
