@@ -262,6 +262,57 @@ def test_a_ratio_in_words(value: float, low: float, high: float, floor: float, w
     assert said.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("slower", "noise", "said"),
+    [
+        (8000, {"others": 2.0}, "b is 8x (95 % CI 8-8) slower than a on a noisy machine, which may have changed this "
+         "by a factor of 1.5 at the most."),
+        (125, {"others": 2.0}, "b is 8x (95 % CI 8-8) faster than a on a noisy machine, which may have changed this "
+         "by a factor of 1.5 at the most."),
+        (1400, {"others": 2.0}, "No verdict on b against a: +40.0 % (95 % CI +40.0 % to +40.0 %) was measured on a "
+         "noisy machine, where times may be off by a factor of 1.5; measure again when it is idle."),
+        (1400, {"steal": 0.2}, "b is 1.4x (95 % CI 1.4-1.4) slower than a on a noisy machine, which may have changed "
+         "this by a factor of 1.25 at the most."),
+        (1000, {"steal": 0.2}, "No verdict on b against a: +0.0 % (95 % CI +0.0 % to +0.0 %) was measured on a noisy "
+         "machine, where times may be off by a factor of 1.25; measure again when it is idle."),
+        (1400, {"others": 0.5}, "b is 1.4x (95 % CI 1.4-1.4) slower than a."),
+        (1000, {}, "No difference between b and a: +0.0 % (95 % CI +0.0 % to +0.0 %) lies within the noise."),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_withheld_only_where_the_noise_could_change_it(
+    slower: int, noise: dict[str, float], said: str
+) -> None:
+    a, b, twin = (measurement([each] * 64, bench.Noise(**noise)) for each in (1000, slower, 1000))
+    assert bench.Comparison(measurements={"a": a, "b": b}, twin=twin).sentences() == [said]
+
+
+def test_samples_that_scatter_widen_what_noise_may_have_changed() -> None:
+    """The slow tenth of one takes twice as long as its quick tenth, and the baseline differs from itself by 10 %."""
+    a, b, twin = (measurement(each) for each in ([1000] * 64, [1000, 2000] * 32, [1100] * 64))
+    ratio = bench.Comparison(measurements={"a": a, "b": b}, twin=twin).ratio("b")
+    assert ratio.noise == pytest.approx(2.0 * 1.1)
+    assert ratio.low / ratio.noise < 1 < ratio.low
+    assert not ratio.is_certain
+
+
+@pytest.mark.parametrize(
+    ("noise", "threads", "factor"),
+    [
+        ({}, 1, 1.0),
+        ({"others": 4.0}, 1, 2.0),
+        ({"load_before": 9.0, "others": 1.0}, 1, 1.25),  # the load is of earlier work where others' time is known
+        ({"load_before": 2.0, "load_after": 4.0}, 1, 1.75),  # one of the four was this process
+        ({"steal": 0.5}, 1, 2.0),
+        ({"steal": 1.0}, 1, 1000.0),
+        ({"mhz_before": 1000.0, "mhz_after": 1500.0}, 1, 1.5),
+        ({}, 8, 2.0),
+        ({"remarks": ("The phone was hot.",), "others": 2.0}, 1, 3.0),
+    ],
+)
+def test_noise_slows_by_a_factor_at_the_most(noise: dict[str, object], threads: int, factor: float) -> None:
+    assert bench.Noise(**noise).factor(MACHINE, threads) == pytest.approx(factor)
+
+
 def test_a_comparison_refuses_what_it_cannot_compare() -> None:
     with pytest.raises(BadArgument, match="two calls"):
         bench.compare({"a": lambda: None}, QUICK)

@@ -1,7 +1,8 @@
 """Which of several calls is faster, by how much, and how sure one may be of it.
 
 The calls are timed in rounds, each once a round, in an order drawn anew; the first one, the baseline, is timed twice
-a round. What its two series differ by is the noise floor: a difference inside it is called no difference.
+a round. What its two series differ by is the noise floor: a difference inside it is called no difference. Where the
+machine was noisy, a difference has a verdict if it is larger than all that this noise could make of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from onefold.bench.measurement import Call, Clock, Instruments, Measurement, Procedure, as_measurements, run_series
-from onefold.bench.timing_noise import interval_over, paired_interval
+from onefold.bench.timing_noise import interval_over, paired_interval, percentile
 from onefold.errors import BadArgument, BadData
 
 _FEWEST_ROUNDS = 16
@@ -22,25 +23,39 @@ _FEWEST_PROCESSES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Time of one call over time of another, with its 95 % interval; `floor` is the A/A band (0.01: within 1 %)."""
+    """Time of one call over time of another, with its 95 % interval; `floor` is the A/A band (0.01: within 1 %).
+
+    `noise` is the factor by which a noisy machine may have changed it at the most, 1 on a quiet one.
+    """
 
     value: float
     low: float
     high: float
     floor: float = 0.0
+    noise: float = 1.0
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the machine was quiet, or the interval leaves out 1 also where the noise has widened it."""
+        return self.noise <= 1 or not self.low / self.noise <= 1 <= self.high * self.noise
 
     @property
     def verdict(self) -> Literal["faster", "slower", "no difference"]:
-        """A difference counts when the interval leaves out 1 and the value lies outside the noise floor."""
+        """By the samples: a difference counts when the interval leaves out 1 and the value is outside the floor."""
         inside = abs(math.log(self.value)) <= math.log1p(self.floor)
         if inside or self.low <= 1 <= self.high:
             return "no difference"
         return "faster" if self.value < 1 else "slower"
 
     def words(self, name: str, baseline: str) -> str:
-        """The verdict as a sentence."""
+        """The verdict as a sentence, on a noisy machine with its noise; no verdict where that could change it."""
+        seen = f"{_percent(self.value)} (95 % CI {_percent(self.low)} to {_percent(self.high)})"
+        if not self.is_certain:
+            return (
+                f"No verdict on {name} against {baseline}: {seen} was measured on a noisy machine, where times may be "
+                f"off by a factor of {self.noise:.3g}; measure again when it is idle."
+            )
         if self.verdict == "no difference":
-            seen = f"{_percent(self.value)} (95 % CI {_percent(self.low)} to {_percent(self.high)})"
             return f"No difference between {name} and {baseline}: {seen} lies within the noise."
         quick = self.verdict == "faster"
         times = [1 / self.value, 1 / self.high, 1 / self.low] if quick else [self.value, self.low, self.high]
@@ -49,7 +64,8 @@ class Ratio:
         else:
             share = sorted(100 * abs(1 - bound) for bound in (self.low, self.high))
             much = f"{100 * abs(1 - self.value):.1f} % (95 % CI {share[0]:.1f}-{share[1]:.1f} %) {self.verdict} than"
-        return f"{name} is {much} {baseline}."
+        noise = f" on a noisy machine, which may have changed this by a factor of {self.noise:.3g} at the most"
+        return f"{name} is {much} {baseline}{noise if self.noise > 1 else ''}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +96,25 @@ class Comparison:
         return Ratio(value=value, low=low, high=high, floor=band)
 
     def ratio(self, name: str) -> Ratio:
-        """Time of `name` over time of the baseline: the median of the rounds' ratios, and its bootstrap interval."""
+        """Time of `name` over time of the baseline: the median of the rounds' ratios, and its bootstrap interval.
+
+        Its noise is what `Noise.factor` knows of the machine, times the noise floor, times the ratio of the slow tenth
+        of a call's samples to its quick tenth, of the one that scatters more.
+        """
         if name not in self.measurements:
             raise BadArgument(f"no {name!r} in this comparison; it has {', '.join(self.measurements)}")
-        value, low, high = self._interval(self.measurements[name])
-        return Ratio(value=value, low=low, high=high, floor=self.floor.floor)
+        base, other = self.measurements[self.baseline], self.measurements[name]
+        value, low, high = self._interval(other)
+        noise, floor = 1.0, self.floor.floor
+        if "noisy" in (base.verdict, other.verdict):
+            machine = max(each.noise.factor(each.machine, each.procedure.threads) for each in (base, other))
+            tails = [percentile(each.latencies_ns, 0.9) / percentile(each.latencies_ns, 0.1) for each in (base, other)]
+            noise = machine * (1 + floor) * max(tails)
+        return Ratio(value=value, low=low, high=high, floor=floor, noise=noise)
 
     def sentences(self) -> list[str]:
-        """One sentence for each call but the baseline; no verdict where the machine was noisy during either."""
-        base, sentences = self.measurements[self.baseline], []
-        for name in list(self.measurements)[1:]:
-            ratio = self.ratio(name)
-            if "noisy" in (base.verdict, self.measurements[name].verdict):
-                seen = f"{_percent(ratio.value)} (95 % CI {_percent(ratio.low)} to {_percent(ratio.high)})"
-                sentences.append(
-                    f"No verdict on {name} against {self.baseline}: {seen} was measured on a noisy machine; measure "
-                    "again when it is idle."
-                )
-            else:
-                sentences.append(ratio.words(name, self.baseline))
-        return sentences
+        """One sentence for each call but the baseline."""
+        return [self.ratio(name).words(name, self.baseline) for name in list(self.measurements)[1:]]
 
     def _interval(self, other: Measurement) -> tuple[float, float, float]:
         base = self.measurements[self.baseline]
@@ -157,7 +172,7 @@ def pooled(comparisons: Sequence[Comparison], name: str) -> Ratio:
     """The ratio of `name` over several processes, one comparison each: the process is the unit, not the sample.
 
     The median of the processes' ratios and a bootstrap interval over processes; at least five are needed (BadArgument).
-    The floor is the same for the baseline's twin.
+    The floor is the same for the baseline's twin; what noise did to single processes is in the interval.
     """
     if len(comparisons) < _FEWEST_PROCESSES:
         raise BadArgument(f"pooling needs {_FEWEST_PROCESSES} comparisons or more; got {len(comparisons)}")

@@ -194,6 +194,27 @@ class Noise:
         of_machine = (*_of_load(self, machine.available_cores, threads), *_of_others(self, machine.available_cores))
         return (*self.remarks, *of_machine, *_of_samples(samples))
 
+    def factor(self, machine: Machine, threads: int) -> float:
+        """By what factor what else the machine did may have slowed a call at the most; 1 where it did nothing.
+
+        Each counts as if the call had lost what others got: the cores that others used (the load, where that is not
+        known), the time that a hypervisor took, the clock's change, threads without a core of their own. A remark, of
+        which the effect is not known, counts as a factor of 2.
+        """
+        cores, load = machine.available_cores, max(self.load_before or 0.0, (self.load_after or 0.0) - threads)
+        others = load if self.others is None else self.others
+        clocks = (
+            sorted((self.mhz_before or 1.0, self.mhz_after or 1.0)) if self.mhz_before and self.mhz_after else (1, 1)
+        )
+        taken = 1 / max(1e-3, 1 - (self.steal or 0.0))
+        return (
+            (1 + others / cores)
+            * taken
+            * (clocks[1] / clocks[0])
+            * max(1.0, threads / cores)
+            * (2.0 if self.remarks else 1.0)
+        )
+
 
 def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:
     """The load rule: more than half the cores; where other processes' time is known, on top of this process's own."""

@@ -182,7 +182,8 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     if pair := data.best_fusion:
         ratio = pair.ratio
         interval = f"95 % CI {significant(1 / ratio.high)}–{significant(1 / ratio.low)}"
-        title = "Speedup by fusing" if ratio.verdict == "faster" else "Speedup by fusing (not a gain)"
+        doubt = "" if ratio.verdict == "faster" else " (not a gain)"
+        title = f"Speedup by fusing{doubt if ratio.is_certain else ' (within the noise)'}"
         tiles.append((title, f"{significant(1 / ratio.value)}×", f"{interval}; {pair.context}"))
     drifts = [(artifact.drift, artifact) for artifact in data.inputs.artifacts if artifact.drift is not None]
     if drifts:
