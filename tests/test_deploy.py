@@ -19,9 +19,11 @@ from torch import nn
 import onefold
 from onefold.bench import Procedure
 from onefold.cli import main
-from onefold.commands.calibration import Calibration
-from onefold.commands.deploy import DeployOptions, _gate, _kept_artifacts, _unfinished, build_deployment
-from onefold.commands.deployment import DeployResult, Verdict
+from onefold.commands import calibration
+from onefold.commands.calibration import Budget, Calibration
+from onefold.commands.deploy import _kept_artifacts, _unfinished, build_deployment
+from onefold.commands.deployment import QUICK, DeployOptions, DeployResult, Verdict, gate_of
+from onefold.commands.open_network import open_network
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
@@ -135,12 +137,9 @@ def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
 def test_a_failed_gate_says_whether_the_photos_are_too_few_to_tell(
     lost: int, count: int, max_drop: float, ends: str, tmp_path: Path
 ) -> None:
-    artifact = SimpleNamespace(precision="int8")
+    artifact = SimpleNamespace(precision="int8", details={})
     verdict = Verdict(name="onnx-int8", artifact=artifact, top1=50.0, changed=lost, count=count, lost=lost, won=0)  # type: ignore[arg-type]
-    order = DeployOptions(
-        runtimes=["onnx"], precisions=["int8"], calibration=Calibration(data="digits"), max_drop=max_drop
-    )
-    gate = _gate(verdict, order)
+    gate = gate_of(verdict, max_drop)
     assert gate.passed == (lost == 0)
     assert gate.sentence.endswith(ends)
     done = DeployResult(folder=tmp_path, network=None, verdicts=(), gates=(gate,), top1=None, data="")  # type: ignore[arg-type]
@@ -286,6 +285,62 @@ def test_mistakes_are_said_before_anything_is_done(
     assert main([*start, "--to", "ncnn"]) == 2
     assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err
     assert not (tmp_path / "deploy").exists()
+
+
+# ---- less of everything, and minutes
+
+
+def test_a_deployment_without_time_makes_one_artifact_and_names_the_rest(weights: Path, tmp_path: Path) -> None:
+    """It is quick as well, which the folder says too."""
+    order = DeployOptions(
+        runtimes=["onnx"],
+        precisions=["fp32", "int8"],
+        calibration=Calibration(data="digits", search=True),
+        quick=True,
+        minutes=1e-6,
+    )
+    said = list[str]()
+    done = build_deployment(weights, tmp_path / "deploy", order, say=said.append)
+    assert [path.name for path in sorted(done.folder.iterdir()) if path.is_dir()] == ["onnx-fp32", "results"]
+    parts = "onnx-int8, the score of onnx-fp32 and the timing"
+    left_out = f"left out, for lack of time in the 1e-06 minutes that were given: {parts}"
+    assert done.notes == (QUICK, left_out)
+    assert done.verdicts == ()
+    assert done.data.endswith("; 128 of them scored, evenly")
+    assert done.failure is None
+    assert {QUICK, left_out} <= set(said)
+    readme = (done.folder / "README.md").read_text()
+    assert f"**{QUICK.capitalize()}.**" in readme
+    assert "**Left out, for lack of time" in readme
+    assert "| onnx-fp32 | not scored |" in readme
+    page = (done.folder / "report.html").read_text()
+    assert QUICK in page
+    assert left_out in page
+
+
+def test_a_quick_deployment_takes_no_more_than_was_asked_for() -> None:
+    order = DeployOptions(runtimes=["onnx"], precisions=["int8"], calibration=Calibration(data="digits"), quick=True)
+    short = order.shortened()
+    assert (short.calibration.count, short.procedure.samples) == (64, 50)
+    fewer = replace(order, calibration=Calibration(data="digits", count=8), procedure=Procedure(samples=16))
+    assert fewer.shortened() == fewer
+    assert replace(order, quick=False).shortened() == replace(order, quick=False)
+
+
+def test_minutes_that_are_none_are_refused(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deploy"
+    assert main(["deploy", str(weights), "--data", "digits", "--out", str(out), "--minutes", "0"]) == 2
+    assert "minutes must be more than 0, not 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_calibration_that_was_cut_short_is_not_kept(weights: Path) -> None:
+    network, order = open_network(weights), Calibration(data="digits", count=8, search=True)
+    before, budget = set(calibration.calibrations_folder().iterdir()), Budget(1e-6)
+    calibration.quantized(network, order, budget=budget)
+    assert budget.left_out == ["6 of 8 methods of calibration"]
+    assert set(calibration.calibrations_folder().iterdir()) == before
+    assert Budget().allows("anything", 1e9)
 
 
 # ---- a deployment that was stopped

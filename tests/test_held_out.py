@@ -24,7 +24,8 @@ from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.cli import main
 from onefold.commands.bench import known_accuracy, note_accuracy
 from onefold.commands.calibration import Calibration, quantized
-from onefold.commands.deploy import DeployOptions, _photos
+from onefold.commands.deploy import _photos
+from onefold.commands.deployment import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onefold.quantize import MINMAX, Method, quantize
 from onefold.quantize.calibrate import calibrate
 from onefold.quantize.graph import trace
-from onefold.quantize.method_search import search, sensitivity, skip_sensitive_layers
+from onefold.quantize.method_search import best_method, search, sensitivity, skip_sensitive_layers
 from onefold.runtimes import ModelInfo, export, load
 
 
@@ -42,6 +42,21 @@ def test_the_chosen_method_is_at_least_as_good_as_where_it_began(seeded: int) ->
     assert made.images == 32
     assert len(reported) >= 6
     assert all("8 held-out photos" in line for line in reported)
+
+
+def test_a_search_ends_where_there_is_no_time_for_the_next_method(seeded: int) -> None:
+    """The first is always tried; each other asks, with how much is left and how long the rest takes."""
+    model, x, reported, asked = Uneven().eval(), torch.randn(16, 3, 12, 12), [], []
+
+    def allows(what: str, seconds: float) -> bool:
+        asked.append((what, seconds))
+        return len(asked) < 3
+
+    best_method(model, x, MINMAX, reported.append, allows)
+    assert asked[0][0] == "7 of 8 methods of calibration"
+    assert asked[2][0] in ("5 of 8 methods of calibration", "4 of 8 methods of calibration")  # one was the first
+    assert len(reported) == 3
+    assert all(seconds > 0 for _, seconds in asked)
 
 
 def test_the_most_sensitive_layers_are_skipped(seeded: int) -> None:

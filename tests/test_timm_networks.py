@@ -19,8 +19,7 @@ from torch import nn
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands.calibration import Calibration, quantized
-from onefold.commands.deploy import DeployOptions, _gate
-from onefold.commands.deployment import Verdict
+from onefold.commands.deployment import Verdict, gate_of
 from onefold.commands.export import ExportOptions, _agreement, export_made, export_network
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
@@ -349,6 +348,6 @@ def test_the_gate_on_accuracy_says_what_drawn_weights_cannot_tell(seeded, tmp_pa
         artifact = export_made(each, None, tmp_path / "a", "onnx", "fp32")
         artifact = dataclasses.replace(artifact, precision="int8")
         verdict = Verdict(name="onnx-int8", artifact=artifact, top1=None, changed=40, count=100, lost=40, won=0)
-        gate = _gate(verdict, DeployOptions(runtimes=["onnx"], precisions=["int8"], calibration=Calibration(data="x")))
+        gate = gate_of(verdict, 1.0)
         assert gate.passed is passed
         assert ("40 of 100 answers of onnx-int8 are not the float network's. Its weights" in gate.sentence) is passed

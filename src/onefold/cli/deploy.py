@@ -27,6 +27,12 @@ def deploy(
     skip_layers: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
     threads: Threads = 1,
+    quick: Annotated[
+        bool, Option("--quick", help="at most 64 photos calibrate, 128 are scored and 50 calls timed")
+    ] = False,
+    minutes: Annotated[
+        float | None, Option(help="after this time leave out, and name, later candidates, artifacts and the timing")
+    ] = None,
     model: Name = None,
     use_ema: UseEma = None,
     img_size: Size = None,
@@ -54,6 +60,8 @@ def deploy(
             skip_layers=skip_layers,
             samples=samples,
             threads=threads,
+            quick=quick,
+            minutes=minutes,
             model=model,
             use_ema=use_ema,
             img_size=img_size,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -33,6 +35,7 @@ from onefold.models.weights_file import digest
 from onefold.quantize import MINMAX, Method, ModelQParams, Quantized, quantize
 from onefold.quantize.convert import calibration_state, from_calibration_state
 from onefold.quantize.method_search import best_method, skip_sensitive_layers
+from onefold.report.format import joined
 from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
@@ -41,6 +44,30 @@ _FACTS, _TENSORS = "calibration.json", "calibration.safetensors"
 
 _log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")
+
+
+class Budget:
+    """The minutes that a deployment may take, None without a limit; what is left out for them is named."""
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.minutes = minutes
+        self.left_out: list[str] = []
+        self._ends = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def allows(self, what: str, seconds: float = 0.0) -> bool:
+        """Whether there is time for `what`, which takes about so many seconds; if not, it is noted as left out."""
+        if time.monotonic() + seconds <= self._ends:
+            return True
+        self.left_out.append(what)
+        return False
+
+    @property
+    def note(self) -> str | None:
+        """A sentence that names what was left out; None where that is nothing."""
+        if not self.left_out:
+            return None
+        minutes = f"{self.minutes:g} minute{'' if self.minutes == 1 else 's'}"
+        return f"left out, for lack of time in the {minutes} that were given: {joined(self.left_out)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +99,15 @@ class Int8Network:
     calibrated_on: TrainedOn | None = None
 
 
-def quantized(network: Network, order: Calibration | None, say: Callable[[str], None] | None = None) -> Int8Network:
+def quantized(
+    network: Network,
+    order: Calibration | None,
+    say: Callable[[str], None] = lambda line: None,
+    budget: Budget | None = None,
+) -> Int8Network:
     """The int8 network: with the scales it was trained with, where it was trained for int8, and else calibrated.
+
+    A search for a method tries as many as the budget has time for; what it then finds is not kept for the next time.
 
     Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
     there is no order, and where it was, and the order asks for something else.
@@ -97,17 +131,22 @@ def quantized(network: Network, order: Calibration | None, say: Callable[[str], 
     kept = _kept_as(network, contents, order)
     made = _found(network, kept)
     if made is None:
-        made = _calibrated(network, source, order, say)
-        _keep(made, kept)
+        budget = Budget() if budget is None else budget
+        left_out = len(budget.left_out)
+        made = _calibrated(network, source, order, say, budget)
+        if len(budget.left_out) == left_out:
+            _keep(made, kept)
     return Int8Network(made=made, calibrated_on=TrainedOn.of(contents, "content"))
 
 
-def _calibrated(network: Network, source: Dataset, order: Calibration, say: Callable[[str], None] | None) -> Quantized:
+def _calibrated(
+    network: Network, source: Dataset, order: Calibration, say: Callable[[str], None], budget: Budget
+) -> Quantized:
     images, method = prepared_images(source, order, network.preprocessing), order.method
     if order.skip_layers:
         method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        method = best_method(network.model, images, method, say or (lambda _: None))
+        method = best_method(network.model, images, method, say, budget.allows)
     return quantize(network.model, images, method)
 
 

@@ -11,8 +11,8 @@ import torch
 from onefold.bench import Comparison, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
 from onefold.commands.calibration import Calibration
-from onefold.commands.deploy import DeployOptions, build_deployment
-from onefold.commands.deployment import DeployResult, Gate, write_gates
+from onefold.commands.deploy import build_deployment
+from onefold.commands.deployment import DeployOptions, DeployResult, Gate, write_gates
 from onefold.commands.fuse import fuse
 from onefold.commands.open_network import open_predictor
 from onefold.commands.report import write_page

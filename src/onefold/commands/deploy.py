@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -29,8 +30,19 @@ from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
-from onefold.commands.calibration import Calibration, Int8Network, quantized
-from onefold.commands.deployment import DeployResult, Gate, Verdict, readme, too_few, write_gates
+from onefold.commands.calibration import Budget, Calibration, Int8Network, quantized, spread
+from onefold.commands.deployment import (
+    QUICK,
+    QUICK_SCORED,
+    DeployOptions,
+    DeployResult,
+    Gate,
+    Verdict,
+    gate_of,
+    readme,
+    too_few,
+    write_gates,
+)
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_made
 from onefold.commands.held_out import (
@@ -47,46 +59,24 @@ from onefold.commands.load import Source, chosen_weights, verb
 from onefold.commands.open_network import Network, Predictor, open_network, open_predictor, predictor_of
 from onefold.commands.progress import shown_progress
 from onefold.commands.report import write_page
-from onefold.data import Dataset, ImageLoader
+from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.fingerprint import keys_of
 from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed, MissingExtra
 from onefold.models.weights_file import digest, hub_readme
 from onefold.quantize import Method
 from onefold.report import require_matplotlib
 from onefold.report.format import joined
-from onefold.runtimes import Artifact, Runtime, find_runtime, open_artifact
+from onefold.runtimes import Artifact, find_runtime, open_artifact
 from onefold.runtimes.base import installed_versions
-from onefold.runtimes.exporter import DRAWN
 from onefold.storage import replacing, write_text
 
 Say = Callable[[str], None]
 
+_COLD_S = 2.0  # of an artifact that is started in a fresh process, about
 _KEY = "unfinished.key"  # in the folder of a deployment that is not finished: what it is of
 
 _log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeployOptions:
-    """What to deploy to: runtimes and precisions by name, and the photos.
-
-    `data` calibrates int8: a folder of photos, or class folders, or one with train/ and val/, or "digits". `val` is
-    what to score on; without it the part of `data` that was not trained on, and where that has no labels the answers
-    are compared with the float network's. No photo that calibrates is scored. `max_drop` is in percent points of
-    top-1, against the float network in PyTorch. With `exact_fp32` a 32-bit artifact fails its gate by a single answer
-    that is not the network's. Without `timed` no latency is measured; `procedure` then says only on how many threads.
-    """
-
-    runtimes: Sequence[str]
-    precisions: Sequence[str]
-    calibration: Calibration
-    val: str | None = None
-    max_drop: float = 1.0
-    exact_fp32: bool = False
-    size: int | None = None
-    procedure: Procedure = field(default_factory=lambda: Procedure(samples=200))
-    timed: bool = True
 
 
 @verb
@@ -106,6 +96,8 @@ def deploy(
     skip_layers: int = 0,
     samples: int = 200,
     threads: int = 1,
+    quick: bool = False,
+    minutes: float | None = None,
     model: str | None = None,
     use_ema: bool | None = None,
     img_size: int | None = None,
@@ -113,7 +105,10 @@ def deploy(
 ) -> DeployResult:
     """Export, verify, evaluate and measure artifacts in one new folder: see the top of the file, and `DeployOptions`.
 
-    `data` are photos to calibrate int8 with and to evaluate on. Raises GateFailed once the folder is written, where an
+    `data` are photos to calibrate int8 with and to evaluate on. With `quick` at most 64 of them calibrate, 128 are
+    scored and 50 calls timed. After `minutes` later candidates, artifacts and the timing are left out, and named.
+
+    Raises GateFailed once the folder is written, where an
     artifact loses more than `max_drop` points of top-1; the rest as `build_deployment` does.
 
         onefold.deploy("runs/photos-finetune", "photos/", to=["onnx", "litert"], int8=True).folder
@@ -128,6 +123,8 @@ def deploy(
         max_drop=max_drop,
         size=img_size,
         procedure=Procedure(samples=samples, threads=threads),
+        quick=quick,
+        minutes=minutes,
     )
     with shown_progress():
         weights = chosen_weights(source, use_ema)
@@ -146,6 +143,7 @@ def build_deployment(
     holds something else.
     """
     require_matplotlib()  # for the report at the end, after minutes of work
+    order, budget = order.shortened(), Budget(order.minutes)
     wanted = _wanted(order)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
@@ -160,11 +158,17 @@ def build_deployment(
         _log.warning("%s", too_few(len(photos.scored), order.max_drop))
     order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
     with replacing(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
+        if order.quick:
+            say(QUICK)
+
+        def quantize() -> Int8Network:
+            return quantized(network, order.calibration if calibrates else None, say, budget)
+
         kept = _kept_artifacts(folder, wanted, say)
-        made = None
-        if any(precision == "int8" and f"{name}-int8" not in kept for name, precision in wanted):
-            made = quantized(network, order.calibration if calibrates else None, say)
-        done = _deploy(network, made, photos, wanted, kept, order, folder, say)
+        artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say)
+        done = _scored(network, artifacts, photos, order, budget, folder, say)
+        done = replace(done, gates=(*refused, *done.gates))
+        write_gates(done.gates, folder / "results", done.notes)
         _explain(done)
         (folder / _KEY).unlink()
         folder.rename(aside)
@@ -239,7 +243,9 @@ def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
     wanted = []
     for name in dict.fromkeys(order.runtimes):
         kind = find_runtime(name)
-        _check_installed(name, kind)
+        missing = [package for package in kind.PACKAGES if package not in installed_versions(kind.PACKAGES)]
+        if missing:  # said before an hour's work, not after it
+            raise MissingExtra(f'the runtime {name} needs {", ".join(missing)}; type: pip install "onefold[{name}]"')
         known = [precision for precision in order.precisions if precision in kind.PRECISIONS]
         if not known:
             raise BadArgument(
@@ -251,17 +257,19 @@ def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
     return wanted
 
 
-def _deploy(
+def _scored(
     network: Network,
-    made: Int8Network | None,
+    artifacts: Mapping[str, Artifact],
     photos: Photos,
-    wanted: Sequence[tuple[str, str]],
-    kept: Mapping[str, Artifact],
     order: DeployOptions,
+    budget: Budget,
     out: Path,
     say: Say,
 ) -> DeployResult:
-    artifacts, refused = _exported(network, made, wanted, kept, out, say)
+    """Score and time what runs here, as long as there is time."""
+    if order.quick and len(photos.scored) > QUICK_SCORED:
+        some = Subset(photos.scored, spread(len(photos.scored), QUICK_SCORED))
+        photos = replace(photos, scored=some, title=f"{photos.title}; {len(some)} of them scored, evenly")
     title = photos.title
     asked = _Exam(photos.scored, network, photos.labelled)
     with predictor_of(network, threads=order.procedure.threads) as torch_network:
@@ -271,13 +279,17 @@ def _deploy(
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
-    verdicts, runs = [], [name for name, each in artifacts.items() if _runs_here(each)]
+    verdicts, runs, longest = [], [name for name, each in artifacts.items() if _runs_here(each)], 0.0
     for number, name in enumerate(runs):
+        if not budget.allows(f"the score of {name}", longest):
+            continue
         _progress.debug("scoring %s", name, extra={"done": number, "total": len(runs)})
+        began = time.monotonic()
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
             answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
                 note_accuracy(predictor, title, scored, out / "results")
+        longest = max(longest, time.monotonic() - began)
         changed = int((answers != true).sum())
         lost, won = changed, 0
         if right is not None and still_right is not None:
@@ -287,28 +299,44 @@ def _deploy(
         )
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
-    timed = _timed(out, runs, order, say) if order.timed else {}
+    timed = _timed(out, runs, order, budget, say) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
-    gates = (*refused, *(_gate(each, order) for each in verdicts))
-    write_gates(gates, out / "results")
-    return DeployResult(folder=out, network=network, verdicts=tuple(verdicts), gates=gates, top1=top1, data=title)
+    notes = [*([QUICK] if order.quick else []), *([budget.note] if budget.note else [])]
+    if budget.note:
+        say(budget.note)
+    return DeployResult(
+        folder=out,
+        network=network,
+        verdicts=tuple(verdicts),
+        gates=tuple(gate_of(each, order.max_drop, exact_fp32=order.exact_fp32) for each in verdicts),
+        top1=top1,
+        data=title,
+        notes=tuple(notes),
+    )
 
 
 def _exported(
     network: Network,
-    made: Int8Network | None,
+    quantize: Callable[[], Int8Network],
     wanted: Sequence[tuple[str, str]],
     kept: Mapping[str, Artifact],
+    budget: Budget,
     out: Path,
     say: Say,
 ) -> tuple[dict[str, Artifact], list[Gate]]:
-    """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none."""
-    artifacts, refused = {**kept}, []
-    for number, (runtime, precision) in enumerate(wanted):
+    """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none.
+
+    Those of 8 bits come last, since calibration takes longest.
+    """
+    artifacts, refused, longest, made = {**kept}, [], 0.0, None
+    for number, (runtime, precision) in enumerate(sorted(wanted, key=lambda each: each[1] == "int8")):
         name = f"{runtime}-{precision}"
-        if name in kept:
+        if name in kept or (artifacts and not budget.allows(name, longest)):
             continue
         _progress.debug("exporting %s", name, extra={"done": number, "total": len(wanted)})
+        if precision == "int8" and made is None:
+            made = quantize()
+        began = time.monotonic()
         try:
             artifacts[name] = export_made(
                 network, made if precision == "int8" else None, out / name, runtime, precision
@@ -318,38 +346,9 @@ def _exported(
             say(f"refused   {name:20} {error}")
         else:
             say(f"exported  {name:20} {_proof(artifacts[name])}")
+        longest = max(longest, time.monotonic() - began)
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]
     return {name: artifacts[name] for name in names if name in artifacts}, refused
-
-
-def _gate(verdict: Verdict, order: DeployOptions) -> Gate:
-    """Whether an artifact that was scored keeps what the order asks of it."""
-    name, top1 = verdict.name, verdict.top1
-    if order.exact_fp32 and verdict.artifact.precision == "fp32" and verdict.changed:
-        sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the network's, and none may differ"
-        return Gate(name=name, kind="parity", passed=False, sentence=sentence)
-    if verdict.artifact.details.get("untrained") is True and verdict.artifact.precision != "fp32":
-        sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the float network's. {DRAWN}"
-        return Gate(name=name, kind="accuracy", passed=True, sentence=sentence)
-    lost = f"{verdict.drop:.2f} points of top-1" if top1 is not None else f"{verdict.drop:.2f} % of the answers"
-    low, high = verdict.interval
-    passed = verdict.drop <= order.max_drop
-    sentence = (
-        f"{name} lost {lost} ({low:.1f} to {high:.1f} on {verdict.count} photos), and {order.max_drop:g} may be lost"
-    )
-    has_too_few = low <= order.max_drop < high and order.max_drop > 0
-    if passed and high > order.max_drop:
-        sentence += ": so few photos cannot show that it loses no more"
-    elif has_too_few:
-        sentence += f": {too_few(verdict.count, order.max_drop)}"
-    return Gate(name=name, kind="accuracy", passed=passed, sentence=sentence, has_too_few=has_too_few)
-
-
-def _check_installed(name: str, kind: Runtime) -> None:
-    """Say what is missing before an hour's work, not after it."""
-    missing = [package for package in kind.PACKAGES if package not in installed_versions(kind.PACKAGES)]
-    if missing:
-        raise MissingExtra(f'the runtime {name} needs {", ".join(missing)}; type: pip install "onefold[{name}]"')
 
 
 def _runs_here(artifact: Artifact) -> bool:
@@ -414,9 +413,10 @@ def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Phot
     return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))
 
 
-def _timed(out: Path, runs: Sequence[str], order: DeployOptions, say: Say) -> dict[str, Measurement]:
-    """All of them interleaved in one run; the first is the baseline of the ratios."""
-    if not runs:
+def _timed(out: Path, runs: Sequence[str], order: DeployOptions, budget: Budget, say: Say) -> dict[str, Measurement]:
+    """All of them interleaved in one run, if there is time; the first is the baseline of the ratios."""
+    seconds = (1 + len(runs)) * order.procedure.warmup_seconds + _COLD_S * len(runs)
+    if not runs or not budget.allows("the timing", seconds):
         return {}
     _progress.debug("timing %d artifacts, interleaved", len(runs))
     outcome, _ = measure_sources(

@@ -1,21 +1,67 @@
-"""What came of a deployment: a verdict for each artifact, the gates, and the README.md that says which to take."""
+"""What to deploy, and what came of it: a verdict an artifact, the gates, and the README.md that says which to take."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from onefold.accuracy_intervals import drop_interval
-from onefold.bench import Measurement
+from onefold.bench import Measurement, Procedure
 from onefold.checksums import write_sealed_json
+from onefold.commands.calibration import Calibration
 from onefold.commands.open_network import Network
-from onefold.errors import GateFailed
+from onefold.errors import BadArgument, GateFailed
 from onefold.report import GATES
 from onefold.report.format import plural
 from onefold.runtimes import Artifact
+from onefold.runtimes.exporter import DRAWN
+
+QUICK_CALIBRATE, QUICK_SCORED, QUICK_SAMPLES = 64, 128, 50
+QUICK = (
+    f"quick: at most {QUICK_CALIBRATE} photos calibrate, {QUICK_SCORED} are scored and {QUICK_SAMPLES} calls are "
+    "timed, so that accuracies and latencies are less certain"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions:
+    """What to deploy to: runtimes and precisions by name, and the photos.
+
+    `data` calibrates int8: a folder of photos, or class folders, or one with train/ and val/, or "digits". `val` is
+    what to score on; without it the part of `data` that was not trained on, and where that has no labels the answers
+    are compared with the float network's. No photo that calibrates is scored. `max_drop` is in percent points of
+    top-1, against the float network in PyTorch. With `exact_fp32` a 32-bit artifact fails its gate by a single answer
+    that is not the network's. Without `timed` no latency is measured; `procedure` then says only on how many threads.
+    With `quick` at most 64 photos calibrate, 128 are scored and 50 calls timed. After `minutes` nothing more is begun
+    but the texts: methods of calibration, artifacts but the first, scores and times are left out, and named.
+    """
+
+    runtimes: Sequence[str]
+    precisions: Sequence[str]
+    calibration: Calibration
+    val: str | None = None
+    max_drop: float = 1.0
+    exact_fp32: bool = False
+    size: int | None = None
+    procedure: Procedure = field(default_factory=lambda: Procedure(samples=200))
+    timed: bool = True
+    quick: bool = False
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise BadArgument(f"minutes must be more than 0, not {self.minutes:g}")
+
+    def shortened(self) -> DeployOptions:
+        """The same, where it is quick with no more of the photos to calibrate with and of the timed calls."""
+        if not self.quick:
+            return self
+        calibration = replace(self.calibration, count=min(self.calibration.count, QUICK_CALIBRATE))
+        procedure = replace(self.procedure, samples=min(self.procedure.samples, QUICK_SAMPLES))
+        return replace(self, calibration=calibration, procedure=procedure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +110,8 @@ class Gate:
 class DeployResult:
     """The folder, a verdict for each artifact that was scored, and the gates; `top1` of the float network in PyTorch.
 
-    An artifact whose export failed its parity gate is not in the folder. `data` names what was scored on.
+    An artifact whose export failed its parity gate is not in the folder. `data` names what was scored on; `notes` say
+    how the deployment was cut short, in images, samples or time.
     """
 
     folder: Path
@@ -73,6 +120,7 @@ class DeployResult:
     gates: tuple[Gate, ...]
     top1: float | None
     data: str
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> list[Gate]:
@@ -92,6 +140,28 @@ class DeployResult:
         )
 
 
+def gate_of(verdict: Verdict, max_drop: float, *, exact_fp32: bool = False) -> Gate:
+    """Whether an artifact that was scored loses no more than `max_drop` points; with `exact_fp32` no answer may differ
+    that a 32-bit one gives."""
+    name, top1 = verdict.name, verdict.top1
+    if exact_fp32 and verdict.artifact.precision == "fp32" and verdict.changed:
+        sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the network's, and none may differ"
+        return Gate(name=name, kind="parity", passed=False, sentence=sentence)
+    if verdict.artifact.details.get("untrained") is True and verdict.artifact.precision != "fp32":
+        sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the float network's. {DRAWN}"
+        return Gate(name=name, kind="accuracy", passed=True, sentence=sentence)
+    lost = f"{verdict.drop:.2f} points of top-1" if top1 is not None else f"{verdict.drop:.2f} % of the answers"
+    low, high = verdict.interval
+    passed = verdict.drop <= max_drop
+    sentence = f"{name} lost {lost} ({low:.1f} to {high:.1f} on {verdict.count} photos), and {max_drop:g} may be lost"
+    has_too_few = low <= max_drop < high and max_drop > 0
+    if passed and high > max_drop:
+        sentence += ": so few photos cannot show that it loses no more"
+    elif has_too_few:
+        sentence += f": {too_few(verdict.count, max_drop)}"
+    return Gate(name=name, kind="accuracy", passed=passed, sentence=sentence, has_too_few=has_too_few)
+
+
 def too_few(count: int, max_drop: float) -> str:
     """Say that a loss of `max_drop` points cannot be told on `count` photos, and what to type."""
     one = 100 / count
@@ -102,9 +172,10 @@ def too_few(count: int, max_drop: float) -> str:
     return f"{photos} cannot tell {points} from none: {told}give more held-out photos with --val{other}"
 
 
-def write_gates(gates: Sequence[Gate], results: Path) -> None:
-    """Keep what each gate found in `results`/gates.json, where the report reads it."""
-    write_sealed_json(results / GATES, {"gates": [vars(gate) for gate in gates]})
+def write_gates(gates: Sequence[Gate], results: Path, notes: Sequence[str] = ()) -> None:
+    """Keep what each gate found, and how a deployment was cut short, in `results`/gates.json for the report."""
+    found: dict[str, object] = {"gates": [vars(gate) for gate in gates], **({"notes": list(notes)} if notes else {})}
+    write_sealed_json(results / GATES, found)
 
 
 def readme(done: DeployResult) -> str:
@@ -113,6 +184,7 @@ def readme(done: DeployResult) -> str:
     lines = [f"# {network.card.model}, for devices", ""]
     if done.failed:
         lines += [f"**Not to be shipped: {', '.join(gate.sentence for gate in done.failed)}.**", ""]
+    lines += [f"**{note[:1].upper()}{note[1:]}.**\n" for note in done.notes]
     float_score = "without labels" if done.top1 is None else f"top-1 {done.top1:.2f} % in PyTorch, fp32"
     lines += [f"Scored on {done.data}: {float_score}.", "", *_table(done), "", *_choice(done), ""]
     lines += [
@@ -131,7 +203,11 @@ def _table(done: DeployResult) -> list[str]:
     rows = [_row(each) for each in done.verdicts]
     scored = {each.name for each in done.verdicts}
     folders = sorted(path.name for path in done.folder.iterdir() if (path / "manifest.json").is_file())
-    rows += [[name, "not run here", *["-"] * (len(head) - 2)] for name in folders if name not in scored]
+    rows += [
+        [name, "not scored" if done.notes else "not run here", *["-"] * (len(head) - 2)]
+        for name in folders
+        if name not in scored
+    ]
     return [_line(head), "|---" + "|--:" * (len(head) - 1) + "|", *map(_line, rows)]
 
 

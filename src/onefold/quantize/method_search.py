@@ -9,6 +9,7 @@ of it.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,10 +46,17 @@ def search(model: nn.Module, images: Tensor, start: Method, report: Callable[[st
     return quantize(model, images, best_method(model, images, start, report))
 
 
-def best_method(model: nn.Module, images: Tensor, start: Method, report: Callable[[str], None]) -> Method:
+def best_method(
+    model: nn.Module,
+    images: Tensor,
+    start: Method,
+    report: Callable[[str], None],
+    allows: Callable[[str, float], bool] = lambda what, seconds: True,
+) -> Method:
     """Find the best method from `start`, compared on some of the images.
 
-    `report` is called with a sentence for each method that was tried.
+    `report` is called with a sentence for each method that was tried, `allows` before each but the first, with what
+    comes next and how many seconds it takes with the calibration after it; where it says no, the search ends.
     """
     subset = images[:: -(-len(images) // _MAX_IMAGES)]
     is_test = torch.arange(len(subset)) % 4 == 3
@@ -66,10 +74,14 @@ def best_method(model: nn.Module, images: Tensor, start: Method, report: Callabl
         return noise
 
     tried: dict[Method, float] = {}
+    began = time.monotonic()
     best, tried[start] = start, relative_noise(start)
-    for change in _CHANGES:
+    seconds = (time.monotonic() - began) * (1 + len(images) / len(subset))
+    for number, change in enumerate(_CHANGES):
         method = change(best)
         if method not in tried:
+            if not allows(f"{len(_CHANGES) - number} of {total} methods of calibration", seconds):
+                break
             tried[method] = relative_noise(method)
         best = min(best, method, key=tried.__getitem__)
     _progress.debug("the method is found", extra={"done": total, "total": total})

@@ -425,12 +425,12 @@ def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]
 
 
 def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:
-    gates = _read_json(path, notes).get("gates")
+    gates, own = (values := _read_json(path, notes)).get("gates"), values.get("notes")
+    notes += [one_line(note, 400) for note in own if isinstance(note, str)] if isinstance(own, list) else []
     if not isinstance(gates, list):
         notes.append(f"{one_line(path.name)} cannot be read: it is not known whether the gates of a deployment passed.")
         return []
-    failed = [gate for gate in gates if isinstance(gate, Mapping) and gate.get("passed") is not True]
-    return [one_line(gate.get("sentence"), 400) for gate in failed]
+    return [one_line(g.get("sentence"), 400) for g in gates if isinstance(g, Mapping) and g.get("passed") is not True]
 
 
 def _read_json(path: Path, notes: list[str], of: str = "") -> Mapping[str, Any]:
