@@ -245,7 +245,7 @@ def test_a_report_says_what_lies_beside_it(run: onefold.Run, artifact, tmp_path:
 def test_a_script_hears_of_progress_now_and_then(capsys, monkeypatch):
     from onefold.commands import progress
 
-    monkeypatch.setattr(progress, "_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "_FIRST_S", 0.0)
     with progress.shown_progress():
         progress._logger.debug("calibrating", extra={"done": 1, "total": 5})
     assert capsys.readouterr().err == "calibrating (2 of 5): 0 s\n"

@@ -45,9 +45,9 @@ def bench(
     Each row gives the share of the machine's roofline that it reaches (see `onefold limits`), and whether arithmetic or
     memory bounds it. Artifacts are also started cold in a fresh process: time to open, first call, peak memory.
     """
-    from onefold.commands.bench import bench as measure
-
     with progress(f"measuring {len(sources)}"):
+        from onefold.commands.bench import bench as measure
+
         found = measure(
             *sources,
             results=results,
@@ -73,11 +73,11 @@ def limits(
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine's peak rates for the roofline: multiply-adds in fp32, bf16 and int8, and memory reads."""
-    from onefold.bench import Machine
-    from onefold.commands.bench import measured_limits
-
-    numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
     with progress("measuring this machine"):
+        from onefold.bench import Machine
+        from onefold.commands.bench import measured_limits
+
+        numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
         found = measured_limits(results, numbers, again=again)
     display.limits(found, numbers, as_json=as_json)
 
@@ -91,9 +91,9 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Profile an artifact layer by layer as its runtime runs them: name, type, milliseconds, share."""
-    from onefold.runtimes.layer_times import profile as layers_of
-
     with progress("profiling"):
+        from onefold.runtimes.layer_times import profile as layers_of
+
         found = layers_of(artifact, threads=threads, batch=batch_size, calls=calls)
     display.profiled(found, top=top, as_json=as_json)
 

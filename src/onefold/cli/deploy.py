@@ -42,9 +42,9 @@ def deploy(
     How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
-    from onefold.commands.deploy import deploy as deploy_to
-
     with progress("deploying"):
+        from onefold.commands.deploy import deploy as deploy_to
+
         made = deploy_to(
             source,
             data,

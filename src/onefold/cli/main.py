@@ -208,9 +208,9 @@ def data(
 
     Nothing is decoded. `train`, `eval`, `export` and `deploy` read a place in the same way.
     """
-    from onefold.data import read_dataset
-
     with progress(f"reading {place}"):
+        from onefold.data import read_dataset
+
         info = read_dataset(place, seed=seed, val_fraction=val_fraction).info
     if as_json:
         display.emit_json([info.to_dict()])
@@ -241,9 +241,9 @@ def evaluate(
     ImageNet-A, -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a
     real.json beside val/.
     """
-    from onefold.commands.evaluate import evaluate as evaluate_source
-
     with progress(f"scoring {source}"):
+        from onefold.commands.evaluate import evaluate as evaluate_source
+
         found = evaluate_source(
             source,
             data,
@@ -288,29 +288,30 @@ def predict(
 
     Files that cannot be read, and paths that are not there, are named and counted, and the others go on.
     """
-    from onefold.commands import predict as prediction
+    with progress("predicting"):
+        from onefold.commands import predict as prediction
 
-    if out is not None:
-        prediction.check_table(out)
-    if sort_into is not None:
-        prediction.check_empty(sort_into)
-    is_listed = as_json or (out is None and sort_into is None)
-    found = prediction.predict(
-        source,
-        images,
-        model=model,
-        use_ema=use_ema,
-        classes=classes,
-        img_size=img_size,
-        top=top,
-        min_confidence=min_confidence,
-        batch_size=batch_size,
-        threads=threads,
-        on_prediction=lambda each: display.prediction(each, as_json=as_json, listed=is_listed),
-    )
-    for made in ([] if out is None else [found.write(out)]) + (
-        [] if sort_into is None else [found.sort_into(sort_into)]
-    ):
+        if out is not None:
+            prediction.check_table(out)
+        if sort_into is not None:
+            prediction.check_empty(sort_into)
+        is_listed = as_json or (out is None and sort_into is None)
+        found = prediction.predict(
+            source,
+            images,
+            model=model,
+            use_ema=use_ema,
+            classes=classes,
+            img_size=img_size,
+            top=top,
+            min_confidence=min_confidence,
+            batch_size=batch_size,
+            threads=threads,
+            on_prediction=lambda each: display.prediction(each, as_json=as_json, listed=is_listed),
+        )
+        written = [] if out is None else [found.write(out)]
+        written += [] if sort_into is None else [found.sort_into(sort_into)]
+    for made in written:
         display.note(f"wrote {made}: {', '.join(f'{count} {name}' for name, count in found.counts().items())}")
 
 
@@ -330,9 +331,9 @@ def fuse(
     ] = None,
 ) -> None:
     """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
-    from onefold.commands.fuse import fuse as fuse_weights
-
     with progress("fusing"):
+        from onefold.commands.fuse import fuse as fuse_weights
+
         made = fuse_weights(source, out, model=model, use_ema=use_ema, tolerance=tolerance)
     display.fused(made)
 
@@ -361,9 +362,9 @@ def export(
 
     Each artifact is run once: its parity is how far its logits lie from PyTorch's, relative to the largest.
     """
-    from onefold.commands.export import export as export_to
-
     with progress("exporting"):
+        from onefold.commands.export import export as export_to
+
         made = export_to(
             source,
             runtime_names(to),
@@ -394,9 +395,11 @@ def report(
     out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page of all that was trained, exported and measured."""
-    from onefold.commands.report import report as write
+    with progress("writing the report"):
+        from onefold.commands.report import report as write
 
-    display.say(str(write(*(folders or [Path()]), out=out)))
+        page = write(*(folders or [Path()]), out=out)
+    display.say(str(page))
 
 
 @app.command()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onefold.train import Progress
 
 OnProgress = Callable[["Progress"], None]
-_EVERY_S = 10.0  # between two lines of a log
+_FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line of a log, and between two
 
 
 @contextmanager
@@ -90,8 +90,10 @@ def _lines(stages: _Stages) -> Iterator[None]:
     ended = threading.Event()
 
     def write() -> None:
-        while not ended.wait(_EVERY_S):
+        seconds = _FIRST_S
+        while not ended.wait(seconds):
             print(stages, file=sys.stderr, flush=True)
+            seconds = _EVERY_S
 
     writer = threading.Thread(target=write, name="onefold-progress", daemon=True)
     writer.start()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onefold.train import Progress
 
 _logger = logging.getLogger("onefold.progress")
-_EVERY_S = 10.0  # between two lines, where no bar is shown
+_FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line, and between two, where no bar is shown
 
 
 def has_viewer() -> bool:
@@ -56,7 +56,8 @@ class _Stages(logging.Handler):
     def __init__(self, bar: Any) -> None:
         super().__init__()
         self.bar = bar
-        self.began = self.last = time.monotonic()
+        self.began = time.monotonic()
+        self.due = self.began + _FIRST_S
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one sentence."""
@@ -64,9 +65,9 @@ class _Stages(logging.Handler):
         text = f"{record.getMessage()} ({done + 1} of {total})" if total else record.getMessage()
         if not self.bar.disable:
             self.bar.set_description_str(text)
-        elif time.monotonic() - self.last >= _EVERY_S:
-            self.last = time.monotonic()
-            sys.stderr.write(f"{text}: {self.last - self.began:.0f} s\n")
+        elif (now := time.monotonic()) >= self.due:
+            self.due = now + _EVERY_S
+            sys.stderr.write(f"{text}: {now - self.began:.0f} s\n")
             sys.stderr.flush()
 
 
