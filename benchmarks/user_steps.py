@@ -1,0 +1,164 @@
+"""Twenty steps of a new user, from `pip install` to a deployed int8 folder: seconds, silence, and what was said.
+
+    python benchmarks/user_steps.py --photos ../shared/data/imagenette-224-subset/train.tar
+        --weights ../shared/data/weights/mobileone_s0_in1k_fused.npz [--steps 2-20] [--work FOLDER]
+
+300 of the photos are laid out as a user has them, a folder a class. Each command is run as it is typed, in a
+terminal (a pty), so that what is drawn there is seen: `silent` is the longest time in which nothing came, from the
+start of the command on. Step 1 makes an environment of its own and installs this checkout into it with pip; all
+others use it (with `--steps 2-20` the environment that this script runs in). Exit status 1 where a step failed that
+should not, or was silent for more than two seconds. The table is kept in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NUM_PHOTOS = 300
+SILENCE = 2.0  # seconds
+TRAIN = "onefold train --recipe photos:finetune --data photos --model mobileone_s0 --weights {weights} --img-size 96"
+STEPS = (
+    "pip install onefold[all]",  # this checkout, see `install`
+    "onefold --help",
+    'onefold models "mobileone*"',
+    "onefold data photos",
+    TRAIN + " --epochs 2",
+    "onefold eval runs/photos-finetune",
+    "onefold predict runs/photos-finetune {photo}",
+    "onefold predict runs/photos-finetune photos --out answers.csv",
+    "onefold predict runs/photos-finetune photos --sort-into sorted",
+    "onefold fuse runs/photos-finetune --out fused.safetensors",
+    "onefold eval fused.safetensors --data photos",
+    "onefold export fused.safetensors --to onnx",
+    "onefold export fused.safetensors --to onnx,openvino --precision int8 --data photos",
+    "onefold predict artifacts/onnx-int8 {photo}",
+    "onefold eval artifacts/onnx-int8 --data photos",
+    "onefold bench fused.safetensors artifacts/onnx-fp32 artifacts/onnx-int8",
+    "onefold deploy fused.safetensors --data photos --int8 --out deploy",
+    TRAIN + " --epochs 2 --out runs/stopped  # Ctrl-C after 12 seconds",
+    "onefold train --resume runs/stopped",
+    "onefold report . --out report.html",
+)
+STOPPED = {18: (75, 12.0)}  # step: exit status of a stop, and when Ctrl-C is typed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    number: int
+    command: str
+    seconds: float
+    silent: float
+    status: int
+    said: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.status == STOPPED.get(self.number, (0, 0))[0] and (self.silent <= SILENCE or self.number == 1)
+
+    def row(self) -> str:
+        figures = f"{self.number:2}  {self.seconds:6.1f} s  {self.silent:5.1f} s  {self.status:3}"
+        return f"{figures}  {self.command}\n      {self.said}"
+
+
+def lay_out(tar: Path, folder: Path) -> Path:
+    """A folder a class with every n-th photo of the tar; gives one of them."""
+    with tarfile.open(tar) as archive:
+        members = [m for m in archive if m.isfile() and m.name.lower().endswith((".jpg", ".jpeg"))]
+        for member in members[:: max(1, len(members) // NUM_PHOTOS)][:NUM_PHOTOS]:
+            place = folder / Path(member.name).parent.name / Path(member.name).name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(archive.extractfile(member).read())
+    return place
+
+
+def run(number: int, command: str, work: Path, environment: dict[str, str]) -> Step:
+    """Run a command in a terminal of its own; Ctrl-C after some seconds where the step is to be stopped."""
+    ours, theirs = pty.openpty()
+    start = last = time.monotonic()
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=work, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    silent, text, stop = 0.0, b"", STOPPED.get(number, (0, 1e9))[1]
+    while True:
+        readable = select.select([ours], [], [], 0.1)[0]
+        now = time.monotonic()
+        if readable:
+            try:
+                data = os.read(ours, 1 << 16)
+            except OSError:  # the terminal is closed
+                data = b""
+            if not data:
+                break
+            silent, last, text = max(silent, now - last), now, text + data
+        if now - start > stop:
+            os.killpg(process.pid, signal.SIGINT)
+            stop = 1e9
+    status = process.wait()
+    end = time.monotonic()
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")))
+        if line.strip()
+    ]
+    (work / f"step-{number:02}.txt").write_bytes(text)
+    return Step(
+        number=number, command=command, seconds=end - start, silent=max(silent, end - last), status=status,
+        said=lines[-1].strip()[:150] if lines else "nothing",
+    )  # fmt: skip
+
+
+def install(work: Path) -> tuple[str, dict[str, str]]:
+    """What step 1 runs, and the environment in which the others find what it installed."""
+    venv = work / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    command = f"python -m pip install --constraint {ROOT / 'constraints.txt'} '{ROOT}[all]'"
+    return command, {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="a tar with a folder a class")
+    parser.add_argument("--weights", type=Path, required=True, help="MobileOne-S0's")
+    parser.add_argument("--steps", default="1-20", help="FIRST-LAST")
+    parser.add_argument("--work", type=Path, help="an empty folder; by default a temporary one")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args()
+    first, last = map(int, given.steps.split("-"))
+    work = given.work or Path(tempfile.mkdtemp(prefix="onefold-steps-"))
+    photo = lay_out(given.photos, work / "photos").relative_to(work)
+    environment, steps = dict(os.environ), []
+    for number in range(first, last + 1):
+        command = STEPS[number - 1].format(weights=given.weights.resolve(), photo=photo)
+        if number == 1:
+            command, environment = install(work)
+        steps.append(run(number, command, work, environment))
+        print(steps[-1].row(), flush=True)
+    wrong = [step.number for step in steps if not step.is_right]
+    seconds = sum(step.seconds for step in steps)
+    total = f"{seconds:.0f} s in all; failed, or silent for over {SILENCE:.0f} s: {wrong or 'none'}"
+    print(total)
+    rows = "\n".join(step.row() for step in steps).replace(str(given.weights.resolve()), given.weights.name)
+    rows = rows.replace(str(ROOT), ".")
+    heads = f"{__doc__.splitlines()[0]}\n\n     time     silent  exit  command\n"
+    (given.results / f"{datetime.date.today()}-user-steps.txt").write_text(f"{heads}{rows}\n\n{total}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
