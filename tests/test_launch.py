@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ import pytest
 
 import training_kit
 from onefold.cli import main
-from onefold.errors import LostWorker, Stopped
+from onefold.commands.train import _must_be_where_the_run_is
+from onefold.errors import BadArgument, LostWorker, Stopped
 from onefold.train import Checkpoint
 from onefold.train.launch import launch
 from training_processes import size_of
@@ -164,7 +166,7 @@ def train():
     del box
     return network
 
-for i in range(4):
+for i in range(int(sys.argv[2])):
     try:
         with process_group("gloo", f"file://{folder}/{i}", rank=rank, world_size=2):
             for task in os.listdir("/proc/self/task"):  # as on a busy machine: gloo's threads come last
@@ -176,22 +178,28 @@ for i in range(4):
     except KeyError as error:
         kept = error
     network = kept = None  # only here, behind the end of its group
+    if rank:
+        open(f"{folder}/ended", "a").write(".")
 if rank:
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it finds gloo's threads in /proc")
-def test_a_process_group_ends_while_its_network_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [4, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_a_process_group_ends_while_its_network_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
     """By torch's own `destroy_process_group` the first or second round of this waits for ever, with the GIL held."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-W", "ignore", "-c", HANG, str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-c", HANG, str(tmp_path), str(rounds)]
     with subprocess.Popen(command, start_new_session=True) as both:
         try:
-            assert both.wait(timeout=100) == 0
+            assert both.wait(timeout=100 + 2 * rounds) == 0
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(both.pid, signal.SIGKILL)
+            print(f"{size_of(tmp_path / 'ended')} of {rounds} ended, load {os.getloadavg()[0]:.1f}")
 
 
 def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +217,14 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("RANK", "0")  # what a process does is the same command, as one of several
     assert work() == 2
     assert "WORLD_SIZE must be a whole number" in capsys.readouterr().err
+
+
+def test_the_first_process_has_to_be_where_the_run_is() -> None:
+    """A launcher of several machines numbers them anew when it starts again: another one must not begin another run."""
+    for hosts in ([None, None], ["a", None], ["a", "a"]):
+        _must_be_where_the_run_is(Path("runs/x"), hosts)
+    with pytest.raises(BadArgument, match=r"runs/x is on b, and not on .*: put it where all machines see it"):
+        _must_be_where_the_run_is(Path("runs/x"), [None, "b"])
 
 
 @pytest.mark.slow
@@ -373,3 +389,64 @@ def test_torchrun_starts_again_too(tmp_path: Path, program: list[str], monkeypat
         output = agent.communicate()[0]
     assert agent.returncode == 0
     assert "digest" in output
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, and that are left."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_that_is_lost_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two addresses of this machine stand for two, each with an agent of torchrun and a folder of its own.
+
+    The second is killed, all of it at once, and started again. The run is on the first alone, and is the undisturbed.
+    """
+    for name, value in (
+        ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"),
+        ("OMP_NUM_THREADS", "1"),
+        ("GLOO_SOCKET_IFNAME", "lo"),
+    ):
+        monkeypatch.setenv(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = ["train", "--recipe", "digits:w025", "--data", "digits", "--no-check", "--epochs", "4"]
+    given += ["--plan.logical_workers", "2", "--plan.reduce", "exact"]
+
+    def start(machine: int) -> subprocess.Popen[bytes]:
+        agent = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+        ]
+        agent += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+        agent += ["--rdzv-conf", f"is_host={int(machine == 1)}", "--local-addr", f"127.0.0.{machine}"]
+        command = [*agent, "-m", "onefold.cli", *given, "--out", str(tmp_path / f"{machine}" / "run")]
+        with (tmp_path / f"{machine}.stderr").open("ab") as stderr:
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+
+    def epochs() -> int:
+        log = tmp_path / "1" / "run" / "log.jsonl"
+        return log.read_text().count('"kind": "epoch"') if log.exists() else 0
+
+    first, second = start(1), start(2)
+    wait_until(lambda: epochs() >= 1, 120)
+    for pid in (second.pid, *children_of(second.pid)):
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    done = epochs()
+    second = start(2)
+    took = wait_until(lambda: epochs() > done, 120)
+    assert (first.wait(), second.wait()) == (0, 0), (tmp_path / "1.stderr").read_text()[-2000:]
+    print(f"an epoch more {took:.1f} s after the machine was started again")
+    assert not (tmp_path / "2").exists()
+    assert main([*given, "--out", str(tmp_path / "whole")]) == 0
+    assert Checkpoint.load(tmp_path / "1" / "run").digest() == Checkpoint.load(tmp_path / "whole").digest()

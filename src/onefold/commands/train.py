@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -242,6 +243,8 @@ def _run(
     The run folder and the weights need to be on the machine of the first process alone, which sends what they say.
     """
     with stop_at_once(), start_world(device) as world:
+        hosts = world.all_gather(socket.gethostname() if RunFolder(out).has_run else None)
+        world.first(lambda: _must_be_where_the_run_is(out, hosts))
         recipe, resume = world.first(plan_run)
         run_data = world.first(lambda: find_run_data(out, recipe, data) if resume else None)
         with world.agree():
@@ -319,6 +322,19 @@ def _run(
         epoch=int(best["epoch"]),
         count=len(validation),
     )
+
+
+def _must_be_where_the_run_is(out: Path, hosts: Sequence[str | None]) -> None:
+    """Raise BadArgument where the run folder is on the machine of another process than the first, which writes it.
+
+    A launcher that starts again may number the machines anew; then the first would begin another run.
+    """
+    elsewhere = next((host for host in hosts if host is not None), None)
+    if hosts[0] is None and elsewhere is not None:
+        raise BadArgument(
+            f"{out} is on {elsewhere}, and not on {socket.gethostname()}, where the first process is: put it where "
+            "all machines see it, or start the processes so that the first one is there"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
