@@ -1,12 +1,13 @@
 """Stop a training of several processes by signals, at random moments of a step, a validation or a checkpoint.
 
-    python benchmarks/stop_signals.py --processes 4 --busy 12 --times 20 --minutes 8
+    python benchmarks/stop_signals.py --processes 4 --busy 12 --times 20 --minutes 8 [--command]
 
 A run is stopped again and again, and resumed: by SIGINT, SIGTERM or SIGHUP to the launcher or to one of
 its processes, or by SIGTERM while one of them is held by SIGSTOP. After each stop the exit status must be 75, the
 checkpoint must have every step that was taken, and no process may be left. With `exact` the last checkpoint is compared
 with that of one process that was not stopped before. `--busy` processes compute beside it. It ends after `--minutes`,
-and says how many stops there were. Linux.
+and says how many stops there were. With `--command` it is `onefold train` on the digits, in place of a tiny network in
+the same launcher; its bits are not compared. Linux.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from sklearn import datasets
 from torch import nn
 
+from onefold.cli import main as cli
+from onefold.commands import train as commands_train
+from onefold.commands.validation import Evaluator, Share
 from onefold.errors import Stopped
-from onefold.train import Checkpoint, Plan, Progress, RunFolder, Steps, World, import_ahead, start_world
+from onefold.train import Checkpoint, Plan, Progress, RunFolder, Steps, World, import_ahead, open_loggers, start_world
 from onefold.train.launch import launch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -49,6 +55,38 @@ def train(out: Path, plan: Plan) -> int:
         with marked_saves(out):
             fresh(out, plan, data, resume=resume, world=world, on_progress=told(out), evaluate=slow_score(out, world))
     return 0
+
+
+def train_by_command(out: Path, plan: Plan, processes: int) -> int:
+    """Run `onefold train`, which starts its processes itself; they mark the phases as `train` does."""
+    predict = Evaluator.__call__
+
+    @contextmanager
+    def marked_world(device: str) -> Iterator[World]:
+        with start_world(device) as world:
+            mark(out, f"pid{world.rank}").write_text(str(os.getpid()))
+            yield world
+
+    @contextmanager
+    def marked_loggers(*arguments: Any) -> Iterator[Callable[[Progress], None]]:
+        with open_loggers(*arguments) as log:
+            yield lambda progress: void((log(progress), told(out)(progress)))
+
+    def slow_predict(evaluator: Evaluator, model: nn.Module) -> Share:
+        mark(out, "validation").touch()
+        share = predict(evaluator, model)
+        time.sleep(_NAP)
+        mark(out, "validation").unlink(missing_ok=True)
+        return share
+
+    given = ["train", "--recipe", "digits:w025", "--data", "digits", "--no-check", "--epochs", str(plan.epochs)]
+    given += ["--plan.logical_workers", str(processes), "--plan.reduce", plan.reduce, "--out", str(out)]
+    given = ["train", "--resume", str(out)] if RunFolder(out).has_run else given
+    with marked_saves(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands_train, "start_world", marked_world)
+        patch.setattr(commands_train, "open_loggers", marked_loggers)
+        patch.setattr(Evaluator, "__call__", slow_predict)
+        return cli([*given, "--processes", str(processes)])
 
 
 def mark(out: Path, name: str) -> Path:
@@ -104,7 +142,7 @@ class marked_saves:  # noqa: N801  (a block)
 # --------------------------------------------------------------------------------------- from outside
 
 
-def start(out: Path, plan: Plan, processes: int) -> int:
+def start(out: Path, plan: Plan, processes: int, by_command: bool) -> int:
     """Start the launcher, in a fork of this process, which has imported torch."""
     for name in (*PHASES, *(f"pid{rank}" for rank in range(processes))):
         mark(out, name).unlink(missing_ok=True)
@@ -117,7 +155,10 @@ def start(out: Path, plan: Plan, processes: int) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         quiet = os.open(f"{out}.stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(quiet, 2)
-        status = launch(lambda: status_of_training(out, plan), processes, 0)
+        if by_command:
+            status = train_by_command(out, plan, processes)
+        else:
+            status = launch(lambda: status_of_training(out, plan), processes, 0)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         status = getattr(error, "exit_status", 70)
@@ -151,9 +192,12 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def stop(out: Path, plan: Plan, processes: int, how: str, phase: str, rng: random.Random) -> tuple[float, str]:
+def stop(
+    out: Path, plan: Plan, given: argparse.Namespace, how: str, phase: str, rng: random.Random
+) -> tuple[float, str]:
     """Start a run or go on with it, stop it in a phase, and give the seconds that it took, and what was wrong."""
-    launcher = start(out, plan, processes)
+    processes = given.processes
+    launcher = start(out, plan, processes, given.command)
     ranks = [mark(out, f"pid{rank}") for rank in range(processes)]
     if not wait_for(lambda: all(r.exists() and r.read_text() for r in ranks) and mark(out, "step").exists(), 240):
         return 0.0, "it did not start"
@@ -229,10 +273,12 @@ def main() -> None:
     parser.add_argument("--reduce", nargs="*", default=["fast", "exact"])
     parser.add_argument("--signals", nargs="*", default=SIGNALS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--command", action="store_true", help="stop `onefold train` itself")
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     import_ahead()
+    datasets.load_digits()
     end = time.monotonic() + 60 * given.minutes
     rng = random.Random(given.seed)
     plan = replace(PLAN, epochs=100_000, batch_size=8, logical_workers=given.processes, checkpoint_every=Steps(3))
@@ -249,14 +295,14 @@ def main() -> None:
                     break
                 how, phase, reduce = key
                 out = Path(folder) / reduce
-                got = stop(out, replace(plan, reduce=reduce), given.processes, how, phase, rng)
+                got = stop(out, replace(plan, reduce=reduce), given, how, phase, rng)
                 rows.setdefault(key, []).append(got)
                 if got[1]:
                     print(f"turn {turn} {key}: {got[0]:.1f} s: {got[1]}", file=sys.stderr, flush=True)
                     with suppress(OSError):  # the next one starts anew
                         out.rename(out.with_name(f"{reduce}-failed-{turn}"))
         exact = Path(folder) / "exact"
-        bits = not exact.exists() or has_bits_of_undisturbed(exact, replace(plan, reduce="exact"))
+        bits = given.command or not exact.exists() or has_bits_of_undisturbed(exact, replace(plan, reduce="exact"))
         summary(rows, given, bits)
 
 
@@ -264,7 +310,8 @@ def summary(
     rows: Mapping[tuple[str, str, str], list[tuple[float, str]]], given: argparse.Namespace, bits: bool
 ) -> None:
     """Print a line for each signal, phase and reduction, and one for all."""
-    print(f"{given.processes} processes, {given.busy} busy ones beside them, load {os.getloadavg()[0]:.1f}")
+    what = "onefold train on the digits" if given.command else "a tiny network"
+    print(f"{what}, {given.processes} processes, {given.busy} busy ones beside them, load {os.getloadavg()[0]:.1f}")
     for key in sorted(rows):
         took = sorted(seconds for seconds, _ in rows[key])
         wrong = sum(bool(fault) for _, fault in rows[key])
@@ -273,7 +320,9 @@ def summary(
         print(f"{row} {len(took):3} stops, {wrong} wrong, {middle:.1f} s in the middle, {last:.1f} s at most")
     every = [each for values in rows.values() for each in values]
     wrong = sum(bool(fault) for _, fault in every)
-    print(json.dumps({"stops": len(every), "wrong": wrong, "most_s": round(max(s for s, _ in every), 1), "bits": bits}))
+    most = round(max(seconds for seconds, _ in every), 1)
+    compared = {} if given.command else {"bits": bits}
+    print(json.dumps({"stops": len(every), "wrong": wrong, "most_s": most, **compared}))
     sys.exit(bool(wrong) or not bits)
 
 

@@ -320,9 +320,14 @@ def killed_often(
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, 2), pytest.param(50, 40, marks=pytest.mark.slow)], ids=["3 kills", "50 kills"]
+    ("kills", "epochs", "processes"),
+    [
+        pytest.param(3, 2, (1,), id="3 kills-one process"),
+        pytest.param(3, 2, (1, 2, 4), id="3 kills-1, 2 or 4 processes"),
+        pytest.param(50, 40, (1,), id="50 kills-one process", marks=pytest.mark.slow),
+        pytest.param(300, 240, (1, 2, 4), id="300 kills-1, 2 or 4 processes", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("processes", [(1,), (1, 2, 4)], ids=["one process", "1, 2 or 4 processes"])
 def test_killed_at_any_moment_the_run_ends_as_if_nothing_had_happened(
     lives: Lives, tmp_path: Path, kills: int, epochs: int, processes: tuple[int, ...]
 ) -> None:
@@ -339,5 +344,5 @@ def test_killed_at_any_moment_the_run_ends_as_if_nothing_had_happened(
     assert epochs_of(tmp_path / "run/log.jsonl") == epochs_of(tmp_path / "whole/log.jsonl")
     assert samples_of(order) == samples_of(whole)
     must_hold_every_image_once(order)
-    if kills == 50:
+    if kills >= 50:
         assert saving >= 15
