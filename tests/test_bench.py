@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onefold import bench, resources
+from onefold import bench, system_resources
 from onefold.bench.measurement import random_orders
 from onefold.bench.timing_noise import discarded, interval_over, paired_interval, sure_percentile
 from onefold.errors import BadArgument, BadData, NotWritable
@@ -292,7 +292,7 @@ def test_samples_that_scatter_widen_what_noise_may_have_changed() -> None:
     ratio = bench.Comparison(measurements={"a": a, "b": b}, twin=twin).ratio("b")
     assert ratio.noise == pytest.approx(2.0 * 1.1)
     assert ratio.low / ratio.noise < 1 < ratio.low
-    assert not ratio.is_certain
+    assert not ratio.is_robust_to_noise
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_a_limit_of_an_older_container(tmp_path: Path) -> None:
 def test_freed_memory_is_kept_for_the_next_allocation() -> None:
     """Sixteen times 64 MiB cost the pages of one; a user's own settings are left alone."""
     code = (
-        "import resource, sys; from onefold.resources import keep_freed_memory\n"
+        "import resource, sys; from onefold.system_resources import keep_freed_memory\n"
         "kept = keep_freed_memory()\n"
         "for _ in range(16): bytes(bytearray(1 << 26))\n"
         "print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
@@ -544,16 +544,16 @@ def test_the_least_quota_of_the_groups_around_a_process_counts(tmp_path: Path, m
     files = {"proc/self/cgroup": "0::/kubepods/pod/box\n", f"{group}/cpu.max": "max 100000\n"}
     files |= {"sys/fs/cgroup/kubepods/pod/cpu.max": "250000 100000\n", "sys/fs/cgroup/kubepods/cpu.max": "max 100000"}
     root = fake_root(tmp_path, **files)
-    monkeypatch.setattr("onefold.resources.usable", lambda: 64)
-    assert resources.quota(root) == 2.5
-    assert resources.available(root) == 2
+    monkeypatch.setattr("onefold.system_resources.usable", lambda: 64)
+    assert system_resources.quota(root) == 2.5
+    assert system_resources.available(root) == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with monkeypatch.context() as patch:
-        patch.setattr("onefold.resources._read", lambda path: "50000 100000" if path.name == "cpu.max" else "")
-        resources.respect_quota()
+        patch.setattr("onefold.system_resources._read", lambda path: "50000 100000" if path.name == "cpu.max" else "")
+        system_resources.respect_quota()
         assert os.environ["OMP_NUM_THREADS"] == "7"  # what a user says stands
         patch.delenv("OMP_NUM_THREADS")
-        resources.respect_quota()
+        system_resources.respect_quota()
         assert os.environ.pop("OMP_NUM_THREADS") == "1"  # of half a processor
 
 

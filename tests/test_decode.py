@@ -38,7 +38,7 @@ from onefold.data.duplicates import thumbnail_stats
 from onefold.data.folders import ImageFiles, list_folder
 from onefold.data.preprocessing import Preprocessing
 from onefold.errors import BadData
-from onefold.resources import free_memory
+from onefold.system_resources import free_memory
 
 RNG = np.random.default_rng(0)
 SCENE = np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 48 x 64 px, blocks of 8

@@ -288,7 +288,7 @@ def test_help_of_a_verb_that_is_a_package_has_its_parameters():
 
 def test_what_is_no_picture_yet_is_told_what_to_give():
     from onefold.data import Preprocessing
-    from onefold.data.in_memory import prepare
+    from onefold.data.image_inputs import prepare
 
     preprocessing = Preprocessing(size=32)
     for image, remedy in (

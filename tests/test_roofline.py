@@ -19,7 +19,7 @@ from onefold.bench.roofline import cache_sizes
 from onefold.cli import display
 from onefold.commands.bench import bound, measured_limits
 from onefold.errors import BadArgument, BadData
-from onefold.resources import pinned
+from onefold.system_resources import pinned
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
 QUICK = bench.Procedure(warmup_calls=3, warmup_seconds=0.0, samples=20)
@@ -219,7 +219,7 @@ def test_a_loop_that_ends_its_process_is_left_out_and_named(tmp_path: Path, monk
 
 
 def test_a_kind_without_a_limit_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    display.limits(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
+    display.roofline_table(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
     printed = capsys.readouterr()
     assert [line.split("  ")[0] for line in printed.out.splitlines() if "not known" in line] == [
         "multiply-adds in bf16",
@@ -246,7 +246,7 @@ def test_a_fresh_process_tells_its_times_and_its_memory(tmp_path: Path, monkeypa
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     seen = bench.measure_cold_start("opener:opened", ["64", "said something"])
     assert min(seen.open_ns, seen.first_ns, seen.warm_ns) > 0
-    assert seen.start_ns == seen.open_ns + seen.first_ns
+    assert seen.time_to_first_answer_ns == seen.open_ns + seen.first_ns
     if Path("/proc/self/status").exists():
         assert seen.peak_bytes is not None
         assert 64 << 20 <= seen.peak_bytes < 96 << 20
@@ -265,7 +265,7 @@ def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.resources.affinity", lambda: (0, 2))
+    monkeypatch.setattr("onefold.system_resources.affinity", lambda: (0, 2))
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 1500.5\ncpu MHz\t\t: 2400.0\n")
     assert current_mhz(tmp_path) == 2400.0

@@ -40,7 +40,7 @@ class ColdStart:
     peak_bytes: int | None = None
 
     @property
-    def start_ns(self) -> int:
+    def time_to_first_answer_ns(self) -> int:
         """From nothing to the first answer."""
         return self.open_ns + self.first_ns
 

@@ -35,7 +35,7 @@ class Ratio:
     noise: float = 1.0
 
     @property
-    def is_certain(self) -> bool:
+    def is_robust_to_noise(self) -> bool:
         """Whether the machine was quiet, or the interval leaves out 1 also where the noise has widened it."""
         return self.noise <= 1 or not self.low / self.noise <= 1 <= self.high * self.noise
 
@@ -50,7 +50,7 @@ class Ratio:
     def words(self, name: str, baseline: str) -> str:
         """The verdict as a sentence, on a noisy machine with its noise; no verdict where that could change it."""
         seen = f"{_percent(self.value)} (95 % CI {_percent(self.low)} to {_percent(self.high)})"
-        if not self.is_certain:
+        if not self.is_robust_to_noise:
             return (
                 f"No verdict on {name} against {baseline}: {seen} was measured on a noisy machine, where times may be "
                 f"off by a factor of {self.noise:.3g}; measure again when it is idle."

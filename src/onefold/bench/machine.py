@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from onefold import resources
+from onefold.system_resources import affinity, quota, usable
 
 PACKAGES = (
     "onefold",
@@ -76,8 +76,8 @@ class Machine:
             chip=_chip(cpuinfo),
             architecture=platform.machine(),
             cores=os.cpu_count() or 1,
-            usable_cores=resources.usable(),
-            quota=resources.quota(root),
+            usable_cores=usable(),
+            quota=quota(root),
             memory_bytes=_memory(root),
             features=features_of(cpuinfo) or _features_of_macos(),
             system=f"{platform.system()} {platform.release()}".strip(),
@@ -86,7 +86,7 @@ class Machine:
             governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
             max_mhz=_max_mhz(root),
             load=load_average(root),
-            affinity=resources.affinity(),
+            affinity=affinity(),
         )
 
     @property
@@ -146,9 +146,7 @@ def current_mhz(root: Path = Path("/")) -> float | None:
     The quickest, since the one that computes is, and those that idle tell nothing.
     """
     frequencies = root / "sys/devices/system/cpu"
-    found = [
-        _read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in resources.affinity() or (0,)
-    ]
+    found = [_read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in affinity() or (0,)]
     known = [int(khz) / 1000 for khz in found if khz.isdigit()]
     known = known or [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _read(root / "proc/cpuinfo"), re.M)]
     return max(known, default=None)

@@ -79,7 +79,7 @@ def limits(
 
         numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
         found = measured_limits(results, numbers, again=again)
-    display.limits(found, numbers, as_json=as_json)
+    display.roofline_table(found, numbers, as_json=as_json)
 
 
 def profile(

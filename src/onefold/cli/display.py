@@ -227,7 +227,7 @@ def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) ->
     say(f"appended to {path}")
 
 
-def limits(found: Roofline, threads: Collection[int], *, as_json: bool) -> None:
+def roofline_table(found: Roofline, threads: Collection[int], *, as_json: bool) -> None:
     """What the machine can do at the most with these numbers of threads, the best of five runs and their median."""
     limits = [limit for limit in found.limits if limit.threads in threads]
     for each in found.notes:

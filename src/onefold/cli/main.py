@@ -32,8 +32,8 @@ from onefold.cli.options import (
 )
 from onefold.cli.progress import progress, training
 from onefold.errors import BadArgument
-from onefold.resources import keep_freed_memory, respect_quota
 from onefold.runtimes import RUNTIMES
+from onefold.system_resources import keep_freed_memory, respect_quota
 
 if TYPE_CHECKING:
     from onefold.recipes import Recipe

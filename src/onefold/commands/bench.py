@@ -38,10 +38,10 @@ from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.commands.progress import shown_progress
 from onefold.errors import BadArgument, BadData
 from onefold.report import ACCURACY
-from onefold.resources import pinned
 from onefold.runtimes import Artifact, Session
 from onefold.runtimes.artifact import digest_manifest
 from onefold.storage import locked
+from onefold.system_resources import pinned
 
 _log = logging.getLogger("onefold")
 

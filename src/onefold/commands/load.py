@@ -22,7 +22,7 @@ from torch import nn
 from onefold.commands.open_network import Predictor, open_network, open_predictor, weights_file, with_class_names
 from onefold.commands.timm_networks import is_timm, stored_model
 from onefold.data import Preprocessing
-from onefold.data.in_memory import prepare_all
+from onefold.data.image_inputs import prepare_all
 from onefold.errors import BadArgument
 from onefold.models import hub
 from onefold.models.hub import Card

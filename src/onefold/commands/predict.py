@@ -25,7 +25,7 @@ from onefold.commands.progress import shown_progress
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
 from onefold.data.decode import ODD_ALPHA, ODD_ALPHA_IS, decode
 from onefold.data.folders import join_names
-from onefold.data.in_memory import prepare, split_images
+from onefold.data.image_inputs import iter_images, prepare
 from onefold.data.value_range import mismatch
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable
 from onefold.report.format import plural
@@ -245,7 +245,7 @@ def _find(images: object) -> tuple[list[object], list[str]]:
     given: list[object] = []
     not_there: list[str] = []
     seen: set[Path] = set()
-    for item in split_images(images):
+    for item in iter_images(images):
         if not isinstance(item, str | Path):
             given.append(item)
             continue

@@ -27,7 +27,8 @@ from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, in_python
 from onefold.recipes import Recipe
 from onefold.report.figures import Curve, curves
 from onefold.report.format import plural
-from onefold.report.load_results import Predictions, load_inputs
+from onefold.report.load_results import load_inputs
+from onefold.report.predictions import Predictions
 from onefold.storage import free_path, parse_json
 from onefold.train import RunFolder
 

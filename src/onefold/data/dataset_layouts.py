@@ -23,7 +23,7 @@ from onefold.data.columns import MultiLabel
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import ARCHIVE_SUFFIXES, printable
 from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, left_out_images, list_folder, no_images
-from onefold.data.image_index import ImageIndex
+from onefold.data.match_table_paths import ImageIndex
 from onefold.data.remote import REMOTE
 from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
 from onefold.data.splits import (
@@ -37,7 +37,7 @@ from onefold.data.splits import (
     splits_of_folders,
     words_of,
 )
-from onefold.data.tables import LIST, NotATable, Table, labels_of_splits, read_table
+from onefold.data.tables import LIST, NotATable, Table, label_tables_by_folder, read_table
 from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
 from onefold.errors import BadData
 from onefold.storage import read_lines
@@ -106,7 +106,7 @@ def _read_folder(place: Path) -> PlaceImages:
         arrangement = arrange(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
     except BadData as error:
         problem = error
-    if isinstance(problem, NoClassFolders) and (more := labels_of_splits(outer)):  # LOC_val_solution.csv of val/
+    if isinstance(problem, NoClassFolders) and (more := label_tables_by_folder(outer)):  # LOC_val_solution.csv of val/
         inner |= more
         outer = [table for table in outer if table not in more.values()]
         try:

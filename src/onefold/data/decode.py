@@ -51,7 +51,7 @@ from onefold.data.crop import (
 from onefold.data.preprocessing import FULL_RANGE, ValueRange, scaled
 from onefold.data.value_range import deep_samples
 from onefold.errors import BadData
-from onefold.resources import free_memory
+from onefold.system_resources import free_memory
 
 T = TypeVar("T")
 

@@ -42,7 +42,7 @@ from onefold.data.columns import (
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable
 from onefold.data.folders import join_names
-from onefold.data.image_index import ImageIndex
+from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import SPLIT_WORDS, split_name, words_of
 from onefold.errors import BadData
 from onefold.storage import normalize_name, parse_json, read_text
@@ -396,7 +396,7 @@ def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequen
     return sorted(first.values())
 
 
-def labels_of_splits(tables: Sequence[Table]) -> dict[str, Table]:
+def label_tables_by_folder(tables: Sequence[Table]) -> dict[str, Table]:
     """Give the tables that label the images of one val or test folder, by that folder."""
     found: dict[str, list[Table]] = defaultdict(list)
     for table in tables:

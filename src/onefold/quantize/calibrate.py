@@ -29,10 +29,10 @@ from onefold.quantize.graph import (
     free_used_inputs,
     get_parameter,
     layers,
-    node_values,
     over_batches,
     padding_input,
     quantized_activations,
+    run_node,
 )
 from onefold.quantize.qparams import LayerReport, Method, ModelQParams, QParams, choose_qparams, weight_scales
 
@@ -106,13 +106,13 @@ class _Calibrator:
 
     def evaluate(self, node: Node) -> None:
         """Compute a node's float and quantized values; quantize it where it is a layer or a quantized activation."""
-        self._float[node] = node_values(self._graph, node, self._float, self._batches)
+        self._float[node] = run_node(self._graph, node, self._float, self._batches)
         if node in self._pairs:
             self._rescale(*self._pairs[node])
         if node in self._layers:
             self._quantize_layer(self._layers[node])
         else:
-            self._quantized[node] = node_values(self._graph, node, self._quantized, self._batches)
+            self._quantized[node] = run_node(self._graph, node, self._quantized, self._batches)
         if node in self._activations:
             self._quantize_activation(node)
         if node in self._outputs:
@@ -124,14 +124,14 @@ class _Calibrator:
         sums = self._float[first.node]
         values = sums
         if first.output is not first.node:
-            values = node_values(self._graph, first.output, {**self._float, first.node: sums}, self._batches)
+            values = run_node(self._graph, first.output, {**self._float, first.node: sums}, self._batches)
         scale = choose_qparams([x for x in values if isinstance(x, Tensor)], self._method.range_method).scale
         factor = scale / nearest_power_of_two(scale)
         rescale_pair_(self._graph, first, second, factor)
         self._float[first.node] = over_batches(lambda x: x.div_(factor), sums)
         for node in (*first.node.args, *second.node.args):  # the attributes are new tensors now
             if isinstance(node, Node) and node.op == "get_attr" and node in self._float:
-                self._float[node] = self._quantized[node] = node_values(self._graph, node, {}, self._batches)
+                self._float[node] = self._quantized[node] = run_node(self._graph, node, {}, self._batches)
 
     def _quantize_layer(self, layer: Layer) -> None:
         """Quantize a layer, and compute its quantized values."""

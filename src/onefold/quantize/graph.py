@@ -164,7 +164,7 @@ def _attribute_name(node: object) -> str:
     return str(node.target)
 
 
-def node_values(
+def run_node(
     graph: GraphModule, node: Node, values: Mapping[Node, list[object]], batches: Sequence[Tensor]
 ) -> list[object]:
     """Compute a node's value for each batch, from the `values` of the nodes before it.

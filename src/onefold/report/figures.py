@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from onefold.bench import Ratio, percentile
 from onefold.errors import MissingExtra, NotWritable
 from onefold.report.format import one_line, percent, plural, printable, significant
-from onefold.report.load_results import BINS, Predictions
+from onefold.report.predictions import BINS, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -321,7 +321,7 @@ def ratios(key: str, rows: Sequence[RatioRow], description: str, baseline: str |
         set_x_scale(axes, low, high)
         for index, row in enumerate(rows):
             ratio, y = row.ratio, len(rows) - 1 - index
-            colour = MUTED if ratio.verdict == "no difference" or not ratio.is_certain else series_colour(0)
+            colour = MUTED if ratio.verdict == "no difference" or not ratio.is_robust_to_noise else series_colour(0)
             axes.plot([ratio.low, ratio.high], [y, y], color=colour, lw=2.6, solid_capstyle="round")
             axes.plot(ratio.value, y, "o", color=colour, ms=6)
             _write(axes, (0.0, y + 0.24), row.label, INK)

@@ -1,13 +1,18 @@
-"""Numbers and names as text: units, significant digits, one printable line out of whatever a file may hold."""
+"""Numbers and names as text: units, significant digits, one printable line out of whatever a file may hold; and numbers
+and objects out of it.
+"""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from onefold.accuracy_intervals import wilson_interval
+from onefold.storage import parse_json
 
+_LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
 _SPACE = "\N{NO-BREAK SPACE}"
 # Bidirectional controls: they reorder the text after them, so that a page could read differently from its source.
 _BIDIRECTIONAL = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
@@ -87,3 +92,20 @@ def _printable(character: str) -> str:
     if category == "Cs" or unicodedata.bidirectional(character) in _BIDIRECTIONAL:
         return "\ufffd"
     return character
+
+
+def number(values: Mapping[str, Any], key: str) -> float | None:
+    """Return the number under `key`; None where there is none, or one that is not finite or absurdly large."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < _LARGEST_NUMBER else None
+
+
+def json_object(text: str) -> Mapping[str, Any]:
+    """Return the JSON object in `text`; an empty one for anything else."""
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, Mapping) else {}

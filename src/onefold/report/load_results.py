@@ -6,97 +6,24 @@ left is worth more than none.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onefold.bench import Comparison, Measurement, read_all
-from onefold.checksums import CHECKSUM, NO_CHECKSUM, has_checksum, lines_have_checksum, unseal
+from onefold.checksums import CHECKSUM, NO_CHECKSUM, has_checksum, unseal
 from onefold.errors import BadArtifact, BadCheckpoint, BadData
-from onefold.report.format import one_line
+from onefold.report.format import json_object, number, one_line
+from onefold.report.predictions import Predictions, parse_predictions
 from onefold.runtimes.artifact import Artifact, read_manifest
-from onefold.storage import parse_json
 
 GATES = "gates.json"  # what each gate of a deployment found, beside its measurements
 ACCURACY = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured
-BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
 
-_LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
-_MAX_CLASSES, _MAX_BYTES = 100_000, 256 << 20
+_MAX_BYTES = 256 << 20
 _MAX_SENTENCES = 20  # on the data of a run
-_MAX_PICTURE_BYTES = 100_000
-_JPEG_START = b"\xff\xd8\xff"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Misclassified:
-    """A wrongly classified image: class indices, softmax probabilities, and the picture as JPEG in base64.
-
-    `alike` names other misclassified images that are nearly the same.
-    """
-
-    name: str
-    label: int
-    predicted: int
-    confidence: float
-    label_probability: float
-    jpeg: str
-    alike: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """A network's predictions on labelled images, counted.
-
-    `pairs[label, predicted]` counts images; a predicted class of -1 stands for logits that were not finite. `top5` and
-    `ece` (expected calibration error) are in percent, as `train.evaluate` computed them. `bins` holds, for each of
-    `BINS` equal intervals of confidence, the number of images, how many of them are right, and the sum of confidences.
-    `answers` has (label, predicted) by the name of the image, and is empty where names are not unique; `network` is the
-    digest of what predicted.
-    """
-
-    data: str
-    classes: tuple[str, ...]
-    pairs: Mapping[tuple[int, int], int]
-    top5: float | None
-    ece: float | None
-    bins: tuple[tuple[int, int, float], ...]
-    misclassified: tuple[Misclassified, ...]
-    answers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    network: str | None = None
-
-    @property
-    def num_images(self) -> int:
-        """How many images were predicted."""
-        return sum(self.pairs.values())
-
-    @property
-    def top1(self) -> float:
-        """Top-1 accuracy in percent."""
-        return 100 * sum(count for (a, b), count in self.pairs.items() if a == b) / self.num_images
-
-    @property
-    def images_per_class(self) -> Counter[int]:
-        """The number of images of each class that has any."""
-        counts: Counter[int] = Counter()
-        for (label, _), count in self.pairs.items():
-            counts[label] += count
-        return counts
-
-    @property
-    def confusions(self) -> list[tuple[int, int, int]]:
-        """(label, predicted, images) of all wrong pairs, the most frequent first."""
-        wrong = [(a, b, count) for (a, b), count in self.pairs.items() if a != b]
-        return sorted(wrong, key=lambda entry: (-entry[2], entry[0], entry[1]))
-
-    def name(self, index: int) -> str:
-        """Return the name of a class."""
-        return self.classes[index] if 0 <= index < len(self.classes) else "not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +98,7 @@ class Inputs:
         known = next((top1 for a in same if (top1 := number(a.details, "top1")) is not None), None)
         return self.accuracies.get(str(digest)) if known is None else known
 
-    def network_score(self, artifact: Artifact) -> Predictions | None:
+    def float_predictions(self, artifact: Artifact) -> Predictions | None:
         """Return the predictions, for a run's validation images, of the network that an artifact was exported from."""
         found = (run.predictions for run in self.runs if run.predictions is not None)
         network = artifact.details.get("network")
@@ -226,14 +153,6 @@ def load_inputs(
     )
 
 
-def number(values: Mapping[str, Any], key: str) -> float | None:
-    """Return the number under `key`; None where there is none, or one that is not finite or absurdly large."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < _LARGEST_NUMBER else None
-
-
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -245,11 +164,12 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
     epochs = {at: line for line in lines if line.get("kind") in kinds and (at := number(line, "epoch")) is not None}
     if lines and not epochs:
         notes.append(f"The run {name} has not finished an epoch yet.")
-    recipe = _parse(_read_text(folder / "recipe.json") or "")
+    recipe = json_object(_read_text(folder / "recipe.json") or "")
     notes += _differences_from_checkpoint(folder, name, recipe, lines)
     expect = recipe.get("expect")
     expected: Mapping[str, Any] = expect if isinstance(expect, Mapping) else {}
     check = _read_json(folder / "check.json", notes, f" of {name}").get("findings")
+    answers = _read_text(folder / "predictions.jsonl")
     findings = (entry.get("text") for entry in check if isinstance(entry, Mapping)) if isinstance(check, list) else ()
     return Run(
         name=name,
@@ -257,7 +177,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         recipe=one_line(recipe["name"]) if isinstance(recipe.get("name"), str) else None,
         expected_top1=number(expected, "top1"),
         expected_source=one_line(expected["source"]) if expected.get("source") else None,
-        predictions=_read_predictions(folder / "predictions.jsonl", name, notes),
+        predictions=None if answers is None else parse_predictions(answers, name, notes),
         data_findings=tuple(one_line(text, 400) for text in findings if isinstance(text, str)),
         dataset=_describe_dataset(_read_json(folder / "data.json", notes, f" of {name}")),
     )
@@ -270,7 +190,7 @@ def _differences_from_checkpoint(
     if not (folder / "last").is_dir():
         return []
     try:
-        saved = _parse(unseal(folder / "last", only=["progress.json"])["progress.json"].decode())
+        saved = json_object(unseal(folder / "last", only=["progress.json"])["progress.json"].decode())
         with (folder / "log.jsonl").open("rb") as file:
             log = file.read(int(saved["log_bytes"])) if saved.get("log_sha256") else b""
     except (BadCheckpoint, OSError, KeyError, ValueError, TypeError):
@@ -315,97 +235,11 @@ def _read_log(path: Path, run: str, notes: list[str]) -> list[Mapping[str, Any]]
     if text is None:
         notes.append(f"The run {run} has no log: log.jsonl is missing or cannot be read.")
         return []
-    parsed = [_parse(line) for line in text.split("\n") if line.strip()]
+    parsed = [json_object(line) for line in text.split("\n") if line.strip()]
     damaged = sum(not line for line in parsed)
     if damaged or not parsed:
         notes.append(f"{damaged} lines of the log of {run} are damaged." if parsed else f"The log of {run} is empty.")
     return [line for line in parsed if line]
-
-
-def _read_predictions(path: Path, run: str, notes: list[str]) -> Predictions | None:
-    text = _read_text(path)
-    if text is None:
-        return None
-    head, *lines = [_parse(line) for line in text.splitlines()] or [{}]
-    classes = head.get("classes")
-    if head.get("kind") != "predictions" or not isinstance(classes, list) or not 0 < len(classes) <= _MAX_CLASSES:
-        notes.append(f"The predictions of {run} could not be used: their first line does not say what they are.")
-        return None
-    try:
-        if not lines_have_checksum(text):
-            notes.append(f"The predictions of {run} have {NO_CHECKSUM}.")
-    except ValueError as error:
-        notes.append(f"The predictions of {run} are damaged and left out ({error}): evaluate the run again.")
-        return None
-    valid = [line for line in lines if _is_prediction(line, len(classes))]
-    if len(valid) < len(lines):
-        notes.append(f"{len(lines) - len(valid)} lines of the predictions of {run} are damaged.")
-    if not valid:
-        return None
-    answers = {str(line.get("name")): (line["label"], line["answer"]) for line in valid}
-    return Predictions(
-        data=one_line(head.get("data", "")),
-        classes=tuple(one_line(name, 60) for name in classes),
-        pairs=Counter((line["label"], line["answer"]) for line in valid),
-        top5=number(head, "top5"),
-        ece=number(head, "ece"),
-        bins=_bins(valid),
-        misclassified=tuple(image for line in valid if (image := _misclassified(line)) is not None),
-        answers=answers if len(answers) == len(valid) else {},
-        network=head["sha256"] if isinstance(head.get("sha256"), str) else None,
-    )
-
-
-def _is_prediction(line: Mapping[str, Any], num_classes: int) -> bool:
-    label, predicted = line.get("label"), line.get("answer")
-    if type(label) is not int or type(predicted) is not int:
-        return False
-    return 0 <= label < num_classes and -1 <= predicted < num_classes
-
-
-def _bins(lines: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int, float], ...]:
-    counts, right, sums = [0] * BINS, [0] * BINS, [0.0] * BINS
-    for line in lines:
-        confidence = _probability(line.get("confidence"))
-        if confidence is not None and line["answer"] >= 0:
-            index = max(0, math.ceil(confidence * BINS) - 1)  # the right end of an interval belongs to it
-            counts[index] += 1
-            right[index] += line["label"] == line["answer"]
-            sums[index] += confidence
-    return tuple(zip(counts, right, sums, strict=True))
-
-
-def _misclassified(line: Mapping[str, Any]) -> Misclassified | None:
-    jpeg, confidence = _jpeg(line.get("picture")), _probability(line.get("confidence"))
-    alike = line.get("alike")
-    if jpeg is None or confidence is None or line["answer"] < 0:
-        return None
-    return Misclassified(
-        name=one_line(line.get("name", ""), 80),
-        label=line["label"],
-        predicted=line["answer"],
-        confidence=confidence,
-        label_probability=_probability(line.get("own")) or 0.0,
-        jpeg=jpeg,
-        alike=tuple(one_line(name, 80) for name in alike[:20]) if isinstance(alike, list) else (),
-    )
-
-
-def _jpeg(value: object) -> str | None:
-    """Return base64 of a small JPEG, encoded anew so that nothing else can stand in the page; None for all else."""
-    if not isinstance(value, str) or len(value) > 2 * _MAX_PICTURE_BYTES:
-        return None
-    try:
-        data = base64.b64decode(value.encode("ascii"), validate=True)
-    except ValueError:
-        return None
-    is_small_jpeg = data.startswith(_JPEG_START) and len(data) <= _MAX_PICTURE_BYTES
-    return base64.b64encode(data).decode("ascii") if is_small_jpeg else None
-
-
-def _probability(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 <= value <= 1 else None  # type: ignore[arg-type, operator]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -438,7 +272,7 @@ def _read_json(path: Path, notes: list[str], of: str = "") -> Mapping[str, Any]:
     text = _read_text(path)
     if text is None and not path.exists():
         return {}
-    values = _parse(text or "")
+    values = json_object(text or "")
     try:
         if not values:
             raise ValueError("it is not a JSON object that holds anything")
@@ -457,15 +291,6 @@ def _read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-
-
-def _parse(text: str) -> Mapping[str, Any]:
-    """Return the JSON object in `text`; an empty one for anything else."""
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, Mapping) else {}
 
 
 def _without_folder(error: Exception, path: Path) -> str:

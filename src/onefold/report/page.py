@@ -34,8 +34,9 @@ from onefold.report.figures import (
 )
 from onefold.report.format import joined, latency, one_line, percent, plural, printable, scientific, significant
 from onefold.report.grouping import Group, Pair, ReportData, aggregate_inputs, label
-from onefold.report.load_results import Predictions, Run, load_inputs
+from onefold.report.load_results import Run, load_inputs
 from onefold.report.pareto_figure import pareto_figures
+from onefold.report.predictions import Predictions
 from onefold.report.tables import (
     Table,
     artifact_table,
@@ -183,7 +184,7 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
         ratio = pair.ratio
         interval = f"95 % CI {significant(1 / ratio.high)}–{significant(1 / ratio.low)}"
         doubt = "" if ratio.verdict == "faster" else " (not a gain)"
-        title = f"Speedup by fusing{doubt if ratio.is_certain else ' (within the noise)'}"
+        title = f"Speedup by fusing{doubt if ratio.is_robust_to_noise else ' (within the noise)'}"
         tiles.append((title, f"{significant(1 / ratio.value)}×", f"{interval}; {pair.context}"))
     drifts = [(artifact.drift, artifact) for artifact in data.inputs.artifacts if artifact.drift is not None]
     if drifts:

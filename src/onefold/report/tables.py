@@ -9,7 +9,8 @@ from typing import NamedTuple
 from onefold.accuracy_intervals import drop_interval
 from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size, with_interval
 from onefold.report.grouping import Group
-from onefold.report.load_results import Inputs, Predictions, Run
+from onefold.report.load_results import Inputs, Run
+from onefold.report.predictions import Predictions
 from onefold.runtimes.artifact import Artifact
 
 _MAX_CONFUSIONS = 10
@@ -164,7 +165,7 @@ def _peak_memory(group: Group) -> str:
 
 
 def _cold_start(group: Group) -> str:
-    starts = [m.cold.start_ns for m in group.measurements if m.cold is not None]
+    starts = [m.cold.time_to_first_answer_ns for m in group.measurements if m.cold is not None]
     return latency(median(starts) if starts else None)
 
 
@@ -243,7 +244,7 @@ def artifact_table(inputs: Inputs) -> Table:
 
 
 def _artifact_top1(inputs: Inputs, artifact: Artifact) -> str:
-    own, network = inputs.top1_of_artifact(artifact), inputs.network_score(artifact)
+    own, network = inputs.top1_of_artifact(artifact), inputs.float_predictions(artifact)
     if own is not None or network is None:
         return percent(own)
     return f"{_OF_NETWORK}{with_interval(network.top1, network.num_images)}"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from onefold.errors import BadArgument, LostWorker, Stopped, describe_end
-from onefold.resources import available
+from onefold.system_resources import available
 from onefold.train.distributed import STOP_SIGNALS, StopSignals, signal_at_death_of
 
 _log = logging.getLogger("onefold.launch")

@@ -28,11 +28,11 @@ _CHANNELS = (1, 3, 4)
 _log = logging.getLogger("onefold")
 
 
-def split_images(value: object) -> Iterator[object]:
+def iter_images(value: object) -> Iterator[object]:
     """Give the single images of what may be one, a batch or a list of them; what is no image comes as it is."""
     if isinstance(value, list | tuple):
         for item in value:
-            yield from split_images(item)
+            yield from iter_images(item)
     elif isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4:
         yield from value
     else:
@@ -41,7 +41,7 @@ def split_images(value: object) -> Iterator[object]:
 
 def prepare_all(value: object, preprocessing: Preprocessing) -> Floats:
     """Give an image, a batch or a list of them as the network's inputs, float32 (B, C, S, S). Raises as `prepare`."""
-    inputs = [prepare(image, preprocessing) for image in split_images(value)]
+    inputs = [prepare(image, preprocessing) for image in iter_images(value)]
     if not inputs:
         raise BadArgument("there is no image: expected one, or a list with one or more")
     return np.stack(inputs)
