@@ -305,7 +305,7 @@ def test_teachers_that_cannot_teach_are_told(photos, tmp_path, monkeypatch):
     ):
         TeacherAdapter.between(open_teacher(str(other), here), student())
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'onefold\[timm\]'"):
+    with pytest.raises(MissingExtra, match=r'pip install "onefold\[timm\]"'):
         open_teacher("timm:resnet18", here)
 
 

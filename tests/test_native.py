@@ -1,22 +1,36 @@
-"""Without a C++ compiler everything works, and one sentence for all processes says that it is slower."""
+"""Compiled code is the wheel's, or of this machine's compiler; without both one sentence for all processes says so."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from onefold import native
+from onefold.checksums import seal
 from onefold.data.crop import resampler
 from onefold.native import WARNED, NotCompiledWarning, loaded
 from onefold.reparam.kernels.base import library
 from onefold.storage import cache_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"one": 'extern "C" int one() { return 1; }', "two": 'extern "C" int two() { return 2; }'}
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of a test's own are forgotten after it."""
+    monkeypatch.setattr(native, "SOURCES", dict(native.SOURCES))
 
 
 @pytest.fixture
@@ -33,7 +47,8 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(folder: Path, name: str) -> object:
     (folder / f"{name}.cpp").write_text(SOURCES[name])
-    return loaded(name, [folder / f"{name}.cpp"])
+    native.SOURCES[name] = (str(folder / f"{name}.cpp"),)
+    return loaded(name)
 
 
 def test_the_first_library_warns_and_no_other(no_compiler: Path):
@@ -123,3 +138,170 @@ def test_without_a_home_the_cache_is_in_the_temporary_folder(tmp_path: Path, mon
     folder.chmod(0o777)
     with pytest.raises(OSError, match="others may write to it"):
         cache_folder()
+
+
+# ---------------------------------------------------------------------------------------- from a wheel
+
+LEVEL = """
+#if defined(__SSE4_2__) || defined(__ARM_FEATURE_DOTPROD)
+extern "C" int level() { return 2; }
+#else
+extern "C" int level() { return 1; }
+#endif
+"""
+BETTER = {"x86_64": "x86-64-v2", "aarch64": "armv8.2-a+dotprod"}.get(platform.machine(), "")
+PLAIN = {"x86_64": "x86-64", "aarch64": "armv8-a"}.get(platform.machine(), "")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wheel") / "level.cpp"
+    path.write_text(LEVEL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(source: Path) -> dict[str, bytes]:
+    """The libraries of a wheel, one for plain processors and one for those with the feature `better`."""
+    if not (BETTER and sys.platform == "linux" and (shutil.which("c++") or shutil.which("g++"))):
+        pytest.skip("there is no C++ compiler whose wheels would carry libraries")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "SOURCES", {"level": (str(source),)})
+        patch.setattr(native, "LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
+        return native.compile_for_wheel()
+
+
+@pytest.fixture
+def install(
+    no_compiler: Path, source: Path, compiled: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, bytes]]:
+    """Put libraries where a wheel has them, the compiled ones or others under their names, on such a processor."""
+
+    def put(*, change: Callable[[bytes], bytes] = bytes, features: str = "flags : fpu better") -> dict[str, bytes]:
+        contents = {name: change(content) for name, content in compiled.items()}
+        monkeypatch.setattr(native, "_WHEEL", no_compiler / "lib")
+        monkeypatch.setattr(native, "LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
+        monkeypatch.setattr(native, "_processor", lambda: features)
+        native.SOURCES["level"] = (str(source),)
+        seal(no_compiler / "lib", contents)
+        return contents
+
+    return put
+
+
+def test_the_wheels_library_for_this_processor_is_taken(install, monkeypatch: pytest.MonkeyPatch):
+    """Without a compiler, and without a warning, which would be an error here."""
+    install()
+    assert loaded("level").level() == 2
+    assert native.ORIGINS["level"] == f"from the wheel, for {BETTER}"
+    monkeypatch.setattr(native, "_processor", lambda: "flags : fpu bet")
+    assert loaded("level").level() == 1
+    assert native.ORIGINS["level"] == f"from the wheel, for {PLAIN}"
+    monkeypatch.setenv("ONEFOLD_KERNELS", "compile")
+    with pytest.warns(NotCompiledWarning):
+        assert loaded("level") is None
+    assert native.ORIGINS["level"].startswith("not compiled (no C++ compiler")
+
+
+def another_machine(content: bytes) -> bytes:
+    return content[:18] + (b"\xf3\0" if content[18:20] != b"\xf3\0" else b"\x3e\0") + content[20:]  # e_machine: RISC-V
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (another_machine, "cannot open shared object file|Exec format|invalid ELF|wrong"),
+        (lambda content: content[:4] + b"\1" + content[5:], "wrong ELF class"),
+        (lambda content: b"", "file too short"),
+    ],
+    ids=["machine", "32 bits", "empty"],
+)
+def test_a_library_of_another_abi_is_passed_over_and_said(install, caplog: pytest.LogCaptureFixture, change, says: str):
+    install(change=change)
+    with pytest.warns(NotCompiledWarning, match="no C"):
+        assert loaded("level") is None
+    (note,) = caplog.messages
+    assert note.startswith("the wheel's C++ library level cannot be used: ")
+    assert re.search(says, note)
+
+
+def test_a_damaged_library_of_the_wheel_is_not_loaded(install, no_compiler: Path, caplog: pytest.LogCaptureFixture):
+    for damage in (lambda whole: whole[: len(whole) // 2], lambda whole: bytes(len(whole)), lambda whole: whole + b"x"):
+        for name, content in install().items():
+            (no_compiler / "lib" / name).write_bytes(damage(content))
+        with pytest.warns(NotCompiledWarning):
+            assert loaded("level") is None
+        assert "is damaged: its size or SHA-256" in caplog.messages[-1]
+        os.environ[WARNED] = ""
+    (no_compiler / "lib" / "manifest.json").unlink()
+    with pytest.warns(NotCompiledWarning):
+        assert loaded("level") is None
+    assert "manifest.json is missing or damaged" in caplog.messages[-1]
+
+
+def test_a_library_of_other_sources_or_processors_is_not_found(
+    install, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    install()
+    native.SOURCES["level"] = (str(source), str(source))  # a version of other sources
+    with pytest.warns(NotCompiledWarning):
+        assert loaded("level") is None
+    assert "it is of another version, or for other processors than this" in caplog.text
+    install()
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setenv(WARNED, "")
+    with pytest.warns(NotCompiledWarning):
+        assert loaded("level") is None
+    assert caplog.messages[-1].endswith("than this riscv64")
+
+
+def test_with_a_compiler_what_the_wheel_lacks_is_compiled(
+    install, no_compiler: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    install(change=another_machine)
+    monkeypatch.setenv("PATH", os.defpath)
+    assert loaded("level").level() in (1, 2)
+    assert native.ORIGINS["level"].startswith(f"compiled on this machine, kept in {no_compiler / 'cache'}")
+    assert len(caplog.messages) == 1
+
+
+PURE = "this wheel is pure Python, without compiled C++ code: no C++ compiler"
+
+
+@pytest.fixture
+def build_hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """hatch_build.py, with as much of hatchling as it stands on."""
+    interface = ModuleType("hatchling.builders.hooks.plugin.interface")
+    interface.BuildHookInterface = type("BuildHookInterface", (SimpleNamespace,), {})  # type: ignore[attr-defined]
+    names = interface.__name__.split(".")
+    for i in range(len(names)):
+        monkeypatch.setitem(sys.modules, ".".join(names[: i + 1]), interface)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_wheel_carries_what_was_compiled_and_is_pure_without_a_compiler(
+    build_hook: ModuleType, no_compiler: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    app = SimpleNamespace(display_info=said.append, display_warning=said.append)
+    hook = build_hook.CompiledLibraries(root=str(ROOT), app=app)
+    pure = {"pure_python": True, "force_include": {}}
+    for version, says in (("editable", []), ("standard", [PURE])):
+        data = {**pure, "force_include": {}}
+        hook.initialize(version, data)
+        assert data == pure
+        assert [line[: len(PURE)] for line in said] == says
+    monkeypatch.setattr(native, "compile_for_wheel", lambda: {"one-x.so": b"ELF"})
+    data = {**pure, "force_include": {}}
+    hook.initialize("standard", data)
+    assert data["tag"].startswith("py3-none-")
+    assert data["pure_python"] is False
+    ((folder, place),) = data["force_include"].items()
+    assert place == "onefold/lib"
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["manifest.json", "one-x.so"]
+    hook.finalize("standard", data, "")
+    assert not Path(folder).exists()

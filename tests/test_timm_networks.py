@@ -165,7 +165,7 @@ def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
         with pytest.raises(MissingExtra, match="was built for another torch"):
             open_network("timm:repvgg_a0")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MissingExtra, match=r"needs timm.*pip install 'onefold\[timm\]'"):
+    with pytest.raises(MissingExtra, match=r'needs timm.*pip install "onefold\[timm\]"'):
         open_network("timm:repvgg_a0")
 
 

@@ -19,8 +19,11 @@ A message is one sentence or two: what was expected, what came, and what to type
 The algebra (`onefold.reparam`) is plain mathematics and raises plain ValueError and TypeError.
 """
 
+from __future__ import annotations
+
 import re
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import ClassVar
 
@@ -70,9 +73,22 @@ class BadArgument(OnefoldError, ValueError):
 
 
 class MissingExtra(OnefoldError, ImportError):
-    """An optional package is needed and is not installed; the message names the extra."""
+    """Optional packages are needed and not installed; the message ends with the one command that installs them.
+
+    `needs` says what needs which, and `extras` are those of onefold that have them; without one, `needs` says it all.
+    """
 
     exit_status = 2
+
+    def __init__(self, needs: str, *extras: str) -> None:
+        self.needs, self.extras = needs, extras
+        super().__init__(needs + (f': pip install "onefold[{",".join(extras)}]"' if extras else ""))
+
+    @classmethod
+    def of(cls, errors: Sequence[MissingExtra]) -> MissingExtra:
+        """Give one error for several."""
+        extras = dict.fromkeys(extra for error in errors for extra in error.extras)
+        return cls("; ".join(dict.fromkeys(error.needs for error in errors)), *extras)
 
 
 class BadData(OnefoldError, ValueError):

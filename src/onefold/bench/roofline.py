@@ -155,7 +155,7 @@ def _library() -> ctypes.CDLL | None:
     """The loops, or None where they cannot be compiled; ONEFOLD_PEAKS=plain in the environment asks for None."""
     if is_plain("ONEFOLD_PEAKS"):
         return None
-    library = loaded("roofline", [Path(__file__).with_name("roofline.cpp")])
+    library = loaded("roofline")
     if library is not None:
         library.variant_name.restype = ctypes.c_char_p
     return library

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -36,6 +36,12 @@ def emit_json(values: Iterable[Any]) -> None:
     for value in values:
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         print(json.dumps(plain, default=str), flush=True)
+
+
+def facts(found: Mapping[str, str]) -> None:
+    """One fact a line: its name, its text."""
+    for name, text in found.items():
+        say(f"{name:{max(map(len, found))}}  {text}")
 
 
 # -------------------------------------------------------------------------------------------- tables

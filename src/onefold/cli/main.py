@@ -211,12 +211,8 @@ def data(
     with progress(f"reading {place}"):
         from onefold.data import read_dataset
 
-        info = read_dataset(place, seed=seed, val_fraction=val_fraction).info
-    if as_json:
-        display.emit_json([info.to_dict()])
-        return
-    for line in info.lines():
-        display.say(line)
+        found = read_dataset(place, seed=seed, val_fraction=val_fraction).info
+    display.emit_json([found.to_dict()]) if as_json else display.say("\n".join(found.lines()))
 
 
 @app.command("eval")
@@ -418,6 +414,16 @@ def demo(
     with training() as on_progress:
         page = run(out, say=display.say, on_progress=on_progress, seed=seed, epochs=epochs)
     typer.echo(f"\nThe report: {page}")
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Show what is installed: versions, the machine, where the compiled C++ code comes from, and the extras."""
+    with progress("looking at this installation"):
+        from onefold.commands.info import info as describe
+
+        found = describe()
+    display.emit_json([found]) if as_json else display.facts(found)
 
 
 def _dotted(context: typer.Context) -> dict[str, str]:

@@ -36,7 +36,7 @@ from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.commands.load import Source, verb
 from onefold.commands.open_network import Floats, Predictor, open_predictor
 from onefold.commands.progress import shown_progress
-from onefold.errors import BadArgument, BadData
+from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.report import ACCURACY
 from onefold.runtimes import Artifact, Session
 from onefold.runtimes.artifact import digest_manifest
@@ -184,15 +184,22 @@ def _must_be_sound(order: BenchOptions) -> None:
 def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, _Candidate]:
     """What is to be measured, under its title; closed with `opened`."""
     candidates: dict[str, _Candidate] = {}
+    missing: list[MissingExtra] = []  # of all sources, to be said at once
     for source in order.sources:
-        predictor = opened.enter_context(
-            open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
-        )
+        try:
+            predictor = opened.enter_context(
+                open_predictor(source, name=order.name, threads=order.procedure.threads, fused=False)
+            )
+        except MissingExtra as error:
+            missing.append(error)
+            continue
         refuse_unfused(bool(predictor.facts["fused"]), source, order.allow_unfused)
         subject = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
         call = call_of(predictor, order.batch)
         artifact = predictor.session.artifact if isinstance(predictor.session, Session) else None
         candidates[free_title(predictor.title, candidates)] = _Candidate(artifact=artifact, call=call, subject=subject)
+    if missing:
+        raise MissingExtra.of(missing)
     return candidates
 
 

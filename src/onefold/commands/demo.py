@@ -13,6 +13,7 @@ from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
 from onefold.commands.calibration import Calibration
 from onefold.commands.deploy import build_deployment
 from onefold.commands.deployment import DeployOptions, DeployResult, Gate, write_gates
+from onefold.commands.extras import require_extras
 from onefold.commands.fuse import fuse
 from onefold.commands.open_network import open_predictor
 from onefold.commands.report import write_page
@@ -42,7 +43,8 @@ def demo(
     Raises GateFailed where an answer of an fp32 artifact differs from the network's, int8 loses too much accuracy, or
     fusing changes the answers: once all that could still be made, the report among it, is written.
     """
-    require_matplotlib()  # for the report at the end, after minutes of work
+    require_extras(["demo"])
+    require_matplotlib()  # that it works is seen here too, not at the report, after minutes of work
     if out.exists() and any(out.iterdir()):
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
     torch.set_num_threads(1)  # on maps of 16 pixels and less, threads wait for each other longer than they compute

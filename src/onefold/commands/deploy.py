@@ -45,6 +45,7 @@ from onefold.commands.deployment import (
 )
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_made
+from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.held_out import (
     Photos,
     count_trained,
@@ -61,13 +62,12 @@ from onefold.commands.progress import shown_progress
 from onefold.commands.report import write_page
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.fingerprint import keys_of
-from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed, MissingExtra
+from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed
 from onefold.models.weights_file import digest, hub_readme
 from onefold.quantize import Method
 from onefold.report import require_matplotlib
 from onefold.report.format import joined
 from onefold.runtimes import Artifact, find_runtime, open_artifact
-from onefold.runtimes.base import installed_versions
 from onefold.storage import replacing, write_text
 
 Say = Callable[[str], None]
@@ -142,9 +142,10 @@ def build_deployment(
     Raises MissingExtra before anything is done, where a runtime or matplotlib is not installed; BadArgument where `out`
     holds something else.
     """
-    require_matplotlib()  # for the report at the end, after minutes of work
     order, budget = order.shortened(), Budget(order.minutes)
     wanted = _wanted(order)
+    require_extras([*order.runtimes, "report", *extras_of(source, order.calibration.data, order.val)])
+    require_matplotlib()  # that it works is seen here too, not at the report, after minutes of work
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
     network = open_network(source, name=name)
@@ -239,13 +240,10 @@ def _kept_artifacts(folder: Path, wanted: Sequence[tuple[str, str]], say: Say) -
 
 
 def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
-    """Every runtime with every precision that both it and the order have. MissingExtra, BadArgument."""
+    """Every runtime with every precision that both it and the order have. Raises BadArgument."""
     wanted = []
     for name in dict.fromkeys(order.runtimes):
         kind = find_runtime(name)
-        missing = [package for package in kind.PACKAGES if package not in installed_versions(kind.PACKAGES)]
-        if missing:  # said before an hour's work, not after it
-            raise MissingExtra(f'the runtime {name} needs {", ".join(missing)}; type: pip install "onefold[{name}]"')
         known = [precision for precision in order.precisions if precision in kind.PRECISIONS]
         if not known:
             raise BadArgument(

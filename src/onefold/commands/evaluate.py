@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from onefold.checksums import lines_have_checksum, sealed_lines
 from onefold.commands.bench import note_accuracy
 from onefold.commands.class_matching import all_outputs
+from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
 from onefold.commands.load import Source, open_source, verb
 from onefold.commands.open_network import Floats, Predictor
@@ -188,6 +189,7 @@ def evaluate(
     only = next((name for name in SPLITS if name == split), None)
     if split is not None and only is None:
         raise BadArgument(f"--split is {split!r}, expected one of {', '.join(SPLITS)}")
+    require_extras(extras_of(source, data))
     with (
         shown_progress(),
         open_source(

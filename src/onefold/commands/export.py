@@ -23,6 +23,7 @@ from onefold.commands.calibration import (
     spread,
 )
 from onefold.commands.evaluate import evaluate
+from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
 from onefold.commands.load import Saved, Source, chosen_weights, verb
 from onefold.commands.open_network import Network, open_network
@@ -216,6 +217,8 @@ def export_network(
         raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
     for runtime in order.runtimes:
         find_runtime(runtime)  # a wrong name is refused before minutes of calibration
+    data = None if order.calibration is None else order.calibration.data
+    require_extras([*order.runtimes, *extras_of(source, data)])
     network = source if isinstance(source, Network) else open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)

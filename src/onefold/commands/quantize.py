@@ -10,6 +10,7 @@ from torch import nn
 
 from onefold.commands.calibration import Calibration, Int8Network, quantized
 from onefold.commands.export import Artifact, export_made, network_of
+from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.load import Source, chosen_weights, verb
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.progress import shown_progress
@@ -64,6 +65,7 @@ def quantize(
         int8 = onefold.quantize("runs/photos-finetune", "photos/")
         int8.model, int8.export("litert")
     """
+    require_extras(extras_of(source, data))
     if isinstance(source, nn.Module):
         network = network_of(source, model)
     else:

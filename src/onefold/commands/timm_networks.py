@@ -343,9 +343,7 @@ def _timm(model_name: str) -> Any:
             "install the two from one place, as pytorch.org says"
         ) from error
     except ImportError as error:
-        raise MissingExtra(
-            f"{model_name} needs timm, and it cannot be imported ({error}): pip install 'onefold[timm]'"
-        ) from error
+        raise MissingExtra(f"{model_name} needs timm, and it cannot be imported ({error})", "timm") from error
     base = name.partition(".")[0]
     if not timm.is_model(base):
         near = timm.list_models(f"*{base[:8]}*")[:3] if base else []

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from onefold.checksums import write_sealed_json
+from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.held_out import (
     IMAGES,
     Records,
@@ -171,6 +172,10 @@ def train(
         else:
             texts |= {} if place is None else {"data.spec": place}
             chosen = recipe_for(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            if callbacks.on_recipe is None:  # a recipe that is only shown needs nothing
+                teachers = () if chosen.plan.distill is None else chosen.plan.distill.teachers
+                sources = (chosen.data.spec, chosen.data.val, chosen.model, chosen.weights, *teachers)
+                require_extras([*services, *extras_of(*sources)])
             is_first = os.environ.get("RANK", "0") == "0"
             given = {*texts, *(["preprocessing.size"] if img_size is not None else [])}
             chosen = initialized_from(chosen, given, is_shown=callbacks.on_recipe is not None or not is_first)

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
@@ -103,7 +102,7 @@ def resampler() -> ctypes.CDLL | None:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = loaded("resample", [Path(__file__).with_name("resample.cpp")])
+    library = loaded("resample")
     if library is None:
         return None
     number, address = ctypes.c_int, ctypes.c_void_p

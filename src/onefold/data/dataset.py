@@ -310,7 +310,7 @@ def _digits() -> PlaceImages:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise MissingExtra('the digits need scikit-learn: pip install "onefold[digits]"') from error
+        raise MissingExtra("the digits need scikit-learn", "digits") from error
     sixteenths, labels = load_digits(return_X_y=True)  # 0 to 16
     pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     digits = Digits(pixels, labels.astype(np.int64))

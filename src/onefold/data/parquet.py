@@ -35,7 +35,7 @@ class ParquetImages:
         try:
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise MissingExtra(f'{printable(path)} needs pyarrow: pip install "onefold[parquet]"') from error
+            raise MissingExtra(f"{printable(path)} needs pyarrow", "parquet") from error
         try:
             self._file = pq.ParquetFile(path)
             schema = self._file.schema_arrow

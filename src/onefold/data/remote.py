@@ -313,7 +313,7 @@ class StoredObject:
         try:
             from obstore.store import from_url
         except ImportError as error:
-            raise MissingExtra(f'{self.name} needs obstore: pip install "onefold[cloud]"') from error
+            raise MissingExtra(f"{self.name} needs obstore", "cloud") from error
         scheme, _, rest = self.url.partition("://")
         bucket, _, key = rest.partition("/")
         return from_url(f"{scheme}://{bucket}"), key

@@ -108,7 +108,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MissingExtra("a report needs matplotlib for its figures: pip install 'onefold[report]'") from error
+        raise MissingExtra("a report needs matplotlib for its figures", "report") from error
     except OSError as error:  # it keeps a cache beside its configuration, else in a temporary folder
         raise NotWritable(
             f"matplotlib cannot write its font cache ({error}): set MPLCONFIGDIR to a folder you can write to"

@@ -183,8 +183,7 @@ def require(module: str, *, extra: str) -> ModuleType:
         with quiet(), mute():  # TensorFlow's native code logs when it is imported
             return importlib.import_module(module)
     except ImportError as error:
-        command = f'pip install "onefold[{extra}]"'
-        raise MissingExtra(f"the runtime {extra} needs the package {module} ({error}); type: {command}") from error
+        raise MissingExtra(f"the runtime {extra} needs the package {module} ({error})", extra) from error
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def compiled() -> ctypes.CDLL | None:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = loaded("nchw_to_nhwc", [Path(__file__).with_name("nchw_to_nhwc.cpp")])
+    library = loaded("nchw_to_nhwc")
     if library is not None:
         library.copy_channels_last.restype = library.quantize_channels_last.restype = None
     return library

@@ -111,7 +111,7 @@ def check_services(names: Sequence[str]) -> None:
         if name not in SERVICES:
             raise BadArgument(f"--log-to takes {' and '.join(SERVICES)}, not {name!r}; TensorBoard needs no option")
         if importlib.util.find_spec(name) is None:
-            raise MissingExtra(f'--log-to {name} needs {name}: pip install "onefold[{name}]"')
+            raise MissingExtra(f"--log-to {name} needs {name}", name)
 
 
 @contextmanager

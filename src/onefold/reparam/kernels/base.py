@@ -5,7 +5,7 @@ Everything else of the route is algebra on small matrices (`reparam.algebra`).
 Shapes: B batch, I and O input and output channels, G groups, K = I/G * H * W values a patch, N patches (places of the
 output over the batch). A kernel is (G, O/G, K), a mean (G, K), a covariance (G, K, K).
 
-`library` gives the compiled kernels of the CPU back end: built when first needed, and cached.
+`library` gives the compiled kernels of the CPU back end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -77,21 +76,12 @@ class Passes(Protocol):
 
 # -------------------------------------------------------------------------------- compiled kernels
 
-SOURCES = ("pointwise.cpp", "depthwise.cpp", "fused_norms.cpp", "moments_algebra.cpp", "memory.cpp")
-HEADERS = ("vector.h", "pointwise.h")
-
 
 def library() -> ctypes.CDLL | None:
-    """The kernels as a loaded library; None, with one warning, where they cannot be compiled.
-
-    In the environment ONEFOLD_KERNELS=plain switches them off and CXX names another compiler. The library is cached
-    under XDG_CACHE_HOME (~/.cache), by a hash of sources, flags, compiler and processor.
-    """
+    """The kernels as a loaded library (see `onefold.native`); None, with one warning, where they cannot be compiled."""
     return None if is_plain("ONEFOLD_KERNELS") else _library()
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    here = Path(__file__).parent
-    sources, headers = ([here / name for name in names] for names in (SOURCES, HEADERS))
-    return loaded("kernels", sources, headers)
+    return loaded("kernels")
