@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onefold import accelerate
-from onefold.reparam import fuse, routes
+from onefold.reparam import fuse, linear_trees, routes
 from onefold.reparam.kernels.base import library
 from onefold.reparam.routes import Costs
 
@@ -196,6 +196,7 @@ def computed(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def by_force(monkeypatch: pytest.MonkeyPatch, costs: Costs, by_layer: float) -> None:
     monkeypatch.setattr(routes, "costs", lambda unit, x: costs)
     monkeypatch.setattr(routes, "layers_cost", lambda *_: by_layer)
+    monkeypatch.setattr(linear_trees, "SMALLEST_MAPS", 0)
 
 
 MOMENTS, MIXED = (Costs(0.0, 1.0, 2.0), INFINITY), (Costs(INFINITY, 0.0, 1.0), 0.0)

@@ -46,7 +46,14 @@ def test_the_commands_of_a_page_run_as_they_are_typed(page: Path, tmp_path: Path
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.stem)
+LONG = ("timm",)  # pages whose python trains a network of usual size
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in with_blocks("python")],
+    ids=lambda page: page.stem,
+)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request):
     code = "\n".join(blocks(page, "python"))
     if "import timm" in code:
