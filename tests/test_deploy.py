@@ -22,7 +22,8 @@ from onefold.cli import main
 from onefold.commands import calibration
 from onefold.commands.calibration import Budget, Calibration
 from onefold.commands.deploy import _kept_artifacts, _unfinished, build_deployment
-from onefold.commands.deployment import QUICK, DeployOptions, DeployResult, Verdict, gate_of
+from onefold.commands.deployment import QUICK, DeployOptions, DeployResult, Verdict, gate_of, say_one_answer
+from onefold.commands.held_out import Photos
 from onefold.commands.open_network import open_network
 from onefold.errors import BadArgument
 from onefold.models import create_model
@@ -274,6 +275,29 @@ def test_photos_without_labels_are_compared_with_the_float_network(
     assert "not labelled" in (tmp_path / "deploy" / "README.md").read_text()
 
 
+class Labels(list[int]):
+    """As much of a dataset as labels are."""
+
+    def label(self, i: int) -> int:
+        return self[i]
+
+
+def test_one_answer_to_all_photos_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    named = SimpleNamespace(class_name="class {}".format)
+    for labels, answers, labelled, said in (
+        ([0, 1], [3, 3], True, True),
+        ([0, 0], [3, 3], True, False),  # they are of one class
+        ([0, 1], [3, 2], True, False),
+        ([0, 0], [3, 3], False, True),
+        ([0], [3], False, False),
+    ):
+        scored = Labels(labels)
+        photos = Photos(calibration=scored, scored=scored, title="", labelled=labelled)  # type: ignore[arg-type]
+        found = say_one_answer(np.array(answers), photos, named)  # type: ignore[arg-type]
+        assert found == ("; each is answered 'class 3', so that equal answers show little" if said else "")
+    assert caplog.text.count("has learned nothing of them") == 2
+
+
 def test_mistakes_are_said_before_anything_is_done(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +305,10 @@ def test_mistakes_are_said_before_anything_is_done(
     assert main([*start, "--to", "onyx"]) == 2
     assert "did you mean 'onnx'" in capsys.readouterr().err
     assert main([*start, "--to", ","]) == 2
+    with pytest.raises(BadArgument, match="max_drop is nan, expected 0 or more points"):
+        onefold.deploy(weights, "digits", out=tmp_path / "deploy", max_drop=float("nan"))
+    assert main([*start, "--weight-bits", "7"]) == 2
+    assert "are of int8: give --int8 too" in capsys.readouterr().err
     monkeypatch.setattr("onefold.commands.deploy.installed_versions", lambda packages: {})
     assert main([*start, "--to", "ncnn"]) == 2
     assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err

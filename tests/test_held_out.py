@@ -27,18 +27,23 @@ from onefold.commands.calibration import Calibration, quantized
 from onefold.commands.deploy import _photos
 from onefold.commands.deployment import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
+from onefold.commands.export import ExportOptions, export_network
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import (
     DATA,
     IMAGES,
     Records,
+    find_run_data,
     from_card,
+    move_run_data,
+    open_data,
     photos_to_calibrate,
     photos_to_deploy,
     read_run_data,
     records_of,
     sets_to_evaluate,
     to_card,
+    write_run_data,
 )
 from onefold.commands.open_network import open_network, open_predictor
 from onefold.commands.run_recipe import read_recipe
@@ -170,6 +175,8 @@ def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixel
         assert main([*words, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["copies_of_trained"] == 18
     assert {entry["top1_trained_on"] for entry in read_sealed_json(tmp_path / ACCURACY).values()} == {18}
+    deployed = _photos(open_network(home / "run"), deployment(again, val=str(again)), calibrates=False)
+    assert "22 photos, 0 of them trained on, 18 more by their pixels copies of trained ones" in deployed.title
 
 
 def test_a_split_of_the_place_counts_and_test_is_scored_beside_val(home: Path, tmp_path: Path) -> None:
@@ -228,6 +235,26 @@ def test_a_run_is_used_from_anywhere_and_moved_with_its_photos(
     assert main(["train", "--resume", "run", "--data", "run/moved", "--epochs", "3"]) == 2
 
 
+def test_a_run_goes_on_where_the_photos_that_it_is_validated_on_have_moved(tmp_path: Path) -> None:
+    run, places = tmp_path / "run", {"data.spec": str(tmp_path / "a"), "data.val": str(tmp_path / "b")}
+    paint(tmp_path / "a", 3), paint(tmp_path / "b", 2, first=50)
+    recipe = override(find_recipe("photos:probe"), places)
+    run.mkdir()
+    splits = open_data(recipe.data)
+    write_run_data(run, splits.info, splits.datasets, (), recipe.data.val)
+    for name in "ab":
+        (tmp_path / name).rename(tmp_path / f"{name}2")
+    a, b = str(tmp_path / "a2"), str(tmp_path / "b2")
+    with pytest.raises(BadData, match=r"/a and .*/b, and are gone: say where they are with data=FOLDER and val="):
+        find_run_data(run, recipe)
+    with pytest.raises(BadData, match=r"were in .*/b, and are gone: say where they are with val=FOLDER when"):
+        find_run_data(run, recipe, a)
+    assert len(find_run_data(run, recipe, a, b).open().datasets["val"]) == 4
+    move_run_data(run, a, None)
+    move_run_data(run, None, b)
+    assert (find_run_data(run, recipe).found.spec, find_run_data(run, recipe).found.val) == (a, b)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -281,6 +308,31 @@ def test_without_a_record_a_fifth_is_held_out_and_copies_of_it_do_not_calibrate(
         shutil.copy(place / name, place / f"{name[:-4]}-copy.png")
     photos = photos_to_deploy(str(place), None)
     assert not set(keys_of(photos.calibration, "content")) & set(keys_of(photos.scored, "content"))
+
+
+@pytest.mark.parametrize("layout", ["val", "test", "one a class"])
+def test_photos_without_train_calibrate_and_score(layout: str, tmp_path: Path) -> None:
+    if layout == "one a class":
+        place = tmp_path / "photos"
+        for path in paint(tmp_path / "x", 5).rglob("*.png"):
+            (folder := place / f"{path.parent.name}{path.stem}").mkdir(parents=True)
+            path.rename(folder / path.name)
+    else:
+        place = paint(tmp_path / layout, 5).parent
+    photos = photos_to_deploy(str(place), None)
+    assert (len(photos.calibration), len(photos.scored), photos.labelled) == (8, 2, True)
+    assert not names_of(photos.calibration) & names_of(photos.scored)
+    assert "the rest calibrates" in photos.title
+    assert len(photos_to_calibrate(str(place), None)) == 8
+    assert len(photos_to_deploy(str(place), None, calibrates=False).scored) == 10
+
+
+def test_one_photo_is_too_few_to_calibrate_and_score(home: Path, tmp_path: Path) -> None:
+    shutil.copy(home / "photos/cat/0.png", tmp_path / "0.png")
+    photos = photos_to_deploy(str(tmp_path), None)
+    order = Calibration(data=str(tmp_path), photos=photos.calibration)
+    with pytest.raises(BadData, match="has no photos to calibrate with that can be read and are not to be scored"):
+        quantized(open_network(home / "run").fused()[0], order)
 
 
 def deployment(place: Path, **more: Any) -> DeployOptions:
@@ -346,9 +398,16 @@ def test_weights_trained_for_8_bits_keep_their_own(method: Method, refused: bool
     trained = replace(fused, card=replace(fused.card, int8=params.to_dict()))
     order = Calibration(data=str(home / "photos"), method=method)
     if refused:
-        with pytest.raises(BadArgument, match="was trained for 8 bits"):
-            quantized(trained, order)
+        for given in (order, replace(order, data="")):  # an option counts without photos too
+            with pytest.raises(BadArgument, match="was trained for 8 bits"):
+                quantized(trained, given)
+            with pytest.raises(BadArgument, match="of int8, not fp32"):
+                export_network(fused, home / "a", ExportOptions(runtimes=["onnx"], calibration=replace(given, data="")))
         return
+    assert quantized(trained, replace(order, data="")).made.images == 0
+    assert "keeps its own" not in caplog.text
+    with pytest.raises(BadArgument, match="was not trained for int8: give photos"):
+        quantized(fused, replace(order, data=""))
     made = quantized(trained, order)
     assert (made.made.images, made.calibrated_on) == (0, None)
     assert "keeps its own" in caplog.text

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import pickle
 import random
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,8 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
 from onefold.checksums import seal, sealed_safetensors
+from onefold.commands.open_network import weights_file
+from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
 from onefold.models.hub import (
@@ -41,6 +45,7 @@ from onefold.models.hub import (
     read_card,
     save_pretrained,
     save_weights,
+    weights_card,
 )
 from onefold.models.safe_load import read
 from onefold.models.weights_file import Card, digest, verify
@@ -520,6 +525,10 @@ def test_a_program_or_a_network_of_something_else_is_no_state_dict(tmp_path: Pat
     torch.save(nn.Linear(2, 2), tmp_path / "m.pth")
     with pytest.raises(BadCheckpoint, match=r"has keys like weight, bias, of no layout known"):
         load_model(tmp_path / "m.pth")
+    with zipfile.ZipFile(tmp_path / "m.pth", "a") as archive:
+        archive.writestr("m/constants.pkl", b"")  # as torch.jit.save writes
+    with pytest.raises(BadCheckpoint, match="is a TorchScript archive, a program that is not run here"):
+        load_model(tmp_path / "m.pth")
     for content in ([1, 2], torch.zeros(3), "text", {}, {"epoch": 3}, {"state_dict": {}}):
         torch.save(content, tmp_path / "m.pth")
         with pytest.raises(BadCheckpoint, match=r"save model\.state_dict\(\)"):
@@ -649,6 +658,83 @@ def test_a_foreign_folder_tells_its_preprocessing_and_classes(tmp_path: Path, mo
         (tmp_path / "config.json").write_bytes(bad.encode("utf-8", "surrogateescape"))
         with pytest.raises(BadCheckpoint, match=r"config\.json cannot be read"):
             load_model(tmp_path, name=NAME)
+
+
+def test_weights_of_any_name_have_the_config_beside_them_where_they_are_the_only_ones(
+    tmp_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    torch.save(model.state_dict(), tmp_path / "best.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": list(CLASSES), "image_size": 64}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    for source in (tmp_path, tmp_path / "best.pth", f"{tmp_path / 'best.pth'}:plain"):
+        told = load_model(source, name=NAME)[1]
+        assert (told.classes, told.preprocessing["mean"], told.preprocessing["size"]) == (CLASSES, (0.5,) * 3, 64)
+    assert "best.pth, the only ones there" in caplog.text
+    shutil.copy(tmp_path / "best.pth", tmp_path / "last.pth")
+    assert load_model(tmp_path / "best.pth", name=NAME)[1].classes is None
+    assert "the config.json and preprocessor_config.json beside it is not read: there are other weights" in caplog.text
+    with pytest.raises(BadCheckpoint, match=r"give the file of weights itself \(it holds best\.pth, last\.pth\)"):
+        load_model(tmp_path, name=NAME)
+    (tmp_path / "last.pth").unlink()
+    (tmp_path / "config.json").write_text("[1]")
+    assert load_model(tmp_path / "best.pth", name=NAME)[1].classes is None
+    assert "is not read: " in caplog.text
+    assert "not an object" in caplog.text
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(BadCheckpoint, match="has its weights in several files"):
+        load_model(tmp_path, name=NAME)
+
+
+@pytest.mark.parametrize(
+    "beside", [{"n_averaged": torch.tensor(3)}, {"loss.weight": torch.ones(3)}, {"m.total": torch.ones(1)}]
+)
+def test_what_stands_beside_a_wrapped_network_of_ours_is_left_out(
+    tmp_path: Path, model: nn.Module, beside: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": {**wrapped, **beside}}, tmp_path / "w.pth")
+    found = load_model(tmp_path / "w.pth", name=NAME)[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert ("1 tensors beside the network are left out" in caplog.text) == ("n_averaged" not in beside)
+
+
+def test_the_averaged_weights_of_a_checkpoint_are_taken_said_and_chosen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    last, values = tmp_path / "run/last", {}
+    for name, file in (("plain", "model.safetensors"), ("averaged", "ema.safetensors")):
+        made = create_model(NAME, num_classes=2)
+        save_weights(made, last / file, Card(model=NAME, num_classes=2))
+        values[name] = made.state_dict()["head.fc.weight"]
+    for source, taken, said in (
+        (last, "averaged", "averaged weights (ema.safetensors) and plain weights (model.safetensors): the first are"),
+        (f"{last}:plain", "plain", ""),
+        (f"{last}:averaged", "averaged", ""),
+        (last / "model.safetensors", "plain", "ema.safetensors are the averaged ones"),
+        (last / "ema.safetensors", "averaged", ""),
+    ):
+        caplog.clear()
+        assert torch.equal(load_model(source)[0].state_dict()["head.fc.weight"], values[taken]), source
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
+    (tmp_path / "run/log.jsonl").write_text("")
+    shutil.copytree(last, tmp_path / "run/best")
+    assert weights_file(f"{tmp_path / 'run'}:averaged") == weights_file(tmp_path / "run")
+    with pytest.raises(BadArgument, match=r"run are averaged, and no plain ones are kept; .*/last:plain"):
+        weights_file(f"{tmp_path / 'run'}:plain")
+
+
+@pytest.mark.parametrize("config", [{}, {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "input_size": [3, 64, 64]}}])
+def test_grey_weights_are_prepared_for_by_the_averages_of_the_colours(tmp_path: Path, config: dict[str, Any]) -> None:
+    torch.save(create_model(NAME, num_classes=2, in_chans=1).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = Preprocessing.from_dict(weights_card(tmp_path / "w.pth", name=NAME).preprocessing)
+    mean = sum(config["pretrained_cfg"]["mean"]) / 3 if config else (0.485 + 0.456 + 0.406) / 3
+    assert (told.channels, told.mean) == (1, pytest.approx((mean,)))
+    assert told.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
 
 
 def test_a_config_that_asks_for_another_network_is_refused(tmp_path: Path) -> None:

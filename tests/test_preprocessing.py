@@ -170,6 +170,15 @@ def test_eight_bits_have_no_range_and_a_dead_pixel_does_not_count(tmp_path: Path
     assert measured.value_range == (6900, 8100)
 
 
+def test_samples_of_more_than_8_bits_under_a_jpegs_name_are_measured_too(tmp_path: Path) -> None:
+    deep_files(tmp_path, 90, 4000)
+    for path in tmp_path.glob("*.png"):
+        path.rename(path.with_suffix(".jpg"))
+    measured = measure_value_range(ImageFiles(tmp_path, [f"{i}.jpg" for i in range(6)], [0] * 6, ("a",)))
+    assert measured is not None
+    assert measured.value_range == (0, 4095)
+
+
 def test_one_value_is_one_grey_in_every_file_and_way_of_reading(tmp_path: Path) -> None:
     images = deep_files(tmp_path, 0, 4095)
     preprocessing = Preprocessing(size=4, crop_pct=1.0, value_range=(0, 4095))
@@ -192,12 +201,16 @@ def test_one_value_is_one_grey_in_every_file_and_way_of_reading(tmp_path: Path) 
 
 def test_sixteen_bit_colours_are_scaled_with_both_their_bytes() -> None:
     levels = np.array([0, 1, 100, 2048, 4094, 4095])
-    for colour, channels in ((2, 3), (6, 4)):  # RGB, RGBA
+    for colour, channels in ((2, 3), (6, 4), (4, 2)):  # RGB, RGBA, grey with alpha
         samples = np.repeat(levels, channels).astype(">u2").reshape(6, channels)
-        if channels == 4:
-            samples[:, 3] = 65535
-        data = png(6, 1, b"\0" + samples.tobytes(), depth=16, colour=colour)
-        np.testing.assert_array_equal(read_samples(data), np.repeat(levels, 3).reshape(1, 6, 3))
+        if channels != 3:
+            samples[:, -1] = 65535
+        row = samples.view(np.uint8).reshape(6, 2 * channels)
+        row[1:] -= row[:-1].copy()  # PNG's filter 1: each byte less that of the pixel before
+        data = png(6, 1, b"\1" + row.tobytes(), depth=16, colour=colour)
+        read = read_samples(data)
+        assert read is not None
+        np.testing.assert_array_equal(read.reshape(6, -1), np.repeat(levels, read.size // 6).reshape(6, -1))
         greys = np.rint(levels * 255 / 4095).astype(int)
         seen = np.asarray(decode(data, value_range=(0, 4095))).astype(int)
         np.testing.assert_array_equal(seen, np.repeat(greys, 3).reshape(1, 6, 3))

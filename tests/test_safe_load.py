@@ -8,6 +8,7 @@ import copy
 import datetime
 import json
 import logging
+import os
 import pathlib
 import pickle
 import pickletools
@@ -30,8 +31,8 @@ from torch.optim.swa_utils import AveragedModel
 from onefold.errors import BadCheckpoint, NetworkFailed
 from onefold.models import create_model
 from onefold.models.catalogue import CATALOGUE
+from onefold.models.checkpoint_metadata import class_names_in
 from onefold.models.hub import load_model, weights_card
-from onefold.models.load_weights import class_names_in
 from onefold.models.restricted_unpickler import Placeholder, RefusedError, module_tensors
 from onefold.models.safe_load import CheckpointContents, read
 from onefold.models.weights_file import config_preprocessing
@@ -618,6 +619,12 @@ def test_a_tensor_past_its_storage_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------- class names
 
+
+def omega(values: list[str]) -> argparse.Namespace:
+    """A list as OmegaConf holds it: nodes in a node."""
+    return argparse.Namespace(_content=[argparse.Namespace(_val=value, _parent=None) for value in values])
+
+
 CLASS_LISTS: dict[str, Any] = {
     "classes": {"classes": ["cat", "dog", "éa"]},
     "CLASSES": {"meta": {"CLASSES": ("cat", "dog", "éa")}},
@@ -634,6 +641,15 @@ CLASS_LISTS: dict[str, Any] = {
     "numbered from 1": {"config": {"id2label": {"1": "cat", "2": "dog", "3": "éa"}}},
     "COCO's categories": {"categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "éa"}, {"id": 1, "name": "cat"}]},
     "one text": {"hparams": {"class_names": "cat, dog, éa"}},
+    "numpy's texts": {"hyper_parameters": {"classes": np.array(["cat", "dog", "éa"])}},
+    "numpy's objects": {"classes": np.array(["cat", "dog", "éa"], dtype=object)},
+    "numpy's scalars": {"class_to_idx": {np.str_("cat"): np.int64(0), "dog": np.int64(1), "éa": np.int64(2)}},
+    "scikit-learn's encoder": {"label_encoder": argparse.Namespace(classes_=np.array(["cat", "dog", "éa"]))},
+    "OmegaConf's list": {"cfg": argparse.Namespace(_content={"class_names": omega(["cat", "dog", "éa"])})},
+    "index_to_class": {"index_to_class": {0: "cat", 1: "dog", 2: "éa"}},
+    "label2idx": {"label2idx": {"dog": 1, "éa": 2, "cat": 0}},
+    "vocab": {"vocab": ["cat", "dog", "éa"]},
+    "numbers before a list": {"classes": ["dog", "éa", "cat"], "class_to_idx": {"dog": 1, "éa": 2, "cat": 0}},
 }
 
 
@@ -683,6 +699,13 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
             "its classes (a, b, c) are not used: they are 3, of a network with 2 outputs",
         ),
         ({"id2label": {5: "a", 6: "b"}}, 2, "its id2label (a, b) are not used: their numbers are not 0 to 1"),
+        (
+            {"classes": ["b", "a"], "class_to_idx": {"a": 0, "b": 1}},
+            2,
+            "its class_to_idx (a, b) is taken, and its classes has another order",
+        ),
+        ({"classes": ["b", "a"], "class_to_idx": {"a": 1, "b": 0}}, 2, ""),
+        ({"classes": ["b", "a"], "labels": ["x", "y"]}, 2, ""),
         ({"classes": ["map", "tie"]}, 2, ""),
         ({"labels": [1, 0, 1]}, 2, ""),
         ({"names": ["a", "b"]}, 2, ""),
@@ -712,3 +735,17 @@ def test_names_in_the_header_of_safetensors_and_in_npz_are_found(tmp_path: Path)
     assert class_names_in(read(tmp_path / "w.safetensors").metadata, 2) == ("cat", "dog")
     np.savez(tmp_path / "w.npz", classes=np.array(["cat", "dog"]), **{n: t.numpy() for n, t in PLAIN.items()})
     assert class_names_in(read(tmp_path / "w.npz").extras, 2) == ("cat", "dog")
+
+
+def test_objects_in_an_archive_of_numpys_are_read_and_not_run(tmp_path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in PLAIN.items()}
+    np.savez(tmp_path / "w.npz", classes=np.array(["cat", "dog"], dtype=object), meta={"epoch": 3}, **arrays)
+    contents = read(tmp_path / "w.npz", fits=fits)
+    check_is(contents, PLAIN)
+    assert class_names_in(contents.extras, 2) == ("cat", "dog")
+    assert contents.extras["meta"] == {"epoch": 3}
+    np.savez(tmp_path / "w.npz", params=arrays)
+    check_is(read(tmp_path / "w.npz", fits=fits), PLAIN)
+    np.savez(tmp_path / "w.npz", a=np.array([os.system], dtype=object), **arrays)
+    with pytest.raises(BadCheckpoint, match="do not trust it"):
+        read(tmp_path / "w.npz", fits=fits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import copy
 import dataclasses
@@ -20,7 +21,7 @@ from conftest import shaken
 from onefold.cli import main
 from onefold.commands.calibration import Calibration, quantized
 from onefold.commands.deployment import Verdict, gate_of
-from onefold.commands.export import ExportOptions, _agreement, export_made, export_network
+from onefold.commands.export import ExportOptions, agreement, export_made, export_network
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
 from onefold.commands.timm_networks import open_pretrained
@@ -126,6 +127,26 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     [artifact] = export_network(tmp_path / "f.safetensors", tmp_path / "a", ExportOptions(runtimes=["onnx"], size=64))
     assert "random" not in artifact.title
     assert artifact.num_classes == 5
+
+
+def test_a_checkpoint_of_timms_trainer_gives_all_that_belongs_to_its_weights(timm, tmp_path):
+    torch.manual_seed(0)
+    plain, averaged = (timm.create_model(SMALL, num_classes=2).eval() for _ in range(2))
+    wrapped = {f"module.{name}": tensor for name, tensor in plain.state_dict().items()}
+    content = {
+        "state_dict": {**wrapped, "loss.weight": torch.ones(2)},
+        "state_dict_ema": averaged.state_dict(),
+        "args": argparse.Namespace(mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.9, img_size=64),
+        "class_to_idx": {"owl": 0, "cat": 1},
+    }
+    torch.save(content, tmp_path / "last.pth.tar")
+    for choice, model in (("", averaged), (":plain", plain)):
+        network = open_network(f"timm:{SMALL}@{tmp_path / 'last.pth.tar'}{choice}")
+        assert torch.equal(network.model.state_dict()["head.fc.weight"], model.state_dict()["head.fc.weight"])
+        preprocessing = network.preprocessing
+        assert network.card.classes == ("owl", "cat")
+        assert (preprocessing.mean, preprocessing.std, preprocessing.crop_pct) == ((0.5,) * 3, (0.25,) * 3, 0.9)
+        assert preprocessing.size == 64
 
 
 def _misfit(name: str, *more: object) -> object:
@@ -300,14 +321,14 @@ def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog)
     )
     order = Calibration(data=str(tmp_path / "black"))
     made = quantized(network, order)
-    assert _agreement(network, made, order)["answers"].startswith("int8 agrees with fp32 on 4 of 4 photos")
+    assert agreement(network, made, order)["answers"].startswith("int8 agrees with fp32 on 4 of 4 photos")
     assert "of one colour each" in caplog.text
     caplog.clear()
     right = Calibration(data=str(tmp_path / "bright"))
-    assert "int8 agrees with fp32 on" in _agreement(network, quantized(network, right), right)["answers"]
+    assert "int8 agrees with fp32 on" in agreement(network, quantized(network, right), right)["answers"]
     assert "one colour" not in caplog.text
     broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
-    assert _agreement(network, broken, right)["answers"].startswith("int8 agrees with fp32 on 0 of 4")
+    assert agreement(network, broken, right)["answers"].startswith("int8 agrees with fp32 on 0 of 4")
     assert "gives only 0 of 4 of the float network's answers" in caplog.text
 
 

@@ -109,7 +109,7 @@ def train(
     out: Annotated[
         Path | None, Option("--out", "--output", help="the run folder; by default a new one, runs/<recipe>")
     ] = None,
-    resume: Annotated[Path | None, Option(help="resume the run in this folder")] = None,
+    resume: Annotated[Path | None, Option(help="resume this run; with --data and --val if its photos moved")] = None,
     img_size: Size = None,
     epochs: Annotated[int | None, Option(help="number of epochs; the warm-up scales along")] = None,
     int8: Annotated[bool, Option("--int8", help="quantization-aware training for int8")] = False,

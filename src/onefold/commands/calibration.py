@@ -35,7 +35,7 @@ from onefold.models.weights_file import digest
 from onefold.quantize import MINMAX, Method, ModelQParams, Quantized, quantize
 from onefold.quantize.convert import calibration_state, from_calibration_state
 from onefold.quantize.method_search import best_method, skip_sensitive_layers
-from onefold.report.format import joined
+from onefold.report.format import joined, plural
 from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
@@ -74,11 +74,12 @@ class Budget:
 class Calibration:
     """What an int8 network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
 
-    `photos` are those of `data` to choose from; None leaves that to `photos_to_calibrate`. With `search` the method is
-    only where a search by measured answers begins; `skip_layers`, those that cost most, stay in floating point.
+    `data` is empty where the network was trained for int8. `photos` are those of `data` to choose from; None leaves
+    that to `photos_to_calibrate`. With `search` the method is only where a search by measured answers begins;
+    `skip_layers`, those that cost most, stay in floating point.
     """
 
-    data: str
+    data: str = ""
     photos: Dataset | None = None
     count: int = 200
     method: Method = field(default_factory=Method)
@@ -110,9 +111,9 @@ def quantized(
     A search for a method tries as many as the budget has time for; what it then finds is not kept for the next time.
 
     Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
-    there is no order, and where it was, and the order asks for something else.
+    there are no photos, and where it was, and the order asks for something else.
     """
-    if order is None or network.card.int8 is not None:
+    if order is None or not order.data or network.card.int8 is not None:
         return Int8Network(made=_as_trained(network, order))
     if not network.is_fused:
         raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
@@ -236,6 +237,7 @@ def quantization_details(made: Quantized) -> dict[str, object]:
 
 def _as_trained(network: Network, order: Calibration | None) -> Quantized:
     """The int8 network with the scales it was trained with: options that contradict them are refused."""
+    model = network.int8_model()
     params = ModelQParams.from_dict(network.card.int8 or {})
     if order is not None:
         method = order.method
@@ -246,9 +248,11 @@ def _as_trained(network: Network, order: Calibration | None) -> Quantized:
                 "and another network would lose what it has learnt: leave out --weight-bits, --per-tensor and "
                 "--skip-layers, or train for them (onefold train --int8 --int8.limit 63, --int8.weights tensor)"
             )
-        _log.warning("%s was trained for 8 bits and keeps its own: %s is not calibrated on", network.title, order.data)
+        if order.data:
+            text = "%s was trained for 8 bits and keeps its own: %s is not calibrated on"
+            _log.warning(text, network.title, order.data)
     method = replace(MINMAX, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers)
-    return Quantized(model=network.int8_model(), method=method, layers=(), images=0)
+    return Quantized(model=model, method=method, layers=(), images=0)
 
 
 def prepared_images(source: Dataset, order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
@@ -264,7 +268,10 @@ def prepared_images(source: Dataset, order: Calibration, preprocessing: Preproce
             _log.warning("left out of calibration, %d of %d photos so far: %s", left_out, len(source), error)
     _progress.debug("photos are read", extra={"done": 1, "total": 1})
     if len(photos) < 2:
-        raise BadData(f"{order.data} has {len(photos)} photos that can be read: calibration needs 2, better 200")
+        raise BadData(
+            f"{order.data} has {plural(len(photos), 'photo')} to calibrate with that can be read and are not to be "
+            "scored: 2 are needed, better 200"
+        )
     return torch.from_numpy(np.stack(photos))
 
 

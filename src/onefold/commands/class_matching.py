@@ -20,7 +20,7 @@ from pathlib import Path
 
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
-from onefold.models.load_weights import class_names_in
+from onefold.models.checkpoint_metadata import class_names_in
 from onefold.storage import normalize_name, parse_json, read_lines, read_text
 
 _log = logging.getLogger("onefold")

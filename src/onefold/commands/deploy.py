@@ -40,6 +40,7 @@ from onefold.commands.deployment import (
     Verdict,
     gate_of,
     readme,
+    say_one_answer,
     too_few,
     write_gates,
 )
@@ -48,9 +49,9 @@ from onefold.commands.export import export_made
 from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.held_out import (
     Photos,
-    count_trained,
     photos_to_deploy,
     records_of,
+    say_trained,
     sets_to_evaluate,
     unlabelled,
     without_copies,
@@ -163,7 +164,7 @@ def build_deployment(
             say(QUICK)
 
         def quantize() -> Int8Network:
-            return quantized(network, order.calibration if calibrates else None, say, budget)
+            return quantized(network, order.calibration, say, budget)
 
         kept = _kept_artifacts(folder, wanted, say)
         artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say)
@@ -275,6 +276,7 @@ def _scored(
         if asked.bad:
             title += f", without {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read"
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
+        title += say_one_answer(true, photos, torch_network)
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
     verdicts, runs, longest = [], [name for name, each in artifacts.items() if _runs_here(each)], 0.0
@@ -373,8 +375,10 @@ class _Exam:
             max_bad=len(self.photos),
             bad=self.bad,
         )
-        found, labels = [], []
+        found, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
         for images, truth in batches.epoch(0):
+            if not found:
+                predictor.check_name(images.numpy())
             found.append(predictor.session(images.numpy()).argmax(1))
             labels.append(truth.numpy())
         answers = np.concatenate(found)
@@ -391,7 +395,7 @@ def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Phot
     unknown, or damaged: the gate on accuracy is not to be lost with them.
     """
     place, records = order.calibration.data, records_of(network.title, network.card.trained_on)
-    photos = photos_to_deploy(place, records)
+    photos = photos_to_deploy(place, records, calibrates=calibrates)
     if order.val is not None:
         title, scored = next(iter(sets_to_evaluate("", order.val, records).items()))
         calibration = without_copies(photos.calibration, scored)
@@ -405,8 +409,7 @@ def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Phot
             photos = without_labels(place, str(error))
     if not photos.labelled and not calibrates:
         photos = replace(photos, scored=unlabelled(place))
-    trained = count_trained(records, photos.scored)
-    seen = "what the network was trained on is not recorded" if trained is None else f"{trained} of them trained on"
+    seen = say_trained(records, photos.scored, network.preprocessing.value_range)
     title = f"{photos.title}: {len(photos.scored)} photos, {seen}"
     return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Measurement, Procedure
 from onefold.checksums import write_sealed_json
 from onefold.commands.calibration import Calibration
-from onefold.commands.open_network import Network
+from onefold.commands.held_out import Photos
+from onefold.commands.open_network import Network, Predictor
 from onefold.errors import BadArgument, GateFailed
+from onefold.quantize import Method
 from onefold.report import GATES
 from onefold.report.format import plural
 from onefold.runtimes import Artifact
 from onefold.runtimes.exporter import DRAWN
+
+_log = logging.getLogger("onefold")
 
 QUICK_CALIBRATE, QUICK_SCORED, QUICK_SAMPLES = 64, 128, 50
 QUICK = (
@@ -52,6 +60,10 @@ class DeployOptions:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
+        if not self.max_drop >= 0:  # NaN neither
+            raise BadArgument(f"max_drop is {self.max_drop:g}, expected 0 or more points")
+        if "int8" not in self.precisions and (self.calibration.skip_layers or self.calibration.method != Method()):
+            raise BadArgument("--weight-bits, --per-tensor and --skip-layers are of int8: give --int8 too")
         if self.minutes is not None and not self.minutes > 0:
             raise BadArgument(f"minutes must be more than 0, not {self.minutes:g}")
 
@@ -170,6 +182,16 @@ def too_few(count: int, max_drop: float) -> str:
     points = f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
     photos = plural(count, "photo")
     return f"{photos} cannot tell {points} from none: {told}give more held-out photos with --val{other}"
+
+
+def say_one_answer(answers: NDArray[np.int64], photos: Photos, network: Predictor) -> str:
+    """Warn where a network answers all scored photos with one class, though they are of several; the end of a title."""
+    several = len({photos.scored.label(i) for i in range(len(photos.scored))} if photos.labelled else answers) > 1
+    if not several or not bool((answers == answers[0]).all()):
+        return ""
+    one = f"each is answered {network.class_name(int(answers[0]))!r}, so that equal answers show little"
+    _log.warning("of %d photos %s: the network has learned nothing of them", len(answers), one)
+    return f"; {one}"
 
 
 def write_gates(gates: Sequence[Gate], results: Path, notes: Sequence[str] = ()) -> None:

@@ -51,7 +51,7 @@ _FLAT = 0.02  # standard deviation of a prepared photo's channels, below which i
 class ExportOptions:
     """What to export to: runtimes by name, one precision, the side of the images in pixels (None: the card's).
 
-    int8 needs `calibration`, unless the weights were trained for int8; no other precision takes it.
+    int8 needs `calibration` on photos, unless the weights were trained for int8; no other precision takes any.
     `opset` is that of ONNX files, for an older ONNX Runtime.
     """
 
@@ -167,7 +167,7 @@ def export(
         precision=precision,
         size=img_size,
         fused=not no_fuse,
-        calibration=None if data is None else Calibration(data=os.fspath(data), count=calibrate, method=method),
+        calibration=Calibration(data="" if data is None else os.fspath(data), count=calibrate, method=method),
         opset=opset,
     )
     network = network_of(source, model) if isinstance(source, nn.Module) else chosen_weights(source, use_ema)
@@ -224,8 +224,8 @@ def export_network(
         network, _ = network.fused(order.tolerance)
     network = network.with_size(order.size)
     made = _quantized(network, order)
-    if made is not None and order.calibration is not None:
-        details |= _agreement(network, made, order.calibration)
+    if made is not None and order.calibration is not None and order.calibration.data:
+        details |= agreement(network, made, order.calibration)
     suffix = "" if network.is_fused else "-unfused"
     artifacts, failures = [], []
     for number, runtime in enumerate(order.runtimes):
@@ -294,15 +294,17 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
 
 
 def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
-    """The int8 network, where int8 is asked for. BadArgument where photos are missing or too many."""
-    photos, wanted = order.calibration is not None, order.precision == "int8"
-    if (photos and not wanted) or (wanted and not photos and network.card.int8 is None):
+    """The int8 network, where int8 is asked for. BadArgument where photos are missing, or options are of int8 alone."""
+    given, wanted = order.calibration or Calibration(), order.precision == "int8"
+    if (given.data and not wanted) or (wanted and not given.data and network.card.int8 is None):
         raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
+    if not wanted and given.method != Method():
+        raise BadArgument(f"--weight-bits and --per-tensor are of int8, not {order.precision}: give --precision int8")
     return quantized(network, order.calibration) if wanted else None
 
 
 @torch.inference_mode()
-def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[str, object]:
+def agreement(network: Network, made: Int8Network, order: Calibration) -> dict[str, object]:
     """How often the int8 network answers as the float one, on photos; a warning where it does so too rarely.
 
     The photos are those that the run in `network.title` held out, where it is one and they are there: calibrated on
@@ -316,6 +318,8 @@ def _agreement(network: Network, made: Int8Network, order: Calibration) -> dict[
         photos = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
         title = f"{order.data}, which it was calibrated on"
     images = prepared_images(Subset(photos, spread(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing)
+    if network.name_check is not None:
+        network.name_check.warn(images.numpy())
     same = int((network.model(images).argmax(1) == made.made.model(images).argmax(1)).sum())
     varied = images.flatten(2).std(2).amax(1) > _FLAT  # within a channel; images have a deviation near 1
     if not bool(varied.any()):

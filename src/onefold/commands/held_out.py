@@ -24,8 +24,9 @@ from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
 from onefold.data.dataset_info import DatasetInfo, Split
 from onefold.data.decode import printable
-from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, keys_of, trained_among
+from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, copies_among, keys_of, trained_among
 from onefold.data.folders import ImageFiles
+from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE
 from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
@@ -66,23 +67,26 @@ class RunData:
         return open_data(replace(self.found, spec=spec, val=val), "", self.classes, test_is_val=self.test_is_val)
 
 
-def find_run_data(out: Path, recipe: Recipe, place: str | None = None) -> RunData:
+def find_run_data(out: Path, recipe: Recipe, place: str | None = None, val: str | None = None) -> RunData:
     """Find the data of the run in `out`: at `place`, or where they were found when it started, or moved along with it.
 
-    Raises BadData where they are gone.
+    `val` is the place of those that it is validated on, where that is another. Raises BadData where they are gone.
     """
     saved = read_run_data(out)
     dataset = saved.get("dataset")
     classes = dataset.get("classes") if isinstance(dataset, dict) else _classes_of_best(out)
-    typed = replace(recipe.data, spec=place or recipe.data.spec)
-    spec, val = place or _place(out, recipe.data.spec, saved), recipe.data.val
-    if val and isinstance(saved.get("val"), dict):
-        val = _place(out, val, saved["val"]) or val
-    if spec is None and saved:
-        was = printable(str(saved.get("place")))
-        raise BadData(f"the photos of {out} were in {was}, and are gone: say where they are with --data FOLDER")
+    typed = replace(recipe.data, spec=place or recipe.data.spec, val=val or recipe.data.val)
+    places = {"--data": place or _place(out, recipe.data.spec, saved), "--val": typed.val}
+    if typed.val and not val and isinstance(saved.get("val"), dict):
+        places["--val"] = _place(out, typed.val, saved["val"])
+    gone = {option: saved if option == "--data" else saved["val"] for option in places if places[option] is None}
+    if gone and saved:
+        were = " and ".join(printable(str(where.get("place"))) for where in gone.values())
+        advice = " and ".join(f"{option} FOLDER" for option in gone)
+        other = "" if "--data" in gone else " when it is resumed, or score on others with --data FOLDER"
+        raise BadData(f"the photos of {out} were in {were}, and are gone: say where they are with {advice}{other}")
     # A run that kept nothing is of before test was kept aside: there it was val where there was no other.
-    found = replace(typed, spec=spec or typed.spec, val=val)
+    found = replace(typed, spec=places["--data"] or typed.spec, val=places["--val"] or typed.val)
     return RunData(found=found, typed=typed, classes=classes, test_is_val=not saved)
 
 
@@ -109,9 +113,10 @@ def write_run_data(
     write_sealed_json(out / DATA, values)
 
 
-def move_run_data(out: Path, place: str) -> None:
-    """Keep in the run folder that its images are elsewhere now."""
-    write_sealed_json(out / DATA, read_run_data(out) | _where(out, place))
+def move_run_data(out: Path, place: str | None, val: str | None) -> None:
+    """Keep in the run folder that its images, or those that it is validated on, are elsewhere now."""
+    moved = ({} if place is None else _where(out, place)) | ({} if val is None else {"val": _where(out, val)})
+    write_sealed_json(out / DATA, read_run_data(out) | moved)
 
 
 def check_run_data(out: Path, images: Mapping[str, Dataset]) -> None:
@@ -221,6 +226,16 @@ def count_trained(records: Records | None, images: Dataset) -> int | None:
     return None if records is None else sum(seen is True for seen in trained_among(records, images))
 
 
+def say_trained(records: Records | None, images: Dataset, value_range: ValueRange | None) -> str:
+    """Say how many of the images were trained on, and how many more are by their pixels copies of trained ones."""
+    trained = count_trained(records, images)
+    if trained is None:
+        return "what the network was trained on is not recorded"
+    copies = copies_among(records or (), images, value_range)
+    more = f", {copies.found} more by their pixels copies of trained ones" if copies and copies.found else ""
+    return f"{trained} of them trained on{more}"
+
+
 # ------------------------------------------------------------------------------- photos for a purpose
 
 
@@ -300,30 +315,35 @@ def photos_to_calibrate(place: str, records: Records | None) -> Dataset:
     Photos without classes are all taken.
     """
     try:
-        return _labelled(place, records).calibration
+        return _labelled(place, records, calibrates=True).calibration
     except NoClassFolders:
         return unlabelled(place)
 
 
-def photos_to_deploy(place: str, records: Records | None) -> Photos:
-    """Divide the photos of a place into some to calibrate with and others to score on.
+def photos_to_deploy(place: str, records: Records | None, *, calibrates: bool = True) -> Photos:
+    """Divide the photos of a place into some to calibrate with and others to score on, all where nothing `calibrates`.
 
     Raises BadData where they have classes that cannot be read: then they could be scored, and are not to be taken for
     photos without classes.
     """
     try:
-        return _labelled(place, records)
+        return _labelled(place, records, calibrates)
     except NoClassFolders as error:
         return without_labels(place, str(error))
 
 
-def _labelled(place: str, records: Records | None) -> Photos:
+def _labelled(place: str, records: Records | None, calibrates: bool) -> Photos:
     splits = open_data(DataConfig(val_fraction=_HELD_OUT), place)
     if not splits.is_val_cut:
         scored, title = splits.open(splits.scored), f"{place} ({splits.scored})"
         calibration = splits.datasets.get("train", scored)
-    elif "train" not in splits.datasets or "val" not in splits.datasets:
-        raise BadData(f"{printable(place)} has too few images to keep some of them for scoring")
+        if calibrates and "train" not in splits.datasets:
+            calibration, scored = _divided(scored)
+            title += ", a fifth of it: there is no train, and the rest calibrates"
+    elif "train" not in splits.datasets or "val" not in splits.datasets:  # one image of each class
+        (whole,) = (splits.datasets[split] for split in ("train", "val") if split in splits.datasets)
+        calibration, scored = _divided(whole) if calibrates else (whole, whole)
+        title = f"{place} (a fifth of it; the rest calibrates)" if calibrates else place
     else:
         whole = open_data(DataConfig(val_fraction=0.0), place).datasets["train"]
         seen = trained_among(records or (), whole)
@@ -340,12 +360,17 @@ def _labelled(place: str, records: Records | None) -> Photos:
 
 def without_labels(place: str, why: str) -> Photos:
     """Divide photos that have no classes: every fifth is to score on."""
-    photos = unlabelled(place)
-    scored = [i for i in range(len(photos)) if i % 5 == 2] or list(range(len(photos)))[:1]
-    rest = Subset(photos, [i for i in range(len(photos)) if i not in set(scored)])
+    rest, part = _divided(unlabelled(place))
     title = f"{place} (not labelled: answers compared with the float network's)"
-    part = Subset(photos, scored)
     return Photos(calibration=without_copies(rest, part), scored=part, title=title, labelled=False, why_unlabelled=why)
+
+
+def _divided(photos: Dataset) -> tuple[Dataset, Dataset]:
+    """Give four of five photos, to calibrate with, and every fifth, to score on."""
+    scored = [i for i in range(len(photos)) if i % 5 == 2] or [*range(len(photos))][:1]
+    kept = set(scored)
+    rest = [i for i in range(len(photos)) if i not in kept]
+    return Subset(photos, rest), Subset(photos, scored)
 
 
 def without_copies(calibration: Dataset, scored: Dataset) -> Dataset:

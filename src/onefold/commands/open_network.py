@@ -42,11 +42,15 @@ more is computed in float64, where 16 times the network's own rounding may pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A torch network in eval mode and its card; `title` is the path or name that the user gave."""
+    """A torch network in eval mode and its card; `title` is the path or name that the user gave.
+
+    `name_check` is there where the weights do not tell whether they are of the network that the user named.
+    """
 
     model: nn.Module
     card: Card
     title: str
+    name_check: NameCheck | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -103,7 +107,7 @@ class Network:
                 *(self.title, rounded, distance, allowed),
             )
         facts = {**self.card.to_dict(), "fused": True, "drift": distance}
-        return Network(model=fused, card=Card(**facts), title=self.title), distance
+        return replace(self, model=fused, card=Card(**facts)), distance
 
     def int8_model(self) -> IntegerModel:
         """Give the int8 model that fused weights were trained as. Raises BadArgument where they were not."""
@@ -170,6 +174,11 @@ class NameCheck:
             f"stored in its norms by {distances[card.model]:.2f}, and by {best:.2f} under --model {' or '.join(better)}"
         )
 
+    def warn(self, images: Floats) -> None:
+        """Log a warning where another name fits photos clearly better."""
+        if doubt := self(images):
+            _log.warning("%s", doubt)
+
 
 _CHECKED = 8  # photos that a check looks at
 _CLEARLY, _FITS = 1.3, 1.0  # how many times nearer another name has to be, and how near
@@ -231,9 +240,8 @@ class Predictor:
 
     def check_name(self, images: Floats) -> None:
         """Log a warning where the network's norms say, on these photos, that the weights are of another network."""
-        doubt = None if self.name_check is None else self.name_check(images)
-        if doubt:
-            _log.warning("%s", doubt)
+        if self.name_check is not None:
+            self.name_check.warn(images)
 
     @property
     def title(self) -> str:
@@ -272,12 +280,23 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
         model, card = load_stored_timm(Path(file)) or load_model(file, name=name)
     if not card.num_classes:
         _log.info("%s has no last layer: its outputs are features and no classes", source)
-    return Network(model=model.eval(), card=card, title=str(source))
+    network = Network(model=model.eval(), card=card, title=str(source))
+    return replace(network, name_check=NameCheck.of(network, source, name))
 
 
 def weights_file(source: str | Path) -> str | Path:
-    """Give the best weights of a run folder, and any other source as it is. Raises BadArgument, BadCheckpoint."""
+    """Give the best weights of a run folder, and any other source as it is. Raises BadArgument, BadCheckpoint.
+
+    Those of a run that averages are averaged: RUN:averaged are the same, and RUN:plain is refused.
+    """
     path = Path(source)
+    run, _, choice = str(source).rpartition(":")
+    if choice in ("plain", "averaged") and not path.exists() and (Path(run) / "log.jsonl").is_file():
+        has_averaged = (Path(run) / "last" / "ema.safetensors").is_file()
+        if (choice == "averaged") == has_averaged:
+            return weights_file(run)
+        there, place = "averaged" if has_averaged else "plain", f"; {run}/last:plain are those of its last step"
+        raise BadArgument(f"the best weights of {run} are {there}, and no {choice} ones are kept{place * has_averaged}")
     if is_artifact(path):
         raise BadArgument(f"{source} is an exported artifact: give the weights that it was made from")
     if not (path / "log.jsonl").is_file():
@@ -304,10 +323,9 @@ def open_predictor(
     if is_artifact(Path(source)):
         return _artifact_predictor(Path(source), threads, size)
     network = open_network(source, name=name)
-    check = NameCheck.of(network, source, name)
     if fused and not network.is_fused:
         network, _ = network.fused()
-    return replace(predictor_of(network.with_size(size), threads=threads), name_check=check)
+    return predictor_of(network.with_size(size), threads=threads)
 
 
 def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
@@ -337,6 +355,7 @@ def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
         preprocessing=network.preprocessing,
         facts=facts,
         trained_on=card.trained_on,
+        name_check=network.name_check,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from onefold.commands.calibration import Calibration, Int8Network, quantized
-from onefold.commands.export import Artifact, export_made, network_of
+from onefold.commands.export import Artifact, agreement, export_made, network_of
 from onefold.commands.extras import extras_of, require_extras
 from onefold.commands.load import Source, chosen_weights, verb
 from onefold.commands.open_network import Network, open_network
@@ -75,7 +75,9 @@ def quantize(
             network, _ = network.fused()
         network = network.with_size(img_size)
         method = Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
-        order = None
-        if data is not None:
-            order = Calibration(data=os.fspath(data), count=calibrate, method=method, skip_layers=skip_layers)
-        return QuantizedNetwork(network=network, int8=quantized(network, order))
+        place = "" if data is None else os.fspath(data)
+        order = Calibration(data=place, count=calibrate, method=method, skip_layers=skip_layers)
+        int8 = quantized(network, order)
+        if place:
+            agreement(network, int8, order)
+        return QuantizedNetwork(network=network, int8=int8)

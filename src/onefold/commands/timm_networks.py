@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
-from onefold.models.hub import locate
-from onefold.models.load_weights import class_names_in
+from onefold.models.checkpoint_metadata import class_names_in, for_channels, preprocessing_in
+from onefold.models.locate_weights import locate
 from onefold.models.safe_load import CheckpointContents, read
 from onefold.models.weights_file import Card, config_preprocessing, is_ours, verify, write_weights
 from onefold.reparam import fuse
@@ -231,7 +231,9 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
             f"{file.path} takes images of {channels} channels: only grey and colour ones are known here"
         )
     preprocessing = _preprocessing(model_name, channels, quiet=quiet).to_dict()
-    preprocessing |= config_preprocessing(file.config, preprocessing)
+    stated = config_preprocessing(file.config, preprocessing)
+    stated = stated or config_preprocessing(preprocessing_in(contents.extras), preprocessing)
+    preprocessing |= for_channels({**preprocessing, **stated}, channels)
     labels = config.label_names
     classes = tuple(labels) if labels and len(labels) == num_classes else None
     card = Card(
@@ -244,7 +246,10 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
         licence=file.licence or (str(config.license or "") if "." in name else ""),
         source=f"timm {_timm(model_name).__version__}, from {source}",
     )
-    return card, tensors
+    beside = [name for name in contents.outside if not name.startswith(tuple(f"{part}." for part in last))]
+    if not quiet and (losses := [name for name in beside if tensors[name].ndim > 0]):
+        _log.info("%s: %d tensors beside the network are left out (%s)", source, len(losses), ", ".join(losses[:3]))
+    return card, {name: tensor for name, tensor in tensors.items() if name not in beside}
 
 
 def _class_names(

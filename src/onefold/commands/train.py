@@ -136,11 +136,11 @@ def train(
     `data` is a folder of photos, one folder a class, or "digits", or any place that `onefold data` understands; `val`
     another one to validate on. `model` takes the place of the recipe's network, and may be one of timm, timm:NAME, with
     its own preprocessing; `weights`, a file, a run or an id of the hub, are what it starts from: a recipe that needs
-    some takes the released ones of its model. `out` is the
-    run folder, by default a new one in runs/; `resume` a run to go on with, and then only `data`, where its photos have
-    moved, `threads`, `device` and `log_to` are given with it. `img_size` is in pixels, `lr` the rate of the
-    whole batch; `changes` sets any other field of the recipe, such as {"plan.clip_grad_norm": 1.0}. `threads` are of
-    torch, all cores by default; `device` is auto, cpu or cuda. `quiet` shows no progress.
+    some takes the released ones of its model. `out` is the run folder, by default a new one in runs/; `resume` a run to
+    go on with, and then only `data` and `val`, where its photos have moved, `threads`, `device` and `log_to` are given
+    with it. `img_size` is in pixels, `lr` the rate of the whole batch; `changes` sets any other field of the recipe,
+    such as {"plan.clip_grad_norm": 1.0}. `threads` are of torch, all cores by default; `device` is auto, cpu or cuda.
+    `quiet` shows no progress.
 
     Raises BadData for photos that cannot be used, BadArgument, BadCheckpoint, RunBusy, NonFiniteLoss, Stopped.
 
@@ -162,13 +162,14 @@ def train(
         if callbacks is None:
             callbacks = NO_CALLBACKS if quiet else Callbacks(on_progress=stack.enter_context(training_bar()))
         if resume is not None:
+            moved_val = texts.pop("data.val", None)
             if texts or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
                 raise BadArgument(
-                    "--resume goes on with the run's own recipe: give nothing else with it, except --data where its "
-                    "photos have moved"
+                    "--resume goes on with the run's own recipe: give nothing else with it, except --data and --val "
+                    "where its photos have moved"
                 )
             folder = Path(resume)
-            resume_run(folder, data=place, callbacks=callbacks, log_to=services, device=device)
+            resume_run(folder, data=place, val=moved_val, callbacks=callbacks, log_to=services, device=device)
         else:
             texts |= {} if place is None else {"data.spec": place}
             chosen = recipe_for(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
@@ -222,16 +223,18 @@ def resume_run(
     out: Path,
     *,
     data: str | None = None,
+    val: str | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
     log_to: Sequence[str] = (),
     device: str = "auto",
 ) -> TrainResult:
     """Go on with the run in `out`, by the recipe that is saved in it; its data are not checked again.
 
-    `data` is where its images are now, if they have moved. Raises BadCheckpoint where they are not the same ones.
+    `data` is where its images are now, if they have moved, and `val` where those are that it is validated on. Raises
+    BadCheckpoint where they are not the same ones.
     """
     check_services(log_to)
-    return _run(lambda: (read_recipe(out), True), out, callbacks, log_to, False, device, data=data)
+    return _run(lambda: (read_recipe(out), True), out, callbacks, log_to, False, device, (data, val))
 
 
 def _run(
@@ -241,9 +244,9 @@ def _run(
     log_to: Sequence[str],
     check: bool,
     device: str,
-    data: str | None = None,
+    moved: tuple[str | None, str | None] = (None, None),
 ) -> TrainResult:
-    """Train by the recipe that `plan_run` gives, with whether the run goes on.
+    """Train by the recipe that `plan_run` gives, with whether the run goes on; its data, and its val, may have `moved`.
 
     The run folder and the weights need to be on the machine of the first process alone, which sends what they say.
     """
@@ -251,7 +254,7 @@ def _run(
         hosts = world.all_gather(socket.gethostname() if RunFolder(out).has_run else None)
         world.first(lambda: _must_be_where_the_run_is(out, hosts))
         recipe, resume = world.first(plan_run)
-        run_data = world.first(lambda: find_run_data(out, recipe, data) if resume else None)
+        run_data = world.first(lambda: find_run_data(out, recipe, *moved) if resume else None)
         with world.agree():
             splits = run_data.open() if run_data else open_data(recipe.data)
             training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
@@ -283,8 +286,8 @@ def _run(
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
         def write_once() -> None:
             if resume:
-                if data is not None:
-                    move_run_data(out, data)
+                if moved != (None, None):
+                    move_run_data(out, *moved)
                 return
             checked = _check(training, validation, recipe.preprocessing) if check else None
             if callbacks.on_data:

@@ -37,6 +37,7 @@ _MIN_SHARE = 0.25  # of a range that values must span, or their own span is take
 _MARGIN = 0.1  # of the span, at each end: images that are still to come
 _TAIL = 0.1  # percent of a file's pixels at each end that do not count
 _MAX_COUNTED = 1 << 16  # pixels of a file whose order is found
+_MAX_OPENED = 8  # files that by their suffix have 8 bits, and may have another format's name
 _EIGHT_BIT_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".avif", ".heic"))
 
 
@@ -106,10 +107,12 @@ def _span(found: list[tuple[float, float, float, float, bool]]) -> ValueRange:
 
 def _extremes(images: _Images) -> Iterator[tuple[float, float, float, float, bool]]:
     """Give of each image with deep samples its least and greatest value, both without the tails, and its kind."""
-    count = len(images)
+    count, opened = len(images), 0
     for i in (n * count // MAX_MEASURED for n in range(MAX_MEASURED)) if count > MAX_MEASURED else range(count):
         if os.path.splitext(images.name(i))[1].lower() in _EIGHT_BIT_SUFFIXES:
-            continue
+            opened += 1
+            if opened > _MAX_OPENED:
+                continue
         try:
             samples = images.samples(i)
         except BadData:  # left out, and named, where it is used
@@ -140,17 +143,22 @@ def deep_samples(image: ImageFile) -> NDArray[Any] | None:
     args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
     if not args or not all(re.fullmatch(r"(RGB|RGBA|LA);16[LBN]", str(each[0])) for each in args):
         return None
-    # Pillow keeps one byte of each colour: the picture is read twice, the second time with the bytes exchanged.
-    if image.mode == "LA" or image.fp is None:
+    # Pillow keeps one byte of each colour: the picture is read twice, the second time with the bytes exchanged, or,
+    # where it is grey with alpha, with a pixel's four bytes as if they were four colours.
+    is_grey = str(args[0][0]).startswith("LA")
+    if image.fp is None:
         image.load()
         return 257 * np.asarray(image.convert("RGB")).astype(np.uint16)  # Pillow has no way to the low byte of these
     image.fp.seek(0)
     again = type(image)(BytesIO(image.fp.read()))
     again.tile = [
-        tile._replace(args=(each[0][:-1] + _SWAPPED[each[0][-1]], *each[1:]))
+        tile._replace(args=("RGBA" if is_grey else each[0][:-1] + _SWAPPED[each[0][-1]], *each[1:]))
         for tile, each in zip(image.tile, args, strict=True)
     ]
     image.load()
     again.load()
+    if is_grey:
+        read = np.asarray(again).astype(np.uint16)
+        return 256 * read[..., 0] + read[..., 1]
     high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
     return 256 * high + low

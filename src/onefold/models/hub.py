@@ -6,46 +6,29 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
-from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed, NotWritable
+from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
 from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
-from onefold.models.load_weights import (
-    CLASSIFIER,
-    IMAGENET,
-    Weights,
-    class_names_in,
-    guess_model,
-    load_into_,
-    read_weights,
-)
-from onefold.models.restricted_unpickler import Placeholder, objects
-from onefold.models.state_dicts import NO_WEIGHTS
-from onefold.models.weights_file import MMENGINE, config_licence, config_preprocessing, hub_config, hub_readme
+from onefold.models.checkpoint_metadata import IMAGENET, class_names_in, for_channels, preprocessing_in
+from onefold.models.load_weights import CLASSIFIER, Weights, guess_model, load_into_, read_weights
+from onefold.models.locate_weights import CONFIG, FILE, HUB_ID, WeightsFile, in_one_line, locate
 from onefold.models.weights_file import Card as Card
+from onefold.models.weights_file import config_preprocessing, hub_config, hub_readme
 from onefold.models.weights_file import read_card as read_card
 from onefold.models.weights_file import save_weights as save_weights
-from onefold.storage import read_json, write_text
+from onefold.storage import write_text
 
-FILE = "model.safetensors"
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-_IN_FOLDERS = (FILE, "pytorch_model.bin")
-MAX_CONFIG = 16 << 20  # bytes; the names of 21,841 classes make one
-HUB_ID = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
 _log = logging.getLogger("onefold")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt", ".onnx", ".tflite", ".pte")
-# What the verbs write to, and the usual folders for weights: runs/x is a path, and hf-hub:runs/x a repository.
-_FOLDERS = ("runs", "artifacts", "deploy", "results", "demo", "checkpoints", "weights", "models", "outputs")
 
 
 def load_model(
@@ -122,6 +105,8 @@ def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> N
 def _open(source: str | Path, *, quiet: bool = False) -> tuple[WeightsFile, Weights]:
     """The weights of a path or an id of the hub. Raises BadCheckpoint."""
     file = locate(source)
+    for note in () if quiet else file.notes:
+        _log.info("%s", note)
     weights = read_weights(file.path, select=file.select, quiet=quiet)
     for key, expected in weights.layout.config.items():
         if file.config.get(key, expected) != expected:
@@ -164,12 +149,14 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
         return card if kept else replace(card, num_classes=num_classes, classes=None, source=source)
     default = CATALOGUE[name].input
     stated = config_preprocessing(file.config, default)
-    stated = stated or config_preprocessing(_in_checkpoint(weights.extras), default)
+    stated = stated or config_preprocessing(preprocessing_in(weights.extras), default)
     remarks: list[str] = []
     classes = (weights.classes or class_names_in(file.config, num_classes, remarks)) if kept else None
     for remark in () if quiet else remarks:
         _log.info("the config beside %s: %s", file.source, remark)
-    preprocessing = {**default, "channels": weights.in_chans, **stated}
+    preprocessing = for_channels({**default, **stated}, weights.in_chans)
+    if weights.in_chans == 1 and not quiet and len({**default, **stated}["mean"]) > 1:
+        _log.info("%s is for grey images: its mean and std are the averages of the colours'", file.source)
     if not stated and not quiet:
         shown = ", ".join(f"{key} {value}" for key, value in default.items() if key != "channels")
         _log.info("%s does not say how images are prepared: as the catalogue's %s (%s)", file.source, name, shown)
@@ -183,200 +170,6 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
         licence=file.licence,
         source=source,
     )
-
-
-def _in_checkpoint(extras: Mapping[str, object]) -> dict[str, Any]:
-    """What a trainer's arguments or configuration in a checkpoint say of preprocessing, as keys of a config.json."""
-    for found in objects({key: extras[key] for key in extras if not NO_WEIGHTS.search(str(key))}):
-        values = found.values if isinstance(found, Placeholder) else found
-        for key, inner in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(inner, str) and MMENGINE.search(inner[:MAX_CONFIG]):
-                return {"data_preprocessor": inner[:MAX_CONFIG]}  # mmengine keeps its configuration as Python's text
-            inner = inner.values if isinstance(inner, Placeholder) else inner
-            if key in ("data_preprocessor", "img_norm_cfg") and isinstance(inner, Mapping):
-                return {"data_preprocessor": inner}
-    for key in ("args", "config", "hyper_parameters", "hparams", "opt"):
-        given = extras.get(key)
-        table = given.values if isinstance(given, Placeholder) else given
-        if not isinstance(table, Mapping):
-            continue
-        keys = ("mean", "std", "crop_pct", "interpolation", "input_size")
-        stated = {key: table[key] for key in keys if table.get(key) is not None}
-        size, resized = table.get("val_crop_size", table.get("img_size")), table.get("val_resize_size")
-        if isinstance(size, int) and "input_size" not in stated:
-            stated["size"] = size
-        if isinstance(size, int) and isinstance(resized, int) and resized:  # torchvision's
-            stated["crop_pct"] = size / resized
-        if stated:
-            return {"pretrained_cfg": stated}
-    return {}
-
-
-# ------------------------------------------------------------------------------- finding a file
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsFile:
-    """A file of weights, what the files beside it say, and the path or id that the user gave.
-
-    `config` is config.json with the keys of preprocessor_config.json added; `select` chooses among its state dicts.
-    """
-
-    path: Path
-    source: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    licence: str = ""
-    select: str = ""
-
-
-def locate(source: str | Path) -> WeightsFile:
-    """Find the file of weights at a path, or download that of an id of the hub. Raises BadCheckpoint.
-
-    After a path's colon may stand which weights of a checkpoint to take: FILE:plain, FILE:averaged, FILE:KEY.
-    """
-    path = Path(source)
-    try:
-        is_folder, is_there = path.is_dir(), path.exists()
-    except OSError as error:  # a name too long for a file, a folder that may not be entered
-        raise BadCheckpoint(f"cannot look for {path}: {error.strerror}") from error
-    if is_folder:
-        for name in _IN_FOLDERS:
-            if (path / name).is_file():
-                return _with_files_beside(WeightsFile(path=path / name, source=str(path)))
-        raise BadCheckpoint(f"{path} is a folder without {FILE}: give the file of weights itself")
-    before, colon, select = str(source).rpartition(":")
-    if not is_there and colon and Path(before).exists():
-        return replace(locate(before), source=str(source), select=select)
-    if not is_there and path.suffix not in _SUFFIXES and (repository := _repository(str(source))):
-        return _on_hub(repository)
-    file = WeightsFile(path=path, source=str(source))
-    return _with_files_beside(file) if path.name in _IN_FOLDERS else file
-
-
-def _repository(source: str) -> str:
-    """Give the owner/name of the hub that a source names, empty where it is a path; BadCheckpoint for a local name."""
-    hub_id = re.fullmatch(HUB_ID, source)
-    if hub_id is None or source != hub_id[1]:
-        return "" if hub_id is None else hub_id[1]
-    folder, name = source.split("/")
-    if Path(folder).is_dir():
-        there = ", ".join(sorted(entry.name for entry in Path(folder).iterdir())[:8]) or "nothing"
-        seen = f"the folder {folder} holds {there}"
-    elif folder.lower() in _FOLDERS or name in ("best", "last", "previous"):
-        seen = f"the current folder {Path.cwd()} has no folder {folder}"
-    else:
-        return source
-    raise BadCheckpoint(f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}")
-
-
-def _with_files_beside(file: WeightsFile) -> WeightsFile:
-    """Add what the other files of its folder say."""
-    folder = file.path.parent
-    config = dict(_read_config(folder / CONFIG)) | dict(_read_config(folder / PREPROCESSOR))
-    return replace(file, config=config, licence=config_licence(config, folder / "README.md"))
-
-
-def _on_hub(repo_id: str) -> WeightsFile:
-    """The weights of a repository of the hub, downloaded to its cache, with what the files beside them say."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        path = _download(repo_id, FILE)
-    except EntryNotFoundError:
-        raise BadCheckpoint(
-            f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
-            "download the file you trust and give its path"
-        ) from None
-    config: dict[str, Any] = {}
-    for name in (CONFIG, PREPROCESSOR):
-        if name == PREPROCESSOR and "pretrained_cfg" in config:
-            continue  # timm's and ours say all that in config.json
-        try:
-            config |= _read_config(_download(repo_id, name))
-        except EntryNotFoundError:
-            continue
-        except NetworkFailed:
-            raise NetworkFailed(
-                f"the weights of {repo_id} are in the hub's cache and {name} is not, which says how images are "
-                "prepared and what the classes are; the hub cannot be reached: fetch it once "
-                f"(hf download {repo_id}), or give a folder that holds both"
-            ) from None
-    readme = path.parent / "README.md"
-    if not config_licence(config, readme):
-        try:
-            readme = _download(repo_id, "README.md")
-        except (EntryNotFoundError, NetworkFailed):
-            _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
-    return WeightsFile(path=path, source=repo_id, config=config, licence=config_licence(config, readme))
-
-
-def _download(repo_id: str, name: str) -> Path:
-    """Give a file of a repository, from the hub or its cache.
-
-    Raises EntryNotFoundError where the repository has no such file, BadCheckpoint where the hub has no such repository
-    or does not let it be read, NetworkFailed where the hub cannot be reached, NotWritable where the cache cannot be
-    written.
-    """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    no_such = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
-    cached = None
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(repo_id, name)
-        if not isinstance(cached, str):  # asked first, since a download tries six times to reach the hub
-            found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo_id, name))
-            if name == FILE:
-                text = "downloading %s of %s, %.1f MB, from huggingface.co"
-                _log.info(text, name, repo_id, (found.size or 0) / 1e6)
-        return Path(huggingface_hub.hf_hub_download(repo_id, name))
-    except errors.LocalEntryNotFoundError as error:  # it is an EntryNotFoundError, but says that the cache has no file
-        raise _hub_error(repo_id, error) from None
-    except errors.EntryNotFoundError:
-        raise
-    except no_such as error:
-        raise BadCheckpoint(
-            f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
-            f"path or the id; for a gated or private one `hf auth login` ({_in_one_line(error)})"
-        ) from None
-    except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
-        if cached is not None and not isinstance(cached, str):  # known of before: the repository has no such file
-            raise errors.EntryNotFoundError(f"{repo_id} has no {name}") from None
-        raise _hub_error(repo_id, error) from None
-
-
-def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return NotWritable(f"the hub's cache cannot be written ({_in_one_line(error)}): make room, or set HF_HOME")
-    first: BaseException = error  # the others were raised from it, and it is the shortest: "no route to host"
-    while (cause := first.__cause__ or first.__context__) is not None and str(cause):
-        first = cause
-    return NetworkFailed(
-        f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
-        f"{_in_one_line(first)}): check the network and HF_HUB_OFFLINE; or copy its {FILE} here from "
-        "another machine and give the path"
-    )
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """config.json as a mapping; empty where there is none. Raises BadCheckpoint."""
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise ValueError(f"larger than {MAX_CONFIG} bytes")
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError) as error:
-        raise BadCheckpoint(
-            f"{path} cannot be read ({error}): get it again, or give the file of weights alone"
-        ) from error
-    return config
 
 
 # ---------------------------------------------------------------------------- folders, and the hub
@@ -441,10 +234,10 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{card.model} from onefold {card.version}"
             )
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-            raise BadArgument(f"the hub refused {repo_id} ({_in_one_line(error)}): check `hf auth login`") from error
+            raise BadArgument(f"the hub refused {repo_id} ({in_one_line(error)}): check `hf auth login`") from error
         except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
             raise NetworkFailed(
                 f"the Hugging Face hub cannot be reached to push {repo_id} ({type(error).__name__}: "
-                f"{_in_one_line(error)}): check the network and HF_HUB_OFFLINE"
+                f"{in_one_line(error)}): check the network and HF_HUB_OFFLINE"
             ) from error
     return f"https://huggingface.co/{repo_id}"

@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from onefold.errors import BadCheckpoint
 from onefold.models import mobileformer, mobilenetv1, mobileone
 from onefold.models.catalogue import build, list_models
+from onefold.models.checkpoint_metadata import IMAGENET, class_names_in
 from onefold.models.key_mapping import Layout
-from onefold.models.restricted_unpickler import Placeholder
 from onefold.models.safe_load import CheckpointContents, read
-from onefold.models.state_dicts import NO_WEIGHTS
 from onefold.models.weights_file import Card, is_ours, verify
 from onefold.reparam import unfused_norms
 from onefold.reparam.folding_rules import fused_layer
 from onefold.reparam.fuse import outermost_trees
-from onefold.storage import normalize_name, parse_json
 
 _log = logging.getLogger("onefold")
 
@@ -35,21 +33,18 @@ OURS = Layout(
     title="onefold",
     family="",
     signature=r"stem\.conv(\.0)*\.weight",
-    rename=lambda keys: {key: key for key in keys},
+    rename=lambda keys: {key: key for key in keys if key.partition(".")[0] in ("stem", "stages", "head")},
     variant=None,
 )
 LAYOUTS: tuple[Layout, ...] = (OURS, *mobileone.LAYOUTS, *mobilenetv1.LAYOUTS, *mobileformer.LAYOUTS)
 
 CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 COUNTER = ".num_batches_tracked"  # not used in eval mode, and TensorFlow has none
-IMAGENET = 1000  # classes
 # A network is made for as many classes and channels as the shapes of a file's tensors say. With fewer features or stem
 # channels than any network here has, a small file could ask for a classifier of any size.
 MIN_FEATURES, MIN_STEM = 128, 8
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_SHOWN = 3  # keys in an error message
-_MAX_NESTING, _MAX_MAPPINGS, _MAX_JSON = 4, 2000, 16 << 20  # where names of classes are looked for; bytes of JSON
-_NUMBER = re.compile(r"[0-9]{1,7}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,111 +209,6 @@ def _flat_head(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         if name in out and layout.background and out[name].shape[:1] == (IMAGENET + 1,):
             out[name] = out[name][1:]
     return out
-
-
-_NAMES = ("classes", "class_names", "label_names", "names", "labels", "categories", "idx_to_class", "id2label")
-_NUMBERS = ("class_to_idx", "label2id")
-_METRICS = frozenset(
-    ("acc", "acc1", "acc5", "accuracy", "loss", "top", "top1", "top5", "f1", "auc", "auroc", "ap", "map")
-)
-_METRICS |= {"precision", "recall", "error", "lr", "epoch", "step", "mse", "mae", "miou", "iou", "perplexity"}
-_TEXT_SEPARATORS = ("\n", ";", "|", ",")  # of names in one text
-
-
-def class_names_in(
-    values: Mapping[str, object], num_classes: int, remarks: list[str] | None = None
-) -> tuple[str, ...] | None:
-    """The names of so many classes, in NFC and the order of the logits, wherever a trainer wrote them; None if nowhere.
-
-    They are lists under the names of `_NAMES`, mappings from number to name there or from name to number under those of
-    `_NUMBERS`, COCO's categories, or texts with one name after another; at most four mappings deep, or JSON of one in a
-    header. TensorFlow's background class is left off. `remarks` gets a sentence on what was assumed, and where there
-    are no names on what looked like some and was not taken.
-    """
-    queue: list[tuple[int, object]] = [(0, values)]
-    seen: set[int] = set()  # a forged mapping contains itself, as often as it likes
-    refused: list[str] = []
-    for depth, value in queue:  # grows
-        mapping = value if isinstance(value, Mapping) else value.values if isinstance(value, Placeholder) else {}
-        lowered = {str(key).lower(): inner for key, inner in mapping.items()}
-        for key in (*_NAMES, *_NUMBERS):
-            if key not in lowered:
-                continue
-            said: list[str] = []
-            names = _names_of(lowered[key], num_classes, key in _NUMBERS, said)
-            sentences = [f"its {key} {sentence}" for sentence in said]
-            if names is not None:
-                if remarks is not None:
-                    remarks += sentences
-                return names
-            refused += sentences
-        for key, inner in mapping.items() if depth < _MAX_NESTING else ():
-            if NO_WEIGHTS.search(str(key)):
-                continue  # an optimizer's names are of its groups, and a logger's of what it measures
-            if isinstance(inner, (Mapping, Placeholder)) and id(inner) not in seen and len(queue) < _MAX_MAPPINGS:
-                seen.add(id(inner))
-                queue.append((depth + 1, inner))
-    if remarks is not None:
-        remarks += refused[:_MAX_SHOWN]
-    return None
-
-
-def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]) -> tuple[str, ...] | None:
-    """One text for each class; None where `given` is anything else. What is assumed or refused is in `remarks`."""
-    assumed = ""
-    if isinstance(given, str) and len(given) < _MAX_JSON:
-        given = _from_text(given, num_classes)
-    if isinstance(given, Placeholder):
-        given = given.values or given.elements
-    is_coco = isinstance(given, (list, tuple)) and all(isinstance(each, Mapping) and "id" in each for each in given)
-    if is_coco and isinstance(given, (list, tuple)):
-        given = {each["id"]: each.get("name") for each in given}
-    if isinstance(given, Mapping):
-        by_name = by_name or not all(_NUMBER.fullmatch(str(key)) for key in given)
-        pairs = ((value, key) if by_name else (key, value) for key, value in given.items())
-        table = {int(str(number)): name for number, name in pairs if _NUMBER.fullmatch(str(number))}
-        if len(table) < len(given) or not table:
-            return None
-        numbers = sorted(table)
-        if numbers == list(range(1, len(table) + 1)):
-            assumed = "are numbered from 1: the first is taken for output 0"
-        elif is_coco and numbers != list(range(len(table))):
-            assumed = f"have the ids {numbers[0]} to {numbers[-1]} with gaps: they are taken in the ids' order"
-        elif numbers != list(range(len(table))):
-            remarks.append(
-                f"({_first(map(str, table.values()))}) are not used: their numbers are not 0 to {len(table) - 1}"
-            )
-            return None
-        given = [table[number] for number in numbers]
-    if not isinstance(given, (list, tuple)) or not all(type(name) in (str, int) and name != "" for name in given):
-        return None
-    if any(type(name) is int for name in given) and len(set(given)) < len(given):
-        return None  # the labels of some images
-    names = [normalize_name(str(name)) for name in given]
-    words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in names]
-    if 2 * sum(bool(each & _METRICS) for each in words) > len(names) > 1:
-        remarks.append(f"({_first(names)}) are not used: they name metrics, not classes")
-        return None
-    names = names[1:] if len(names) == num_classes + 1 == IMAGENET + 1 else names
-    if len(names) != num_classes:
-        if len(names) > 1 and any(type(name) is str for name in given):
-            remarks.append(
-                f"({_first(names)}) are not used: they are {len(names)}, of a network with {num_classes} outputs"
-            )
-        return None
-    remarks += [f"({_first(names)}) {assumed}"] if assumed else []
-    return tuple(names)
-
-
-def _from_text(text: str, num_classes: int) -> object:
-    """Read a text that is JSON, or so many names one after another; what is neither is None."""
-    if text[:1] in ("[", "{"):
-        try:
-            return parse_json(text)
-        except ValueError:
-            return None
-    parts = ([part.strip() for part in text.strip().split(separator)] for separator in _TEXT_SEPARATORS)
-    return next((names for names in parts if len(names) == num_classes > 1), None)
 
 
 # ------------------------------------------------------------------------ adapting them to a network

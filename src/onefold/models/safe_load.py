@@ -229,9 +229,35 @@ def _read_safetensors(path: Path) -> _Saved:
 
 
 def _read_npz(path: Path) -> _Saved:
+    values: dict[Any, Any] = {}
     with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: np.array(archive[name]) for name in archive.files}
-    return _Saved(values={n: a.tolist() if a.dtype.kind == "U" else torch.from_numpy(a) for n, a in arrays.items()})
+        for name in archive.files:
+            try:
+                array = np.array(archive[name])
+            except ValueError as error:
+                if "Object arrays" not in str(error):
+                    raise
+                values[name] = _read_objects(archive.zip, f"{name}.npy")
+            else:
+                values[name] = array.tolist() if array.dtype.kind == "U" else torch.from_numpy(array)
+    if not any(map(is_tensor, values.values())) and len(values) == 1:  # numpy.savez(file, weights=state_dict)
+        values = {"state_dict": next(iter(values.values()))}
+    return _Saved(values=values)
+
+
+def _read_objects(archive: zipfile.ZipFile, name: str) -> object:
+    """The objects of an array in an archive of numpy's: what it holds, if that is one object."""
+    entry = archive.getinfo(name)
+    if entry.file_size > ALWAYS_PICKLED + MAX_RATIO * entry.compress_size:
+        raise RefusedError(f"its {name} of {entry.file_size} bytes is a decompression bomb, not weights")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version < (2, 0) else np.lib.format.read_array_header_2_0
+        shape, _, _ = read_header(file)
+        held = load(file)
+    state = held.state if isinstance(held, Placeholder) and isinstance(held.state, tuple) else ()
+    elements = state[-1] if state and isinstance(state[-1], list) else []
+    return elements[0] if not shape and len(elements) == 1 else elements
 
 
 def _read_torch(path: Path) -> _Saved:
@@ -257,6 +283,11 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         pickled = [name for name in names if name.endswith("/data.pkl")]
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise BadCheckpoint(
+                f"{path} is a TorchScript archive, a program that is not run here: save the weights alone, "
+                "torch.save(torch.jit.load(...).state_dict(), 'weights.pth')"
+            )
         if len(set(names)) < len(names) or len(pickled) != 1:
             raise BadCheckpoint(f"{path} is a zip archive, but no file of torch.save: {_HINT}")
         root = pickled[0].removesuffix("data.pkl")

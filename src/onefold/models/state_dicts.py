@@ -118,7 +118,7 @@ def _unwrapped(found: StateDict, fits: Fits, depth: int = 0) -> Iterator[StateDi
         for each in _unwrapped(found.inside(word, names), fits, depth + 1)
     ]
     taken = {
-        name for word, names in words.items() if any(f".{word}" in f".{each.key}" for each in inner) for name in names
+        name for word, names in words.items() if any(f".{word}." in f".{each.key}." for each in inner) for name in names
     }
     if whole:
         yield replace(found, tensors={name: leaf for name, leaf in found.tensors.items() if name not in taken})

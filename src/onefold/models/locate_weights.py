@@ -1,0 +1,227 @@
+"""Finding the weights that a user names: a file, a folder, an id of the Hugging Face hub; and what lies beside them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
+from onefold.models.checkpoint_metadata import read_config
+from onefold.models.weights_file import config_licence
+
+FILE = "model.safetensors"
+HUB_ID = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_IN_FOLDERS = (FILE, "pytorch_model.bin")
+_AVERAGED = "ema.safetensors"  # beside the plain weights in a checkpoint of a training
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt")
+_SUFFIXES = (*_WEIGHTS, ".onnx", ".tflite", ".pte")
+# What the verbs write to, and the usual folders for weights: runs/x is a path, and hf-hub:runs/x a repository.
+_FOLDERS = ("runs", "artifacts", "deploy", "results", "demo", "checkpoints", "weights", "models", "outputs")
+_log = logging.getLogger("onefold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """A file of weights, what the files beside it say, and the path or id that the user gave.
+
+    `config` is config.json with the keys of preprocessor_config.json added; `select` chooses among its state dicts.
+    `notes` are sentences on what was assumed.
+    """
+
+    path: Path
+    source: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    select: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def locate(source: str | Path) -> WeightsFile:
+    """Find the file of weights at a path, or download that of an id of the hub. Raises BadCheckpoint.
+
+    After a path's colon may stand which weights of a checkpoint to take: FILE:plain, FILE:averaged, FILE:KEY. What
+    config.json and preprocessor_config.json say belongs to the weights beside them, where those are the only ones.
+    """
+    path, (before, colon, select) = Path(source), str(source).rpartition(":")
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+        is_chosen = not is_there and bool(colon) and Path(before).exists()
+    except OSError as error:  # a name too long for a file, a folder that may not be entered
+        raise BadCheckpoint(f"cannot look for {path}: {error.strerror}") from error
+    if is_folder:
+        return _in_folder(path, "")
+    if is_chosen:
+        found = _in_folder(Path(before), select) if Path(before).is_dir() else _beside(Path(before), select)
+        return replace(found, source=str(source))
+    if not is_there and path.suffix not in _SUFFIXES:
+        choice = select if select in ("plain", "averaged") else ""
+        repository = _repository(before if choice else str(source))
+        if repository:
+            return replace(_on_hub(repository), select=choice)
+    return _beside(path, "")
+
+
+def _in_folder(folder: Path, select: str) -> WeightsFile:
+    """The weights in a folder: of the usual names, or the only ones; of a training's checkpoint the averaged ones."""
+    found = WeightsFile(path=folder, source=str(folder), select=select)
+    if (folder / FILE).is_file() and (folder / _AVERAGED).is_file() and select in ("", "plain", "averaged"):
+        name = FILE if select == "plain" else _AVERAGED
+        text = f"{folder} holds averaged weights ({_AVERAGED}) and plain weights ({FILE}): the first are taken; "
+        notes = () if select else (f"{text}{folder}:plain takes others",)
+        return _with_files_beside(replace(found, path=folder / name, select="", notes=notes))
+    for name in _IN_FOLDERS:
+        if (folder / name).is_file():
+            return _with_files_beside(replace(found, path=folder / name))
+    there = _weights_in(folder)
+    if index := next(folder.glob("*.index.json"), None):
+        raise BadCheckpoint(
+            f"{folder} has its weights in several files ({index.name}): save them as one {FILE} (max_shard_size)"
+        )
+    if len(there) != 1:
+        seen = f"it holds {', '.join(there[:8])}{', ...' * (len(there) > 8)}" if there else "there is none in it"
+        raise BadCheckpoint(f"{folder} is a folder without {FILE}: give the file of weights itself ({seen})")
+    notes = (f"{folder}: the weights are {there[0]}, the only ones there",)
+    return _with_files_beside(replace(found, path=folder / there[0], notes=notes))
+
+
+def _beside(path: Path, select: str) -> WeightsFile:
+    """A file of weights with what is said beside it, where there are no other weights there that it may be of."""
+    file = WeightsFile(path=path, source=str(path), select=select)
+    if path.name == FILE and not select and (path.parent / _AVERAGED).is_file():
+        file = replace(file, notes=(f"{path} are plain weights; {path.parent / _AVERAGED} are the averaged ones",))
+    beside = [name for name in (CONFIG, PREPROCESSOR) if (path.parent / name).is_file()]
+    if path.name in _IN_FOLDERS:
+        return _with_files_beside(file)
+    if not beside or not path.is_file():
+        return file
+    why = "there are other weights in that folder, of which it may be"
+    if _weights_in(path.parent) == [path.name]:
+        try:
+            return _with_files_beside(file)
+        except BadCheckpoint as error:
+            why = str(error)
+    return replace(file, notes=(f"{path}: the {' and '.join(beside)} beside it is not read: {why}",))
+
+
+def _weights_in(folder: Path) -> list[str]:
+    """The names of the files in a folder that by their suffix are weights."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.suffix in _WEIGHTS and entry.is_file())
+    except OSError:
+        return []
+
+
+def _repository(source: str) -> str:
+    """Give the owner/name of the hub that a source names, empty where it is a path; BadCheckpoint for a local name."""
+    hub_id = re.fullmatch(HUB_ID, source)
+    if hub_id is None or source != hub_id[1]:
+        return "" if hub_id is None else hub_id[1]
+    folder, name = source.split("/")
+    if Path(folder).is_dir():
+        there = ", ".join(sorted(entry.name for entry in Path(folder).iterdir())[:8]) or "nothing"
+        seen = f"the folder {folder} holds {there}"
+    elif folder.lower() in _FOLDERS or name in ("best", "last", "previous"):
+        seen = f"the current folder {Path.cwd()} has no folder {folder}"
+    else:
+        return source
+    raise BadCheckpoint(f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}")
+
+
+def _with_files_beside(file: WeightsFile) -> WeightsFile:
+    """Add what the other files of its folder say."""
+    folder = file.path.parent
+    config = dict(read_config(folder / CONFIG)) | dict(read_config(folder / PREPROCESSOR))
+    return replace(file, config=config, licence=config_licence(config, folder / "README.md"))
+
+
+def _on_hub(repo_id: str) -> WeightsFile:
+    """The weights of a repository of the hub, downloaded to its cache, with what the files beside them say."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = _download(repo_id, FILE)
+    except EntryNotFoundError:
+        raise BadCheckpoint(
+            f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
+            "download the file you trust and give its path"
+        ) from None
+    config: dict[str, Any] = {}
+    for name in (CONFIG, PREPROCESSOR):
+        if name == PREPROCESSOR and "pretrained_cfg" in config:
+            continue  # timm's and ours say all that in config.json
+        try:
+            config |= read_config(_download(repo_id, name))
+        except EntryNotFoundError:
+            continue
+        except NetworkFailed:
+            raise NetworkFailed(
+                f"the weights of {repo_id} are in the hub's cache and {name} is not, which says how images are "
+                "prepared and what the classes are; the hub cannot be reached: fetch it once "
+                f"(hf download {repo_id}), or give a folder that holds both"
+            ) from None
+    readme = path.parent / "README.md"
+    if not config_licence(config, readme):
+        try:
+            readme = _download(repo_id, "README.md")
+        except (EntryNotFoundError, NetworkFailed):
+            _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
+    return WeightsFile(path=path, source=repo_id, config=config, licence=config_licence(config, readme))
+
+
+def _download(repo_id: str, name: str) -> Path:
+    """Give a file of a repository, from the hub or its cache.
+
+    Raises EntryNotFoundError where the repository has no such file, BadCheckpoint where the hub has no such repository
+    or does not let it be read, NetworkFailed where the hub cannot be reached, NotWritable where the cache cannot be
+    written.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    no_such = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+    cached = None
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, name)
+        if not isinstance(cached, str):  # asked first, since a download tries six times to reach the hub
+            found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo_id, name))
+            if name == FILE:
+                text = "downloading %s of %s, %.1f MB, from huggingface.co"
+                _log.info(text, name, repo_id, (found.size or 0) / 1e6)
+        return Path(huggingface_hub.hf_hub_download(repo_id, name))
+    except errors.LocalEntryNotFoundError as error:  # it is an EntryNotFoundError, but says that the cache has no file
+        raise _hub_error(repo_id, error) from None
+    except errors.EntryNotFoundError:
+        raise
+    except no_such as error:
+        raise BadCheckpoint(
+            f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
+            f"path or the id; for a gated or private one `hf auth login` ({in_one_line(error)})"
+        ) from None
+    except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
+        if cached is not None and not isinstance(cached, str):  # known of before: the repository has no such file
+            raise errors.EntryNotFoundError(f"{repo_id} has no {name}") from None
+        raise _hub_error(repo_id, error) from None
+
+
+def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return NotWritable(f"the hub's cache cannot be written ({in_one_line(error)}): make room, or set HF_HOME")
+    first: BaseException = error  # the others were raised from it, and it is the shortest: "no route to host"
+    while (cause := first.__cause__ or first.__context__) is not None and str(cause):
+        first = cause
+    return NetworkFailed(
+        f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
+        f"{in_one_line(first)}): check the network and HF_HUB_OFFLINE; or copy its {FILE} here from "
+        "another machine and give the path"
+    )
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())
