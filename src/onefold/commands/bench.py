@@ -46,6 +46,7 @@ from onefold.system_resources import pinned
 _log = logging.getLogger("onefold")
 
 _MORE_ATTEMPTS = 3
+ROOFLINE = "-roofline.json"  # how the name of a machine's limits ends, in a folder of results
 
 DISTINCT = 64
 """Different inputs that a measurement cycles through, so that nothing can be remembered from call to call."""
@@ -353,7 +354,7 @@ def measured_limits(results: Path, threads: Sequence[int], *, again: bool = Fals
     `again` measures in any case; of two rates for one thing the quicker stays, for others' work only slows.
     """
     machine = Machine.this(packages=())
-    path = results / f"{machine.slug}-roofline.json"
+    path = results / f"{machine.slug}{ROOFLINE}"
     known = _read(path)
     if known is None or known.features != machine.features:
         known = Roofline(limits=(), features=machine.features)
