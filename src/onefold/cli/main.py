@@ -146,7 +146,6 @@ def train(
     if list_recipes:
         display.recipe_table(recipes())
         return
-    keep_freed_memory()
     if processes > 1 and "RANK" not in os.environ:
         import_ahead()
         given = list(context.obj)
@@ -447,4 +446,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     respect_quota()
+    if arguments is None and given[:1] == ["train"]:  # of a process that does nothing else
+        keep_freed_memory()
     return run_command.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
