@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import onefold
-from available_runtimes import RUNNABLE
 from onefold.commands.fuse import fuse
 from onefold.commands.open_network import open_network
 from onefold.commands.run_recipe import read_recipe
@@ -198,14 +197,3 @@ def test_a_grey_network_takes_sums_of_the_colours_weights(run, tmp_path):
     )
     assert digits.best.top1 > 20.0
     assert read_card(digits.best.weights).in_chans == 1
-
-
-@pytest.mark.slow
-def test_int8_artifacts_of_a_run_answer_as_the_network_on_held_out_photos(run, photos, tmp_path):
-    """The gate is on photos that were not trained on, in every runtime that is installed."""
-    runtimes = [name for name in ("onnx", "openvino", "litert", "executorch") if name in RUNNABLE]
-    options = {"to": runtimes, "int8": True, "val": photos / "val", "max_drop": 20.0, "samples": 2, "weight_bits": 7}
-    done = onefold.deploy(run, photos / "train", out=tmp_path / "d", **options)
-    assert done.top1 == 100.0
-    assert {each.name for each in done.verdicts} >= {f"{name}-int8" for name in runtimes}
-    assert not done.failed
