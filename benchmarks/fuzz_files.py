@@ -91,7 +91,7 @@ KINDS = {
     ),
     "artifact": Kind(("artifacts/*/*",), (PREDICT.format("{artifact}"),)),
     "forged": Kind(("artifacts/*/model.*",), (PREDICT.format("{artifact}"),), has_checksum=False),
-    "forged, timed": Kind(
+    "forged timed": Kind(
         ("artifacts/*/model.*",), ("bench {artifact} --samples 5 --warmup 0.01 --results results",), has_checksum=False
     ),
     "Core ML": Kind(("packages/*/*",), ("predict {artifact} x.png",), is_refused=True),
