@@ -104,7 +104,7 @@ KINDS = {
     "Parquet": Kind(("d.parquet",), (EVAL.format("d.parquet"),), has_checksum=False),
     "table": Kind(("t/labels.csv", "t/labels.jsonl"), (EVAL.format("{file}"),), has_checksum=False),
     "images": Kind(("i/*",), ("predict lone.safetensors {file} --json --threads 1",), has_checksum=False),
-    "results": Kind(("results/*.json*",), ("report results --out r.html",)),
+    "results": Kind(("results/[!.]*.jsonl", "results/accuracy.json"), ("report results --out r.html",)),
     "class names": Kind(
         ("names.txt", "names.json"), (PREDICT.format("lone.safetensors") + " --classes {file}",), has_checksum=False
     ),
