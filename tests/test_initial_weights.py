@@ -17,6 +17,7 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
+from onefold.commands import initial_weights
 from onefold.commands.export import ExportOptions, export_network
 from onefold.commands.initial_weights import _tell_differences, initialized_from, provenance
 from onefold.commands.open_network import NameCheck, Network, open_network, predictor_of
@@ -367,3 +368,19 @@ def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsy
     )
     assert main(["predict", str(artifact.folder), photo]) == 4
     assert main(["eval", str(artifact.folder), "--data", str(photos)]) == 3
+
+
+def test_a_strided_pointwise_convolution_of_few_channels_is_computed_on_the_pixels_that_it_reads() -> None:
+    """Where torch's own weight gradient writes outside its memory in channels_last: the same answer and gradients."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 8, 1, stride=2).double()
+    assert initial_weights._crashes_in_channels_last(conv)
+    assert not initial_weights._crashes_in_channels_last(torch.nn.Conv2d(64, 8, 1, stride=2))
+    images = torch.randn(2, 3, 9, 9, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    expected = torch.autograd.grad(conv(images.contiguous()).square().sum(), conv.parameters())
+    names = list(conv.state_dict())
+    conv.__class__ = initial_weights._StridedPointwise
+    found = torch.autograd.grad(conv(images).square().sum(), conv.parameters())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert list(conv.state_dict()) == names
+    assert isinstance(conv, torch.nn.Conv2d)

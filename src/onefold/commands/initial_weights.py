@@ -6,7 +6,6 @@ Weights are taken as they are, or expanded to branches again; their head is kept
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,10 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
 from onefold.commands.class_matching import match_classes
 from onefold.commands.open_network import NameCheck, Network, weights_file
 from onefold.commands.timm_networks import (
+    PREFIX,
     check_timm,
     create_timm,
     fixed_size,
@@ -271,16 +272,41 @@ def fold_frozen_(model: nn.Module, freeze: tuple[str, ...]) -> None:
 
 
 def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Give the network in train mode, with the recipe's dropout, which a network of timm is made with."""
+    """Give the network in train mode, with the recipe's dropout, which a network of timm is made with.
+
+    Of timm's networks those are accelerated whose gain has been measured (docs/results.md): others were slower so.
+    """
     if not is_timm(recipe.model):
         if recipe.dropout is not None:
             set_dropout_(model, recipe.dropout)
         return model.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing can be taken is logged
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _crashes_in_channels_last(module):
+            module.__class__ = _StridedPointwise
+    if recipe.model.startswith(_ACCELERATED):
         accelerate(model.train())
-    _log.info("%s trains by the quickest routes: %s", recipe.model, model.acceleration)
-    return model
+        _log.info("%s trains by the quickest routes: %s", recipe.model, model.acceleration)
+    return model.train()
+
+
+_ACCELERATED = f"{PREFIX}mobileone"
+
+
+def _crashes_in_channels_last(conv: nn.Conv2d) -> bool:
+    """Whether torch 2.13's weight gradient of this layer writes outside its memory on some processors."""
+    is_strided = max(conv.stride) > 1 and not any(conv.padding) and conv.groups == 1
+    return conv.kernel_size == (1, 1) and is_strided and conv.in_channels < 8
+
+
+class _StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution with a stride, computed on the pixels that it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give what nn.Conv2d gives: (B, I, H, W) -> (B, O, H', W')."""
+        is_last = x.is_contiguous(memory_format=torch.channels_last)
+        read = x[:, :, :: self.stride[0], :: self.stride[1]]
+        read = read.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        return functional.conv2d(read, self.weight, self.bias)
 
 
 def _folded_for_int8(model: nn.Module, recipe: Recipe) -> nn.Module:
