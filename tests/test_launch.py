@@ -19,9 +19,9 @@ import pytest
 
 import training_kit
 from onefold.cli import main
-from onefold.commands.train import _must_be_where_the_run_is
 from onefold.errors import BadArgument, LostWorker, Stopped
 from onefold.train import Checkpoint
+from onefold.train.distributed import check_run_folder
 from onefold.train.launch import launch
 from training_processes import size_of
 
@@ -222,9 +222,9 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch, caps
 def test_the_first_process_has_to_be_where_the_run_is() -> None:
     """A launcher of several machines numbers them anew when it starts again: another one must not begin another run."""
     for hosts in ([None, None], ["a", None], ["a", "a"]):
-        _must_be_where_the_run_is(Path("runs/x"), hosts)
+        check_run_folder(Path("runs/x"), hosts)
     with pytest.raises(BadArgument, match=r"runs/x is on b, and not on .*: put it where all machines see it"):
-        _must_be_where_the_run_is(Path("runs/x"), [None, "b"])
+        check_run_folder(Path("runs/x"), [None, "b"])
 
 
 @pytest.mark.slow

@@ -19,17 +19,7 @@ from typer import Argument, Option
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
 from onefold.cli import display, run_command
-from onefold.cli.options import (
-    AsJson,
-    Batch,
-    Classes,
-    Name,
-    Size,
-    Source,
-    Threads,
-    UseEma,
-    runtime_names,
-)
+from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads, UseEma, runtime_names
 from onefold.cli.progress import progress, training
 from onefold.errors import BadArgument
 from onefold.runtimes import RUNTIMES

@@ -75,7 +75,7 @@ from onefold.train import (
     start_world,
     worker_batches,
 )
-from onefold.train.distributed import stop_at_once
+from onefold.train.distributed import check_run_folder, stop_at_once
 from onefold.train.loggers import check_services
 from onefold.train.rng_state import forked_rng
 
@@ -252,7 +252,7 @@ def _run(
     """
     with stop_at_once(), start_world(device) as world:
         hosts = world.all_gather(socket.gethostname() if RunFolder(out).has_run else None)
-        world.first(lambda: _must_be_where_the_run_is(out, hosts))
+        world.first(lambda: check_run_folder(out, hosts))
         recipe, resume = world.first(plan_run)
         run_data = world.first(lambda: find_run_data(out, recipe, *moved) if resume else None)
         with world.agree():
@@ -332,19 +332,6 @@ def _run(
     )
 
 
-def _must_be_where_the_run_is(out: Path, hosts: Sequence[str | None]) -> None:
-    """Raise BadArgument where the run folder is on the machine of another process than the first, which writes it.
-
-    A launcher that starts again may number the machines anew; then the first would begin another run.
-    """
-    elsewhere = next((host for host in hosts if host is not None), None)
-    if hosts[0] is None and elsewhere is not None:
-        raise BadArgument(
-            f"{out} is on {elsewhere}, and not on {socket.gethostname()}, where the first process is: put it where "
-            "all machines see it, or start the processes so that the first one is there"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Start:
     """What all processes start from, as the first one finds it; `records` are of the images that were trained on."""
@@ -365,7 +352,9 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
     fold_frozen_(model, recipe.plan.freeze)
     params = None if recipe.int8 is None else _qparams(recipe, images, model, run)
     licence, source = provenance(recipe, run)
-    records = run_records(run) if run else (*_base_records(recipe), record_of(training, recipe))
+    # What the weights that it starts from were trained on, as far as that is recorded
+    before = records_of(recipe.weights, starting_card(recipe).trained_on) if recipe.weights is not None else None
+    records = run_records(run) if run else (*(before or ()), record_of(training, recipe))
     card = Card(
         model=recipe.model,
         num_classes=len(training.classes),
@@ -380,13 +369,6 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
         trained_on=None if records is None else to_card(records),
     )
     return _Start(model=model.cpu(), card=card, params=params, records=records)
-
-
-def _base_records(recipe: Recipe) -> Records:
-    """What the weights that a run starts from were trained on, as far as that is recorded."""
-    if recipe.weights is None:
-        return ()
-    return records_of(recipe.weights, starting_card(recipe).trained_on) or ()
 
 
 def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:

@@ -13,13 +13,15 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -399,3 +401,16 @@ def stop_at_once() -> Iterator[None]:
             raise Stopped(
                 f"stopped by {by} while no step was under way; what was trained is saved: resume, or start again"
             ) from None
+
+
+def check_run_folder(out: Path, hosts: Sequence[str | None]) -> None:
+    """Raise BadArgument where the run folder is on the machine of another process than the first, which writes it.
+
+    A launcher that starts again may number the machines anew; then the first would begin another run.
+    """
+    elsewhere = next((host for host in hosts if host is not None), None)
+    if hosts[0] is None and elsewhere is not None:
+        raise BadArgument(
+            f"{out} is on {elsewhere}, and not on {socket.gethostname()}, where the first process is: put it where "
+            "all machines see it, or start the processes so that the first one is there"
+        )
