@@ -31,7 +31,7 @@ from onefold.data.remote import REMOTE
 from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models.hub import read_card
-from onefold.recipes import DataConfig, Recipe
+from onefold.recipes import Data, Recipe
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
@@ -53,8 +53,8 @@ class RunData:
     `typed` has the places as the user named them; on another machine they may be there where those of `found` are not.
     """
 
-    found: DataConfig
-    typed: DataConfig
+    found: Data
+    typed: Data
     classes: Sequence[str] | None
     test_is_val: bool
 
@@ -144,7 +144,7 @@ def run_records(out: Path) -> Records | None:
 
 
 def open_data(
-    data: DataConfig, place: str = "", classes: Sequence[str] | None = None, *, test_is_val: bool = False
+    data: Data, place: str = "", classes: Sequence[str] | None = None, *, test_is_val: bool = False
 ) -> DatasetSplits:
     """Open a recipe's data, or those of another place split as it says; see `read_dataset`."""
     return read_dataset(
@@ -261,10 +261,8 @@ def sets_to_evaluate(
         has_test = "test" in splits.datasets and only is None
         return sets | ({f"{recipe.data.spec} (test)": splits.open("test")} if has_test else {})
     if only is not None:
-        return {f"{place} ({only})": open_data(DataConfig(spec=place), place).open(only)}
-    default = DataConfig(
-        spec=place, val_fraction=DataConfig().val_fraction if place == "digits" and not records else 1.0
-    )
+        return {f"{place} ({only})": open_data(Data(spec=place), place).open(only)}
+    default = Data(spec=place, val_fraction=Data().val_fraction if place == "digits" and not records else 1.0)
     splits = open_data(default, place)
     names = dict.fromkeys((splits.scored, "test" if "test" in splits.datasets else splits.scored))
     sets = {}
@@ -289,7 +287,7 @@ def _not_trained_on(images: Dataset, place: str, records: Records) -> tuple[Data
     seen = trained_among(records, images)
     if None in seen:  # there were more than a record holds: by the rule that they were split by
         record = records[-1]
-        held_out = open_data(DataConfig(seed=record.seed, val_fraction=record.val_fraction), place).open("val")
+        held_out = open_data(Data(seed=record.seed, val_fraction=record.val_fraction), place).open("val")
         return held_out, len(images) - len(held_out)
     rest = [i for i, was_trained_on in enumerate(seen) if not was_trained_on]
     return (Subset(images, rest), len(images) - len(rest)) if 0 < len(rest) < len(images) else (images, 0)
@@ -333,7 +331,7 @@ def photos_to_deploy(place: str, records: Records | None, *, calibrates: bool = 
 
 
 def _labelled(place: str, records: Records | None, calibrates: bool) -> Photos:
-    splits = open_data(DataConfig(val_fraction=_HELD_OUT), place)
+    splits = open_data(Data(val_fraction=_HELD_OUT), place)
     if not splits.is_val_cut:
         scored, title = splits.open(splits.scored), f"{place} ({splits.scored})"
         calibration = splits.datasets.get("train", scored)
@@ -345,13 +343,13 @@ def _labelled(place: str, records: Records | None, calibrates: bool) -> Photos:
         calibration, scored = _divided(whole) if calibrates else (whole, whole)
         title = f"{place} (a fifth of it; the rest calibrates)" if calibrates else place
     else:
-        whole = open_data(DataConfig(val_fraction=0.0), place).datasets["train"]
+        whole = open_data(Data(val_fraction=0.0), place).datasets["train"]
         seen = trained_among(records or (), whole)
         trained = [i for i, was_trained_on in enumerate(seen) if was_trained_on]
         rest = [i for i, was_trained_on in enumerate(seen) if was_trained_on is False]
         calibration, scored, title = splits.datasets["train"], splits.datasets["val"], f"{place} (held out)"
         if None in seen and records:
-            split = open_data(DataConfig(seed=records[-1].seed, val_fraction=records[-1].val_fraction), place)
+            split = open_data(Data(seed=records[-1].seed, val_fraction=records[-1].val_fraction), place)
             calibration, scored = split.datasets["train"], split.datasets["val"]
         elif trained and rest:
             calibration, scored = Subset(whole, trained), Subset(whole, rest)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from onefold.errors import BadArgument
-from onefold.recipes.recipe import DataConfig as DataConfig
+from onefold.recipes.recipe import Data as Data
 from onefold.recipes.recipe import Expected as Expected
 from onefold.recipes.recipe import Recipe as Recipe
 from onefold.recipes.recipe import at_epochs as at_epochs

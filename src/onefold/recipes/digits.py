@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onefold.data import Preprocessing, RandomAffine, Resize
-from onefold.recipes.recipe import DataConfig, Expected, Recipe
+from onefold.recipes.recipe import Data, Expected, Recipe
 from onefold.train import AdamW, Cosine, Ema, Epochs, Plan, WeightDecay
 
 _CENTRED = (0.5, 0.5, 0.5)
@@ -17,7 +17,7 @@ def s0() -> Recipe:
     return Recipe(
         name="digits:s0",
         model="mobileone_s0",
-        data=DataConfig(spec="digits", seed=0, val_fraction=0.2),
+        data=Data(spec="digits", seed=0, val_fraction=0.2),
         steps=(Resize(size=32), RandomAffine(degrees=8.0, shift=0.05, zoom=(0.9, 1.1))),
         preprocessing=preprocessing,
         plan=Plan(

@@ -10,7 +10,7 @@ command lines RandAugment: the command lines are what ran. docs/recipes.md has t
 from __future__ import annotations
 
 from onefold.data import HorizontalFlip, Mixing, Preprocessing, RandAugment, RandomErasing, RandomResizedCrop
-from onefold.recipes.recipe import DataConfig, Expected, Recipe, Step
+from onefold.recipes.recipe import Data, Expected, Recipe, Step
 from onefold.train import AdamW, Cosine, Epochs, Plan, WeightDecay
 
 _SOURCE = "arXiv 2108.05895; AAboys/MobileFormer"
@@ -74,7 +74,7 @@ def _recipe(size: str, top1: float, plan: Plan, *, dropout: float, erase: float)
     return Recipe(
         name=f"mobileformer:{size}",
         model=f"mobileformer_{size}",
-        data=DataConfig(),
+        data=Data(),
         steps=steps,
         preprocessing=Preprocessing(size=224, crop_pct=0.875),
         plan=plan,

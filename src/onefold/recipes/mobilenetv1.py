@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onefold.data import HorizontalFlip, Preprocessing, RandAugment, RandomResizedCrop
-from onefold.recipes.recipe import DataConfig, Expected, Recipe
+from onefold.recipes.recipe import Data, Expected, Recipe
 from onefold.train import SGD, Cosine, Ema, Epochs, Exponential, Plan, RMSprop, WeightDecay
 
 _PAPER = "arXiv 1704.04861, Tables 6 and 7"
@@ -73,7 +73,7 @@ def _paper(percent: int, size: int) -> Recipe:
     return Recipe(
         name=f"mobilenetv1:w{percent:03d}",
         model=f"mobilenetv1_{percent:03d}",
-        data=DataConfig(),
+        data=Data(),
         steps=(RandomResizedCrop(size=size, scale=(0.2, 1.0)), HorizontalFlip()),
         preprocessing=Preprocessing(size=size),
         plan=Plan(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onefold.data import AutoAugment, Curriculum, HorizontalFlip, Preprocessing, RandAugment, RandomResizedCrop, Stage
-from onefold.recipes.recipe import DataConfig, Expected, Recipe
+from onefold.recipes.recipe import Data, Expected, Recipe
 from onefold.train import SGD, Cosine, Ema, Epochs, Plan, WeightDecay
 
 _SOURCE = "arXiv 2206.04040, Table 9"
@@ -32,7 +32,7 @@ def s0() -> Recipe:
     return Recipe(
         name="mobileone:s0",
         model="mobileone_s0",
-        data=DataConfig(),
+        data=Data(),
         steps=(_CROP, _FLIP),
         preprocessing=Preprocessing(size=224, crop_pct=0.875),
         plan=Plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onefold.data import HorizontalFlip, Preprocessing, RandomResizedCrop
-from onefold.recipes.recipe import DataConfig, Int8, Recipe
+from onefold.recipes.recipe import Data, Int8, Recipe
 from onefold.train import SGD, Cosine, Distill, Ema, Epochs, Plan, WeightDecay
 
 
@@ -17,7 +17,7 @@ def scratch() -> Recipe:
     return Recipe(
         name="photos:scratch",
         model="mobileone_s0",
-        data=DataConfig(),
+        data=Data(),
         steps=(RandomResizedCrop(size=128, scale=(0.25, 1.0)), HorizontalFlip()),
         preprocessing=Preprocessing(size=128),
         plan=Plan(

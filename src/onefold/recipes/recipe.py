@@ -39,7 +39,7 @@ _GRID = 8  # pixels: to a multiple of it the sizes of a curriculum's stages are 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class Data:
     """What to train on: "digits" or a folder, and how it is split where it is not split already.
 
     `val` is another place, whose images are val: then all of `spec` but its own val is trained on.
@@ -93,7 +93,7 @@ class Recipe:
 
     name: str
     model: str
-    data: DataConfig
+    data: Data
     steps: tuple[Step, ...]
     preprocessing: Preprocessing
     plan: Plan
