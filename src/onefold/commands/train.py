@@ -352,9 +352,9 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
     fold_frozen_(model, recipe.plan.freeze)
     params = None if recipe.int8 is None else _qparams(recipe, images, model, run)
     licence, source = provenance(recipe, run)
-    # What the weights that it starts from were trained on, as far as that is recorded
-    before = records_of(recipe.weights, starting_card(recipe).trained_on) if recipe.weights is not None else None
-    records = run_records(run) if run else (*(before or ()), record_of(training, recipe))
+    records = run_records(run) if run else (record_of(training, recipe),)
+    if not run and recipe.weights is not None:  # what these were trained on, as far as that is recorded
+        records = (*(records_of(recipe.weights, starting_card(recipe).trained_on) or ()), *(records or ()))
     card = Card(
         model=recipe.model,
         num_classes=len(training.classes),
