@@ -617,7 +617,7 @@ def test_a_run_has_a_new_folder_each_time_validates_elsewhere_and_is_quiet(scrat
     (scratch / "other").rename(scratch / "runs/other")
     (scratch / "runs/photos-scratch").rename(scratch / "moved")
     assert run("train", "--resume", "moved") == 3  # val is gone
-    assert "other is not there" in capsys.readouterr().err
+    assert "other, and are gone: say where they are with --val FOLDER" in capsys.readouterr().err
 
 
 def test_the_changed_fields_have_a_heading_and_leave_out_what_was_typed(capsys):

@@ -14,6 +14,7 @@ import pytest
 
 from onefold.cli import main
 from onefold.commands import demo
+from onefold.commands.deployment import gate_of
 from onefold.commands.train import Callbacks, TrainResult
 from onefold.data import Preprocessing, open_dataset
 from onefold.errors import GateFailed
@@ -71,7 +72,8 @@ def test_a_failed_gate_loses_nothing_and_the_report_says_so(
 ):
     """int8 is made to fail by a bound that nothing can keep; the training is the one of the other tests."""
     order = demo.deploy_options(full=False)
-    monkeypatch.setattr(demo, "deploy_options", lambda *, full: replace(order, precisions=("int8",), max_drop=-101.0))
+    monkeypatch.setattr(demo, "deploy_options", lambda *, full: replace(order, precisions=("int8",)))
+    monkeypatch.setattr("onefold.commands.deploy.gate_of", lambda verdict, *_, **more: gate_of(verdict, -101.0, **more))
     monkeypatch.setattr(demo, "start_run", _trained_already(made))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--epochs", "1", "--seed", "7"]) == 1

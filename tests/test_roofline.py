@@ -265,7 +265,7 @@ def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.system_resources.affinity", lambda: (0, 2))
+    monkeypatch.setattr("onefold.bench.machine.affinity", lambda: (0, 2))
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 1500.5\ncpu MHz\t\t: 2400.0\n")
     assert current_mhz(tmp_path) == 2400.0
