@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # grpc, where a package 
 settings.register_profile("onefold", deadline=None)  # a busy machine is no failure
 settings.load_profile("onefold")
 torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other
+# Under nohup, or behind a shell's `&`, these are ignored, and every process that a test starts inherits that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Of a runtime that is missing nothing is collected; test_runtimes.test_it_is_here says so by name.
