@@ -25,18 +25,20 @@ class CompiledLibraries(BuildHookInterface):  # type: ignore[misc, type-arg]
             return
         sys.path.insert(0, str(Path(self.root) / "src"))
         from onefold import native
-        from onefold.checksums import seal
+        from onefold.checksums import write_sealed_folder
 
         try:
-            if native.is_plain("ONEFOLD_KERNELS"):
+            if native.is_native_disabled("ONEFOLD_KERNELS"):
                 raise OSError("ONEFOLD_KERNELS=plain")
             libraries = native.compile_for_wheel()
         except (OSError, subprocess.SubprocessError) as error:
-            self.app.display_warning(f"this wheel is pure Python, without compiled C++ code: {native.reason(error)}")
+            self.app.display_warning(
+                f"this wheel is pure Python, without compiled C++ code: {native.compiler_message(error)}"
+            )
             return
         self._folder = tempfile.TemporaryDirectory()
         lib = Path(self._folder.name) / "lib"
-        seal(lib, libraries)
+        write_sealed_folder(lib, libraries)
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"py3-none-{platform}"}
         build_data["force_include"][str(lib)] = "onefold/lib"

@@ -37,14 +37,14 @@ import numpy as np
 import torch
 
 from onefold.bench import Machine, Procedure
-from onefold.commands.calibration import Calibration, quantized
-from onefold.commands.demo import deploy_options, recipe_of
+from onefold.commands.calibration import CalibrationOptions, calibrated_network
+from onefold.commands.demo import demo_recipe, deploy_options
 from onefold.commands.deploy import build_deployment
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import validation_images
 from onefold.commands.open_network import open_network
 from onefold.commands.train import start_run
-from onefold.quantize import Method
+from onefold.quantize import QuantizationMethod
 from onefold.storage import write_text
 
 HERE = Path(__file__).parent
@@ -55,11 +55,11 @@ INSTRUCTIONS = {
 }
 PACKAGES = ("torch", "onnxruntime", "openvino")
 OTHERS = {
-    "64 images, 7 bits": (64, Method(weight_qmax=63)),
-    "200 images, 7 bits": (200, Method(weight_qmax=63)),
-    "200 images, 7 bits, corrected": (200, Method(weight_qmax=63, correct_weights=True)),
-    "200 images, 8 bits": (200, Method()),
-    "200 images, 8 bits, corrected": (200, Method(correct_weights=True)),
+    "64 images, 7 bits": (64, QuantizationMethod(weight_qmax=63)),
+    "200 images, 7 bits": (200, QuantizationMethod(weight_qmax=63)),
+    "200 images, 7 bits, corrected": (200, QuantizationMethod(weight_qmax=63, correct_weights=True)),
+    "200 images, 8 bits": (200, QuantizationMethod()),
+    "200 images, 8 bits, corrected": (200, QuantizationMethod(correct_weights=True)),
 }
 
 
@@ -82,7 +82,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     folder, began = work / case.name, time.monotonic()
     fused = folder / "fused.safetensors"
     if not fused.is_file():
-        start_run(recipe_of(case.seed), folder / "runs" / "digits-s0")
+        start_run(demo_recipe(case.seed), folder / "runs" / "digits-s0")
         fuse(folder / "runs" / "digits-s0", fused)
     order = replace(deploy_options(), timed=False, procedure=Procedure(samples=16, threads=case.threads))
     with tempfile.TemporaryDirectory() as place:
@@ -112,7 +112,9 @@ def others(fused: Path) -> dict[str, dict[str, float]]:
 
     true, found = logits(network.model), {}
     for name, (count, method) in OTHERS.items():
-        answers = logits(quantized(network, Calibration(data="digits", count=count, method=method)).made.model)
+        answers = logits(
+            calibrated_network(network, CalibrationOptions(data="digits", count=count, method=method)).made.model
+        )
         right = [(each.argmax(1) == labels).double().mean() for each in (true, answers)]
         found[name] = {
             "drop": 100 * float(right[0] - right[1]),

@@ -31,18 +31,18 @@ from pathlib import Path
 from statistics import median
 
 from latency_against_timm import Job, declare_operators, export_one, is_missing, make_photos, network_of, place_of, say
-from onefold.bench import Comparison, Machine, Procedure, aa, append, compare
-from onefold.bench.timing_noise import paired_interval
-from onefold.commands.bench import bound, call_of, measured_limits
-from onefold.commands.calibration import Calibration, quantized
+from onefold.bench import Comparison, Machine, Procedure, append_results, compare, measure_noise_floor
+from onefold.bench.timing_noise import paired_ratio_interval
+from onefold.commands.bench import latency_bound, load_or_measure_roofline, make_timed_call
+from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.open_network import Network, Predictor, open_predictor
 from onefold.errors import OnefoldError
-from onefold.quantize import MINMAX
+from onefold.quantize import MINMAX_METHOD
 from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 MODELS = tuple(f"mobileone_s{n}" for n in range(5))
-QUICK = replace(MINMAX, power_of_two_scales=True)  # how kernels are rounded does not change how long they take
+QUICK = replace(MINMAX_METHOD, power_of_two_scales=True)  # how kernels are rounded does not change how long they take
 
 
 def timms_own(name: str) -> Network:
@@ -69,7 +69,7 @@ def export_all(job: Job, name: str) -> None:
         network = timms_own(name) if title.startswith("timm:") else network_of(name)
         made = None
         if any(precision == "int8" for _, precision in missing):
-            made = quantized(network, Calibration(data=job.photos, count=8, method=QUICK))
+            made = calibrated_network(network, CalibrationOptions(data=job.photos, count=8, method=QUICK))
         for to in missing:
             export_one(job, network, made if to[1] == "int8" else None, to)
 
@@ -101,13 +101,13 @@ def best_of(outcome: Comparison, kind: str) -> str:
 
 def report_lines(outcome: Comparison, name: str, threads: int, results: Path) -> list[str]:
     """The table of one size: medians, and their share of the limit."""
-    limits = measured_limits(results, [threads])
+    limits = load_or_measure_roofline(results, [threads])
     lines = [
         f"{name}, {threads} thread(s), {len(outcome.twin.samples_ns)} rounds, "
         f"{outcome.twin.procedure.lead_calls} lead calls; A/A band {100 * outcome.floor.floor:.1f} %"
     ]
     for title, each in sorted(outcome.measurements.items()):
-        share = bound(limits, each.subject, threads)
+        share = latency_bound(limits, each.subject, threads)
         of_limit = (
             "" if share is None else f"{100 * (share.ns or 0) / each.median_ns:5.0f} % of the limit ({share.side})"
         )
@@ -126,7 +126,7 @@ def ratios(outcomes: list[Comparison]) -> list[str]:
             rival, mine = best_of(outcome, "timm fp32"), best_of(outcome, kind)
             third = len(outcome.twin.samples_ns) // 3
             a, b = (outcome.measurements[each].latencies_ns[third:] for each in (rival, mine))
-            value, low, high = paired_interval(a, b, 0)
+            value, low, high = paired_ratio_interval(a, b, 0)
             found.append((value, f"{mine} over {rival} {value:.3f}x (95 % CI {low:.3f}-{high:.3f})"))
         values = [value for value, _ in found]
         mean = math.prod(values) ** (1 / len(values))
@@ -147,7 +147,9 @@ def run(job: Job, procedures: list[Procedure], openings: int, results: Path) -> 
         with ExitStack() as stack:
             first = opened(job, job.names[0], procedure.threads, stack)
             subject = next(title for title in first if title.startswith("ours fp32"))
-            floor = aa(call_of(first[subject]), replace(procedure, samples=max(300, procedure.samples)))
+            floor = measure_noise_floor(
+                make_timed_call(first[subject]), replace(procedure, samples=max(300, procedure.samples))
+            )
         ratio = f"{floor.value:.4f} (95 % CI {floor.low:.4f}-{floor.high:.4f})"
         parts += ["", f"A/A, {job.names[0]} {subject}, {procedure.threads} thread(s), against itself: ratio {ratio}"]
         say(parts[-1])
@@ -156,9 +158,9 @@ def run(job: Job, procedures: list[Procedure], openings: int, results: Path) -> 
             for seed in range(openings):
                 with ExitStack() as stack:
                     found = opened(job, name, procedure.threads, stack, seed)
-                    calls = {title: call_of(predictor) for title, predictor in found.items()}
+                    calls = {title: make_timed_call(predictor) for title, predictor in found.items()}
                     outcomes.append(compare(calls, procedure, {t: {**p.facts, "batch": 1} for t, p in found.items()}))
-            append(results / f"deployed-{machine.slug}.jsonl", outcomes)
+            append_results(results / f"deployed-{machine.slug}.jsonl", outcomes)
             parts += ["", *report_lines(outcomes[0], name, procedure.threads, results), *ratios(outcomes)]
             say("\n".join(parts[-len(found) - 2 * openings - 4 :]))
     return "\n".join(parts) + "\n"

@@ -18,7 +18,7 @@ import torch
 
 from onefold.commands.timm_networks import open_timm
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
-from onefold.reparam.drift import exact_drift
+from onefold.reparam.drift import float64_drift
 
 NAMES = (
     *("repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "repghostnet_050", "mobilenetv1_100"),
@@ -41,7 +41,7 @@ def examined(name: str) -> dict[str, object]:
         fused = fuse(model)
     seconds = time.perf_counter() - started
     said = [str(each.message) for each in caught if issubclass(each.category, UnfoldedWarning)]
-    exact, allowed = exact_drift(model, fused, (images,))
+    exact, allowed = float64_drift(model, fused, (images,))
     return {
         "network": f"timm:{name}",
         "norms": len(unfused_norms(model)),

@@ -11,8 +11,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from onefold.bench import Comparison, Machine, Procedure, append, compare
-from onefold.commands.export import ExportOptions, export_network
+from onefold.bench import Comparison, Machine, Procedure, append_results, compare
+from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.commands.open_network import open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.hub import Card, save_weights
@@ -31,7 +31,7 @@ def weights_of(name: str, folder: Path) -> Path:
 def measured(name: str, procedure: Procedure, folder: Path) -> Comparison:
     """Torch unfused (the baseline), torch fused, ONNX Runtime fused, OpenVINO fused."""
     weights = weights_of(name, folder)
-    artifacts = export_network(weights, folder / name, ExportOptions(runtimes=["onnx", "openvino"]))
+    artifacts = export_to_runtimes(weights, folder / name, ExportOptions(runtimes=["onnx", "openvino"]))
     threads = procedure.threads
     predictors = [open_predictor(weights, threads=threads, fused=fused) for fused in (False, True)]
     predictors += [open_predictor(artifact.folder, threads=threads) for artifact in artifacts]
@@ -86,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models.split(","):
             outcome = outcomes[name] = measured(name, procedure, Path(folder))
-            append(HERE / "results" / f"{Machine.this().slug}.jsonl", [outcome])
+            append_results(HERE / "results" / f"{Machine.this().slug}.jsonl", [outcome])
             for title, measurement in outcome.measurements.items():
                 spread = f"spread {100 * measurement.spread:.0f} %"
                 print(f"{title:40} median {measurement.median_ns / 1e6:8.2f} ms  {spread}  {measurement.verdict}")

@@ -67,7 +67,7 @@ class Ours:
         self.decoder, self.n, self.step = decoder, 0, 0
 
     def __call__(self) -> torch.Tensor:
-        crop.simplejpeg = self.decoder
+        crop.import_simplejpeg = self.decoder
         if self.step == len(self.batches):
             self.n, self.step = self.n + 1, 0
         images, _ = next(self.batches.epoch(self.n, self.step))
@@ -103,7 +103,7 @@ def main() -> None:
         raise SystemExit(f"no photos at {given.photos}: give --photos FOLDER")
     width, height = map(int, given.side.split("x"))
     torch.set_num_threads(1)
-    fast = crop.simplejpeg
+    fast = crop.import_simplejpeg
     with tempfile.TemporaryDirectory() as folder:
         source = photos(given.photos, Path(folder), (width, height))
         size = sum(source.num_bytes(i) for i in range(len(source))) / len(source)

@@ -53,8 +53,8 @@ from int8_table import FLOAT, SIMULATION, Answers, lines_of, page, scores
 from int8_vendors import VENDORS, Given
 from onefold.bench import Machine
 from onefold.errors import GateFailed, OnefoldError
-from onefold.runtimes import find_runtime, load
-from onefold.runtimes.base import first_line, installed_versions
+from onefold.runtimes import import_runtime, load
+from onefold.runtimes.base import first_error_line, installed_versions
 from onefold.storage import write_text
 
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ def answer(subject: Subject, method: str, runtime: str, threads: int) -> tuple[F
             photos=subject.calibration.numpy(),
             weights=weights,
         )
-        engine = find_runtime(runtime).load(vendor.make(given), precision="int8", threads=threads)
+        engine = import_runtime(runtime).load(vendor.make(given), precision="int8", threads=threads)
         return asked(engine, subject.photos), {"method": vendor.title, "packages": installed_versions(vendor.packages)}
     if method == "fp32":
         return _run(subject, subject.floats(runtime), threads)
@@ -124,7 +124,7 @@ def make(subject: Subject, method: str, runtime: str, threads: int) -> None:
     try:
         logits, facts = answer(subject, method, runtime, threads)
     except Exception as error:  # a vendor's tool may raise anything: the other rows go on
-        said = str(error) if isinstance(error, OnefoldError) else first_line(error)
+        said = str(error) if isinstance(error, OnefoldError) else first_error_line(error)
         say(f"  refused: {said}")
         write_text(place.with_suffix(".json"), json.dumps({"refused": " ".join(said.split())}))
         return

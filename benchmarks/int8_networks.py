@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from onefold.commands.calibration import Int8Network
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import export_made
+from onefold.commands.export import export_artifact
 from onefold.commands.held_out import validation_images
-from onefold.commands.open_network import Network, open_network, predictor_of
+from onefold.commands.open_network import Network, make_predictor, open_network
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
-from onefold.quantize import MINMAX, Method, Quantized, quantize
-from onefold.quantize.method_search import search
-from onefold.storage import replacing, write_text
+from onefold.quantize import MINMAX_METHOD, QuantizationMethod, QuantizedModel, quantize
+from onefold.quantize.method_search import quantize_with_search
+from onefold.storage import atomic_replace, write_text
 
 Floats = NDArray[np.float32]
 
@@ -32,7 +32,7 @@ DATA = Path(os.environ.get("ONEFOLD_TEST_DATA", Path(__file__).parents[2] / "sha
 CALIBRATION, SCORED, COUNT, SEED = "imagenette-224-subset", "imagenet-sample", 200, 0
 BATCH = 50
 DEVICES = ("onnx", "openvino", "executorch", "litert", "web")  # those that run 8 bits
-PER_TENSOR = tuple(Method(weights="tensor", equalize=by) for by in ("activations", "weights"))
+PER_TENSOR = tuple(QuantizationMethod(weights="tensor", equalize=by) for by in ("activations", "weights"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Subject:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        index = class_indices(predictor_of(self.network), self.scored)
+        index = class_indices(make_predictor(self.network), self.scored)
         return np.array([index[self.scored.label(i)] for i in range(len(self.scored))])
 
     @cached_property
@@ -103,7 +103,7 @@ class Subject:
         value, tried = self.method(method)
         say(f"{self.key}: quantizing {method}")
         made = quantize(self.network.model, self.calibration, value)
-        with replacing(folder) as aside:
+        with atomic_replace(folder) as aside:
             aside.mkdir()
             facts = {"method": value.title, "threads": torch.get_num_threads(), "held_out_noise": dict(tried)}
             write_text(aside / "facts.json", json.dumps(facts))
@@ -112,10 +112,10 @@ class Subject:
                 self._export(made, aside, runtime)
         return folder
 
-    def _export(self, made: Quantized, folder: Path, runtime: str) -> None:
+    def _export(self, made: QuantizedModel, folder: Path, runtime: str) -> None:
         """Our artifact, or beside its place the reason why there is none."""
         try:
-            export_made(self.network, Int8Network(made=made), folder / runtime, runtime, "int8")
+            export_artifact(self.network, Int8Network(made=made), folder / runtime, runtime, "int8")
         except OnefoldError as error:
             write_text(folder / f"{runtime}.refused", str(error))
 
@@ -123,10 +123,10 @@ class Subject:
         """Our artifact of the float network."""
         folder = self.folder / "fp32" / runtime
         if not (folder / "manifest.json").is_file():
-            export_made(self.network, None, folder, runtime, "fp32")
+            export_artifact(self.network, None, folder, runtime, "fp32")
         return folder
 
-    def method(self, name: str) -> tuple[Method, Mapping[str, float]]:
+    def method(self, name: str) -> tuple[QuantizationMethod, Mapping[str, float]]:
         """The method of ours by this name; what was tried for it, with the noise in held-out answers."""
         if name in FIXED:
             return FIXED[name], {}
@@ -136,7 +136,7 @@ class Subject:
             method, tried = CHOSEN[name](self.network.model, self.calibration)
             write_text(path, json.dumps({"method": asdict(method), "tried": tried}))
         known = json.loads(path.read_text())
-        return Method(**{**known["method"], "keep": tuple(known["method"]["keep"])}), known["tried"]
+        return QuantizationMethod(**{**known["method"], "keep": tuple(known["method"]["keep"])}), known["tried"]
 
     def _prepared(self, name: str, source: Dataset, chosen: list[int]) -> Floats:
         """The photos as the network sees them (B, C, H, W); kept for all networks that see them so."""
@@ -157,7 +157,7 @@ def calibration_photos() -> tuple[Dataset, list[int]]:
     return source, [i * len(source) // COUNT for i in range(COUNT)]
 
 
-def by_held_out(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, dict[str, float]]:
+def by_held_out(model: torch.nn.Module, photos: torch.Tensor) -> tuple[QuantizationMethod, dict[str, float]]:
     """Of the two methods per tensor the one with less noise in its answers to every fourth photo, held out from it."""
     judged = torch.arange(len(photos)) % 4 == 3
     with torch.inference_mode():
@@ -169,19 +169,19 @@ def by_held_out(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, d
     return min(tried, key=tried.__getitem__), {method.title: noise for method, noise in tried.items()}
 
 
-def by_search(model: torch.nn.Module, photos: torch.Tensor) -> tuple[Method, dict[str, float]]:
-    """What `search` finds from the defaults; it tells a method's title and its noise in percent."""
+def by_search(model: torch.nn.Module, photos: torch.Tensor) -> tuple[QuantizationMethod, dict[str, float]]:
+    """What `quantize_with_search` finds from the defaults; it tells a method's title and its noise in percent."""
     told: list[str] = []
-    method = search(model, photos, Method(), told.append).method
+    method = quantize_with_search(model, photos, QuantizationMethod(), told.append).method
     return method, {title: float(rest.split(" %")[0]) / 100 for title, _, rest in (t.rpartition(": ") for t in told)}
 
 
 FIXED = {
-    "ours-channel": Method(),
-    "plain-channel": MINMAX,
-    "plain-tensor": Method(**{**asdict(MINMAX), "weights": "tensor"}),
+    "ours-channel": QuantizationMethod(),
+    "plain-channel": MINMAX_METHOD,
+    "plain-tensor": QuantizationMethod(**{**asdict(MINMAX_METHOD), "weights": "tensor"}),
 }
-CHOSEN: dict[str, Callable[[torch.nn.Module, torch.Tensor], tuple[Method, dict[str, float]]]] = {
+CHOSEN: dict[str, Callable[[torch.nn.Module, torch.Tensor], tuple[QuantizationMethod, dict[str, float]]]] = {
     "ours-tensor": by_held_out,
     "ours-searched": by_search,
 }

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from onefold.runtimes.base import mute, quiet, require
+from onefold.runtimes.base import import_vendor_package, suppress_native_output, suppress_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class _Photos:
 
 def by_onnxruntime(given: Given) -> Mapping[str, bytes]:
     """`quantize_static` after `quant_pre_process`: QDQ, extremes, int8 activations and weights."""
-    tools = require("onnxruntime.quantization", extra="onnx")
-    prepare = require("onnxruntime.quantization.shape_inference", extra="onnx").quant_pre_process
-    with TemporaryDirectory() as place, quiet():
+    tools = import_vendor_package("onnxruntime.quantization", extra="onnx")
+    prepare = import_vendor_package("onnxruntime.quantization.shape_inference", extra="onnx").quant_pre_process
+    with TemporaryDirectory() as place, suppress_output():
         ready, out = Path(place) / "ready.onnx", Path(place) / "model.onnx"
         prepare(str(given.artifact / "model.onnx"), str(ready))
         tools.quantize_static(
@@ -70,13 +70,13 @@ def by_onnxruntime(given: Given) -> Mapping[str, bytes]:
 
 def by_nncf(given: Given) -> Mapping[str, bytes]:
     """`nncf.quantize` with its default preset: symmetric activations, biases corrected."""
-    vino, nncf = require("openvino", extra="openvino"), _nncf()
-    settings = require("nncf.quantization.advanced_parameters", extra="openvino")
+    vino, nncf = import_vendor_package("openvino", extra="openvino"), _nncf()
+    settings = import_vendor_package("nncf.quantization.advanced_parameters", extra="openvino")
     advanced = None
     if given.weights == "tensor":
         per_tensor = settings.QuantizationParameters(per_channel=False)
         advanced = settings.AdvancedQuantizationParameters(weights_quantization_params=per_tensor)
-    with TemporaryDirectory() as place, quiet():
+    with TemporaryDirectory() as place, suppress_output():
         model = vino.Core().read_model(given.artifact / "model.xml")
         photos = nncf.Dataset(list(given.photos), lambda photo: photo[None])
         made = nncf.quantize(model, photos, subset_size=len(given.photos), advanced_parameters=advanced)
@@ -88,13 +88,13 @@ def by_pt2e(given: Given) -> Mapping[str, bytes]:
     """PT2E with XNNPACKQuantizer: `prepare_pt2e`, the photos, `convert_pt2e`, lowered to XNNPACK."""
     import torch
 
-    grids = require("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", extra="executorch")
-    partition = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
-    pt2e = require("torchao.quantization.pt2e.quantize_pt2e", extra="executorch")
-    lowering = require("executorch.exir", extra="executorch")
+    grids = import_vendor_package("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", extra="executorch")
+    partition = import_vendor_package("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
+    pt2e = import_vendor_package("torchao.quantization.pt2e.quantize_pt2e", extra="executorch")
+    lowering = import_vendor_package("executorch.exir", extra="executorch")
     config = grids.get_symmetric_quantization_config(is_per_channel=given.weights == "channel")
     first = (torch.from_numpy(given.photos[:1]),)
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), suppress_output():
         traced = torch.export.export(given.network, first).module()
         prepared = pt2e.prepare_pt2e(traced, grids.XNNPACKQuantizer().set_global(config))
         for photo in given.photos:
@@ -106,11 +106,11 @@ def by_pt2e(given: Given) -> Mapping[str, bytes]:
 
 def by_ai_edge(given: Given) -> Mapping[str, bytes]:
     """AI Edge Quantizer, static 8-bit weights and activations, extremes; what goes in and out stays float."""
-    tool = require("ai_edge_quantizer.quantizer", extra="litert")
-    types = require("ai_edge_quantizer.qtyping", extra="litert")
-    runtime = require("ai_edge_litert.interpreter", extra="litert")
+    tool = import_vendor_package("ai_edge_quantizer.quantizer", extra="litert")
+    types = import_vendor_package("ai_edge_quantizer.qtyping", extra="litert")
+    runtime = import_vendor_package("ai_edge_litert.interpreter", extra="litert")
     model = given.artifact / "model.tflite"
-    with TemporaryDirectory() as place, quiet(), mute():
+    with TemporaryDirectory() as place, suppress_output(), suppress_native_output():
         signatures = runtime.Interpreter(model_path=str(model)).get_signature_list()
         ((signature, ends),) = signatures.items()
         (name,) = ends["inputs"]
@@ -134,7 +134,7 @@ def _nncf() -> Any:
     known = sys.modules.get("openvino_telemetry")
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
-        return require("nncf", extra="openvino")
+        return import_vendor_package("nncf", extra="openvino")
     finally:
         del sys.modules["openvino_telemetry"]
         if known is not None:

@@ -31,17 +31,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onefold.bench import Comparison, Machine, Procedure, append, compare
-from onefold.commands.bench import call_of
-from onefold.commands.calibration import Calibration, quantized
+from onefold.bench import Comparison, Machine, Procedure, append_results, compare
+from onefold.commands.bench import make_timed_call
+from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.export import model_info
 from onefold.commands.open_network import Network, Predictor, open_network, open_predictor
 from onefold.commands.timm_networks import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError
-from onefold.models import CATALOGUE, cost, create_model
+from onefold.models import CATALOGUE, count_flops, create_model
 from onefold.models.hub import Card
-from onefold.quantize import Quantized
+from onefold.quantize import QuantizedModel
 from onefold.runtimes import export as export_to
 from onefold.storage import write_text
 
@@ -124,8 +124,8 @@ def export_all(job: Job, name: str) -> dict[str, object]:
         return dict(json.loads(known.read_text()))
     network = network_of(name)
     size = network.preprocessing.size
-    counted = cost(network.model, size)
-    made: Quantized | OnefoldError | None = None
+    counted = count_flops(network.model, size)
+    made: QuantizedModel | OnefoldError | None = None
     for runtime, precision in missing:
         if precision == "int8" and made is None:
             made = calibrated(network, job.photos)
@@ -135,10 +135,10 @@ def export_all(job: Job, name: str) -> dict[str, object]:
     return told
 
 
-def calibrated(network: Network, photos: str) -> Quantized | OnefoldError:
+def calibrated(network: Network, photos: str) -> QuantizedModel | OnefoldError:
     """The network of 8 bits, or why there is none."""
     try:
-        return quantized(network, Calibration(data=photos, count=PHOTOS))
+        return calibrated_network(network, CalibrationOptions(data=photos, count=PHOTOS))
     except OnefoldError as error:
         return error
 
@@ -151,7 +151,7 @@ def refusal_of(place: Path) -> Path:
     return place.with_name(f"{place.name}.refused")
 
 
-def export_one(job: Job, network: Network, made: Quantized | OnefoldError | None, to: tuple[str, str]) -> None:
+def export_one(job: Job, network: Network, made: QuantizedModel | OnefoldError | None, to: tuple[str, str]) -> None:
     """One artifact, or a note of why it was refused beside its place."""
     name, (runtime, precision) = network.title, to
     place = place_of(job, name, runtime, precision)
@@ -193,7 +193,7 @@ def opened(job: Job, costs: dict[str, dict[str, object]], to: tuple[str, str], t
 
 def measured(predictors: dict[str, Predictor], procedure: Procedure) -> Comparison:
     """All of them against the first, interleaved; networks of one size are given the same images."""
-    calls = {name: call_of(predictor) for name, predictor in predictors.items()}
+    calls = {name: make_timed_call(predictor) for name, predictor in predictors.items()}
     return compare(calls, procedure, {name: dict(p.facts) for name, p in predictors.items()})
 
 
@@ -248,7 +248,7 @@ def run(job: Job, procedures: list[Procedure], results: Path) -> str:
                     if len(found) < 2:
                         continue
                     outcome = outcomes[runtime, precision] = measured(found, procedure)
-                append(results / f"competitors-{machine.slug}.jsonl", [outcome])
+                append_results(results / f"competitors-{machine.slug}.jsonl", [outcome])
         parts += ["", f"Median ms of one image, {procedure.threads} thread(s), {procedure.samples} rounds; ~ is noisy"]
         parts += [table(job, costs, outcomes)]
         for (runtime, precision), outcome in outcomes.items():

@@ -31,9 +31,9 @@ from onefold.bench import Machine
 from onefold.data import CachedDataset, ImageLoader, open_dataset
 from onefold.models import create_model
 from onefold.models.mobileone import zero_init_branches_
-from onefold.recipes import Recipe, at_epochs, at_size, find_recipe
+from onefold.recipes import Recipe, find_recipe, with_epochs, with_image_size
 from onefold.reparam import quickest, set_route_
-from onefold.train import Run, accuracy, seed_everything, train
+from onefold.train import RunOptions, compute_accuracy, seed_everything, train
 from train_step import timm_model
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def step_seconds(contender: str, batches: ImageLoader, channels_last: bool) -> f
 
 def run(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    recipe: Recipe = at_size(find_recipe("photos:scratch"), SIZE)
+    recipe: Recipe = with_image_size(find_recipe("photos:scratch"), SIZE)
     training = CachedDataset(open_dataset(str(given.data), "train", seed=0, val_fraction=0.2))
     held_out = CachedDataset(open_dataset(str(given.data), "val", seed=0, val_fraction=0.2))
     plan = replace(recipe.plan, seed=given.seed, workers=0)
@@ -93,7 +93,7 @@ def run(given: argparse.Namespace) -> None:
     judged = ImageLoader(held_out, recipe.preprocessing, batch_size=plan.batch_size)
 
     def score(model: nn.Module) -> dict[str, float]:
-        return accuracy(model.eval(), judged.epoch(0)).metrics()
+        return compute_accuracy(model.eval(), judged.epoch(0)).metrics()
 
     for epoch in (batches.epoch(0), judged.epoch(0)):
         list(epoch)  # every photo decoded, for both alike
@@ -104,7 +104,7 @@ def run(given: argparse.Namespace) -> None:
     judging = seconds_of(lambda: score(build(given.contender, 0)), 1)
     epoch_s = loading + steps[channels_last] * len(batches) + judging
     epochs = max(1, int(given.seconds / epoch_s))
-    sized = at_epochs(replace(recipe, plan=replace(plan, channels_last=channels_last)), epochs)
+    sized = with_epochs(replace(recipe, plan=replace(plan, channels_last=channels_last)), epochs)
     model, curve, start = build(given.contender, given.seed).train(), [], time.perf_counter()
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -113,7 +113,7 @@ def run(given: argparse.Namespace) -> None:
         return found
 
     with tempfile.TemporaryDirectory() as folder:
-        train(model, batches, sized.plan, Run(out=Path(folder) / "run", evaluate=evaluate))
+        train(model, batches, sized.plan, RunOptions(out=Path(folder) / "run", evaluate=evaluate))
     result = {
         "benchmark": "same_time", "date": datetime.date.today().isoformat(), "machine": Machine.this().to_dict(),
         "torch": torch.__version__, "contender": given.contender, "seed": given.seed, "seconds": given.seconds,

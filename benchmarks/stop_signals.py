@@ -33,9 +33,19 @@ from torch import nn
 
 from onefold.cli import main as cli
 from onefold.commands import train as commands_train
-from onefold.commands.validation import Evaluator, Share
+from onefold.commands.validation import Evaluator, PredictionShard
 from onefold.errors import Stopped
-from onefold.train import Checkpoint, Plan, Progress, RunFolder, Steps, World, import_ahead, open_loggers, start_world
+from onefold.train import (
+    Checkpoint,
+    Plan,
+    Progress,
+    RunFolder,
+    Steps,
+    World,
+    import_training_modules,
+    init_world,
+    open_loggers,
+)
 from onefold.train.launch import launch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -48,7 +58,7 @@ _NAP = 0.3  # seconds that a validation and a checkpoint take
 
 def train(out: Path, plan: Plan) -> int:
     """Train as one of several processes, marking the phases by files beside the run folder."""
-    with start_world("cpu") as world:
+    with init_world("cpu") as world:
         mark(out, f"pid{world.rank}").write_text(str(os.getpid()))
         resume = world.broadcast(RunFolder(out).has_run)
         data = Blobs(num_images=48, batch_size=plan.batch_size)
@@ -63,7 +73,7 @@ def train_by_command(out: Path, plan: Plan, processes: int) -> int:
 
     @contextmanager
     def marked_world(device: str) -> Iterator[World]:
-        with start_world(device) as world:
+        with init_world(device) as world:
             mark(out, f"pid{world.rank}").write_text(str(os.getpid()))
             yield world
 
@@ -72,7 +82,7 @@ def train_by_command(out: Path, plan: Plan, processes: int) -> int:
         with open_loggers(*arguments) as log:
             yield lambda progress: void((log(progress), told(out)(progress)))
 
-    def slow_predict(evaluator: Evaluator, model: nn.Module) -> Share:
+    def slow_predict(evaluator: Evaluator, model: nn.Module) -> PredictionShard:
         mark(out, "validation").touch()
         share = predict(evaluator, model)
         time.sleep(_NAP)
@@ -83,7 +93,7 @@ def train_by_command(out: Path, plan: Plan, processes: int) -> int:
     given += ["--plan.logical_workers", str(processes), "--plan.reduce", plan.reduce, "--out", str(out)]
     given = ["train", "--resume", str(out)] if RunFolder(out).has_run else given
     with marked_saves(out), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands_train, "start_world", marked_world)
+        patch.setattr(commands_train, "init_world", marked_world)
         patch.setattr(commands_train, "open_loggers", marked_loggers)
         patch.setattr(Evaluator, "__call__", slow_predict)
         return cli([*given, "--processes", str(processes)])
@@ -277,7 +287,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    import_ahead()
+    import_training_modules()
     datasets.load_digits()
     end = time.monotonic() + 60 * given.minutes
     rng = random.Random(given.seed)

@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from onefold import accelerate
 from onefold.bench import Machine
 from onefold.models import create_model
-from onefold.models.mobileone import branches
+from onefold.models.mobileone import make_branches
 from onefold.reparam import Chain, Sum, mixed, moments, per_branch, quickest, set_route_
 from onefold.reparam.branches import as_unit
-from onefold.reparam.routes import costs
+from onefold.reparam.routes import route_costs
 
 HERE = Path(__file__).parent
 CONTENDERS = (
@@ -272,7 +272,7 @@ def run_units(given: argparse.Namespace) -> None:
     print(f"{'unit: in, out, kernel, stride, k, map':42}{title}  quickest takes")
     for c_in, c_out, kernel, stride, groups, k, size in UNITS:
         torch.manual_seed(0)
-        unit, act = branches(c_in, c_out, kernel, stride, groups, k).train(), nn.ReLU()
+        unit, act = make_branches(c_in, c_out, kernel, stride, groups, k).train(), nn.ReLU()
         x = (
             torch.randn(given.batch, c_in, size, size)
             .relu()
@@ -285,7 +285,7 @@ def run_units(given: argparse.Namespace) -> None:
         calls["plain"] = partial(_unit_step, lambda x, _, net=skeleton: net(x), x, act)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             timed, _ = interleave(calls, 9)
-            cost = costs(as_unit(unit), x)._asdict()
+            cost = route_costs(as_unit(unit), x)._asdict()
         ms = {name: 1e3 * statistics.median(times) for name, times in timed.items()}
         row = "".join(f"{ms[name]:11.1f}" for name in ("per_branch", "moments", "mixed", "plain"))
         label = f"{c_in}, {c_out}, {kernel}x{kernel}, {stride}, {k}, {size}"

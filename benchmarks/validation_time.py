@@ -34,8 +34,8 @@ from onefold.data import ImageLoader, Subset
 from onefold.data.folders import ImageFiles
 from onefold.models import create_model
 from onefold.models.hub import Card
-from onefold.recipes import recipe_for
-from onefold.train import World, evaluate, start_world
+from onefold.recipes import make_recipe
+from onefold.train import World, evaluate, init_world
 from onefold.train.launch import launch
 
 
@@ -73,10 +73,10 @@ def validate(images: ImageFiles, model: str, size: int, out: Path, shared: bool)
         (evaluate, "_predictions", "count"),
     ):
         setattr(owner, name, timed(parts, part, getattr(owner, name)))
-    with start_world("cpu") as world:
+    with init_world("cpu") as world:
         torch.manual_seed(0)
         network = create_model(model, num_classes=10).eval()
-        recipe = recipe_for("digits:w025", {"model": model}, size=size)
+        recipe = make_recipe("digits:w025", {"model": model}, size=size)
         card = Card(model=model, num_classes=10, preprocessing=recipe.preprocessing.to_dict())
         own = images if shared else Subset(images, list(range(world.rank, len(images), world.size)))
         place = world if shared else World()

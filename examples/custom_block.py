@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import onefold
 from onefold.data import Preprocessing
-from onefold.data.decode import decode
+from onefold.data.decode import decode_image
 from onefold.reparam.folding_rules import Chain, Sum, conv_act
 from onefold.reparam.routes import moments, per_branch, quickest, set_route_
 
@@ -44,7 +44,7 @@ def main(photo: str | None = None) -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
     if photo is not None:
-        images = torch.from_numpy(Preprocessing(size=32)(decode(photo))).expand(8, -1, -1, -1)
+        images = torch.from_numpy(Preprocessing(size=32)(decode_image(photo))).expand(8, -1, -1, -1)
     stem, head = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Linear(16, 4)
     start = nn.Sequential(stem, AsymmetricBlock(16), AsymmetricBlock(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     for route in (per_branch, moments, quickest):

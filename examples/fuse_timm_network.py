@@ -14,7 +14,7 @@ import torch
 import onefold
 from onefold.commands.timm_networks import open_timm
 from onefold.data import Preprocessing, find_images
-from onefold.data.decode import decode
+from onefold.data.decode import decode_image
 from onefold.errors import MissingExtra
 
 LARGEST_DRIFT = 1e-4  # rounding gives about 1e-6, a fold that is wrong 1e-2
@@ -30,7 +30,7 @@ def main(photos: str | None = None, name: str = "mobileone_s0") -> None:
     preprocessing = Preprocessing.from_dict(card.preprocessing)
     images = torch.randn(2, preprocessing.channels, preprocessing.size, preprocessing.size)
     if photos is not None:
-        images = torch.from_numpy(np.stack([preprocessing(decode(path)) for path in find_images([photos])[:8]]))
+        images = torch.from_numpy(np.stack([preprocessing(decode_image(path)) for path in find_images([photos])[:8]]))
 
     fused = onefold.fuse(model)
     drift = onefold.drift(model, fused, images)

@@ -13,14 +13,14 @@ from importlib.metadata import PackageNotFoundError, distribution
 import pytest
 
 from onefold.errors import MissingExtra
-from onefold.runtimes import RUNTIMES, find_runtime, web
+from onefold.runtimes import RUNTIMES, import_runtime, web
 
 RUN_ONLY = {"tensorrt"}  # packages without which an artifact is exported all the same
 
 
 def missing(runtime: str) -> str | None:
     """Why nothing can be exported for a runtime here, or None."""
-    for package in set(find_runtime(runtime).PACKAGES) - RUN_ONLY:
+    for package in set(import_runtime(runtime).PACKAGES) - RUN_ONLY:
         try:
             distribution(package)
         except PackageNotFoundError:
@@ -37,7 +37,7 @@ def missing(runtime: str) -> str | None:
 
 def unavailable(runtime: str) -> str | None:
     """Why a runtime cannot run here, or None."""
-    reason: Callable[[], str | None] | None = find_runtime(runtime).unavailable_reason
+    reason: Callable[[], str | None] | None = import_runtime(runtime).unavailable_reason
     return missing(runtime) or (None if reason is None else reason())
 
 

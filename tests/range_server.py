@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from onefold.data.remote import CONNECTIONS
+from onefold.data.remote import HTTP_CONNECTIONS
 
 Fault = Callable[[str, int], str]  # (path, number of the request) -> "", "503", "slow", "short", "corrupt", "404"
 
@@ -86,7 +86,7 @@ def serving(folder: Path) -> Iterator[RangeServer]:
     try:
         yield server
     finally:
-        CONNECTIONS.close()
+        HTTP_CONNECTIONS.close()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from onefold import accelerate
 from onefold.reparam import fuse, linear_trees, routes
-from onefold.reparam.kernels.base import library
-from onefold.reparam.routes import Costs
+from onefold.reparam.kernels.base import load_kernels
+from onefold.reparam.routes import RouteCosts
 
 INFINITY = float("inf")
 
@@ -193,13 +193,13 @@ def computed(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found | {f"buffer {n}": b.detach().clone() for n, b in model.named_buffers()}
 
 
-def by_force(monkeypatch: pytest.MonkeyPatch, costs: Costs, by_layer: float) -> None:
-    monkeypatch.setattr(routes, "costs", lambda unit, x: costs)
+def by_force(monkeypatch: pytest.MonkeyPatch, costs: RouteCosts, by_layer: float) -> None:
+    monkeypatch.setattr(routes, "route_costs", lambda unit, x: costs)
     monkeypatch.setattr(routes, "layers_cost", lambda *_: by_layer)
-    monkeypatch.setattr(linear_trees, "SMALLEST_MAPS", 0)
+    monkeypatch.setattr(linear_trees, "_SMALLEST_MAPS", 0)
 
 
-MOMENTS, MIXED = (Costs(0.0, 1.0, 2.0), INFINITY), (Costs(INFINITY, 0.0, 1.0), 0.0)
+MOMENTS, MIXED = (RouteCosts(0.0, 1.0, 2.0), INFINITY), (RouteCosts(INFINITY, 0.0, 1.0), 0.0)
 
 
 @pytest.mark.parametrize("route", [MOMENTS, None], ids=["one_convolution", "quickest"])
@@ -222,7 +222,7 @@ def test_in_float64_all_is_within_rounding(name, route, seeded, monkeypatch):
     assert torch.equal(model.eval()(x), faster.eval()(x))
 
 
-@pytest.mark.skipif(library() is None, reason="needs a compiler")
+@pytest.mark.skipif(load_kernels() is None, reason="needs a compiler")
 @pytest.mark.parametrize("route", [MOMENTS, MIXED], ids=["one_convolution", "mixed"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_by_the_kernels_the_error_is_that_of_float32(name, route, seeded, monkeypatch):

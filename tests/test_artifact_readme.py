@@ -23,9 +23,9 @@ from onefold.commands.open_network import open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import BadArtifact
-from onefold.quantize import Method, quantize
-from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, Parity, export, find_runtime, load, open_artifact
-from onefold.runtimes.readme import PLATFORMS, platforms_of, render_code, render_readme
+from onefold.quantize import QuantizationMethod, quantize
+from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, Parity, export, import_runtime, load, open_artifact
+from onefold.runtimes.readme import PLATFORMS, list_platforms, render_code, render_readme
 
 ALSO_ALLOWED = {"executorch": {"torch"}}
 CLASSES = ("ant", "bee", "cat", "caf\u00e9", "two words", 'quo"te', "<b>")
@@ -69,7 +69,9 @@ def exported(folder: Path, runtime: str, precision: str = "fp32", prepared: Prep
         model.fc.bias -= model(patches).mean(0)
     info = ModelInfo(model="small", fused=True, classes=CLASSES, preprocessing=prepared.to_dict(), licence="MIT")
     shape = (prepared.channels, prepared.size, prepared.size)
-    given = quantize(model, torch.randn(16, *shape), Method(weight_qmax=63)) if precision == "int8" else model
+    given = (
+        quantize(model, torch.randn(16, *shape), QuantizationMethod(weight_qmax=63)) if precision == "int8" else model
+    )
     return export(given, shape, folder, runtime=runtime, info=info, precision=precision)
 
 
@@ -148,7 +150,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 PRECISIONS = [
     (runtime, precision)
     for runtime in RUNNABLE
-    for precision in find_runtime(runtime).PRECISIONS
+    for precision in import_runtime(runtime).PRECISIONS
     if precision in ("fp32", "int8")
 ]
 
@@ -213,7 +215,7 @@ def rendered(runtime: str) -> list[Artifact]:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_runtime_has_code_for_python_of_ten_lines(runtime: str) -> None:
-    assert "python" in platforms_of(runtime), f"write snippets/{runtime}.python.md"
+    assert "python" in list_platforms(runtime), f"write snippets/{runtime}.python.md"
     for artifact in rendered(runtime):
         (lines,) = blocks(render_code(artifact, "python"), "python")
         counted = [line for line in lines.splitlines() if line.strip() and not line.lstrip().startswith("#")]
@@ -250,13 +252,13 @@ WHERE = {
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_platform_is_rendered_whole(runtime: str) -> None:
-    assert set(platforms_of(runtime)) == WHERE.get(runtime, {"python"})
+    assert set(list_platforms(runtime)) == WHERE.get(runtime, {"python"})
     for artifact in rendered(runtime):
         text = render_readme(artifact)
         assert not re.search(r"@[a-z_.]+@", text)
         assert text.count("```") % 2 == 0
         complete = bool(artifact.preprocessing)
-        for platform in platforms_of(runtime):
+        for platform in list_platforms(runtime):
             assert (f"\n## {PLATFORMS[platform]}\n" in text) == (complete or platform == "python")
 
 

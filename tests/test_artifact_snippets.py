@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands.calibration import Calibration
-from onefold.commands.export import ExportOptions, export_network
+from onefold.commands.calibration import CalibrationOptions
+from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.commands.open_network import open_network, open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.hub import save_weights
 from onefold.runtimes import web
-from onefold.runtimes.readme import platforms_of, render_code
+from onefold.runtimes.readme import list_platforms, render_code
 from test_artifact_readme import PREPARED, SIZES, blocks, fake, python_of
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn"}
@@ -70,10 +70,10 @@ def test_ten_lines_in_a_clean_environment(runtime: str, weights: Path, shared_da
     python = an_environment(tmp_path / "environment", PACKAGES[runtime])
     images = shared_data / "imagenet-sample" / "images"
     for precision in ("fp32",) if runtime == "ncnn" else ("fp32", "int8"):
-        calibration = Calibration(data=str(images), count=32) if precision == "int8" else None
+        calibration = CalibrationOptions(data=str(images), count=32) if precision == "int8" else None
         order = ExportOptions(runtimes=(runtime,), precision=precision, calibration=calibration)
         try:
-            (artifact,) = export_network(weights, tmp_path / "artifacts", order)
+            (artifact,) = export_to_runtimes(weights, tmp_path / "artifacts", order)
         except MissingExtra as error:
             pytest.skip(str(error))
         (tmp_path / "classify.py").write_text(python_of(artifact), encoding="utf-8")
@@ -212,7 +212,7 @@ def test_the_process_of_onnx_runtime_web_is_javascript_that_node_reads() -> None
 @pytest.mark.parametrize("runtime", ["onnx", "web"])
 def test_javascript_is_well_formed(runtime: str, tmp_path: Path) -> None:
     node = needs_node()
-    assert "javascript" in platforms_of(runtime)
+    assert "javascript" in list_platforms(runtime)
     (text,) = blocks(render_code(fake(runtime), "javascript"), "js")
     (tmp_path / "classify.mjs").write_text(text)
     done = subprocess.run(

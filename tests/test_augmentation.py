@@ -24,7 +24,7 @@ from onefold.data import (
     RandomShift,
     Resize,
 )
-from onefold.data.preprocessing import IMAGENET
+from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.data.sampler import sample_generator
 from onefold.errors import BadArgument
 
@@ -69,8 +69,8 @@ def test_what_is_decoded_small_is_never_enlarged_for_it() -> None:
     boxes = np.array([crop.box((side, side), sample_generator(0, 0, i)) for i in range(3000)])
     assert (boxes[:, 2] - boxes[:, 0]).min() >= 223
     assert (boxes[:, 3] - boxes[:, 1]).min() >= 223
-    assert Augment(steps=(crop, HorizontalFlip()), preprocessing=IMAGENET).min_side == side
-    assert Augment(steps=(HorizontalFlip(), crop), preprocessing=IMAGENET).min_side == 0
+    assert Augment(steps=(crop, HorizontalFlip()), preprocessing=IMAGENET_PREPROCESSING).min_side == side
+    assert Augment(steps=(HorizontalFlip(), crop), preprocessing=IMAGENET_PREPROCESSING).min_side == 0
 
 
 def test_flip_and_shift() -> None:

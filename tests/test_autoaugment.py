@@ -14,7 +14,13 @@ from PIL import Image
 
 from image_fixtures import picture, pixels
 from onefold.data import AutoAugment, RandAugment
-from onefold.data.autoaugment import IMAGENET_POLICY, OPERATIONS, WITHOUT_LEVEL, apply, parameter_of
+from onefold.data.autoaugment import (
+    IMAGENET_POLICY,
+    OPERATIONS,
+    OPERATIONS_WITHOUT_LEVEL,
+    apply_operation,
+    level_to_argument,
+)
 from onefold.data.sampler import sample_generator
 
 GREY = (128, 128, 128)
@@ -67,14 +73,14 @@ NEAR: dict[str, Callable[[NDArray[np.int64]], NDArray[np.float64]]] = {  # Pillo
 def test_an_operation_that_looks_up_is_exact(name: str) -> None:
     value, derived = EXACT[name]
     image = picture()
-    done = pixels(apply(name, image, value, GREY, "bilinear"))  # type: ignore[arg-type]
+    done = pixels(apply_operation(name, image, value, GREY, "bilinear"))  # type: ignore[arg-type]
     np.testing.assert_array_equal(done, derived(pixels(image)))
 
 
 @pytest.mark.parametrize("name", NEAR)
 def test_an_operation_that_blends_is_exact_to_the_rounding(name: str) -> None:
     image = picture()
-    done = pixels(apply(name, image, 1.7, GREY, "bilinear"))  # type: ignore[arg-type]
+    done = pixels(apply_operation(name, image, 1.7, GREY, "bilinear"))  # type: ignore[arg-type]
     assert np.abs(done - NEAR[name](pixels(image))).max() <= 1
 
 
@@ -84,7 +90,7 @@ def test_sharpness_blends_with_a_smoothed_picture() -> None:
     inner = sum(x[1 + dy : x.shape[0] - 1 + dy, 1 + dx : x.shape[1] - 1 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1))
     smooth = x.astype(float)
     smooth[1:-1, 1:-1] = (inner + 4 * x[1:-1, 1:-1]) / 13
-    done = pixels(apply("sharpness", image, 1.7, GREY, "bilinear"))
+    done = pixels(apply_operation("sharpness", image, 1.7, GREY, "bilinear"))
     assert np.abs(done - np.clip(smooth + 1.7 * (x - smooth), 0, 255)).max() <= 2
 
 
@@ -118,7 +124,7 @@ def test_geometry_is_sampled_where_it_should_be() -> None:
         ("translate_y", -0.4): np.array([[1, 0, 0], [0, 1, -0.4 * h]]),
     }
     for (name, value), matrix in maps.items():
-        done = pixels(apply(name, image, value, GREY, "bilinear"))  # type: ignore[arg-type]
+        done = pixels(apply_operation(name, image, value, GREY, "bilinear"))  # type: ignore[arg-type]
         differences = np.abs(done - sampled(pixels(image), matrix)).max(2)
         assert (differences <= 1.0).mean() > 0.99, name  # but for pixels on the very border
 
@@ -127,8 +133,8 @@ def test_every_operation_takes_grey_pictures_and_leaves_its_argument() -> None:
     for image in (picture().convert("L"), picture()):
         before = pixels(image)
         for name in OPERATIONS:
-            value = parameter_of(name, 0.9, "increasing", np.random.default_rng(0))
-            done = apply(name, image, value, GREY, "bilinear")
+            value = level_to_argument(name, 0.9, "increasing", np.random.default_rng(0))
+            done = apply_operation(name, image, value, GREY, "bilinear")
             assert (done.mode, done.size) == (image.mode, image.size)
         np.testing.assert_array_equal(pixels(image), before)
 
@@ -149,7 +155,7 @@ def test_levels_mean_what_timm_reads() -> None:
             for seed in range(20):
                 random.seed(seed)
                 both.add(float(timm.LEVEL_TO_ARG[names[name]](level, {})[0]))
-            ours = {parameter_of(name, level / 10, reading, np.random.default_rng(s)) for s in range(20)}  # type: ignore[arg-type]
+            ours = {level_to_argument(name, level / 10, reading, np.random.default_rng(s)) for s in range(20)}  # type: ignore[arg-type]
             assert sorted(map(float, ours)) == pytest.approx(sorted(both)), (name, level, reading)
 
 
@@ -168,7 +174,9 @@ def test_the_policy_is_the_papers() -> None:
 def test_levels_of_autoaugment_cover_the_papers_ranges() -> None:
     def ends(name: str) -> list[float]:
         drawn = [
-            parameter_of(name, level, "autoaugment", np.random.default_rng(s)) for level in (0, 1) for s in range(9)
+            level_to_argument(name, level, "autoaugment", np.random.default_rng(s))
+            for level in (0, 1)
+            for s in range(9)
         ]  # type: ignore[arg-type]
         return [min(drawn), max(drawn)]
 
@@ -207,11 +215,11 @@ def test_randaugment_draws_all_operations_as_often_as_it_says(monkeypatch: pytes
         seen.append(name)
         return image
 
-    monkeypatch.setattr("onefold.data.autoaugment.apply", note)
+    monkeypatch.setattr("onefold.data.autoaugment.apply_operation", note)
     step = RandAugment(num_ops=2, magnitude=9, std=0.5, p=0.5)
     for i in range(3000):
         step(picture(side=2), sample_generator(1, 0, i))
     assert len(seen) == pytest.approx(3000, rel=0.05)
     counts = [seen.count(name) for name in OPERATIONS]
     assert min(counts) > 0.7 * 3000 / len(OPERATIONS)
-    assert set(WITHOUT_LEVEL) < set(OPERATIONS)
+    assert set(OPERATIONS_WITHOUT_LEVEL) < set(OPERATIONS)

@@ -23,7 +23,12 @@ from hypothesis import strategies as st
 
 from onefold import bench, system_resources
 from onefold.bench.measurement import random_orders
-from onefold.bench.timing_noise import discarded, interval_over, paired_interval, sure_percentile
+from onefold.bench.timing_noise import (
+    max_discarded_samples,
+    paired_ratio_interval,
+    percentile_confidence_bound,
+    pooled_ratio_interval,
+)
 from onefold.errors import BadArgument, BadData, NotWritable
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
@@ -48,13 +53,17 @@ class FakeClock:
         return spend
 
 
-def instruments(clock: FakeClock, before: bench.Vitals | None = None, after: bench.Vitals | None = None):
-    looks = iter([before or bench.Vitals(), after or bench.Vitals()])
+def instruments(
+    clock: FakeClock, before: bench.SystemCounters | None = None, after: bench.SystemCounters | None = None
+):
+    looks = iter([before or bench.SystemCounters(), after or bench.SystemCounters()])
     return bench.Instruments(clock=clock, vitals=lambda: next(looks), machine=MACHINE)
 
 
-def measurement(samples_ns: list[int] | range, noise: bench.Noise | None = None, **more: object) -> bench.Measurement:
-    values = {"subject": {}, "machine": MACHINE, "procedure": QUICK, "noise": noise or bench.Noise(), **more}
+def measurement(
+    samples_ns: list[int] | range, noise: bench.TimingNoise | None = None, **more: object
+) -> bench.Measurement:
+    values = {"subject": {}, "machine": MACHINE, "procedure": QUICK, "noise": noise or bench.TimingNoise(), **more}
     return bench.Measurement(samples_ns=tuple(samples_ns), **values)
 
 
@@ -97,22 +106,22 @@ def exact_discarded(count: int, share: Fraction) -> int | None:
 @pytest.mark.parametrize("count", [1, 10, 63, 64, 65, 100, 128, 500, 1024])
 @pytest.mark.parametrize("share", [Fraction(9, 10), Fraction(99, 100), Fraction(1, 2)])
 def test_samples_left_out_of_a_tail_follow_the_binomial_law(count: int, share: Fraction) -> None:
-    assert discarded(count, float(share)) == exact_discarded(count, share)
+    assert max_discarded_samples(count, float(share)) == exact_discarded(count, share)
 
 
 def test_tails_need_as_many_samples_as_mlperf_says() -> None:
-    assert discarded(63, 0.90) is None
-    assert discarded(64, 0.90) == 0
-    assert discarded(661, 0.99) is None
-    assert discarded(662, 0.99) == 0
-    assert discarded(1024, 0.90) == 79  # 1 - 80 / 1024: the 92.2th percentile is what 99 % sure costs
+    assert max_discarded_samples(63, 0.90) is None
+    assert max_discarded_samples(64, 0.90) == 0
+    assert max_discarded_samples(661, 0.99) is None
+    assert max_discarded_samples(662, 0.99) == 0
+    assert max_discarded_samples(1024, 0.90) == 79  # 1 - 80 / 1024: the 92.2th percentile is what 99 % sure costs
 
 
 def test_a_sure_percentile_is_sure() -> None:
     source = random.Random(1)
     trials = [[source.random() for _ in range(150)] for _ in range(1500)]
-    assert sum(sure_percentile(trial, 0.9) < 0.9 for trial in trials) <= 0.015 * len(trials)
-    assert sum(sure_percentile(trial, 0.1) > 0.1 for trial in trials) <= 0.015 * len(trials)
+    assert sum(percentile_confidence_bound(trial, 0.9) < 0.9 for trial in trials) <= 0.015 * len(trials)
+    assert sum(percentile_confidence_bound(trial, 0.1) > 0.1 for trial in trials) <= 0.015 * len(trials)
 
 
 def test_an_interval_is_the_bootstrap_written_out() -> None:
@@ -120,7 +129,7 @@ def test_an_interval_is_the_bootstrap_written_out() -> None:
     ratios = [0.9, 1.0, 1.05, 1.1, 1.3, 1.31, 1.5]
     source = random.Random(3)
     medians = sorted(sorted(source.choices(ratios, k=7))[3] for _ in range(4000))
-    value, low, high = interval_over(ratios, seed=0)
+    value, low, high = pooled_ratio_interval(ratios, seed=0)
     assert value == pytest.approx(1.1)
     assert (low, high) == pytest.approx((medians[100], medians[3900]))
 
@@ -128,7 +137,7 @@ def test_an_interval_is_the_bootstrap_written_out() -> None:
 def test_what_slows_a_whole_round_cancels_in_its_pair() -> None:
     wander, _ = drifting(200, seed=5)
     a = [1e6 * math.exp(10 * w) for w in wander]
-    value, low, high = paired_interval(a, [1.02 * each for each in a], seed=0)
+    value, low, high = paired_ratio_interval(a, [1.02 * each for each in a], seed=0)
     assert (value, low, high) == pytest.approx((1.02, 1.02, 1.02))
 
 
@@ -224,7 +233,9 @@ def test_planting_makes_a_call_slower_by_its_share() -> None:
     clock = FakeClock(step=20)
     work = clock.call(lambda: 1_000_000)
     result = bench.compare(
-        {"plain": work, "planted": bench.slowed_down(work, 0.05, clock)}, QUICK, instruments=instruments(clock)
+        {"plain": work, "planted": bench.with_injected_slowdown(work, 0.05, clock)},
+        QUICK,
+        instruments=instruments(clock),
     )
     assert result.ratio("planted").value == pytest.approx(1.05, abs=1e-4)
     assert result.sentences() == ["planted is 5.0 % (95 % CI 5.0-5.0 %) slower than plain."]
@@ -232,7 +243,7 @@ def test_planting_makes_a_call_slower_by_its_share() -> None:
 
 def test_the_self_test_gives_the_noise_floor() -> None:
     clock, source = FakeClock(), random.Random(0)
-    ratio = bench.aa(clock.call(lambda: 1e6 * (1 + 0.02 * source.random())), QUICK, instruments(clock))
+    ratio = bench.measure_noise_floor(clock.call(lambda: 1e6 * (1 + 0.02 * source.random())), QUICK, instruments(clock))
     assert ratio.verdict == "no difference"
     assert 0 < ratio.floor < 0.01
     assert ratio.floor == pytest.approx(max(ratio.high, 1 / ratio.low) - 1)
@@ -241,11 +252,11 @@ def test_the_self_test_gives_the_noise_floor() -> None:
 def test_pooling_takes_the_process_as_the_unit() -> None:
     processes = [synthetic(0.05, seed, rounds=64) for seed in range(8)]
     ratios = [each.ratio("b").value for each in processes]
-    pooled = bench.pooled(processes, "b")
+    pooled = bench.pool_ratios(processes, "b")
     assert pooled.value == pytest.approx(math.exp(np.median(np.log(ratios))))
     assert min(ratios) <= pooled.low <= pooled.value <= pooled.high <= max(ratios)
     with pytest.raises(BadArgument, match="5 comparisons"):
-        bench.pooled(processes[:4], "b")
+        bench.pool_ratios(processes[:4], "b")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +293,7 @@ def test_a_ratio_in_words(value: float, low: float, high: float, floor: float, w
 def test_a_verdict_is_withheld_only_where_the_noise_could_change_it(
     slower: int, noise: dict[str, float], said: str
 ) -> None:
-    a, b, twin = (measurement([each] * 64, bench.Noise(**noise)) for each in (1000, slower, 1000))
+    a, b, twin = (measurement([each] * 64, bench.TimingNoise(**noise)) for each in (1000, slower, 1000))
     assert bench.Comparison(measurements={"a": a, "b": b}, twin=twin).sentences() == [said]
 
 
@@ -310,7 +321,7 @@ def test_samples_that_scatter_widen_what_noise_may_have_changed() -> None:
     ],
 )
 def test_noise_slows_by_a_factor_at_the_most(noise: dict[str, object], threads: int, factor: float) -> None:
-    assert bench.Noise(**noise).factor(MACHINE, threads) == pytest.approx(factor)
+    assert bench.TimingNoise(**noise).factor(MACHINE, threads) == pytest.approx(factor)
 
 
 def test_a_comparison_refuses_what_it_cannot_compare() -> None:
@@ -419,7 +430,7 @@ STEADY = [1000] * 100
     ],
 )
 def test_noise_has_a_reason(noise: dict[str, float], samples: list[int], reason: str) -> None:
-    result = measurement(samples, bench.Noise(**noise))
+    result = measurement(samples, bench.TimingNoise(**noise))
     assert result.verdict == "noisy"
     assert len(result.reasons) == 1
     assert reason in result.reasons[0]
@@ -435,7 +446,7 @@ def test_noise_has_a_reason(noise: dict[str, float], samples: list[int], reason:
     ],
 )
 def test_a_quiet_machine_is_called_quiet(noise: dict[str, float], samples: list[int]) -> None:
-    assert measurement(samples, bench.Noise(**noise)).reasons == ()
+    assert measurement(samples, bench.TimingNoise(**noise)).reasons == ()
 
 
 def test_more_threads_than_cores_are_noise() -> None:
@@ -444,8 +455,8 @@ def test_more_threads_than_cores_are_noise() -> None:
 
 
 def test_noise_is_the_difference_of_two_looks() -> None:
-    before = bench.Vitals(load=1.0, switches=5, stolen_ticks=10, busy_ticks=100, ticks=1000, host_cores=4)
-    after = bench.Vitals(
+    before = bench.SystemCounters(load=1.0, switches=5, stolen_ticks=10, busy_ticks=100, ticks=1000, host_cores=4)
+    after = bench.SystemCounters(
         load=2.0,
         switches=7,
         stolen_ticks=14,
@@ -455,15 +466,15 @@ def test_noise_is_the_difference_of_two_looks() -> None:
         own_ns=500_000_000,
         at_ns=1_000_000_000,
     )
-    noise = bench.Noise.between(before, after)
+    noise = bench.TimingNoise.between(before, after)
     assert (noise.load_before, noise.load_after, noise.switches, noise.steal) == (1.0, 2.0, 2, 0.01)
     assert noise.others == pytest.approx(1.5)  # two of four cores were busy, half a core was this process
-    assert bench.Noise.between(bench.Vitals(), bench.Vitals()) == bench.Noise()
+    assert bench.TimingNoise.between(bench.SystemCounters(), bench.SystemCounters()) == bench.TimingNoise()
 
 
 def test_noise_reaches_the_verdict_of_a_run() -> None:
     clock = FakeClock()
-    busy = instruments(clock, bench.Vitals(load=3.5), bench.Vitals(load=3.6))
+    busy = instruments(clock, bench.SystemCounters(load=3.5), bench.SystemCounters(load=3.6))
     assert bench.measure(clock.call(lambda: 10_000), QUICK, instruments=busy).verdict == "noisy"
 
 
@@ -544,16 +555,16 @@ def test_the_least_quota_of_the_groups_around_a_process_counts(tmp_path: Path, m
     files = {"proc/self/cgroup": "0::/kubepods/pod/box\n", f"{group}/cpu.max": "max 100000\n"}
     files |= {"sys/fs/cgroup/kubepods/pod/cpu.max": "250000 100000\n", "sys/fs/cgroup/kubepods/cpu.max": "max 100000"}
     root = fake_root(tmp_path, **files)
-    monkeypatch.setattr("onefold.system_resources.usable", lambda: 64)
-    assert system_resources.quota(root) == 2.5
-    assert system_resources.available(root) == 2
+    monkeypatch.setattr("onefold.system_resources.num_usable_cpus", lambda: 64)
+    assert system_resources.cpu_quota(root) == 2.5
+    assert system_resources.available_threads(root) == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with monkeypatch.context() as patch:
         patch.setattr("onefold.system_resources._read", lambda path: "50000 100000" if path.name == "cpu.max" else "")
-        system_resources.respect_quota()
+        system_resources.limit_library_threads()
         assert os.environ["OMP_NUM_THREADS"] == "7"  # what a user says stands
         patch.delenv("OMP_NUM_THREADS")
-        system_resources.respect_quota()
+        system_resources.limit_library_threads()
         assert os.environ.pop("OMP_NUM_THREADS") == "1"  # of half a processor
 
 
@@ -587,26 +598,28 @@ def some_results() -> list[bench.Measurement | bench.Comparison]:
         "drift": 4e-7,
         "macs": 10**9,
     }
-    single = measurement(range(1000, 1100), bench.Noise(load_before=0.5, switches=3), subject=subject, warmup_ns=(9, 8))
+    single = measurement(
+        range(1000, 1100), bench.TimingNoise(load_before=0.5, switches=3), subject=subject, warmup_ns=(9, 8)
+    )
     return [single, synthetic(0.05, 1, rounds=32)]
 
 
 def test_results_come_back_as_they_went(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     single, comparison = some_results()
-    bench.append(path, [single])
-    bench.append(path, [comparison, single])
-    back = bench.read_all(path)
+    bench.append_results(path, [single])
+    bench.append_results(path, [comparison, single])
+    back = bench.read_results(path)
     assert back == bench.Results(measurements=(single, single), comparisons=(comparison,))
     assert back.comparisons[0].ratio("b") == comparison.ratio("b")
-    assert bench.read(path) == [single, single, *comparison.measurements.values()]
+    assert bench.read_measurements(path) == [single, single, *comparison.measurements.values()]
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
     assert kinds == ["measurement", "comparison", "measurement"]
 
 
 def test_a_line_tells_its_figures_to_other_programs(tmp_path: Path) -> None:
     single, comparison = some_results()
-    bench.append(tmp_path / "r.jsonl", [single, comparison])
+    bench.append_results(tmp_path / "r.jsonl", [single, comparison])
     first, second = (json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines())
     assert first["summary"]["median_ns"] == single.median_ns == 1049.5
     assert second["summary"]["b"]["value"] == comparison.ratio("b").value
@@ -616,16 +629,16 @@ def test_a_line_tells_its_figures_to_other_programs(tmp_path: Path) -> None:
 def test_a_crash_at_any_byte_costs_one_line_at_most(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     single, _ = some_results()
-    bench.append(path, [single, single])
+    bench.append_results(path, [single, single])
     whole = path.read_bytes()
     start_of_last = whole.index(b"\n") + 1
     for cut in range(start_of_last + 1, len(whole) - 1, 97):
         path.write_bytes(whole[:cut])
         with pytest.warns(UserWarning, match=r"r\.jsonl, line 2: left out, it was cut off"):
-            assert bench.read(path) == [single]
-        bench.append(path, [single])
+            assert bench.read_measurements(path) == [single]
+        bench.append_results(path, [single])
         assert path.read_bytes().startswith(whole[:cut])
-        back = bench.read_all(path)
+        back = bench.read_results(path)
         assert back.measurements == (single, single)
         assert len(back.notes) == 1
 
@@ -633,18 +646,18 @@ def test_a_crash_at_any_byte_costs_one_line_at_most(tmp_path: Path) -> None:
 def test_a_line_cut_off_at_its_very_end_is_not_lost(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     single, _ = some_results()
-    bench.append(path, [single])
+    bench.append_results(path, [single])
     path.write_bytes(path.read_bytes()[:-1])
-    bench.append(path, [single])
-    assert bench.read(path) == [single, single]
+    bench.append_results(path, [single])
+    assert bench.read_measurements(path) == [single, single]
 
 
 def test_other_kinds_are_left_out_and_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    bench.append(path, some_results()[:1])
+    bench.append_results(path, some_results()[:1])
     with path.open("a") as file:
         file.write('{"kind": "dream"}\n[1]\n')
-    notes = bench.read_all(path).notes
+    notes = bench.read_results(path).notes
     assert [("line 2" in notes[0], "'dream'" in notes[0]), "line 3" in notes[1]] == [(True, True), True]
 
 
@@ -663,26 +676,26 @@ def test_other_kinds_are_left_out_and_named(tmp_path: Path) -> None:
 )
 def test_a_damaged_result_is_refused_by_line(tmp_path: Path, damage: Callable[[dict], object]) -> None:
     path = tmp_path / "r.jsonl"
-    bench.append(path, some_results()[:1])
+    bench.append_results(path, some_results()[:1])
     line = json.loads(path.read_text())
     damage(line)
     path.write_text(json.dumps(line).replace("Infinity", "1e999") + "\n")
     with pytest.raises(BadData, match="line 1"):
-        bench.read_all(path)
+        bench.read_results(path)
 
 
 def test_a_line_whose_figures_were_changed_is_left_out_and_said(tmp_path: Path) -> None:
     path, (single, _) = tmp_path / "r.jsonl", some_results()
-    bench.append(path, [single, single])
+    bench.append_results(path, [single, single])
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{second.replace('[1000, 1001', '[1000, 1002')}\n")
-    found = bench.read_all(path)
+    found = bench.read_results(path)
     assert found.measurements == (single,)
     assert "r.jsonl, line 2: left out, it is damaged: its checksum is not that" in found.notes[0]
     older = {name: value for name, value in json.loads(first).items() if name != "checksum"}
     path.write_text(f"{first}\n{json.dumps(older)}\n")
-    assert bench.read_all(path).measurements == (single, single)
-    assert bench.read_all(path).notes[0].startswith("r.jsonl: of 2 results 1 have no checksum")
+    assert bench.read_results(path).measurements == (single, single)
+    assert bench.read_results(path).notes[0].startswith("r.jsonl: of 2 results 1 have no checksum")
 
 
 @pytest.mark.parametrize("text", ["not json at all\n", '{"kind": "epoch"}\n', "[" * 100_000, "\x00\xff\n"])
@@ -690,17 +703,17 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(text)
     with pytest.raises(BadData, match="holds no results"):
-        bench.read_all(path)
+        bench.read_results(path)
 
 
 def test_missing_and_unwritable_files_are_said_so(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="cannot read results"):
-        bench.read_all(tmp_path / "none.jsonl")
+        bench.read_results(tmp_path / "none.jsonl")
     with pytest.raises(BadData, match="cannot read results"):
-        bench.read_all(tmp_path)
+        bench.read_results(tmp_path)
     with pytest.raises(NotWritable, match="cannot add to"):
-        bench.append(tmp_path, some_results()[:1])
-    assert bench.read_all(_touched(tmp_path / "empty.jsonl")) == bench.Results()
+        bench.append_results(tmp_path, some_results()[:1])
+    assert bench.read_results(_touched(tmp_path / "empty.jsonl")) == bench.Results()
 
 
 def _touched(path: Path) -> Path:

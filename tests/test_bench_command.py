@@ -12,11 +12,11 @@ from onefold import bench, fuse
 from onefold.cli import main
 from onefold.commands.bench import BenchOptions
 from onefold.commands.bench import measure_sources as run_bench
-from onefold.commands.export import ExportOptions, export_network
+from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.errors import BadArgument
-from onefold.models import cost, create_model
+from onefold.models import count_flops, create_model
 from onefold.models.hub import Card, save_weights
-from onefold.runtimes.layer_times import Layer, medians, profile
+from onefold.runtimes.layer_times import LayerTime, median_layer_times, profile
 
 SIZE = 32
 QUICK = ("--samples", "20", "--warmup", "0")
@@ -33,10 +33,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = fuse(create_model("mobilenetv1_025", num_classes=4).eval())
     save_weights(model, home / "fused.safetensors", Card(model="mobilenetv1_025", num_classes=4, fused=True))
-    export_network(home / "fused.safetensors", home / "artifacts", ExportOptions(runtimes=["onnx"], size=SIZE))
+    export_to_runtimes(home / "fused.safetensors", home / "artifacts", ExportOptions(runtimes=["onnx"], size=SIZE))
     here = bench.Machine.this(())
     rates = [
-        bench.Limit(kind=kind, threads=1, median=best, best=best, how="by hand", num_bytes=size)
+        bench.PeakRate(kind=kind, threads=1, median=best, best=best, how="by hand", num_bytes=size)
         for kind, best, size in (("fp32", 1e14, None), ("read", 1e14, 1 << 28))
     ]
     roofline = bench.Roofline(limits=tuple(rates), features=here.features)
@@ -52,7 +52,7 @@ def lines_of(home: Path) -> list[dict]:
 
 def test_an_artifact_says_what_it_costs(home: Path) -> None:
     manifest = json.loads((home / "artifacts/onnx-fp32/manifest.json").read_text())
-    counted = cost(create_model("mobilenetv1_025", num_classes=4), SIZE)
+    counted = count_flops(create_model("mobilenetv1_025", num_classes=4), SIZE)
     assert manifest["details"]["cost"]["macs"] == counted.macs
     assert 0 < manifest["details"]["cost"]["params"] < counted.params  # the norms are folded
 
@@ -87,7 +87,7 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
     def measured(threads: list[int]) -> bench.Roofline:
         asked.append(threads)
         best = next(rates)
-        return bench.Roofline(limits=(bench.Limit(kind="fp32", threads=1, median=best, best=best, how="by hand"),))
+        return bench.Roofline(limits=(bench.PeakRate(kind="fp32", threads=1, median=best, best=best, how="by hand"),))
 
     monkeypatch.setattr("onefold.commands.bench.measure_roofline", measured)
     order = BenchOptions(
@@ -179,7 +179,7 @@ def test_limits_are_printed_from_their_file(home: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_the_layers_of_an_artifact_have_times(runtime: str, home: Path, tmp_path: Path) -> None:
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[runtime], reason=f"{runtime} is not installed")
-    export_network(home / "fused.safetensors", tmp_path, ExportOptions(runtimes=[runtime], size=SIZE))
+    export_to_runtimes(home / "fused.safetensors", tmp_path, ExportOptions(runtimes=[runtime], size=SIZE))
     found = profile(tmp_path / f"{runtime}-fp32", calls=5)
     kinds = [layer.kind.lower() for layer in found.layers]
     convolutions = sum("conv" in kind for kind in kinds)
@@ -204,12 +204,12 @@ def test_layers_are_told_for_people_and_programs(home: Path, capsys: pytest.Capt
 
 
 def test_a_layer_is_the_median_of_its_calls() -> None:
-    runs = [[Layer(name="a", kind="Conv", ns=ns), Layer(name="b", kind="Gemm", ns=1)] for ns in (5, 9, 6)]
-    assert medians(runs) == [Layer(name="a", kind="Conv", ns=6), Layer(name="b", kind="Gemm", ns=1)]
+    runs = [[LayerTime(name="a", kind="Conv", ns=ns), LayerTime(name="b", kind="Gemm", ns=1)] for ns in (5, 9, 6)]
+    assert median_layer_times(runs) == [LayerTime(name="a", kind="Conv", ns=6), LayerTime(name="b", kind="Gemm", ns=1)]
 
 
 def test_only_runtimes_that_measure_their_layers_are_profiled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.runtimes.layer_times.PROFILED", ("openvino",))
+    monkeypatch.setattr("onefold.runtimes.layer_times._PROFILED", ("openvino",))
     with pytest.raises(BadArgument, match="onnx does not report the time of its layers; openvino do"):
         profile(home / "artifacts/onnx-fp32")
 

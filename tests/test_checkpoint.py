@@ -23,7 +23,7 @@ import pytest
 
 import training_kit
 from onefold import storage
-from onefold.checksums import seal, unseal
+from onefold.checksums import read_sealed_folder, write_sealed_folder
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy, Stopped
 from onefold.train import Checkpoint, RunFolder, Steps
 from onefold.train.checkpoint import load_for_resume, save_best
@@ -125,16 +125,16 @@ def test_a_damaged_last_gives_way_to_the_previous(
 
 
 def test_no_bit_of_a_sealed_folder_is_free(tmp_path: Path) -> None:
-    seal(tmp_path / "x", {"a": b"some", "b": b""})
-    assert unseal(tmp_path / "x") == {"a": b"some", "b": b""}
+    write_sealed_folder(tmp_path / "x", {"a": b"some", "b": b""})
+    assert read_sealed_folder(tmp_path / "x") == {"a": b"some", "b": b""}
     for name in ("a", "manifest.json"):
         whole = (tmp_path / "x" / name).read_bytes()
         for bit in range(8 * len(whole)):
             (tmp_path / "x" / name).write_bytes(flipped(whole, bit))
             with pytest.raises(BadCheckpoint):
-                unseal(tmp_path / "x")
+                read_sealed_folder(tmp_path / "x")
         (tmp_path / "x" / name).write_bytes(whole)
-    unseal(tmp_path / "x")
+    read_sealed_folder(tmp_path / "x")
 
 
 def test_a_resume_from_the_previous_one_ends_in_the_same_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -150,15 +150,15 @@ def test_a_resume_from_the_previous_one_ends_in_the_same_bits(tmp_path: Path, ca
 def test_a_damaged_last_never_takes_the_place_of_the_good_one(folder: RunFolder, states: list[Checkpoint]) -> None:
     (folder.last / "progress.json").write_bytes(b"{}")
     assert same(load_for_resume(folder), states[0])
-    assert same(Checkpoint._from_contents(unseal(folder.last), folder.last), states[0])
-    assert same(Checkpoint._from_contents(unseal(folder.previous), folder.previous), states[0])
+    assert same(Checkpoint._from_contents(read_sealed_folder(folder.last), folder.last), states[0])
+    assert same(Checkpoint._from_contents(read_sealed_folder(folder.previous), folder.previous), states[0])
 
 
 # ------------------------------------------------------------------------------ hostile, but whole
 
 
 def reseal(place: Path, name: str, content: bytes) -> None:
-    seal(place, {**unseal(place), name: content})
+    write_sealed_folder(place, {**read_sealed_folder(place), name: content})
 
 
 class Bomb:
@@ -191,13 +191,13 @@ def test_what_is_whole_but_no_checkpoint_is_refused(
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
-    seal(tmp_path / "x", {"a": b""})
+    write_sealed_folder(tmp_path / "x", {"a": b""})
     entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
     for name in ("../secret", str(tmp_path / "secret"), ".."):
         manifest = json.dumps({"format": 1, "files": {name: entry}}, indent=1) + "\n"
         (tmp_path / "x" / "manifest.json").write_text(manifest)
         with pytest.raises(BadCheckpoint):
-            unseal(tmp_path / "x")
+            read_sealed_folder(tmp_path / "x")
 
 
 # ------------------------------------------------------------------- killed between any two calls
@@ -249,7 +249,7 @@ def test_a_save_killed_between_any_two_calls_leaves_a_whole_checkpoint(
         assert read in (states[1].position.step, states[2].position.step)
         with folder.lock():
             assert same(load_for_resume(folder), next(s for s in states if s.position.step == read))
-            assert json.loads(unseal(folder.best)["metrics.json"])["top1"] in (1.0, 2.0)
+            assert json.loads(read_sealed_folder(folder.best)["metrics.json"])["top1"] in (1.0, 2.0)
             states[3].save(folder, {})
         assert same(Checkpoint.load(folder.path), states[3])
         assert sorted(p.name for p in folder.path.iterdir()) == [".lock", ".pid", "best", "last", "previous"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from onefold.commands.class_matching import all_outputs, match_classes, read_class_names
+from onefold.commands.class_matching import match_all_classes, match_classes, read_class_names
 from onefold.commands.initial_weights import _move_head_
 from onefold.commands.teachers import Student, Teacher, TeacherAdapter
 from onefold.data import Preprocessing
@@ -69,7 +69,7 @@ def test_each_class_has_its_output(wanted, known, num_outputs, expected) -> None
 )
 def test_what_cannot_be_decided_is_refused_with_what_to_type(wanted, known, num_outputs, message) -> None:
     with pytest.raises(BadData, match=re.escape(message)) as caught:
-        all_outputs(wanted, known, num_outputs, "the network")
+        match_all_classes(wanted, known, num_outputs, "the network")
     assert "classes=FILE" in str(caught.value)
 
 

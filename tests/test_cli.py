@@ -622,18 +622,18 @@ def test_a_run_has_a_new_folder_each_time_validates_elsewhere_and_is_quiet(scrat
 
 def test_the_changed_fields_have_a_heading_and_leave_out_what_was_typed(capsys):
     from onefold.cli import display
-    from onefold.recipes import recipe_for
+    from onefold.recipes import make_recipe
 
-    changed = recipe_for(
+    changed = make_recipe(
         "photos:scratch", {"data.spec": "Größe", "model": "mobilenetv1_025", "plan.seed": "3"}, epochs=1
     )
-    display.changed_fields(changed, ("train", "--data=Größe", "--plan.seed", "3", "--epochs", "1"))
+    display.print_changed_fields(changed, ("train", "--data=Größe", "--plan.seed", "3", "--epochs", "1"))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "changed from photos:scratch:"
     assert any(re.fullmatch(r'  model "mobilenetv1_025", not "\w+"', line) for line in lines)
     assert not any(word in line for line in lines for word in ("spec", "seed", "plan.epochs"))
     assert not any(re.search(r"\d\.\d{4}", line) for line in lines)
-    display.changed_fields(changed)
+    display.print_changed_fields(changed)
     assert 'data.spec "Größe", not ""' in capsys.readouterr().err
 
 

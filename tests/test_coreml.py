@@ -21,11 +21,11 @@ from available_runtimes import require
 from coreml_interpreter import Machine
 from onefold.errors import BadArgument, BadArtifact
 from onefold.models import create_model
-from onefold.quantize import Method, quantize
+from onefold.quantize import QuantizationMethod, quantize
 from onefold.reparam import fuse
 from onefold.runtimes import Artifact, ModelInfo, export, load
 from onefold.runtimes import coreml as runtime
-from onefold.runtimes.base import quiet
+from onefold.runtimes.base import suppress_output
 
 require("coreml")
 SHAPE = (3, 16, 16)
@@ -122,7 +122,7 @@ def test_a_network_of_8_bits_keeps_its_kernels_and_grids(
     small: nn.Module, x: np.ndarray, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Whole numbers and scales are found in the file as they are in ours, and the answers are the simulation's."""
-    made = quantize(small, torch.randn(6, *SHAPE), Method(weight_qmax=63))
+    made = quantize(small, torch.randn(6, *SHAPE), QuantizationMethod(weight_qmax=63))
     artifact = away(made, x[:2], tmp_path / "a", "int8")
     runtime.unzip_mlpackage((artifact.folder / runtime.FILES[0]).read_bytes(), tmp_path / "p.mlpackage")
     program = Machine(str(tmp_path / "p.mlpackage")).function
@@ -173,7 +173,7 @@ def test_the_package_says_what_it_is(small: nn.Module, x: np.ndarray, tmp_path: 
 
 def archive(*entries: tuple[str, bytes], mode: int = stat.S_IFREG | 0o644, compression: int = 0) -> bytes:
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as made, quiet():
+    with zipfile.ZipFile(packed, "w") as made, suppress_output():
         for name, data in entries:
             entry = zipfile.ZipInfo(name)
             entry.external_attr, entry.compress_type = mode << 16, compression

@@ -17,7 +17,7 @@ from onefold.data import Augment, CachedDataset, HorizontalFlip, ImageLoader, Pr
 from onefold.data import crop as crops
 from onefold.data import decode as decoding
 from onefold.data.crop import CropBox
-from onefold.data.decode import MAX_PIXELS, decode, decode_crop
+from onefold.data.decode import MAX_PIXELS, decode_crop, decode_image
 from onefold.data.folders import ImageFiles
 from onefold.data.sampler import sample_generator
 from onefold.errors import BadData
@@ -46,10 +46,10 @@ def crop_at(box: tuple[int, int, int, int], size: int = 24) -> CropBox:
 
 @pytest.fixture
 def without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(crops, "simplejpeg", lambda: None)
+    return lambda: monkeypatch.setattr(crops, "import_simplejpeg", lambda: None)
 
 
-simplejpeg = pytest.mark.skipif(crops.simplejpeg() is None, reason="needs simplejpeg")
+simplejpeg = pytest.mark.skipif(crops.import_simplejpeg() is None, reason="needs simplejpeg")
 
 
 @simplejpeg
@@ -69,11 +69,11 @@ def test_a_plain_jpeg_is_cut_to_the_same_bits_with_and_without_simplejpeg(
     options |= {"progressive": True} if kind == "progressive" else {}
     options |= {"restart_marker_blocks": 3} if kind == "restarts" else {}
     data = stored(image, orientation=orientation, quality=88, **options)
-    width, height = decode(data).size
+    width, height = decode_image(data).size
     left, top = int(corner[0] * (width - 1)), int(corner[1] * (height - 1))
     box = (left, top, left + 1 + int(corner[2] * (width - left - 1)), top + 1 + int(corner[3] * (height - top - 1)))
     for size in (4, 24, 200):  # reduced, and not
-        fast = crops.crop_jpeg(data, crop_at(box, size), MAX_PIXELS)
+        fast = crops.decode_jpeg_crop(data, crop_at(box, size), MAX_PIXELS)
         assert fast is not None
         by_pillow = partial(decoding._cropped, crop_at(box, size))
         slow = decoding._decode(io.BytesIO(data), len(data), "it", by_pillow)
@@ -83,7 +83,7 @@ def test_a_plain_jpeg_is_cut_to_the_same_bits_with_and_without_simplejpeg(
 @simplejpeg
 def test_rows_below_the_crop_are_not_decoded() -> None:
     data = stored(photo(200, 400), quality=90)
-    cut = crops.crop_jpeg(data, crop_at((10, 20, 110, 100)), MAX_PIXELS)
+    cut = crops.decode_jpeg_crop(data, crop_at((10, 20, 110, 100)), MAX_PIXELS)
     assert cut is not None
     assert cut.pixels.shape == (64, 100, 3)  # reduced by 2, of 400 rows the first 128: up to the crop, and 16 more
 
@@ -94,12 +94,12 @@ def test_a_crop_is_pillows_crop_and_resize_within_one_level(
     format: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(crops, "resampler", lambda: None)
-    elif crops.resampler() is None:
+        monkeypatch.setattr(crops, "load_resampler", lambda: None)
+    elif crops.load_resampler() is None:
         pytest.skip("no compiler")
     data = stored(photo(300, 200), format, quality=95)
     for box, size in (((0, 0, 300, 200), 64), ((31, 17, 200, 91), 90), ((5, 5, 40, 60), 64), ((0, 190, 10, 200), 33)):
-        expected = decode(data).crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        expected = decode_image(data).crop(box).resize((size, size), Image.Resampling.BILINEAR)
         away = np.abs(decode_crop(data, crop_at(box, size)).resized().astype(int) - np.asarray(expected))
         if format != "JPEG" or min(box[2] - box[0], box[3] - box[1]) < 2 * size:
             assert away.max() <= 1
@@ -109,7 +109,7 @@ def test_a_crop_is_pillows_crop_and_resize_within_one_level(
 def test_a_reduced_crop_is_near_the_full_one() -> None:
     data = stored(photo(1600, 1200, grain=40), quality=92)
     for box in ((0, 0, 1600, 1200), (101, 203, 1300, 1007)):
-        expected = decode(data).crop(box).resize((160, 160), Image.Resampling.BILINEAR)
+        expected = decode_image(data).crop(box).resize((160, 160), Image.Resampling.BILINEAR)
         cut = decode_crop(data, crop_at(box, 160))
         assert cut.pixels.shape[1] == 400
         away = np.abs(cut.resized().astype(int) - np.asarray(expected))
@@ -122,7 +122,7 @@ def test_other_filters_are_pillows(interpolation: str) -> None:
     data, box = stored(photo(120, 90), "PNG"), (7, 9, 100, 80)
     asked = CropBox(size=40, place=lambda sides: box, interpolation=interpolation)
     method = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}[interpolation]
-    expected = decode(data).crop(box).resize((40, 40), method)
+    expected = decode_image(data).crop(box).resize((40, 40), method)
     np.testing.assert_array_equal(decode_crop(data, asked).resized(), expected)
 
 
@@ -142,8 +142,8 @@ def test_what_is_not_plain_or_not_whole_is_left_to_pillow(tmp_path: Path) -> Non
     good = stored(photo(64, 48))
     assert crops.read_jpeg_header(good) is not None
     for data in (good[:-2], good[: len(good) // 2], b"", b"\xff\xd8\xff\xd9", stored(photo(9, 9).convert("CMYK"))):
-        assert crops.crop_jpeg(data, crop_at((0, 0, 8, 8)), MAX_PIXELS) is None
-    assert crops.crop_jpeg(good, crop_at((0, 0, 8, 8)), 64 * 48 - 1) is None
+        assert crops.decode_jpeg_crop(data, crop_at((0, 0, 8, 8)), MAX_PIXELS) is None
+    assert crops.decode_jpeg_crop(good, crop_at((0, 0, 8, 8)), 64 * 48 - 1) is None
     for data in (good[: len(good) // 2], b"", b"no picture at all"):
         with pytest.raises(BadData, match="it"):
             decode_crop(data, crop_at((0, 0, 8, 8)), name="it")

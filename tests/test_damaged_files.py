@@ -33,10 +33,10 @@ from safetensors.torch import save as save_tensors
 from onefold import create_model
 from onefold.checksums import (
     lines_have_checksum,
+    read_sealed_folder,
     read_sealed_json,
-    seal,
     sealed_lines,
-    unseal,
+    write_sealed_folder,
     write_sealed_json,
 )
 from onefold.cli import main
@@ -46,8 +46,8 @@ from onefold.commands.run_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.hub import load_model
 from onefold.models.weights_file import Card, save_weights
-from onefold.recipes import recipes
-from onefold.report.load_results import load_inputs
+from onefold.recipes import all_recipes
+from onefold.report.load_results import load_report_inputs
 from onefold.storage import parse_json
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
 from onefold.train.checkpoint import BackgroundWriter
@@ -151,7 +151,7 @@ def test_no_damaged_weights_are_taken_for_whole_ones(tmp_path: Path, count: int)
 @pytest.fixture
 def run_of_recipe(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A run whose checkpoint knows its recipe and one more file, and the recipe."""
-    out, recipe = tmp_path / "run", recipes()[0].to_dict()
+    out, recipe = tmp_path / "run", all_recipes()[0].to_dict()
     out.mkdir()
     (out / "recipe.json").write_text(json.dumps(recipe))
     (out / "int8.json").write_text("{}")
@@ -189,14 +189,14 @@ def test_a_log_that_was_changed_is_said_at_the_resume_and_in_the_report(
     run_of_recipe: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     out, recipe = run_of_recipe
-    assert load_inputs([out], [], []).notes == ()
+    assert load_report_inputs([out], [], []).notes == ()
     log = (out / "log.jsonl").read_text()
     (out / "log.jsonl").write_text(log.replace('"loss": ', '"loss": 1', 1))
-    assert "The log of run was changed" in load_inputs([out], [], []).notes[0]
+    assert "The log of run was changed" in load_report_inputs([out], [], []).notes[0]
     fresh(out, replace(PLAN, epochs=1), resume=True, settings={"recipe": recipe})
     assert "log.jsonl is not as the training wrote it" in caplog.text
     (out / "recipe.json").write_text(json.dumps(recipe | {"dropout": 0.25}))
-    assert "recipe.json of run is not the one" in load_inputs([out], [], []).notes[-1]
+    assert "recipe.json of run is not the one" in load_report_inputs([out], [], []).notes[-1]
 
 
 def flipped(text: str) -> Iterator[str]:
@@ -250,7 +250,7 @@ def test_what_a_run_keeps_of_its_data_is_checked(
     (out / "predictions.jsonl").write_text(
         sealed_lines({"kind": "predictions", "classes": ["a"]}, [{"label": 0, "answer": 0, "confidence": 0.5}])
     )
-    found = load_inputs([out], [], [])
+    found = load_report_inputs([out], [], [])
     assert (found.notes, found.runs[0].data_findings, len(found.runs[0].dataset)) == ((), ("3 are black",), 1)
     assert found.runs[0].predictions is not None
     for name, was, now in (("data", " 7", " 8"), ("check", "3 are", "4 are"), ("predictions", "0.5", "0.9")):
@@ -258,13 +258,13 @@ def test_what_a_run_keeps_of_its_data_is_checked(
         path.write_text(path.read_text().replace(was, now))
     assert main(["train", "--resume", str(out)]) == 4
     assert "data.json cannot be read: its checksum is not that of what it holds" in capsys.readouterr().err
-    found = load_inputs([out], [], [])
+    found = load_report_inputs([out], [], [])
     assert sum("damaged and left out" in note for note in found.notes) == 3
     assert (found.runs[0].dataset, found.runs[0].data_findings, found.runs[0].predictions) == ((), (), None)
     (out / "data.json").write_text(json.dumps({"dataset": dataset}))  # as of an older version
     assert read_run_data(out) == {"dataset": dataset}
     assert "data.json has no checksum" in caplog.text
-    assert "data.json of run has no checksum" in "".join(load_inputs([out], [], []).notes)
+    assert "data.json of run has no checksum" in "".join(load_report_inputs([out], [], []).notes)
 
 
 @pytest.mark.parametrize("opening", ['{"a": ' * 100_000, "[" * 3000 + "1" + "]" * 3000])
@@ -445,7 +445,9 @@ def stage(tmp_path: Path, run: RunFolder) -> dict[str, Callable[[Path], object]]
     def resume(part: str, path: Path) -> None:
         """Somebody has sealed it as their checkpoint, with a manifest that is right."""
         folder = RunFolder(tmp_path / "theirs")
-        seal(folder.last, {**{n: c for n, c in sealed.items() if n != "manifest.json"}, part: path.read_bytes()})
+        write_sealed_folder(
+            folder.last, {**{n: c for n, c in sealed.items() if n != "manifest.json"}, part: path.read_bytes()}
+        )
         fresh(folder.path, replace(PLAN, epochs=1), resume=True)
 
     def predict(path: Path) -> None:
@@ -629,4 +631,9 @@ def test_a_small_disk(tmp_path: Path) -> None:
 
 
 def test_a_manifest_is_checked_at_every_load(run: RunFolder) -> None:
-    assert set(unseal(run.last)) == {"model.safetensors", "ema.safetensors", "state.safetensors", "progress.json"}
+    assert set(read_sealed_folder(run.last)) == {
+        "model.safetensors",
+        "ema.safetensors",
+        "state.safetensors",
+        "progress.json",
+    }

@@ -16,9 +16,9 @@ import pytest
 from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
-from onefold.data.columns import MultiLabel, plain_numbers, several_classes
+from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers
 from onefold.data.fingerprint import ImageList, fingerprint
-from onefold.data.preprocessing import IMAGENET
+from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 
@@ -127,7 +127,7 @@ def test_labels_by_name(tmp_path: Path, table: str) -> None:
     ],
 )
 def test_cells_that_name_several_classes_are_told_from_names(separator: str, joined: list[str], several: bool) -> None:
-    assert several_classes(joined) == (separator if several else "")
+    assert find_class_separator(joined) == (separator if several else "")
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,13 @@ def test_cells_that_name_several_classes_are_told_from_names(separator: str, joi
     ],
 )
 def test_whole_numbers_in_several_forms_are_one_class_each(values: list[str], plain: list[str]) -> None:
-    assert plain_numbers(values) == plain
+    assert normalize_numbers(values) == plain
 
 
 def test_a_multi_label_table_that_is_not_labels_csv_says_so_too(tmp_path: Path) -> None:
     write_images(tmp_path, ["1.png", "2.png"])
     (tmp_path / "marks.csv").write_text("file,cat,dog\n1.png,1,1\n2.png,0,1\n")
-    with pytest.raises(MultiLabel, match=r"line 2: 1 in the columns cat, dog\. Images of several classes"):
+    with pytest.raises(MultiLabelError, match=r"line 2: 1 in the columns cat, dog\. Images of several classes"):
         read_dataset(tmp_path, seed=0, val_fraction=0.5)
 
 
@@ -203,7 +203,7 @@ def test_the_sample_of_imagenet_opens(shared_data: Path) -> None:
     assert (len(source), len(source.classes)) == (1000, 1000)
     assert sorted(source.label(i) for i in range(1000)) == list(range(1000))
     assert source.name(0) == "images/n01440764_tench.jpg"
-    assert IMAGENET(source.image(999)).shape == (3, 224, 224)
+    assert IMAGENET_PREPROCESSING(source.image(999)).shape == (3, 224, 224)
 
 
 def folder_faults(root: Path) -> dict[str, str]:
@@ -496,7 +496,7 @@ def test_labels_of_parquet_files_are_read_as_those_of_tables(
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"image": [b"x"] * 4, "label": labels}), tmp_path / "x.parquet")
     if classes is None:
-        with pytest.raises(MultiLabel, match=r"\(multi-label\) are not supported"):
+        with pytest.raises(MultiLabelError, match=r"\(multi-label\) are not supported"):
             read_dataset(tmp_path, seed=0, val_fraction=0.5)
     else:
         assert read_dataset(tmp_path, seed=0, val_fraction=0.5).info.classes == classes

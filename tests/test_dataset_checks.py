@@ -13,11 +13,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from onefold.data import Preprocessing, Subset, duplicates, open_dataset, read_dataset
 from onefold.data.dataset_checks import (
     DataCheck,
-    captions,
     check_data,
     contact_sheet,
     denormalise,
-    swapped_classes,
+    find_swapped_classes,
+    label_captions,
 )
 from onefold.data.duplicates import near_duplicates, thumbnail_stats
 from onefold.errors import BadData
@@ -230,7 +230,7 @@ def test_classes_that_have_not_moved_are_left_alone(seed: int):
     train, val = (
         thumbnail_stats(open_dataset("digits", split, seed=seed, val_fraction=0.2), 2000) for split in ("train", "val")
     )
-    assert all(nats < 10 for _, nats in swapped_classes(train, val, 10))
+    assert all(nats < 10 for _, nats in find_swapped_classes(train, val, 10))
 
 
 def test_the_sheet_shows_what_the_network_sees():
@@ -249,9 +249,9 @@ def test_the_sheet_shows_what_the_network_sees():
 
 def test_captions_name_classes_and_shares():
     classes = ("ash", "birch", "cedar")
-    assert list(captions(np.array([2, 0]), classes)) == ["cedar", "ash"]
+    assert list(label_captions(np.array([2, 0]), classes)) == ["cedar", "ash"]
     mixed = np.array([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.9667, 0.0167, 0.0167]])
-    assert list(captions(mixed, classes)) == ["70% ash + 30% birch", "birch", "ash"]
+    assert list(label_captions(mixed, classes)) == ["70% ash + 30% birch", "birch", "ash"]
 
 
 def scenes(count: int, seed: int) -> list[Image.Image]:

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from onefold.data import read_dataset
-from onefold.data.columns import class_rank, file_rank, is_number_column, is_split_column
+from onefold.data.columns import is_class_index_column, is_split_column, rank_class_column, rank_image_column
 from onefold.data.dataset import DatasetSplits
 from onefold.data.decode import SUFFIXES
-from onefold.data.splits import SPLIT_WORDS, split_name
+from onefold.data.splits import SPLIT_WORDS, parse_split_name
 from onefold.errors import BadData
 
 WORDS = {
@@ -389,12 +389,12 @@ def test_the_words_of_the_page_on_data_are_those_of_the_reader():
     }
     assert len(columns) == 4
     for name in columns["image"]:
-        assert file_rank(name) is not None, name
+        assert rank_image_column(name) is not None, name
     for name in columns["class"]:
-        assert class_rank(name) is not None, name
-        assert file_rank(name) is None, name
+        assert rank_class_column(name) is not None, name
+        assert rank_image_column(name) is None, name
     for name in columns["number of the class"]:
-        assert is_number_column(name), name
+        assert is_class_index_column(name), name
     for name in columns["split"]:
         assert is_split_column(name), name
     assert (
@@ -422,7 +422,7 @@ def test_the_words_of_the_page_on_data_are_those_of_the_reader():
     ],
 )
 def test_words_that_only_hold_a_split_are_none(name: str):
-    said = split_name(name)
+    said = parse_split_name(name)
     assert said is None or said.stem or said.word == "trainval"
 
 

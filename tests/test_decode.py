@@ -22,17 +22,17 @@ from PIL import Image, ImageFile
 
 import onefold.data.decode as decoding
 from onefold.commands.predict import warn_unusual_images
-from onefold.data.crop import CropBox, num_scans
+from onefold.data.crop import CropBox, count_jpeg_scans
 from onefold.data.decode import (
-    MASKS,
+    MASK_KIND,
     MAX_PIXELS,
-    ODD_ALPHA,
-    decode,
+    UNUSUAL_ALPHA,
     decode_crop,
-    left_out_as,
+    decode_image,
+    find_masks,
+    left_out_kind,
     left_out_reason,
-    masks_beside,
-    printable,
+    printable_name,
 )
 from onefold.data.duplicates import thumbnail_stats
 from onefold.data.folders import ImageFiles, list_folder
@@ -51,7 +51,7 @@ def saved(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def pixels(image: bytes | Path) -> np.ndarray:
-    decoded = decode(image)
+    decoded = decode_image(image)
     assert decoded.mode == "RGB"
     return np.asarray(decoded)
 
@@ -93,7 +93,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
 def test_a_jpeg_of_a_phone_is_turned_upright_once() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = decode(saved(Image.fromarray(SCENE), "JPEG", exif=exif, quality=95, subsampling=0))
+    image = decode_image(saved(Image.fromarray(SCENE), "JPEG", exif=exif, quality=95, subsampling=0))
     assert image.size == (48, 64)
     assert np.abs(np.asarray(image).astype(int) - np.rot90(SCENE, -1)).mean() < 3
     assert not image.info
@@ -152,7 +152,7 @@ def test_a_fourth_channel_that_is_no_transparency_is_seen(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, alpha: np.ndarray, is_odd: bool
 ) -> None:
     picture = Image.fromarray(np.dstack([SCENE, alpha.astype(np.uint8)]), "RGBA")
-    assert (ODD_ALPHA in decode(saved(picture, "PNG")).info) == is_odd
+    assert (UNUSUAL_ALPHA in decode_image(saved(picture, "PNG")).info) == is_odd
     picture.save(tmp_path / "0.png")
     images = ImageFiles(tmp_path, ["0.png"], [0], ("a",))
     warn_unusual_images(images, Preprocessing())
@@ -197,7 +197,7 @@ def test_of_an_animation_the_first_frame(format: str) -> None:
 def test_samples_of_unknown_range_are_refused(kind: str, dtype: type) -> None:
     data = saved(Image.fromarray(np.full((4, 4), 0.5, np.float32).astype(dtype)), "TIFF")
     with pytest.raises(BadData, match=rf"x\.tif has {kind} samples whose range is not known"):
-        decode(data, name="x.tif")
+        decode_image(data, name="x.tif")
 
 
 @pytest.mark.parametrize(("width", "height"), [(7100, 7100), (9800, 9800), (30000, 30000), (MAX_PIXELS + 1, 1)])
@@ -206,11 +206,11 @@ def test_a_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, widt
     monkeypatch.setattr(decoding, "free_memory", lambda: 1 << 50)  # however much memory there is
     bomb = png(width, height, b"\0" * 100)
     with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
-        decode(bomb, name="bomb.png")  # here Pillow's own warning is an error
+        decode_image(bomb, name="bomb.png")  # here Pillow's own warning is an error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(BadData, match=r"^bomb\.png has .*more than"):
-            decode(bomb, name="bomb.png")
+            decode_image(bomb, name="bomb.png")
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded() -> None:
@@ -218,24 +218,24 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded() -> None:
     progressive, plain = saved(whole, "JPEG", progressive=True), saved(whole, "JPEG")
     last = progressive.rindex(b"\xff\xda")
     trap = progressive[:-2] + progressive[last:-2] * 1000 + progressive[-2:]
-    assert [num_scans(io.BytesIO(data)) for data in (plain, progressive, trap)] == [1, 10, 1010]
+    assert [count_jpeg_scans(io.BytesIO(data)) for data in (plain, progressive, trap)] == [1, 10, 1010]
     box = CropBox(size=6, place=lambda sides: (0, 0, 6, 6))
-    for use in (decode, partial(decode, min_side=8), lambda data: decode_crop(data, box)):
+    for use in (decode_image, partial(decode_image, min_side=8), lambda data: decode_crop(data, box)):
         use(progressive)
         with pytest.raises(BadData, match="has 1010 scans, and no photo has more than 100"):
             use(trap)
     apart = bytearray(plain)  # a sequential one whose first scan has one of its three components
     apart[plain.index(b"\xff\xda") + 4] = 1
-    assert num_scans(io.BytesIO(bytes(apart[:-2]) + b"\xff\xda\0\x08" * 300)) == 301
-    assert num_scans(io.BytesIO(plain + b"\xff\xda\0\x08" * 300)) == 1  # the decoder does not come there
+    assert count_jpeg_scans(io.BytesIO(bytes(apart[:-2]) + b"\xff\xda\0\x08" * 300)) == 301
+    assert count_jpeg_scans(io.BytesIO(plain + b"\xff\xda\0\x08" * 300)) == 1  # the decoder does not come there
 
 
 def test_a_photo_of_more_than_50_megapixels_comes_at_half_its_scale() -> None:
     photo = saved(Image.new("L", (8192, 6144), 90), "JPEG", quality=50)
-    half = decode(photo)
+    half = decode_image(photo)
     assert half.size == (4096, 3072)
     assert half.getpixel((2000, 2000)) == (90, 90, 90)
-    assert decode(photo, min_side=100).size == (1024, 768)
+    assert decode_image(photo, min_side=100).size == (1024, 768)
     box = CropBox(size=512, place=lambda sides: (0, 0, sides[0] // 8, sides[1] // 8))
     assert decode_crop(photo, box).box == (0, 0, 512, 384)
 
@@ -250,7 +250,7 @@ def test_a_picture_with_too_many_pixels_comes_smaller(
     scene, more = Image.fromarray(SCENE), {"lossless": True} if format == "WEBP" else {}
     data = saved(scene, format, exif=exif, **more)
     monkeypatch.setattr(decoding, "MAX_PIXELS", most)
-    image = decode(data)
+    image = decode_image(data)
     assert image.size == (48 // scale, 64 // scale)
     whole = np.asarray(scene.rotate(270, expand=True).resize(image.size, Image.Resampling.BOX)).astype(int)
     assert np.abs(np.asarray(image) - whole).mean() < (12 if format in ("JPEG", "MPO") else 1)
@@ -262,12 +262,12 @@ def test_the_limit_of_pixels_follows_the_free_memory(monkeypatch: pytest.MonkeyP
     data, photo = (saved(Image.new("L", (4000, 3000), 90), kind) for kind in ("PNG", "JPEG"))
     turned = saved(Image.new("L", (4000, 3000), 90), "JPEG", progressive=True)
     monkeypatch.setattr(decoding, "free_memory", lambda: 12 * 4000 * 3000)
-    assert decode(data).size == decode(photo).size == (4000, 3000)
+    assert decode_image(data).size == decode_image(photo).size == (4000, 3000)
     with pytest.raises(BadData, match=r"0\.2 GB of memory, and 0\.1 GB are free"):
-        decode(turned)  # a progressive JPEG is held whole as coefficients
+        decode_image(turned)  # a progressive JPEG is held whole as coefficients
     monkeypatch.setattr(decoding, "free_memory", lambda: 12 * 4000 * 3000 - 1)
     with pytest.raises(BadData, match="4000 x 3000 pixels, more than fit: "):
-        decode(data)
+        decode_image(data)
 
 
 def test_free_memory_is_the_machines_or_what_a_container_leaves(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_free_memory_is_the_machines_or_what_a_container_leaves(tmp_path: Path) 
 def test_the_suffix_says_what_is_an_image_and_without_one_the_first_bytes(
     name: str, head: bytes, kind: str | None
 ) -> None:
-    assert left_out_as(name, lambda: head) == kind
+    assert left_out_kind(name, lambda: head) == kind
 
 
 def test_the_page_says_which_files_are_images() -> None:
@@ -331,7 +331,7 @@ def test_the_page_says_which_files_are_images() -> None:
         "anything": b"?",
     }
     for begins, name, outcome in rows:
-        kind = left_out_as(name, partial(heads.__getitem__, begins))
+        kind = left_out_kind(name, partial(heads.__getitem__, begins))
         assert outcome == ("used" if kind is None else f"left out as {kind}")
 
 
@@ -340,11 +340,11 @@ def test_heic_is_an_image_where_it_can_be_read(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(decoding, "_heif_opener", lambda: object if installed else None)
     heic = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic"
     for name in ("IMG_1.HEIC", "IMG_1.heif", "IMG_1.hif", "IMG_1"):
-        kind = left_out_as(name, lambda: heic)
+        kind = left_out_kind(name, lambda: heic)
         assert (kind is None) == installed
         assert installed or 'pip install "onefold[heic]"' in left_out_reason(kind)
     with pytest.raises(BadData, match="damaged HEIC" if installed else r'HEIC photo: pip install "onefold\[heic\]"'):
-        decode(heic, name="IMG_1.jpg")  # phones send such files on under another suffix
+        decode_image(heic, name="IMG_1.jpg")  # phones send such files on under another suffix
 
 
 def test_a_heic_photo_is_decoded_upright() -> None:
@@ -354,13 +354,13 @@ def test_a_heic_photo_is_decoded_upright() -> None:
     exif[0x0112] = 6
     image = pillow_heif.from_pillow(Image.fromarray(SCENE))
     image.save(out, quality=95, exif=exif.tobytes())
-    photo = decode(out.getvalue())
+    photo = decode_image(out.getvalue())
     assert photo.mode == "RGB"
     assert photo.size == (48, 64)
     assert np.abs(np.asarray(photo).astype(int) - np.rot90(SCENE, -1)).mean() < 12
     for length in (20, 200, len(out.getvalue()) // 2):
         with pytest.raises(BadData, match="half"):
-            decode(out.getvalue()[:length], name="half")
+            decode_image(out.getvalue()[:length], name="half")
 
 
 def test_masks_beside_their_photos_are_no_photos(tmp_path: Path) -> None:
@@ -374,13 +374,13 @@ def test_masks_beside_their_photos_are_no_photos(tmp_path: Path) -> None:
         "d/b_mask.png",
         "gt.png",
     ]
-    assert masks_beside(names) == ["a (1)_mask.png", "a (1)_mask_1.png", "b_seg.png"]
+    assert find_masks(names) == ["a (1)_mask.png", "a (1)_mask_1.png", "b_seg.png"]
     (tmp_path / "d").mkdir()
     for name in names:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     listing = list_folder(tmp_path)
     assert listing.images == ["a (1).png", "b.jpg", "c_mask.png", "d/b_mask.png", "gt.png"]
-    assert listing.others == {MASKS: ["a (1)_mask.png", "a (1)_mask_1.png", "b_seg.png"]}
+    assert listing.others == {MASK_KIND: ["a (1)_mask.png", "a (1)_mask_1.png", "b_seg.png"]}
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_masks_beside_their_photos_are_no_photos(tmp_path: Path) -> None:
 )
 def test_what_is_no_image_is_named(data: bytes, sentence: str) -> None:
     with pytest.raises(BadData) as caught:
-        decode(data, name="it.jpg")
+        decode_image(data, name="it.jpg")
     assert str(caught.value).startswith("it.jpg ")
     assert sentence in str(caught.value)
 
@@ -442,7 +442,7 @@ def test_a_file_cut_in_half_is_refused_and_a_tail_of_garbage_is_not(kind: str) -
     data = SEEDS[kind]
     whole = pixels(data)
     with pytest.raises(BadData, match="half"):
-        decode(data[: len(data) // 2], name="half")
+        decode_image(data[: len(data) // 2], name="half")
     if kind not in ("tiff", "tiff lzw", "tiff jpeg", "plain ppm"):  # a TIFF may keep its directory anywhere
         np.testing.assert_array_equal(pixels(data + b"garbage" * 9), whole)
 
@@ -473,7 +473,7 @@ def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
 
 def decoded_or_refused(data: bytes, min_side: int) -> Image.Image | str:
     try:
-        return decode(data, name="fuzzed", min_side=min_side)
+        return decode_image(data, name="fuzzed", min_side=min_side)
     except BadData as error:
         return str(error)
 
@@ -537,26 +537,26 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path) -
     }
     for name, sentence in sentences.items():
         with pytest.raises(BadData, match=sentence):
-            decode(tmp_path / name)
+            decode_image(tmp_path / name)
 
 
 def test_a_name_that_is_not_utf8_can_be_read_and_printed(tmp_path: Path) -> None:
     good = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
     Path(good).write_bytes(SEEDS["png16"])
-    assert decode(good).size == (64, 48)
+    assert decode_image(good).size == (64, 48)
     bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff<script>\n.png"))
     bad.write_bytes(b"")
     with pytest.raises(BadData) as caught:
-        decode(bad)
+        decode_image(bad)
     assert "\\udcff<script>\\n.png is empty" in str(caught.value).encode("utf-8").decode()
-    assert printable("plain näme.jpg") == "plain näme.jpg"
+    assert printable_name("plain näme.jpg") == "plain näme.jpg"
 
 
 def test_a_large_jpeg_comes_smaller_where_that_is_allowed(tmp_path: Path) -> None:
     photo = Image.fromarray(SCENE).resize((1600, 1200), Image.Resampling.BICUBIC)
     path = tmp_path / "photo.jpg"
     photo.save(path, quality=95)
-    assert decode(path).size == (1600, 1200)
+    assert decode_image(path).size == (1600, 1200)
     for min_side, size in (
         (1201, (1600, 1200)),
         (601, (1600, 1200)),
@@ -564,9 +564,9 @@ def test_a_large_jpeg_comes_smaller_where_that_is_allowed(tmp_path: Path) -> Non
         (151, (400, 300)),
         (1, (200, 150)),
     ):
-        small = decode(path, min_side=min_side)
+        small = decode_image(path, min_side=min_side)
         assert small.size == size
         if size != photo.size:
             away = np.asarray(small).astype(int) - np.asarray(photo.resize(size, Image.Resampling.BOX))
             assert np.abs(away).mean() < 1
-    np.testing.assert_array_equal(decode(path, min_side=1200), decode(path))
+    np.testing.assert_array_equal(decode_image(path, min_side=1200), decode_image(path))

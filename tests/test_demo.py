@@ -14,8 +14,8 @@ import pytest
 
 from onefold.cli import main
 from onefold.commands import demo
-from onefold.commands.deployment import gate_of
-from onefold.commands.train import Callbacks, TrainResult
+from onefold.commands.deployment import accuracy_gate
+from onefold.commands.train import BestEpoch, Callbacks
 from onefold.data import Preprocessing, open_dataset
 from onefold.errors import GateFailed
 from onefold.recipes import Recipe, find_recipe
@@ -73,7 +73,9 @@ def test_a_failed_gate_loses_nothing_and_the_report_says_so(
     """int8 is made to fail by a bound that nothing can keep; the training is the one of the other tests."""
     order = demo.deploy_options(full=False)
     monkeypatch.setattr(demo, "deploy_options", lambda *, full: replace(order, precisions=("int8",)))
-    monkeypatch.setattr("onefold.commands.deploy.gate_of", lambda verdict, *_, **more: gate_of(verdict, -101.0, **more))
+    monkeypatch.setattr(
+        "onefold.commands.deploy.accuracy_gate", lambda verdict, *_, **more: accuracy_gate(verdict, -101.0, **more)
+    )
     monkeypatch.setattr(demo, "start_run", _trained_already(made))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--epochs", "1", "--seed", "7"]) == 1
@@ -102,17 +104,17 @@ def test_where_fusing_fails_there_is_a_report_of_the_training(
     assert "digits-s0" in page
 
 
-def _trained_already(made: Path) -> Callable[..., TrainResult]:
-    def copied(recipe: Recipe, run: Path, *, callbacks: Callbacks) -> TrainResult:
+def _trained_already(made: Path) -> Callable[..., BestEpoch]:
+    def copied(recipe: Recipe, run: Path, *, callbacks: Callbacks) -> BestEpoch:
         shutil.copytree(made / "runs" / "digits-s0", run)
-        return TrainResult(weights=run / "best", top1=10.0, epoch=1, count=359)
+        return BestEpoch(weights=run / "best", top1=10.0, epoch=1, count=359)
 
     return copied
 
 
 def test_the_seed_goes_into_the_plan(made: Path):
     assert json.loads((made / "runs" / "digits-s0" / "recipe.json").read_text())["plan"]["seed"] == 1
-    assert demo.recipe_of(5).plan == replace(find_recipe("digits:s0").plan, seed=5)
+    assert demo.demo_recipe(5).plan == replace(find_recipe("digits:s0").plan, seed=5)
 
 
 def test_the_page_says_what_happened(made: Path):

@@ -20,17 +20,24 @@ import onefold
 from onefold.bench import Procedure
 from onefold.cli import main
 from onefold.commands import calibration
-from onefold.commands.calibration import Budget, Calibration
+from onefold.commands.calibration import CalibrationOptions, TimeBudget
 from onefold.commands.deploy import _kept_artifacts, _unfinished, build_deployment
-from onefold.commands.deployment import QUICK, DeployOptions, DeployResult, Verdict, gate_of, say_one_answer
-from onefold.commands.held_out import Photos
+from onefold.commands.deployment import (
+    QUICK_NOTE,
+    ArtifactResult,
+    DeployOptions,
+    DeployResult,
+    accuracy_gate,
+    warn_constant_predictions,
+)
+from onefold.commands.held_out import DeploymentPhotos
 from onefold.commands.open_network import open_network
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
 from onefold.reparam import fuse
 from onefold.runtimes import onnx, open_artifact, openvino
-from onefold.runtimes.base import Engine
+from onefold.runtimes.base import RuntimeEngine
 from onefold.runtimes.reference_logits import Floats
 
 PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 3}
@@ -139,8 +146,10 @@ def test_a_failed_gate_says_whether_the_photos_are_too_few_to_tell(
     lost: int, count: int, max_drop: float, ends: str, tmp_path: Path
 ) -> None:
     artifact = SimpleNamespace(precision="int8", details={})
-    verdict = Verdict(name="onnx-int8", artifact=artifact, top1=50.0, changed=lost, count=count, lost=lost, won=0)  # type: ignore[arg-type]
-    gate = gate_of(verdict, max_drop)
+    verdict = ArtifactResult(
+        name="onnx-int8", artifact=artifact, top1=50.0, changed=lost, count=count, lost=lost, won=0
+    )  # type: ignore[arg-type]
+    gate = accuracy_gate(verdict, max_drop)
     assert gate.passed == (lost == 0)
     assert gate.sentence.endswith(ends)
     done = DeployResult(folder=tmp_path, network=None, verdicts=(), gates=(gate,), top1=None, data="")  # type: ignore[arg-type]
@@ -150,7 +159,7 @@ def test_a_failed_gate_says_whether_the_photos_are_too_few_to_tell(
 class Altered:
     """An engine whose logits are changed by `change`, which is given the images and the logits."""
 
-    def __init__(self, engine: Engine, change: Callable[[Floats, Floats], Floats]) -> None:
+    def __init__(self, engine: RuntimeEngine, change: Callable[[Floats, Floats], Floats]) -> None:
         self._engine, self._change, self.threads = engine, change, engine.threads
 
     def __call__(self, images: Floats) -> Floats:
@@ -166,7 +175,7 @@ def altered(
     """Let a runtime answer something else in one precision."""
     true = runtime.load
 
-    def load_altered(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+    def load_altered(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
         engine = true(content, precision=precision, threads=threads)
         return Altered(engine, change) if precision == wrong else engine
 
@@ -220,7 +229,7 @@ def test_one_answer_of_32_bits_that_differs_fails_where_none_may(
     order = DeployOptions(
         runtimes=["onnx"],
         precisions=["fp32"],
-        calibration=Calibration(data="digits"),
+        calibration=CalibrationOptions(data="digits"),
         max_drop=100.0,
         exact_fp32=True,
         procedure=Procedure(samples=20),
@@ -292,8 +301,8 @@ def test_one_answer_to_all_photos_is_said(caplog: pytest.LogCaptureFixture) -> N
         ([0], [3], False, False),
     ):
         scored = Labels(labels)
-        photos = Photos(calibration=scored, scored=scored, title="", labelled=labelled)  # type: ignore[arg-type]
-        found = say_one_answer(np.array(answers), photos, named)  # type: ignore[arg-type]
+        photos = DeploymentPhotos(calibration=scored, scored=scored, title="", labelled=labelled)  # type: ignore[arg-type]
+        found = warn_constant_predictions(np.array(answers), photos, named)  # type: ignore[arg-type]
         assert found == ("; each is answered 'class 3', so that equal answers show little" if said else "")
     assert caplog.text.count("has learned nothing of them") == 2
 
@@ -323,7 +332,7 @@ def test_a_deployment_without_time_makes_one_artifact_and_names_the_rest(weights
     order = DeployOptions(
         runtimes=["onnx"],
         precisions=["fp32", "int8"],
-        calibration=Calibration(data="digits", search=True),
+        calibration=CalibrationOptions(data="digits", search=True),
         quick=True,
         minutes=1e-6,
     )
@@ -332,25 +341,27 @@ def test_a_deployment_without_time_makes_one_artifact_and_names_the_rest(weights
     assert [path.name for path in sorted(done.folder.iterdir()) if path.is_dir()] == ["onnx-fp32", "results"]
     parts = "onnx-int8, the score of onnx-fp32 and the timing"
     left_out = f"left out, for lack of time in the 1e-06 minutes that were given: {parts}"
-    assert done.notes == (QUICK, left_out)
+    assert done.notes == (QUICK_NOTE, left_out)
     assert done.verdicts == ()
     assert done.data.endswith("; 128 of them scored, evenly")
     assert done.failure is None
-    assert {QUICK, left_out} <= set(said)
+    assert {QUICK_NOTE, left_out} <= set(said)
     readme = (done.folder / "README.md").read_text()
-    assert f"**{QUICK.capitalize()}.**" in readme
+    assert f"**{QUICK_NOTE.capitalize()}.**" in readme
     assert "**Left out, for lack of time" in readme
     assert "| onnx-fp32 | not scored |" in readme
     page = (done.folder / "report.html").read_text()
-    assert QUICK in page
+    assert QUICK_NOTE in page
     assert left_out in page
 
 
 def test_a_quick_deployment_takes_no_more_than_was_asked_for() -> None:
-    order = DeployOptions(runtimes=["onnx"], precisions=["int8"], calibration=Calibration(data="digits"), quick=True)
+    order = DeployOptions(
+        runtimes=["onnx"], precisions=["int8"], calibration=CalibrationOptions(data="digits"), quick=True
+    )
     short = order.shortened()
     assert (short.calibration.count, short.procedure.samples) == (64, 50)
-    fewer = replace(order, calibration=Calibration(data="digits", count=8), procedure=Procedure(samples=16))
+    fewer = replace(order, calibration=CalibrationOptions(data="digits", count=8), procedure=Procedure(samples=16))
     assert fewer.shortened() == fewer
     assert replace(order, quick=False).shortened() == replace(order, quick=False)
 
@@ -363,12 +374,12 @@ def test_minutes_that_are_none_are_refused(weights: Path, tmp_path: Path, capsys
 
 
 def test_a_calibration_that_was_cut_short_is_not_kept(weights: Path) -> None:
-    network, order = open_network(weights), Calibration(data="digits", count=8, search=True)
-    before, budget = set(calibration.calibrations_folder().iterdir()), Budget(1e-6)
-    calibration.quantized(network, order, budget=budget)
+    network, order = open_network(weights), CalibrationOptions(data="digits", count=8, search=True)
+    before, budget = set(calibration.calibration_cache().iterdir()), TimeBudget(1e-6)
+    calibration.calibrated_network(network, order, budget=budget)
     assert budget.left_out == ["6 of 8 methods of calibration"]
-    assert set(calibration.calibrations_folder().iterdir()) == before
-    assert Budget().allows("anything", 1e9)
+    assert set(calibration.calibration_cache().iterdir()) == before
+    assert TimeBudget().allows("anything", 1e9)
 
 
 # ---- a deployment that was stopped

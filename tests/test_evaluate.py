@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onefold.commands.evaluate import error_groups, evaluate_suite, open_suite
+from onefold.commands.evaluate import evaluate_suite, group_misclassified, open_suite
 from onefold.commands.open_network import Predictor
 from onefold.commands.validation import Evaluator
 from onefold.data import Dataset, Preprocessing, Subset, open_dataset
@@ -31,9 +31,9 @@ from onefold.data.imagenet_variants import (
 from onefold.errors import BadData
 from onefold.models import create_model
 from onefold.models.hub import Card
-from onefold.recipes import recipe_for
-from onefold.train import World, accuracy
-from onefold.train.evaluate import BINS, calibration_error, merge
+from onefold.recipes import make_recipe
+from onefold.train import World, compute_accuracy
+from onefold.train.evaluate import NUM_BINS, calibration_error, merge_accuracies
 
 SIZE = 32
 
@@ -44,8 +44,8 @@ SIZE = 32
 def expected(confidences: list[float], right: list[bool]) -> float:
     """The definition, bin by bin: sum over bins of |share right - mean confidence| times the bin's share of images."""
     total = 0.0
-    for k in range(BINS):
-        inside = [i for i, c in enumerate(confidences) if k / BINS < c <= (k + 1) / BINS]
+    for k in range(NUM_BINS):
+        inside = [i for i, c in enumerate(confidences) if k / NUM_BINS < c <= (k + 1) / NUM_BINS]
         if inside:
             gap = np.mean([right[i] for i in inside]) - np.mean([confidences[i] for i in inside])
             total += len(inside) / len(confidences) * abs(gap)
@@ -77,7 +77,7 @@ def test_calibration_error_by_hand(confidences: list[float], right: list[bool], 
 def test_confidence_is_the_greatest_softmax_share():
     logits = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)) * 3
     labels = torch.arange(40) % 7
-    score = accuracy(lambda _: logits.numpy(), [(torch.zeros(40, 3, 2, 2), labels)])
+    score = compute_accuracy(lambda _: logits.numpy(), [(torch.zeros(40, 3, 2, 2), labels)])
     shares = logits.double().softmax(1)
     assert np.allclose(score.predictions.confidences, shares.max(1).values.numpy(), atol=1e-9)
     assert score.ece == pytest.approx(expected(shares.max(1).values.tolist(), (shares.argmax(1) == labels).tolist()))
@@ -88,12 +88,12 @@ def test_parts_together_are_the_whole():
     logits = torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(30) % 6
     part = [
-        accuracy(lambda _, s=s: logits[s].numpy(), [(torch.zeros(15, 3, 2, 2), labels[s])])
+        compute_accuracy(lambda _, s=s: logits[s].numpy(), [(torch.zeros(15, 3, 2, 2), labels[s])])
         for s in (slice(15), slice(15, 30))
     ]
-    whole = accuracy(lambda _: logits.numpy(), [(torch.zeros(30, 3, 2, 2), labels)])
-    assert merge(part).metrics() == whole.metrics()
-    assert (merge(part).confusion == whole.confusion).all()
+    whole = compute_accuracy(lambda _: logits.numpy(), [(torch.zeros(30, 3, 2, 2), labels)])
+    assert merge_accuracies(part).metrics() == whole.metrics()
+    assert (merge_accuracies(part).confusion == whole.confusion).all()
 
 
 # ------------------------------------------------------------------------- a predictor that is known
@@ -323,8 +323,8 @@ def test_equal_errors_on_nearly_the_same_image_are_one_group(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(frame).save(tmp_path / f"{name}.png")
     images = read_class_folders(tmp_path)
-    assert error_groups(images, [2, 1, 0, 3], np.array([1, 1, 1, 0]), None) == {2: [0], 1: [], 3: []}
-    assert error_groups(images, [2, 1, 0, 3], np.array([1, 1, 2, 0]), None) == {2: [], 1: [], 0: [], 3: []}
+    assert group_misclassified(images, [2, 1, 0, 3], np.array([1, 1, 1, 0]), None) == {2: [0], 1: [], 3: []}
+    assert group_misclassified(images, [2, 1, 0, 3], np.array([1, 1, 2, 0]), None) == {2: [], 1: [], 0: [], 3: []}
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ class Holed:
 @pytest.mark.parametrize("size", [2, 7])
 def test_processes_validate_as_one_does(size: int):
     """All figures, to the bit, wherever batches end, with images that cannot be read, and more ranks than batches."""
-    recipe = recipe_for("photos:scratch", {"model": "mobilenetv1_025", "plan.batch_size": "8"}, size=32)
+    recipe = make_recipe("photos:scratch", {"model": "mobilenetv1_025", "plan.batch_size": "8"}, size=32)
     card = Card(model=recipe.model, num_classes=10, preprocessing=recipe.preprocessing.to_dict())
     torch.manual_seed(0)
     model = create_model(recipe.model, num_classes=10).eval()

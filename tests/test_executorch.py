@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from available_runtimes import require
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes.exporter import trace
-from onefold.runtimes.reference_logits import make_images
+from onefold.runtimes.reference_logits import make_reference_images
 
 require("executorch")
 SHAPE = (3, 32, 32)
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sessions_of_other_numbers_of_threads_do_not_hurt_each_other(folder: Path) -> None:
     """The pool of threads is one: each change makes it anew, under the programs of all the others."""
-    x = make_images(SHAPE, num_images=3, seed=1)
+    x = make_reference_images(SHAPE, num_images=3, seed=1)
     with torch.inference_mode():
         expected = small()(torch.from_numpy(x)).numpy()
     sessions = [load(folder, threads=threads) for threads in (1, 2, 1, 3)]
@@ -74,11 +74,11 @@ def test_the_whole_network_goes_to_xnnpack() -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     from onefold.runtimes import executorch as runtime
-    from onefold.runtimes.base import quiet
+    from onefold.runtimes.base import suppress_output
 
     program = trace(small(), torch.zeros(2, *SHAPE))
     partitioner = runtime._partition().XnnpackPartitioner()
-    with quiet():
+    with suppress_output():
         lowered = to_edge_transform_and_lower(runtime._with_batch_of_one(program), partitioner=[partitioner])
     calls = [node.target.__name__ for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
     assert calls == ["executorch_call_delegate", "getitem"]
@@ -118,7 +118,7 @@ def test_layers_of_8_bits_answer_as_pytorch_simulates_them(tmp_path: Path) -> No
 
     torch.manual_seed(5)
     model = Whole().eval()
-    x = make_images(SHAPE, num_images=8, seed=2)
+    x = make_reference_images(SHAPE, num_images=8, seed=2)
     with torch.inference_mode():
         expected = model(torch.from_numpy(x)).numpy()
     runtime.export(trace(model, torch.from_numpy(x)), tmp_path, info=ModelInfo(model="w", fused=True), precision="int8")

@@ -109,11 +109,11 @@ def test_the_installation_tells_what_it_has(
     installed: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def loaded(name: str) -> ctypes.CDLL | None:
-        native.ORIGINS[name] = "not compiled: slower" if name == "roofline" else "from the wheel, for x"
+        native.LIBRARY_ORIGINS[name] = "not compiled: slower" if name == "roofline" else "from the wheel, for x"
         return None
 
-    monkeypatch.setattr(native, "ORIGINS", {})
-    monkeypatch.setattr(native, "loaded", loaded)
+    monkeypatch.setattr(native, "LIBRARY_ORIGINS", {})
+    monkeypatch.setattr(native, "load_library", loaded)
     installed |= {"onnx", "onnxruntime", "timm"}
     assert main(["info"]) == 0
     said = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())

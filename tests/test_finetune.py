@@ -13,22 +13,30 @@ from torch import nn
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.train import SGD, Plan, decay_groups
-from onefold.train.optim import create_optimizer, freeze_, frozen_modules, levels, lr_scales, set_rates_, train_mode_
+from onefold.train.optim import (
+    create_optimizer,
+    freeze_,
+    frozen_modules,
+    layer_levels,
+    layer_lr_scales,
+    set_lr_and_decay_,
+    train_mode_,
+)
 from training_kit import PLAN, StoppedError, fresh, network, stop_at
 
 # ---------------------------------------------------------------------------------- levels and rates
 
 
 def test_levels_are_the_stem_each_stage_and_the_head():
-    assert levels(create_model("mobileone_s1")) == ["stem", *(f"stages.{i}" for i in range(4)), "head"]
-    assert levels(create_model("mobileformer_26m", num_classes=2))[0::5] == ["stem", "head"]
+    assert layer_levels(create_model("mobileone_s1")) == ["stem", *(f"stages.{i}" for i in range(4)), "head"]
+    assert layer_levels(create_model("mobileformer_26m", num_classes=2))[0::5] == ["stem", "head"]
 
 
 def test_rates_fall_by_one_factor_a_level_in_closed_form():
     model = create_model("mobilenetv1_025", num_classes=3)
     plan = Plan(epochs=1, batch_size=2, optimizer=SGD(lr=0.4), layer_decay=0.5)
     optimizer = create_optimizer(model, plan)
-    set_rates_(optimizer, 0.2, 0.01)
+    set_lr_and_decay_(optimizer, 0.2, 0.01)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert len(rate) == len(named)
@@ -42,14 +50,14 @@ def test_groups_that_decay_are_the_same_with_and_without_a_layer_decay():
     model = network()
     for decay in (1.0, 0.7):
         optimizer = create_optimizer(model, replace(PLAN, layer_decay=decay))
-        set_rates_(optimizer, 0.1, 0.02)
+        set_lr_and_decay_(optimizer, 0.1, 0.02)
         names = {id(p): name for name, p in model.named_parameters()}
         decaying = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
         assert decaying == set(decay_groups(model, PLAN.weight_decay.skip)["decay"])
 
 
 def test_a_network_that_is_no_sequence_of_levels_has_rates_too():
-    scales = lr_scales(nn.Linear(2, 2), 0.5)
+    scales = layer_lr_scales(nn.Linear(2, 2), 0.5)
     assert set(scales) == {"weight", "bias"}
 
 

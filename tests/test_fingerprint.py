@@ -17,7 +17,15 @@ from PIL import Image
 from onefold.data import ImageFiles, open_dataset
 from onefold.data import fingerprint as fingerprints
 from onefold.data.dataset import Dataset, Subset
-from onefold.data.fingerprint import Copies, ImageList, TrainedOn, copies_among, fingerprint, keys_of, trained_among
+from onefold.data.fingerprint import (
+    ImageList,
+    TrainedCopies,
+    TrainedOn,
+    count_trained_copies,
+    find_trained_images,
+    fingerprint,
+    image_keys,
+)
 from onefold.data.remote import LocalFile, digest_bytes
 from onefold.data.tars import read_tar_index
 from onefold.errors import BadArgument, BadCheckpoint
@@ -44,16 +52,16 @@ def scenes(root: Path, numbers: range, base: int = 0) -> Dataset:
 
 def test_records_know_copies_by_their_pixels_where_pixels_tell(tmp_path: Path) -> None:
     trained = scenes(tmp_path / "trained", range(40))
-    record = TrainedOn.of(keys_of(trained, "content"), "content").with_pixels(trained)
+    record = TrainedOn.of(image_keys(trained, "content"), "content").with_pixels(trained)
     assert record.pixels.shape == (40, 2)
     assert np.array_equal(TrainedOn.from_dict(json.loads(json.dumps(record.to_dict()))).pixels, record.pixels)
     again = scenes(tmp_path / "again", range(30, 50))
     for i in range(30, 50):
         with Image.open(tmp_path / "again/a" / f"{i}.png") as image:
             image.resize((72, 48)).save(tmp_path / "again/a" / f"{i}.png")
-    assert copies_among([record], again) == Copies(found=10, looked_at=20)
-    assert copies_among([record], trained) == Copies(found=0, looked_at=0)  # content knows them all
-    assert copies_among([replace(record, pixels=record.pixels[:0])], again) is None
+    assert count_trained_copies([record], again) == TrainedCopies(found=10, looked_at=20)
+    assert count_trained_copies([record], trained) == TrainedCopies(found=0, looked_at=0)  # content knows them all
+    assert count_trained_copies([replace(record, pixels=record.pixels[:0])], again) is None
     old = {key: value for key, value in record.to_dict().items() if key != "pixels"}
     assert len(TrainedOn.from_dict(old).pixels) == 0
     for wrong in ("AAAA", 5, record.to_dict()["pixels"] * 500):
@@ -121,18 +129,18 @@ def test_a_tar_that_is_rewritten_with_the_same_size_and_time_is_indexed_anew(tmp
 
 def test_images_are_known_wherever_they_lie_and_whatever_they_are_called(tmp_path: Path) -> None:
     first = paint(tmp_path / "first")
-    record = TrainedOn.of(keys_of(Subset(first, [0, 1, 4]), "content"), "content", seed=3, val_fraction=0.25)
+    record = TrainedOn.of(image_keys(Subset(first, [0, 1, 4]), "content"), "content", seed=3, val_fraction=0.25)
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     os.rename(tmp_path / "second/a/0.bmp", tmp_path / "second/a/renamed.bmp")
     (tmp_path / "second/a/2.bmp").write_bytes(b"")
     second = open_dataset(tmp_path / "second", "train", seed=0, val_fraction=0.0)
-    seen = {second.name(i): known for i, known in enumerate(trained_among([record], second))}
+    seen = {second.name(i): known for i, known in enumerate(find_trained_images([record], second))}
     assert [name for name, known in seen.items() if known] == ["a/1.bmp", "a/renamed.bmp", "b/0.bmp"]
     assert seen["a/2.bmp"] is False  # empty, and so not what was trained on
     again = TrainedOn.from_dict(json.loads(json.dumps(record.to_dict())))
     assert again.to_dict() == record.to_dict()
-    assert trained_among([again], second) == list(seen.values())
-    assert trained_among([], second) == [False] * 8
+    assert find_trained_images([again], second) == list(seen.values())
+    assert find_trained_images([], second) == [False] * 8
 
 
 def test_of_more_images_than_keys_some_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:

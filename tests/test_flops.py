@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onefold.models import CATALOGUE, create_model
-from onefold.models.flops import cost
+from onefold.models.flops import count_flops
 from onefold.reparam import fuse
 
 # name: parameters, multiply-adds at 224 of the folded network; the same of the training network. arXiv 2206.04040,
@@ -58,7 +58,7 @@ def test_mobileone_costs_what_the_paper_says_before_and_after_folding(name: str)
     params, macs, train_params, train_macs = MOBILEONE[name]
     gates = S4_GATES if name == "mobileone_s4" else 0
     net = create_model(name).eval()
-    train, folded = cost(net, 224), cost(fuse(net), 224)
+    train, folded = count_flops(net, 224), count_flops(fuse(net), 224)
     assert (folded.params, folded.macs - folded.gate_macs, folded.gate_macs) == (params, macs, gates)
     assert (train.params, train.macs - train.gate_macs, train.gate_macs) == (train_params, train_macs, gates)
     assert folded.elementwise == 0
@@ -68,20 +68,20 @@ def test_mobileone_costs_what_the_paper_says_before_and_after_folding(name: str)
 def test_mobilenetv1_costs_what_the_paper_says_at_each_resolution(name: str) -> None:
     params, macs = MOBILENETV1[name]
     net = create_model(name)
-    counts = [cost(net, size) for size in (224, 192, 160, 128)[: len(macs)]]
+    counts = [count_flops(net, size) for size in (224, 192, 160, 128)[: len(macs)]]
     assert [count.params for count in counts] == [params] * len(macs)
     assert tuple(count.macs for count in counts) == macs
 
 
 @pytest.mark.parametrize("name", ["mobilenetv1_025.tf", "mobilenetv1_025.timm", "mobilenetv1_025.leaky"])
 def test_flavours_cost_the_same(name: str) -> None:
-    assert cost(create_model(name), 160) == cost(create_model("mobilenetv1_025"), 160)
+    assert count_flops(create_model(name), 160) == count_flops(create_model("mobilenetv1_025"), 160)
 
 
 @pytest.mark.parametrize("name", MOBILEFORMER)
 def test_mobileformer_costs_what_the_paper_says(name: str) -> None:
     params, macs, published = MOBILEFORMER[name]
-    count = cost(create_model(name), 224)
+    count = count_flops(create_model(name), 224)
     assert (count.params, count.macs) == (params, macs)
     assert round((count.macs + count.elementwise) / 1e6, 1) == published
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 def test_convolutions_products_and_linears_are_counted_by_their_formulas() -> None:
     height, width = 16, 24
     patches = (height // 4) * (width // 4)
-    count = cost(Attention(), (height, width))
+    count = count_flops(Attention(), (height, width))
     assert count.macs == patches * 8 * (1 * 4 * 4) + 2 * patches * patches * 8 + patches * 8 * 3
     assert count.params == (8 * 16 + 8) + 2 * 8 + (8 * 3 + 3)
     assert count.elementwise == patches * 8
@@ -122,24 +122,26 @@ def test_convolutions_products_and_linears_are_counted_by_their_formulas() -> No
 def test_a_network_is_counted_as_in_eval_mode_and_left_as_it_was() -> None:
     net = create_model("mobilenetv1_025", in_chans=4)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    count = cost(net, 64)
+    count = count_flops(net, 64)
     assert net.training
     assert all(p.requires_grad and p.device.type == "cpu" for p in net.parameters())
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks for module in net.modules())
-    assert count == cost(net.eval(), 64)
-    assert count.macs - cost(create_model("mobilenetv1_025"), 64).macs == 8 * 9 * 32 * 32  # one more input channel
+    assert count == count_flops(net.eval(), 64)
+    assert (
+        count.macs - count_flops(create_model("mobilenetv1_025"), 64).macs == 8 * 9 * 32 * 32
+    )  # one more input channel
 
 
 def test_counting_needs_no_memory_and_knows_half_precision() -> None:
     with torch.device("meta"):
         net = create_model("mobileone_s1")
-    assert cost(net.half(), 224).macs == MOBILEONE["mobileone_s1"][3]
+    assert count_flops(net.half(), 224).macs == MOBILEONE["mobileone_s1"][3]
 
 
 def test_a_network_without_a_convolution_is_refused() -> None:
     with pytest.raises(ValueError, match="no convolution"):
-        cost(nn.Linear(3, 3), 224)
+        count_flops(nn.Linear(3, 3), 224)
 
 
 class _EveryRule(nn.Module):
@@ -165,7 +167,7 @@ def test_shapes_that_are_worked_out_here_are_torchs() -> None:
     model, image = _EveryRule().eval(), torch.zeros(1, 3, 33, 29)
     with FlopCounterMode(display=False) as theirs:
         model(image)
-    assert cost(model, (33, 29)).macs == theirs.get_total_flops() // 2
+    assert count_flops(model, (33, 29)).macs == theirs.get_total_flops() // 2
 
 
 def test_no_compiler_is_imported_to_count_to_fuse_or_to_open_fused_weights() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from onefold.data import Augment, HorizontalFlip, ImageLoader, Preprocessing, RandomResizedCrop
 from onefold.data.crop import CropBox
-from onefold.data.decode import decode, decode_crop
+from onefold.data.decode import decode_crop, decode_image
 from onefold.data.folders import ImageFiles
 from onefold.errors import BadData
 from test_decode import SEEDS, mutated
@@ -37,7 +37,10 @@ def taken(path: Path) -> str | None:
     """Why a file is refused, None where it is not; both ways of reading it must hold to their word."""
     started = time.process_time()
     why = []
-    for read in (lambda: decode_crop(path, WINDOW).resized().shape == (16, 16, 3), lambda: decode(path).mode == "RGB"):
+    for read in (
+        lambda: decode_crop(path, WINDOW).resized().shape == (16, 16, 3),
+        lambda: decode_image(path).mode == "RGB",
+    ):
         try:
             sound, reason = read(), None
         except BadData as error:

@@ -26,9 +26,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from onefold.errors import MissingExtra
-from onefold.quantize import MINMAX, quantize
+from onefold.quantize import MINMAX_METHOD, quantize
 from onefold.reparam import Chain, Sum, fuse
-from onefold.runtimes import RUNTIMES, ModelInfo, export, find_runtime
+from onefold.runtimes import RUNTIMES, ModelInfo, export, import_runtime
 from onefold.train import Checkpoint
 from training_kit import PLAN, StoppedError, fresh, stop_at
 
@@ -38,7 +38,7 @@ CASES = [
     (name, precision)
     for name in RUNTIMES
     for precision in ("fp32", "int8")
-    if precision in find_runtime(name).PRECISIONS
+    if precision in import_runtime(name).PRECISIONS
 ]
 SLOW = ("openvino", "executorch", "litert", "coreml")
 
@@ -185,7 +185,9 @@ def artifact_facts(folder: Path, runtime: str, precision: str) -> dict[str, Any]
         licence="Apache-2.0",
         source="tests",
     )
-    made = quantize(model, images(16), replace(MINMAX, power_of_two_scales=True)) if precision == "int8" else model
+    made = (
+        quantize(model, images(16), replace(MINMAX_METHOD, power_of_two_scales=True)) if precision == "int8" else model
+    )
     export(made, images(2).numpy(), folder, runtime=runtime, info=info, precision=precision)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("model.")}

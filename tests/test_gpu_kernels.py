@@ -17,11 +17,11 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from onefold.reparam.kernels import triton_base  # noqa: E402
-from onefold.reparam.kernels.base import Act, Geometry, Passes  # noqa: E402
-from onefold.reparam.kernels.reference import Reference  # noqa: E402
+from onefold.reparam.kernels.base import Backend, ClampMax, Geometry  # noqa: E402
+from onefold.reparam.kernels.reference import ReferenceBackend  # noqa: E402
 from onefold.reparam.kernels.triton_base import POINTWISE, supports  # noqa: E402
-from onefold.reparam.kernels.triton_depthwise import Depthwise  # noqa: E402
-from onefold.reparam.kernels.triton_pointwise import Pointwise  # noqa: E402
+from onefold.reparam.kernels.triton_depthwise import TritonDepthwise  # noqa: E402
+from onefold.reparam.kernels.triton_pointwise import TritonPointwise  # noqa: E402
 
 INF = float("inf")
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
@@ -33,9 +33,9 @@ def depth(channels: int, kernel: int = 3, stride: int = 1, padding: int | None =
     return Geometry(channels, (kernel, kernel), (stride, stride), (around, around))
 
 
-def gpu(geometry: Geometry) -> Passes:
+def gpu(geometry: Geometry) -> Backend:
     """The passes of a kind of unit, as `passes_for` chooses them for a batch on a GPU."""
-    return Pointwise() if geometry == POINTWISE else Depthwise()
+    return TritonPointwise() if geometry == POINTWISE else TritonDepthwise()
 
 
 # shape of the input, outputs, geometry; the sizes are no multiples of a block, and small: the interpreter is slow
@@ -81,7 +81,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 class Batch:
     """Inputs of all four passes, in `dtype` and `where`, and the same values in float64."""
 
-    def __init__(self, name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, where: torch.memory_format, act: ClampMax) -> None:
         torch.manual_seed(len(name))
         shape, outputs, self.geometry = CASES[name]
         groups, taps = self.geometry.groups, self.geometry.kernel_size[0] * self.geometry.kernel_size[1]
@@ -92,8 +92,8 @@ class Batch:
         self.bias = torch.randn(outputs).double().to(DEVICE) + 1
         self.quad = torch.randn(groups, size, size).double().to(DEVICE) / size
         self.shift = torch.randn(groups, size).double().to(DEVICE)
-        self.mean = Reference().moments(self.x, self.geometry).mean
-        exact = Reference().convolve(self.x.double(), self.kernel, self.bias, self.mean, self.geometry, act)
+        self.mean = ReferenceBackend().moments(self.x, self.geometry).mean
+        exact = ReferenceBackend().convolve(self.x.double(), self.kernel, self.bias, self.mean, self.geometry, act)
         self.y = exact.to(dtype).contiguous(memory_format=where)
         self.grad = torch.randn(self.y.shape).to(DEVICE, dtype).contiguous(memory_format=where)
         self.act, self.dtype = act, dtype
@@ -115,7 +115,10 @@ def as_given(ours: Tensor, x: Tensor) -> None:
 def test_moments(name: str, dtype: torch.dtype, where: torch.memory_format) -> None:
     batch = Batch(name, dtype, where, None)
     assert supports(batch.x, batch.geometry)
-    ours, exact = gpu(batch.geometry).moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
+    ours, exact = (
+        gpu(batch.geometry).moments(batch.x, batch.geometry),
+        ReferenceBackend().moments(batch.x, batch.geometry),
+    )
     assert ours.num == exact.num
     assert ours.mean.dtype == ours.covariance.dtype == torch.float64
     assert away(ours.mean, exact.mean) < CLOSE[dtype] / 10
@@ -128,16 +131,16 @@ def test_moments_of_values_far_from_zero(name: str, dtype: torch.dtype) -> None:
     batch = Batch(name, dtype, LAST, None)
     x = (100 + torch.randn_like(batch.x.float())).to(dtype)
     geometry = batch.geometry if name == "point" else depth(x.shape[1], padding=0)  # zeros around are far from 100
-    ours, exact = gpu(geometry).moments(x, geometry), Reference().moments(x, geometry)
+    ours, exact = gpu(geometry).moments(x, geometry), ReferenceBackend().moments(x, geometry)
     assert away(ours.mean, exact.mean) < 1e-6
     assert away(ours.covariance, exact.covariance) < 1e-5  # in half precision as well: such differences are exact
 
 
 @EVERY
-def test_convolve(name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
+def test_convolve(name: str, dtype: torch.dtype, where: torch.memory_format, act: ClampMax) -> None:
     batch = Batch(name, dtype, where, act)
     rest = (batch.kernel, batch.bias, batch.mean, batch.geometry, act)
-    ours, exact = gpu(batch.geometry).convolve(batch.x, *rest), Reference().convolve(batch.x.double(), *rest)
+    ours, exact = gpu(batch.geometry).convolve(batch.x, *rest), ReferenceBackend().convolve(batch.x.double(), *rest)
     as_given(ours, batch.x)
     assert away(ours, exact) < CLOSE[dtype] / 2
 
@@ -152,20 +155,20 @@ def test_convolve_keeps_a_nan() -> None:
 
 
 @EVERY
-def test_kernel_grad(name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
+def test_kernel_grad(name: str, dtype: torch.dtype, where: torch.memory_format, act: ClampMax) -> None:
     batch = Batch(name, dtype, where, act)
     rest = (batch.grad, batch.y, batch.x, batch.mean, batch.geometry, act)
-    ours, exact = gpu(batch.geometry).kernel_grad(*rest), Reference().kernel_grad(*rest)
+    ours, exact = gpu(batch.geometry).kernel_grad(*rest), ReferenceBackend().kernel_grad(*rest)
     assert away(ours[0], exact[0]) < 1e-5  # in half precision as well: the products are exact
     assert away(ours[1], exact[1]) < 1e-5
 
 
 @EVERY
-def test_input_grad(name: str, dtype: torch.dtype, where: torch.memory_format, act: Act) -> None:
+def test_input_grad(name: str, dtype: torch.dtype, where: torch.memory_format, act: ClampMax) -> None:
     batch = Batch(name, dtype, where, act)
     rest: Any = (batch.kernel, batch.mean, batch.quad, batch.shift, batch.geometry, act)
     ours = gpu(batch.geometry).input_grad(batch.grad, batch.y, batch.x, *rest)
-    exact = Reference().input_grad(batch.grad.double(), batch.y, batch.x.double(), *rest)
+    exact = ReferenceBackend().input_grad(batch.grad.double(), batch.y, batch.x.double(), *rest)
     as_given(ours, batch.x)
     assert away(ours, exact) < CLOSE[dtype]
 
@@ -176,7 +179,7 @@ def test_the_quadratic_term_of_float16_keeps_its_digits() -> None:
     mean, quad, shift = batch.mean - 3e4, batch.quad * 1e-8, 0 * batch.shift
     rest: Any = (batch.kernel, mean, quad, shift, batch.geometry, None)
     ours = gpu(batch.geometry).input_grad(torch.zeros_like(batch.grad), batch.y, batch.x, *rest)
-    exact = Reference().input_grad(torch.zeros_like(batch.grad).double(), batch.y, batch.x.double(), *rest)
+    exact = ReferenceBackend().input_grad(torch.zeros_like(batch.grad).double(), batch.y, batch.x.double(), *rest)
     assert away(ours, exact) < CLOSE[torch.float16]
 
 
@@ -186,16 +189,16 @@ def test_gradients_of_another_layout(name: str) -> None:
     grad = torch.ones((), device=DEVICE).expand(batch.y.shape)  # as `sum` gives it
     rest: Any = (batch.y.contiguous(), batch.x)
     quads: Any = (batch.kernel, batch.mean, batch.quad, batch.shift, batch.geometry, INF)
-    exact = Reference().input_grad(grad.double(), batch.y, batch.x.double(), *quads)
+    exact = ReferenceBackend().input_grad(grad.double(), batch.y, batch.x.double(), *quads)
     assert away(gpu(batch.geometry).input_grad(grad, *rest, *quads), exact) < 1e-5
     ours = gpu(batch.geometry).kernel_grad(grad, *rest, batch.mean, batch.geometry, INF)
-    assert away(ours[0], Reference().kernel_grad(grad, *rest, batch.mean, batch.geometry, INF)[0]) < 1e-5
+    assert away(ours[0], ReferenceBackend().kernel_grad(grad, *rest, batch.mean, batch.geometry, INF)[0]) < 1e-5
 
 
 def test_a_slice_of_a_map_is_read_where_it_lies() -> None:
     batch = Batch("depth", torch.float32, LAST, None)
     x = torch.cat([batch.x, batch.x], 1)[:, : batch.x.shape[1]]
-    ours, exact = gpu(batch.geometry).moments(x, batch.geometry), Reference().moments(batch.x, batch.geometry)
+    ours, exact = gpu(batch.geometry).moments(x, batch.geometry), ReferenceBackend().moments(batch.x, batch.geometry)
     assert away(ours.covariance, exact.covariance) < 1e-5
 
 
@@ -204,10 +207,13 @@ def test_a_slice_of_a_map_is_read_where_it_lies() -> None:
 def test_a_program_sums_many_blocks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(name, dtype, LAST, INF)
     sums: Any = (batch.grad, batch.y, batch.x, batch.mean, batch.geometry, INF)
-    monkeypatch.setattr(triton_base, "PROGRAMS", 1)
-    ours, exact = gpu(batch.geometry).moments(batch.x, batch.geometry), Reference().moments(batch.x, batch.geometry)
+    monkeypatch.setattr(triton_base, "_PROGRAMS", 1)
+    ours, exact = (
+        gpu(batch.geometry).moments(batch.x, batch.geometry),
+        ReferenceBackend().moments(batch.x, batch.geometry),
+    )
     assert away(ours.covariance, exact.covariance) < CLOSE[dtype]
-    assert away(gpu(batch.geometry).kernel_grad(*sums)[0], Reference().kernel_grad(*sums)[0]) < 1e-5
+    assert away(gpu(batch.geometry).kernel_grad(*sums)[0], ReferenceBackend().kernel_grad(*sums)[0]) < 1e-5
 
 
 def test_the_same_bits_twice() -> None:

@@ -22,27 +22,27 @@ from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Procedure
 from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.cli import main
-from onefold.commands.bench import known_accuracy, note_accuracy
-from onefold.commands.calibration import Calibration, quantized
+from onefold.commands.bench import save_accuracy, saved_accuracy
+from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.deploy import _photos
 from onefold.commands.deployment import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
-from onefold.commands.export import ExportOptions, export_network
+from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import (
-    DATA,
-    IMAGES,
-    Records,
+    DATA_FILE,
+    IMAGES_FILE,
+    TrainingRecords,
+    calibration_photos,
+    evaluation_sets,
     find_run_data,
-    from_card,
-    move_run_data,
     open_data,
-    photos_to_calibrate,
-    photos_to_deploy,
     read_run_data,
-    records_of,
-    sets_to_evaluate,
-    to_card,
+    records_from_dict,
+    records_to_dict,
+    split_photos,
+    training_records,
+    update_run_data_location,
     write_run_data,
 )
 from onefold.commands.open_network import open_network, open_predictor
@@ -50,14 +50,14 @@ from onefold.commands.run_recipe import read_recipe
 from onefold.commands.train import resume_run, start_run
 from onefold.data import open_dataset, read_dataset
 from onefold.data.dataset import Dataset
-from onefold.data.fingerprint import TrainedOn, keys_of
+from onefold.data.fingerprint import TrainedOn, image_keys
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models import create_model
 from onefold.models.hub import Card, read_card, save_weights
-from onefold.quantize import Method
+from onefold.quantize import QuantizationMethod
 from onefold.recipes import find_recipe
-from onefold.recipes.recipe import at_size, override
-from onefold.report import ACCURACY
+from onefold.recipes.recipe import override, with_image_size
+from onefold.report import ACCURACY_FILE
 
 NAME = "mobilenetv1_025"
 SPLIT = {"seed": 1, "val_fraction": 0.25}
@@ -84,7 +84,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(home)
     try:
-        recipe = at_size(override(find_recipe("photos:probe"), {**changes, "data.spec": "photos"}), 32)
+        recipe = with_image_size(override(find_recipe("photos:probe"), {**changes, "data.spec": "photos"}), 32)
         start_run(recipe, Path("run"), check=False)
     finally:
         os.chdir(before)
@@ -106,8 +106,8 @@ def held_out_of(home: Path) -> set[str]:
     return names_of(open_dataset(home / "photos", "val", seed=1, val_fraction=0.25))
 
 
-def records(home: Path) -> Records:
-    found = records_of(home / "run", open_network(home / "run").card.trained_on)
+def records(home: Path) -> TrainingRecords:
+    found = training_records(home / "run", open_network(home / "run").card.trained_on)
     assert found is not None
     return found
 
@@ -116,7 +116,7 @@ def records(home: Path) -> Records:
 
 
 def test_a_run_is_evaluated_on_what_it_held_out_whatever_the_folder_is_called(home: Path, scratch: Path) -> None:
-    own = sets_to_evaluate(home / "run", None, records(home))
+    own = evaluation_sets(home / "run", None, records(home))
     (scratch / "photos").rename(scratch / "elsewhere")
     for place in (home / "photos", scratch / "elsewhere"):
         for source in (home / "run", fused_file(home, scratch)):
@@ -147,7 +147,7 @@ def test_a_score_on_what_was_trained_on_says_so_in_its_line_and_its_row(
     assert "18 images, 18 of them were trained on: the score is optimistic" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trained_on"] == 18
-    (noted,) = read_sealed_json(tmp_path / ACCURACY).values()
+    (noted,) = read_sealed_json(tmp_path / ACCURACY_FILE).values()
     assert noted["top1_trained_on"] == 18
     paint(tmp_path / "new", first=50)
     assert main(["eval", str(home / "run"), "--data", str(tmp_path / "new"), "--results", str(tmp_path), "--json"]) == 0
@@ -174,7 +174,7 @@ def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixel
         assert "known by their files only" not in said.err
         assert main([*words, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["copies_of_trained"] == 18
-    assert {entry["top1_trained_on"] for entry in read_sealed_json(tmp_path / ACCURACY).values()} == {18}
+    assert {entry["top1_trained_on"] for entry in read_sealed_json(tmp_path / ACCURACY_FILE).values()} == {18}
     deployed = _photos(open_network(home / "run"), deployment(again, val=str(again)), calibrates=False)
     assert "22 photos, 0 of them trained on, 18 more by their pixels copies of trained ones" in deployed.title
 
@@ -182,13 +182,13 @@ def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixel
 def test_a_split_of_the_place_counts_and_test_is_scored_beside_val(home: Path, tmp_path: Path) -> None:
     for number, split in enumerate(("train", "val", "test")):
         paint(tmp_path / split, count=3, first=10 * number)
-    sets = sets_to_evaluate("x", str(tmp_path), records(home))
+    sets = evaluation_sets("x", str(tmp_path), records(home))
     assert [title.rpartition(" ")[2] for title in sets] == ["(val)", "(test)"]
     assert [sorted(names_of(images))[0] for images in sets.values()] == ["cat/10.png", "cat/20.png"]
 
 
 def test_an_older_run_is_known_by_its_recipe_and_strange_weights_by_nothing(home: Path, scratch: Path) -> None:
-    for name in (DATA, IMAGES):
+    for name in (DATA_FILE, IMAGES_FILE):
         (scratch / "run" / name).unlink()
     for name in ("last", "previous"):  # those of older runs keep no recipe
         shutil.rmtree(scratch / "run" / name)
@@ -196,23 +196,23 @@ def test_an_older_run_is_known_by_its_recipe_and_strange_weights_by_nothing(home
     plain = recipe.to_dict()
     plain["data"]["spec"] = str(scratch / "photos")
     (scratch / "run/recipe.json").write_text(json.dumps(plain))
-    found = records_of(scratch / "run", None)
+    found = training_records(scratch / "run", None)
     assert found is not None
     assert found[0].to_dict() == records(home)[0].to_dict()
-    assert records_of(home / "blank.safetensors", None) is None
-    assert records_of("x", {"records": [{"images": 1}]}) is None
-    images = next(iter(sets_to_evaluate("x", str(home / "photos"), None).values()))
+    assert training_records(home / "blank.safetensors", None) is None
+    assert training_records("x", {"records": [{"images": 1}]}) is None
+    images = next(iter(evaluation_sets("x", str(home / "photos"), None).values()))
     assert len(images) == 24
 
 
 def test_weights_that_start_from_weights_know_both(home: Path) -> None:
     first = records(home)
     other = TrainedOn.of(["0" * 24], "content")
-    both = from_card(json.loads(json.dumps(to_card([*first, other, *first]))))
+    both = records_from_dict(json.loads(json.dumps(records_to_dict([*first, other, *first]))))
     assert both is not None
     assert [record.images for record in both] == [18, 1]
     card = read_card(home / "run/best/model.safetensors")
-    assert card.trained_on == json.loads((home / "run" / DATA).read_text())["trained_on"]
+    assert card.trained_on == json.loads((home / "run" / DATA_FILE).read_text())["trained_on"]
 
 
 # ------------------------------------------------------------------------------ a run whose photos moved
@@ -225,7 +225,7 @@ def test_a_run_is_used_from_anywhere_and_moved_with_its_photos(
     assert resume_run(Path()).epoch == 0
     shutil.move(scratch / "photos", scratch / "run/moved")
     monkeypatch.chdir(scratch)
-    write_sealed_json(scratch / "run" / DATA, read_run_data(scratch / "run") | {"place": "/nowhere/photos"})
+    write_sealed_json(scratch / "run" / DATA_FILE, read_run_data(scratch / "run") | {"place": "/nowhere/photos"})
     assert main(["eval", "run"]) == 3
     assert "the photos of run were in /nowhere/photos, and are gone" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--data", "run/moved"]) == 0
@@ -250,8 +250,8 @@ def test_a_run_goes_on_where_the_photos_that_it_is_validated_on_have_moved(tmp_p
     with pytest.raises(BadData, match=r"were in .*/b, and are gone: say where they are with val=FOLDER when"):
         find_run_data(run, recipe, a)
     assert len(find_run_data(run, recipe, a, b).open().datasets["val"]) == 4
-    move_run_data(run, a, None)
-    move_run_data(run, None, b)
+    update_run_data_location(run, a, None)
+    update_run_data_location(run, None, b)
     assert (find_run_data(run, recipe).found.spec, find_run_data(run, recipe).found.val) == (a, b)
 
 
@@ -276,7 +276,7 @@ def test_an_evaluation_says_that_validation_images_are_others(
     home: Path, scratch: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (scratch / "photos" / min(held_out_of(home))).unlink()
-    sets_to_evaluate(scratch / "run", None, None)
+    evaluation_sets(scratch / "run", None, None)
     assert "these are not the images that" in caplog.text
 
 
@@ -286,28 +286,30 @@ def test_an_evaluation_says_that_validation_images_are_others(
 @pytest.mark.parametrize("count", [4, 200])
 def test_calibration_takes_what_was_trained_on_and_scores_take_the_rest(count: int, home: Path) -> None:
     place, known = str(home / "photos"), records(home)
-    photos = photos_to_deploy(place, known)
+    photos = split_photos(place, known)
     assert names_of(photos.scored) == held_out_of(home)
     assert not names_of(photos.calibration) & names_of(photos.scored)
-    assert names_of(photos_to_calibrate(place, known)) == names_of(photos.calibration)
-    order = Calibration(data=place, count=count, method=Method(clip_weights=False, correct_weights=False))
-    made = quantized(open_network(home / "run").fused()[0], order)
+    assert names_of(calibration_photos(place, known)) == names_of(photos.calibration)
+    order = CalibrationOptions(
+        data=place, count=count, method=QuantizationMethod(clip_weights=False, correct_weights=False)
+    )
+    made = calibrated_network(open_network(home / "run").fused()[0], order)
     assert made.calibrated_on is not None
     assert made.calibrated_on.images == made.made.images == min(count, 18)
     with open_predictor(home / "run") as predictor:
-        seen = replace(predictor, calibrated_on=to_card([made.calibrated_on]))
+        seen = replace(predictor, calibrated_on=records_to_dict([made.calibrated_on]))
         (result,) = evaluate_suite(seen, open_suite(home / "run", None, seen))
     assert result.calibrated_on == 0
 
 
 def test_without_a_record_a_fifth_is_held_out_and_copies_of_it_do_not_calibrate(home: Path, scratch: Path) -> None:
     place = scratch / "photos"
-    scored = photos_to_deploy(str(place), None).scored
+    scored = split_photos(str(place), None).scored
     assert names_of(scored) == names_of(open_dataset(place, "val", seed=0, val_fraction=0.2))
     for name in names_of(scored):
         shutil.copy(place / name, place / f"{name[:-4]}-copy.png")
-    photos = photos_to_deploy(str(place), None)
-    assert not set(keys_of(photos.calibration, "content")) & set(keys_of(photos.scored, "content"))
+    photos = split_photos(str(place), None)
+    assert not set(image_keys(photos.calibration, "content")) & set(image_keys(photos.scored, "content"))
 
 
 @pytest.mark.parametrize("layout", ["val", "test", "one a class"])
@@ -319,24 +321,24 @@ def test_photos_without_train_calibrate_and_score(layout: str, tmp_path: Path) -
             path.rename(folder / path.name)
     else:
         place = paint(tmp_path / layout, 5).parent
-    photos = photos_to_deploy(str(place), None)
+    photos = split_photos(str(place), None)
     assert (len(photos.calibration), len(photos.scored), photos.labelled) == (8, 2, True)
     assert not names_of(photos.calibration) & names_of(photos.scored)
     assert "the rest calibrates" in photos.title
-    assert len(photos_to_calibrate(str(place), None)) == 8
-    assert len(photos_to_deploy(str(place), None, calibrates=False).scored) == 10
+    assert len(calibration_photos(str(place), None)) == 8
+    assert len(split_photos(str(place), None, calibrates=False).scored) == 10
 
 
 def test_one_photo_is_too_few_to_calibrate_and_score(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / "photos/cat/0.png", tmp_path / "0.png")
-    photos = photos_to_deploy(str(tmp_path), None)
-    order = Calibration(data=str(tmp_path), photos=photos.calibration)
+    photos = split_photos(str(tmp_path), None)
+    order = CalibrationOptions(data=str(tmp_path), photos=photos.calibration)
     with pytest.raises(BadData, match="has no photos to calibrate with that can be read and are not to be scored"):
-        quantized(open_network(home / "run").fused()[0], order)
+        calibrated_network(open_network(home / "run").fused()[0], order)
 
 
 def deployment(place: Path, **more: Any) -> DeployOptions:
-    given = {"runtimes": ["onnx"], "precisions": ["int8"], "calibration": Calibration(data=str(place)), **more}
+    given = {"runtimes": ["onnx"], "precisions": ["int8"], "calibration": CalibrationOptions(data=str(place)), **more}
     return DeployOptions(**given, procedure=Procedure(samples=16))
 
 
@@ -373,7 +375,7 @@ def test_photos_without_labels_are_divided_and_the_title_says_why(home: Path, tm
 
 def test_photos_that_are_given_to_score_on_do_not_calibrate(home: Path) -> None:
     photos = _photos(open_network(home / "run"), deployment(home / "photos", val=str(home / "photos")), calibrates=True)
-    assert not set(keys_of(photos.calibration, "content")) & set(keys_of(photos.scored, "content"))
+    assert not set(image_keys(photos.calibration, "content")) & set(image_keys(photos.scored, "content"))
     assert "6 photos, 0 of them trained on" in photos.title
 
 
@@ -386,29 +388,38 @@ def test_the_interval_of_a_drop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "refused"), [(Method(), False), (Method(weight_qmax=63), True), (Method(weights="tensor"), True)]
+    ("method", "refused"),
+    [
+        (QuantizationMethod(), False),
+        (QuantizationMethod(weight_qmax=63), True),
+        (QuantizationMethod(weights="tensor"), True),
+    ],
 )
-def test_weights_trained_for_8_bits_keep_their_own(method: Method, refused: bool, home: Path, caplog: Any) -> None:
+def test_weights_trained_for_8_bits_keep_their_own(
+    method: QuantizationMethod, refused: bool, home: Path, caplog: Any
+) -> None:
     caplog.set_level(logging.INFO)
     fused = open_network(home / "run").fused()[0]
     inputs = torch.rand(2, 3, 32, 32)
     from onefold.quantize import calibrate_qat
 
-    params = calibrate_qat(fused.model, [inputs], Method(clip_weights=False))
+    params = calibrate_qat(fused.model, [inputs], QuantizationMethod(clip_weights=False))
     trained = replace(fused, card=replace(fused.card, int8=params.to_dict()))
-    order = Calibration(data=str(home / "photos"), method=method)
+    order = CalibrationOptions(data=str(home / "photos"), method=method)
     if refused:
         for given in (order, replace(order, data="")):  # an option counts without photos too
             with pytest.raises(BadArgument, match="was trained for 8 bits"):
-                quantized(trained, given)
+                calibrated_network(trained, given)
             with pytest.raises(BadArgument, match="of int8, not fp32"):
-                export_network(fused, home / "a", ExportOptions(runtimes=["onnx"], calibration=replace(given, data="")))
+                export_to_runtimes(
+                    fused, home / "a", ExportOptions(runtimes=["onnx"], calibration=replace(given, data=""))
+                )
         return
-    assert quantized(trained, replace(order, data="")).made.images == 0
+    assert calibrated_network(trained, replace(order, data="")).made.images == 0
     assert "keeps its own" not in caplog.text
     with pytest.raises(BadArgument, match="was not trained for int8: give photos"):
-        quantized(fused, replace(order, data=""))
-    made = quantized(trained, order)
+        calibrated_network(fused, replace(order, data=""))
+    made = calibrated_network(trained, order)
     assert (made.made.images, made.calibrated_on) == (0, None)
     assert "keeps its own" in caplog.text
 
@@ -434,7 +445,7 @@ def test_results_go_by_the_weights_not_by_the_names_of_files(home: Path, scratch
 def _note(home: Path, number: int) -> None:
     named = SimpleNamespace(facts={"sha256": str(number)})
     for _ in range(5):
-        note_accuracy(named, "x", float(number), home)  # type: ignore[arg-type]
+        save_accuracy(named, "x", float(number), home)  # type: ignore[arg-type]
 
 
 def test_two_writers_of_accuracies_lose_none(tmp_path: Path) -> None:
@@ -443,10 +454,10 @@ def test_two_writers_of_accuracies_lose_none(tmp_path: Path) -> None:
         process.start()
     for process in started:
         process.join()
-    assert sorted(json.loads((tmp_path / ACCURACY).read_text())) == ["0", "1", "2", "3", "checksum"]
-    assert known_accuracy({"sha256": "2"}, tmp_path)["top1"] == 2.0
-    for damaged in ((tmp_path / ACCURACY).read_text().replace("2.0", "92.0"), "{"):
-        (tmp_path / ACCURACY).write_text(damaged)
+    assert sorted(json.loads((tmp_path / ACCURACY_FILE).read_text())) == ["0", "1", "2", "3", "checksum"]
+    assert saved_accuracy({"sha256": "2"}, tmp_path)["top1"] == 2.0
+    for damaged in ((tmp_path / ACCURACY_FILE).read_text().replace("2.0", "92.0"), "{"):
+        (tmp_path / ACCURACY_FILE).write_text(damaged)
         with pytest.raises(BadData, match="is damaged"):
             _note(tmp_path, 1)
 
@@ -455,15 +466,15 @@ def test_a_run_of_batches_of_one_image_is_refused_where_norms_cannot_normalize(h
     changes = {"data.spec": str(home / "photos"), "model": NAME, "plan.epochs": "9", "plan.batch_size": "1"}
     recipe = override(find_recipe("photos:scratch"), {**changes, "start": "plain", "curriculum": "none"})
     with pytest.raises(BadArgument, match=r"see one value a channel of one image.*\(-b 2\)"):
-        start_run(at_size(recipe, 32), tmp_path / "run", check=False)
+        start_run(with_image_size(recipe, 32), tmp_path / "run", check=False)
     assert not (tmp_path / "run/recipe.json").exists()
     halves = override(recipe, {"plan.batch_size": "2", "plan.accumulate": "2"})
     with pytest.raises(BadArgument, match="which 2 share"):
-        start_run(at_size(halves, 32), tmp_path / "run", check=False)
+        start_run(with_image_size(halves, 32), tmp_path / "run", check=False)
 
 
 def test_the_run_keeps_what_its_dataset_is(home: Path) -> None:
-    kept = json.loads((home / "run" / DATA).read_text())["dataset"]
+    kept = json.loads((home / "run" / DATA_FILE).read_text())["dataset"]
     now = read_dataset(home / "photos", seed=1, val_fraction=0.25).info.to_dict()
     assert kept["splits"][0]["images_per_class"] == list(now["splits"][0]["images_per_class"])
     assert kept["classes"] == ["cat", "dog"]

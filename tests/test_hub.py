@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
-from onefold.checksums import seal, sealed_safetensors
-from onefold.commands.open_network import weights_file
+from onefold.checksums import sealed_safetensors, write_sealed_folder
+from onefold.commands.open_network import resolve_weights_file
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
@@ -43,12 +43,12 @@ from onefold.models.hub import (
     load_weights_,
     push_to_hub,
     read_card,
+    read_weights_card,
     save_pretrained,
     save_weights,
-    weights_card,
 )
-from onefold.models.safe_load import read
-from onefold.models.weights_file import Card, digest, verify
+from onefold.models.safe_load import read_tensors
+from onefold.models.weights_file import Card, tensors_sha256, verify_checksums
 from onefold.reparam import drift, fuse
 from onefold.train import RunFolder
 from onefold.train.checkpoint import save_best
@@ -118,13 +118,13 @@ def test_a_fused_network_comes_back_fused(model: nn.Module, tmp_path: Path) -> N
 def test_the_digest_is_the_one_that_is_documented(saved: Path) -> None:
     import hashlib
 
-    contents = read(saved)
+    contents = read_tensors(saved)
     sums = hashlib.sha256()
     for name, tensor in sorted(contents.tensors.items()):
         kind = {torch.float32: "float32", torch.int64: "int64"}[tensor.dtype]
         sums.update(f"{name} {kind} [{', '.join(map(str, tensor.shape))}]\n".encode())
         sums.update(tensor.numpy().tobytes())
-    assert contents.metadata["sha256"] == sums.hexdigest() == digest(contents.tensors)
+    assert contents.metadata["sha256"] == sums.hexdigest() == tensors_sha256(contents.tensors)
 
 
 def test_the_digest_sees_names_kinds_and_shapes() -> None:
@@ -137,14 +137,14 @@ def test_the_digest_sees_names_kinds_and_shapes() -> None:
         {"a": t.int()},
         {"a": t[:2], "b": t[2:]},
     ]
-    assert len({digest(v) for v in variants}) == len(variants)
+    assert len({tensors_sha256(v) for v in variants}) == len(variants)
 
 
 def test_any_flipped_bit_is_noticed(saved: Path, tmp_path: Path) -> None:
     """300 damaged copies: each is refused, or (a space in the header) holds exactly what was written."""
     whole, draw = saved.read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(whole[:8], "little")
-    before = read(saved)
+    before = read_tensors(saved)
     path, refused = tmp_path / "w.safetensors", 0
     for i in range(300):
         at = draw.randrange(8 * (header if i % 3 else len(whole)))
@@ -152,8 +152,8 @@ def test_any_flipped_bit_is_noticed(saved: Path, tmp_path: Path) -> None:
         damaged[at // 8] ^= 1 << at % 8
         path.write_bytes(damaged)
         try:
-            contents = read(path)
-            found = verify(contents, path)
+            contents = read_tensors(path)
+            found = verify_checksums(contents, path)
         except BadCheckpoint:
             refused += 1
             continue
@@ -240,7 +240,7 @@ def test_a_card_that_cannot_be_is_refused(metadata: dict[str, str], message: str
 def test_a_card_that_does_not_fit_its_tensors_is_refused(
     changes: dict[str, Any], message: str, saved: Path, tmp_path: Path
 ) -> None:
-    save_file(read(saved).tensors, tmp_path / "w.safetensors", resealed(**changes))
+    save_file(read_tensors(saved).tensors, tmp_path / "w.safetensors", resealed(**changes))
     with pytest.raises(BadCheckpoint, match=message):
         load_model(tmp_path / "w.safetensors")
 
@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_what_was_there(model: nn.Module, tmp_path: Path, mon
 def test_an_own_file_starts_another_network_too(saved: Path) -> None:
     """Fine-tuning what one has: the same names as for anybody's weights, other classes allowed."""
     started = create_model(NAME, num_classes=2, weights=saved)
-    assert torch.equal(started.state_dict()["stem.conv.0.weight"], read(saved).tensors["stem.conv.0.weight"])
+    assert torch.equal(started.state_dict()["stem.conv.0.weight"], read_tensors(saved).tensors["stem.conv.0.weight"])
     with pytest.raises(BadCheckpoint, match="other padding, activation or epsilon"):
         create_model(f"{NAME}.tf", num_classes=4, weights=saved)
     other, told = load_model(saved, num_classes=7)
@@ -293,7 +293,7 @@ def test_a_bare_state_dict_of_ours_needs_a_name(model: nn.Module, tmp_path: Path
 def test_a_runs_folder_is_verified_by_its_manifest(model: nn.Module, tmp_path: Path) -> None:
     """What training wrote up to 0.2: the card in the header, the sums in a manifest beside the file alone."""
     data = save(dict(model.state_dict()), card().to_metadata())
-    seal(tmp_path / "best", {"model.safetensors": data, "metrics.json": b"{}"})
+    write_sealed_folder(tmp_path / "best", {"model.safetensors": data, "metrics.json": b"{}"})
     assert load_model(tmp_path / "best")[1] == card()
     damaged = bytearray(data)
     damaged[-1000] ^= 1
@@ -341,7 +341,7 @@ def test_equal_networks_are_equal_files_that_others_can_read(model: nn.Module) -
     assert len(files) == 1
     content = files.pop()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert header["__metadata__"]["sha256"] == digest(tensors)
+    assert header["__metadata__"]["sha256"] == tensors_sha256(tensors)
     assert list(header["__metadata__"]) == ["card", "card_sha256", "format", "onefold", "sha256"]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load(content).items())
 
@@ -722,16 +722,16 @@ def test_the_averaged_weights_of_a_checkpoint_are_taken_said_and_chosen(
         assert bool(said) == bool(caplog.text)
     (tmp_path / "run/log.jsonl").write_text("")
     shutil.copytree(last, tmp_path / "run/best")
-    assert weights_file(f"{tmp_path / 'run'}:averaged") == weights_file(tmp_path / "run")
+    assert resolve_weights_file(f"{tmp_path / 'run'}:averaged") == resolve_weights_file(tmp_path / "run")
     with pytest.raises(BadArgument, match=r"run are averaged, and no plain ones are kept; .*/last:plain"):
-        weights_file(f"{tmp_path / 'run'}:plain")
+        resolve_weights_file(f"{tmp_path / 'run'}:plain")
 
 
 @pytest.mark.parametrize("config", [{}, {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "input_size": [3, 64, 64]}}])
 def test_grey_weights_are_prepared_for_by_the_averages_of_the_colours(tmp_path: Path, config: dict[str, Any]) -> None:
     torch.save(create_model(NAME, num_classes=2, in_chans=1).state_dict(), tmp_path / "w.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    told = Preprocessing.from_dict(weights_card(tmp_path / "w.pth", name=NAME).preprocessing)
+    told = Preprocessing.from_dict(read_weights_card(tmp_path / "w.pth", name=NAME).preprocessing)
     mean = sum(config["pretrained_cfg"]["mean"]) / 3 if config else (0.485 + 0.456 + 0.406) / 3
     assert (told.channels, told.mean) == (1, pytest.approx((mean,)))
     assert told.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))

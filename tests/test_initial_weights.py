@@ -18,16 +18,16 @@ from torch import nn
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands import initial_weights
-from onefold.commands.export import ExportOptions, export_network
-from onefold.commands.initial_weights import _tell_differences, initialized_from, provenance
-from onefold.commands.open_network import NameCheck, Network, open_network, predictor_of
+from onefold.commands.export import ExportOptions, export_to_runtimes
+from onefold.commands.initial_weights import _tell_differences, licence_and_source, with_preprocessing_of_weights
+from onefold.commands.open_network import ModelNameCheck, Network, make_predictor, open_network
 from onefold.commands.teachers import Student, TeacherAdapter, TeacherEnsemble, open_teacher, open_teachers
 from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
 from onefold.models import create_model
 from onefold.models.hub import Card, load_model, read_card, save_weights
-from onefold.recipes import Recipe, at_epochs, find_recipe, override
+from onefold.recipes import Recipe, find_recipe, override, with_epochs
 from onefold.reparam import fuse, unfused_norms
 from onefold.train import Checkpoint, Distill, fit_linear_probe
 from training_kit import StoppedError, stop_at
@@ -74,7 +74,7 @@ def weights(path: Path, *, fused: bool, num_classes: int = 7, name: str = NAME, 
 def recipe(photos: Path, source: Path, name: str = "photos:finetune", **changes: str) -> Recipe:
     """A recipe shrunk to one epoch of small images."""
     small = find_recipe(name, SIZE)
-    small = small if name == "photos:probe" else at_epochs(small, 1)
+    small = small if name == "photos:probe" else with_epochs(small, 1)
     given = {"data.spec": str(photos), "weights": str(source), "model": NAME, "plan.batch_size": "6"}
     return override(small, {**given, "plan.workers": "0", "start": "plain", **changes})
 
@@ -189,7 +189,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_takes_the_preprocessing_of_its_weights_and_says_so(half, caplog):
     caplog.set_level("INFO", "onefold")
     told = override(find_recipe("photos:finetune"), {"weights": str(half), "model": NAME})
-    taken = initialized_from(told, ())
+    taken = with_preprocessing_of_weights(told, ())
     assert taken.preprocessing == Preprocessing(
         size=96, crop_pct=1.0, mean=(0.5,), std=(0.25,), interpolation="bicubic", channels=1
     )
@@ -212,7 +212,7 @@ def test_what_the_user_states_stays(field, value, half):
     told = override(
         find_recipe("photos:finetune"), {"weights": str(half), "model": NAME, f"preprocessing.{field}": value}
     )
-    taken = initialized_from(told, [f"preprocessing.{field}"]).preprocessing
+    taken = with_preprocessing_of_weights(told, [f"preprocessing.{field}"]).preprocessing
     assert getattr(taken, field) == getattr(told.preprocessing, field)
     assert taken.channels == (3 if field in ("mean", "std", "channels") else 1)
     assert len(taken.mean) == len(taken.std) == taken.channels
@@ -223,7 +223,7 @@ def test_what_is_stated_otherwise_than_in_the_card_is_said(half, caplog):
     told = override(
         find_recipe("photos:finetune"), {"weights": str(half), "model": NAME, "preprocessing.interpolation": "nearest"}
     )
-    _tell_differences(read_card(half), initialized_from(told, ["preprocessing.interpolation"]))
+    _tell_differences(read_card(half), with_preprocessing_of_weights(told, ["preprocessing.interpolation"]))
     assert "were made for other preprocessing: interpolation bicubic, not nearest" in caplog.text
     caplog.clear()
     network = open_network(half)
@@ -237,22 +237,22 @@ def test_foreign_weights_bring_what_the_catalogue_says_of_them(tmp_path):
     name = "mobilenetv1_025.timm"
     torch.save(create_model(name, num_classes=3).state_dict(), tmp_path / "w.pth")
     told = override(find_recipe("photos:finetune"), {"weights": str(tmp_path / "w.pth"), "model": name})
-    taken = initialized_from(told, ()).preprocessing
+    taken = with_preprocessing_of_weights(told, ()).preprocessing
     assert (taken.mean, taken.interpolation) == ((0.5, 0.5, 0.5), "bicubic")
     gone = override(told, {"weights": str(tmp_path / "gone.pth")})
-    assert initialized_from(gone, ()) == gone
+    assert with_preprocessing_of_weights(gone, ()) == gone
 
 
 def test_licence_and_source_go_into_the_run_and_stay_when_it_goes_on(half, tmp_path, photos, caplog):
     told = override(find_recipe("photos:finetune"), {"weights": str(half), "data.spec": str(photos), "model": NAME})
     expected = ("apple-amlr", f"trained on {photos.name}, from half.safetensors (somebody's)")
-    assert provenance(told, None) == expected
+    assert licence_and_source(told, None) == expected
     card = Card(model=NAME, num_classes=3, licence=expected[0], source=expected[1])
     save_weights(create_model(NAME, num_classes=3).eval(), tmp_path / "best" / "model.safetensors", card)
     gone = override(told, {"weights": str(tmp_path / "gone.safetensors")})
-    assert provenance(gone, tmp_path) == expected
+    assert licence_and_source(gone, tmp_path) == expected
     caplog.set_level("INFO", "onefold")
-    assert provenance(gone, tmp_path / "empty")[0] == ""
+    assert licence_and_source(gone, tmp_path / "empty")[0] == ""
     assert "their licence is not known" in caplog.text
 
 
@@ -278,7 +278,7 @@ def test_a_teacher_sees_the_pictures_in_its_own_colours_and_answers_in_our_order
 
 def test_an_exported_artifact_teaches_as_the_network_does_at_its_own_size(tmp_path):
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
-    [artifact] = export_network(str(source), tmp_path / "a", ExportOptions(runtimes=["onnx"]))
+    [artifact] = export_to_runtimes(str(source), tmp_path / "a", ExportOptions(runtimes=["onnx"]))
     teachers = [open_teacher(str(s), torch.device("cpu")) for s in (source, artifact.folder)]
     images = torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -340,7 +340,7 @@ def test_norms_tell_which_of_the_names_weights_are_of(tmp_path):
     torch.save(model.eval().state_dict(), tmp_path / "w.pth")
     own = {name: open_network(tmp_path / "w.pth", name=name) for name in ("mobilenetv1_025", "mobilenetv1_025.tf")}
     fused = {name: network.fused()[0] for name, network in own.items()}  # whose norms are gone, but not the check
-    checks = {name: predictor_of(network).name_check for name, network in fused.items()}
+    checks = {name: make_predictor(network).name_check for name, network in fused.items()}
     seen = {name: network.preprocessing for name, network in own.items()}
     said = {
         name: check(
@@ -355,7 +355,7 @@ def test_norms_tell_which_of_the_names_weights_are_of(tmp_path):
     assert "does not seem to be mobilenetv1_025:" in said["mobilenetv1_025"]
     assert said["mobilenetv1_025"].endswith("under --model mobilenetv1_025.tf")
     source = weights(tmp_path / "own.safetensors", fused=False, num_classes=3)
-    assert NameCheck.of(open_network(source), source, NAME) is None  # its card says what it is
+    assert ModelNameCheck.of(open_network(source), source, NAME) is None  # its card says what it is
 
 
 def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsys):
@@ -363,7 +363,7 @@ def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsy
     photo = str(photos / "val" / "red" / "0.png")
     assert main(["predict", str(tmp_path / "b.pth"), photo, "--model", NAME, "--img-size", "32"]) == 4
     assert "has no last layer" in capsys.readouterr().err
-    [artifact] = export_network(
+    [artifact] = export_to_runtimes(
         str(tmp_path / "b.pth"), tmp_path / "a", ExportOptions(runtimes=["onnx"], size=32), name=NAME
     )
     assert main(["predict", str(artifact.folder), photo]) == 4

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from onefold.reparam import mixed, moments, per_branch, quickest
 from onefold.reparam.branches import as_unit
-from onefold.reparam.kernels import Reference, passes_for
-from onefold.reparam.kernels.base import Geometry, library
-from onefold.reparam.kernels.cpu import Compiled, new_map, release
-from onefold.reparam.routes import costs
+from onefold.reparam.kernels import ReferenceBackend, select_backend
+from onefold.reparam.kernels.base import Geometry, load_kernels
+from onefold.reparam.kernels.cpu import CppBackend, empty_map, release_cached_memory
+from onefold.reparam.routes import route_costs
 from test_routes import unit
 
-pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler for the kernels")
+pytestmark = pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler for the kernels")
 INFINITY = float("inf")
 
 
@@ -108,7 +108,7 @@ def test_activations_within_the_unit(route, act, seeded):
 def test_depthwise_passes_agree_with_the_reference(c, size, stride, height, width, images, top, shift):
     geometry = Geometry(c, (size, size), (stride, stride), (size // 2, size // 2))
     x = torch.randn(images, c, height, width, generator=torch.Generator().manual_seed(c)).relu() + shift
-    if isinstance(passes_for(x, geometry, c), Compiled):
+    if isinstance(select_backend(x, geometry, c), CppBackend):
         passes_agree(x, geometry, c, top)
 
 
@@ -123,7 +123,7 @@ def test_pointwise_passes_agree_with_the_reference(c, out, pixels, top):
 
 def passes_agree(x: Tensor, geometry: Geometry, out: int, top: float | None) -> None:
     torch.manual_seed(0)
-    ours, exact, wide = Compiled(), Reference(), x.double()
+    ours, exact, wide = CppBackend(), ReferenceBackend(), x.double()
     groups, k = geometry.groups, x.shape[1] // geometry.groups * geometry.kernel_size[0] * geometry.kernel_size[1]
     kernel, bias = torch.randn(groups, out // groups, k).double(), torch.randn(out).double()
     quad, shift = torch.randn(groups, k, k).double(), torch.randn(groups, k).double()
@@ -180,26 +180,26 @@ def test_one_pixel_maps_and_single_images(size, seeded):
 def test_the_quickest_route_by_count():
     """`moments` for several branches and for depthwise, `mixed` for one wide convolution, else `per_branch`."""
     x = torch.randn(8, 512, 14, 14)
-    cost = {k: costs(as_unit(unit(512, 512, 1, 1, 1, k)), x) for k in (1, 4)}
+    cost = {k: route_costs(as_unit(unit(512, 512, 1, 1, 1, k)), x) for k in (1, 4)}
     assert min(cost[1]) == cost[1].mixed
     assert min(cost[4]) == cost[4].moments
-    depthwise = costs(as_unit(unit(512, 512, 3, 1, 512, 1)), x)
+    depthwise = route_costs(as_unit(unit(512, 512, 3, 1, 512, 1)), x)
     assert min(depthwise) == depthwise.moments
-    assert costs(as_unit(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
+    assert route_costs(as_unit(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
 
 
 def test_in_bfloat16_wide_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch):
     """With instructions for bfloat16 its products are nearly free; without them nothing changes, nor in float32."""
     x, wide = torch.randn(2, 256, 14, 14), as_unit(unit(256, 256, 1, 1, 1, 4))
-    before = costs(wide, x)
+    before = route_costs(wide, x)
     for has in (True, False):
         monkeypatch.setattr("onefold.reparam.routes._has_bfloat16", lambda has=has: has)
-        assert costs(wide, x) == before
+        assert route_costs(wide, x) == before
         with torch.autocast("cpu", torch.bfloat16):
-            cost = costs(wide, x)
+            cost = route_costs(wide, x)
             assert (cost.moments > min(cost)) == has
             assert cost.moments == before.moments
-            depthwise = costs(as_unit(unit(48, 48, 3, 2, 48, 4)), torch.randn(2, 48, 112, 112))
+            depthwise = route_costs(as_unit(unit(48, 48, 3, 2, 48, 4)), torch.randn(2, 48, 112, 112))
             assert min(depthwise) == depthwise.moments
 
 
@@ -219,27 +219,27 @@ def test_without_a_compiler_training_goes_on(tmp_path):
 
 
 def test_maps_reuse_memory():
-    if library() is None:
+    if load_kernels() is None:
         pytest.skip("no compiler")
-    release()
-    first = new_map(64, 64, 128)
+    release_cached_memory()
+    first = empty_map(64, 64, 128)
     place = first.data_ptr()
     first.fill_(1.0)
     view = first[3:]
     del first
-    second = new_map(64, 64, 128)
+    second = empty_map(64, 64, 128)
     assert second.data_ptr() != place  # a view keeps its memory
     assert bool((view == 1).all())
     del view
-    again = new_map(32, 128, 128)  # as many values
+    again = empty_map(32, 128, 128)  # as many values
     assert again.data_ptr() == place
     del again
-    release()
+    release_cached_memory()
 
 
 def test_maps_hold_no_more_memory_than_was_in_use():
     """In a process of its own: how much of what is freed the C library keeps depends on what it gave out before."""
-    if library() is None:
+    if load_kernels() is None:
         pytest.skip("no compiler")
     code = """
     from pathlib import Path

@@ -25,7 +25,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setenv("ONEFOLD_KERNELS", "plain")
         else:
             patch.delenv("ONEFOLD_KERNELS", raising=False)
-        if request.param == "compiled" and litert.compiled() is None:
+        if request.param == "compiled" and litert.load_native_library() is None:
             pytest.skip("there is no C++ compiler")
         yield
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from onefold.errors import BadCheckpoint
 from onefold.models import create_model
 from onefold.models.hub import load_model, load_training_weights_, load_weights_
-from onefold.models.load_weights import detect, guess_model
-from onefold.models.safe_load import read
+from onefold.models.load_weights import detect_layout, guess_model_name
+from onefold.models.safe_load import read_tensors
 from onefold.reparam import unfused_norms
 
 Tensors = dict[str, Tensor]
@@ -825,7 +825,7 @@ def test_each_size_of_each_family_is_recognized_by_its_shapes() -> None:
     for name in ("mobileone_s1", "mobilenetv1_shallow", "mobilenetv1_100", "mobileformer_52m"):
         state = create_model(name, num_classes=2).state_dict()
         rng = torch.random.get_rng_state()
-        assert guess_model(state, name.partition("_")[0]) == name
+        assert guess_model_name(state, name.partition("_")[0]) == name
         assert torch.equal(torch.random.get_rng_state(), rng)
 
 
@@ -867,9 +867,9 @@ def test_names_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
 def test_each_container_gives_the_same_tensors(tmp_path: Path) -> None:
     file = small()
     for suffix in (".safetensors", ".npz", ".h5", ".pth", ".whatever"):
-        got = read(written(file, tmp_path / f"w{suffix}")).tensors
+        got = read_tensors(written(file, tmp_path / f"w{suffix}")).tensors
         assert got.keys() == file.keys()
         assert all(torch.equal(got[key], tensor) for key, tensor in file.items())
-    layout = detect(file)
+    layout = detect_layout(file)
     assert layout is not None
     assert layout.title == "timm MobileNetV1"

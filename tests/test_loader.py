@@ -39,7 +39,7 @@ from onefold.data import (
     open_dataset,
 )
 from onefold.data.crop import Crop, CropBox
-from onefold.data.decode import decode
+from onefold.data.decode import decode_image
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
@@ -244,7 +244,7 @@ def test_training_decodes_large_photos_small_and_evaluation_does_not(tmp_path: P
     list(ImageLoader(Seen(source), CROP_AND_FLIP, batch_size=2).epoch(0))
     list(ImageLoader(Seen(source), SMALL, batch_size=2).epoch(0))
     assert sizes == [(100, 0)] * 2 + [(800, 600)] * 2
-    np.testing.assert_array_equal(decode(tmp_path / "a/1.jpg"), np.asarray(source.image(0)))
+    np.testing.assert_array_equal(decode_image(tmp_path / "a/1.jpg"), np.asarray(source.image(0)))
 
 
 def test_workers_starts_and_ranks_change_no_picture() -> None:

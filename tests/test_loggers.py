@@ -11,10 +11,10 @@ from types import ModuleType
 
 import pytest
 
-from onefold.cli.progress import state_of, training
+from onefold.cli.progress import progress_values, show_training_progress
 from onefold.errors import BadArgument, MissingExtra
 from onefold.train import Progress, open_loggers
-from onefold.train.loggers import check_services, scalars
+from onefold.train.loggers import check_services, progress_scalars
 from training_kit import PLAN, fresh
 
 STEPS = 18  # of the kit's plan: three epochs of six
@@ -130,10 +130,10 @@ def test_a_service_that_is_not_installed_or_not_known_is_named():
 
 
 def test_points_are_chosen_by_the_step_alone():
-    kept = [step for step in range(1, 501) if scalars(at(step, steps=500))]
+    kept = [step for step in range(1, 501) if progress_scalars(at(step, steps=500))]
     assert kept == list(range(10, 501, 10))
-    assert scalars(at(3)) == {"train/loss": 1.5, "train/lr": 0.1, "train/images_per_s": 80.0}
-    told = scalars(at(6, is_evaluation=True, metrics={"top1": 50.0}))
+    assert progress_scalars(at(3)) == {"train/loss": 1.5, "train/lr": 0.1, "train/images_per_s": 80.0}
+    told = progress_scalars(at(6, is_evaluation=True, metrics={"top1": 50.0}))
     assert told == {"epoch": 1.0, "train/epoch_loss": 1.5, "eval/top1": 50.0}
 
 
@@ -167,7 +167,7 @@ def drawn(monkeypatch, stream: io.StringIO) -> str:
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_PROGRESS", raising=False)
-    with training() as hear:
+    with show_training_progress() as hear:
         for epoch in (1, 2):
             for step in range(1, 7):
                 before = {"top1": 41.0} if epoch == 2 else {}
@@ -191,4 +191,4 @@ def test_on_a_terminal_there_is_a_bar_with_all_that_one_wants_to_know(monkeypatc
 
 
 def test_a_number_that_is_not_known_yet_is_not_shown():
-    assert "nan" not in state_of(at(1, images_per_s=math.nan, eta_s=math.nan))
+    assert "nan" not in progress_values(at(1, images_per_s=math.nan, eta_s=math.nan))

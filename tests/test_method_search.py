@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onefold.quantize import MINMAX, Method, quantize
+from onefold.quantize import MINMAX_METHOD, QuantizationMethod, quantize
 from onefold.quantize.calibrate import calibrate
 from onefold.quantize.graph import trace
-from onefold.quantize.method_search import best_method, search, sensitivity, skip_sensitive_layers
+from onefold.quantize.method_search import layer_sensitivity, quantize_with_search, search_method, skip_sensitive_layers
 from onefold.runtimes import ModelInfo, export, load
 
 
@@ -32,8 +32,8 @@ class Uneven(nn.Module):
 
 def test_the_chosen_method_is_at_least_as_good_as_where_it_began(seeded: int) -> None:
     model, x, reported = Uneven().eval(), torch.randn(32, 3, 12, 12), []
-    start = Method(**{**vars(MINMAX), "weights": "tensor"})
-    made = search(model, x, start, reported.append)
+    start = QuantizationMethod(**{**vars(MINMAX_METHOD), "weights": "tensor"})
+    made = quantize_with_search(model, x, start, reported.append)
     fresh = torch.randn(64, 3, 12, 12)
     with torch.inference_mode():
         noise = [float((q.model(fresh) - model(fresh)).norm()) for q in (made, quantize(model, x, start))]
@@ -52,7 +52,7 @@ def test_a_search_ends_where_there_is_no_time_for_the_next_method(seeded: int) -
         asked.append((what, seconds))
         return len(asked) < 3
 
-    best_method(model, x, MINMAX, reported.append, allows)
+    search_method(model, x, MINMAX_METHOD, reported.append, allows)
     assert asked[0][0] == "7 of 8 methods of calibration"
     assert asked[2][0] in ("5 of 8 methods of calibration", "4 of 8 methods of calibration")  # one was the first
     assert len(reported) == 3
@@ -61,9 +61,9 @@ def test_a_search_ends_where_there_is_no_time_for_the_next_method(seeded: int) -
 
 def test_the_most_sensitive_layers_are_skipped(seeded: int) -> None:
     model, x = Uneven().eval(), torch.randn(16, 3, 12, 12)
-    method = Method(**{**vars(MINMAX), "weights": "tensor"})
+    method = QuantizationMethod(**{**vars(MINMAX_METHOD), "weights": "tensor"})
     graph = trace(model, x[:2])
-    noise_by_layer = sensitivity(graph, calibrate(graph, [x], method), [x])
+    noise_by_layer = layer_sensitivity(graph, calibrate(graph, [x], method), [x])
     assert set(noise_by_layer) == {"stem", "middle", "last"}
     skipping = skip_sensitive_layers(model, x, method, 1)
     assert skipping.skip_layers == (max(noise_by_layer, key=noise_by_layer.__getitem__),)
@@ -74,7 +74,7 @@ def test_the_most_sensitive_layers_are_skipped(seeded: int) -> None:
 
 def test_a_skipped_layer_runs_in_floating_point_on_a_device(seeded: int, tmp_path: Path) -> None:
     model, x = Uneven().eval(), torch.randn(16, 3, 12, 12)
-    made = quantize(model, x, Method(skip_layers=("middle",)))
+    made = quantize(model, x, QuantizationMethod(skip_layers=("middle",)))
     info = ModelInfo(model="uneven", fused=True)
     with load(export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8")) as session:
         found = session(x.numpy())

@@ -17,7 +17,7 @@ from available_runtimes import require
 from onefold.errors import BadArgument
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import mnn as runtime
-from onefold.runtimes.reference_logits import make_images
+from onefold.runtimes.reference_logits import make_reference_images
 
 require("mnn")
 SHAPE = (3, 16, 16)
@@ -83,7 +83,7 @@ def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
 
 
 def test_16_bits_halve_the_file_and_keep_the_answer(tmp_path: Path) -> None:
-    x = make_images(SHAPE, num_images=4, seed=1)
+    x = make_reference_images(SHAPE, num_images=4, seed=1)
     expected = {"fp32": answer(small(), x), "fp16": answer(small().half().float(), x)}
     sizes, errors = {}, {}
     for precision in ("fp32", "fp16"):

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onefold.models import Classifier, FeatureNet, cost
+from onefold.models import Classifier, FeatureNet, count_flops
 from onefold.models.layers import DynamicReLU
-from onefold.models.mobileformer import (
-    VARIANTS,
+from onefold.models.mobileformer import VARIANTS, mobileformer
+from onefold.models.mobileformer_blocks import (
     Block,
     ChannelShuffle,
-    Down,
+    DownsampleRow,
     Former,
     FormerToMobile,
-    Keep,
-    Lite,
     LiteBlock,
+    LiteRow,
     MobileToFormer,
-    mobileformer,
+    StrideOneRow,
 )
 from onefold.reparam import drift, fuse
 from onefold.reparam.fuse import unfused_norms
@@ -154,16 +153,18 @@ def deal(x: Tensor, groups: int) -> Tensor:
     return x[torch.arange(len(x)).reshape(groups, -1).T.flatten()]
 
 
-def plain_lite(p: Plain, x: Tensor, row: Lite, groups: int) -> Tensor:
+def plain_lite(p: Plain, x: Tensor, row: LiteRow, groups: int) -> Tensor:
     y = p.conv_norm("depthwise", x, row.stride).clamp(0, 6)
     y = p.conv_norm("pointwise", deal(y, len(x)) if groups > 1 else y)
     return x + y if x.shape == y.shape else y
 
 
-def plain_block(p: Plain, x: Tensor, tokens: Tensor, row: Down | Keep, groups: int) -> tuple[Tensor, Tensor]:
+def plain_block(
+    p: Plain, x: Tensor, tokens: Tensor, row: DownsampleRow | StrideOneRow, groups: int
+) -> tuple[Tensor, Tensor]:
     tokens = p.former("former", p.to_former("to_former", x, tokens))
     first = tokens[0]
-    if isinstance(row, Keep):
+    if isinstance(row, StrideOneRow):
         y = deal(p.conv_norm("mobile.expand", x), groups)
         y = p.dynamic_relu("mobile.act1", y, first)
         y = p.dynamic_relu("mobile.act2", p.conv_norm("mobile.depthwise", y), first)
@@ -196,7 +197,7 @@ def test_parameters_and_multiply_adds_are_the_papers(variant: str) -> None:
     params, macs, published = COUNTS[variant]
     with torch.device("meta"):
         net = mobileformer(variant, 1000, 3)
-    count = cost(net, 224)
+    count = count_flops(net, 224)
     assert (count.params, count.macs) == (params, macs)
     assert round((count.macs + count.elementwise) / 1e6, 1) == published
 
@@ -211,8 +212,8 @@ MAP, TOKENS = wave("map", (2, 16, 5, 7)) * 2, wave("tokens", (2, 3, 32)) * 2
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("row", [Keep(48, 16), Keep(48, 24), Down(32, 48, 24)], ids=str)
-def test_block_is_its_definition(row: Down | Keep, groups: int) -> None:
+@pytest.mark.parametrize("row", [StrideOneRow(48, 16), StrideOneRow(48, 24), DownsampleRow(32, 48, 24)], ids=str)
+def test_block_is_its_definition(row: DownsampleRow | StrideOneRow, groups: int) -> None:
     block = exact(Block(16, row, 32, groups))
     x, tokens = block((MAP, TOKENS))
     for n in range(len(MAP)):
@@ -223,8 +224,8 @@ def test_block_is_its_definition(row: Down | Keep, groups: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("row", [Lite(32, 16, 1), Lite(48, 24, 2)], ids=str)
-def test_lite_block_is_its_definition(row: Lite, groups: int) -> None:
+@pytest.mark.parametrize("row", [LiteRow(32, 16, 1), LiteRow(48, 24, 2)], ids=str)
+def test_lite_block_is_its_definition(row: LiteRow, groups: int) -> None:
     block = exact(LiteBlock(16, row, groups))
     x, tokens = block((MAP, TOKENS))
     assert tokens is TOKENS
@@ -409,7 +410,9 @@ class Blocks(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            LiteBlock(16, Lite(32, 16, 1), 4), Block(16, Down(32, 48, 24), 32, 4), Block(24, Keep(48, 24), 32, 4)
+            LiteBlock(16, LiteRow(32, 16, 1), 4),
+            Block(16, DownsampleRow(32, 48, 24), 32, 4),
+            Block(24, StrideOneRow(48, 24), 32, 4),
         )
         self.eval()
         fill_(self)

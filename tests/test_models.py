@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.errors import BadArgument
-from onefold.models import CATALOGUE, Classifier, FeatureNet, create_model, list_models, resolve
-from onefold.models.layers import DynamicReLU, SamePad, SqueezeExcite, conv_norm, init_
+from onefold.models import CATALOGUE, Classifier, FeatureNet, create_model, list_models, resolve_name
+from onefold.models.layers import DynamicReLU, SamePad, SqueezeExcite, conv_norm, init_weights_
 from onefold.models.mobilenetv1 import Variant, mobilenetv1
 from onefold.reparam import Route, drift, fuse, mixed, moments, per_branch, quickest, set_route_, unfused_norms
 
@@ -384,11 +384,11 @@ def test_training_network_compiles(route: Route, backend: str) -> None:
     ],
 )
 def test_usual_spellings_are_understood(spelled: str, proper: str) -> None:
-    assert resolve(spelled) == proper
+    assert resolve_name(spelled) == proper
 
 
 def test_every_name_is_its_own_spelling() -> None:
-    assert [resolve(name) for name in CATALOGUE] == list(CATALOGUE)
+    assert [resolve_name(name) for name in CATALOGUE] == list(CATALOGUE)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
@@ -561,7 +561,7 @@ def test_dynamic_relu_is_the_larger_of_two_lines_that_the_token_tells() -> None:
             first, second = (theta[b, c] - 0.5) * 2 + 1, (theta[b, 3 + c] - 0.5) * 2
             expected[b, c] = torch.maximum(first * x[b, c], second * x[b, c])
     assert torch.allclose(act(x, token), expected, atol=1e-6)
-    init_(act)
+    init_weights_(act)
     assert torch.allclose(act(x, torch.zeros(2, 8)), x.relu())
 
 
@@ -577,7 +577,7 @@ def test_squeeze_excite_scales_each_channel_by_its_gate() -> None:
 def test_fresh_weights_have_the_stated_deviations() -> None:
     dense, depthwise, linear = conv_norm(64, 128, 3), conv_norm(512, 512, 3, groups=512), nn.Linear(512, 100)
     for part in (dense, depthwise, linear):
-        init_(part)
+        init_weights_(part)
     assert dense[0].weight.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.03)
     assert depthwise[0].weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
     assert linear.weight.std().item() == pytest.approx(0.01, rel=0.03)

@@ -17,10 +17,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from onefold import native
-from onefold.checksums import seal
-from onefold.data.crop import resampler
-from onefold.native import WARNED, NotCompiledWarning, loaded
-from onefold.reparam.kernels.base import library
+from onefold.checksums import write_sealed_folder
+from onefold.data.crop import load_resampler
+from onefold.native import WARNED_VARIABLE, NotCompiledWarning, load_library
+from onefold.reparam.kernels.base import load_kernels
 from onefold.storage import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ SOURCES = {"one": 'extern "C" int one() { return 1; }', "two": 'extern "C" int t
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries of a test's own are forgotten after it."""
-    monkeypatch.setattr(native, "SOURCES", dict(native.SOURCES))
+    monkeypatch.setattr(native, "LIBRARY_SOURCES", dict(native.LIBRARY_SOURCES))
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv(WARNED, "")  # set, so that it is as before when the test is over
+    monkeypatch.setenv(WARNED_VARIABLE, "")  # set, so that it is as before when the test is over
     return tmp_path
 
 
 def load(folder: Path, name: str) -> object:
     (folder / f"{name}.cpp").write_text(SOURCES[name])
-    native.SOURCES[name] = (str(folder / f"{name}.cpp"),)
-    return loaded(name)
+    native.LIBRARY_SOURCES[name] = (str(folder / f"{name}.cpp"),)
+    return load_library(name)
 
 
 def test_the_first_library_warns_and_no_other(no_compiler: Path):
@@ -90,11 +90,11 @@ def test_a_training_without_a_compiler_says_so_once(no_compiler: Path):
 def test_a_switch_holds_as_long_as_it_is_set(monkeypatch: pytest.MonkeyPatch):
     """A process that once did without compiled code would train other bits ever after."""
     monkeypatch.delenv("ONEFOLD_KERNELS", raising=False)
-    before = [load() is None for load in (library, resampler)]
+    before = [load() is None for load in (load_kernels, load_resampler)]
     monkeypatch.setenv("ONEFOLD_KERNELS", "plain")
-    assert [library(), resampler()] == [None, None]
+    assert [load_kernels(), load_resampler()] == [None, None]
     monkeypatch.delenv("ONEFOLD_KERNELS")
-    assert [load() is None for load in (library, resampler)] == before
+    assert [load() is None for load in (load_kernels, load_resampler)] == before
     if before == [True, True]:
         pytest.skip("there is no C++ compiler")
 
@@ -166,8 +166,8 @@ def compiled(source: Path) -> dict[str, bytes]:
     if not (BETTER and sys.platform == "linux" and (shutil.which("c++") or shutil.which("g++"))):
         pytest.skip("there is no C++ compiler whose wheels would carry libraries")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "SOURCES", {"level": (str(source),)})
-        patch.setattr(native, "LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
+        patch.setattr(native, "LIBRARY_SOURCES", {"level": (str(source),)})
+        patch.setattr(native, "_LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
         return native.compile_for_wheel()
 
 
@@ -180,10 +180,10 @@ def install(
     def put(*, change: Callable[[bytes], bytes] = bytes, features: str = "flags : fpu better") -> dict[str, bytes]:
         contents = {name: change(content) for name, content in compiled.items()}
         monkeypatch.setattr(native, "_WHEEL", no_compiler / "lib")
-        monkeypatch.setattr(native, "LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
+        monkeypatch.setattr(native, "_LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
         monkeypatch.setattr(native, "_processor", lambda: features)
-        native.SOURCES["level"] = (str(source),)
-        seal(no_compiler / "lib", contents)
+        native.LIBRARY_SOURCES["level"] = (str(source),)
+        write_sealed_folder(no_compiler / "lib", contents)
         return contents
 
     return put
@@ -192,15 +192,15 @@ def install(
 def test_the_wheels_library_for_this_processor_is_taken(install, monkeypatch: pytest.MonkeyPatch):
     """Without a compiler, and without a warning, which would be an error here."""
     install()
-    assert loaded("level").level() == 2
-    assert native.ORIGINS["level"] == f"from the wheel, for {BETTER}"
+    assert load_library("level").level() == 2
+    assert native.LIBRARY_ORIGINS["level"] == f"from the wheel, for {BETTER}"
     monkeypatch.setattr(native, "_processor", lambda: "flags : fpu bet")
-    assert loaded("level").level() == 1
-    assert native.ORIGINS["level"] == f"from the wheel, for {PLAIN}"
+    assert load_library("level").level() == 1
+    assert native.LIBRARY_ORIGINS["level"] == f"from the wheel, for {PLAIN}"
     monkeypatch.setenv("ONEFOLD_KERNELS", "compile")
     with pytest.warns(NotCompiledWarning):
-        assert loaded("level") is None
-    assert native.ORIGINS["level"].startswith("not compiled (no C++ compiler")
+        assert load_library("level") is None
+    assert native.LIBRARY_ORIGINS["level"].startswith("not compiled (no C++ compiler")
 
 
 def another_machine(content: bytes) -> bytes:
@@ -219,7 +219,7 @@ def another_machine(content: bytes) -> bytes:
 def test_a_library_of_another_abi_is_passed_over_and_said(install, caplog: pytest.LogCaptureFixture, change, says: str):
     install(change=change)
     with pytest.warns(NotCompiledWarning, match="no C"):
-        assert loaded("level") is None
+        assert load_library("level") is None
     (note,) = caplog.messages
     assert note.startswith("the wheel's C++ library level cannot be used: ")
     assert re.search(says, note)
@@ -230,12 +230,12 @@ def test_a_damaged_library_of_the_wheel_is_not_loaded(install, no_compiler: Path
         for name, content in install().items():
             (no_compiler / "lib" / name).write_bytes(damage(content))
         with pytest.warns(NotCompiledWarning):
-            assert loaded("level") is None
+            assert load_library("level") is None
         assert "is damaged: its size or SHA-256" in caplog.messages[-1]
-        os.environ[WARNED] = ""
+        os.environ[WARNED_VARIABLE] = ""
     (no_compiler / "lib" / "manifest.json").unlink()
     with pytest.warns(NotCompiledWarning):
-        assert loaded("level") is None
+        assert load_library("level") is None
     assert "manifest.json is missing or damaged" in caplog.messages[-1]
 
 
@@ -243,15 +243,15 @@ def test_a_library_of_other_sources_or_processors_is_not_found(
     install, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     install()
-    native.SOURCES["level"] = (str(source), str(source))  # a version of other sources
+    native.LIBRARY_SOURCES["level"] = (str(source), str(source))  # a version of other sources
     with pytest.warns(NotCompiledWarning):
-        assert loaded("level") is None
+        assert load_library("level") is None
     assert "it is of another version, or for other processors than this" in caplog.text
     install()
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    monkeypatch.setenv(WARNED, "")
+    monkeypatch.setenv(WARNED_VARIABLE, "")
     with pytest.warns(NotCompiledWarning):
-        assert loaded("level") is None
+        assert load_library("level") is None
     assert caplog.messages[-1].endswith("than this riscv64")
 
 
@@ -260,8 +260,8 @@ def test_with_a_compiler_what_the_wheel_lacks_is_compiled(
 ):
     install(change=another_machine)
     monkeypatch.setenv("PATH", os.defpath)
-    assert loaded("level").level() in (1, 2)
-    assert native.ORIGINS["level"].startswith(f"compiled on this machine, kept in {no_compiler / 'cache'}")
+    assert load_library("level").level() in (1, 2)
+    assert native.LIBRARY_ORIGINS["level"].startswith(f"compiled on this machine, kept in {no_compiler / 'cache'}")
     assert len(caplog.messages) == 1
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from onefold.cli import main
-from onefold.recipes import Recipe, recipes
+from onefold.recipes import Recipe, all_recipes
 
 DATA = Path(__file__).parent / "data" / "v0.1"
 OLD_RECIPES = json.loads((DATA / "recipes.json").read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def test_a_report_is_made_of_old_files(old: Path) -> None:
 @pytest.mark.parametrize("name", OLD_RECIPES)
 def test_an_old_recipe_is_the_recipe_of_that_name(name: str) -> None:
     opened = Recipe.from_dict(OLD_RECIPES[name])
-    today = {recipe.name: recipe for recipe in recipes()}
+    today = {recipe.name: recipe for recipe in all_recipes()}
     opened = replace(opened, expect=today[name].expect)  # what is measured may change, what is trained may not
     if today[name].plan.amp == "auto":  # float32 as before where they have been trained, which is on CPUs
         opened = replace(opened, plan=replace(opened.plan, amp="auto"))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onefold import bench
-from onefold.report.grouping import Group, aggregate_inputs, group_by_subject, subject_key
-from onefold.report.load_results import Inputs
-from onefold.report.page import render
+from onefold.report.grouping import Group, group_by_subject, group_inputs, subject_key
+from onefold.report.load_results import ReportInputs
+from onefold.report.page import render_page
 from onefold.report.pareto_figure import (
     Box,
     Label,
@@ -52,7 +52,7 @@ def page_of(*found: bench.Measurement | bench.Comparison) -> str:
     """The page's part about latency."""
     measurements = tuple(each for each in found if isinstance(each, bench.Measurement))
     comparisons = tuple(each for each in found if isinstance(each, bench.Comparison))
-    page = render(aggregate_inputs(Inputs(measurements=measurements, comparisons=comparisons)))
+    page = render_page(group_inputs(ReportInputs(measurements=measurements, comparisons=comparisons)))
     latency = page[page.index('<section id="latency">') :]
     return latency[: latency.index("</section>")].replace("\N{NO-BREAK SPACE}", " ")
 
@@ -122,7 +122,11 @@ def test_what_was_slowed_on_purpose_is_called_so_and_not_drawn() -> None:
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int | None]]) -> None:
     def at(milliseconds: int, top1: int | None) -> Group:
         one = bench.Measurement(
-            subject={}, machine=MACHINE, procedure=bench.Procedure(), samples_ns=(milliseconds,), noise=bench.Noise()
+            subject={},
+            machine=MACHINE,
+            procedure=bench.Procedure(),
+            samples_ns=(milliseconds,),
+            noise=bench.TimingNoise(),
         )
         return Group(measurements=(one,), top1=top1)
 
@@ -194,7 +198,7 @@ def test_a_row_tells_the_limit_the_size_the_memory_and_the_start() -> None:
 
     whole = replace(
         measured("a", "fp32", 2, 70.0, num_bytes=8_410_000),
-        bound=bench.Bound(compute_ns=1.24e6, memory_ns=1e5),
+        bound=bench.LatencyBound(compute_ns=1.24e6, memory_ns=1e5),
         cold=bench.ColdStart(open_ns=200_000_000, first_ns=50_000_000, warm_ns=1, peak_bytes=71_800_000),
     )
     page = page_of(whole)

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onefold.bench import Comparison, read_all
+from onefold.bench import Comparison, read_results
 from onefold.cli import main
 from onefold.commands.phone import PhoneBenchOptions, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
-from onefold.phone import PROGRAMS, Adb, Plan, look
-from onefold.phone.benchmark import Call
-from onefold.phone.device import Condition
-from onefold.runtimes.artifact import MANIFEST, REFERENCE, Artifact, Parity, hash_files, render_manifest
-from onefold.runtimes.reference_logits import Reference, make_images, write_reference
+from onefold.phone import PROGRAMS, Adb, PhoneBenchPlan, read_phone_info
+from onefold.phone.benchmark import ProgramCall
+from onefold.phone.device import PhoneCondition
+from onefold.runtimes.artifact import MANIFEST_FILE, REFERENCE_FILE, Artifact, Parity, hash_files, render_manifest
+from onefold.runtimes.reference_logits import ReferenceLogits, make_reference_images, write_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SERIAL = "0A121FDD4003XY"
@@ -93,9 +93,9 @@ def artifact(phone: FakePhone, name: str, runtime: str = "litert", ms: int = 10,
     folder.mkdir()
     file = {"litert": "model.tflite", "executorch": "model.pte", "onnx": "model.onnx"}[runtime]
     (folder / file).write_bytes(bytes([ms]) + name.encode())
-    images = make_images(SHAPE, seed=ms)
+    images = make_reference_images(SHAPE, seed=ms)
     logits = np.random.default_rng(ms).standard_normal((2, CLASSES), dtype=np.float32)
-    write_reference(folder / REFERENCE, Reference(images=images, logits=logits))
+    write_reference(folder / REFERENCE_FILE, ReferenceLogits(images=images, logits=logits))
     made = Artifact(
         folder=folder,
         runtime=runtime,
@@ -115,7 +115,7 @@ def artifact(phone: FakePhone, name: str, runtime: str = "litert", ms: int = 10,
         made_with={"onefold": "0.1.0"},
         files=hash_files(folder),
     )
-    (folder / MANIFEST).write_text(render_manifest(made))
+    (folder / MANIFEST_FILE).write_text(render_manifest(made))
     first = images[0].transpose(1, 2, 0) if runtime == "litert" else images[0]
     digest = hashlib.sha256(np.ascontiguousarray(first).tobytes()).hexdigest()
     (phone.home / "answers" / digest).write_bytes(logits[0].tobytes())
@@ -149,7 +149,7 @@ def test_two_artifacts_are_compared_in_rounds_on_the_big_cores(phone: FakePhone,
     flags = dict(word.split("=") for word in starts[0] if word.startswith("--"))
     assert (flags["--num_threads"], flags["--num_runs"], flags["--warmup_runs"]) == ("1", "4", "2")
     assert only_ledger().name == "google-pixel-99-google-tensor-g9-8c-android.jsonl"
-    [outcome] = read_all(only_ledger()).comparisons
+    [outcome] = read_results(only_ledger()).comparisons
     assert isinstance(outcome, Comparison)
     first = outcome.measurements["one litert fp32"]
     assert (first.median_ns, first.calls_per_sample, len(first.samples_ns)) == (10e6, 4, 5)
@@ -161,7 +161,7 @@ def test_two_artifacts_are_compared_in_rounds_on_the_big_cores(phone: FakePhone,
 
 def test_the_phone_is_recorded_and_its_serial_is_not(phone: FakePhone):
     assert run(artifact(phone, "one"), *QUICK) == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     machine = found.machine
     assert (machine.chip, machine.system) == ("Google Pixel 99 (Google Tensor G9)", "Android 17")
     assert (machine.architecture, machine.cores, machine.usable_cores) == ("arm64-v8a", 8, 2)
@@ -189,7 +189,7 @@ def test_the_report_draws_it(phone: FakePhone):
 def test_executorch_tells_every_run_to_its_output_or_to_the_log(phone: FakePhone, logcat):
     phone.behave(logcat=logcat)
     assert run(artifact(phone, "one", "executorch", precision="int8"), *QUICK) == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     assert (len(found.samples_ns), found.calls_per_sample) == (8, 1)
     assert found.samples_ns[:4] == (10_003_000, 10_004_000, 10_005_000, 10_006_000)
     assert found.warmup_ns[:2] == (30_001_000, 10_002_000)
@@ -198,7 +198,7 @@ def test_executorch_tells_every_run_to_its_output_or_to_the_log(phone: FakePhone
 
 def test_onnx_runtime_writes_every_run_to_a_file(phone: FakePhone):
     assert run(artifact(phone, "one", "onnx"), *QUICK, "--threads", 4) == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     assert found.samples_ns == (10_000_000,) * 8
     assert found.warmup_ns[:2] == (30_000_000, 10_000_000)
     assert "not checked" in found.subject["answer"]
@@ -210,7 +210,7 @@ def test_onnx_runtime_writes_every_run_to_a_file(phone: FakePhone):
 
 def test_programs_of_several_kinds_are_compared_by_the_sums_of_their_processes(phone: FakePhone):
     assert run(artifact(phone, "one"), artifact(phone, "two", "onnx", ms=20), *PAIRED) == 0
-    [outcome] = read_all(only_ledger()).comparisons
+    [outcome] = read_results(only_ledger()).comparisons
     assert {m.calls_per_sample for m in outcome.measurements.values()} == {4}
     assert outcome.ratio("two onnx fp32").value == pytest.approx(2.0)
 
@@ -243,7 +243,7 @@ def test_a_program_is_sent_under_the_name_that_its_vendor_gives_it(phone: FakePh
 def test_an_old_program_that_writes_no_answer_is_measured_and_every_row_says_so(phone: FakePhone):
     phone.behave(old_tflite=True, all_same=True)
     assert run(artifact(phone, "one"), *QUICK) == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     assert found.subject["answer"] == "not checked on the phone: this benchmark_model does not write it"
     assert found.median_ns == 10e6
 
@@ -251,17 +251,17 @@ def test_an_old_program_that_writes_no_answer_is_measured_and_every_row_says_so(
 def test_a_program_that_cannot_be_asked_for_its_answer_is_measured_all_the_same(phone: FakePhone):
     phone.behave(refuses_proof=True)
     assert run(artifact(phone, "one", "executorch"), *QUICK) == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     assert found.subject["answer"].startswith("not checked on the phone")
 
 
 def test_accuracy_goes_with_the_same_bytes(phone: FakePhone):
     one = artifact(phone, "one")
-    digest = json.loads((one / MANIFEST).read_text())["files"]["model.tflite"]["sha256"]
+    digest = json.loads((one / MANIFEST_FILE).read_text())["files"]["model.tflite"]["sha256"]
     Path("results").mkdir()
     Path("results/accuracy.json").write_text(json.dumps({digest: {"top1": 71.4, "top1_on": "val"}}))
     assert run(one, *QUICK) == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     assert found.subject["top1"] == 71.4
 
 
@@ -269,7 +269,7 @@ def test_accuracy_goes_with_the_same_bytes(phone: FakePhone):
 
 
 def bench(phone: FakePhone, slept: list[float], **changes: Any):
-    plan = Plan(rounds=3, runs=4, warmup=2, sleep=slept.append, **changes)
+    plan = PhoneBenchPlan(rounds=3, runs=4, warmup=2, sleep=slept.append, **changes)
     return bench_on_phone(PhoneBenchOptions(sources=["one"], plan=plan), Path("results"))[0]
 
 
@@ -297,7 +297,7 @@ def test_anyway_measures_and_says_so_in_the_ledger(phone: FakePhone, capsys):
     phone.behave(level=9, status=3, low_power=1)
     one = artifact(phone, "one")
     assert run(one, *QUICK, "--anyway") == 0
-    [found] = read_all(only_ledger()).measurements
+    [found] = read_results(only_ledger()).measurements
     assert found.noise.remarks == (
         "Of the phone: its battery is at 9 %, and phones slow down below 20 %.",
         "Of the phone: its battery saver is on.",
@@ -307,16 +307,16 @@ def test_anyway_measures_and_says_so_in_the_ledger(phone: FakePhone, capsys):
 
 
 def test_what_a_condition_refuses_and_what_it_remarks():
-    assert Condition(heat=0).refusals == Condition(heat=0).remarks == Condition().refusals == ()
-    assert Condition().remarks == ("Whether the phone was hot is not known: it does not tell.",)
-    assert Condition(heat=2).refusals == ("it is hot (thermal status moderate) and slows itself down",)
-    assert Condition(heat=1, percent=90, charging=False, awake=True).refusals == ()
-    assert Condition(percent=10, charging=True).refusals == ()
-    assert len(Condition(heat=1, charging=True, battery_celsius=41.2, awake=False).remarks) == 4
+    assert PhoneCondition(heat=0).refusals == PhoneCondition(heat=0).remarks == PhoneCondition().refusals == ()
+    assert PhoneCondition().remarks == ("Whether the phone was hot is not known: it does not tell.",)
+    assert PhoneCondition(heat=2).refusals == ("it is hot (thermal status moderate) and slows itself down",)
+    assert PhoneCondition(heat=1, percent=90, charging=False, awake=True).refusals == ()
+    assert PhoneCondition(percent=10, charging=True).refusals == ()
+    assert len(PhoneCondition(heat=1, charging=True, battery_celsius=41.2, awake=False).remarks) == 4
 
 
 def test_the_cores_that_are_meant(phone: FakePhone):
-    found = look(Adb(serial=SERIAL))
+    found = read_phone_info(Adb(serial=SERIAL))
     assert found.mask("big", 1) == (6, 7)
     assert found.mask("big", 3) == (4, 5, 6, 7)
     assert found.mask("little", 1) == (0, 1, 2, 3)
@@ -443,18 +443,20 @@ def test_a_wrong_answer_is_not_measured(phone: FakePhone, capsys):
 
 def test_a_runtime_without_a_program_is_told_before_the_phone_is_asked(phone: FakePhone, capsys):
     one = artifact(phone, "one", "onnx")
-    text = (one / MANIFEST).read_text()
+    text = (one / MANIFEST_FILE).read_text()
     fields = json.loads(text) | {"runtime": "openvino"}
     with pytest.raises(OnefoldError, match="those of litert, executorch, onnx can"):
-        from onefold.phone import program_of
+        from onefold.phone import find_program
 
-        program_of(fields["runtime"])
+        find_program(fields["runtime"])
     assert phone.asked() == []
 
 
 # ------------------------------------------------------------------------------ what the programs print
 
-CALL = Call(program="p", model="m", image="i", answer="a-0.bin", times="t", shape=SHAPE, threads=1, warmup=1, runs=2)
+CALL = ProgramCall(
+    program="p", model="m", image="i", answer="a-0.bin", times="t", shape=SHAPE, threads=1, warmup=1, runs=2
+)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +492,7 @@ def test_a_line_as_the_iphone_command_writes_it_is_read_by_the_ledger(tmp_path: 
     text = (ROOT / "docs" / "phones.md").read_text()
     [line] = re.findall(r"```json\n(\{.*?\})\n```", text, re.S)
     (tmp_path / "iphone.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
-    [found] = read_all(tmp_path / "iphone.jsonl").measurements
+    [found] = read_results(tmp_path / "iphone.jsonl").measurements
     assert found.machine.system.startswith("iOS")
     swift = (ROOT / "benchmarks" / "iphone" / "Measure.swift").read_text()
     for key in json.loads(line) | json.loads(line)["subject"] | json.loads(line)["machine"]:

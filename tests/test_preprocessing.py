@@ -22,9 +22,9 @@ from onefold.data import (
     Resize,
 )
 from onefold.data.crop import CropBox
-from onefold.data.decode import decode, read_samples
-from onefold.data.preprocessing import IMAGENET, ValueRange
-from onefold.data.value_range import measure_value_range, mismatch
+from onefold.data.decode import decode_image, read_samples
+from onefold.data.preprocessing import IMAGENET_PREPROCESSING, ValueRange
+from onefold.data.value_range import describe_range_mismatch, measure_value_range
 from onefold.errors import BadArgument, BadData
 from test_decode import png
 
@@ -58,8 +58,8 @@ def test_the_numbers_are_scaled_and_in_planes() -> None:
     expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     np.testing.assert_allclose(value[:, 0, 0], expected, rtol=1e-7)
     image = noise(9, 7)
-    planes = IMAGENET.normalise(image)
-    direct = (np.asarray(image, np.float64) / 255 - IMAGENET.mean) / IMAGENET.std
+    planes = IMAGENET_PREPROCESSING.normalise(image)
+    direct = (np.asarray(image, np.float64) / 255 - IMAGENET_PREPROCESSING.mean) / IMAGENET_PREPROCESSING.std
     np.testing.assert_allclose(planes, direct.transpose(2, 0, 1), rtol=1e-6, atol=1e-7)
 
 
@@ -72,13 +72,13 @@ def test_one_channel_is_grey() -> None:
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("sides", [(1, 3_000_000), (3_000_000, 1), (1, 1), (2, 3)])
 def test_odd_shapes_give_an_input_in_bounded_memory(sides: tuple[int, int]) -> None:
-    assert IMAGENET(Image.new("RGB", sides, (255, 0, 0))).shape == (3, 224, 224)
+    assert IMAGENET_PREPROCESSING(Image.new("RGB", sides, (255, 0, 0))).shape == (3, 224, 224)
 
 
 def test_preprocessing_goes_through_json_and_refuses_what_cannot_be() -> None:
     value = Preprocessing(size=160, crop_pct=0.9, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic")
     assert Preprocessing.from_dict(json.loads(json.dumps(value.to_dict()))) == value
-    assert Preprocessing.from_dict({}) == IMAGENET
+    assert Preprocessing.from_dict({}) == IMAGENET_PREPROCESSING
     for bad in (
         {"size": 0},
         {"size": 224.0},
@@ -212,17 +212,17 @@ def test_sixteen_bit_colours_are_scaled_with_both_their_bytes() -> None:
         assert read is not None
         np.testing.assert_array_equal(read.reshape(6, -1), np.repeat(levels, read.size // 6).reshape(6, -1))
         greys = np.rint(levels * 255 / 4095).astype(int)
-        seen = np.asarray(decode(data, value_range=(0, 4095))).astype(int)
+        seen = np.asarray(decode_image(data, value_range=(0, 4095))).astype(int)
         np.testing.assert_array_equal(seen, np.repeat(greys, 3).reshape(1, 6, 3))
 
 
 def test_a_network_says_where_it_would_see_deep_samples_nearly_uniform(tmp_path: Path) -> None:
     images = deep_files(tmp_path, 7000, 8500)
-    assert "this network takes 0 as black and 65535 as white" in (mismatch(images, None) or "")
-    assert "takes 0 as black and 4095 as white" in (mismatch(images, (0, 4095)) or "")
-    assert mismatch(images, (6850, 8650)) is None
-    assert mismatch(images, (7200, 8800)) is None
-    assert mismatch(photos(tmp_path / "8 bits", 4), (6850, 8650)) is None
+    assert "this network takes 0 as black and 65535 as white" in (describe_range_mismatch(images, None) or "")
+    assert "takes 0 as black and 4095 as white" in (describe_range_mismatch(images, (0, 4095)) or "")
+    assert describe_range_mismatch(images, (6850, 8650)) is None
+    assert describe_range_mismatch(images, (7200, 8800)) is None
+    assert describe_range_mismatch(photos(tmp_path / "8 bits", 4), (6850, 8650)) is None
 
 
 def test_a_picture_of_16_bits_is_mapped_by_the_value_range_when_it_is_prepared() -> None:

@@ -170,7 +170,7 @@ def test_wilsons_interval_is_the_published_one():
 
 def test_an_artifact_is_called_on_photos_and_measured(artifact, run: onefold.Run, photos: Path, tmp_path, monkeypatch):
     unknown = onefold.bench.Roofline(limits=(), features=())
-    monkeypatch.setattr("onefold.commands.bench.measured_limits", lambda *_, **__: unknown)
+    monkeypatch.setattr("onefold.commands.bench.load_or_measure_roofline", lambda *_, **__: unknown)
     path = photos / "green/3.png"
     assert np.allclose(artifact(path).probabilities, run.predict(path).probabilities, atol=1e-5)
     assert artifact(path).names == run.predict(path).names
@@ -246,7 +246,7 @@ def test_a_script_hears_of_progress_now_and_then(capsys, monkeypatch):
     from onefold.commands import progress
 
     monkeypatch.setattr(progress, "_FIRST_S", 0.0)
-    with progress.shown_progress():
+    with progress.show_progress():
         progress._logger.debug("calibrating", extra={"done": 1, "total": 5})
     assert capsys.readouterr().err == "calibrating (2 of 5): 0 s\n"
 
@@ -288,7 +288,7 @@ def test_help_of_a_verb_that_is_a_package_has_its_parameters():
 
 def test_what_is_no_picture_yet_is_told_what_to_give():
     from onefold.data import Preprocessing
-    from onefold.data.image_inputs import prepare
+    from onefold.data.image_inputs import prepare_image
 
     preprocessing = Preprocessing(size=32)
     for image, remedy in (
@@ -297,7 +297,7 @@ def test_what_is_no_picture_yet_is_told_what_to_give():
         (np.zeros((40, 48, 3), np.int64), r"give x\.astype\(np\.uint8\)"),
     ):
         with pytest.raises(BadArgument, match=remedy):
-            prepare(image, preprocessing)
+            prepare_image(image, preprocessing)
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "deploy"])

@@ -16,8 +16,8 @@ from conftest import shaken
 from onefold.cli import main
 from onefold.errors import BadArgument
 from onefold.models import create_model
-from onefold.models.mobileone import branches
-from onefold.quantize import Method, ModelQParams, calibrate_qat, prepare_qat_, remove_qat_
+from onefold.models.mobileone import make_branches
+from onefold.quantize import ModelQParams, QuantizationMethod, calibrate_qat, prepare_qat_, remove_qat_
 from onefold.quantize.convert import convert
 from onefold.quantize.qparams import QParams
 from onefold.reparam import Chain, fuse
@@ -34,7 +34,7 @@ FAMILIES = (
 
 def lively(*args: int) -> nn.Module:
     """A unit whose norms all do something."""
-    unit = branches(*args).train()
+    unit = make_branches(*args).train()
     for norm in unit.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -55,7 +55,7 @@ def trained(name: str, x: Tensor, steps: int = 3) -> tuple[nn.Module, ModelQPara
             norm.momentum = 1.0  # the running statistics are those of the last batch
     with torch.no_grad():
         model(x)
-    params = calibrate_qat(model, [x], Method(clip_weights=False, rounding="nearest", correct_bias=False))
+    params = calibrate_qat(model, [x], QuantizationMethod(clip_weights=False, rounding="nearest", correct_bias=False))
     prepare_qat_(model, params, SHAPE).train()
     rule = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(steps):
@@ -140,7 +140,7 @@ def test_gradients_pass_through_rounding_and_stop_where_values_are_clipped(seede
         nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     x = torch.randn(6, *SHAPE)
-    params = calibrate_qat(model.eval(), [x], Method(equalize="none", range_method="minmax"))
+    params = calibrate_qat(model.eval(), [x], QuantizationMethod(equalize="none", range_method="minmax"))
     plain = copy.deepcopy(model)
     prepare_qat_(model, params, SHAPE)
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
@@ -174,7 +174,9 @@ def test_training_in_int8_wins_back_what_rounding_lost(seeded) -> None:
         model[2].weight /= torch.logspace(-2, 1, 8)[:, None, None, None]
     x = torch.randn(64, 3, 12, 12)
     target = answer(model, x)
-    method = Method(equalize="none", weights="tensor", clip_weights=False, rounding="nearest", correct_bias=False)
+    method = QuantizationMethod(
+        equalize="none", weights="tensor", clip_weights=False, rounding="nearest", correct_bias=False
+    )
     params = calibrate_qat(model, [x], method)
     prepare_qat_(model, params, (3, 12, 12)).train()
 

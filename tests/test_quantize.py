@@ -24,19 +24,24 @@ from conftest import shaken
 from onefold.cli import main
 from onefold.commands.open_network import open_network
 from onefold.data import find_images, open_dataset
-from onefold.data.decode import decode
+from onefold.data.decode import decode_image
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.hub import Card, save_weights
-from onefold.quantize import MINMAX, Method, quantize
+from onefold.quantize import MINMAX_METHOD, QuantizationMethod, quantize
 from onefold.quantize.calibrate import calibrate
-from onefold.quantize.convert import calibration_state, from_calibration_state
-from onefold.quantize.cross_layer_equalization import equalize_, joined_pairs, rescale_pair_, shorten_weight_scales
-from onefold.quantize.gptq import gptq, nearest
-from onefold.quantize.graph import get_parameter, layers, trace
+from onefold.quantize.convert import calibration_state_dict, from_calibration_state_dict
+from onefold.quantize.cross_layer_equalization import (
+    equalizable_pairs,
+    equalize_,
+    rescale_pair_,
+    shorten_scale_mantissas,
+)
+from onefold.quantize.gptq import gptq_round, round_to_nearest
+from onefold.quantize.graph import find_layers, get_parameter, trace
 from onefold.quantize.qparams import QParams, choose_qparams, weight_scales
 from onefold.reparam import fuse
-from onefold.runtimes import ModelInfo, export, find_runtime, load
+from onefold.runtimes import ModelInfo, export, import_runtime, load
 from onefold.runtimes import onnx as onnx_runtime
 from onefold.runtimes import openvino as openvino_runtime
 
@@ -128,9 +133,9 @@ def test_scales_reach_the_limit_in_each_row_and_searching_never_costs() -> None:
     kernel = torch.randn(5, 40, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 3, 5)[:, None]
     for search in (False, True):
         scales = weight_scales(kernel, qmax=127, per_tensor=False, clip=search)
-        assert (nearest(kernel, scales, 127).abs().amax(1) == 127).all()
+        assert (round_to_nearest(kernel, scales, 127).abs().amax(1) == 127).all()
     plain = weight_scales(kernel, qmax=127, per_tensor=False, clip=False)
-    errors = [((nearest(kernel, s, 127) * s[:, None] - kernel) ** 2).sum(1) for s in (scales, plain)]
+    errors = [((round_to_nearest(kernel, s, 127) * s[:, None] - kernel) ** 2).sum(1) for s in (scales, plain)]
     assert (errors[0] <= errors[1]).all()
     assert len(set(weight_scales(kernel, qmax=127, per_tensor=True, clip=False).tolist())) == 1
 
@@ -143,7 +148,7 @@ def test_equalizing_changes_ranges_and_not_the_answer(images: Tensor) -> None:
     fused = fuse(model.eval())
     graph = trace(fused, images.double())
     before = answer(graph, images.double())
-    assert equalize_(graph, [images.double()]) == len(layers(graph)) - 1  # a chain, the head too
+    assert equalize_(graph, [images.double()]) == len(find_layers(graph)) - 1  # a chain, the head too
     assert noise(before, answer(graph, images.double())) < 1e-12
 
 
@@ -151,7 +156,7 @@ def test_equalizing_stops_at_gates(images: Tensor) -> None:
     fused = fuse(shaken(create_model("mobileone_s4", num_classes=7)).eval()).double()
     graph = trace(fused, images.double())
     before = answer(graph, images.double())
-    assert 0 < equalize_(graph, [images.double()]) < len(layers(graph)) - 1
+    assert 0 < equalize_(graph, [images.double()]) < len(find_layers(graph)) - 1
     assert noise(before, answer(graph, images.double())) < 1e-12
 
 
@@ -164,11 +169,11 @@ def test_rounding_by_moments_is_to_the_nearest_for_white_inputs_and_better_for_o
     kernel = torch.randn(groups * 4, width, generator=draw)
     scales = weight_scales(kernel, qmax=7, per_tensor=False, clip=False)
     white = torch.eye(width, dtype=torch.float64).expand(groups, -1, -1)
-    assert torch.equal(gptq(kernel, scales, 7, white), nearest(kernel, scales, 7))
+    assert torch.equal(gptq_round(kernel, scales, 7, white), round_to_nearest(kernel, scales, 7))
     x = torch.randn(groups, width, 3, generator=draw, dtype=torch.float64)
     covariance = x @ x.mT + 0.01 * white
     errors = []
-    for whole in (gptq(kernel, scales, 7, covariance), nearest(kernel, scales, 7)):
+    for whole in (gptq_round(kernel, scales, 7, covariance), round_to_nearest(kernel, scales, 7)):
         off = (whole * scales[:, None] - kernel).double().unflatten(0, (groups, -1))
         errors.append(float(((off @ covariance) * off).sum()))
     assert errors[0] < 0.5 * errors[1]
@@ -182,7 +187,7 @@ def test_rescaling_a_pair_of_layers_keeps_the_answer(images: Tensor) -> None:
         fused = fuse(shaken(create_model(name, num_classes=7)).eval()).double()
         graph = trace(fused, images.double())
         before = answer(graph, images.double())
-        pairs = joined_pairs(layers(graph))
+        pairs = equalizable_pairs(find_layers(graph))
         assert len(pairs) > 10
         for number, pair in enumerate(pairs):
             rescale_pair_(graph, *pair, 1.0 + 0.1 * number)
@@ -191,8 +196,8 @@ def test_rescaling_a_pair_of_layers_keeps_the_answer(images: Tensor) -> None:
 
 def test_scales_between_joined_layers_are_powers_of_two(small: nn.Module, images: Tensor) -> None:
     graph = trace(small, images)
-    pairs = joined_pairs(layers(graph))
-    found = calibrate(graph, images.split(4), Method()).activations
+    pairs = equalizable_pairs(find_layers(graph))
+    found = calibrate(graph, images.split(4), QuantizationMethod()).activations
     assert pairs
     assert all(math.frexp(found[first.output].scale)[0] == 0.5 for first, _ in pairs)
 
@@ -201,28 +206,34 @@ def test_the_network_does_not_depend_on_the_number_of_threads(small: nn.Module, 
     made = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        made.append(quantize(small, images, Method(correct_weights=True)).graph.state_dict())
+        made.append(quantize(small, images, QuantizationMethod(correct_weights=True)).graph.state_dict())
         assert torch.get_num_threads() == threads
     assert all(torch.equal(made[0][key], each[key]) for each in made[1:] for key in made[0])
 
 
 def test_a_calibration_that_is_kept_gives_the_same_network(small: nn.Module, images: Tensor) -> None:
-    for method in (Method(), Method(skip_layers=(layers(trace(small, images))[1].name,)), MINMAX):
+    for method in (
+        QuantizationMethod(),
+        QuantizationMethod(skip_layers=(find_layers(trace(small, images))[1].name,)),
+        MINMAX_METHOD,
+    ):
         made = quantize(small, images, method)
-        tensors, facts = calibration_state(made)
-        again = from_calibration_state(small, tuple(images.shape[1:]), tensors, json.loads(json.dumps(facts)))
+        tensors, facts = calibration_state_dict(made)
+        again = from_calibration_state_dict(small, tuple(images.shape[1:]), tensors, json.loads(json.dumps(facts)))
         assert (again.method, again.layers, again.images) == (made.method, made.layers, made.images)
         with torch.inference_mode():
             assert torch.equal(again.model(images), made.model(images))
             assert torch.equal(again.graph(images), made.graph(images))
     with pytest.raises(BadArgument, match="another network"):
-        from_calibration_state(small, tuple(images.shape[1:]), tensors, {**facts, "activations": {"other": [1.0, 0]}})
+        from_calibration_state_dict(
+            small, tuple(images.shape[1:]), tensors, {**facts, "activations": {"other": [1.0, 0]}}
+        )
 
 
 @given(step=st.floats(1e-6, 1e6))
 def test_shortened_scales_are_no_smaller_and_have_few_digits(step: float) -> None:
     for input_step, digits in ((0.25, 6), (0.3, 4)):
-        found = float(shorten_weight_scales(torch.tensor([step], dtype=torch.float64), input_step))
+        found = float(shorten_scale_mantissas(torch.tensor([step], dtype=torch.float64), input_step))
         assert step * (1 - 1e-6) <= found <= step * (1 + 2.0 ** (1 - digits))
         assert (math.frexp(found)[0] * 2**digits) % 1 == 0
 
@@ -251,7 +262,9 @@ def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
         nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 5, 1), nn.Flatten(),
     ).eval()  # fmt: skip
     x = torch.randn(32, 3, 16, 16)
-    exact, plain = (quantize(chain, x, Method(power_of_two_scales=power_of_two)) for power_of_two in (True, False))
+    exact, plain = (
+        quantize(chain, x, QuantizationMethod(power_of_two_scales=power_of_two)) for power_of_two in (True, False)
+    )
     assert torch.equal(answer(exact.model, x), answer(exact.graph, x))
     assert [orders_agree(*steps) for steps in steps_of(exact.graph)[1:3]] == [True, True]
     assert [orders_agree(*steps) for steps in steps_of(plain.graph)[1:3]] == [False, False]
@@ -264,7 +277,7 @@ def test_the_order_of_arithmetic_does_not_matter(seeded: int) -> None:
 
 def test_the_simulation_is_integer_arithmetic(small: nn.Module, images: Tensor) -> None:
     """Each layer again with sums of int64 and one rescaling in float32, from what the graph stores: the same bits."""
-    made = quantize(small, images, Method(range_method="minmax"))
+    made = quantize(small, images, QuantizationMethod(range_method="minmax"))
     steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     grids = [(np.float32(n.args[1]), n.args[2]) for n in steps]
     state = {name: value.numpy() for name, value in made.graph.state_dict().items()}
@@ -301,7 +314,7 @@ def test_sums_beyond_what_float32_holds_are_exact(small: nn.Module, images: Tens
     with torch.no_grad():
         small.pointwise.weight[0] *= 3e-7
         small.pointwise.bias[0] = 1.0
-    made = quantize(small, images, Method(equalize="none", correct_bias=False, weight_qmax=63))
+    made = quantize(small, images, QuantizationMethod(equalize="none", correct_bias=False, weight_qmax=63))
     state = made.graph.state_dict()
     steps = [n for n in made.graph.graph.nodes if str(n.target).startswith("quantized_decomposed.quantize_per_t")]
     step = state["pointwise.weight_scale"][0] * steps[2].args[1]
@@ -335,23 +348,23 @@ def test_collapse_and_its_cure(small: nn.Module, images: Tensor) -> None:
         logits = answer(model, x)
         return logits - logits.mean(0)
 
-    plain = quantize(small, x, Method(**{**vars(MINMAX), "weights": "tensor"}))
-    cured = quantize(small, x, Method(weights="tensor"))
+    plain = quantize(small, x, QuantizationMethod(**{**vars(MINMAX_METHOD), "weights": "tensor"}))
+    cured = quantize(small, x, QuantizationMethod(weights="tensor"))
     assert noise(changes(small), changes(plain.model)) > 0.5
     assert noise(changes(small), changes(cured.model)) < 0.06
 
 
 def test_a_skipped_layer_stays_in_float(small: nn.Module, images: Tensor) -> None:
-    made = quantize(small, images, Method(skip_layers=("depthwise",)))
+    made = quantize(small, images, QuantizationMethod(skip_layers=("depthwise",)))
     assert {each.name: each.quantized for each in made.layers}["depthwise"] is False
     assert "depthwise.weight_int8" not in made.graph.state_dict()
     with pytest.raises(BadArgument, match="no layer 'stemm'"):
-        quantize(small, images, Method(skip_layers=("stemm",)))
+        quantize(small, images, QuantizationMethod(skip_layers=("stemm",)))
 
 
 def test_per_tensor_scales_have_their_equalization() -> None:
-    assert (Method().equalize, Method(weights="tensor").equalize) == ("activations", "weights")
-    assert Method(weights="tensor", equalize="none").equalize == "none"
+    assert (QuantizationMethod().equalize, QuantizationMethod(weights="tensor").equalize) == ("activations", "weights")
+    assert QuantizationMethod(weights="tensor", equalize="none").equalize == "none"
 
 
 def test_the_model_given_is_left_as_it_is(small: nn.Module, images: Tensor) -> None:
@@ -372,12 +385,12 @@ def test_what_cannot_be_quantized_is_said(small: nn.Module, images: Tensor) -> N
 # --------------------------------------------------------------------------------------- runtimes
 
 
-@pytest.mark.parametrize("runtime", [name for name in INSTALLED if "int8" in find_runtime(name).PRECISIONS])
+@pytest.mark.parametrize("runtime", [name for name in INSTALLED if "int8" in import_runtime(name).PRECISIONS])
 def test_runtimes_compute_the_network_that_was_simulated(
     runtime: str, small: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     """With 7-bit weights, so that it holds on processors whose 16-bit sums saturate."""
-    made = quantize(small, images, Method(weight_qmax=63))
+    made = quantize(small, images, QuantizationMethod(weight_qmax=63))
     info = ModelInfo(model="small", fused=True, details={"quantization": {"method": made.method.title}})
     x = torch.randn(64, 3, 16, 16)
     artifact = export(made, x[:2].numpy(), tmp_path / "a", runtime=runtime, info=info, precision="int8")
@@ -404,10 +417,10 @@ def test_mobileone_s0_survives(weights: str, shared_data: Path) -> None:
     photos = [training.image(i) for i in range(0, len(training), len(training) // 64)]
     made = quantize(
         network.model, torch.stack([torch.from_numpy(network.preprocessing(photo)) for photo in photos]),
-        Method(weights=weights),
+        QuantizationMethod(weights=weights),
     )  # fmt: skip
     paths = find_images([shared_data / "imagenet-sample" / "images"])[::5]
-    x = torch.stack([torch.from_numpy(network.preprocessing(decode(path))) for path in paths])
+    x = torch.stack([torch.from_numpy(network.preprocessing(decode_image(path))) for path in paths])
     same = answer(made.model, x).argmax(1) == answer(network.model, x).argmax(1)
     assert float(same.double().mean()) >= 0.9
 
@@ -428,7 +441,7 @@ def test_onnx_holds_integers(small: nn.Module, images: Tensor, tmp_path: Path) -
 def test_onnx_pads_images_to_four_channels_for_its_fast_kernels(
     small: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    made = quantize(small, images, Method(weight_qmax=63))
+    made = quantize(small, images, QuantizationMethod(weight_qmax=63))
     export(
         made,
         images[:2].numpy(),
@@ -464,7 +477,7 @@ def test_images_that_need_no_fourth_channel_or_cannot_have_one_are_left(kind: st
             return self.last(y + F.relu(self.other(x)) if kind == "read twice" else y).mean((2, 3))
 
     x = torch.randn(16, channels, 12, 12)
-    made = quantize(Other().eval(), x, Method(weight_qmax=63))
+    made = quantize(Other().eval(), x, QuantizationMethod(weight_qmax=63))
     info = ModelInfo(model="other", fused=True)
     folder = export(made, x[:2].numpy(), tmp_path / "a", runtime="onnx", info=info, precision="int8").folder
     assert not [node for node in onnx.load(folder / "model.onnx").graph.node if node.op_type == "Pad"]
@@ -483,7 +496,7 @@ def test_whether_sums_saturate_is_found_out() -> None:
         pytest.skip("this system has no /proc/cpuinfo")
     expected = not {"avx512_vnni", "avx_vnni"} & set(flags)
     assert onnx_runtime._sums_saturate() == expected
-    assert openvino_runtime.sums_saturate() == expected
+    assert openvino_runtime.int8_sums_saturate() == expected
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only on x86 do 8-bit sums saturate")
@@ -519,5 +532,5 @@ def test_a_dead_layer_is_no_trouble(way: str, small: nn.Module, images: Tensor) 
     with torch.no_grad():
         small.depthwise.weight.zero_()
         small.depthwise.bias.fill_(-1.0)
-    made = quantize(small, images, Method(equalize=way))
+    made = quantize(small, images, QuantizationMethod(equalize=way))
     assert torch.isfinite(answer(made.model, images)).all()

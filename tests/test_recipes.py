@@ -22,11 +22,20 @@ from onefold.commands.train import Callbacks, read_recipe, resume_run, start_run
 from onefold.data import Curriculum, ImageLoader, MixupLoader, Stage
 from onefold.errors import BadArgument
 from onefold.models import create_model
-from onefold.recipes import Recipe, at_epochs, at_size, find_recipe, override, recipe_for, recipes, scaled
+from onefold.recipes import (
+    Recipe,
+    all_recipes,
+    find_recipe,
+    make_recipe,
+    override,
+    scale_to_batch_size,
+    with_epochs,
+    with_image_size,
+)
 from onefold.train import SGD, AdamW, Checkpoint, Cosine, Ema, Epochs, RMSprop, Steps, decay_groups
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
-ALL = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+ALL = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.name)
 
 
 def golden_path(recipe: Recipe) -> Path:
@@ -56,7 +65,7 @@ def test_a_recipe_is_what_its_golden_text_says(recipe: Recipe) -> None:
 
 
 def test_no_golden_text_is_left_over() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {golden_path(recipe).name for recipe in recipes()}
+    assert {path.name for path in GOLDEN.iterdir()} == {golden_path(recipe).name for recipe in all_recipes()}
 
 
 # ------------------------------------------------------------------------------- the papers' tables
@@ -115,7 +124,7 @@ def test_mobilenetv1_at_all_sixteen_widths_and_sizes() -> None:
     assert find_recipe("mobilenetv1:w100") == find_recipe("mobilenetv1:w100", 224)
 
 
-@pytest.mark.parametrize("recipe", [r for r in recipes() if r.name.startswith("mobilenetv1")], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [r for r in all_recipes() if r.name.startswith("mobilenetv1")], ids=lambda r: r.name)
 def test_no_depthwise_kernel_of_a_mobilenet_decays(recipe: Recipe) -> None:
     model = create_model(recipe.model)
     groups = decay_groups(model, recipe.plan.weight_decay.skip)
@@ -155,7 +164,7 @@ OWN_NETWORK = ("mobileone:s1", "mobileformer:26m", "mobilenetv1:w025")  # the ot
 def test_a_recipe_shrunk_to_two_steps_trains(recipe: Recipe, data: Path, tmp_path: Path) -> None:
     """Every field as it is, but for size, length and network; two steps, and for one curriculum two in each stage."""
     epochs = len(recipe.curriculum.stages) if recipe.curriculum and recipe.name == "mobileone:s2" else 1
-    shrunk = at_epochs(at_size(recipe, 32), epochs)
+    shrunk = with_epochs(with_image_size(recipe, 32), epochs)
     changes = {"data.spec": str(data), "plan.batch_size": "8", "plan.workers": "0"}
     changes["model"] = recipe.model if recipe.name in OWN_NETWORK else "mobilenetv1_025"
     changes["head"] = "kept"  # a probe needs weights
@@ -170,7 +179,7 @@ def test_a_recipe_shrunk_to_two_steps_trains(recipe: Recipe, data: Path, tmp_pat
 
 def test_dropout_of_a_recipe_reaches_the_network(data: Path, tmp_path: Path) -> None:
     """With everything dropped only the last bias can learn: the pooled features are always 0."""
-    recipe = at_epochs(find_recipe("mobileformer:26m", 32), 1)
+    recipe = with_epochs(find_recipe("mobileformer:26m", 32), 1)
     changes = {"data.spec": str(data), "plan.batch_size": "8", "plan.workers": "0"}
     start_run(override(recipe, {**changes, "dropout": "1.0"}), tmp_path / "run")
     saved = Checkpoint.load(tmp_path / "run")
@@ -180,7 +189,7 @@ def test_dropout_of_a_recipe_reaches_the_network(data: Path, tmp_path: Path) -> 
 
 def test_a_mixed_and_grown_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
     """Mixup, CutMix, RandAugment, erasing, a curriculum and dropout: stopped in the middle, the same weights."""
-    recipe = at_epochs(find_recipe("mobileformer:508m", 32), 2)
+    recipe = with_epochs(find_recipe("mobileformer:508m", 32), 2)
     recipe = replace(
         recipe, curriculum=Curriculum(stages=(Stage(epoch=0, size=24, strength=0.5), Stage(epoch=1, size=32)))
     )
@@ -206,24 +215,24 @@ def test_a_mixed_and_grown_run_resumes_to_the_bit(data: Path, tmp_path: Path) ->
 
 
 def test_another_length_keeps_the_shares_of_warm_up_and_curriculum() -> None:
-    recipe = at_epochs(find_recipe("mobileone:s3"), 100)
+    recipe = with_epochs(find_recipe("mobileone:s3"), 100)
     assert isinstance(recipe.plan.schedule, Cosine)
     assert recipe.plan.schedule.warmup == Epochs(5 / 3)
     assert recipe.curriculum is not None
     assert [stage.epoch for stage in recipe.curriculum.stages] == [0, 12, 37]
     assert recipe.expect is None
-    assert at_epochs(recipe, 100) is recipe
-    one = at_epochs(recipe, 1).curriculum
+    assert with_epochs(recipe, 100) is recipe
+    one = with_epochs(recipe, 1).curriculum
     assert one is not None
     assert one.stages == (Stage(epoch=0, size=224),)  # of stages that would share an epoch the last stays
 
 
 def test_another_size_is_that_of_all_steps_and_stages() -> None:
-    recipe = at_size(find_recipe("mobileone:s4"), 96)
+    recipe = with_image_size(find_recipe("mobileone:s4"), 96)
     assert recipe.curriculum is not None
     assert [stage.size for stage in recipe.curriculum.stages] == [72, 80, 96]
     assert (recipe.preprocessing.size, recipe.steps[0].size, recipe.expect) == (96, 96, None)
-    assert at_size(recipe, 96) is recipe
+    assert with_image_size(recipe, 96) is recipe
 
 
 @pytest.mark.parametrize(
@@ -250,7 +259,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, str], message: str) -> Non
 
 def test_scaling_sgd() -> None:
     recipe = find_recipe("mobileone:s0")
-    bigger = scaled(recipe, batch_size=32, devices=64)
+    bigger = scale_to_batch_size(recipe, batch_size=32, devices=64)
     plan = bigger.plan
     assert (plan.batch_size, plan.optimizer.lr) == (2048, 0.1 * 8)
     assert plan.ema is not None
@@ -265,32 +274,32 @@ def test_scaling_sgd() -> None:
 
 
 def test_scaling_adamw_and_rmsprop() -> None:
-    former = scaled(find_recipe("mobileformer:294m"), batch_size=4096).plan
+    former = scale_to_batch_size(find_recipe("mobileformer:294m"), batch_size=4096).plan
     assert former.optimizer == AdamW(lr=1e-3 * 2)
     assert former.schedule == Cosine(final=2e-5, warmup=Epochs(3), warmup_from=2e-4)
-    assert scaled(find_recipe("mobilenetv1:w100"), batch_size=64).plan.optimizer.lr == 0.045 / 2
+    assert scale_to_batch_size(find_recipe("mobilenetv1:w100"), batch_size=64).plan.optimizer.lr == 0.045 / 2
 
 
 def test_scaling_there_and_back_changes_nothing_but_the_notes() -> None:
     recipe = find_recipe("mobileone:s0")
     recipe = replace(recipe, plan=replace(recipe.plan, schedule=Cosine(warmup=Steps(640))))
-    there = scaled(recipe, batch_size=512)
+    there = scale_to_batch_size(recipe, batch_size=512)
     assert there.plan.schedule == Cosine(warmup=Steps(320))
-    back = scaled(there, batch_size=256)
+    back = scale_to_batch_size(there, batch_size=256)
     assert len(back.notes) == 2
     assert back.plan.ema is not None
     assert back.plan.ema.decay == pytest.approx(0.9995, rel=1e-15)
     assert replace(back.plan, ema=recipe.plan.ema) == recipe.plan
-    assert scaled(recipe, batch_size=256) is recipe
+    assert scale_to_batch_size(recipe, batch_size=256) is recipe
 
 
 def test_scaling_from_the_command_line() -> None:
-    wanted = recipe_for("mobileone:s2", {"plan.seed": "3"}, size=160, epochs=30, scale_to_batch=1024)
+    wanted = make_recipe("mobileone:s2", {"plan.seed": "3"}, size=160, epochs=30, scale_to_batch=1024)
     assert (wanted.plan.batch_size, wanted.plan.optimizer.lr, wanted.plan.seed) == (1024, 0.4, 3)
     with pytest.raises(BadArgument, match="give one"):
-        recipe_for("mobileone:s2", {"plan.batch_size": "8"}, scale_to_batch=1024)
+        make_recipe("mobileone:s2", {"plan.batch_size": "8"}, scale_to_batch=1024)
     with pytest.raises(BadArgument, match="expected 1 or more"):
-        recipe_for("mobileone:s2", {}, scale_to_batch=0)
+        make_recipe("mobileone:s2", {}, scale_to_batch=0)
 
 
 def test_a_complete_recipe_is_shown_with_what_was_changed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,5 +336,5 @@ def test_a_recipe_makes_the_batches_it_says(data: Path) -> None:
 
 if __name__ == "__main__":
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    for each in recipes():
+    for each in all_recipes():
         golden_path(each).write_text(golden_text(each))

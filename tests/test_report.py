@@ -25,14 +25,22 @@ from hypothesis import strategies as st
 from onefold import bench
 from onefold.checksums import write_sealed_json
 from onefold.cli import main
-from onefold.commands.report import find_inputs, write_page
+from onefold.commands.report import find_inputs, write_report_page
 from onefold.data import DatasetInfo, LeftOut, SplitInfo
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.report import write_report
-from onefold.report.format import joined, latency, one_line, plural, printable, significant, size
-from onefold.report.grouping import aggregate_inputs, group_by_subject, label
-from onefold.report.load_results import Inputs, load_inputs
-from onefold.report.page import render
+from onefold.report.format import (
+    format_count,
+    format_latency,
+    format_significant,
+    format_size,
+    join_words,
+    one_line,
+    printable,
+)
+from onefold.report.grouping import group_by_subject, group_inputs, subject_label
+from onefold.report.load_results import ReportInputs, load_report_inputs
+from onefold.report.page import render_page
 from onefold.runtimes.artifact import Artifact, Parity, StoredFile, render_manifest
 
 MACHINE = bench.Machine(
@@ -116,7 +124,7 @@ def measured(milliseconds: float, seed: int = 0, **subject: object) -> bench.Mea
         procedure=bench.Procedure(samples=100),
         samples_ns=samples(milliseconds, seed),
         warmup_ns=(int(9e6),),
-        noise=bench.Noise(load_before=0.1, others=0.0),
+        noise=bench.TimingNoise(load_before=0.1, others=0.0),
     )
 
 
@@ -183,7 +191,7 @@ def an_artifact(folder: Path, name: str = "onnx-fp32", **changes: Any) -> Path:
 
 def results(folder: Path, *found: bench.Measurement | bench.Comparison, name: str = "machine.jsonl") -> Path:
     path = folder / "results" / name
-    bench.append(path, found)
+    bench.append_results(path, found)
     return path
 
 
@@ -271,7 +279,7 @@ def test_noise_is_given_with_its_reasons(tmp_path: Path) -> None:
         machine=MACHINE,
         procedure=bench.Procedure(),
         samples_ns=samples(6),
-        noise=bench.Noise(steal=0.05),
+        noise=bench.TimingNoise(steal=0.05),
     )
     text = Page(report(tmp_path, results=[results(tmp_path, noisy)])).text
     assert "1 of 1 measured latency came from a noisy machine" in text
@@ -289,18 +297,18 @@ def test_repeated_measurements_are_one_row_of_process_medians(tmp_path: Path) ->
 
 def test_five_processes_are_pooled(tmp_path: Path) -> None:
     rounds = [compared(6, 17, seed) for seed in range(0, 15, 3)]
-    inputs = load_inputs([], [results(tmp_path, *rounds)], [])
-    (pair,) = aggregate_inputs(inputs).pairs
+    inputs = load_report_inputs([], [results(tmp_path, *rounds)], [])
+    (pair,) = group_inputs(inputs).pairs
     assert pair.num_processes == 5
     assert pair.sentence().endswith("faster than the unfused network. Over 5 processes.")
     assert 1 / pair.ratio.value == pytest.approx(17 / 6, rel=0.02)
-    assert len(aggregate_inputs(load_inputs([], [results(tmp_path, *rounds[:4], name="four.jsonl")], [])).pairs) == 4
+    assert len(group_inputs(load_report_inputs([], [results(tmp_path, *rounds[:4], name="four.jsonl")], [])).pairs) == 4
 
 
 def test_two_machines_do_not_share_a_figure(tmp_path: Path) -> None:
     other = bench.Machine(chip="Other Chip", architecture="aarch64", cores=8, usable_cores=8, system="Linux 6.1")
     elsewhere = bench.Measurement(
-        subject=SUBJECT, machine=other, procedure=bench.Procedure(), samples_ns=samples(1), noise=bench.Noise()
+        subject=SUBJECT, machine=other, procedure=bench.Procedure(), samples_ns=samples(1), noise=bench.TimingNoise()
     )
     page = Page(report(tmp_path, results=[results(tmp_path, measured(6), elsewhere)]))
     assert page.tags["svg"] == 2
@@ -314,8 +322,10 @@ def test_an_artifact_that_nobody_has_run_is_told_so(tmp_path: Path) -> None:
 
 def test_accuracy_is_found_through_the_hash_of_the_artifact(tmp_path: Path) -> None:
     artifact = an_artifact(tmp_path, details={"top1": 70.25})
-    found = aggregate_inputs(
-        load_inputs([], [results(tmp_path, measured(6, sha256="a" * 64), measured(7, sha256="d" * 64))], [artifact])
+    found = group_inputs(
+        load_report_inputs(
+            [], [results(tmp_path, measured(6, sha256="a" * 64), measured(7, sha256="d" * 64))], [artifact]
+        )
     )
     assert [group.top1 for group in found.groups] == [70.25, None]
 
@@ -328,16 +338,16 @@ def test_an_accuracy_that_was_evaluated_after_measuring_is_found(tmp_path: Path)
     write_sealed_json(path, entries)
     assert find_inputs([tmp_path]).accuracies == [path]
     measured_as = [measured(5 + i, sha256=digest) for i, digest in enumerate(("a" * 64, "d" * 64, "e" * 64))]
-    inputs = load_inputs([], [results(tmp_path, *measured_as)], [an_artifact(tmp_path)], accuracies=[path])
-    assert [group.top1 for group in aggregate_inputs(inputs).groups] == [60.5, 61.5, None]
+    inputs = load_report_inputs([], [results(tmp_path, *measured_as)], [an_artifact(tmp_path)], accuracies=[path])
+    assert [group.top1 for group in group_inputs(inputs).groups] == [60.5, 61.5, None]
     assert inputs.notes == ("The accuracy 61.5 % on photos flatters: 7 of these images were trained on.",)
     path.write_text(path.read_text().replace("60.5", "90.5"))
-    damaged = load_inputs([], [], [], accuracies=[path])
+    damaged = load_report_inputs([], [], [], accuracies=[path])
     assert (damaged.accuracies, ["accuracy.json is damaged" in note for note in damaged.notes]) == ({}, [True])
     path.write_text(json.dumps(entries))
-    assert "accuracy.json has no checksum" in load_inputs([], [], [], accuracies=[path]).notes[0]
+    assert "accuracy.json has no checksum" in load_report_inputs([], [], [], accuracies=[path]).notes[0]
     path.write_text("[]")
-    damaged = load_inputs([], [], [], accuracies=[path])
+    damaged = load_report_inputs([], [], [], accuracies=[path])
     assert (damaged.accuracies, damaged.notes) == (
         {},
         ("accuracy.json is damaged and left out: it is not a JSON object that holds anything.",),
@@ -521,7 +531,7 @@ def test_no_name_can_break_the_page(tmp_path: Path) -> None:
         **{**MACHINE.to_dict(), "chip": HOSTILE, "versions": {HOSTILE: HOSTILE}, "features": (HOSTILE,)}
     )
     elsewhere = bench.Measurement(
-        subject=words, machine=hostile, procedure=bench.Procedure(), samples_ns=samples(3), noise=bench.Noise()
+        subject=words, machine=hostile, procedure=bench.Procedure(), samples_ns=samples(3), noise=bench.TimingNoise()
     )
     names = {HOSTILE: measured(3, name=HOSTILE), "b": measured(4, 1, name="b")}
     contest = bench.Comparison(measurements=names, twin=measured(3, 2))
@@ -542,8 +552,8 @@ def test_no_name_can_break_the_page(tmp_path: Path) -> None:
 @settings(max_examples=15, deadline=None)
 def test_text_comes_out_as_it_went_in(text: str) -> None:
     """A note with any text in it stands on the page as that text, less what cannot be shown, and adds no element."""
-    data = aggregate_inputs(Inputs())
-    page, bare = Page(render(data, [f"[{text}]"])), Page(render(data, ["-"]))
+    data = group_inputs(ReportInputs())
+    page, bare = Page(render_page(data, [f"[{text}]"])), Page(render_page(data, ["-"]))
     assert page.tags == bare.tags
     shown = page.said["main"][0][page.said["main"][0].index("[") + 1 : page.said["main"][0].rindex("]")]
     assert "".join(shown.split()) == "".join(printable(text).split())
@@ -685,8 +695,8 @@ def test_inputs_are_found_by_what_they_contain(tmp_path: Path) -> None:
     (sealed / "manifest.json").write_text('{"format": 1, "files": {}}')
     answered(run, an_answer(0, 0))
     artifact = an_artifact(tmp_path / "deploy" / "phones")
-    bench.append(tmp_path / "measured" / "today.jsonl", [measured(6)])
-    bench.append(tmp_path / "one.jsonl", [compared(6, 17)])
+    bench.append_results(tmp_path / "measured" / "today.jsonl", [measured(6)])
+    bench.append_results(tmp_path / "one.jsonl", [compared(6, 17)])
     other = tmp_path / "other" / "results"
     other.mkdir(parents=True)
     (other / "log.jsonl").write_text('{"level": "info"}\n')
@@ -711,7 +721,7 @@ def test_what_is_not_searched_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", locked)
-    found = write_page([tmp_path], tmp_path / "r.html")
+    found = write_report_page([tmp_path], tmp_path / "r.html")
     assert str(found) == (
         "no runs, 1 results file and no artifacts; not searched: 1 folder more than 8 levels down, 1 folder that "
         "cannot be read, 2 hidden folders and 1 link to a folder"
@@ -726,13 +736,13 @@ def test_what_is_not_searched_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
 def test_nothing_found_is_an_error_that_says_what_was_not_searched(tmp_path: Path) -> None:
     (tmp_path / ".runs").mkdir()
     with pytest.raises(BadData, match=r"no run, result or artifact in .*, not searched: 1 hidden folder: give"):
-        write_page([tmp_path], tmp_path / "r.html")
+        write_report_page([tmp_path], tmp_path / "r.html")
 
 
 def test_a_page_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     results(tmp_path, measured(6))
     with pytest.raises(BadArgument, match=r"is a folder: give the name of the page"):
-        write_page([tmp_path], tmp_path / "results")
+        write_report_page([tmp_path], tmp_path / "results")
     assert (tmp_path / "results" / "machine.jsonl").is_file()
 
 
@@ -792,20 +802,20 @@ def test_a_font_cache_that_cannot_be_written_is_one_sentence(
     ],
 )
 def test_latencies_in_words(nanoseconds: float | None, said: str) -> None:
-    assert latency(nanoseconds).replace("\N{NO-BREAK SPACE}", " ") == said
+    assert format_latency(nanoseconds).replace("\N{NO-BREAK SPACE}", " ") == said
 
 
 def test_other_words() -> None:
-    assert [significant(each) for each in (0, 0.04123, 9.999, 412.7, 123456.0)] == [
+    assert [format_significant(each) for each in (0, 0.04123, 9.999, 412.7, 123456.0)] == [
         "0",
         "0.0412",
         "10.00",
         "413",
         "123456",
     ]
-    assert [plural(each, "run") for each in (0, 1, 2)] == ["no runs", "1 run", "2 runs"]
-    assert [joined(each) for each in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
-    assert [size(each).replace("\N{NO-BREAK SPACE}", " ") for each in (None, 999, 8_410_000)] == [
+    assert [format_count(each, "run") for each in (0, 1, 2)] == ["no runs", "1 run", "2 runs"]
+    assert [join_words(each) for each in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+    assert [format_size(each).replace("\N{NO-BREAK SPACE}", " ") for each in (None, 999, 8_410_000)] == [
         "–",
         "0.999 kB",
         "8.41 MB",
@@ -825,4 +835,4 @@ def test_other_words() -> None:
     ],
 )
 def test_a_label_says_what_is_known(subject: dict[str, str], said: str) -> None:
-    assert label(subject) == said
+    assert subject_label(subject) == said

@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 
 from onefold import bench
-from onefold.bench.cold_start import observe
+from onefold.bench.cold_start import measure_in_this_process
 from onefold.bench.machine import current_mhz
 from onefold.bench.roofline import cache_sizes
 from onefold.cli import display
-from onefold.commands.bench import bound, measured_limits
+from onefold.commands.bench import latency_bound, load_or_measure_roofline
 from onefold.errors import BadArgument, BadData
-from onefold.system_resources import pinned
+from onefold.system_resources import pin_to_cpus
 
 MACHINE = bench.Machine(chip="Test Chip 9", architecture="x86_64", cores=4, usable_cores=4, system="Linux 6.1")
 QUICK = bench.Procedure(warmup_calls=3, warmup_seconds=0.0, samples=20)
 
 
-def limit(kind: str, best: float, num_bytes: int | None = None, threads: int = 1) -> bench.Limit:
-    return bench.Limit(
+def limit(kind: str, best: float, num_bytes: int | None = None, threads: int = 1) -> bench.PeakRate:
+    return bench.PeakRate(
         kind=kind, threads=threads, median=0.9 * best, best=best, how=f"how of {kind}", num_bytes=num_bytes
     )
 
@@ -47,25 +47,25 @@ ROOFLINE = bench.Roofline(
 
 def test_the_least_time_is_the_slower_of_computing_and_reading() -> None:
     """100e9 multiply-adds a second make 1e8 of them 1 ms; 1e6 bytes at 50 GB/s make 20 us, 1e8 at 10 GB/s 10 ms."""
-    dense = ROOFLINE.bound(bench.Work(macs=10**8, num_bytes=10**6, precision="fp32"))
+    dense = ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=10**6, precision="fp32"))
     assert (dense.compute_ns, dense.memory_ns, dense.side, dense.how) == (1e6, 2e4, "compute", "how of fp32")
     assert dense.fraction(4e6) == 0.25
-    large = ROOFLINE.bound(bench.Work(macs=10**8, num_bytes=10**8, precision="fp32"))
+    large = ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=10**8, precision="fp32"))
     assert (large.ns, large.side) == (1e7, "memory")
-    assert ROOFLINE.bound(bench.Work(macs=10**8, num_bytes=10**6, precision="int8")).compute_ns == 2.5e5
+    assert ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=10**6, precision="int8")).compute_ns == 2.5e5
 
 
 def test_what_was_not_measured_has_no_limit() -> None:
     for work in (
-        bench.Work(macs=10**8, num_bytes=1, precision="fp16"),
-        bench.Work(macs=10**8, num_bytes=1, precision="fp32", threads=3),
+        bench.Workload(macs=10**8, num_bytes=1, precision="fp16"),
+        bench.Workload(macs=10**8, num_bytes=1, precision="fp32", threads=3),
     ):
         found = ROOFLINE.bound(work)
         assert (found.ns, found.fraction(1e6)) == (None, None)
-    two = ROOFLINE.bound(bench.Work(macs=10**8, num_bytes=1, precision="fp32", threads=2))
+    two = ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=1, precision="fp32", threads=2))
     assert two.memory_ns is None
     assert two.ns == pytest.approx(1e8 / 190)
-    assert ROOFLINE.bound(bench.Work(macs=10**8, num_bytes=1, precision="bf16")).compute_ns == 1e6  # done in fp32
+    assert ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=1, precision="bf16")).compute_ns == 1e6  # done in fp32
 
 
 def test_of_two_rates_for_one_thing_the_quicker_stays() -> None:
@@ -90,11 +90,11 @@ def test_a_roofline_survives_its_file() -> None:
 
 def test_the_limit_of_a_subject_counts_its_weights_at_their_precision() -> None:
     subject = {"precision": "int8", "macs": 4 * 10**8, "params": 10**6, "batch": 2, "input_shape": (3, 10, 10)}
-    found = bound(ROOFLINE, subject, 1)
+    found = latency_bound(ROOFLINE, subject, 1)
     assert found is not None
     assert found.compute_ns == pytest.approx(2e6)
     assert found.memory_ns == pytest.approx((10**6 + 4 * 2 * 300) / 50)
-    assert bound(ROOFLINE, {"precision": "fp32", "input_shape": (3, 10, 10)}, 1) is None
+    assert latency_bound(ROOFLINE, {"precision": "fp32", "input_shape": (3, 10, 10)}, 1) is None
 
 
 def test_caches_are_read_from_the_system(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_caches_are_read_from_the_system(tmp_path: Path) -> None:
 
 def test_a_call_quicker_than_the_limit_casts_doubt_on_it() -> None:
     def at(*samples_ns: int) -> bench.Measurement:
-        least = bench.Bound(compute_ns=100.0)
+        least = bench.LatencyBound(compute_ns=100.0)
         return bench.Measurement(subject={}, machine=MACHINE, procedure=QUICK, samples_ns=samples_ns, bound=least)
 
     assert not at(100, 200, 300).beats_limit
@@ -157,17 +157,17 @@ def test_the_limits_are_kept_and_measured_when_missing(
         return bench.Roofline(limits=tuple(limit("fp32", 1e9 * len(asked), threads=number) for number in threads))
 
     monkeypatch.setattr("onefold.commands.bench.measure_roofline", measured)
-    first = measured_limits(tmp_path, [1, 2])
-    assert measured_limits(tmp_path, [2]) == first
-    assert measured_limits(tmp_path, [1, 4]).threads == (1, 2, 4)
+    first = load_or_measure_roofline(tmp_path, [1, 2])
+    assert load_or_measure_roofline(tmp_path, [2]) == first
+    assert load_or_measure_roofline(tmp_path, [1, 4]).threads == (1, 2, 4)
     assert asked == [[1, 2], [4]]
-    again = measured_limits(tmp_path, [1], again=True)
+    again = load_or_measure_roofline(tmp_path, [1], again=True)
     assert max(each.best for each in again.limits if each.threads == 1) == 3e9
     (file,) = tmp_path.iterdir()
     assert file.name == f"{bench.Machine.this(()).slug}-roofline.json"
     for damaged in ("{", file.read_text().replace("3000000000.0", "4000000000.0")):
         file.write_text(damaged)
-        assert measured_limits(tmp_path, [1]).threads == (1,)
+        assert load_or_measure_roofline(tmp_path, [1]).threads == (1,)
         assert caplog.text.count("the machine's limits are measured again") == 1
         caplog.clear()
 
@@ -219,7 +219,7 @@ def test_a_loop_that_ends_its_process_is_left_out_and_named(tmp_path: Path, monk
 
 
 def test_a_kind_without_a_limit_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    display.roofline_table(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
+    display.print_roofline(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
     printed = capsys.readouterr()
     assert [line.split("  ")[0] for line in printed.out.splitlines() if "not known" in line] == [
         "multiply-adds in bf16",
@@ -257,7 +257,7 @@ def test_a_fresh_process_tells_its_times_and_its_memory(tmp_path: Path, monkeypa
 def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "counting.py").write_text("calls = []\ndef opened(word):\n    return lambda: calls.append(word)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    observe("counting:opened", ["w"])
+    measure_in_this_process("counting:opened", ["w"])
     assert sys.modules["counting"].calls == ["w"] * 10
 
 
@@ -265,7 +265,7 @@ def test_an_observer_calls_what_it_opens(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onefold.bench.machine.affinity", lambda: (0, 2))
+    monkeypatch.setattr("onefold.bench.machine.cpu_affinity", lambda: (0, 2))
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 1500.5\ncpu MHz\t\t: 2400.0\n")
     assert current_mhz(tmp_path) == 2400.0
@@ -279,27 +279,27 @@ def test_the_clock_is_that_of_the_quickest_core_in_use(tmp_path: Path, monkeypat
 
 def test_a_clock_that_changed_is_noise() -> None:
     steady = (1000,) * 100
-    slowed = bench.Noise(mhz_before=3000.0, mhz_after=2700.0)
+    slowed = bench.TimingNoise(mhz_before=3000.0, mhz_after=2700.0)
     assert slowed.reasons(steady, MACHINE, 1) == ("The processor's clock went from 3000 to 2700 MHz meanwhile.",)
-    assert bench.Noise(mhz_before=3000.0, mhz_after=2900.0).reasons(steady, MACHINE, 1) == ()
-    between = bench.Noise.between(bench.Vitals(mhz=3000.0), bench.Vitals(mhz=2700.0))
+    assert bench.TimingNoise(mhz_before=3000.0, mhz_after=2900.0).reasons(steady, MACHINE, 1) == ()
+    between = bench.TimingNoise.between(bench.SystemCounters(mhz=3000.0), bench.SystemCounters(mhz=2700.0))
     assert between == slowed
-    assert bench.Noise.from_dict(slowed.to_dict()) == slowed
+    assert bench.TimingNoise.from_dict(slowed.to_dict()) == slowed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a program choose its processors")
 def test_pinning_lasts_as_long_as_its_block() -> None:
     before = os.sched_getaffinity(0)
     one = min(before)
-    with pinned([one]):
+    with pin_to_cpus([one]):
         assert os.sched_getaffinity(0) == {one}
         assert bench.Machine.this(()).affinity == (one,)
-        with pytest.raises(BadArgument, match="no processor 4096; this process may use"), pinned([one, 4096]):
+        with pytest.raises(BadArgument, match="no processor 4096; this process may use"), pin_to_cpus([one, 4096]):
             pass
     assert os.sched_getaffinity(0) == before
-    with pinned(None):
+    with pin_to_cpus(None):
         assert os.sched_getaffinity(0) == before
-    with pytest.raises(BadArgument, match="none is named"), pinned([]):
+    with pytest.raises(BadArgument, match="none is named"), pin_to_cpus([]):
         pass
 
 
@@ -313,31 +313,31 @@ def test_what_was_found_beside_the_times_comes_back(tmp_path: Path) -> None:
         machine=MACHINE,
         procedure=QUICK,
         samples_ns=(2_000_000,) * 20,
-        bound=bench.Bound(compute_ns=1e6, memory_ns=2e4, how="by hand"),
+        bound=bench.LatencyBound(compute_ns=1e6, memory_ns=2e4, how="by hand"),
         cold=bench.ColdStart(open_ns=5, first_ns=4, warm_ns=3, peak_bytes=None),
     )
-    bench.append(path, [whole])
-    assert bench.read(path) == [whole]
+    bench.append_results(path, [whole])
+    assert bench.read_measurements(path) == [whole]
     line = json.loads(path.read_text())
     assert line["summary"]["roofline"] == whole.roofline == 0.5
     for name in ("bound", "cold", "checksum"):  # as lines were before there were any
         del line[name]
     path.write_text(json.dumps(line) + "\n")
-    (bare,) = bench.read_all(path).measurements
+    (bare,) = bench.read_results(path).measurements
     assert (bare.bound, bare.cold, bare.roofline) == (None, None, None)
     line["cold"] = {"open_ns": "x"}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(BadData, match="line 1"):
-        bench.read(path)
+        bench.read_measurements(path)
 
 
 def test_a_self_test_is_kept_with_its_floor(tmp_path: Path) -> None:
     now = iter(range(0, 10**9, 1000))
-    instruments = bench.Instruments(clock=lambda: next(now), vitals=bench.Vitals, machine=MACHINE)
-    tested = bench.self_test(lambda: None, QUICK, {"name": "n", "model": "m"}, instruments)
+    instruments = bench.Instruments(clock=lambda: next(now), vitals=bench.SystemCounters, machine=MACHINE)
+    tested = bench.compare_with_itself(lambda: None, QUICK, {"name": "n", "model": "m"}, instruments)
     assert list(tested.measurements) == ["n"]
     assert tested.sentences() == []
-    bench.append(tmp_path / "r.jsonl", [tested])
-    assert bench.read_all(tmp_path / "r.jsonl").comparisons == (tested,)
+    bench.append_results(tmp_path / "r.jsonl", [tested])
+    assert bench.read_results(tmp_path / "r.jsonl").comparisons == (tested,)
     floor = json.loads((tmp_path / "r.jsonl").read_text())["floor"]
     assert math.isclose(floor["floor"], tested.floor.floor, abs_tol=1e-12)

@@ -34,11 +34,11 @@ from available_runtimes import INSTALLED, RUNNABLE, unavailable
 from onefold import runtimes
 from onefold.cli import main
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
-from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, find_runtime, load, open_artifact
-from onefold.runtimes.artifact import digest_manifest, read_manifest
-from onefold.runtimes.base import first_call
-from onefold.runtimes.reference_logits import make_images, read_reference, relative_difference, top1_agreement
-from onefold.runtimes.sandbox import mark_as_opened
+from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, import_runtime, load, open_artifact
+from onefold.runtimes.artifact import manifest_sha256, read_manifest
+from onefold.runtimes.base import open_for_cold_start
+from onefold.runtimes.reference_logits import make_reference_images, read_reference, relative_difference, top1_agreement
+from onefold.runtimes.sandbox import mark_as_trusted
 
 SHAPE = (3, 17, 19)
 CLASSES = ("ant", "bee", "cat", "caf\u00e9", "<b>", "new\nline", "\udce9")
@@ -100,7 +100,7 @@ def padded() -> nn.Module:
 
 
 def images(num_images: int, seed: int = 5) -> np.ndarray:
-    return make_images(SHAPE, num_images=num_images, seed=seed)
+    return make_reference_images(SHAPE, num_images=num_images, seed=seed)
 
 
 def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def made(request: pytest.FixtureRequest, artifact: Callable[[str], Artifact]) ->
 
 def reason_of(artifact: Artifact) -> str | None:
     """Why the artifact cannot run on this machine."""
-    why = find_runtime(artifact.runtime).unavailable_reason
+    why = import_runtime(artifact.runtime).unavailable_reason
     return None if why is None else why()
 
 
@@ -174,7 +174,7 @@ def reseal(folder: Path, edit: Callable[[dict], object] = lambda fields: None) -
     fields["sha256"] = hashlib.sha256(json.dumps(fields, indent=1).encode()).hexdigest()
     path.write_text(json.dumps(fields, indent=1) + "\n")
     with suppress(BadArtifact, BadArgument):
-        mark_as_opened(read_manifest(folder))
+        mark_as_trusted(read_manifest(folder))
 
 
 def refuses(folder: Path) -> str:
@@ -307,7 +307,7 @@ def test_a_closed_session_says_so(running: Artifact) -> None:
 def test_the_manifest_tells_all_that_a_user_must_know(made: Artifact) -> None:
     fields = json.loads((made.folder / "manifest.json").read_text())
     on_disk = {path.name for path in made.folder.iterdir()} - {"manifest.json"}
-    assert set(fields["files"]) == on_disk == {*find_runtime(made.runtime).FILES, "reference.npz", "README.md"}
+    assert set(fields["files"]) == on_disk == {*import_runtime(made.runtime).FILES, "reference.npz", "README.md"}
     for name, entry in fields["files"].items():
         assert entry == {"num_bytes": (made.folder / name).stat().st_size, "sha256": digest(made.folder / name)}
     told = {"model": "padded", "fused": True, "drift": 2e-7, "classes": list(CLASSES), "licence": "Apache-2.0"}
@@ -315,7 +315,7 @@ def test_the_manifest_tells_all_that_a_user_must_know(made: Artifact) -> None:
     told |= {"preprocessing": INFO.preprocessing, "source": "made here", "runtime": made.runtime}
     assert {name: fields[name] for name in told} == told
     assert fields["made_with"]["torch"] == torch.__version__
-    packages = {"onefold", *find_runtime(made.runtime).PACKAGES}
+    packages = {"onefold", *import_runtime(made.runtime).PACKAGES}
     if reason_of(made):
         assert fields["parity"] is None
         assert set(fields["made_with"]) <= packages
@@ -380,7 +380,7 @@ def test_a_missing_file_is_named(copied: Path) -> None:
 
 def test_a_resealed_but_broken_model_is_refused(copied_running: Path, running: Artifact) -> None:
     """The hashes fit; what then fails is the runtime's own reader, and it fails as an error of ours."""
-    for name in find_runtime(running.runtime).FILES:
+    for name in import_runtime(running.runtime).FILES:
         whole = (copied_running / name).read_bytes()
         for damage in ("empty", "truncated", "zeros"):
             (copied_running / name).write_bytes(DAMAGE[damage](whole))
@@ -468,7 +468,7 @@ def test_what_would_end_the_process_is_a_sentence(
     (tmp_path / "vendor" / "onnxruntime" / "__init__.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path / "vendor"), *sys.path)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("onefold.runtimes.sandbox.LIMIT_S", 3 if kind == "no end" else 60)
+    monkeypatch.setattr("onefold.runtimes.sandbox._LIMIT_S", 3 if kind == "no end" else 60)
     Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
     assert main(["predict", str(copied_onnx), str(tmp_path / "x.png")]) == 4
     error = capsys.readouterr().err
@@ -515,7 +515,7 @@ def test_a_graph_without_a_bound_is_refused_in_bounded_time_and_memory(
     reseal(copied_onnx)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr("onefold.runtimes.sandbox.LIMIT_CPU_S", 3)
+    monkeypatch.setattr("onefold.runtimes.sandbox._LIMIT_CPU_S", 3)
     said = refuses(copied_onnx)
     assert {"memory": "cannot run", "time": "used more than 3 s of a processor's time"}[kind] in said
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20
@@ -532,7 +532,7 @@ def test_it_is_opened_in_a_child_once(
         patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a child was started"))
         load(copied_onnx).close()
         marker.unlink()
-        mark_as_opened(read_manifest(copied_onnx))  # as `export` does for what it wrote
+        mark_as_trusted(read_manifest(copied_onnx))  # as `export` does for what it wrote
         load(copied_onnx).close()
     monkeypatch.setenv("XDG_CACHE_HOME", str(copied_onnx / "manifest.json"))
     load(copied_onnx).close()
@@ -541,11 +541,11 @@ def test_it_is_opened_in_a_child_once(
 
 def test_a_cold_start_is_of_the_artifact_that_was_opened(copied_onnx: Path) -> None:
     artifact = read_manifest(copied_onnx)
-    call = first_call(str(copied_onnx), digest_manifest(artifact), "1", "2")
+    call = open_for_cold_start(str(copied_onnx), manifest_sha256(artifact), "1", "2")
     assert np.asarray(call()).shape == (2, len(CLASSES))
     reseal(copied_onnx, lambda fields: fields.update(licence="another"))
     with pytest.raises(BadArtifact, match="changed while it was measured"):
-        first_call(str(copied_onnx), digest_manifest(artifact), "1", "2")
+        open_for_cold_start(str(copied_onnx), manifest_sha256(artifact), "1", "2")
 
 
 # --- what is the same for all runtimes: folders and manifests -----------------------------------------------------
@@ -711,10 +711,10 @@ def test_difference_and_agreement_have_their_written_values() -> None:
 
 
 def test_made_up_images_are_the_same_everywhere_and_normalised() -> None:
-    x = make_images((3, 40, 24))
+    x = make_reference_images((3, 40, 24))
     assert x.dtype == np.float32
     assert x.shape == (2, 3, 40, 24)
-    np.testing.assert_array_equal(x, make_images((3, 40, 24)))
+    np.testing.assert_array_equal(x, make_reference_images((3, 40, 24)))
     assert abs(x.mean()) < 1e-5
     assert abs(x.std() - 1) < 1e-5
     assert np.abs(x[0] - x[1]).max() > 1
@@ -845,7 +845,7 @@ def test_an_unfused_model_is_exported_loudly(tmp_path: Path) -> None:
 def liar(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A runtime whose answer is off by `module.error` of the largest logit."""
     module = ModuleType("liar")
-    truth = find_runtime("onnx")
+    truth = import_runtime("onnx")
 
     class Engine:
         threads = 1

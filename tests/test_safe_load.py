@@ -31,11 +31,11 @@ from torch.optim.swa_utils import AveragedModel
 from onefold.errors import BadCheckpoint, NetworkFailed
 from onefold.models import create_model
 from onefold.models.catalogue import CATALOGUE
-from onefold.models.checkpoint_metadata import class_names_in
-from onefold.models.hub import load_model, weights_card
+from onefold.models.checkpoint_metadata import find_class_names
+from onefold.models.hub import load_model, read_weights_card
 from onefold.models.restricted_unpickler import Placeholder, RefusedError, module_tensors
-from onefold.models.safe_load import CheckpointContents, read
-from onefold.models.weights_file import config_preprocessing
+from onefold.models.safe_load import CheckpointContents, read_tensors
+from onefold.models.weights_file import preprocessing_from_config
 
 NAMES = ("stem.conv.weight", "stages.0.conv.weight", "head.fc.weight", "head.fc.bias")
 PLAIN = {name: torch.full((2, 2), float(i + 1)) for i, name in enumerate(NAMES)}
@@ -71,7 +71,7 @@ def written(path: Path, content: Any) -> Path:
 
 
 def loaded(content: Any, folder: Path, suffix: str = ".pth", select: str = "") -> CheckpointContents:
-    return read(written(folder / f"w{suffix}", content), fits=fits, select=select)
+    return read_tensors(written(folder / f"w{suffix}", content), fits=fits, select=select)
 
 
 def check_is(contents: CheckpointContents, expected: dict[str, Tensor]) -> None:
@@ -274,7 +274,7 @@ def test_plain_values_are_read_as_they_are(tmp_path: Path) -> None:
     for protocol in range(2, 6):
         path = tmp_path / f"{protocol}.pkl"
         path.write_bytes(pickle.dumps({"w": {k: t.numpy() for k, t in PLAIN.items()}, **values}, protocol))
-        contents = read(path, fits=fits)
+        contents = read_tensors(path, fits=fits)
         check_is(contents, PLAIN)
         assert {key: contents.extras[key] for key in values} == values
 
@@ -289,7 +289,7 @@ def test_a_class_that_is_gone_is_named_and_never_imported(
     monkeypatch.setitem(sys.modules, "mmengine_like", gone)
     path = written(tmp_path / "w.pth", {"state_dict": PLAIN, "message_hub": buffer()})
     monkeypatch.delitem(sys.modules, "mmengine_like")
-    check_is(read(path, fits=fits), PLAIN)
+    check_is(read_tensors(path, fits=fits), PLAIN)
     assert "objects of mmengine_like.HistoryBuffer are not read, since nothing in a file is executed" in caplog.text
     assert "mmengine_like" not in sys.modules
 
@@ -374,7 +374,7 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_what_transformers_say_of_preprocessing_is_read(kind: str) -> None:
     config, expected = PROCESSORS[kind]
-    stated = config_preprocessing(config, CATALOGUE_INPUT)
+    stated = preprocessing_from_config(config, CATALOGUE_INPUT)
     for key, value in expected.items():
         assert stated[key] == pytest.approx(value) if key != "interpolation" else stated[key] == value
 
@@ -382,18 +382,18 @@ def test_what_transformers_say_of_preprocessing_is_read(kind: str) -> None:
 def test_values_of_bytes_older_configs_and_huge_sizes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "onefold")
     default = CATALOGUE["mobileone_s0"].input
-    found = config_preprocessing({"mean": [127.5] * 3, "std": [51.0] * 3, "input_size": [3, 96, 96]}, default)
+    found = preprocessing_from_config({"mean": [127.5] * 3, "std": [51.0] * 3, "input_size": [3, 96, 96]}, default)
     assert found == {"mean": (0.5,) * 3, "std": (0.2,) * 3, "channels": 3, "size": 96}
     assert "are divided by 255" in caplog.text
-    assert config_preprocessing({"pretrained_cfg": {}, "image_size": 64}, default) == {"size": 64}
-    assert config_preprocessing({"size": 10**6, "do_flip_channel_order": True}, default).get("size") is None
+    assert preprocessing_from_config({"pretrained_cfg": {}, "image_size": 64}, default) == {"size": 64}
+    assert preprocessing_from_config({"size": 10**6, "do_flip_channel_order": True}, default).get("size") is None
     assert "states size 1000000, which is not known here" in caplog.text
     assert "in the order BGR" in caplog.text
 
 
 def test_what_is_no_preprocessing_is_said_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "onefold")
-    stated = config_preprocessing(
+    stated = preprocessing_from_config(
         {"size": "big", "resample": 1, "image_mean": "x", "image_std": [0, 0, 0]}, CATALOGUE_INPUT
     )
     assert stated == {}
@@ -432,11 +432,11 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_a_network_of_mmengine_for_bgr_is_said_and_its_text_is_not_run(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "onefold")
     text = "data_preprocessor = dict(mean=[__import__('os').abort(), 2.0], std=[51.0, 51.0, 51.0])"
-    assert config_preprocessing({"data_preprocessor": text}, CATALOGUE_INPUT) == {"std": (51.0, 51.0, 51.0)}
+    assert preprocessing_from_config({"data_preprocessor": text}, CATALOGUE_INPUT) == {"std": (51.0, 51.0, 51.0)}
     assert "in the order BGR" in caplog.text
     caplog.clear()
     given = {"mean": [103.53, 116.28, 123.675], "std": [57.375] * 3, "to_rgb": True}
-    stated = config_preprocessing({"model": {"data_preprocessor": given}}, CATALOGUE_INPUT)
+    stated = preprocessing_from_config({"model": {"data_preprocessor": given}}, CATALOGUE_INPUT)
     assert stated["mean"] == pytest.approx((0.406, 0.456, 0.485))
     assert "BGR" not in caplog.text
 
@@ -446,7 +446,7 @@ def test_what_a_trainer_was_told_goes_with_its_weights(kind: str, tmp_path: Path
     arguments, expected = ARGUMENTS[kind]
     state = create_model("mobilenetv1_025", num_classes=2).state_dict()
     torch.save({"state_dict": state, "args": arguments}, tmp_path / "w.pth")
-    card = weights_card(tmp_path / "w.pth", name="mobilenetv1_025")
+    card = read_weights_card(tmp_path / "w.pth", name="mobilenetv1_025")
     assert {key: card.preprocessing[key] for key in expected} == expected
 
 
@@ -517,7 +517,7 @@ HOSTILE: dict[str, bytes] = {
 def test_pickles_made_by_hand_are_refused_at_once(kind: str, tmp_path: Path) -> None:
     (tmp_path / "w.pkl").write_bytes(HOSTILE[kind])
     with pytest.raises(BadCheckpoint) as caught:
-        read(tmp_path / "w.pkl", fits=fits)
+        read_tensors(tmp_path / "w.pkl", fits=fits)
     assert str(caught.value).isprintable()
 
 
@@ -539,15 +539,15 @@ def test_forged_pickles_take_neither_minutes_nor_gigabytes(tmp_path: Path) -> No
         with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
         with pytest.raises(BadCheckpoint, match="holds no tensors"):
-            raise AssertionError(f"{kind}: {read(tmp_path / 'w.pth', fits=fits)}")
+            raise AssertionError(f"{kind}: {read_tensors(tmp_path / 'w.pth', fits=fits)}")
     with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"}" * (8 << 20) + b".")
     with pytest.raises(BadCheckpoint, match="its pickle of 8388611 bytes is a decompression bomb"):
-        read(tmp_path / "w.pth", fits=fits)
+        read_tensors(tmp_path / "w.pth", fits=fits)
     array = np.zeros(1 << 20, np.float32)
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({f"stem.conv{i}.weight": array for i in range(1000)}))
     with pytest.raises(BadCheckpoint, match="decompression bomb"):
-        read(tmp_path / "w.pkl", fits=fits)
+        read_tensors(tmp_path / "w.pkl", fits=fits)
 
 
 def test_a_header_of_very_many_tensors_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -557,14 +557,14 @@ def test_a_header_of_very_many_tensors_is_refused_before_it_is_read(tmp_path: Pa
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(60_000))
     with pytest.raises(BadCheckpoint, match=r"more than 20000 tensors"):
-        read(path)
+        read_tensors(path)
     path.write_bytes((40 << 20).to_bytes(8, "little") + b"{" + b" " * (40 << 20))
     with pytest.raises(BadCheckpoint, match="its header has 41943040 bytes, more than 20000 tensors need"):
-        read(path)
+        read_tensors(path)
     directory = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 9, 9, 12 << 20, 40, 0)
     (tmp_path / "w.pth").write_bytes(b"PK\3\4" + bytes(99) + directory)
     with pytest.raises(BadCheckpoint, match="lists more entries than 20000 tensors need"):
-        read(tmp_path / "w.pth")
+        read_tensors(tmp_path / "w.pth")
 
 
 def test_many_tensors_and_tables_under_many_modules_are_refused(
@@ -573,7 +573,7 @@ def test_many_tensors_and_tables_under_many_modules_are_refused(
     monkeypatch.setattr("onefold.models.safe_load.MAX_TENSORS", 3)
     save_file(PLAIN, tmp_path / "w.safetensors")
     with pytest.raises(BadCheckpoint, match="more than 3 tensors"):
-        read(tmp_path / "w.safetensors", fits=fits)
+        read_tensors(tmp_path / "w.safetensors", fits=fits)
     parts = {
         str(i): Placeholder("m", state={"_modules": {}, "_parameters": dict.fromkeys(range(1000))}) for i in range(300)
     }
@@ -584,7 +584,7 @@ def test_many_tensors_and_tables_under_many_modules_are_refused(
 def test_a_pickle_without_its_memo_keeps_each_storage(tmp_path: Path) -> None:
     tensors = {f"stem.conv{i}.weight": torch.full((8,), float(i)) for i in range(50)}
     (tmp_path / "w.pkl").write_bytes(pickletools.optimize(pickle.dumps(tensors, 2)))
-    found = read(tmp_path / "w.pkl").tensors
+    found = read_tensors(tmp_path / "w.pkl").tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
@@ -605,7 +605,7 @@ def test_a_network_that_contains_itself_is_refused(tmp_path: Path) -> None:
     network._modules["again"] = network
     path = written(tmp_path / "w.pth", network)
     with pytest.raises(BadCheckpoint, match=r"network of more than|cannot read"):
-        read(path, fits=fits)
+        read_tensors(path, fits=fits)
 
 
 def test_a_tensor_past_its_storage_is_refused(tmp_path: Path) -> None:
@@ -614,7 +614,7 @@ def test_a_tensor_past_its_storage_is_refused(tmp_path: Path) -> None:
     assert data.count(b"K\x04\x85") == 1  # its shape
     path.write_bytes(data.replace(b"K\x04\x85", b"K\x09\x85"))
     with pytest.raises(BadCheckpoint, match="reaches past the end of its storage"):
-        read(path, fits=fits)
+        read_tensors(path, fits=fits)
 
 
 # ------------------------------------------------------------------------------------- class names
@@ -656,8 +656,8 @@ CLASS_LISTS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", CLASS_LISTS)
 def test_names_of_classes_are_found(kind: str, tmp_path: Path) -> None:
     extras = loaded({"state_dict": PLAIN, **CLASS_LISTS[kind]}, tmp_path).extras
-    assert class_names_in(extras, 3) == ("cat", "dog", "éa")
-    assert class_names_in(extras, 4) is None
+    assert find_class_names(extras, 3) == ("cat", "dog", "éa")
+    assert find_class_names(extras, 4) is None
 
 
 def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
@@ -673,9 +673,9 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
         {"classes": "[" * 10_000},
         cycle,
     ):
-        assert class_names_in(copy.copy(extras), 3) is None
+        assert find_class_names(copy.copy(extras), 3) is None
     numbers = {"class_to_idx": {str(i): i for i in range(12)}}
-    assert class_names_in(numbers, 12) == tuple(map(str, range(12)))  # in the order of the numbers, not of texts
+    assert find_class_names(numbers, 12) == tuple(map(str, range(12)))  # in the order of the numbers, not of texts
 
 
 @pytest.mark.parametrize(
@@ -713,7 +713,7 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
 )
 def test_what_is_assumed_of_names_or_not_taken_for_them_is_said(values: Any, count: int, remark: str) -> None:
     remarks: list[str] = []
-    names = class_names_in(values, count, remarks)
+    names = find_class_names(values, count, remarks)
     assert "\n".join(remarks)[: len(remark) or None] == remark
     assert (names is None) == ("not used" in remark or values == {"labels": [1, 0, 1]})
 
@@ -724,28 +724,28 @@ def test_labels_of_images_and_names_of_an_optimizer_name_no_classes() -> None:
         {"optimizer": {"names": ["a", "b", "c"]}},
         {"metrics": {"names": ["a", "b", "c"]}},
     ):
-        assert class_names_in(values, 3) is None
+        assert find_class_names(values, 3) is None
     itself: dict[str, object] = {}
     itself |= {str(i): itself for i in range(3000)} | {"z": {"classes": [2, 0, 1]}}
-    assert class_names_in(itself, 3) == ("2", "0", "1")
+    assert find_class_names(itself, 3) == ("2", "0", "1")
 
 
 def test_names_in_the_header_of_safetensors_and_in_npz_are_found(tmp_path: Path) -> None:
     save_file(dict(PLAIN), tmp_path / "w.safetensors", {"id2label": json.dumps({"0": "cat", "1": "dog"})})
-    assert class_names_in(read(tmp_path / "w.safetensors").metadata, 2) == ("cat", "dog")
+    assert find_class_names(read_tensors(tmp_path / "w.safetensors").metadata, 2) == ("cat", "dog")
     np.savez(tmp_path / "w.npz", classes=np.array(["cat", "dog"]), **{n: t.numpy() for n, t in PLAIN.items()})
-    assert class_names_in(read(tmp_path / "w.npz").extras, 2) == ("cat", "dog")
+    assert find_class_names(read_tensors(tmp_path / "w.npz").extras, 2) == ("cat", "dog")
 
 
 def test_objects_in_an_archive_of_numpys_are_read_and_not_run(tmp_path: Path) -> None:
     arrays = {name: tensor.numpy() for name, tensor in PLAIN.items()}
     np.savez(tmp_path / "w.npz", classes=np.array(["cat", "dog"], dtype=object), meta={"epoch": 3}, **arrays)
-    contents = read(tmp_path / "w.npz", fits=fits)
+    contents = read_tensors(tmp_path / "w.npz", fits=fits)
     check_is(contents, PLAIN)
-    assert class_names_in(contents.extras, 2) == ("cat", "dog")
+    assert find_class_names(contents.extras, 2) == ("cat", "dog")
     assert contents.extras["meta"] == {"epoch": 3}
     np.savez(tmp_path / "w.npz", params=arrays)
-    check_is(read(tmp_path / "w.npz", fits=fits), PLAIN)
+    check_is(read_tensors(tmp_path / "w.npz", fits=fits), PLAIN)
     np.savez(tmp_path / "w.npz", a=np.array([os.system], dtype=object), **arrays)
     with pytest.raises(BadCheckpoint, match="do not trust it"):
-        read(tmp_path / "w.npz", fits=fits)
+        read_tensors(tmp_path / "w.npz", fits=fits)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from onefold.data import ProgressiveAugment
-from onefold.recipes import Recipe, find_recipe, recipes, scaled
+from onefold.recipes import Recipe, all_recipes, find_recipe, scale_to_batch_size
 from onefold.train import SGD, AdamW, Cosine, Ema, Exponential, learning_rate, weight_decay
-from onefold.train.optim import ModelEma, create_optimizer, ema_decay, set_rates_
+from onefold.train.optim import ModelEma, create_optimizer, ema_decay, set_lr_and_decay_
 
 PER_EPOCH = 12
-ALL = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+ALL = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.name)
 Floats = NDArray[np.float64]
 
 
@@ -83,7 +83,7 @@ def test_the_optimizer_is_given_these_rates() -> None:
     bias = model.bias.detach().clone()
     for t in range(300):
         lr, decay = learning_rate(plan, t, 1), weight_decay(plan, t, 1)
-        set_rates_(optimizer, lr, decay)
+        set_lr_and_decay_(optimizer, lr, decay)
         model.weight.grad, model.bias.grad = torch.zeros_like(model.weight), torch.zeros_like(model.bias)
         optimizer.step()
         velocity = 0.9 * velocity + decay * weight
@@ -119,7 +119,7 @@ def test_the_rules_of_scaling_do_what_their_sources_derive(k: int) -> None:
     """k steps of the recipe and one of the scaled one: the same distance under SGD, the same memory of the average."""
     for name, kind, power in (("mobileone:s0", SGD, 1.0), ("mobileformer:26m", AdamW, 0.5)):
         recipe = find_recipe(name)
-        bigger = scaled(recipe, batch_size=recipe.plan.batch_size * k)
+        bigger = scale_to_batch_size(recipe, batch_size=recipe.plan.batch_size * k)
         assert isinstance(bigger.plan.optimizer, kind)
         for epoch in (0, 3, 50, recipe.plan.epochs - 1):
             own = learning_rate(recipe.plan, epoch * 64, 64)  # 64 steps an epoch

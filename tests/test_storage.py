@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from onefold.errors import BadData, NotWritable
-from onefold.storage import normalize_name, read_lines, read_text, replacing, write_text
+from onefold.storage import atomic_replace, normalize_name, read_lines, read_text, write_text
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -25,7 +25,7 @@ def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
 
 def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path):
     for content in ("old", "new"):
-        with replacing(tmp_path / "f") as aside:
+        with atomic_replace(tmp_path / "f") as aside:
             aside.mkdir()
             (aside / content).write_text(content)
     assert os.listdir(tmp_path) == ["f"]
@@ -35,7 +35,7 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path):
 @pytest.mark.parametrize("folder", [True, False])
 def test_an_error_in_the_block_changes_nothing(tmp_path: Path, folder: bool):
     write_text(tmp_path / "a", "old")
-    with pytest.raises(RuntimeError, match="halfway"), replacing(tmp_path / "a") as aside:
+    with pytest.raises(RuntimeError, match="halfway"), atomic_replace(tmp_path / "a") as aside:
         (aside.mkdir() if folder else aside.write_text("half"))
         raise RuntimeError("halfway")
     assert (tmp_path / "a").read_text() == "old"
@@ -45,7 +45,7 @@ def test_an_error_in_the_block_changes_nothing(tmp_path: Path, folder: bool):
 @pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "no space"), (errno.EACCES, "cannot write")])
 def test_a_full_or_forbidden_disk_is_told_and_the_old_file_stands(tmp_path: Path, code: int, says: str):
     write_text(tmp_path / "a", "old")
-    with pytest.raises(NotWritable, match=says), replacing(tmp_path / "a") as aside:
+    with pytest.raises(NotWritable, match=says), atomic_replace(tmp_path / "a") as aside:
         raise OSError(code, os.strerror(code), str(aside))
     assert (tmp_path / "a").read_text() == "old"
 
@@ -64,7 +64,7 @@ def test_a_place_below_a_file_is_told(tmp_path: Path):
 
 
 def test_errors_of_reading_elsewhere_are_not_blamed_on_the_place(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a") as aside:
+    with pytest.raises(FileNotFoundError), atomic_replace(tmp_path / "a") as aside:
         aside.write_text(Path("/nowhere/at/all").read_text())
 
 
@@ -94,7 +94,7 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
         (tmp_path / f".deploy.{pid}.new").mkdir()
         (tmp_path / f".deploy.{pid}.new" / "half").write_text("x")
     (tmp_path / f".other.{ended.pid}.new").mkdir()
-    with replacing(tmp_path / "deploy") as aside:
+    with atomic_replace(tmp_path / "deploy") as aside:
         aside.mkdir()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"deploy", f".deploy.{os.getppid()}.new", f".other.{ended.pid}.new"}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from onefold.errors import BadArgument, BadArtifact
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import tensorrt as runtime
-from onefold.runtimes.reference_logits import make_images
+from onefold.runtimes.reference_logits import make_reference_images
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -180,7 +180,7 @@ def test_what_is_written_is_the_network_in_this_many_bits(tmp_path: Path, precis
     kinds = {tensor.data_type for tensor in model.graph.initializer} - {onnx.TensorProto.INT64}
     assert kinds == {onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.FLOAT}
     assert {part.type.tensor_type.elem_type for part in (*model.graph.input, *model.graph.output)} == {1}
-    x = make_images(SHAPE, num_images=5, seed=1)
+    x = make_reference_images(SHAPE, num_images=5, seed=1)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": x})
     assert np.abs(logits - answer(x)).max() < error * np.abs(answer(x)).max()
@@ -193,7 +193,7 @@ def test_without_a_gpu_it_is_not_loaded_and_with_one_it_is(tmp_path: Path, reque
     ):
         load(folder)
     asked = request.getfixturevalue("asked")
-    x = make_images(SHAPE, num_images=2 * runtime._MAX_BATCH + 3, seed=1)
+    x = make_reference_images(SHAPE, num_images=2 * runtime._MAX_BATCH + 3, seed=1)
     x.flags.writeable = False
     with load(folder) as session:
         np.testing.assert_allclose(session(x), answer(x.copy()), rtol=1e-4, atol=1e-6)

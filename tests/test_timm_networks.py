@@ -19,20 +19,20 @@ from torch import nn
 
 from conftest import shaken
 from onefold.cli import main
-from onefold.commands.calibration import Calibration, quantized
-from onefold.commands.deployment import Verdict, gate_of
-from onefold.commands.export import ExportOptions, agreement, export_made, export_network
+from onefold.commands.calibration import CalibrationOptions, calibrated_network
+from onefold.commands.deployment import ArtifactResult, accuracy_gate
+from onefold.commands.export import ExportOptions, export_artifact, export_to_runtimes, warn_int8_disagreement
 from onefold.commands.fuse import fuse as fuse_stage
-from onefold.commands.open_network import Network, open_network, open_predictor, predictor_of
+from onefold.commands.open_network import Network, make_predictor, open_network, open_predictor
 from onefold.commands.timm_networks import open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
 from onefold.models.hub import Card
-from onefold.quantize import Method, quantize
+from onefold.quantize import QuantizationMethod, quantize
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo, exporter
 from onefold.runtimes import export as export_to
 from onefold.runtimes.onnx import opset_details
-from onefold.runtimes.reference_logits import make_images
+from onefold.runtimes.reference_logits import make_reference_images
 
 _import = builtins.__import__
 SMALL = "repvgg_a0"
@@ -75,7 +75,7 @@ def test_drawn_weights_give_answers_that_depend_on_the_image(timm, name):
     """As timm draws them they are near 1e14, or the same for every image: a proof by such an answer would be none."""
     network = open_network(f"timm:{name}")
     with torch.inference_mode():
-        logits = network.model(torch.from_numpy(make_images((3, *network.random_images().shape[2:]))))
+        logits = network.model(torch.from_numpy(make_reference_images((3, *network.random_images().shape[2:]))))
     assert 1e-3 < logits.abs().max() < 1e3
     assert (logits[0] - logits[1]).norm() > 0.01 * logits.norm()
 
@@ -124,7 +124,9 @@ def test_weights_of_a_file_are_not_called_random(timm, tmp_path):
     tagged = open_network(f"timm:{SMALL}.rvgg_in1k@{tmp_path / 'w.pth'}")
     assert tagged.card.licence == "mit"
     fuse_stage(spec, tmp_path / "f.safetensors")
-    [artifact] = export_network(tmp_path / "f.safetensors", tmp_path / "a", ExportOptions(runtimes=["onnx"], size=64))
+    [artifact] = export_to_runtimes(
+        tmp_path / "f.safetensors", tmp_path / "a", ExportOptions(runtimes=["onnx"], size=64)
+    )
     assert "random" not in artifact.title
     assert artifact.num_classes == 5
 
@@ -207,7 +209,7 @@ class Twins(nn.Module):
 
 def test_equal_kernels_of_8_bits_are_taken_by_onnx_runtime(seeded, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(weight_qmax=63))
+    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), QuantizationMethod(weight_qmax=63))
     info = ModelInfo(model="twins", fused=True)
     artifact = export_to(made, (3, 32, 32), tmp_path / "a", runtime="onnx", info=info, precision="int8")
     assert artifact.parity.difference < 1e-6
@@ -251,14 +253,14 @@ def test_a_network_that_cannot_be_folded_through_is_partly_fused(seeded, tmp_pat
     with pytest.warns(UnfoldedWarning, match=r"could not fold 1: norm \(no convolution or Linear"):
         fused, found = network.fused()
     assert (fused.is_fused, fused.left_norms, found) == (True, 1, 0.0)
-    with predictor_of(fused) as predictor:
+    with make_predictor(fused) as predictor:
         assert predictor.title.endswith("fp32 partly fused")
-    artifact = export_made(fused, None, tmp_path / "a", "onnx", "fp32")
+    artifact = export_artifact(fused, None, tmp_path / "a", "onnx", "fp32")
     assert (artifact.fused, artifact.details["left_norms"]) == (True, 1)
     assert artifact.title.endswith("partly fused")
     assert "partly fused" in (tmp_path / "a" / "README.md").read_text()
     with pytest.raises(BadArgument, match="1 norms follow no convolution"):
-        quantized(fused, Calibration(data="digits"))
+        calibrated_network(fused, CalibrationOptions(data="digits"))
 
 
 class Cancelling(nn.Module):
@@ -284,7 +286,7 @@ def test_the_gate_says_the_same_on_one_thread_and_on_two(seeded, threads, monkey
     try:
         with monkeypatch.context() as patch:
             patch.setattr(
-                "onefold.commands.open_network.TOLERANCE", 1e-9
+                "onefold.commands.open_network._TOLERANCE", 1e-9
             )  # so that rounding has to be told from a wrong fold
             honest.fused()
         wrong = copy.deepcopy(honest.model)
@@ -301,7 +303,7 @@ def test_an_older_opset_is_written_and_says_what_it_needs(seeded, tmp_path):
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="twins")
     details = opset_details(17)
-    artifact = export_made(network.with_size(32), None, tmp_path / "a", "onnx", "fp32", details)
+    artifact = export_artifact(network.with_size(32), None, tmp_path / "a", "onnx", "fp32", details)
     model = onnx.load(tmp_path / "a" / "model.onnx")
     assert (model.opset_import[0].version, model.ir_version, artifact.details["opset"]) == (17, 8, 17)
     assert artifact.parity.difference < 1e-5
@@ -319,16 +321,19 @@ def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog)
     network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="x").with_size(
         32
     )
-    order = Calibration(data=str(tmp_path / "black"))
-    made = quantized(network, order)
-    assert agreement(network, made, order)["answers"].startswith("int8 agrees with fp32 on 4 of 4 photos")
+    order = CalibrationOptions(data=str(tmp_path / "black"))
+    made = calibrated_network(network, order)
+    assert warn_int8_disagreement(network, made, order)["answers"].startswith("int8 agrees with fp32 on 4 of 4 photos")
     assert "of one colour each" in caplog.text
     caplog.clear()
-    right = Calibration(data=str(tmp_path / "bright"))
-    assert "int8 agrees with fp32 on" in agreement(network, quantized(network, right), right)["answers"]
+    right = CalibrationOptions(data=str(tmp_path / "bright"))
+    assert (
+        "int8 agrees with fp32 on"
+        in warn_int8_disagreement(network, calibrated_network(network, right), right)["answers"]
+    )
     assert "one colour" not in caplog.text
     broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
-    assert agreement(network, broken, right)["answers"].startswith("int8 agrees with fp32 on 0 of 4")
+    assert warn_int8_disagreement(network, broken, right)["answers"].startswith("int8 agrees with fp32 on 0 of 4")
     assert "gives only 0 of 4 of the float network's answers" in caplog.text
 
 
@@ -347,7 +352,7 @@ def test_int8_of_drawn_weights_is_not_judged_by_its_logits(seeded, tmp_path, cap
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     measure = exporter._measure_parity
     monkeypatch.setattr(exporter, "_measure_parity", lambda *a: dataclasses.replace(measure(*a), difference=0.17))
-    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), Method(weight_qmax=63))
+    made = quantize(Twins().eval(), torch.randn(16, 3, 32, 32), QuantizationMethod(weight_qmax=63))
     info = ModelInfo(model="twins", fused=True, details={"untrained": True} if untrained else {})
     call = partial(export_to, made, (3, 32, 32), tmp_path / "a", runtime="onnx", info=info, precision="int8")
     if not untrained:
@@ -366,9 +371,9 @@ def test_the_gate_on_accuracy_says_what_drawn_weights_cannot_tell(seeded, tmp_pa
     network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="twins")
     drawn = dataclasses.replace(network, card=dataclasses.replace(network.card, untrained=True)).with_size(32)
     for each, passed in ((drawn, True), (network.with_size(32), False)):
-        artifact = export_made(each, None, tmp_path / "a", "onnx", "fp32")
+        artifact = export_artifact(each, None, tmp_path / "a", "onnx", "fp32")
         artifact = dataclasses.replace(artifact, precision="int8")
-        verdict = Verdict(name="onnx-int8", artifact=artifact, top1=None, changed=40, count=100, lost=40, won=0)
-        gate = gate_of(verdict, 1.0)
+        verdict = ArtifactResult(name="onnx-int8", artifact=artifact, top1=None, changed=40, count=100, lost=40, won=0)
+        gate = accuracy_gate(verdict, 1.0)
         assert gate.passed is passed
         assert ("40 of 100 answers of onnx-int8 are not the float network's. Its weights" in gate.sentence) is passed

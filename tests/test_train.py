@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import training_kit
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NonFiniteLoss, RunBusy, Stopped
-from onefold.models.weights_file import digest
+from onefold.models.weights_file import tensors_sha256
 from onefold.train import (
     SGD,
     AdamW,
@@ -33,11 +33,11 @@ from onefold.train import (
     Plan,
     Progress,
     RMSprop,
-    Run,
+    RunOptions,
     Steps,
     WeightDecay,
     World,
-    accuracy,
+    compute_accuracy,
     train,
     worker_batches,
 )
@@ -255,7 +255,7 @@ def test_batches_of_one_image_and_of_none_are_trained_around(
     plan = replace(PLAN, epochs=2, batch_size=4 * accumulate * workers, accumulate=accumulate, logical_workers=workers)
     data = worker_batches(lambda v: Holes(seed=v, lengths=lengths), plan, World())
     model = pixels()
-    done = train(model, data, plan, Run(out=tmp_path, evaluate=score))
+    done = train(model, data, plan, RunOptions(out=tmp_path, evaluate=score))
     assert done.is_complete
     assert done.position.steps_per_epoch == math.ceil(6 / accumulate)
     assert all(value.isfinite().all() for value in done.weights.values())
@@ -270,7 +270,7 @@ def test_batches_of_one_image_and_of_none_are_trained_around(
 
 def test_an_epoch_without_an_image_ends_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="not one image of epoch 1 could be read"):
-        train(network(), Holes(lengths=(0,) * 6), PLAN, Run(out=tmp_path, evaluate=score))
+        train(network(), Holes(lengths=(0,) * 6), PLAN, RunOptions(out=tmp_path, evaluate=score))
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
@@ -304,11 +304,11 @@ def test_a_changed_run_is_refused_with_its_differences(tmp_path: Path) -> None:
         fresh(tmp_path / "run", data=Blobs(batch_size=2), resume=True)
     other = nn.Sequential(*network().children(), nn.Linear(6, 6))
     with pytest.raises(BadCheckpoint, match=r"another model: 10\.weight is missing; 10\.bias is missing"):
-        train(other, Blobs(), PLAN, Run(out=tmp_path / "run", evaluate=score, resume=True))
+        train(other, Blobs(), PLAN, RunOptions(out=tmp_path / "run", evaluate=score, resume=True))
     wider = network()
     wider[9] = nn.Linear(8, 7)
     with pytest.raises(BadCheckpoint, match=r"9\.weight is \(6, 8\), the model has \(7, 8\)"):
-        train(wider, Blobs(), PLAN, Run(out=tmp_path / "run", evaluate=score, resume=True))
+        train(wider, Blobs(), PLAN, RunOptions(out=tmp_path / "run", evaluate=score, resume=True))
     assert Checkpoint.load(tmp_path / "run").digest() == before
     fresh(tmp_path / "run", replace(PLAN, workers=2, checkpoint_every=None), resume=True)  # mechanics may change
 
@@ -349,7 +349,7 @@ def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
 def test_an_infinite_image_is_seen_before_the_weights_take_it_in(tmp_path: Path) -> None:
     model = network()
     with pytest.raises(NonFiniteLoss, match=r"the loss is (nan|inf) at epoch 2, step 1 of 6, lr 0\.09") as error:
-        train(model, Blobs(spoilt=1), PLAN, Run(out=tmp_path / "run", evaluate=score))
+        train(model, Blobs(spoilt=1), PLAN, RunOptions(out=tmp_path / "run", evaluate=score))
     assert error.value.exit_status == 7
     last = Checkpoint.load(tmp_path / "run")
     assert last.position.global_step == 6
@@ -388,7 +388,7 @@ def test_an_infinite_gradient_is_seen_before_the_weights_take_it_in(tmp_path: Pa
     def spoil() -> None:
         model.size = math.inf
 
-    run = Run(out=tmp_path / "run", evaluate=score, on_progress=after(4, spoil))
+    run = RunOptions(out=tmp_path / "run", evaluate=score, on_progress=after(4, spoil))
     with pytest.raises(NonFiniteLoss, match=r"the gradient is (inf|nan) at epoch 1, step 5 of 6"):
         train(model, Blobs(), PLAN, run)
     last = Checkpoint.load(tmp_path / "run")
@@ -399,7 +399,9 @@ def test_an_infinite_gradient_is_seen_before_the_weights_take_it_in(tmp_path: Pa
 def test_a_statistic_that_overflowed_is_never_saved(tmp_path: Path) -> None:
     """In training a BatchNorm does not read its running statistics, so that no loss tells."""
     model = network()
-    run = Run(out=tmp_path / "run", evaluate=score, on_progress=after(3, lambda: model[1].running_var.fill_(math.inf)))
+    run = RunOptions(
+        out=tmp_path / "run", evaluate=score, on_progress=after(3, lambda: model[1].running_var.fill_(math.inf))
+    )
     with pytest.raises(NonFiniteLoss, match=r"1\.running_var is not finite at epoch 1, step 5 of 6"):
         train(model, Blobs(), PLAN, run)
     last = Checkpoint.load(tmp_path / "run")
@@ -431,7 +433,7 @@ def test_rates_reach_the_weights(tmp_path: Path) -> None:
         plan = replace(plan, schedule=Cosine(final=0.1, warmup=Steps(3), warmup_from=0.2), clip_grad_norm=None)
         model = Idle()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        train(model, Blobs(), plan, Run(out=tmp_path / type(rule).__name__, evaluate=score))
+        train(model, Blobs(), plan, RunOptions(out=tmp_path / type(rule).__name__, evaluate=score))
         product = 1.0
         for t in range(18):
             turn = (1 + math.cos(math.pi * (t - 3) / 15)) / 2
@@ -444,7 +446,7 @@ def test_rates_reach_the_weights(tmp_path: Path) -> None:
 def one_step(tmp_path: Path, plan: Plan, data: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
     """The weights after an epoch of one step, from the same beginning."""
     model = model or Idle()
-    train(model, data, plan, Run(out=tmp_path, evaluate=lambda net: {"top1": 0.0}))
+    train(model, data, plan, RunOptions(out=tmp_path, evaluate=lambda net: {"top1": 0.0}))
     return model.state_dict()
 
 
@@ -498,7 +500,7 @@ def test_the_average_is_the_average(tmp_path: Path) -> None:
     begin = {name: value.double().clone() for name, value in model.state_dict().items()}
     seen.append(begin)
     plan = replace(PLAN, ema=Ema(decay=0.6, warmup=True))
-    done = train(model, Blobs(), plan, Run(out=tmp_path / "run", evaluate=score, on_progress=look))
+    done = train(model, Blobs(), plan, RunOptions(out=tmp_path / "run", evaluate=score, on_progress=look))
     assert len(seen) == 19
     expected = dict(begin)
     for t in range(18):
@@ -548,7 +550,7 @@ def test_best_is_the_averaged_weights_of_the_last_best_epoch(tmp_path: Path) -> 
     done = fresh(tmp_path / "run", replace(PLAN, epochs=4), evaluate=scripted, metadata=metadata)
     assert done.best == {"top1": 30.0, "loss": 1.5, "epoch": 3, "step": 18}
     with safe_open(tmp_path / "run" / "best" / "model.safetensors", "pt") as file:
-        assert file.metadata() == metadata | {"sha256": digest(shown[2])}
+        assert file.metadata() == metadata | {"sha256": tensors_sha256(shown[2])}
         assert set(file.keys()) == set(shown[2])
         assert all(file.get_tensor(name).equal(value) for name, value in shown[2].items())
     lines = log_of(tmp_path / "run")
@@ -628,7 +630,7 @@ def test_accuracy_against_counting_by_hand() -> None:
     labels = rng.integers(0, 6, 40)  # nothing is of class 6
     at = iter([logits[:25], logits[25:]])
     pairs = [(torch.zeros(25, 1), torch.tensor(labels[:25])), (torch.zeros(15, 1), torch.tensor(labels[25:]))]
-    ours = accuracy(lambda images: next(at), pairs, keep_logits=True)
+    ours = compute_accuracy(lambda images: next(at), pairs, keep_logits=True)
     ranked = [sorted(range(7), key=lambda c: (-row[c], c)) for row in logits.astype(float)]
     finite = [i for i in range(40) if i != 7]
     assert ours.top1 == pytest.approx(100 * sum(ranked[i][0] == labels[i] for i in finite) / 40)
@@ -653,7 +655,7 @@ def test_accuracy_is_one_code_for_modules_and_sessions() -> None:
         with torch.no_grad():
             return np.asarray(model(torch.from_numpy(images)).numpy())
 
-    ours, theirs = (accuracy(predict, Blobs().epoch(0)) for predict in (model, session))
+    ours, theirs = (compute_accuracy(predict, Blobs().epoch(0)) for predict in (model, session))
     assert ours.metrics() == theirs.metrics()
     logits = torch.cat([model(images) for images, _ in Blobs().epoch(0)])
     labels = torch.cat([labels for _, labels in Blobs().epoch(0)])
@@ -663,12 +665,12 @@ def test_accuracy_is_one_code_for_modules_and_sessions() -> None:
 
 def test_accuracy_refuses_what_has_no_meaning() -> None:
     with pytest.raises(BadArgument, match=r"eval mode: call model\.eval\(\) first"):
-        accuracy(network().train(), Blobs().epoch(0))
+        compute_accuracy(network().train(), Blobs().epoch(0))
     with pytest.raises(BadData, match="no image to evaluate on"):
-        accuracy(network().eval(), [])
+        compute_accuracy(network().eval(), [])
     narrow = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
     with pytest.raises(BadArgument, match=r"predictions of 3 classes do not fit the 4 labels .*network for these data"):
-        accuracy(narrow, Blobs().epoch(0))
+        compute_accuracy(narrow, Blobs().epoch(0))
 
 
 # ------------------------------------------------------------------------------- two processes
@@ -706,7 +708,7 @@ with start_world("cpu") as world:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*command, str(tmp_path / "program.py")], check=True, timeout=200, capture_output=True)
     plan = Plan(epochs=2, batch_size=8, optimizer=SGD(lr=0.1, momentum=0.9))
-    run = Run(out=tmp_path / "one", evaluate=lambda net: {"top1": 1.0})
+    run = RunOptions(out=tmp_path / "one", evaluate=lambda net: {"top1": 1.0})
     one = train(Idle(), Blobs(batch_size=8), plan, run)
     two = Checkpoint.load(tmp_path / "two")
     assert two.position == one.position

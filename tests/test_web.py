@@ -15,7 +15,7 @@ from available_runtimes import require
 from onefold.errors import LostWorker, MissingExtra
 from onefold.runtimes import ModelInfo, export, load
 from onefold.runtimes import web as runtime
-from onefold.runtimes.reference_logits import make_images
+from onefold.runtimes.reference_logits import make_reference_images
 
 require("web")
 SHAPE = (3, 12, 12)
@@ -39,7 +39,7 @@ def children() -> set[int]:
 
 
 def test_a_batch_of_any_size_is_answered(folder: Path) -> None:
-    x = make_images(SHAPE, num_images=2 * runtime._MAX_BATCH + 3, seed=1)
+    x = make_reference_images(SHAPE, num_images=2 * runtime._MAX_BATCH + 3, seed=1)
     with torch.inference_mode():
         expected = small()(torch.from_numpy(x)).numpy()
     with load(folder) as session:
@@ -62,7 +62,7 @@ def test_a_closed_session_leaves_no_process_and_neither_does_a_forgotten_or_refu
 
 
 def test_a_process_that_was_killed_is_told(folder: Path) -> None:
-    x = make_images(SHAPE)
+    x = make_reference_images(SHAPE)
     session = load(folder)
     engine = session._engine
     assert isinstance(engine, runtime._Web)
@@ -78,7 +78,7 @@ def test_images_that_the_network_does_not_take_are_told_and_the_next_are_answere
     engine = runtime.load(content, precision="fp32", threads=1)
     with pytest.raises(RuntimeError, match="images"):
         engine(np.zeros((1, 3, 5, 5), np.float32))
-    assert engine(make_images(SHAPE)).shape == (2, 5)
+    assert engine(make_reference_images(SHAPE)).shape == (2, 5)
     engine.close()
 
 

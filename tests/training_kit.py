@@ -23,10 +23,10 @@ from onefold.train import (
     Ema,
     Plan,
     Progress,
-    Run,
+    RunOptions,
     Steps,
     WeightDecay,
-    accuracy,
+    compute_accuracy,
     train,
     worker_batches,
 )
@@ -104,13 +104,13 @@ def score(model: nn.Module) -> Mapping[str, float]:
     """Accuracy on images that training does not see."""
     data = Blobs(num_images=18, batch_size=9)
     torch.rand(1)  # an evaluation may draw, and must not change the run
-    return accuracy(model, data.epoch(10_000)).metrics()
+    return compute_accuracy(model, data.epoch(10_000)).metrics()
 
 
 def fresh(out: Path, plan: Plan = PLAN, data: Blobs = Blobs(), **run: object) -> Checkpoint:
     """A training of a new network in `out`, by as many logical workers as the plan says."""
     given: dict[str, object] = {"evaluate": score, **run}
-    around = Run(out=out, **given)  # type: ignore[arg-type]
+    around = RunOptions(out=out, **given)  # type: ignore[arg-type]
     num_workers = plan.logical_workers
     batches = worker_batches(
         lambda v: replace(data, worker=v, num_workers=num_workers) if num_workers > 1 else data, plan, around.world

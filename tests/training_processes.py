@@ -188,7 +188,7 @@ def live(order: Order, rank: int, port: int) -> None:
     import torch
 
     from onefold.errors import BadData
-    from onefold.train import Plan, Progress, RunFolder, start_world
+    from onefold.train import Plan, Progress, RunFolder, init_world
     from training_kit import Blobs, fresh, score
 
     torch.set_num_threads(1)
@@ -214,7 +214,7 @@ def live(order: Order, rank: int, port: int) -> None:
 
     plan = Plan.from_dict(order.plan)
     data = Blobs(num_images=order.num_images, batch_size=plan.batch_size // plan.accumulate, log=str(order.samples))
-    with start_world("cpu") as world, marking(order):
+    with init_world("cpu") as world, marking(order):
         has_run = world.broadcast(RunFolder(Path(order.out)).has_run)
         with world.agree():
             if order.trouble == "data" and rank == order.processes - 1:

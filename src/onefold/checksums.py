@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint
-from onefold.storage import parse_json, read_json, replacing, write_text
+from onefold.storage import atomic_replace, parse_json, read_json, write_text
 
 _log = logging.getLogger("onefold")
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+_FORMAT = 1
 _MAX_MANIFEST_BYTES = 1 << 20
 
 # ------------------------------------------------------------------------------------------ folders
 
 
-def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_sealed_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write `contents` (file name -> bytes) and their manifest to `folder`, all of it or nothing.
 
     It takes bytes, and no function that writes, so that a full disk is an OSError and becomes NotWritable.
     """
-    with replacing(folder) as aside:
+    with atomic_replace(folder) as aside:
         aside.mkdir()
         for name, content in contents.items():
             (aside / name).write_bytes(content)
@@ -43,14 +43,14 @@ def seal(folder: Path, contents: Mapping[str, bytes]) -> None:
         (aside / MANIFEST).write_text(_manifest(entries), encoding="utf-8")
 
 
-def unseal(folder: Path, only: Collection[str] | None = None) -> dict[str, bytes]:
+def read_sealed_folder(folder: Path, only: Collection[str] | None = None) -> dict[str, bytes]:
     """Give every file of a sealed folder, or `only` some, as written; raises BadCheckpoint for the least difference."""
     try:
         manifest = _read(folder / MANIFEST, limit=_MAX_MANIFEST_BYTES)
         sealed = parse_json(manifest)
         entries = {str(name): {"bytes": int(e["bytes"]), "sha256": e["sha256"]} for name, e in sealed["files"].items()}
-        if sealed["format"] != FORMAT or any(Path(name).name != name for name in entries):
-            raise ValueError(f"it is not of format {FORMAT}")
+        if sealed["format"] != _FORMAT or any(Path(name).name != name for name in entries):
+            raise ValueError(f"it is not of format {_FORMAT}")
         if manifest != _manifest(entries).encode():
             raise ValueError("it is not as it was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -66,15 +66,15 @@ def unseal(folder: Path, only: Collection[str] | None = None) -> dict[str, bytes
     return contents
 
 
-def copy_sealed(source: Path, target: Path) -> None:
+def copy_sealed_folder(source: Path, target: Path) -> None:
     """Make `target` a copy of the sealed folder `source`, if there is one: by hard links where the disk has them."""
     if source.is_dir():
-        with replacing(target) as aside:
+        with atomic_replace(target) as aside:
             shutil.copytree(source, aside, copy_function=_link)
 
 
 def _manifest(entries: Mapping[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, "files": dict(sorted(entries.items()))}, indent=1) + "\n"
+    return json.dumps({"format": _FORMAT, "files": dict(sorted(entries.items()))}, indent=1) + "\n"
 
 
 def _entry(content: bytes) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _sum_of_text(path: Path, text: str) -> str:
 # --------------------------------------------------------------------------------------------- JSON
 
 CHECKSUM = "checksum"
-NO_CHECKSUM = "no checksum, as in files of older versions: damage is not noticed"
+NO_CHECKSUM_NOTE = "no checksum, as in files of older versions: damage is not noticed"
 _LINES = "lines_sha256"
 
 
@@ -180,7 +180,7 @@ def _sum_of_json(values: Mapping[str, Any]) -> str:
 
 @cache
 def _say_unchecked(path: Path) -> None:
-    _log.warning("%s has %s", path, NO_CHECKSUM)
+    _log.warning("%s has %s", path, NO_CHECKSUM_NOTE)
 
 
 # ---------------------------------------------------------------------------------------- safetensors

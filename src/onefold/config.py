@@ -1,6 +1,6 @@
 """Frozen values that check their own fields and go to plain dicts and back without loss.
 
-A field says what it may be in its annotation, `Annotated[float, Range(0.0, 1.0)]`; `check` holds every field to
+A field says what it may be in its annotation, `Annotated[float, Range(0.0, 1.0)]`; `check_fields` holds every field to
 it, `to_dict` writes what JSON can hold, `from_dict` reads it back and names what it does not know.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from onefold.errors import BadArgument
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Epochs:
     count: Annotated[float, Range(0, 1_000_000)]
 
     def __post_init__(self) -> None:
-        check(self, "epochs")
+        check_fields(self, "epochs")
 
     def __str__(self) -> str:
         return f"{self.count!r} epochs"
@@ -52,7 +52,7 @@ class Steps:
     count: Annotated[int, Range(0, 10**12)]
 
     def __post_init__(self) -> None:
-        check(self, "steps")
+        check_fields(self, "steps")
 
     def __str__(self) -> str:
         return f"{self.count!r} steps"
@@ -81,7 +81,7 @@ def parse_duration(text: str, where: str) -> Duration:
 # ---------------------------------------------------------------------------------------- checks
 
 
-def check(value: Any, where: str) -> None:
+def check_fields(value: Any, where: str) -> None:
     """Hold every field of the dataclass `value` to its annotation.
 
     Raises BadArgument naming the field (under `where`), what is allowed and what came.
@@ -143,7 +143,7 @@ def to_dict(value: Any) -> dict[str, Any]:
     return {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
 
 
-def from_dict(cls: type[T], given: Mapping[str, Any], where: str) -> T:
+def from_dict(cls: type[_T], given: Mapping[str, Any], where: str) -> _T:
     """The inverse of `to_dict`.
 
     Raises BadArgument for a key that `cls` does not have (with the nearest that it has), for one that is missing,

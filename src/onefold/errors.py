@@ -43,10 +43,10 @@ class OnefoldError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if OnefoldError.on_command_line else in_python(text)
+        return text if OnefoldError.on_command_line else options_as_arguments(text)
 
 
-def in_python(text: str) -> str:
+def options_as_arguments(text: str) -> str:
     """Spell the options in a text as arguments: `--data FOLDER` as `data=FOLDER`; a whole command stays as it is."""
     return _FLAGS.sub(_as_argument, text)
 
@@ -149,7 +149,7 @@ class Stopped(OnefoldError):
     exit_status = 75
 
 
-def describe_end(status: int) -> str:
+def describe_exit_status(status: int) -> str:
     """Say how a process ended, by its status as `subprocess` gives it: a signal is a negative number."""
     if status >= 0:
         return f"ended with status {status}"

@@ -30,11 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from onefold.checksums import seal, unseal
+from onefold.checksums import read_sealed_folder, write_sealed_folder
 from onefold.errors import BadCheckpoint
-from onefold.storage import cache_folder, locked
+from onefold.storage import cache_folder, file_lock
 
-SOURCES: dict[str, tuple[str, ...]] = {
+LIBRARY_SOURCES: dict[str, tuple[str, ...]] = {
     "kernels": tuple(
         f"reparam/kernels/{name}.cpp" for name in ("pointwise", "depthwise", "fused_norms", "moments_algebra", "memory")
     ),
@@ -44,7 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 }
 """The files of each library, below this package; the headers beside the first of them belong to it, too."""
 
-LEVELS: dict[str, dict[str, str]] = {
+_LEVELS: dict[str, dict[str, str]] = {
     "x86_64": {
         "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl avx2 bmi1 bmi2 f16c fma abm movbe",
         "x86-64-v3": "avx2 bmi1 bmi2 f16c fma abm movbe",
@@ -59,13 +59,13 @@ LEVELS: dict[str, dict[str, str]] = {
 """What a wheel is compiled for on each kind of machine, best first: the compiler's -march, and the features in
 /proc/cpuinfo that it needs. The first three are the levels of the x86-64 psABI."""
 
-FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
-LIMIT_S = 300  # a compiler that takes longer hangs
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
+_LIMIT_S = 300  # a compiler that takes longer hangs
 
-WARNED = "ONEFOLD_WARNED_NOT_COMPILED"
+WARNED_VARIABLE = "ONEFOLD_WARNED_NOT_COMPILED"
 """Set in the environment by the process that warns, so that those which it starts do not warn again."""
 
-ORIGINS: dict[str, str] = {}
+LIBRARY_ORIGINS: dict[str, str] = {}
 """Where each library that was asked for in this process comes from, in words."""
 
 _PACKAGE = Path(__file__).parent
@@ -79,7 +79,7 @@ class NotCompiledWarning(UserWarning):
     """The C++ code cannot be compiled: torch and numpy compute in its place, more slowly."""
 
 
-def loaded(name: str) -> ctypes.CDLL | None:
+def load_library(name: str) -> ctypes.CDLL | None:
     """The library `name` of SOURCES: the wheel's, or compiled if it is not there yet.
 
     None where it cannot be compiled, with one NotCompiledWarning for this process and all that it starts.
@@ -88,16 +88,18 @@ def loaded(name: str) -> ctypes.CDLL | None:
     if library is not None:
         return library
     try:
-        path = built(name)
+        path = _build_if_needed(name)
         library = ctypes.CDLL(str(path))
-        ORIGINS[name] = f"compiled on this machine, kept in {path.parent.parent}"
+        LIBRARY_ORIGINS[name] = f"compiled on this machine, kept in {path.parent.parent}"
     except (OSError, subprocess.SubprocessError) as error:
-        ORIGINS[name] = f"not compiled ({reason(error)}): PyTorch and NumPy compute in its place, which is slower"
+        LIBRARY_ORIGINS[name] = (
+            f"not compiled ({compiler_message(error)}): PyTorch and NumPy compute in its place, which is slower"
+        )
         _warn_once(error)
     return library
 
 
-def is_plain(switch: str) -> bool:
+def is_native_disabled(switch: str) -> bool:
     """Whether the environment's `switch` is "plain": do without compiled code.
 
     It is read at each use and never cached: a library that is switched off once would be off for the whole process.
@@ -107,9 +109,9 @@ def is_plain(switch: str) -> bool:
 
 def _key(name: str, *more: bytes) -> str:
     """A hash of all that a library is made from: its sources, the headers beside them, the flags, and what is given."""
-    sources = [_PACKAGE / source for source in SOURCES[name]]
+    sources = [_PACKAGE / source for source in LIBRARY_SOURCES[name]]
     texts = [path.read_bytes() for path in (*sources, *sorted(sources[0].parent.glob("*.h")))]
-    return hashlib.sha256(b"\0".join([*texts, repr(FLAGS).encode(), *more])).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join([*texts, repr(_FLAGS).encode(), *more])).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -128,13 +130,13 @@ def _from_wheel(name: str) -> ctypes.CDLL | None:
     """The wheel's library for this processor; None, with a note, where it has none that can be used."""
     if not _WHEEL.is_dir():
         return None  # a wheel without libraries, or a source tree
-    features, levels = set(_processor().split()), LEVELS.get(platform.machine().lower(), {})
+    features, levels = set(_processor().split()), _LEVELS.get(platform.machine().lower(), {})
     try:
         for level in (level for level, needed in levels.items() if set(needed.split()) <= features):
             file = f"{name}-{_key(name)}-{level}.so"
-            if unseal(_WHEEL, only=[file]):
+            if read_sealed_folder(_WHEEL, only=[file]):
                 library = ctypes.CDLL(str(_WHEEL / file))
-                ORIGINS[name] = f"from the wheel, for {level}"
+                LIBRARY_ORIGINS[name] = f"from the wheel, for {level}"
                 return library
         why = f"it is of another version, or for other processors than this {platform.machine()}"
     except (BadCheckpoint, OSError) as error:
@@ -144,15 +146,16 @@ def _from_wheel(name: str) -> ctypes.CDLL | None:
 
 
 def compile_for_wheel() -> dict[str, bytes]:
-    """Compile every library for every level of this kind of machine, for `checksums.seal`: file name -> bytes.
+    """Compile every library for every level of this kind of machine, for `checksums.write_sealed_folder`: file name ->
+    bytes.
 
     Raises OSError where there is no compiler or the machine is of a kind without levels, subprocess.SubprocessError
     where compiling fails.
     """
-    compiler, levels = _compiler(), LEVELS.get(platform.machine().lower(), {})
+    compiler, levels = _compiler(), _LEVELS.get(platform.machine().lower(), {})
     if platform.system() != "Linux" or not levels:
-        raise OSError(f"wheels carry compiled code on Linux on {' and '.join(LEVELS)} only")
-    pairs = list(product(SOURCES, levels))
+        raise OSError(f"wheels carry compiled code on Linux on {' and '.join(_LEVELS)} only")
+    pairs = list(product(LIBRARY_SOURCES, levels))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         contents = pool.map(lambda pair: _compiled_for(compiler, *pair), pairs)
         return {f"{n}-{_key(n)}-{level}.so": each for (n, level), each in zip(pairs, contents, strict=True)}
@@ -164,32 +167,32 @@ def _compiled_for(compiler: Sequence[str], name: str, level: str) -> bytes:
     It is linked without OpenMP's runtime: its symbols are those of the one that torch has loaded for everybody, so that
     there is one pool of threads, and none to install.
     """
-    sources = [str(_PACKAGE / source) for source in SOURCES[name]]
-    compiling = [*compiler, *FLAGS, "-fopenmp", f"-march={level}", "-c"]
+    sources = [str(_PACKAGE / source) for source in LIBRARY_SOURCES[name]]
+    compiling = [*compiler, *_FLAGS, "-fopenmp", f"-march={level}", "-c"]
     linking = [*compiler, "-shared", "-s", "-o", _LIBRARY]
     with tempfile.TemporaryDirectory() as folder:
         for command in ([*compiling, *sources], [*linking, *(f"{Path(source).stem}.o" for source in sources)]):
-            subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=LIMIT_S, text=True)
+            subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=_LIMIT_S, text=True)
         return (Path(folder) / _LIBRARY).read_bytes()
 
 
 # -------------------------------------------------------------------------- compiled on this machine
 
 
-def built(name: str) -> Path:
+def _build_if_needed(name: str) -> Path:
     """The path of the library `name`, compiled if it is not there yet, or not as it was compiled.
 
     Raises OSError where there is no compiler or no place to write, subprocess.SubprocessError where compiling fails.
     """
     compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=LIMIT_S).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_LIMIT_S).stdout
     folder = cache_folder() / f"{name}-{_key(name, version, _processor().encode())}"
     if not _is_whole(folder):
-        with locked(folder):  # another process may be compiling it
+        with file_lock(folder):  # another process may be compiling it
             if not _is_whole(folder):
                 if folder.exists():
                     _log.warning("%s in the cache is damaged, or of another origin: it is compiled anew", folder)
-                seal(folder, {_LIBRARY: _compiled(compiler, name)})
+                write_sealed_folder(folder, {_LIBRARY: _compiled(compiler, name)})
     return folder / _LIBRARY
 
 
@@ -204,7 +207,7 @@ def _compiler() -> list[str]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return unseal(folder).keys() == {_LIBRARY}
+        return read_sealed_folder(folder).keys() == {_LIBRARY}
     except BadCheckpoint:
         return False
 
@@ -212,17 +215,18 @@ def _is_whole(folder: Path) -> bool:
 def _warn_once(error: Exception) -> None:
     with _warning:
         # Processes that a launcher starts side by side inherit nothing from each other: a machine's first one warns.
-        if os.environ.get(WARNED) or os.environ.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get(WARNED_VARIABLE) or os.environ.get("LOCAL_RANK", "0") != "0":
             return
-        os.environ[WARNED] = "1"
+        os.environ[WARNED_VARIABLE] = "1"
     warnings.warn(
-        f"the C++ code cannot be compiled ({reason(error)}): PyTorch and NumPy compute in its place, which is slower",
+        f"the C++ code cannot be compiled ({compiler_message(error)}): PyTorch and NumPy compute in its place, which "
+        "is slower",
         NotCompiledWarning,
         stacklevel=3,
     )
 
 
-def reason(error: Exception) -> str:
+def compiler_message(error: Exception) -> str:
     """Why compiling failed: the last line that the compiler wrote."""
     output = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
     lines = (output.decode(errors="replace") if isinstance(output, bytes) else output or "").strip().splitlines()
@@ -236,9 +240,16 @@ def _compiled(compiler: Sequence[str], name: str) -> bytes:
         native = ("-march=native",) if platform.machine().lower() in ("x86_64", "amd64") else ("-mcpu=native",)
         attempts = [(*native, "-fopenmp"), ("-fopenmp",), native, ()]  # a compiler may lack either
         for number, extra in enumerate(attempts):
-            command = [*compiler, *FLAGS, *extra, *(str(_PACKAGE / source) for source in SOURCES[name]), "-o", str(out)]
+            command = [
+                *compiler,
+                *_FLAGS,
+                *extra,
+                *(str(_PACKAGE / source) for source in LIBRARY_SOURCES[name]),
+                "-o",
+                str(out),
+            ]
             try:
-                subprocess.run(command, capture_output=True, check=True, timeout=LIMIT_S, text=True)
+                subprocess.run(command, capture_output=True, check=True, timeout=_LIMIT_S, text=True)
                 break
             except subprocess.CalledProcessError:
                 if number == len(attempts) - 1:

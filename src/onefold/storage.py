@@ -1,6 +1,6 @@
 """Writing so that nothing is ever half-written (aside, fsync, rename), and reading text as people's editors save it.
 
-`replacing(path)` gives a fresh name beside `path`; what is written there takes the place of `path` in one
+`atomic_replace(path)` gives a fresh name beside `path`; what is written there takes the place of `path` in one
 step when the block ends without an error, and is removed when it does not. It serves files and folders alike.
 `read_text` is for every text that a user gives: labels, names of classes, metadata. `parse_json` is for all JSON.
 `normalize_name` is for every name of a file or a class, so that whatever is written with it is text.
@@ -41,7 +41,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32's first: its mark begins with that of UTF-16
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """A name beside `path` (same suffix) to write a file or a folder to; it becomes `path` when the block succeeds.
 
     What a killed process left half-written for the same `path` is removed. Raises NotWritable where the disk is full or
@@ -66,7 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(aside)
 
 
-def free_path(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """Give `path`, or where something is there the first of NAME-2, NAME-3, ... that is free."""
     names = (path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}") for k in count(1))
     return next(name for name in names if not os.path.lexists(name))
@@ -76,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
     """Put `text` (UTF-8) in the place of `path`, whole or not at all; a folder there is refused, not replaced."""
     if path.is_dir():
         raise NotWritable(f"cannot write {path}: it is a folder; give the name of a file")
-    with replacing(path) as aside:
+    with atomic_replace(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -185,7 +185,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """A block that no other process is in for the same `path`: to read it, and to write what follows from that.
 
     The lock is a file beside it, and is released when the process ends, however it ends. Raises NotWritable.

@@ -15,7 +15,7 @@ from pathlib import Path
 from onefold.errors import BadArgument
 
 
-def affinity() -> tuple[int, ...]:
+def cpu_affinity() -> tuple[int, ...]:
     """The processors, by number; empty where the system does not tell (macOS, Windows)."""
     try:
         return tuple(sorted(os.sched_getaffinity(0)))
@@ -24,12 +24,12 @@ def affinity() -> tuple[int, ...]:
 
 
 @contextmanager
-def pinned(processors: Sequence[int] | None) -> Iterator[None]:
+def pin_to_cpus(processors: Sequence[int] | None) -> Iterator[None]:
     """Have this thread, and those it starts, use these processors only; None leaves all as it is. BadArgument."""
     if processors is None:
         yield
         return
-    before = affinity()
+    before = cpu_affinity()
     if not before:
         raise BadArgument("this system does not let a program choose its processors: leave out --pin")
     if not processors or (missing := sorted(set(processors) - set(before))):
@@ -42,12 +42,12 @@ def pinned(processors: Sequence[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def usable() -> int:
+def num_usable_cpus() -> int:
     """How many processors the affinity leaves."""
-    return len(affinity()) or os.cpu_count() or 1
+    return len(cpu_affinity()) or os.cpu_count() or 1
 
 
-def quota(root: Path = Path("/")) -> float | None:
+def cpu_quota(root: Path = Path("/")) -> float | None:
     """Processors' worth of time that a container may use (cgroup v2, else v1); None where there is no limit.
 
     The quota of a group holds for all groups in it, so the least of them counts. `root` is where /proc and /sys are.
@@ -60,19 +60,19 @@ def quota(root: Path = Path("/")) -> float | None:
     return min((each for each in found if each > 0), default=None)
 
 
-def available(root: Path = Path("/")) -> int:
+def available_threads(root: Path = Path("/")) -> int:
     """How many threads have a processor for themselves: what affinity and quota leave, at least one."""
-    return max(1, int(min(usable(), quota(root) or usable())))
+    return max(1, int(min(num_usable_cpus(), cpu_quota(root) or num_usable_cpus())))
 
 
-def respect_quota() -> None:
+def limit_library_threads() -> None:
     """Have libraries that are imported from now on start as many threads as the quota has processors.
 
     They see the affinity themselves, and nothing of a quota: a container of 2 on a host of 64 would get 64 threads.
     """
-    limit = quota()
-    if limit is not None and limit < usable():
-        os.environ.setdefault("OMP_NUM_THREADS", str(available()))
+    limit = cpu_quota()
+    if limit is not None and limit < num_usable_cpus():
+        os.environ.setdefault("OMP_NUM_THREADS", str(available_threads()))
 
 
 def _read(path: Path) -> str:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from onefold.errors import BadData, describe_end
+from onefold.errors import BadData, describe_exit_status
 
 _CALLS = 9
 _LIMIT_S = 120
@@ -64,13 +64,13 @@ def measure_cold_start(opener: str, arguments: Sequence[str]) -> ColdStart:
         return ColdStart.from_dict(json.loads(done.stdout.splitlines()[-1]))
     except subprocess.CalledProcessError as error:
         said = next((line for line in reversed(error.stderr.splitlines()) if line.strip()), "")
-        why = said if said and error.returncode > 0 else f"it {describe_end(error.returncode)}"
+        why = said if said and error.returncode > 0 else f"it {describe_exit_status(error.returncode)}"
         raise BadData(f"the fresh process that was to open {arguments[0]} failed: {why}") from error
     except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as error:
         raise BadData(f"cannot measure the cold start of {arguments[0]} in a fresh process: {error}") from error
 
 
-def observe(opener: str, arguments: Sequence[str]) -> ColdStart:
+def measure_in_this_process(opener: str, arguments: Sequence[str]) -> ColdStart:
     """The same in this process, which should be a fresh one."""
     module, _, function = opener.partition(":")
     before = _resident()
@@ -109,5 +109,5 @@ def _status(name: str) -> int | None:
 def main() -> None:
     """What the fresh process runs: opener and arguments from the command line, the figures as JSON to stdout."""
     stdout, sys.stdout = sys.stdout, sys.stderr  # what others print must not end among the figures
-    seen = observe(sys.argv[1], sys.argv[2:])
+    seen = measure_in_this_process(sys.argv[1], sys.argv[2:])
     stdout.write(f"\n{json.dumps(seen.to_dict())}\n")

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from onefold.bench.measurement import Call, Clock, Instruments, Measurement, Procedure, as_measurements, run_series
-from onefold.bench.timing_noise import interval_over, paired_interval, percentile
+from onefold.bench.measurement import (
+    Call,
+    Clock,
+    Instruments,
+    Measurement,
+    Procedure,
+    measurements_from_series,
+    time_interleaved,
+)
+from onefold.bench.timing_noise import paired_ratio_interval, percentile, pooled_ratio_interval
 from onefold.errors import BadArgument, BadData
 
 _FEWEST_ROUNDS = 16
@@ -118,7 +126,7 @@ class Comparison:
 
     def _interval(self, other: Measurement) -> tuple[float, float, float]:
         base = self.measurements[self.baseline]
-        return paired_interval(base.latencies_ns, other.latencies_ns, base.procedure.seed)
+        return paired_ratio_interval(base.latencies_ns, other.latencies_ns, base.procedure.seed)
 
 
 def compare(
@@ -139,12 +147,12 @@ def compare(
     return Comparison(measurements=measured, twin=twin)
 
 
-def aa(call: Call, procedure: Procedure, instruments: Instruments | None = None) -> Ratio:
+def measure_noise_floor(call: Call, procedure: Procedure, instruments: Instruments | None = None) -> Ratio:
     """The self-test: a call against itself. Its `floor` is the least difference that this machine can show now."""
-    return self_test(call, procedure, {"name": "a"}, instruments).floor
+    return compare_with_itself(call, procedure, {"name": "a"}, instruments).floor
 
 
-def self_test(
+def compare_with_itself(
     call: Call, procedure: Procedure, subject: Mapping[str, Any], instruments: Instruments | None = None
 ) -> Comparison:
     """The same with all that was measured: a comparison that holds its baseline, named by the subject, and its twin."""
@@ -153,7 +161,7 @@ def self_test(
     return Comparison(measurements=measured, twin=twin)
 
 
-def slowed_down(call: Call, share: float, clock: Clock) -> Call:
+def with_injected_slowdown(call: Call, share: float, clock: Clock) -> Call:
     """The same call made slower by `share` of its time (0.05: 5 %), to see that a comparison finds it."""
 
     def slower() -> object:
@@ -168,7 +176,7 @@ def slowed_down(call: Call, share: float, clock: Clock) -> Call:
     return slower
 
 
-def pooled(comparisons: Sequence[Comparison], name: str) -> Ratio:
+def pool_ratios(comparisons: Sequence[Comparison], name: str) -> Ratio:
     """The ratio of `name` over several processes, one comparison each: the process is the unit, not the sample.
 
     The median of the processes' ratios and a bootstrap interval over processes; at least five are needed (BadArgument).
@@ -177,9 +185,9 @@ def pooled(comparisons: Sequence[Comparison], name: str) -> Ratio:
     if len(comparisons) < _FEWEST_PROCESSES:
         raise BadArgument(f"pooling needs {_FEWEST_PROCESSES} comparisons or more; got {len(comparisons)}")
     seed = comparisons[0].twin.procedure.seed
-    _, low, high = interval_over([each.floor.value for each in comparisons], seed)
+    _, low, high = pooled_ratio_interval([each.floor.value for each in comparisons], seed)
     band = math.expm1(max(abs(math.log(low)), abs(math.log(high))))
-    value, low, high = interval_over([each.ratio(name).value for each in comparisons], seed)
+    value, low, high = pooled_ratio_interval([each.ratio(name).value for each in comparisons], seed)
     return Ratio(value=value, low=low, high=high, floor=band)
 
 
@@ -193,8 +201,8 @@ def _measure_together(
         raise BadArgument(f"a comparison needs {_FEWEST_ROUNDS} samples or more; got {procedure.samples}")
     names = list(calls)
     named = [{**subjects.get(name, {}), "name": name} for name in names]
-    series = run_series([*calls.values(), calls[names[0]]], procedure, instruments)
-    *measured, twin = as_measurements([*named, named[0]], series, procedure, instruments)
+    series = time_interleaved([*calls.values(), calls[names[0]]], procedure, instruments)
+    *measured, twin = measurements_from_series([*named, named[0]], series, procedure, instruments)
     return dict(zip(names, measured, strict=True)), twin
 
 

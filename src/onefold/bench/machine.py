@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from onefold.system_resources import affinity, quota, usable
+from onefold.system_resources import cpu_affinity, cpu_quota, num_usable_cpus
 
-PACKAGES = (
+_PACKAGES = (
     "onefold",
     "torch",
     "numpy",
@@ -50,7 +50,7 @@ _FEATURES = {
 class Machine:
     """A machine as a value. What cannot be seen from here is None, or empty.
 
-    `affinity` are the numbers of the processors that the measuring process was allowed to use.
+    `cpu_affinity` are the numbers of the processors that the measuring process was allowed to use.
     """
 
     chip: str
@@ -69,24 +69,24 @@ class Machine:
     affinity: tuple[int, ...] = ()
 
     @classmethod
-    def this(cls, packages: Sequence[str] = PACKAGES, root: Path = Path("/")) -> Machine:
+    def this(cls, packages: Sequence[str] = _PACKAGES, root: Path = Path("/")) -> Machine:
         """The machine this runs on; `packages` are those whose versions matter, `root` is where /proc and /sys are."""
         cpuinfo = _read(root / "proc/cpuinfo")
         return cls(
             chip=_chip(cpuinfo),
             architecture=platform.machine(),
             cores=os.cpu_count() or 1,
-            usable_cores=usable(),
-            quota=quota(root),
+            usable_cores=num_usable_cpus(),
+            quota=cpu_quota(root),
             memory_bytes=_memory(root),
-            features=features_of(cpuinfo) or _features_of_macos(),
+            features=cpu_features(cpuinfo) or _features_of_macos(),
             system=f"{platform.system()} {platform.release()}".strip(),
             python=platform.python_version(),
             versions=_versions(packages),
             governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
             max_mhz=_max_mhz(root),
             load=load_average(root),
-            affinity=affinity(),
+            affinity=cpu_affinity(),
         )
 
     @property
@@ -146,7 +146,7 @@ def current_mhz(root: Path = Path("/")) -> float | None:
     The quickest, since the one that computes is, and those that idle tell nothing.
     """
     frequencies = root / "sys/devices/system/cpu"
-    found = [_read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in affinity() or (0,)]
+    found = [_read(frequencies / f"cpu{number}/cpufreq/scaling_cur_freq").strip() for number in cpu_affinity() or (0,)]
     known = [int(khz) / 1000 for khz in found if khz.isdigit()]
     known = known or [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _read(root / "proc/cpuinfo"), re.M)]
     return max(known, default=None)
@@ -175,12 +175,12 @@ def _chip(cpuinfo: str) -> str:
     return " ".join(named.split()) or "unknown"
 
 
-def features_of(cpuinfo: str) -> tuple[str, ...]:
+def cpu_features(cpuinfo: str) -> tuple[str, ...]:
     """What a Linux kernel's /proc/cpuinfo says that speeds up a convolution, in our words."""
     return _in_our_words(set(_field(cpuinfo, "flags", "Features").lower().split()))
 
 
-def own_version() -> Mapping[str, str]:
+def onefold_version() -> Mapping[str, str]:
     """The version of onefold, under its name."""
     return _versions(("onefold",))
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from onefold.bench.cold_start import ColdStart
 from onefold.bench.machine import Machine
-from onefold.bench.roofline import Bound
-from onefold.bench.timing_noise import Noise, Vitals, percentile, sure_percentile
+from onefold.bench.roofline import LatencyBound
+from onefold.bench.timing_noise import SystemCounters, TimingNoise, percentile, percentile_confidence_bound
 from onefold.errors import BadArgument, BadData
 
 _CENTURY_NS = 100 * 366 * 24 * 3600 * 10**9
@@ -79,14 +79,14 @@ class Measurement:
     warmup_ns: tuple[int, ...] = ()
     resolution_ns: int = 1
     overhead_ns: int = 0
-    noise: Noise = field(default_factory=Noise)
-    bound: Bound | None = None
+    noise: TimingNoise = field(default_factory=TimingNoise)
+    bound: LatencyBound | None = None
     cold: ColdStart | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Mapping):
             raise BadData(f"the subject of a measurement is a mapping of names to values; got {self.subject!r}")
-        object.__setattr__(self, "subject", settled(self.subject))
+        object.__setattr__(self, "subject", _as_tuples(self.subject))
         whole = all(isinstance(each, int) for each in (*self.samples_ns, *self.warmup_ns, self.calls_per_sample))
         sane = whole and self.samples_ns and min(self.samples_ns) > 0 and max(self.samples_ns) < _CENTURY_NS
         if not sane or self.calls_per_sample < 1:
@@ -152,17 +152,17 @@ class Measurement:
 
     def _sure(self, share: float) -> float | None:
         # The mean of several calls hides their tail.
-        return sure_percentile(self.latencies_ns, share) if self.calls_per_sample == 1 else None
+        return percentile_confidence_bound(self.latencies_ns, share) if self.calls_per_sample == 1 else None
 
 
-def settled(value: Any, place: str = "subject") -> Any:
+def _as_tuples(value: Any, place: str = "subject") -> Any:
     """The same plain values, with tuples for sequences, as JSON gives them back; BadArgument for others."""
     if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: settled(item, f"{place}.{key}") for key, item in value.items()}
+        return {key: _as_tuples(item, f"{place}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(settled(item, place) for item in value)
+        return tuple(_as_tuples(item, place) for item in value)
     raise BadArgument(f"{place} must be made of names, numbers that are finite, true, false and lists; got {value!r}")
 
 
@@ -179,12 +179,12 @@ class Instruments:
     """What a measurement reads: a clock in nanoseconds, the system's counters, and the machine itself."""
 
     clock: Clock = time.perf_counter_ns
-    vitals: Callable[[], Vitals] = Vitals.now
+    vitals: Callable[[], SystemCounters] = SystemCounters.now
     machine: Machine = field(default_factory=Machine.this)
 
 
 @dataclass(frozen=True)
-class Timing:
+class _Timing:
     """The raw times of one call in a series of rounds: sample i was taken in round i."""
 
     samples_ns: tuple[int, ...]
@@ -193,13 +193,13 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Series:
+class _Series:
     """The times of several calls measured together, and what the clock and the machine did meanwhile."""
 
-    timings: tuple[Timing, ...]
+    timings: tuple[_Timing, ...]
     resolution_ns: int
     overhead_ns: int
-    noise: Noise
+    noise: TimingNoise
 
 
 def measure(
@@ -210,13 +210,15 @@ def measure(
 ) -> Measurement:
     """Time `call`; whatever it raises passes through. `subject` is kept; BadArgument where it is not fit for JSON."""
     instruments = instruments or Instruments()
-    plain = settled(subject or {})  # before the long run, not after it
-    (measurement,) = as_measurements([plain], run_series([call], procedure, instruments), procedure, instruments)
+    plain = _as_tuples(subject or {})  # before the long run, not after it
+    (measurement,) = measurements_from_series(
+        [plain], time_interleaved([call], procedure, instruments), procedure, instruments
+    )
     return measurement
 
 
-def as_measurements(
-    subjects: Sequence[Mapping[str, Any]], series: Series, procedure: Procedure, instruments: Instruments
+def measurements_from_series(
+    subjects: Sequence[Mapping[str, Any]], series: _Series, procedure: Procedure, instruments: Instruments
 ) -> list[Measurement]:
     """One measurement for each call of a series."""
     return [
@@ -235,7 +237,7 @@ def as_measurements(
     ]
 
 
-def run_series(calls: Sequence[Call], procedure: Procedure, instruments: Instruments) -> Series:
+def time_interleaved(calls: Sequence[Call], procedure: Procedure, instruments: Instruments) -> _Series:
     """Time the calls in rounds: each once a round after its lead calls, in an order drawn anew."""
     clock = instruments.clock
     lead = range(procedure.lead_calls if len(calls) > 1 else 0)  # one alone follows itself in any case
@@ -256,10 +258,10 @@ def run_series(calls: Sequence[Call], procedure: Procedure, instruments: Instrum
                 samples[which].append(_time(calls[which], repeats[which], clock))
         after = instruments.vitals()
     timings = (
-        Timing(tuple(sample), tuple(warmup[:_KEPT_WARMUP]), repeat)
+        _Timing(tuple(sample), tuple(warmup[:_KEPT_WARMUP]), repeat)
         for sample, warmup, repeat in zip(samples, warmups, repeats, strict=True)
     )
-    return Series(tuple(timings), resolution, overhead, Noise.between(before, after))
+    return _Series(tuple(timings), resolution, overhead, TimingNoise.between(before, after))
 
 
 def random_orders(count: int, random_source: random.Random) -> Iterator[tuple[int, ...]]:

@@ -20,9 +20,9 @@ from onefold.bench.cold_start import ColdStart
 from onefold.bench.compare import Comparison
 from onefold.bench.machine import Machine
 from onefold.bench.measurement import Measurement, Procedure
-from onefold.bench.roofline import Bound
-from onefold.bench.timing_noise import Noise
-from onefold.checksums import NO_CHECKSUM, has_checksum, with_checksum
+from onefold.bench.roofline import LatencyBound
+from onefold.bench.timing_noise import TimingNoise
+from onefold.checksums import NO_CHECKSUM_NOTE, has_checksum, with_checksum
 from onefold.errors import BadData, NotWritable
 from onefold.storage import parse_json
 
@@ -36,7 +36,7 @@ class Results:
     notes: tuple[str, ...] = ()
 
 
-def append(path: Path, results: Iterable[Measurement | Comparison]) -> None:
+def append_results(path: Path, results: Iterable[Measurement | Comparison]) -> None:
     """Add the results to the file and have them on the disk before returning; what is there is not touched.
 
     A line that a crash left half-written is closed first. NotWritable where there is no space or no permission.
@@ -53,16 +53,16 @@ def append(path: Path, results: Iterable[Measurement | Comparison]) -> None:
         raise NotWritable(f"cannot add to {path}: {error.strerror or error}; choose a file you can write to") from error
 
 
-def read(path: Path) -> list[Measurement]:
+def read_measurements(path: Path) -> list[Measurement]:
     """All measurements of a file, those inside comparisons too; a half-written line is left out with a warning."""
-    results = read_all(path)
+    results = read_results(path)
     for note in results.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     within = [each for comparison in results.comparisons for each in comparison.measurements.values()]
     return [*results.measurements, *within]
 
 
-def read_all(path: Path) -> Results:
+def read_results(path: Path) -> Results:
     """All measurements and comparisons of a file, in its order. BadData where it is no file of results."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -96,7 +96,7 @@ def read_all(path: Path) -> Results:
         raise BadData(f"{path} holds no results: expected lines as `onefold bench` writes them. {notes[0]}")
     if unchecked:
         found = len(measurements) + len(comparisons)
-        notes.append(f"{path.name}: of {found} results {unchecked} have {NO_CHECKSUM}.")
+        notes.append(f"{path.name}: of {found} results {unchecked} have {NO_CHECKSUM_NOTE}.")
     return Results(measurements=tuple(measurements), comparisons=tuple(comparisons), notes=tuple(notes))
 
 
@@ -146,8 +146,8 @@ def _measurement(plain: Mapping[str, Any]) -> Measurement:
         subject=subject,
         machine=Machine.from_dict(plain["machine"]),
         procedure=Procedure.from_dict(plain["procedure"]),
-        noise=Noise.from_dict(plain.get("noise", {})),
-        bound=None if plain.get("bound") is None else Bound.from_dict(plain["bound"]),
+        noise=TimingNoise.from_dict(plain.get("noise", {})),
+        bound=None if plain.get("bound") is None else LatencyBound.from_dict(plain["bound"]),
         cold=None if plain.get("cold") is None else ColdStart.from_dict(plain["cold"]),
         samples_ns=tuple(plain["samples_ns"]),
         warmup_ns=tuple(plain.get("warmup_ns", ())),

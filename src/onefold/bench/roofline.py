@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from onefold.bench.machine import Machine
-from onefold.errors import describe_end
-from onefold.native import is_plain, loaded
+from onefold.errors import describe_exit_status
+from onefold.native import is_native_disabled, load_library
 
-KINDS = ("fp32", "bf16", "int8")
+_KINDS = ("fp32", "bf16", "int8")
 _RUNS = 5
 _RUN_NS = 50_000_000
 _PROBE_NS = 5_000_000
@@ -35,8 +35,8 @@ _LARGE = 256 << 20  # bytes, and four times the largest cache where that is more
 _LIMIT_S = 300
 _SINGLE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
-Amounts = tuple[int, int]  # how much was done, and in how many nanoseconds
-Turn = Callable[[int], Amounts]  # does it for at least so many nanoseconds
+_Amounts = tuple[int, int]  # how much was done, and in how many nanoseconds
+_Turn = Callable[[int], _Amounts]  # does it for at least so many nanoseconds
 
 
 def measure_roofline(threads: Sequence[int]) -> Roofline:
@@ -46,7 +46,7 @@ def measure_roofline(threads: Sequence[int]) -> Roofline:
     system forbids ends that process and not this one: what died is left out, and `notes` say so, as they say when
     numpy measured because the loops could not be compiled.
     """
-    limits: list[Limit] = []
+    limits: list[PeakRate] = []
     notes: list[str] = []
     without: list[str] = []  # variants that died
     plain = _library() is None  # compiled here, so that the warning of a missing compiler is this process's
@@ -58,7 +58,7 @@ def measure_roofline(threads: Sequence[int]) -> Roofline:
         environment = {**os.environ, **dict.fromkeys(_SINGLE, "1")}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, env=environment)
-            output, ended = done.stdout, describe_end(done.returncode) if done.returncode else ""
+            output, ended = done.stdout, describe_exit_status(done.returncode) if done.returncode else ""
         except subprocess.TimeoutExpired as error:
             output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
             ended = f"took longer than {_LIMIT_S} s"
@@ -96,15 +96,15 @@ def cache_sizes(root: Path = Path("/")) -> tuple[tuple[int, bool], ...]:
     return tuple(found[level] for level in sorted(found) if level >= 2) or ((1 << 20, False),)
 
 
-def limits(
+def _measure_limits(
     threads: int, *, without: Sequence[str] = (), plain: bool = False, trying: Callable[[str], object] = lambda _: None
-) -> Iterator[Limit]:
+) -> Iterator[PeakRate]:
     """Measure, in this process; `trying` hears the name of each loop before it runs, for it may be the last word."""
     library = None if plain else _library()
     if library is None:
         yield from _plain_limits(threads)
         return
-    for kind, name in enumerate(KINDS):
+    for kind, name in enumerate(_KINDS):
         variants = {which: each for which, each in enumerate(_names(library, kind)) if each not in without}
         rates: dict[int, float] = {}
         for _ in range(_PROBES):  # in turns: others' work shifts
@@ -122,18 +122,18 @@ def limits(
         yield _limit("read", reads, "vector loads", sum(buffer.nbytes for buffer in buffers))
 
 
-def _limit(kind: str, turns: Sequence[Turn], how: str, num_bytes: int | None = None) -> Limit:
+def _limit(kind: str, turns: Sequence[_Turn], how: str, num_bytes: int | None = None) -> PeakRate:
     """One turn a thread, all at once, again and again."""
     rates = [_rate(turns, _RUN_NS) for _ in range(_RUNS)]
     median, best = statistics.median(rates), max(rates)
-    return Limit(kind=kind, threads=len(turns), median=median, best=best, how=how, num_bytes=num_bytes)
+    return PeakRate(kind=kind, threads=len(turns), median=median, best=best, how=how, num_bytes=num_bytes)
 
 
-def _rate(turns: Sequence[Turn], least_ns: int) -> float:
+def _rate(turns: Sequence[_Turn], least_ns: int) -> float:
     """How much all turns do in a second, done at the same time by a thread each."""
     together = Barrier(len(turns))
 
-    def one(turn: Turn) -> float:
+    def one(turn: _Turn) -> float:
         together.wait()
         done, passed = turn(least_ns)
         return 1e9 * done / passed
@@ -153,9 +153,9 @@ def _places(threads: int) -> list[int]:
 
 def _library() -> ctypes.CDLL | None:
     """The loops, or None where they cannot be compiled; ONEFOLD_PEAKS=plain in the environment asks for None."""
-    if is_plain("ONEFOLD_PEAKS"):
+    if is_native_disabled("ONEFOLD_PEAKS"):
         return None
-    library = loaded("roofline")
+    library = load_library("roofline")
     if library is not None:
         library.variant_name.restype = ctypes.c_char_p
     return library
@@ -168,8 +168,8 @@ def _names(library: ctypes.CDLL, kind: int) -> Iterator[str]:
         which += 1
 
 
-def _multiplying(library: ctypes.CDLL, kind: int, which: int) -> Turn:
-    def turn(least_ns: int) -> Amounts:
+def _multiplying(library: ctypes.CDLL, kind: int, which: int) -> _Turn:
+    def turn(least_ns: int) -> _Amounts:
         out = (ctypes.c_int64 * 2)()
         library.multiply(kind, which, ctypes.c_int64(least_ns), out)
         return out[0], out[1]
@@ -177,10 +177,10 @@ def _multiplying(library: ctypes.CDLL, kind: int, which: int) -> Turn:
     return turn
 
 
-def _reading(library: ctypes.CDLL, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> Turn:
+def _reading(library: ctypes.CDLL, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> _Turn:
     place = buffer.ctypes.data_as(ctypes.c_void_p)
 
-    def turn(least_ns: int) -> Amounts:
+    def turn(least_ns: int) -> _Amounts:
         out = (ctypes.c_int64 * 2)()
         library.read_all(place, ctypes.c_int64(buffer.nbytes), ctypes.c_int64(least_ns), out)
         return out[0], out[1]
@@ -191,25 +191,25 @@ def _reading(library: ctypes.CDLL, buffer: np.ndarray[Any, np.dtype[np.uint8]]) 
 # ------------------------------------------------------------------------------ without a compiler
 
 
-def _plain_limits(threads: int) -> Iterator[Limit]:
+def _plain_limits(threads: int) -> Iterator[PeakRate]:
     yield _limit("fp32", [_product(512) for _ in range(threads)], "numpy's matrix product")
     for num_bytes in _places(threads):
         copies = [_copying(num_bytes // threads // 2) for _ in range(threads)]
         yield _limit("read", copies, "numpy's copy, bytes read and written", num_bytes)
 
 
-def _product(side: int) -> Turn:
+def _product(side: int) -> _Turn:
     a, b, out = (np.full((side, side), 0.5, dtype=np.float32) for _ in range(3))
     return _repeating(lambda: np.matmul(a, b, out=out), side**3)
 
 
-def _copying(num_bytes: int) -> Turn:
+def _copying(num_bytes: int) -> _Turn:
     source, target = np.ones(num_bytes, dtype=np.uint8), np.zeros(num_bytes, dtype=np.uint8)
     return _repeating(lambda: np.copyto(target, source), 2 * num_bytes)
 
 
-def _repeating(call: Callable[[], object], amount: int) -> Turn:
-    def turn(least_ns: int) -> Amounts:
+def _repeating(call: Callable[[], object], amount: int) -> _Turn:
+    def turn(least_ns: int) -> _Amounts:
         start, calls = time.perf_counter_ns(), 0
         while not calls or time.perf_counter_ns() - start < least_ns:
             call()
@@ -228,7 +228,9 @@ def main() -> None:
         sys.stdout.flush()  # before what may end this process
 
     for number in order["threads"]:
-        found = limits(number, without=order["without"], plain=order["plain"], trying=lambda name: write(trying=name))
+        found = _measure_limits(
+            number, without=order["without"], plain=order["plain"], trying=lambda name: write(trying=name)
+        )
         for limit in found:
             write(limit=asdict(limit))
 
@@ -238,7 +240,7 @@ _ARITHMETIC = {"fp32": ("fp32",), "bf16": ("bf16", "fp32"), "int8": ("int8",)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
+class PeakRate:
     """A rate that was measured: `kind` is fp32, bf16 or int8 (multiply-adds a second), or read (bytes a second).
 
     `median` is that of several runs, `best` the quickest of them: what disturbs a run only slows it. `how` names the
@@ -254,7 +256,7 @@ class Limit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Workload:
     """What one call must do at the least: multiply-adds, and the bytes of weights, input and output that it reads."""
 
     macs: int
@@ -264,7 +266,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bound:
+class LatencyBound:
     """The least time that one call can take, in nanoseconds, by each limit alone; None where that is not known."""
 
     compute_ns: float | None = None
@@ -290,7 +292,7 @@ class Bound:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Bound:
+    def from_dict(cls, plain: Mapping[str, Any]) -> LatencyBound:
         """The inverse of `to_dict`."""
         known = {name: plain.get(name) for name in ("compute_ns", "memory_ns")}
         real = {name: None if value is None else float(value) for name, value in known.items()}
@@ -304,7 +306,7 @@ class Roofline:
     `notes` say what could not be measured, and why.
     """
 
-    limits: tuple[Limit, ...]
+    limits: tuple[PeakRate, ...]
     features: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -313,13 +315,13 @@ class Roofline:
         """For which numbers of threads it was measured."""
         return tuple(sorted({limit.threads for limit in self.limits}))
 
-    def bound(self, work: Work) -> Bound:
+    def bound(self, work: Workload) -> LatencyBound:
         """The least time of this work. Bytes are read at the speed of the smallest place measured that holds them."""
         kinds = _ARITHMETIC.get(work.precision.split("-")[0], ())
         compute = next((limit for kind in kinds for limit in self._of(kind, work.threads)), None)
         places = sorted(self._of("read", work.threads), key=lambda limit: limit.num_bytes or 0)
         memory = next((limit for limit in places if work.num_bytes <= (limit.num_bytes or 0)), (*places[-1:], None)[0])
-        return Bound(
+        return LatencyBound(
             compute_ns=None if compute is None else 1e9 * work.macs / compute.best,
             memory_ns=None if memory is None else 1e9 * work.num_bytes / memory.best,
             how="" if compute is None else compute.how,
@@ -351,13 +353,13 @@ class Roofline:
             notes=tuple(str(note) for note in plain["notes"]),
         )
 
-    def _of(self, kind: str, threads: int) -> list[Limit]:
+    def _of(self, kind: str, threads: int) -> list[PeakRate]:
         return [limit for limit in self.limits if limit.kind == kind and limit.threads == threads]
 
 
-def _limit_from_dict(plain: Mapping[str, Any]) -> Limit:
+def _limit_from_dict(plain: Mapping[str, Any]) -> PeakRate:
     num_bytes = plain.get("num_bytes")
-    limit = Limit(
+    limit = PeakRate(
         kind=str(plain["kind"]),
         threads=int(plain["threads"]),
         median=float(plain["median"]),

@@ -30,21 +30,21 @@ def percentile(samples: Sequence[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def sure_percentile(samples: Sequence[float], share: float) -> float | None:
+def percentile_confidence_bound(samples: Sequence[float], share: float) -> float | None:
     """A value that is, 99 % sure, no better than the true percentile: for the tail that `share` (0 to 1) points to.
 
     For share >= 0.5 it lies at or above the true percentile, for share < 0.5 at or below. None where the samples are
     too few to say: p90 needs 64, p99 needs 662. Source: the early-stopping estimate of MLPerf's LoadGen.
     """
     upper = share >= 0.5
-    left_out = discarded(len(samples), share if upper else 1 - share)
+    left_out = max_discarded_samples(len(samples), share if upper else 1 - share)
     if left_out is None:
         return None
     ordered = sorted(samples)
     return ordered[-1 - left_out] if upper else ordered[left_out]
 
 
-def discarded(count: int, share: float, sure: float = _SURE) -> int | None:
+def max_discarded_samples(count: int, share: float, sure: float = _SURE) -> int | None:
     """How many of the `count` largest samples may be left out before the largest left is read off as the percentile.
 
     t - 1, where t is the largest number with BinomialCDF(t; count, 1 - share) <= 1 - sure; None where no t >= 1 has.
@@ -60,7 +60,7 @@ def discarded(count: int, share: float, sure: float = _SURE) -> int | None:
     return most - 1 if most >= 1 else None
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float], seed: int) -> tuple[float, float, float]:
+def paired_ratio_interval(a: Sequence[float], b: Sequence[float], seed: int) -> tuple[float, float, float]:
     """The ratio b / a and its 95 % interval (value, low, high), from samples a[i] and b[i] of the same round i.
 
     The value is exp(median(log b[i] - log a[i])). What slows a whole round cancels in its pair, so on a machine that
@@ -72,7 +72,7 @@ def paired_interval(a: Sequence[float], b: Sequence[float], seed: int) -> tuple[
     return math.exp(float(np.median(logs))), math.exp(low), math.exp(high)
 
 
-def interval_over(ratios: Sequence[float], seed: int) -> tuple[float, float, float]:
+def pooled_ratio_interval(ratios: Sequence[float], seed: int) -> tuple[float, float, float]:
     """The median of independent ratios (one a process) and its 95 % bootstrap interval: (value, low, high)."""
     logs = np.log(np.asarray(ratios, dtype=np.float64))
     low, high = _interval(logs, 1, seed)
@@ -109,7 +109,7 @@ _FEWEST_TICKS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vitals:
+class SystemCounters:
     """One look at the system's counters, since its start. None where the system does not say.
 
     Ticks count the time of all `host_cores` together; `own_ns` is this process's processor time, `at_ns` the time of
@@ -127,7 +127,7 @@ class Vitals:
     mhz: float | None = None
 
     @classmethod
-    def now(cls, root: Path = Path("/")) -> Vitals:
+    def now(cls, root: Path = Path("/")) -> SystemCounters:
         """Read them all; `root` is where /proc is."""
         stolen, busy, ticks, cores = _ticks(root)
         return cls(
@@ -144,7 +144,7 @@ class Vitals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noise:
+class TimingNoise:
     """What happened between two looks.
 
     `switches`: how often this process lost its core to another. `steal`: the share (0 to 1) of all cores' time that a
@@ -163,7 +163,7 @@ class Noise:
     remarks: tuple[str, ...] = ()
 
     @classmethod
-    def between(cls, before: Vitals, after: Vitals) -> Noise:
+    def between(cls, before: SystemCounters, after: SystemCounters) -> TimingNoise:
         """The difference of two looks; shares are None when too little time passed to tell."""
         ticks = _difference(before.ticks, after.ticks)
         enough = ticks is not None and ticks >= _FEWEST_TICKS
@@ -183,7 +183,7 @@ class Noise:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Noise:
+    def from_dict(cls, plain: Mapping[str, Any]) -> TimingNoise:
         """The inverse of `to_dict`."""
         known = {each.name: plain.get(each.name) for each in fields(cls) if each.name != "remarks"}
         numbers = {name: None if value is None else float(value) for name, value in known.items()}
@@ -216,7 +216,7 @@ class Noise:
         )
 
 
-def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:
+def _of_load(noise: TimingNoise, cores: float, threads: int) -> list[str]:
     """The load rule: more than half the cores; where other processes' time is known, on top of this process's own."""
     allowed = cores / 2 + (0 if noise.others is None else threads)
     found = []
@@ -231,7 +231,7 @@ def _of_load(noise: Noise, cores: float, threads: int) -> list[str]:
     return found
 
 
-def _of_others(noise: Noise, cores: float) -> list[str]:
+def _of_others(noise: TimingNoise, cores: float) -> list[str]:
     found = []
     if noise.others is not None and noise.others > _MOST_OTHERS * cores:
         found.append(f"Other programs used {noise.others:.1f} of {cores:g} cores meanwhile.")
@@ -267,7 +267,7 @@ def _trend(samples: Sequence[float], median: float) -> float:
     return (percentile(samples[half:], 0.5) - percentile(samples[:half], 0.5)) / median
 
 
-def _others(before: Vitals, after: Vitals) -> float | None:
+def _others(before: SystemCounters, after: SystemCounters) -> float | None:
     busy, ticks = _difference(before.busy_ticks, after.busy_ticks), _difference(before.ticks, after.ticks)
     passed = after.at_ns - before.at_ns
     if busy is None or not ticks or passed <= 0:

@@ -8,20 +8,20 @@ from typing import Annotated
 from typer import Argument, Option
 
 from onefold.cli import display
-from onefold.cli.options import AsJson, Batch, Name, Threads
-from onefold.cli.progress import progress
+from onefold.cli.options import BatchSizeOption, JsonOption, ModelOption, ThreadsOption
+from onefold.cli.progress import show_progress
 from onefold.errors import BadArgument
 
-Results = Annotated[Path, Option(help="the folder of results")]
+_Results = Annotated[Path, Option(help="the folder of results")]
 
 
 def bench(
     sources: Annotated[list[str], Argument(help="artifacts, runs, weights or timm:NAME; the first is the baseline")],
-    results: Results = Path("results"),
+    results: _Results = Path("results"),
     samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
     warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,
-    batch_size: Batch = 1,
-    threads: Threads = 1,
+    batch_size: BatchSizeOption = 1,
+    threads: ThreadsOption = 1,
     seed: Annotated[int, Option(min=0, help="of the order of calls")] = 0,
     pin: Annotated[str | None, Option(help="the processors to use, by number and comma: 0,1")] = None,
     no_cold: Annotated[bool, Option("--no-cold", help="no cold start of each artifact in a fresh process")] = False,
@@ -36,16 +36,16 @@ def bench(
             help="control: measure one source against itself slowed down by so much, such as 2%",
         ),
     ] = None,
-    model: Name = None,
+    model: ModelOption = None,
     allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Benchmark artifacts side by side: interleaved, warmed up, with percentiles and a check of the machine's noise.
 
     Each row gives the share of the machine's roofline that it reaches (see `onefold limits`), and whether arithmetic or
     memory bounds it. Artifacts are also started cold in a fresh process: time to open, first call, peak memory.
     """
-    with progress(f"measuring {len(sources)}"):
+    with show_progress(f"measuring {len(sources)}"):
         from onefold.commands.bench import bench as measure
 
         found = measure(
@@ -63,39 +63,39 @@ def bench(
             model=model,
             allow_unfused=allow_unfused,
         )
-    display.measured(found.outcome, found.path, as_json=as_json)
+    display.print_latencies(found.outcome, found.path, as_json=as_json)
 
 
 def limits(
-    results: Results = Path("results"),
+    results: _Results = Path("results"),
     threads: Annotated[str | None, Option(help="numbers of threads by comma; 1 to all cores without it")] = None,
     again: Annotated[bool, Option("--again", help="measure also what was measured before; the quicker stays")] = False,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure this machine's peak rates for the roofline: multiply-adds in fp32, bf16 and int8, and memory reads."""
-    with progress("measuring this machine"):
+    with show_progress("measuring this machine"):
         from onefold.bench import Machine
-        from onefold.commands.bench import measured_limits
+        from onefold.commands.bench import load_or_measure_roofline
 
         numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
-        found = measured_limits(results, numbers, again=again)
-    display.roofline_table(found, numbers, as_json=as_json)
+        found = load_or_measure_roofline(results, numbers, again=again)
+    display.print_roofline(found, numbers, as_json=as_json)
 
 
 def profile(
     artifact: Annotated[Path, Argument(help="an exported artifact; of onnx or openvino")],
-    threads: Threads = 1,
-    batch_size: Batch = 1,
+    threads: ThreadsOption = 1,
+    batch_size: BatchSizeOption = 1,
     calls: Annotated[int, Option(min=1, max=100000, help="calls to take the median of")] = 30,
     top: Annotated[int, Option(min=1, help="layers to show, the slowest")] = 20,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Profile an artifact layer by layer as its runtime runs them: name, type, milliseconds, share."""
-    with progress("profiling"):
+    with show_progress("profiling"):
         from onefold.runtimes.layer_times import profile as layers_of
 
         found = layers_of(artifact, threads=threads, batch=batch_size, calls=calls)
-    display.profiled(found, top=top, as_json=as_json)
+    display.print_layer_times(found, top=top, as_json=as_json)
 
 
 def _processors(words: str) -> tuple[int, ...]:
@@ -147,9 +147,9 @@ def phone(
     says where the programs come from, and how to measure on an iPhone.
     """
     from onefold.commands.phone import PhoneBenchOptions, bench_on_phone
-    from onefold.phone import Plan
+    from onefold.phone import PhoneBenchPlan
 
-    plan = Plan(
+    plan = PhoneBenchPlan(
         rounds=rounds,
         runs=runs,
         warmup=warmup,
@@ -162,6 +162,6 @@ def phone(
     order = PhoneBenchOptions(
         sources=sources, serial=serial, programs=program or (), allow_unfused=allow_unfused, plan=plan
     )
-    with progress(f"measuring {len(sources)} on the phone"):
+    with show_progress(f"measuring {len(sources)} on the phone"):
         outcome, path = bench_on_phone(order, results)
-    display.measured(outcome, path, as_json=as_json)
+    display.print_latencies(outcome, path, as_json=as_json)

@@ -8,12 +8,12 @@ from typing import Annotated
 from typer import Option
 
 from onefold.cli import display
-from onefold.cli.options import Name, Size, Source, Threads, UseEma, runtime_names
-from onefold.cli.progress import progress
+from onefold.cli.options import ImgSizeOption, ModelOption, SourceArgument, ThreadsOption, UseEmaOption, parse_runtimes
+from onefold.cli.progress import show_progress
 
 
 def deploy(
-    source: Source,
+    source: SourceArgument,
     data: Annotated[str, Option("--data", "--data-dir", help="photos to calibrate int8 with and to evaluate on")],
     out: Annotated[Path, Option("--out", "-o", help="the folder to make")] = Path("deploy"),
     to: Annotated[str, Option(help="runtimes, by comma")] = "onnx",
@@ -26,30 +26,30 @@ def deploy(
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
     skip_layers: Annotated[int, Option(min=0, help="how many of the most sensitive layers stay in fp32")] = 0,
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
-    threads: Threads = 1,
+    threads: ThreadsOption = 1,
     quick: Annotated[
         bool, Option("--quick", help="at most 64 photos calibrate, 128 are scored and 50 calls timed")
     ] = False,
     minutes: Annotated[
         float | None, Option(help="after this time leave out, and name, later candidates, artifacts and the timing")
     ] = None,
-    model: Name = None,
-    use_ema: UseEma = None,
-    img_size: Size = None,
+    model: ModelOption = None,
+    use_ema: UseEmaOption = None,
+    img_size: ImgSizeOption = None,
 ) -> None:
     """Export, verify, evaluate and benchmark artifacts in one folder, with a README, a model card and a report.
 
     How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
     --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
     """
-    with progress("deploying"):
+    with show_progress("deploying"):
         from onefold.commands.deploy import deploy as deploy_to
 
         made = deploy_to(
             source,
             data,
             out=out,
-            to=runtime_names(to),
+            to=parse_runtimes(to),
             int8=int8,
             half=half,
             val=val,
@@ -65,6 +65,6 @@ def deploy(
             model=model,
             use_ema=use_ema,
             img_size=img_size,
-            say=display.say,
+            say=display.print_line,
         )
-    display.say(f"wrote {made.folder}")
+    display.print_line(f"wrote {made.folder}")

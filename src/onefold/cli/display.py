@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from onefold.commands.fuse import FusedWeights
-    from onefold.commands.models import Row
+    from onefold.commands.models import ModelRow
     from onefold.commands.predict import Prediction
     from onefold.commands.run import Run
     from onefold.data import DatasetInfo
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
     from onefold.runtimes import Artifact
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a remark on stderr, as the log's are printed."""
     print(f"note: {text}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line for a person; it never fails on a name that the terminal cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
-def emit_json(values: Iterable[Any]) -> None:
+def print_json(values: Iterable[Any]) -> None:
     """One JSON object a line."""
     for value in values:
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         print(json.dumps(plain, default=str), flush=True)
 
 
-def facts(found: Mapping[str, str]) -> None:
+def print_facts(found: Mapping[str, str]) -> None:
     """One fact a line: its name, its text."""
     for name, text in found.items():
-        say(f"{name:{max(map(len, found))}}  {text}")
+        print_line(f"{name:{max(map(len, found))}}  {text}")
 
 
 # -------------------------------------------------------------------------------------------- tables
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns as wide as their cells: the first to the left, numbers to the right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -56,17 +56,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             cell.ljust(width) if i == 0 or not _is_numeric(lines[1:], i) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        say("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())
 
 
 def _is_numeric(lines: Sequence[Sequence[str]], column: int) -> bool:
     return all(line[column][:1] in "0123456789-+" for line in lines)
 
 
-def model_table(rows: Iterable[Row]) -> None:
+def print_models(rows: Iterable[ModelRow]) -> None:
     """The catalogue, one network a line; counts are exact."""
     head = ["model", "size", "params", "folded", "MACs", "folded", "top-1 %", "stated by"]
-    table(
+    _print_table(
         head,
         [
             [
@@ -84,9 +84,9 @@ def model_table(rows: Iterable[Row]) -> None:
     )
 
 
-def recipe_table(recipes: Iterable[Recipe]) -> None:
+def print_recipes(recipes: Iterable[Recipe]) -> None:
     """The recipes, one a line, with what they promise."""
-    table(
+    _print_table(
         ["recipe", "model", "data", "epochs", "expected top-1 %"],
         [[r.name, r.model, r.data.spec or "--data", str(r.plan.epochs), _expected(r)] for r in recipes],
     )
@@ -98,19 +98,19 @@ def _expected(recipe: Recipe) -> str:
     return f"{recipe.expect.top1:.1f} ({recipe.expect.source})"
 
 
-def dataset(info: DatasetInfo, *, most: int | None = 8) -> None:
+def print_dataset(info: DatasetInfo, *, most: int | None = 8) -> None:
     """What a dataset holds, in a few lines on stderr."""
     for line in info.lines(most):
         print(line, file=sys.stderr, flush=True)
 
 
-def recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
+def print_recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
     """The complete recipe, each field under the name by which it can be changed; beside a progress, on stderr."""
     for path, value in _fields(chosen.to_dict()):
         print(f"  {path:32} {value}".encode("utf-8", "backslashreplace").decode(), file=to or sys.stderr)
 
 
-def changed_fields(chosen: Recipe, typed: Sequence[str] = ()) -> None:
+def print_changed_fields(chosen: Recipe, typed: Sequence[str] = ()) -> None:
     """The fields in which a recipe differs from the one of its name, on stderr; all of them are in recipe.json.
 
     What the user has `typed`, the words of the command line, is not repeated. Numbers have three digits.
@@ -151,7 +151,7 @@ def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, json.dumps(plain, ensure_ascii=False)
 
 
-def artifacts(made: Sequence[Artifact]) -> None:
+def print_artifacts(made: Sequence[Artifact]) -> None:
     """What was exported, with the proof of it."""
     for artifact in made:
         fused = (
@@ -160,7 +160,7 @@ def artifacts(made: Sequence[Artifact]) -> None:
         fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
         fused += f"   {artifact.details['answers']}" if artifact.details.get("answers") else ""
         size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
-        say(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
+        print_line(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
 
 
 def _parity(artifact: Artifact) -> str:
@@ -174,36 +174,38 @@ def _parity(artifact: Artifact) -> str:
 # ------------------------------------------------------------------------------------------ outcomes
 
 
-def trained(run: Run) -> None:
+def print_training_result(run: Run) -> None:
     """Where the best weights are, how they score, and what one must know of the score."""
     best, (low, high) = run.best, run.best.interval
     weights = "weights" if run.recipe.plan.ema is None else "EMA weights"
-    say(
+    print_line(
         f"best top-1 {best.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}; epoch {best.epoch}), the fused "
         f"{weights} on {best.count} image{'' if best.count == 1 else 's'}"
     )
     for remark in run.remarks:
-        say(f"note: {remark}")
-    say(f"weights: {best.weights}")
+        print_line(f"note: {remark}")
+    print_line(f"weights: {best.weights}")
 
 
-def fused(made: FusedWeights) -> None:
+def print_fused_weights(made: FusedWeights) -> None:
     """What folding changed, and the proof that the answer is not among it."""
     before, after = made.before, made.after
-    say(f"{made.path}: {'was fused already' if made.was_fused else f'drift {made.drift:.1e}'}")
+    print_line(f"{made.path}: {'was fused already' if made.was_fused else f'drift {made.drift:.1e}'}")
     if made.left_norms:
-        say(f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay")
-    say(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
+        print_line(
+            f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay"
+        )
+    print_line(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
 
 
-def prediction(answer: Prediction, *, as_json: bool, listed: bool = True) -> None:
+def print_prediction(answer: Prediction, *, as_json: bool, listed: bool = True) -> None:
     """One image: its likeliest classes where they are `listed`, or on stderr why it was not read."""
     if as_json:
-        emit_json([answer.to_dict()])
+        print_json([answer.to_dict()])
     elif answer.problem is not None:
         print(str(answer).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     elif listed:
-        say(str(answer))
+        print_line(str(answer))
 
 
 if TYPE_CHECKING:
@@ -213,33 +215,33 @@ if TYPE_CHECKING:
 _WHAT = {"fp32": "multiply-adds in fp32", "bf16": "multiply-adds in bf16", "int8": "multiply-adds in int8"}
 
 
-def measured(outcome: Measurement | Comparison, path: Path, *, as_json: bool) -> None:
+def print_latencies(outcome: Measurement | Comparison, path: Path, *, as_json: bool) -> None:
     """Latencies of one call, what share of the machine's limit each reaches, and in words what is faster than what."""
     from onefold.bench import Comparison
 
     together = outcome.measurements if isinstance(outcome, Comparison) else {str(outcome.subject["name"]): outcome}
     if as_json:
-        emit_json(_plain(m, outcome) for m in together.values())
+        print_json(_plain(m, outcome) for m in together.values())
         return
     head = ["", "median ms", "p90 ms", "min ms", "spread", "of the limit", "machine"]
-    table(head, [_row(name, m) for name, m in together.items()])
+    _print_table(head, [_row(name, m) for name, m in together.items()])
     for name, m in together.items():
         for line in _beside(m):
-            say(f"  {name}: {line}")
+            print_line(f"  {name}: {line}")
     for reason in dict.fromkeys(reason for m in together.values() for reason in m.reasons):
-        say(f"  {reason}")
+        print_line(f"  {reason}")
     if isinstance(outcome, Comparison):
         _compared(outcome)
-    say(f"appended to {path}")
+    print_line(f"appended to {path}")
 
 
-def roofline_table(found: Roofline, threads: Collection[int], *, as_json: bool) -> None:
+def print_roofline(found: Roofline, threads: Collection[int], *, as_json: bool) -> None:
     """What the machine can do at the most with these numbers of threads, the best of five runs and their median."""
     limits = [limit for limit in found.limits if limit.threads in threads]
     for each in found.notes:
-        note(each)
+        print_note(each)
     if as_json:
-        emit_json(limits)
+        print_json(limits)
         return
     rows = []
     for number in sorted(threads):
@@ -254,16 +256,18 @@ def roofline_table(found: Roofline, threads: Collection[int], *, as_json: bool) 
         for limit in (one for one in limits if one.threads == number and one.num_bytes is not None):
             rates = [f"{rate / 1e9:.1f}" for rate in (limit.best, limit.median)]
             rows.append([f"reading {_size(limit.num_bytes)} over and over", str(number), *rates, "GB/s", limit.how])
-    table(["", "threads", "best of five", "median", "unit", "by"], rows)
-    say("The best run is the limit, for what disturbs a run only slows it. A multiply-add is two operations (FLOP).")
+    _print_table(["", "threads", "best of five", "median", "unit", "by"], rows)
+    print_line(
+        "The best run is the limit, for what disturbs a run only slows it. A multiply-add is two operations (FLOP)."
+    )
 
 
-def profiled(found: Profile, *, top: int, as_json: bool) -> None:
+def print_layer_times(found: Profile, *, top: int, as_json: bool) -> None:
     """The slowest layers, and what each type of layer takes together."""
     total = found.ns or 1.0
     if as_json:
         for layer in found.layers:
-            emit_json([{"name": layer.name, "type": layer.kind, "ms": layer.ns / 1e6, "share": layer.ns / total}])
+            print_json([{"name": layer.name, "type": layer.kind, "ms": layer.ns / 1e6, "share": layer.ns / total}])
         return
     slowest = sorted(found.layers, key=lambda layer: -layer.ns)[:top]
     rows = [[layer.name, layer.kind, f"{layer.ns / 1e6:.3f}", f"{100 * layer.ns / total:.1f} %"] for layer in slowest]
@@ -271,10 +275,12 @@ def profiled(found: Profile, *, top: int, as_json: bool) -> None:
     if rest:
         others = total - sum(layer.ns for layer in slowest)
         rows.append([f"{rest} more", "", f"{others / 1e6:.3f}", f"{100 * others / total:.1f} %"])
-    table(["layer", "type", "ms", "share"], rows)
+    _print_table(["layer", "type", "ms", "share"], rows)
     kinds = ", ".join(f"{kind} {100 * ns / total:.1f} %" for kind, ns in found.by_kind().items() if ns >= 0.005 * total)
-    say(f"{found.artifact.title}: {total / 1e6:.3f} ms in {len(found.layers)} layers, medians of {found.calls} calls")
-    say(f"by type: {kinds}")
+    print_line(
+        f"{found.artifact.title}: {total / 1e6:.3f} ms in {len(found.layers)} layers, medians of {found.calls} calls"
+    )
+    print_line(f"by type: {kinds}")
 
 
 def _row(name: str, m: Measurement) -> list[str]:
@@ -319,15 +325,15 @@ def _beside(m: Measurement) -> list[str]:
 
 def _compared(outcome: Comparison) -> None:
     for sentence in outcome.sentences():
-        say(sentence)
+        print_line(sentence)
     floor = f"{100 * outcome.floor.floor:.2g} %"
     if len(outcome.measurements) == 1:
-        say(f"Noise floor: against itself it differs by up to {floor} here; a smaller difference is none.")
+        print_line(f"Noise floor: against itself it differs by up to {floor} here; a smaller difference is none.")
     for name, m in outcome.measurements.items():
         if "planted" in m.subject:
             found = outcome.ratio(name).verdict == "slower"
             line = f"The injected slowdown of {100 * m.subject['planted']:g} % was{'' if found else ' NOT'} detected"
-            say(f"{line}; the noise floor is {floor}.")
+            print_line(f"{line}; the noise floor is {floor}.")
 
 
 def _plain(m: Measurement, outcome: Measurement | Comparison) -> dict[str, Any]:

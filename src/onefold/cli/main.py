@@ -16,14 +16,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from onefold import __version__
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
 from onefold.cli import display, run_command
-from onefold.cli.options import AsJson, Batch, Classes, Name, Size, Source, Threads, UseEma, runtime_names
-from onefold.cli.progress import progress, training
+from onefold.cli.options import (
+    BatchSizeOption,
+    ClassesOption,
+    ImgSizeOption,
+    JsonOption,
+    ModelOption,
+    SourceArgument,
+    ThreadsOption,
+    UseEmaOption,
+    parse_runtimes,
+)
+from onefold.cli.progress import show_progress, show_training_progress
 from onefold.errors import BadArgument
 from onefold.runtimes import RUNTIMES
-from onefold.system_resources import keep_freed_memory, respect_quota
+from onefold.system_resources import keep_freed_memory, limit_library_threads
 
 if TYPE_CHECKING:
     from onefold.recipes import Recipe
@@ -40,9 +51,7 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"onefold {version_of('onefold')}")
+        typer.echo(f"onefold {__version__}")
         raise typer.Exit
 
 
@@ -64,15 +73,15 @@ def _main(
 @app.command()
 def models(
     pattern: Annotated[str, Argument(help='a name or pattern, such as "mobileone*"')] = "*",
-    img_size: Size = None,
-    as_json: AsJson = False,
+    img_size: ImgSizeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the networks: parameters and multiply-adds before and after fusing, and published accuracy."""
-    from onefold.commands.models import table
+    from onefold.commands.models import model_rows
 
-    with progress("counting"):
-        rows = list(table(pattern, img_size))
-    display.emit_json(rows) if as_json else display.model_table(rows)
+    with show_progress("counting"):
+        rows = list(model_rows(pattern, img_size))
+    display.print_json(rows) if as_json else display.print_models(rows)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -83,7 +92,7 @@ def train(
     val: Annotated[str | None, Option(help="another place with photos to validate on")] = None,
     model: Annotated[str | None, Option(help="a network in place of the recipe's; timm:NAME too")] = None,
     weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
-    use_ema: UseEma = None,
+    use_ema: UseEmaOption = None,
     start: Annotated[
         str | None,
         Option(
@@ -100,7 +109,7 @@ def train(
         Path | None, Option("--out", "--output", help="the run folder; by default a new one, runs/<recipe>")
     ] = None,
     resume: Annotated[Path | None, Option(help="resume this run; with --data and --val if its photos moved")] = None,
-    img_size: Size = None,
+    img_size: ImgSizeOption = None,
     epochs: Annotated[int | None, Option(help="number of epochs; the warm-up scales along")] = None,
     int8: Annotated[bool, Option("--int8", help="quantization-aware training for int8")] = False,
     batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
@@ -126,29 +135,29 @@ def train(
     data PLACE` shows how any other place is understood.
     """
     changes = _dotted(context)  # a mistyped option is an error before torch is imported
-    from onefold.commands.run import new_folder
+    from onefold.commands.run import new_run_folder
     from onefold.commands.train import Callbacks
     from onefold.commands.train import train as train_network
-    from onefold.recipes import find_recipe, recipes
-    from onefold.train import import_ahead
+    from onefold.recipes import all_recipes, find_recipe
+    from onefold.train import import_training_modules
     from onefold.train.launch import launch
 
     if list_recipes:
-        display.recipe_table(recipes())
+        display.print_recipes(all_recipes())
         return
     if processes > 1 and "RANK" not in os.environ:
-        import_ahead()
+        import_training_modules()
         given = list(context.obj)
         if out is None and resume is None:  # chosen once, for all processes
-            given += ["--out", str(new_folder(find_recipe(recipe)))]
+            given += ["--out", str(new_run_folder(find_recipe(recipe)))]
         raise typer.Exit(launch(lambda: main(given), processes, max_restarts))
     with ExitStack() as stack:
         callbacks = Callbacks(on_recipe=_show) if show else Callbacks()
         if not (show or quiet):
             callbacks = Callbacks(
-                on_start=partial(display.changed_fields, typed=context.obj),
-                on_data=display.dataset,
-                on_progress=stack.enter_context(training()),
+                on_start=partial(display.print_changed_fields, typed=context.obj),
+                on_data=display.print_dataset,
+                on_progress=stack.enter_context(show_training_progress()),
             )
         run = train_network(
             data,
@@ -177,12 +186,12 @@ def train(
             callbacks=callbacks,
         )
     if os.environ.get("RANK", "0") == "0":  # the run folder need not be on the machines of the others
-        display.trained(run)
+        display.print_training_result(run)
 
 
 def _show(recipe: Recipe) -> None:
     """Print the complete recipe, and go no further."""
-    display.recipe(recipe, to=sys.stdout)
+    display.print_recipe(recipe, to=sys.stdout)
     raise typer.Exit
 
 
@@ -191,32 +200,32 @@ def data(
     place: Annotated[str, Argument(help='a folder, tar shards, Parquet files, a table of labels, or "digits"')],
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="of the split, where val is cut out of train")] = 0,
     val_fraction: Annotated[float, Option(min=0.0, max=1.0, help="the share of val, where it is cut")] = 0.2,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a dataset is before it is used: its classes, its splits and where they come from, and what is left out.
 
     Nothing is decoded. `train`, `eval`, `export` and `deploy` read a place in the same way.
     """
-    with progress(f"reading {place}"):
+    with show_progress(f"reading {place}"):
         from onefold.data import read_dataset
 
         found = read_dataset(place, seed=seed, val_fraction=val_fraction).info
-    display.emit_json([found.to_dict()]) if as_json else display.say("\n".join(found.lines()))
+    display.print_json([found.to_dict()]) if as_json else display.print_line("\n".join(found.lines()))
 
 
 @app.command("eval")
 def evaluate(
-    source: Source,
+    source: SourceArgument,
     data: Annotated[str | None, Option("--data", "--data-dir", help='labelled images, or "digits"')] = None,
     split: Annotated[str | None, Option(help="train, val or test; by default val and test, where there are")] = None,
-    model: Name = None,
-    use_ema: UseEma = None,
-    classes: Classes = None,
-    img_size: Size = None,
-    batch_size: Batch = 32,
-    threads: Threads = 2,
+    model: ModelOption = None,
+    use_ema: UseEmaOption = None,
+    classes: ClassesOption = None,
+    img_size: ImgSizeOption = None,
+    batch_size: BatchSizeOption = 32,
+    threads: ThreadsOption = 2,
     results: Annotated[Path, Option(help="where to save the accuracy for `bench` and `report`")] = Path("results"),
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Evaluate a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
 
@@ -226,7 +235,7 @@ def evaluate(
     ImageNet-A, -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a
     real.json beside val/.
     """
-    with progress(f"scoring {source}"):
+    with show_progress(f"scoring {source}"):
         from onefold.commands.evaluate import evaluate as evaluate_source
 
         found = evaluate_source(
@@ -242,14 +251,14 @@ def evaluate(
             results=results,
         )
     if as_json:
-        display.emit_json({"subject": found.subject, **each.to_dict()} for each in found)
+        display.print_json({"subject": found.subject, **each.to_dict()} for each in found)
     else:
-        display.say(repr(found))
+        display.print_line(repr(found))
 
 
 @app.command()
 def predict(
-    source: Source,
+    source: SourceArgument,
     images: Annotated[list[Path], Argument(help="photos, or folders of photos")],
     out: Annotated[
         Path | None, Option("--out", "-o", help="write a table in place of lines: answers.csv or answers.jsonl")
@@ -260,26 +269,26 @@ def predict(
     min_confidence: Annotated[
         float, Option(min=0.0, max=1.0, help="below this probability (0 to 1) a photo is unsure")
     ] = 0.0,
-    model: Name = None,
-    use_ema: UseEma = None,
-    classes: Classes = None,
-    img_size: Size = None,
+    model: ModelOption = None,
+    use_ema: UseEmaOption = None,
+    classes: ClassesOption = None,
+    img_size: ImgSizeOption = None,
     top: Annotated[int, Option(min=1, help="classes to print per image")] = 5,
-    batch_size: Batch = 32,
-    threads: Threads = 2,
-    as_json: AsJson = False,
+    batch_size: BatchSizeOption = 32,
+    threads: ThreadsOption = 2,
+    as_json: JsonOption = False,
 ) -> None:
     """Predict the classes of photos of any format and orientation.
 
     Files that cannot be read, and paths that are not there, are named and counted, and the others go on.
     """
-    with progress("predicting"):
+    with show_progress("predicting"):
         from onefold.commands import predict as prediction
 
         if out is not None:
-            prediction.check_table(out)
+            prediction.check_table_path(out)
         if sort_into is not None:
-            prediction.check_empty(sort_into)
+            prediction.check_empty_folder(sort_into)
         is_listed = as_json or (out is None and sort_into is None)
         found = prediction.predict(
             source,
@@ -292,20 +301,20 @@ def predict(
             min_confidence=min_confidence,
             batch_size=batch_size,
             threads=threads,
-            on_prediction=lambda each: display.prediction(each, as_json=as_json, listed=is_listed),
+            on_prediction=lambda each: display.print_prediction(each, as_json=as_json, listed=is_listed),
         )
         written = [] if out is None else [found.write(out)]
         written += [] if sort_into is None else [found.sort_into(sort_into)]
     for made in written:
-        display.note(f"wrote {made}: {', '.join(f'{count} {name}' for name, count in found.counts().items())}")
+        display.print_note(f"wrote {made}: {', '.join(f'{count} {name}' for name, count in found.counts().items())}")
 
 
 @app.command()
 def fuse(
-    source: Source,
+    source: SourceArgument,
     out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
-    model: Name = None,
-    use_ema: UseEma = None,
+    model: ModelOption = None,
+    use_ema: UseEmaOption = None,
     tolerance: Annotated[
         float | None,
         Option(
@@ -316,16 +325,16 @@ def fuse(
     ] = None,
 ) -> None:
     """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
-    with progress("fusing"):
+    with show_progress("fusing"):
         from onefold.commands.fuse import fuse as fuse_weights
 
         made = fuse_weights(source, out, model=model, use_ema=use_ema, tolerance=tolerance)
-    display.fused(made)
+    display.print_fused_weights(made)
 
 
 @app.command()
 def export(
-    source: Source,
+    source: SourceArgument,
     out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
     to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
     precision: Annotated[str, Option(help="fp32, fp16, bf16, or int8 with --data; no runtime has all")] = "fp32",
@@ -335,9 +344,9 @@ def export(
         int, Option(min=7, max=8, help="7 for x86 processors without VNNI, as reduce_range in ONNX Runtime")
     ] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
-    model: Name = None,
-    use_ema: UseEma = None,
-    img_size: Size = None,
+    model: ModelOption = None,
+    use_ema: UseEmaOption = None,
+    img_size: ImgSizeOption = None,
     no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
     opset: Annotated[
         int | None, Option(help="ONNX opset, 15 to 20: a lower one for an older ONNX Runtime", show_default="20")
@@ -347,12 +356,12 @@ def export(
 
     Each artifact is run once: its parity is how far its logits lie from PyTorch's, relative to the largest.
     """
-    with progress("exporting"):
+    with show_progress("exporting"):
         from onefold.commands.export import export as export_to
 
         made = export_to(
             source,
-            runtime_names(to),
+            parse_runtimes(to),
             out=out,
             precision=precision,
             data=data,
@@ -365,7 +374,7 @@ def export(
             no_fuse=no_fuse,
             opset=opset,
         )
-    display.artifacts(made)
+    display.print_artifacts(made)
 
 
 for verb in (deploying.deploy, benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone):
@@ -380,11 +389,11 @@ def report(
     out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page of all that was trained, exported and measured."""
-    with progress("writing the report"):
+    with show_progress("writing the report"):
         from onefold.commands.report import report as write
 
         page = write(*(folders or [Path()]), out=out)
-    display.say(str(page))
+    display.print_line(str(page))
 
 
 @app.command()
@@ -400,19 +409,19 @@ def demo(
     """
     from onefold.commands.demo import demo as run
 
-    with training() as on_progress:
-        page = run(out, say=display.say, on_progress=on_progress, seed=seed, epochs=epochs)
+    with show_training_progress() as on_progress:
+        page = run(out, say=display.print_line, on_progress=on_progress, seed=seed, epochs=epochs)
     typer.echo(f"\nThe report: {page}")
 
 
 @app.command()
-def info(as_json: AsJson = False) -> None:
+def info(as_json: JsonOption = False) -> None:
     """Show what is installed: versions, the machine, where the compiled C++ code comes from, and the extras."""
-    with progress("looking at this installation"):
+    with show_progress("looking at this installation"):
         from onefold.commands.info import info as describe
 
         found = describe()
-    display.emit_json([found]) if as_json else display.facts(found)
+    display.print_json([found]) if as_json else display.print_facts(found)
 
 
 def _dotted(context: typer.Context) -> dict[str, str]:
@@ -421,9 +430,9 @@ def _dotted(context: typer.Context) -> dict[str, str]:
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if not flag.startswith("-"):
-            raise BadArgument(run_command.loose_word(flag))
+            raise BadArgument(run_command.unexpected_argument_error(flag))
         if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
-            raise BadArgument(run_command.no_such_option(context, flag))
+            raise BadArgument(run_command.unknown_option_error(context, flag))
         if not equals:
             if not rest:
                 raise BadArgument(f"{flag} needs a value: {flag} 5")
@@ -435,7 +444,7 @@ def _dotted(context: typer.Context) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Errors meant for a user are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    respect_quota()
+    limit_library_threads()
     if arguments is None and given[:1] == ["train"]:  # of a process that does nothing else
         keep_freed_memory()
     return run_command.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))

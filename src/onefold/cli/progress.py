@@ -13,24 +13,24 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from onefold.commands.progress import listening
+from onefold.commands.progress import progress_handler
 
 if TYPE_CHECKING:
     from onefold.train import Progress
 
-OnProgress = Callable[["Progress"], None]
+_OnProgress = Callable[["Progress"], None]
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line of a log, and between two
 
 
 @contextmanager
-def progress(what: str) -> Iterator[None]:
+def show_progress(what: str) -> Iterator[None]:
     """Shows what is done, how far it is and how long it will take, while the block runs.
 
     The library says what it does to the logger "onefold.progress": a sentence, with `done` and `total` steps where they
     are counted. A stage within another comes from another function, and is the share of a step that it has done.
     """
     stages = _Stages(what)
-    with listening(stages), _live(stages) if _is_live() else _lines(stages):
+    with progress_handler(stages), _live(stages) if _is_live() else _lines(stages):
         yield
 
 
@@ -105,10 +105,10 @@ def _lines(stages: _Stages) -> Iterator[None]:
 
 
 @contextmanager
-def training() -> Iterator[OnProgress]:
+def show_training_progress() -> Iterator[_OnProgress]:
     """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere; both on stderr.
 
-    Before the first step, and after the last, it shows what is done as `progress` does.
+    Before the first step, and after the last, it shows what is done as `show_progress` does.
     """
     from rich import progress as bars
     from rich.console import Console
@@ -124,20 +124,20 @@ def training() -> Iterator[OnProgress]:
             if not bar.tasks[task].total:
                 shown.close()
                 shown.enter_context(bar)
-            epoch, now = f"epoch {at.epoch}/{at.epochs}", state_of(at)
+            epoch, now = f"epoch {at.epoch}/{at.epochs}", progress_values(at)
             bar.update(task, completed=at.global_step, now=now, description=epoch, total=steps)
             if at.is_evaluation:
                 line = f"{epoch}  {now}"
                 console.print(line) if live else print(line, file=sys.stderr, flush=True)
                 if at.global_step >= steps:
                     shown.close()
-                    shown.enter_context(progress("saving"))
+                    shown.enter_context(show_progress("saving"))
 
-        shown.enter_context(progress("preparing the first step"))
+        shown.enter_context(show_progress("preparing the first step"))
         yield on_progress
 
 
-def state_of(at: Progress) -> str:
+def progress_values(at: Progress) -> str:
     """Loss, accuracy of the last evaluation, speed, memory and the time that is left, as far as they are known."""
     parts = [f"loss {at.loss:.3f}"]
     if "top1" in at.metrics:

@@ -73,9 +73,9 @@ def _usage(error: Exception) -> str:
     if context is None:
         return text
     if type(error).__name__ == "NoSuchOption":
-        text = no_such_option(context, str(getattr(error, "option_name", "")))
+        text = unknown_option_error(context, str(getattr(error, "option_name", "")))
     elif (extra := re.match(r"Got unexpected extra argument\S* \((\S+)", text)) and "--data" in _options(context):
-        text = loose_word(extra[1].rstrip(")"))
+        text = unexpected_argument_error(extra[1].rstrip(")"))
     else:
         text = re.sub(r"Input should be a valid integer.*", "a whole number is expected", text)
         text = re.sub(r"Input should be a valid number.*", "a number is expected", text)
@@ -116,7 +116,7 @@ _OTHER_NAMES = {  # options of other tools and other verbs, and what may be mean
 }
 
 
-def no_such_option(context: typer.Context, flag: str) -> str:
+def unknown_option_error(context: typer.Context, flag: str) -> str:
     """Say that a verb has no such option, and which is meant: of another tool, or nearly spelled as one of its own."""
     verb, options, spelled = context.info_name, _options(context), flag.replace("_", "-")
     is_recipe = bool(context.allow_extra_args)  # of train, which takes any field of the recipe
@@ -131,7 +131,7 @@ def no_such_option(context: typer.Context, flag: str) -> str:
     return f"{verb} has no option {flag}{hint}{fields}"
 
 
-def loose_word(word: str) -> str:
+def unexpected_argument_error(word: str) -> str:
     """Say how a place is given that stands where none is expected."""
     return f"{word!r} is not expected here: if it is the place of the photos, give it as --data {word}"
 

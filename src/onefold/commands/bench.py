@@ -16,39 +16,39 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from onefold.bench import (
-    Bound,
     ColdStart,
     Comparison,
+    LatencyBound,
     Machine,
     Measurement,
     Procedure,
     Roofline,
-    Work,
-    append,
+    Workload,
+    append_results,
     compare,
+    compare_with_itself,
     measure,
     measure_cold_start,
     measure_roofline,
-    self_test,
-    slowed_down,
+    with_injected_slowdown,
 )
 from onefold.checksums import read_sealed_json, write_sealed_json
-from onefold.commands.load import Source, verb
+from onefold.commands.load import Source, suggest_argument_names
 from onefold.commands.open_network import Floats, Predictor, open_predictor
-from onefold.commands.progress import shown_progress
+from onefold.commands.progress import show_progress
 from onefold.errors import BadArgument, BadData, MissingExtra
-from onefold.report import ACCURACY
+from onefold.report import ACCURACY_FILE
 from onefold.runtimes import Artifact, Session
-from onefold.runtimes.artifact import digest_manifest
-from onefold.storage import locked
-from onefold.system_resources import pinned
+from onefold.runtimes.artifact import manifest_sha256
+from onefold.storage import file_lock
+from onefold.system_resources import pin_to_cpus
 
 _log = logging.getLogger("onefold")
 
 _MORE_ATTEMPTS = 3
-ROOFLINE = "-roofline.json"  # how the name of a machine's limits ends, in a folder of results
+ROOFLINE_SUFFIX = "-roofline.json"  # how the name of a machine's limits ends, in a folder of results
 
-DISTINCT = 64
+_DISTINCT = 64
 """Different inputs that a measurement cycles through, so that nothing can be remembered from call to call."""
 
 
@@ -106,7 +106,7 @@ class BenchResult:
         return "\n".join([*lines, *compared])
 
 
-@verb
+@suggest_argument_names
 def bench(
     *sources: Source,
     results: Source = "results",
@@ -145,7 +145,7 @@ def bench(
         aa=aa,
         inject_slowdown=inject_slowdown,
     )
-    with shown_progress():
+    with show_progress():
         outcome, path = measure_sources(order, Path(results))
     return BenchResult(outcome=outcome, path=path)
 
@@ -153,13 +153,13 @@ def bench(
 def measure_sources(order: BenchOptions, results: Path) -> tuple[Measurement | Comparison, Path]:
     """Measure one source, or several interleaved against the first; appends to `results`/<machine>.jsonl."""
     _must_be_sound(order)
-    with pinned(order.pin), ExitStack() as opened:
+    with pin_to_cpus(order.pin), ExitStack() as opened:
         candidates = _opened(order, results, opened)
         outcome = _timed(order, candidates)
         completed = {title: _completed(each, order) for title, each in candidates.items()}
     outcome = _held_against_limits(_with_cold_starts(outcome, completed), order, results)
     path = results / f"{Machine.this().slug}.jsonl"
-    append(path, [outcome])
+    append_results(path, [outcome])
     return outcome, path
 
 
@@ -195,10 +195,12 @@ def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, 
             missing.append(error)
             continue
         refuse_unfused(bool(predictor.facts["fused"]), source, order.allow_unfused)
-        subject = {**predictor.facts, "batch": order.batch, **known_accuracy(predictor.facts, results)}
-        call = call_of(predictor, order.batch)
+        subject = {**predictor.facts, "batch": order.batch, **saved_accuracy(predictor.facts, results)}
+        call = make_timed_call(predictor, order.batch)
         artifact = predictor.session.artifact if isinstance(predictor.session, Session) else None
-        candidates[free_title(predictor.title, candidates)] = _Candidate(artifact=artifact, call=call, subject=subject)
+        candidates[unique_title(predictor.title, candidates)] = _Candidate(
+            artifact=artifact, call=call, subject=subject
+        )
     if missing:
         raise MissingExtra.of(missing)
     return candidates
@@ -209,10 +211,10 @@ def _timed(order: BenchOptions, candidates: dict[str, _Candidate]) -> Measuremen
     subjects = {title: each.subject for title, each in candidates.items()}
     title = next(iter(calls))
     if order.aa:
-        return self_test(calls[title], order.procedure, {**subjects[title], "name": title})
+        return compare_with_itself(calls[title], order.procedure, {**subjects[title], "name": title})
     if order.inject_slowdown is not None:
         slower = f"{title} made {100 * order.inject_slowdown:g} % slower"
-        calls[slower] = slowed_down(calls[title], order.inject_slowdown, time.perf_counter_ns)
+        calls[slower] = with_injected_slowdown(calls[title], order.inject_slowdown, time.perf_counter_ns)
         subjects[slower] = {**subjects[title], "planted": order.inject_slowdown}
     if len(calls) == 1:
         return measure(calls[title], order.procedure, {**subjects[title], "name": title})
@@ -226,8 +228,8 @@ def _completed(candidate: _Candidate, order: BenchOptions) -> _Candidate:
         return candidate
     if order.cold and candidate.artifact is not None:
         artifact = candidate.artifact
-        arguments = [str(artifact.folder), digest_manifest(artifact), str(order.procedure.threads), str(order.batch)]
-        seen = measure_cold_start("onefold.runtimes.base:first_call", arguments)
+        arguments = [str(artifact.folder), manifest_sha256(artifact), str(order.procedure.threads), str(order.batch)]
+        seen = measure_cold_start("onefold.runtimes.base:open_for_cold_start", arguments)
     return replace(candidate, cold=seen)
 
 
@@ -250,7 +252,7 @@ def _held_against_limits(
     """
     threads = order.procedure.threads
     for attempt in range(1 + _MORE_ATTEMPTS):
-        held_against = partial(_bounded, roofline=measured_limits(results, [threads], again=attempt > 0))
+        held_against = partial(_bounded, roofline=load_or_measure_roofline(results, [threads], again=attempt > 0))
         outcome = _each(outcome, held_against)
         measured = outcome.measurements.values() if isinstance(outcome, Comparison) else [outcome]
         if not any(each.beats_limit for each in measured):
@@ -259,7 +261,7 @@ def _held_against_limits(
 
 
 def _bounded(measurement: Measurement, roofline: Roofline) -> Measurement:
-    return replace(measurement, bound=bound(roofline, measurement.subject, measurement.procedure.threads))
+    return replace(measurement, bound=latency_bound(roofline, measurement.subject, measurement.procedure.threads))
 
 
 def _each(outcome: Measurement | Comparison, change: Callable[[Measurement], Measurement]) -> Measurement | Comparison:
@@ -268,29 +270,29 @@ def _each(outcome: Measurement | Comparison, change: Callable[[Measurement], Mea
     return replace(outcome, measurements={name: change(each) for name, each in outcome.measurements.items()})
 
 
-def note_accuracy(
+def save_accuracy(
     predictor: Predictor, data: str, top1: float, results: Path, *, trained_on: int | None = None
 ) -> None:
     """Keep the accuracy of what answered, so that measurements of the same bytes can be shown with it.
 
     `trained_on` images of the data were trained on.
     """
-    path = results / ACCURACY
+    path = results / ACCURACY_FILE
     noted: dict[str, object] = {"top1": top1, "top1_on": data}
     noted |= {"top1_trained_on": trained_on} if trained_on else {}
-    with locked(path):  # another process may note one too
+    with file_lock(path):  # another process may note one too
         known = _accuracies(results)
         known[str(predictor.facts["sha256"])] = noted
         write_sealed_json(path, dict(sorted(known.items())))
 
 
-def known_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]:
-    """What `note_accuracy` kept of the same bytes; empty where nothing."""
+def saved_accuracy(facts: Mapping[str, Any], results: Path) -> dict[str, object]:
+    """What `save_accuracy` kept of the same bytes; empty where nothing."""
     return _accuracies(results).get(str(facts["sha256"]), {})
 
 
 def _accuracies(results: Path) -> dict[str, dict[str, object]]:
-    path = results / ACCURACY
+    path = results / ACCURACY_FILE
     try:
         return {name: noted for name, noted in read_sealed_json(path).items() if isinstance(noted, dict)}
     except FileNotFoundError:
@@ -308,7 +310,7 @@ def refuse_unfused(fused: bool, source: str, allowed: bool) -> None:
         )
 
 
-def free_title(title: str, taken: Collection[str]) -> str:
+def unique_title(title: str, taken: Collection[str]) -> str:
     """The title, numbered where it is taken: two sources may be of one kind."""
     if title not in taken:
         return title
@@ -318,7 +320,7 @@ def free_title(title: str, taken: Collection[str]) -> str:
     return f"{title} #{number}"
 
 
-def call_of(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
+def make_timed_call(predictor: Predictor, batch: int = 1) -> Callable[[], object]:
     """A call without arguments that answers the next of some made-up inputs, the same for all who take their shape."""
     inputs = list(_drawn((batch, *predictor.facts["input_shape"])))
     turn = 0
@@ -339,7 +341,7 @@ def _drawn(shape: tuple[int, ...]) -> Floats:
     found = _known.get(shape)
     if found is None:
         # A batch is many images already: 64 batches of 256 at 224 px would be 10 GB, and four of them differ as well.
-        count = max(4, DISTINCT // shape[0])
+        count = max(4, _DISTINCT // shape[0])
         found = _known[shape] = np.random.default_rng(0).standard_normal((count, *shape), dtype=np.float32)
     return found
 
@@ -348,13 +350,13 @@ def _drawn(shape: tuple[int, ...]) -> Floats:
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def measured_limits(results: Path, threads: Sequence[int], *, again: bool = False) -> Roofline:
+def load_or_measure_roofline(results: Path, threads: Sequence[int], *, again: bool = False) -> Roofline:
     """The machine's limits with these numbers of threads: from the file, or measured, two seconds each, and kept there.
 
     `again` measures in any case; of two rates for one thing the quicker stays, for others' work only slows.
     """
     machine = Machine.this(packages=())
-    path = results / f"{machine.slug}{ROOFLINE}"
+    path = results / f"{machine.slug}{ROOFLINE_SUFFIX}"
     known = _read(path)
     if known is None or known.features != machine.features:
         known = Roofline(limits=(), features=machine.features)
@@ -366,14 +368,14 @@ def measured_limits(results: Path, threads: Sequence[int], *, again: bool = Fals
     return known
 
 
-def bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> Bound | None:
+def latency_bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> LatencyBound | None:
     """The least time of one call of a subject; None where its multiply-adds or its precision are not known."""
     size = _BYTES.get(str(subject["precision"]).split("-")[0])
     if size is None or "macs" not in subject or "params" not in subject:
         return None
     batch, (channels, height, width) = subject.get("batch", 1), subject["input_shape"]
     num_bytes = size * subject["params"] + 4 * batch * channels * height * width
-    work = Work(macs=batch * subject["macs"], num_bytes=num_bytes, precision=subject["precision"], threads=threads)
+    work = Workload(macs=batch * subject["macs"], num_bytes=num_bytes, precision=subject["precision"], threads=threads)
     return roofline.bound(work)
 
 

@@ -24,18 +24,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from onefold.checksums import seal, unseal
-from onefold.commands.held_out import photos_to_calibrate, records_of
+from onefold.checksums import read_sealed_folder, write_sealed_folder
+from onefold.commands.held_out import calibration_photos, training_records
 from onefold.commands.open_network import Floats, Network
 from onefold.commands.predict import warn_unusual_images
 from onefold.data import Dataset, Preprocessing, Subset
-from onefold.data.fingerprint import TrainedOn, keys_of
+from onefold.data.fingerprint import TrainedOn, image_keys
 from onefold.errors import BadArgument, BadData, NotWritable
-from onefold.models.weights_file import digest
-from onefold.quantize import MINMAX, Method, ModelQParams, Quantized, quantize
-from onefold.quantize.convert import calibration_state, from_calibration_state
-from onefold.quantize.method_search import best_method, skip_sensitive_layers
-from onefold.report.format import joined, plural
+from onefold.models.weights_file import tensors_sha256
+from onefold.quantize import MINMAX_METHOD, ModelQParams, QuantizationMethod, QuantizedModel, quantize
+from onefold.quantize.convert import calibration_state_dict, from_calibration_state_dict
+from onefold.quantize.method_search import search_method, skip_sensitive_layers
+from onefold.report.format import format_count, join_words
 from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
@@ -46,7 +46,7 @@ _log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")
 
 
-class Budget:
+class TimeBudget:
     """The minutes that a deployment may take, None without a limit; what is left out for them is named."""
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -67,44 +67,44 @@ class Budget:
         if not self.left_out:
             return None
         minutes = f"{self.minutes:g} minute{'' if self.minutes == 1 else 's'}"
-        return f"left out, for lack of time in the {minutes} that were given: {joined(self.left_out)}"
+        return f"left out, for lack of time in the {minutes} that were given: {join_words(self.left_out)}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class CalibrationOptions:
     """What an int8 network is made with: photos (a folder at any depth, shards, "digits"), how many, and how.
 
     `data` is empty where the network was trained for int8. `photos` are those of `data` to choose from; None leaves
-    that to `photos_to_calibrate`. With `search` the method is only where a search by measured answers begins;
+    that to `calibration_photos`. With `search` the method is only where a search by measured answers begins;
     `skip_layers`, those that cost most, stay in floating point.
     """
 
     data: str = ""
     photos: Dataset | None = None
     count: int = 200
-    method: Method = field(default_factory=Method)
+    method: QuantizationMethod = field(default_factory=QuantizationMethod)
     search: bool = False
     skip_layers: int = 0
 
     def chosen(self) -> Dataset:
         """`count` of `photos`, evenly; all where there are fewer."""
         assert self.photos is not None
-        return Subset(self.photos, spread(len(self.photos), self.count))
+        return Subset(self.photos, evenly_spaced(len(self.photos), self.count))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Network:
     """An int8 network, and on which photos it was calibrated; None where its scales were trained."""
 
-    made: Quantized
+    made: QuantizedModel
     calibrated_on: TrainedOn | None = None
 
 
-def quantized(
+def calibrated_network(
     network: Network,
-    order: Calibration | None,
+    order: CalibrationOptions | None,
     say: Callable[[str], None] = lambda line: None,
-    budget: Budget | None = None,
+    budget: TimeBudget | None = None,
 ) -> Int8Network:
     """The int8 network: with the scales it was trained with, where it was trained for int8, and else calibrated.
 
@@ -123,16 +123,16 @@ def quantized(
             "networks without norms; export it in fp32"
         )
     if order.photos is None:
-        records = records_of(network.title, network.card.trained_on)
-        order = replace(order, photos=photos_to_calibrate(order.data, records))
+        records = training_records(network.title, network.card.trained_on)
+        order = replace(order, photos=calibration_photos(order.data, records))
     if order.count < 2:
         raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
     source = order.chosen()
-    contents = keys_of(source, "content")
+    contents = image_keys(source, "content")
     kept = _kept_as(network, contents, order)
     made = _found(network, kept)
     if made is None:
-        budget = Budget() if budget is None else budget
+        budget = TimeBudget() if budget is None else budget
         left_out = len(budget.left_out)
         made = _calibrated(network, source, order, say, budget)
         if len(budget.left_out) == left_out:
@@ -141,24 +141,24 @@ def quantized(
 
 
 def _calibrated(
-    network: Network, source: Dataset, order: Calibration, say: Callable[[str], None], budget: Budget
-) -> Quantized:
-    images, method = prepared_images(source, order, network.preprocessing), order.method
+    network: Network, source: Dataset, order: CalibrationOptions, say: Callable[[str], None], budget: TimeBudget
+) -> QuantizedModel:
+    images, method = load_calibration_images(source, order, network.preprocessing), order.method
     if order.skip_layers:
         method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        method = best_method(network.model, images, method, say, budget.allows)
+        method = search_method(network.model, images, method, say, budget.allows)
     return quantize(network.model, images, method)
 
 
 # ------------------------------------------------------------------------------ calibrations that are kept
 
 
-def _kept_as(network: Network, contents: Sequence[str], order: Calibration) -> Path:
+def _kept_as(network: Network, contents: Sequence[str], order: CalibrationOptions) -> Path:
     """The folder of a calibration, named by the digests of all that it depends on."""
     facts = {
         "model": network.card.model,
-        "tensors": digest(network.model.state_dict()),
+        "tensors": tensors_sha256(network.model.state_dict()),
         "preprocessing": network.preprocessing.to_dict(),
         "photos": contents,
         "method": asdict(order.method),
@@ -167,10 +167,10 @@ def _kept_as(network: Network, contents: Sequence[str], order: Calibration) -> P
         "code": _code(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return calibrations_folder() / key
+    return calibration_cache() / key
 
 
-def calibrations_folder() -> Path:
+def calibration_cache() -> Path:
     """Where calibrations are kept, a sealed folder each: another one's damage or exchange is noticed."""
     return cache_folder() / "calibrations"
 
@@ -184,15 +184,15 @@ def _code() -> str:
     return total.hexdigest()
 
 
-def _found(network: Network, path: Path) -> Quantized | None:
+def _found(network: Network, path: Path) -> QuantizedModel | None:
     """The int8 network of a calibration that is kept; None where there is none, or none that can be used."""
     size = network.preprocessing.size
     if not path.is_dir():
         return None
     try:
-        contents = unseal(path)
+        contents = read_sealed_folder(path)
         facts, tensors = parse_json(contents[_FACTS]), load(contents[_TENSORS])
-        made = from_calibration_state(network.model, (network.card.in_chans, size, size), tensors, facts)
+        made = from_calibration_state_dict(network.model, (network.card.in_chans, size, size), tensors, facts)
         os.utime(path)  # those that are used last are kept
     except (OSError, SafetensorError, BadArgument, ValueError, KeyError, TypeError) as error:
         _log.info("the calibration that was kept as %s cannot be used (%s): it is done again", path, error)
@@ -201,12 +201,12 @@ def _found(network: Network, path: Path) -> Quantized | None:
     return made
 
 
-def _keep(made: Quantized, path: Path) -> None:
+def _keep(made: QuantizedModel, path: Path) -> None:
     """Keep a calibration, in place of those that were used longest ago; a folder that cannot be written keeps none."""
-    tensors, facts = calibration_state(made)
+    tensors, facts = calibration_state_dict(made)
     facts["at"] = datetime.now().strftime("%Y-%m-%d %H:%M")
     try:
-        seal(path, {_FACTS: json.dumps(facts).encode(), _TENSORS: save(tensors)})
+        write_sealed_folder(path, {_FACTS: json.dumps(facts).encode(), _TENSORS: save(tensors)})
         kept = sorted(path.parent.glob(f"*/{_FACTS}"), key=lambda each: each.parent.stat().st_mtime)
         for old in kept[:-_MOST_KEPT]:
             shutil.rmtree(old.parent)
@@ -217,7 +217,7 @@ def _keep(made: Quantized, path: Path) -> None:
 # ------------------------------------------------------------------------------------------ what is made
 
 
-def quantization_details(made: Quantized) -> dict[str, object]:
+def quantization_details(made: QuantizedModel) -> dict[str, object]:
     """What an artifact's manifest says of its quantization; the noise of each layer in decibels."""
     layers = {
         each.name: {"output_db": round(each.output_db, 2), "weight_db": round(each.weight_db, 2)}
@@ -235,7 +235,7 @@ def quantization_details(made: Quantized) -> dict[str, object]:
     }
 
 
-def _as_trained(network: Network, order: Calibration | None) -> Quantized:
+def _as_trained(network: Network, order: CalibrationOptions | None) -> QuantizedModel:
     """The int8 network with the scales it was trained with: options that contradict them are refused."""
     model = network.int8_model()
     params = ModelQParams.from_dict(network.card.int8 or {})
@@ -251,11 +251,13 @@ def _as_trained(network: Network, order: Calibration | None) -> Quantized:
         if order.data:
             text = "%s was trained for 8 bits and keeps its own: %s is not calibrated on"
             _log.warning(text, network.title, order.data)
-    method = replace(MINMAX, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers)
-    return Quantized(model=model, method=method, layers=(), images=0)
+    method = replace(
+        MINMAX_METHOD, weights=params.weights, weight_qmax=params.weight_qmax, skip_layers=params.skip_layers
+    )
+    return QuantizedModel(model=model, method=method, layers=(), images=0)
 
 
-def prepared_images(source: Dataset, order: Calibration, preprocessing: Preprocessing) -> torch.Tensor:
+def load_calibration_images(source: Dataset, order: CalibrationOptions, preprocessing: Preprocessing) -> torch.Tensor:
     """The photos (B, C, H, W); what cannot be read is left out and named."""
     warn_unusual_images(source, preprocessing)
     photos: list[Floats] = []
@@ -269,12 +271,12 @@ def prepared_images(source: Dataset, order: Calibration, preprocessing: Preproce
     _progress.debug("photos are read", extra={"done": 1, "total": 1})
     if len(photos) < 2:
         raise BadData(
-            f"{order.data} has {plural(len(photos), 'photo')} to calibrate with that can be read and are not to be "
-            "scored: 2 are needed, better 200"
+            f"{order.data} has {format_count(len(photos), 'photo')} to calibrate with that can be read and are not to "
+            "be scored: 2 are needed, better 200"
         )
     return torch.from_numpy(np.stack(photos))
 
 
-def spread(length: int, count: int) -> list[int]:
+def evenly_spaced(length: int, count: int) -> list[int]:
     """`count` of the indices below `length`, evenly; all where there are fewer."""
     return [i * length // count for i in range(count)] if length > count else list(range(length))

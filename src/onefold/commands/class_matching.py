@@ -20,12 +20,12 @@ from pathlib import Path
 
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
-from onefold.models.checkpoint_metadata import class_names_in
+from onefold.models.checkpoint_metadata import find_class_names
 from onefold.storage import normalize_name, parse_json, read_lines, read_text
 
 _log = logging.getLogger("onefold")
 
-IMAGENET = 1000
+_IMAGENET = 1000
 _FIRST = (("tench", "goldfish"), ("n01440764", "n01443537"))  # how lists of ImageNet-1k's classes begin
 _SHOWN = 3
 _HINT = "give data of its classes, or the names of its outputs, in their order, with --classes FILE"
@@ -43,7 +43,7 @@ def match_classes(
         raise BadData(f"{title} has no last layer, so that its outputs are features and no classes: fit one (train)")
     wanted = [normalize_name(name) for name in wanted]
     outputs = None if known is None else [normalize_name(name) for name in known]
-    ids = wordnet_ids() if num_outputs == IMAGENET else ()
+    ids = wordnet_ids() if num_outputs == _IMAGENET else ()
     numbers, theirs = _numbers(wanted), _numbers(outputs or ())
     if outputs is not None and sorted(theirs) == sorted(numbers) == list(range(num_outputs)):
         return [theirs.index(number) for number in numbers]  # "07" is 7, also where "10" is "10"
@@ -75,7 +75,7 @@ def match_classes(
     return [None] * len(wanted)
 
 
-def all_outputs(
+def match_all_classes(
     wanted: Sequence[str], known: Sequence[str] | None, num_outputs: int, title: str, *, hint: str = _HINT
 ) -> list[int]:
     """Do the same where the network has to know every class of the data; raises BadData where it does not."""
@@ -104,7 +104,7 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
             raise BadData(f"cannot read class names from {path}: it begins as JSON and is none ({error})") from error
         remarks: list[str] = []
         beside = value if isinstance(value, dict) else {}  # COCO's files hold categories among others
-        names = class_names_in({"classes": value, "beside": beside}, num_classes, remarks)
+        names = find_class_names({"classes": value, "beside": beside}, num_classes, remarks)
         if names is None:
             count = len(value)
             raise BadData(f"{path} has {count} entries that do not name {num_classes} classes, as {title} has")

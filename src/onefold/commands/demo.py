@@ -10,31 +10,31 @@ from pathlib import Path
 import torch
 
 from onefold.bench import Comparison, Procedure
-from onefold.commands.bench import ROOFLINE, BenchOptions, measure_sources, note_accuracy
-from onefold.commands.calibration import Calibration
+from onefold.commands.bench import ROOFLINE_SUFFIX, BenchOptions, measure_sources, save_accuracy
+from onefold.commands.calibration import CalibrationOptions
 from onefold.commands.deploy import build_deployment
 from onefold.commands.deployment import DeployOptions, DeployResult, Gate, write_gates
 from onefold.commands.extras import require_extras
 from onefold.commands.fuse import fuse
 from onefold.commands.open_network import open_predictor
-from onefold.commands.report import write_page
+from onefold.commands.report import write_report_page
 from onefold.commands.train import Callbacks, start_run
 from onefold.errors import BadArgument, GateFailed
-from onefold.quantize import Method
-from onefold.recipes import Recipe, at_epochs, find_recipe
+from onefold.quantize import QuantizationMethod
+from onefold.recipes import Recipe, find_recipe, with_epochs
 from onefold.report import require_matplotlib
-from onefold.runtimes.openvino import sums_saturate
+from onefold.runtimes.openvino import int8_sums_saturate
 from onefold.train import Progress
 
 _RUNTIMES = ("onnx", "openvino")
 
-Say = Callable[[str], None]
+_Say = Callable[[str], None]
 
 
 def demo(
     out: Path,
     *,
-    say: Say,
+    say: _Say,
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
     epochs: int | None = None,
@@ -50,7 +50,7 @@ def demo(
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
     torch.set_num_threads(1)  # on maps of 16 pixels and less, threads wait for each other longer than they compute
     run = out / "runs" / "digits-s0"
-    recipe, order = recipe_of(seed, epochs), deploy_options(full=epochs is None)
+    recipe, order = demo_recipe(seed, epochs), deploy_options(full=epochs is None)
     say(f"1/5  train   {recipe.model} on scikit-learn's digits, {recipe.plan.epochs} epochs, seed {seed}")
     outcome = start_run(recipe, run, callbacks=Callbacks(on_progress=on_progress))
     say(f"             top-1 {outcome.top1:.2f} % on {outcome.count} held-out digits")
@@ -60,18 +60,18 @@ def demo(
         write_gates([Gate(name=run.name, kind="fusing", passed=False, sentence=str(error))], out / "results")
         failure = error
     page = out / "report.html"
-    write_page([out], page)
+    write_report_page([out], page)
     say(f"5/5  report  {page}")
     if failure is not None:
         raise failure
     return page
 
 
-def recipe_of(seed: int, epochs: int | None = None) -> Recipe:
+def demo_recipe(seed: int, epochs: int | None = None) -> Recipe:
     """The training of the demo: digits:s0 with this seed in its plan."""
     recipe = find_recipe("digits:s0")
     recipe = replace(recipe, plan=replace(recipe.plan, seed=seed))
-    return recipe if epochs is None else at_epochs(recipe, epochs)
+    return recipe if epochs is None else with_epochs(recipe, epochs)
 
 
 def deploy_options(*, full: bool = True) -> DeployOptions:
@@ -81,11 +81,11 @@ def deploy_options(*, full: bool = True) -> DeployOptions:
     so correcting the weights for the errors of earlier layers pays, it takes away about a third of the noise
     (benchmarks/demo_seeds.py). Weights have 8 bits, or 7 where OpenVINO's sums would saturate on this processor.
     """
-    method = Method(correct_weights=True, weight_qmax=63 if sums_saturate() else 127)
+    method = QuantizationMethod(correct_weights=True, weight_qmax=63 if int8_sums_saturate() else 127)
     return DeployOptions(
         runtimes=_RUNTIMES,
         precisions=("fp32", "int8"),
-        calibration=Calibration(data="digits", count=200 if full else 32, method=method),
+        calibration=CalibrationOptions(data="digits", count=200 if full else 32, method=method),
         val="digits",
         max_drop=1.0 if full else 100.0,
         exact_fp32=True,
@@ -93,7 +93,7 @@ def deploy_options(*, full: bool = True) -> DeployOptions:
     )
 
 
-def _from_run(run: Path, out: Path, order: DeployOptions, say: Say) -> DeployResult:
+def _from_run(run: Path, out: Path, order: DeployOptions, say: _Say) -> DeployResult:
     """Fuse, deploy, and time the network before and after; gates of the deployment that failed are in what it gives."""
     results, artifacts = out / "results", out / "artifacts"
     folded = fuse(run, out / "fused.safetensors")
@@ -105,9 +105,9 @@ def _from_run(run: Path, out: Path, order: DeployOptions, say: Say) -> DeployRes
     scores |= {artifacts / each.name: each.top1 for each in deployed.verdicts if each.name == "onnx-fp32"}
     for source, top1 in scores.items():
         with open_predictor(source) as predictor:
-            note_accuracy(predictor, deployed.data, top1 or 0.0, results)
+            save_accuracy(predictor, deployed.data, top1 or 0.0, results)
 
-    for limits in (artifacts / "results").glob(f"*{ROOFLINE}"):  # this machine's, not to be measured twice
+    for limits in (artifacts / "results").glob(f"*{ROOFLINE_SUFFIX}"):  # this machine's, not to be measured twice
         shutil.copy(limits, results / limits.name)
     # The unfused network is so much slower that fewer calls tell it: 64, the fewest that have a p90.
     procedure = replace(order.procedure, samples=min(order.procedure.samples, 64), lead_calls=1)

@@ -29,49 +29,49 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
-from onefold.commands.bench import BenchOptions, measure_sources, note_accuracy
-from onefold.commands.calibration import Budget, Calibration, Int8Network, quantized, spread
+from onefold.commands.bench import BenchOptions, measure_sources, save_accuracy
+from onefold.commands.calibration import CalibrationOptions, Int8Network, TimeBudget, calibrated_network, evenly_spaced
 from onefold.commands.deployment import (
-    QUICK,
-    QUICK_SCORED,
+    QUICK_MAX_SCORED,
+    QUICK_NOTE,
+    ArtifactResult,
     DeployOptions,
     DeployResult,
     Gate,
-    Verdict,
-    gate_of,
-    readme,
-    say_one_answer,
-    too_few,
+    accuracy_gate,
+    render_readme,
+    too_few_photos_error,
+    warn_constant_predictions,
     write_gates,
 )
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import export_made
-from onefold.commands.extras import extras_of, require_extras
+from onefold.commands.export import export_artifact
+from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import (
-    Photos,
-    photos_to_deploy,
-    records_of,
-    say_trained,
-    sets_to_evaluate,
-    unlabelled,
-    without_copies,
-    without_labels,
+    DeploymentPhotos,
+    describe_trained_images,
+    evaluation_sets,
+    open_unlabelled_photos,
+    remove_copies,
+    split_photos,
+    split_unlabelled_photos,
+    training_records,
 )
-from onefold.commands.load import Source, chosen_weights, verb
-from onefold.commands.open_network import Network, Predictor, open_network, open_predictor, predictor_of
-from onefold.commands.progress import shown_progress
-from onefold.commands.report import write_page
+from onefold.commands.load import Source, select_ema_weights, suggest_argument_names
+from onefold.commands.open_network import Network, Predictor, make_predictor, open_network, open_predictor
+from onefold.commands.progress import show_progress
+from onefold.commands.report import write_report_page
 from onefold.data import Dataset, ImageLoader, Subset
-from onefold.data.fingerprint import keys_of
+from onefold.data.fingerprint import image_keys
 from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed
-from onefold.models.weights_file import digest, hub_readme
-from onefold.quantize import Method
+from onefold.models.weights_file import render_hub_readme, tensors_sha256
+from onefold.quantize import QuantizationMethod
 from onefold.report import require_matplotlib
-from onefold.report.format import joined
-from onefold.runtimes import Artifact, find_runtime, open_artifact
-from onefold.storage import replacing, write_text
+from onefold.report.format import join_words
+from onefold.runtimes import Artifact, import_runtime, open_artifact
+from onefold.storage import atomic_replace, write_text
 
-Say = Callable[[str], None]
+_Say = Callable[[str], None]
 
 _COLD_S = 2.0  # of an artifact that is started in a fresh process, about
 _KEY = "unfinished.key"  # in the folder of a deployment that is not finished: what it is of
@@ -80,7 +80,7 @@ _log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")
 
 
-@verb
+@suggest_argument_names
 def deploy(
     source: Source,
     data: Source,
@@ -102,7 +102,7 @@ def deploy(
     model: str | None = None,
     use_ema: bool | None = None,
     img_size: int | None = None,
-    say: Say | None = None,
+    say: _Say | None = None,
 ) -> DeployResult:
     """Export, verify, evaluate and measure artifacts in one new folder: see the top of the file, and `DeployOptions`.
 
@@ -114,12 +114,14 @@ def deploy(
 
         onefold.deploy("runs/photos-finetune", "photos/", to=["onnx", "litert"], int8=True).folder
     """
-    method = Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
+    method = QuantizationMethod(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
     photos = os.fspath(data)
     order = DeployOptions(
         runtimes=[to] if isinstance(to, str) else to,
         precisions=["fp32", *(["fp16", "bf16"] if half else []), *(["int8"] if int8 else [])],
-        calibration=Calibration(data=photos, count=calibrate, method=method, search=True, skip_layers=skip_layers),
+        calibration=CalibrationOptions(
+            data=photos, count=calibrate, method=method, search=True, skip_layers=skip_layers
+        ),
         val=None if val is None else os.fspath(val),
         max_drop=max_drop,
         size=img_size,
@@ -127,8 +129,8 @@ def deploy(
         quick=quick,
         minutes=minutes,
     )
-    with shown_progress():
-        weights = chosen_weights(source, use_ema)
+    with show_progress():
+        weights = select_ema_weights(source, use_ema)
         done = build_deployment(weights, Path(out), order, name=model, say=say or (lambda _: None))
     if done.failure is not None:
         raise done.failure
@@ -136,16 +138,16 @@ def deploy(
 
 
 def build_deployment(
-    source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: Say
+    source: str | Path, out: Path, order: DeployOptions, *, name: str | None = None, say: _Say
 ) -> DeployResult:
     """What `deploy` does, the failed gates left to the caller: see `DeployResult.failure`.
 
     Raises MissingExtra before anything is done, where a runtime or matplotlib is not installed; BadArgument where `out`
     holds something else.
     """
-    order, budget = order.shortened(), Budget(order.minutes)
+    order, budget = order.shortened(), TimeBudget(order.minutes)
     wanted = _wanted(order)
-    require_extras([*order.runtimes, "report", *extras_of(source, order.calibration.data, order.val)])
+    require_extras([*order.runtimes, "report", *extras_for_sources(source, order.calibration.data, order.val)])
     require_matplotlib()  # that it works is seen here too, not at the report, after minutes of work
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadArgument(f"{out} is not empty: choose another --out, or remove it")
@@ -157,14 +159,14 @@ def build_deployment(
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
     photos = _photos(network, order, calibrates=calibrates)
     if 0 < order.max_drop < 100 / len(photos.scored):
-        _log.warning("%s", too_few(len(photos.scored), order.max_drop))
+        _log.warning("%s", too_few_photos_error(len(photos.scored), order.max_drop))
     order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
-    with replacing(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
+    with atomic_replace(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
         if order.quick:
-            say(QUICK)
+            say(QUICK_NOTE)
 
         def quantize() -> Int8Network:
-            return quantized(network, order.calibration, say, budget)
+            return calibrated_network(network, order.calibration, say, budget)
 
         kept = _kept_artifacts(folder, wanted, say)
         artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say)
@@ -182,14 +184,14 @@ def build_deployment(
 def _key(network: Network, order: DeployOptions, *, calibrates: bool) -> str:
     """The digest of what the artifacts of a deployment depend on."""
     calibration = order.calibration
-    photos = [] if calibration.photos is None or not calibrates else keys_of(calibration.chosen(), "content")
+    photos = [] if calibration.photos is None or not calibrates else image_keys(calibration.chosen(), "content")
     how = [asdict(calibration.method), calibration.search, calibration.skip_layers]
-    facts = [digest(network.model.state_dict()), network.card.to_dict(), how, photos]
+    facts = [tensors_sha256(network.model.state_dict()), network.card.to_dict(), how, photos]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextmanager
-def _unfinished(out: Path, key: str, say: Say) -> Iterator[Path]:
+def _unfinished(out: Path, key: str, say: _Say) -> Iterator[Path]:
     """The folder that a deployment is made in; one that was stopped is gone on with if it is of the same `key`.
 
     Raises BadArgument where another process is at work in it, and where it holds what no deployment has left.
@@ -217,7 +219,7 @@ def _unfinished(out: Path, key: str, say: Say) -> Iterator[Path]:
         except BaseException:
             made = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
             if made:
-                _log.info("stopped: the same command goes on with %s, in %s", joined(made), folder)
+                _log.info("stopped: the same command goes on with %s, in %s", join_words(made), folder)
             elif folder.exists():
                 shutil.rmtree(folder)
             raise
@@ -226,7 +228,7 @@ def _unfinished(out: Path, key: str, say: Say) -> Iterator[Path]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _kept_artifacts(folder: Path, wanted: Sequence[tuple[str, str]], say: Say) -> dict[str, Artifact]:
+def _kept_artifacts(folder: Path, wanted: Sequence[tuple[str, str]], say: _Say) -> dict[str, Artifact]:
     """The artifacts that a stopped deployment has left whole, by name."""
     kept = {}
     for name in (f"{runtime}-{precision}" for runtime, precision in wanted):
@@ -244,7 +246,7 @@ def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
     """Every runtime with every precision that both it and the order have. Raises BadArgument."""
     wanted = []
     for name in dict.fromkeys(order.runtimes):
-        kind = find_runtime(name)
+        kind = import_runtime(name)
         known = [precision for precision in order.precisions if precision in kind.PRECISIONS]
         if not known:
             raise BadArgument(
@@ -259,24 +261,24 @@ def _wanted(order: DeployOptions) -> list[tuple[str, str]]:
 def _scored(
     network: Network,
     artifacts: Mapping[str, Artifact],
-    photos: Photos,
+    photos: DeploymentPhotos,
     order: DeployOptions,
-    budget: Budget,
+    budget: TimeBudget,
     out: Path,
-    say: Say,
+    say: _Say,
 ) -> DeployResult:
     """Score and time what runs here, as long as there is time."""
-    if order.quick and len(photos.scored) > QUICK_SCORED:
-        some = Subset(photos.scored, spread(len(photos.scored), QUICK_SCORED))
+    if order.quick and len(photos.scored) > QUICK_MAX_SCORED:
+        some = Subset(photos.scored, evenly_spaced(len(photos.scored), QUICK_MAX_SCORED))
         photos = replace(photos, scored=some, title=f"{photos.title}; {len(some)} of them scored, evenly")
     title = photos.title
     asked = _Exam(photos.scored, network, photos.labelled)
-    with predictor_of(network, threads=order.procedure.threads) as torch_network:
+    with make_predictor(network, threads=order.procedure.threads) as torch_network:
         true, right, top1 = asked.answers(torch_network)
         if asked.bad:
             title += f", without {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read"
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
-        title += say_one_answer(true, photos, torch_network)
+        title += warn_constant_predictions(true, photos, torch_network)
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
     verdicts, runs, longest = [], [name for name, each in artifacts.items() if _runs_here(each)], 0.0
@@ -288,27 +290,27 @@ def _scored(
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
             answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
-                note_accuracy(predictor, title, scored, out / "results")
+                save_accuracy(predictor, title, scored, out / "results")
         longest = max(longest, time.monotonic() - began)
         changed = int((answers != true).sum())
         lost, won = changed, 0
         if right is not None and still_right is not None:
             lost, won = int((right & ~still_right).sum()), int((still_right & ~right).sum())
-        verdict = Verdict(
+        verdict = ArtifactResult(
             name=name, artifact=artifacts[name], top1=scored, changed=changed, count=len(true), lost=lost, won=won
         )
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
     timed = _timed(out, runs, order, budget, say) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
-    notes = [*([QUICK] if order.quick else []), *([budget.note] if budget.note else [])]
+    notes = [*([QUICK_NOTE] if order.quick else []), *([budget.note] if budget.note else [])]
     if budget.note:
         say(budget.note)
     return DeployResult(
         folder=out,
         network=network,
         verdicts=tuple(verdicts),
-        gates=tuple(gate_of(each, order.max_drop, exact_fp32=order.exact_fp32) for each in verdicts),
+        gates=tuple(accuracy_gate(each, order.max_drop, exact_fp32=order.exact_fp32) for each in verdicts),
         top1=top1,
         data=title,
         notes=tuple(notes),
@@ -320,9 +322,9 @@ def _exported(
     quantize: Callable[[], Int8Network],
     wanted: Sequence[tuple[str, str]],
     kept: Mapping[str, Artifact],
-    budget: Budget,
+    budget: TimeBudget,
     out: Path,
-    say: Say,
+    say: _Say,
 ) -> tuple[dict[str, Artifact], list[Gate]]:
     """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none.
 
@@ -338,7 +340,7 @@ def _exported(
             made = quantize()
         began = time.monotonic()
         try:
-            artifacts[name] = export_made(
+            artifacts[name] = export_artifact(
                 network, made if precision == "int8" else None, out / name, runtime, precision
             )
         except GateFailed as error:
@@ -352,7 +354,7 @@ def _exported(
 
 
 def _runs_here(artifact: Artifact) -> bool:
-    kind = find_runtime(artifact.runtime)
+    kind = import_runtime(artifact.runtime)
     return kind.unavailable_reason is None or kind.unavailable_reason() is None
 
 
@@ -388,33 +390,33 @@ class _Exam:
         return answers, right, 100 * float(right.mean())
 
 
-def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Photos:
+def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> DeploymentPhotos:
     """The photos to calibrate with, and those to score on, none of which is among them; what they are is in the title.
 
     Photos are without labels where none of their classes is the network's. Raises BadData for labels that are partly
     unknown, or damaged: the gate on accuracy is not to be lost with them.
     """
-    place, records = order.calibration.data, records_of(network.title, network.card.trained_on)
-    photos = photos_to_deploy(place, records, calibrates=calibrates)
+    place, records = order.calibration.data, training_records(network.title, network.card.trained_on)
+    photos = split_photos(place, records, calibrates=calibrates)
     if order.val is not None:
-        title, scored = next(iter(sets_to_evaluate("", order.val, records).items()))
-        calibration = without_copies(photos.calibration, scored)
-        photos = Photos(calibration=calibration, scored=scored, title=title)
+        title, scored = next(iter(evaluation_sets("", order.val, records).items()))
+        calibration = remove_copies(photos.calibration, scored)
+        photos = DeploymentPhotos(calibration=calibration, scored=scored, title=title)
     if photos.labelled:
         try:
-            class_indices(predictor_of(network), photos.scored)
+            class_indices(make_predictor(network), photos.scored)
         except BadData as error:
             if order.val is not None or set(photos.scored.classes) & set(network.card.classes or ()):
                 raise
-            photos = without_labels(place, str(error))
+            photos = split_unlabelled_photos(place, str(error))
     if not photos.labelled and not calibrates:
-        photos = replace(photos, scored=unlabelled(place))
-    seen = say_trained(records, photos.scored, network.preprocessing.value_range)
+        photos = replace(photos, scored=open_unlabelled_photos(place))
+    seen = describe_trained_images(records, photos.scored, network.preprocessing.value_range)
     title = f"{photos.title}: {len(photos.scored)} photos, {seen}"
     return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))
 
 
-def _timed(out: Path, runs: Sequence[str], order: DeployOptions, budget: Budget, say: Say) -> dict[str, Measurement]:
+def _timed(out: Path, runs: list[str], order: DeployOptions, budget: TimeBudget, say: _Say) -> dict[str, Measurement]:
     """All of them interleaved in one run, if there is time; the first is the baseline of the ratios."""
     seconds = (1 + len(runs)) * order.procedure.warmup_seconds + _COLD_S * len(runs)
     if not runs or not budget.allows("the timing", seconds):
@@ -431,11 +433,11 @@ def _timed(out: Path, runs: Sequence[str], order: DeployOptions, budget: Budget,
 
 def _explain(done: DeployResult) -> None:
     """The texts and the page."""
-    write_text(done.folder / "README.md", readme(done))
+    write_text(done.folder / "README.md", render_readme(done))
     metrics = {} if done.top1 is None else {"top1": done.top1}
     metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
-    write_text(done.folder / "MODEL_CARD.md", hub_readme(done.network.card, metrics))
-    write_page([done.folder], done.folder / "report.html")
+    write_text(done.folder / "MODEL_CARD.md", render_hub_readme(done.network.card, metrics))
+    write_report_page([done.folder], done.folder / "report.html")
 
 
 def _proof(artifact: Artifact) -> str:

@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Measurement, Procedure
 from onefold.checksums import write_sealed_json
-from onefold.commands.calibration import Calibration
-from onefold.commands.held_out import Photos
+from onefold.commands.calibration import CalibrationOptions
+from onefold.commands.held_out import DeploymentPhotos
 from onefold.commands.open_network import Network, Predictor
 from onefold.errors import BadArgument, GateFailed
-from onefold.quantize import Method
-from onefold.report import GATES
-from onefold.report.format import plural
+from onefold.quantize import QuantizationMethod
+from onefold.report import GATES_FILE
+from onefold.report.format import format_count
 from onefold.runtimes import Artifact
-from onefold.runtimes.exporter import DRAWN
+from onefold.runtimes.exporter import RANDOM_WEIGHTS_NOTE
 
 _log = logging.getLogger("onefold")
 
-QUICK_CALIBRATE, QUICK_SCORED, QUICK_SAMPLES = 64, 128, 50
-QUICK = (
-    f"quick: at most {QUICK_CALIBRATE} photos calibrate, {QUICK_SCORED} are scored and {QUICK_SAMPLES} calls are "
+_QUICK_CALIBRATE, QUICK_MAX_SCORED, _QUICK_SAMPLES = 64, 128, 50
+QUICK_NOTE = (
+    f"quick: at most {_QUICK_CALIBRATE} photos calibrate, {QUICK_MAX_SCORED} are scored and {_QUICK_SAMPLES} calls are "
     "timed, so that accuracies and latencies are less certain"
 )
 
@@ -49,7 +49,7 @@ class DeployOptions:
 
     runtimes: Sequence[str]
     precisions: Sequence[str]
-    calibration: Calibration
+    calibration: CalibrationOptions
     val: str | None = None
     max_drop: float = 1.0
     exact_fp32: bool = False
@@ -62,7 +62,9 @@ class DeployOptions:
     def __post_init__(self) -> None:
         if not self.max_drop >= 0:  # NaN neither
             raise BadArgument(f"max_drop is {self.max_drop:g}, expected 0 or more points")
-        if "int8" not in self.precisions and (self.calibration.skip_layers or self.calibration.method != Method()):
+        if "int8" not in self.precisions and (
+            self.calibration.skip_layers or self.calibration.method != QuantizationMethod()
+        ):
             raise BadArgument("--weight-bits, --per-tensor and --skip-layers are of int8: give --int8 too")
         if self.minutes is not None and not self.minutes > 0:
             raise BadArgument(f"minutes must be more than 0, not {self.minutes:g}")
@@ -71,13 +73,13 @@ class DeployOptions:
         """The same, where it is quick with no more of the photos to calibrate with and of the timed calls."""
         if not self.quick:
             return self
-        calibration = replace(self.calibration, count=min(self.calibration.count, QUICK_CALIBRATE))
-        procedure = replace(self.procedure, samples=min(self.procedure.samples, QUICK_SAMPLES))
+        calibration = replace(self.calibration, count=min(self.calibration.count, _QUICK_CALIBRATE))
+        procedure = replace(self.procedure, samples=min(self.procedure.samples, _QUICK_SAMPLES))
         return replace(self, calibration=calibration, procedure=procedure)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ArtifactResult:
     """What came of one artifact: `top1` in percent, None without labels; `changed` answers of `count`; its latency.
 
     `lost` photos were right in PyTorch and are wrong in it, `won` the other way round; without labels all that changed
@@ -128,7 +130,7 @@ class DeployResult:
 
     folder: Path
     network: Network
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[ArtifactResult, ...]
     gates: tuple[Gate, ...]
     top1: float | None
     data: str
@@ -152,7 +154,7 @@ class DeployResult:
         )
 
 
-def gate_of(verdict: Verdict, max_drop: float, *, exact_fp32: bool = False) -> Gate:
+def accuracy_gate(verdict: ArtifactResult, max_drop: float, *, exact_fp32: bool = False) -> Gate:
     """Whether an artifact that was scored loses no more than `max_drop` points; with `exact_fp32` no answer may differ
     that a 32-bit one gives."""
     name, top1 = verdict.name, verdict.top1
@@ -160,7 +162,9 @@ def gate_of(verdict: Verdict, max_drop: float, *, exact_fp32: bool = False) -> G
         sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the network's, and none may differ"
         return Gate(name=name, kind="parity", passed=False, sentence=sentence)
     if verdict.artifact.details.get("untrained") is True and verdict.artifact.precision != "fp32":
-        sentence = f"{verdict.changed} of {verdict.count} answers of {name} are not the float network's. {DRAWN}"
+        sentence = (
+            f"{verdict.changed} of {verdict.count} answers of {name} are not the float network's. {RANDOM_WEIGHTS_NOTE}"
+        )
         return Gate(name=name, kind="accuracy", passed=True, sentence=sentence)
     lost = f"{verdict.drop:.2f} points of top-1" if top1 is not None else f"{verdict.drop:.2f} % of the answers"
     low, high = verdict.interval
@@ -170,21 +174,21 @@ def gate_of(verdict: Verdict, max_drop: float, *, exact_fp32: bool = False) -> G
     if passed and high > max_drop:
         sentence += ": so few photos cannot show that it loses no more"
     elif has_too_few:
-        sentence += f": {too_few(verdict.count, max_drop)}"
+        sentence += f": {too_few_photos_error(verdict.count, max_drop)}"
     return Gate(name=name, kind="accuracy", passed=passed, sentence=sentence, has_too_few=has_too_few)
 
 
-def too_few(count: int, max_drop: float) -> str:
+def too_few_photos_error(count: int, max_drop: float) -> str:
     """Say that a loss of `max_drop` points cannot be told on `count` photos, and what to type."""
     one = 100 / count
     told = f"one answer is {one:.3g} points; " if one > max_drop else ""
     other = f", or --max-drop {math.ceil(one * 10) / 10:g}" if told else ""
     points = f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
-    photos = plural(count, "photo")
+    photos = format_count(count, "photo")
     return f"{photos} cannot tell {points} from none: {told}give more held-out photos with --val{other}"
 
 
-def say_one_answer(answers: NDArray[np.int64], photos: Photos, network: Predictor) -> str:
+def warn_constant_predictions(answers: NDArray[np.int64], photos: DeploymentPhotos, network: Predictor) -> str:
     """Warn where a network answers all scored photos with one class, though they are of several; the end of a title."""
     several = len({photos.scored.label(i) for i in range(len(photos.scored))} if photos.labelled else answers) > 1
     if not several or not bool((answers == answers[0]).all()):
@@ -197,10 +201,10 @@ def say_one_answer(answers: NDArray[np.int64], photos: Photos, network: Predicto
 def write_gates(gates: Sequence[Gate], results: Path, notes: Sequence[str] = ()) -> None:
     """Keep what each gate found, and how a deployment was cut short, in `results`/gates.json for the report."""
     found: dict[str, object] = {"gates": [vars(gate) for gate in gates], **({"notes": list(notes)} if notes else {})}
-    write_sealed_json(results / GATES, found)
+    write_sealed_json(results / GATES_FILE, found)
 
 
-def readme(done: DeployResult) -> str:
+def render_readme(done: DeployResult) -> str:
     """README.md in Markdown: which artifact to take, by what was measured."""
     network = done.network
     lines = [f"# {network.card.model}, for devices", ""]
@@ -233,7 +237,7 @@ def _table(done: DeployResult) -> list[str]:
     return [_line(head), "|---" + "|--:" * (len(head) - 1) + "|", *map(_line, rows)]
 
 
-def _row(each: Verdict) -> list[str]:
+def _row(each: ArtifactResult) -> list[str]:
     timed = each.measurement
     return [
         each.name,

@@ -21,19 +21,19 @@ import torch
 from numpy.typing import NDArray
 
 from onefold.checksums import lines_have_checksum, sealed_lines
-from onefold.commands.bench import note_accuracy
-from onefold.commands.class_matching import all_outputs
-from onefold.commands.extras import extras_of, require_extras
-from onefold.commands.held_out import count_trained, from_card, records_of, sets_to_evaluate
-from onefold.commands.load import Source, open_source, verb
+from onefold.commands.bench import save_accuracy
+from onefold.commands.class_matching import match_all_classes
+from onefold.commands.extras import extras_for_sources, require_extras
+from onefold.commands.held_out import count_trained_images, evaluation_sets, records_from_dict, training_records
+from onefold.commands.load import Source, open_source, suggest_argument_names
 from onefold.commands.open_network import Floats, Predictor
 from onefold.commands.predict import warn_unusual_images
-from onefold.commands.progress import shown_progress
-from onefold.commands.run_recipe import RECIPE
+from onefold.commands.progress import show_progress
+from onefold.commands.run_recipe import RECIPE_FILE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.duplicates import thumbnail_stats
-from onefold.data.fingerprint import Copies, copies_among
+from onefold.data.fingerprint import TrainedCopies, count_trained_copies
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
@@ -46,8 +46,8 @@ from onefold.data.imagenet_variants import (
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
 from onefold.storage import parse_json, write_text
-from onefold.train import Accuracy, accuracy
-from onefold.train.evaluate import merge
+from onefold.train import Accuracy, compute_accuracy
+from onefold.train.evaluate import merge_accuracies
 
 _log = logging.getLogger("onefold")
 
@@ -81,7 +81,7 @@ class EvalResult:
     unreadable: int = 0
     trained_on: int | None = None
     calibrated_on: int | None = None
-    copies: Copies | None = None
+    copies: TrainedCopies | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Scores(Sequence[EvalResult]):
         return f"<p>{html.escape(self.subject)}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-@verb
+@suggest_argument_names
 def evaluate(
     source: Source | Predictor,
     data: Source | None = None,
@@ -189,9 +189,9 @@ def evaluate(
     only = next((name for name in SPLITS if name == split), None)
     if split is not None and only is None:
         raise BadArgument(f"--split is {split!r}, expected one of {', '.join(SPLITS)}")
-    require_extras(extras_of(source, data))
+    require_extras(extras_for_sources(source, data))
     with (
-        shown_progress(),
+        show_progress(),
         open_source(
             source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
         ) as predictor,
@@ -202,7 +202,7 @@ def evaluate(
         first = found[0]
         if results is not None:
             seen = (first.trained_on or 0) + (first.copies.found if first.copies else 0)
-            note_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=seen)
+            save_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=seen)
         if first.trained_on is None and not suite.corruptions:
             _log.info("what the network was trained on is not recorded: these images may be among it")
         elif first.copies is None and not suite.corruptions and suite.run is None:
@@ -226,9 +226,9 @@ def open_suite(
         }
         if sets:
             return EvalSuite(title=data, folder=folder, sets=sets, corruptions=True)
-    records = None if predictor is None else records_of(source, predictor.trained_on)
-    sets = sets_to_evaluate(source, data, records, split)
-    is_own = data is None and (Path(source) / RECIPE).is_file()
+    records = None if predictor is None else training_records(source, predictor.trained_on)
+    sets = evaluation_sets(source, data, records, split)
+    is_own = data is None and (Path(source) / RECIPE_FILE).is_file()
     run = Path(source) if is_own and split in (None, "val") else None  # whose predictions are for the report
     return EvalSuite(title=next(iter(sets)), folder=folder, sets=sets, run=run, source=source)
 
@@ -240,13 +240,16 @@ def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 
         write_predictions(suite.run, predictor, results[0].images, results[0].score, suite.title)
     if suite.corruptions:
         return [_summary(suite, results), *results] if len(results) > 1 else results
-    trained, calibrated = records_of(suite.source, predictor.trained_on), from_card(predictor.calibrated_on)
+    trained, calibrated = (
+        training_records(suite.source, predictor.trained_on),
+        records_from_dict(predictor.calibrated_on),
+    )
     return [
         replace(
             result,
-            trained_on=count_trained(trained, result.images),
-            calibrated_on=count_trained(calibrated, result.images),
-            copies=copies_among(trained or (), result.images, predictor.preprocessing.value_range),
+            trained_on=count_trained_images(trained, result.images),
+            calibrated_on=count_trained_images(calibrated, result.images),
+            copies=count_trained_copies(trained or (), result.images, predictor.preprocessing.value_range),
         )
         for result in results
     ]
@@ -304,7 +307,7 @@ def _summary(suite: EvalSuite, results: Sequence[EvalResult]) -> EvalResult:
     if mce is not None:
         extra["mCE % (over AlexNet's errors)"] = mce
     extra |= {f"{name} error %": error for name, error in means.items()}
-    merged = merge([result.score for result in results])
+    merged = merge_accuracies([result.score for result in results])
     unreadable = sum(result.unreadable for result in results)
     return EvalResult(data=suite.title, score=merged, images=results[0].images, unreadable=unreadable, extra=extra)
 
@@ -324,7 +327,7 @@ def evaluate_dataset(predictor: Predictor, source: Dataset, *, batch_size: int =
                 predictor.check_name(images.numpy())
             yield images, index[labels]
 
-    score = accuracy(predictor.session, labelled())
+    score = compute_accuracy(predictor.session, labelled())
     if not batches.bad:
         return EvalResult(data="", score=score, images=source)
     readable = Subset(source, [i for i in range(len(source)) if source.name(i) not in batches.bad])
@@ -333,7 +336,7 @@ def evaluate_dataset(predictor: Predictor, source: Dataset, *, batch_size: int =
 
 def class_indices(predictor: Predictor, source: Dataset) -> list[int]:
     """Give the network's index of each class of the source. Raises BadData where the classes cannot be the same."""
-    return all_outputs(source.classes, predictor.classes, predictor.num_classes, predictor.title)
+    return match_all_classes(source.classes, predictor.classes, predictor.num_classes, predictor.title)
 
 
 PREDICTIONS = "predictions.jsonl"
@@ -352,7 +355,7 @@ def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: A
     write_text(run / PREDICTIONS, sealed_lines(head, lines))
 
 
-def predictions_are_of(path: Path, predictor: Predictor) -> bool:
+def predictions_match(path: Path, predictor: Predictor) -> bool:
     """Whether a file of predictions is there, undamaged, and of this very network."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -372,7 +375,7 @@ def _lines(predictor: Predictor, images: Dataset, score: Accuracy, data: str) ->
     misclassified = np.flatnonzero((values.predicted != values.labels) & (values.predicted >= 0))
     worst = misclassified[np.argsort(-values.losses[misclassified], kind="stable")]
     value_range = predictor.preprocessing.value_range
-    groups = error_groups(images, worst[: 3 * _PICTURES].tolist(), values.predicted, value_range)
+    groups = group_misclassified(images, worst[: 3 * _PICTURES].tolist(), values.predicted, value_range)
     rows = zip(*(column.tolist() for column in values), strict=True)
     for i, (label, predicted, rank, loss, confidence) in enumerate(rows):
         line = {"name": images.name(i), "label": label, "answer": predicted, "rank": rank}
@@ -384,7 +387,7 @@ def _lines(predictor: Predictor, images: Dataset, score: Accuracy, data: str) ->
         yield line
 
 
-def error_groups(
+def group_misclassified(
     images: Dataset, errors: list[int], predicted: NDArray[np.int64], value_range: ValueRange | None
 ) -> dict[int, list[int]]:
     """Give the first of the errors, each with the later ones of its label and answer on nearly the same image."""

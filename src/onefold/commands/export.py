@@ -15,27 +15,27 @@ from torch import nn
 from onefold import runtimes
 from onefold.commands.bench import bench
 from onefold.commands.calibration import (
-    Calibration,
+    CalibrationOptions,
     Int8Network,
-    prepared_images,
+    calibrated_network,
+    evenly_spaced,
+    load_calibration_images,
     quantization_details,
-    quantized,
-    spread,
 )
 from onefold.commands.evaluate import evaluate
-from onefold.commands.extras import extras_of, require_extras
-from onefold.commands.held_out import photos_to_calibrate, records_of, to_card, validation_images
-from onefold.commands.load import Saved, Source, chosen_weights, verb
+from onefold.commands.extras import extras_for_sources, require_extras
+from onefold.commands.held_out import calibration_photos, records_to_dict, training_records, validation_images
+from onefold.commands.load import SavedResult, Source, select_ema_weights, suggest_argument_names
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predict import Predictions, predict
-from onefold.commands.progress import shown_progress
+from onefold.commands.progress import show_progress
 from onefold.data import Preprocessing, Subset
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
-from onefold.models import CATALOGUE, cost, resolve
+from onefold.models import CATALOGUE, count_flops, resolve_name
 from onefold.models.hub import Card
-from onefold.quantize import Method
+from onefold.quantize import QuantizationMethod
 from onefold.reparam import unfused_norms
-from onefold.runtimes import RUNTIMES, ModelInfo, find_runtime
+from onefold.runtimes import RUNTIMES, ModelInfo, import_runtime
 from onefold.runtimes import export as export_to
 from onefold.runtimes.onnx import opset_details
 
@@ -60,12 +60,12 @@ class ExportOptions:
     size: int | None = None
     fused: bool = True
     tolerance: float | None = None
-    calibration: Calibration | None = None
+    calibration: CalibrationOptions | None = None
     opset: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Artifact(runtimes.Artifact, Saved):
+class Artifact(runtimes.Artifact, SavedResult):
     """An exported model on disk: what its manifest tells, and the verbs as methods.
 
     `artifact(images)` gives Predictions, as `predict` does; `evaluate` and `bench` are as the functions of that name.
@@ -127,7 +127,7 @@ def export(
     no_fuse: bool = False,
     opset: int | None = None,
 ) -> list[Artifact]: ...
-@verb
+@suggest_argument_names
 def export(
     source: Source | nn.Module,
     to: str | list[str] | tuple[str, ...] = "onnx",
@@ -161,29 +161,31 @@ def export(
     names = [to] if isinstance(to, str) else list(to)
     if not names:
         raise BadArgument(f"there is no runtime to export to: give one or more of {', '.join(RUNTIMES)}")
-    method = Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
+    method = QuantizationMethod(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
     order = ExportOptions(
         runtimes=names,
         precision=precision,
         size=img_size,
         fused=not no_fuse,
-        calibration=Calibration(data="" if data is None else os.fspath(data), count=calibrate, method=method),
+        calibration=CalibrationOptions(data="" if data is None else os.fspath(data), count=calibrate, method=method),
         opset=opset,
     )
-    network = network_of(source, model) if isinstance(source, nn.Module) else chosen_weights(source, use_ema)
-    with shown_progress():
-        made = [Artifact.of(each) for each in export_network(network, Path(out), order, name=model)]
+    network = (
+        network_from_module(source, model) if isinstance(source, nn.Module) else select_ema_weights(source, use_ema)
+    )
+    with show_progress():
+        made = [Artifact.of(each) for each in export_to_runtimes(network, Path(out), order, name=model)]
     return made[0] if isinstance(to, str) else made
 
 
-def network_of(module: nn.Module, name: str | None) -> Network:
+def network_from_module(module: nn.Module, name: str | None) -> Network:
     """Give a module, in eval mode, as a network; by its `name` the catalogue says how images are prepared for it.
 
     Raises BadArgument where it is in train mode.
     """
     if module.training:
         raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
-    preprocessing = dict(CATALOGUE[resolve(name)].input) if name is not None else Preprocessing().to_dict()
+    preprocessing = dict(CATALOGUE[resolve_name(name)].input) if name is not None else Preprocessing().to_dict()
     in_chans = next((int(m.in_channels) for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
     if name is None:
         _log.info("a module does not say how images are prepared: taken as ImageNet's, 224 pixels (model=NAME says it)")
@@ -195,7 +197,7 @@ def network_of(module: nn.Module, name: str | None) -> Network:
         logits = module(torch.zeros(1, in_chans, size, size, device=next(module.parameters()).device))
     title = name or type(module).__name__
     card = Card(
-        model=resolve(name) if name is not None else title,
+        model=resolve_name(name) if name is not None else title,
         num_classes=logits.shape[-1],
         in_chans=in_chans,
         preprocessing=preprocessing,
@@ -205,7 +207,7 @@ def network_of(module: nn.Module, name: str | None) -> Network:
     return Network(model=module, card=card, title=title)
 
 
-def export_network(
+def export_to_runtimes(
     source: str | Path | Network, out: Path, order: ExportOptions, *, name: str | None = None
 ) -> list[runtimes.Artifact]:
     """One verified artifact a runtime, in `out`/<runtime>-<precision>; weights are fused first unless told not to.
@@ -216,23 +218,23 @@ def export_network(
     if order.opset is not None and set(order.runtimes) != {"onnx"}:
         raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
     for runtime in order.runtimes:
-        find_runtime(runtime)  # a wrong name is refused before minutes of calibration
+        import_runtime(runtime)  # a wrong name is refused before minutes of calibration
     data = None if order.calibration is None else order.calibration.data
-    require_extras([*order.runtimes, *extras_of(source, data)])
+    require_extras([*order.runtimes, *extras_for_sources(source, data)])
     network = source if isinstance(source, Network) else open_network(source, name=name)
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
     network = network.with_size(order.size)
     made = _quantized(network, order)
     if made is not None and order.calibration is not None and order.calibration.data:
-        details |= agreement(network, made, order.calibration)
+        details |= warn_int8_disagreement(network, made, order.calibration)
     suffix = "" if network.is_fused else "-unfused"
     artifacts, failures = [], []
     for number, runtime in enumerate(order.runtimes):
         _progress.debug("exporting to %s", runtime, extra={"done": number, "total": len(order.runtimes)})
         folder = out / f"{runtime}-{order.precision}{suffix}"
         try:
-            artifacts.append(export_made(network, made, folder, runtime, order.precision, details))
+            artifacts.append(export_artifact(network, made, folder, runtime, order.precision, details))
         except GateFailed as error:
             failures.append(str(error))
     if failures:
@@ -241,7 +243,7 @@ def export_network(
     return artifacts
 
 
-def export_made(
+def export_artifact(
     network: Network,
     made: Int8Network | None,
     folder: Path,
@@ -263,14 +265,14 @@ def export_made(
 
 def _cost(network: Network) -> dict[str, int]:
     """What the exported network computes for one image, to compare its latency with the limits of a machine."""
-    counted = cost(network.model, network.preprocessing.size)
+    counted = count_flops(network.model, network.preprocessing.size)
     return {"params": counted.params, "macs": counted.macs}
 
 
 def model_info(network: Network, source: str | Path, made: Int8Network | None = None) -> ModelInfo:
     """What an artifact's manifest says of a network, and of how it was quantized."""
     card = network.card
-    records = records_of(network.title, card.trained_on)
+    records = training_records(network.title, card.trained_on)
     calibrated_on = None if made is None else made.calibrated_on
     return ModelInfo(
         model=card.model,
@@ -284,8 +286,8 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
             "cost": _cost(network),
             "network": network.identity,
             **({} if made is None else quantization_details(made.made)),
-            **({} if records is None else {"trained_on": to_card(records)}),
-            **({} if calibrated_on is None else {"calibrated_on": to_card([calibrated_on])}),
+            **({} if records is None else {"trained_on": records_to_dict(records)}),
+            **({} if calibrated_on is None else {"calibrated_on": records_to_dict([calibrated_on])}),
             **({"untrained": True} if card.untrained else {}),
             **({} if card.num_classes else {"features": True}),
             **({"left_norms": network.left_norms} if network.left_norms else {}),
@@ -295,16 +297,16 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
 
 def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
     """The int8 network, where int8 is asked for. BadArgument where photos are missing, or options are of int8 alone."""
-    given, wanted = order.calibration or Calibration(), order.precision == "int8"
+    given, wanted = order.calibration or CalibrationOptions(), order.precision == "int8"
     if (given.data and not wanted) or (wanted and not given.data and network.card.int8 is None):
         raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
-    if not wanted and given.method != Method():
+    if not wanted and given.method != QuantizationMethod():
         raise BadArgument(f"--weight-bits and --per-tensor are of int8, not {order.precision}: give --precision int8")
-    return quantized(network, order.calibration) if wanted else None
+    return calibrated_network(network, order.calibration) if wanted else None
 
 
 @torch.inference_mode()
-def agreement(network: Network, made: Int8Network, order: Calibration) -> dict[str, object]:
+def warn_int8_disagreement(network: Network, made: Int8Network, order: CalibrationOptions) -> dict[str, object]:
     """How often the int8 network answers as the float one, on photos; a warning where it does so too rarely.
 
     The photos are those that the run in `network.title` held out, where it is one and they are there: calibrated on
@@ -315,9 +317,13 @@ def agreement(network: Network, made: Int8Network, order: Calibration) -> dict[s
     try:
         photos, title = validation_images(network.title, None)
     except (BadArgument, BadData, BadCheckpoint):
-        photos = order.photos or photos_to_calibrate(order.data, records_of(network.title, network.card.trained_on))
+        photos = order.photos or calibration_photos(
+            order.data, training_records(network.title, network.card.trained_on)
+        )
         title = f"{order.data}, which it was calibrated on"
-    images = prepared_images(Subset(photos, spread(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing)
+    images = load_calibration_images(
+        Subset(photos, evenly_spaced(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing
+    )
     if network.name_check is not None:
         network.name_check.warn(images.numpy())
     same = int((network.model(images).argmax(1) == made.made.model(images).argmax(1)).sum())

@@ -9,9 +9,9 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from onefold.commands.timm_networks import is_timm
-from onefold.data.remote import OBJECT_STORES
+from onefold.data.remote import OBJECT_STORE_PREFIXES
 from onefold.errors import MissingExtra
-from onefold.report.format import joined
+from onefold.report.format import join_words
 from onefold.runtimes import tensorrt
 
 _REQUIREMENT = re.compile(r"(?P<package>[\w.-]+).*\bextra\s*==\s*['\"](?P<extra>[\w.-]+)['\"]")
@@ -24,15 +24,17 @@ def require_extras(wanted: Iterable[str]) -> None:
         del lacking["tensorrt"]  # without a GPU it is exported all the same, and runs elsewhere
     if lacking:
         names = list(dict.fromkeys(name for packages in lacking.values() for name in packages))
-        raise MissingExtra(f"{joined(names)} {'is' if len(names) == 1 else 'are'} needed and not installed", *lacking)
+        raise MissingExtra(
+            f"{join_words(names)} {'is' if len(names) == 1 else 'are'} needed and not installed", *lacking
+        )
 
 
 def missing_packages(extra: str) -> list[str]:
     """The packages of an extra that are not installed; none where onefold itself is not, as in a source tree."""
-    return [package for package in extras().get(extra, []) if not _is_installed(package)]
+    return [package for package in packages_by_extra().get(extra, []) if not _is_installed(package)]
 
 
-def extras() -> dict[str, list[str]]:
+def packages_by_extra() -> dict[str, list[str]]:
     """The packages of each extra, as this installation's metadata state them."""
     found: dict[str, list[str]] = {}
     try:
@@ -44,7 +46,7 @@ def extras() -> dict[str, list[str]]:
     return found
 
 
-def extras_of(*sources: object) -> list[str]:
+def extras_for_sources(*sources: object) -> list[str]:
     """The extras that places of images and sources of networks need, as far as their names say."""
     found = []
     for source in sources:
@@ -53,7 +55,7 @@ def extras_of(*sources: object) -> list[str]:
             found.append("digits")
         elif is_timm(text):
             found.append("timm")
-        elif text.startswith(OBJECT_STORES):
+        elif text.startswith(OBJECT_STORE_PREFIXES):
             found.append("cloud")
         if text.endswith(".parquet"):
             found.append("parquet")

@@ -14,20 +14,20 @@ from onefold import reparam
 from onefold.commands.bench import bench
 from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
-from onefold.commands.load import Saved, Source, chosen_weights, verb
+from onefold.commands.load import SavedResult, Source, select_ema_weights, suggest_argument_names
 from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict
-from onefold.commands.progress import shown_progress
+from onefold.commands.progress import show_progress
 from onefold.commands.timm_networks import is_timm, save_timm
 from onefold.errors import BadArgument
-from onefold.models import Cost, cost
+from onefold.models import ModelCost, count_flops
 from onefold.models.hub import save_weights
 
 _log = logging.getLogger("onefold")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedWeights(Saved):
+class FusedWeights(SavedResult):
     """A file of fused weights, how far its answer is off, and what the network costs now and did before.
 
     `drift` is the largest difference of outputs, relative to their size. `left_norms` counts the norms that could not
@@ -37,8 +37,8 @@ class FusedWeights(Saved):
 
     path: Path
     drift: float
-    before: Cost
-    after: Cost
+    before: ModelCost
+    after: ModelCost
     left_norms: int = 0
     was_fused: bool = False
 
@@ -72,7 +72,7 @@ def fuse(
     use_ema: bool | None = None,
     tolerance: float | None = None,
 ) -> FusedWeights: ...
-@verb
+@suggest_argument_names
 def fuse(
     source: nn.Module | Source,
     out: object = None,
@@ -102,12 +102,12 @@ def fuse(
     if out is not None and not isinstance(out, str | os.PathLike):
         raise BadArgument(f"out is the file to write, not {type(out).__name__}")
     path = Path("fused.safetensors" if out is None else out)
-    network = open_network(chosen_weights(source, use_ema), name=model)
+    network = open_network(select_ema_weights(source, use_ema), name=model)
     fused, distance = network, network.card.drift or 0.0
     if network.is_fused:
         _log.info("%s is fused already: written as it is", os.fspath(source))
     else:
-        with shown_progress():
+        with show_progress():
             fused, distance = network.fused(tolerance)
     write = save_timm if is_timm(fused.card.model) else save_weights
     write(fused.model, path, replace(fused.card, source=fused.card.source or os.fspath(source)))
@@ -115,8 +115,8 @@ def fuse(
     return FusedWeights(
         path=path,
         drift=distance,
-        before=cost(network.model, size),
-        after=cost(fused.model, size),
+        before=count_flops(network.model, size),
+        after=count_flops(fused.model, size),
         left_norms=fused.left_norms,
         was_fused=network.is_fused,
     )

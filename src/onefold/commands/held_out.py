@@ -19,15 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from onefold.checksums import read_sealed_json, write_sealed_json
-from onefold.commands.run_recipe import RECIPE, read_recipe
+from onefold.commands.run_recipe import RECIPE_FILE, read_recipe
 from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
 from onefold.data.dataset_info import DatasetInfo, Split
-from onefold.data.decode import printable
-from onefold.data.fingerprint import MAX_CONTENTS, By, ImageList, TrainedOn, copies_among, keys_of, trained_among
+from onefold.data.decode import printable_name
+from onefold.data.fingerprint import (
+    MAX_CONTENTS,
+    ImageList,
+    KeyKind,
+    TrainedOn,
+    count_trained_copies,
+    find_trained_images,
+    image_keys,
+)
 from onefold.data.folders import ImageFiles
 from onefold.data.preprocessing import ValueRange
-from onefold.data.remote import REMOTE
+from onefold.data.remote import REMOTE_PREFIXES
 from onefold.data.splits import NoClassFolders
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models.hub import read_card
@@ -36,10 +44,10 @@ from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
 
-DATA, IMAGES = "data.json", "images.csv"
+DATA_FILE, IMAGES_FILE = "data.json", "images.csv"
 """Files of a run folder: see the top of this file."""
 
-Records = tuple[TrainedOn, ...]
+TrainingRecords = tuple[TrainedOn, ...]
 
 _HELD_OUT = 0.2  # of photos none of which was trained on: kept for scoring, where the others calibrate
 
@@ -81,7 +89,7 @@ def find_run_data(out: Path, recipe: Recipe, place: str | None = None, val: str 
         places["--val"] = _place(out, typed.val, saved["val"])
     gone = {option: saved if option == "--data" else saved["val"] for option in places if places[option] is None}
     if gone and saved:
-        were = " and ".join(printable(str(where.get("place"))) for where in gone.values())
+        were = " and ".join(printable_name(str(where.get("place"))) for where in gone.values())
         advice = " and ".join(f"{option} FOLDER" for option in gone)
         other = "" if "--data" in gone else " when it is resumed, or score on others with --data FOLDER"
         raise BadData(f"the photos of {out} were in {were}, and are gone: say where they are with {advice}{other}")
@@ -104,19 +112,19 @@ def _classes_of_best(out: Path) -> Sequence[str] | None:
 
 
 def write_run_data(
-    out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: Records, val: str = ""
+    out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: TrainingRecords, val: str = ""
 ) -> None:
     """Keep in the run folder what it is trained on; `val` is where its val lies, if elsewhere."""
-    ImageList.of(images).write(out / IMAGES)
-    values = {"dataset": info.to_dict(), **_where(out, info.place), "trained_on": to_card(records)}
+    ImageList.of(images).write(out / IMAGES_FILE)
+    values = {"dataset": info.to_dict(), **_where(out, info.place), "trained_on": records_to_dict(records)}
     values |= {"val": _where(out, val)} if val else {}
-    write_sealed_json(out / DATA, values)
+    write_sealed_json(out / DATA_FILE, values)
 
 
-def move_run_data(out: Path, place: str | None, val: str | None) -> None:
+def update_run_data_location(out: Path, place: str | None, val: str | None) -> None:
     """Keep in the run folder that its images, or those that it is validated on, are elsewhere now."""
     moved = ({} if place is None else _where(out, place)) | ({} if val is None else {"val": _where(out, val)})
-    write_sealed_json(out / DATA, read_run_data(out) | moved)
+    write_sealed_json(out / DATA_FILE, read_run_data(out) | moved)
 
 
 def check_run_data(out: Path, images: Mapping[str, Dataset]) -> None:
@@ -127,20 +135,20 @@ def check_run_data(out: Path, images: Mapping[str, Dataset]) -> None:
 
 
 def _differences(out: Path, images: Mapping[str, Dataset]) -> str:
-    listed = ImageList.read(out / IMAGES)
+    listed = ImageList.read(out / IMAGES_FILE)
     found = [] if listed is None else [listed.difference(split, images[split]) for split in images]
     return "; ".join(filter(None, found))
 
 
 def _where(out: Path, place: str) -> dict[str, str]:
-    is_local = place != "digits" and not place.startswith(REMOTE)
+    is_local = place != "digits" and not place.startswith(REMOTE_PREFIXES)
     absolute = os.path.abspath(place) if is_local else place
     return {"place": absolute, "from_here": os.path.relpath(absolute, out) if is_local else absolute}
 
 
-def run_records(out: Path) -> Records | None:
+def run_training_records(out: Path) -> TrainingRecords | None:
     """Give what the run in `out` wrote of what it was trained on; None where it wrote nothing."""
-    return from_card(read_run_data(out).get("trained_on"))
+    return records_from_dict(read_run_data(out).get("trained_on"))
 
 
 def open_data(
@@ -160,11 +168,13 @@ def open_data(
 def read_run_data(out: Path) -> dict[str, Any]:
     """Read what a run folder keeps of its data; empty of an older run. Raises BadCheckpoint where it is damaged."""
     try:
-        return read_sealed_json(out / DATA)
+        return read_sealed_json(out / DATA_FILE)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{out / DATA} cannot be read: {error}; put it back as the training wrote it") from error
+        raise BadCheckpoint(
+            f"{out / DATA_FILE} cannot be read: {error}; put it back as the training wrote it"
+        ) from error
 
 
 def _place(out: Path, spec: str, saved: Mapping[str, Any]) -> str | None:
@@ -176,7 +186,7 @@ def _place(out: Path, spec: str, saved: Mapping[str, Any]) -> str | None:
 
 
 def _is_there(place: str) -> bool:
-    if place == "digits" or place.startswith(REMOTE):
+    if place == "digits" or place.startswith(REMOTE_PREFIXES):
         return True
     return os.path.exists(os.path.dirname(place) or "." if any(c in place for c in "*?[{") else place)
 
@@ -184,14 +194,14 @@ def _is_there(place: str) -> bool:
 # ------------------------------------------------------------------------------- what was trained on
 
 
-def to_card(records: Sequence[TrainedOn]) -> dict[str, Any]:
+def records_to_dict(records: Sequence[TrainedOn]) -> dict[str, Any]:
     """Give records as a card or a manifest holds them; each once, the last eight."""
     plain = {record.keys.tobytes(): record.to_dict() for record in records}
     return {"records": list(plain.values())[-8:]}
 
 
-def from_card(values: object) -> Records | None:
-    """Read what `to_card` wrote; None where there is nothing, or nothing that can be read."""
+def records_from_dict(values: object) -> TrainingRecords | None:
+    """Read what `records_to_dict` wrote; None where there is nothing, or nothing that can be read."""
     records = values.get("records") if isinstance(values, Mapping) else None
     if not isinstance(records, list):
         return None
@@ -202,36 +212,36 @@ def from_card(values: object) -> Records | None:
         return None
 
 
-def records_of(source: str | Path, values: object) -> Records | None:
+def training_records(source: str | Path, values: object) -> TrainingRecords | None:
     """Give what a network was trained on: by its card or manifest, or of an older run by its recipe. None: unknown."""
-    records = from_card(values)
-    if records is not None or not (Path(source) / RECIPE).is_file():
+    records = records_from_dict(values)
+    if records is not None or not (Path(source) / RECIPE_FILE).is_file():
         return records
     try:
         recipe = read_recipe(Path(source))
-        return (record_of(open_run_data(Path(source), recipe).open("train"), recipe),)
+        return (make_training_record(open_run_data(Path(source), recipe).open("train"), recipe),)
     except (BadData, BadCheckpoint):
         return None
 
 
-def record_of(training: Dataset, recipe: Recipe) -> TrainedOn:
+def make_training_record(training: Dataset, recipe: Recipe) -> TrainedOn:
     """Give the record of training images that were split and decoded as a recipe says."""
     images, data = ImageList.of({"train": training}), recipe.data
     record = TrainedOn.of(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
     return record.with_pixels(training, recipe.preprocessing.value_range)
 
 
-def count_trained(records: Records | None, images: Dataset) -> int | None:
+def count_trained_images(records: TrainingRecords | None, images: Dataset) -> int | None:
     """Count the images that were trained on; None where that is not known."""
-    return None if records is None else sum(seen is True for seen in trained_among(records, images))
+    return None if records is None else sum(seen is True for seen in find_trained_images(records, images))
 
 
-def say_trained(records: Records | None, images: Dataset, value_range: ValueRange | None) -> str:
+def describe_trained_images(records: TrainingRecords | None, images: Dataset, value_range: ValueRange | None) -> str:
     """Say how many of the images were trained on, and how many more are by their pixels copies of trained ones."""
-    trained = count_trained(records, images)
+    trained = count_trained_images(records, images)
     if trained is None:
         return "what the network was trained on is not recorded"
-    copies = copies_among(records or (), images, value_range)
+    copies = count_trained_copies(records or (), images, value_range)
     more = f", {copies.found} more by their pixels copies of trained ones" if copies and copies.found else ""
     return f"{trained} of them trained on{more}"
 
@@ -239,8 +249,8 @@ def say_trained(records: Records | None, images: Dataset, value_range: ValueRang
 # ------------------------------------------------------------------------------- photos for a purpose
 
 
-def sets_to_evaluate(
-    source: str | Path, place: str | None, records: Records | None, only: Split | None = None
+def evaluation_sets(
+    source: str | Path, place: str | None, records: TrainingRecords | None, only: Split | None = None
 ) -> dict[str, Dataset]:
     """Give the labelled images to evaluate on, under their titles: those of the split `only`, or val and test.
 
@@ -249,7 +259,7 @@ def sets_to_evaluate(
     """
     if place is None:
         run = Path(source)
-        if not (run / RECIPE).is_file():
+        if not (run / RECIPE_FILE).is_file():
             raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
         recipe = read_recipe(run)
         splits = open_run_data(run, recipe)
@@ -278,13 +288,13 @@ def sets_to_evaluate(
 
 def validation_images(source: str | Path, data: str | None) -> tuple[Dataset, str]:
     """Give the first of the sets to evaluate on, and its title; nothing is known of what was trained on."""
-    title, images = next(iter(sets_to_evaluate(source, data, None).items()))
+    title, images = next(iter(evaluation_sets(source, data, None).items()))
     return images, title
 
 
-def _not_trained_on(images: Dataset, place: str, records: Records) -> tuple[Dataset, int]:
+def _not_trained_on(images: Dataset, place: str, records: TrainingRecords) -> tuple[Dataset, int]:
     """Give those of the images that were not trained on, if there are any, and how many others there are."""
-    seen = trained_among(records, images)
+    seen = find_trained_images(records, images)
     if None in seen:  # there were more than a record holds: by the rule that they were split by
         record = records[-1]
         held_out = open_data(Data(seed=record.seed, val_fraction=record.val_fraction), place).open("val")
@@ -294,7 +304,7 @@ def _not_trained_on(images: Dataset, place: str, records: Records) -> tuple[Data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photos:
+class DeploymentPhotos:
     """Photos to calibrate with, and others to score on; `title` names those, `labelled` is whether they have classes.
 
     `why_unlabelled` says why they have none.
@@ -307,7 +317,7 @@ class Photos:
     why_unlabelled: str = ""
 
 
-def photos_to_calibrate(place: str, records: Records | None) -> Dataset:
+def calibration_photos(place: str, records: TrainingRecords | None) -> Dataset:
     """Give the photos of a place that calibrate: those that were trained on, or train, or all but those to score on.
 
     Photos without classes are all taken.
@@ -315,10 +325,10 @@ def photos_to_calibrate(place: str, records: Records | None) -> Dataset:
     try:
         return _labelled(place, records, calibrates=True).calibration
     except NoClassFolders:
-        return unlabelled(place)
+        return open_unlabelled_photos(place)
 
 
-def photos_to_deploy(place: str, records: Records | None, *, calibrates: bool = True) -> Photos:
+def split_photos(place: str, records: TrainingRecords | None, *, calibrates: bool = True) -> DeploymentPhotos:
     """Divide the photos of a place into some to calibrate with and others to score on, all where nothing `calibrates`.
 
     Raises BadData where they have classes that cannot be read: then they could be scored, and are not to be taken for
@@ -327,10 +337,10 @@ def photos_to_deploy(place: str, records: Records | None, *, calibrates: bool = 
     try:
         return _labelled(place, records, calibrates)
     except NoClassFolders as error:
-        return without_labels(place, str(error))
+        return split_unlabelled_photos(place, str(error))
 
 
-def _labelled(place: str, records: Records | None, calibrates: bool) -> Photos:
+def _labelled(place: str, records: TrainingRecords | None, calibrates: bool) -> DeploymentPhotos:
     splits = open_data(Data(val_fraction=_HELD_OUT), place)
     if not splits.is_val_cut:
         scored, title = splits.open(splits.scored), f"{place} ({splits.scored})"
@@ -344,7 +354,7 @@ def _labelled(place: str, records: Records | None, calibrates: bool) -> Photos:
         title = f"{place} (a fifth of it; the rest calibrates)" if calibrates else place
     else:
         whole = open_data(Data(val_fraction=0.0), place).datasets["train"]
-        seen = trained_among(records or (), whole)
+        seen = find_trained_images(records or (), whole)
         trained = [i for i, was_trained_on in enumerate(seen) if was_trained_on]
         rest = [i for i, was_trained_on in enumerate(seen) if was_trained_on is False]
         calibration, scored, title = splits.datasets["train"], splits.datasets["val"], f"{place} (held out)"
@@ -353,14 +363,16 @@ def _labelled(place: str, records: Records | None, calibrates: bool) -> Photos:
             calibration, scored = split.datasets["train"], split.datasets["val"]
         elif trained and rest:
             calibration, scored = Subset(whole, trained), Subset(whole, rest)
-    return Photos(calibration=without_copies(calibration, scored), scored=scored, title=title)
+    return DeploymentPhotos(calibration=remove_copies(calibration, scored), scored=scored, title=title)
 
 
-def without_labels(place: str, why: str) -> Photos:
+def split_unlabelled_photos(place: str, why: str) -> DeploymentPhotos:
     """Divide photos that have no classes: every fifth is to score on."""
-    rest, part = _divided(unlabelled(place))
+    rest, part = _divided(open_unlabelled_photos(place))
     title = f"{place} (not labelled: answers compared with the float network's)"
-    return Photos(calibration=without_copies(rest, part), scored=part, title=title, labelled=False, why_unlabelled=why)
+    return DeploymentPhotos(
+        calibration=remove_copies(rest, part), scored=part, title=title, labelled=False, why_unlabelled=why
+    )
 
 
 def _divided(photos: Dataset) -> tuple[Dataset, Dataset]:
@@ -371,15 +383,15 @@ def _divided(photos: Dataset) -> tuple[Dataset, Dataset]:
     return Subset(photos, rest), Subset(photos, scored)
 
 
-def without_copies(calibration: Dataset, scored: Dataset) -> Dataset:
+def remove_copies(calibration: Dataset, scored: Dataset) -> Dataset:
     """Give the photos of `calibration` that are not among those to score on, whatever they are called there."""
-    by: By = "content" if max(len(calibration), len(scored)) <= MAX_CONTENTS else "name"
-    kept = set(keys_of(scored, by))
-    chosen = [i for i, key in enumerate(keys_of(calibration, by)) if key not in kept or not key]
+    by: KeyKind = "content" if max(len(calibration), len(scored)) <= MAX_CONTENTS else "name"
+    kept = set(image_keys(scored, by))
+    chosen = [i for i, key in enumerate(image_keys(calibration, by)) if key not in kept or not key]
     return calibration if len(chosen) == len(calibration) else Subset(calibration, chosen)
 
 
-def unlabelled(place: str) -> Dataset:
+def open_unlabelled_photos(place: str) -> Dataset:
     """Give all photos of a folder at any depth, as if of one class. Raises BadData where there are none."""
     names = [str(path.relative_to(place)) for path in find_images([place])]
     return ImageFiles(root=Path(place), names=names, labels=[0] * len(names), classes=("photos",))

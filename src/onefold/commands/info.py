@@ -9,14 +9,14 @@ import torch
 import onefold
 from onefold import native
 from onefold.bench import Machine
-from onefold.commands.extras import extras, missing_packages
+from onefold.commands.extras import missing_packages, packages_by_extra
 
 _OF_OTHERS = {"all", "demo", "dev", "docs"}  # extras that are made of others, or are for working on onefold
 
 
 def info() -> dict[str, str]:
     """Describe this installation, for a report of a mistake: name -> text. What is not compiled yet is compiled."""
-    machine, known = Machine.this(packages=()), sorted(extras().keys() - _OF_OTHERS)
+    machine, known = Machine.this(packages=()), sorted(packages_by_extra().keys() - _OF_OTHERS)
     lacking = [extra for extra in known if missing_packages(extra)]
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
@@ -32,13 +32,13 @@ def info() -> dict[str, str]:
 
 def _compiled_code() -> str:
     """Where each library comes from, those from one place together."""
-    if native.is_plain("ONEFOLD_KERNELS"):
+    if native.is_native_disabled("ONEFOLD_KERNELS"):
         return "switched off by ONEFOLD_KERNELS=plain"
-    for name in native.SOURCES:
-        native.loaded(name)
+    for name in native.LIBRARY_SOURCES:
+        native.load_library(name)
     found: dict[str, list[str]] = {}
-    for name in native.SOURCES:
-        found.setdefault(native.ORIGINS[name], []).append(name)
+    for name in native.LIBRARY_SOURCES:
+        found.setdefault(native.LIBRARY_ORIGINS[name], []).append(name)
     if len(found) == 1:
         return next(iter(found))
     return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in found.items())

@@ -18,40 +18,40 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onefold.commands.class_matching import match_classes
-from onefold.commands.open_network import NameCheck, Network, weights_file
+from onefold.commands.open_network import ModelNameCheck, Network, resolve_weights_file
 from onefold.commands.timm_networks import (
-    PREFIX,
-    check_timm,
+    TIMM_PREFIX,
+    check_timm_model,
     create_timm,
-    fixed_size,
+    fixed_image_size,
     is_timm,
     last_layers,
     load_timm,
+    parse_timm_spec,
+    pretrained_hub_id,
     read_timm_card,
-    released_weights,
-    split_timm,
-    stored_model,
+    stored_timm_name,
     timm_card,
 )
 from onefold.data import Dataset, ImageLoader, Preprocessing, ProgressiveAugment
 from onefold.data.dataset import Subset
 from onefold.data.loader import Transform
-from onefold.data.sampler import shuffled
+from onefold.data.sampler import shuffled_indices
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
-from onefold.models import CATALOGUE, Classifier, create_model, resolve
-from onefold.models.hub import Card, load_model, read_card, weights_card
+from onefold.models import CATALOGUE, Classifier, create_model, resolve_name
+from onefold.models.hub import Card, load_model, read_card, read_weights_card
 from onefold.models.layers import set_dropout_
 from onefold.models.mobileone import zero_init_branches_
-from onefold.recipes import Recipe, at_size
+from onefold.recipes import Recipe, with_image_size
 from onefold.reparam import accelerate, expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
-from onefold.train import NORMS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
-from onefold.train.checkpoint import WEIGHTS
+from onefold.train import NORM_LAYERS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
+from onefold.train.checkpoint import WEIGHTS_FILE
 
 _log = logging.getLogger("onefold")
 
-PROBE_IMAGES = 20_000
+_PROBE_IMAGES = 20_000
 """The most images that a head is fitted to; more change it little, and their features are all kept in memory."""
-NORM_IMAGES = 256
+_NORM_IMAGES = 256
 """The images whose statistics the norms of an expanded network start with."""
 
 
@@ -68,7 +68,7 @@ class TrainingImages:
         total = len(self.source)
         if total <= count:
             return self
-        chosen = shuffled(np.arange(count, dtype=np.int64), total, seed=seed, epoch=0)
+        chosen = shuffled_indices(np.arange(count, dtype=np.int64), total, seed=seed, epoch=0)
         return replace(self, source=Subset(self.source, sorted(chosen.tolist())))
 
     def batches(
@@ -80,7 +80,7 @@ class TrainingImages:
             yield images.to(self.device).contiguous(memory_format=torch.channels_last), labels.to(self.device)
 
 
-def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool = False) -> Recipe:
+def with_preprocessing_of_weights(recipe: Recipe, stated: Collection[str], *, is_shown: bool = False) -> Recipe:
     """Give the recipe with the preprocessing of the weights that it starts from, and log what that changes.
 
     A recipe that needs weights and names none takes the released ones of its model, where there are some. A network of
@@ -91,17 +91,17 @@ def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool 
     """
     if is_timm(recipe.model):
         recipe = _of_timm(recipe)
-        released = released_weights(recipe.model) if needs_weights(recipe) else ""
+        released = pretrained_hub_id(recipe.model) if _needs_weights(recipe) else ""
     else:
         _refuse_timm(recipe)
-        released = CATALOGUE[resolve(recipe.model)].weights
-    if recipe.weights is None and needs_weights(recipe) and released:
+        released = CATALOGUE[resolve_name(recipe.model)].weights
+    if recipe.weights is None and _needs_weights(recipe) and released:
         _log.info("starts from %s of the Hugging Face hub; --weights gives others", released)
         recipe = replace(recipe, weights=released)
     if recipe.weights is None and not is_timm(recipe.model):
         return recipe
     try:
-        card = timm_card(recipe.model) if recipe.weights is None else starting_card(recipe)
+        card = timm_card(recipe.model) if recipe.weights is None else initial_weights_card(recipe)
     except (BadCheckpoint, BadArgument, NetworkFailed) as error:
         if isinstance(error, NetworkFailed) and not is_shown:
             raise  # the hub is asked once, before the data are read
@@ -115,7 +115,7 @@ def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool 
         taken.pop("channels", None)  # as many as the user's own mean and deviation say
     before = recipe.preprocessing.to_dict()
     if "size" in taken:
-        recipe = at_size(recipe, taken.pop("size"))
+        recipe = with_image_size(recipe, taken.pop("size"))
     settings = recipe.preprocessing.to_dict() | taken
     for key in ("mean", "std"):  # weights may say how many channels they take, and no more
         values = settings[key]
@@ -128,7 +128,7 @@ def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool 
         of = recipe.model if recipe.weights is None else f"the weights {recipe.weights}"
         _log.info("preprocessing is that of %s: %s", of, "; ".join(changed))
     if is_timm(recipe.model):
-        only, stages = fixed_size(recipe.model), recipe.curriculum.stages if recipe.curriculum else ()
+        only, stages = fixed_image_size(recipe.model), recipe.curriculum.stages if recipe.curriculum else ()
         others = {recipe.preprocessing.size, *(stage.size for stage in stages)} - {only}
         if only is not None and others:
             raise BadArgument(
@@ -140,38 +140,38 @@ def initialized_from(recipe: Recipe, stated: Collection[str], *, is_shown: bool 
 
 def _of_timm(recipe: Recipe) -> Recipe:
     """The recipe of a network of timm without what is of our networks alone: the file in its name, `freeze` of none."""
-    model_name, file = split_timm(recipe.model)
-    check_timm(model_name)
+    model_name, file = parse_timm_spec(recipe.model)
+    check_timm_model(model_name)
     if file is not None and recipe.weights is not None:
         raise BadArgument(f"{recipe.model} names weights, and --weights {recipe.weights} others: give one of them")
     plan = recipe.plan if recipe.plan.epochs else replace(recipe.plan, freeze=())  # without a step nothing is trained
     return replace(recipe, model=model_name, weights=recipe.weights if file is None else str(file), plan=plan)
 
 
-def starting_card(recipe: Recipe) -> Card:
+def initial_weights_card(recipe: Recipe) -> Card:
     """Give the card of the weights that a recipe starts from. Raises BadCheckpoint, BadArgument, NetworkFailed."""
     assert recipe.weights is not None
-    file = weights_file(recipe.weights)
+    file = resolve_weights_file(recipe.weights)
     if is_timm(recipe.model):
         return read_timm_card(recipe.model, file)
-    return weights_card(file, name=recipe.model)
+    return read_weights_card(file, name=recipe.model)
 
 
 def _refuse_timm(recipe: Recipe) -> None:
     """Raise BadArgument where a network of ours is to start from a run or a file of ours that holds one of timm."""
     stored = None
     with suppress(BadCheckpoint, BadArgument):  # what else is wrong with them is said where they are read
-        stored = None if recipe.weights is None else stored_model(weights_file(recipe.weights))
+        stored = None if recipe.weights is None else stored_timm_name(resolve_weights_file(recipe.weights))
     if stored is not None:
         raise BadArgument(f"{recipe.weights} holds weights of {stored}, not of {recipe.model}: give --model {stored}")
 
 
-def needs_weights(recipe: Recipe) -> bool:
+def _needs_weights(recipe: Recipe) -> bool:
     """Whether a recipe cannot start from random weights."""
     return recipe.start == "expanded" or recipe.head != "kept"
 
 
-def provenance(recipe: Recipe, run: Path | None) -> tuple[str, str]:
+def licence_and_source(recipe: Recipe, run: Path | None) -> tuple[str, str]:
     """Give the licence and the source of a training's weights, which those that it starts from have a part in.
 
     `run` is the folder of a run that goes on: its first weights may be gone, and its best ones know both.
@@ -179,12 +179,12 @@ def provenance(recipe: Recipe, run: Path | None) -> tuple[str, str]:
     trained = f"trained on {Path(recipe.data.spec).name}"
     if recipe.weights is None:
         return "", trained
-    best = None if run is None else RunFolder(run).best / WEIGHTS
+    best = None if run is None else RunFolder(run).best / WEIGHTS_FILE
     if best is not None and best.is_file():
         card = read_card(best)
         return card.licence, card.source
     try:
-        card = starting_card(recipe)
+        card = initial_weights_card(recipe)
     except BadCheckpoint:
         if run is None:
             raise
@@ -212,8 +212,8 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     """Give the network that a run of the recipe starts from, in train mode. Raises BadArgument, BadCheckpoint."""
     num_classes = len(images.source.classes)
     channels, seed = recipe.preprocessing.channels, recipe.plan.seed
-    weights = None if recipe.weights is None else weights_file(recipe.weights)
-    if weights is None and needs_weights(recipe):
+    weights = None if recipe.weights is None else resolve_weights_file(recipe.weights)
+    if weights is None and _needs_weights(recipe):
         raise BadArgument(f"the recipe {recipe.name} starts from weights: give --weights FILE, a run or a hub id")
     seed_everything(seed)
     fresh = _fresh_network(recipe, num_classes)
@@ -225,13 +225,13 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
         model, card = _load(recipe, weights)
     else:
         model = create_model(recipe.model, num_classes=num_classes, in_chans=channels, weights=weights)
-        card = starting_card(recipe)
+        card = initial_weights_card(recipe)
     if recipe.head == "kept":
         _move_head_(model, card, images.source.classes)
     else:
         _reset_head_(model, recipe, images)
     _tell_differences(card, recipe)
-    check = NameCheck.of(Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model)
+    check = ModelNameCheck.of(Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model)
     if check is not None:
         batch, _ = next(images.subset(8, seed).batches(recipe.preprocessing, seed))
         doubt = check(batch.cpu().contiguous().numpy())
@@ -242,7 +242,7 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     return _ready(_folded_for_int8(model, recipe), recipe)
 
 
-def resumed_network(recipe: Recipe, num_classes: int, out: Path) -> nn.Module:
+def create_network_to_resume(recipe: Recipe, num_classes: int, out: Path) -> nn.Module:
     """Give a network of the form that the run in `out` trains; its values come from the checkpoint later."""
     seed_everything(recipe.plan.seed)
     model = _fresh_network(recipe, num_classes)
@@ -267,7 +267,7 @@ def fold_frozen_(model: nn.Module, freeze: tuple[str, ...]) -> None:
     """Compute the modules that `Plan.freeze` names by their folded convolution, since nothing in them changes."""
     for module in frozen_modules(model, freeze):
         set_route_(module, folded)
-    if NORMS in freeze:
+    if NORM_LAYERS in freeze:
         set_route_(model, folded)
 
 
@@ -289,7 +289,7 @@ def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
     return model.train()
 
 
-_ACCELERATED = f"{PREFIX}mobileone"
+_ACCELERATED = f"{TIMM_PREFIX}mobileone"
 
 
 def _crashes_in_channels_last(conv: nn.Conv2d) -> bool:
@@ -365,7 +365,7 @@ def _reset_head_(model: nn.Module, recipe: Recipe, images: TrainingImages) -> No
     if recipe.head != "probe":
         return
     last = _last_layers(model)
-    per_layer, labels = _features(model, last, images.subset(PROBE_IMAGES, recipe.plan.seed), recipe)
+    per_layer, labels = _features(model, last, images.subset(_PROBE_IMAGES, recipe.plan.seed), recipe)
     for fc, features in zip(last, per_layer, strict=True):
         weight, bias = fit_linear_probe(features, labels, len(images.source.classes))
         top1 = 100 * (features @ weight.T + bias).argmax(1).eq(labels).float().mean().item()
@@ -408,7 +408,7 @@ def _expand(fused: nn.Module, like: nn.Module, recipe: Recipe, images: TrainingI
         model = expand(fused, like, generator).eval()
     except ValueError as error:
         raise BadArgument(f"{recipe.model} cannot be expanded ({error}): choose --start plain") from error
-    subset = images.subset(NORM_IMAGES, recipe.plan.seed)
+    subset = images.subset(_NORM_IMAGES, recipe.plan.seed)
     model.to(images.device)
     recalibrate_norms_(model, (batch for batch, _ in subset.batches(recipe.transform, recipe.plan.seed)))
     _log.info("fused weights were expanded to branches and norms, restated for %d images", len(subset.source))
@@ -419,7 +419,7 @@ def _is_fused_checkpoint(out: Path) -> bool:
     """Whether the weights in a run's checkpoint are of a fused network, by their names."""
     for folder in (RunFolder(out).last, RunFolder(out).previous):
         try:
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 return not any(name.endswith("running_var") for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError):
             continue

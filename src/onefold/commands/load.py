@@ -19,10 +19,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from onefold.commands.open_network import Predictor, open_network, open_predictor, weights_file, with_class_names
-from onefold.commands.timm_networks import is_timm, stored_model
+from onefold.commands.open_network import (
+    Predictor,
+    open_network,
+    open_predictor,
+    resolve_weights_file,
+    with_class_names,
+)
+from onefold.commands.timm_networks import is_timm, stored_timm_name
 from onefold.data import Preprocessing
-from onefold.data.image_inputs import prepare_all
+from onefold.data.image_inputs import prepare_images
 from onefold.errors import BadArgument
 from onefold.models import hub
 from onefold.models.hub import Card
@@ -33,7 +39,7 @@ Source = str | os.PathLike[str]
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
-def verb(function: _Verb) -> _Verb:
+def suggest_argument_names(function: _Verb) -> _Verb:
     """Let a verb that is called with an argument that it does not have say by TypeError which one may be meant."""
     known = list(inspect.signature(function).parameters)
 
@@ -49,7 +55,7 @@ def verb(function: _Verb) -> _Verb:
     return checked  # type: ignore[return-value]
 
 
-class Saved(os.PathLike[str]):
+class SavedResult(os.PathLike[str]):
     """What a verb has written - a run, fused weights, an artifact: a path, which is opened once and then kept open."""
 
     @abstractmethod
@@ -73,7 +79,7 @@ def load(artifact: Artifact | Source, *, threads: int = 1) -> Session:
             logits = session(image)
     """
     session = exporter.load(artifact if isinstance(artifact, Artifact) else Path(artifact), threads=threads)
-    session.prepare = partial(prepare_all, preprocessing=Preprocessing.from_dict(session.artifact.preprocessing))
+    session.prepare = partial(prepare_images, preprocessing=Preprocessing.from_dict(session.artifact.preprocessing))
     return session
 
 
@@ -101,11 +107,13 @@ def load_model(
         _refuse_changes(path, num_classes, in_chans)
         session = exporter.load(Path(path))
         return SessionModule(session), _card_of(session.artifact)
-    if is_timm(path) or is_timm(name or "") or stored_model(weights_file(path)) is not None:
+    if is_timm(path) or is_timm(name or "") or stored_timm_name(resolve_weights_file(path)) is not None:
         _refuse_changes(path, num_classes, in_chans)
         network = open_network(path, name=name)
         return network.model, network.card
-    return hub.load_model(weights_file(path), name=name, num_classes=num_classes, in_chans=in_chans, quiet=quiet)
+    return hub.load_model(
+        resolve_weights_file(path), name=name, num_classes=num_classes, in_chans=in_chans, quiet=quiet
+    )
 
 
 def _refuse_changes(path: str, num_classes: int | None, in_chans: int | None) -> None:
@@ -144,7 +152,7 @@ def _card_of(artifact: Artifact) -> Card:
     )
 
 
-def chosen_weights(source: Source, use_ema: bool | None) -> str:
+def select_ema_weights(source: Source, use_ema: bool | None) -> str:
     """Give the source with the choice that `use_ema` states among its weights, as FILE:averaged or FILE:plain."""
     path = os.fspath(source)
     return path if use_ema is None else f"{path}:{'averaged' if use_ema else 'plain'}"
@@ -160,17 +168,17 @@ def open_source(
     img_size: int | None = None,
     threads: int = 1,
 ) -> Iterator[Predictor]:
-    """Open a source for inference as the options of the verbs say; a predictor, or what is `Saved`, stays open."""
+    """Open a source for inference as the options of the verbs say; a predictor, and a `SavedResult`, stay open."""
     if isinstance(source, Predictor):
         yield source
         return
     key = model, use_ema, classes, img_size, threads
-    kept = source._predictors if isinstance(source, Saved) else {}
+    kept = source._predictors if isinstance(source, SavedResult) else {}
     if key not in kept:
-        opened = open_predictor(chosen_weights(source, use_ema), name=model, threads=threads, size=img_size)
+        opened = open_predictor(select_ema_weights(source, use_ema), name=model, threads=threads, size=img_size)
         kept[key] = with_class_names(opened, None if classes is None else Path(classes))
     try:
         yield kept[key]
     finally:
-        if not isinstance(source, Saved):
+        if not isinstance(source, SavedResult):
             kept[key].close()

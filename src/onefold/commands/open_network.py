@@ -17,25 +17,25 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from onefold.checksums import MANIFEST, unseal
+from onefold.checksums import MANIFEST, read_sealed_folder
 from onefold.commands.class_matching import read_class_names
 from onefold.commands.timm_networks import is_timm, load_stored_timm, load_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
-from onefold.models import cost
-from onefold.models.hub import Card, load_model, possible_names
-from onefold.models.weights_file import digest
+from onefold.models import count_flops
+from onefold.models.hub import Card, load_model, matching_model_names
+from onefold.models.weights_file import tensors_sha256
 from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert
 from onefold.reparam import drift, fuse, unfused_norms
-from onefold.reparam.drift import exact_drift
+from onefold.reparam.drift import float64_drift
 from onefold.runtimes import Artifact, load
 from onefold.runtimes.artifact import is_artifact
 
 Floats = NDArray[np.float32]
 _log = logging.getLogger("onefold")
 
-TOLERANCE = 1e-4
+_TOLERANCE = 1e-4
 """The drift in float32 that passes at once: rounding gives 1e-6 to 1e-5 in most networks, a wrong fold 1e-2. What is
 more is computed in float64, where 16 times the network's own rounding may pass: see `Network.fused`."""
 
@@ -50,7 +50,7 @@ class Network:
     model: nn.Module
     card: Card
     title: str
-    name_check: NameCheck | None = None
+    name_check: ModelNameCheck | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -71,14 +71,14 @@ class Network:
     def identity(self) -> str:
         """The digest of all that its answers depend on: of one network at two sizes, none is the other."""
         precision = "int8" if self.is_fused and self.card.int8 is not None else "fp32"
-        facts = [digest(self.model.state_dict()), precision, self.preprocessing.to_dict(), self.card.int8]
+        facts = [tensors_sha256(self.model.state_dict()), precision, self.preprocessing.to_dict(), self.card.int8]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def fused(self, tolerance: float | None = None) -> tuple[Network, float]:
         """Give the fused network and its drift.
 
         A drift above `tolerance` (TOLERANCE) in float32 is computed again in float64, and there it may be as large as
-        the network's own rounding explains, `exact_drift`'s bound, unless a tolerance was given: a network that
+        the network's own rounding explains, `float64_drift`'s bound, unless a tolerance was given: a network that
         magnifies rounding passed on one thread and failed on two.
 
         Raises GateFailed where the drift is more than that, NonFiniteLoss where the network itself computes no
@@ -93,9 +93,9 @@ class Network:
                         f"{self.title}: the network's logits are not finite, so its training has diverged: "
                         "train again with a lower plan.optimizer.lr"
                     )
-        if not distance <= (TOLERANCE if tolerance is None else tolerance):
-            rounded, (distance, allowed) = distance, exact_drift(self.model, fused, (images,))
-            allowed = max(TOLERANCE, allowed) if tolerance is None else tolerance
+        if not distance <= (_TOLERANCE if tolerance is None else tolerance):
+            rounded, (distance, allowed) = distance, float64_drift(self.model, fused, (images,))
+            allowed = max(_TOLERANCE, allowed) if tolerance is None else tolerance
             if not distance <= allowed:
                 raise GateFailed(
                     f"{self.title}: the fused network's logits differ by {distance:.2g} in float64, and {allowed:.2g} "
@@ -134,7 +134,7 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NameCheck:
+class ModelNameCheck:
     """Whether weights are those of the network that the user named, by the statistics that its norms have stored.
 
     Tensors alone do not tell padding, activation and epsilon. Under the wrong ones the maps on photos have another mean
@@ -147,24 +147,26 @@ class NameCheck:
     others: tuple[str, ...]
 
     @classmethod
-    def of(cls, network: Network, source: str | Path, name: str | None) -> NameCheck | None:
+    def of(cls, network: Network, source: str | Path, name: str | None) -> ModelNameCheck | None:
         """Give the check; None where the weights tell what they are, or have no norms any more."""
         if name is None or is_timm(source) or is_timm(name) or network.is_fused:
             return None
-        others = tuple(other for other in possible_names(weights_file(source), name) if other != network.card.model)
+        others = tuple(
+            other for other in matching_model_names(resolve_weights_file(source), name) if other != network.card.model
+        )
         return cls(network=network, source=source, others=others) if others else None
 
     def __call__(self, images: Floats) -> str | None:
         """Give a sentence where another name fits photos (B, C, H, W), prepared for the network, clearly better."""
         own, card = torch.from_numpy(np.ascontiguousarray(images[:_CHECKED])), self.network.card
-        ours, distances = self.network.preprocessing, {card.model: norm_distance(self.network.model, own)}
+        ours, distances = self.network.preprocessing, {card.model: _norm_distance(self.network.model, own)}
         for other in self.others:
-            model, its = load_model(weights_file(self.source), name=other, quiet=True)
+            model, its = load_model(resolve_weights_file(self.source), name=other, quiet=True)
             theirs = Preprocessing.from_dict(its.preprocessing)
             mean, std, its_mean, its_std = (
                 torch.tensor(values).view(1, -1, 1, 1) for values in (ours.mean, ours.std, theirs.mean, theirs.std)
             )
-            distances[other] = norm_distance(model, (own * std + mean - its_mean) / its_std)
+            distances[other] = _norm_distance(model, (own * std + mean - its_mean) / its_std)
         best = min(distances.values())
         if distances[card.model] < _CLEARLY * best or best > _FITS:
             return None
@@ -184,7 +186,7 @@ _CHECKED = 8  # photos that a check looks at
 _CLEARLY, _FITS = 1.3, 1.0  # how many times nearer another name has to be, and how near
 
 
-def norm_distance(model: nn.Module, images: torch.Tensor) -> float:
+def _norm_distance(model: nn.Module, images: torch.Tensor) -> float:
     """Give how far the maps on images are from the statistics of the norms that they enter; 0 where they are the same.
 
     It is the mean over the norms of two medians over channels: of the difference of means, in deviations, and of the
@@ -211,7 +213,7 @@ def norm_distance(model: nn.Module, images: torch.Tensor) -> float:
     return float(np.mean(distances)) if distances else 0.0
 
 
-class Session(Protocol):
+class _Session(Protocol):
     """Images (B, C, H, W) float32 in, logits (B, N) float32 out."""
 
     def __call__(self, images: Floats) -> Floats:
@@ -226,17 +228,17 @@ class Predictor:
     """A session with what is needed to use it: its preprocessing and its classes.
 
     `facts` describes it as a measurement records it: model, runtime, precision, fused, ... `trained_on` and
-    `calibrated_on` say on which images, as `held_out.from_card` reads it; None where nothing is recorded.
+    `calibrated_on` say on which images, as `held_out.records_from_dict` reads it; None where nothing is recorded.
     """
 
-    session: Session
+    session: _Session
     classes: tuple[str, ...] | None
     num_classes: int
     preprocessing: Preprocessing
     facts: Mapping[str, Any]
     trained_on: object = None
     calibrated_on: object = None
-    name_check: NameCheck | None = None
+    name_check: ModelNameCheck | None = None
 
     def check_name(self, images: Floats) -> None:
         """Log a warning where the network's norms say, on these photos, that the weights are of another network."""
@@ -273,7 +275,7 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
     if is_timm(source):
         model, card = open_timm(str(source))
         return Network(model=model, card=card, title=str(source))
-    file = weights_file(source)
+    file = resolve_weights_file(source)
     if name is not None and is_timm(name):
         model, card = load_timm(name, file)
     else:
@@ -281,10 +283,10 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
     if not card.num_classes:
         _log.info("%s has no last layer: its outputs are features and no classes", source)
     network = Network(model=model.eval(), card=card, title=str(source))
-    return replace(network, name_check=NameCheck.of(network, source, name))
+    return replace(network, name_check=ModelNameCheck.of(network, source, name))
 
 
-def weights_file(source: str | Path) -> str | Path:
+def resolve_weights_file(source: str | Path) -> str | Path:
     """Give the best weights of a run folder, and any other source as it is. Raises BadArgument, BadCheckpoint.
 
     Those of a run that averages are averaged: RUN:averaged are the same, and RUN:plain is refused.
@@ -294,7 +296,7 @@ def weights_file(source: str | Path) -> str | Path:
     if choice in ("plain", "averaged") and not path.exists() and (Path(run) / "log.jsonl").is_file():
         has_averaged = (Path(run) / "last" / "ema.safetensors").is_file()
         if (choice == "averaged") == has_averaged:
-            return weights_file(run)
+            return resolve_weights_file(run)
         there, place = "averaged" if has_averaged else "plain", f"; {run}/last:plain are those of its last step"
         raise BadArgument(f"the best weights of {run} are {there}, and no {choice} ones are kept{place * has_averaged}")
     if is_artifact(path):
@@ -305,7 +307,7 @@ def weights_file(source: str | Path) -> str | Path:
     if not (best / "model.safetensors").is_file():
         raise BadCheckpoint(f"{source} is a run without best weights yet: let it finish an epoch")
     if (best / MANIFEST).exists():
-        unseal(best)
+        read_sealed_folder(best)
     else:
         _log.warning(
             "%s is gone: the weights are checked by their own checksum, their metrics are not", best / MANIFEST
@@ -325,14 +327,14 @@ def open_predictor(
     network = open_network(source, name=name)
     if fused and not network.is_fused:
         network, _ = network.fused()
-    return predictor_of(network.with_size(size), threads=threads)
+    return make_predictor(network.with_size(size), threads=threads)
 
 
-def predictor_of(network: Network, *, threads: int = 1) -> Predictor:
+def make_predictor(network: Network, *, threads: int = 1) -> Predictor:
     """Give a predictor of a torch network; one that was trained for int8, and is fused, computes as that."""
     card, size = network.card, network.preprocessing.size
     is_int8 = network.is_fused and card.int8 is not None
-    flops = cost(network.model, size)
+    flops = count_flops(network.model, size)
     precision = "int8" if is_int8 else "fp32"
     facts = {
         "model": card.model,
@@ -382,13 +384,13 @@ def _artifact_predictor(folder: Path, threads: int, size: int | None) -> Predict
         classes=artifact.classes,
         num_classes=0 if artifact.details.get("features") is True else artifact.num_classes,
         preprocessing=Preprocessing.from_dict(artifact.preprocessing),
-        facts=facts_of(artifact),
+        facts=artifact_facts(artifact),
         trained_on=artifact.details.get("trained_on"),
         calibrated_on=artifact.details.get("calibrated_on"),
     )
 
 
-def facts_of(artifact: Artifact) -> dict[str, Any]:
+def artifact_facts(artifact: Artifact) -> dict[str, Any]:
     """Give what a measurement records of an artifact."""
     digests = {name: stored.sha256 for name, stored in artifact.files.items() if name.startswith("model.")}
     return {

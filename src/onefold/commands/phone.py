@@ -11,15 +11,25 @@ from pathlib import Path
 
 import numpy as np
 
-from onefold.bench import Comparison, Measurement, append
-from onefold.commands.bench import free_title, known_accuracy, refuse_unfused
-from onefold.commands.open_network import Floats, facts_of
+from onefold.bench import Comparison, Measurement, append_results
+from onefold.commands.bench import refuse_unfused, saved_accuracy, unique_title
+from onefold.commands.open_network import Floats, artifact_facts
 from onefold.errors import BadArgument, GateFailed, MissingExtra
-from onefold.phone import PROGRAMS, Adb, Load, Plan, Program, connect, look, measure_on, program_of
-from onefold.phone.adb import FOLDER
-from onefold.phone.benchmark import place_of
+from onefold.phone import (
+    PROGRAMS,
+    Adb,
+    BenchmarkProgram,
+    PhoneArtifact,
+    PhoneBenchPlan,
+    benchmark_artifacts,
+    connect,
+    find_program,
+    read_phone_info,
+)
+from onefold.phone.adb import PHONE_FOLDER
+from onefold.phone.benchmark import phone_path
 from onefold.runtimes import open_artifact
-from onefold.runtimes.artifact import REFERENCE, Artifact, read_files
+from onefold.runtimes.artifact import REFERENCE_FILE, Artifact, read_files
 from onefold.runtimes.exporter import tolerance_of
 from onefold.runtimes.reference_logits import read_reference, relative_difference
 
@@ -34,7 +44,7 @@ class PhoneBenchOptions:
     serial: str | None = None
     programs: Sequence[Path] = ()
     allow_unfused: bool = False
-    plan: Plan = field(default_factory=Plan)
+    plan: PhoneBenchPlan = field(default_factory=PhoneBenchPlan)
 
 
 def bench_on_phone(order: PhoneBenchOptions, results: Path) -> tuple[Measurement | Comparison, Path]:
@@ -42,36 +52,38 @@ def bench_on_phone(order: PhoneBenchOptions, results: Path) -> tuple[Measurement
     if not order.sources:
         raise BadArgument("there is nothing to measure: give artifacts, as `onefold export` makes them")
     artifacts = [open_artifact(source) for source in order.sources]
-    programs = [program_of(artifact.runtime) for artifact in artifacts]
+    programs = [find_program(artifact.runtime) for artifact in artifacts]
     given = _given(order.programs)
     adb = connect(order.serial)
-    phone = look(adb)
+    phone = read_phone_info(adb)
     if phone.is_emulator:
         raise BadArgument(f"{adb.serial} is an emulator, and its times say nothing of any phone: connect a phone")
     builds = _send_programs(adb, programs, given)
     with tempfile.TemporaryDirectory() as folder:
-        loads: list[Load] = []
+        loads: list[PhoneArtifact] = []
         for number, (artifact, program) in enumerate(zip(artifacts, programs, strict=True)):
             refuse_unfused(artifact.fused, str(artifact.folder), order.allow_unfused)
-            title = free_title(artifact.title, {load.title for load in loads})
-            facts = {**facts_of(artifact), "batch": 1, "program": f"{program.name} {builds[program.name]}"}
-            subject = {**facts, **known_accuracy(facts, results)}
+            title = unique_title(artifact.title, {load.title for load in loads})
+            facts = {**artifact_facts(artifact), "batch": 1, "program": f"{program.name} {builds[program.name]}"}
+            subject = {**facts, **saved_accuracy(facts, results)}
             loads.append(_load(artifact, program, (title, subject), Path(folder) / f"{number}.bin"))
             _send(adb, loads[-1])
-        outcome = measure_on(adb, phone, loads, order.plan)
+        outcome = benchmark_artifacts(adb, phone, loads, order.plan)
     path = results / f"{phone.machine(range(phone.cores)).slug}.jsonl"
-    append(path, [outcome])
+    append_results(path, [outcome])
     return outcome, path
 
 
-def _load(artifact: Artifact, program: Program, named: tuple[str, dict[str, object]], image: Path) -> Load:
+def _load(
+    artifact: Artifact, program: BenchmarkProgram, named: tuple[str, dict[str, object]], image: Path
+) -> PhoneArtifact:
     """What is measured of an artifact; its first reference image is written to `image` as the program reads it."""
     content = read_files(artifact)
-    reference = read_reference(content[REFERENCE], artifact.input_shape, artifact.num_classes)
+    reference = read_reference(content[REFERENCE_FILE], artifact.input_shape, artifact.num_classes)
     first = reference.images[0]
     image.write_bytes(np.ascontiguousarray(first if program.order == "CHW" else first.transpose(1, 2, 0)).tobytes())
     title, subject = named
-    return Load(
+    return PhoneArtifact(
         title=title,
         subject=subject,
         program=program,
@@ -105,8 +117,8 @@ def _check(artifact: Artifact, logits: Floats) -> Callable[[bytes], None]:
     return check
 
 
-def _send(adb: Adb, load: Load) -> None:
-    place = place_of(load)
+def _send(adb: Adb, load: PhoneArtifact) -> None:
+    place = phone_path(load)
     adb.push(load.model, f"{place}/{load.program.file}", load.sha256)
     adb.push(load.image, f"{place}/image.bin", load.image_sha256)
 
@@ -125,17 +137,17 @@ def _given(files: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _send_programs(adb: Adb, programs: Sequence[Program], given: dict[str, Path]) -> dict[str, str]:
+def _send_programs(adb: Adb, programs: Sequence[BenchmarkProgram], given: dict[str, Path]) -> dict[str, str]:
     """Put what was given on the phone; the build of every program that is needed, by its hash. Raises MissingExtra."""
     builds = {}
     for name, file in given.items():
-        adb.push(file, f"{FOLDER}/{name}", hashlib.sha256(file.read_bytes()).hexdigest())
-        adb.shell(["chmod", _PROGRAM_MODE, f"{FOLDER}/{name}"])
+        adb.push(file, f"{PHONE_FOLDER}/{name}", hashlib.sha256(file.read_bytes()).hexdigest())
+        adb.shell(["chmod", _PROGRAM_MODE, f"{PHONE_FOLDER}/{name}"])
     for program in dict.fromkeys(each.name for each in programs):
-        if adb.shell(["test", "-x", f"{FOLDER}/{program}"]).status != 0:
+        if adb.shell(["test", "-x", f"{PHONE_FOLDER}/{program}"]).status != 0:
             raise MissingExtra(
-                f"{program} is not on the phone at {FOLDER}: build it for Android, or download it from its vendor "
-                "(docs/phones.md), and give it with --program PATH"
+                f"{program} is not on the phone at {PHONE_FOLDER}: build it for Android, or download it from its "
+                "vendor (docs/phones.md), and give it with --program PATH"
             )
-        builds[program] = (adb.hash_of(f"{FOLDER}/{program}") or "of unknown build")[:12]
+        builds[program] = (adb.hash_of(f"{PHONE_FOLDER}/{program}") or "of unknown build")[:12]
     return builds

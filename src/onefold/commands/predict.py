@@ -19,21 +19,21 @@ from typing import Any, overload
 
 import numpy as np
 
-from onefold.commands.load import Source, open_source, verb
+from onefold.commands.load import Source, open_source, suggest_argument_names
 from onefold.commands.open_network import Floats, Predictor
-from onefold.commands.progress import shown_progress
+from onefold.commands.progress import show_progress
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
-from onefold.data.decode import ODD_ALPHA, ODD_ALPHA_IS, decode
+from onefold.data.decode import UNUSUAL_ALPHA, UNUSUAL_ALPHA_NOTE, decode_image
 from onefold.data.folders import join_names
-from onefold.data.image_inputs import iter_images, prepare
-from onefold.data.value_range import mismatch
+from onefold.data.image_inputs import iter_images, prepare_image
+from onefold.data.value_range import describe_range_mismatch
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable
-from onefold.report.format import plural
-from onefold.storage import free_path, write_text
+from onefold.report.format import format_count
+from onefold.storage import unused_path, write_text
 
 _log = logging.getLogger("onefold")
 
-UNSURE = "unsure"
+_UNSURE = "unsure"
 """The folder that `sort_into` makes for photos whose likeliest class is below the least confidence."""
 
 _SHOWN = 10  # rows of a table that `repr` shows
@@ -70,13 +70,13 @@ class Prediction:
         shown = [
             f"{name} {100 * share:.1f} %" for k, (_, name, share) in enumerate(self.best) if not k or share >= 5e-4
         ]
-        return f"{printable_name(self.name)}: {f'{UNSURE}: ' if self.is_unsure else ''}{', '.join(shown)}"
+        return f"{_printable_name(self.name)}: {f'{_UNSURE}: ' if self.is_unsure else ''}{', '.join(shown)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values: file, predictions, problem, as `onefold predict --json` prints them."""
         best = [{"index": index, "class": name, "probability": share} for index, name, share in self.best]
         unsure = {"unsure": True} if self.is_unsure else {}
-        return {"file": printable_name(self.name), "predictions": best, "problem": self.problem, **unsure}
+        return {"file": _printable_name(self.name), "predictions": best, "problem": self.problem, **unsure}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,7 +119,7 @@ class Predictions(Sequence[Prediction]):
         """How many images are of which class, the most frequent first; the unsure and the unread at the end."""
         labels = Counter(each.label for each in self.found if each.label is not None)
         rest = {
-            UNSURE: sum(each.is_unsure for each in self.found),
+            _UNSURE: sum(each.is_unsure for each in self.found),
             "unread": sum(each.problem is not None for each in self.found),
         }
         return {**dict(labels.most_common()), **{name: count for name, count in rest.items() if count}}
@@ -136,15 +136,15 @@ class Predictions(Sequence[Prediction]):
         table.writerow(["file", "class", "probability", *more, "problem"])
         for each in self.found:
             cells: list[object] = [cell for _, name, share in each.best for cell in (name, f"{share:.6f}")]
-            problem = each.problem or (UNSURE if each.is_unsure else "")
-            table.writerow([printable_name(each.name), *cells, *[""] * (2 * max(most, 1) - len(cells)), problem])
+            problem = each.problem or (_UNSURE if each.is_unsure else "")
+            table.writerow([_printable_name(each.name), *cells, *[""] * (2 * max(most, 1) - len(cells)), problem])
         if path is not None:
             write_text(Path(path), text.getvalue())
         return text.getvalue()
 
     def write(self, out: Source) -> Path:
         """Write the table to a file: .csv, or .jsonl with one JSON object an image. Raises BadArgument, NotWritable."""
-        path = check_table(out)
+        path = check_table_path(out)
         lines = (json.dumps(each.to_dict(), allow_nan=False) + "\n" for each in self.found)
         write_text(path, self.to_csv() if path.suffix.lower() == ".csv" else "".join(lines))
         return path
@@ -155,8 +155,8 @@ class Predictions(Sequence[Prediction]):
         Photos stay where they are, and of equal names one gets a number. Images in memory and unread files are left
         out. Raises BadArgument, NotWritable.
         """
-        place = check_empty(folder)
-        folders: dict[str | None, str] = {None: UNSURE}
+        place = check_empty_folder(folder)
+        folders: dict[str | None, str] = {None: _UNSURE}
         for each in self.found:
             if each.path is None or each.problem is not None:
                 continue
@@ -165,7 +165,7 @@ class Predictions(Sequence[Prediction]):
             inner = place / folders[each.label]
             try:
                 inner.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(each.path, free_path(inner / each.path.name))
+                shutil.copy2(each.path, unused_path(inner / each.path.name))
             except OSError as error:
                 raise NotWritable(f"cannot copy {each.path} to {inner}: {error.strerror or error}") from error
         return place
@@ -173,7 +173,8 @@ class Predictions(Sequence[Prediction]):
     def __repr__(self) -> str:
         lines = [str(each) for each in self.found[:_SHOWN]]
         rest = len(self.found) - len(lines)
-        head = f"Predictions: {plural(len(self.found), 'image')}, {plural(len(self.classes), 'class', 'classes')}"
+        of = format_count(len(self.classes), "class", "classes")
+        head = f"Predictions: {format_count(len(self.found), 'image')}, {of}"
         return "\n".join([head, *lines, *([f"... and {rest} more"] if rest else [])])
 
     def _repr_html_(self) -> str:
@@ -183,7 +184,7 @@ class Predictions(Sequence[Prediction]):
         return f"<table>{''.join(rows)}</table>{more}"
 
 
-@verb
+@suggest_argument_names
 def predict(
     source: Source | Predictor,
     images: object,
@@ -219,7 +220,7 @@ def predict(
         )
     given, not_there = _find(images)
     with (
-        shown_progress(),
+        show_progress(),
         open_source(
             source, model=model, use_ema=use_ema, classes=classes, img_size=img_size, threads=threads
         ) as predictor,
@@ -236,7 +237,7 @@ def predict(
     if unread:
         _log.warning("%d of %d images could not be read and are left out: they are named above", unread, len(found))
     if not_there:
-        _log.warning("%s skipped: %s", plural(len(not_there), "path"), "; ".join(not_there))
+        _log.warning("%s skipped: %s", format_count(len(not_there), "path"), "; ".join(not_there))
     return Predictions(tuple(found), names, tuple(not_there))
 
 
@@ -306,7 +307,7 @@ def warn_unusual_images(images: Dataset, preprocessing: Preprocessing) -> None:
 
     Of many images some are looked at, spread evenly.
     """
-    sentence = mismatch(images, preprocessing.value_range)
+    sentence = describe_range_mismatch(images, preprocessing.value_range)
     if sentence:
         _log.warning("%s", sentence)
     step = max(1, -(-len(images) // _MAX_ALPHA))
@@ -314,17 +315,19 @@ def warn_unusual_images(images: Dataset, preprocessing: Preprocessing) -> None:
     odd: list[str] = []
     for i in looked_at:
         with suppress(BadData):  # named where it is used
-            odd += [images.name(i)] if ODD_ALPHA in images.image(i, value_range=preprocessing.value_range).info else []
+            odd += (
+                [images.name(i)] if UNUSUAL_ALPHA in images.image(i, value_range=preprocessing.value_range).info else []
+            )
     if odd:
         text = "%d of %d images looked at have %s: %s"
-        _log.warning(text, len(odd), len(looked_at), ODD_ALPHA_IS, join_names(odd, 3))
+        _log.warning(text, len(odd), len(looked_at), UNUSUAL_ALPHA_NOTE, join_names(odd, 3))
 
 
 def _preprocess(image: object, preprocessing: Preprocessing) -> Floats | str:
     try:
         if isinstance(image, Path):
-            return preprocessing(decode(image, value_range=preprocessing.value_range))
-        return prepare(image, preprocessing)
+            return preprocessing(decode_image(image, value_range=preprocessing.value_range))
+        return prepare_image(image, preprocessing)
     except BadData as error:
         return str(error)
 
@@ -338,7 +341,7 @@ def _softmax(logits: Floats) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 # ------------------------------------------------------------------------- tables and sorted folders
 
 
-def check_table(out: Source) -> Path:
+def check_table_path(out: Source) -> Path:
     """Give the path of a table to write. Raises BadArgument for another suffix than .csv and .jsonl."""
     path = Path(out)
     if path.suffix.lower() not in (".csv", ".jsonl"):
@@ -346,15 +349,17 @@ def check_table(out: Source) -> Path:
     return path
 
 
-def check_empty(folder: Source) -> Path:
+def check_empty_folder(folder: Source) -> Path:
     """Give the folder to sort photos into. Raises BadArgument where it holds something."""
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise BadArgument(f"{place} is not empty: photos are sorted into a new folder (--sort-into {free_path(place)})")
+        raise BadArgument(
+            f"{place} is not empty: photos are sorted into a new folder (--sort-into {unused_path(place)})"
+        )
     return place
 
 
-def printable_name(name: str) -> str:
+def _printable_name(name: str) -> str:
     """Give a path as text that any file can hold: bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 

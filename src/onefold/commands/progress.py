@@ -17,7 +17,7 @@ _logger = logging.getLogger("onefold.progress")
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line, and between two, where no bar is shown
 
 
-def has_viewer() -> bool:
+def _has_viewer() -> bool:
     """Whether somebody looks: stderr is a terminal, or this is the kernel of a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
@@ -28,7 +28,7 @@ def _bar(**options: Any) -> Iterator[Any]:
         warnings.simplefilter("ignore")  # of widgets that are not installed, where text does
         from tqdm.auto import tqdm
 
-        bar = tqdm(disable=not has_viewer(), **options)
+        bar = tqdm(disable=not _has_viewer(), **options)
     try:
         yield bar
     finally:
@@ -72,17 +72,17 @@ class _Stages(logging.Handler):
 
 
 @contextmanager
-def shown_progress() -> Iterator[None]:
+def show_progress() -> Iterator[None]:
     """Show what the library does in the block, where no handler shows it yet, as the command line does."""
     if _logger.handlers:
         yield
         return
-    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar, listening(_Stages(bar)):
+    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar, progress_handler(_Stages(bar)):
         yield
 
 
 @contextmanager
-def listening(handler: logging.Handler) -> Iterator[None]:
+def progress_handler(handler: logging.Handler) -> Iterator[None]:
     """Have a handler, and no other, hear what the library says that it does."""
     level, propagate = _logger.level, _logger.propagate
     _logger.addHandler(handler)

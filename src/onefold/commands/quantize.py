@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from onefold.commands.calibration import Calibration, Int8Network, quantized
-from onefold.commands.export import Artifact, agreement, export_made, network_of
-from onefold.commands.extras import extras_of, require_extras
-from onefold.commands.load import Source, chosen_weights, verb
+from onefold.commands.calibration import CalibrationOptions, Int8Network, calibrated_network
+from onefold.commands.export import Artifact, export_artifact, network_from_module, warn_int8_disagreement
+from onefold.commands.extras import extras_for_sources, require_extras
+from onefold.commands.load import Source, select_ema_weights, suggest_argument_names
 from onefold.commands.open_network import Network, open_network
-from onefold.commands.progress import shown_progress
-from onefold.quantize import Method
+from onefold.commands.progress import show_progress
+from onefold.quantize import QuantizationMethod
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,15 +32,15 @@ class QuantizedNetwork:
     def export(self, to: str = "onnx", *, out: Source = "artifacts") -> Artifact:
         """Export to a runtime, into `out`/<runtime>-int8. Raises GateFailed where its answer is not the model's."""
         folder = Path(out) / f"{to}-int8"
-        with shown_progress():
-            return Artifact.of(export_made(self.network, self.int8, folder, to, "int8"))
+        with show_progress():
+            return Artifact.of(export_artifact(self.network, self.int8, folder, to, "int8"))
 
     def __repr__(self) -> str:
         made = self.int8.made
         return f"QuantizedNetwork({self.network.title}: {made.method.title}; calibrated on {made.images} images)"
 
 
-@verb
+@suggest_argument_names
 def quantize(
     source: Source | nn.Module,
     data: Source | None = None,
@@ -65,19 +65,21 @@ def quantize(
         int8 = onefold.quantize("runs/photos-finetune", "photos/")
         int8.model, int8.export("litert")
     """
-    require_extras(extras_of(source, data))
+    require_extras(extras_for_sources(source, data))
     if isinstance(source, nn.Module):
-        network = network_of(source, model)
+        network = network_from_module(source, model)
     else:
-        network = open_network(chosen_weights(source, use_ema), name=model)
-    with shown_progress():
+        network = open_network(select_ema_weights(source, use_ema), name=model)
+    with show_progress():
         if not network.is_fused:
             network, _ = network.fused()
         network = network.with_size(img_size)
-        method = Method(weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1)
+        method = QuantizationMethod(
+            weights="tensor" if per_tensor else "channel", weight_qmax=2 ** (weight_bits - 1) - 1
+        )
         place = "" if data is None else os.fspath(data)
-        order = Calibration(data=place, count=calibrate, method=method, skip_layers=skip_layers)
-        int8 = quantized(network, order)
+        order = CalibrationOptions(data=place, count=calibrate, method=method, skip_layers=skip_layers)
+        int8 = calibrated_network(network, order)
         if place:
-            agreement(network, int8, order)
+            warn_int8_disagreement(network, int8, order)
         return QuantizedNetwork(network=network, int8=int8)

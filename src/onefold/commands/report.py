@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onefold.errors import BadData
-from onefold.report import ACCURACY, GATES, write_report
-from onefold.report.format import joined, plural
+from onefold.report import ACCURACY_FILE, GATES_FILE, write_report
+from onefold.report.format import format_count, join_words
 from onefold.runtimes.artifact import is_artifact
 
 _log = logging.getLogger("onefold")
-Reason = tuple[str, str]  # why a folder was not searched, in the singular and in the plural
+_Reason = tuple[str, str]  # why a folder was not searched, in the singular and in the plural
 
 _MAX_DEPTH = 8
 _MAX_FOLDERS = 20_000
@@ -32,7 +32,7 @@ _TOO_MANY = f"folder after the first {_MAX_FOLDERS:,}", f"folders after the firs
 
 
 @dataclass(frozen=True)
-class ReportInputs:
+class _Found:
     """What lies below some places, and how many folders were not searched, by reason."""
 
     runs: list[Path] = field(default_factory=list)
@@ -40,12 +40,14 @@ class ReportInputs:
     artifacts: list[Path] = field(default_factory=list)
     gates: list[Path] = field(default_factory=list)
     accuracies: list[Path] = field(default_factory=list)
-    skipped: Counter[Reason] = field(default_factory=Counter)
+    skipped: Counter[_Reason] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         """Counts of what was found and of what was not searched, as one line."""
         counts = ((self.runs, "run"), (self.results, "results file"), (self.artifacts, "artifact"))
-        return joined([plural(len(paths), noun) for paths, noun in counts]) + _not_searched(self.skipped, "; ")
+        return join_words([format_count(len(paths), noun) for paths, noun in counts]) + _not_searched(
+            self.skipped, "; "
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Report(os.PathLike[str]):
     """The page that was written, and what it is of."""
 
     page: Path
-    found: ReportInputs
+    found: _Found
 
     def __fspath__(self) -> str:
         return str(self.page)
@@ -74,7 +76,7 @@ def report(*folders: str | os.PathLike[str], out: str | os.PathLike[str] = "repo
         onefold.report(".", out="report.html")
     """
     page, places = Path(out), [Path(folder) for folder in folders or (".",)]
-    found = write_page(places, page)
+    found = write_report_page(places, page)
     beside = [
         path.as_posix() + "/"
         for name in ("artifacts", "results", "runs")
@@ -82,18 +84,18 @@ def report(*folders: str | os.PathLike[str], out: str | os.PathLike[str] = "repo
         if path.is_dir() and not any(os.path.samefile(path, place) or place in path.parents for place in places)
     ]
     if beside and not (found.runs and found.artifacts and found.results):
-        _log.info("not in the report, as they were not given: %s", joined(beside))
+        _log.info("not in the report, as they were not given: %s", join_words(beside))
     return Report(page=page, found=found)
 
 
-def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
+def write_report_page(places: Sequence[Path], out: Path) -> _Found:
     """Write the report of every run, result and artifact below `places` to `out`; return what was found.
 
     Raises BadData where a place does not exist or nothing is found, MissingExtra without matplotlib, NotWritable.
     """
     found = find_inputs(places)
     if not (found.runs or found.results or found.artifacts or found.gates):
-        where = joined([str(place) for place in places])
+        where = join_words([str(place) for place in places])
         raise BadData(
             f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "
             "folders that train, bench or export wrote to"
@@ -113,14 +115,14 @@ def write_page(places: Sequence[Path], out: Path) -> ReportInputs:
     return found
 
 
-def find_inputs(places: Sequence[Path]) -> ReportInputs:
+def find_inputs(places: Sequence[Path]) -> _Found:
     """Return what the report is made from in `places` and below, each once, in the order of their paths.
 
     A run is a folder with a training log, an artifact one with the manifest of an export, and results are files of
     JSON lines with measurements, whatever their names are; gates and accuracies are files of these names.
     Raises BadData where a place does not exist.
     """
-    found, seen = ReportInputs(), set[str]()
+    found, seen = _Found(), set[str]()
     for place in places:
         if place.is_file():
             found.results.append(place)  # named by the user: what is wrong with it is said on the page
@@ -148,10 +150,10 @@ def find_inputs(places: Sequence[Path]) -> ReportInputs:
             files = {entry.name: entry for entry in entries if entry.is_file()}
             if (log := files.get("log.jsonl")) and ("recipe.json" in files or _holds(log, _TRAINING_LOG)):
                 found.runs.append(folder)
-            if GATES in files:
-                found.gates.append(folder / GATES)
-            if ACCURACY in files:
-                found.accuracies.append(folder / ACCURACY)
+            if GATES_FILE in files:
+                found.gates.append(folder / GATES_FILE)
+            if ACCURACY_FILE in files:
+                found.accuracies.append(folder / ACCURACY_FILE)
             found.results.extend(
                 Path(entry.path)
                 for name, entry in files.items()
@@ -160,7 +162,7 @@ def find_inputs(places: Sequence[Path]) -> ReportInputs:
     return found
 
 
-def _is_searched(entry: os.DirEntry[str], found: ReportInputs) -> bool:
+def _is_searched(entry: os.DirEntry[str], found: _Found) -> bool:
     """Whether the entry is a folder to go on in; counts it where it is one to leave out."""
     if not entry.is_dir():
         return False
@@ -178,6 +180,6 @@ def _holds(entry: os.DirEntry[str], pattern: re.Pattern[bytes]) -> bool:
         return True  # reading the whole of it fails again, with a note on the page
 
 
-def _not_searched(skipped: Counter[Reason], before: str) -> str:
-    counts = [plural(number, *reason) for reason, number in sorted(skipped.items())]
-    return f"{before}not searched: {joined(counts)}" if counts else ""
+def _not_searched(skipped: Counter[_Reason], before: str) -> str:
+    counts = [format_count(number, *reason) for reason, number in sorted(skipped.items())]
+    return f"{before}not searched: {join_words(counts)}" if counts else ""

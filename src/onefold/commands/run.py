@@ -17,19 +17,19 @@ from onefold.commands.bench import bench
 from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
 from onefold.commands.fuse import FusedWeights, fuse
-from onefold.commands.held_out import DATA, read_run_data
-from onefold.commands.load import Saved, Source
+from onefold.commands.held_out import DATA_FILE, read_run_data
+from onefold.commands.load import SavedResult, Source
 from onefold.commands.predict import predict
 from onefold.commands.run_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
-from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, in_python
+from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, options_as_arguments
 from onefold.recipes import Recipe
-from onefold.report.figures import Curve, curves
-from onefold.report.format import plural
-from onefold.report.load_results import load_inputs
+from onefold.report.figures import Curve, draw_curves
+from onefold.report.format import format_count
+from onefold.report.load_results import load_report_inputs
 from onefold.report.predictions import Predictions
-from onefold.storage import free_path, parse_json
+from onefold.storage import parse_json, unused_path
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
@@ -43,7 +43,7 @@ _COLOURS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult:
+class BestEpoch:
     """The best epoch of a training: its weights, and their accuracy on `count` images. `top1` in percent.
 
     Epoch 0 is the network that the run started from.
@@ -61,7 +61,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True, repr=False)
-class Run(Saved):
+class Run(SavedResult):
     """A training in its folder; the verbs are methods: `predict`, `evaluate`, `fuse`, `export`, `bench`.
 
     run = onefold.train("photos/")
@@ -97,14 +97,14 @@ class Run(Saved):
         return [{k: v for k, v in by_epoch[at].items() if k != "kind"} for at in sorted(by_epoch)]
 
     @property
-    def best(self) -> TrainResult:
+    def best(self) -> BestEpoch:
         """The best epoch, whose weights the verbs take. Raises BadCheckpoint where no epoch has ended yet."""
         top1, epoch = max(((each["top1"], each["epoch"]) for each in self.history), default=(None, 0))
         if top1 is None:
             raise BadCheckpoint(f"{self.folder} is a run without best weights yet: let it finish an epoch")
         count = self._num_images("val") if self._predictions is None else self._predictions.num_images
         weights = RunFolder(self.folder).best / "model.safetensors"
-        return TrainResult(weights=weights, top1=float(top1), epoch=int(epoch), count=count)
+        return BestEpoch(weights=weights, top1=float(top1), epoch=int(epoch), count=count)
 
     @property
     def data(self) -> DatasetInfo:
@@ -112,7 +112,7 @@ class Run(Saved):
         try:
             return DatasetInfo.from_dict(read_run_data(self.folder)["dataset"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{self.folder / DATA} cannot be read: {error}") from error
+            raise BadCheckpoint(f"{self.folder / DATA_FILE} cannot be read: {error}") from error
 
     @property
     def recipe(self) -> Recipe:
@@ -121,14 +121,14 @@ class Run(Saved):
 
     def _num_images(self, split: Split) -> int:
         """How many images a split has; 0 where a run of an older onefold did not keep it."""
-        if not (self.folder / DATA).is_file():
+        if not (self.folder / DATA_FILE).is_file():
             return 0
         found = self.data.split(split)
         return 0 if found is None else found.num_images
 
     @cached_property
     def _predictions(self) -> Predictions | None:
-        found = load_inputs([self.folder], [], [])
+        found = load_report_inputs([self.folder], [], [])
         for note in found.notes:
             _log.warning("%s", note)
         return found.runs[0].predictions
@@ -166,13 +166,13 @@ class Run(Saved):
                 f"it got worse after epoch {best.epoch}, down to {history[-1]['top1']:.1f} %: try fewer epochs, or "
                 "a lower rate (--lr)"
             )
-        return remarks if OnefoldError.on_command_line else [in_python(remark) for remark in remarks]
+        return remarks if OnefoldError.on_command_line else [options_as_arguments(remark) for remark in remarks]
 
     def __repr__(self) -> str:
         best, (low, high) = self.best, self.best.interval
         lines = [
             f"Run({str(self.folder)!r}): {self.recipe.model}, best top-1 {best.top1:.2f} % (95 % interval {low:.1f} to "
-            f"{high:.1f}) on {plural(best.count, 'image')}, epoch {best.epoch} of {self.recipe.plan.epochs}"
+            f"{high:.1f}) on {format_count(best.count, 'image')}, epoch {best.epoch} of {self.recipe.plan.epochs}"
         ]
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 
@@ -184,7 +184,7 @@ class Run(Saved):
         ):
             lines = [Curve(label, _points(self.history, column)) for label, column in columns.items()]
             try:
-                drawing = curves(re.sub(r"\W", "-", f"{self.folder.name}-{key}"), title, lines, unit)
+                drawing = draw_curves(re.sub(r"\W", "-", f"{self.folder.name}-{key}"), title, lines, unit)
             except MissingExtra as error:
                 parts.append(f"<p>{html.escape(str(error))}</p>")
                 break
@@ -192,12 +192,12 @@ class Run(Saved):
         return f'<div style="{_COLOURS}">{"".join(parts)}</div>'
 
 
-def new_folder(recipe: Recipe) -> Path:
+def new_run_folder(recipe: Recipe) -> Path:
     """Give a run folder in runs/ that is not there yet, and say so where the first of that name is."""
     first = Path("runs") / recipe.name.replace(":", "-")
     if "RANK" in os.environ:  # each process has to choose the same
         return first
-    folder = free_path(first)
+    folder = unused_path(first)
     if folder != first:
         _log.info("%s is there already: this run is written to %s", first, folder)
     return folder

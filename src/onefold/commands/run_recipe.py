@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from onefold.checksums import unseal
+from onefold.checksums import read_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.recipes import Recipe
-from onefold.report.format import plural
+from onefold.report.format import format_count
 from onefold.storage import parse_json, read_json
 from onefold.train import RunFolder
-from onefold.train.checkpoint import PROGRESS
-from onefold.train.hyperparameters import RESUMABLE
+from onefold.train.checkpoint import PROGRESS_FILE
+from onefold.train.hyperparameters import CHANGEABLE_ON_RESUME
 from onefold.train.optim import frozen_modules
-from onefold.train.step import norms_of_one_value
+from onefold.train.step import norms_with_single_value
 
-RECIPE = "recipe.json"
+RECIPE_FILE = "recipe.json"
 """The recipe of a run, in its folder."""
 
 _log = logging.getLogger("onefold")
 
 
-def settings_of_run(recipe: Recipe, out: Path, written_once: tuple[str, ...]) -> dict[str, Any]:
+def recipe_metadata(recipe: Recipe, out: Path, written_once: tuple[str, ...]) -> dict[str, Any]:
     """Give what the checkpoints of a run keep for `read_recipe`: its recipe, and checksums of files of its folder."""
     files = (out / name for name in written_once)
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
@@ -44,11 +44,11 @@ def settings_of_run(recipe: Recipe, out: Path, written_once: tuple[str, ...]) ->
 def read_recipe(out: Path) -> Recipe:
     """Read the recipe of a run folder. Raises BadCheckpoint where there is none, or not the one that it began with."""
     try:
-        recipe = Recipe.from_dict(read_json(out / RECIPE))
+        recipe = Recipe.from_dict(read_json(out / RECIPE_FILE))
     except FileNotFoundError as error:
-        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE}") from error
+        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE_FILE}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{out / RECIPE} cannot be read: {error}") from error
+        raise BadCheckpoint(f"{out / RECIPE_FILE} cannot be read: {error}") from error
     _check_settings(out, recipe)
     return recipe
 
@@ -64,12 +64,12 @@ def _check_settings(out: Path, recipe: Recipe) -> None:
             raise BadCheckpoint(f"{file} is not as the training wrote it: put it back, or start a run of its own")
     if "recipe" not in settings:
         return
-    free = tuple(f"plan.{name}: " for name in RESUMABLE)
+    free = tuple(f"plan.{name}: " for name in CHANGEABLE_ON_RESUME)
     edited = [each for each in _differences(settings["recipe"], recipe.to_dict()) if not each.startswith(free)]
     if edited:
         raise BadCheckpoint(
-            f"{out / RECIPE} was edited after the run began: {'; '.join(edited)}. Put it back, or start a run of its "
-            "own with what you want (onefold train --recipe ... --out ...)"
+            f"{out / RECIPE_FILE} was edited after the run began: {'; '.join(edited)}. Put it back, or start a run of "
+            "its own with what you want (onefold train --recipe ... --out ...)"
         )
 
 
@@ -78,7 +78,7 @@ def _sealed_settings(out: Path) -> Mapping[str, Any]:
     folder = RunFolder(out)
     for sealed in (folder.last, folder.previous):
         with suppress(BadCheckpoint, ValueError, KeyError, AttributeError):
-            return dict(parse_json(unseal(sealed, only=[PROGRESS])[PROGRESS]).get("settings", {}))
+            return dict(parse_json(read_sealed_folder(sealed, only=[PROGRESS_FILE])[PROGRESS_FILE]).get("settings", {}))
     return {}
 
 
@@ -99,7 +99,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_fills_a_batch(num_train: int, num_val: int, recipe: Recipe) -> None:
+def check_batch_size(num_train: int, num_val: int, recipe: Recipe) -> None:
     """Raise BadData where the images to train on are fewer than a batch."""
     plan = recipe.plan
     needed = plan.images_per_batch() * plan.logical_workers
@@ -107,12 +107,12 @@ def check_fills_a_batch(num_train: int, num_val: int, recipe: Recipe) -> None:
         hints = [f"--batch-size {num_train}"] if num_train > 1 else []
         hints += ["far more are needed for a network that is of use"] if num_train < 20 else []
         raise BadData(
-            f"{plural(num_train + num_val, 'photo')}, {num_val} for validation, leave {num_train} to train on, and a "
-            f"batch has {needed}: {'; '.join(hints)}"
+            f"{format_count(num_train + num_val, 'photo')}, {num_val} for validation, leave {num_train} to train on, "
+            f"and a batch has {needed}: {'; '.join(hints)}"
         )
 
 
-def check_batch_of_one(model: nn.Module, recipe: Recipe) -> None:
+def check_norms_see_several_values(model: nn.Module, recipe: Recipe) -> None:
     """Raise BadArgument where every batch has one image and norms see one value a channel of it: it would diverge."""
     plan = recipe.plan
     if not plan.epochs or plan.images_per_batch() > 1:
@@ -121,7 +121,7 @@ def check_batch_of_one(model: nn.Module, recipe: Recipe) -> None:
     stages = recipe.curriculum.stages if recipe.curriculum else ()
     size = min([recipe.preprocessing.size, *(stage.size for stage in stages)])
     image = torch.zeros(1, recipe.preprocessing.channels, size, size)
-    lone = [name for name in norms_of_one_value(model, image) if id(model.get_submodule(name)) not in frozen]
+    lone = [name for name in norms_with_single_value(model, image) if id(model.get_submodule(name)) not in frozen]
     if lone:
         divided = "" if plan.batch_size == 1 else f", which {plan.batch_size // plan.images_per_batch()} share,"
         raise BadArgument(

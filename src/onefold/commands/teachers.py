@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onefold.commands.class_matching import all_outputs
+from onefold.commands.class_matching import match_all_classes
 from onefold.commands.open_network import open_network, open_predictor
-from onefold.commands.timm_networks import fixed_size, is_timm, open_pretrained, split_timm
+from onefold.commands.timm_networks import fixed_image_size, is_timm, open_pretrained, parse_timm_spec
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadData
 from onefold.recipes import Recipe
@@ -36,7 +36,7 @@ class Student:
 class Teacher:
     """A network to distill from: images (B, C, H, W) in its own preprocessing -> logits (B, N), and its classes' names.
 
-    `fixed_size` is the side of its images where it takes no other.
+    `fixed_image_size` is the side of its images where it takes no other.
     """
 
     title: str
@@ -140,7 +140,7 @@ def _class_map(teacher: Teacher, student: Student) -> Tensor | None:
     )
     try:
         title = f"the teacher {teacher.title}"
-        outputs = all_outputs(student.classes, teacher.classes, teacher.num_classes, title, hint=hint)
+        outputs = match_all_classes(student.classes, teacher.classes, teacher.num_classes, title, hint=hint)
     except BadData as error:
         raise BadArgument(str(error)) from error
     same = outputs == list(range(teacher.num_classes))
@@ -174,5 +174,5 @@ def _timm_teacher(spec: str, device: torch.device) -> Teacher:
         preprocessing=Preprocessing.from_dict(card.preprocessing),
         num_classes=card.num_classes,
         classes=card.classes,
-        fixed_size=fixed_size(split_timm(spec)[0]),
+        fixed_size=fixed_image_size(parse_timm_spec(spec)[0]),
     )

@@ -24,14 +24,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
-from onefold.models.checkpoint_metadata import class_names_in, for_channels, preprocessing_in
-from onefold.models.locate_weights import locate
-from onefold.models.safe_load import CheckpointContents, read
-from onefold.models.weights_file import Card, config_preprocessing, is_ours, verify, write_weights
+from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels, find_class_names, find_preprocessing
+from onefold.models.locate_weights import locate_weights
+from onefold.models.safe_load import CheckpointContents, read_tensors
+from onefold.models.weights_file import (
+    Card,
+    is_onefold_file,
+    preprocessing_from_config,
+    verify_checksums,
+    write_weights,
+)
 from onefold.reparam import fuse
-from onefold.runtimes.reference_logits import make_images
+from onefold.runtimes.reference_logits import make_reference_images
 
-PREFIX = "timm:"
+TIMM_PREFIX = "timm:"
 _log = logging.getLogger("onefold")
 _NUM_IMAGES = 8
 _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
@@ -39,7 +45,7 @@ _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stan
 
 def is_timm(source: str | Path) -> bool:
     """Whether a source, or the model of a recipe, names a network of timm."""
-    return str(source).startswith(PREFIX)
+    return str(source).startswith(TIMM_PREFIX)
 
 
 def open_timm(spec: str) -> tuple[nn.Module, Card]:
@@ -47,7 +53,7 @@ def open_timm(spec: str) -> tuple[nn.Module, Card]:
 
     Raises BadArgument, BadCheckpoint, MissingExtra.
     """
-    model_name, file = split_timm(spec)
+    model_name, file = parse_timm_spec(spec)
     if file is not None:
         return load_timm(model_name, file)
     with torch.random.fork_rng(devices=[]):
@@ -63,10 +69,10 @@ def open_pretrained(spec: str) -> tuple[nn.Module, Card]:
 
     Raises as `open_timm`, and NetworkFailed where the hub cannot be reached.
     """
-    model_name, file = split_timm(spec)
+    model_name, file = parse_timm_spec(spec)
     if file is not None:
         return load_timm(model_name, file)
-    name = model_name.removeprefix(PREFIX)
+    name = model_name.removeprefix(TIMM_PREFIX)
     timm = _timm(model_name)
     try:
         model: nn.Module = timm.create_model(name, pretrained=True).eval()
@@ -94,7 +100,7 @@ def open_pretrained(spec: str) -> tuple[nn.Module, Card]:
 # ----------------------------------------------------------------------------- for a training
 
 
-def split_timm(spec: str) -> tuple[str, Path | None]:
+def parse_timm_spec(spec: str) -> tuple[str, Path | None]:
     """Split `timm:NAME@FILE` into timm:NAME and the file, None where there is none. Raises BadArgument."""
     model_name, at, file = spec.partition("@")
     if at and not file:
@@ -107,7 +113,7 @@ def create_timm(model_name: str, *, num_classes: int, in_chans: int, dropout: fl
 
     Raises BadArgument, MissingExtra.
     """
-    timm, name = _timm(model_name), model_name.removeprefix(PREFIX)
+    timm, name = _timm(model_name), model_name.removeprefix(TIMM_PREFIX)
     options = {} if dropout is None else {"drop_rate": dropout}
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **options)
@@ -139,7 +145,7 @@ def load_timm(
                 f"{source} does not fit {card.model} of timm {_timm(model_name).__version__} ({_brief(error)}): it is "
                 f"{card.source}; fuse the network again"
             ) from error
-        raise _no_weights(f"{model_name}@{source}", model_name.removeprefix(PREFIX), error) from error
+        raise _no_weights(f"{model_name}@{source}", model_name.removeprefix(TIMM_PREFIX), error) from error
     return model, card
 
 
@@ -166,7 +172,7 @@ def timm_card(model_name: str) -> Card:
     )
 
 
-def released_weights(model_name: str) -> str:
+def pretrained_hub_id(model_name: str) -> str:
     """Give the id on the Hugging Face hub of the weights that timm publishes for a network; empty where it has none.
 
     Raises BadArgument, MissingExtra.
@@ -174,7 +180,7 @@ def released_weights(model_name: str) -> str:
     return str(_config(model_name).hf_hub_id or "")
 
 
-def fixed_size(model_name: str) -> int | None:
+def fixed_image_size(model_name: str) -> int | None:
     """Give the side of the images of a network that takes no other; None where it takes any."""
     config = _config(model_name)
     return int(config.input_size[1]) if config.fixed_input_size else None
@@ -199,24 +205,24 @@ def last_layers(model: nn.Module) -> list[nn.Linear]:
 
 def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Card, dict[str, Tensor]]:
     """The card and the tensors of weights for timm:NAME."""
-    name, config = model_name.removeprefix(PREFIX), _config(model_name)
+    name, config = model_name.removeprefix(TIMM_PREFIX), _config(model_name)
     last, first = (
         (names,) if isinstance(names, str) else tuple(names or ())  # distilled networks have two classifiers
         for names in (config.classifier, config.first_conv)
     )
-    file = locate(source)
+    file = locate_weights(source)
 
     def fits(keys: Any) -> bool:
         return any(f"{part}.weight" in keys for part in last)
 
     own = _own_contents(file.path)
     if own is not None:
-        card = verify(own, file.path, quiet=quiet)
+        card = verify_checksums(own, file.path, quiet=quiet)
         if _base(card.model) != _base(model_name):
             hint = f"--model {card.model}" if is_timm(card.model) else f"it is no network of timm: --model {card.model}"
             raise BadCheckpoint(f"{source} holds weights of {card.model}, not of {model_name}: give {hint}")
         return card, own.tensors
-    contents = read(file.path, fits=fits, select=file.select, quiet=quiet)
+    contents = read_tensors(file.path, fits=fits, select=file.select, quiet=quiet)
     tensors = contents.tensors
     heads = {len(tensors[f"{part}.weight"]) for part in last if f"{part}.weight" in tensors}
     if len(heads) != 1:
@@ -231,9 +237,9 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
             f"{file.path} takes images of {channels} channels: only grey and colour ones are known here"
         )
     preprocessing = _preprocessing(model_name, channels, quiet=quiet).to_dict()
-    stated = config_preprocessing(file.config, preprocessing)
-    stated = stated or config_preprocessing(preprocessing_in(contents.extras), preprocessing)
-    preprocessing |= for_channels({**preprocessing, **stated}, channels)
+    stated = preprocessing_from_config(file.config, preprocessing)
+    stated = stated or preprocessing_from_config(find_preprocessing(contents.extras), preprocessing)
+    preprocessing |= adapt_preprocessing_to_channels({**preprocessing, **stated}, channels)
     labels = config.label_names
     classes = tuple(labels) if labels and len(labels) == num_classes else None
     card = Card(
@@ -256,7 +262,7 @@ def _class_names(
     contents: CheckpointContents, config: Mapping[str, Any], num_classes: int, source: str, quiet: bool
 ) -> tuple[str, ...] | None:
     remarks: list[str] = []
-    classes = class_names_in({**contents.metadata, **contents.extras, **config}, num_classes, remarks)
+    classes = find_class_names({**contents.metadata, **contents.extras, **config}, num_classes, remarks)
     for remark in () if quiet else remarks:
         _log.info("%s: %s", source, remark)
     return classes
@@ -284,7 +290,7 @@ def init_norm_statistics_(model: nn.Module, preprocessing: Preprocessing) -> Non
         norm.momentum = 1.0  # one batch is the whole statistic
         norm.train()
     shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
-    images = torch.from_numpy(make_images(shape, num_images=_NUM_IMAGES, seed=1))
+    images = torch.from_numpy(make_reference_images(shape, num_images=_NUM_IMAGES, seed=1))
     model(torch.cat([images, torch.randn(images.shape, generator=torch.Generator().manual_seed(1))]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -304,20 +310,20 @@ def load_stored_timm(path: Path) -> tuple[nn.Module, Card] | None:
 
     Raises BadCheckpoint where the file is damaged or of another timm, MissingExtra.
     """
-    model_name = stored_model(path)
+    model_name = stored_timm_name(path)
     return None if model_name is None else load_timm(model_name, path)
 
 
-def stored_model(path: str | Path) -> str | None:
+def stored_timm_name(path: str | Path) -> str | None:
     """Give the timm:NAME of a file of our own format, such as a run's best weights; None where it is another file."""
     path = Path(path)
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        if PREFIX.encode() not in file.read(_HEADER):
+        if TIMM_PREFIX.encode() not in file.read(_HEADER):
             return None
     contents = _own_contents(path)
-    card = None if contents is None else verify(contents, path, quiet=True)
+    card = None if contents is None else verify_checksums(contents, path, quiet=True)
     return None if card is None or not is_timm(card.model) else card.model
 
 
@@ -326,20 +332,20 @@ def _own_contents(path: Path) -> CheckpointContents | None:
     with path.open("rb") if path.is_file() else nullcontext() as file:
         if file is None or b'"onefold"' not in file.read(_HEADER):
             return None
-    contents = read(path, quiet=True)
-    return contents if is_ours(contents.metadata) else None
+    contents = read_tensors(path, quiet=True)
+    return contents if is_onefold_file(contents.metadata) else None
 
 
 # -------------------------------------------------------------------------------- the package
 
 
-def check_timm(model_name: str) -> None:
+def check_timm_model(model_name: str) -> None:
     """Raise MissingExtra where timm cannot be imported, BadArgument where it has no such network."""
     _timm(model_name)
 
 
 def _timm(model_name: str) -> Any:
-    name = model_name.removeprefix(PREFIX)
+    name = model_name.removeprefix(TIMM_PREFIX)
     try:
         import timm
     except RuntimeError as error:
@@ -358,7 +364,7 @@ def _timm(model_name: str) -> Any:
 
 def _config(model_name: str) -> Any:
     """timm's pretrained configuration of a network, of the tag that its name has or of the default one."""
-    timm, name = _timm(model_name), model_name.removeprefix(PREFIX)
+    timm, name = _timm(model_name), model_name.removeprefix(TIMM_PREFIX)
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -373,12 +379,12 @@ def _not_made(name: str, error: Exception) -> BadArgument:
 
 
 def _base(model_name: str) -> str:
-    return model_name.removeprefix(PREFIX).partition(".")[0]
+    return model_name.removeprefix(TIMM_PREFIX).partition(".")[0]
 
 
 def _preprocessing(model_name: str, in_chans: int | None = None, *, quiet: bool = False) -> Preprocessing:
     """How images are prepared for a network, by its pretrained configuration. Raises BadArgument."""
-    config, name = _config(model_name), model_name.removeprefix(PREFIX)
+    config, name = _config(model_name), model_name.removeprefix(TIMM_PREFIX)
     channels, height, width = config.input_size
     if height != width or channels not in (1, 3):
         raise BadArgument(f"timm's {name} takes images of {channels}x{height}x{width}: only square ones are known here")

@@ -16,70 +16,70 @@ import torch
 from torch import nn
 
 from onefold.checksums import write_sealed_json
-from onefold.commands.extras import extras_of, require_extras
+from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import (
-    IMAGES,
-    Records,
+    IMAGES_FILE,
+    TrainingRecords,
     check_run_data,
     find_run_data,
-    move_run_data,
+    make_training_record,
     open_data,
-    record_of,
-    records_of,
-    run_records,
-    to_card,
+    records_to_dict,
+    run_training_records,
+    training_records,
+    update_run_data_location,
     write_run_data,
 )
 from onefold.commands.initial_weights import (
     TrainingImages,
+    create_network_to_resume,
     fold_frozen_,
     init_network,
-    initialized_from,
-    provenance,
-    resumed_network,
-    starting_card,
+    initial_weights_card,
+    licence_and_source,
+    with_preprocessing_of_weights,
 )
-from onefold.commands.load import Source, chosen_weights, verb
+from onefold.commands.load import Source, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import training_bar
-from onefold.commands.run import Run, TrainResult, new_folder
+from onefold.commands.run import BestEpoch, Run, new_run_folder
 from onefold.commands.run_recipe import (
-    RECIPE,
-    check_batch_of_one,
-    check_fills_a_batch,
+    RECIPE_FILE,
+    check_batch_size,
+    check_norms_see_several_values,
     read_recipe,
-    settings_of_run,
+    recipe_metadata,
 )
 from onefold.commands.teachers import open_teachers
-from onefold.commands.timm_networks import check_timm, is_timm
+from onefold.commands.timm_networks import check_timm_model, is_timm
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
-from onefold.data.dataset_checks import DataCheck, captions, check_data, contact_sheet
+from onefold.data.dataset_checks import DataCheck, check_data, contact_sheet, label_captions
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.models import resolve
+from onefold.models import resolve_name
 from onefold.models.hub import Card
-from onefold.quantize import Method, ModelQParams, calibrate_qat, prepare_qat_
-from onefold.recipes import Recipe, recipe_for
+from onefold.quantize import ModelQParams, QuantizationMethod, calibrate_qat, prepare_qat_
+from onefold.recipes import Recipe, make_recipe
 from onefold.reparam import unfused_norms
-from onefold.storage import read_json, replacing, write_text
+from onefold.storage import atomic_replace, read_json, write_text
 from onefold.train import (
     Batches,
     Progress,
     RunFolder,
     World,
+    init_world,
     is_restarted,
     local_workers,
     loop,
     open_loggers,
-    start_world,
     worker_batches,
 )
 from onefold.train.distributed import check_run_folder, stop_at_once
 from onefold.train.loggers import check_services
 from onefold.train.rng_state import forked_rng
 
-CHECK, SAMPLES, QPARAMS = "check.json", "samples.png", "int8.json"
+_CHECK, _SAMPLES, _QPARAMS = "check.json", "samples.png", "int8.json"
 """Files of a run folder: the data check, the first augmented images, the quantization parameters of an int8 run."""
 
 _NUM_SAMPLES = 32
@@ -99,10 +99,10 @@ class Callbacks:
     on_progress: Callable[[Progress], None] | None = None
 
 
-NO_CALLBACKS = Callbacks()
+_NO_CALLBACKS = Callbacks()
 
 
-@verb
+@suggest_argument_names
 def train(
     data: Source | None = None,
     *,
@@ -149,7 +149,7 @@ def train(
     """
     services = [name.strip() for name in log_to.split(",") if name.strip()] if isinstance(log_to, str) else list(log_to)
     fields: dict[str, object] = {"data.val": val, "model": model, "start": start, "head": head, "plan.seed": seed}
-    fields |= {"weights": None if weights is None else chosen_weights(weights, use_ema)}
+    fields |= {"weights": None if weights is None else select_ema_weights(weights, use_ema)}
     fields |= {"plan.distill.teacher": teacher, "plan.batch_size": batch_size, "plan.optimizer.lr": lr}
     texts = {field: str(value) for field, value in fields.items() if value is not None}
     texts |= {"int8": "{}"} if int8 else {}
@@ -160,7 +160,7 @@ def train(
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
         if callbacks is None:
-            callbacks = NO_CALLBACKS if quiet else Callbacks(on_progress=stack.enter_context(training_bar()))
+            callbacks = _NO_CALLBACKS if quiet else Callbacks(on_progress=stack.enter_context(training_bar()))
         if resume is not None:
             moved_val = texts.pop("data.val", None)
             if texts or [given for given in (out, img_size, epochs, scale_to_batch) if given is not None]:
@@ -172,15 +172,17 @@ def train(
             resume_run(folder, data=place, val=moved_val, callbacks=callbacks, log_to=services, device=device)
         else:
             texts |= {} if place is None else {"data.spec": place}
-            chosen = recipe_for(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
+            chosen = make_recipe(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
             if callbacks.on_recipe is None:  # a recipe that is only shown needs nothing
                 teachers = () if chosen.plan.distill is None else chosen.plan.distill.teachers
                 sources = (chosen.data.spec, chosen.data.val, chosen.model, chosen.weights, *teachers)
-                require_extras([*services, *extras_of(*sources)])
+                require_extras([*services, *extras_for_sources(*sources)])
             is_first = os.environ.get("RANK", "0") == "0"
             given = {*texts, *(["preprocessing.size"] if img_size is not None else [])}
-            chosen = initialized_from(chosen, given, is_shown=callbacks.on_recipe is not None or not is_first)
-            folder = new_folder(chosen) if out is None else Path(out)
+            chosen = with_preprocessing_of_weights(
+                chosen, given, is_shown=callbacks.on_recipe is not None or not is_first
+            )
+            folder = new_run_folder(chosen) if out is None else Path(out)
             if callbacks.on_recipe is not None:
                 callbacks.on_recipe(chosen)
             start_run(chosen, folder, callbacks=callbacks, log_to=services, check=not no_check, device=device)
@@ -191,11 +193,11 @@ def start_run(
     recipe: Recipe,
     out: Path,
     *,
-    callbacks: Callbacks = NO_CALLBACKS,
+    callbacks: Callbacks = _NO_CALLBACKS,
     log_to: Sequence[str] = (),
     check: bool = True,
     device: str = "auto",
-) -> TrainResult:
+) -> BestEpoch:
     """Train from the start into the run folder `out`, which must not hold a run.
 
     `log_to` names services (wandb, trackio) beside TensorBoard; `check` is whether the data are checked first.
@@ -212,7 +214,7 @@ def start_run(
         if RunFolder(out).has_run:
             open_data(recipe.data)  # data that are not there are the first thing to say
             raise BadArgument(f"{out} already holds a run: `onefold train --resume {out}`, or choose another --out")
-        check = check_timm if is_timm(recipe.model) else resolve
+        check = check_timm_model if is_timm(recipe.model) else resolve_name
         check(recipe.model)  # an unknown name is an error before the data are read
         return recipe, False
 
@@ -224,10 +226,10 @@ def resume_run(
     *,
     data: str | None = None,
     val: str | None = None,
-    callbacks: Callbacks = NO_CALLBACKS,
+    callbacks: Callbacks = _NO_CALLBACKS,
     log_to: Sequence[str] = (),
     device: str = "auto",
-) -> TrainResult:
+) -> BestEpoch:
     """Go on with the run in `out`, by the recipe that is saved in it; its data are not checked again.
 
     `data` is where its images are now, if they have moved, and `val` where those are that it is validated on. Raises
@@ -245,12 +247,12 @@ def _run(
     check: bool,
     device: str,
     moved: tuple[str | None, str | None] = (None, None),
-) -> TrainResult:
+) -> BestEpoch:
     """Train by the recipe that `plan_run` gives, with whether the run goes on; its data, and its val, may have `moved`.
 
     The run folder and the weights need to be on the machine of the first process alone, which sends what they say.
     """
-    with stop_at_once(), start_world(device) as world:
+    with stop_at_once(), init_world(device) as world:
         hosts = world.all_gather(socket.gethostname() if RunFolder(out).has_run else None)
         world.first(lambda: check_run_folder(out, hosts))
         recipe, resume = world.first(plan_run)
@@ -270,7 +272,7 @@ def _run(
             # A recipe that does not say how many logical workers gets as many as the processes it is started in.
             recipe = replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
         with world.agree():
-            check_fills_a_batch(len(training), len(validation), recipe)
+            check_batch_size(len(training), len(validation), recipe)
             batches = _batches(training, recipe, world)
 
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
@@ -279,7 +281,7 @@ def _run(
         if params is not None:
             size = recipe.preprocessing.size
             prepare_qat_(model, params, (recipe.preprocessing.channels, size, size))
-        check_batch_of_one(model, recipe)
+        check_norms_see_several_values(model, recipe)
         with world.agree():
             teachers = open_teachers(recipe, training.classes, world.device)
 
@@ -287,31 +289,31 @@ def _run(
         def write_once() -> None:
             if resume:
                 if moved != (None, None):
-                    move_run_data(out, *moved)
+                    update_run_data_location(out, *moved)
                 return
             checked = _check(training, validation, recipe.preprocessing) if check else None
             if callbacks.on_data:
                 callbacks.on_data(splits.info)
             if callbacks.on_start:
                 callbacks.on_start(recipe)
-            write_text(out / RECIPE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+            write_text(out / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
             images_of = {"train": training, "val": validation}
             write_run_data(out, splits.info, images_of, start.records or (), recipe.data.val)
             if checked:
-                write_sealed_json(out / CHECK, asdict(checked))
+                write_sealed_json(out / _CHECK, asdict(checked))
             _draw_samples(out, batches, training.classes, recipe.preprocessing)
             if params is not None:
-                write_text(out / QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
+                write_text(out / _QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
 
         world.first(write_once)
         evaluator = Evaluator(card=card, validation=validation, recipe=recipe, world=world)
-        run = loop.Run(
+        run = loop.RunOptions(
             out=out,
             evaluate=evaluator,
             combine=evaluator.combine,
             world=world,
             metadata=card.to_metadata(),
-            settings=settings_of_run(recipe, out, (IMAGES, QPARAMS)) if world.is_main else {},
+            settings=recipe_metadata(recipe, out, (IMAGES_FILE, _QPARAMS)) if world.is_main else {},
             resume=resume,
             teachers=teachers,
             evaluate_start=recipe.weights is not None,
@@ -324,7 +326,7 @@ def _run(
     with stop_at_once():
         if world.is_main:
             write_best_predictions(out, recipe, validation)
-    return TrainResult(
+    return BestEpoch(
         weights=RunFolder(out).best / "model.safetensors",
         top1=float(best["top1"]),
         epoch=int(best["epoch"]),
@@ -339,7 +341,7 @@ class _Start:
     model: nn.Module
     card: Card
     params: ModelQParams | None
-    records: Records | None
+    records: TrainingRecords | None
 
 
 def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | None) -> _Start:
@@ -348,13 +350,13 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
     Raises BadArgument, BadCheckpoint, and BadData.
     """
     images = TrainingImages(source=training, device=device, batch_size=min(len(training), 32))
-    model = resumed_network(recipe, len(training.classes), run) if run else init_network(recipe, images)
+    model = create_network_to_resume(recipe, len(training.classes), run) if run else init_network(recipe, images)
     fold_frozen_(model, recipe.plan.freeze)
     params = None if recipe.int8 is None else _qparams(recipe, images, model, run)
-    licence, source = provenance(recipe, run)
-    records = run_records(run) if run else (record_of(training, recipe),)
+    licence, source = licence_and_source(recipe, run)
+    records = run_training_records(run) if run else (make_training_record(training, recipe),)
     if not run and recipe.weights is not None:  # what these were trained on, as far as that is recorded
-        records = (*(records_of(recipe.weights, starting_card(recipe).trained_on) or ()), *(records or ()))
+        records = (*(training_records(recipe.weights, initial_weights_card(recipe).trained_on) or ()), *(records or ()))
     card = Card(
         model=recipe.model,
         num_classes=len(training.classes),
@@ -366,7 +368,7 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
         int8=None if params is None else params.to_dict(),
         licence=licence,
         source=source,
-        trained_on=None if records is None else to_card(records),
+        trained_on=None if records is None else records_to_dict(records),
     )
     return _Start(model=model.cpu(), card=card, params=params, records=records)
 
@@ -404,15 +406,15 @@ def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path
     """The quantization parameters that an int8 network trains with: calibrated, or those that the run started with."""
     if run is not None:
         try:
-            return ModelQParams.from_dict(read_json(run / QPARAMS))
+            return ModelQParams.from_dict(read_json(run / _QPARAMS))
         except (OSError, ValueError, BadArgument) as error:
-            raise BadCheckpoint(f"{run / QPARAMS} cannot be read ({error}): the run cannot go on without it") from error
+            raise BadCheckpoint(f"{run / _QPARAMS} cannot be read ({error}): the run needs it to go on") from error
     int8 = recipe.int8
     assert int8 is not None
     subset = images.subset(int8.images, recipe.plan.seed)
     inputs = [batch.contiguous() for batch, _ in subset.batches(recipe.preprocessing, recipe.plan.seed)]
     # Biases are corrected, since these are images of the very data that the network is for.
-    method = Method(weights=int8.weights, weight_qmax=int8.limit, clip_weights=False, correct_weights=True)
+    method = QuantizationMethod(weights=int8.weights, weight_qmax=int8.limit, clip_weights=False, correct_weights=True)
     return calibrate_qat(model.to(images.device), inputs, method)
 
 
@@ -443,6 +445,6 @@ def _draw_samples(out: Path, batches: Batches, classes: tuple[str, ...], preproc
     if first is None or not len(first[1]):
         return
     images, labels = (values[:_NUM_SAMPLES].cpu().numpy() for values in first)
-    captioned = list(zip(images.astype(np.float32), captions(labels, classes), strict=True))
-    with replacing(out / SAMPLES) as aside:
+    captioned = list(zip(images.astype(np.float32), label_captions(labels, classes), strict=True))
+    with atomic_replace(out / _SAMPLES) as aside:
         contact_sheet(captioned, preprocessing).save(aside)

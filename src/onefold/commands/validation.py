@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from onefold.commands.evaluate import PREDICTIONS, evaluate_dataset, predictions_are_of, write_predictions
+from onefold.commands.evaluate import PREDICTIONS, evaluate_dataset, predictions_match, write_predictions
 from onefold.commands.open_network import Network, open_predictor
 from onefold.data import Dataset, ImageLoader
 from onefold.data.loader import max_bad_images
@@ -21,13 +21,13 @@ from onefold.models.hub import Card
 from onefold.quantize import remove_qat_
 from onefold.recipes import Recipe
 from onefold.train import World
-from onefold.train.evaluate import Predictions, merge_shares, predict_batches
+from onefold.train.evaluate import Predictions, merge_worker_predictions, predict_batches
 
 _log = logging.getLogger("onefold")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class PredictionShard:
     """One process's part of a validation: its predictions, a batch each, and the images that it could not read."""
 
     predictions: list[Predictions]
@@ -47,7 +47,7 @@ class Evaluator:
     recipe: Recipe
     world: World = field(default_factory=World)
 
-    def __call__(self, model: nn.Module) -> Share:
+    def __call__(self, model: nn.Module) -> PredictionShard:
         """Predict this process's share of the validation images."""
         network, drift = Network(model=remove_qat_(model).cpu(), card=self.card, title=self.recipe.name), 0.0
         if not network.is_fused:
@@ -66,9 +66,9 @@ class Evaluator:
         evaluated = network.model.to(self.world.device) if self.card.int8 is None else network.int8_model()
         with closing(batches.epoch(0)) as epoch:  # type: ignore[type-var]
             predictions = predict_batches(evaluated, epoch)
-        return Share(predictions=predictions, unreadable=batches.bad, drift=drift)
+        return PredictionShard(predictions=predictions, unreadable=batches.bad, drift=drift)
 
-    def combine(self, shares: Sequence[Share]) -> Mapping[str, float]:
+    def combine(self, shares: Sequence[PredictionShard]) -> Mapping[str, float]:
         """Give accuracy in percent, loss, calibration error, and the drift of the fused network.
 
         Raises BadData where more images could not be read than `ImageLoader` leaves out.
@@ -83,7 +83,7 @@ class Evaluator:
         if self.world.is_main:  # which has said so of its own
             for name in sorted(unreadable.keys() - shares[0].unreadable.keys()):
                 _log.warning("left out of the validation: %s", unreadable[name])
-        score = merge_shares([share.predictions for share in shares], self.card.num_classes)
+        score = merge_worker_predictions([share.predictions for share in shares], self.card.num_classes)
         return {**score.metrics(), "drift": shares[0].drift}
 
 
@@ -91,7 +91,7 @@ def write_best_predictions(out: Path, recipe: Recipe, validation: Dataset) -> No
     """Write the predictions of the best network for each validation image, unless they are there already."""
     try:
         with open_predictor(out, threads=torch.get_num_threads()) as predictor:
-            if predictions_are_of(out / PREDICTIONS, predictor):
+            if predictions_match(out / PREDICTIONS, predictor):
                 return
             scored = evaluate_dataset(predictor, validation, batch_size=recipe.plan.batch_size)
             write_predictions(out, predictor, scored.images, scored.score, f"{recipe.data.spec} (held out)")

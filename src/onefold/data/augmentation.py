@@ -37,7 +37,7 @@ class ImageTransform(Protocol):
         """Give a new picture; `image` stays as it is."""
 
 
-T = TypeVar("T", bound=ImageTransform)
+_T = TypeVar("_T", bound=ImageTransform)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +299,7 @@ class Augment:
         return pixels if self.erase is None else self.erase(pixels, rng)
 
 
-def at_size(steps: tuple[T, ...], size: int) -> tuple[T, ...]:
+def with_image_size(steps: tuple[_T, ...], size: int) -> tuple[_T, ...]:
     """Give the same transforms for images of another size, in pixels."""
     sized = (RandomResizedCrop, Resize, CentreCrop)
     return tuple(replace(step, size=size) if isinstance(step, sized) else step for step in steps)

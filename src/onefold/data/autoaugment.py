@@ -1,7 +1,7 @@
 """AutoAugment and RandAugment, and the operations that they draw from.
 
 A level is a share of an operation's range, 0 to 1. Three readings of it are in use, and they differ in more than
-detail: in the one of the EfficientNet code, a high level posterizes and solarizes less, not more (see `Reading`).
+detail: in the one of the EfficientNet code, a high level posterizes and solarizes less, not more (see `_Reading`).
 
 Both policies carry a `strength`, by which a curriculum makes them milder: levels are multiplied by it, and so are the
 probabilities of operations without a level. At 1 they are what their papers say; near 0 they change almost nothing.
@@ -16,10 +16,10 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from onefold.data.preprocessing import FILTERS, Interpolation
+from onefold.data.preprocessing import PIL_FILTERS, Interpolation
 from onefold.errors import BadArgument
 
-Reading = Literal["autoaugment", "efficientnet", "increasing"]
+_Reading = Literal["autoaugment", "efficientnet", "increasing"]
 """How a level is read.
 
 "autoaugment": a higher level changes more; 8 to 4 bits are kept (Cubuk et al., arXiv 1805.09501, Table 6, in the order
@@ -28,7 +28,7 @@ of torchvision). "efficientnet": as in Google's EfficientNet code, and timm's `r
 "increasing": timm's `inc1`: a higher level changes more; 4 to 0 bits are kept.
 """
 
-Operation = Literal[
+_Operation = Literal[
     "autocontrast",
     "equalize",
     "invert",
@@ -45,10 +45,10 @@ Operation = Literal[
     "translate_x",
     "translate_y",
 ]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-WITHOUT_LEVEL: tuple[Operation, ...] = ("autocontrast", "equalize", "invert")
+OPERATIONS: tuple[_Operation, ...] = get_args(_Operation)
+OPERATIONS_WITHOUT_LEVEL: tuple[_Operation, ...] = ("autocontrast", "equalize", "invert")
 
-Fill = tuple[int, int, int]
+_Fill = tuple[int, int, int]
 _Colour = tuple[int, ...] | int
 _Apply = Callable[[Image.Image, float, _Colour, Image.Resampling], Image.Image]
 
@@ -58,7 +58,7 @@ _SIGNED = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 _BLENDS = ("color", "contrast", "brightness", "sharpness")
 
 
-def parameter_of(name: Operation, level: float, reading: Reading, rng: np.random.Generator) -> float:
+def level_to_argument(name: _Operation, level: float, reading: _Reading, rng: np.random.Generator) -> float:
     """Give what `level`, 0 to 1, means for an operation: degrees, a factor, bits, a threshold, a share of a side.
 
     Directions are drawn, each with probability 1/2 (a number is drawn for every operation, whether it has a direction
@@ -78,10 +78,12 @@ def parameter_of(name: Operation, level: float, reading: Reading, rng: np.random
     return float(int(_MAX_ADD * level)) if name == "solarize_add" else 0.0
 
 
-def apply(name: Operation, image: Image.Image, value: float, fill: Fill, interpolation: Interpolation) -> Image.Image:
+def apply_operation(
+    name: _Operation, image: Image.Image, value: float, fill: _Fill, interpolation: Interpolation
+) -> Image.Image:
     """Apply one operation to an RGB or grey picture; `fill` is what moves in from outside."""
     colour = fill if image.mode == "RGB" else sum(fill) // 3
-    return _APPLY[name](image, value, colour, FILTERS[interpolation])
+    return _APPLY[name](image, value, colour, PIL_FILTERS[interpolation])
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: _Colour, how: Image.Resampling) -> Image.Image:
@@ -121,7 +123,7 @@ def _posterize(image: Image.Image, bits: float, fill: _Colour, how: Image.Resamp
     return image.point([value & mask for value in range(256)] * len(image.getbands()))
 
 
-_APPLY: dict[Operation, _Apply] = {
+_APPLY: dict[_Operation, _Apply] = {
     "autocontrast": lambda image, *_: ImageOps.autocontrast(image),
     "equalize": lambda image, *_: ImageOps.equalize(image),
     "invert": lambda image, *_: ImageOps.invert(image),
@@ -140,13 +142,13 @@ _APPLY: dict[Operation, _Apply] = {
 }
 
 
-PolicyStep = tuple[Operation, float, int]
+_PolicyStep = tuple[_Operation, float, int]
 """An operation, its probability, and its level of 0 to 9."""
 
-GREY: Fill = (128, 128, 128)
+_GREY: _Fill = (128, 128, 128)
 
 # arXiv 1805.09501, Table 9. Some rows stand there twice, and so they are drawn twice as often.
-IMAGENET_POLICY: tuple[tuple[PolicyStep, PolicyStep], ...] = (
+IMAGENET_POLICY: tuple[tuple[_PolicyStep, _PolicyStep], ...] = (
     (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
     (("solarize", 0.6, 5), ("autocontrast", 0.6, 5)),
     (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
@@ -182,7 +184,7 @@ class AutoAugment:
 
     policy: Literal["imagenet"] = "imagenet"
     strength: float = 1.0
-    fill: Fill = GREY
+    fill: _Fill = _GREY
     interpolation: Interpolation = "bilinear"
     min_side: ClassVar[int] = 0
 
@@ -194,9 +196,9 @@ class AutoAugment:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Apply none, one or both operations of a drawn pair."""
         for name, probability, level in IMAGENET_POLICY[int(rng.integers(len(IMAGENET_POLICY)))]:
-            if rng.random() < probability * (self.strength if name in WITHOUT_LEVEL else 1.0):
-                value = parameter_of(name, self.strength * level / _MAX_LEVEL, "autoaugment", rng)
-                image = apply(name, image, value, self.fill, self.interpolation)
+            if rng.random() < probability * (self.strength if name in OPERATIONS_WITHOUT_LEVEL else 1.0):
+                value = level_to_argument(name, self.strength * level / _MAX_LEVEL, "autoaugment", rng)
+                image = apply_operation(name, image, value, self.fill, self.interpolation)
         return image
 
 
@@ -212,9 +214,9 @@ class RandAugment:
     magnitude: float
     std: float = 0.0
     p: float = 1.0
-    reading: Reading = "increasing"
+    reading: _Reading = "increasing"
     strength: float = 1.0
-    fill: Fill = GREY
+    fill: _Fill = _GREY
     interpolation: Interpolation = "bilinear"
     min_side: ClassVar[int] = 0
 
@@ -231,10 +233,10 @@ class RandAugment:
         """Apply the operations in the order in which they are drawn."""
         for number in rng.integers(len(OPERATIONS), size=self.num_ops).tolist():
             name = OPERATIONS[number]
-            if rng.random() < self.p * (self.strength if name in WITHOUT_LEVEL else 1.0):
+            if rng.random() < self.p * (self.strength if name in OPERATIONS_WITHOUT_LEVEL else 1.0):
                 level = self.strength * min(max(rng.normal(self.magnitude, self.std), 0.0), 10.0) / 10
-                value = parameter_of(name, level, self.reading, rng)
-                image = apply(name, image, value, self.fill, self.interpolation)
+                value = level_to_argument(name, level, self.reading, rng)
+                image = apply_operation(name, image, value, self.fill, self.interpolation)
         return image
 
 

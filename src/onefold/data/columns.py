@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from onefold.data.dataset_info import Split
-from onefold.data.decode import printable
+from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
-from onefold.data.splits import SPLIT_WORDS, read_weak, split_name, words_of
+from onefold.data.splits import SPLIT_WORDS, parse_split_name, resolve_ambiguous_split, split_into_words
 from onefold.errors import BadData
 
 _FILE_WORDS = {
@@ -40,12 +40,12 @@ _MISSING = frozenset(  # as pandas reads them
 _NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
-FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+BOOLEAN_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
 _LISTED = "\0"  # between the values of a JSON list in one cell
 
 
-class MultiLabel(BadData):
+class MultiLabelError(BadData):
     """Images that have several classes each."""
 
     def __init__(self, where: str, seen: str) -> None:
@@ -55,23 +55,23 @@ class MultiLabel(BadData):
         )
 
 
-def file_rank(column: str) -> int | None:
+def rank_image_column(column: str) -> int | None:
     """Give how surely a column names images, 0 the most; None where it does not."""
-    words = [word for word in words_of(column) if not word.isdigit() and word not in _OWNER_WORDS]
+    words = [word for word in split_into_words(column) if not word.isdigit() and word not in _OWNER_WORDS]
     return min(_FILE_WORDS[word] for word in words) if words and set(words) <= set(_FILE_WORDS) else None
 
 
-def class_rank(column: str) -> int | None:
+def rank_class_column(column: str) -> int | None:
     """Give how surely a column names classes, 0 the most; None where it does not, or numbers them."""
-    words = words_of(column)
+    words = split_into_words(column)
     ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
     rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
     return min(ranks) if ranks and not rest else None
 
 
-def is_number_column(column: str) -> bool:
+def is_class_index_column(column: str) -> bool:
     """Whether a column numbers classes: index, class_id, label_idx and the like."""
-    words = set(words_of(column))
+    words = set(split_into_words(column))
     if words == {"index"}:
         return True
     return bool(words & set(_CLASS_WORDS)) and bool(words & _NUMBER_WORDS) and words <= {*_CLASS_WORDS, *_NUMBER_WORDS}
@@ -79,7 +79,7 @@ def is_number_column(column: str) -> bool:
 
 def is_split_column(column: str) -> bool:
     """Whether a column may say the split of an image: by a word, or (is_valid, is_train) by true and false."""
-    return " ".join(words_of(column)) in _SPLIT_COLUMNS or _flagged(column) is not None
+    return " ".join(split_into_words(column)) in _SPLIT_COLUMNS or _flagged(column) is not None
 
 
 def split_word(column: str, value: str) -> str:
@@ -87,7 +87,7 @@ def split_word(column: str, value: str) -> str:
 
     What is not train is test, since test chooses nothing.
     """
-    split, flag = _flagged(column), FLAGS.get(value.lower())
+    split, flag = _flagged(column), BOOLEAN_WORDS.get(value.lower())
     if split is None or flag is None:
         return value
     return split if flag else "test" if split == "train" else "train"
@@ -95,8 +95,8 @@ def split_word(column: str, value: str) -> str:
 
 def _flagged(column: str) -> Split | None:
     """Give the split that a column is true for: is_valid, is_train, test and the like."""
-    words = words_of(column)
-    said = split_name(" ".join(words[1:] if words[:1] == ["is"] else words))
+    words = split_into_words(column)
+    said = parse_split_name(" ".join(words[1:] if words[:1] == ["is"] else words))
     is_flag = words[:1] == ["is"] or (len(words) == 1 and words[0] in SPLIT_WORDS)
     return said.split if said and is_flag and not said.stem else None
 
@@ -118,14 +118,14 @@ def read_split_columns(
         splits = read_split_column(name, cells, shown, notes)
         if splits is None:
             continue
-        if _flagged(name) is None or not all(is_missing(cell) or cell.lower() in FLAGS for cell in cells):
+        if _flagged(name) is None or not all(is_missing(cell) or cell.lower() in BOOLEAN_WORDS for cell in cells):
             return splits
         flags[name] = splits
     if len(flags) < 2:
         return next(iter(flags.values()), None)
     found: list[Split | None] = []
     for i in range(len(next(iter(flags.values())))):
-        true = {said for name in flags if (said := _flagged(name)) and FLAGS.get(columns[name][i].lower())}
+        true = {said for name in flags if (said := _flagged(name)) and BOOLEAN_WORDS.get(columns[name][i].lower())}
         if len(true) > 1:
             raise BadData(f"{shown}: an image is of {' and '.join(sorted(true))} by the columns {join_names([*flags])}")
         rest: Split = "test" if any(_flagged(name) == "train" for name in flags) else "train"
@@ -143,12 +143,12 @@ def read_split_column(
 
     Raises BadData where only some of its values are words for splits.
     """
-    values, where = [split_word(column, cell) for cell in cells], f"the column {printable(column)}"
+    values, where = [split_word(column, cell) for cell in cells], f"the column {printable_name(column)}"
     seen = join_names(sorted(set(cells) - {""}), 3) or "empty"
     if _flagged(column) and len(set(values)) == 1:
         notes.append(f"{shown}: {where} is {seen} in all rows, so it divides nothing and is not used")
         return None
-    known = {value: split_name(value) for value in set(values)}
+    known = {value: parse_split_name(value) for value in set(values)}
     if not any(known.values()):
         notes.append(f"{shown}: {where} ({seen}) is not used: it has no words for splits")
         return None
@@ -156,7 +156,7 @@ def read_split_column(
         quoted = join_names([repr(value) for value in unknown])
         raise BadData(f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test")
     strong = any(said.split == "val" and not said.is_weak for said in known.values() if said)
-    return tuple(read_weak(said, strong) if (said := known[value]) else None for value in values)
+    return tuple(resolve_ambiguous_split(said, strong) if (said := known[value]) else None for value in values)
 
 
 def cell_text(value: object) -> str:
@@ -168,12 +168,12 @@ def cell_text(value: object) -> str:
     return str(value).strip() if isinstance(value, str | int | float) else ""
 
 
-def plain_number(text: str) -> str | None:
+def normalize_number(text: str) -> str | None:
     """Write a whole number, 0 or more, in its plain form: 1 for 01 and 1.0; None for what is none."""
     return str(int(text.partition(".")[0])) if _WHOLE_NUMBER.fullmatch(text) and text[0] != "-" else None
 
 
-def plain_numbers(values: Sequence[str]) -> Sequence[str]:
+def normalize_numbers(values: Sequence[str]) -> Sequence[str]:
     """Write integers alike, 01 and 1.0 as 1, where all values are such and some have two forms, or a fraction.
 
     Columns of integers become 3.0 where one is missing. Names such as 01 and 02, each in one form, stay as they are.
@@ -186,7 +186,7 @@ def plain_numbers(values: Sequence[str]) -> Sequence[str]:
     return [str(forms[value]) for value in values]
 
 
-def several_classes(cells: Iterable[str]) -> str:
+def find_class_separator(cells: Iterable[str]) -> str:
     """Give the separator by which cells name several classes, as in cat|dog; "" where they name one each.
 
     Bars and semicolons separate classes where one of them stands elsewhere too, alone or beside another. Names have

@@ -5,9 +5,9 @@ A crop is cut first and resized then, so no pixel outside it counts (torchvision
 pass (resample.cpp), or torch and Pillow where there is no compiler; both are within one level of 255 of Pillow's
 `crop(...).resize(..., BILINEAR)`.
 
-`crop_jpeg` decodes a plain JPEG with simplejpeg: only the rows and the scale that the crop needs. What it decodes is
-bit for bit what Pillow would decode there (both are libjpeg-turbo, with the accurate transform). Plain is: baseline or
-progressive, 8 bits, grey or three components, whole to the end marker. Everything else is left to Pillow.
+`decode_jpeg_crop` decodes a plain JPEG with simplejpeg: only the rows and the scale that the crop needs. What it
+decodes is bit for bit what Pillow would decode there (both are libjpeg-turbo, with the accurate transform). Plain is:
+baseline or progressive, 8 bits, grey or three components, whole to the end marker. Everything else is left to Pillow.
 
 H = W = size, h and w are the sides of decoded pixels.
 """
@@ -28,11 +28,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.preprocessing import FILTERS, Interpolation, ValueRange
-from onefold.native import is_plain, loaded
+from onefold.data.preprocessing import PIL_FILTERS, Interpolation, ValueRange
+from onefold.native import is_native_disabled, load_library
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
-FloatBox = tuple[float, float, float, float]  # the same; an edge may lie within a pixel
+_FloatBox = tuple[float, float, float, float]  # the same; an edge may lie within a pixel
 
 EXIF_ORIENTATION = 0x0112
 """The EXIF tag of a picture's orientation, 1 to 8 (EXIF 2.3, table 4)."""
@@ -51,7 +51,7 @@ class CropBox:
         """Give the crop of an RGB picture that is decoded whole."""
         return self.within(np.asarray(image), self.place(image.size))
 
-    def within(self, pixels: NDArray[np.uint8], box: FloatBox) -> Crop:
+    def within(self, pixels: NDArray[np.uint8], box: _FloatBox) -> Crop:
         """Give the crop that lies at `box` in pixels (h, w, 3)."""
         return Crop(pixels=pixels, box=box, size=self.size, interpolation=self.interpolation)
 
@@ -61,7 +61,7 @@ class Crop:
     """Decoded pixels and the part of them that is wanted, not yet resized."""
 
     pixels: NDArray[np.uint8]  # (h, w, 3), perhaps a view with swapped or reversed axes
-    box: FloatBox
+    box: _FloatBox
     size: int
     interpolation: Interpolation = "bilinear"
 
@@ -71,7 +71,7 @@ class Crop:
             return resize(self.pixels, self.box, self.size)
         pixels, box = _enclosing_pixels(self.pixels, self.box)
         image = Image.fromarray(np.ascontiguousarray(pixels))
-        return np.asarray(image.resize((self.size, self.size), FILTERS[self.interpolation], box=box))
+        return np.asarray(image.resize((self.size, self.size), PIL_FILTERS[self.interpolation], box=box))
 
     def image(self) -> Image.Image:
         """Resize the crop and give it as a picture."""
@@ -95,14 +95,14 @@ class Crop:
 _SCALE_1, _OFFSET_0 = np.ones(3, np.float32), np.zeros(3, np.float32)
 
 
-def resampler() -> ctypes.CDLL | None:
+def load_resampler() -> ctypes.CDLL | None:
     """Load the compiled resize; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    return None if is_plain("ONEFOLD_KERNELS") else _library()
+    return None if is_native_disabled("ONEFOLD_KERNELS") else _library()
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = loaded("resample")
+    library = load_library("resample")
     if library is None:
         return None
     number, address = ctypes.c_int, ctypes.c_void_p
@@ -112,9 +112,9 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def resize(pixels: NDArray[np.uint8], box: FloatBox, size: int) -> NDArray[np.uint8]:
+def resize(pixels: NDArray[np.uint8], box: _FloatBox, size: int) -> NDArray[np.uint8]:
     """Resize the part `box` of pixels (h, w, 3) with an antialiased triangle filter: uint8 (size, size, 3)."""
-    if resampler() is not None:
+    if load_resampler() is not None:
         planes = resize_and_normalise(pixels, box, size, mirror=False, scale=_SCALE_1, offset=_OFFSET_0)
         return planes.astype(np.uint8).transpose(1, 2, 0)
     part, inner = _enclosing_pixels(pixels, box)
@@ -128,7 +128,7 @@ def resize(pixels: NDArray[np.uint8], box: FloatBox, size: int) -> NDArray[np.ui
 
 def resize_and_normalise(
     pixels: NDArray[np.uint8],
-    box: FloatBox,
+    box: _FloatBox,
     size: int,
     *,
     mirror: bool,
@@ -140,7 +140,7 @@ def resize_and_normalise(
     `scale` and `offset` are float32 (3,), one value per channel. Values are rounded to whole levels before they are
     scaled, so that the result is the same as that of `resize`.
     """
-    library = resampler()
+    library = load_resampler()
     if library is None:
         resized = resize(pixels, box, size).transpose(2, 0, 1)
         planes = torch.from_numpy(np.ascontiguousarray(resized[:, :, ::-1] if mirror else resized))
@@ -157,7 +157,7 @@ def resize_and_normalise(
     return out
 
 
-def _enclosing_pixels(pixels: NDArray[np.uint8], box: FloatBox) -> tuple[NDArray[np.uint8], FloatBox]:
+def _enclosing_pixels(pixels: NDArray[np.uint8], box: _FloatBox) -> tuple[NDArray[np.uint8], _FloatBox]:
     """Give the whole pixels that a box touches, a view, and the box within them."""
     left, top = math.floor(box[0]), math.floor(box[1])
     part = pixels[top : math.ceil(box[3]), left : math.ceil(box[2])]
@@ -166,7 +166,7 @@ def _enclosing_pixels(pixels: NDArray[np.uint8], box: FloatBox) -> tuple[NDArray
 
 # ------------------------------------------------------------------------- EXIF orientation and crops
 
-TRANSPOSE = {
+EXIF_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -246,7 +246,7 @@ class JpegHeader:
 
 
 @cache
-def simplejpeg() -> ModuleType | None:
+def import_simplejpeg() -> ModuleType | None:
     """Import simplejpeg; None where it is not installed (the extra `jpeg`)."""
     try:
         import simplejpeg
@@ -255,9 +255,9 @@ def simplejpeg() -> ModuleType | None:
     return simplejpeg
 
 
-def crop_jpeg(data: bytes, crop_box: CropBox, max_pixels: int) -> Crop | None:
+def decode_jpeg_crop(data: bytes, crop_box: CropBox, max_pixels: int) -> Crop | None:
     """Decode a crop of a plain JPEG; None where the file is not plain, has more pixels than that, or is damaged."""
-    package = simplejpeg()
+    package = import_simplejpeg()
     head = read_jpeg_header(data) if package is not None else None
     if package is None or head is None or head.width * head.height > max_pixels:
         return None
@@ -297,7 +297,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
     return None
 
 
-def num_scans(file: BinaryIO) -> int:
+def count_jpeg_scans(file: BinaryIO) -> int:
     """Count the scans of a JPEG; of one that is sequential, with all components in its first scan, no more is read."""
     file.seek(0)
     is_sequential, components, at = False, b"", file.read(2)

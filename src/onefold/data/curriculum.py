@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from onefold.data.augmentation import Augment, at_size
+from onefold.data.augmentation import Augment, with_image_size
 from onefold.data.autoaugment import AutoAugment, RandAugment
 from onefold.errors import BadArgument
 
@@ -54,7 +54,7 @@ class ProgressiveAugment:
             replace(step, strength=step.strength * stage.strength)
             if isinstance(step, AutoAugment | RandAugment)
             else step
-            for step in at_size(self.augment.steps, stage.size)
+            for step in with_image_size(self.augment.steps, stage.size)
         )
         preprocessing = replace(self.augment.preprocessing, size=stage.size)
         return replace(self.augment, steps=steps, preprocessing=preprocessing)

@@ -26,10 +26,10 @@ from PIL import Image
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, Split, SplitInfo
 from onefold.data.dataset_layouts import PlaceImages, read_place
-from onefold.data.decode import printable
+from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import ValueRange
-from onefold.data.splits import SplitImages, different_classes
+from onefold.data.splits import SplitImages, class_difference
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 
@@ -164,7 +164,7 @@ class DatasetSplits:
 
     def open(self, split: Split) -> Dataset:
         """Give one split. Raises BadData where there is none, and for train with a class that has no image."""
-        shown = printable(self.info.place)
+        shown = printable_name(self.info.place)
         if split not in self.datasets:
             if self.is_val_cut and split != "test":
                 raise BadData(f"{shown}: a val_fraction of {self.val_fraction} leaves no image for {split}")
@@ -201,17 +201,17 @@ def read_dataset(
         raise BadArgument(f"val_fraction is {val_fraction}, expected 0 to 1")
     images = _digits() if place == "digits" else read_place(place)
     parts, notes, left_out = list(images.splits), list(images.notes), list(images.left_out)
-    shown = printable(place)
+    shown = printable_name(place)
     if val is not None:
         own = [part.source for part in parts if part.split == "val"]
-        notes += [f"{source} is not used: val is {printable(val)}" for source in own]
+        notes += [f"{source} is not used: val is {printable_name(val)}" for source in own]
         elsewhere = _digits() if val == "digits" else read_place(val)
         notes += elsewhere.notes
         left_out += elsewhere.left_out
         held_out = {part.split: part for part in elsewhere.splits}
         chosen = next(held_out[split] for split in ("val", "test", None, "train") if split in held_out)
         parts = [replace(part, split=part.split or "train") for part in parts if part.split != "val"]
-        parts.append(replace(chosen, split="val", source=f"{printable(val)} ({chosen.source})"))
+        parts.append(replace(chosen, split="val", source=f"{printable_name(val)} ({chosen.source})"))
     if test_is_val and not any(part.split == "val" for part in parts):
         parts = [replace(part, split="val") if part.split == "test" else part for part in parts]
     by_split = {part.split: part for part in parts}
@@ -234,7 +234,7 @@ def read_dataset(
     for part in parts:
         names = frozenset(part.labels)
         if part.split == "val" and names - present - set(classes):
-            raise different_classes(shown, {"train": present, "val": names})
+            raise class_difference(shown, {"train": present, "val": names})
         unknown = sum(label not in number for label in part.labels)
         if unknown:
             reason = f"of classes that the others do not have ({join_names(sorted(names - set(classes)), 3)})"
@@ -272,7 +272,7 @@ def read_dataset(
                 name=split,
                 source=sources[split],
                 num_images=len(datasets[split]),
-                images_per_class=count_classes(datasets[split]),
+                images_per_class=_count_by_class(datasets[split]),
             )
             for split in SPLITS
             if split in datasets
@@ -300,7 +300,7 @@ def open_dataset(place: str | Path, split: Split, *, seed: int, val_fraction: fl
     return read_dataset(place, seed=seed, val_fraction=val_fraction).open(split)
 
 
-def count_classes(dataset: Dataset) -> tuple[int, ...]:
+def _count_by_class(dataset: Dataset) -> tuple[int, ...]:
     """Count the images of each class."""
     counts = Counter(dataset.label(i) for i in range(len(dataset)))
     return tuple(counts[label] for label in range(len(dataset.classes)))
@@ -346,8 +346,8 @@ def _check_training(dataset: Dataset, shown: str) -> None:
     present = {dataset.label(i) for i in range(len(dataset))}
     if len(dataset.classes) < 2:
         raise BadData(
-            f"{shown} has one class only, {join_names(dataset.classes)}: training needs two or more: put the images of "
-            "each class in a folder of its own, or add a labels.csv with the columns file,label"
+            f"{shown} has one class only, {join_names(dataset.classes)}: training needs two or more: put the "
+            "images of each class in a folder of its own, or add a labels.csv with the columns file,label"
         )
     missing = [name for i, name in enumerate(dataset.classes) if i not in present]
     if missing:

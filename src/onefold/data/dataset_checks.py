@@ -10,8 +10,8 @@ Warnings:
     20 times as many images in one class as in another; labels that say nothing about the pictures
     pictures of val nearly the same as one of train; pictures much smaller than the network's input
 
-Names, counts and sizes are those of all images. Of up to `MAX_TRAIN` and `MAX_VAL` pictures thumbnails are made, which
-takes seconds: of pictures with equal file sizes first (they may be copies), then of a fixed sample.
+Names, counts and sizes are those of all images. Of up to `_MAX_TRAIN` and `_MAX_VAL` pictures thumbnails are made,
+which takes seconds: of pictures with equal file sizes first (they may be copies), then of a fixed sample.
 
 `contact_sheet` draws pictures as the network sees them, each with its class, for a person to check.
 N = pictures with a thumbnail, C = classes; in `contact_sheet` C = channels.
@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from onefold.data.dataset import Dataset
-from onefold.data.decode import ODD_ALPHA_IS, printable
-from onefold.data.duplicates import THUMB, ThumbnailStats, exact_duplicates, near_duplicates, thumbnail_stats
+from onefold.data.decode import UNUSUAL_ALPHA_NOTE, printable_name
+from onefold.data.duplicates import THUMBNAIL_SIDE, ThumbnailStats, exact_duplicates, near_duplicates, thumbnail_stats
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import Preprocessing, ValueRange
 from onefold.errors import BadData
 
-MAX_TRAIN, MAX_VAL = 2000, 1000
+_MAX_TRAIN, _MAX_VAL = 2000, 1000
 
 _ERROR_SHARE = 0.01  # the share of images from which on a fault is an error
 _MAX_IMBALANCE = 20
@@ -76,8 +76,8 @@ def check_data(train: Dataset, val: Dataset, size: int, value_range: ValueRange 
     num_train = num_val = 0
     if not any(finding.is_error for finding in findings):
         stats = (
-            thumbnail_stats(train, MAX_TRAIN, other=val, value_range=value_range),
-            thumbnail_stats(val, MAX_VAL, other=train, value_range=value_range),
+            thumbnail_stats(train, _MAX_TRAIN, other=val, value_range=value_range),
+            thumbnail_stats(val, _MAX_VAL, other=train, value_range=value_range),
         )
         num_train, num_val = (len(side) + len(side.unread) for side in stats)
         findings += [*_check_pictures(*stats), *_check_size(train, size, value_range)]
@@ -121,7 +121,7 @@ def _difference(train: Sequence[str], val: Sequence[str]) -> str:
     if parts:
         return f"the classes of train and val differ; {'; '.join(parts)}"
     c = next(c for c, (a, b) in enumerate(zip(train, val, strict=True)) if a != b)
-    names = f"{printable(train[c])!r} in train and {printable(val[c])!r} in val"
+    names = f"{printable_name(train[c])!r} in train and {printable_name(val[c])!r} in val"
     return f"the classes are numbered otherwise in val than in train: class {c} is {names}"
 
 
@@ -136,7 +136,8 @@ def _check_balance(counts: Counter[int], classes: Sequence[str]) -> Iterator[Fin
     if many >= _MAX_IMBALANCE * few:
         guess = 100 * many / counts.total()
         yield Finding(
-            f"{printable(classes[most])} has {many} training images and {printable(classes[least])} has {few}: always "
+            f"{printable_name(classes[most])} has {many} training images and {printable_name(classes[least])} has "
+            f"{few}: always "
             f"saying the first would be right in {guess:.0f} % of cases: look at each class, not at top-1 alone"
         )
 
@@ -157,7 +158,9 @@ def _check_pictures(train: ThumbnailStats, val: ThumbnailStats) -> Iterator[Find
             continue
         odd = np.flatnonzero(stats.has_odd_alpha).tolist()
         if odd:
-            yield Finding(f"{len(odd)} of {len(stats)} images of {side} have {ODD_ALPHA_IS}: {_named(stats, odd)}")
+            yield Finding(
+                f"{len(odd)} of {len(stats)} images of {side} have {UNUSUAL_ALPHA_NOTE}: {_named(stats, odd)}"
+            )
         flat = np.flatnonzero(stats.is_flat).tolist()
         if flat:
             text = f"{len(flat)} of {len(stats)} images of {side} are of one colour: {_named(stats, flat)}"
@@ -191,7 +194,7 @@ def _check_duplicates(train: ThumbnailStats, val: ThumbnailStats) -> Iterator[Fi
     ]
     if two_labels:
         a, n, b, m = two_labels[0]
-        both = f"{printable(a.name(n))} ({_class(a, n)}) and {printable(b.name(m))} ({_class(b, m)})"
+        both = f"{printable_name(a.name(n))} ({_class(a, n)}) and {printable_name(b.name(m))} ({_class(b, m)})"
         text = f"{len(two_labels)} pictures stand under two classes; the first: {both} have the same pixels"
         yield Finding(text, is_error=len(two_labels) >= _ERROR_SHARE * (len(train) + len(val)))
     copies = exact_duplicates(val, train)
@@ -212,23 +215,25 @@ def _check_duplicates(train: ThumbnailStats, val: ThumbnailStats) -> Iterator[Fi
 def _check_labels(train: ThumbnailStats, val: ThumbnailStats) -> Iterator[Finding]:
     classes, count = train.dataset.classes, len(train)
     if count >= _MIN_PICTURES:
-        agree = float((train.labels[nearest_neighbours(train, train)] == train.labels).mean())
-        guess = chance_agreement(train.labels, train.labels, len(classes))
+        agree = float((train.labels[_nearest_neighbours(train, train)] == train.labels).mean())
+        guess = _chance_agreement(train.labels, train.labels, len(classes))
         if agree - guess < 2 * math.sqrt(guess * (1 - guess) / count):
             yield Finding(
                 f"the images most alike are of one class in {100 * agree:.1f} % of cases, and {100 * guess:.1f} % is "
                 "chance: either the classes differ in details only, or the labels do not belong to these images"
             )
-    for cycle, nats in swapped_classes(train, val, len(classes)):
+    for cycle, nats in find_swapped_classes(train, val, len(classes)):
         if nats > _MIN_NATS:
             steps = zip(cycle, cycle[1:] + cycle[:1], strict=True)
-            swaps = [f"val's {printable(classes[c])} look like train's {printable(classes[d])}" for c, d in steps]
+            swaps = [
+                f"val's {printable_name(classes[c])} look like train's {printable_name(classes[d])}" for c, d in steps
+            ]
             text = f"{len(cycle)} classes have changed places between train and val: {'; '.join(swaps[:3])}"
             yield Finding(text, is_error=True)
 
 
 def _class(stats: ThumbnailStats, n: int) -> str:
-    return printable(stats.dataset.classes[int(stats.labels[n])])
+    return printable_name(stats.dataset.classes[int(stats.labels[n])])
 
 
 def _named(stats: ThumbnailStats, numbers: Sequence[int]) -> str:
@@ -244,7 +249,7 @@ def _pairs(val: ThumbnailStats, train: ThumbnailStats, pairs: Sequence[tuple[int
 _MIN_OF_CLASS = 8  # pictures of a class, for its neighbours to tell anything
 
 
-def nearest_neighbours(these: ThumbnailStats, those: ThumbnailStats) -> NDArray[np.int64]:
+def _nearest_neighbours(these: ThumbnailStats, those: ThumbnailStats) -> NDArray[np.int64]:
     """Find, (N,), of each picture of these the nearest other one of those, by the distance of 8 x 8 thumbnails."""
     x, y = (_features(stats) for stats in (these, those))
     distances = (y**2).sum(axis=1)[None, :] - 2 * x @ y.T  # squared, less what all of a row share
@@ -255,13 +260,13 @@ def nearest_neighbours(these: ThumbnailStats, those: ThumbnailStats) -> NDArray[
     return np.asarray(distances.argmin(axis=1), dtype=np.int64)
 
 
-def chance_agreement(labels: NDArray[np.int64], others: NDArray[np.int64], num_classes: int) -> float:
+def _chance_agreement(labels: NDArray[np.int64], others: NDArray[np.int64], num_classes: int) -> float:
     """Compute how often a label equals one drawn from `others`."""
     shares = [np.bincount(side, minlength=num_classes) / max(len(side), 1) for side in (labels, others)]
     return float(shares[0] @ shares[1])
 
 
-def swapped_classes(
+def find_swapped_classes(
     train: ThumbnailStats, val: ThumbnailStats, num_classes: int
 ) -> list[tuple[tuple[int, ...], float]]:
     """Find classes that have changed places: cycles c -> d -> ... of `val` classes with the pictures of the next one.
@@ -270,8 +275,8 @@ def swapped_classes(
     class's pictures are a multinomial, estimated on `train` against itself; then classes are exchanged, the two that
     gain most first, as long as `val` becomes likelier.
     """
-    within = _confusion(train.labels, train.labels[nearest_neighbours(train, train)], num_classes)
-    across = _confusion(val.labels, train.labels[nearest_neighbours(val, train)], num_classes)
+    within = _confusion(train.labels, train.labels[_nearest_neighbours(train, train)], num_classes)
+    across = _confusion(val.labels, train.labels[_nearest_neighbours(val, train)], num_classes)
     rates = within + 1.0
     nats = across @ np.log(rates / rates.sum(axis=1, keepdims=True)).T  # [class of val, class of train]
     place = np.arange(num_classes)  # of a class of val: the class of train that it is taken for
@@ -308,7 +313,7 @@ def _confusion(labels: NDArray[np.int64], others: NDArray[np.int64], num_classes
 
 
 def _features(stats: ThumbnailStats) -> NDArray[np.float32]:
-    halves = stats.thumbs.reshape(-1, THUMB // 2, 2, THUMB // 2, 2, 3).mean(axis=(2, 4))
+    halves = stats.thumbs.reshape(-1, THUMBNAIL_SIDE // 2, 2, THUMBNAIL_SIDE // 2, 2, 3).mean(axis=(2, 4))
     return np.asarray(halves.reshape(len(stats), -1) / 255, dtype=np.float32)
 
 
@@ -356,7 +361,7 @@ def denormalise(pixels: NDArray[np.float32], preprocessing: Preprocessing) -> Im
     return Image.fromarray(np.broadcast_to(planes, (3, *planes.shape[1:])).transpose(1, 2, 0).copy())
 
 
-def captions(labels: NDArray[np.generic], classes: Sequence[str]) -> Iterable[str]:
+def label_captions(labels: NDArray[np.generic], classes: Sequence[str]) -> Iterable[str]:
     """Give each image's class name; of images after mixup, whose labels are shares (N, classes), the two largest."""
     for label in labels:
         if np.ndim(label) == 0:
@@ -372,7 +377,7 @@ def _shorten(
     pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str, max_width: int
 ) -> str:
     """Cut the text at its end where it is too wide for a tile."""
-    text = " ".join(printable(text).split())
+    text = " ".join(printable_name(text).split())
     if pen.textlength(text, font=font) <= max_width:
         return text
     while text and pen.textlength(text + "...", font=font) > max_width:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from onefold.config import from_dict, to_dict
-from onefold.data.decode import printable
+from onefold.data.decode import printable_name
 
 Split = Literal["train", "val", "test"]
 """What images are for: to train on, to choose the best epoch with, and to be scored on once at the end."""
@@ -41,8 +41,8 @@ class LeftOut:
     examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        named = f" ({', '.join(map(printable, self.examples))})" if self.examples else ""
-        return f"{self.count} {printable(self.what)}{named}: {printable(self.reason)}"
+        named = f" ({', '.join(map(printable_name, self.examples))})" if self.examples else ""
+        return f"{self.count} {printable_name(self.what)}{named}: {printable_name(self.reason)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +68,23 @@ class DatasetInfo:
 
     def lines(self, most: int | None = None) -> list[str]:
         """Give the dataset in lines for a person; no more than `most`, of which the last says how many are missing."""
-        names = [printable(name) for name in self.classes[:_MAX_NAMES]]
+        names = [printable_name(name) for name in self.classes[:_MAX_NAMES]]
         more = f" and {len(self.classes) - _MAX_NAMES} more" if len(self.classes) > _MAX_NAMES else ""
         kind = "class" if len(self.classes) == 1 else "classes"
         lines = [
-            f"data: {printable(self.place)} ({printable(self.container)}), {len(self.classes)} {kind} "
+            f"data: {printable_name(self.place)} ({printable_name(self.container)}), {len(self.classes)} {kind} "
             f"{self.class_order}: {', '.join(names)}{more}"
         ]
         width = len(str(max((split.num_images for split in self.splits), default=0)))
         lines += [
-            f"  {split.name:5}  {split.num_images:{width}} images, {printable(split.source)}" for split in self.splits
+            f"  {split.name:5}  {split.num_images:{width}} images, {printable_name(split.source)}"
+            for split in self.splits
         ]
-        lines += [f"  note: {printable(note)}" for note in self.notes]
+        lines += [f"  note: {printable_name(note)}" for note in self.notes]
         lines += [f"  left out: {one}" for one in self.left_out]
         if most is not None and len(lines) > most:
             hidden = lines[most - 1 :]
-            lines = [*lines[: most - 1], f"  and {len(hidden)} more lines: onefold data {printable(self.place)}"]
+            lines = [*lines[: most - 1], f"  and {len(hidden)} more lines: onefold data {printable_name(self.place)}"]
         return lines
 
     def to_dict(self) -> dict[str, Any]:

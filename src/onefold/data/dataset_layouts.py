@@ -19,26 +19,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onefold.data.columns import MultiLabel
+from onefold.data.columns import MultiLabelError
 from onefold.data.dataset_info import LeftOut, Split
-from onefold.data.decode import ARCHIVE_SUFFIXES, printable
-from onefold.data.folders import ImageFiles, Listing, folder_tree, join_names, left_out_images, list_folder, no_images
+from onefold.data.decode import ARCHIVE_SUFFIXES, printable_name
+from onefold.data.folders import (
+    FolderListing,
+    ImageFiles,
+    folder_tree,
+    join_names,
+    left_out_images,
+    list_folder,
+    no_images_message,
+)
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.remote import REMOTE
-from onefold.data.shards import SHARD_SUFFIXES, expand, find_shards, read_shards, split_patterns
+from onefold.data.remote import REMOTE_PREFIXES
+from onefold.data.shards import SHARD_SUFFIXES, expand_patterns, find_shards, read_shards, split_patterns
 from onefold.data.splits import (
     SPLIT_WORDS,
-    Arrangement,
+    FolderRoles,
     NoClassFolders,
     SplitImages,
-    arrange,
-    assign,
-    split_name,
-    splits_of_folders,
-    words_of,
+    assign_images,
+    detect_folder_roles,
+    parse_split_name,
+    split_into_words,
+    splits_by_folder_name,
 )
-from onefold.data.tables import LIST, NotATable, Table, label_tables_by_folder, read_table
-from onefold.data.tables import SUFFIXES as TABLE_SUFFIXES
+from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
+from onefold.data.tables import LIST_SUFFIX, NotATable, Table, label_tables_by_folder, read_table
 from onefold.errors import BadData
 from onefold.storage import read_lines
 
@@ -60,17 +68,17 @@ class PlaceImages:
 
 def read_place(place: str | Path) -> PlaceImages:
     """Find the images of a place. Raises BadData where it cannot be used, or can be understood in two ways."""
-    text, shown = os.fspath(place), printable(place)
+    text, shown = os.fspath(place), printable_name(place)
     if "{split}" in text:
         return _sharded(split_patterns(text), text, ())
-    if text.startswith(REMOTE) or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
-        paths = expand(text)
+    if text.startswith(REMOTE_PREFIXES) or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
+        paths = expand_patterns(text)
         if not paths:
             raise BadData(f"{shown} is not there: expected tar shards or Parquet files")
         found, left_out = find_shards(paths, is_chosen=True)
         return _sharded(found, text, left_out)
     path = Path(text)
-    if path.suffix.lower() in (*TABLE_SUFFIXES, LIST) and path.is_file():
+    if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX) and path.is_file():
         listing = list_folder(path.parent)
         table = read_table(path.parent, path.name, ImageIndex(path.parent, listing.images))
         return _tabled(path.parent, listing, [table], [])
@@ -84,33 +92,33 @@ def read_place(place: str | Path) -> PlaceImages:
 
 
 def _read_folder(place: Path) -> PlaceImages:
-    shown, listing = printable(place), list_folder(place)
+    shown, listing = printable_name(place), list_folder(place)
     shards = [name for suffix in SHARD_SUFFIXES for name in listing.others.get(suffix, ())]
     if not listing.images and shards:
         return _sharded_folder(place, listing, shards)
     if not listing.images:
-        raise no_images(place, listing)
+        raise no_images_message(place, listing)
     tables, problems, several, unread = _tables(place, listing)
     by_folder: dict[str, list[Table]] = defaultdict(list)
     for table in tables:
         folder = table.path.rpartition("/")[0]
-        if any(split_name(part) for part in folder.split("/") if part):
+        if any(parse_split_name(part) for part in folder.split("/") if part):
             by_folder[folder].append(table)
     chosen_in = {folder: _choose_tables(those, shown) for folder, those in by_folder.items()}
     inner = {folder: those[0] for folder, those in chosen_in.items() if len(those) == 1}
     outer = [table for table in tables if table.path.rpartition("/")[0] not in inner]
     problem: BadData | None = None
-    arrangement = Arrangement(folders=())
+    arrangement = FolderRoles(folders=())
     tree = folder_tree(listing.images, listing.empty)
     try:
-        arrangement = arrange(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
+        arrangement = detect_folder_roles(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
     except BadData as error:
         problem = error
     if isinstance(problem, NoClassFolders) and (more := label_tables_by_folder(outer)):  # LOC_val_solution.csv of val/
         inner |= more
         outer = [table for table in outer if table not in more.values()]
         try:
-            arrangement = arrange(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
+            arrangement = detect_folder_roles(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
             problem = None
         except BadData:
             inner = {folder: table for folder, table in inner.items() if folder not in more}
@@ -119,7 +127,7 @@ def _read_folder(place: Path) -> PlaceImages:
     is_sure = not is_plain or any(len(folder.classes) > 1 for folder in arrangement.folders)
     if problem is None and is_plain and is_sure and not outer:
         outer = _split_lists(place, listing, arrangement)
-    tabled = [table for table in outer if not table.path.lower().endswith(LIST)]
+    tabled = [table for table in outer if not table.path.lower().endswith(LIST_SUFFIX)]
     try:
         chosen = _choose_tables(tabled or outer, shown)
         if chosen and (not is_sure or _prefers_tables(chosen, listing, arrangement, shown, problems)):
@@ -148,12 +156,12 @@ def _read_folder(place: Path) -> PlaceImages:
     raise problem
 
 
-def _split_lists(place: Path, listing: Listing, arrangement: Arrangement) -> list[Table]:
+def _split_lists(place: Path, listing: FolderListing, arrangement: FolderRoles) -> list[Table]:
     """Read train.txt, val.txt and the like where they list images in class folders, and nothing else."""
     index, found = ImageIndex(place, listing.images), []
-    given = dict(zip(listing.images, assign(listing.images, arrangement), strict=True))
-    for name in listing.others.get(LIST, ()):
-        if name.count("/") <= _TABLE_DEPTH and split_name(Path(name).stem):
+    given = dict(zip(listing.images, assign_images(listing.images, arrangement), strict=True))
+    for name in listing.others.get(LIST_SUFFIX, ()):
+        if name.count("/") <= _TABLE_DEPTH and parse_split_name(Path(name).stem):
             try:
                 images = [index.find(name, line) for line in read_lines(place / name)]
             except BadData:  # no text: said where it was tried as a table
@@ -169,24 +177,25 @@ def _split_lists(place: Path, listing: Listing, arrangement: Arrangement) -> lis
 
 
 def _foldered(
-    place: Path, listing: Listing, arrangement: Arrangement, tables: Mapping[str, Table], notes: Sequence[str]
+    place: Path, listing: FolderListing, arrangement: FolderRoles, tables: Mapping[str, Table], notes: Sequence[str]
 ) -> PlaceImages:
     """Give the images of class folders; of split folders that have a table, those that it lists."""
-    assigned = assign(listing.images, arrangement)
+    assigned = assign_images(listing.images, arrangement)
     by_split: dict[Split | None, list[int]] = defaultdict(list)
     for i, folder in enumerate(arrangement.folders):
         by_split[folder.split].append(i)
     splits, empty = [], []
     tables = {f.root: tables[f.root] for f in arrangement.folders if f.root in tables and not f.classes}
     for where, table in tables.items():
-        _check_folders(table, where, printable(place))
+        _check_folders(table, where, printable_name(place))
     listed = {file for table in tables.values() for file in table.files}
     for split, numbers in by_split.items():
         folders = [arrangement.folders[i] for i in numbers]
         those = [f for f in folders if f.root in tables and not f.classes]
         if those and len(those) < len(folders):
             shown = " and ".join(folder.shown for folder in folders)
-            raise BadData(f"{printable(place)}: {shown} are both {split}, one by a table and one by folders: use one")
+            where = printable_name(place)
+            raise BadData(f"{where}: {shown} are both {split}, one by a table and one by folders: use one")
         if those:
             splits += [
                 _table_split(place, tables[f.root], split, f.shown, range(len(tables[f.root].files))) for f in those
@@ -201,7 +210,7 @@ def _foldered(
         splits.append(_files(place / root, names, labels, split, shown))
         unfilled = [name for folder in folders for name in folder.classes if name not in set(labels)]
         if unfilled and split in ("train", None):
-            where = printable(place / root)
+            where = printable_name(place / root)
             raise BadData(f"class folders without images in {where}: {join_names(unfilled)}; fill or remove them")
         empty += unfilled
     unlabelled = {file for table in tables.values() for file in table.unlabelled} - listed
@@ -211,7 +220,9 @@ def _foldered(
     if set(by_split) == {None}:
         texts = [name for suffix in (".txt", ".json") for name in listing.others.get(suffix, ())]
         lists = [
-            name for name in texts if set(words_of(os.path.splitext(name)[0].rpartition("/")[2])) & set(SPLIT_WORDS)
+            name
+            for name in texts
+            if set(split_into_words(os.path.splitext(name)[0].rpartition("/")[2])) & set(SPLIT_WORDS)
         ]
         if lists:
             notes = [
@@ -252,7 +263,7 @@ def _files(root: Path, names: Sequence[str], labels: Sequence[str], split: Split
     )
 
 
-def _files_left_out(listing: Listing, tables: Iterable[Table]) -> list[LeftOut]:
+def _files_left_out(listing: FolderListing, tables: Iterable[Table]) -> list[LeftOut]:
     reasons = dict.fromkeys(
         SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
     )
@@ -263,7 +274,7 @@ def _files_left_out(listing: Listing, tables: Iterable[Table]) -> list[LeftOut]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], MultiLabel | None, list[str]]:
+def _tables(place: Path, listing: FolderListing) -> tuple[list[Table], list[str], MultiLabelError | None, list[str]]:
     """Read the tables of labels in a folder; gives them, why others cannot be used, and the error of a multi-label one.
 
     The last are the errors of files that are no tables of labels.
@@ -272,7 +283,7 @@ def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], Mult
     """
     names = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
     names = [name for name in names if name.count("/") <= _TABLE_DEPTH and "submission" not in name.lower()]
-    lists = [name for name in listing.others.get(LIST, ()) if name.count("/") <= _TABLE_DEPTH]
+    lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= _TABLE_DEPTH]
     images, tables, problems, unread = ImageIndex(place, listing.images), [], [], []
     several = None
     for name in [
@@ -284,11 +295,11 @@ def _tables(place: Path, listing: Listing) -> tuple[list[Table], list[str], Mult
         except BadData as error:
             if name.rpartition("/")[2].lower() == _LABELS:
                 raise
-            several = error if isinstance(error, MultiLabel) else several
+            several = error if isinstance(error, MultiLabelError) else several
             if not isinstance(error, NotATable):
-                problems.append(f"{printable(name)} is not used: {error}")
-            elif not name.lower().endswith(LIST):
-                unread.append(f"{printable(name)} is not used: {error}")
+                problems.append(f"{printable_name(name)} is not used: {error}")
+            elif not name.lower().endswith(LIST_SUFFIX):
+                unread.append(f"{printable_name(name)} is not used: {error}")
     return tables, problems, several, unread
 
 
@@ -296,7 +307,7 @@ def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:
     """Choose the one table that counts, or one for each split. Raises BadData where that is not plain."""
     if len(tables) < 2:
         return list(tables)
-    roles = {table.path: said.split if (said := split_name(Path(table.path).stem)) else None for table in tables}
+    roles = {table.path: said.split if (said := parse_split_name(Path(table.path).stem)) else None for table in tables}
     named = [table for table in tables if roles[table.path]]
     if named and len({roles[table.path] for table in named}) == len(named):
         return named
@@ -308,19 +319,18 @@ def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:
     ):
         return [next((table for table in tables if table.splits), tables[0])]
     paths = [table.path for table in tables]
-    raise BadData(
-        f"{shown} holds several tables of labels, {join_names(paths)}: give --data {shown}/{paths[0]} for one"
-    )
+    several = join_names(paths)
+    raise BadData(f"{shown} holds several tables of labels, {several}: give --data {shown}/{paths[0]} for one")
 
 
 def _prefers_tables(
-    tables: Sequence[Table], listing: Listing, arrangement: Arrangement, shown: str, notes: list[str]
+    tables: Sequence[Table], listing: FolderListing, arrangement: FolderRoles, shown: str, notes: list[str]
 ) -> bool:
     """Whether tables count rather than the class folders beside them. Raises BadData where they contradict."""
     is_split = any(folder.split for folder in arrangement.folders)
     if not is_split and Path(tables[0].path).name.lower() == _LABELS:
         return True
-    folders = dict(zip(listing.images, assign(listing.images, arrangement), strict=True))
+    folders = dict(zip(listing.images, assign_images(listing.images, arrangement), strict=True))
     rows = [(file, label) for table in tables for file, label in zip(table.files, table.labels, strict=True)]
     pairs = {(given[1], label) for file, label in rows if (given := folders.get(file))}
     paths = join_names([table.path for table in tables])
@@ -356,7 +366,7 @@ def _prefers_tables(
     )
 
 
-def _tabled(place: Path, listing: Listing, tables: Sequence[Table], notes: Sequence[str]) -> PlaceImages:
+def _tabled(place: Path, listing: FolderListing, tables: Sequence[Table], notes: Sequence[str]) -> PlaceImages:
     splits = [split for table in tables for split in _splits_of(place, table)]
     listed = {file for table in tables for file in table.files}
     paths = [table.path for table in tables]
@@ -364,7 +374,7 @@ def _tabled(place: Path, listing: Listing, tables: Sequence[Table], notes: Seque
     rest = [image for image in listing.images if image not in listed and image not in unlabelled]
     reasons = {}
     for folder in {image.rpartition("/")[0] for image in rest}:
-        said = split_name(folder.rpartition("/")[2])
+        said = parse_split_name(folder.rpartition("/")[2])
         if said and said.split == "test" and not any(file.startswith(f"{folder}/") for file in listed):
             reasons[folder] = "no labels to score by"
     return PlaceImages(
@@ -387,9 +397,9 @@ def _splits_of(place: Path, table: Table) -> list[SplitImages]:
         for i, split in enumerate(table.splits):
             rows[split].append(i)
         return [_table_split(place, table, s, f"{name} (its column says {s})", rows[s]) for s in rows]
-    if said := split_name(Path(table.path).stem):
+    if said := parse_split_name(Path(table.path).stem):
         return [_table_split(place, table, said.split, name, range(len(table.files)))]
-    if by_folder := splits_of_folders(table.files):
+    if by_folder := splits_by_folder_name(table.files):
         for i, split in enumerate(by_folder):
             rows[split].append(i)
         return [_table_split(place, table, split, f"{name} ({split}: by folders)", rows[split]) for split in rows]
@@ -414,16 +424,14 @@ def _table_split(place: Path, table: Table, split: Split | None, source: str, ro
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def _sharded_folder(place: Path, listing: Listing, names: Sequence[str]) -> PlaceImages:
+def _sharded_folder(place: Path, listing: FolderListing, names: Sequence[str]) -> PlaceImages:
     """Read the shards that lie least deep, in one folder or in split folders beside each other."""
     depth = min(name.count("/") for name in names)
     used = [name for name in names if name.count("/") == depth]
-    folders = {"/".join(part for part in name.split("/")[:-1] if not split_name(part)) for name in used}
+    folders = {"/".join(part for part in name.split("/")[:-1] if not parse_split_name(part)) for name in used}
     if len(folders) > 1:
-        raise BadData(
-            f"{printable(place)} holds shards in {join_names([f'{folder}/' for folder in sorted(folders)])}: give the "
-            "folder of one dataset"
-        )
+        several = join_names([f"{folder}/" for folder in sorted(folders)])
+        raise BadData(f"{printable_name(place)} holds shards in {several}: give the folder of one dataset")
     found, left_out = find_shards([str(place / name) for name in used], is_chosen=False, below=place)
     if deeper := [name for name in names if name.count("/") > depth]:
         reason = "deeper than the shards that are read"
@@ -433,7 +441,7 @@ def _sharded_folder(place: Path, listing: Listing, names: Sequence[str]) -> Plac
 
 
 def _sharded(found: Mapping[Split | None, Sequence[str]], shown: str, left_out: Sequence[LeftOut]) -> PlaceImages:
-    splits, more, notes = read_shards(found, printable(shown))
+    splits, more, notes = read_shards(found, printable_name(shown))
     kind = (
         "Parquet files"
         if any(path.endswith(".parquet") for paths in found.values() for path in paths)

@@ -3,7 +3,7 @@
 | in the file | becomes |
 |---|---|
 | EXIF orientation | applied; an unreadable EXIF block counts as none |
-| alpha, palette or colour-key transparency | over white; `ODD_ALPHA` where alpha seems to be no transparency |
+| alpha, palette or colour-key transparency | over white; `UNUSUAL_ALPHA` where alpha seems to be no transparency |
 | samples of 16 bits, without a `value_range` | 0 to 65535: grey as round(v / 257), colour by its high byte |
 | samples of 16 or 32 bits or floats, with one | low to high become 0 to 255, what lies outside is clipped |
 | floats or integers of 32 bits, without one | refused: their range is not known |
@@ -40,37 +40,37 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from onefold.data.crop import (
     EXIF_ORIENTATION,
-    TRANSPOSE,
+    EXIF_TRANSPOSE,
     Crop,
     CropBox,
-    crop_jpeg,
-    num_scans,
+    count_jpeg_scans,
+    decode_jpeg_crop,
     oriented_crop,
     stored_box,
 )
-from onefold.data.preprocessing import FULL_RANGE, ValueRange, scaled
-from onefold.data.value_range import deep_samples
+from onefold.data.preprocessing import FULL_16_BIT_RANGE, ValueRange, scale_to_8_bits
+from onefold.data.value_range import decode_high_bit_depth
 from onefold.errors import BadData
 from onefold.system_resources import free_memory
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 MAX_PIXELS = 50_000_000
 """The most pixels that a decoded picture has: a larger one comes at 1/2, 1/4 or 1/8 of its scale."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 
 # ---------------------------------------------------------------------------------- which files are images
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
-HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+_HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 ARCHIVE_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz2", ".xz"))
 _RAW_SUFFIXES = frozenset(
     (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw")
 ) | {".raw", ".rwl", ".3fr", ".iiq", ".x3f", ".kdc", ".dcr", ".mrw", ".erf", ".mef", ".mos"}
-NO_SUFFIX, MASKS = "without a suffix", "masks beside their photos"
+_NO_SUFFIX, MASK_KIND = "without a suffix", "masks beside their photos"
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{0,11}[a-z][a-z0-9]{0,11}$")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -81,7 +81,7 @@ _MAGIC = re.compile(
 _MASK = re.compile(r"[ _.-](?:masks?|seg|segm|segmentation|gt|groundtruth|trimap|labelids|annotation)([ _-]?\d+)?$")
 
 
-def left_out_as(name: str, head: Callable[[], bytes]) -> str | None:
+def left_out_kind(name: str, head: Callable[[], bytes]) -> str | None:
     """Say as what a file of a dataset is left out: its suffix, or "without a suffix"; None where it is an image.
 
     The suffix decides: a dot and up to twelve letters and digits, one of them a letter; capitals and blanks at the end
@@ -97,12 +97,12 @@ def left_out_as(name: str, head: Callable[[], bytes]) -> str | None:
             suffix = ".heic"
         elif _MAGIC.match(first):
             return None
-    if suffix in SUFFIXES or (suffix in HEIC_SUFFIXES and _heif_opener() is not None):
+    if suffix in SUFFIXES or (suffix in _HEIC_SUFFIXES and _heif_opener() is not None):
         return None
-    return suffix or NO_SUFFIX
+    return suffix or _NO_SUFFIX
 
 
-def masks_beside(names: Sequence[str]) -> list[str]:
+def find_masks(names: Sequence[str]) -> list[str]:
     """List, of names of images with "/", the masks: another image's name and `_mask`, `_seg`, `_gt` or the like.
 
     Only where that other image is in the same folder; its suffix may be another.
@@ -113,19 +113,19 @@ def masks_beside(names: Sequence[str]) -> list[str]:
 
 
 def left_out_reason(kind: str) -> str:
-    """Say why files of a kind that `left_out_as` gave are not used, and what would make them images."""
-    if kind in HEIC_SUFFIXES:
+    """Say why files of a kind that `left_out_kind` gave are not used, and what would make them images."""
+    if kind in _HEIC_SUFFIXES:
         return 'HEIC photos, which pip install "onefold[heic]" reads'
-    if kind == MASKS:
+    if kind == MASK_KIND:
         return "another image's name and _mask, _seg, _gt or the like"
     if kind in _RAW_SUFFIXES:
         return "raw photos: export them as JPEG or 16-bit TIFF"
     if kind in ARCHIVE_SUFFIXES:
         return "archives: unpack them"
-    return "no image by their first bytes" if kind == NO_SUFFIX else "no suffix of an image"
+    return "no image by their first bytes" if kind == _NO_SUFFIX else "no suffix of an image"
 
 
-def first_bytes(path: str | os.PathLike[str]) -> bytes:
+def read_first_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read the first 16 bytes of a file; none of what is not a regular file or cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -176,9 +176,9 @@ _MAX_UNSCALED_PIXELS = 1 << 30  # of a format that cannot be decoded at a smalle
 _MAX_PIXELS_PER_JPEG_BYTE, _MAX_PIXELS_PER_BYTE = 400, 200
 
 
-ODD_ALPHA = "alpha is no transparency"
+UNUSUAL_ALPHA = "alpha is no transparency"
 """A key of a decoded picture's `info`: its fourth channel has many values in most pixels, as infrared or depth has."""
-ODD_ALPHA_IS = (
+UNUSUAL_ALPHA_NOTE = (
     "a fourth channel that does not look like transparency, by which they are laid over white (if it is infrared or "
     "depth, save them without it)"
 )
@@ -192,7 +192,7 @@ class _RefusedError(Exception):
     """What is wrong with a picture, as the rest of a sentence that begins with its name."""
 
 
-def decode(
+def decode_image(
     image: Path | str | bytes, *, name: str | None = None, min_side: int = 0, value_range: ValueRange | None = None
 ) -> Image.Image:
     """Decode an image file, or a file's bytes: RGB, its EXIF orientation applied.
@@ -205,8 +205,8 @@ def decode(
     return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, finish))
 
 
-def from_pil(image: Image.Image, *, value_range: ValueRange | None = None) -> Image.Image:
-    """Give an image that Pillow holds as `decode` gives a file: RGB, EXIF orientation applied, over white.
+def pil_to_rgb(image: Image.Image, *, value_range: ValueRange | None = None) -> Image.Image:
+    """Give an image that Pillow holds as `decode_image` gives a file: RGB, EXIF orientation applied, over white.
 
     Raises BadData where its file is damaged, and where its samples have a range that is not known.
     """
@@ -215,11 +215,13 @@ def from_pil(image: Image.Image, *, value_range: ValueRange | None = None) -> Im
         if image.mode in ("F", "I") and value_range is None:
             raise BadData(f"a PIL image of mode {image.mode} has samples whose range is not known: {_SAY_RANGE}")
         is_deep = image.mode.startswith(("I", "F"))
-        colours = Image.fromarray(scaled(np.asarray(image), value_range or FULL_RANGE)) if is_deep else None
+        colours = (
+            Image.fromarray(scale_to_8_bits(np.asarray(image), value_range or FULL_16_BIT_RANGE)) if is_deep else None
+        )
         rgb = _over_white(image, None if colours is None else colours.convert("RGB"))
     except (OSError, ValueError) as error:
         raise error if isinstance(error, BadData) else BadData(f"a PIL image cannot be used: {error}") from error
-    method = TRANSPOSE.get(_orientation(image))
+    method = EXIF_TRANSPOSE.get(_orientation(image))
     oriented = rgb if method is None else rgb.transpose(method)
     oriented.info = {}
     return oriented
@@ -240,10 +242,10 @@ def read_samples(image: Path | str | bytes, *, name: str | None = None) -> NDArr
 
     Of 8 bits no more than the header is read. Raises BadData only.
     """
-    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, deep_samples))
+    return _with_file(image, name, lambda file, size, shown: _decode(file, size, shown, decode_high_bit_depth))
 
 
-def printable(name: str | os.PathLike[str]) -> str:
+def printable_name(name: str | os.PathLike[str]) -> str:
     """Make a file's name fit for a message: control characters, and bytes that are not UTF-8, are escaped."""
     text = os.fspath(name)
     if text.isprintable():
@@ -251,11 +253,11 @@ def printable(name: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _with_file(image: Path | str | bytes, name: str | None, use: Callable[[BinaryIO, int, str], T]) -> T:
+def _with_file(image: Path | str | bytes, name: str | None, use: Callable[[BinaryIO, int, str], _T]) -> _T:
     """Call `use` with the open file, its size in bytes and its name for messages. Raises BadData only."""
     if isinstance(image, bytes):
-        return use(BytesIO(image), len(image), printable(name or f"an image of {len(image)} bytes"))
-    shown = printable(name or image)
+        return use(BytesIO(image), len(image), printable_name(name or f"an image of {len(image)} bytes"))
+    shown = printable_name(name or image)
     try:
         status = os.stat(image)
         if not stat.S_ISREG(status.st_mode):  # before opening it: a FIFO would wait for ever, a device may not end
@@ -272,20 +274,20 @@ def _with_file(image: Path | str | bytes, name: str | None, use: Callable[[Binar
 def _decode_crop(file: BinaryIO, num_bytes: int, shown: str, crop_box: CropBox) -> Crop:
     if num_bytes <= _MAX_JPEG_BYTES:
         data = file.read()
-        crop = None if num_scans(BytesIO(data)) > _MAX_SCANS else crop_jpeg(data, crop_box, MAX_PIXELS)
+        crop = None if count_jpeg_scans(BytesIO(data)) > _MAX_SCANS else decode_jpeg_crop(data, crop_box, MAX_PIXELS)
         if crop is not None:
             return crop
         file = BytesIO(data)
     return _decode(file, num_bytes, shown, partial(_cropped, crop_box))
 
 
-def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageFile], T]) -> T:
+def _decode(file: BinaryIO, num_bytes: int, shown: str, finish: Callable[[ImageFile], _T]) -> _T:
     if num_bytes == 0:
         raise BadData(f"{shown} is empty (0 bytes)")
     try:
         opened = _open(file)
         _check_header(opened, num_bytes)
-        if opened.format == "JPEG" and (scans := num_scans(file)) > _MAX_SCANS:
+        if opened.format == "JPEG" and (scans := count_jpeg_scans(file)) > _MAX_SCANS:
             raise _RefusedError(f"has {scans} scans, and no photo has more than {_MAX_SCANS}: it is damaged, or a trap")
         return finish(opened)
     except _RefusedError as error:
@@ -304,7 +306,7 @@ def _open(file: BinaryIO) -> ImageFile:
     """Read the header, as `Image.open` does, which refuses by a number of pixels that is the same on every machine."""
     Image.init()
     head = file.read(16)
-    for name in FORMATS:
+    for name in _FORMATS:
         opener, accept = _opener(name, head)
         if opener is not None and accept:
             file.seek(0)
@@ -355,14 +357,14 @@ def _whole(min_side: int, value_range: ValueRange | None, opened: ImageFile) -> 
         sides = width // scale, height // scale
         opened.draft(None, (min_side, min_side) if 0 < min_side <= min(sides) or scale == 1 else sides)
     image = _to_rgb(opened, value_range)
-    method = TRANSPOSE.get(_orientation(opened))  # asked for once it is loaded: Pillow turns a TIFF itself
+    method = EXIF_TRANSPOSE.get(_orientation(opened))  # asked for once it is loaded: Pillow turns a TIFF itself
     if image.width * image.height > MAX_PIXELS:  # a format that knows no smaller scale
         image = image.reduce(scale)
     oriented = image if method is None else image.transpose(method)
-    is_odd = ODD_ALPHA in image.info
+    is_odd = UNUSUAL_ALPHA in image.info
     oriented.info.clear()  # what it says of the file (orientation, profile, transparency) no longer holds
     if is_odd:
-        oriented.info[ODD_ALPHA] = True
+        oriented.info[UNUSUAL_ALPHA] = True
     return oriented
 
 
@@ -384,9 +386,11 @@ def _to_rgb(image: ImageFile, value_range: ValueRange | None) -> Image.Image:
         kind = "float" if image.mode == "F" else "integer"
         raise _RefusedError(f"has {kind} samples whose range is not known: {_SAY_RANGE}")
     if image.mode.startswith(("I", "F")) or value_range is not None:
-        samples = deep_samples(image)
+        samples = decode_high_bit_depth(image)
         if samples is not None:
-            return _over_white(image, Image.fromarray(scaled(samples, value_range or FULL_RANGE)).convert("RGB"))
+            return _over_white(
+                image, Image.fromarray(scale_to_8_bits(samples, value_range or FULL_16_BIT_RANGE)).convert("RGB")
+            )
     image.load()
     return _over_white(image, None)
 
@@ -400,7 +404,7 @@ def _over_white(image: Image.Image, colours: Image.Image | None) -> Image.Image:
     white.paste(colours or rgba.convert("RGB"), mask=alpha)
     counts = np.array(alpha.histogram())[1:-1]  # of what is neither transparent nor opaque
     if 2 * counts.sum() > image.width * image.height and np.count_nonzero(counts) >= _MIN_ODD_LEVELS:
-        white.info[ODD_ALPHA] = True
+        white.info[UNUSUAL_ALPHA] = True
     return white
 
 
@@ -426,7 +430,7 @@ def _describe(file: BinaryIO) -> str:
         return "an SVG drawing: export it as PNG"
     if sum(byte in _TEXT for byte in head) > 0.8 * len(head):
         return "text, not an image"
-    return f"not an image that can be read (one of {', '.join(FORMATS)}), or damaged at its start"
+    return f"not an image that can be read (one of {', '.join(_FORMATS)}), or damaged at its start"
 
 
 def _file_type(mode: int) -> str:

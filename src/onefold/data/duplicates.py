@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.dataset import Dataset
-from onefold.data.decode import ODD_ALPHA
+from onefold.data.decode import UNUSUAL_ALPHA
 from onefold.data.preprocessing import ValueRange
-from onefold.data.sampler import shuffled
+from onefold.data.sampler import shuffled_indices
 from onefold.errors import BadData
 
-Floats = NDArray[np.float32]
+_Floats = NDArray[np.float32]
 
 # ---------------------------------------------------------------------------------------------- thumbnails
 
 _SIDE = 32  # of the grey thumbnails in which copies are sought
 _DECODED_SIDE = 64  # pictures are decoded no smaller than this
-THUMB = 16
+THUMBNAIL_SIDE = 16
 _MAX_FILE_SIZES = 200_000  # pictures whose file size is read, to find equal ones
 _TINY_SIDE = 32  # a picture with a shorter side has too little detail to be found again changed,
 _MAX_DIFFERENCE = 2.0  # so its near duplicates must be within so many levels of 255, mean over a thumbnail
@@ -51,7 +51,7 @@ class ThumbnailStats:
     thumbs: NDArray[np.float32]  # (N, 16, 16, 3), 0 to 255
     greys: NDArray[np.float32]  # (N, 32, 32), 0 to 255
     is_tiny: NDArray[np.bool_]  # (N,): whether the shorter side is below 32 pixels
-    has_odd_alpha: NDArray[np.bool_]  # (N,): see `decode.ODD_ALPHA`
+    has_odd_alpha: NDArray[np.bool_]  # (N,): see `decode.UNUSUAL_ALPHA`
     unread: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class ThumbnailStats:
     @property
     def is_flat(self) -> NDArray[np.bool_]:
         """(N,): whether a picture is of one colour."""
-        planes = self.thumbs.reshape(len(self), THUMB * THUMB, 3)
+        planes = self.thumbs.reshape(len(self), THUMBNAIL_SIDE * THUMBNAIL_SIDE, 3)
         flat: NDArray[np.bool_] = np.ptp(planes, axis=1).max(axis=1, initial=0) <= 4
         return flat
 
@@ -86,15 +86,17 @@ def thumbnail_stats(
             unread.append(str(error))
             continue
         digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
-        thumb = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX), dtype=np.float32)
+        thumb = np.asarray(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX), dtype=np.float32)
         grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32)
-        rows.append((i, digest, (min(image.size) < _TINY_SIDE, ODD_ALPHA in image.info), thumb, grey))
+        rows.append((i, digest, (min(image.size) < _TINY_SIDE, UNUSUAL_ALPHA in image.info), thumb, grey))
     return ThumbnailStats(
         dataset=dataset,
         indices=np.array([i for i, *_ in rows], dtype=np.int64),
         labels=np.array([dataset.label(i) for i, *_ in rows], dtype=np.int64),
         digests=tuple(digest for _, digest, *_ in rows),
-        thumbs=np.array([thumb for *_, thumb, _ in rows], dtype=np.float32).reshape(-1, THUMB, THUMB, 3),
+        thumbs=np.array([thumb for *_, thumb, _ in rows], dtype=np.float32).reshape(
+            -1, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3
+        ),
         greys=np.array([grey for *_, grey in rows], dtype=np.float32).reshape(-1, _SIDE, _SIDE),
         is_tiny=np.array([is_tiny for _, _, (is_tiny, _), *_ in rows], dtype=np.bool_),
         has_odd_alpha=np.array([is_odd for _, _, (_, is_odd), *_ in rows], dtype=np.bool_),
@@ -106,7 +108,7 @@ def _select(dataset: Dataset, most: int, other: Dataset | None) -> list[int]:
     count = len(dataset)
     if count <= most:
         return list(range(count))
-    order = shuffled(np.arange(count, dtype=np.int64), count, seed=0, epoch=0).tolist()
+    order = shuffled_indices(np.arange(count, dtype=np.int64), count, seed=0, epoch=0).tolist()
     sizes = [dataset.num_bytes(i) for i in order[:_MAX_FILE_SIZES]]
     frequency = Counter(sizes)
     other_sizes = {other.num_bytes(i) for i in range(min(len(other), _MAX_FILE_SIZES))} if other else set()
@@ -132,22 +134,24 @@ def exact_duplicates(these: ThumbnailStats, those: ThumbnailStats) -> list[tuple
 
 # ------------------------------------------------------------------------------------------- keys of pixels
 
-KEY_BITS = 128
-_KEY_FREQUENCIES = [(u, v) for s in range(1, 16) for u in range(s + 1) for v in [s - u]][:KEY_BITS]
+_KEY_BITS = 128
+_KEY_FREQUENCIES = [(u, v) for s in range(1, 16) for u in range(s + 1) for v in [s - u]][:_KEY_BITS]
 _KEY_DISTANCE = 16  # bits in which copies may differ; pictures that have nothing in common differ in 64, give or take 6
 _KEY_READERS = 8  # threads
 _NEAR = 32  # bits; of photos one in a hundred has another so near, of pictures all built alike most have, and many
 _MAX_NEAR, _MAX_NEAR_PAIRS = 0.2, 0.02  # the shares of pictures and of pairs that may be so near
 
 
-def pixel_keys(dataset: Dataset, numbers: Sequence[int], value_range: ValueRange | None = None) -> NDArray[np.uint64]:
+def perceptual_hashes(
+    dataset: Dataset, numbers: Sequence[int], value_range: ValueRange | None = None
+) -> NDArray[np.uint64]:
     """Give (N, 2) a key of each picture's pixels, nearly the same where it was saved again, resized or made brighter.
 
     It holds the signs of the lowest frequencies of the grey thumbnail. It is 0 where the picture cannot be read, is of
     one colour, or has a side below 32 pixels.
     """
 
-    def grey(i: int) -> Floats:
+    def grey(i: int) -> _Floats:
         try:
             image = dataset.image(i, min_side=_DECODED_SIDE, value_range=value_range)
         except BadData:
@@ -165,12 +169,12 @@ def pixel_keys(dataset: Dataset, numbers: Sequence[int], value_range: ValueRange
     return np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint64).reshape(-1, 2)
 
 
-def among_pixel_keys(keys: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def match_perceptual_hashes(keys: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Say of each key (N, 2) whether a known one (M, 2) is of the same picture, which may have been saved again."""
     return _distances(keys, known)[0] <= _KEY_DISTANCE
 
 
-def telling_pixel_keys(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def distinctive_perceptual_hashes(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Give the keys that are not 0, each once, or none where too many are near to those of other pictures.
 
     In X-rays, frames of one video and other pictures that are all built alike, a key does not tell a copy from another
@@ -192,18 +196,20 @@ def _distances(
     """
     signs, known_signs = (
         2
-        * np.unpackbits(np.ascontiguousarray(each).view(np.uint8).reshape(-1, KEY_BITS // 8), axis=1).astype(np.float32)
+        * np.unpackbits(np.ascontiguousarray(each).view(np.uint8).reshape(-1, _KEY_BITS // 8), axis=1).astype(
+            np.float32
+        )
         - 1
         for each in (keys, known)
     )
-    least, num_near = np.full(len(keys), KEY_BITS, np.int64), np.zeros(len(keys), np.int64)
+    least, num_near = np.full(len(keys), _KEY_BITS, np.int64), np.zeros(len(keys), np.int64)
     for start in range(0, len(keys) if len(known) else 0, 1024):
         part = slice(start, start + 1024)
-        distance = np.rint((KEY_BITS - signs[part] @ known_signs.T) / 2)
+        distance = np.rint((_KEY_BITS - signs[part] @ known_signs.T) / 2)
         if is_same:
-            distance[np.arange(len(distance)), start + np.arange(len(distance))] = KEY_BITS
+            distance[np.arange(len(distance)), start + np.arange(len(distance))] = _KEY_BITS
         least[part], num_near[part] = distance.min(axis=1), (distance <= _NEAR).sum(axis=1)
-    least[~keys.any(axis=1)] = KEY_BITS
+    least[~keys.any(axis=1)] = _KEY_BITS
     return least, num_near
 
 
@@ -249,7 +255,7 @@ def near_duplicates(these: ThumbnailStats, those: ThumbnailStats) -> list[tuple[
 
 def _similarity_map(
     *, mirror: bool = False, degrees: float = 0, zoom: float = 1, shift: tuple[float, float] = (0, 0)
-) -> Floats:
+) -> _Floats:
     """Give the map (2, 3) of coordinates that mirrors, turns, crops to `zoom` of the sides, and moves the crop."""
     cosine, sine = zoom * np.cos(np.deg2rad(degrees)), zoom * np.sin(np.deg2rad(degrees))
     sign = -1 if mirror else 1
@@ -288,7 +294,7 @@ _DIRECTIONS = np.array(
 _DAMPING = 0.02 * np.diag(np.array([1, 1, 1, 1, 8, 8], np.float32))
 
 
-def _copies(these: Floats, those: Floats) -> list[tuple[int, int]]:
+def _copies(these: _Floats, those: _Floats) -> list[tuple[int, int]]:
     """Find pairs (n, m) of grey thumbnails (N, side, side) that are aligned copies, for each n the best m."""
     if not len(these) or not len(those):
         return []
@@ -303,7 +309,7 @@ def _copies(these: Floats, those: Floats) -> list[tuple[int, int]]:
     return [(i, j) for i, (_, j) in best.items()]
 
 
-def _similarity(images: Floats, targets: Floats, maps: Floats) -> Floats:
+def _similarity(images: _Floats, targets: _Floats, maps: _Floats) -> _Floats:
     """Give (K,) how well images agree with their targets once they are aligned; 0 where they cannot be copies."""
     similarity = np.zeros(len(images), np.float32)
     maps = _aligned(_band(images, 5, 15), _band(targets, 5, 15), maps)
@@ -323,11 +329,11 @@ def _similarity(images: Floats, targets: Floats, maps: Floats) -> Floats:
     return similarity
 
 
-def _candidates(these: Floats, those: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+def _candidates(these: _Floats, those: _Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], _Floats]:
     """Give n (K,), m (K,) and maps (K, 2, 3) from coordinates of m to those of n: the pairs that are most alike."""
     best = np.full((len(these), len(those)), -1, np.float32)
     which = np.zeros(best.shape, np.int16)
-    features: dict[tuple[int, bytes], Floats] = {}
+    features: dict[tuple[int, bytes], _Floats] = {}
     for number, (mine, theirs) in enumerate(_TRIALS):
         for images, change in ((these, mine), (those, theirs)):
             key = id(images), change.tobytes()
@@ -345,11 +351,11 @@ def _candidates(these: Floats, those: Floats) -> tuple[NDArray[np.int64], NDArra
     return n, m, np.array(maps, np.float32).reshape(-1, 3, 3)[:, :2]
 
 
-def _square(affine: Floats) -> Floats:
+def _square(affine: _Floats) -> _Floats:
     return np.vstack([affine, np.array([[0, 0, 1]], np.float32)])
 
 
-def _coarse_operator(affine: Floats) -> Floats:
+def _coarse_operator(affine: _Floats) -> _Floats:
     """Give the matrix (features, pixels) that samples through a map, pools, weights and removes the mean."""
     at, fraction = _floor(_place(affine[None]))
     x, y = fraction[0]
@@ -364,11 +370,11 @@ def _coarse_operator(affine: Floats) -> Floats:
     return operator - operator.mean(axis=0)
 
 
-def _standardised(features: Floats) -> Floats:
+def _standardised(features: _Floats) -> _Floats:
     return np.asarray(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-3), np.float32)
 
 
-def _aligned(images: Floats, targets: Floats, maps: Floats) -> Floats:
+def _aligned(images: _Floats, targets: _Floats, maps: _Floats) -> _Floats:
     """Improve maps (K, 2, 3) by Gauss-Newton steps, so that images (K, side, side) through them fit the targets."""
     wanted = targets.reshape(len(targets), -1)
     for _ in range(_NUM_STEPS):
@@ -386,7 +392,7 @@ def _aligned(images: Floats, targets: Floats, maps: Floats) -> Floats:
     return maps
 
 
-def _agreement(images: Floats, targets: Floats, maps: Floats) -> tuple[Floats, Floats]:
+def _agreement(images: _Floats, targets: _Floats, maps: _Floats) -> tuple[_Floats, _Floats]:
     """Give (K,) the correlation of images seen through maps with their targets, and the share of the area in common."""
     seen, inside, *_ = _sampled(images, maps)
     weight = inside * _FINE_WEIGHT
@@ -395,13 +401,13 @@ def _agreement(images: Floats, targets: Floats, maps: Floats) -> tuple[Floats, F
     return (a * b).sum(1) / np.maximum(lengths, 1e-3), inside.mean(1, dtype=np.float32)
 
 
-def _centred(values: Floats, weight: Floats) -> Floats:
+def _centred(values: _Floats, weight: _Floats) -> _Floats:
     """Give values (K, pixels) less their weighted mean, times the square root of the weight."""
     mean = (values * weight).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), 1e-3)
     return np.asarray((values - mean) * np.sqrt(weight), np.float32)
 
 
-def _sampled(images: Floats, maps: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+def _sampled(images: _Floats, maps: _Floats) -> tuple[_Floats, _Floats, _Floats, _Floats]:
     """Sample images (K, side, side) through maps, bilinearly: values (K, pixels), 1 where inside, slopes in x and y."""
     place = _place(maps)
     inside = np.asarray(((place >= -0.5) & (place <= _SIDE - 0.5)).all(axis=1), np.float32)
@@ -416,24 +422,24 @@ def _sampled(images: Floats, maps: Floats) -> tuple[Floats, Floats, Floats, Floa
     return upper + y * (lower - upper), inside, slope_x, lower - upper
 
 
-def _place(maps: Floats) -> Floats:
+def _place(maps: _Floats) -> _Floats:
     """Give (K, 2, pixels) where each pixel of a thumbnail lies under a map, in pixels."""
     return np.asarray((maps @ _GRID + 1) * (_SIDE / 2) - 0.5, np.float32)
 
 
-def _floor(place: Floats) -> tuple[NDArray[np.int64], Floats]:
+def _floor(place: _Floats) -> tuple[NDArray[np.int64], _Floats]:
     """Give (K, pixels) the number of the pixel to the upper left, and (K, 2, pixels) the distance from it."""
     clipped = np.clip(place, 0, _SIDE - 1.001)
     whole = clipped.astype(np.int64)
     return whole[:, 1] * _SIDE + whole[:, 0], clipped - whole.astype(np.float32)
 
 
-def _band(images: Floats, fine: int, coarse: int) -> Floats:
+def _band(images: _Floats, fine: int, coarse: int) -> _Floats:
     """Give images (K, side, side) without detail below `fine` pixels and without what is wider than `coarse`."""
     return _blurred(images, fine) - _blurred(images, coarse)
 
 
-def _blurred(images: Floats, width: int) -> Floats:
+def _blurred(images: _Floats, width: int) -> _Floats:
     """Average over `width` pixels (an odd number) twice, along both axes, the edges repeated."""
     for axis in (1, 2, 1, 2):
         padding = [(0, 0)] * 3

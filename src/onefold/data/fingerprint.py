@@ -6,7 +6,7 @@ the fingerprint has the contents of that many, evenly spaced.
 
 `TrainedOn` is what a file of weights or an artifact carries: enough to tell whether an image was trained on, without
 the images, and without their names, which are private. Content does not tell an image that was saved again or resized:
-for that it has keys of the pixels, of up to `MAX_PIXELS` images, which say nearly surely and not more.
+for that it has keys of the pixels, of up to `_MAX_PIXELS` images, which say nearly surely and not more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onefold.data.dataset import Dataset
-from onefold.data.duplicates import among_pixel_keys, pixel_keys, telling_pixel_keys
+from onefold.data.duplicates import distinctive_perceptual_hashes, match_perceptual_hashes, perceptual_hashes
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.storage import write_text
@@ -34,10 +34,10 @@ from onefold.storage import write_text
 MAX_CONTENTS = 20_000
 """The most images of a dataset whose contents are read for its fingerprint, and the most keys of a `TrainedOn`."""
 
-MAX_PIXELS = 5_000
+_MAX_PIXELS = 5_000
 """The most images whose pixels are read for their keys."""
 
-By = Literal["content", "name"]
+KeyKind = Literal["content", "name"]
 
 _READERS = 8  # threads: a file server answers several at once
 _KEY_BYTES = 6
@@ -56,7 +56,7 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{facts.hexdigest()}-{contents.hexdigest()}"
 
 
-def keys_of(dataset: Dataset, by: By) -> list[str]:
+def image_keys(dataset: Dataset, by: KeyKind) -> list[str]:
     """Give for each image 24 hex digits that are the same wherever it lies: of its content, or of its name and size.
 
     An image that cannot be read has the key "".
@@ -81,28 +81,28 @@ class TrainedOn:
 
     There are at most `MAX_CONTENTS` keys, the smallest ones: of `images` more than that, an image whose key is larger
     than all of them is not known. `seed` and `val_fraction` are those of the split. `pixels` are keys of the pixels of
-    up to `MAX_PIXELS` images (see `pixel_keys`), none of older records and of images that are too much alike.
+    up to `_MAX_PIXELS` images (see `perceptual_hashes`), none of older records and of images that are too much alike.
     """
 
     images: int
-    by: By
+    by: KeyKind
     keys: NDArray[np.uint64]
     seed: int = 0
     val_fraction: float = 0.0
     pixels: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
 
     @classmethod
-    def of(cls, keys: Iterable[str], by: By, *, seed: int = 0, val_fraction: float = 0.0) -> TrainedOn:
-        """Make one of the keys of images, as `keys_of` gives them."""
+    def of(cls, keys: Iterable[str], by: KeyKind, *, seed: int = 0, val_fraction: float = 0.0) -> TrainedOn:
+        """Make one of the keys of images, as `image_keys` gives them."""
         numbers = np.array(sorted(_number(key) for key in keys if key), np.uint64)
         return cls(
             images=len(numbers), by=by, keys=numbers[:MAX_CONTENTS], seed=int(seed), val_fraction=float(val_fraction)
         )
 
     def with_pixels(self, dataset: Dataset, value_range: ValueRange | None = None) -> TrainedOn:
-        """Give the record with keys of the images' pixels, of `MAX_PIXELS` evenly spaced where they are more."""
-        keys = pixel_keys(dataset, _evenly(len(dataset), MAX_PIXELS), value_range)
-        return replace(self, pixels=telling_pixel_keys(keys))
+        """Give the record with keys of the images' pixels, of `_MAX_PIXELS` evenly spaced where they are more."""
+        keys = perceptual_hashes(dataset, _evenly(len(dataset), _MAX_PIXELS), value_range)
+        return replace(self, pixels=distinctive_perceptual_hashes(keys))
 
     @property
     def is_complete(self) -> bool:
@@ -141,13 +141,13 @@ class TrainedOn:
             is_sound = (
                 type(images) is int
                 and type(seed) is int
-                and by in get_args(By)
+                and by in get_args(KeyKind)
                 and isinstance(share, int | float)
                 and 0 <= share <= 1
                 and len(packed) == _KEY_BYTES * min(images, MAX_CONTENTS)
                 and numbers == sorted(numbers)
                 and len(pixels) % 2 == 0
-                and len(pixels) <= 2 * MAX_PIXELS
+                and len(pixels) <= 2 * _MAX_PIXELS
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadArgument(f"what the weights were trained on cannot be read: {error!r}") from error
@@ -167,10 +167,10 @@ def _number(key: str) -> int:
     return int(key[: 2 * _KEY_BYTES], 16)
 
 
-def trained_among(records: Sequence[TrainedOn], dataset: Dataset) -> list[bool | None]:
+def find_trained_images(records: Sequence[TrainedOn], dataset: Dataset) -> list[bool | None]:
     """Say of each image whether any of the records has it: whether it was trained on; None where it is not known."""
     found: list[bool | None] = [False] * len(dataset)
-    keys = {by: keys_of(dataset, by) for by in {record.by for record in records}}
+    keys = {by: image_keys(dataset, by) for by in {record.by for record in records}}
     for record in records:
         for i, key in enumerate(keys[record.by]):
             has = record.contains(key)
@@ -180,27 +180,27 @@ def trained_among(records: Sequence[TrainedOn], dataset: Dataset) -> list[bool |
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copies:
+class TrainedCopies:
     """How many of the images that were `looked_at` are, by their pixels, copies of trained ones that content misses."""
 
     found: int
     looked_at: int
 
 
-def copies_among(
+def count_trained_copies(
     records: Sequence[TrainedOn], dataset: Dataset, value_range: ValueRange | None = None
-) -> Copies | None:
+) -> TrainedCopies | None:
     """Look for copies of images that were trained on, saved again or resized; None where no record has keys for it.
 
-    Of more than `MAX_PIXELS` images so many are looked at, evenly spaced.
+    Of more than `_MAX_PIXELS` images so many are looked at, evenly spaced.
     """
     pixels = [record.pixels for record in records if len(record.pixels)]
     if not pixels:
         return None
-    seen = trained_among(records, dataset)
-    numbers = [i for i in _evenly(len(dataset), MAX_PIXELS) if seen[i] is not True]
-    found = among_pixel_keys(pixel_keys(dataset, numbers, value_range), np.concatenate(pixels))
-    return Copies(found=int(found.sum()), looked_at=len(numbers))
+    seen = find_trained_images(records, dataset)
+    numbers = [i for i in _evenly(len(dataset), _MAX_PIXELS) if seen[i] is not True]
+    found = match_perceptual_hashes(perceptual_hashes(dataset, numbers, value_range), np.concatenate(pixels))
+    return TrainedCopies(found=int(found.sum()), looked_at=len(numbers))
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:
@@ -214,13 +214,13 @@ def _evenly(count: int, most: int) -> Sequence[int]:
 class ImageList:
     """The images of a run: of each split the names, the classes' names, and the keys. In the run folder as CSV."""
 
-    by: By
+    by: KeyKind
     splits: Mapping[str, Sequence[tuple[str, str, str]]]  # split -> (name, class, key)
 
     @classmethod
     def of(cls, splits: Mapping[str, Dataset]) -> ImageList:
         """List the images of each split; all by content where none of them is too large for that."""
-        by: By = "content" if max(map(len, splits.values())) <= MAX_CONTENTS else "name"
+        by: KeyKind = "content" if max(map(len, splits.values())) <= MAX_CONTENTS else "name"
         return cls(by=by, splits={split: _rows(dataset, by) for split, dataset in splits.items()})
 
     def keys(self, split: str) -> list[str]:
@@ -256,7 +256,7 @@ class ImageList:
             with path.open(encoding="utf-8", newline="") as file:
                 heading, *rows = csv.reader(file)
             by = heading[3].removeprefix("sha256 of ")
-            if by not in get_args(By) or any(len(row) != 4 for row in rows):
+            if by not in get_args(KeyKind) or any(len(row) != 4 for row in rows):
                 raise ValueError("its columns are not split, name, class and SHA-256")
         except FileNotFoundError:
             return None
@@ -268,7 +268,7 @@ class ImageList:
         return cls(by="content" if by == "content" else "name", splits=splits)
 
 
-def _rows(dataset: Dataset, by: By) -> list[tuple[str, str, str]]:
+def _rows(dataset: Dataset, by: KeyKind) -> list[tuple[str, str, str]]:
     names = [dataset.name(i) for i in range(len(dataset))]
     classes = [dataset.classes[dataset.label(i)] for i in range(len(dataset))]
-    return list(zip(names, classes, keys_of(dataset, by), strict=True))
+    return list(zip(names, classes, image_keys(dataset, by), strict=True))

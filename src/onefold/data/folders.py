@@ -2,9 +2,9 @@
 
 Folders are read at any depth and links are followed, but for those back to a folder that they lie in. Hidden files (a
 leading dot), the folders that archives and file servers leave behind, and what onefold itself wrote are left out. What
-is an image is for `left_out_as` to say; what is inside, or whether it is a pipe or a broken link, is for `decode`.
-Names are relative to the folder, with "/", in the order of their code points; a file is opened by the bytes of its
-name, and called as `normalize_name` says.
+is an image is for `left_out_kind` to say; what is inside, or whether it is a pipe or a broken link, is for
+`decode_image`. Names are relative to the folder, with "/", in the order of their code points; a file is opened by the
+bytes of its name, and called as `normalize_name` says.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from PIL import Image
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import LeftOut
 from onefold.data.decode import (
-    MASKS,
+    MASK_KIND,
     SUFFIXES,
-    decode,
     decode_crop,
-    first_bytes,
-    left_out_as,
+    decode_image,
+    find_masks,
+    left_out_kind,
     left_out_reason,
-    masks_beside,
-    printable,
+    printable_name,
+    read_first_bytes,
     read_samples,
 )
 from onefold.data.preprocessing import ValueRange
@@ -70,8 +70,8 @@ class ImageFiles:
         return normalize_name(self.names[i])
 
     def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
-        """Decode image i; see `decode`."""
-        return decode(self.root / self.names[i], min_side=min_side, value_range=value_range)
+        """Decode image i; see `decode_image`."""
+        return decode_image(self.root / self.names[i], min_side=min_side, value_range=value_range)
 
     def samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i where they have more than 8 bits; see `read_samples`."""
@@ -106,15 +106,15 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
     for path in map(Path, paths):
         if not os.path.isdir(path):
             if not os.path.lexists(path):
-                raise BadData(f"{printable(path)} is not there: expected an image or a folder of images")
+                raise BadData(f"{printable_name(path)} is not there: expected an image or a folder of images")
             images[path] = None
             continue
         listing = list_folder(path)
         if not listing.images:
-            raise no_images(path, listing)
+            raise no_images_message(path, listing)
         images.update(dict.fromkeys(path / name for name in listing.images))
         for left_out in listing.left_out():
-            _LOG.warning("%s: left out %s", printable(path), left_out)
+            _LOG.warning("%s: left out %s", printable_name(path), left_out)
     return list(images)
 
 
@@ -128,10 +128,12 @@ def read_class_folders(folder: Path) -> ImageFiles:
     number = {name: label for label, name in enumerate(classes)}
     names = [name for name in listing.images if "/" in name]
     if not names:
-        raise no_images(folder, listing)
+        raise no_images_message(folder, listing)
     labels = [number[name.partition("/")[0]] for name in names]
     if empty := [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]:
-        raise BadData(f"class folders without images in {printable(folder)}: {join_names(empty)}; fill or remove them")
+        raise BadData(
+            f"class folders without images in {printable_name(folder)}: {join_names(empty)}; fill or remove them"
+        )
     return ImageFiles(folder, names, labels, tuple(classes))
 
 
@@ -144,7 +146,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listing:
+class FolderListing:
     """What a folder holds at any depth: names relative to it, with "/", in the order of their NFC forms.
 
     `others` has the files that are no images by what they are, `outputs` the folders that onefold wrote, `empty` those
@@ -185,7 +187,7 @@ class Listing:
         return found
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path) -> FolderListing:
     """List what is in a folder and below it; links are followed, but not to a folder that they lie in.
 
     Raises BadData where a folder cannot be read.
@@ -218,11 +220,11 @@ def list_folder(folder: Path) -> Listing:
                 below = seen if inner.count("/") >= _CLASS_DEPTH else set()
                 pending.append((f"{inner}{name}/", ancestors | {identity}, below))
                 continue
-            kind = left_out_as(name, partial(first_bytes, os.path.join(folder, inner, name)))
+            kind = left_out_kind(name, partial(read_first_bytes, os.path.join(folder, inner, name)))
             (images if kind is None else others[kind]).append(inner + name)
-    if masks := {*masks_beside(images), *_masks_in_folders(images)}:
-        others[MASKS] = sorted(masks)
-    return Listing(
+    if masks := {*find_masks(images), *_masks_in_folders(images)}:
+        others[MASK_KIND] = sorted(masks)
+    return FolderListing(
         images=sorted((name for name in images if name not in masks), key=normalize_name),
         others={kind: sorted(names) for kind, names in others.items()},
         hidden=hidden,
@@ -280,7 +282,7 @@ def folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folder:
 
 def join_names(names: Sequence[str], most: int = 5) -> str:
     """Join the first few names and say how many more there are, for a message."""
-    shown = ", ".join(printable(name) for name in names[:most])
+    shown = ", ".join(printable_name(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
@@ -326,14 +328,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _unreadable(folder: Path, error: OSError) -> BadData:
-    return BadData(f"cannot read the folder {printable(folder)}: {error.strerror or error}")
+    return BadData(f"cannot read the folder {printable_name(folder)}: {error.strerror or error}")
 
 
-def no_images(folder: Path, listing: Listing) -> BadData:
+def no_images_message(folder: Path, listing: FolderListing) -> BadData:
     """Say that a folder holds no images, and which files it holds."""
     if not listing.others:
-        return BadData(f"{printable(folder)} holds no images: it has no files at all")
+        return BadData(f"{printable_name(folder)} holds no images: it has no files at all")
     most = sorted(listing.others.items(), key=lambda item: -len(item[1]))[:3]
-    kinds = ", ".join(f"{len(names)} {printable(kind)} ({left_out_reason(kind)})" for kind, names in most)
+    kinds = ", ".join(f"{len(names)} {printable_name(kind)} ({left_out_reason(kind)})" for kind, names in most)
     suffixes = " ".join(sorted(SUFFIXES))
-    return BadData(f"{printable(folder)} holds no images: of files it has {kinds} (images are {suffixes})")
+    return BadData(f"{printable_name(folder)} holds no images: of files it has {kinds} (images are {suffixes})")

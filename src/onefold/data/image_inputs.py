@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.decode import from_pil
+from onefold.data.decode import pil_to_rgb
 from onefold.data.preprocessing import Preprocessing
 from onefold.errors import BadArgument
 
-Floats = NDArray[np.float32]
+_Floats = NDArray[np.float32]
 _CHANNELS = (1, 3, 4)
 _log = logging.getLogger("onefold")
 
@@ -39,21 +39,24 @@ def iter_images(value: object) -> Iterator[object]:
         yield value
 
 
-def prepare_all(value: object, preprocessing: Preprocessing) -> Floats:
-    """Give an image, a batch or a list of them as the network's inputs, float32 (B, C, S, S). Raises as `prepare`."""
-    inputs = [prepare(image, preprocessing) for image in iter_images(value)]
+def prepare_images(value: object, preprocessing: Preprocessing) -> _Floats:
+    """Give an image, a batch or a list of them as the network's inputs, float32 (B, C, S, S).
+
+    Raises as `prepare_image`.
+    """
+    inputs = [prepare_image(image, preprocessing) for image in iter_images(value)]
     if not inputs:
         raise BadArgument("there is no image: expected one, or a list with one or more")
     return np.stack(inputs)
 
 
-def prepare(image: object, preprocessing: Preprocessing) -> Floats:
+def prepare_image(image: object, preprocessing: Preprocessing) -> _Floats:
     """Give one image as the network's input, float32 (C, S, S), contiguous.
 
     Raises BadArgument for what is no image, or floats of another shape; BadData for an image that cannot be used.
     """
     if isinstance(image, Image.Image):
-        return preprocessing(from_pil(image, value_range=preprocessing.value_range))
+        return preprocessing(pil_to_rgb(image, value_range=preprocessing.value_range))
     if not isinstance(image, np.ndarray | torch.Tensor):
         raise BadArgument(
             f"expected an image as PIL, a uint8 array (H, W, 3) or a tensor (3, H, W), not {type(image).__name__}"
@@ -97,4 +100,4 @@ def _picture(pixels: NDArray[np.uint8], *, channels_first: bool) -> Image.Image:
         pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
     if pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise BadArgument(f"expected a picture (H, W), (H, W, 3) or (3, H, W), got an array of shape {pixels.shape}")
-    return from_pil(Image.fromarray(np.ascontiguousarray(pixels)))
+    return pil_to_rgb(Image.fromarray(np.ascontiguousarray(pixels)))

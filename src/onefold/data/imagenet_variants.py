@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from onefold.data.decode import printable
+from onefold.data.decode import printable_name
 from onefold.data.folders import subfolders
 from onefold.errors import BadData
 from onefold.storage import read_json
@@ -43,7 +43,7 @@ ALEXNET_ERRORS: Mapping[str, float] = {
 """AlexNet's top-1 errors in percent, means over severities, as published with ImageNet-C: mCE divides by them."""
 
 _GROUPS = ("noise", "blur", "weather", "digital", "extra")
-SEVERITIES = ("1", "2", "3", "4", "5")
+_SEVERITIES = ("1", "2", "3", "4", "5")
 
 _SUBSETS = {  # SHA-256 of the sorted WordNet ids, a line each
     "f6aa4b23244554d9b864fd715ae20048f6a9686388911b2dfbf1ada01bf0f520": "ImageNet-A",
@@ -63,7 +63,7 @@ def imagenet_variant(folder: Path, classes: Sequence[str]) -> str | None:
     if not classes or not set(classes) <= set(wordnet_ids()):
         return None
     if len(classes) == len(wordnet_ids()):
-        return "ImageNet-Sketch" if "sketch" in printable(folder.name).lower() else "ImageNet"
+        return "ImageNet-Sketch" if "sketch" in printable_name(folder.name).lower() else "ImageNet"
     return _SUBSETS.get(hashlib.sha256("\n".join(sorted(classes)).encode()).hexdigest(), "part of ImageNet")
 
 
@@ -85,7 +85,7 @@ def _walk_corruptions(folder: Path) -> Iterator[Path]:
 def _severities(folder: Path) -> dict[str, Path]:
     """Give the folders called 1 to 5, if all hold class folders; classes with such names hold images."""
     names = subfolders(folder)
-    if not names or not set(names) <= set(SEVERITIES) or not all(subfolders(folder / name) for name in names):
+    if not names or not set(names) <= set(_SEVERITIES) or not all(subfolders(folder / name) for name in names):
         return {}
     return {name: folder / name for name in names}
 
@@ -111,15 +111,17 @@ def read_real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
     try:
         labels = read_json(path)
     except (OSError, ValueError) as error:
-        raise BadData(f"cannot read the ReaL labels {printable(path)}: {error}") from error
+        raise BadData(f"cannot read the ReaL labels {printable_name(path)}: {error}") from error
     if not isinstance(labels, list) or not all(_is_labels(entry) for entry in labels):
-        raise BadData(f"{printable(path)} is not a list of lists of classes from 0 to 999, as ReaL's real.json is")
+        raise BadData(f"{printable_name(path)} is not a list of lists of classes from 0 to 999, as ReaL's real.json is")
     by_image = []
     for name in names:
         match = _NUMBER.search(name)
         number = int(match[1]) if match else 0
         if not 1 <= number <= len(labels):
-            raise BadData(f"{printable(name)} has no ReaL labels: expected a name like ILSVRC2012_val_00000001.JPEG")
+            raise BadData(
+                f"{printable_name(name)} has no ReaL labels: expected a name like ILSVRC2012_val_00000001.JPEG"
+            )
         by_image.append(labels[number - 1])
     return by_image
 

@@ -32,7 +32,7 @@ from onefold.data.curriculum import ProgressiveAugment
 from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import fingerprint
 from onefold.data.preprocessing import Preprocessing, ValueRange
-from onefold.data.sampler import sample_generator, shuffled
+from onefold.data.sampler import sample_generator, shuffled_indices
 from onefold.errors import BadArgument, BadData
 
 _PREFETCH = 2  # batches that are made while one is used
@@ -116,7 +116,7 @@ class ImageLoader:
         positions = np.arange(batch * self.batch_size, last, dtype=np.int64)
         if not self.shuffle:
             return positions
-        return shuffled(positions[self.rank :: self.world], len(self.dataset), seed=self.seed, epoch=n)
+        return shuffled_indices(positions[self.rank :: self.world], len(self.dataset), seed=self.seed, epoch=n)
 
     def _epoch(self, n: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         steps = (self.samples(n, step) for step in range(start, len(self)))

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from onefold.data.columns import plain_number
-from onefold.data.decode import printable
+from onefold.data.columns import normalize_number
+from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
-from onefold.data.splits import split_name
+from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 from onefold.storage import normalize_name
 
@@ -45,7 +45,7 @@ class ImageIndex:
         found: dict[int, list[str]] = defaultdict(list)
         for path in self._paths:
             stem = os.path.splitext(path.rpartition("/")[2])[0]
-            if (number := plain_number(stem)) is not None:
+            if (number := normalize_number(stem)) is not None:
                 found[int(number)].append(path)
         return found
 
@@ -56,7 +56,7 @@ class ImageIndex:
     def find(self, table: str, cell: str) -> list[str]:
         """Give the images that a cell of a table may mean: by its path, or else by its number (1, 1.0 for 0001.jpg)."""
         found = self._candidates(table, cell) if cell else []
-        number = plain_number(cell)
+        number = normalize_number(cell)
         return found or ([] if number is None else [self._paths[path] for path in self._by_number.get(int(number), ())])
 
     def find_all(
@@ -68,11 +68,12 @@ class ImageIndex:
             if not cell:
                 raise BadData(f"{shown}, line {line}: expected a file and its class")
             candidates = self.find(table, cell)
-            if candidates and plain_number(cell) is not None and not self._candidates(table, cell):
+            if candidates and normalize_number(cell) is not None and not self._candidates(table, cell):
                 by_number.append(f"{cell} is {candidates[0]}")
             if len(candidates) > 1:
                 raise BadData(
-                    f"{shown}, line {line}: {printable(cell)} may be {join_names(candidates, 3)}: write the folder too"
+                    f"{shown}, line {line}: {printable_name(cell)} may be {join_names(candidates, 3)}: write the "
+                    "folder too"
                 )
             (missing.append(cell) if not candidates else found.append(candidates[0]))
         if by_number and not missing:
@@ -106,11 +107,12 @@ class ImageIndex:
         if len(those) > 1:  # the more folders are the same, the better
             those = [path for path in those if self._same_folders(path, parts) == max(scores)]
         if len(those) > 1:  # train.csv means train/1.png rather than test/1.png
-            said = split_name(PurePosixPath(table).stem)
+            said = parse_split_name(PurePosixPath(table).stem)
             near = [
                 path
                 for path in those
-                if said and any((s := split_name(part)) and s.split == said.split for part in path.split("/")[:-1])
+                if said
+                and any((s := parse_split_name(part)) and s.split == said.split for part in path.split("/")[:-1])
             ]
             those = near or [path for path in those if path.rpartition("/")[0] == folder] or those
         return [self._paths[path] for path in those]

@@ -71,7 +71,7 @@ def _span(length: int, share: float, rng: np.random.Generator) -> slice:
     return slice(max(0, middle - span // 2), min(length, middle + (span + 1) // 2))
 
 
-class Batches(Protocol):
+class _Batches(Protocol):
     """Batches of an epoch, as `ImageLoader` gives them."""
 
     def __len__(self) -> int: ...
@@ -87,7 +87,7 @@ class Batches(Protocol):
 class MixupLoader:
     """Batches after mixup or CutMix, on `device`: images, and class shares (B, K) in place of labels."""
 
-    batches: Batches
+    batches: _Batches
     mixing: Mixing
     _: KW_ONLY
     num_classes: int

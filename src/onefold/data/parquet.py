@@ -15,8 +15,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from onefold.data.columns import MultiLabel, cell_text, class_rank, file_rank, is_number_column, is_split_column
-from onefold.data.decode import printable
+from onefold.data.columns import (
+    MultiLabelError,
+    cell_text,
+    is_class_index_column,
+    is_split_column,
+    rank_class_column,
+    rank_image_column,
+)
+from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.errors import BadData, MissingExtra
 from onefold.storage import normalize_name, parse_json
@@ -35,7 +42,7 @@ class ParquetImages:
         try:
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise MissingExtra(f"{printable(path)} needs pyarrow", "parquet") from error
+            raise MissingExtra(f"{printable_name(path)} needs pyarrow", "parquet") from error
         try:
             self._file = pq.ParquetFile(path)
             schema = self._file.schema_arrow
@@ -46,15 +53,17 @@ class ParquetImages:
         except BadData:
             raise
         except Exception as error:  # pyarrow's errors have no common root but Exception
-            raise BadData(f"cannot read {printable(path)}: {_first_line(error)}") from error
+            raise BadData(f"cannot read {printable_name(path)}: {_first_line(error)}") from error
         self.split_values = [cell_text(value) for value in splits]
         labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
         if several := [label for label in labels if isinstance(label, list) and label]:
-            raise MultiLabel(printable(path), f"the column {self._label} holds {several[0]!r} of one image")
+            raise MultiLabelError(printable_name(path), f"the column {self._label} holds {several[0]!r} of one image")
         labels = [cell_text(label) if isinstance(label, bool) else label for label in labels]
         labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
         if bad := [label for label in labels if not isinstance(label, int | str | None)]:
-            raise BadData(f"{printable(path)}: the column {self._label} holds {bad[0]!r}: expected a number or a name")
+            raise BadData(
+                f"{printable_name(path)}: the column {self._label} holds {bad[0]!r}: expected a number or a name"
+            )
         self.labels: list[int | str | None] = [None if label == -1 else label for label in labels]
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
         self._rows = [(group, row) for group, count in enumerate(counts) for row in range(count)]
@@ -88,7 +97,7 @@ class ParquetImages:
             value = self._row_groups[group][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise BadData(f"{printable(self.name(i))} holds no bytes, only a path: expected embedded images")
+            raise BadData(f"{printable_name(self.name(i))} holds no bytes, only a path: expected embedded images")
         return data
 
     def num_bytes(self, i: int) -> int:
@@ -102,15 +111,15 @@ class ParquetImages:
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self._image)
             if size > _MAX_ROW_GROUP_BYTES:
                 raise BadData(
-                    f"{printable(self.path)} has {size >> 20} MiB of images in a row group of {facts.num_rows} rows, "
-                    f"which are read at once; {_MAX_ROW_GROUP_BYTES >> 20} are the most: write it again with "
+                    f"{printable_name(self.path)} has {size >> 20} MiB of images in a row group of {facts.num_rows} "
+                    f"rows, which are read at once; {_MAX_ROW_GROUP_BYTES >> 20} are the most: write it again with "
                     "row_group_size=100"
                 )
             return self._file.read_row_group(group, [self._image]).column(0)
         except BadData:
             raise
         except Exception as error:
-            raise BadData(f"cannot read rows of {printable(self.path)}: {_first_line(error)}") from error
+            raise BadData(f"cannot read rows of {printable_name(self.path)}: {_first_line(error)}") from error
 
     def _columns(self, schema: Any) -> tuple[str, str, str | None]:
         """Find the columns of the image (by what it holds), of its class and of its split (by their names)."""
@@ -124,14 +133,20 @@ class ParquetImages:
 
         names = list(dict.fromkeys(schema.names))
         images = [name for name in names if holds_images(name)]
-        images.sort(key=lambda name: 9 if (rank := file_rank(name)) is None else abs(rank - 1))  # image before path
+        images.sort(
+            key=lambda name: 9 if (rank := rank_image_column(name)) is None else abs(rank - 1)
+        )  # image before path
         classes = [name for name in names if name not in images]
-        ranked = sorted((name for name in classes if class_rank(name) is not None), key=lambda n: class_rank(n) or 0)
-        ranked += [name for name in classes if is_number_column(name)]
+        ranked = sorted(
+            (name for name in classes if rank_class_column(name) is not None), key=lambda n: rank_class_column(n) or 0
+        )
+        ranked += [name for name in classes if is_class_index_column(name)]
         for found, what in ((images, "an image in bytes or a struct with bytes"), (ranked, "a class in label, class")):
             if not found:
-                raise BadData(f"{printable(self.path)} has the columns {', '.join(names)}: expected {what} or the like")
-        for those, what in ((images, "images"), ([n for n in ranked if class_rank(n) is not None], "classes")):
+                raise BadData(
+                    f"{printable_name(self.path)} has the columns {', '.join(names)}: expected {what} or the like"
+                )
+        for those, what in ((images, "images"), ([n for n in ranked if rank_class_column(n) is not None], "classes")):
             if len(those) > 1:
                 others = join_names(those[1:])
                 self.notes.append(f"the {what} are the column {those[0]}, not {others}")
@@ -149,4 +164,4 @@ def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:
 
 
 def _first_line(error: Exception) -> str:
-    return printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return printable_name(str(error).splitlines()[0] if str(error) else type(error).__name__)

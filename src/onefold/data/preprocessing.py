@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.config import Range, check, from_dict, to_dict
+from onefold.config import Range, check_fields, from_dict, to_dict
 from onefold.errors import BadArgument
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
-FILTERS: dict[Interpolation, Image.Resampling] = {
+PIL_FILTERS: dict[Interpolation, Image.Resampling] = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
@@ -32,7 +32,7 @@ FILTERS: dict[Interpolation, Image.Resampling] = {
 ValueRange = tuple[float, float]
 """The stored values that become 0 and 255, where samples have more than 8 bits."""
 
-FULL_RANGE: ValueRange = (0, 65535)
+FULL_16_BIT_RANGE: ValueRange = (0, 65535)
 """What 16-bit samples have without a measured range."""
 
 _MAX_ASPECT_RATIO = 16  # of a picture that is resized whole
@@ -51,7 +51,7 @@ class Preprocessing:
     value_range: ValueRange | None = None  # None: 0 to 65535, see value_range.py
 
     def __post_init__(self) -> None:
-        check(self, "preprocessing")
+        check_fields(self, "preprocessing")
         if self.crop_pct == 0:
             raise BadArgument("preprocessing.crop_pct is 0, expected more than 0 and at most 1")
         if self.channels not in (1, 3):
@@ -78,7 +78,9 @@ class Preprocessing:
                 raise BadArgument(
                     f"an image of mode {image.mode} has samples whose range is not known: set preprocessing.value_range"
                 )
-            image = Image.fromarray(scaled(np.asarray(image), self.value_range or FULL_RANGE)).convert("RGB")
+            image = Image.fromarray(scale_to_8_bits(np.asarray(image), self.value_range or FULL_16_BIT_RANGE)).convert(
+                "RGB"
+            )
         return self.normalise(self.crop(image))
 
     def crop(self, image: Image.Image) -> Image.Image:
@@ -111,7 +113,7 @@ class Preprocessing:
         return from_dict(cls, values, "preprocessing")
 
 
-IMAGENET = Preprocessing()
+IMAGENET_PREPROCESSING = Preprocessing()
 
 
 def resize_short_side(image: Image.Image, short: int, interpolation: Interpolation = "bilinear") -> Image.Image:
@@ -128,7 +130,7 @@ def resize_short_side(image: Image.Image, short: int, interpolation: Interpolati
         width, height = image.size
     if shorter == short:
         return image
-    return image.resize((width * short // shorter, height * short // shorter), FILTERS[interpolation])
+    return image.resize((width * short // shorter, height * short // shorter), PIL_FILTERS[interpolation])
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -137,7 +139,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def scaled(samples: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
+def scale_to_8_bits(samples: NDArray[Any], value_range: ValueRange) -> NDArray[np.uint8]:
     """Map low to 0 and high to 255, rounded and clipped; what is no number becomes 0."""
     low, high = value_range
     levels = (samples.astype(np.float32 if samples.dtype.itemsize == 2 else np.float64) - low) * (255 / (high - low))

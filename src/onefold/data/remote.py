@@ -24,13 +24,13 @@ from threading import Lock
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from onefold.data.decode import printable
+from onefold.data.decode import printable_name
 from onefold.errors import BadData, MissingExtra
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-OBJECT_STORES = ("s3://", "gs://", "az://")
-REMOTE = ("http://", "https://", *OBJECT_STORES)
+OBJECT_STORE_PREFIXES = ("s3://", "gs://", "az://")
+REMOTE_PREFIXES = ("http://", "https://", *OBJECT_STORE_PREFIXES)
 
 _WHOLE_BYTES, _PART_BYTES = 1 << 20, 64 << 10  # what is read of a file for its digest
 _MAX_IDLE = 16  # open connections that are kept for each server
@@ -47,7 +47,7 @@ class RetryPolicy:
     pause_s: float = 0.2
 
 
-def retry(attempt: Callable[[], T], name: str, policy: RetryPolicy) -> T:
+def _retry(attempt: Callable[[], _T], name: str, policy: RetryPolicy) -> _T:
     """Call `attempt` until it succeeds, at most `policy.tries` times; BadData is final and passes through.
 
     Raises BadData with `name`, the last reason and the number of tries.
@@ -63,7 +63,7 @@ def retry(attempt: Callable[[], T], name: str, policy: RetryPolicy) -> T:
             reason = OSError(str(error).splitlines()[0] if str(error) else type(error).__name__)
         if number + 1 < policy.tries:  # the random factor keeps many readers of one server from coming back together
             time.sleep(policy.pause_s * 2**number * random.uniform(0.5, 1.5))
-    shown = printable(str(reason) or type(reason).__name__)
+    shown = printable_name(str(reason) or type(reason).__name__)
     raise BadData(f"cannot read {name}: {shown} ({policy.tries} tries)") from reason
 
 
@@ -89,9 +89,9 @@ class Blob(Protocol):
 def open_blob(place: str | os.PathLike[str], policy: RetryPolicy | None = None) -> Blob:
     """Give the file at a path or URL; nothing is read yet."""
     text = os.fspath(place)
-    if text.startswith(OBJECT_STORES):
+    if text.startswith(OBJECT_STORE_PREFIXES):
         return StoredObject(text, policy or RetryPolicy())
-    return HttpFile(text, policy or RetryPolicy()) if text.startswith(REMOTE) else LocalFile(Path(text))
+    return HttpFile(text, policy or RetryPolicy()) if text.startswith(REMOTE_PREFIXES) else LocalFile(Path(text))
 
 
 def digest_bytes(read: Callable[[int, int], bytes], num_bytes: int) -> str:
@@ -117,7 +117,7 @@ class LocalFile:
     @property
     def name(self) -> str:
         """The path, printable."""
-        return printable(self.path)
+        return printable_name(self.path)
 
     @property
     def identity(self) -> str:
@@ -163,7 +163,7 @@ class HttpFile:
     @property
     def name(self) -> str:
         """The URL without its query, which may be a secret."""
-        return printable(self.url.split("?")[0])
+        return printable_name(self.url.split("?")[0])
 
     @property
     def identity(self) -> str:
@@ -177,16 +177,16 @@ class HttpFile:
 
     def read(self, start: int, count: int) -> bytes:
         """Read bytes of the file; a short, refused or broken answer is asked for again."""
-        return retry(lambda: self._request(start, count)[0], self.name, self.policy) if count else b""
+        return _retry(lambda: self._request(start, count)[0], self.name, self.policy) if count else b""
 
     @cached_property
     def _size_and_version(self) -> tuple[int, str]:  # of one byte's answer: not every server answers HEAD
-        return retry(lambda: self._request(0, 1)[1:], self.name, self.policy)
+        return _retry(lambda: self._request(0, 1)[1:], self.name, self.policy)
 
     def _request(self, start: int, count: int) -> tuple[bytes, int, str]:
         """Send one request: the bytes, the size of the whole file, its version."""
         parts = urlsplit(self.url)
-        connection = CONNECTIONS.take(parts.scheme, parts.netloc, self.policy.timeout_s)
+        connection = HTTP_CONNECTIONS.take(parts.scheme, parts.netloc, self.policy.timeout_s)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
             connection.request("GET", target, headers={"Range": f"bytes={start}-{start + count - 1}"})
@@ -197,7 +197,7 @@ class HttpFile:
         except BaseException:
             connection.close()  # what is left of the answer must not be taken for the next
             raise
-        CONNECTIONS.put(parts.scheme, parts.netloc, connection)
+        HTTP_CONNECTIONS.put(parts.scheme, parts.netloc, connection)
         return data, size, version
 
     def _checked_size(self, response: http.client.HTTPResponse, start: int) -> int:
@@ -212,7 +212,7 @@ class HttpFile:
         content_range = response.getheader("Content-Range") or ""
         size = content_range.rpartition("/")[2]
         if not content_range.startswith(f"bytes {start}-") or not size.isdigit():
-            raise OSError(f"the server answers for {printable(content_range)!r}")
+            raise OSError(f"the server answers for {printable_name(content_range)!r}")
         return int(size)
 
 
@@ -266,8 +266,8 @@ class _Connections:
                     idle.pop().close()
 
 
-CONNECTIONS = _Connections()
-atexit.register(CONNECTIONS.close)
+HTTP_CONNECTIONS = _Connections()
+atexit.register(HTTP_CONNECTIONS.close)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class StoredObject:
     @property
     def name(self) -> str:
         """The URL."""
-        return printable(self.url)
+        return printable_name(self.url)
 
     @property
     def identity(self) -> str:
@@ -318,19 +318,19 @@ class StoredObject:
         bucket, _, key = rest.partition("/")
         return from_url(f"{scheme}://{bucket}"), key
 
-    def _request(self, call: Callable[[Any, str], T]) -> T:
+    def _request(self, call: Callable[[Any, str], _T]) -> _T:
         """Call with the store and the key, again after errors that may pass."""
         store, key = self._store
 
-        def attempt() -> T:
+        def attempt() -> _T:
             try:
                 return call(store, key)
             except Exception as error:
                 if type(error).__name__ in _PERMANENT_ERRORS:
-                    raise BadData(f"cannot read {self.name}: {printable(str(error).splitlines()[0])}") from error
+                    raise BadData(f"cannot read {self.name}: {printable_name(str(error).splitlines()[0])}") from error
                 raise
 
-        return retry(attempt, self.name, self.policy)
+        return _retry(attempt, self.name, self.policy)
 
 
 class BlobReader(io.RawIOBase):

@@ -1,8 +1,9 @@
 """The order of samples and their random generators as functions of (seed, epoch, position): there is no state to save.
 
-`shuffled` is a keyed permutation of 0..n-1 that is computed position by position: a Feistel network on the next even
-number of bits, applied again until the value falls below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-2002). Memory does not grow with n, any position of any epoch costs the same, and no library's version can change it.
+`shuffled_indices` is a keyed permutation of 0..n-1 that is computed position by position: a Feistel network on the next
+even number of bits, applied again until the value falls below n (Black and Rogaway, Ciphers with Arbitrary Finite
+Domains, 2002). Memory does not grow with n, any position of any epoch costs the same, and no library's version can
+change it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _ROUNDS = 12
 _WORD = (1 << 64) - 1
 
 
-def shuffled(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+def shuffled_indices(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Give the samples (0..n-1) at positions (0..n-1) of an epoch's order; all positions give every sample once."""
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     digest = hashlib.shake_256(f"order {seed} {epoch}".encode()).digest(8 * _ROUNDS)

@@ -28,17 +28,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.columns import MultiLabel, plain_numbers, read_split_column, several_classes
+from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers, read_split_column
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, LeftOut, Split
-from onefold.data.decode import decode, decode_crop, printable, read_samples
+from onefold.data.decode import decode_crop, decode_image, printable_name, read_samples
 from onefold.data.folders import join_names
 from onefold.data.parquet import ParquetImages
 from onefold.data.preprocessing import ValueRange
-from onefold.data.remote import REMOTE, LocalFile, digest_bytes, open_blob
-from onefold.data.splits import SPLIT_WORDS, SplitImages, SplitName, read_weak, split_name
+from onefold.data.remote import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
+from onefold.data.splits import SPLIT_WORDS, SplitImages, SplitName, parse_split_name, resolve_ambiguous_split
 from onefold.data.tables import MAX_CLASSES
-from onefold.data.tars import TarImages, others_left_out, read_tar_index, tars_by_split
+from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
 from onefold.errors import BadData
 from onefold.storage import normalize_name
 
@@ -70,9 +70,9 @@ class ShardedImages:
         return file.name(row)
 
     def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
-        """Decode image i; see `decode`."""
+        """Decode image i; see `decode_image`."""
         file, row = self._locate(i)
-        return decode(file.read(row), name=file.name(row), min_side=min_side, value_range=value_range)
+        return decode_image(file.read(row), name=file.name(row), min_side=min_side, value_range=value_range)
 
     def samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i where they have more than 8 bits; see `read_samples`."""
@@ -107,27 +107,27 @@ class ShardedImages:
 
 # -------------------------------------------------------------------------------------- finding shards
 
-Shards = dict[Split | None, list[str]]
+_Shards = dict[Split | None, list[str]]
 """The files of each split; under None those whose names say none."""
 
 
-def split_patterns(text: str) -> Shards:
+def split_patterns(text: str) -> _Shards:
     """Expand a pattern with {split} in it, for which each word for a split may stand."""
-    found: Shards = {}
+    found: _Shards = {}
     for split in SPLITS:
         words = [word for word, said in SPLIT_WORDS.items() if said == split]
         for word in (form(word) for word in words for form in (str.lower, str.capitalize, str.upper)):
             # What is on the web or in an object store is not listed, so there it is train and val.
-            if text.startswith(REMOTE) and word not in ("train", "val"):
+            if text.startswith(REMOTE_PREFIXES) and word not in ("train", "val"):
                 continue
-            if split not in found and (paths := expand(text.replace("{split}", word))):
+            if split not in found and (paths := expand_patterns(text.replace("{split}", word))):
                 found[split] = paths
     if "val" not in found and "test" not in found:
-        raise BadData(f"{printable(text)}: there is nothing where {{split}} is val, test or another word for them")
+        raise BadData(f"{printable_name(text)}: there is nothing where {{split}} is val, test or another word for them")
     return found
 
 
-def find_shards(paths: Sequence[str], *, is_chosen: bool, below: Path | None = None) -> tuple[Shards, list[LeftOut]]:
+def find_shards(paths: Sequence[str], *, is_chosen: bool, below: Path | None = None) -> tuple[_Shards, list[LeftOut]]:
     """Divide shards into splits by their names, or else by the folders that they lie in `below` a place.
 
     Where some names say a split, the others are left out, and said. Shards that the user has chosen by a pattern and
@@ -137,12 +137,12 @@ def find_shards(paths: Sequence[str], *, is_chosen: bool, below: Path | None = N
     words: dict[str, SplitName] = {}
     for path in paths:
         parts = Path(path).relative_to(below).parts if below else (path.rpartition("/")[2],)
-        said = next(filter(None, (split_name(part.rpartition(".")[0] or part) for part in reversed(parts))), None)
+        said = next(filter(None, (parse_split_name(part.rpartition(".")[0] or part) for part in reversed(parts))), None)
         if said:
             words[path] = said
     strong = any(said.split == "val" and not said.is_weak for said in words.values())
     for path in paths:
-        found[None if path not in words else read_weak(words[path], strong)].append(path)
+        found[None if path not in words else resolve_ambiguous_split(words[path], strong)].append(path)
     if len(found) == 1 and is_chosen:
         return {None: list(paths)}, []
     left_out = []
@@ -152,16 +152,16 @@ def find_shards(paths: Sequence[str], *, is_chosen: bool, below: Path | None = N
     return dict(found), left_out
 
 
-def expand(text: str) -> list[str]:
+def expand_patterns(text: str) -> list[str]:
     """Expand braces and patterns; of files on this disk only those that are there."""
     names, braces = [text], re.compile(r"\{(\d+)\.\.(\d+)\}")
     while match := braces.search(names[0]):
         first, last = match.groups()
         if int(last) - int(first) >= _MAX_SHARDS:
-            raise BadData(f"{printable(text)} stands for more than {_MAX_SHARDS} files")
+            raise BadData(f"{printable_name(text)} stands for more than {_MAX_SHARDS} files")
         numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
         names = [braces.sub(number, name, count=1) for name in names for number in numbers]
-    if text.startswith(REMOTE):
+    if text.startswith(REMOTE_PREFIXES):
         return names
     return [
         path
@@ -202,7 +202,7 @@ def read_shards(
             indexes = [read_tar_index(blob) for blob in blobs]
             for inner, tars in tars_by_split(blobs, indexes, split, shown, left_out, notes).items():
                 files[inner] += tars
-            left_out += others_left_out([index.others for index in indexes])
+            left_out += left_out_members([index.others for index in indexes])
     labels = {split: [label for file in those for label in file.labels] for split, those in files.items()}
     if unlabelled := sum(label is None for label in labels.get("test", ())):
         left_out.append(LeftOut(count=unlabelled, what="images of test", reason="no labels to score by"))
@@ -212,10 +212,10 @@ def read_shards(
         labels["test"] = [label for label in labels["test"] if label is not None]
     labels = {split: those for split, those in labels.items() if those}
     names = sorted({label for those in labels.values() for label in those if isinstance(label, str)})
-    if separator := several_classes(names):
+    if separator := find_class_separator(names):
         both = next(name for name in names if separator in name)
-        raise MultiLabel(shown, f"{printable(both)} is of one image")
-    forms = dict(zip(names, plain_numbers(names), strict=True))
+        raise MultiLabelError(shown, f"{printable_name(both)} is of one image")
+    forms = dict(zip(names, normalize_numbers(names), strict=True))
     numbered = _numbered([file for those in files.values() for file in those])
     return (
         [
@@ -265,7 +265,9 @@ def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | N
     union = {label for file in files for label in file.labels}
     numbers, names = {x for x in union if isinstance(x, int)}, {x for x in union if isinstance(x, str)}
     if numbers and names:
-        raise BadData(f"some classes are numbers ({min(numbers)}), others names ({printable(min(names))}): use one")
+        raise BadData(
+            f"some classes are numbers ({min(numbers)}), others names ({printable_name(min(names))}): use one"
+        )
     if None in union:
         raise BadData("some images have no class (-1 or nothing), and they are not those of test")
     if names:

@@ -10,9 +10,9 @@ A word stands alone or beside words that say nothing more (`train_set`, `ValImag
 numbers (`train2017`); or beside a stem that all splits share (`seg_train`, `seg_test`). `eval` is test where there is
 another val. These rules hold alike for folders, folders in tars, names of shards and tables, and columns.
 
-`arrange` decides which folders are splits. A folder called `train` is a class where it holds images directly beside
-other folders that do; it is a split where it holds folders, and another split holds folders of the same names. What
-can be either is refused, with what was seen and what to type.
+`detect_folder_roles` decides which folders are splits. A folder called `train` is a class where it holds images
+directly beside other folders that do; it is a split where it holds folders, and another split holds folders of the same
+names. What can be either is refused, with what was seen and what to type.
 """
 
 from __future__ import annotations
@@ -67,22 +67,22 @@ class SplitName:
         return self.word in _WEAK
 
 
-def read_weak(said: SplitName, has_val: bool) -> Split:
+def resolve_ambiguous_split(said: SplitName, has_val: bool) -> Split:
     """Give the split: where there is another val, a word that may mean either means test."""
     return "test" if said.is_weak and has_val else said.split
 
 
-def words_of(name: str) -> list[str]:
+def split_into_words(name: str) -> list[str]:
     """Divide a name into its words and numbers, in lower case: train_images2 and TrainImages2 have the same."""
     return [token.casefold() for token in _TOKENS.findall(unicodedata.normalize("NFKC", name))]
 
 
-def split_name(name: str) -> SplitName | None:
+def parse_split_name(name: str) -> SplitName | None:
     """Read a split out of a name; None where it says none, or two."""
     tokens: list[str] = []
     for run in _RUNS.findall(unicodedata.normalize("NFKC", name)):
         whole = _GLUED.fullmatch(run.casefold())
-        for word in [run.casefold()] if whole or run.casefold() in SPLIT_WORDS else words_of(run):
+        for word in [run.casefold()] if whole or run.casefold() in SPLIT_WORDS else split_into_words(run):
             glued = _GLUED.fullmatch(word)
             tokens += [part for part in glued.groups() if part] if glued else [word]
     text = " ".join(tokens).replace("hold out", "holdout").replace("held out", "heldout")
@@ -103,7 +103,7 @@ class NoClassFolders(BadData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitFolder:
+class _SplitFolder:
     """A split, or a part of one, as it lies in a folder; split None where nothing says for what the images are.
 
     `root` is the folder that the class folders lie in, `shown` how the split is called ("valid/"); `classes` gives the
@@ -117,22 +117,22 @@ class SplitFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrangement:
+class FolderRoles:
     """Which folders are splits and classes; `reasons` says of other folders why their images are in no split."""
 
-    folders: tuple[SplitFolder, ...]
+    folders: tuple[_SplitFolder, ...]
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> Arrangement:
+def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> FolderRoles:
     """Decide which folders below `root` are splits and which are classes.
 
     `tables` gives the classes of each folder that has a table of its own. Raises BadData for what can be understood in
     two ways, for splits of different classes, and for images without class folders.
     """
     for level in _levels(root):
-        named = [(said, folder) for name, folder in level.children.items() if (said := split_name(name))]
+        named = [(said, folder) for name, folder in level.children.items() if (said := parse_split_name(name))]
         if named and (found := _as_splits(level, _choose(named, place), place, tables)):
             return found
     level = _class_level(root)
@@ -144,13 +144,13 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
     if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
         return _splits_within_classes(level, inner)
     for name, folder in level.children.items():
-        words = sorted(n for n in folder.children if (said := split_name(n)) and not said.stem)
-        if len({said.split for said in map(split_name, words) if said}) > 1:
+        words = sorted(n for n in folder.children if (said := parse_split_name(n)) and not said.stem)
+        if len({said.split for said in map(parse_split_name, words) if said}) > 1:
             raise BadData(
-                f"{place}: {folder.path}/ holds the splits {join_names(words)}, so {name} may be a dataset or a class: "
-                f"give {folder.path}/ alone as --data, or give all class folders the same splits"
+                f"{place}: {folder.path}/ holds the splits {join_names(words)}, so {name} may be a dataset or a "
+                f"class: give {folder.path}/ alone as --data, or give all class folders the same splits"
             )
-    said_by = {name: said for name in level.children if (said := split_name(name)) and not said.stem}
+    said_by = {name: said for name in level.children if (said := parse_split_name(name)) and not said.stem}
     words = sorted(said_by)
     if len({said.split for said in said_by.values()}) > 1:  # as of segmentation and detection
         raise NoClassFolders(
@@ -159,7 +159,7 @@ def arrange(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> A
         )
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
     notes = (*_merged(level), *called, *_nested(level))
-    return Arrangement(folders=(_split_folder(None, level, "", level),), notes=notes)
+    return FolderRoles(folders=(_split_folder(None, level, "", level),), notes=notes)
 
 
 def _nested(level: Folder) -> tuple[str, ...]:
@@ -189,13 +189,13 @@ def _class_level(folder: Folder, wanted: frozenset[str] = frozenset()) -> Folder
     if _names(shared) & wanted:
         return shared
     several = (level for level in levels if len(level.children) > 1)
-    return next(several, next((level for level in levels if not all(map(split_name, level.children))), levels[0]))
+    return next(several, next((level for level in levels if not all(map(parse_split_name, level.children))), levels[0]))
 
 
 def _is_only_images(level: Folder) -> bool:
     """Whether a folder holds nothing but one folder that is called images, data or the like, which is no class."""
     return len(level.children) == 1 and all(
-        set(words_of(name)) <= _FILLERS and words_of(name) for name in level.children
+        set(split_into_words(name)) <= _FILLERS and split_into_words(name) for name in level.children
     )
 
 
@@ -205,14 +205,14 @@ def _names(level: Folder) -> frozenset[str]:
 
 def _split_folder(
     split: Split | None, level: Folder, shown: str, within: Folder, known: frozenset[str] | None = None
-) -> SplitFolder:
+) -> _SplitFolder:
     """Give a split whose classes are the subfolders of `within` (only the `known` ones)."""
     classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for name, folder in sorted(within.children.items()):
         composed = normalize_name(name)
         if known is None or composed in known:
             classes[composed] += (folder.path,)
-    return SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes))
+    return _SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes))
 
 
 def _merged(level: Folder) -> tuple[str, ...]:
@@ -225,11 +225,11 @@ def _merged(level: Folder) -> tuple[str, ...]:
     return (f"{where}folders of one name in two Unicode forms are one class: {join_names(twice)}",) if twice else ()
 
 
-Named = Sequence[tuple[SplitName, Folder]]
-Group = dict[Split, list[Folder]]
+_Named = Sequence[tuple[SplitName, Folder]]
+_Group = dict[Split, list[Folder]]
 
 
-def _choose(named: Named, place: str) -> Group:
+def _choose(named: _Named, place: str) -> _Group:
     """Choose the folders of each split among those with a split's name; empty where none is meant so."""
     stems: dict[str, list[tuple[SplitName, Folder]]] = defaultdict(list)
     for said, folder in named:
@@ -249,7 +249,7 @@ def _choose(named: Named, place: str) -> Group:
     strong_val = any(SPLIT_WORDS[word] == "val" and word not in _WEAK for word in words)
     group: dict[Split, list[tuple[SplitName, Folder]]] = defaultdict(list)
     for said, folder in chosen:
-        group[read_weak(said, strong_val)].append((said, folder))
+        group[resolve_ambiguous_split(said, strong_val)].append((said, folder))
     clashing = [split for split, those in group.items() if len(those) > 1 and len({s.number for s, _ in those}) > 1]
     for split, those in group.items():
         words = {said.word for said, _ in those}
@@ -264,15 +264,15 @@ def _choose(named: Named, place: str) -> Group:
     return {split: [folder for _, folder in those] for split, those in group.items()}
 
 
-def _choose_quietly(folder: Folder) -> Group:
+def _choose_quietly(folder: Folder) -> _Group:
     """Give the splits that a class folder is divided into; none where it holds anything else."""
-    named = [(said, inner) for name, inner in folder.children.items() if (said := split_name(name))]
+    named = [(said, inner) for name, inner in folder.children.items() if (said := parse_split_name(name))]
     if folder.num_direct or len(named) < len(folder.children) or len({said.stem for said, _ in named}) > 1:
         return {}
     return _choose(named, folder.path)
 
 
-def _splits_within_classes(level: Folder, inner: Mapping[str, Group]) -> Arrangement:
+def _splits_within_classes(level: Folder, inner: Mapping[str, _Group]) -> FolderRoles:
     """Arrange cat/train/, cat/test/, dog/train/, dog/test/."""
     folders = []
     for split in SPLITS:
@@ -282,11 +282,11 @@ def _splits_within_classes(level: Folder, inner: Mapping[str, Group]) -> Arrange
         words = sorted({folder.name for group in inner.values() for folder in group.get(split, ())})
         if words:
             shown = f"{'/, '.join(words)}/ in the class folders"
-            folders.append(SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes)))
-    return Arrangement(folders=tuple(folders), notes=_merged(level))
+            folders.append(_SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes)))
+    return FolderRoles(folders=tuple(folders), notes=_merged(level))
 
 
-def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, frozenset[str]]) -> Arrangement | None:
+def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, frozenset[str]]) -> FolderRoles | None:
     """Arrange the folders of `group` as splits; None where they are classes, as their neighbours are."""
     chosen = [folder for folders in group.values() for folder in folders]
     others = [folder for folder in level.children.values() if folder not in chosen]
@@ -299,15 +299,15 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
         return tables.get(folder.path) or _names(_class_level(folder, classes))
 
     classes: frozenset[str] = frozenset()
-    folders: list[SplitFolder] = []
+    folders: list[_SplitFolder] = []
     reasons: dict[str, str] = {}
     notes: list[str] = []
     unnamed = [
         folder
         for folder in others
         if folder.num_images
-        and not _UNLABELLED & set(words_of(folder.name))
-        and not ((said := split_name(folder.name)) and not said.stem)
+        and not _UNLABELLED & set(split_into_words(folder.name))
+        and not ((said := parse_split_name(folder.name)) and not said.stem)
     ]
     if not chosen:
         return None
@@ -352,11 +352,11 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
                 for name in sorted(names - classes):
                     reasons[f"{_class_level(folder, classes).path}/{name}"] = "a class that train does not have"
             elif names - classes:
-                raise different_classes(place, {train[0].name if train else "train": classes, folder.name: names})
+                raise class_difference(place, {train[0].name if train else "train": classes, folder.name: names})
             if split != "train" and (missing := sorted(classes - names)):
                 notes.append(f"{shown} has no images of {join_names(missing)}")
             if folder.path in tables:
-                folders.append(SplitFolder(split=split, root=folder.path, shown=shown, classes={}))
+                folders.append(_SplitFolder(split=split, root=folder.path, shown=shown, classes={}))
                 continue
             inner = _class_level(folder, classes)
             folders.append(_split_folder(split, inner, shown, inner, classes))
@@ -365,10 +365,10 @@ def _as_splits(level: Folder, group: Group, place: str, tables: Mapping[str, fro
                 notes += _nested(inner)
     if train:
         reasons |= {folder.path: "beside the splits" for folder in others}
-    return Arrangement(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
+    return FolderRoles(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
 
 
-def different_classes(place: str, sides: Mapping[str, frozenset[str]]) -> BadData:
+def class_difference(place: str, sides: Mapping[str, frozenset[str]]) -> BadData:
     """Say which classes only one of two splits has."""
     (one, these), (other, those) = sides.items()
     parts = [
@@ -403,29 +403,29 @@ class SplitImages:
     numbered: tuple[str, ...] | None = None
 
 
-def arrange_split(root: Folder, place: str, split: Split) -> Arrangement:
+def read_single_split(root: Folder, place: str, split: Split) -> FolderRoles:
     """Find the classes of images that are all of one split, which their file's name says."""
     level = _class_level(root)
     if not level.children:
         raise _flat(root, place)
-    return Arrangement(folders=(_split_folder(split, level, "", level),), notes=_merged(level))
+    return FolderRoles(folders=(_split_folder(split, level, "", level),), notes=_merged(level))
 
 
-def splits_of_folders(images: Sequence[str]) -> list[Split] | None:
+def splits_by_folder_name(images: Sequence[str]) -> list[Split] | None:
     """Give the split of labelled images by the first of their folders that says one; None unless each has one."""
     found: dict[str, SplitName | None] = {}
     for image in images:
         folder = image.rpartition("/")[0]
         if folder not in found:
-            found[folder] = next(filter(None, map(split_name, folder.split("/"))), None)
+            found[folder] = next(filter(None, map(parse_split_name, folder.split("/"))), None)
             if found[folder] is None:
                 return None
     has_val = any(said.split == "val" and not said.is_weak for said in found.values() if said)
-    return [read_weak(said, has_val) for image in images if (said := found[image.rpartition("/")[0]])]
+    return [resolve_ambiguous_split(said, has_val) for image in images if (said := found[image.rpartition("/")[0]])]
 
 
-def assign(images: Sequence[str], arrangement: Arrangement) -> list[tuple[int, str] | None]:
-    """Give for each image the number of its `SplitFolder` and its class; None where it is in none."""
+def assign_images(images: Sequence[str], arrangement: FolderRoles) -> list[tuple[int, str] | None]:
+    """Give for each image the number of its `_SplitFolder` and its class; None where it is in none."""
     owners = {
         path: (i, name)
         for i, folder in enumerate(arrangement.folders)

@@ -26,32 +26,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onefold.data.columns import (
-    FLAGS,
-    MultiLabel,
+    BOOLEAN_WORDS,
+    MultiLabelError,
     cell_text,
-    class_rank,
-    file_rank,
+    find_class_separator,
+    is_class_index_column,
     is_missing,
-    is_number_column,
     is_split_column,
-    plain_number,
-    plain_numbers,
+    normalize_number,
+    normalize_numbers,
+    rank_class_column,
+    rank_image_column,
     read_split_columns,
-    several_classes,
 )
 from onefold.data.dataset_info import Split
-from onefold.data.decode import printable
+from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.splits import SPLIT_WORDS, split_name, words_of
+from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words
 from onefold.errors import BadData
 from onefold.storage import normalize_name, parse_json, read_text
 
 MAX_CLASSES = 1_000_000
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+LABEL_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of files that may be a table of labels."""
-LIST = ".txt"
+LIST_SUFFIX = ".txt"
 """Of files that may be one without names of columns: an image and its class a line, as Caffe and MMPretrain have it."""
 
 _SEPARATORS = ",;\t|"
@@ -93,7 +93,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     Raises NotATable where its columns are not those of a table of labels, BadData (naming the line) where it is one
     that cannot be used.
     """
-    shown = printable(place / path)
+    shown = printable_name(place / path)
     notes: list[str] = []
     columns, rows, lines = _read_rows(place / path, path, images, notes)
     expected = "expected the columns file,label or file,index"
@@ -101,19 +101,21 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         raise NotATable(f"{shown} lists no images")
     cells = {name: [row[i] if i < len(row) else "" for row in rows] for i, name in enumerate(columns)}
     for name in cells:  # PredictionString of ImageNet's own tables: n01440764 10 20 30 40
-        if words_of(name) == ["prediction", "string"] and all(map(_PREDICTION.fullmatch, cells[name])):
+        if split_into_words(name) == ["prediction", "string"] and all(map(_PREDICTION.fullmatch, cells[name])):
             cells = {**cells, "label": [_classes_of_boxes(cell) for cell in cells[name]]}
             notes.append(f"{shown}: of the boxes in the column {name} the class is used")
             break
     file_columns = sorted(
-        (name for name in cells if file_rank(name) is not None), key=lambda name: file_rank(name) or 0
+        (name for name in cells if rank_image_column(name) is not None), key=lambda name: rank_image_column(name) or 0
     )
-    class_columns = sorted((n for n in cells if class_rank(n) is not None), key=lambda name: class_rank(name) or 0)
-    number_columns = [name for name in cells if is_number_column(name)]
+    class_columns = sorted(
+        (n for n in cells if rank_class_column(n) is not None), key=lambda name: rank_class_column(name) or 0
+    )
+    number_columns = [name for name in cells if is_class_index_column(name)]
     split_columns = [name for name in cells if is_split_column(name)]
     if not file_columns:
         raise NotATable(
-            f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}: rename its columns"
+            f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
     file_column = max(file_columns, key=lambda name: images.num_matches(path, cells[name][:_NUM_TRIED]))
     class_columns = [name for name in class_columns if name != file_column]
@@ -145,7 +147,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         splits = None if splits is None else tuple(splits[i] for i in kept_rows)
     files = images.find_all(path, cells[file_column], lines, shown, notes)
     numbering = label_column if not number_columns else None if label_column else number_columns[0]
-    if numbering and None not in map(plain_number, cells[numbering]):
+    if numbering and None not in map(normalize_number, cells[numbering]):
         same = _partition(cells[numbering])  # Label 0, ClassName AnnualCrop: a number and its name
         names = [n for n in file_columns if n != file_column and len({*cells[n]}) < len(cells[n])]  # of no single image
         for name in (*class_columns, *names):
@@ -161,7 +163,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         labels = _labels(shown, label_column, cells[label_column], lines, notes) if label_column else []
         numbered = None
         if number_column is not None:
-            numbers = [_number(shown, lines[i], text) for i, text in enumerate(plain_numbers(cells[number_column]))]
+            numbers = [_number(shown, lines[i], text) for i, text in enumerate(normalize_numbers(cells[number_column]))]
             numbered = _names_by_number(shown, lines, numbers, labels)
             labels = [numbered[number] for number in numbers]
     kept = _once(shown, files, labels, lines, notes)
@@ -187,7 +189,7 @@ def _classes_of_boxes(cell: str) -> str:
 def _without_classes(cells: Mapping[str, Sequence[str]], rest: Sequence[str], columns: Sequence[str]) -> list[str]:
     """Give the split columns but for those that are classes: `train` beside bus and car, one 1 in each line."""
     bare = [name for name in columns if name.casefold() in SPLIT_WORDS]
-    flags = [[FLAGS.get(cell.lower()) for cell in cells[name]] for name in (*rest, *bare)]
+    flags = [[BOOLEAN_WORDS.get(cell.lower()) for cell in cells[name]] for name in (*rest, *bare)]
     flags = [column for column in flags if None not in column]
     is_class = (
         bool(bare) and len(flags) > len(bare) and all(sum(map(bool, row)) == 1 for row in zip(*flags, strict=True))
@@ -206,7 +208,7 @@ def _labelled_rows(
     for name in columns:
         values = {cell for cell in cells[name] if not is_missing(cell)}
         others = values - {"-1", "-1.0"}
-        if len(others) > 1 and None not in map(plain_number, others):
+        if len(others) > 1 and None not in map(normalize_number, others):
             values = others
         is_said = [said and cell in values for said, cell in zip(is_said, cells[name], strict=True)]
     return [i for i, said in enumerate(is_said) if said], [i for i, said in enumerate(is_said) if not said]
@@ -216,10 +218,10 @@ def _read_rows(
     file: Path, path: str, images: ImageIndex, notes: list[str]
 ) -> tuple[list[str], list[list[str]], list[int]]:
     """Give the names of the columns, the rows, and the line of each; rows without any value are none."""
-    text, shown = read_text(file, notes), printable(file)
+    text, shown = read_text(file, notes), printable_name(file)
     if file.suffix.lower() == ".jsonl":
         return _json_rows(text, shown)
-    if file.suffix.lower() == LIST:
+    if file.suffix.lower() == LIST_SUFFIX:
         return _list_rows(text, path, images, notes)
     text_lines = text.split("\n")
     at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
@@ -264,7 +266,8 @@ def _list_rows(
         if len(cells) != 2 or not images.num_matches(path, cells[:1]):
             kind = BadData if rows else NotATable
             raise kind(
-                f"{path}, line {number}: {printable(line[:_SHOWN])!r}: expected an image that is there, and its class"
+                f"{path}, line {number}: {printable_name(line[:_SHOWN])!r}: expected an image that is there, and its "
+                "class"
             )
         rows.append(cells)
         lines.append(number)
@@ -294,11 +297,13 @@ def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[
 
 def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:
     """Give the class of each row by name. Raises MultiLabel where cells name several classes."""
-    if separator := several_classes(set(cells)):
+    if separator := find_class_separator(set(cells)):
         i = next(i for i, cell in enumerate(cells) if separator in cell)
-        both = " and ".join(printable(part.strip()) for part in cells[i].split(separator)[:3])
-        raise MultiLabel(f"{shown}, line {lines[i]}", f"the column {printable(column)} names {both} of one image")
-    plain = plain_numbers(cells)
+        both = " and ".join(printable_name(part.strip()) for part in cells[i].split(separator)[:3])
+        raise MultiLabelError(
+            f"{shown}, line {lines[i]}", f"the column {printable_name(column)} names {both} of one image"
+        )
+    plain = normalize_numbers(cells)
     if len(set(plain)) < len(set(cells)):
         forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
         notes.append(f"{shown}: numbers in several forms are one class each: {forms} are integers too")
@@ -316,10 +321,10 @@ def _label_column(shown: str, cells: Mapping[str, Sequence[str]], candidates: Se
     if not candidates:
         return None
     first = candidates[0]
-    if class_rank(first) == 0 and sum(class_rank(name) == 0 for name in candidates) == 1:
+    if rank_class_column(first) == 0 and sum(rank_class_column(name) == 0 for name in candidates) == 1:
         return first
     if any(_partition(cells[name]) != _partition(cells[first]) for name in candidates[1:]):
-        names = " and ".join(map(printable, candidates))
+        names = " and ".join(map(printable_name, candidates))
         raise BadData(f"{shown}: the columns {names} say different classes: call the one that counts `label`")
     return first
 
@@ -331,7 +336,7 @@ def _number_column(
     for name in candidates:
         values = cells[name]
         if labels and len(set(values)) == len(values) > len(set(labels)):
-            notes.append(f"the column {printable(name)} numbers the rows, not the classes")
+            notes.append(f"the column {printable_name(name)} numbers the rows, not the classes")
             continue
         return name
     return None
@@ -340,7 +345,8 @@ def _number_column(
 def _number(shown: str, line: int, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < MAX_CLASSES):
         raise BadData(
-            f"{shown}, line {line}: the index is {printable(text)!r}, expected a number from 0 to {MAX_CLASSES - 1}"
+            f"{shown}, line {line}: the index is {printable_name(text)!r}, expected a number from 0 to "
+            f"{MAX_CLASSES - 1}"
         )
     return int(text)
 
@@ -353,7 +359,7 @@ def _names_by_number(
     for line, number, label in zip(lines, numbers, labels or map(str, numbers), strict=True):
         name = names.setdefault(number, label)
         if name != label:
-            both = f"{printable(name)!r} and {printable(label)!r}"
+            both = f"{printable_name(name)!r} and {printable_name(label)!r}"
             raise BadData(f"{shown}, line {line}: index {number} is called both {both}")
     return tuple(names.get(number, str(number)) for number in range(max(numbers) + 1))
 
@@ -367,16 +373,16 @@ def _one_hot(
     columns: Sequence[str],
 ) -> tuple[list[str], None]:
     """Read one column a class, 1 where an image is of it."""
-    names = [name for name in names if all(cell.lower() in FLAGS for cell in cells[name])]
+    names = [name for name in names if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name])]
     if len(names) < 2:
         raise NotATable(
-            f"{shown}: {expected}; its first line is {printable(','.join(columns)[:_SHOWN])!r}: rename its columns"
+            f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
     labels = []
     for i, line in enumerate(lines):
-        ones = [name for name in names if FLAGS[cells[name][i].lower()]]
+        ones = [name for name in names if BOOLEAN_WORDS[cells[name][i].lower()]]
         if len(ones) > 1:
-            raise MultiLabel(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
+            raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
         if not ones:
             raise BadData(f"{shown}, line {line} has no 1 in any column of a class: expected one class an image")
         labels.append(normalize_name(ones[0]))
@@ -389,8 +395,8 @@ def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequen
     for i, file in enumerate(files):
         j = first.setdefault(file, i)
         if labels[i] != labels[j]:
-            both = f"{printable(labels[j])} in line {lines[j]} and {printable(labels[i])} in line {lines[i]}"
-            raise MultiLabel(shown, f"{printable(file)} is {both}")
+            both = f"{printable_name(labels[j])} in line {lines[j]} and {printable_name(labels[i])} in line {lines[i]}"
+            raise MultiLabelError(shown, f"{printable_name(file)} is {both}")
     if len(first) < len(files):
         notes.append(f"{shown}: {len(files) - len(first)} lines list an image again with the same class")
     return sorted(first.values())
@@ -402,7 +408,7 @@ def label_tables_by_folder(tables: Sequence[Table]) -> dict[str, Table]:
     for table in tables:
         folders = {file.rpartition("/")[0] for file in table.files}
         parts = folders.pop().split("/") if len(folders) == 1 else []
-        named = [i for i, part in enumerate(parts) if (said := split_name(part)) and said.split != "train"]
+        named = [i for i, part in enumerate(parts) if (said := parse_split_name(part)) and said.split != "train"]
         if named:
             found["/".join(parts[: named[-1] + 1])].append(table)
     return {folder: those[0] for folder, those in found.items() if len(those) == 1}

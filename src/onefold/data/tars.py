@@ -21,18 +21,25 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from onefold.checksums import read_sealed_text, write_sealed_text
-from onefold.data.columns import MultiLabel, cell_text, class_rank, is_number_column, is_split_column, split_word
+from onefold.data.columns import (
+    MultiLabelError,
+    cell_text,
+    is_class_index_column,
+    is_split_column,
+    rank_class_column,
+    split_word,
+)
 from onefold.data.dataset_info import LeftOut, Split
-from onefold.data.decode import MASKS, left_out_as, left_out_reason, masks_beside, printable
+from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
 from onefold.data.folders import Folder, folder_tree, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
 from onefold.data.splits import (
     NoClassFolders,
-    arrange,
-    arrange_split,
-    assign,
-    split_name,
-    splits_of_folders,
+    assign_images,
+    detect_folder_roles,
+    parse_split_name,
+    read_single_split,
+    splits_by_folder_name,
 )
 from onefold.errors import BadData, NotWritable
 from onefold.storage import cache_folder, normalize_name, parse_json
@@ -110,11 +117,13 @@ def tars_by_split(
     if any(label is not None for label in labels):
         missing = [name for name, label in zip(names, labels, strict=True) if label is None]
         if missing:
-            raise BadData(f"{shown}: {len(missing)} images have no .cls or .json, the first: {printable(missing[0])}")
+            raise BadData(
+                f"{shown}: {len(missing)} images have no .cls or .json, the first: {printable_name(missing[0])}"
+            )
         stated = [member.split for index in indexes for member in index.members]
         if split is None and None in stated and any(stated):
             raise BadData(f"{shown}: {stated.count(None)} of {len(stated)} samples say no split, the others do")
-        by_folders = splits_of_folders(names) or []
+        by_folders = splits_by_folder_name(names) or []
         splits = stated if any(stated) else [*by_folders] or [split] * len(names)
         if split is not None:
             splits = [split] * len(names)
@@ -124,12 +133,12 @@ def tars_by_split(
     else:
         tree = _without_shared_folders(folder_tree(names))
         try:
-            arranged = arrange(tree, shown, {}) if split is None else arrange_split(tree, shown, split)
+            arranged = detect_folder_roles(tree, shown, {}) if split is None else read_single_split(tree, shown, split)
         except NoClassFolders as error:
             flat = next((name for name in names if "/" not in name), names[0])
-            where = f"{blobs[0].name}: {printable(flat)}"
+            where = f"{blobs[0].name}: {printable_name(flat)}"
             raise BadData(f"{where} is in no class folder and has no .cls or .json beside it") from error
-        assigned = assign(names, arranged)
+        assigned = assign_images(names, arranged)
         kept = [each is not None for each in assigned]
         splits = [arranged.folders[each[0]].split if each else None for each in assigned]
         classes = [each[1] if each else "" for each in assigned]
@@ -158,12 +167,12 @@ def _without_shared_folders(tree: Folder) -> Folder:
     while len(inner.children) == 1 and not inner.num_direct:
         (child,) = inner.children.values()
         if not child.children:
-            return tree if any(map(split_name, inner.path.split("/"))) else inner
+            return tree if any(map(parse_split_name, inner.path.split("/"))) else inner
         inner = child
     return tree
 
 
-def others_left_out(counts: Sequence[Mapping[str, int]]) -> list[LeftOut]:
+def left_out_members(counts: Sequence[Mapping[str, int]]) -> list[LeftOut]:
     """Say which members of tars are no images."""
     total: Counter[str] = Counter()
     for others in counts:
@@ -211,7 +220,7 @@ def _walk_tar(blob: Blob, others: Counter[str]) -> Iterator[tuple[TarMember, byt
                     others["hidden files"] += 1
                 elif not entry.isreg() or entry.sparse is not None:
                     others["links and devices"] += 1
-                elif (kind := left_out_as(name, partial(blob.read, entry.offset_data, min(16, entry.size)))) is None:
+                elif (kind := left_out_kind(name, partial(blob.read, entry.offset_data, min(16, entry.size)))) is None:
                     yield TarMember(name, entry.offset_data, entry.size), b""
                 elif suffix in _CLASS_SUFFIXES and entry.size <= _MAX_CLASS_BYTES:
                     content = tar.extractfile(entry)
@@ -230,8 +239,8 @@ def _walk_tar(blob: Blob, others: Counter[str]) -> Iterator[tuple[TarMember, byt
 def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Counter[str]) -> list[TarMember]:
     """Give the images, each with the class and split that members of the same sample give, where there are any."""
     images = [m for m, _ in walked if not m.name.lower().endswith(_CLASS_SUFFIXES)]
-    if masks := set(masks_beside([m.name for m in images])):
-        others[MASKS] += len(masks)
+    if masks := set(find_masks([m.name for m in images])):
+        others[MASK_KIND] += len(masks)
         images = [m for m in images if m.name not in masks]
     keys = [_sample_key(m.name) for m in images]
     of_images = set(keys)
@@ -274,22 +283,26 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
         try:
             parsed = parse_json(content)
         except ValueError as error:
-            raise BadData(f"{blob.name}: {printable(name)} is not JSON: {error}") from error
+            raise BadData(f"{blob.name}: {printable_name(name)} is not JSON: {error}") from error
         record = parsed if isinstance(parsed, dict) else {}
-        columns = sorted((key for key in record if class_rank(key) is not None), key=lambda key: class_rank(key) or 0)
-        columns += [key for key in record if is_number_column(key)]
+        columns = sorted(
+            (key for key in record if rank_class_column(key) is not None), key=lambda key: rank_class_column(key) or 0
+        )
+        columns += [key for key in record if is_class_index_column(key)]
         said = next(
-            (split_name(split_word(key, cell_text(record[key]))) for key in record if is_split_column(key)), None
+            (parse_split_name(split_word(key, cell_text(record[key]))) for key in record if is_split_column(key)), None
         )
         split = said.split if said else None
         if not columns:
             return None, split
         value = record[columns[0]]
         if isinstance(value, list) and len(value) > 1:
-            raise MultiLabel(f"{blob.name}: {printable(name)}", f"{columns[0]} holds {value!r:.80}")
+            raise MultiLabelError(f"{blob.name}: {printable_name(name)}", f"{columns[0]} holds {value!r:.80}")
         value = cell_text(value) if isinstance(value, list | bool) else value
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if not isinstance(value, int | str) or value == "" or value == -1:
-        raise BadData(f"{blob.name}: expected in {printable(name)} a class: a number, a name, or an object with label")
+        raise BadData(
+            f"{blob.name}: expected in {printable_name(name)} a class: a number, a name, or an object with label"
+        )
     return value, split

@@ -5,7 +5,7 @@ a strip of it. So the range is a property of a training set. It is measured once
 `Preprocessing`, and applied as it is in training, evaluation, prediction and artifacts: one value is one grey, in every
 file and at every time. A range of each file's own would lose what classes that differ by level differ in.
 
-The rule, over up to `MAX_MEASURED` images spread evenly over the set:
+The rule, over up to `_MAX_MEASURED` images spread evenly over the set:
     8, 10, 12, 14 or 16 bits, the first that the greatest value fits: 0 to 2^bits - 1. Floats: 0 to 1, or 0 to 255.
     Values that span less than a quarter of that, or that fit none: from the least to the greatest, a tenth of the span
     wider at each end. The least and greatest are of 998 in 1000 pixels of a file, so that a dead pixel does not count.
@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.ImageFile import ImageFile
 
-from onefold.data.preprocessing import FULL_RANGE, ValueRange
+from onefold.data.preprocessing import FULL_16_BIT_RANGE, ValueRange
 from onefold.errors import BadData
 
-MAX_MEASURED = 200
+_MAX_MEASURED = 200
 
 _BITS = (8, 10, 12, 14, 16)
 _FLOAT_RANGES: tuple[ValueRange, ...] = ((0, 1), (0, 255))
@@ -48,7 +48,7 @@ class _Images(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredRange:
     """The value range of some images, and the sentence that says what was seen. `is_float` is whether any holds floats
     or integers of 32 bits, which have no range of their own."""
 
@@ -59,10 +59,10 @@ class Measured:
     @property
     def is_full(self) -> bool:
         """Whether this is the range that 16-bit samples have anyway."""
-        return self.value_range == FULL_RANGE
+        return self.value_range == FULL_16_BIT_RANGE
 
 
-def measure_value_range(images: _Images) -> Measured | None:
+def measure_value_range(images: _Images) -> MeasuredRange | None:
     """Measure the value range of images by the rule above; None where none of those looked at has more than 8 bits."""
     found = list(_extremes(images))
     if not found:
@@ -74,21 +74,21 @@ def measure_value_range(images: _Images) -> Measured | None:
     if fitting is None or high - low < _MIN_SHARE * (fitting[1] - fitting[0]):
         margin = _MARGIN * (high - low) or 0.5
         wider = low - margin, high + margin
-        fitting = wider if is_float else (max(0, math.floor(wider[0])), min(FULL_RANGE[1], math.ceil(wider[1])))
+        fitting = wider if is_float else (max(0, math.floor(wider[0])), min(FULL_16_BIT_RANGE[1], math.ceil(wider[1])))
     kind = "float or 32-bit samples" if is_float else "16-bit samples"
     sentence = (
         f"{kind} lie between {low:g} and {high:g} in the {len(found)} images looked at: {fitting[0]:g} is taken as "
         f"black and {fitting[1]:g} as white (preprocessing.value_range), in training and ever after"
     )
-    return Measured(value_range=fitting, sentence=sentence, is_float=is_float)
+    return MeasuredRange(value_range=fitting, sentence=sentence, is_float=is_float)
 
 
-def mismatch(images: _Images, value_range: ValueRange | None) -> str | None:
+def describe_range_mismatch(images: _Images, value_range: ValueRange | None) -> str | None:
     """Say where images have samples that a network's value range shows nearly black or white, or not at all."""
     found = measure_value_range(images)
     if found is None:
         return None
-    low, high = value_range or FULL_RANGE
+    low, high = value_range or FULL_16_BIT_RANGE
     if value_range is None and found.is_float:
         return None  # each of them is refused by name
     inside = min(high, found.value_range[1]) - max(low, found.value_range[0])
@@ -108,7 +108,7 @@ def _span(found: list[tuple[float, float, float, float, bool]]) -> ValueRange:
 def _extremes(images: _Images) -> Iterator[tuple[float, float, float, float, bool]]:
     """Give of each image with deep samples its least and greatest value, both without the tails, and its kind."""
     count, opened = len(images), 0
-    for i in (n * count // MAX_MEASURED for n in range(MAX_MEASURED)) if count > MAX_MEASURED else range(count):
+    for i in (n * count // _MAX_MEASURED for n in range(_MAX_MEASURED)) if count > _MAX_MEASURED else range(count):
         if os.path.splitext(images.name(i))[1].lower() in _EIGHT_BIT_SUFFIXES:
             opened += 1
             if opened > _MAX_OPENED:
@@ -123,7 +123,7 @@ def _extremes(images: _Images) -> Iterator[tuple[float, float, float, float, boo
         finite = values[np.isfinite(values)]
         counted = finite[:: -(-len(finite) // _MAX_COUNTED)]
         low, high = np.percentile(counted, (_TAIL, 100 - _TAIL), method="nearest").tolist()
-        is_float = finite.dtype.kind == "f" or finite.min() < 0 or finite.max() > FULL_RANGE[1]
+        is_float = finite.dtype.kind == "f" or finite.min() < 0 or finite.max() > FULL_16_BIT_RANGE[1]
         yield float(finite.min()), float(finite.max()), float(low), float(high), bool(is_float)
 
 
@@ -132,7 +132,7 @@ def _extremes(images: _Images) -> Iterator[tuple[float, float, float, float, boo
 _SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # of rawmodes: the other byte first
 
 
-def deep_samples(image: ImageFile) -> NDArray[Any] | None:
+def decode_high_bit_depth(image: ImageFile) -> NDArray[Any] | None:
     """Decode an opened image that has more than 8 bits a sample: (h, w) or (h, w, 3); None where it has 8.
 
     The image is loaded then. Of 8 bits nothing but the header has been read.

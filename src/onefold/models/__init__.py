@@ -9,11 +9,11 @@ from torch import nn
 
 from onefold.errors import BadArgument
 from onefold.models.catalogue import CATALOGUE as CATALOGUE
-from onefold.models.catalogue import build
+from onefold.models.catalogue import build_model
 from onefold.models.catalogue import list_models as list_models
-from onefold.models.catalogue import resolve as resolve
-from onefold.models.flops import Cost as Cost
-from onefold.models.flops import cost as cost
+from onefold.models.catalogue import resolve_name as resolve_name
+from onefold.models.flops import ModelCost as ModelCost
+from onefold.models.flops import count_flops as count_flops
 from onefold.models.hub import load_weights_
 from onefold.models.layers import Classifier as Classifier
 from onefold.models.layers import FeatureNet as FeatureNet
@@ -40,7 +40,7 @@ def create_model(
         model(torch.randn(1, 3, 224, 224)).shape
     """
     if pretrained:
-        released = CATALOGUE[resolve(name)].weights
+        released = CATALOGUE[resolve_name(name)].weights
         known = (
             f"weights={released!r}, of the Hugging Face hub, are released ones"
             if released
@@ -48,13 +48,13 @@ def create_model(
         )
         raise BadArgument(
             f"pretrained weights are named: create_model({name!r}, weights=...) takes a file, or an id of the hub; "
-            f"for {resolve(name)} {known}"
+            f"for {resolve_name(name)} {known}"
         )
     if out_indices is not None and not features_only:
         raise BadArgument("out_indices chooses among feature maps: pass features_only=True with it")
-    model: nn.Module = build(name, num_classes, in_chans)
+    model: nn.Module = build_model(name, num_classes, in_chans)
     if weights is not None:
-        model = load_weights_(model, weights, resolve(name))
+        model = load_weights_(model, weights, resolve_name(name))
     if not features_only:
         return model
     assert isinstance(model, Classifier)  # fused or not, these weights are of this network

@@ -19,11 +19,11 @@ from onefold.reparam import quickest, set_route_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CatalogueEntry:
     """A row of the catalogue.
 
-    `build(num_classes, in_chans)` gives the training network; `input` says how its images are prepared (the keys of
-    `Preprocessing`); `top1` is the accuracy that `source` states for ImageNet-1k in percent, None where none does.
+    `build_model(num_classes, in_chans)` gives the training network; `input` says how its images are prepared (the keys
+    of `Preprocessing`); `top1` is the accuracy that `source` states for ImageNet-1k in percent, None where none does.
     `weights` is the id on the Hugging Face hub of released ImageNet weights, "" where none are known.
     """
 
@@ -64,7 +64,7 @@ def _mobileformer(variant: str) -> Callable[[int, int], Classifier]:
     return partial(_former.mobileformer, variant)
 
 
-def _mobilenet(width: float, flavour: _v1.Flavour = _v1.PAPER) -> Callable[[int, int], Classifier]:
+def _mobilenet(width: float, flavour: _v1.ImplementationDetails = _v1.PAPER) -> Callable[[int, int], Classifier]:
     return partial(_v1.mobilenetv1, _v1.Variant(width=width, flavour=flavour))
 
 
@@ -74,54 +74,64 @@ _FORMER = "arXiv 2108.05895 and its released code"
 _V1 = "arXiv 1704.04861, Table 6"
 _SLIM = "TF-slim mobilenet_v1.md, checkpoints of 2018-02-22"
 
-CATALOGUE: dict[str, Entry] = {
+CATALOGUE: dict[str, CatalogueEntry] = {
     # MobileOne. The paper states no crop; these are the ones that timm gives its weights.
-    "mobileone_s0": Entry(build=_mobileone("s0"), input=_IMAGENET, top1=71.4, source=_ONE, weights=_APPLE.format(0)),
-    "mobileone_s1": Entry(build=_mobileone("s1"), input=_CROP_90, top1=75.9, source=_ONE, weights=_APPLE.format(1)),
-    "mobileone_s2": Entry(build=_mobileone("s2"), input=_CROP_90, top1=77.4, source=_ONE, weights=_APPLE.format(2)),
-    "mobileone_s3": Entry(build=_mobileone("s3"), input=_CROP_90, top1=78.1, source=_ONE, weights=_APPLE.format(3)),
-    "mobileone_s4": Entry(build=_mobileone("s4"), input=_CROP_90, top1=79.4, source=_ONE, weights=_APPLE.format(4)),
+    "mobileone_s0": CatalogueEntry(
+        build=_mobileone("s0"), input=_IMAGENET, top1=71.4, source=_ONE, weights=_APPLE.format(0)
+    ),
+    "mobileone_s1": CatalogueEntry(
+        build=_mobileone("s1"), input=_CROP_90, top1=75.9, source=_ONE, weights=_APPLE.format(1)
+    ),
+    "mobileone_s2": CatalogueEntry(
+        build=_mobileone("s2"), input=_CROP_90, top1=77.4, source=_ONE, weights=_APPLE.format(2)
+    ),
+    "mobileone_s3": CatalogueEntry(
+        build=_mobileone("s3"), input=_CROP_90, top1=78.1, source=_ONE, weights=_APPLE.format(3)
+    ),
+    "mobileone_s4": CatalogueEntry(
+        build=_mobileone("s4"), input=_CROP_90, top1=79.4, source=_ONE, weights=_APPLE.format(4)
+    ),
     # Mobile-Former, named by its published million FLOPs.
-    "mobileformer_26m": Entry(build=_mobileformer("26m"), input=_IMAGENET, top1=64.0, source=_FORMER),
-    "mobileformer_52m": Entry(build=_mobileformer("52m"), input=_IMAGENET, top1=68.7, source=_FORMER),
-    "mobileformer_96m": Entry(build=_mobileformer("96m"), input=_IMAGENET, top1=72.8, source=_FORMER),
-    "mobileformer_151m": Entry(build=_mobileformer("151m"), input=_IMAGENET, top1=75.2, source=_FORMER),
-    "mobileformer_214m": Entry(build=_mobileformer("214m"), input=_IMAGENET, top1=76.7, source=_FORMER),
-    "mobileformer_294m": Entry(build=_mobileformer("294m"), input=_IMAGENET, top1=77.9, source=_FORMER),
-    "mobileformer_508m": Entry(build=_mobileformer("508m"), input=_IMAGENET, top1=79.3, source=_FORMER),
+    "mobileformer_26m": CatalogueEntry(build=_mobileformer("26m"), input=_IMAGENET, top1=64.0, source=_FORMER),
+    "mobileformer_52m": CatalogueEntry(build=_mobileformer("52m"), input=_IMAGENET, top1=68.7, source=_FORMER),
+    "mobileformer_96m": CatalogueEntry(build=_mobileformer("96m"), input=_IMAGENET, top1=72.8, source=_FORMER),
+    "mobileformer_151m": CatalogueEntry(build=_mobileformer("151m"), input=_IMAGENET, top1=75.2, source=_FORMER),
+    "mobileformer_214m": CatalogueEntry(build=_mobileformer("214m"), input=_IMAGENET, top1=76.7, source=_FORMER),
+    "mobileformer_294m": CatalogueEntry(build=_mobileformer("294m"), input=_IMAGENET, top1=77.9, source=_FORMER),
+    "mobileformer_508m": CatalogueEntry(build=_mobileformer("508m"), input=_IMAGENET, top1=79.3, source=_FORMER),
     # MobileNetV1, named by its width in percent; after a dot the flavour of somebody's released weights.
-    "mobilenetv1_100": Entry(build=_mobilenet(1.0), input=_IMAGENET, top1=70.6, source=_V1),
-    "mobilenetv1_075": Entry(build=_mobilenet(0.75), input=_IMAGENET, top1=68.4, source=_V1),
-    "mobilenetv1_050": Entry(build=_mobilenet(0.5), input=_IMAGENET, top1=63.7, source=_V1),
-    "mobilenetv1_025": Entry(build=_mobilenet(0.25), input=_IMAGENET, top1=50.6, source=_V1),
-    "mobilenetv1_100.tf": Entry(build=_mobilenet(1.0, _v1.TF), input=_CENTRED, top1=70.9, source=_SLIM),
-    "mobilenetv1_075.tf": Entry(build=_mobilenet(0.75, _v1.TF), input=_CENTRED, top1=68.4, source=_SLIM),
-    "mobilenetv1_050.tf": Entry(build=_mobilenet(0.5, _v1.TF), input=_CENTRED, top1=63.3, source=_SLIM),
-    "mobilenetv1_025.tf": Entry(build=_mobilenet(0.25, _v1.TF), input=_CENTRED, top1=49.8, source=_SLIM),
-    "mobilenetv1_100.timm": Entry(
+    "mobilenetv1_100": CatalogueEntry(build=_mobilenet(1.0), input=_IMAGENET, top1=70.6, source=_V1),
+    "mobilenetv1_075": CatalogueEntry(build=_mobilenet(0.75), input=_IMAGENET, top1=68.4, source=_V1),
+    "mobilenetv1_050": CatalogueEntry(build=_mobilenet(0.5), input=_IMAGENET, top1=63.7, source=_V1),
+    "mobilenetv1_025": CatalogueEntry(build=_mobilenet(0.25), input=_IMAGENET, top1=50.6, source=_V1),
+    "mobilenetv1_100.tf": CatalogueEntry(build=_mobilenet(1.0, _v1.TF), input=_CENTRED, top1=70.9, source=_SLIM),
+    "mobilenetv1_075.tf": CatalogueEntry(build=_mobilenet(0.75, _v1.TF), input=_CENTRED, top1=68.4, source=_SLIM),
+    "mobilenetv1_050.tf": CatalogueEntry(build=_mobilenet(0.5, _v1.TF), input=_CENTRED, top1=63.3, source=_SLIM),
+    "mobilenetv1_025.tf": CatalogueEntry(build=_mobilenet(0.25, _v1.TF), input=_CENTRED, top1=49.8, source=_SLIM),
+    "mobilenetv1_100.timm": CatalogueEntry(
         build=_mobilenet(1.0, _v1.TIMM),
         input=_CENTRED_BICUBIC,
         top1=75.388,
         source="timm, ra4_e3600_r224_in1k at 224",
         weights="timm/mobilenetv1_100.ra4_e3600_r224_in1k",
     ),
-    "mobilenetv1_075.timm": Entry(build=_mobilenet(0.75, _v1.TIMM), input=_CENTRED_BICUBIC),
-    "mobilenetv1_050.timm": Entry(build=_mobilenet(0.5, _v1.TIMM), input=_CENTRED_BICUBIC),
-    "mobilenetv1_025.timm": Entry(build=_mobilenet(0.25, _v1.TIMM), input=_CENTRED_BICUBIC),
-    "mobilenetv1_100.leaky": Entry(build=_mobilenet(1.0, _v1.LEAKY), input=_IMAGENET),
-    "mobilenetv1_075.leaky": Entry(build=_mobilenet(0.75, _v1.LEAKY), input=_IMAGENET),
-    "mobilenetv1_050.leaky": Entry(build=_mobilenet(0.5, _v1.LEAKY), input=_IMAGENET),
-    "mobilenetv1_025.leaky": Entry(
+    "mobilenetv1_075.timm": CatalogueEntry(build=_mobilenet(0.75, _v1.TIMM), input=_CENTRED_BICUBIC),
+    "mobilenetv1_050.timm": CatalogueEntry(build=_mobilenet(0.5, _v1.TIMM), input=_CENTRED_BICUBIC),
+    "mobilenetv1_025.timm": CatalogueEntry(build=_mobilenet(0.25, _v1.TIMM), input=_CENTRED_BICUBIC),
+    "mobilenetv1_100.leaky": CatalogueEntry(build=_mobilenet(1.0, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_075.leaky": CatalogueEntry(build=_mobilenet(0.75, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_050.leaky": CatalogueEntry(build=_mobilenet(0.5, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_025.leaky": CatalogueEntry(
         build=_mobilenet(0.25, _v1.LEAKY), input=_IMAGENET, top1=46.58, source="stated in the released checkpoint"
     ),
     # The two that the MobileNetV1 paper compares with.
-    "conv_mobilenet_100": Entry(
+    "conv_mobilenet_100": CatalogueEntry(
         build=partial(_v1.mobilenetv1, _v1.Variant(separable=False)),
         input=_IMAGENET,
         top1=71.7,
         source="arXiv 1704.04861, Table 4",
     ),
-    "mobilenetv1_shallow": Entry(
+    "mobilenetv1_shallow": CatalogueEntry(
         build=partial(_v1.mobilenetv1, _v1.Variant(layers=_v1.SHALLOW)),
         input=_IMAGENET,
         top1=65.3,
@@ -138,7 +148,7 @@ _SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 )
 
 
-def resolve(name: str) -> str:
+def resolve_name(name: str) -> str:
     """The catalogue's name for `name`: case, dashes and a few usual spellings do not matter.
 
     Raises BadArgument, with the nearest names, for one that is not there.
@@ -158,9 +168,9 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter(CATALOGUE, pattern.lower())
 
 
-def build(name: str, num_classes: int = 1000, in_chans: int = 3) -> Classifier:
+def build_model(name: str, num_classes: int = 1000, in_chans: int = 3) -> Classifier:
     """The training network of a name, in train mode, with random initialization. Raises BadArgument."""
-    known = resolve(name)
+    known = resolve_name(name)
     if num_classes < 0 or in_chans < 1:
         raise BadArgument(f"num_classes must be 0 or more and in_chans 1 or more, not {num_classes} and {in_chans}")
     model = CATALOGUE[known].build(num_classes, in_chans)

@@ -1,6 +1,7 @@
 """What a trainer wrote beside the weights, in a checkpoint or in config.json: names of classes, preprocessing.
 
-Values come from the restricted reader, so that objects are `Placeholder`s; `plain` gives what some of them stand for.
+Values come from the restricted reader, so that objects are `Placeholder`s; `_plain_value` gives what some of them stand
+for.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from onefold.errors import BadCheckpoint
-from onefold.models.restricted_unpickler import Placeholder, objects
-from onefold.models.state_dicts import NO_WEIGHTS
-from onefold.models.weights_file import MMENGINE
+from onefold.models.restricted_unpickler import Placeholder, iter_objects
+from onefold.models.state_dicts import NON_WEIGHT_KEYS
+from onefold.models.weights_file import MMENGINE_PATTERN
 from onefold.storage import normalize_name, parse_json, read_json
 
-IMAGENET = 1000  # classes
+NUM_IMAGENET_CLASSES = 1000  # classes
 _MAX_SHOWN = 3  # names in a message
 _MAX_NESTING, _MAX_MAPPINGS, _MAX_TEXT = 4, 2000, 16 << 20  # where names are looked for; bytes, of which
 # the names of 21,841 classes make one million
@@ -39,7 +40,7 @@ _METRICS |= {"precision", "recall", "error", "lr", "epoch", "step", "mse", "mae"
 _TEXT_SEPARATORS = ("\n", ";", "|", ",")  # of names in one text
 
 
-def class_names_in(
+def find_class_names(
     values: Mapping[str, object], num_classes: int, remarks: list[str] | None = None
 ) -> tuple[str, ...] | None:
     """The names of so many classes, in NFC and the order of the logits, wherever a trainer wrote them; None if nowhere.
@@ -61,14 +62,14 @@ def class_names_in(
             if word not in normalized:
                 continue
             key, said = normalized[word], list[str]()
-            names = _names_of(plain(mapping[key]), num_classes, word in _NUMBERS, said)
+            names = _names_of(_plain_value(mapping[key]), num_classes, word in _NUMBERS, said)
             sentences = [f"its {key} {sentence}" for sentence in said]
             if names is None:
                 refused += sentences
             else:
                 found.append((str(key), names, sentences))
         for key, inner in mapping.items() if depth < _MAX_NESTING else ():
-            if NO_WEIGHTS.search(str(key)):
+            if NON_WEIGHT_KEYS.search(str(key)):
                 continue  # an optimizer's names are of its groups, and a logger's of what it measures
             if isinstance(inner, (Mapping, Placeholder)) and id(inner) not in seen and len(queue) < _MAX_MAPPINGS:
                 seen.add(id(inner))
@@ -88,7 +89,7 @@ def class_names_in(
     return taken[1] if found else None
 
 
-def plain(value: object) -> object:
+def _plain_value(value: object) -> object:
     """Give the list, mapping, text or number that a placeholder stands for, in lists and mappings too.
 
     They are numpy's arrays of texts and of objects, its texts, and OmegaConf's nodes, lists and mappings.
@@ -178,7 +179,7 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
     if 2 * sum(bool(each & _METRICS) for each in words) > len(names) > 1:
         remarks.append(f"({_first(names)}) are not used: they name metrics, not classes")
         return None
-    names = names[1:] if len(names) == num_classes + 1 == IMAGENET + 1 else names
+    names = names[1:] if len(names) == num_classes + 1 == NUM_IMAGENET_CLASSES + 1 else names
     if len(names) != num_classes:
         if len(names) > 1 and any(type(name) is str for name in given):
             remarks.append(
@@ -205,12 +206,12 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(shown[:_MAX_SHOWN]) + (", ..." if len(shown) > _MAX_SHOWN else "")
 
 
-def preprocessing_in(extras: Mapping[str, object]) -> dict[str, Any]:
+def find_preprocessing(extras: Mapping[str, object]) -> dict[str, Any]:
     """What a trainer's arguments or configuration in a checkpoint say of preprocessing, as keys of a config.json."""
-    for found in objects({key: extras[key] for key in extras if not NO_WEIGHTS.search(str(key))}):
+    for found in iter_objects({key: extras[key] for key in extras if not NON_WEIGHT_KEYS.search(str(key))}):
         values = found.values if isinstance(found, Placeholder) else found
         for key, inner in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(inner, str) and MMENGINE.search(inner[:_MAX_TEXT]):
+            if isinstance(inner, str) and MMENGINE_PATTERN.search(inner[:_MAX_TEXT]):
                 return {"data_preprocessor": inner[:_MAX_TEXT]}  # mmengine keeps its configuration as Python's text
             inner = inner.values if isinstance(inner, Placeholder) else inner
             if key in ("data_preprocessor", "img_norm_cfg") and isinstance(inner, Mapping):
@@ -232,7 +233,7 @@ def preprocessing_in(extras: Mapping[str, object]) -> dict[str, Any]:
     return {}
 
 
-def for_channels(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any]:
+def adapt_preprocessing_to_channels(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any]:
     """Give the preprocessing for so many channels; for grey images by the averages of the colours' mean and std.
 
     The catalogue states those of colours, and so do timm's configurations of networks for grey images.

@@ -27,7 +27,7 @@ from onefold.models.layers import DynamicReLU, SqueezeExcite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class ModelCost:
     """Exact counts for one image: `gate_macs` is the part of `macs` in squeeze-excite units, `elementwise` is extra."""
 
     params: int
@@ -36,7 +36,7 @@ class Cost:
     elementwise: int
 
 
-def cost(model: nn.Module, size: int | tuple[int, int]) -> Cost:
+def count_flops(model: nn.Module, size: int | tuple[int, int]) -> ModelCost:
     """Count `model` in eval mode on one image of `size` pixels: a side, or height and width.
 
     Nothing is computed and the model is not changed: a copy runs on the meta device. The image has as many channels as
@@ -57,7 +57,7 @@ def cost(model: nn.Module, size: int | tuple[int, int]) -> Cost:
     image = torch.empty(1, first.in_channels, height, width, device="meta", dtype=first.weight.dtype)
     with torch.no_grad(), _CountedFlops(meta) as counted:
         meta(image)
-    return Cost(
+    return ModelCost(
         params=sum(p.numel() for p in model.parameters()),
         macs=counted.flops // 2,  # 2 a multiply-add
         gate_macs=counted.in_gates // 2,

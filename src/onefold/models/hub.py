@@ -18,12 +18,24 @@ from typing import Protocol
 from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
-from onefold.models.catalogue import CATALOGUE, build, list_models, resolve
-from onefold.models.checkpoint_metadata import IMAGENET, class_names_in, for_channels, preprocessing_in
-from onefold.models.load_weights import CLASSIFIER, Weights, guess_model, load_into_, read_weights
-from onefold.models.locate_weights import CONFIG, FILE, HUB_ID, WeightsFile, in_one_line, locate
+from onefold.models.catalogue import CATALOGUE, build_model, list_models, resolve_name
+from onefold.models.checkpoint_metadata import (
+    NUM_IMAGENET_CLASSES,
+    adapt_preprocessing_to_channels,
+    find_class_names,
+    find_preprocessing,
+)
+from onefold.models.load_weights import CLASSIFIER_KEYS, MappedWeights, copy_weights_, guess_model_name, read_weights
+from onefold.models.locate_weights import (
+    CONFIG_NAME,
+    HUB_ID_PATTERN,
+    WEIGHTS_NAME,
+    LocatedWeights,
+    locate_weights,
+    one_line_error,
+)
 from onefold.models.weights_file import Card as Card
-from onefold.models.weights_file import config_preprocessing, hub_config, hub_readme
+from onefold.models.weights_file import preprocessing_from_config, render_hub_config, render_hub_readme
 from onefold.models.weights_file import read_card as read_card
 from onefold.models.weights_file import save_weights as save_weights
 from onefold.storage import write_text
@@ -52,23 +64,27 @@ def load_model(
     others = [base, *list_models(f"{base}.*")]
     if weights.variant is None and len(others) > 1 and not quiet:
         text = "%s does not tell its padding, activation and epsilon: taken as those of %s; if that is wrong: %s%s"
-        tf = f"; it has {IMAGENET + 1} classes, as TensorFlow's have" if weights.num_classes == IMAGENET + 1 else ""
+        tf = (
+            f"; it has {NUM_IMAGENET_CLASSES + 1} classes, as TensorFlow's have"
+            if weights.num_classes == NUM_IMAGENET_CLASSES + 1
+            else ""
+        )
         _log.info(text, source, known, ", ".join(other for other in others if other != known), tf)
     classes = weights.num_classes if num_classes is None else num_classes
     channels = weights.in_chans if in_chans is None else in_chans
-    fresh = build(known, classes, channels)
-    model = load_into_(fresh, weights, known).eval()
+    fresh = build_model(known, classes, channels)
+    model = copy_weights_(fresh, weights, known).eval()
     card = _card(weights, file, known, model is not fresh, classes, quiet)
     return model, replace(card, in_chans=channels)
 
 
-def weights_card(source: str | Path, *, name: str | None = None) -> Card:
+def read_weights_card(source: str | Path, *, name: str | None = None) -> Card:
     """Give the card that `load_model` would give, without making a network of it. Raises as `load_model` does."""
     file, weights = _open(source, quiet=True)
     return _card(weights, file, _model_name(weights, name), weights.is_fused, weights.num_classes, quiet=True)
 
 
-def possible_names(source: str | Path, name: str | None) -> tuple[str, ...]:
+def matching_model_names(source: str | Path, name: str | None) -> tuple[str, ...]:
     """Give the names in the catalogue that weights may be of, where they tell all but padding, activation and epsilon.
 
     `name` is the one that the user gave; it is among them. Empty where the weights tell it themselves.
@@ -76,7 +92,7 @@ def possible_names(source: str | Path, name: str | None) -> tuple[str, ...]:
     _, weights = _open(source, quiet=True)
     if name is None or weights.variant is not None:
         return ()
-    base = resolve(name).partition(".")[0]
+    base = resolve_name(name).partition(".")[0]
     names = (base, *list_models(f"{base}.*"))
     return names if len(names) > 1 else ()
 
@@ -87,7 +103,7 @@ def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
     That is `model`, or its fused form where the weights are fused: see `weights.load_into_`. Raises BadCheckpoint.
     """
     _, weights = _open(source)
-    return load_into_(model, weights, name)
+    return copy_weights_(model, weights, name)
 
 
 def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> None:
@@ -102,9 +118,9 @@ def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> N
 # ---------------------------------------------------------------------------------- weights of a file
 
 
-def _open(source: str | Path, *, quiet: bool = False) -> tuple[WeightsFile, Weights]:
+def _open(source: str | Path, *, quiet: bool = False) -> tuple[LocatedWeights, MappedWeights]:
     """The weights of a path or an id of the hub. Raises BadCheckpoint."""
-    file = locate(source)
+    file = locate_weights(source)
     for note in () if quiet else file.notes:
         _log.info("%s", note)
     weights = read_weights(file.path, select=file.select, quiet=quiet)
@@ -117,16 +133,16 @@ def _open(source: str | Path, *, quiet: bool = False) -> tuple[WeightsFile, Weig
     return file, weights
 
 
-def _model_name(weights: Weights, name: str | None) -> str:
+def _model_name(weights: MappedWeights, name: str | None) -> str:
     """The name in the catalogue: the user's, else the card's, else a guess from shapes. Raises like load_model."""
     if name is not None:
-        return resolve(name)
+        return resolve_name(name)
     if weights.card is not None:
         try:
-            return resolve(weights.card.model)
+            return resolve_name(weights.card.model)
         except BadArgument as error:
             raise BadCheckpoint(f"{weights.source} is of a model that this onefold does not have: {error}") from error
-    base = guess_model(weights.tensors, weights.layout.family)
+    base = guess_model_name(weights.tensors, weights.layout.family)
     if base is None:
         raise BadCheckpoint(
             f"{weights.source} has the {weights.layout.title} layout and no size known here: give a name"
@@ -139,7 +155,9 @@ def _model_name(weights: Weights, name: str | None) -> str:
     return base
 
 
-def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_classes: int, quiet: bool = False) -> Card:
+def _card(
+    weights: MappedWeights, file: LocatedWeights, name: str, fused: bool, num_classes: int, quiet: bool = False
+) -> Card:
     """The card that a file carries, or else what is known of it as a card."""
     kept = num_classes == weights.num_classes
     source = f"{file.source} ({weights.origin})" if weights.origin else file.source
@@ -148,13 +166,13 @@ def _card(weights: Weights, file: WeightsFile, name: str, fused: bool, num_class
         card = weights.card
         return card if kept else replace(card, num_classes=num_classes, classes=None, source=source)
     default = CATALOGUE[name].input
-    stated = config_preprocessing(file.config, default)
-    stated = stated or config_preprocessing(preprocessing_in(weights.extras), default)
+    stated = preprocessing_from_config(file.config, default)
+    stated = stated or preprocessing_from_config(find_preprocessing(weights.extras), default)
     remarks: list[str] = []
-    classes = (weights.classes or class_names_in(file.config, num_classes, remarks)) if kept else None
+    classes = (weights.classes or find_class_names(file.config, num_classes, remarks)) if kept else None
     for remark in () if quiet else remarks:
         _log.info("the config beside %s: %s", file.source, remark)
-    preprocessing = for_channels({**default, **stated}, weights.in_chans)
+    preprocessing = adapt_preprocessing_to_channels({**default, **stated}, weights.in_chans)
     if weights.in_chans == 1 and not quiet and len({**default, **stated}["mean"]) > 1:
         _log.info("%s is for grey images: its mean and std are the averages of the colours'", file.source)
     if not stated and not quiet:
@@ -195,10 +213,10 @@ def save_pretrained(
     `metrics` (such as {"top1": 71.4}, percent) go to the README's front matter. Raises NotWritable, BadArgument.
     """
     folder = Path(folder)
-    save_weights(model, folder / FILE, card)
-    num_features = model.state_dict()[CLASSIFIER[0]].shape[1] if card.num_classes else 0
-    write_text(folder / CONFIG, json.dumps(hub_config(card, num_features), indent=2) + "\n")
-    write_text(folder / "README.md", hub_readme(card, metrics or {}))
+    save_weights(model, folder / WEIGHTS_NAME, card)
+    num_features = model.state_dict()[CLASSIFIER_KEYS[0]].shape[1] if card.num_classes else 0
+    write_text(folder / CONFIG_NAME, json.dumps(render_hub_config(card, num_features), indent=2) + "\n")
+    write_text(folder / "README.md", render_hub_readme(card, metrics or {}))
 
 
 def from_pretrained(folder_or_id: str | Path) -> tuple[nn.Module, Card]:
@@ -220,7 +238,7 @@ def push_to_hub(
     Without an `api` it is huggingface_hub's, with the token of `hf auth login`. Raises BadArgument for an id that
     is none, or that the hub refuses, and NetworkFailed where the hub cannot be reached.
     """
-    if re.fullmatch(HUB_ID, repo_id) is None:
+    if re.fullmatch(HUB_ID_PATTERN, repo_id) is None:
         raise BadArgument(f"{repo_id!r} is no id of the hub: give owner/name")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -234,10 +252,10 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{card.model} from onefold {card.version}"
             )
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-            raise BadArgument(f"the hub refused {repo_id} ({in_one_line(error)}): check `hf auth login`") from error
+            raise BadArgument(f"the hub refused {repo_id} ({one_line_error(error)}): check `hf auth login`") from error
         except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
             raise NetworkFailed(
                 f"the Hugging Face hub cannot be reached to push {repo_id} ({type(error).__name__}: "
-                f"{in_one_line(error)}): check the network and HF_HUB_OFFLINE"
+                f"{one_line_error(error)}): check the network and HF_HUB_OFFLINE"
             ) from error
     return f"https://huggingface.co/{repo_id}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class KeyLayout:
     """One project's names for one family's tensors."""
 
     title: str
@@ -47,12 +47,12 @@ class Layout:
         return self.axes.get(re.split(r"[/.]", key)[-1].removesuffix(":0"))
 
 
-def modules_of(keys: Collection[str]) -> set[str]:
+def module_names(keys: Collection[str]) -> set[str]:
     """The names of the modules that hold these tensors: the keys without their last words."""
     return {key.rpartition(".")[0] for key in keys}
 
 
-def by_module(keys: Collection[str], modules: Mapping[str, str]) -> dict[str, str]:
+def rename_by_module(keys: Collection[str], modules: Mapping[str, str]) -> dict[str, str]:
     """Rename tensors by the module that holds them: {key: our key} where the module is in the table."""
     parts = {key: key.rpartition(".") for key in keys}
     return {key: f"{modules[module]}.{leaf}" for key, (module, _, leaf) in parts.items() if module in modules}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onefold.errors import BadArgument
 from onefold.reparam import Chain, fold
 
-State = Tensor | tuple[Tensor, Tensor]
+BlockState = Tensor | tuple[Tensor, Tensor]
 
 
 # --------------------------------------------------------------------------------------- layers
@@ -110,7 +110,7 @@ class SamePad(nn.Module):
         return zeros // 2, zeros - zeros // 2
 
 
-def init_(model: nn.Module) -> None:
+def init_weights_(model: nn.Module) -> None:
     """Initialize in place: convolutions N(0, 2 / fan-out), Linear N(0, 0.01^2), biases 0; norms keep 1 and 0.
 
     The fan-out of a grouped convolution is that of one group. Source: He et al. 2015, arXiv 1502.01852, section 2.2,
@@ -148,10 +148,10 @@ class Head(nn.Module, ABC):
         return self.fc.out_features if isinstance(self.fc, nn.Linear) else 0
 
     @abstractmethod
-    def pool(self, state: State) -> Tensor:
+    def pool(self, state: BlockState) -> Tensor:
         """The last state -> (B, num_features)."""
 
-    def forward(self, state: State, pre_logits: bool = False) -> Tensor:
+    def forward(self, state: BlockState, pre_logits: bool = False) -> Tensor:
         """The last state -> (B, N), or (B, num_features) with `pre_logits` or without classes."""
         pooled = self.pool(state)
         if pre_logits:
@@ -167,9 +167,9 @@ class PooledHead(Head):
         super().__init__(num_features, num_classes)
         self.dropout = nn.Dropout(dropout)
 
-    def pool(self, state: State) -> Tensor:
+    def pool(self, state: BlockState) -> Tensor:
         """The mean over the map: (B, C, H, W) -> (B, C)."""
-        pooled: Tensor = self.dropout(map_of(state).mean((2, 3)))
+        pooled: Tensor = self.dropout(_map_of(state).mean((2, 3)))
         return pooled
 
 
@@ -180,7 +180,7 @@ def set_dropout_(model: nn.Module, p: float) -> None:
     model.head.dropout.p = p
 
 
-def map_of(state: State) -> Tensor:
+def _map_of(state: BlockState) -> Tensor:
     """The map (B, C, H, W) of a state."""
     return state if isinstance(state, Tensor) else state[0]
 
@@ -236,12 +236,12 @@ class Classifier(nn.Module):
         lines = [f"  {name}: {text}{_num_parameters(part):,} parameters" for name, part, text in parts]
         return "\n".join([f"{type(self).__name__}(  # {_num_parameters(self):,} parameters", *lines, ")"])
 
-    def forward_features(self, x: Tensor) -> State:
+    def forward_features(self, x: Tensor) -> BlockState:
         """Images -> the last state, before any pooling."""
-        state: State = self.stages(self.stem(x))
+        state: BlockState = self.stages(self.stem(x))
         return state
 
-    def forward_head(self, x: State, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: BlockState, pre_logits: bool = False) -> Tensor:
         """The last state -> logits, or with `pre_logits` the features (B, num_features) that the last Linear takes."""
         logits: Tensor = self.head(x, pre_logits)
         return logits
@@ -260,7 +260,7 @@ class Classifier(nn.Module):
             raise BadArgument(f"num_classes must be 0 (pooled features) or more, not {num_classes}")
         like = next(self.parameters())
         fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        init_(fc)
+        init_weights_(fc)
         self.head.fc = fc.to(like.device, like.dtype).train(self.training)
 
 
@@ -288,10 +288,10 @@ class FeatureNet(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> one map for each of `feature_info`."""
         state = self.stem(x)
-        maps = [map_of(state)]
+        maps = [_map_of(state)]
         for stage in self.stages.children():
             state = stage(state)
-            maps.append(map_of(state))
+            maps.append(_map_of(state))
         return [maps[_depth(feature)] for feature in self.features]
 
 

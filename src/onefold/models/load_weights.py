@@ -1,7 +1,7 @@
 """Weights of any known layout into a network of ours.
 
 `parse_weights` renames the tensors that `safe_load` read from a file, by the layouts of the families' files;
-`load_into_` puts them into a network, or raises an error that says which of them do not fit and what would.
+`copy_weights_` puts them into a network, or raises an error that says which of them do not fit and what would.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from torch import Tensor, nn
 
 from onefold.errors import BadCheckpoint
 from onefold.models import mobileformer, mobilenetv1, mobileone
-from onefold.models.catalogue import build, list_models
-from onefold.models.checkpoint_metadata import IMAGENET, class_names_in
-from onefold.models.key_mapping import Layout
-from onefold.models.safe_load import CheckpointContents, read
-from onefold.models.weights_file import Card, is_ours, verify
+from onefold.models.catalogue import build_model, list_models
+from onefold.models.checkpoint_metadata import NUM_IMAGENET_CLASSES, find_class_names
+from onefold.models.key_mapping import KeyLayout
+from onefold.models.safe_load import CheckpointContents, read_tensors
+from onefold.models.weights_file import Card, is_onefold_file, verify_checksums
 from onefold.reparam import unfused_norms
 from onefold.reparam.folding_rules import fused_layer
 from onefold.reparam.fuse import outermost_trees
 
 _log = logging.getLogger("onefold")
 
-OURS = Layout(
+_OURS = KeyLayout(
     title="onefold",
     family="",
     signature=r"stem\.conv(\.0)*\.weight",
     rename=lambda keys: {key: key for key in keys if key.partition(".")[0] in ("stem", "stages", "head")},
     variant=None,
 )
-LAYOUTS: tuple[Layout, ...] = (OURS, *mobileone.LAYOUTS, *mobilenetv1.LAYOUTS, *mobileformer.LAYOUTS)
+LAYOUTS: tuple[KeyLayout, ...] = (_OURS, *mobileone.LAYOUTS, *mobilenetv1.LAYOUTS, *mobileformer.LAYOUTS)
 
-CLASSIFIER = ("head.fc.weight", "head.fc.bias")
-COUNTER = ".num_batches_tracked"  # not used in eval mode, and TensorFlow has none
+CLASSIFIER_KEYS = ("head.fc.weight", "head.fc.bias")
+_COUNTER = ".num_batches_tracked"  # not used in eval mode, and TensorFlow has none
 # A network is made for as many classes and channels as the shapes of a file's tensors say. With fewer features or stem
 # channels than any network here has, a small file could ask for a classifier of any size.
-MIN_FEATURES, MIN_STEM = 128, 8
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MIN_FEATURES, _MIN_STEM = 128, 8
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_SHOWN = 3  # keys in an error message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class MappedWeights:
     """A file's tensors by our names, with torch's order of axes, and what is known of them."""
 
     tensors: dict[str, Tensor]
-    layout: Layout
+    layout: KeyLayout
     source: str
     """The file, for error messages."""
     unexpected: tuple[str, ...] = ()
@@ -68,13 +68,13 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """Number of classes, by the rows of the classifier; 0 where there is none."""
-        return self.tensors[CLASSIFIER[0]].shape[0] if CLASSIFIER[0] in self.tensors else 0
+        return self.tensors[CLASSIFIER_KEYS[0]].shape[0] if CLASSIFIER_KEYS[0] in self.tensors else 0
 
     @property
     def in_chans(self) -> int:
         """Number of channels of the images; 3 where the stem is missing."""
         stems = (t for name, t in self.tensors.items() if _is_stem(name))
-        return next((t.shape[1] for t in stems if t.ndim == 4 and t.shape[0] >= MIN_STEM and t.shape[2] > 1), 3)
+        return next((t.shape[1] for t in stems if t.ndim == 4 and t.shape[0] >= _MIN_STEM and t.shape[2] > 1), 3)
 
     @property
     def is_fused(self) -> bool:
@@ -87,21 +87,21 @@ class Weights:
         return self.layout.variant if self.card is None else self.card.model.partition(".")[2]
 
 
-def detect(keys: Collection[str]) -> Layout | None:
+def detect_layout(keys: Collection[str]) -> KeyLayout | None:
     """The layout that these keys are of, or None."""
     return next((layout for layout in LAYOUTS if layout.matches(keys)), None)
 
 
-def read_weights(path: Path, *, select: str = "", quiet: bool = False) -> Weights:
-    """Read the weights of a file (see `safe_load.read`). Raises BadCheckpoint."""
-    contents = read(path, fits=lambda keys: detect(keys) is not None, select=select, quiet=quiet)
+def read_weights(path: Path, *, select: str = "", quiet: bool = False) -> MappedWeights:
+    """Read the weights of a file (see `safe_load.read_tensors`). Raises BadCheckpoint."""
+    contents = read_tensors(path, fits=lambda keys: detect_layout(keys) is not None, select=select, quiet=quiet)
     return parse_weights(contents, path, quiet=quiet)
 
 
-def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> Weights:
+def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> MappedWeights:
     """Give the contents of a file as weights. Raises BadCheckpoint where they are of no known layout, or damaged."""
-    card = verify(contents, path, quiet=quiet) if is_ours(contents.metadata) else None
-    layout = detect(contents.tensors)
+    card = verify_checksums(contents, path, quiet=quiet) if is_onefold_file(contents.metadata) else None
+    layout = detect_layout(contents.tensors)
     if layout is None:
         titles = ", ".join(known.title for known in LAYOUTS)
         raise BadCheckpoint(f"{path} has keys like {_first(contents.tensors)}, of no layout known here ({titles})")
@@ -119,7 +119,7 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
     for key, name in names.items():
         tensor, axes = contents.tensors[key], layout.permutation(key)
         tensors[name] = tensor.permute(axes) if axes is not None and tensor.ndim == len(axes) else tensor
-    weights = Weights(
+    weights = MappedWeights(
         tensors=_flat_head(tensors, layout),
         layout=layout,
         source=str(path),
@@ -128,12 +128,12 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
         origin=contents.weights,
         extras=contents.extras,
     )
-    head = weights.tensors.get(CLASSIFIER[0])
-    if head is not None and (head.ndim != 2 or head.shape[1] < MIN_FEATURES):
+    head = weights.tensors.get(CLASSIFIER_KEYS[0])
+    if head is not None and (head.ndim != 2 or head.shape[1] < _MIN_FEATURES):
         raise BadCheckpoint(f"{path} has a classifier of shape {tuple(head.shape)}, which no network here has")
     if card is None:
         remarks: list[str] = []
-        classes = class_names_in({**contents.metadata, **contents.extras}, weights.num_classes, remarks)
+        classes = find_class_names({**contents.metadata, **contents.extras}, weights.num_classes, remarks)
         for remark in () if quiet else remarks:
             _log.info("%s: %s", path, remark)
         return replace(weights, classes=classes)
@@ -147,7 +147,7 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
     return replace(weights, classes=card.classes)
 
 
-def load_into_(model: nn.Module, weights: Weights, name: str) -> nn.Module:
+def copy_weights_(model: nn.Module, weights: MappedWeights, name: str) -> nn.Module:
     """Put weights into `model`, a training network called `name`, and return the network that holds them.
 
     That is `model` itself; or, for weights that are fused, its fused form, since they are not those of a training
@@ -181,7 +181,7 @@ def _empty_fused(model: nn.Module) -> nn.Module:
     return copy.deepcopy(trees, layers).train(model.training)
 
 
-def guess_model(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
+def guess_model_name(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
     """Guess the name, without variant, of the network that these tensors are of; None where they are of none.
 
     It is the one that has most convolutions of the same names and shapes; they must be more than half.
@@ -191,7 +191,7 @@ def guess_model(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
         for name in list_models(f"*{family}*"):
             if "." in name or share == 1:
                 continue
-            theirs = _convolutions(build(name).state_dict())
+            theirs = _convolutions(build_model(name).state_dict())
             common = len(ours.items() & theirs.items()) / max(len(ours), len(theirs), 1)
             best, share = (name, common) if common > share else (best, share)
     return best
@@ -200,13 +200,13 @@ def guess_model(tensors: Mapping[str, Tensor], family: str = "") -> str | None:
 # ---------------------------------------------------------------------------- a file's tensors as ours
 
 
-def _flat_head(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _flat_head(tensors: dict[str, Tensor], layout: KeyLayout) -> dict[str, Tensor]:
     """Make a classifier that is a 1x1 convolution a matrix, and take the background class, row 0 of 1001, off it."""
     out = dict(tensors)
-    for name in CLASSIFIER:
+    for name in CLASSIFIER_KEYS:
         if name in out and out[name].ndim == 4 and out[name].shape[2:] == (1, 1):
             out[name] = out[name].flatten(1)
-        if name in out and layout.background and out[name].shape[:1] == (IMAGENET + 1,):
+        if name in out and layout.background and out[name].shape[:1] == (NUM_IMAGENET_CLASSES + 1,):
             out[name] = out[name][1:]
     return out
 
@@ -214,9 +214,9 @@ def _flat_head(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------ adapting them to a network
 
 
-def _without_other_classifier(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+def _without_other_classifier(weights: MappedWeights, model: nn.Module) -> dict[str, Tensor]:
     """The tensors without a classifier for another number of classes than the model's."""
-    wanted = next((len(tensor) for name, tensor in model.state_dict().items() if name == CLASSIFIER[0]), 0)
+    wanted = next((len(tensor) for name, tensor in model.state_dict().items() if name == CLASSIFIER_KEYS[0]), 0)
     if wanted == weights.num_classes:
         return weights.tensors
     _log.info(
@@ -224,7 +224,7 @@ def _without_other_classifier(weights: Weights, model: nn.Module) -> dict[str, T
     )
     if weights.num_classes == 0:
         return weights.tensors  # a bias alone is refused by _check_match
-    return {name: tensor for name, tensor in weights.tensors.items() if name not in CLASSIFIER}
+    return {name: tensor for name, tensor in weights.tensors.items() if name not in CLASSIFIER_KEYS}
 
 
 def _adapt_stem(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -252,11 +252,11 @@ def _is_fused(tensors: Mapping[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check_match(weights: Weights, model: nn.Module, name: str) -> None:
+def _check_match(weights: MappedWeights, model: nn.Module, name: str) -> None:
     """Raise BadCheckpoint where keys, shapes or values are not those of the model, and say what would fit."""
     expected, tensors = model.state_dict(), weights.tensors
-    optional = set() if any(key in tensors for key in CLASSIFIER) else set(CLASSIFIER)
-    missing = [key for key in expected if key not in tensors and key not in optional and not key.endswith(COUNTER)]
+    optional = set() if any(key in tensors for key in CLASSIFIER_KEYS) else set(CLASSIFIER_KEYS)
+    missing = [key for key in expected if key not in tensors and key not in optional and not key.endswith(_COUNTER)]
     unexpected = [*weights.unexpected, *(key for key in tensors if key not in expected)]
     common = [key for key in expected if key in tensors]
     reshaped = [key for key in common if expected[key].shape != tensors[key].shape]
@@ -273,9 +273,9 @@ def _check_match(weights: Weights, model: nn.Module, name: str) -> None:
         _check_values(key, tensors[key], weights.source)
 
 
-def _advice(weights: Weights, name: str) -> str:
+def _advice(weights: MappedWeights, name: str) -> str:
     """A sentence on the model that the weights seem to be of; empty where none is like them."""
-    base = guess_model(weights.tensors, weights.layout.family)
+    base = guess_model_name(weights.tensors, weights.layout.family)
     if base is None:
         return ""
     variant = name.partition(".")[2] if weights.variant is None else weights.variant
@@ -287,8 +287,8 @@ def _advice(weights: Weights, name: str) -> str:
 
 def _check_values(name: str, tensor: Tensor, source: str) -> None:
     """Raise BadCheckpoint where floats are not finite, variances are negative, or weights are not floats."""
-    if tensor.dtype not in FLOATS:
-        if not name.endswith(COUNTER):
+    if tensor.dtype not in _FLOATS:
+        if not name.endswith(_COUNTER):
             raise BadCheckpoint(f"{source}: {name} is {tensor.dtype}, and weights are floats: save it unquantized")
     elif not bool(torch.isfinite(tensor).all()) or (name.endswith("running_var") and bool((tensor < 0).any())):
         raise BadCheckpoint(f"{source}: {name} holds values that no training leaves behind: it is damaged or diverged")

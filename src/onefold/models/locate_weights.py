@@ -12,12 +12,12 @@ from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.checkpoint_metadata import read_config
-from onefold.models.weights_file import config_licence
+from onefold.models.weights_file import licence_from_config
 
-FILE = "model.safetensors"
-HUB_ID = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-_IN_FOLDERS = (FILE, "pytorch_model.bin")
+WEIGHTS_NAME = "model.safetensors"
+HUB_ID_PATTERN = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
+CONFIG_NAME, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_IN_FOLDERS = (WEIGHTS_NAME, "pytorch_model.bin")
 _AVERAGED = "ema.safetensors"  # beside the plain weights in a checkpoint of a training
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt")
 _SUFFIXES = (*_WEIGHTS, ".onnx", ".tflite", ".pte")
@@ -27,7 +27,7 @@ _log = logging.getLogger("onefold")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsFile:
+class LocatedWeights:
     """A file of weights, what the files beside it say, and the path or id that the user gave.
 
     `config` is config.json with the keys of preprocessor_config.json added; `select` chooses among its state dicts.
@@ -42,7 +42,7 @@ class WeightsFile:
     notes: tuple[str, ...] = ()
 
 
-def locate(source: str | Path) -> WeightsFile:
+def locate_weights(source: str | Path) -> LocatedWeights:
     """Find the file of weights at a path, or download that of an id of the hub. Raises BadCheckpoint.
 
     After a path's colon may stand which weights of a checkpoint to take: FILE:plain, FILE:averaged, FILE:KEY. What
@@ -67,12 +67,14 @@ def locate(source: str | Path) -> WeightsFile:
     return _beside(path, "")
 
 
-def _in_folder(folder: Path, select: str) -> WeightsFile:
+def _in_folder(folder: Path, select: str) -> LocatedWeights:
     """The weights in a folder: of the usual names, or the only ones; of a training's checkpoint the averaged ones."""
-    found = WeightsFile(path=folder, source=str(folder), select=select)
-    if (folder / FILE).is_file() and (folder / _AVERAGED).is_file() and select in ("", "plain", "averaged"):
-        name = FILE if select == "plain" else _AVERAGED
-        text = f"{folder} holds averaged weights ({_AVERAGED}) and plain weights ({FILE}): the first are taken; "
+    found = LocatedWeights(path=folder, source=str(folder), select=select)
+    if (folder / WEIGHTS_NAME).is_file() and (folder / _AVERAGED).is_file() and select in ("", "plain", "averaged"):
+        name = WEIGHTS_NAME if select == "plain" else _AVERAGED
+        text = (
+            f"{folder} holds averaged weights ({_AVERAGED}) and plain weights ({WEIGHTS_NAME}): the first are taken; "
+        )
         notes = () if select else (f"{text}{folder}:plain takes others",)
         return _with_files_beside(replace(found, path=folder / name, select="", notes=notes))
     for name in _IN_FOLDERS:
@@ -81,21 +83,22 @@ def _in_folder(folder: Path, select: str) -> WeightsFile:
     there = _weights_in(folder)
     if index := next(folder.glob("*.index.json"), None):
         raise BadCheckpoint(
-            f"{folder} has its weights in several files ({index.name}): save them as one {FILE} (max_shard_size)"
+            f"{folder} has its weights in several files ({index.name}): save them as one {WEIGHTS_NAME} "
+            "(max_shard_size)"
         )
     if len(there) != 1:
         seen = f"it holds {', '.join(there[:8])}{', ...' * (len(there) > 8)}" if there else "there is none in it"
-        raise BadCheckpoint(f"{folder} is a folder without {FILE}: give the file of weights itself ({seen})")
+        raise BadCheckpoint(f"{folder} is a folder without {WEIGHTS_NAME}: give the file of weights itself ({seen})")
     notes = (f"{folder}: the weights are {there[0]}, the only ones there",)
     return _with_files_beside(replace(found, path=folder / there[0], notes=notes))
 
 
-def _beside(path: Path, select: str) -> WeightsFile:
+def _beside(path: Path, select: str) -> LocatedWeights:
     """A file of weights with what is said beside it, where there are no other weights there that it may be of."""
-    file = WeightsFile(path=path, source=str(path), select=select)
-    if path.name == FILE and not select and (path.parent / _AVERAGED).is_file():
+    file = LocatedWeights(path=path, source=str(path), select=select)
+    if path.name == WEIGHTS_NAME and not select and (path.parent / _AVERAGED).is_file():
         file = replace(file, notes=(f"{path} are plain weights; {path.parent / _AVERAGED} are the averaged ones",))
-    beside = [name for name in (CONFIG, PREPROCESSOR) if (path.parent / name).is_file()]
+    beside = [name for name in (CONFIG_NAME, _PREPROCESSOR) if (path.parent / name).is_file()]
     if path.name in _IN_FOLDERS:
         return _with_files_beside(file)
     if not beside or not path.is_file():
@@ -119,7 +122,7 @@ def _weights_in(folder: Path) -> list[str]:
 
 def _repository(source: str) -> str:
     """Give the owner/name of the hub that a source names, empty where it is a path; BadCheckpoint for a local name."""
-    hub_id = re.fullmatch(HUB_ID, source)
+    hub_id = re.fullmatch(HUB_ID_PATTERN, source)
     if hub_id is None or source != hub_id[1]:
         return "" if hub_id is None else hub_id[1]
     folder, name = source.split("/")
@@ -133,27 +136,27 @@ def _repository(source: str) -> str:
     raise BadCheckpoint(f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}")
 
 
-def _with_files_beside(file: WeightsFile) -> WeightsFile:
+def _with_files_beside(file: LocatedWeights) -> LocatedWeights:
     """Add what the other files of its folder say."""
     folder = file.path.parent
-    config = dict(read_config(folder / CONFIG)) | dict(read_config(folder / PREPROCESSOR))
-    return replace(file, config=config, licence=config_licence(config, folder / "README.md"))
+    config = dict(read_config(folder / CONFIG_NAME)) | dict(read_config(folder / _PREPROCESSOR))
+    return replace(file, config=config, licence=licence_from_config(config, folder / "README.md"))
 
 
-def _on_hub(repo_id: str) -> WeightsFile:
+def _on_hub(repo_id: str) -> LocatedWeights:
     """The weights of a repository of the hub, downloaded to its cache, with what the files beside them say."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        path = _download(repo_id, FILE)
+        path = _download(repo_id, WEIGHTS_NAME)
     except EntryNotFoundError:
         raise BadCheckpoint(
-            f"{repo_id} on the hub has no {FILE}, and pickled files from there are not read: "
+            f"{repo_id} on the hub has no {WEIGHTS_NAME}, and pickled files from there are not read: "
             "download the file you trust and give its path"
         ) from None
     config: dict[str, Any] = {}
-    for name in (CONFIG, PREPROCESSOR):
-        if name == PREPROCESSOR and "pretrained_cfg" in config:
+    for name in (CONFIG_NAME, _PREPROCESSOR):
+        if name == _PREPROCESSOR and "pretrained_cfg" in config:
             continue  # timm's and ours say all that in config.json
         try:
             config |= read_config(_download(repo_id, name))
@@ -166,12 +169,12 @@ def _on_hub(repo_id: str) -> WeightsFile:
                 f"(hf download {repo_id}), or give a folder that holds both"
             ) from None
     readme = path.parent / "README.md"
-    if not config_licence(config, readme):
+    if not licence_from_config(config, readme):
         try:
             readme = _download(repo_id, "README.md")
         except (EntryNotFoundError, NetworkFailed):
             _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
-    return WeightsFile(path=path, source=repo_id, config=config, licence=config_licence(config, readme))
+    return LocatedWeights(path=path, source=repo_id, config=config, licence=licence_from_config(config, readme))
 
 
 def _download(repo_id: str, name: str) -> Path:
@@ -190,7 +193,7 @@ def _download(repo_id: str, name: str) -> Path:
         cached = huggingface_hub.try_to_load_from_cache(repo_id, name)
         if not isinstance(cached, str):  # asked first, since a download tries six times to reach the hub
             found = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo_id, name))
-            if name == FILE:
+            if name == WEIGHTS_NAME:
                 text = "downloading %s of %s, %.1f MB, from huggingface.co"
                 _log.info(text, name, repo_id, (found.size or 0) / 1e6)
         return Path(huggingface_hub.hf_hub_download(repo_id, name))
@@ -201,7 +204,7 @@ def _download(repo_id: str, name: str) -> Path:
     except no_such as error:
         raise BadCheckpoint(
             f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
-            f"path or the id; for a gated or private one `hf auth login` ({in_one_line(error)})"
+            f"path or the id; for a gated or private one `hf auth login` ({one_line_error(error)})"
         ) from None
     except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
         if cached is not None and not isinstance(cached, str):  # known of before: the repository has no such file
@@ -211,17 +214,17 @@ def _download(repo_id: str, name: str) -> Path:
 
 def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return NotWritable(f"the hub's cache cannot be written ({in_one_line(error)}): make room, or set HF_HOME")
+        return NotWritable(f"the hub's cache cannot be written ({one_line_error(error)}): make room, or set HF_HOME")
     first: BaseException = error  # the others were raised from it, and it is the shortest: "no route to host"
     while (cause := first.__cause__ or first.__context__) is not None and str(cause):
         first = cause
     return NetworkFailed(
         f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
-        f"{in_one_line(first)}): check the network and HF_HUB_OFFLINE; or copy its {FILE} here from "
+        f"{one_line_error(first)}): check the network and HF_HUB_OFFLINE; or copy its {WEIGHTS_NAME} here from "
         "another machine and give the path"
     )
 
 
-def in_one_line(error: BaseException) -> str:
+def one_line_error(error: BaseException) -> str:
     """What an error says, without its line breaks."""
     return " ".join(str(error).split())

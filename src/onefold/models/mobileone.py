@@ -22,25 +22,25 @@ from itertools import count, takewhile
 
 from torch import Tensor, nn
 
-from onefold.models.key_mapping import Layout, by_module, modules_of
-from onefold.models.layers import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_
+from onefold.models.key_mapping import KeyLayout, module_names, rename_by_module
+from onefold.models.layers import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_weights_
 from onefold.reparam import Chain, Sum, conv_act
 
-BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
-DEPTHS = (2, 8, 10, 1)  # Table 7: blocks in each stage, of every variant
-MAX_STEM = 64  # Table 7 has 64a; the published weights and FLOPs have min(64, 64a)
+_BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
+_DEPTHS = (2, 8, 10, 1)  # Table 7: blocks in each stage, of every variant
+_MAX_STEM = 64  # Table 7 has 64a; the published weights and FLOPs have min(64, 64a)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A column of Table 7: for each stage its width multiplier, its blocks, and how many of the last ones are gated.
 
-    `branches` is the paper's k: the convolutions in a sum.
+    `make_branches` is the paper's k: the convolutions in a sum.
     """
 
     widths: tuple[float, float, float, float]
     branches: int
-    depths: tuple[int, int, int, int] = DEPTHS
+    depths: tuple[int, int, int, int] = _DEPTHS
     gated: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
@@ -69,7 +69,7 @@ class Unit(nn.Module):
         return y
 
 
-def branches(c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, num: int) -> Sum:
+def make_branches(c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, num: int) -> Sum:
     """`num` convolutions, a 1x1 one if they are larger, and a skip if input and output have one shape; all normed."""
     parallel: list[nn.Module] = [conv_norm(c_in, c_out, kernel_size, stride, groups) for _ in range(num)]
     if kernel_size > 1:
@@ -96,10 +96,10 @@ def zero_init_branches_(model: nn.Module) -> None:
                     nn.init.constant_(norm.weight, 0.0 if has_skip else len(unit.conv) ** -0.5)
 
 
-def block(c_in: int, c_out: int, stride: int, num: int, gated: bool) -> list[Unit]:
+def _block(c_in: int, c_out: int, stride: int, num: int, gated: bool) -> list[Unit]:
     """A depthwise unit and a pointwise unit, with `num` convolutions each."""
-    depthwise = branches(c_in, c_in, 3, stride, c_in, num)
-    pointwise = branches(c_in, c_out, 1, 1, 1, num)
+    depthwise = make_branches(c_in, c_in, 3, stride, c_in, num)
+    pointwise = make_branches(c_in, c_out, 1, 1, 1, num)
     return [
         Unit(conv, SqueezeExcite(c) if gated else nn.Identity()) for conv, c in ((depthwise, c_in), (pointwise, c_out))
     ]
@@ -107,18 +107,18 @@ def block(c_in: int, c_out: int, stride: int, num: int, gated: bool) -> list[Uni
 
 def mobileone(variant: Variant, num_classes: int, in_chans: int) -> Classifier:
     """The training network of a variant; `num_classes` 0 leaves pooled features."""
-    width = min(MAX_STEM, int(BASE_WIDTHS[0] * variant.widths[0]))
-    stem = Unit(branches(in_chans, width, 3, 2, 1, num=1), nn.Identity())
+    width = min(_MAX_STEM, int(_BASE_WIDTHS[0] * variant.widths[0]))
+    stem = Unit(make_branches(in_chans, width, 3, 2, 1, num=1), nn.Identity())
     stages, features = nn.Sequential(), [Feature(width, 2, "stem")]
-    for base, a, depth, gated in zip(BASE_WIDTHS, variant.widths, variant.depths, variant.gated, strict=True):
+    for base, a, depth, gated in zip(_BASE_WIDTHS, variant.widths, variant.depths, variant.gated, strict=True):
         units: list[Unit] = []
         for n in range(depth):
             c_in, width = width, int(base * a)
-            units += block(c_in, width, 2 if n == 0 else 1, variant.branches, gated=n >= depth - gated)
+            units += _block(c_in, width, 2 if n == 0 else 1, variant.branches, gated=n >= depth - gated)
         features.append(Feature(width, 4 << len(stages), f"stages.{len(stages)}"))
         stages.append(nn.Sequential(*units))
     net = Classifier(stem, stages, PooledHead(width, num_classes), features)
-    init_(net)
+    init_weights_(net)
     return net
 
 
@@ -137,7 +137,7 @@ def mobileone(variant: Variant, num_classes: int, in_chans: int) -> Classifier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyNames:
+class _KeyNames:
     """What a project calls the parts (see the table above); the defaults are Apple's names."""
 
     stem: str = "stage0"
@@ -153,7 +153,7 @@ class KeyNames:
     head: str = "linear"
 
 
-TIMM_KEYS = KeyNames(
+_TIMM_KEYS = _KeyNames(
     stem="stem",
     stages=("stages.0", "stages.1", "stages.2", "stages.3"),
     branch="conv_kxk",
@@ -163,7 +163,7 @@ TIMM_KEYS = KeyNames(
     expand="attn.fc2",
     head="head.fc",
 )
-MMPRETRAIN_KEYS = KeyNames(
+_MMPRETRAIN_KEYS = _KeyNames(
     stem="backbone.stage0",
     stages=("backbone.stage1", "backbone.stage2", "backbone.stage3", "backbone.stage4"),
     branch="branch_conv_list",
@@ -175,7 +175,7 @@ MMPRETRAIN_KEYS = KeyNames(
     expand="se.conv2.conv",
     head="head.fc",
 )
-CORENET_KEYS = KeyNames(
+_CORENET_KEYS = _KeyNames(
     stem="conv_1",
     stages=("layer_2", "layer_3", "layer_4", "layer_5"),
     conv="block.conv",
@@ -186,7 +186,7 @@ CORENET_KEYS = KeyNames(
 )
 
 
-def _unit_modules(names: KeyNames, theirs: str, ours: str, present: Collection[str]) -> dict[str, str]:
+def _unit_modules(names: _KeyNames, theirs: str, ours: str, present: Collection[str]) -> dict[str, str]:
     """The modules of one unit, theirs -> ours; it has as many branches as are `present`."""
     branches = (f"{theirs}.{names.branch}.{i}" for i in count())
     parallel = list(takewhile(lambda name: f"{name}.{names.conv}" in present, branches))
@@ -201,25 +201,27 @@ def _unit_modules(names: KeyNames, theirs: str, ours: str, present: Collection[s
     return table
 
 
-def _rename(names: KeyNames, keys: Collection[str]) -> dict[str, str]:
+def _rename(names: _KeyNames, keys: Collection[str]) -> dict[str, str]:
     """Keys in one project's names -> {key: ours}."""
-    present = modules_of(keys)
+    present = module_names(keys)
     modules = {names.head: "head.fc"} | _unit_modules(names, names.stem, "stem", present)
-    for s, (stage, depth) in enumerate(zip(names.stages, DEPTHS, strict=True)):
+    for s, (stage, depth) in enumerate(zip(names.stages, _DEPTHS, strict=True)):
         for j in range(2 * depth):  # a block is two units
             modules |= _unit_modules(names, f"{stage}.{j}", f"stages.{s}.{j}", present)
-    return by_module(keys, modules)
+    return rename_by_module(keys, modules)
 
 
-def _layout(title: str, names: KeyNames) -> Layout:
+def _layout(title: str, names: _KeyNames) -> KeyLayout:
     dotted = names.stem.replace(".", r"\.")
     signature = rf"{dotted}\.({names.branch}\.0\.{names.conv}|{names.folded})\.weight"
-    return Layout(title=f"{title} MobileOne", family="mobileone", signature=signature, rename=partial(_rename, names))
+    return KeyLayout(
+        title=f"{title} MobileOne", family="mobileone", signature=signature, rename=partial(_rename, names)
+    )
 
 
 LAYOUTS = (
-    _layout("Apple", KeyNames()),
-    _layout("timm", TIMM_KEYS),
-    _layout("mmpretrain", MMPRETRAIN_KEYS),
-    _layout("corenet", CORENET_KEYS),
+    _layout("Apple", _KeyNames()),
+    _layout("timm", _TIMM_KEYS),
+    _layout("mmpretrain", _MMPRETRAIN_KEYS),
+    _layout("corenet", _CORENET_KEYS),
 )

@@ -127,7 +127,7 @@ def load_legacy(file: IO[bytes]) -> tuple[Any, Mapping[str, bytearray]]:
         return value, {}
     load(file), load(file)
     value, keys, storages = load(file), load(file), dict[str, bytearray]()
-    found = (item.storage if isinstance(item, StoredTensor) else item for item in objects(value))
+    found = (item.storage if isinstance(item, StoredTensor) else item for item in iter_objects(value))
     sizes = {item.key: item.dtype.itemsize for item in found if isinstance(item, Storage)}
     for key in map(str, keys):
         count = int.from_bytes(file.read(8), "little") * sizes.get(key, 1)
@@ -137,7 +137,7 @@ def load_legacy(file: IO[bytes]) -> tuple[Any, Mapping[str, bytearray]]:
     return value, storages
 
 
-def objects(value: Any) -> Iterator[Any]:
+def iter_objects(value: Any) -> Iterator[Any]:
     """Give everything in a value but numbers and texts, each object once."""
     seen: set[int] = set()
     stack = [value]

@@ -32,18 +32,18 @@ from onefold.models.restricted_unpickler import (
     RefusedError,
     StoredTensor,
     as_array,
+    iter_objects,
     load,
     load_legacy,
-    objects,
 )
-from onefold.models.state_dicts import MAX_TENSORS, Fits, StateDict, as_mapping, choose, is_tensor
+from onefold.models.state_dicts import MAX_TENSORS, Fits, StateDict, as_mapping, choose_state_dict, is_tensor
 from onefold.storage import parse_json
 
 _log = logging.getLogger("onefold")
-MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
-ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
-ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
-MAX_NAME = 300  # characters; the longest known has 68
+_MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
+_ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
+_ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
+_MAX_NAME = 300  # characters; the longest known has 68
 _MAX_HEADER = 32 << 20  # bytes of a safetensors file: names, shapes and the metadata
 # Classes that are not named in a note: their values are understood, or are no weights.
 _HARMLESS = re.compile(
@@ -68,7 +68,7 @@ class CheckpointContents:
     outside: frozenset[str] = frozenset()
 
 
-def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool = False) -> CheckpointContents:
+def read_tensors(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool = False) -> CheckpointContents:
     """Read the tensors of a file, on the CPU. Raises BadCheckpoint, or MissingExtra where HDF5 needs h5py.
 
     `fits` recognizes the network's tensors among those of a checkpoint. `select` is "plain", "averaged", or the key of
@@ -79,7 +79,7 @@ def read(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool 
         with path.open("rb") as file:
             head = file.read(512)
         saved = _reader(head, path)(path)
-        chosen, others = choose(saved.values, fits, select, path)
+        chosen, others = choose_state_dict(saved.values, fits, select, path)
         contents = CheckpointContents(
             tensors=saved.tensors(chosen.tensors, path),
             metadata=saved.metadata,
@@ -105,9 +105,9 @@ def _tell(path: Path, chosen: StateDict, others: Sequence[StateDict], select: st
         _log.info("%s: objects of %s are not read, since nothing in a file is executed; its tensors are", path, shown)
 
 
-def max_tensor_bytes(path: Path) -> int:
+def _max_tensor_bytes(path: Path) -> int:
     """The bytes of tensors that a file of this size may hold."""
-    return ALWAYS_ALLOWED + MAX_RATIO * path.stat().st_size
+    return _ALWAYS_ALLOWED + _MAX_RATIO * path.stat().st_size
 
 
 # ------------------------------------------------------------------------------------------ formats
@@ -248,7 +248,7 @@ def _read_npz(path: Path) -> _Saved:
 def _read_objects(archive: zipfile.ZipFile, name: str) -> object:
     """The objects of an array in an archive of numpy's: what it holds, if that is one object."""
     entry = archive.getinfo(name)
-    if entry.file_size > ALWAYS_PICKLED + MAX_RATIO * entry.compress_size:
+    if entry.file_size > _ALWAYS_PICKLED + _MAX_RATIO * entry.compress_size:
         raise RefusedError(f"its {name} of {entry.file_size} bytes is a decompression bomb, not weights")
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
@@ -274,7 +274,9 @@ def _read_torch(path: Path) -> _Saved:
     if values is None:
         kind = value.name if isinstance(value, Placeholder) else type(value).__name__
         raise BadCheckpoint(f"{path} holds a {kind}, not a state dict: save model.state_dict()")
-    unknown = (found for found in objects(value) if isinstance(found, Placeholder) and "_modules" not in found.values)
+    unknown = (
+        found for found in iter_objects(value) if isinstance(found, Placeholder) and "_modules" not in found.values
+    )
     names = sorted({found.name for found in unknown if _HARMLESS.match(found.name) is None})
     return _Saved(values=values, storages=storages, unread=tuple(names))
 
@@ -294,7 +296,7 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise RefusedError("its numbers are big-endian: save it again on a little-endian machine")
         entry = archive.getinfo(pickled[0])
-        if entry.file_size > ALWAYS_PICKLED + MAX_RATIO * entry.compress_size:
+        if entry.file_size > _ALWAYS_PICKLED + _MAX_RATIO * entry.compress_size:
             raise RefusedError(f"its pickle of {entry.file_size} bytes is a decompression bomb, not weights")
         with archive.open(entry) as file:
             value = load(file)
@@ -351,7 +353,7 @@ def _as_bad_checkpoint(path: Path) -> Iterator[None]:
 
 
 def _check_size(declared: int, path: Path) -> None:
-    if declared > max_tensor_bytes(path):
+    if declared > _max_tensor_bytes(path):
         size = path.stat().st_size
         raise BadCheckpoint(
             f"{path} has {size} bytes and declares {declared}: that is a decompression bomb, not weights"
@@ -363,7 +365,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     if not tensors:
         raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
     for name, tensor in tensors.items():
-        if len(name) > MAX_NAME or not name.isprintable():
+        if len(name) > _MAX_NAME or not name.isprintable():
             raise BadCheckpoint(f"{path} has an unprintable or too long name ({name[:40]!a}): it is damaged or forged")
         if tensor.numel() == 0:
             raise BadCheckpoint(f"{path} holds {name!r}, which is empty: it is damaged or forged")

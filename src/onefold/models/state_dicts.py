@@ -20,7 +20,7 @@ from onefold.models.restricted_unpickler import Placeholder, RefusedError, Store
 # Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
 _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
 _WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network", "backbone")
-NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
+NON_WEIGHT_KEYS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
 _MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's mappings, and in wrappers
 _MAX_NAMES, _MAX_WORDS = 4, 16  # under how many keys one mapping is looked at; how many words are tried as wrappers
 MAX_TENSORS = 20_000  # of one state dict
@@ -55,7 +55,9 @@ class StateDict:
         )
 
 
-def choose(values: Mapping[Any, Any], fits: Fits | None, select: str, path: Path) -> tuple[StateDict, list[StateDict]]:
+def choose_state_dict(
+    values: Mapping[Any, Any], fits: Fits | None, select: str, path: Path
+) -> tuple[StateDict, list[StateDict]]:
     """Give the state dict to take, and the others that could be; RefusedError where `select` names none."""
     found = list(_state_dicts(values))
     if not found:
@@ -86,7 +88,7 @@ def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
         if len(path) < _MAX_CONTAINERS:
             for key, value in mapping.items():
                 visits[id(value)] += isinstance(value, (Mapping, Placeholder))
-                if visits[id(value)] <= _MAX_NAMES and not is_tensor(value) and not NO_WEIGHTS.search(str(key)):
+                if visits[id(value)] <= _MAX_NAMES and not is_tensor(value) and not NON_WEIGHT_KEYS.search(str(key)):
                     inner = as_mapping(value)
                     queue += [] if inner is None else [((*path, str(key)), inner)]
 

@@ -5,7 +5,8 @@ The metadata in the file's header has these texts:
     onefold       the version of this format
     card          the `Card` as JSON, keys sorted
     card_sha256   of the card's text
-    sha256        of the tensors (see `digest`); older runs' `best/` have it in their manifest only, of the whole file
+    sha256        of the tensors (see `tensors_sha256`); older runs' `best/` have it in their manifest only, of the
+    whole file
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from onefold.checksums import MANIFEST, sealed_safetensors, unseal
-from onefold.config import check
+from onefold.checksums import MANIFEST, read_sealed_folder, sealed_safetensors
+from onefold.config import check_fields
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.models.safe_load import CheckpointContents, read
-from onefold.storage import parse_json, replacing
+from onefold.models.safe_load import CheckpointContents, read_tensors
+from onefold.storage import atomic_replace, parse_json
 
 _log = logging.getLogger("onefold")
 
-FORMAT, _PT = "1", "pt"
+_FORMAT, _PT = "1", "pt"
 _KEYS = {"format", "onefold", "card", "card_sha256", "sha256"}
 
 
@@ -75,7 +76,7 @@ class Card:
     """Whether the weights are a random initialization: good for measuring latency, of no accuracy."""
 
     def __post_init__(self) -> None:
-        check(self, "the card")
+        check_fields(self, "the card")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise BadArgument(f"a card of {self.num_classes} classes cannot name {len(self.classes)}")
 
@@ -88,7 +89,7 @@ class Card:
         text = json.dumps(self.to_dict(), sort_keys=True)
         return {
             "format": _PT,
-            "onefold": FORMAT,
+            "onefold": _FORMAT,
             "card": text,
             "card_sha256": hashlib.sha256(text.encode()).hexdigest(),
         }
@@ -96,13 +97,13 @@ class Card:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Card:
         """Read the card in a header. Raises BadCheckpoint where there is none, or one that was changed since."""
-        if not is_ours(metadata):
+        if not is_onefold_file(metadata):
             raise BadCheckpoint("this file carries no card of onefold: give the name of its model too")
         if "onefold" not in metadata or "card" not in metadata:
             raise BadCheckpoint("the header of this file is not what was written: the file is damaged, get it again")
-        if metadata["onefold"] != FORMAT:
+        if metadata["onefold"] != _FORMAT:
             raise BadCheckpoint(
-                f"this file is of format {metadata['onefold'][:20]}, this onefold reads {FORMAT}: "
+                f"this file is of format {metadata['onefold'][:20]}, this onefold reads {_FORMAT}: "
                 "type `pip install --upgrade onefold`"
             )
         text = metadata["card"]
@@ -124,7 +125,7 @@ class Card:
             raise BadCheckpoint(f"the card in this file cannot be read ({error})") from error
 
 
-def is_ours(metadata: Mapping[str, str]) -> bool:
+def is_onefold_file(metadata: Mapping[str, str]) -> bool:
     """Whether a file is of our own format, by its metadata; also one that lost one of our keys to damage."""
     return len({"onefold", "card", "card_sha256"} & metadata.keys()) > 1
 
@@ -132,7 +133,7 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
 # --------------------------------------------------------------------------- writing and reading
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """The sha256, in hex, of tensors: for each name in sorted order a header, then its bytes, row-major, little-endian.
 
     The header is the UTF-8 text "<name> <dtype> <shape>" and a newline, such as "head.fc.weight float32 [10, 1024]".
@@ -161,17 +162,17 @@ def write_weights(model: nn.Module, path: str | Path, card: Card) -> None:
     """Do the same for any network, also one that is not in the catalogue, without a check of its card."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = sealed_safetensors(save(tensors, card.to_metadata()))
-    with replacing(Path(path)) as aside:
+    with atomic_replace(Path(path)) as aside:
         aside.write_bytes(data)
 
 
 def read_card(path: str | Path) -> Card:
     """Read the card of a file that `save_weights` wrote, and verify its tensors. Raises BadCheckpoint."""
     path = Path(path)
-    return verify(read(path), path)
+    return verify_checksums(read_tensors(path), path)
 
 
-def verify(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> Card:
+def verify_checksums(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> Card:
     """Give the card of a file's contents, after a check of its checksums. Raises BadCheckpoint.
 
     That a file has none of its tensors is logged unless it is `quiet`.
@@ -182,9 +183,9 @@ def verify(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> 
         raise BadCheckpoint(f"{path}: {error}") from error
     written = contents.metadata.get("sha256")
     if written is not None:
-        intact = written == digest(contents.tensors)
+        intact = written == tensors_sha256(contents.tensors)
     elif (path.parent / MANIFEST).exists():  # of a run of an older version
-        intact = path.name in unseal(path.parent, only=[path.name])
+        intact = path.name in read_sealed_folder(path.parent, only=[path.name])
     else:
         intact = True
         if not quiet:
@@ -198,13 +199,13 @@ def verify(contents: CheckpointContents, path: Path, *, quiet: bool = False) -> 
 
 
 _OF_BYTES = 2.0  # what the mean and deviation of values 0 to 1 are below, also under a factor of their own
-MMENGINE = re.compile(r"\b(?:data_preprocessor|img_norm_cfg)['\"]?\s*[=:]")
+MMENGINE_PATTERN = re.compile(r"\b(?:data_preprocessor|img_norm_cfg)['\"]?\s*[=:]")
 """How mmengine's and older configurations name what normalizes images, in a text of Python."""
 _MMENGINE_PART, _MMENGINE_PIPELINE = 2000, 4000  # characters that are looked at
 _MAX_SIDE = 4096  # pixels; a forged size could ask for any amount of memory
 
 
-def config_preprocessing(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing_from_config(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `Preprocessing` that a config states, as far as their values are valid; what is not is logged.
 
     They are those of timm's pretrained_cfg (older files have its keys themselves), else of transformers'
@@ -310,7 +311,7 @@ def _of_mmengine(given: object) -> dict[str, Any]:
         stated = {key: given[key] for key in ("mean", "std") if given.get(key) is not None}
         is_rgb = given.get("to_rgb") or given.get("bgr_to_rgb")
     elif isinstance(given, str):
-        parts = [given[at.end() : at.end() + _MMENGINE_PART] for at in MMENGINE.finditer(given)]
+        parts = [given[at.end() : at.end() + _MMENGINE_PART] for at in MMENGINE_PATTERN.finditer(given)]
         part = next((part for part in parts if re.search(r"\bmean\b", part)), "")
         for key in ("mean", "std"):
             numbers = re.search(rf"\b{key}['\"]?\s*[=:]\s*[\[(]([-+\d.eE,\s]+)[\])]", part)
@@ -338,7 +339,7 @@ def _side(size: object) -> Any:
     return size[-1] if isinstance(size, list) and size else size
 
 
-def config_licence(config: Mapping[str, Any], readme: Path) -> str:
+def licence_from_config(config: Mapping[str, Any], readme: Path) -> str:
     """The licence in timm's pretrained_cfg, in config.json, or in the README's front matter; empty where none is."""
     settings = config.get("pretrained_cfg")
     for table in (settings if isinstance(settings, Mapping) else {}, config):
@@ -359,7 +360,7 @@ def config_licence(config: Mapping[str, Any], readme: Path) -> str:
 _LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc0-1.0")
 
 
-def hub_config(card: Card, num_features: int) -> dict[str, Any]:
+def render_hub_config(card: Card, num_features: int) -> dict[str, Any]:
     """The config.json of a network: timm's keys, transformers' id2label, and under "onefold" the whole card."""
     settings = card.preprocessing
     size = settings.get("size", 224)
@@ -380,7 +381,7 @@ def hub_config(card: Card, num_features: int) -> dict[str, Any]:
     return config
 
 
-def hub_readme(card: Card, metrics: Mapping[str, float]) -> str:
+def render_hub_readme(card: Card, metrics: Mapping[str, float]) -> str:
     """The README.md of a network: front matter in YAML (texts quoted as JSON, which YAML reads), then the page."""
     return "\n".join([*_front_matter(card, metrics), "", *_page(card, metrics)]) + "\n"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from onefold.errors import BadArgument, DeviceFailed, MissingExtra, NotWritable
 
-FOLDER = "/data/local/tmp/onefold"
+PHONE_FOLDER = "/data/local/tmp/onefold"
 """Where everything of ours lies on the phone: a place where the shell's user may write and execute."""
 
 _QUICK_S = 30.0
@@ -29,7 +29,7 @@ _GONE = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class _CommandResult:
     """What a command left: its exit status, and what it wrote."""
 
     status: int
@@ -50,7 +50,7 @@ class Adb:
 
     serial: str
 
-    def shell(self, command: Sequence[str], *, timeout_s: float = _QUICK_S) -> Ran:
+    def shell(self, command: Sequence[str], *, timeout_s: float = _QUICK_S) -> _CommandResult:
         """Run a command on the phone, whatever its status. Raises DeviceFailed where phone or time runs out."""
         ran = _adb(["-s", self.serial, "shell", shlex.join(command)], timeout_s)
         if ran.status != 0 and (_GONE.search(ran.errors) or (ran.status == 255 and not self._is_there())):
@@ -152,10 +152,10 @@ def _devices() -> dict[str, str]:
     return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
-def _adb(arguments: Sequence[str], timeout_s: float) -> Ran:
+def _adb(arguments: Sequence[str], timeout_s: float) -> _CommandResult:
     done = _call(arguments, timeout_s)
     output, errors = (raw.decode("utf-8", "replace").replace("\r\n", "\n") for raw in (done.stdout, done.stderr))
-    return Ran(status=done.returncode, output=output, errors=errors)
+    return _CommandResult(status=done.returncode, output=output, errors=errors)
 
 
 def _bytes(arguments: Sequence[str]) -> bytes:

@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onefold.bench import Comparison, Machine, Measurement, Noise, Procedure
+from onefold.bench import Comparison, Machine, Measurement, Procedure, TimingNoise
 from onefold.bench.measurement import random_orders
 from onefold.errors import BadArgument, DeviceFailed, GateFailed
-from onefold.phone.adb import FOLDER, Adb
-from onefold.phone.device import HEAT, Condition, PhoneInfo, condition, heat_of
+from onefold.phone.adb import PHONE_FOLDER, Adb
+from onefold.phone.device import THERMAL_STATUS, PhoneCondition, PhoneInfo, read_condition, read_thermal_status
 
 _SANE_NS = (100, 100 * 10**9)  # what one call can last: from 0.1 microseconds to 100 seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class ProgramCall:
     """One start of a program: where everything lies on the phone, and how often the network is run.
 
     `image` and `answer` are files of the first reference image and of what the program answers to it.
@@ -43,7 +43,7 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Times:
+class _Times:
     """What one process measured: samples of `calls_per_sample` calls each, and the first calls of the process."""
 
     samples_ns: tuple[int, ...]
@@ -52,7 +52,7 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Log:
+class _Log:
     """Where a program speaks if `sign` is not in its output: in the phone's log, under `tag`."""
 
     tag: str
@@ -60,7 +60,7 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class BenchmarkProgram:
     """A vendor's program: `runtime` and `file` are those of our artifacts, `tells` whether its times are in a file.
 
     `order` is how the image lies in its file; `proves` says for which precisions its answer can be read back as floats.
@@ -70,15 +70,15 @@ class Program:
     runtime: str
     file: str
     order: str
-    command: Callable[[Call], Sequence[str]]
-    parse: Callable[[str, Call], Times]
-    proof: Callable[[Call], Sequence[str]]
+    command: Callable[[ProgramCall], Sequence[str]]
+    parse: Callable[[str, ProgramCall], _Times]
+    proof: Callable[[ProgramCall], Sequence[str]]
     proves: tuple[str, ...]
     tells: bool = False
-    log: Log | None = None
+    log: _Log | None = None
 
 
-def program_of(runtime: str) -> Program:
+def find_program(runtime: str) -> BenchmarkProgram:
     """The program that runs a runtime's artifacts on a phone. Raises BadArgument."""
     if runtime not in PROGRAMS:
         known = ", ".join(PROGRAMS)
@@ -89,7 +89,7 @@ def program_of(runtime: str) -> Program:
 # -------------------------------------------------------------------------------------------- LiteRT
 
 
-def _litert(call: Call) -> Sequence[str]:
+def _litert(call: ProgramCall) -> Sequence[str]:
     return (
         call.program,
         f"--graph={call.model}",
@@ -102,7 +102,7 @@ def _litert(call: Call) -> Sequence[str]:
     )
 
 
-def _litert_proof(call: Call) -> Sequence[str]:
+def _litert_proof(call: ProgramCall) -> Sequence[str]:
     channels, height, width = call.shape
     return (
         *_litert(call)[:3],
@@ -121,7 +121,7 @@ _COUNT = re.compile(r"count=(\d+)\b(?:.*?\bavg=([\d.]+(?:e\+?\d+)?)|\s+curr=(\d+
 _FIRST = re.compile(r"First inference: ([\d.]+(?:e\+?\d+)?)")
 
 
-def _litert_times(text: str, call: Call) -> Times:
+def _litert_times(text: str, call: ProgramCall) -> _Times:
     """The last line of statistics is that of the timed runs, in microseconds; the first of two is the warm-up's."""
     counts = _COUNT.findall(text)
     if not counts or "Inference (avg)" not in text:
@@ -131,7 +131,7 @@ def _litert_times(text: str, call: Call) -> Times:
         raise DeviceFailed(f"benchmark_model ran the network {count} times, and was told to run it {call.runs} times")
     first = _FIRST.search(text)
     return _sane(
-        Times(
+        _Times(
             samples_ns=(round(float(mean or all_same) * 1000 * call.runs),),
             warmup_ns=(round(float(first.group(1)) * 1000),) if first else (),
             calls_per_sample=call.runs,
@@ -143,7 +143,7 @@ def _litert_times(text: str, call: Call) -> Times:
 # ---------------------------------------------------------------------------------------- ExecuTorch
 
 
-def _executorch(call: Call) -> Sequence[str]:
+def _executorch(call: ProgramCall) -> Sequence[str]:
     return (
         call.program,
         f"--model_path={call.model}",
@@ -153,7 +153,7 @@ def _executorch(call: Call) -> Sequence[str]:
     )
 
 
-def _executorch_proof(call: Call) -> Sequence[str]:
+def _executorch_proof(call: ProgramCall) -> Sequence[str]:
     base = call.answer.removesuffix("-0.bin")
     return (*_executorch(call)[:3], "--num_executions=1", f"--cpu_threads={call.threads}", f"--output_file={base}")
 
@@ -161,7 +161,7 @@ def _executorch_proof(call: Call) -> Sequence[str]:
 _ITERATION = re.compile(r"Iteration (\d+) of (\d+): ([\d.]+) ms")
 
 
-def _executorch_times(text: str, call: Call) -> Times:
+def _executorch_times(text: str, call: ProgramCall) -> _Times:
     wanted = call.warmup + call.runs
     found = [(int(number), float(ms)) for number, total, ms in _ITERATION.findall(text) if int(total) == wanted]
     found = found[-wanted:]  # a log may still hold what an earlier process wrote within the same second
@@ -169,14 +169,14 @@ def _executorch_times(text: str, call: Call) -> Times:
         hint = f"{wanted} lines such as `Iteration 1 of {wanted}: 5.1 ms` (of a recent ExecuTorch)"
         raise _unreadable("executor_runner", hint, text)
     times = [round(ms * 1e6) for _, ms in found]
-    kept = Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))
+    kept = _Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))
     return _sane(kept, "executor_runner")
 
 
 # -------------------------------------------------------------------------------------- ONNX Runtime
 
 
-def _onnx(call: Call) -> Sequence[str]:
+def _onnx(call: ProgramCall) -> Sequence[str]:
     return (
         call.program,
         *("-I", "-m", "times", "-r", str(call.warmup + call.runs), "-x", str(call.threads), "-y", "1"),
@@ -187,22 +187,22 @@ def _onnx(call: Call) -> Sequence[str]:
 _ROW = re.compile(r"^[^,\n]*,([\d.]+(?:e[-+]?\d+)?),\d+,-?\d+,(\d+)\s*$", re.MULTILINE)
 
 
-def _onnx_times(text: str, call: Call) -> Times:
+def _onnx_times(text: str, call: ProgramCall) -> _Times:
     wanted = call.warmup + call.runs
     rows = [(int(number), float(seconds)) for seconds, number in _ROW.findall(text)]
     if [number for number, _ in rows] != list(range(wanted)):
         raise _unreadable("onnxruntime_perf_test", f"{wanted} lines `name,seconds,memory,cpu,number`", text)
     times = [round(seconds * 1e9) for _, seconds in rows]
-    kept = Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))
+    kept = _Times(samples_ns=tuple(times[call.warmup :]), warmup_ns=tuple(times[: call.warmup]))
     return _sane(kept, "onnxruntime_perf_test")
 
 
 # ------------------------------------------------------------------------------------------ together
 
-PROGRAMS: Mapping[str, Program] = {
+PROGRAMS: Mapping[str, BenchmarkProgram] = {
     each.runtime: each
     for each in (
-        Program(
+        BenchmarkProgram(
             name="benchmark_model",
             runtime="litert",
             file="model.tflite",
@@ -212,7 +212,7 @@ PROGRAMS: Mapping[str, Program] = {
             proof=_litert_proof,
             proves=("fp32",),
         ),
-        Program(
+        BenchmarkProgram(
             name="executor_runner",
             runtime="executorch",
             file="model.pte",
@@ -221,9 +221,9 @@ PROGRAMS: Mapping[str, Program] = {
             parse=_executorch_times,
             proof=_executorch_proof,
             proves=("fp32", "int8"),
-            log=Log(tag="ExecuTorch", sign="Iteration"),
+            log=_Log(tag="ExecuTorch", sign="Iteration"),
         ),
-        Program(
+        BenchmarkProgram(
             name="onnxruntime_perf_test",
             runtime="onnx",
             file="model.onnx",
@@ -238,7 +238,7 @@ PROGRAMS: Mapping[str, Program] = {
 }
 
 
-def _sane(times: Times, name: str) -> Times:
+def _sane(times: _Times, name: str) -> _Times:
     low, high = _SANE_NS
     if not all(low <= each / times.calls_per_sample <= high for each in times.samples_ns):
         worst = min(times.samples_ns, key=lambda each: low <= each / times.calls_per_sample <= high)
@@ -267,7 +267,7 @@ _SIGNALS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class PhoneArtifact:
     """An artifact to be measured: its file, its name and facts, and the bytes of the first reference image.
 
     `check` is given the bytes of the phone's answer and raises where it is not the one that was promised.
@@ -275,7 +275,7 @@ class Load:
 
     title: str
     subject: Mapping[str, Any]
-    program: Program
+    program: BenchmarkProgram
     model: Path
     sha256: str
     image: Path
@@ -286,7 +286,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PhoneBenchPlan:
     """How to measure: processes an artifact, runs in each, its warm-up, rests in seconds, which cores.
 
     `anyway` measures a phone that is hot, low or saving too, and says so.
@@ -310,7 +310,9 @@ class Plan:
             raise BadArgument(f"rest must be from 0 to 600 seconds, not {self.rest_s}")
 
 
-def measure_on(adb: Adb, phone: PhoneInfo, loads: Sequence[Load], plan: Plan) -> Measurement | Comparison:
+def benchmark_artifacts(
+    adb: Adb, phone: PhoneInfo, loads: Sequence[PhoneArtifact], plan: PhoneBenchPlan
+) -> Measurement | Comparison:
     """Measure artifacts whose programs and files are on the phone: one, or several against the first.
 
     Raises GateFailed where the phone is not fit or an answer is wrong, DeviceFailed where a program fails.
@@ -318,17 +320,17 @@ def measure_on(adb: Adb, phone: PhoneInfo, loads: Sequence[Load], plan: Plan) ->
     if len(loads) > 1 and plan.rounds < _FEWEST_ROUNDS:
         raise BadArgument(f"a comparison needs {_FEWEST_ROUNDS} rounds or more, not {plan.rounds}")
     cores = phone.mask(plan.cores, plan.threads)
-    before = condition(adb)
+    before = read_condition(adb)
     _must_be_fit(before, plan)
     runner = _Runner(adb=adb, plan=plan, mask=_mask(adb, phone, cores))
     proofs = [runner.prove(load) for load in loads]
     times, heats = runner.series(loads)
-    remarks = _remarks(before, condition(adb), heats)
+    remarks = _remarks(before, read_condition(adb), heats)
     parts = [
         {**load.subject, "name": load.title, "answer": proof, "cores": plan.cores, "condition": asdict(before)}
         for load, proof in zip(loads, proofs, strict=True)
     ]
-    measured = _Result(plan=plan, machine=phone.machine(cores), noise=Noise(remarks=remarks))
+    measured = _Result(plan=plan, machine=phone.machine(cores), noise=TimingNoise(remarks=remarks))
     return measured.of(parts, times)
 
 
@@ -337,14 +339,14 @@ class _Runner:
     """Runs programs on the phone, on some of its cores."""
 
     adb: Adb
-    plan: Plan
+    plan: PhoneBenchPlan
     mask: tuple[str, ...]
 
-    def series(self, loads: Sequence[Load]) -> tuple[list[list[Times]], list[int]]:
+    def series(self, loads: Sequence[PhoneArtifact]) -> tuple[list[list[_Times]], list[int]]:
         """Every process's times, artifact by artifact and the baseline's twin last; the heat before each round."""
         runs = [*loads, loads[0]] if len(loads) > 1 else list(loads)
         order = random_orders(len(runs), random.Random(self.plan.seed))
-        times: list[list[Times]] = [[] for _ in runs]
+        times: list[list[_Times]] = [[] for _ in runs]
         heats = []
         for _ in range(self.plan.rounds):
             heats.append(self._cool())
@@ -353,7 +355,7 @@ class _Runner:
                 times[which].append(self.time(runs[which]))
         return times, heats
 
-    def time(self, load: Load) -> Times:
+    def time(self, load: PhoneArtifact) -> _Times:
         """One process of a program."""
         call = self._call(load)
         program = load.program
@@ -367,7 +369,7 @@ class _Runner:
             text += self.adb.says("logcat", "-d", "-v", "raw", "-T", since, f"{program.log.tag}:I", "*:S")
         return program.parse(text, call)
 
-    def prove(self, load: Load) -> str:
+    def prove(self, load: PhoneArtifact) -> str:
         """Have the phone answer the first reference image, and compare; what can be said of its answer."""
         program = load.program
         if load.precision not in program.proves:
@@ -382,10 +384,10 @@ class _Runner:
         load.check(answer)
         return "checked on the phone"
 
-    def _call(self, load: Load) -> Call:
-        folder = place_of(load)
-        return Call(
-            program=f"{FOLDER}/{load.program.name}",
+    def _call(self, load: PhoneArtifact) -> ProgramCall:
+        folder = phone_path(load)
+        return ProgramCall(
+            program=f"{PHONE_FOLDER}/{load.program.name}",
             model=f"{folder}/{load.program.file}",
             image=f"{folder}/image.bin",
             answer=f"{folder}/answer-0.bin",
@@ -396,9 +398,9 @@ class _Runner:
             runs=self.plan.runs,
         )
 
-    def _run(self, command: Sequence[str], program: Program) -> str:
+    def _run(self, command: Sequence[str], program: BenchmarkProgram) -> str:
         """Both outputs of a program that succeeded."""
-        surrounded = ["env", f"LD_LIBRARY_PATH={FOLDER}", *self.mask, *command]
+        surrounded = ["env", f"LD_LIBRARY_PATH={PHONE_FOLDER}", *self.mask, *command]
         ran = self.adb.shell(surrounded, timeout_s=_LONGEST_RUN_S)
         if ran.status in (126, 127):
             raise DeviceFailed(
@@ -414,7 +416,7 @@ class _Runner:
         """Wait until the phone is no longer warm, or for five minutes; its heat then."""
         waited = 0.0
         while True:
-            heat = heat_of(self.adb) or 0
+            heat = read_thermal_status(self.adb) or 0
             if heat == 0 or waited >= _LONGEST_COOLING_S:
                 return heat
             self.plan.sleep(_COOLING_STEP_S)
@@ -425,11 +427,11 @@ class _Runner:
 class _Result:
     """What all measurements of a run have in common."""
 
-    plan: Plan
+    plan: PhoneBenchPlan
     machine: Machine
-    noise: Noise
+    noise: TimingNoise
 
-    def of(self, subjects: Sequence[Mapping[str, Any]], times: list[list[Times]]) -> Measurement | Comparison:
+    def of(self, subjects: Sequence[Mapping[str, Any]], times: list[list[_Times]]) -> Measurement | Comparison:
         """One measurement, or a comparison of several; `times` ends with the baseline's twin then."""
         if len({(each.calls_per_sample, len(each.samples_ns)) for series in times for each in series}) > 1:
             times = [[_summed(each) for each in series] for series in times]  # a sample of each is a process's sum
@@ -442,7 +444,7 @@ class _Result:
         }
         return Comparison(measurements=named, twin=self._measurement(subjects[0], twin))
 
-    def _measurement(self, subject: Mapping[str, Any], series: Sequence[Times]) -> Measurement:
+    def _measurement(self, subject: Mapping[str, Any], series: Sequence[_Times]) -> Measurement:
         plan = self.plan
         samples = tuple(ns for each in series for ns in each.samples_ns)
         procedure = Procedure(
@@ -466,20 +468,20 @@ class _Result:
         )
 
 
-def place_of(load: Load) -> str:
+def phone_path(load: PhoneArtifact) -> str:
     """The folder of an artifact on the phone: nothing that a user wrote is in its name."""
-    return f"{FOLDER}/{load.sha256[:16]}"
+    return f"{PHONE_FOLDER}/{load.sha256[:16]}"
 
 
-def _summed(times: Times) -> Times:
-    return Times(
+def _summed(times: _Times) -> _Times:
+    return _Times(
         samples_ns=(sum(times.samples_ns),),
         warmup_ns=times.warmup_ns[:1],
         calls_per_sample=times.calls_per_sample * len(times.samples_ns),
     )
 
 
-def _must_be_fit(now: Condition, plan: Plan) -> None:
+def _must_be_fit(now: PhoneCondition, plan: PhoneBenchPlan) -> None:
     if now.refusals and not plan.anyway:
         raise GateFailed(
             f"the phone is not fit to be measured: {'; '.join(now.refusals)}; let it cool or charge, or pass --anyway "
@@ -497,11 +499,11 @@ def _mask(adb: Adb, phone: PhoneInfo, cores: Sequence[int]) -> tuple[str, ...]:
     return ("taskset", bits)
 
 
-def _remarks(before: Condition, after: Condition, heats: Sequence[int]) -> tuple[str, ...]:
+def _remarks(before: PhoneCondition, after: PhoneCondition, heats: Sequence[int]) -> tuple[str, ...]:
     """What both looks say, once; and where it grew hot meanwhile."""
     hottest = max((*heats, after.heat or 0))
     found = [*before.remarks, *after.remarks]
     if hottest > (before.heat or 0):
         where = next((f"round {at}" for at, heat in enumerate(heats, 1) if heat == hottest), "the end")
-        found.append(f"The phone grew hot meanwhile: thermal status {HEAT[min(hottest, 6)]} at {where}.")
+        found.append(f"The phone grew hot meanwhile: thermal status {THERMAL_STATUS[min(hottest, 6)]} at {where}.")
     return tuple(dict.fromkeys(found))

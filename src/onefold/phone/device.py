@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onefold.bench import Machine
-from onefold.bench.machine import features_of, own_version
+from onefold.bench.machine import cpu_features, onefold_version
 from onefold.errors import BadArgument
 from onefold.phone.adb import Adb
 
-HEAT = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
+THERMAL_STATUS = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
 """Android's thermal statuses; from "moderate" on it slows the processor down."""
 
 _LEAST_PERCENT = 20
@@ -64,7 +64,7 @@ class PhoneInfo:
             memory_bytes=self.memory_bytes,
             features=self.features,
             system=self.system,
-            versions=own_version(),
+            versions=onefold_version(),
             governor=", ".join(sorted(governors)) or None,
             max_mhz=max(clocks) / 1000 if clocks else None,
         )
@@ -81,8 +81,11 @@ class PhoneInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
-    """How a phone fares now; None where it does not say. `heat` counts as `HEAT` does, temperatures are in Celsius."""
+class PhoneCondition:
+    """How a phone fares now; None where it does not say.
+
+    `heat` counts as `THERMAL_STATUS` does, temperatures are in Celsius.
+    """
 
     heat: int | None = None
     percent: int | None = None
@@ -96,7 +99,7 @@ class Condition:
         """Why nothing should be measured now, a clause each; empty where nothing speaks against it."""
         found = []
         if self.heat is not None and self.heat >= 2:
-            found.append(f"it is hot (thermal status {HEAT[min(self.heat, 6)]}) and slows itself down")
+            found.append(f"it is hot (thermal status {THERMAL_STATUS[min(self.heat, 6)]}) and slows itself down")
         if self.percent is not None and self.percent < _LEAST_PERCENT and not self.charging:
             found.append(f"its battery is at {self.percent} %, and phones slow down below {_LEAST_PERCENT} %")
         if self.saving:
@@ -120,7 +123,7 @@ class Condition:
         return tuple(found)
 
 
-def look(adb: Adb) -> PhoneInfo:
+def read_phone_info(adb: Adb) -> PhoneInfo:
     """What the phone says of itself. Raises DeviceFailed."""
     properties = dict(re.findall(r"^\[(.*?)\]: \[(.*?)\]$", adb.says("getprop"), re.MULTILINE))
     cpuinfo, memory = adb.says("cat", "/proc/cpuinfo"), adb.says("cat", "/proc/meminfo")
@@ -136,7 +139,7 @@ def look(adb: Adb) -> PhoneInfo:
         system=f"Android {properties.get('ro.build.version.release', '')}".strip(),
         architecture=properties.get("ro.product.cpu.abi", ""),
         cores=cores,
-        features=features_of(cpuinfo),
+        features=cpu_features(cpuinfo),
         memory_bytes=int(total.group(1)) * 1024 if total else None,
         max_khz={core: int(khz) for core, khz in clocks.items() if khz.isdigit()},
         governors=governors,
@@ -144,14 +147,14 @@ def look(adb: Adb) -> PhoneInfo:
     )
 
 
-def condition(adb: Adb) -> Condition:
+def read_condition(adb: Adb) -> PhoneCondition:
     """How the phone fares now. Raises DeviceFailed."""
     battery = adb.says("dumpsys", "battery")
     waking = re.search(r"mWakefulness=(\w+)", adb.says("dumpsys", "power"))
     level, scale, tenths = (_number(battery, name) for name in ("level", "scale", "temperature"))
     status = _number(battery, "status")
-    return Condition(
-        heat=heat_of(adb),
+    return PhoneCondition(
+        heat=read_thermal_status(adb),
         percent=None if level is None else round(100 * level / (scale or 100)),
         charging=None if status is None else status == 2,
         battery_celsius=None if tenths is None else tenths / 10,
@@ -160,7 +163,7 @@ def condition(adb: Adb) -> Condition:
     )
 
 
-def heat_of(adb: Adb) -> int | None:
+def read_thermal_status(adb: Adb) -> int | None:
     """The phone's thermal status alone; None where it has none."""
     found = re.search(r"^\s*Thermal Status: (\d+)", adb.says("dumpsys", "thermalservice"), re.MULTILINE)
     return int(found.group(1)) if found else None

@@ -16,25 +16,32 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.cross_layer_equalization import (
-    joined_pairs,
+    equalizable_pairs,
     nearest_power_of_two,
     rescale_pair_,
-    shorten_scale,
-    shorten_weight_scales,
+    shorten_scale_mantissa,
+    shorten_scale_mantissas,
 )
-from onefold.quantize.gptq import gptq, input_moments, nearest
+from onefold.quantize.gptq import gptq_round, input_moments, round_to_nearest
 from onefold.quantize.graph import (
     Layer,
-    batches_side_by_side,
+    compute_node,
+    find_layers,
     free_used_inputs,
     get_parameter,
-    layers,
-    over_batches,
+    map_over_batches,
     padding_input,
+    parallel_batches,
     quantized_activations,
-    run_node,
 )
-from onefold.quantize.qparams import LayerReport, Method, ModelQParams, QParams, choose_qparams, weight_scales
+from onefold.quantize.qparams import (
+    LayerError,
+    ModelQParams,
+    QParams,
+    QuantizationMethod,
+    choose_qparams,
+    weight_scales,
+)
 
 _progress = logging.getLogger("onefold.progress")
 
@@ -61,16 +68,16 @@ class CalibrationResult:
 
     activations: Mapping[Node, QParams]
     layers: Mapping[Layer, QuantizedLayer]
-    reports: tuple[LayerReport, ...]
+    reports: tuple[LayerError, ...]
 
 
 @torch.no_grad()
-def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> CalibrationResult:
+def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: QuantizationMethod) -> CalibrationResult:
     """Quantize a graph by batches (B, C, H, W); with `method.power_of_two_scales` the graph is first rescaled in place.
 
     Raises BadArgument where `method.skip_layers` names a layer that does not exist.
     """
-    with batches_side_by_side():
+    with parallel_batches():
         calibrator = _Calibrator(graph, batches, method)
         for number, node in enumerate(graph.graph.nodes):
             _progress.debug("calibrating", extra={"done": number, "total": len(graph.graph.nodes)})
@@ -83,10 +90,10 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Method) -> 
 class _Calibrator:
     """The state of a calibration: the float and quantized values, by batch, that later nodes still read."""
 
-    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: Method) -> None:
+    def __init__(self, graph: GraphModule, batches: Sequence[Tensor], method: QuantizationMethod) -> None:
         self._graph, self._batches, self._method = graph, batches, method
-        all_layers = layers(graph)
-        pairs = joined_pairs(all_layers) if method.power_of_two_scales else []
+        all_layers = find_layers(graph)
+        pairs = equalizable_pairs(all_layers) if method.power_of_two_scales else []
         self._pairs = {first.node: (first, second) for first, second in pairs}
         self._rescaled = frozenset(first.output for first, _ in pairs)
         names = {layer.name for layer in all_layers}
@@ -102,17 +109,17 @@ class _Calibrator:
         self._quantized: dict[Node, list[object]] = {}
         self.activations: dict[Node, QParams] = {}
         self.quantized: dict[Layer, QuantizedLayer] = {}
-        self.reports: list[LayerReport] = []
+        self.reports: list[LayerError] = []
 
     def evaluate(self, node: Node) -> None:
         """Compute a node's float and quantized values; quantize it where it is a layer or a quantized activation."""
-        self._float[node] = run_node(self._graph, node, self._float, self._batches)
+        self._float[node] = compute_node(self._graph, node, self._float, self._batches)
         if node in self._pairs:
             self._rescale(*self._pairs[node])
         if node in self._layers:
             self._quantize_layer(self._layers[node])
         else:
-            self._quantized[node] = run_node(self._graph, node, self._quantized, self._batches)
+            self._quantized[node] = compute_node(self._graph, node, self._quantized, self._batches)
         if node in self._activations:
             self._quantize_activation(node)
         if node in self._outputs:
@@ -124,14 +131,14 @@ class _Calibrator:
         sums = self._float[first.node]
         values = sums
         if first.output is not first.node:
-            values = run_node(self._graph, first.output, {**self._float, first.node: sums}, self._batches)
+            values = compute_node(self._graph, first.output, {**self._float, first.node: sums}, self._batches)
         scale = choose_qparams([x for x in values if isinstance(x, Tensor)], self._method.range_method).scale
         factor = scale / nearest_power_of_two(scale)
         rescale_pair_(self._graph, first, second, factor)
-        self._float[first.node] = over_batches(lambda x: x.div_(factor), sums)
+        self._float[first.node] = map_over_batches(lambda x: x.div_(factor), sums)
         for node in (*first.node.args, *second.node.args):  # the attributes are new tensors now
             if isinstance(node, Node) and node.op == "get_attr" and node in self._float:
-                self._float[node] = self._quantized[node] = run_node(self._graph, node, {}, self._batches)
+                self._float[node] = self._quantized[node] = compute_node(self._graph, node, {}, self._batches)
 
     def _quantize_layer(self, layer: Layer) -> None:
         """Quantize a layer, and compute its quantized values."""
@@ -147,21 +154,21 @@ class _Calibrator:
 
         def round_weight(scales: Tensor) -> Tensor:
             if moments and method.rounding == "gptq":
-                return gptq(flat, scales, method.weight_qmax, moments.covariance)
-            return nearest(flat, scales, method.weight_qmax)
+                return gptq_round(flat, scales, method.weight_qmax, moments.covariance)
+            return round_to_nearest(flat, scales, method.weight_qmax)
 
         input_scale = self.activations[layer.source].scale
-        scales = shorten_weight_scales(scales, input_scale) if method.power_of_two_scales else scales
+        scales = shorten_scale_mantissas(scales, input_scale) if method.power_of_two_scales else scales
         result = _round_layer(weight, bias, scales, input_scale, round_weight)
         inputs, no_bias = self._inputs(self._quantized, layer.node), torch.zeros_like(bias)
         rounded, kernel = list(self._float[layer.node]), result.weight
-        sums = over_batches(lambda x: _run(layer, x, kernel, no_bias), inputs)
+        sums = map_over_batches(lambda x: _run(layer, x, kernel, no_bias), inputs)
         if method.correct_bias:
-            errors = over_batches(_total_difference, rounded, sums)
+            errors = map_over_batches(_total_difference, rounded, sums)
             error = sum(errors[1:], errors[0]) / sum(len(x) for x in sums)  # of the sums without a bias
             result = _with_bias(result, error, input_scale)
         shape = (-1, *[1] * (sums[0].dim() - 2))
-        self._quantized[layer.node] = over_batches(lambda x: x.add_(result.bias.view(shape)), sums)
+        self._quantized[layer.node] = map_over_batches(lambda x: x.add_(result.bias.view(shape)), sums)
         self.quantized[layer] = result
 
     def _inputs(self, values: Mapping[Node, list[object]], node: Node) -> list[Tensor]:
@@ -180,19 +187,19 @@ class _Calibrator:
             if node in self._rescaled:
                 qparams = QParams(nearest_power_of_two(qparams.scale), qparams.zero_point)
             elif self._method.power_of_two_scales:
-                qparams = shorten_scale(qparams)
+                qparams = shorten_scale_mantissa(qparams)
         self.activations[node] = qparams
-        self._quantized[node] = over_batches(qparams.fake_quantize, chunks)
+        self._quantized[node] = map_over_batches(qparams.fake_quantize, chunks)
 
     def _report(self, layer: Layer) -> None:
         is_quantized = layer in self.quantized
         weight = get_parameter(self._graph, layer.weight)
         rounded = self.quantized[layer].weight if is_quantized else weight
-        powers = over_batches(_powers, self._float[layer.output], self._quantized[layer.output])
+        powers = map_over_batches(_powers, self._float[layer.output], self._quantized[layer.output])
         signal, noise = (sum(column) for column in zip(*powers, strict=True))
         weight_noise = float(((weight - rounded) ** 2).sum())
         self.reports.append(
-            LayerReport(
+            LayerError(
                 name=layer.name,
                 output_db=_decibels(signal, noise),
                 weight_db=_decibels(float((weight**2).sum()), weight_noise),
@@ -222,8 +229,8 @@ def quantize_layer(params: ModelQParams, weight: Tensor, bias: Tensor, input_sca
     flat = weight.flatten(1)
     per_tensor = params.weights == "tensor"
     scales = weight_scales(flat, qmax=params.weight_qmax, per_tensor=per_tensor, clip=False)
-    scales = shorten_weight_scales(scales, input_scale)
-    return _round_layer(weight, bias, scales, input_scale, lambda s: nearest(flat, s, params.weight_qmax))
+    scales = shorten_scale_mantissas(scales, input_scale)
+    return _round_layer(weight, bias, scales, input_scale, lambda s: round_to_nearest(flat, s, params.weight_qmax))
 
 
 def _round_layer(
@@ -232,7 +239,7 @@ def _round_layer(
     """Quantize a weight (O, ...) and bias (O,) with these scales (O,); `round_weight` gives the integers (O, K)."""
     # A row of tiny weights would have a scale so small that its bias overflows 32 bits: such a scale is enlarged.
     smallest = bias.abs() / (input_scale * _MAX_BIAS)
-    scales = torch.where(scales < smallest, shorten_weight_scales(smallest, input_scale), scales)
+    scales = torch.where(scales < smallest, shorten_scale_mantissas(smallest, input_scale), scales)
     return _with_bias(QuantizedLayer(round_weight(scales).view_as(weight), scales, bias), bias, input_scale)
 
 

@@ -18,38 +18,38 @@ from torch.fx import GraphModule, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer, calibrate, quantize_layer
-from onefold.quantize.cross_layer_equalization import bound_clamp_, equalize_
+from onefold.quantize.cross_layer_equalization import equalize_, set_clamp_bounds_
 from onefold.quantize.graph import (
-    CLAMPS,
+    CLAMP_OPS,
     Layer,
     aten,
     clamp_bounds,
+    find_layers,
     get_parameter,
-    layers,
     padding_input,
     quantized_activations,
     set_parameter,
     trace,
 )
 from onefold.quantize.integer_model import IntegerModel
-from onefold.quantize.qparams import QMAX, QMIN, LayerReport, Method, ModelQParams, QParams
+from onefold.quantize.qparams import QMAX, QMIN, LayerError, ModelQParams, QParams, QuantizationMethod
 
 BATCH_SIZE = 4
-_DEFAULT_METHOD = Method()
+_DEFAULT_METHOD = QuantizationMethod()
 _ops = torch.ops.quantized_decomposed
 _WEIGHT_QMAX = 127
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Quantized:
+class QuantizedModel:
     """An int8 model - images (B, C, H, W) to logits (B, N) as a device computes them - and how it was made.
 
     `images` is the number that it was calibrated on, 0 where it was trained as an int8 model.
     """
 
     model: IntegerModel
-    method: Method
-    layers: tuple[LayerReport, ...]
+    method: QuantizationMethod
+    layers: tuple[LayerError, ...]
     images: int
 
     @property
@@ -58,7 +58,7 @@ class Quantized:
         return self.model.network
 
 
-def quantize(model: nn.Module, images: Tensor, method: Method = _DEFAULT_METHOD) -> Quantized:
+def quantize(model: nn.Module, images: Tensor, method: QuantizationMethod = _DEFAULT_METHOD) -> QuantizedModel:
     """Quantize a fused network (in eval mode; it is not changed), calibrated on `images` (B, C, H, W), B >= 2.
 
     The images are as the network gets them; one or two hundred of the kind that it will see are enough.
@@ -70,11 +70,11 @@ def quantize(model: nn.Module, images: Tensor, method: Method = _DEFAULT_METHOD)
         raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, got {tuple(images.shape)}")
     graph, calibration = calibrated_graph(model, images.split(BATCH_SIZE), method)
     insert_qdq_(graph, calibration)
-    return Quantized(model=IntegerModel(graph), method=method, layers=calibration.reports, images=len(images))
+    return QuantizedModel(model=IntegerModel(graph), method=method, layers=calibration.reports, images=len(images))
 
 
 def calibrated_graph(
-    model: nn.Module, batches: Sequence[Tensor], method: Method
+    model: nn.Module, batches: Sequence[Tensor], method: QuantizationMethod
 ) -> tuple[GraphModule, CalibrationResult]:
     """Trace, equalize and calibrate a fused network; the graph computes in floating point still."""
     graph = trace(model, batches[0][:2])
@@ -90,7 +90,7 @@ def convert(fused: nn.Module, params: ModelQParams, shape: tuple[int, int, int])
     BadArgument where the parameters are those of another network.
     """
     graph = trace(fused, torch.zeros(2, *shape))
-    to_quantize = [layer for layer in layers(graph) if layer.name not in params.skip_layers]
+    to_quantize = [layer for layer in find_layers(graph) if layer.name not in params.skip_layers]
     names = activation_names(to_quantize)
     if set(names.values()) != set(params.activations):
         unknown = sorted(set(names.values()) ^ set(params.activations))[0]
@@ -107,7 +107,7 @@ def convert(fused: nn.Module, params: ModelQParams, shape: tuple[int, int, int])
     return IntegerModel(graph)
 
 
-def quantization_params(calibration: CalibrationResult, method: Method) -> ModelQParams:
+def extract_qparams(calibration: CalibrationResult, method: QuantizationMethod) -> ModelQParams:
     """Extract the parameters of a calibrated network, its activations by name."""
     names = activation_names([*calibration.layers])
     return ModelQParams(
@@ -132,7 +132,7 @@ def activation_names(of_layers: list[Layer]) -> dict[Node, str]:
 # ------------------------------------------------------------------------- calibrations that are kept
 
 
-def calibration_state(made: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def calibration_state_dict(made: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Give all that calibration has found: the tensors of the layers, and the rest as plain values for JSON."""
     state = made.graph.state_dict()
     names = {each.name for each in made.layers}
@@ -146,29 +146,29 @@ def calibration_state(made: Quantized) -> tuple[dict[str, Tensor], dict[str, Any
             str(node.args[0]): list(node.args[1:3]) for node in nodes if node.target is _ops.quantize_per_tensor.default
         },
         "clamps": {
-            node.name: list(clamp_bounds(node.target, node.args[1:])) for node in nodes if node.target in CLAMPS
+            node.name: list(clamp_bounds(node.target, node.args[1:])) for node in nodes if node.target in CLAMP_OPS
         },
     }
     return {key: state[key].contiguous() for key in kept}, facts
 
 
 @torch.no_grad()
-def from_calibration_state(
+def from_calibration_state_dict(
     model: nn.Module, shape: tuple[int, int, int], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> Quantized:
-    """Make the int8 model of a fused network again from what `calibration_state` gave: the same to the bit.
+) -> QuantizedModel:
+    """Make the int8 model of a fused network again from what `calibration_state_dict` gave: the same to the bit.
 
     Raises BadArgument where it is of another network.
     """
     graph = trace(model, torch.zeros(2, *shape))
     nodes = {node.name: node for node in graph.graph.nodes}
-    method = Method(**{**facts["method"], "skip_layers": tuple(facts["method"]["skip_layers"])})
+    method = QuantizationMethod(**{**facts["method"], "skip_layers": tuple(facts["method"]["skip_layers"])})
     if not {*facts["activations"], *facts["clamps"]} <= set(nodes):
         raise BadArgument("the calibration is of another network")
     for name, (low, high) in facts["clamps"].items():
-        bound_clamp_(nodes[name], low, high)
+        set_clamp_bounds_(nodes[name], low, high)
     quantized = {}
-    for layer in layers(graph):
+    for layer in find_layers(graph):
         if layer.name in method.skip_layers:
             set_parameter(graph, layer.weight, tensors[f"{layer.name}.weight"])
             if layer.bias is not None:
@@ -180,9 +180,9 @@ def from_calibration_state(
             raise BadArgument("the calibration is of another network")
         quantized[layer] = QuantizedLayer(q, scales, bias)
     activations = {nodes[name]: QParams(*qparams) for name, qparams in facts["activations"].items()}
-    reports = tuple(LayerReport(**each) for each in facts["layers"])
+    reports = tuple(LayerError(**each) for each in facts["layers"])
     insert_qdq_(graph, CalibrationResult(activations, quantized, reports))
-    return Quantized(model=IntegerModel(graph), method=method, layers=reports, images=facts["images"])
+    return QuantizedModel(model=IntegerModel(graph), method=method, layers=reports, images=facts["images"])
 
 
 # -------------------------------------------------------------- quantize and dequantize operations
@@ -193,7 +193,7 @@ def insert_qdq_(graph: GraphModule, calibration: CalibrationResult) -> None:
     for layer, quantized in calibration.layers.items():
         _store_weight_(graph, layer, quantized)
     for node, qparams in calibration.activations.items():
-        if node.target in CLAMPS:
+        if node.target in CLAMP_OPS:
             # Quantization itself clamps at the top of its range; a ReLU is fused into its layer by every runtime.
             low, high = clamp_bounds(node.target, node.args[1:])
             if low == 0.0 and qparams.high <= high * (1 + 1e-5):

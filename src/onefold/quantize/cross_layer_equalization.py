@@ -32,15 +32,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.quantize.graph import (
-    CLAMPS,
+    CLAMP_OPS,
     Layer,
     aten,
-    batches_side_by_side,
     clamp_bounds,
+    find_layers,
     get_parameter,
-    layers,
-    over_batches,
+    map_over_batches,
     padding_input,
+    parallel_batches,
     set_parameter,
 )
 from onefold.quantize.qparams import QParams
@@ -59,10 +59,10 @@ def equalize_(
     """Equalize all pairs of layers in place, by batches (B, C, H, W); returns the number of pairs."""
     if by in ("none", None):
         return 0
-    pairs = joined_pairs(layers(graph))
+    pairs = equalizable_pairs(find_layers(graph))
     statistics = _ClampStatistics({first.output: _clamp_max(first) for first, _ in pairs})
-    with batches_side_by_side():
-        for each in over_batches(lambda batch: _Watched(graph, statistics.clamps).watch(batch), batches):
+    with parallel_batches():
+        for each in map_over_batches(lambda batch: _Watched(graph, statistics.clamps).watch(batch), batches):
             statistics.add(each)
     if by == "activations":
         for first, second in pairs:
@@ -139,7 +139,7 @@ def _clamp_max(layer: Layer) -> float:
     return clamp_bounds(layer.output.target, layer.output.args[1:])[1]
 
 
-def joined_pairs(of_layers: list[Layer]) -> list[tuple[Layer, Layer]]:
+def equalizable_pairs(of_layers: list[Layer]) -> list[tuple[Layer, Layer]]:
     """List the pairs of layers between which channels may be rescaled."""
     return [pair for pair in pairwise(of_layers) if _are_joined(*pair)]
 
@@ -147,7 +147,7 @@ def joined_pairs(of_layers: list[Layer]) -> list[tuple[Layer, Layer]]:
 def _are_joined(first: Layer, second: Layer) -> bool:
     """Whether the second layer alone reads the first, through operations that commute with positive factors."""
     node = first.output
-    if node.target in CLAMPS and clamp_bounds(node.target, node.args[1:])[0] not in (0.0, -math.inf):
+    if node.target in CLAMP_OPS and clamp_bounds(node.target, node.args[1:])[0] not in (0.0, -math.inf):
         return False
     while len(node.users) == 1:
         (after,) = node.users
@@ -227,13 +227,13 @@ def nearest_power_of_two(scale: float) -> float:
     return 2.0 ** round(math.log2(scale))
 
 
-def shorten_weight_scales(scales: Tensor, input_scale: float) -> Tensor:
+def shorten_scale_mantissas(scales: Tensor, input_scale: float) -> Tensor:
     """Round weight scales up to few binary digits: to fewer where the input's scale is no power of two."""
     is_power_of_two = math.frexp(input_scale)[0] == 0.5
     return _round_up(scales, _WEIGHT_DIGITS if is_power_of_two else _INPUT_DIGITS)
 
 
-def shorten_scale(qparams: QParams) -> QParams:
+def shorten_scale_mantissa(qparams: QParams) -> QParams:
     """Round an activation's scale up to few binary digits: for those that no layer computes, such as the images."""
     return QParams(float(_round_up(torch.tensor(qparams.scale), _INPUT_DIGITS)), qparams.zero_point)
 
@@ -246,13 +246,13 @@ def _round_up(scales: Tensor, digits: int) -> Tensor:
 
 def _rescale_clamp_(node: Node, factor: float) -> None:
     """Divide the upper bound of a clamp by the factor, so that it clamps the same values as before."""
-    if node.target in CLAMPS:
+    if node.target in CLAMP_OPS:
         low, high = clamp_bounds(node.target, node.args[1:])
         if high < math.inf:
-            bound_clamp_(node, low, high / factor)
+            set_clamp_bounds_(node, low, high / factor)
 
 
-def bound_clamp_(node: Node, low: float, high: float) -> None:
+def set_clamp_bounds_(node: Node, low: float, high: float) -> None:
     """Let a clamp have other bounds, in place."""
     if clamp_bounds(node.target, node.args[1:]) != (low, high):
         node.target = aten.relu.default if (low, high) == (0.0, math.inf) else aten.hardtanh.default

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onefold.quantize.graph import Layer, over_batches
+from onefold.quantize.graph import Layer, map_over_batches
 
 _DAMPING = 0.01
 _RIDGE = 1.0
@@ -29,12 +29,12 @@ _MIN_IMAGES = 16
 _BLOCK = 64
 
 
-def nearest(weight: Tensor, scales: Tensor, qmax: int) -> Tensor:
+def round_to_nearest(weight: Tensor, scales: Tensor, qmax: int) -> Tensor:
     """Round `weight` (O, K) / `scales` (O,) to the nearest integers in -qmax..qmax, kept as float."""
     return torch.round(weight / scales[:, None]).clamp(-qmax, qmax)
 
 
-def gptq(weight: Tensor, scales: Tensor, qmax: int, covariance: Tensor) -> Tensor:
+def gptq_round(weight: Tensor, scales: Tensor, qmax: int, covariance: Tensor) -> Tensor:
     """Round `weight` (O, K) / `scales` (O,) to integers that suit inputs of this covariance (G, K, K)."""
     groups, width = covariance.shape[:2]
     inverse_root = _inverse_root(covariance)
@@ -55,7 +55,7 @@ def gptq(weight: Tensor, scales: Tensor, qmax: int, covariance: Tensor) -> Tenso
 
 
 @dataclass(frozen=True)
-class Moments:
+class InputMoments:
     """Second moments of a layer's input patches, centred, float64.
 
     `covariance` (G, K, K) is that of the quantized model's patches, `cross` (G, K, K) that of the float model's patches
@@ -77,7 +77,9 @@ class Moments:
         return (rows + step).flatten(0, 1).to(weight.dtype)
 
 
-def input_moments(layer: Layer, quantized: Sequence[Tensor], exact: Sequence[Tensor] | None, weight: Tensor) -> Moments:
+def input_moments(
+    layer: Layer, quantized: Sequence[Tensor], exact: Sequence[Tensor] | None, weight: Tensor
+) -> InputMoments:
     """Compute the moments of a layer's inputs, given as quantized and float batches, from a subset of patches.
 
     Without `exact` the cross moments, which only correcting weights needs, are those of the quantized inputs.
@@ -96,10 +98,10 @@ def input_moments(layer: Layer, quantized: Sequence[Tensor], exact: Sequence[Ten
         squares = (a @ a.mT).double()
         return (squares, squares if y is None else (b @ a.mT).double(), *sums, torch.tensor(a.shape[-1]))
 
-    parts = [part for part in over_batches(moments, quantized, exact or [None] * len(quantized), picked) if part]
+    parts = [part for part in map_over_batches(moments, quantized, exact or [None] * len(quantized), picked) if part]
     squares, products, a_sum, b_sum, count = (reduce(torch.add, column) for column in zip(*parts, strict=True))
     a_mean, b_mean = a_sum / count, b_sum / count
-    return Moments(squares / count - a_mean @ a_mean.mT, products / count - b_mean @ a_mean.mT)
+    return InputMoments(squares / count - a_mean @ a_mean.mT, products / count - b_mean @ a_mean.mT)
 
 
 def _picked_images(layer: Layer, batches: Sequence[Tensor]) -> list[list[int]]:

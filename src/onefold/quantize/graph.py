@@ -24,17 +24,17 @@ from torch.fx.node import map_arg
 
 from onefold.errors import BadArgument
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 aten = torch.ops.aten
-CONVS = (aten.conv2d.default, aten.conv2d.padding)
-POOLS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
-LINEARS = (aten.linear.default,)
-CLAMPS = (
+CONV_OPS = (aten.conv2d.default, aten.conv2d.padding)
+POOL_OPS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+LINEAR_OPS = (aten.linear.default,)
+CLAMP_OPS = (
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
     aten.relu6.default, aten.relu6_.default, aten.clamp.default, aten.clamp_min.default,
 )  # fmt: skip
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
-PASSTHROUGH = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+PASSTHROUGH_OPS = (aten.dropout.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def trace(model: nn.Module, images: Tensor) -> GraphModule:
     return graph
 
 
-def layers(graph: GraphModule) -> list[Layer]:
+def find_layers(graph: GraphModule) -> list[Layer]:
     """List the layers in execution order. Raises BadArgument where there are none."""
     result = list(_layers(graph))
     if not result:
@@ -101,7 +101,7 @@ def quantized_activations(of_layers: list[Layer]) -> list[Node]:
 
 def padding_input(node: Node) -> Node | None:
     """Find what a node pads with zeros, which quantization represents exactly; None where it is no such padding."""
-    if node.target not in PADS or (any(node.args[2:]) and node.args[2:] != ("constant",)):
+    if node.target not in _PADS or (any(node.args[2:]) and node.args[2:] != ("constant",)):
         return None
     return _skip_passthrough(node.args[0]) if isinstance(node.args[0], Node) else None
 
@@ -123,9 +123,9 @@ def set_parameter(graph: GraphModule, name: str, value: Tensor) -> None:
 def _layers(graph: GraphModule) -> Iterator[Layer]:
     output = next(node for node in graph.graph.nodes if node.op == "output")
     for node in graph.graph.nodes:
-        if node.op != "call_function" or node.target not in (*CONVS, *LINEARS):
+        if node.op != "call_function" or node.target not in (*CONV_OPS, *LINEAR_OPS):
             continue
-        is_conv = node.target in CONVS
+        is_conv = node.target in CONV_OPS
         is_layer = not _is_gate(node) if is_conv else set(node.users) == {output}
         if not is_layer or not isinstance(node.args[0], Node):
             continue
@@ -140,14 +140,14 @@ def _is_gate(conv: Node) -> bool:
     source = conv.args[0]
     assert isinstance(source, Node)
     before = _skip_passthrough(source)
-    if before.target in CLAMPS and isinstance(before.args[0], Node):
+    if before.target in CLAMP_OPS and isinstance(before.args[0], Node):
         before = before.args[0]
-    return before.target in POOLS or (before.target in CONVS and _is_gate(before))
+    return before.target in POOL_OPS or (before.target in CONV_OPS and _is_gate(before))
 
 
 def _skip_passthrough(node: Node) -> Node:
     """Find the node that computes a value, before dropout and changes of shape."""
-    while node.target in PASSTHROUGH and isinstance(node.args[0], Node):
+    while node.target in PASSTHROUGH_OPS and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -155,7 +155,7 @@ def _skip_passthrough(node: Node) -> Node:
 def _clamp_after(node: Node) -> Node:
     """Find the ReLU or clamp that is the only reader of a layer; the layer itself where there is none."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in CLAMPS else node
+    return users[0] if len(users) == 1 and users[0].target in CLAMP_OPS else node
 
 
 def _attribute_name(node: object) -> str:
@@ -164,7 +164,7 @@ def _attribute_name(node: object) -> str:
     return str(node.target)
 
 
-def run_node(
+def compute_node(
     graph: GraphModule, node: Node, values: Mapping[Node, list[object]], batches: Sequence[Tensor]
 ) -> list[object]:
     """Compute a node's value for each batch, from the `values` of the nodes before it.
@@ -184,15 +184,15 @@ def run_node(
         assert callable(node.target)
         return node.target(*map_arg(node.args, argument), **map_arg(node.kwargs, argument))
 
-    return over_batches(compute, range(len(batches)))
+    return map_over_batches(compute, range(len(batches)))
 
 
 _workers: ContextVar[Executor | None] = ContextVar("workers", default=None)
 
 
 @contextmanager
-def batches_side_by_side() -> Iterator[None]:
-    """Let `over_batches` compute as many batches at a time as torch has threads, each on one of them.
+def parallel_batches() -> Iterator[None]:
+    """Let `map_over_batches` compute as many batches at a time as torch has threads, each on one of them.
 
     What is computed then does not depend on the number of threads, to the bit: torch's own threads divide a sum among
     them. Inside of another such block nothing changes.
@@ -213,10 +213,10 @@ def batches_side_by_side() -> Iterator[None]:
         torch.set_num_threads(count)
 
 
-def over_batches(function: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
+def map_over_batches(function: Callable[..., _T], *columns: Iterable[Any]) -> list[_T]:
     """Call the function, without gradients, for each row of the columns, which belong to batches."""
 
-    def without_gradients(*row: Any) -> T:
+    def without_gradients(*row: Any) -> _T:
         with torch.no_grad():
             return function(*row)
 

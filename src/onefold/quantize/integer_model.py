@@ -24,11 +24,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from onefold.quantize.graph import (
-    CLAMPS,
-    CONVS,
-    LINEARS,
-    PASSTHROUGH,
-    POOLS,
+    CLAMP_OPS,
+    CONV_OPS,
+    LINEAR_OPS,
+    PASSTHROUGH_OPS,
+    POOL_OPS,
     clamp_bounds,
     get_parameter,
     padding_input,
@@ -122,14 +122,14 @@ class _IntegerInterpreter(Interpreter):
         if target is _ops.dequantize_per_tensor.default:
             return _QuantizedActivation(first - args[2], args[1])
         if isinstance(first, _QuantizedActivation):
-            if target in (*CONVS, *LINEARS) and isinstance(args[1], _QuantizedWeight):
+            if target in (*CONV_OPS, *LINEAR_OPS) and isinstance(args[1], _QuantizedWeight):
                 return self._layer(target, first, args[1], args[2:])
-            if target in POOLS and (mean := _global_mean(target, first, args[1:])) is not None:
+            if target in POOL_OPS and (mean := _global_mean(target, first, args[1:])) is not None:
                 return mean
-            if target in PASSTHROUGH or padding_input(self._node) is not None:
+            if target in PASSTHROUGH_OPS or padding_input(self._node) is not None:
                 return _QuantizedActivation(target(first.q, *args[1:]), first.scale)
         if isinstance(first, _Accumulator):
-            if target in CLAMPS:
+            if target in CLAMP_OPS:
                 low, high = clamp_bounds(target, args[1:])
                 return replace(first, low=max(first.low, low), high=min(first.high, high))
             if target is _ops.quantize_per_tensor.default:
@@ -173,13 +173,13 @@ def _global_mean(target: Any, x: _QuantizedActivation, args: tuple[Any, ...]) ->
 
 def _needs_float64(graph: GraphModule, node: Node) -> bool:
     """Whether the sums of a layer could exceed the integers that float32 represents exactly."""
-    if node.op != "call_function" or node.target not in (*CONVS, *LINEARS):
+    if node.op != "call_function" or node.target not in (*CONV_OPS, *LINEAR_OPS):
         return False
     weight, bias, source = node.args[1], node.args[2] if len(node.args) > 2 else None, node.args[0]
     if not isinstance(weight, Node) or weight.target is not _ops.dequantize_per_channel.default:
         return False
     q, scales = (get_parameter(graph, str(part.target)).double() for part in weight.args[:2] if isinstance(part, Node))
-    while isinstance(source, Node) and source.target in PASSTHROUGH:
+    while isinstance(source, Node) and source.target in PASSTHROUGH_OPS:
         source = source.args[0]
     assert isinstance(bias, Node)
     assert isinstance(source, Node)

@@ -1,9 +1,9 @@
 """Choosing how to quantize a network by measurement: the best options for these images, and the most sensitive layers.
 
-`search` changes one option after another and keeps a change where the logits for images that were not calibrated on
-come closer to the float network's. `skip_sensitive_layers` leaves those layers in floating point that cost most (mixed
-precision). Sensitivity is the change of the logits, because a layer's own noise says little of what later layers make
-of it.
+`quantize_with_search` changes one option after another and keeps a change where the logits for images that were not
+calibrated on come closer to the float network's. `skip_sensitive_layers` leaves those layers in floating point that
+cost most (mixed precision). Sensitivity is the change of the logits, because a layer's own noise says little of what
+later layers make of it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.errors import BadArgument
 from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer
-from onefold.quantize.convert import BATCH_SIZE, Quantized, calibrated_graph, quantize
-from onefold.quantize.graph import layers
-from onefold.quantize.qparams import Method, QParams
+from onefold.quantize.convert import BATCH_SIZE, QuantizedModel, calibrated_graph, quantize
+from onefold.quantize.graph import find_layers
+from onefold.quantize.qparams import QParams, QuantizationMethod
 
-_CHANGES: tuple[Callable[[Method], Method], ...] = (
+_CHANGES: tuple[Callable[[QuantizationMethod], QuantizationMethod], ...] = (
     lambda method: replace(method, equalize="activations"),
     lambda method: replace(method, equalize="weights"),
     lambda method: replace(method, equalize="none"),
@@ -38,21 +38,23 @@ _progress = logging.getLogger("onefold.progress")
 _MAX_IMAGES = 128  # to compare methods on; the best one is calibrated on all images
 
 
-def search(model: nn.Module, images: Tensor, start: Method, report: Callable[[str], None]) -> Quantized:
+def quantize_with_search(
+    model: nn.Module, images: Tensor, start: QuantizationMethod, report: Callable[[str], None]
+) -> QuantizedModel:
     """Quantize with the best method found from `start`, calibrated on all images (B, C, H, W), B >= 8.
 
     `report` is called with a sentence for each method that was tried.
     """
-    return quantize(model, images, best_method(model, images, start, report))
+    return quantize(model, images, search_method(model, images, start, report))
 
 
-def best_method(
+def search_method(
     model: nn.Module,
     images: Tensor,
-    start: Method,
+    start: QuantizationMethod,
     report: Callable[[str], None],
     allows: Callable[[str, float], bool] = lambda what, seconds: True,
-) -> Method:
+) -> QuantizationMethod:
     """Find the best method from `start`, compared on some of the images.
 
     `report` is called with a sentence for each method that was tried, `allows` before each but the first, with what
@@ -63,7 +65,7 @@ def best_method(
     expected = _logits(model, subset[is_test])
     total = 1 + len(_CHANGES)
 
-    def relative_noise(method: Method) -> float:
+    def relative_noise(method: QuantizationMethod) -> float:
         number = len(tried) + 1
         _progress.debug("trying a method of calibration", extra={"done": number - 1, "total": total})
         logits = _logits(quantize(model, subset[~is_test], method).model, subset[is_test])
@@ -73,7 +75,7 @@ def best_method(
         report(f"{title}: {share} relative error of the logits on {len(expected)} held-out photos")
         return noise
 
-    tried: dict[Method, float] = {}
+    tried: dict[QuantizationMethod, float] = {}
     began = time.monotonic()
     best, tried[start] = start, relative_noise(start)
     seconds = (time.monotonic() - began) * (1 + len(images) / len(subset))
@@ -89,14 +91,16 @@ def best_method(
 
 
 @torch.no_grad()
-def skip_sensitive_layers(model: nn.Module, images: Tensor, method: Method, count: int) -> Method:
+def skip_sensitive_layers(
+    model: nn.Module, images: Tensor, method: QuantizationMethod, count: int
+) -> QuantizationMethod:
     """Add the `count` layers that put most noise into the logits to the method's `skip_layers`.
 
     Raises BadArgument where no layer would be left to quantize.
     """
     batches = images.split(BATCH_SIZE)
     graph, calibration = calibrated_graph(model, batches, method)
-    noise = sensitivity(graph, calibration, batches[:4])
+    noise = layer_sensitivity(graph, calibration, batches[:4])
     if count >= len(noise):
         raise BadArgument(f"the network has {len(noise)} layers, and {count} of them were to be left in 32 bits")
     worst = sorted(noise, key=noise.__getitem__, reverse=True)[:count]
@@ -104,7 +108,9 @@ def skip_sensitive_layers(model: nn.Module, images: Tensor, method: Method, coun
 
 
 @torch.no_grad()
-def sensitivity(graph: GraphModule, calibration: CalibrationResult, batches: Sequence[Tensor]) -> dict[str, float]:
+def layer_sensitivity(
+    graph: GraphModule, calibration: CalibrationResult, batches: Sequence[Tensor]
+) -> dict[str, float]:
     """Quantize each layer alone, weight and output, and measure by name the noise in the logits over their power."""
 
     def logits(activations: Mapping[Node, QParams], quantized: Mapping[Node, QuantizedLayer]) -> Tensor:
@@ -113,7 +119,7 @@ def sensitivity(graph: GraphModule, calibration: CalibrationResult, batches: Seq
     expected = logits({}, {})
     power = float(((expected - expected.mean(0)) ** 2).sum())
     noise = {}
-    for layer in layers(graph):
+    for layer in find_layers(graph):
         if layer in calibration.layers:
             activations = {
                 node: calibration.activations[node] for node in (layer.output,) if node in calibration.activations

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.quantize.calibrate import CalibrationResult, calibrate, quantize_layer
-from onefold.quantize.convert import activation_names, quantization_params
+from onefold.quantize.convert import activation_names, extract_qparams
 from onefold.quantize.cross_layer_equalization import equalize_
-from onefold.quantize.graph import CONVS, LINEARS, Layer, clamp_bounds, get_parameter, layers, trace
-from onefold.quantize.qparams import QMAX, QMIN, Method, ModelQParams, QParams
+from onefold.quantize.graph import CONV_OPS, LINEAR_OPS, Layer, clamp_bounds, find_layers, get_parameter, trace
+from onefold.quantize.qparams import QMAX, QMIN, ModelQParams, QParams, QuantizationMethod
 from onefold.reparam import Chain, Sum, fuse, unfused_norms
 from onefold.reparam.moments import merged_kernel
 
 _DROPOUT = torch.ops.aten.dropout.default
 
 
-def calibrate_qat(model: nn.Module, batches: Sequence[Tensor], method: Method) -> ModelQParams:
+def calibrate_qat(model: nn.Module, batches: Sequence[Tensor], method: QuantizationMethod) -> ModelQParams:
     """Choose the parameters that QAT of a training or fused network starts with, by batches (B, C, H, W).
 
     A fused network is changed in place to what post-training quantization makes of it - channels equalized, weights
@@ -52,14 +52,14 @@ def calibrate_qat(model: nn.Module, batches: Sequence[Tensor], method: Method) -
     if fused is model:
         _copy_weights_(model, graph, calibration)
     model.train(was_training)
-    return quantization_params(calibration, method)
+    return extract_qparams(calibration, method)
 
 
 @torch.no_grad()
 def _copy_weights_(model: nn.Module, graph: GraphModule, calibration: CalibrationResult) -> None:
     """Copy the calibrated weights and biases into a fused network."""
     parameters = dict(model.named_parameters())
-    for layer in layers(graph):
+    for layer in find_layers(graph):
         quantized = calibration.layers.get(layer)
         parameters[layer.weight].copy_(get_parameter(graph, layer.weight) if quantized is None else quantized.weight)
         if layer.bias is not None:
@@ -67,7 +67,7 @@ def _copy_weights_(model: nn.Module, graph: GraphModule, calibration: Calibratio
 
 
 def _has_upper_clamp(graph: GraphModule) -> bool:
-    clamps = [layer.output for layer in layers(graph) if layer.output is not layer.node]
+    clamps = [layer.output for layer in find_layers(graph) if layer.output is not layer.node]
     return any(clamp_bounds(node.target, node.args[1:])[1] < math.inf for node in clamps)
 
 
@@ -115,7 +115,7 @@ class _FusedStructure:
 
     @classmethod
     def of(cls, graph: GraphModule, params: ModelQParams) -> _FusedStructure:
-        quantized = [layer for layer in layers(graph) if layer.name not in params.skip_layers]
+        quantized = [layer for layer in find_layers(graph) if layer.name not in params.skip_layers]
         activations = {node: params.activations[name] for node, name in activation_names(quantized).items()}
         return cls(graph, {layer.node: layer for layer in quantized}, activations, params)
 
@@ -139,7 +139,7 @@ class _FakeQuantInterpreter(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """Compute the node's value, fake-quantized where it is a quantized activation."""
-        value = self._layer(n) if n.target in (*CONVS, *LINEARS) else super().run_node(n)
+        value = self._layer(n) if n.target in (*CONV_OPS, *LINEAR_OPS) else super().run_node(n)
         activations = self._structure.activations
         return _FakeQuantize.apply(value, activations[n]) if n in activations else value  # type: ignore[no-untyped-call]
 
@@ -163,7 +163,7 @@ class _FakeQuantInterpreter(Interpreter):
         x, weight, *rest = args
         if isinstance(weight, _Unmerged):
             kernel, bias = merged_kernel(weight.unit, x)
-            weight, bias = (kernel if node.target in CONVS else kernel.flatten(1)), bias
+            weight, bias = (kernel if node.target in CONV_OPS else kernel.flatten(1)), bias
         else:
             bias = rest[0] if rest and rest[0] is not None else weight.new_zeros(len(weight))
         layer = self._structure.layers.get(node)

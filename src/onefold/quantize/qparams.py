@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onefold.errors import BadArgument
-from onefold.quantize.graph import over_batches
+from onefold.quantize.graph import map_over_batches
 
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 Granularity = Literal["channel", "tensor"]
@@ -69,13 +69,15 @@ def choose_qparams(chunks: Sequence[Tensor], range_method: RangeMethod) -> QPara
     Sources: the percentile and the entropy as in Wu et al., arXiv 2004.09602; the entropy's search as in Migacz, "8-bit
     inference with TensorRT" (GTC 2017).
     """
-    ends = over_batches(torch.aminmax, chunks)
+    ends = map_over_batches(torch.aminmax, chunks)
     low, high = min(float(end.min) for end in ends), max(float(end.max) for end in ends)
     if range_method == "minmax" or not high > low:
         return QParams.from_range(low, high)
     # Of millions of values every n-th is counted, n being odd: the widths of maps are even.
     step = sum(chunk.numel() for chunk in chunks) // _MAX_COUNTED | 1
-    counts = sum(over_batches(lambda chunk: torch.histc(chunk.flatten()[::step], _BINS, low, high).double(), chunks))
+    counts = sum(
+        map_over_batches(lambda chunk: torch.histc(chunk.flatten()[::step], _BINS, low, high).double(), chunks)
+    )
     assert isinstance(counts, Tensor)
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
     if range_method == "percentile":
@@ -142,7 +144,7 @@ def weight_scales(weight: Tensor, *, qmax: int, per_tensor: bool, clip: bool) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class QuantizationMethod:
     """The options of post-training quantization to int8.
 
     equalize             cross-layer equalization by "weights" or by "activations" (see equalize.py); by default what
@@ -186,7 +188,7 @@ class Method:
         return f"per-{self.weights} weights, " + ", ".join(parts)
 
 
-MINMAX = Method(
+MINMAX_METHOD = QuantizationMethod(
     equalize="none",
     range_method="minmax",
     clip_weights=False,
@@ -198,7 +200,7 @@ MINMAX = Method(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerReport:
+class LayerError:
     """The quantization error of a layer: signal-to-noise ratio of its output and of its weights, in decibels."""
 
     name: str

@@ -15,21 +15,21 @@ from onefold.errors import BadArgument
 from onefold.recipes.recipe import Data as Data
 from onefold.recipes.recipe import Expected as Expected
 from onefold.recipes.recipe import Recipe as Recipe
-from onefold.recipes.recipe import at_epochs as at_epochs
-from onefold.recipes.recipe import at_size as at_size
 from onefold.recipes.recipe import override as override
-from onefold.recipes.recipe import scaled as scaled
+from onefold.recipes.recipe import scale_to_batch_size as scale_to_batch_size
+from onefold.recipes.recipe import with_epochs as with_epochs
+from onefold.recipes.recipe import with_image_size as with_image_size
 
 FAMILIES = ("digits", "photos", "mobileone", "mobileformer", "mobilenetv1")
 
 
-def recipes() -> list[Recipe]:
+def all_recipes() -> list[Recipe]:
     """Every recipe, family by family."""
     return [make() for make in _makers()]
 
 
 def find_recipe(name: str, size: int | None = None) -> Recipe:
-    """The recipe called family:name, on images of `size` pixels where that is given (see `at_size`).
+    """The recipe called family:name, on images of `size` pixels where that is given (see `with_image_size`).
 
     Raises BadArgument with the nearest names.
     """
@@ -40,13 +40,13 @@ def find_recipe(name: str, size: int | None = None) -> Recipe:
             return make()
         if "size" in inspect.signature(make).parameters:  # a family that knows what to expect there
             return make(size=size)
-        return at_size(make(), size)
+        return with_image_size(make(), size)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
     raise BadArgument(f"there is no recipe {name!r}: {hint}")
 
 
-def recipe_for(
+def make_recipe(
     name: str,
     changes: Mapping[str, str],
     *,
@@ -59,11 +59,11 @@ def recipe_for(
     Raises BadArgument, naming the field, where it cannot be.
     """
     recipe = find_recipe(name, size)
-    recipe = recipe if epochs is None else at_epochs(recipe, epochs)
+    recipe = recipe if epochs is None else with_epochs(recipe, epochs)
     if scale_to_batch is not None:
         if "plan.batch_size" in changes:
             raise BadArgument("--batch-size sets the batch size alone, --scale-to-batch lr and EMA too: give one")
-        recipe = scaled(recipe, batch_size=scale_to_batch)
+        recipe = scale_to_batch_size(recipe, batch_size=scale_to_batch)
     return override(recipe, changes)
 
 

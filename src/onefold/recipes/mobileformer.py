@@ -10,7 +10,7 @@ command lines RandAugment: the command lines are what ran. docs/recipes.md has t
 from __future__ import annotations
 
 from onefold.data import HorizontalFlip, Mixing, Preprocessing, RandAugment, RandomErasing, RandomResizedCrop
-from onefold.recipes.recipe import Data, Expected, Recipe, Step
+from onefold.recipes.recipe import Data, Expected, Recipe, Transform
 from onefold.train import AdamW, Cosine, Epochs, Plan, WeightDecay
 
 _SOURCE = "arXiv 2108.05895; AAboys/MobileFormer"
@@ -70,7 +70,7 @@ def _plan(lr: float, decay: float) -> Plan:
 
 
 def _recipe(size: str, top1: float, plan: Plan, *, dropout: float, erase: float) -> Recipe:
-    steps: tuple[Step, ...] = (_CROP, _FLIP) if size == "52m" else (_CROP, _FLIP, _RAND)
+    steps: tuple[Transform, ...] = (_CROP, _FLIP) if size == "52m" else (_CROP, _FLIP, _RAND)
     return Recipe(
         name=f"mobileformer:{size}",
         model=f"mobileformer_{size}",

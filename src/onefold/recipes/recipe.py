@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from onefold.config import Range, check, from_dict, to_dict
+from onefold.config import Range, check_fields, from_dict, to_dict
 from onefold.data import (
     Augment,
     AutoAugment,
@@ -27,13 +27,13 @@ from onefold.data import (
     Resize,
     Stage,
 )
-from onefold.data.augmentation import at_size as steps_at_size
+from onefold.data.augmentation import with_image_size as steps_at_size
 from onefold.errors import BadArgument
 from onefold.storage import parse_json
 from onefold.train import SGD, Cosine, Epochs, Exponential, Plan, Steps
 
-Sized = RandomResizedCrop | Resize | CentreCrop
-Step = Sized | HorizontalFlip | RandomAffine | RandomShift | ColorJitter | AutoAugment | RandAugment
+_Sized = RandomResizedCrop | Resize | CentreCrop
+Transform = _Sized | HorizontalFlip | RandomAffine | RandomShift | ColorJitter | AutoAugment | RandAugment
 
 _GRID = 8  # pixels: to a multiple of it the sizes of a curriculum's stages are rounded
 
@@ -51,7 +51,7 @@ class Data:
     val_fraction: Annotated[float, Range(0.0, 1.0)] = 0.2
 
     def __post_init__(self) -> None:
-        check(self, "data")
+        check_fields(self, "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Recipe:
     name: str
     model: str
     data: Data
-    steps: tuple[Step, ...]
+    steps: tuple[Transform, ...]
     preprocessing: Preprocessing
     plan: Plan
     erase: RandomErasing | None = None
@@ -109,7 +109,7 @@ class Recipe:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check(self, "recipe")
+        check_fields(self, "recipe")
         if self.plan.epochs < 1 and self.head != "probe":
             raise BadArgument("plan.epochs must be a whole number from 1, not 0, where --head is not probe")
         if self.curriculum is not None:
@@ -173,7 +173,7 @@ def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
     return Recipe.from_dict(plain)
 
 
-def at_size(recipe: Recipe, size: int) -> Recipe:
+def with_image_size(recipe: Recipe, size: int) -> Recipe:
     """The recipe on images of another size, in pixels: its preprocessing, its curriculum and every step with a size.
 
     At another size the recipe's expected result does not hold: it is left out.
@@ -194,7 +194,7 @@ def at_size(recipe: Recipe, size: int) -> Recipe:
     )
 
 
-def at_epochs(recipe: Recipe, epochs: int) -> Recipe:
+def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
     """The recipe with another length; a warm-up counted in epochs and a curriculum stay the same shares of it.
 
     At another length the recipe's expected result does not hold: it is left out.
@@ -221,12 +221,12 @@ def _value(text: str) -> Any:
         return text
 
 
-LINEAR = "lr x {factor:.6g}, linear (arXiv 1706.02677)"
-ROOT = "lr x {factor:.6g}, square root (arXiv 2205.10343)"
-POWER = "EMA decay ^ {power:.6g} (arXiv 2307.13813)"
+_LINEAR = "lr x {factor:.6g}, linear (arXiv 1706.02677)"
+_ROOT = "lr x {factor:.6g}, square root (arXiv 2205.10343)"
+_POWER = "EMA decay ^ {power:.6g} (arXiv 2307.13813)"
 
 
-def scaled(recipe: Recipe, *, batch_size: int, devices: int = 1) -> Recipe:
+def scale_to_batch_size(recipe: Recipe, *, batch_size: int, devices: int = 1) -> Recipe:
     """The recipe on `devices` devices with `batch_size` images of a step on each, and a note that says what changed.
 
     The learning rate goes with k under SGD (Goyal et al., 2017) and with the root of k under AdamW and RMSprop
@@ -241,7 +241,7 @@ def scaled(recipe: Recipe, *, batch_size: int, devices: int = 1) -> Recipe:
     if total == plan.batch_size:
         return recipe
     k = total / plan.batch_size
-    rule = LINEAR if isinstance(plan.optimizer, SGD) else ROOT
+    rule = _LINEAR if isinstance(plan.optimizer, SGD) else _ROOT
     factor = k if isinstance(plan.optimizer, SGD) else math.sqrt(k)
     changed = replace(
         plan,
@@ -250,7 +250,7 @@ def scaled(recipe: Recipe, *, batch_size: int, devices: int = 1) -> Recipe:
         schedule=_schedule(plan, factor, k),
         ema=None if plan.ema is None else replace(plan.ema, decay=plan.ema.decay**k),
     )
-    rules = [rule.format(factor=factor)] + ([POWER.format(power=k)] if plan.ema else [])
+    rules = [rule.format(factor=factor)] + ([_POWER.format(power=k)] if plan.ema else [])
     note = f"scaled from {plan.batch_size} to {total} images a step: {'; '.join(rules)}"
     return replace(recipe, plan=changed, notes=(*recipe.notes, note))
 

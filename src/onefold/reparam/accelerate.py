@@ -21,9 +21,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import has_hooks
-from onefold.reparam.find_trees import SingleInput, Trace, TrainingForward, facts, find_trees, is_candidate
+from onefold.reparam.find_trees import (
+    SingleInput,
+    TrainingForward,
+    TrainingTracer,
+    find_trees,
+    is_foldable_norm,
+    traced_facts,
+)
 from onefold.reparam.folding_rules import Chain, Sum
-from onefold.reparam.linear_trees import Tree
+from onefold.reparam.linear_trees import LinearTree
 from onefold.reparam.routes import quickest, set_route_
 
 _MOST_TRACES = 4  # of one block, whose attributes change between calls
@@ -67,7 +74,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     taken = {name for layers in found.owners.values() for name in layers} | set(ours)
     left = {
         name: found.left.get(
-            name, "no forward pass reaches it" if is_candidate(norm) else "it is of vectors, not of maps"
+            name, "no forward pass reaches it" if is_foldable_norm(norm) else "it is of vectors, not of maps"
         )
         for name, norm in norms.items()
         if name not in taken
@@ -111,7 +118,7 @@ class _Forward(TrainingForward):
             return type(block).forward(block, *args, **kwargs)
         if not all(m.training for m in self.inlined) or has_hooks((*self.inlined[1:], *self.layers)):
             return type(block).forward(block, x)
-        seen = [facts(module) for module in self.inlined]
+        seen = [traced_facts(module) for module in self.inlined]
         if self._program is None or seen != self._seen:
             if self._traces >= _MOST_TRACES:
                 return type(block).forward(block, x)
@@ -123,12 +130,12 @@ class _Forward(TrainingForward):
 def _program(block: nn.Module, layers: Sequence[nn.Module], inlined: Sequence[nn.Module]) -> Any:
     """The block's forward pass as a function of an object that has it as `block`, and of its input."""
     paths = {id(module): name for name, module in SingleInput(block).named_modules()}
-    trace = Trace(block, {paths[id(module)] for module in inlined if id(module) in paths})
+    trace = TrainingTracer(block, {paths[id(module)] for module in inlined if id(module) in paths})
     kept = {paths[id(layer)] for layer in layers if id(layer) in paths}  # those that are still there
     steps: dict[fx.Node, fx.Node] = {}  # in place of the last nodes of trees
     for number, found in enumerate(find_trees(trace.graph, block, kept).trees):
 
-        def step(x: Tensor, tree: Tree = found.tree) -> Tensor:
+        def step(x: Tensor, tree: LinearTree = found.tree) -> Tensor:
             return tree(x)
 
         step.__name__ = f"linear_tree_{number}"
@@ -168,14 +175,14 @@ class _Search:
         return self
 
     def _search(self, path: str, block: nn.Module) -> None:
-        if not any(is_candidate(module) for module in block.modules()):
+        if not any(is_foldable_norm(module) for module in block.modules()):
             return
         if type(block).forward is nn.Module.forward:  # a container
             self._search_parts(path, block)
             return
         inner = {name for name, module in SingleInput(block).named_modules() if _has_inner_norms(module)}
         try:
-            trace = Trace(block, inner)
+            trace = TrainingTracer(block, inner)
         except TypeError as error:  # it cannot be copied
             self._leave(path, block, str(error))
             return
@@ -215,4 +222,4 @@ def _has_inner_norms(module: nn.Module) -> bool:
     if isinstance(module, (Chain, Sum, _BatchNorm, torch.jit.ScriptModule)):
         return False
     own = vars(module).get("forward")
-    return (own is None or isinstance(own, _Forward)) and any(is_candidate(part) for part in module.modules())
+    return (own is None or isinstance(own, _Forward)) and any(is_foldable_norm(part) for part in module.modules())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.folding_rules import Chain, Sum, is_linear, padding
-from onefold.reparam.kernels.base import Act, Geometry, Pair
+from onefold.reparam.kernels.base import ClampMax, Geometry, Pair
 
 
 class Branch(NamedTuple):
@@ -101,14 +101,14 @@ def as_unit(tree: nn.Module) -> Unit | None:
 def make_unit(branches: Sequence[Branch]) -> Unit | None:
     """The unit of these branches; None where they differ in more than kernel size, or cannot be one convolution."""
     convs = [branch.conv for branch in branches if branch.conv is not None]
-    if not on_batch(branches) or len(branches) - len(convs) > 1:
+    if not use_batch_statistics(branches) or len(branches) - len(convs) > 1:
         return None
     geometry = common_geometry(convs, has_skip=len(convs) < len(branches))
     channels = (convs[0].in_channels, convs[0].out_channels) if convs else (0, 0)
     return None if geometry is None else Unit(tuple(branches), channels, geometry)
 
 
-def on_batch(branches: Iterable[Branch]) -> bool:
+def use_batch_statistics(branches: Iterable[Branch]) -> bool:
     """Whether all norms use the batch's statistics."""
     return all(norm.training or norm.running_mean is None for _, norm in branches)
 
@@ -135,7 +135,7 @@ def common_geometry(convs: Sequence[nn.Conv2d], *, has_skip: bool) -> Geometry |
     return geometry if len(ahead) == 1 else None
 
 
-def as_clamp(act: nn.Module | None) -> tuple[bool, Act]:
+def activation_clamp(act: nn.Module | None) -> tuple[bool, ClampMax]:
     """Whether a back end can compute this activation, and the clamp that it is."""
     if act is None or type(act) is nn.Identity:
         return True, None
@@ -153,7 +153,7 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
-def check_batch(count: int, x: Tensor) -> None:
+def check_batch_size(count: int, x: Tensor) -> None:
     """Raise ValueError where a norm in train mode would see one value a channel, as BatchNorm does."""
     if count < 2:
         shape = tuple(x.shape)

@@ -1,8 +1,8 @@
 """What a network does with its layers: who reads their outputs and their weights, on a run and in its trace.
 
-`observe` runs a copy on an example - images that the caller gives, or drawn ones of a size that the network takes - and
-watches every torch function. `trace` follows the forward pass symbolically instead, for every input at once, but knows
-nothing of shapes and fails where the control flow depends on data. Folding needs what both agree on.
+`observe_run` runs a copy on an example - images that the caller gives, or drawn ones of a size that the network takes -
+and watches every torch function. `trace` follows the forward pass symbolically instead, for every input at once, but
+knows nothing of shapes and fails where the control flow depends on data. Folding needs what both agree on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHAPE_ONLY = frozenset(
         *(Tensor.is_complex, torch.is_floating_point, torch.numel, Tensor.__len__, Tensor.get_device),
     }
 )
-Example = tuple[Any, ...]
+ExampleInput = tuple[Any, ...]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -47,19 +47,19 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in HOOKS)
 
 
-def tensors_of(output: object) -> Iterator[Tensor]:
+def output_tensors(output: object) -> Iterator[Tensor]:
     """The tensors in a model's output, which may be nested in mappings and sequences."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from tensors_of(value)
+            yield from output_tensors(value)
     elif isinstance(output, Sequence) and not isinstance(output, str):
         for value in output:
-            yield from tensors_of(value)
+            yield from output_tensors(value)
 
 
-def copy_of(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+def copy_network(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
     """A deep copy; also of a network that keeps a tensor computed in its last forward, as old `weight_norm` does.
 
     Raises TypeError, with the name of what hinders it, where a part of the network cannot be copied.
@@ -94,9 +94,9 @@ def _why_no_copy(model: nn.Module, error: Exception) -> str:
     )
 
 
-def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def copy_without_hooks(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy to try things on: in eval mode, in `dtype`, and without hooks but those by which torch makes a weight."""
-    bare = copy_of(model).eval()
+    bare = copy_network(model).eval()
     for module in bare.modules():
         for kind in HOOKS:
             hooks: dict[int, object] = getattr(module, kind)
@@ -106,7 +106,7 @@ def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 @contextmanager
-def generators_kept(model: nn.Module) -> Iterator[None]:
+def preserve_rng_states(model: nn.Module) -> Iterator[None]:
     """Leave the random generators of torch, numpy and Python as they were found."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     numpy: Any = sys.modules.get("numpy")  # what is not imported has not been drawn from
@@ -120,9 +120,9 @@ def generators_kept(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(theirs)
 
 
-def run(model: nn.Module, args: Example) -> object:
+def run_copy(model: nn.Module, args: ExampleInput) -> object:
     """The answer of a bare copy to the example, without gradients and always with the same random numbers."""
-    device = next((t.device.type for t in (*tensors_of(args), *model.parameters())), "cpu")
+    device = next((t.device.type for t in (*output_tensors(args), *model.parameters())), "cpu")
     torch.manual_seed(0)
     random.seed(0)
     if "numpy" in sys.modules:
@@ -131,13 +131,13 @@ def run(model: nn.Module, args: Example) -> object:
         return model(*args)
 
 
-def drawn(like: Tensor, *shape: int) -> Tensor:
+def random_like(like: Tensor, *shape: int) -> Tensor:
     """Normal noise of this shape, the same at each call, with the device and dtype of `like`."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return noise.to(device=like.device, dtype=like.dtype if like.is_floating_point() else torch.float32)
 
 
-def drawn_examples(model: nn.Module) -> Iterator[Example]:
+def random_examples(model: nn.Module) -> Iterator[ExampleInput]:
     """Inputs that a network might take, by the channels of its first layer: two images of usual sizes, or vectors."""
     first = next((m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))), None)
     weights = () if first is None else (t for t in first.parameters() if not isinstance(t, nn.UninitializedParameter))
@@ -147,20 +147,20 @@ def drawn_examples(model: nn.Module) -> Iterator[Example]:
     if isinstance(first, _ConvNd):
         for size in _SIZES:
             sides = {1: (size,), 2: (size, size), 3: (16, size // 2, size // 2)}[len(first.kernel_size)]
-            yield (drawn(like, 2, first.in_channels, *sides),)
+            yield (random_like(like, 2, first.in_channels, *sides),)
     elif isinstance(first, nn.Linear):
-        yield (drawn(like, 4, first.in_features),)
-        yield (drawn(like, 2, 8, first.in_features),)
+        yield (random_like(like, 4, first.in_features),)
+        yield (random_like(like, 2, 8, first.in_features),)
     else:
-        yield (drawn(like, 2, first.num_features, 16, 16),)
-        yield (drawn(like, 4, first.num_features),)
+        yield (random_like(like, 2, first.num_features, 16, 16),)
+        yield (random_like(like, 4, first.num_features),)
 
 
-def roots(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def callable_roots(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The parts that can be called: the model itself, or the parts of a container without a forward."""
     if isinstance(model, (nn.ModuleList, nn.ModuleDict)) and type(model).forward is nn.Module.forward:
         for key, child in model.named_children():
-            yield from roots(child, f"{prefix}{key}.")
+            yield from callable_roots(child, f"{prefix}{key}.")
     else:
         yield prefix, model
 
@@ -169,26 +169,26 @@ def roots(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 @dataclass(eq=False)
-class Run:
+class ObservedRun:
     """What was seen of one root, on one example; all names are those within the whole network.
 
     `norm_inputs` names the layer whose output each norm takes, and how many dimensions that has.
     """
 
-    args: Example
+    args: ExampleInput
     output: object
     bare: nn.Module  # the copy that ran
     calls: Counter[str] = field(default_factory=Counter)
     read_elsewhere: set[str] = field(default_factory=set)  # layers whose weights are read outside of their own forward
     shared_output: set[str] = field(default_factory=set)  # layers whose output somebody else than a norm reads
     norm_inputs: dict[str, tuple[str, int]] = field(default_factory=dict)
-    part_inputs: dict[str, tuple[Example, dict[str, Any]]] = field(default_factory=dict)
+    part_inputs: dict[str, tuple[ExampleInput, dict[str, Any]]] = field(default_factory=dict)
     macs: int = 0  # multiply-adds of its convolutions and Linears
 
 
-def observe(
-    root: nn.Module, prefix: str, units: Mapping[str, nn.Module], parts: Sequence[str], example: Example | None
-) -> Run | None:
+def observe_run(
+    root: nn.Module, prefix: str, units: Mapping[str, nn.Module], parts: Sequence[str], example: ExampleInput | None
+) -> ObservedRun | None:
     """Run a copy of `root` and watch `units`, layers by name; None where it takes none of the drawn examples.
 
     The inputs of the modules named in `parts` are kept. An example that was given and fails raises what it raises. Of
@@ -196,16 +196,18 @@ def observe(
     """
     names = {name.removeprefix(prefix) for name in units if name.startswith(prefix) or not prefix}
     inner = [name.removeprefix(prefix) for name in parts if name.startswith(prefix)]
-    for args in (example,) if example is not None else drawn_examples(root):
+    for args in (example,) if example is not None else random_examples(root):
         try:
-            seen = _Watch(bare_copy(root), names, inner, prefix).seen(args)
+            seen = _Watch(copy_without_hooks(root), names, inner, prefix).seen(args)
         except Exception:  # a network that takes other inputs may raise anything
             if example is not None:
                 raise
             continue
         if example is None and seen.macs > _COSTLY:
             with suppress(Exception):
-                return _Watch(bare_copy(root), names, inner, prefix).seen(tuple(x[..., ::2, ::2] for x in args))
+                return _Watch(copy_without_hooks(root), names, inner, prefix).seen(
+                    tuple(x[..., ::2, ::2] for x in args)
+                )
         return seen
     return None
 
@@ -216,7 +218,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, units: set[str], parts: Sequence[str], prefix: str) -> None:
         super().__init__()
         self.model, self.prefix = model, prefix
-        self.run = Run(args=(), output=None, bare=model)
+        self.run = ObservedRun(args=(), output=None, bare=model)
         self.handles: list[RemovableHandle] = []
         self.stack: list[str] = []  # of the units whose forward is running
         self.owner: dict[int, str] = {}  # of a weight, by its id
@@ -231,10 +233,10 @@ class _Watch(TorchFunctionMode):
             if name in parts:
                 self.handles.append(module.register_forward_pre_hook(partial(self._keep, full), with_kwargs=True))
 
-    def seen(self, args: Example) -> Run:
+    def seen(self, args: ExampleInput) -> ObservedRun:
         self.run.args = args
         with self:
-            self.run.output = run(self.model, args)
+            self.run.output = run_copy(self.model, args)
         alive = [name for name, reference in self.made.values() if reference() is not None]
         self.run.shared_output.update(alive)  # it is in the answer, or kept for another forward
         for handle in self.handles:
@@ -246,7 +248,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func not in _SHAPE_ONLY:
-            for tensor in tensors_of((args, kwargs)):
+            for tensor in output_tensors((args, kwargs)):
                 owner = self.owner.get(id(tensor))
                 if owner is not None and owner not in self.stack:
                     self.run.read_elsewhere.add(owner)
@@ -266,19 +268,19 @@ class _Watch(TorchFunctionMode):
         made = self.made.get(id(tensor))
         return made[0] if made is not None and made[1]() is tensor else None
 
-    def _enter(self, name: str, module: nn.Module, args: Example) -> None:
+    def _enter(self, name: str, module: nn.Module, args: ExampleInput) -> None:
         self.run.calls[name] += 1
         self.stack.append(name)
         maker = self._maker(args[0]) if args and isinstance(args[0], Tensor) else None
         if maker is not None and isinstance(module, _BatchNorm):
             self.run.norm_inputs[name] = (maker, args[0].dim())
 
-    def _leave(self, name: str, module: nn.Module, args: Example, output: object) -> None:
+    def _leave(self, name: str, module: nn.Module, args: ExampleInput, output: object) -> None:
         self.stack.pop()
         if isinstance(output, Tensor):
             self.made[id(output)] = (name, weakref.ref(output))
 
-    def _keep(self, name: str, module: nn.Module, args: Example, kwargs: dict[str, Any]) -> None:
+    def _keep(self, name: str, module: nn.Module, args: ExampleInput, kwargs: dict[str, Any]) -> None:
         if name not in self.run.part_inputs:
             self.run.part_inputs[name] = copy.deepcopy((args, kwargs))
 
@@ -287,7 +289,7 @@ class _Watch(TorchFunctionMode):
 
 
 @dataclass(eq=False)
-class Trace:
+class NetworkTrace:
     """What the trace of a network shows: the layer that feeds each norm, and the layers somebody else reads.
 
     `blind` names the parts with a forward of their own that could not be traced.
@@ -318,9 +320,9 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def trace(module: nn.Module, prefix: str = "", into: Trace | None = None) -> Trace:
+def trace(module: nn.Module, prefix: str = "", into: NetworkTrace | None = None) -> NetworkTrace:
     """Trace a network; a block that cannot be traced, or has hooks, is searched part by part."""
-    into = Trace() if into is None else into
+    into = NetworkTrace() if into is None else into
     if not any(isinstance(m, _BatchNorm) for m in module.modules()):
         return into
     try:

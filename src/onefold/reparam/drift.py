@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.dataflow import Example, bare_copy, run, tensors_of
+from onefold.reparam.dataflow import ExampleInput, copy_without_hooks, output_tensors, run_copy
 
-ROUNDINGS = 16.0
+_ROUNDINGS = 16.0
 """How many times its own rounding a network's answer may change by fusing; what is right changes it about once."""
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -32,12 +32,12 @@ def drift(a: nn.Module, b: nn.Module, x: Tensor) -> float:
     for model in (a, b):
         if any(part.training for part in model.modules() if isinstance(part, _BatchNorm)):
             raise ValueError("drift compares models in eval mode: call model.eval() first")
-    return distance(a(x), b(x))
+    return _distance(a(x), b(x))
 
 
-def distance(a: object, b: object) -> float:
+def _distance(a: object, b: object) -> float:
     """The largest relative difference of two outputs' tensors; see `drift`."""
-    first, second = list(tensors_of(a)), list(tensors_of(b))
+    first, second = list(output_tensors(a)), list(output_tensors(b))
     if [y.shape for y in first] != [z.shape for z in second]:
         raise ValueError("drift compares outputs of the same shapes, and those of these two models differ")
     worst = 0.0
@@ -51,8 +51,8 @@ def distance(a: object, b: object) -> float:
     return worst
 
 
-def exact_drift(
-    a: nn.Module, b: nn.Module, args: Example, *, rounded: object = None, bare: nn.Module | None = None
+def float64_drift(
+    a: nn.Module, b: nn.Module, args: ExampleInput, *, rounded: object = None, bare: nn.Module | None = None
 ) -> tuple[float, float]:
     """The drift of two networks computed in float64, and the largest that their dtype's rounding explains.
 
@@ -62,26 +62,28 @@ def exact_drift(
     """
     device = "cpu" if any(p.device.type == "mps" for p in a.parameters()) else None  # MPS has no float64
     wide = tuple(t.double().to(device) if isinstance(t, Tensor) and t.is_floating_point() else t for t in args)
-    least = 8 * unit(a)
+    least = 8 * rounding_unit(a)
     with torch.no_grad():
         try:
-            exact = run((bare or bare_copy(a)).to(device, torch.float64), wide)
+            exact = run_copy((bare or copy_without_hooks(a)).to(device, torch.float64), wide)
         except Exception:  # it makes tensors of another dtype itself: then its own dtype has to do
-            rounded = run(bare_copy(a), args) if rounded is None else rounded
-            return distance(rounded, run(bare_copy(b), args)), 8 * least
-        found = distance(exact, run(bare_copy(b, torch.float64).to(device), wide))
+            rounded = run_copy(copy_without_hooks(a), args) if rounded is None else rounded
+            return _distance(rounded, run_copy(copy_without_hooks(b), args)), 8 * least
+        found = _distance(exact, run_copy(copy_without_hooks(b, torch.float64).to(device), wide))
         if found <= least:
             return found, least
-        return found, max(least, ROUNDINGS * distance(exact, run(bare_copy(a), args) if rounded is None else rounded))
+        return found, max(
+            least, _ROUNDINGS * _distance(exact, run_copy(copy_without_hooks(a), args) if rounded is None else rounded)
+        )
 
 
-def unit(model: nn.Module) -> float:
+def rounding_unit(model: nn.Module) -> float:
     """The rounding unit of a network's least exact weights."""
     kinds = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     return max((torch.finfo(kind).eps for kind in kinds), default=EPS32)
 
 
-def wrong_layer(expected: Tensor, found: Tensor, unit: float) -> str | None:
+def fused_layer_error(expected: Tensor, found: Tensor, unit: float) -> str | None:
     """Why what a fused layer gives, in float64, is not what was expected on each channel; None where it is."""
     if found.shape != expected.shape:
         return f"its fused layer gives {tuple(found.shape)}, not {tuple(expected.shape)}"

@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.branches import as_clamp
-from onefold.reparam.dataflow import copy_of, generators_kept
+from onefold.reparam.branches import activation_clamp
+from onefold.reparam.dataflow import copy_network, preserve_rng_states
 from onefold.reparam.folding_rules import Scale, is_linear, padding
 from onefold.reparam.linear_trees import (
-    Added,
     Expression,
-    Input,
-    Layer,
-    Scaled,
-    Tree,
+    InputNode,
+    LayerNode,
+    LinearTree,
+    ScaleNode,
+    SumNode,
     as_branches,
-    layers_of,
     merged_geometry,
+    tree_layers,
 )
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -56,7 +56,7 @@ class TrainingForward:
     """The base of a forward pass that has been put in place of a block's own."""
 
 
-class Trace(fx.Tracer):
+class TrainingTracer(fx.Tracer):
     """The trace of a block in training, through the modules named in `inner`; `blind` says which it could not follow.
 
     It is one of a copy without values. What a forward pass does beside its answer shows in the copy: a module that
@@ -115,7 +115,7 @@ def _valueless(block: nn.Module) -> nn.Module:
             if p is not None and not isinstance(p, nn.UninitializedParameter):
                 memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         memo.update({id(b): torch.empty_like(b, device="meta") for b in module._buffers.values() if b is not None})
-    bare = copy_of(block, memo).train()
+    bare = copy_network(block, memo).train()
     for module in bare.modules():
         if isinstance(vars(module).get("forward"), TrainingForward):
             del module.forward
@@ -124,22 +124,22 @@ def _valueless(block: nn.Module) -> nn.Module:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    with generators_kept(nn.Identity()):
+    with preserve_rng_states(nn.Identity()):
         yield
 
 
 def _state(module: nn.Module) -> list[object]:
     """What shows that a forward pass did more than to answer."""
     versions = [b._version for b in module.buffers(recurse=False)]
-    return [*facts(module), *versions, random.getstate(), torch.random.get_rng_state().tolist()]
+    return [*traced_facts(module), *versions, random.getstate(), torch.random.get_rng_state().tolist()]
 
 
-def is_candidate(module: nn.Module) -> bool:
+def is_foldable_norm(module: nn.Module) -> bool:
     """Whether a module is a norm of the kind that folds into a convolution."""
     return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
 
 
-def facts(module: nn.Module) -> list[object]:
+def traced_facts(module: nn.Module) -> list[object]:
     """What a trace of a module's forward may depend on: its plain attributes, and which of its parts there are."""
     plain = [v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | None) and k != "training"]
     return [*plain, *map(id, module._modules.values()), *map(id, module._parameters.values())]
@@ -159,10 +159,10 @@ class _Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class _Found:
     """A tree in a graph; `stack` are the modules that hold all of it, from the outermost on."""
 
-    tree: Tree
+    tree: LinearTree
     root: fx.Node
     nodes: tuple[fx.Node, ...]
     stack: tuple[str, ...]
@@ -174,17 +174,17 @@ class Found:
 
 
 @dataclass(eq=False)
-class FoundTrees:
+class _FoundTrees:
     """The trees of a graph, the names of their layers, and why other norms were left, by name."""
 
-    trees: list[Found] = field(default_factory=list)
+    trees: list[_Found] = field(default_factory=list)
     layers: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
 
 
 def find_trees(
     graph: fx.Graph, block: nn.Module, allowed: set[str] | None, apart: frozenset[fx.Node] = frozenset()
-) -> FoundTrees:
+) -> _FoundTrees:
     """The linear trees of a graph, and why each other norm in it is none; of `allowed` layers alone, where given.
 
     The nodes `apart` do not put trees together.
@@ -197,11 +197,11 @@ def find_trees(
         if part is not None:
             parts[node] = part
             used.update(part.nodes[:-1])
-    found, order = FoundTrees(), {node: number for number, node in enumerate(graph.nodes)}
+    found, order = _FoundTrees(), {node: number for number, node in enumerate(graph.nodes)}
     for node, part in parts.items():
         if node in used or not part.nodes:
             continue
-        layers = list(layers_of(part.expression))
+        layers = list(tree_layers(part.expression))
         names = [str(each.target) for each in part.nodes if modules.get(str(each.target)) in layers]
         if _is_input_changed(part, order, modules):
             return find_trees(graph, block, allowed, apart | {node})
@@ -216,7 +216,7 @@ def find_trees(
         for each in nodes[1:]:
             shared = [a for a, b in zip(stack, each.meta["stack"], strict=False) if a == b]
             stack = tuple(shared)
-        found.trees.append(Found(Tree(part.expression, part.tail, act), part.root, nodes, stack))
+        found.trees.append(_Found(LinearTree(part.expression, part.tail, act), part.root, nodes, stack))
         found.layers |= set(names)
     seen = found.layers | found.left.keys()
     for node in graph.nodes:
@@ -262,7 +262,7 @@ def _part(
             return None
         part = parts.get(value)
         if part is None or part.tail or (part.nodes and len(value.users) > 1):
-            return _Part(value, Input())
+            return _Part(value, InputNode())
         return part
 
     args = node.args
@@ -272,42 +272,42 @@ def _part(
         if first is None:
             return None
         if type(module) is nn.Identity:
-            return first if isinstance(first.expression, Input) else _extended(first, first.expression, node)
-        if is_plain_conv(module) and (allowed is None or name in allowed):
-            raw = first.root if isinstance(first.expression, Input) else args[0]
+            return first if isinstance(first.expression, InputNode) else _extended(first, first.expression, node)
+        if _is_plain_conv(module) and (allowed is None or name in allowed):
+            raw = first.root if isinstance(first.expression, InputNode) else args[0]
             assert isinstance(raw, fx.Node)
-            return _Part(raw, Layer(module, Input()), (node,))
-        if is_candidate(module) and "weight" in module._parameters and (allowed is None or name in allowed):
-            tail = norm_tail(module)
+            return _Part(raw, LayerNode(module, InputNode()), (node,))
+        if is_foldable_norm(module) and "weight" in module._parameters and (allowed is None or name in allowed):
+            tail = _norm_tail(module)
             if tail is None:
                 return None
-            whole = Layer(module, first.expression)
+            whole = LayerNode(module, first.expression)
             if not _is_supported(whole):
                 assert isinstance(args[0], fx.Node)
-                return _Part(args[0], Layer(module, Input()), (node,), tail)
+                return _Part(args[0], LayerNode(module, InputNode()), (node,), tail)
             return _Part(first.root, whole, (*first.nodes, node), tail)
-        gain = None if isinstance(first.expression, Input) else gain_of(module)
-        return None if gain is None else _extended(first, Scaled(gain, first.expression), node)
+        gain = None if isinstance(first.expression, InputNode) else _gain_of(module)
+        return None if gain is None else _extended(first, ScaleNode(gain, first.expression), node)
     if node.op != "call_function" or len(args) != 2 or node.kwargs:
         return None
     if node.target in _PRODUCTS:
         for part, factor in ((before(args[0]), args[1]), (before(args[1]), args[0])):
             gain = _parameter(factor, modules["block"])
-            if gain is not None and part is not None and not isinstance(part.expression, Input):
-                return _extended(part, Scaled(gain, part.expression), node)
+            if gain is not None and part is not None and not isinstance(part.expression, InputNode):
+                return _extended(part, ScaleNode(gain, part.expression), node)
     if node.target in _ADDITIONS + _SUBTRACTIONS:
         a, b = before(args[0]), before(args[1])
         sign = -1.0 if node.target in _SUBTRACTIONS else 1.0
         if a is None or b is None:  # 0 + x, as sums in a loop begin
             part, constant = (b, args[0]) if a is None else (a, args[1])
             plain = sign > 0 and constant == 0 and type(constant) in (int, float)
-            is_tree = part is not None and not isinstance(part.expression, Input)
+            is_tree = part is not None and not isinstance(part.expression, InputNode)
             return _extended(part, part.expression, node) if part is not None and plain and is_tree else None
         in_place = node.target in (operator.iadd, operator.isub)
-        if a.root is not b.root or (in_place and isinstance(a.expression, Input)):
+        if a.root is not b.root or (in_place and isinstance(a.expression, InputNode)):
             return None
-        terms = (*_terms(a.expression), *((Scaled(sign, b.expression),) if sign < 0 else _terms(b.expression)))
-        total = Added(terms)
+        terms = (*_terms(a.expression), *((ScaleNode(sign, b.expression),) if sign < 0 else _terms(b.expression)))
+        total = SumNode(terms)
         nodes = tuple(sorted({*a.nodes, *b.nodes}, key=list(node.graph.nodes).index))
         return _Part(a.root, total, (*nodes, node)) if _is_supported(total) else None
     return None
@@ -328,12 +328,12 @@ def _extended(part: _Part, expression: Expression, node: fx.Node) -> _Part:
 
 
 def _terms(expression: Expression) -> tuple[Expression, ...]:
-    return expression.terms if isinstance(expression, Added) else (expression,)
+    return expression.terms if isinstance(expression, SumNode) else (expression,)
 
 
 def _is_supported(expression: Expression) -> bool:
     """Whether one of the routes takes a tree of this form."""
-    if not any(isinstance(layer, nn.Conv2d) for layer in layers_of(expression)):
+    if not any(isinstance(layer, nn.Conv2d) for layer in tree_layers(expression)):
         return True  # a norm alone, a sum of norms: it may become a part of one
     found = as_branches(expression)
     return merged_geometry(expression) is not None or (found is not None and _same_size(expression))
@@ -341,7 +341,7 @@ def _is_supported(expression: Expression) -> bool:
 
 def _same_size(expression: Expression) -> bool:
     """Whether parallel convolutions of any kernels give maps of one size."""
-    convs = [layer for layer in layers_of(expression) if isinstance(layer, nn.Conv2d)]
+    convs = [layer for layer in tree_layers(expression) if isinstance(layer, nn.Conv2d)]
     ahead = {
         (
             conv.stride,
@@ -359,7 +359,7 @@ def _activation(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | 
         return None
     if user.op == "call_module" and not user.kwargs:
         module = modules[str(user.target)]
-        return module if as_clamp(module)[0] and not isinstance(module, nn.Identity) else None
+        return module if activation_clamp(module)[0] and not isinstance(module, nn.Identity) else None
     is_relu = user.target in (F.relu, torch.relu) or (user.op == "call_method" and user.target in ("relu", "relu_"))
     return nn.ReLU() if is_relu else None
 
@@ -367,7 +367,7 @@ def _activation(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | 
 # ------------------------------------------------------------------- what layers are, by what they compute
 
 
-def is_plain_conv(module: nn.Module) -> bool:
+def _is_plain_conv(module: nn.Module) -> bool:
     """Whether a module is a convolution and nothing else, padded by zeros, on both sides alike."""
     if not isinstance(module, nn.Conv2d) or not is_linear(module) or module.padding_mode != "zeros":
         return False
@@ -378,7 +378,7 @@ def is_plain_conv(module: nn.Module) -> bool:
     return "weight" in module._parameters  # and not made of others at each call
 
 
-def norm_tail(norm: nn.Module) -> tuple[nn.Module, ...] | None:
+def _norm_tail(norm: nn.Module) -> tuple[nn.Module, ...] | None:
     """The modules that a norm's own forward applies after it has normalized, in order; None where it does otherwise.
 
     Norms of some projects hold an activation: what they compute is compared with that, on drawn input in float64.
@@ -392,7 +392,7 @@ def norm_tail(norm: nn.Module) -> tuple[nn.Module, ...] | None:
         return None
 
 
-def gain_of(module: nn.Module) -> Tensor | None:
+def _gain_of(module: nn.Module) -> Tensor | None:
     """The parameter by which a module scales channels; None where it is not all that it does."""
     if isinstance(module, Scale):
         return module.weight

@@ -52,7 +52,7 @@ class Chain(nn.Sequential):
         super().__init__(*ops)
         _check_linear(self)
         for op in ops[1:]:
-            if has_padding(op):
+            if _has_padding(op):
                 raise ValueError(f"only the first layer of a Chain may pad, but {op} does: pad the first instead")
         self.route: Route = per_branch
 
@@ -185,7 +185,7 @@ def _(op: nn.Identity, onto: Stencil) -> Stencil:
 def _(op: Chain, onto: Stencil) -> Stencil:
     for number, layer in enumerate(op):
         folded = fold(layer, onto)
-        if number and folded.padding != onto.padding:  # `has_padding` does not know layers of other packages
+        if number and folded.padding != onto.padding:  # `_has_padding` does not know layers of other packages
             raise ValueError(f"only the first layer of a Chain may pad, but {layer} does: pad the first instead")
         onto = folded
     return onto
@@ -266,12 +266,12 @@ def input_channels(op: nn.Module) -> int | None:
     return next((num for child in op.children() if (num := input_channels(child)) is not None), None)
 
 
-def has_padding(op: nn.Module) -> bool:
+def _has_padding(op: nn.Module) -> bool:
     """Whether a layer pads its input."""
     if isinstance(op, Chain):
-        return any(has_padding(layer) for layer in list(op)[:1])
+        return any(_has_padding(layer) for layer in list(op)[:1])
     if isinstance(op, Sum):
-        return any(has_padding(branch) for branch in op)
+        return any(_has_padding(branch) for branch in op)
     return isinstance(op, (nn.Conv2d, nn.AvgPool2d)) and padding(op) != (0, 0)
 
 

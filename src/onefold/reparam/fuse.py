@@ -23,21 +23,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from onefold.reparam.dataflow import (
     HOOK_FLAGS,
     HOOKS,
-    Example,
-    Run,
-    bare_copy,
-    copy_of,
-    drawn,
-    drawn_examples,
-    generators_kept,
+    ExampleInput,
+    ObservedRun,
+    callable_roots,
+    copy_network,
+    copy_without_hooks,
     has_hooks,
-    observe,
-    roots,
+    observe_run,
+    preserve_rng_states,
+    random_examples,
+    random_like,
 )
-from onefold.reparam.drift import EPS32, exact_drift, unit, wrong_layer
+from onefold.reparam.drift import EPS32, float64_drift, fused_layer_error, rounding_unit
 from onefold.reparam.find_trees import TrainingForward
 from onefold.reparam.folding_rules import Chain, Sum, fused_layer, input_channels, is_linear
-from onefold.reparam.fuse_conv_bn import fold_norms_, layers
+from onefold.reparam.fuse_conv_bn import fold_norms_, foldable_layers
 
 _FUSING_METHODS = ("reparameterize", "switch_to_deploy", "fuse")
 _MOST_TRIALS = 24  # of parts of the replacements, where all of them together change the answer
@@ -57,7 +57,7 @@ class _Fused:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def fuse(model: nn.Module, example: Tensor | Example | None = None) -> nn.Module:
+def fuse(model: nn.Module, example: Tensor | ExampleInput | None = None) -> nn.Module:
     """Copy `model` with one convolution (or Linear) in place of every outermost `Sum` and `Chain`.
 
     Blocks of other projects that have a method `reparameterize()`, `switch_to_deploy()` or `fuse()` are fused in the
@@ -76,9 +76,11 @@ def fuse(model: nn.Module, example: Tensor | Example | None = None) -> nn.Module
         raise ValueError(f"norm {in_training!r} is in train mode and depends on the batch: call model.eval() first")
     args = (example,) if isinstance(example, Tensor) else example
     trees, blocks = dict(outermost_trees(model)), [name for name, part in model.named_modules() if _method_of(part)]
-    with generators_kept(model), torch.no_grad():
+    with preserve_rng_states(model), torch.no_grad():
         norms = any(True for _ in _norms(model))
-        watched = trees if trees or blocks else layers(model)  # what is watched of a plain network is not run for again
+        watched = (
+            trees if trees or blocks else foldable_layers(model)
+        )  # what is watched of a plain network is not run for again
         runs = _observe(model, watched, blocks, args) if trees or blocks or norms else {}
         fused = _replaced(model, runs, args)
         if fused.replaced and not _same_answer(model, fused.model, runs):
@@ -118,13 +120,13 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _observe(
-    model: nn.Module, units: Mapping[str, nn.Module], blocks: Sequence[str], example: Example | None
-) -> dict[str, Run | None]:
-    return {prefix: observe(root, prefix, units, blocks, example) for prefix, root in roots(model)}
+    model: nn.Module, units: Mapping[str, nn.Module], blocks: Sequence[str], example: ExampleInput | None
+) -> dict[str, ObservedRun | None]:
+    return {prefix: observe_run(root, prefix, units, blocks, example) for prefix, root in callable_roots(model)}
 
 
 def _replaced(
-    model: nn.Module, runs: Mapping[str, Run | None], example: Example | None, skip: Iterable[str] = ()
+    model: nn.Module, runs: Mapping[str, ObservedRun | None], example: ExampleInput | None, skip: Iterable[str] = ()
 ) -> _Fused:
     """Replace all that may be replaced, in a copy, but for the names in `skip`."""
     left = dict.fromkeys(skip, "the network's answer changes with it")
@@ -146,7 +148,7 @@ def _replaced(
         for attribute in (*HOOKS, *HOOK_FLAGS):
             setattr(layer, attribute, copy.copy(getattr(tree, attribute)))
         memo[id(tree)] = layer
-    fused = _Fused(model=copy_of(model, memo), replaced=[name for name in trees if name not in left], left=left)
+    fused = _Fused(model=copy_network(model, memo), replaced=[name for name in trees if name not in left], left=left)
     if next(_norms(fused.model), None) is not None:
         fused.model = _fuse_blocks_(fused.model, fused, runs)
         is_plain = not trees and not any(map(_method_of, model.modules()))
@@ -176,17 +178,17 @@ def _within(name: str, other: str) -> bool:
 # ------------------------------------------------------------------------------------------- the proof
 
 
-def _same_answer(model: nn.Module, fused: nn.Module, runs: Mapping[str, Run | None]) -> bool:
+def _same_answer(model: nn.Module, fused: nn.Module, runs: Mapping[str, ObservedRun | None]) -> bool:
     """Whether the fused network answers as the original did on the examples, as far as rounding allows."""
     if any(p.is_meta for p in model.parameters()):
         return True  # there are no numbers to compare
-    after = dict(roots(fused))
-    for prefix, root in roots(model):
+    after = dict(callable_roots(fused))
+    for prefix, root in callable_roots(model):
         seen = runs.get(prefix)
         if seen is None:
             continue
         try:
-            distance, allowed = exact_drift(root, after[prefix], seen.args, rounded=seen.output, bare=seen.bare)
+            distance, allowed = float64_drift(root, after[prefix], seen.args, rounded=seen.output, bare=seen.bare)
         except Exception:  # a part that its network names was folded away, and whatever that raises there
             return False
         if not distance <= max(allowed, 8 * EPS32):
@@ -194,7 +196,9 @@ def _same_answer(model: nn.Module, fused: nn.Module, runs: Mapping[str, Run | No
     return True
 
 
-def _largest_right(model: nn.Module, runs: Mapping[str, Run | None], example: Example | None, whole: _Fused) -> _Fused:
+def _largest_right(
+    model: nn.Module, runs: Mapping[str, ObservedRun | None], example: ExampleInput | None, whole: _Fused
+) -> _Fused:
     """Fuse as many of the replacements as leave the answer alone, by halves; the rest is named."""
     every, trials = set(whole.replaced), 0
     good: list[str] = []
@@ -218,7 +222,9 @@ def _largest_right(model: nn.Module, runs: Mapping[str, Run | None], example: Ex
 # --------------------------------------------------------------------------------------- our own trees
 
 
-def _why_not_trees(model: nn.Module, trees: Mapping[str, nn.Module], runs: Mapping[str, Run | None]) -> dict[str, str]:
+def _why_not_trees(
+    model: nn.Module, trees: Mapping[str, nn.Module], runs: Mapping[str, ObservedRun | None]
+) -> dict[str, str]:
     """The trees that may not be folded: for a weight that is shared or read elsewhere, a hook inside, or a mode."""
     left: dict[str, str] = {}
     owners: dict[int, set[str]] = {}
@@ -244,12 +250,12 @@ def _why_not_trees(model: nn.Module, trees: Mapping[str, nn.Module], runs: Mappi
     return left
 
 
-def _bare(tree: nn.Module, name: str, runs: Mapping[str, Run | None]) -> nn.Module:
+def _bare(tree: nn.Module, name: str, runs: Mapping[str, ObservedRun | None]) -> nn.Module:
     """A bare copy of a tree: that of the run, where there was one, for copies are what takes the time."""
     for prefix, seen in runs.items():
         if seen is not None and name.startswith(prefix):
             return seen.bare.get_submodule(name.removeprefix(prefix))
-    return bare_copy(tree)
+    return copy_without_hooks(tree)
 
 
 def _wrong_tree(tree: nn.Module, layer: nn.Module, bare: nn.Module) -> str | None:
@@ -262,8 +268,8 @@ def _wrong_tree(tree: nn.Module, layer: nn.Module, bare: nn.Module) -> str | Non
         reach = max(k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
     num_inputs = channels or 1
     shape = (4, num_inputs) if isinstance(layer, nn.Linear) else (2, num_inputs, reach + 5, reach + 6)
-    x = drawn(next(wide.parameters()), *shape)
-    return wrong_layer(wide(x), layer.double()(x), unit(tree))
+    x = random_like(next(wide.parameters()), *shape)
+    return fused_layer_error(wide(x), layer.double()(x), rounding_unit(tree))
 
 
 # ------------------------------------------------------------------- blocks of other projects
@@ -282,7 +288,9 @@ def _method_of(module: nn.Module) -> str | None:
     return None
 
 
-def _fuse_blocks_(module: nn.Module, fused: _Fused, runs: Mapping[str, Run | None], name: str = "") -> nn.Module:
+def _fuse_blocks_(
+    module: nn.Module, fused: _Fused, runs: Mapping[str, ObservedRun | None], name: str = ""
+) -> nn.Module:
     """Call the fusing method of every block that has one, outermost first; give the module that `module` became."""
     method = _method_of(module)
     if method is not None and name not in fused.left:
@@ -322,7 +330,7 @@ def _fuse_block_(module: nn.Module, method: str) -> nn.Module:
 
 
 def _why_not_block(
-    block: nn.Module, method: str, network: nn.Module, runs: Mapping[str, Run | None], name: str
+    block: nn.Module, method: str, network: nn.Module, runs: Mapping[str, ObservedRun | None], name: str
 ) -> str | None:
     """Why a block may not be fused by its own method, tried on a copy; None where the copy answers as the block."""
     if any(path and has_hooks(part) for path, part in block.named_modules()):
@@ -335,19 +343,19 @@ def _why_not_block(
     if any(isinstance(part, _BatchNorm) and part.training for part in block.modules()):
         return "a norm inside is in train mode"
     try:
-        other = _fuse_block_(bare_copy(block), method)
+        other = _fuse_block_(copy_without_hooks(block), method)
     except Exception as error:  # another project's code may raise anything
         return f"its {method}() failed: {error}"
     inputs = [seen.part_inputs[name] for seen in runs.values() if seen is not None and name in seen.part_inputs]
     if not inputs:
-        inputs = [(args, {}) for args in itertools.islice(drawn_examples(block), 1)]
+        inputs = [(args, {}) for args in itertools.islice(random_examples(block), 1)]
     if not inputs:
         return f"what its {method}() makes cannot be checked: it was not called"
     (args, kwargs), *_ = inputs
     if any(p.is_meta for p in block.parameters()):
         return None
     try:
-        distance, allowed = exact_drift(_WithArguments(block, kwargs), _WithArguments(other, kwargs), args)
+        distance, allowed = float64_drift(_WithArguments(block, kwargs), _WithArguments(other, kwargs), args)
     except Exception as error:
         return f"what its {method}() makes cannot be checked: {error}"
     # These methods compute in float32, whatever the dtype.

@@ -20,8 +20,18 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from onefold.reparam.dataflow import Example, Run, Trace, bare_copy, drawn, has_hooks, observe, roots, trace
-from onefold.reparam.drift import unit, wrong_layer
+from onefold.reparam.dataflow import (
+    ExampleInput,
+    NetworkTrace,
+    ObservedRun,
+    callable_roots,
+    copy_without_hooks,
+    has_hooks,
+    observe_run,
+    random_like,
+    trace,
+)
+from onefold.reparam.drift import fused_layer_error, rounding_unit
 from onefold.reparam.folding_rules import fold
 from onefold.reparam.stencil import Stencil
 
@@ -29,25 +39,25 @@ _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 _FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def foldable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that norms may be folded into, and the norms, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))}
 
 
 def fold_norms_(
     model: nn.Module,
-    example: Example | None,
+    example: ExampleInput | None,
     skip: Mapping[str, str],
-    runs: Mapping[str, Run | None] | None = None,
+    runs: Mapping[str, ObservedRun | None] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Fold, in place, each norm that may be; the names of those, and why each other one was left, by name.
 
-    `runs` are runs of the same network on which its `layers` were watched; without them it is run here.
+    `runs` are runs of the same network on which its `foldable_layers` were watched; without them it is run here.
     """
-    units = layers(model)
+    units = foldable_layers(model)
     if runs is None:
-        runs = {prefix: observe(root, prefix, units, (), example) for prefix, root in roots(model)}
-    flows = [_Flow(trace(root, prefix), runs[prefix], prefix) for prefix, root in roots(model)]
+        runs = {prefix: observe_run(root, prefix, units, (), example) for prefix, root in callable_roots(model)}
+    flows = [_Flow(trace(root, prefix), runs[prefix], prefix) for prefix, root in callable_roots(model)]
     parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -74,7 +84,7 @@ def fold_norms_(
 class _Flow:
     """The trace and the run of one root, and what both say."""
 
-    def __init__(self, traced: Trace, seen: Run | None, prefix: str) -> None:
+    def __init__(self, traced: NetworkTrace, seen: ObservedRun | None, prefix: str) -> None:
         self.traced, self.seen, self.prefix = traced, seen, prefix
 
     def layer_of(self, name: str, norm: nn.Module, units: Mapping[str, nn.Module]) -> tuple[str, str | None]:
@@ -160,7 +170,7 @@ def _wrong_fold(layer: _ConvNd | nn.Linear, norm: Stencil, weight: Tensor, bias:
     """Why the fused layer is not the layer and its norm, on drawn input in float64; None where it is."""
     like = layer.weight
     on_cpu = like.device.type == "mps"  # which has no float64
-    wide = bare_copy(layer, torch.float64)
+    wide = copy_without_hooks(layer, torch.float64)
     if on_cpu:
         wide = wide.cpu()
     if isinstance(layer, nn.Linear):
@@ -171,14 +181,14 @@ def _wrong_fold(layer: _ConvNd | nn.Linear, norm: Stencil, weight: Tensor, bias:
             layer.in_channels,
             *((k - 1) * d + 5 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)),
         )
-    x = drawn(next(wide.parameters()), *shape)
+    x = random_like(next(wide.parameters()), *shape)
     channels = (-1, *[1] * (len(shape) - 2))
     gain, shift = (t.to(x.device).view(channels) for t in (norm.weight.flatten(), norm.bias))
     if not _has_own_weight(wide, x):
         return f"{type(layer).__name__} has a forward of its own"
     expected = wide(x) * gain + shift
     wide.weight, wide.bias = nn.Parameter(weight.to(x)), nn.Parameter(bias.to(x))
-    return wrong_layer(expected, wide(x), unit(layer))
+    return fused_layer_error(expected, wide(x), rounding_unit(layer))
 
 
 class _LastCall(TorchFunctionMode):
@@ -220,12 +230,12 @@ def _remainder(norm: _BatchNorm) -> nn.Module | None:
     rest = nn.Sequential(*norm.children()) if list(norm.children()) else nn.Identity()
     rest.eval()
     device = "cpu" if norm.running_mean is not None and norm.running_mean.device.type == "mps" else None
-    wide, after = bare_copy(norm, torch.float64).to(device), bare_copy(rest, torch.float64).to(device)
+    wide, after = copy_without_hooks(norm, torch.float64).to(device), copy_without_hooks(rest, torch.float64).to(device)
     stencil = _as_stencil(norm)
     sides = {nn.BatchNorm1d: (), nn.BatchNorm3d: (3, 3, 3)}
     shape = next((side for kind, side in sides.items() if isinstance(norm, kind)), (3, 3))
     for size in (1.0, 1e3):
-        z = size * drawn(stencil.bias, 4, int(norm.num_features), *shape)
+        z = size * random_like(stencil.bias, 4, int(norm.num_features), *shape)
         plain = z * stencil.weight.view(-1, *[1] * len(shape)) + stencil.bias.view(-1, *[1] * len(shape))
         try:
             same = torch.allclose(wide(z), after(plain), rtol=1e-9, atol=1e-9 * size)

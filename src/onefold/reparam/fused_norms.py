@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onefold.reparam.branches import Branch, check_batch
+from onefold.reparam.branches import Branch, check_batch_size
 from onefold.reparam.folding_rules import update_running_stats_
 from onefold.reparam.kernels import cpu
-from onefold.reparam.kernels.base import Act, library
+from onefold.reparam.kernels.base import ClampMax, load_kernels
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class _Call:
     """What is not a tensor of an evaluation."""
 
     branches: tuple[Branch, ...]
-    act: Act
+    act: ClampMax
 
 
 def supports(branches: Sequence[Branch], x: Tensor) -> bool:
     """Whether the kernels take these: float32 on a CPU, norms that do not share statistics between processes."""
     known = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     synchronized = any(isinstance(branch.norm, nn.SyncBatchNorm) for branch in branches)
-    return known and not synchronized and len(branches) <= cpu.MAX_MAPS and library() is not None
+    return known and not synchronized and len(branches) <= cpu.MAX_MAPS and load_kernels() is not None
 
 
-def mix(branches: Sequence[Branch], x: Tensor, act: Act) -> Tensor:
+def normalize_and_sum(branches: Sequence[Branch], x: Tensor, act: ClampMax) -> Tensor:
     """act of the branches' sum, with batch statistics; (B, I, H, W) to (B, O, H', W'). Updates the norms' buffers.
 
     The convolutions may be of any form that gives maps of one size.
@@ -72,19 +72,21 @@ class _Mix(torch.autograd.Function):
         norms = [branch.norm for branch in call.branches]
         maps, parameters = tensors[: len(norms)], tensors[len(norms) :]
         count = maps[0].numel() // maps[0].shape[1]
-        check_batch(count, maps[0])
-        moments = [cpu.column_moments(m) for m in maps]
+        check_batch_size(count, maps[0])
+        moments = [cpu.channel_moments(m) for m in maps]
         mean, var = (torch.stack([pair[i] for pair in moments]) for i in (0, 1))
         inv_std = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
         gain = torch.stack(
             [i if n.weight is None else n.weight.detach() * i for n, i in zip(norms, inv_std, strict=True)]
         )
-        bias = (gain * (mean.float() - mean)).sum(0)  # corrects the rounding of the means, which `mix` takes in float32
+        bias = (gain * (mean.float() - mean)).sum(
+            0
+        )  # corrects the rounding of the means, which `normalize_and_sum` takes in float32
         for norm, m, v in zip(norms, mean, var, strict=True):
             update_running_stats_(norm, m, v * (count / (count - 1)))
             if norm.bias is not None:
                 bias = bias + norm.bias.detach()
-        y = cpu.mix(maps, mean, gain, bias, call.act)
+        y = cpu.normalized_sum(maps, mean, gain, bias, call.act)
         ctx.call, ctx.count = call, count
         ctx.save_for_backward(y if call.act is not None else None, mean, inv_std, gain, *maps, *parameters)
         return y
@@ -97,11 +99,11 @@ class _Mix(torch.autograd.Function):
         y, mean, inv_std, gain, *rest = ctx.saved_tensors
         maps, parameters = rest[: len(norms)], rest[len(norms) :]
         y = grad if y is None else y
-        *d_gains, total = cpu.mix_sums(grad, y, maps, mean, call.act)
+        *d_gains, total = cpu.normalized_sum_reductions(grad, y, maps, mean, call.act)
         d_gain = torch.stack(d_gains)
         # BatchNorm's gradient: the mean of grad', and its part along the map, are subtracted.
         slope, constant = -gain * inv_std.square() * d_gain / ctx.count, -gain * total / ctx.count
-        grads = cpu.mix_backward(grad, y, maps, mean, gain, slope, constant, call.act)
+        grads = cpu.normalized_sum_backward(grad, y, maps, mean, gain, slope, constant, call.act)
         affine = [
             g for n, s, i in zip(norms, d_gain, inv_std, strict=True) if n.weight is not None for g in (s * i, total)
         ]

@@ -20,22 +20,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam import routes
-from onefold.reparam.branches import Branch, check_batch, common_geometry, make_unit, on_batch
+from onefold.reparam.branches import Branch, check_batch_size, common_geometry, make_unit, use_batch_statistics
 from onefold.reparam.folding_rules import fold
-from onefold.reparam.fused_norms import mix
+from onefold.reparam.fused_norms import normalize_and_sum
 from onefold.reparam.fused_norms import supports as mix_supports
-from onefold.reparam.kernels import passes_for
-from onefold.reparam.kernels.base import Act, Geometry
+from onefold.reparam.kernels import select_backend
+from onefold.reparam.kernels.base import ClampMax, Geometry
 from onefold.reparam.stencil import Stencil
 
 
 @dataclass(frozen=True, eq=False)
-class Input:
+class InputNode:
     """What the tree is applied to."""
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class LayerNode:
     """A convolution of the input, or a norm of a tree."""
 
     module: nn.Module
@@ -43,7 +43,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
+class ScaleNode:
     """A tree times one gain a channel, or times a number."""
 
     gain: Tensor | float
@@ -51,17 +51,17 @@ class Scaled:
 
 
 @dataclass(frozen=True, eq=False)
-class Added:
+class SumNode:
     """Trees of the same input, added."""
 
     terms: tuple[Expression, ...]
 
 
-Expression = Input | Layer | Scaled | Added
+Expression = InputNode | LayerNode | ScaleNode | SumNode
 
 
 @dataclass(frozen=True, eq=False)
-class Tree:
+class LinearTree:
     """A linear tree, and the modules after it: `tail` is what its last norm's own forward computes besides."""
 
     expression: Expression
@@ -73,29 +73,33 @@ class Tree:
         return _evaluate(self, x)
 
 
-def layers_of(expression: Expression) -> Iterator[nn.Module]:
+def tree_layers(expression: Expression) -> Iterator[nn.Module]:
     """The convolutions and norms of a tree."""
-    if isinstance(expression, Layer):
-        yield from layers_of(expression.of)
+    if isinstance(expression, LayerNode):
+        yield from tree_layers(expression.of)
         yield expression.module
-    elif isinstance(expression, Scaled):
-        yield from layers_of(expression.of)
-    elif isinstance(expression, Added):
+    elif isinstance(expression, ScaleNode):
+        yield from tree_layers(expression.of)
+    elif isinstance(expression, SumNode):
         for term in expression.terms:
-            yield from layers_of(term)
+            yield from tree_layers(term)
 
 
 def as_branches(expression: Expression) -> tuple[list[Branch], int] | None:
     """The parallel convolutions and norms that a tree is, and how many skips without a norm; None for other trees."""
     branches, skips = [], 0
-    for term in expression.terms if isinstance(expression, Added) else (expression,):
-        if isinstance(term, Input):
+    for term in expression.terms if isinstance(expression, SumNode) else (expression,):
+        if isinstance(term, InputNode):
             skips += 1
-        elif not isinstance(term, Layer) or not isinstance(term.module, _BatchNorm):
+        elif not isinstance(term, LayerNode) or not isinstance(term.module, _BatchNorm):
             return None
-        elif isinstance(term.of, Input):
+        elif isinstance(term.of, InputNode):
             branches.append(Branch(None, term.module))
-        elif isinstance(term.of, Layer) and isinstance(term.of.module, nn.Conv2d) and isinstance(term.of.of, Input):
+        elif (
+            isinstance(term.of, LayerNode)
+            and isinstance(term.of.module, nn.Conv2d)
+            and isinstance(term.of.of, InputNode)
+        ):
             branches.append(Branch(term.of.module, term.module))
         else:
             return None
@@ -104,7 +108,7 @@ def as_branches(expression: Expression) -> tuple[list[Branch], int] | None:
 
 def merged_geometry(expression: Expression) -> Geometry | None:
     """The patch of the one convolution that a tree is; None where it is none, or its kernels differ in form."""
-    layers = list(layers_of(expression))
+    layers = list(tree_layers(expression))
     convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     if any(isinstance(layer, nn.SyncBatchNorm) for layer in layers):
         return None
@@ -113,31 +117,31 @@ def merged_geometry(expression: Expression) -> Geometry | None:
 
 def _has_skip(expression: Expression) -> bool:
     """Whether the tree reads its input without a convolution somewhere."""
-    if isinstance(expression, Added):
+    if isinstance(expression, SumNode):
         return any(_has_skip(term) for term in expression.terms)
-    if isinstance(expression, Layer) and isinstance(expression.module, nn.Conv2d):
+    if isinstance(expression, LayerNode) and isinstance(expression.module, nn.Conv2d):
         return False
-    return isinstance(expression, Input) or _has_skip(expression.of)
+    return isinstance(expression, InputNode) or _has_skip(expression.of)
 
 
 # ----------------------------------------------------------------------------------- evaluation
 
 
-SMALLEST_MAPS = 4 << 20
+_SMALLEST_MAPS = 4 << 20
 """Values of input and output together from which a convolution with its norm gains by a route: smaller maps stay in
 the caches between layers, where the library's own are as fast or faster. An estimate, on one core."""
 
 
-@routes.opaque
-def _evaluate(tree: Tree, x: Tensor) -> Tensor:
+@routes.graph_break
+def _evaluate(tree: LinearTree, x: Tensor) -> Tensor:
     after = [*tree.tail, *([] if tree.act is None else [tree.act])]
     first = after[0] if after else None
     small = _is_small(tree.expression, x)
     y = None if small else _by_unit(tree.expression, x, first)
     if y is None and not small and _merging_costs(tree.expression, x) < float("inf"):
-        y = routes.with_act(first, partial(merge, tree.expression, x))
+        y = routes.apply_with_activation(first, partial(_merge, tree.expression, x))
     if y is None:  # the last norm's own forward computes the tail
-        y, first, after = per_layer(tree.expression, x), None, [None, *after[len(tree.tail) :]]  # type: ignore[list-item]
+        y, first, after = _per_layer(tree.expression, x), None, [None, *after[len(tree.tail) :]]  # type: ignore[list-item]
     for module in after[1:]:
         y = module(y)
     return y
@@ -145,22 +149,22 @@ def _evaluate(tree: Tree, x: Tensor) -> Tensor:
 
 def _is_small(expression: Expression, x: Tensor) -> bool:
     """Whether a tree is one convolution and its norm on maps that a route makes no quicker."""
-    convs = [layer for layer in layers_of(expression) if isinstance(layer, nn.Conv2d)]
+    convs = [layer for layer in tree_layers(expression) if isinstance(layer, nn.Conv2d)]
     if len(convs) != 1 or _has_skip(expression):
         return False
     conv = convs[0]
     outputs = x.numel() // conv.in_channels * conv.out_channels // (conv.stride[0] * conv.stride[-1])
-    return x.numel() + outputs < SMALLEST_MAPS
+    return x.numel() + outputs < _SMALLEST_MAPS
 
 
-def per_layer(expression: Expression, x: Tensor) -> Tensor:
+def _per_layer(expression: Expression, x: Tensor) -> Tensor:
     """The value of a tree, layer by layer, but for the units in it: (B, I, H, W) to (B, O, H', W')."""
-    if isinstance(expression, Input):
+    if isinstance(expression, InputNode):
         return x
-    if isinstance(expression, Added):
+    if isinstance(expression, SumNode):
         return reduce(torch.add, (_part(term, x) for term in expression.terms))
     y = _part(expression.of, x)
-    if isinstance(expression, Layer):
+    if isinstance(expression, LayerNode):
         value: Tensor = expression.module(y)
         return value
     gain = expression.gain
@@ -169,8 +173,8 @@ def per_layer(expression: Expression, x: Tensor) -> Tensor:
 
 def _part(expression: Expression, x: Tensor) -> Tensor:
     """The value of a part of a tree."""
-    y = None if isinstance(expression, Input) or _is_small(expression, x) else _by_unit(expression, x, None)
-    return per_layer(expression, x) if y is None else y
+    y = None if isinstance(expression, InputNode) or _is_small(expression, x) else _by_unit(expression, x, None)
+    return _per_layer(expression, x) if y is None else y
 
 
 def _by_unit(expression: Expression, x: Tensor, act: nn.Module | None) -> Tensor | None:
@@ -184,9 +188,9 @@ def _by_unit(expression: Expression, x: Tensor, act: nn.Module | None) -> Tensor
     unit = make_unit(branches)
     own = None if skips else act
     if unit is not None:
-        y = routes.evaluate(unit, x, own)
-    elif on_batch(branches) and mix_supports(branches, x):
-        y = routes.with_act(own, partial(mix, branches, x))
+        y = routes.evaluate_cheapest(unit, x, own)
+    elif use_batch_statistics(branches) and mix_supports(branches, x):
+        y = routes.apply_with_activation(own, partial(normalize_and_sum, branches, x))
     else:
         return None
     if y is None or not skips:
@@ -206,30 +210,30 @@ def _merging_costs(expression: Expression, x: Tensor) -> float:
     if (
         geometry is None
         or (found is not None and not found[1])
-        or not any(isinstance(m, _BatchNorm) for m in layers_of(expression))
+        or not any(isinstance(m, _BatchNorm) for m in tree_layers(expression))
     ):
         return float("inf")
-    layers = list(layers_of(expression))
+    layers = list(tree_layers(expression))
     convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
     if not any(norm.training or norm.running_mean is None for norm in norms):
         return float("inf")
     merging = routes.moments_cost(geometry, (convs[0].in_channels, convs[0].out_channels), len(convs), x)
-    merging += _SMALL_ALGEBRA / routes.places(geometry, x)
+    merging += _SMALL_ALGEBRA / routes.num_output_positions(geometry, x)
     by_layer = routes.layers_cost(convs, len(norms) + _num_added(expression), x)
     return merging if merging < by_layer else float("inf")
 
 
 def _num_added(expression: Expression) -> float:
     """The additions and scalings of maps, in passes of a norm: about a third of one each."""
-    if isinstance(expression, Added):
+    if isinstance(expression, SumNode):
         return sum(_num_added(term) for term in expression.terms) + (len(expression.terms) - 1) / 3
-    if isinstance(expression, Scaled):
+    if isinstance(expression, ScaleNode):
         return _num_added(expression.of) + 1 / 3
-    return _num_added(expression.of) if isinstance(expression, Layer) else 0
+    return _num_added(expression.of) if isinstance(expression, LayerNode) else 0
 
 
-def merge(expression: Expression, x: Tensor, act: Act) -> Tensor:
+def _merge(expression: Expression, x: Tensor, act: ClampMax) -> Tensor:
     """act(tree(x)) by one convolution, with the batch's statistics by the moments of x. Moves the norms' buffers.
 
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
@@ -248,7 +252,7 @@ class _Call:
 
     expression: Expression
     geometry: Geometry
-    act: Act
+    act: ClampMax
     dtype: torch.dtype
 
 
@@ -257,11 +261,11 @@ def _parameters(expression: Expression) -> list[Tensor]:
     own: dict[int, Tensor] = {}
 
     def visit(part: Expression) -> None:
-        if isinstance(part, Added):
+        if isinstance(part, SumNode):
             for term in part.terms:
                 visit(term)
-        elif isinstance(part, Scaled | Layer):
-            tensors = [part.gain] if isinstance(part, Scaled) else [part.module.weight, part.module.bias]
+        elif isinstance(part, ScaleNode | LayerNode):
+            tensors = [part.gain] if isinstance(part, ScaleNode) else [part.module.weight, part.module.bias]
             own.update({id(t): t for t in tensors if isinstance(t, Tensor)})
             visit(part.of)
 
@@ -271,11 +275,11 @@ def _parameters(expression: Expression) -> list[Tensor]:
 
 def _fold(expression: Expression, onto: Stencil) -> Stencil:
     """The stencil of a tree after `onto`, by the rules of its layers."""
-    if isinstance(expression, Input):
+    if isinstance(expression, InputNode):
         return onto
-    if isinstance(expression, Layer):
+    if isinstance(expression, LayerNode):
         return fold(expression.module, _fold(expression.of, onto))
-    if isinstance(expression, Scaled):
+    if isinstance(expression, ScaleNode):
         before, gain = _fold(expression.of, onto), expression.gain
         values = before.bias.new_full((before.channels[1],), gain) if isinstance(gain, float) else gain.flatten()
         return before.then(Stencil.diagonal(values.to(before.bias)))
@@ -316,10 +320,10 @@ class _Merge(torch.autograd.Function):
         geometry = call.geometry
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(call.dtype)
-            convs = [layer for layer in layers_of(call.expression) if isinstance(layer, nn.Conv2d)]
-            passes = passes_for(x, geometry, convs[0].out_channels)
+            convs = [layer for layer in tree_layers(call.expression) if isinstance(layer, nn.Conv2d)]
+            passes = select_backend(x, geometry, convs[0].out_channels)
             mean, covariance, num = passes.moments(x, geometry)
-            check_batch(num, x)
+            check_batch_size(num, x)
             with torch.enable_grad():
                 mean, covariance = mean.detach().requires_grad_(), covariance.detach().requires_grad_()
                 one = Stencil.diagonal(mean.new_ones(x.shape[1]))
@@ -339,7 +343,7 @@ class _Merge(torch.autograd.Function):
         geometry, act = ctx.call.geometry, ctx.call.act
         x, y, *parameters = ctx.saved_tensors
         kernel, offset, mean, covariance = ctx.algebra
-        passes = passes_for(x, geometry, ctx.outputs)
+        passes = select_backend(x, geometry, ctx.outputs)
         y = grad if y is None else y
         with torch.autocast(x.device.type, enabled=False):
             products, total = passes.kernel_grad(grad, y, x, mean.detach(), geometry, act)

@@ -34,11 +34,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam import moments_algebra
-from onefold.reparam.branches import Unit, as_unit, check_batch
+from onefold.reparam.branches import Unit, as_unit, check_batch_size
 from onefold.reparam.folding_rules import fold, input_channels, padding
-from onefold.reparam.kernels import Reference, passes_for
+from onefold.reparam.kernels import ReferenceBackend, select_backend
 from onefold.reparam.kernels import cpu_moments_algebra as compiled
-from onefold.reparam.kernels.base import Act, Geometry, Moments
+from onefold.reparam.kernels.base import ClampMax, Geometry, Moments
 from onefold.reparam.stencil import Stencil
 
 
@@ -47,11 +47,11 @@ class _Call:
     """What is not a tensor of a unit's evaluation."""
 
     unit: Unit
-    act: Act
+    act: ClampMax
     dtype: torch.dtype
 
 
-def convolve(unit: Unit, x: Tensor, act: Act) -> Tensor:
+def forward_by_moments(unit: Unit, x: Tensor, act: ClampMax) -> Tensor:
     """act(unit(x)) with batch statistics, by their moments; (B, I, H, W) to (B, O, H', W'). Moves the norms' buffers.
 
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
@@ -73,9 +73,9 @@ class _Convolve(torch.autograd.Function):
         unit, geometry = call.unit, call.unit.geometry
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(call.dtype)
-            passes = passes_for(x, geometry, unit.channels[1])
+            passes = select_backend(x, geometry, unit.channels[1])
             moments = _synchronized(unit, passes.moments(x, geometry))
-            check_batch(moments.num, x)
+            check_batch_size(moments.num, x)
             weights, ctx.compiled = parameters[: len(unit.convs)], compiled.supports(passes, unit)
             folded, bias = (compiled if ctx.compiled else moments_algebra).fold(unit, moments, weights, x.dtype)
             y = passes.convolve(x, folded.kernel, bias, moments.mean, geometry, call.act)
@@ -89,8 +89,8 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unit, geometry, act = ctx.call.unit, ctx.call.unit.geometry, ctx.call.act
         x, y, *rest = ctx.saved_tensors
-        folded, parameters = moments_algebra.Folded(*rest[:6]), rest[6:]
-        passes = passes_for(x, geometry, unit.channels[1])
+        folded, parameters = moments_algebra.FoldedUnit(*rest[:6]), rest[6:]
+        passes = select_backend(x, geometry, unit.channels[1])
         y = grad if y is None else y
         with torch.autocast(x.device.type, enabled=False):
             products, total = passes.kernel_grad(grad, y, x, folded.mean, geometry, act)
@@ -111,7 +111,7 @@ def _affine(unit: Unit) -> list[Tensor]:
 
 
 def _parameter_grads(
-    unit: Unit, d: moments_algebra.Gradients, total: Tensor, parameters: Sequence[Tensor]
+    unit: Unit, d: moments_algebra.FoldGradients, total: Tensor, parameters: Sequence[Tensor]
 ) -> list[Tensor]:
     """The gradients of the convolutions' weights, of `_affine`, and zeros for what comes after."""
     learned = [gamma for branch, gamma in zip(unit.ordered, d.gamma, strict=True) if branch.norm.weight is not None]
@@ -177,7 +177,7 @@ def merged_kernel(tree: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     assert channels is not None
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     one = Stencil.diagonal(torch.ones(channels, dtype=wide, device=x.device))
-    source = Patches(images.to(wide)) if on_batch else None
+    source = BatchPatches(images.to(wide)) if on_batch else None
     stencil = fold(tree, Stencil(one.weight, one.bias, one.groups, source=source))
     return stencil.weight.to(x.dtype), stencil.bias.to(x.dtype)
 
@@ -187,8 +187,8 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        moments = passes_for(x, unit.geometry, unit.channels[1]).moments(x, unit.geometry)
-        check_batch(moments.num, x)
+        moments = select_backend(x, unit.geometry, unit.channels[1]).moments(x, unit.geometry)
+        check_batch_size(moments.num, x)
         folded, beta = moments_algebra.fold(unit, moments, parameters[: len(unit.convs)], x.dtype)
         ctx.unit, ctx.count = unit, moments.num
         ctx.save_for_backward(x, *folded, *parameters)
@@ -201,7 +201,7 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, d_kernel: Tensor, d_bias: Tensor) -> tuple[Tensor | None, ...]:
         unit, geometry = ctx.unit, ctx.unit.geometry
         x, *rest = ctx.saved_tensors
-        folded, parameters = moments_algebra.Folded(*rest[:6]), rest[6:]
+        folded, parameters = moments_algebra.FoldedUnit(*rest[:6]), rest[6:]
         wide = folded.gain.dtype
         total, products = d_bias.to(wide), d_kernel.flatten(1).unflatten(0, (geometry.groups, -1)).to(wide)
         products = products - total.view(len(products), -1, 1) * folded.mean.to(wide)[:, None]
@@ -216,7 +216,7 @@ class _Kernel(torch.autograd.Function):
         layout = layout if x.is_contiguous(memory_format=layout) else torch.contiguous_format
         zeros = x.new_zeros(len(x), unit.channels[1], *size).contiguous(memory_format=layout)
         quad, shift = d.quad * (2 / ctx.count), d.pull / -ctx.count
-        passes = passes_for(x, geometry, unit.channels[1])
+        passes = select_backend(x, geometry, unit.channels[1])
         dx = passes.input_grad(zeros, zeros, x, folded.kernel, folded.mean, quad, shift, geometry, None)
         return (None, dx, *grads)
 
@@ -224,7 +224,7 @@ class _Kernel(torch.autograd.Function):
 # ------------------------------------------------------------------ statistics for trees of any form
 
 
-class Patches:
+class BatchPatches:
     """A batch as the source of statistics for stencils: what the algebra's rules ask for in training.
 
     The moments of each kind of patch - of one kernel size, stride, padding, dilation and number of groups - are
@@ -239,9 +239,9 @@ class Patches:
         """Mean (O,), biased variance (O,) and count of the stencil's output, by its rows against the moments."""
         kind = Geometry(stencil.groups, stencil.kernel_size, stencil.stride, stencil.padding, stencil.dilation)
         if kind not in self._moments:
-            self._moments[kind] = Reference().moments(self._images, kind)
+            self._moments[kind] = ReferenceBackend().moments(self._images, kind)
         mean, covariance, count = self._moments[kind]
-        check_batch(count, self._images)
+        check_batch_size(count, self._images)
         rows = stencil.weight.flatten(1).unflatten(0, (stencil.groups, -1))  # (G, O/G, K)
         centre = (rows @ mean[..., None]).flatten()
         return centre + stencil.bias, ((rows @ covariance) * rows).sum(-1).flatten(), count

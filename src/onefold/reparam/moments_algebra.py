@@ -18,10 +18,10 @@ from onefold.reparam.branches import Unit
 from onefold.reparam.folding_rules import update_running_stats_
 from onefold.reparam.kernels.base import Moments
 
-MAX_FLOAT64 = 2**24  # multiplications up to which float32 units are folded in float64: it is cheap there
+_MAX_FLOAT64 = 2**24  # multiplications up to which float32 units are folded in float64: it is cheap there
 
 
-class Folded(NamedTuple):
+class FoldedUnit(NamedTuple):
     """What the backward needs: rows and rows S, both (G, B, O/G, K); of the norms (M, O), the skip last."""
 
     rows: Tensor
@@ -32,7 +32,7 @@ class Folded(NamedTuple):
     mean: Tensor  # (G, K)
 
 
-class Gradients(NamedTuple):
+class FoldGradients(NamedTuple):
     """The gradients of the weights and of the norms' gains, d S (G, K, K), and kernel^T s (G, K)."""
 
     weights: list[Tensor]
@@ -41,7 +41,7 @@ class Gradients(NamedTuple):
     pull: Tensor
 
 
-def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Folded, Tensor]:
+def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[FoldedUnit, Tensor]:
     """Fold a unit on a batch of these moments: kernel and bias (O,). Moves the norms' running statistics."""
     mean, covariance, count = moments
     per_conv = [unit.rows(w.detach(), conv) for w, conv in zip(weights, unit.convs, strict=True)]
@@ -68,10 +68,10 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
         update_running_stats_(branch.norm, m if shift is None else m + shift.detach().to(m), v)
         if branch.norm.bias is not None:
             bias = bias + branch.norm.bias.detach()
-    return Folded(rows, rows_cov, inv_std, gain, kernel, mean), bias
+    return FoldedUnit(rows, rows_cov, inv_std, gain, kernel, mean), bias
 
 
-def fold_backward(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
+def fold_backward(unit: Unit, folded: FoldedUnit, products: Tensor, total: Tensor) -> FoldGradients:
     """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
     rows, rows_cov, inv_std, gain, kernel, _ = folded
     products, wide = products.to(rows.dtype), gain.dtype
@@ -87,7 +87,7 @@ def fold_backward(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -
         quad[group, value, value] += d_var[-1].to(quad.dtype)
     pull = (kernel.mT.to(wide) @ total.to(wide).view(len(kernel), -1, 1)).squeeze(-1)
     weights = [unit.from_rows(d, conv) for d, conv in zip(d_rows.unbind(1), unit.convs, strict=True)]
-    return Gradients(weights, list(d_gain * inv_std), quad, pull)
+    return FoldGradients(weights, list(d_gain * inv_std), quad, pull)
 
 
 def _by_branch(values: Tensor) -> Tensor:
@@ -104,5 +104,5 @@ def _by_row(values: Tensor, rows: Tensor) -> Tensor:
 def _dtype(unit: Unit, dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
     """The dtype to fold in: float64 wherever that is cheap, else float32, which is as accurate as the inputs."""
     size = unit.geometry.kernel_size[0] * unit.geometry.kernel_size[1] * unit.channels[0] // unit.geometry.groups
-    small = len(unit.convs) * unit.channels[1] * size * size <= MAX_FLOAT64
+    small = len(unit.convs) * unit.channels[1] * size * size <= _MAX_FLOAT64
     return wide if dtype == torch.float64 or small else torch.float32

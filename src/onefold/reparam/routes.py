@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from onefold.reparam.branches import Unit, as_clamp, as_unit, has_hooks
+from onefold.reparam.branches import Unit, activation_clamp, as_unit, has_hooks
 from onefold.reparam.folding_rules import Chain, Route, Sum, fold, input_channels, per_branch
-from onefold.reparam.fused_norms import mix
+from onefold.reparam.fused_norms import normalize_and_sum
 from onefold.reparam.fused_norms import supports as mix_supports
-from onefold.reparam.kernels import Reference, passes_for
-from onefold.reparam.kernels.base import Act, Geometry
-from onefold.reparam.moments import Patches, convolve
+from onefold.reparam.kernels import ReferenceBackend, select_backend
+from onefold.reparam.kernels.base import ClampMax, Geometry
+from onefold.reparam.moments import BatchPatches, forward_by_moments
 from onefold.reparam.stencil import Stencil
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-__all__ = ["Route", "evaluate", "folded", "mixed", "moments", "per_branch", "quickest", "set_route_"]
+__all__ = ["Route", "evaluate_cheapest", "folded", "mixed", "moments", "per_branch", "quickest", "set_route_"]
 
 
-def opaque(function: _Function) -> _Function:
+def graph_break(function: _Function) -> _Function:
     """torch.compile breaks its graph at `function`, as at one that `torch.compiler.disable` has wrapped.
 
     That is asked for at the first call under torch.compile only: it imports the compiler, which takes over a second.
@@ -53,7 +53,7 @@ def opaque(function: _Function) -> _Function:
     return cast(_Function, call)
 
 
-@opaque
+@graph_break
 def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """One convolution in all, in training mode too, and exactly; (B, I, H, W) to (B, O, H', W').
 
@@ -62,10 +62,14 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     Raises ValueError where a norm would see one value a channel, as BatchNorm does.
     """
     unit = as_unit(tree) if x.dim() == 4 else None
-    return _then(act, _by_rules(tree, x)) if unit is None else with_act(act, partial(convolve, unit, x))
+    return (
+        _then(act, _by_rules(tree, x))
+        if unit is None
+        else apply_with_activation(act, partial(forward_by_moments, unit, x))
+    )
 
 
-@opaque
+@graph_break
 def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """Every convolution by itself, then all norms, their sum and the activation in one pass.
 
@@ -75,7 +79,7 @@ def mixed(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     return per_branch(tree, x, act) if unit is None or not mix_supports(unit.branches, x) else _mixed(unit, x, act)
 
 
-@opaque
+@graph_break
 def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """One convolution, folded where it stands, for trees whose norms are frozen; gradients flow to their kernels.
 
@@ -93,21 +97,25 @@ def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     return _then(act, F.conv2d(x, kernel, bias, total.stride, total.padding, total.dilation, total.groups))
 
 
-@opaque
+@graph_break
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """The route that costs least for this unit and batch, by count (see `costs`); outside training `per_branch`."""
+    """The route that costs least for unit and batch, by count: see `route_costs`; outside training `per_branch`."""
     unit = as_unit(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
-    y = None if unit is None else evaluate(unit, x, act)
+    y = None if unit is None else evaluate_cheapest(unit, x, act)
     return per_branch(tree, x, act) if y is None else y
 
 
-@opaque
-def evaluate(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
+@graph_break
+def evaluate_cheapest(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
     """act(unit(x)) by `moments` or `mixed`, whichever costs less; None where evaluating each layer costs least."""
-    by_moments, by_mixing, by_branch = costs(unit, x)
+    by_moments, by_mixing, by_branch = route_costs(unit, x)
     if by_branch < min(by_moments, by_mixing):
         return None
-    return with_act(act, partial(convolve, unit, x)) if by_moments <= by_mixing else _mixed(unit, x, act)
+    return (
+        apply_with_activation(act, partial(forward_by_moments, unit, x))
+        if by_moments <= by_mixing
+        else _mixed(unit, x, act)
+    )
 
 
 def set_route_(model: nn.Module, route: Route) -> nn.Module:
@@ -121,12 +129,12 @@ def set_route_(model: nn.Module, route: Route) -> nn.Module:
 
 
 def _mixed(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor:
-    return with_act(act, partial(mix, unit.branches, x))
+    return apply_with_activation(act, partial(normalize_and_sum, unit.branches, x))
 
 
-def with_act(act: nn.Module | None, route: Callable[[Act], Tensor]) -> Tensor:
+def apply_with_activation(act: nn.Module | None, route: Callable[[ClampMax], Tensor]) -> Tensor:
     """act of what a route computes, the activation within the route if it is one that routes know."""
-    included, clamp = as_clamp(act)
+    included, clamp = activation_clamp(act)
     return _then(None if included else act, route(clamp if included else None))
 
 
@@ -147,7 +155,7 @@ def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         wide = images.to(torch.float32 if x.device.type == "mps" else torch.float64)
         one = Stencil.diagonal(wide.new_ones(channels))
-        total = fold(tree, Stencil(one.weight, one.bias, one.groups, source=Patches(wide)))
+        total = fold(tree, Stencil(one.weight, one.bias, one.groups, source=BatchPatches(wide)))
     kernel, bias = total.weight.to(x.dtype), total.bias.to(x.dtype)
     y = F.conv2d(images, kernel, bias, total.stride, total.padding, total.dilation, total.groups)
     return y if x.dim() == 4 else y.flatten(1)
@@ -159,17 +167,17 @@ def _by_rules(tree: nn.Module, x: Tensor) -> Tensor:
 # the rates of both on a core with AVX2; the other constants are estimates. They need not be near: where two routes cost
 # about the same, either will do. `benchmarks/train_step.py --units` times the routes of single units.
 # Shapes: per place of the output; I and O channels, G groups, K values a patch.
-MOVE = 17.0
-LAG = 0.3  # depthwise: products by lag, of those by pairs of taps
-SLOW_DEPTHWISE = 3.0  # torch's depthwise convolution, forward and backward, against its arithmetic
-SLOW_NORM = 8.0  # floats moved by a norm and the sum, a branch and value, that `mixed` saves
-PLAIN = 4.0  # the reference back end against the kernels
+_MOVE = 17.0
+_LAG = 0.3  # depthwise: products by lag, of those by pairs of taps
+_SLOW_DEPTHWISE = 3.0  # torch's depthwise convolution, forward and backward, against its arithmetic
+_SLOW_NORM = 8.0  # floats moved by a norm and the sum, a branch and value, that `mixed` saves
+_PLAIN = 4.0  # the reference back end against the kernels
 # In bfloat16 on a CPU with instructions for it the library's products take an eighth to a sixth of their float32 time,
 # and its passes half as many bytes; the kernels of `moments` compute in float32. Depthwise convolutions gain nothing.
-LOW_PRODUCTS, LOW_MOVE = 0.15, 0.5
+_LOW_PRODUCTS, _LOW_MOVE = 0.15, 0.5
 
 
-class Costs(NamedTuple):
+class RouteCosts(NamedTuple):
     """Multiply-adds a place of the output, or their time in floats moved; infinite where a route cannot go."""
 
     moments: float
@@ -177,11 +185,13 @@ class Costs(NamedTuple):
     per_branch: float
 
 
-def costs(unit: Unit, x: Tensor) -> Costs:
+def route_costs(unit: Unit, x: Tensor) -> RouteCosts:
     """Of the three routes, forward and backward."""
-    move = MOVE * (LOW_MOVE if _in_bfloat16(x) else 1)
-    per_branch = _branches(unit, x) + move * SLOW_NORM * unit.channels[1] * len(unit.branches)
-    return Costs(_moments(unit, x), _branches(unit, x) if mix_supports(unit.branches, x) else float("inf"), per_branch)
+    move = _MOVE * (_LOW_MOVE if _in_bfloat16(x) else 1)
+    per_branch = _branches(unit, x) + move * _SLOW_NORM * unit.channels[1] * len(unit.branches)
+    return RouteCosts(
+        _moments(unit, x), _branches(unit, x) if mix_supports(unit.branches, x) else float("inf"), per_branch
+    )
 
 
 def _moments(unit: Unit, x: Tensor) -> float:
@@ -195,23 +205,23 @@ def moments_cost(geometry: Geometry, channels: tuple[int, int], num_convs: int, 
     size = geometry.kernel_size[0] * geometry.kernel_size[1] * c_in // geometry.groups
     depthwise = c_in == geometry.groups
     square = geometry.groups * size * size
-    products = 3 * c_out * size + 1.5 * square * (LAG if depthwise and geometry.stride == (1, 1) else 1)
-    algebra = 2 * num_convs * c_out * size * size / places(geometry, x)
-    moved = MOVE * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
-    plain = isinstance(passes_for(x, geometry, c_out), Reference)
-    return (products + moved) * (PLAIN if plain else 1) + algebra
+    products = 3 * c_out * size + 1.5 * square * (_LAG if depthwise and geometry.stride == (1, 1) else 1)
+    algebra = 2 * num_convs * c_out * size * size / num_output_positions(geometry, x)
+    moved = _MOVE * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
+    plain = isinstance(select_backend(x, geometry, c_out), ReferenceBackend)
+    return (products + moved) * (_PLAIN if plain else 1) + algebra
 
 
 def layers_cost(convs: Sequence[nn.Conv2d], num_norms: float, x: Tensor) -> float:
     """What convolutions of one input cost layer by layer, with so many norms after them: all passes over maps."""
     low, c_out = _in_bfloat16(x), convs[0].out_channels
-    move, total = MOVE * (LOW_MOVE if low else 1), 0.0
+    move, total = _MOVE * (_LOW_MOVE if low else 1), 0.0
     for conv in convs:
         depthwise = conv.groups == conv.in_channels > 1
-        slow = SLOW_DEPTHWISE if depthwise else LOW_PRODUCTS if low else 1.0
+        slow = _SLOW_DEPTHWISE if depthwise else _LOW_PRODUCTS if low else 1.0
         total += 3 * slow * conv.weight.numel()
         total += move * 3 * (c_out + conv.in_channels * conv.stride[0] * conv.stride[-1])
-    return total + move * SLOW_NORM * c_out * num_norms
+    return total + move * _SLOW_NORM * c_out * num_norms
 
 
 def _branches(unit: Unit, x: Tensor) -> float:
@@ -219,8 +229,8 @@ def _branches(unit: Unit, x: Tensor) -> float:
     (c_in, c_out), geometry = unit.channels, unit.geometry
     c_in_places = c_in * geometry.stride[0] * geometry.stride[1]
     low, depthwise = _in_bfloat16(x), geometry.groups == c_in > 1
-    move = MOVE * (LOW_MOVE if low else 1)
-    slow = SLOW_DEPTHWISE if depthwise else LOW_PRODUCTS if low else 1.0
+    move = _MOVE * (_LOW_MOVE if low else 1)
+    slow = _SLOW_DEPTHWISE if depthwise else _LOW_PRODUCTS if low else 1.0
     total = move * 5 * c_out  # the output and its gradient
     for branch in unit.branches:
         if branch.conv is None:
@@ -242,7 +252,7 @@ def _has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def places(geometry: Geometry, x: Tensor) -> int:
+def num_output_positions(geometry: Geometry, x: Tensor) -> int:
     """The places of the output over the batch, about."""
     (down, across), (b, _, h, w) = geometry.stride, x.shape
     return max(1, b * (h // down) * (w // across))

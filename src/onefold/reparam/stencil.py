@@ -20,7 +20,7 @@ from torch import Tensor, nn
 Pair = tuple[int, int]
 
 
-class Source(Protocol):
+class StatisticsSource(Protocol):
     """A batch of images that a stencil is applied to: in training, norms take their statistics from it."""
 
     def statistics(self, stencil: Stencil) -> tuple[Tensor, Tensor, int]:
@@ -40,7 +40,7 @@ class Stencil:
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
-    source: Source | None = None
+    source: StatisticsSource | None = None
 
     @classmethod
     def diagonal(cls, gain: Tensor, bias: Tensor | None = None) -> Stencil:

@@ -19,8 +19,8 @@ from markupsafe import Markup, escape
 
 from onefold.bench import Ratio, percentile
 from onefold.errors import MissingExtra, NotWritable
-from onefold.report.format import one_line, percent, plural, printable, significant
-from onefold.report.predictions import BINS, Predictions
+from onefold.report.format import format_count, format_percent, format_significant, one_line, printable
+from onefold.report.predictions import NUM_BINS, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +33,8 @@ NUM_COLOURS = 8
 
 # matplotlib draws with these placeholder colours; `to_svg` replaces them by variables of the page's style sheet, so
 # that one figure serves the light and the dark page.
-INK, MUTED, GRID, SURFACE, ALARM = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", ALARM: "alarm"}
+_INK, MUTED, _GRID, SURFACE, ALARM = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "ink", MUTED: "muted", _GRID: "grid", SURFACE: "surface", ALARM: "alarm"}
 _VARIABLES |= {f"#0a000{index}": f"series-{index}" for index in range(NUM_COLOURS)}
 
 _WIDTH = 4.5  # inches
@@ -54,7 +54,7 @@ class LegendEntry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ReportFigure:
     """A figure of the page; the caption says in words what the curves show, for those who do not see them."""
 
     title: str
@@ -139,7 +139,7 @@ def new_figure(height: float, width: float = _WIDTH) -> Iterator[tuple[Figure, A
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, axis="both", color=GRID, lw=0.6)
+        axes.grid(True, axis="both", color=_GRID, lw=0.6)
         axes.set_axisbelow(True)
         yield figure, axes
 
@@ -179,19 +179,19 @@ def set_x_scale(axes: Axes, low: float, high: float) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def curves(key: str, title: str, lines: Sequence[Curve], unit: str, suffix: str = "") -> Drawing:
+def draw_curves(key: str, title: str, lines: Sequence[Curve], unit: str, suffix: str = "") -> ReportFigure:
     """Draw curves over epochs, with a dotted line at the expected value; a curve without points keeps its colour free.
 
     `unit` labels the y axis, `suffix` follows the numbers in the caption.
     """
     drawn = [(index, line) for index, line in enumerate(lines) if line.points]
     if not drawn:
-        return Drawing(title=title, svg=None, caption="The logs hold no numbers for this figure.")
+        return ReportFigure(title=title, svg=None, caption="The logs hold no numbers for this figure.")
     parts = []
     for _, line in drawn:
         (first, start), (last, end) = line.points[0], line.points[-1]
-        before = f"{significant(start)}{suffix} after epoch {first:g}, " if last > first else ""
-        parts.append(f"{line.label}: {before}{significant(end)}{suffix} after epoch {last:g}")
+        before = f"{format_significant(start)}{suffix} after epoch {first:g}, " if last > first else ""
+        parts.append(f"{line.label}: {before}{format_significant(end)}{suffix} after epoch {last:g}")
     caption = f"{'; '.join(parts)}."
     legend = [legend_entry(index, line.label) for index, line in drawn]
     if any(line.expected is not None for _, line in drawn):
@@ -221,15 +221,15 @@ def curves(key: str, title: str, lines: Sequence[Curve], unit: str, suffix: str 
 
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set(xlabel="epoch", ylabel=unit)
-        return Drawing(title=title, svg=to_svg(figure, key, title, caption), caption=caption, legend=tuple(legend))
+        return ReportFigure(title=title, svg=to_svg(figure, key, title, caption), caption=caption, legend=tuple(legend))
 
 
-def confusion_matrix(key: str, found: Predictions) -> Drawing:
+def draw_confusion_matrix(key: str, found: Predictions) -> ReportFigure:
     """Draw a square for each pair of classes, the fuller the more of the class's images are in it."""
     title, count, totals = "Confusion matrix", len(found.classes), found.images_per_class
     caption = "Rows are true classes, columns predicted ones; cells hold percent of the class's images."
     for a, b, times in found.confusions[:1]:
-        caption += f" Most often, {found.name(a)} is predicted as {found.name(b)}: {plural(times, 'image')}."
+        caption += f" Most often, {found.name(a)} is predicted as {found.name(b)}: {format_count(times, 'image')}."
     with new_figure(1.0 + 3.4 * min(1.0, 0.45 + count / 20)) as (figure, axes):
         axes.grid(False)
         for (label, predicted), number in sorted(found.pairs.items()):
@@ -240,10 +240,10 @@ def confusion_matrix(key: str, found: Predictions) -> Drawing:
             axes.fill(across, [label, label, label + 1, label + 1], color=colour, alpha=0.12 + 0.68 * share, lw=0)
             if count <= _MAX_NUMBERED_CLASSES:
                 text = f"{100 * share:.0f}" if share >= 0.005 else "<1"
-                axes.text(predicted + 0.5, label + 0.5, text, ha="center", va="center", fontsize=7.5, color=INK)
+                axes.text(predicted + 0.5, label + 0.5, text, ha="center", va="center", fontsize=7.5, color=_INK)
         for line in range(count + 1):
-            axes.plot([0, count], [line, line], color=GRID, lw=0.5)
-            axes.plot([line, line], [0, count], color=GRID, lw=0.5)
+            axes.plot([0, count], [line, line], color=_GRID, lw=0.5)
+            axes.plot([line, line], [0, count], color=_GRID, lw=0.5)
         axes.set(xlim=(0, count), ylim=(count, 0), xlabel="predicted class", ylabel="true class", aspect="equal")
         names = [one_line(name, 14) for name in found.classes]
         middles = [index + 0.5 for index in range(count)]
@@ -254,19 +254,19 @@ def confusion_matrix(key: str, found: Predictions) -> Drawing:
                 tick.set(rotation=60, ha="right", rotation_mode="anchor")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        return Drawing(title=title, svg=to_svg(figure, key, title, caption), caption=caption)
+        return ReportFigure(title=title, svg=to_svg(figure, key, title, caption), caption=caption)
 
 
-def reliability_diagram(key: str, found: Predictions) -> Drawing:
-    """Draw accuracy against confidence in `BINS` bins (Guo et al., arXiv 1706.04599, figure 1), with their sizes."""
+def draw_reliability_diagram(key: str, found: Predictions) -> ReportFigure:
+    """Draw accuracy by confidence in `NUM_BINS` bins (Guo et al., arXiv 1706.04599, figure 1), with their sizes."""
     filled = [(index, held) for index, held in enumerate(found.bins) if held[0]]
     mean = 100 * sum(sums for _, (_, _, sums) in filled) / max(1, sum(number for _, (number, _, _) in filled))
-    most, width = max((number for _, (number, _, _) in filled), default=1), 100 / BINS
+    most, width = max((number for _, (number, _, _) in filled), default=1), 100 / NUM_BINS
     title = "Reliability diagram"
     caption = (
-        f"Predictions in {BINS} bins by confidence; on the dashed line confidence equals accuracy. The network is "
-        f"{'overconfident' if mean > found.top1 else 'underconfident'}: its mean confidence is {percent(mean)}. Bars "
-        "below the axis show how many predictions have that confidence."
+        f"Predictions in {NUM_BINS} bins by confidence; on the dashed line confidence equals accuracy. The network is "
+        f"{'overconfident' if mean > found.top1 else 'underconfident'}: its mean confidence is {format_percent(mean)}. "
+        "Bars below the axis show how many predictions have that confidence."
     )
     with new_figure(3.2) as (figure, axes):
         axes.plot([0, 100], [0, 100], color=MUTED, lw=1.2, ls=(0, (4, 2)))
@@ -279,13 +279,13 @@ def reliability_diagram(key: str, found: Predictions) -> Drawing:
         axes.set(xlim=(0, 100), ylim=(-18, 102), xlabel="confidence, %", ylabel="accuracy, %")
         axes.set_yticks([0, 20, 40, 60, 80, 100])
         legend = (LegendEntry("■", "series-0", "accuracy"), LegendEntry("▬", "series-1", "mean confidence"))
-        return Drawing(title=title, svg=to_svg(figure, key, title, caption), caption=caption, legend=legend)
+        return ReportFigure(title=title, svg=to_svg(figure, key, title, caption), caption=caption, legend=legend)
 
 
 # ---- latency ---------------------------------------------------------------------------------------------------------
 
 
-def latency_distributions(key: str, title: str, rows: Sequence[LatencyRow], more: str = "") -> Drawing:
+def draw_latency_histograms(key: str, title: str, rows: Sequence[LatencyRow], more: str = "") -> ReportFigure:
     """Draw one histogram a row over a shared axis of milliseconds, with marks at the median and at p90."""
     states = {row.fused for row in rows}
     kinds = ((True, "series-0", "fused"), (False, "alarm-mark", "UNFUSED"), (None, "series-7", "not stated"))
@@ -295,12 +295,12 @@ def latency_distributions(key: str, title: str, rows: Sequence[LatencyRow], more
         for index, row in enumerate(rows):
             base = float(len(rows) - 1 - index)
             _draw_histogram(axes, row, edges, base)
-            _write(axes, (0.0, base + 0.68), row.label, ALARM if row.fused is False else INK)
+            _write(axes, (0.0, base + 0.68), row.label, ALARM if row.fused is False else _INK)
             _write(axes, (1.0, base + 0.68), row.note, MUTED)
         set_x_scale(axes, edges[0], edges[-1])
         axes.set(ylim=(-0.05, len(rows) + 0.02), yticks=[], xlabel="latency of one call, milliseconds")
         axes.spines["left"].set_visible(False)
-        return Drawing(
+        return ReportFigure(
             title=title,
             svg=to_svg(figure, key, title, description),
             caption=f"A row is the histogram of all calls; its last bin holds everything slower. The line marks the "
@@ -309,7 +309,7 @@ def latency_distributions(key: str, title: str, rows: Sequence[LatencyRow], more
         )
 
 
-def ratios(key: str, rows: Sequence[RatioRow], description: str, baseline: str | None) -> Drawing:
+def draw_ratios(key: str, rows: Sequence[RatioRow], description: str, baseline: str | None) -> ReportFigure:
     """Draw ratios of latencies with their intervals (a forest plot); the band around 1 is the noise floor."""
     title = "Latency ratios with 95 % intervals"
     with new_figure(0.72 + 0.44 * len(rows)) as (figure, axes):
@@ -324,7 +324,7 @@ def ratios(key: str, rows: Sequence[RatioRow], description: str, baseline: str |
             colour = MUTED if ratio.verdict == "no difference" or not ratio.is_robust_to_noise else series_colour(0)
             axes.plot([ratio.low, ratio.high], [y, y], color=colour, lw=2.6, solid_capstyle="round")
             axes.plot(ratio.value, y, "o", color=colour, ms=6)
-            _write(axes, (0.0, y + 0.24), row.label, INK)
+            _write(axes, (0.0, y + 0.24), row.label, _INK)
             has_room_right = ratio.value < (low + high) / 2
             x, gap, side = (ratio.high, 7, "left") if has_room_right else (ratio.low, -7, "right")
             axes.annotate(
@@ -332,7 +332,7 @@ def ratios(key: str, rows: Sequence[RatioRow], description: str, baseline: str |
             )
         axes.set(ylim=(-0.4, len(rows) - 0.3), yticks=[], xlabel="time relative to the baseline (left is faster)")
         axes.spines["left"].set_visible(False)
-        return Drawing(
+        return ReportFigure(
             title=title,
             svg=to_svg(figure, key, title, description),
             caption=f"Dots are ratios of times{f' to {baseline}' if baseline else ''}, bars 95 % intervals, the grey "
@@ -351,10 +351,10 @@ def _draw_histogram(axes: Axes, row: LatencyRow, edges: Sequence[float], base: f
     counts, _ = np.histogram(np.clip(row.latencies_ms, edges[0], edges[-1]), bins=list(edges))
     heights = 0.55 * counts / max(1, counts.max())
     axes.stairs(base + heights, list(edges), baseline=base, fill=True, color=colour, alpha=0.55, lw=0)
-    axes.plot([edges[0], edges[-1]], [base, base], color=GRID, lw=0.8, zorder=0)
-    axes.plot([row.median_ms] * 2, [base, base + 0.55], color=INK, lw=1.4)
+    axes.plot([edges[0], edges[-1]], [base, base], color=_GRID, lw=0.8, zorder=0)
+    axes.plot([row.median_ms] * 2, [base, base + 0.55], color=_INK, lw=1.4)
     if row.p90_ms is not None:
-        axes.plot([row.p90_ms] * 2, [base, base + 0.34], color=INK, lw=1.0, ls=(0, (2, 1.2)))
+        axes.plot([row.p90_ms] * 2, [base, base + 0.34], color=_INK, lw=1.0, ls=(0, (2, 1.2)))
 
 
 def _shared_edges(rows: Sequence[LatencyRow]) -> list[float]:

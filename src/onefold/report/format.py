@@ -30,18 +30,18 @@ def one_line(value: object, longest: int = 160) -> str:
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
-def latency(nanoseconds: float | None) -> str:
+def format_latency(nanoseconds: float | None) -> str:
     """Format a latency with three significant digits in the unit that fits (µs, ms or s); a dash for None."""
     if nanoseconds is None:
         return "–"
     if nanoseconds >= 1e10:
-        return f"{significant(nanoseconds / 1e9)}{_SPACE}s"
+        return f"{format_significant(nanoseconds / 1e9)}{_SPACE}s"
     if nanoseconds >= 1e5:
-        return f"{significant(nanoseconds / 1e6)}{_SPACE}ms"
-    return f"{significant(nanoseconds / 1e3)}{_SPACE}µs"
+        return f"{format_significant(nanoseconds / 1e6)}{_SPACE}ms"
+    return f"{format_significant(nanoseconds / 1e3)}{_SPACE}µs"
 
 
-def significant(number: float | None, digits: int = 3) -> str:
+def format_significant(number: float | None, digits: int = 3) -> str:
     """Format with so many significant digits and no exponent: 0.412, 3.42, 34.2, 1230; a dash for None."""
     if number is None:
         return "–"
@@ -50,37 +50,37 @@ def significant(number: float | None, digits: int = 3) -> str:
     return f"{number:.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}"
 
 
-def percent(number: float | None, places: int = 1) -> str:
+def format_percent(number: float | None, places: int = 1) -> str:
     """Format a number that is in percent already; a dash for None."""
     return "–" if number is None else f"{number:.{places}f}{_SPACE}%"
 
 
-def with_interval(right: float, total: int) -> str:
+def format_with_interval(right: float, total: int) -> str:
     """Format a share of images, given in percent, with its 95 % interval (Wilson's): 85.0 % (80.1–88.9)."""
     low, high = wilson_interval(round(right / 100 * total), total)
-    return f"{percent(right)} ({low:.1f}–{high:.1f})"
+    return f"{format_percent(right)} ({low:.1f}–{high:.1f})"
 
 
-def scientific(number: float | None) -> str:
+def format_scientific(number: float | None) -> str:
     """Format a small number: 4.1e-07; a dash for None."""
     return "–" if number is None else f"{number:.1e}" if number else "0"
 
 
-def size(num_bytes: int | None) -> str:
+def format_size(num_bytes: int | None) -> str:
     """Format bytes in MB or kB (powers of ten, as file managers show them); a dash for None."""
     if num_bytes is None:
         return "–"
     if num_bytes >= 1e5:
-        return f"{significant(num_bytes / 1e6)}{_SPACE}MB"
-    return f"{significant(num_bytes / 1e3)}{_SPACE}kB"
+        return f"{format_significant(num_bytes / 1e6)}{_SPACE}MB"
+    return f"{format_significant(num_bytes / 1e3)}{_SPACE}kB"
 
 
-def plural(number: int, noun: str, nouns: str | None = None) -> str:
+def format_count(number: int, noun: str, nouns: str | None = None) -> str:
     """Return `1 run`, `2 runs`, `no runs`; `nouns` is the plural where it is not made with an s."""
     return f"{number or 'no'} {noun if number == 1 else (nouns or f'{noun}s')}"
 
 
-def joined(items: Sequence[str]) -> str:
+def join_words(items: Sequence[str]) -> str:
     """Return `a, b and c`."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
@@ -94,7 +94,7 @@ def _printable(character: str) -> str:
     return character
 
 
-def number(values: Mapping[str, Any], key: str) -> float | None:
+def finite_number(values: Mapping[str, Any], key: str) -> float | None:
     """Return the number under `key`; None where there is none, or one that is not finite or absurdly large."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -102,7 +102,7 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
     return float(value) if abs(value) < _LARGEST_NUMBER else None
 
 
-def json_object(text: str) -> Mapping[str, Any]:
+def parse_json_object(text: str) -> Mapping[str, Any]:
     """Return the JSON object in `text`; an empty one for anything else."""
     try:
         value = parse_json(text)

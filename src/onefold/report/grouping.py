@@ -9,10 +9,10 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from onefold.bench import Comparison, Machine, Measurement, Ratio, pooled
+from onefold.bench import Comparison, Machine, Measurement, Ratio, pool_ratios
 from onefold.errors import BadArgument
-from onefold.report.format import one_line, plural
-from onefold.report.load_results import Inputs
+from onefold.report.format import format_count, one_line
+from onefold.report.load_results import ReportInputs
 
 _IDENTITY = ("model", "runtime", "precision")
 # Keys of a subject that were measured or say where it came from: they do not make it another subject.
@@ -50,7 +50,7 @@ class Group:
     @property
     def label(self) -> str:
         """A short name of the subject."""
-        return label(self.subject)
+        return subject_label(self.subject)
 
     @property
     def title(self) -> str:
@@ -85,7 +85,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ComparedPair:
     """Two calls of a comparison: `ratio` is the time of `first` over the time of `second`.
 
     `second` is the baseline of its comparison; of a network before and after fusing, it is the unfused one.
@@ -119,8 +119,8 @@ class Pair:
             for key, value in self.first_subject.items()
             if key in _IDENTITY and self.second_subject.get(key) == value
         }
-        threads = plural(self.measurement.procedure.threads, "thread")
-        return f"{label(shared)}, {threads}" if shared else threads
+        threads = format_count(self.measurement.procedure.threads, "thread")
+        return f"{subject_label(shared)}, {threads}" if shared else threads
 
     def sentence(self) -> str:
         """Return the verdict with its interval, and over how many processes it was pooled."""
@@ -134,9 +134,9 @@ class Pair:
 class ReportData:
     """The inputs and what was computed from them: groups, fastest first on each machine, and pairs."""
 
-    inputs: Inputs
+    inputs: ReportInputs
     groups: tuple[Group, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ComparedPair, ...]
 
     @property
     def machines(self) -> list[Machine]:
@@ -151,13 +151,13 @@ class ReportData:
         return min(candidates, key=lambda group: (order[group.fused], group.median_ns), default=None)
 
     @property
-    def best_fusion(self) -> Pair | None:
+    def best_fusion(self) -> ComparedPair | None:
         """The comparison of a network after and before fusing that gained most."""
         fusions = (pair for pair in self.pairs if pair.is_fusion)
         return min(fusions, key=lambda pair: pair.ratio.value, default=None)
 
 
-def aggregate_inputs(inputs: Inputs) -> ReportData:
+def group_inputs(inputs: ReportInputs) -> ReportData:
     """Group the measurements and compute the ratios of the comparisons."""
     compared = (m for comparison in inputs.comparisons for m in _without_names(comparison))
     measurements = [*inputs.measurements, *compared]
@@ -182,7 +182,7 @@ def group_by_subject(measurements: Iterable[Measurement], accuracies: Mapping[st
     return sorted(groups, key=lambda group: (machines.index(group.machine.slug), group.median_ns))
 
 
-def label(subject: Mapping[str, Any]) -> str:
+def subject_label(subject: Mapping[str, Any]) -> str:
     """Return model, runtime and precision, with the name it was compared under where that says more."""
     parts = [one_line(subject[key], 60) for key in _IDENTITY if subject.get(key)]
     parts += ["random weights"] if parts and subject.get("untrained") else []
@@ -200,7 +200,7 @@ def label(subject: Mapping[str, Any]) -> str:
 def subject_key(subject: Mapping[str, Any]) -> str:
     """Return what tells subjects apart as one string: all of it but what was measured about them."""
     bare = {key: value for key, value in subject.items() if key not in _RESULTS}
-    if label({**bare, "name": ""}) == label(subject):  # its name says nothing more
+    if subject_label({**bare, "name": ""}) == subject_label(subject):  # its name says nothing more
         bare.pop("name", None)
     return json.dumps(bare, sort_keys=True)
 
@@ -217,19 +217,19 @@ def _without_names(comparison: Comparison) -> list[Measurement]:
     return [replace(m, subject=subject) for m, subject in zip(measurements, bare, strict=True)]
 
 
-def _pairs(comparisons: list[Comparison]) -> list[Pair]:
+def _pairs(comparisons: list[Comparison]) -> list[ComparedPair]:
     """Return one pair a name where there are enough processes to pool, else one a name and comparison."""
     names = list(comparisons[0].measurements)[1:]
     try:
-        return [_pair(comparisons, name, pooled(comparisons, name)) for name in names]
+        return [_pair(comparisons, name, pool_ratios(comparisons, name)) for name in names]
     except BadArgument:  # fewer processes than an interval over processes needs
         return [_pair([one], name, one.ratio(name)) for one in comparisons for name in names]
 
 
-def _pair(comparisons: list[Comparison], name: str, ratio: Ratio) -> Pair:
+def _pair(comparisons: list[Comparison], name: str, ratio: Ratio) -> ComparedPair:
     comparison = comparisons[0]
     names, measurements = (name, comparison.baseline), comparison.measurements
-    pair = Pair(
+    pair = ComparedPair(
         first=one_line(names[0], 60),
         second=one_line(names[1], 60),
         first_subject=measurements[names[0]].subject,

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onefold.bench import Comparison, Measurement, read_all
-from onefold.checksums import CHECKSUM, NO_CHECKSUM, has_checksum, unseal
+from onefold.bench import Comparison, Measurement, read_results
+from onefold.checksums import CHECKSUM, NO_CHECKSUM_NOTE, has_checksum, read_sealed_folder
 from onefold.errors import BadArtifact, BadCheckpoint, BadData
-from onefold.report.format import json_object, number, one_line
+from onefold.report.format import finite_number, one_line, parse_json_object
 from onefold.report.predictions import Predictions, parse_predictions
 from onefold.runtimes.artifact import Artifact, read_manifest
 
-GATES = "gates.json"  # what each gate of a deployment found, beside its measurements
-ACCURACY = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured
+GATES_FILE = "gates.json"  # what each gate of a deployment found, beside its measurements
+ACCURACY_FILE = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured
 
 _MAX_BYTES = 256 << 20
 _MAX_SENTENCES = 20  # on the data of a run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunLog:
     """A training run: the epochs of its log, in order, and the accuracy that its recipe expects (in percent).
 
     Epoch 0 is the network before the first step, where that was evaluated, as a fitted head is. `data_findings` are
@@ -45,7 +45,7 @@ class Run:
 
     def curve(self, key: str) -> tuple[tuple[float, float], ...]:
         """Return (epoch, value) wherever the log has a finite number under `key`."""
-        points = ((number(line, "epoch"), number(line, key)) for line in self.epochs)
+        points = ((finite_number(line, "epoch"), finite_number(line, key)) for line in self.epochs)
         return tuple((epoch, value) for epoch, value in points if epoch is not None and value is not None)
 
     def last(self, key: str) -> float | None:
@@ -56,7 +56,7 @@ class Run:
     @property
     def num_epochs(self) -> int:
         """How many epochs of training are done: the evaluation before the first is none."""
-        return sum((number(line, "epoch") or 0) >= 1 for line in self.epochs)
+        return sum((finite_number(line, "epoch") or 0) >= 1 for line in self.epochs)
 
     @property
     def best(self) -> tuple[float, float] | None:
@@ -65,14 +65,14 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class ReportInputs:
     """Everything there is to report; `sources` names the result files, `notes` says what could not be used.
 
     `failed_gates` has a sentence for each gate of a deployment that an artifact failed, `accuracies` the top-1 in
     percent of what was evaluated, by its SHA-256.
     """
 
-    runs: tuple[Run, ...] = ()
+    runs: tuple[RunLog, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
@@ -90,12 +90,12 @@ class Inputs:
     def top1_of(self, subject: Mapping[str, Any]) -> float | None:
         """Return the accuracy of a measured subject in percent: its own, that of the artifact with its SHA-256, or the
         one that was evaluated."""
-        own = number(subject, "top1")
+        own = finite_number(subject, "top1")
         if own is not None:
             return own
         digest = subject.get("sha256")
         same = (a for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()})
-        known = next((top1 for a in same if (top1 := number(a.details, "top1")) is not None), None)
+        known = next((top1 for a in same if (top1 := finite_number(a.details, "top1")) is not None), None)
         return self.accuracies.get(str(digest)) if known is None else known
 
     def float_predictions(self, artifact: Artifact) -> Predictions | None:
@@ -106,29 +106,29 @@ class Inputs:
 
     def top1_of_artifact(self, artifact: Artifact) -> float | None:
         """Return the accuracy of an artifact in percent: its manifest's, or that of a measurement of the same bytes."""
-        own = number(artifact.details, "top1")
+        own = finite_number(artifact.details, "top1")
         if own is not None:
             return own
         digests = {stored.sha256 for stored in artifact.files.values()}
         same = (m.subject for m in self.all_measurements if m.subject.get("sha256") in digests)
-        known = next((top1 for subject in same if (top1 := number(subject, "top1")) is not None), None)
+        known = next((top1 for subject in same if (top1 := finite_number(subject, "top1")) is not None), None)
         return next((self.accuracies[d] for d in digests if d in self.accuracies), None) if known is None else known
 
 
-def load_inputs(
+def load_report_inputs(
     runs: Sequence[Path],
     results: Sequence[Path],
     artifacts: Sequence[Path],
     gates: Sequence[Path] = (),
     accuracies: Sequence[Path] = (),
-) -> Inputs:
+) -> ReportInputs:
     """Read all of it; what cannot be read becomes a note."""
     notes: list[str] = []
     measurements: list[Measurement] = []
     comparisons: list[Comparison] = []
     for path in results:
         try:
-            read = read_all(path)
+            read = read_results(path)
         except BadData as error:
             notes.append(f"The results {one_line(path.name)} could not be used: {_without_folder(error, path)}")
             continue
@@ -141,7 +141,7 @@ def load_inputs(
             manifests.append(read_manifest(path))
         except BadArtifact as error:
             notes.append(f"The artifact {one_line(path.name)} could not be used: {_without_folder(error, path)}")
-    return Inputs(
+    return ReportInputs(
         runs=tuple(_read_run(path, notes) for path in runs),
         artifacts=tuple(manifests),
         measurements=tuple(measurements),
@@ -156,26 +156,28 @@ def load_inputs(
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def _read_run(folder: Path, notes: list[str]) -> Run:
+def _read_run(folder: Path, notes: list[str]) -> RunLog:
     name = one_line(folder.name)
     lines = _read_log(folder / "log.jsonl", name, notes)
     # A resumed run writes an epoch again: the later line holds.
     kinds = ("evaluation", "epoch")
-    epochs = {at: line for line in lines if line.get("kind") in kinds and (at := number(line, "epoch")) is not None}
+    epochs = {
+        at: line for line in lines if line.get("kind") in kinds and (at := finite_number(line, "epoch")) is not None
+    }
     if lines and not epochs:
         notes.append(f"The run {name} has not finished an epoch yet.")
-    recipe = json_object(_read_text(folder / "recipe.json") or "")
+    recipe = parse_json_object(_read_text(folder / "recipe.json") or "")
     notes += _differences_from_checkpoint(folder, name, recipe, lines)
     expect = recipe.get("expect")
     expected: Mapping[str, Any] = expect if isinstance(expect, Mapping) else {}
     check = _read_json(folder / "check.json", notes, f" of {name}").get("findings")
     answers = _read_text(folder / "predictions.jsonl")
     findings = (entry.get("text") for entry in check if isinstance(entry, Mapping)) if isinstance(check, list) else ()
-    return Run(
+    return RunLog(
         name=name,
         epochs=tuple(epochs[at] for at in sorted(epochs)),
         recipe=one_line(recipe["name"]) if isinstance(recipe.get("name"), str) else None,
-        expected_top1=number(expected, "top1"),
+        expected_top1=finite_number(expected, "top1"),
         expected_source=one_line(expected["source"]) if expected.get("source") else None,
         predictions=None if answers is None else parse_predictions(answers, name, notes),
         data_findings=tuple(one_line(text, 400) for text in findings if isinstance(text, str)),
@@ -190,7 +192,7 @@ def _differences_from_checkpoint(
     if not (folder / "last").is_dir():
         return []
     try:
-        saved = json_object(unseal(folder / "last", only=["progress.json"])["progress.json"].decode())
+        saved = parse_json_object(read_sealed_folder(folder / "last", only=["progress.json"])["progress.json"].decode())
         with (folder / "log.jsonl").open("rb") as file:
             log = file.read(int(saved["log_bytes"])) if saved.get("log_sha256") else b""
     except (BadCheckpoint, OSError, KeyError, ValueError, TypeError):
@@ -235,7 +237,7 @@ def _read_log(path: Path, run: str, notes: list[str]) -> list[Mapping[str, Any]]
     if text is None:
         notes.append(f"The run {run} has no log: log.jsonl is missing or cannot be read.")
         return []
-    parsed = [json_object(line) for line in text.split("\n") if line.strip()]
+    parsed = [parse_json_object(line) for line in text.split("\n") if line.strip()]
     damaged = sum(not line for line in parsed)
     if damaged or not parsed:
         notes.append(f"{damaged} lines of the log of {run} are damaged." if parsed else f"The log of {run} is empty.")
@@ -248,11 +250,13 @@ def _read_log(path: Path, run: str, notes: list[str]) -> list[Mapping[str, Any]]
 def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]]:
     entries = _read_json(path, notes)
     mappings = {key: entry for key, entry in entries.items() if isinstance(entry, Mapping)}
-    known = {key: (top1, entry) for key, entry in mappings.items() if (top1 := number(entry, "top1")) is not None}
+    known = {
+        key: (top1, entry) for key, entry in mappings.items() if (top1 := finite_number(entry, "top1")) is not None
+    }
     if len(known) < len(entries):
         notes.append(f"{one_line(path.name)} cannot be read, or not all of it: evaluate again.")
     for digest, (top1, entry) in known.items():
-        if trained_on := number(entry, "top1_trained_on"):
+        if trained_on := finite_number(entry, "top1_trained_on"):
             of = f"{top1:.4g} % on {one_line(entry.get('top1_on'))}"
             notes.append(f"The accuracy {of} flatters: {trained_on:.0f} of these images were trained on.")
         yield digest, top1
@@ -272,12 +276,12 @@ def _read_json(path: Path, notes: list[str], of: str = "") -> Mapping[str, Any]:
     text = _read_text(path)
     if text is None and not path.exists():
         return {}
-    values = json_object(text or "")
+    values = parse_json_object(text or "")
     try:
         if not values:
             raise ValueError("it is not a JSON object that holds anything")
         if not has_checksum(values):
-            notes.append(f"{one_line(path.name)}{of} has {NO_CHECKSUM}.")
+            notes.append(f"{one_line(path.name)}{of} has {NO_CHECKSUM_NOTE}.")
     except ValueError as error:
         notes.append(f"{one_line(path.name)}{of} is damaged and left out: {error}.")
         return {}

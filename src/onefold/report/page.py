@@ -21,20 +21,29 @@ from onefold.report import format as formats
 from onefold.report.figures import (
     NUM_COLOURS,
     Curve,
-    Drawing,
     LatencyRow,
     RatioRow,
-    confusion_matrix,
-    curves,
-    latency_distributions,
+    ReportFigure,
+    draw_confusion_matrix,
+    draw_curves,
+    draw_latency_histograms,
+    draw_ratios,
+    draw_reliability_diagram,
     legend_entry,
-    ratios,
-    reliability_diagram,
     require_matplotlib,
 )
-from onefold.report.format import joined, latency, one_line, percent, plural, printable, scientific, significant
-from onefold.report.grouping import Group, Pair, ReportData, aggregate_inputs, label
-from onefold.report.load_results import Run, load_inputs
+from onefold.report.format import (
+    format_count,
+    format_latency,
+    format_percent,
+    format_scientific,
+    format_significant,
+    join_words,
+    one_line,
+    printable,
+)
+from onefold.report.grouping import ComparedPair, Group, ReportData, group_inputs, subject_label
+from onefold.report.load_results import RunLog, load_report_inputs
 from onefold.report.pareto_figure import pareto_figures
 from onefold.report.predictions import Predictions
 from onefold.report.tables import (
@@ -48,7 +57,7 @@ from onefold.report.tables import (
 )
 from onefold.storage import write_text
 
-_FILTERS = ("latency", "one_line", "percent", "plural", "with_interval")
+_FILTERS = ("format_count", "format_latency", "format_percent", "format_with_interval", "one_line")
 _MAX_ROWS = 12  # of a figure
 _MAX_PREDICTIONS = 4  # runs whose predictions are shown
 _MAX_MATRIX_CLASSES = 20  # classes up to which the confusion matrix is drawn
@@ -74,10 +83,12 @@ def write_report(
     if Path(path).is_dir():
         raise BadArgument(f"{path} is a folder: give the name of the page to write, as in {Path(path) / 'report.html'}")
     require_matplotlib()
-    write_text(Path(path), render(aggregate_inputs(load_inputs(runs, results, artifacts, gates, accuracies)), notes))
+    write_text(
+        Path(path), render_page(group_inputs(load_report_inputs(runs, results, artifacts, gates, accuracies)), notes)
+    )
 
 
-def render(data: ReportData, notes: Sequence[str] = ()) -> str:
+def render_page(data: ReportData, notes: Sequence[str] = ()) -> str:
     """Return the page's HTML."""
     inputs, measurements = data.inputs, data.inputs.all_measurements
     packages = {name: version for artifact in inputs.artifacts for name, version in artifact.made_with.items()}
@@ -124,9 +135,9 @@ def _title(data: ReportData) -> str:
     models = [one_line(group.subject.get("model") or "", 60) for group in data.groups]
     models += [one_line(artifact.model) for artifact in inputs.artifacts]
     names = [model for model in dict.fromkeys(models) if model] or list(dict.fromkeys(run.name for run in inputs.runs))
-    what = (joined(names) if len(names) <= 2 else plural(len(names), "model")) or "An empty report"
+    what = (join_words(names) if len(names) <= 2 else format_count(len(names), "model")) or "An empty report"
     chips = [one_line(machine.chip, 60) for machine in data.machines]
-    where = joined(chips) if len(chips) <= 2 else plural(len(chips), "machine")
+    where = join_words(chips) if len(chips) <= 2 else format_count(len(chips), "machine")
     return f"{what} on {where}" if chips else what
 
 
@@ -134,7 +145,7 @@ def _lead(data: ReportData) -> str:
     """Return one paragraph for somebody who reads nothing else."""
     inputs, fastest = data.inputs, data.fastest
     counts = [
-        plural(len(items), *words)
+        format_count(len(items), *words)
         for items, words in (
             (inputs.runs, ("training run",)),
             (inputs.artifacts, ("exported artifact",)),
@@ -142,21 +153,21 @@ def _lead(data: ReportData) -> str:
         )
         if items
     ]
-    sentences = [f"This report covers {joined(counts)}." if counts else "There is nothing to report yet."]
+    sentences = [f"This report covers {join_words(counts)}." if counts else "There is nothing to report yet."]
     expected = [run for run in inputs.runs if run.expected_top1 is not None]
     if len(inputs.runs) == 1 or len(expected) == 1:
         sentences.append(_verdict((expected or inputs.runs)[0]))
     elif expected:
         reached = sum(bool(run.best and run.best[1] >= (run.expected_top1 or 0.0) - 0.05) for run in expected)
-        sentences.append(f"{reached} of the {plural(len(expected), 'run')} with an expected accuracy reached it.")
+        sentences.append(f"{reached} of the {format_count(len(expected), 'run')} with an expected accuracy reached it.")
     elif inputs.runs:
         sentences.append("None of the runs has an expected accuracy.")
     if fastest:
         kind = {True: "fused network", None: "network (not known to be fused)", False: "network"}[fastest.fused]
-        p90 = "" if fastest.p90_ns is None else f", p90 {latency(fastest.p90_ns)}"
+        p90 = "" if fastest.p90_ns is None else f", p90 {format_latency(fastest.p90_ns)}"
         sentences.append(
-            f"The fastest {kind} is {fastest.label}: median latency {latency(fastest.median_ns)}{p90}, with "
-            f"{plural(fastest.threads, 'thread')}."
+            f"The fastest {kind} is {fastest.label}: median latency {format_latency(fastest.median_ns)}{p90}, with "
+            f"{format_count(fastest.threads, 'thread')}."
         )
     pair = data.best_fusion or next(iter(data.pairs), None)
     if pair:
@@ -169,28 +180,28 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     tiles: list[tuple[str, str, str]] = []
     best_run = max((run for run in data.inputs.runs if run.best), key=lambda run: run.best[1], default=None)  # type: ignore[index]
     if best_run and best_run.best:
-        expected = "" if best_run.expected_top1 is None else f"; {percent(best_run.expected_top1)} expected"
-        tiles.append(("Top-1 accuracy", percent(best_run.best[1]), f"{best_run.name}{expected}"))
+        expected = "" if best_run.expected_top1 is None else f"; {format_percent(best_run.expected_top1)} expected"
+        tiles.append(("Top-1 accuracy", format_percent(best_run.best[1]), f"{best_run.name}{expected}"))
     if group := data.fastest:
-        p90 = "" if group.p90_ns is None else f"p90 {latency(group.p90_ns)}; "
+        p90 = "" if group.p90_ns is None else f"p90 {format_latency(group.p90_ns)}; "
         tiles.append(
             (
                 "Lowest median latency",
-                latency(group.median_ns),
-                f"{p90}{group.title}, {plural(group.threads, 'thread')}",
+                format_latency(group.median_ns),
+                f"{p90}{group.title}, {format_count(group.threads, 'thread')}",
             )
         )
     if pair := data.best_fusion:
         ratio = pair.ratio
-        interval = f"95 % CI {significant(1 / ratio.high)}–{significant(1 / ratio.low)}"
+        interval = f"95 % CI {format_significant(1 / ratio.high)}–{format_significant(1 / ratio.low)}"
         doubt = "" if ratio.verdict == "faster" else " (not a gain)"
         title = f"Speedup by fusing{doubt if ratio.is_robust_to_noise else ' (within the noise)'}"
-        tiles.append((title, f"{significant(1 / ratio.value)}×", f"{interval}; {pair.context}"))
+        tiles.append((title, f"{format_significant(1 / ratio.value)}×", f"{interval}; {pair.context}"))
     drifts = [(artifact.drift, artifact) for artifact in data.inputs.artifacts if artifact.drift is not None]
     if drifts:
         drift, artifact = max(drifts, key=lambda entry: entry[0])
-        among = f", of {plural(len(drifts), 'artifact')}" if len(drifts) > 1 else ""
-        tiles.append(("Largest drift by fusing", scientific(drift), f"{artifact.folder.name}{among}"))
+        among = f", of {format_count(len(drifts), 'artifact')}" if len(drifts) > 1 else ""
+        tiles.append(("Largest drift by fusing", format_scientific(drift), f"{artifact.folder.name}{among}"))
     return [{"title": title, "value": value, "detail": one_line(detail, 200)} for title, value, detail in tiles]
 
 
@@ -209,7 +220,7 @@ def _warnings(data: ReportData) -> list[str]:
     if unstated:
         warnings.append(f"It is not stated whether these were fused: {', '.join(dict.fromkeys(unstated))}.")
     if num_noisy:
-        total = plural(len(data.groups), "measured latency", "measured latencies")
+        total = format_count(len(data.groups), "measured latency", "measured latencies")
         warnings.append(f"{num_noisy} of {total} came from a noisy machine.")
     return warnings
 
@@ -217,7 +228,7 @@ def _warnings(data: ReportData) -> list[str]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def _training(runs: Sequence[Run]) -> dict[str, Any]:
+def _training(runs: Sequence[RunLog]) -> dict[str, Any]:
     drawn = runs[:NUM_COLOURS]
     accuracy = [Curve(run.name, run.curve("top1"), run.expected_top1) for run in drawn]
     losses = [Curve(run.name, run.curve("loss")) for run in drawn]
@@ -231,8 +242,8 @@ def _training(runs: Sequence[Run]) -> dict[str, Any]:
         "verdicts": [_verdict(run) for run in runs],
         "note": f"The figures show the first {NUM_COLOURS} of {len(runs)} runs." if len(runs) > len(drawn) else "",
         "figures": [
-            curves("top1", "Top-1 accuracy", accuracy, "top-1 accuracy, %", " %"),
-            curves("loss", "Loss", losses, "loss (cross-entropy), nats"),
+            draw_curves("top1", "Top-1 accuracy", accuracy, "top-1 accuracy, %", " %"),
+            draw_curves("loss", "Loss", losses, "loss (cross-entropy), nats"),
         ],
         "table": run_table(runs),
         "comparisons": _comparisons([each for group in together for each in group]),
@@ -248,10 +259,10 @@ def _told_once(named: Iterable[tuple[str, str]]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, sentence in named:
         names.setdefault(sentence, []).append(name)
-    return [f"{joined(of)}: {sentence}" for sentence, of in names.items()]
+    return [f"{join_words(of)}: {sentence}" for sentence, of in names.items()]
 
 
-def _same_answers(runs: Sequence[Run]) -> list[list[tuple[str, Predictions]]]:
+def _same_answers(runs: Sequence[RunLog]) -> list[list[tuple[str, Predictions]]]:
     """Group the runs with predictions: those that answer every image alike are told once, under all their names."""
     groups: dict[object, list[tuple[str, Predictions]]] = {}
     for run in runs:
@@ -271,7 +282,7 @@ def _comparisons(predicted: Sequence[tuple[str, Predictions]]) -> list[Table]:
     return [comparison_table(named) for named in sets.values() if len(named) > 1]
 
 
-def _verdict(run: Run) -> str:
+def _verdict(run: RunLog) -> str:
     """Return what the run reached, held against what was expected, in a sentence."""
     if run.best is None:
         return f"{run.name} has no accuracy in its log."
@@ -279,26 +290,26 @@ def _verdict(run: Run) -> str:
     when = (
         f"in epoch {epoch:g} of {run.num_epochs}" if epoch else "before its first epoch, as the network it began with"
     )
-    reached = f"{run.name} reached {percent(top1)} top-1, {when}"
+    reached = f"{run.name} reached {format_percent(top1)} top-1, {when}"
     if run.expected_top1 is None:
         return f"{reached}. Its recipe states no expected accuracy."
     gap = top1 - run.expected_top1
     distance = "exactly" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
     source = f" ({run.expected_source})" if run.expected_source else ""
-    return f"{reached}: {distance} the expected {percent(run.expected_top1)}{source}."
+    return f"{reached}: {distance} the expected {format_percent(run.expected_top1)}{source}."
 
 
 def _predictions(group: Sequence[tuple[str, Predictions]], key: str) -> dict[str, Any]:
     """Return the part about the predictions that runs have in common: figures, tables, the largest loss first."""
-    (run, found), names = group[0], joined([name for name, _ in group])
-    matrix = [confusion_matrix(f"{key}-confusion", found)] if len(found.classes) <= _MAX_MATRIX_CLASSES else []
+    (run, found), names = group[0], join_words([name for name, _ in group])
+    matrix = [draw_confusion_matrix(f"{key}-confusion", found)] if len(found.classes) <= _MAX_MATRIX_CLASSES else []
     return {
         "runs": names,
         "shared": f"They predict the same class for every image; the probabilities are those of {run}."
         if len(group) > 1
         else "",
         "found": found,
-        "figures": [*matrix, reliability_diagram(f"{key}-calibration", found)],
+        "figures": [*matrix, draw_reliability_diagram(f"{key}-calibration", found)],
         "confusions": None if matrix else confusion_table(found),
         "all_right": not found.confusions,
         "classes": class_table(found),
@@ -323,7 +334,7 @@ def _latency(data: ReportData, machine: Machine, index: int) -> dict[str, Any]:
     return {
         "machine": machine,
         "pairs": pairs,
-        "self_tests": [(label(test.twin.subject), test) for test in self_tests],
+        "self_tests": [(subject_label(test.twin.subject), test) for test in self_tests],
         "pareto_figures": pareto_figures(groups, f"pareto-{index}"),
         "without_accuracy": f"{some} measured has a known accuracy; not drawn against it: {', '.join(unknown)}."
         if unknown
@@ -339,7 +350,7 @@ def _latency(data: ReportData, machine: Machine, index: int) -> dict[str, Any]:
     }
 
 
-def _ratio_figures(pairs: Sequence[Pair], index: int) -> list[Drawing]:
+def _ratio_figures(pairs: Sequence[ComparedPair], index: int) -> list[ReportFigure]:
     """Return every ratio with its interval, in one figure; none where nothing was compared."""
     drawn = pairs[:_MAX_ROWS]
     if not drawn:
@@ -349,12 +360,12 @@ def _ratio_figures(pairs: Sequence[Pair], index: int) -> list[Drawing]:
     for pair in drawn:
         first, second = ("fused", "unfused") if pair.is_fusion else (pair.first, pair.second)
         ratio = pair.ratio
-        text = f"{significant(ratio.value)} ({significant(ratio.low)}–{significant(ratio.high)})"
+        text = f"{format_significant(ratio.value)} ({format_significant(ratio.low)}–{format_significant(ratio.high)})"
         rows.append(RatioRow(pair.first if baseline else f"{first} / {second}, {pair.context}", text, ratio))
-    return [ratios(f"ratios-{index}", rows, " ".join(pair.sentence() for pair in drawn), baseline)]
+    return [draw_ratios(f"ratios-{index}", rows, " ".join(pair.sentence() for pair in drawn), baseline)]
 
 
-def _distribution_figures(groups: Sequence[Group], index: int) -> list[Drawing]:
+def _distribution_figures(groups: Sequence[Group], index: int) -> list[ReportFigure]:
     """Return one figure a model, one row a subject."""
     drawings = []
     by_model = groupby(sorted(groups, key=_model), key=_model)
@@ -362,7 +373,7 @@ def _distribution_figures(groups: Sequence[Group], index: int) -> list[Drawing]:
         rows = [_latency_row(group) for group in members]
         more = f" The fastest {_MAX_ROWS} of {len(rows)} are drawn." if len(rows) > _MAX_ROWS else ""
         title = f"Latency of {model}" if model else "Latency"
-        drawings.append(latency_distributions(f"latency-{index}-{at}", title, rows[:_MAX_ROWS], more))
+        drawings.append(draw_latency_histograms(f"latency-{index}-{at}", title, rows[:_MAX_ROWS], more))
     return drawings
 
 
@@ -376,10 +387,10 @@ def _latency_row(group: Group) -> LatencyRow:
     known = [one_line(group.subject[key], 30) for key in ("runtime", "precision") if group.subject.get(key)]
     name = " ".join(known) if _model(group) and known else group.label
     state = " UNFUSED" if group.fused is False else ""
-    p90 = "" if group.p90_ns is None else f", p90 {latency(group.p90_ns)}"
+    p90 = "" if group.p90_ns is None else f", p90 {format_latency(group.p90_ns)}"
     return LatencyRow(
-        label=f"{one_line(name, 32)}{state}, {plural(group.threads, 'thread')}",
-        note=f"{latency(group.median_ns)}{p90}",
+        label=f"{one_line(name, 32)}{state}, {format_count(group.threads, 'thread')}",
+        note=f"{format_latency(group.median_ns)}{p90}",
         latencies_ms=tuple(ns / 1e6 for m in group.measurements for ns in m.latencies_ns),
         median_ms=group.median_ns / 1e6,
         p90_ms=None if group.p90_ns is None else group.p90_ns / 1e6,

@@ -20,22 +20,22 @@ from onefold.report.figures import (
     MUTED,
     POINTS_PER_INCH,
     SURFACE,
-    Drawing,
     LegendEntry,
+    ReportFigure,
     legend_entry,
     new_figure,
     series_colour,
     set_x_scale,
     to_svg,
 )
-from onefold.report.format import latency, one_line, percent, plural
+from onefold.report.format import format_count, format_latency, format_percent, one_line
 from onefold.report.grouping import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Position = tuple[float, float]
+_Position = tuple[float, float]
 
 _PRECISIONS = ("fp32", "int8", "bf16", "fp16")  # fixed, so that a precision has one colour on every page
 _SIZE = 8.0, 4.9  # inches
@@ -67,21 +67,21 @@ class ParetoPoint:
     on_precision_front: bool
 
     @property
-    def position(self) -> Position:
+    def position(self) -> _Position:
         """Milliseconds and percent."""
         return self.group.median_ns / 1e6, self.group.top1 or 0.0
 
     @property
     def text(self) -> str:
         """The point in words."""
-        return f"{self.group.label}: {percent(self.group.top1)}, {latency(self.group.median_ns)}"
+        return f"{self.group.label}: {format_percent(self.group.top1)}, {format_latency(self.group.median_ns)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParetoFigure:
     """A figure of accuracy against latency, with all its points as a list: those on a front, and the others."""
 
-    drawing: Drawing
+    drawing: ReportFigure
     front: tuple[ParetoPoint, ...]
     dominated: tuple[ParetoPoint, ...]
     is_open: bool  # whether the list of the dominated is unfolded from the start
@@ -139,14 +139,15 @@ def pareto_points(groups: Sequence[Group]) -> list[ParetoPoint]:
 def _figure(points: Sequence[ParetoPoint], key: str, threads: int) -> ParetoFigure:
     front = sorted((point for point in points if point.on_front), key=lambda point: point.position)
     best = "; ".join(
-        f"{point.group.title} with {percent(point.group.top1)} at {latency(point.group.median_ns)}" for point in front
+        f"{point.group.title} with {format_percent(point.group.top1)} at {format_latency(point.group.median_ns)}"
+        for point in front
     )
-    title = f"Accuracy against latency, {plural(threads, 'thread')}"
+    title = f"Accuracy against latency, {format_count(threads, 'thread')}"
     names = {p.series: one_line(p.group.subject.get("precision") or "precision not stated", 20) for p in points}
     legend = [legend_entry(series, names[series]) for series in sorted(names)]
     if any(point.group.fused is False for point in points):
         legend.append(LegendEntry("○", "alarm-mark", "UNFUSED"))
-    drawing = Drawing(
+    drawing = ReportFigure(
         title=title,
         svg=_draw(points, key, title, f"On the front: {best}."),
         caption="Filled points are on the Pareto front of their precision, joined by the line of its colour: nothing "
@@ -196,23 +197,23 @@ def _set_limits(axes: Axes, points: Sequence[ParetoPoint]) -> None:
     axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 100.0)])  # no tick above 100 %
 
 
-def _staircase(points: Sequence[ParetoPoint]) -> list[Position]:
+def _staircase(points: Sequence[ParetoPoint]) -> list[_Position]:
     """Return a front as steps: the accuracy that can be had at each latency."""
     front = sorted(point.position for point in points)
     return [*front[:1], *(corner for (_, low), (x, high) in pairwise(front) for corner in ((x, low), (x, high)))]
 
 
 def _draw_labels(
-    figure: Figure, axes: Axes, points: Sequence[ParetoPoint], lines: Sequence[Sequence[Position]]
+    figure: Figure, axes: Axes, points: Sequence[ParetoPoint], lines: Sequence[Sequence[_Position]]
 ) -> None:
     """Label the points on the fronts, and all points where they are few."""
     per_point = figure.dpi / POINTS_PER_INCH
 
-    def to_page(position: Position) -> Position:
+    def to_page(position: _Position) -> _Position:
         x, y = axes.transData.transform(position)
         return float(x) / per_point, float(y) / per_point
 
-    def to_data(position: Position) -> Position:
+    def to_data(position: _Position) -> _Position:
         x, y = axes.transData.inverted().transform((position[0] * per_point, position[1] * per_point))
         return float(x), float(y)
 
@@ -266,11 +267,11 @@ class Box:
         across = other.left <= self.left and self.right <= other.right
         return across and other.bottom <= self.bottom and self.top <= other.top
 
-    def nearest(self, position: Position) -> Position:
+    def nearest(self, position: _Position) -> _Position:
         """Return the place in it that is nearest to a position."""
         return min(max(position[0], self.left), self.right), min(max(position[1], self.bottom), self.top)
 
-    def is_crossed_by(self, start: Position, end: Position) -> bool:
+    def is_crossed_by(self, start: _Position, end: _Position) -> bool:
         """Whether the segment passes through it (Liang and Barsky, 1984)."""
         enter, leave = 0.0, 1.0
         sides = ((start[0], end[0], self.left, self.right), (start[1], end[1], self.bottom, self.top))
@@ -288,7 +289,7 @@ class Box:
 class Label:
     """A text of this width and height that belongs to a position."""
 
-    position: Position
+    position: _Position
     width: float
     height: float
 
@@ -302,7 +303,7 @@ class Label:
 
 
 def place_labels(
-    labels: Sequence[Label], points: Sequence[Position], lines: Sequence[Sequence[Position]], area: Box
+    labels: Sequence[Label], points: Sequence[_Position], lines: Sequence[Sequence[_Position]], area: Box
 ) -> list[Box | None]:
     """Return a box for each label, or None where there is no room: none over another, over a point or outside `area`.
 
@@ -319,7 +320,7 @@ def place_labels(
     return chosen
 
 
-def leader_line(label: Label, box: Box) -> tuple[Position, Position] | None:
+def leader_line(label: Label, box: Box) -> tuple[_Position, _Position] | None:
     """Return the line from a point to its label, where that stands too far off to be understood without."""
     end = box.nearest(label.position)
     distance = math.dist(end, label.position)
@@ -334,7 +335,7 @@ def _best_box(
     label: Label,
     markers: Sequence[Box],
     others: Sequence[Box],
-    segments: Sequence[tuple[Position, Position]],
+    segments: Sequence[tuple[_Position, _Position]],
     area: Box,
 ) -> Box | None:
     """Return the cheapest box that is free: near, above to the left, off the lines, nearest to its own point."""

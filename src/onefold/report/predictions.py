@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onefold.checksums import NO_CHECKSUM, lines_have_checksum
-from onefold.report.format import json_object, number, one_line
+from onefold.checksums import NO_CHECKSUM_NOTE, lines_have_checksum
+from onefold.report.format import finite_number, one_line, parse_json_object
 
-BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
+NUM_BINS = 15  # of the reliability diagram, as in the calibration error of train.evaluate
 
 _MAX_CLASSES = 100_000
 _MAX_PICTURE_BYTES = 100_000
@@ -41,9 +41,9 @@ class Predictions:
 
     `pairs[label, predicted]` counts images; a predicted class of -1 stands for logits that were not finite. `top5` and
     `ece` (expected calibration error) are in percent, as `train.evaluate` computed them. `bins` holds, for each of
-    `BINS` equal intervals of confidence, the number of images, how many of them are right, and the sum of confidences.
-    `answers` has (label, predicted) by the name of the image, and is empty where names are not unique; `network` is the
-    digest of what predicted.
+    `NUM_BINS` equal intervals of confidence, the number of images, how many of them are right, and the sum of
+    confidences. `answers` has (label, predicted) by the name of the image, and is empty where names are not unique;
+    `network` is the digest of what predicted.
     """
 
     data: str
@@ -87,14 +87,14 @@ class Predictions:
 
 def parse_predictions(text: str, run: str, notes: list[str]) -> Predictions | None:
     """Return what a predictions.jsonl of `run` holds; None, and a note, where it is damaged or is none."""
-    head, *lines = [json_object(line) for line in text.splitlines()] or [{}]
+    head, *lines = [parse_json_object(line) for line in text.splitlines()] or [{}]
     classes = head.get("classes")
     if head.get("kind") != "predictions" or not isinstance(classes, list) or not 0 < len(classes) <= _MAX_CLASSES:
         notes.append(f"The predictions of {run} could not be used: their first line does not say what they are.")
         return None
     try:
         if not lines_have_checksum(text):
-            notes.append(f"The predictions of {run} have {NO_CHECKSUM}.")
+            notes.append(f"The predictions of {run} have {NO_CHECKSUM_NOTE}.")
     except ValueError as error:
         notes.append(f"The predictions of {run} are damaged and left out ({error}): evaluate the run again.")
         return None
@@ -108,8 +108,8 @@ def parse_predictions(text: str, run: str, notes: list[str]) -> Predictions | No
         data=one_line(head.get("data", "")),
         classes=tuple(one_line(name, 60) for name in classes),
         pairs=Counter((line["label"], line["answer"]) for line in valid),
-        top5=number(head, "top5"),
-        ece=number(head, "ece"),
+        top5=finite_number(head, "top5"),
+        ece=finite_number(head, "ece"),
         bins=_bins(valid),
         misclassified=tuple(image for line in valid if (image := _misclassified(line)) is not None),
         answers=answers if len(answers) == len(valid) else {},
@@ -125,11 +125,11 @@ def _is_prediction(line: Mapping[str, Any], num_classes: int) -> bool:
 
 
 def _bins(lines: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int, float], ...]:
-    counts, right, sums = [0] * BINS, [0] * BINS, [0.0] * BINS
+    counts, right, sums = [0] * NUM_BINS, [0] * NUM_BINS, [0.0] * NUM_BINS
     for line in lines:
         confidence = _probability(line.get("confidence"))
         if confidence is not None and line["answer"] >= 0:
-            index = max(0, math.ceil(confidence * BINS) - 1)  # the right end of an interval belongs to it
+            index = max(0, math.ceil(confidence * NUM_BINS) - 1)  # the right end of an interval belongs to it
             counts[index] += 1
             right[index] += line["label"] == line["answer"]
             sums[index] += confidence

@@ -7,9 +7,18 @@ from statistics import median
 from typing import NamedTuple
 
 from onefold.accuracy_intervals import drop_interval
-from onefold.report.format import latency, one_line, percent, plural, scientific, significant, size, with_interval
+from onefold.report.format import (
+    format_count,
+    format_latency,
+    format_percent,
+    format_scientific,
+    format_significant,
+    format_size,
+    format_with_interval,
+    one_line,
+)
 from onefold.report.grouping import Group
-from onefold.report.load_results import Inputs, Run
+from onefold.report.load_results import ReportInputs, RunLog
 from onefold.report.predictions import Predictions
 from onefold.runtimes.artifact import Artifact
 
@@ -40,7 +49,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str | Badge]]
 
 
-def run_table(runs: Sequence[Run]) -> Table:
+def run_table(runs: Sequence[RunLog]) -> Table:
     """Return one row a training run."""
     titles = ("epochs", "best top-1", "expected", "last top-1", "last top-5", "last training loss", "images/s")
     rows = [
@@ -48,11 +57,11 @@ def run_table(runs: Sequence[Run]) -> Table:
             run.name,
             str(run.num_epochs),
             _best(run),
-            percent(run.expected_top1),
-            percent(run.last("top1")),
-            percent(run.last("top5")),
-            significant(run.last("loss")),
-            significant(run.last("images_per_s")),
+            format_percent(run.expected_top1),
+            format_percent(run.last("top1")),
+            format_percent(run.last("top5")),
+            format_significant(run.last("loss")),
+            format_significant(run.last("images_per_s")),
         ]
         for run in runs
     ]
@@ -63,13 +72,17 @@ def run_table(runs: Sequence[Run]) -> Table:
     return Table(caption, [Column("run"), *(Column(title, True) for title in titles)], rows)
 
 
-def _best(run: Run) -> str:
+def _best(run: RunLog) -> str:
     """Return the best accuracy, with its interval where it is that of the predictions."""
     found = run.predictions
     if run.best is None:
         return "–"
     same = found is not None and abs(found.top1 - run.best[1]) < 0.05
-    return with_interval(run.best[1], found.num_images) if found is not None and same else percent(run.best[1])
+    return (
+        format_with_interval(run.best[1], found.num_images)
+        if found is not None and same
+        else format_percent(run.best[1])
+    )
 
 
 def comparison_table(named: Sequence[tuple[str, Predictions]]) -> Table:
@@ -77,17 +90,17 @@ def comparison_table(named: Sequence[tuple[str, Predictions]]) -> Table:
     ranked = sorted(named, key=lambda each: -each[1].top1)
     first, best = ranked[0]
     right, *others = ({name for name, (a, b) in found.answers.items() if a == b} for _, found in ranked)
-    rows = [[first, with_interval(best.top1, best.num_images), "–", "–", "–", percent(best.ece)]]
+    rows = [[first, format_with_interval(best.top1, best.num_images), "–", "–", "–", format_percent(best.ece)]]
     for (run, found), own in zip(ranked[1:], others, strict=True):
         lost, won = len(right - own), len(own - right)
         low, high = drop_interval(lost, won, found.num_images)
         behind = f"{best.top1 - found.top1:.1f} ({low:.1f} to {high:.1f})".replace("-", "\N{MINUS SIGN}")
-        top1 = with_interval(found.top1, found.num_images)
-        rows.append([run, top1, behind, str(won), str(lost), percent(found.ece)])
+        top1 = format_with_interval(found.top1, found.num_images)
+        rows.append([run, top1, behind, str(won), str(lost), format_percent(found.ece)])
     titles = ("top-1", "points below the first", "right where the first is wrong", "wrong where the first is right")
     return Table(
-        f"{plural(len(named), 'run')} compared on the same {plural(best.num_images, 'image')}, the best first, with "
-        "95 % intervals. Where the interval of a difference holds zero, it may be chance.",
+        f"{format_count(len(named), 'run')} compared on the same {format_count(best.num_images, 'image')}, the best "
+        "first, with 95 % intervals. Where the interval of a difference holds zero, it may be chance.",
         [Column("run"), *(Column(title, True) for title in (*titles, "calibration error"))],
         rows,
     )
@@ -101,7 +114,7 @@ def confusion_table(found: Predictions) -> Table:
         f"The most frequent confusions.{shown}",
         [Column("class"), Column("predicted as"), Column("images", True), Column("of the class's images", True)],
         [
-            [found.name(a), found.name(b), str(count), percent(100 * count / totals[a])]
+            [found.name(a), found.name(b), str(count), format_percent(100 * count / totals[a])]
             for a, b, count in pairs[:_MAX_CONFUSIONS]
         ],
     )
@@ -116,7 +129,7 @@ def class_table(found: Predictions) -> Table:
         f"Accuracy of each class, the worst first, with 95 % intervals.{shown}",
         [Column("class"), Column("images", True), Column("accuracy", True)],
         [
-            [found.name(index), str(totals[index]), with_interval(rate, totals[index])]
+            [found.name(index), str(totals[index]), format_with_interval(rate, totals[index])]
             for rate, index in rates[:_MAX_CLASSES]
         ],
     )
@@ -150,35 +163,35 @@ def _fused_badge(fused: bool | None) -> Badge:
 def _setting(group: Group) -> str:
     shape = group.subject.get("input_shape")
     sizes = "×".join(one_line(length, 12) for length in shape) if isinstance(shape, tuple) else ""
-    return ", ".join(part for part in (plural(group.threads, "thread"), sizes) if part)
+    return ", ".join(part for part in (format_count(group.threads, "thread"), sizes) if part)
 
 
 def _limit(group: Group) -> str:
     share = group.median_of(lambda m: m.roofline)
     side = next((m.bound.side for m in group.measurements if m.bound is not None), None)
-    return "–" if share is None or side is None else f"{percent(100 * share, 0)} {side}"
+    return "–" if share is None or side is None else f"{format_percent(100 * share, 0)} {side}"
 
 
 def _peak_memory(group: Group) -> str:
     peaks = [m.cold.peak_bytes for m in group.measurements if m.cold is not None and m.cold.peak_bytes is not None]
-    return size(max(peaks, default=None))
+    return format_size(max(peaks, default=None))
 
 
 def _cold_start(group: Group) -> str:
     starts = [m.cold.time_to_first_answer_ns for m in group.measurements if m.cold is not None]
-    return latency(median(starts) if starts else None)
+    return format_latency(median(starts) if starts else None)
 
 
 def _first_call(group: Group) -> str:
     """Return the first call of the measuring process, where none was started afresh for it."""
     first = group.measurements[0]
-    return "–" if first.cold is not None or not first.warmup_ns else latency(float(first.warmup_ns[0]))
+    return "–" if first.cold is not None or not first.warmup_ns else format_latency(float(first.warmup_ns[0]))
 
 
 def _samples(group: Group) -> str:
     first = group.measurements[0]
     count = sum(len(m.samples_ns) for m in group.measurements)
-    calls = f" of {significant(first.calls_per_sample)} calls" if first.calls_per_sample > 1 else ""
+    calls = f" of {format_significant(first.calls_per_sample)} calls" if first.calls_per_sample > 1 else ""
     runs = f" in {len(group.measurements)} runs" if len(group.measurements) > 1 else ""
     return f"{count}{calls}{runs}"
 
@@ -193,13 +206,13 @@ def _noise(group: Group) -> Badge:
 _LATENCY_COLUMNS: tuple[tuple[Column, Callable[[Group], str | Badge]], ...] = (
     (Column("state"), lambda group: _fused_badge(group.fused)),
     (Column("threads, input"), _setting),
-    (Column("top-1", True), lambda group: percent(group.top1)),
-    (Column("median", True), lambda group: latency(group.median_ns)),
-    (Column("p90", True), lambda group: latency(group.p90_ns)),
-    (Column("p99", True), lambda group: latency(group.median_of(lambda m: m.p99_ns))),
-    (Column("spread", True), lambda group: percent(100 * median(m.spread for m in group.measurements))),
+    (Column("top-1", True), lambda group: format_percent(group.top1)),
+    (Column("median", True), lambda group: format_latency(group.median_ns)),
+    (Column("p90", True), lambda group: format_latency(group.p90_ns)),
+    (Column("p99", True), lambda group: format_latency(group.median_of(lambda m: m.p99_ns))),
+    (Column("spread", True), lambda group: format_percent(100 * median(m.spread for m in group.measurements))),
     (Column("of the limit"), _limit),
-    (Column("size", True), lambda group: size(_num_bytes(group))),
+    (Column("size", True), lambda group: format_size(_num_bytes(group))),
     (Column("peak memory", True), _peak_memory),
     (Column("cold start", True), _cold_start),
     (Column("first call", True), _first_call),
@@ -213,7 +226,7 @@ def _num_bytes(group: Group) -> int | None:
     return num_bytes if type(num_bytes) is int else None
 
 
-def artifact_table(inputs: Inputs) -> Table:
+def artifact_table(inputs: ReportInputs) -> Table:
     """Return one row an exported artifact."""
     columns = [Column("artifact"), Column("state"), Column("network"), Column("size", True), Column("drift", True)]
     columns += [Column("parity", True), Column("top-1", True), Column("classes", True), Column("license")]
@@ -223,8 +236,8 @@ def artifact_table(inputs: Inputs) -> Table:
             one_line(artifact.folder.name),
             _fused_badge(artifact.fused),
             one_line(f"{artifact.model} {artifact.runtime} {artifact.precision}"),
-            size(artifact.num_bytes),
-            scientific(artifact.drift),
+            format_size(artifact.num_bytes),
+            format_scientific(artifact.drift),
             _parity(artifact),
             _artifact_top1(inputs, artifact),
             str(artifact.num_classes),
@@ -243,16 +256,16 @@ def artifact_table(inputs: Inputs) -> Table:
     return Table(caption, columns, rows)
 
 
-def _artifact_top1(inputs: Inputs, artifact: Artifact) -> str:
+def _artifact_top1(inputs: ReportInputs, artifact: Artifact) -> str:
     own, network = inputs.top1_of_artifact(artifact), inputs.float_predictions(artifact)
     if own is not None or network is None:
-        return percent(own)
-    return f"{_OF_NETWORK}{with_interval(network.top1, network.num_images)}"
+        return format_percent(own)
+    return f"{_OF_NETWORK}{format_with_interval(network.top1, network.num_images)}"
 
 
 def _parity(artifact: Artifact) -> str:
     if artifact.parity is None:
         return "not run where it was exported"
     agreement = artifact.parity.top1_agreement
-    differs = f", same class in {percent(100 * agreement, 0)}" if agreement < 1 else ""
-    return f"{scientific(artifact.parity.difference)}{differs}"
+    differs = f", same class in {format_percent(100 * agreement, 0)}" if agreement < 1 else ""
+    return f"{format_scientific(artifact.parity.difference)}{differs}"

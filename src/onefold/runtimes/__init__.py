@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from onefold.runtimes.artifact import Parity as Parity
     from onefold.runtimes.base import Runtime as Runtime
     from onefold.runtimes.base import Session as Session
-    from onefold.runtimes.base import find_runtime as find_runtime
+    from onefold.runtimes.base import import_runtime as import_runtime
     from onefold.runtimes.exporter import TOLERANCES as TOLERANCES
     from onefold.runtimes.exporter import UnfusedWarning as UnfusedWarning
     from onefold.runtimes.exporter import export as export
     from onefold.runtimes.exporter import load as load
     from onefold.runtimes.exporter import open_artifact as open_artifact
-    from onefold.runtimes.layer_times import Layer as Layer
+    from onefold.runtimes.layer_times import LayerTime as LayerTime
     from onefold.runtimes.layer_times import Profile as Profile
 
 _MODULE_OF = {
     name: module
     for module, names in {
         "artifact": ("Artifact", "ModelInfo", "Parity"),
-        "base": ("Runtime", "Session", "find_runtime"),
-        "layer_times": ("Layer", "Profile"),
+        "base": ("Runtime", "Session", "import_runtime"),
+        "layer_times": ("LayerTime", "Profile"),
         "exporter": ("TOLERANCES", "UnfusedWarning", "export", "load", "open_artifact"),
     }.items()
     for name in names
@@ -51,7 +51,7 @@ __all__ = [
     "RUNTIMES",
     "TOLERANCES",
     "Artifact",
-    "Layer",
+    "LayerTime",
     "ModelInfo",
     "Parity",
     "Profile",
@@ -59,7 +59,7 @@ __all__ = [
     "Session",
     "UnfusedWarning",
     "export",
-    "find_runtime",
+    "import_runtime",
     "load",
     "open_artifact",
 ]

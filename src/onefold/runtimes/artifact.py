@@ -26,10 +26,10 @@ from typing import TypeVar
 from onefold.errors import BadArtifact
 from onefold.storage import parse_json, read_json
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-REFERENCE = "reference.npz"
-README = "README.md"
+_SCHEMA = 1
+MANIFEST_FILE = "manifest.json"
+REFERENCE_FILE = "reference.npz"
+README_FILE = "README.md"
 
 _LARGEST_MANIFEST = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -129,10 +129,10 @@ def render_manifest(artifact: Artifact) -> str:
     """Write the manifest as JSON text; its last field is the SHA-256 of the text without that field."""
     fields = asdict(artifact)
     del fields["folder"]
-    return _with_digest({"schema": SCHEMA, **fields})
+    return _with_digest({"schema": _SCHEMA, **fields})
 
 
-def digest_manifest(artifact: Artifact) -> str:
+def manifest_sha256(artifact: Artifact) -> str:
     """Give the SHA-256 of an artifact's manifest, which holds those of all its files."""
     return hashlib.sha256(render_manifest(artifact).encode()).hexdigest()
 
@@ -140,9 +140,9 @@ def digest_manifest(artifact: Artifact) -> str:
 def is_artifact(folder: Path) -> bool:
     """Whether a folder claims to be an exported artifact; a sealed folder of weights has a manifest too."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST_FILE)
     except (OSError, ValueError):
-        return folder.is_dir() and (folder / REFERENCE).is_file()
+        return folder.is_dir() and (folder / REFERENCE_FILE).is_file()
     return isinstance(manifest, dict) and "runtime" in manifest
 
 
@@ -153,9 +153,9 @@ def read_manifest(folder: Path) -> Artifact:
         raise BadArtifact(
             f"expected an artifact folder at {folder}, found {actual} there; give the folder of an export"
         )
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST}; give the folder of an export")
+        raise BadArtifact(f"{folder} is not an artifact: it has no {MANIFEST_FILE}; give the folder of an export")
     data = _read(path, None)
     try:
         text = data.decode("utf-8")
@@ -205,8 +205,8 @@ def _read(path: Path, num_bytes: int | None) -> bytes:
 
 def _check_schema(fields: object, path: Path) -> None:
     schema = fields.get("schema") if isinstance(fields, dict) else None
-    if type(schema) is int and schema > SCHEMA:
-        raise BadArtifact(f"{path} has schema {schema}, this onefold reads up to {SCHEMA}; update onefold")
+    if type(schema) is int and schema > _SCHEMA:
+        raise BadArtifact(f"{path} has schema {schema}, this onefold reads up to {_SCHEMA}; update onefold")
     if type(schema) is not int or schema < 1:
         raise BadArtifact(f"{path} is not the manifest of an artifact of onefold; give the folder of an export")
 
@@ -296,13 +296,13 @@ def _parse_parity(fields: _Fields) -> Parity:
 def _parse_files(fields: _Fields) -> dict[str, StoredFile]:
     files = {}
     for name in sorted(fields.names()):
-        if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
+        if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_FILE:
             raise fields.error(f"{name!r} is not the name of a file inside the folder")
         entry = fields.inner(name)
         stored = StoredFile(num_bytes=entry.get("num_bytes", int), sha256=entry.get("sha256", str))
         if not _SHA256.fullmatch(stored.sha256):
             raise fields.error(f"the hash of {name} is not a SHA-256")
         files[name] = stored
-    if REFERENCE not in files:
-        raise fields.error(f"it lists no {REFERENCE}")
+    if REFERENCE_FILE not in files:
+        raise fields.error(f"it lists no {REFERENCE_FILE}")
     return files

@@ -35,8 +35,8 @@ import numpy as np
 
 from onefold.errors import BadArgument, BadArtifact, MissingExtra
 from onefold.runtimes import RUNTIMES
-from onefold.runtimes.artifact import Artifact, ModelInfo, digest_manifest, read_files, read_manifest
-from onefold.runtimes.reference_logits import Floats, make_images
+from onefold.runtimes.artifact import Artifact, ModelInfo, manifest_sha256, read_files, read_manifest
+from onefold.runtimes.reference_logits import Floats, make_reference_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _muting = RLock()
 
 
-class Engine(Protocol):
+class RuntimeEngine(Protocol):
     """A loaded network of one runtime: images (B, C, H, W) float32, contiguous, to logits (B, classes) float32."""
 
     @property
@@ -73,7 +73,7 @@ class Runtime(Protocol):
     def export(self, program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
         """Write FILES into the folder. May raise anything; MissingExtra where a package is missing."""
 
-    def load(self, content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+    def load(self, content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
         """Make an engine of the bytes of FILES. May raise anything; MissingExtra where a package is missing."""
 
 
@@ -96,10 +96,10 @@ class Session:
     or use it in a `with`. With `prepare` it takes whatever that makes inputs of.
     """
 
-    def __init__(self, artifact: Artifact, engine: Engine) -> None:
+    def __init__(self, artifact: Artifact, engine: RuntimeEngine) -> None:
         self.artifact = artifact
         self.prepare: Callable[[object], Floats] | None = None
-        self._engine: Engine | None = engine
+        self._engine: RuntimeEngine | None = engine
 
     @property
     def threads(self) -> int:
@@ -138,13 +138,13 @@ class Session:
     def __repr__(self) -> str:
         return f"Session({self.artifact.title}, {'closed' if self._engine is None else 'open'})"
 
-    def _open_engine(self) -> Engine:
+    def _open_engine(self) -> RuntimeEngine:
         if self._engine is None:
             raise BadArgument(f"the session of {self.artifact.title} is closed; load the artifact again")
         return self._engine
 
 
-def find_runtime(name: str) -> Runtime:
+def import_runtime(name: str) -> Runtime:
     """Import the module of a runtime, but not its vendor's package. Raises BadArgument with the nearest name."""
     if name == "eager":
         raise BadArgument(
@@ -158,39 +158,39 @@ def find_runtime(name: str) -> Runtime:
     return cast(Runtime, importlib.import_module(RUNTIMES[name]))
 
 
-def first_call(folder: str, digest: str, threads: str, batch: str) -> Callable[[], object]:
+def open_for_cold_start(folder: str, digest: str, threads: str, batch: str) -> Callable[[], object]:
     """Open an artifact for a cold-start measurement; the call that is returned answers random images (batch, C, H, W).
 
     The logits are not compared with the reference here, so that the call is the first one the engine gets; so its
-    manifest has to be the one of `digest` (`digest_manifest`), which was opened with all checks before. Numbers are
+    manifest has to be the one of `digest` (`manifest_sha256`), which was opened with all checks before. Numbers are
     text because a fresh process receives them as arguments. Raises BadArtifact for a changed file, MissingExtra.
     """
     artifact = read_manifest(Path(folder))
-    if digest_manifest(artifact) != digest:
+    if manifest_sha256(artifact) != digest:
         raise BadArtifact(f"{artifact.folder} changed while it was measured; measure it again")
-    runtime = find_runtime(artifact.runtime)
+    runtime = import_runtime(artifact.runtime)
     engine = runtime.load(read_files(artifact), precision=artifact.precision, threads=int(threads))
-    images = make_images(artifact.input_shape, num_images=int(batch))
+    images = make_reference_images(artifact.input_shape, num_images=int(batch))
     return lambda: engine(images)
 
 
 # ---------------------------------------------------------------------------------- vendors' packages
 
 
-def require(module: str, *, extra: str) -> ModuleType:
+def import_vendor_package(module: str, *, extra: str) -> ModuleType:
     """Import a vendor's module. Raises MissingExtra, with the command to type, where it cannot be imported."""
     try:
-        with quiet(), mute():  # TensorFlow's native code logs when it is imported
+        with suppress_output(), suppress_native_output():  # TensorFlow's native code logs when it is imported
             return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtra(f"the runtime {extra} needs the package {module} ({error})", extra) from error
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Suppress the warnings, log lines and prints of a converter, whose failures are exceptions anyway.
 
-    What native code writes is not suppressed (`mute` does). Not for use from several threads at once.
+    What native code writes is not suppressed (`suppress_native_output` does). Not for use from several threads at once.
     """
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -203,7 +203,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def mute() -> Iterator[None]:
+def suppress_native_output() -> Iterator[None]:
     """Suppress what native code writes to file descriptors 1 and 2 of the process, such as banners and counters."""
     with _muting, open(os.devnull, "wb") as devnull, ExitStack() as restore:
         for stream in (1, 2):
@@ -236,7 +236,7 @@ def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
-def first_line(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """Shorten an error to one line for a message: the first line of its root cause, headings left out."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -29,7 +29,7 @@ import numpy as np
 
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, quiet, require
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_output
 from onefold.runtimes.onnx import model_metadata
 from onefold.runtimes.reference_logits import Floats
 
@@ -69,7 +69,7 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
 
     (images,), _ = program.example_inputs
     image = images[:1].clone()
-    with quiet(), torch.no_grad(), TemporaryDirectory() as temporary:
+    with suppress_output(), torch.no_grad(), TemporaryDirectory() as temporary:
         single = torch.export.export(program.module(check_guards=False), (image,)).run_decompositions({})
         package = tools.convert(
             single,
@@ -89,14 +89,14 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
         (folder / FILES[0]).write_bytes(zip_mlpackage(saved))
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Unpack the package and let Core ML compile it for this Mac."""
     tools = _coremltools()
     temporary = TemporaryDirectory()
     try:
         package = Path(temporary.name) / "model.mlpackage"
         unzip_mlpackage(content[FILES[0]], package)
-        with quiet():
+        with suppress_output():
             model = tools.models.MLModel(str(package), compute_units=getattr(tools.ComputeUnit, _UNITS[precision]))
         return _CoreMl(model, temporary, threads)
     except BaseException:
@@ -182,4 +182,4 @@ def _deterministic(contents: bytes) -> bytes:
 
 
 def _coremltools() -> ModuleType:
-    return require("coremltools", extra="coreml")
+    return import_vendor_package("coremltools", extra="coreml")

@@ -23,7 +23,7 @@ from weakref import WeakSet
 import numpy as np
 
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, quiet, require
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_output
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ _LAYERS = (
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Lower the network to XNNPACK and write it. Raises RuntimeError where XNNPACK does not take one of its layers."""
-    lowering = require("executorch.exir", extra="executorch")
+    lowering = import_vendor_package("executorch.exir", extra="executorch")
     partition = _partition()
-    with quiet():
+    with suppress_output():
         lowered = lowering.to_edge_transform_and_lower(
             _with_batch_of_one(program), [_drop_no_ops_], [partition.XnnpackPartitioner()]
         )
@@ -65,10 +65,12 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
         (folder / "model.pte").write_bytes(lowered.to_executorch().buffer)
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Load the program; XNNPACK packs its weights for this CPU."""
     return _ExecuTorch(
-        require("executorch.extension.pybindings.portable_lib", extra="executorch"), content["model.pte"], threads
+        import_vendor_package("executorch.extension.pybindings.portable_lib", extra="executorch"),
+        content["model.pte"],
+        threads,
     )
 
 
@@ -97,7 +99,7 @@ class _ExecuTorch:
 
     def _load(self) -> None:
         # ExecuTorch logs the processor and the pool to sys.stderr.
-        with quiet():
+        with suppress_output():
             if self._library._threadpool_get_thread_count() != self._requested_threads:
                 for engine in list(_on_current_pool):
                     engine._unload()
@@ -200,7 +202,7 @@ def _partition() -> ModuleType:
     root = logging.root
     handlers, level = list(root.handlers), root.level
     try:
-        return require("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
+        return import_vendor_package("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)

@@ -22,9 +22,9 @@ import numpy as np
 
 from onefold.errors import BadArgument, BadArtifact, GateFailed, OnefoldError
 from onefold.runtimes.artifact import (
-    MANIFEST,
-    README,
-    REFERENCE,
+    MANIFEST_FILE,
+    README_FILE,
+    REFERENCE_FILE,
     Artifact,
     ModelInfo,
     Parity,
@@ -34,42 +34,42 @@ from onefold.runtimes.artifact import (
     render_manifest,
 )
 from onefold.runtimes.base import (
-    Engine,
     Int8Model,
     Runtime,
+    RuntimeEngine,
     Session,
-    find_runtime,
-    first_line,
+    first_error_line,
+    import_runtime,
     installed_versions,
-    quiet,
+    suppress_output,
 )
 from onefold.runtimes.readme import render_readme
 from onefold.runtimes.reference_logits import (
     Floats,
-    Reference,
-    make_images,
+    ReferenceLogits,
+    make_reference_images,
     read_reference,
     relative_difference,
     top1_agreement,
     write_reference,
 )
-from onefold.runtimes.sandbox import mark_as_opened, open_in_child_first
-from onefold.storage import replacing
+from onefold.runtimes.sandbox import mark_as_trusted, open_in_child_first
+from onefold.storage import atomic_replace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
+_Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
 
 # The largest difference from PyTorch's logits that is accepted, relative to the largest logit. int8 needs the most: two
 # roundings to nearest may fall on either side of a tie, and what differs by one step in one layer differs by several
 # some layers later. In fp32 a network that magnifies rounding, as one with freshly settled norms does, may differ by
 # ROUNDINGS times its own rounding, which the manifest keeps; but by no more than MOST_FP32, however it is edited.
 TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.1}
-ROUNDINGS, MOST_FP32 = 16, 1e-3
+_ROUNDINGS, _MOST_FP32 = 16, 1e-3
 
-DRAWN = (
+RANDOM_WEIGHTS_NOTE = (
     "Its weights are drawn at random: how much an int8 rounding moves their logits says nothing of trained weights, so "
     "that is not judged, and what int8 costs in accuracy cannot be known from them"
 )
@@ -88,13 +88,13 @@ class _Request:
     runtime: Runtime
     precision: str
     info: ModelInfo
-    reference: Reference
+    reference: ReferenceLogits
     tolerance: float
 
 
 def export(
     model: nn.Module | Int8Model,
-    example: Example,
+    example: _Example,
     folder: Path | str,
     *,
     runtime: str,
@@ -110,7 +110,7 @@ def export(
     """
     from torch import nn
 
-    runtime_module, folder = find_runtime(runtime), Path(folder)
+    runtime_module, folder = import_runtime(runtime), Path(folder)
     if precision not in runtime_module.PRECISIONS:
         reason = f": {runtime_module.REFUSES[precision]}" if precision in runtime_module.REFUSES else ""
         choices = ", ".join(runtime_module.PRECISIONS)
@@ -123,23 +123,23 @@ def export(
         network = _frozen_copy(model.model)
         form = _frozen_copy(model.graph) if runtime_module.ACCEPTS_QDQ else network
     images = _example_images(example)
-    reference = Reference(images=images, logits=_reference_logits(network, images))
+    reference = ReferenceLogits(images=images, logits=_reference_logits(network, images))
     _check_info(info, reference.logits.shape[1])
     tolerance = TOLERANCES[precision]
     if precision == "fp32":
-        tolerance = max(tolerance, float(f"{min(ROUNDINGS * _rounding(network, reference), MOST_FP32):.2g}"))
+        tolerance = max(tolerance, float(f"{min(_ROUNDINGS * _rounding(network, reference), _MOST_FP32):.2g}"))
     request = _Request(
         name=runtime, runtime=runtime_module, precision=precision, info=info, reference=reference, tolerance=tolerance
     )
     program = trace(form, _to_torch(images[:2]))
-    with replacing(folder) as temporary:
+    with atomic_replace(folder) as temporary:
         temporary.mkdir()
         _write(request, program, temporary)
     if not info.fused:
         warnings.warn(f"{info.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
     artifact = read_manifest(folder)
     if artifact.parity is not None:  # else it was not opened
-        mark_as_opened(artifact)
+        mark_as_trusted(artifact)
     return artifact
 
 
@@ -152,11 +152,11 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
     from torch.export import Dim
 
     try:
-        with quiet(), torch.no_grad():
+        with suppress_output(), torch.no_grad():
             return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
         raise BadArgument(
-            f"this network cannot be exported for any batch size: {first_line(error)}; "
+            f"this network cannot be exported for any batch size: {first_error_line(error)}; "
             "its forward may depend neither on the values of its images nor on a fixed number of them"
         ) from error
 
@@ -192,7 +192,7 @@ def open_session(artifact: Artifact, *, threads: int) -> Session:
     """Load an artifact as `load` does, in this process, whatever it may do to it."""
     runtime = _runtime_of(artifact)
     content = read_files(artifact)
-    reference = read_reference(content[REFERENCE], artifact.input_shape, artifact.num_classes)
+    reference = read_reference(content[REFERENCE_FILE], artifact.input_shape, artifact.num_classes)
     tolerance = tolerance_of(artifact)
     if reason := _unavailable(runtime):
         raise BadArgument(f"{reason}: load {artifact.folder} on such a machine, or export the model to another runtime")
@@ -203,7 +203,7 @@ def open_session(artifact: Artifact, *, threads: int) -> Session:
         raise
     except Exception as error:
         raise BadArtifact(
-            f"{artifact.runtime} cannot run {artifact.folder}: {first_line(error)}; export again"
+            f"{artifact.runtime} cannot run {artifact.folder}: {first_error_line(error)}; export again"
         ) from error
     # Written as `not <=` so that NaN fails too.
     if not difference <= tolerance:
@@ -221,7 +221,9 @@ def tolerance_of(artifact: Artifact) -> float:
         return math.inf
     if artifact.parity is None:
         return TOLERANCES[artifact.precision]
-    return min(artifact.parity.tolerance, MOST_FP32 if artifact.precision == "fp32" else TOLERANCES[artifact.precision])
+    return min(
+        artifact.parity.tolerance, _MOST_FP32 if artifact.precision == "fp32" else TOLERANCES[artifact.precision]
+    )
 
 
 def _is_drawn(precision: str, details: Mapping[str, object]) -> bool:
@@ -235,7 +237,7 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
     if parity is not None and _is_drawn(request.precision, request.info.details) and math.isfinite(parity.difference):
         if not parity.difference <= parity.tolerance:
             text = "%s: the logits of %s in int8 differ from PyTorch's by %.2g of the largest. %s"
-            _log.warning(text, request.info.model, request.name, parity.difference, DRAWN)
+            _log.warning(text, request.info.model, request.name, parity.difference, RANDOM_WEIGHTS_NOTE)
         parity = replace(parity, tolerance=max(parity.tolerance, parity.difference))
     if parity is not None and not parity.difference <= parity.tolerance:
         hint = (
@@ -247,7 +249,7 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
             f"the logits of {request.name} differ from PyTorch's by {parity.difference:.2g} of the largest, "
             f"{parity.tolerance:.2g} is allowed; no artifact was written{hint}"
         )
-    write_reference(folder / REFERENCE, request.reference)
+    write_reference(folder / REFERENCE_FILE, request.reference)
     info, images = request.info, request.reference.images
     artifact = Artifact(
         folder=folder,
@@ -269,9 +271,9 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
         files=hash_files(folder),
     )
     # The README lists the other files, and the manifest lists the README too: so they are hashed twice.
-    (folder / README).write_text(render_readme(artifact), encoding="utf-8")
+    (folder / README_FILE).write_text(render_readme(artifact), encoding="utf-8")
     manifest = render_manifest(replace(artifact, files=hash_files(folder)))
-    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
 
 
 def _convert(request: _Request, program: ExportedProgram, folder: Path) -> Parity | None:
@@ -289,10 +291,10 @@ def _convert(request: _Request, program: ExportedProgram, folder: Path) -> Parit
     except (OnefoldError, OSError):
         raise
     except Exception as error:
-        raise BadArgument(f"{request.name} cannot take this network: {first_line(error)}") from error
+        raise BadArgument(f"{request.name} cannot take this network: {first_error_line(error)}") from error
 
 
-def _measure_parity(engine: Engine, reference: Reference, tolerance: float) -> Parity:
+def _measure_parity(engine: RuntimeEngine, reference: ReferenceLogits, tolerance: float) -> Parity:
     """Compare logits for the reference batch, for one image alone, and for a batch one image larger.
 
     The other batch sizes show a converter that fixed the batch to the example's.
@@ -308,7 +310,7 @@ def _measure_parity(engine: Engine, reference: Reference, tolerance: float) -> P
     return Parity(difference=worst, top1_agreement=agreement, tolerance=tolerance, images=len(images))
 
 
-def _call_or_close(engine: Engine, images: Floats) -> Floats:
+def _call_or_close(engine: RuntimeEngine, images: Floats) -> Floats:
     """Call an engine that has no other owner yet, and close it where it fails."""
     try:
         return engine(images)
@@ -324,13 +326,13 @@ def _unavailable(runtime: Runtime) -> str | None:
 def _runtime_of(artifact: Artifact) -> Runtime:
     """Find an artifact's runtime and check that its files and precision are the runtime's. Raises BadArtifact."""
     try:
-        runtime = find_runtime(artifact.runtime)
+        runtime = import_runtime(artifact.runtime)
     except BadArgument as error:
         raise BadArtifact(f"{artifact.folder} cannot be used: {error}; or update onefold") from error
-    if set(artifact.files) - {README} != {*runtime.FILES, REFERENCE}:
+    if set(artifact.files) - {README_FILE} != {*runtime.FILES, REFERENCE_FILE}:
         raise BadArtifact(
             f"{artifact.folder} is not an artifact of {artifact.runtime}: expected {', '.join(runtime.FILES)} and "
-            f"{REFERENCE}, its manifest lists {', '.join(artifact.files)}; export the model again"
+            f"{REFERENCE_FILE}, its manifest lists {', '.join(artifact.files)}; export the model again"
         )
     if artifact.precision not in runtime.PRECISIONS:
         raise BadArtifact(f"{artifact.folder} has the unknown precision {artifact.precision!r:.80}; update onefold")
@@ -344,7 +346,8 @@ def _check_folder(folder: Path) -> None:
     if not folder.exists():
         return
     is_artifact = folder.is_dir() and all(
-        path.name in (MANIFEST, REFERENCE, README) or path.name.startswith("model.") for path in folder.iterdir()
+        path.name in (MANIFEST_FILE, REFERENCE_FILE, README_FILE) or path.name.startswith("model.")
+        for path in folder.iterdir()
     )
     if not is_artifact:
         raise BadArgument(
@@ -368,12 +371,12 @@ def _check_info(info: ModelInfo, num_classes: int) -> None:
         raise BadArgument(f"preprocessing and details must be plain mappings that JSON can hold: {error}") from error
 
 
-def _rounding(network: nn.Module, reference: Reference) -> float:
+def _rounding(network: nn.Module, reference: ReferenceLogits) -> float:
     """Give the difference of the logits from those in float64, relative to the largest; 0 where it has no float64."""
     import torch
 
     try:
-        with quiet(), torch.inference_mode():
+        with suppress_output(), torch.inference_mode():
             exact = copy.deepcopy(network).double()(_to_torch(reference.images).double()).numpy()
     except Exception:  # it makes tensors of another dtype itself: the fixed tolerance has to do
         return 0.0
@@ -387,16 +390,16 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
     if any(module.training for module in model.modules()):
         raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
-    with quiet():  # copying a traced graph warns of torch's own deprecations
+    with suppress_output():  # copying a traced graph warns of torch's own deprecations
         return copy.deepcopy(model).to("cpu", torch.float32)
 
 
-def _example_images(example: Example) -> Floats:
+def _example_images(example: _Example) -> Floats:
     """Make at least two images of the example: a single image is joined by its mirror image."""
     if isinstance(example, tuple):
         if len(example) != 3 or not all(type(size) is int and size > 0 for size in example):
             raise BadArgument(f"expected a shape of three sizes (channels, height, width), got {example!r}")
-        return make_images(example)
+        return make_reference_images(example)
     images = example if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
     if images.dtype != np.float32 or images.ndim != 4 or len(images) == 0 or not np.isfinite(images).all():
         raise BadArgument(f"expected finite float32 images (B, C, H, W), got {images.dtype} of shape {images.shape}")
@@ -419,7 +422,9 @@ def _reference_logits(network: nn.Module, images: Floats) -> Floats:
         with torch.inference_mode():
             first, second = network(x), network(x)
     except Exception as error:
-        raise BadArgument(f"the model does not take images of shape {images.shape}: {first_line(error)}") from error
+        raise BadArgument(
+            f"the model does not take images of shape {images.shape}: {first_error_line(error)}"
+        ) from error
     if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(images):
         actual = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
         raise BadArgument(f"expected a model that returns one tensor (B, classes), got {actual}")

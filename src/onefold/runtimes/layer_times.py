@@ -14,16 +14,16 @@ from typing import Protocol, cast
 
 from onefold.errors import BadArgument, BadArtifact, OnefoldError
 from onefold.runtimes.artifact import Artifact, read_files, read_manifest
-from onefold.runtimes.base import find_runtime, first_line
-from onefold.runtimes.reference_logits import Floats, make_images
+from onefold.runtimes.base import first_error_line, import_runtime
+from onefold.runtimes.reference_logits import Floats, make_reference_images
 from onefold.runtimes.sandbox import open_in_child_first
 
-PROFILED = ("onnx", "openvino")
-WARMUP = 3
+_PROFILED = ("onnx", "openvino")
+WARMUP_CALLS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class LayerTime:
     """A layer as the runtime executes it: its name, its type, and its median time in nanoseconds."""
 
     name: str
@@ -37,7 +37,7 @@ class Profile:
 
     artifact: Artifact
     calls: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerTime, ...]
 
     @property
     def ns(self) -> float:
@@ -64,7 +64,7 @@ class ProfileRequest:
 class ProfilingRuntime(Protocol):
     """The module of a runtime that measures its layers."""
 
-    def profile(self, content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[Layer]:
+    def profile(self, content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[LayerTime]:
         """Measure the layers' median times over the calls, without the first WARMUP. May raise anything."""
 
 
@@ -74,28 +74,28 @@ def profile(folder: Path | str, *, threads: int = 1, batch: int = 1, calls: int 
     Raises BadArgument where its runtime does not measure them, BadArtifact, MissingExtra.
     """
     artifact = read_manifest(Path(folder))
-    if artifact.runtime not in PROFILED:
+    if artifact.runtime not in _PROFILED:
         raise BadArgument(
-            f"{artifact.runtime} does not report the time of its layers; {' and '.join(PROFILED)} do: export to one of "
-            "them and profile that"
+            f"{artifact.runtime} does not report the time of its layers; {' and '.join(_PROFILED)} do: export to one "
+            "of them and profile that"
         )
-    runtime = cast(ProfilingRuntime, find_runtime(artifact.runtime))
+    runtime = cast(ProfilingRuntime, import_runtime(artifact.runtime))
     open_in_child_first(artifact)
-    images = make_images(artifact.input_shape, num_images=batch)
+    images = make_reference_images(artifact.input_shape, num_images=batch)
     request = ProfileRequest(images=images, calls=calls, threads=threads)
     try:
         layers = runtime.profile(read_files(artifact), request, precision=artifact.precision)
     except OnefoldError:
         raise
     except Exception as error:
-        raise BadArtifact(f"{artifact.runtime} cannot profile {artifact.folder}: {first_line(error)}") from error
+        raise BadArtifact(f"{artifact.runtime} cannot profile {artifact.folder}: {first_error_line(error)}") from error
     return Profile(artifact=artifact, calls=calls, layers=tuple(layers))
 
 
-def medians(runs: Sequence[Sequence[Layer]]) -> list[Layer]:
+def median_layer_times(runs: Sequence[Sequence[LayerTime]]) -> list[LayerTime]:
     """Merge the layers of several runs into one list with median times, in the order of their first run."""
     times: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         for layer in run:
             times.setdefault((layer.name, layer.kind), []).append(layer.ns)
-    return [Layer(name=name, kind=kind, ns=statistics.median(samples)) for (name, kind), samples in times.items()]
+    return [LayerTime(name=name, kind=kind, ns=statistics.median(samples)) for (name, kind), samples in times.items()]

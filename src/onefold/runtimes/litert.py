@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from onefold.native import is_plain, loaded
+from onefold.native import is_native_disabled, load_library
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, mute, quiet, require
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_native_output, suppress_output
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ _MAX_COMPILED_CHANNELS = 4  # MAX_CHANNELS in nchw_to_nhwc.cpp
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network, its first layer reading channels last, and write it."""
-    converter = require("litert_torch", extra="litert")
+    converter = import_vendor_package("litert_torch", extra="litert")
     import torch
 
-    with quiet(), mute():
+    with suppress_output(), suppress_native_output():
         network: Any = program.module(check_guards=False)
         quant_config = None
         if precision == "int8":
             _quantize_constant_weights_(network)
             # The quantizer only makes the converter emit integer layers; the parameters are those of the network.
-            quantizer = require("litert_torch.quantize.pt2e_quantizer", extra="litert")
-            config = require("litert_torch.quantize.quant_config", extra="litert")
+            quantizer = import_vendor_package("litert_torch.quantize.pt2e_quantizer", extra="litert")
+            config = import_vendor_package("litert_torch.quantize.quant_config", extra="litert")
             quant_config = config.QuantConfig(
                 pt2e_quantizer=quantizer.PT2EQuantizer().set_global(quantizer.get_symmetric_quantization_config())
             )
@@ -64,10 +64,10 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
         converted.export(str(folder / "model.tflite"))
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Load the network; the interpreter arranges its weights for this CPU."""
-    runtime = require("ai_edge_litert.interpreter", extra="litert")
-    with quiet(), mute():
+    runtime = import_vendor_package("ai_edge_litert.interpreter", extra="litert")
+    with suppress_output(), suppress_native_output():
         interpreter = runtime.Interpreter(model_content=content["model.tflite"], num_threads=threads)
         interpreter.allocate_tensors()
     return _LiteRt(interpreter, threads)
@@ -138,7 +138,7 @@ def _quantize_constant_weights_(network: GraphModule) -> None:
 
 def copy_channels_last(images: Floats, out: Floats) -> None:
     """Copy images (B, C, H, W) float32, contiguous, to `out` (B, H, W, C)."""
-    library = compiled()
+    library = load_native_library()
     if library is not None and images.shape[1] <= _MAX_COMPILED_CHANNELS:
         library.copy_channels_last(*_arguments(images, out))
     else:
@@ -148,7 +148,7 @@ def copy_channels_last(images: Floats, out: Floats) -> None:
 def quantize_channels_last(images: Floats, out: npt.NDArray[np.int8], scale: float, zero_point: int) -> None:
     """Quantize images (B, C, H, W) to `out` (B, H, W, C): round(images / scale) + zero_point, clamped to int8."""
     inverse, offset = np.float32(1 / scale), np.float32(zero_point)
-    library = compiled()
+    library = load_native_library()
     if library is not None and images.shape[1] <= _MAX_COMPILED_CHANNELS:
         library.quantize_channels_last(*_arguments(images, out), ctypes.c_float(inverse), ctypes.c_float(offset))
         return
@@ -170,14 +170,14 @@ def _arguments(images: Floats, out: npt.NDArray[Any]) -> tuple[object, ...]:
     return (*addresses, *map(ctypes.c_int64, (batch, channels, height * width)))
 
 
-def compiled() -> ctypes.CDLL | None:
+def load_native_library() -> ctypes.CDLL | None:
     """Load nchw_to_nhwc.cpp; None without a compiler, or with ONEFOLD_KERNELS=plain in the environment."""
-    return None if is_plain("ONEFOLD_KERNELS") else _library()
+    return None if is_native_disabled("ONEFOLD_KERNELS") else _library()
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = loaded("nchw_to_nhwc")
+    library = load_library("nchw_to_nhwc")
     if library is not None:
         library.copy_channels_last.restype = library.quantize_channels_last.restype = None
     return library

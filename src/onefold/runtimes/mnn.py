@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, mute, require
-from onefold.runtimes.onnx import convert
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_native_output
+from onefold.runtimes.onnx import convert_to_onnx
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _process_lock = Lock()
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network by way of ONNX, and write it."""
     _mnn()
-    model = convert(program, precision=precision)
+    model = convert_to_onnx(program, precision=precision)
     if precision == "fp16":
         _round_to_fp16_(model.graph)
     with TemporaryDirectory() as temporary:
@@ -62,11 +62,11 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
         (folder / FILES[0]).write_bytes(converted.read_bytes())
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Load the network; MNN arranges its weights for this CPU."""
     mnn = _mnn()
     config = {"backend": "CPU", "numThread": threads, "precision": _MODES[precision]}
-    with TemporaryDirectory() as temporary, _process_lock, mute():
+    with TemporaryDirectory() as temporary, _process_lock, suppress_native_output():
         path = Path(temporary) / FILES[0]
         path.write_bytes(content[FILES[0]])
         manager = mnn.nn.create_runtime_manager((config,))
@@ -97,7 +97,7 @@ class _Mnn:
 
 def _round_to_fp16_(graph: Any) -> None:
     """Round the weights to the nearest fp16 values: MNN's converter would truncate them."""
-    arrays = require("onnx.numpy_helper", extra="mnn")
+    arrays = import_vendor_package("onnx.numpy_helper", extra="mnn")
     for tensor in graph.initializer:
         value = arrays.to_array(tensor)
         if value.dtype == np.float32:
@@ -106,5 +106,5 @@ def _round_to_fp16_(graph: Any) -> None:
 
 def _mnn() -> ModuleType:
     """Import the package, which prints a banner."""
-    with mute():
-        return require("MNN", extra="mnn")
+    with suppress_native_output():
+        return import_vendor_package("MNN", extra="mnn")

@@ -17,7 +17,7 @@ import numpy as np
 
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, quiet, require
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_output
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ unavailable_reason = None
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network by way of a TorchScript trace, and write it."""
-    converter = require("pnnx", extra="ncnn")
+    converter = import_vendor_package("pnnx", extra="ncnn")
     import torch
 
     (images,), _ = program.example_inputs
@@ -42,7 +42,7 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
     shape = ",".join(map(str, image.shape))
     with TemporaryDirectory() as temporary:
         traced = Path(temporary) / "model.pt"
-        with quiet(), torch.no_grad():
+        with suppress_output(), torch.no_grad():
             # Exported again for one image: TorchScript traces have no dynamic batch.
             network: Any = torch.export.export(program.module(check_guards=False), (image,)).module(check_guards=False)
             torch.jit.trace(network, (image,), check_trace=False).save(traced)
@@ -54,9 +54,9 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
             (folder / name).write_bytes((Path(temporary) / name).read_bytes())
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Load the network; ncnn arranges its weights for this CPU."""
-    ncnn = require("ncnn", extra="ncnn")
+    ncnn = import_vendor_package("ncnn", extra="ncnn")
     net = ncnn.Net()
     options = net.opt
     options.num_threads = threads

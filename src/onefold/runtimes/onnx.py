@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from onefold.errors import BadArgument, BadArtifact
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, quiet, require
-from onefold.runtimes.layer_times import WARMUP, Layer, ProfileRequest, medians
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_output
+from onefold.runtimes.layer_times import WARMUP_CALLS, LayerTime, ProfileRequest, median_layer_times
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-OPSET, IR_VERSION = 20, 10
+OPSET, _IR_VERSION = 20, 10
 
 # The IR version of an opset's files, and the first ONNX Runtime that reads both: the table of its documentation.
 _OLDEST = {
@@ -46,7 +46,7 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PRECISIONS = ("fp32", "int8")
 REFUSES: Mapping[str, str] = {}
 DETAILS: Mapping[str, object] = {
-    **{"opset": OPSET, "ir_version": IR_VERSION, "needs": "ONNX Runtime >= 1.18"},
+    **{"opset": OPSET, "ir_version": _IR_VERSION, "needs": "ONNX Runtime >= 1.18"},
     **{"input": "images", "output": "logits"},
 }
 ACCEPTS_QDQ = True
@@ -61,10 +61,10 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
     """Convert the network and write it with its name, classes and preprocessing inside."""
     _onnxruntime()
     path = folder / "model.onnx"
-    write(program, path, info=info, precision=precision)
+    write_onnx(program, path, info=info, precision=precision)
     opset = info.details.get("opset", OPSET)
     if isinstance(opset, int) and opset != OPSET:
-        onnx = require("onnx", extra="onnx")
+        onnx = import_vendor_package("onnx", extra="onnx")
         try:
             older = onnx.version_converter.convert_version(onnx.load_model_from_string(path.read_bytes()), opset)
         except RuntimeError as error:  # an operation that the older opset lacks, as Gelu before 20
@@ -79,7 +79,7 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
 
 def _axes_to_attributes_(model: Any) -> None:
     """Write the axes of ReduceMean, ReduceMax, ... as attributes, as before opset 18; onnx's converter leaves them."""
-    onnx = require("onnx", extra="onnx")
+    onnx = import_vendor_package("onnx", extra="onnx")
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
@@ -102,25 +102,25 @@ def opset_details(opset: int) -> dict[str, object]:
     return {"opset": opset, "ir_version": ir_version, "needs": f"ONNX Runtime >= {oldest}"}
 
 
-def write(program: ExportedProgram, path: Path, *, info: ModelInfo, precision: str) -> None:
+def write_onnx(program: ExportedProgram, path: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network and write it, for every runtime that reads ONNX."""
-    model = convert(program, precision=precision)
+    model = convert_to_onnx(program, precision=precision)
     if precision == "int8":
         pad_input_channels_(model)
-    onnx = require("onnx", extra="onnx")
+    onnx = import_vendor_package("onnx", extra="onnx")
     model.graph.name = info.model
     onnx.helper.set_model_props(model, model_metadata(info))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 
 
-def convert(program: ExportedProgram, *, precision: str) -> Any:
+def convert_to_onnx(program: ExportedProgram, *, precision: str) -> Any:
     """Convert the network to ONNX's ModelProto; an int8 one in the QDQ form of the x86 kernels."""
-    require("onnx", extra="onnx")
-    require("onnxscript", extra="onnx")
+    import_vendor_package("onnx", extra="onnx")
+    import_vendor_package("onnxscript", extra="onnx")
     import torch
 
-    with quiet():
+    with suppress_output():
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -143,12 +143,12 @@ def convert(program: ExportedProgram, *, precision: str) -> Any:
     return model
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Load the network; ONNX Runtime optimizes it for this CPU."""
     return _Onnx(_session(content, _options(precision, threads)))
 
 
-def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[Layer]:
+def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[LayerTime]:
     """Collect the times that ONNX Runtime logs of each operation, in whole microseconds."""
     with TemporaryDirectory() as temporary:
         options = _options(precision, request.threads)
@@ -156,21 +156,21 @@ def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision:
         options.profile_file_prefix = str(Path(temporary) / "profile")
         session = _session(content, options)
         engine = _Onnx(session)
-        for _ in range(WARMUP + request.calls):
+        for _ in range(WARMUP_CALLS + request.calls):
             engine(request.images)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         engine.close()
-    samples: dict[str, list[Layer]] = {}
+    samples: dict[str, list[LayerTime]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             name, kind = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
-            samples.setdefault(name, []).append(Layer(name=name, kind=kind, ns=1e3 * event["dur"]))
-    return medians(list(zip(*(times[WARMUP:] for times in samples.values()), strict=True)))
+            samples.setdefault(name, []).append(LayerTime(name=name, kind=kind, ns=1e3 * event["dur"]))
+    return median_layer_times(list(zip(*(times[WARMUP_CALLS:] for times in samples.values()), strict=True)))
 
 
 def _session(content: Mapping[str, bytes], options: Any) -> Any:
     """Open a session, once it is certain that the network reads no other files."""
-    refuse_other_files(content["model.onnx"])
+    refuse_external_data(content["model.onnx"])
     return _onnxruntime().InferenceSession(
         content["model.onnx"],
         options,
@@ -200,7 +200,7 @@ def _sums_saturate() -> bool:
 
     It is measured: one product of matrices with the largest values is compared with the exact one.
     """
-    onnx, runtime = require("onnx", extra="onnx"), _onnxruntime()
+    onnx, runtime = import_vendor_package("onnx", extra="onnx"), _onnxruntime()
     tensor, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
     rows, columns = np.full((4, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
     product = onnx.helper.make_graph(
@@ -216,10 +216,10 @@ def _sums_saturate() -> bool:
     return bool((sums != rows.astype(np.int32) @ columns.astype(np.int32)).any())
 
 
-def refuse_other_files(model: bytes) -> None:
+def refuse_external_data(model: bytes) -> None:
     """Raise BadArtifact where a network reads weights from files beside it, whose bytes were not verified."""
-    onnx = require("onnx", extra="onnx")
-    message_type = require("google.protobuf.message", extra="onnx").Message
+    onnx = import_vendor_package("onnx", extra="onnx")
+    message_type = import_vendor_package("google.protobuf.message", extra="onnx").Message
     read = onnx.load_model_from_string(model)
     if any(tensor.data_location or tensor.external_data for tensor in _tensors(read, message_type)):
         raise BadArtifact("model.onnx reads weights from other files, which is refused; export the model again")
@@ -255,8 +255,8 @@ class _Onnx:
 def _onnxruntime() -> ModuleType:
     """Import the package with its telemetry off; the variable has an effect only before the first import."""
     if os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") == "0":
-        return require("onnxruntime", extra="onnx")
-    runtime = require("onnxruntime", extra="onnx")
+        return import_vendor_package("onnxruntime", extra="onnx")
+    runtime = import_vendor_package("onnxruntime", extra="onnx")
     runtime.disable_telemetry_events()
     return runtime
 
@@ -310,8 +310,8 @@ class _Graph:
     """
 
     def __init__(self, graph: Any) -> None:
-        self._numpy_helper = require("onnx.numpy_helper", extra="onnx")
-        self._onnx = require("onnx", extra="onnx")
+        self._numpy_helper = import_vendor_package("onnx.numpy_helper", extra="onnx")
+        self._onnx = import_vendor_package("onnx", extra="onnx")
         self._graph = graph
         self._constants: dict[str, Array] = {t.name: self._numpy_helper.to_array(t) for t in graph.initializer}
         self._producers = {output: node for node in graph.node for output in node.output}

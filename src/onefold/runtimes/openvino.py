@@ -18,9 +18,9 @@ import numpy as np
 
 from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, quiet, require
-from onefold.runtimes.layer_times import WARMUP, Layer, ProfileRequest, medians
-from onefold.runtimes.onnx import convert
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_output
+from onefold.runtimes.layer_times import WARMUP_CALLS, LayerTime, ProfileRequest, median_layer_times
+from onefold.runtimes.onnx import convert_to_onnx
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ _HINTS = {"fp32": "f32", "int8": "f32"}
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network, from PyTorch's graph or, for int8, from ONNX in QDQ form, and write it."""
     vino = _openvino()
-    with quiet():
+    with suppress_output():
         if precision == "int8":
-            model = vino.Core().read_model(convert(program, precision=precision).SerializeToString())
+            model = vino.Core().read_model(convert_to_onnx(program, precision=precision).SerializeToString())
         else:
             model = vino.convert_model(program)
         (images,), _ = program.example_inputs
@@ -53,23 +53,23 @@ def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision
         vino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Compile the network for this CPU and for the latency of single requests."""
     return _OpenVino(_compiled(content, {**_options(precision), "INFERENCE_NUM_THREADS": threads}))
 
 
-def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[Layer]:
+def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision: str) -> Sequence[LayerTime]:
     """Collect the times that OpenVINO's CPU plugin measures of each primitive, in whole microseconds."""
     options = {**_options(precision), "INFERENCE_NUM_THREADS": request.threads, "PERF_COUNT": True}
     infer_request = _compiled(content, options).create_infer_request()
     runs = []
-    for _ in range(WARMUP + request.calls):
+    for _ in range(WARMUP_CALLS + request.calls):
         infer_request.infer([request.images], share_inputs=True)
         # The status would say which layers ran, but counts those of less than a microsecond as not run.
         infos = [info for info in infer_request.profiling_info if not info.exec_type.startswith(("undef", "unknown"))]
         runs.append(
             [
-                Layer(
+                LayerTime(
                     name=info.node_name,
                     kind=f"{info.node_type} ({info.exec_type})",
                     ns=1e9 * info.real_time.total_seconds(),
@@ -77,17 +77,17 @@ def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision:
                 for info in infos
             ]
         )
-    return medians(runs[WARMUP:])
+    return median_layer_times(runs[WARMUP_CALLS:])
 
 
 @cache
-def sums_saturate() -> bool:
+def int8_sums_saturate() -> bool:
     """Whether sums of two int8 products saturate at 16 bits here, as on x86 without VNNI: a convolution tells.
 
     Where they do, weights of 7 bits (`Method.weight_qmax` of 63) keep every such sum below the limit.
     """
     vino, channels, largest = _openvino(), 64, np.float32(255)
-    with quiet():
+    with suppress_output():
         ops = vino.opset13
         images = ops.parameter([1, channels, 8, 8], np.float32)
         quantized = ops.fake_quantize(images, np.float32(0), largest, np.float32(0), largest, 256)
@@ -136,9 +136,9 @@ class _OpenVino:
 def _openvino() -> ModuleType:
     """Import the package with its telemetry hidden. Raises MissingExtra where it is not installed."""
     if "openvino" in sys.modules or _TELEMETRY in sys.modules:
-        return require("openvino", extra="openvino")
+        return import_vendor_package("openvino", extra="openvino")
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # None is how Python marks a module that cannot be imported
     try:
-        return require("openvino", extra="openvino")
+        return import_vendor_package("openvino", extra="openvino")
     finally:
         del sys.modules[_TELEMETRY]

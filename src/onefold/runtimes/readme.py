@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
-from onefold.runtimes.artifact import MANIFEST, Artifact
+from onefold.runtimes.artifact import MANIFEST_FILE, Artifact
 
 PLATFORMS: dict[str, str] = {
     "python": "Python",
@@ -84,7 +84,7 @@ _PLACEHOLDER = re.compile(r"@([a-z_.]+)@")
 
 def render_readme(artifact: Artifact) -> str:
     """Render the text of an artifact's README.md; `artifact.files` are the files beside it."""
-    preprocessing = preprocessing_of(artifact)
+    preprocessing = read_preprocessing(artifact)
     sections = [
         *_introduction(artifact),
         ("## The model", _table(_properties(artifact))),
@@ -183,7 +183,7 @@ def _output(artifact: Artifact) -> str:
     if artifact.classes is None:
         return text + "The classes have no names, only numbers."
     shown = ", ".join(f"{i} {_escaped(name)}" for i, name in enumerate(artifact.classes[:_MAX_CLASSES_SHOWN]))
-    more = f", ... (all of them in `{MANIFEST}`)" if len(artifact.classes) > _MAX_CLASSES_SHOWN else ""
+    more = f", ... (all of them in `{MANIFEST_FILE}`)" if len(artifact.classes) > _MAX_CLASSES_SHOWN else ""
     return f"{text}The classes, in their order: {shown}{more}."
 
 
@@ -211,7 +211,7 @@ def _quantization(artifact: Artifact) -> list[tuple[str, str]]:
         return []
     rows = {str(name): str(value) for name, value in quantization.items() if not isinstance(value, Mapping)}
     has_layers = isinstance(quantization.get("layers"), Mapping)
-    note = f"\n\nThe signal-to-noise ratio of each layer, in decibels, is in `{MANIFEST}`." if has_layers else ""
+    note = f"\n\nThe signal-to-noise ratio of each layer, in decibels, is in `{MANIFEST_FILE}`." if has_layers else ""
     return [("## How it was quantized", _table(rows) + note)]
 
 
@@ -240,13 +240,13 @@ def _files(artifact: Artifact) -> str:
     rows = {f"`{name}`": f"{stored.num_bytes:,} bytes" for name, stored in artifact.files.items()}
     if "`reference.npz`" in rows:
         rows["`reference.npz`"] += "; images (B, C, H, W) and PyTorch's logits for them, float32"
-    rows[f"`{MANIFEST}`"] = "all of the above for programs, and the SHA-256 of every file, including this one"
+    rows[f"`{MANIFEST_FILE}`"] = "all of the above for programs, and the SHA-256 of every file, including this one"
     return _table(rows)
 
 
 def _usage(artifact: Artifact, preprocessing: PreprocessingSpec | None) -> list[tuple[str, str]]:
     """Make one section per platform; without a complete preprocessing only Python's, which can use the reference."""
-    available = platforms_of(artifact.runtime)
+    available = list_platforms(artifact.runtime)
     chosen = available if preprocessing is not None else tuple(name for name in available if name == "python")
     if not chosen:
         return [("## Use", "`onefold predict FOLDER PHOTOS`, with the path of this folder.")]
@@ -313,7 +313,7 @@ class PreprocessingSpec:
         return round(self.size / self.crop_pct)
 
 
-def preprocessing_of(artifact: Artifact) -> PreprocessingSpec | None:
+def read_preprocessing(artifact: Artifact) -> PreprocessingSpec | None:
     """Read an artifact's preprocessing; None where it is incomplete, or does not fit the input shape."""
     stated = artifact.preprocessing
     if set(stated) - {"value_range"} != set(_VARIABLES):
@@ -342,20 +342,20 @@ def preprocessing_of(artifact: Artifact) -> PreprocessingSpec | None:
     return spec if is_valid else None
 
 
-def platforms_of(runtime: str) -> tuple[str, ...]:
+def list_platforms(runtime: str) -> tuple[str, ...]:
     """List the platforms that have a template; none for an unknown runtime."""
     return tuple(platform for platform in PLATFORMS if _template(f"{runtime}.{platform}") is not None)
 
 
 def render_code(artifact: Artifact, platform: str) -> str:
-    """Render the Markdown that shows how to use the artifact on one of the platforms of `platforms_of`."""
+    """Render the Markdown that shows how to use the artifact on one of the platforms of `list_platforms`."""
     name = f"{artifact.runtime}.{platform}"
     text = _template(f"{name}.{artifact.precision}") or _template(name)
     assert text is not None, f"there is no snippets/{name}.md"
     channels, height, width = artifact.input_shape
     modes = _MODES.get(artifact.runtime, {"": ""})
     mode = modes.get(artifact.precision, min(modes.values()))
-    preprocessing = preprocessing_of(artifact)
+    preprocessing = read_preprocessing(artifact)
     values = {
         "channels": str(channels),
         "height": str(height),

@@ -23,14 +23,14 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class ReferenceLogits:
     """Images (B, C, H, W) and the PyTorch model's logits (B, classes), float32."""
 
     images: Floats
     logits: Floats
 
 
-def make_images(shape: tuple[int, int, int], *, num_images: int = 2, seed: int = 0) -> Floats:
+def make_reference_images(shape: tuple[int, int, int], *, num_images: int = 2, seed: int = 0) -> Floats:
     """Make images (B, C, H, W) like real, normalized ones: coarse patches with fine noise, mean 0, deviation 1."""
     channels, height, width = shape
     rng = np.random.default_rng(seed)
@@ -53,12 +53,12 @@ def top1_agreement(answer: Floats, logits: Floats) -> float:
     return float((answer.argmax(axis=1) == logits.argmax(axis=1)).mean())
 
 
-def write_reference(path: Path, reference: Reference) -> None:
+def write_reference(path: Path, reference: ReferenceLogits) -> None:
     """Write the reference as an uncompressed .npz."""
     np.savez(path, images=reference.images, logits=reference.logits)
 
 
-def read_reference(data: bytes, shape: tuple[int, int, int], num_classes: int) -> Reference:
+def read_reference(data: bytes, shape: tuple[int, int, int], num_classes: int) -> ReferenceLogits:
     """Read the bytes of reference.npz. Raises BadArtifact where they do not fit this shape and number of classes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -73,7 +73,7 @@ def read_reference(data: bytes, shape: tuple[int, int, int], num_classes: int) -
         )
     if not (np.isfinite(images).all() and np.isfinite(logits).all() and logits.any()):
         raise BadArtifact("reference.npz is of no use: its numbers are not finite or all zero; export again")
-    return Reference(images=images, logits=logits)
+    return ReferenceLogits(images=images, logits=logits)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Floats:

@@ -17,18 +17,18 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from onefold.errors import BadArtifact, OnefoldError, describe_end
+from onefold.errors import BadArtifact, OnefoldError, describe_exit_status
 from onefold.runtimes.artifact import Artifact, read_manifest
-from onefold.runtimes.base import find_runtime, installed_versions
+from onefold.runtimes.base import import_runtime, installed_versions
 from onefold.storage import cache_folder
 
-LIMIT_S, LIMIT_CPU_S = 60, 20  # a busy machine may take longer than its processors do
-LIMIT_BYTES, LIMIT_TIMES = 2 << 30, 16  # of memory for its data; what an artifact of usual size may take of its own
+_LIMIT_S, _LIMIT_CPU_S = 60, 20  # a busy machine may take longer than its processors do
+_LIMIT_BYTES, _LIMIT_TIMES = 2 << 30, 16  # of memory for its data; what an artifact of usual size may take of its own
 
 _log = logging.getLogger("onefold")
 
 
-def mark_as_opened(artifact: Artifact) -> None:
+def mark_as_trusted(artifact: Artifact) -> None:
     """Remember that this artifact may be opened in this process."""
     try:
         marker = _marker(artifact)
@@ -44,15 +44,15 @@ def open_in_child_first(artifact: Artifact) -> None:
         if _marker(artifact).exists():
             return
     command = [sys.executable, "-c", "from onefold.runtimes.sandbox import main; main()"]
-    command += [str(artifact.folder), _digest(artifact), str(LIMIT_CPU_S)]
+    command += [str(artifact.folder), _digest(artifact), str(_LIMIT_CPU_S)]
     what = f"{artifact.folder} is not opened: {artifact.runtime}, in a process of its own,"
     hint = "it is damaged or forged; export the model again"
     try:
-        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False)
+        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise BadArtifact(f"{what} did not answer within {LIMIT_S} s; {hint}") from error
+        raise BadArtifact(f"{what} did not answer within {_LIMIT_S} s; {hint}") from error
     if child.returncode == 0:
-        mark_as_opened(artifact)
+        mark_as_trusted(artifact)
     elif child.returncode == BadArtifact.exit_status:
         raise BadArtifact(child.stdout.decode(errors="replace").strip().splitlines()[-1])
     elif child.returncode != _OTHER_ERROR:  # that one is raised here again, where its cause can be seen
@@ -87,7 +87,7 @@ def _limit_resources(folder: Path, cpu_s: int) -> None:
         import resource
     except ImportError:  # not on Windows
         return
-    num_bytes = LIMIT_BYTES + LIMIT_TIMES * sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    num_bytes = _LIMIT_BYTES + _LIMIT_TIMES * sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     for name, limit in (("RLIMIT_DATA", num_bytes), ("RLIMIT_CPU", cpu_s), ("RLIMIT_CORE", 0)):
         with suppress(AttributeError, OSError, ValueError):
             which = getattr(resource, name)
@@ -97,8 +97,8 @@ def _limit_resources(folder: Path, cpu_s: int) -> None:
 
 def _end_of(status: int) -> str:
     if -status == getattr(signal, "SIGXCPU", None):
-        return f"used more than {LIMIT_CPU_S} s of a processor's time"
-    return describe_end(status)
+        return f"used more than {_LIMIT_CPU_S} s of a processor's time"
+    return describe_exit_status(status)
 
 
 def _marker(artifact: Artifact) -> Path:
@@ -107,7 +107,7 @@ def _marker(artifact: Artifact) -> Path:
 
 def _digest(artifact: Artifact) -> str:
     """The SHA-256 of what an artifact makes its runtime do: its files, how they are opened, and by which versions."""
-    versions = installed_versions(("onefold", *find_runtime(artifact.runtime).PACKAGES))
+    versions = installed_versions(("onefold", *import_runtime(artifact.runtime).PACKAGES))
     files = {name: stored.sha256 for name, stored in sorted(artifact.files.items())}
     what = [artifact.runtime, artifact.precision, artifact.input_shape, files, versions]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine, mute, quiet, require
-from onefold.runtimes.onnx import refuse_other_files, write
+from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_native_output, suppress_output
+from onefold.runtimes.onnx import refuse_external_data, write_onnx
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -43,21 +43,23 @@ def unavailable_reason() -> str | None:
     """Explain why TensorRT cannot run here; None where PyTorch finds a GPU."""
     import torch
 
-    with quiet():
+    with suppress_output():
         has_gpu = torch.cuda.is_available()
     return None if has_gpu else "TensorRT runs on an NVIDIA GPU, and PyTorch finds none on this machine"
 
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
-    write(_to_fp16(program) if precision == "fp16" else program, folder / "model.onnx", info=info, precision=precision)
+    write_onnx(
+        _to_fp16(program) if precision == "fp16" else program, folder / "model.onnx", info=info, precision=precision
+    )
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Build an engine for this GPU, which takes a while."""
-    tensorrt = require("tensorrt", extra="tensorrt")
-    refuse_other_files(content["model.onnx"])
-    with mute():
+    tensorrt = import_vendor_package("tensorrt", extra="tensorrt")
+    refuse_external_data(content["model.onnx"])
+    with suppress_native_output():
         runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(_build(tensorrt, content["model.onnx"]))
     if engine is None:
@@ -139,5 +141,5 @@ def _to_fp16(program: ExportedProgram) -> ExportedProgram:
             return logits.float()
 
     (images,), _ = program.example_inputs
-    with quiet(), torch.no_grad():
+    with suppress_output(), torch.no_grad():
         return torch.export.export(Half(), (images,), dynamic_shapes=({0: Dim("batch")},))

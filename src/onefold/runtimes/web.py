@@ -23,8 +23,8 @@ import numpy as np
 
 from onefold.errors import LostWorker, MissingExtra
 from onefold.runtimes.artifact import ModelInfo
-from onefold.runtimes.base import Engine
-from onefold.runtimes.onnx import write
+from onefold.runtimes.base import RuntimeEngine
+from onefold.runtimes.onnx import write_onnx
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ _TIMEOUT_S = 5.0  # for the process to end by itself
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
     """Convert the network and write it with its name, classes and preprocessing inside."""
-    write(program, folder / "model.onnx", info=info, precision=precision)
+    write_onnx(program, folder / "model.onnx", info=info, precision=precision)
 
 
-def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> Engine:
+def load(content: Mapping[str, bytes], *, precision: str, threads: int) -> RuntimeEngine:
     """Start a process of Node.js with the network. Raises MissingExtra where Node.js or the package is missing."""
     node = shutil.which("node")
     if node is None:

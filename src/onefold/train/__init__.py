@@ -6,11 +6,11 @@ from onefold.train.checkpoint import Checkpoint as Checkpoint
 from onefold.train.checkpoint import Position as Position
 from onefold.train.checkpoint import RunFolder as RunFolder
 from onefold.train.distributed import World as World
-from onefold.train.distributed import import_ahead as import_ahead
+from onefold.train.distributed import import_training_modules as import_training_modules
+from onefold.train.distributed import init_world as init_world
 from onefold.train.distributed import is_restarted as is_restarted
-from onefold.train.distributed import start_world as start_world
 from onefold.train.evaluate import Accuracy as Accuracy
-from onefold.train.evaluate import accuracy as accuracy
+from onefold.train.evaluate import compute_accuracy as compute_accuracy
 from onefold.train.evaluate import fit_linear_probe as fit_linear_probe
 from onefold.train.hyperparameters import SGD as SGD
 from onefold.train.hyperparameters import AdamW as AdamW
@@ -26,9 +26,9 @@ from onefold.train.loggers import open_loggers as open_loggers
 from onefold.train.logical_workers import Batches as Batches
 from onefold.train.logical_workers import local_workers as local_workers
 from onefold.train.logical_workers import worker_batches as worker_batches
-from onefold.train.loop import Run as Run
+from onefold.train.loop import RunOptions as RunOptions
 from onefold.train.loop import train as train
-from onefold.train.optim import NORMS as NORMS
+from onefold.train.optim import NORM_LAYERS as NORM_LAYERS
 from onefold.train.optim import decay_groups as decay_groups
 from onefold.train.optim import frozen_modules as frozen_modules
 from onefold.train.optim import learning_rate as learning_rate

@@ -45,7 +45,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from onefold.checksums import copy_sealed, seal, sealed_safetensors, unseal
+from onefold.checksums import copy_sealed_folder, read_sealed_folder, sealed_safetensors, write_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, NotWritable, RunBusy
 from onefold.storage import parse_json
 from onefold.train.hyperparameters import Plan
@@ -160,7 +160,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 _log = logging.getLogger(__name__)
 
-WEIGHTS, AVERAGE, STATE, PROGRESS = "model.safetensors", "ema.safetensors", "state.safetensors", "progress.json"
+WEIGHTS_FILE, _AVERAGE, _STATE, PROGRESS_FILE = (
+    "model.safetensors",
+    "ema.safetensors",
+    "state.safetensors",
+    "progress.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +231,8 @@ class Checkpoint:
         Raises NotWritable where there is no room; one of the two then is what `last/` was.
         """
         try:
-            copy_sealed(folder.last, folder.previous)
-            seal(folder.last, self._contents(metadata))
+            copy_sealed_folder(folder.last, folder.previous)
+            write_sealed_folder(folder.last, self._contents(metadata))
         except NotWritable as error:
             kept = "; the checkpoint before it is kept: resume when there is room" if folder.has_run else ""
             raise NotWritable(f"{error}{kept}") from error
@@ -240,7 +245,7 @@ class Checkpoint:
             if not sealed.exists():
                 continue
             try:
-                return cls._from_contents(unseal(sealed), sealed)
+                return cls._from_contents(read_sealed_folder(sealed), sealed)
             except BadCheckpoint as error:
                 faults.append(str(error))
                 _log.warning("%s; looking for the checkpoint before it", error)
@@ -266,21 +271,21 @@ class Checkpoint:
             "log_sha256": self.log_sha256,
             "settings": dict(self.settings),
         }
-        weights = {WEIGHTS: self.weights, **({AVERAGE: self.average} if self.average else {})}
+        weights = {WEIGHTS_FILE: self.weights, **({_AVERAGE: self.average} if self.average else {})}
         contents = {name: _weights_file(tensors, metadata) for name, tensors in weights.items()}
-        contents[STATE] = save_tensors(state)
-        contents[PROGRESS] = json.dumps(progress, indent=1).encode()
+        contents[_STATE] = save_tensors(state)
+        contents[PROGRESS_FILE] = json.dumps(progress, indent=1).encode()
         return contents
 
     @classmethod
     def _from_contents(cls, contents: Mapping[str, bytes], folder: Path) -> Checkpoint:
         try:
-            progress = parse_json(contents[PROGRESS])
-            state = load_tensors(contents[STATE])
+            progress = parse_json(contents[PROGRESS_FILE])
+            state = load_tensors(contents[_STATE])
             randomness = RandomState(tensors=_without_prefix(state, "randomness/"), numbers=progress.pop("randomness"))
             return cls(
-                weights=load_tensors(contents[WEIGHTS]),
-                average=load_tensors(contents[AVERAGE]) if AVERAGE in contents else {},
+                weights=load_tensors(contents[WEIGHTS_FILE]),
+                average=load_tensors(contents[_AVERAGE]) if _AVERAGE in contents else {},
                 optimizer=_without_prefix(state, "optimizer/"),
                 randomness=randomness,
                 plan=Plan.from_dict(progress.pop("plan")),
@@ -296,7 +301,7 @@ def save_best(
 ) -> None:
     """Make `weights`, under `metadata`, the folder's `best/model.safetensors`, with its metrics beside it."""
     table = json.dumps(dict(metrics), indent=1).encode()
-    seal(folder.best, {WEIGHTS: _weights_file(weights, metadata), "metrics.json": table})
+    write_sealed_folder(folder.best, {WEIGHTS_FILE: _weights_file(weights, metadata), "metrics.json": table})
 
 
 def _weights_file(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -311,9 +316,9 @@ def load_for_resume(folder: RunFolder) -> Checkpoint:
     """
     checkpoint = Checkpoint.load(folder.path)
     try:
-        unseal(folder.last)
+        read_sealed_folder(folder.last)
     except BadCheckpoint:
-        copy_sealed(folder.previous, folder.last)
+        copy_sealed_folder(folder.previous, folder.last)
     return checkpoint
 
 

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onefold.errors import BadArgument, LostWorker, OnefoldError, Stopped
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SI
 _REPEAT_SECONDS = 0.5  # within which a second signal is the same request, sent by the terminal and a job system both
 _RELAY_SECONDS = 0.2
 
-ORPHAN_GRACE_SECONDS = 8.0
+_ORPHAN_GRACE_SECONDS = 8.0
 """How long a process has, once its launcher is gone, to save and end by itself."""
 
 
@@ -75,7 +75,7 @@ class World:
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return int(box.item())
 
-    def all_gather(self, value: T) -> list[T]:
+    def all_gather(self, value: _T) -> list[_T]:
         """Give the `value` of every process, by rank, on all of them; pickled, as between these processes alone."""
         if self.size == 1:
             return [value]
@@ -84,7 +84,7 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: _T) -> _T:
         """Give rank 0's `value`, on all processes."""
         if self.size == 1:
             return value
@@ -114,7 +114,7 @@ class World:
                 where = f"process {rank + 1} of {self.size}: "
                 raise other if isinstance(other, Interrupted) or not rank else type(other)(f"{where}{other}")
 
-    def first(self, make: Callable[[], T]) -> T:
+    def first(self, make: Callable[[], _T]) -> _T:
         """Call `make` on rank 0 alone, and give on all processes what it gives; its error is raised on all."""
         answer: Any = None
         with self.agree():
@@ -152,7 +152,7 @@ class World:
 
 
 @contextmanager
-def start_world(device: str = "auto") -> Iterator[World]:
+def init_world(device: str = "auto") -> Iterator[World]:
     """Join the processes that a launcher started (RANK, WORLD_SIZE, LOCAL_RANK, ...), or be a world of one.
 
     `device` is "auto" (the GPU if there is one), "cpu" or "cuda"; processes communicate through nccl on GPUs and gloo
@@ -202,7 +202,7 @@ def process_group(backend: str, init_method: str = "env://", **place: int) -> It
         dist.destroy_process_group()
 
 
-def import_ahead() -> None:
+def import_training_modules() -> None:
     """Import what a first step would: torch imports two seconds' worth of itself when an optimizer is made."""
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
@@ -244,7 +244,7 @@ def lost_worker_errors(*, in_model: bool = False) -> Iterator[None]:
         ) from error
 
 
-def signal_at_death_of(launcher: int) -> bool:
+def terminate_with_parent(launcher: int) -> bool:
     """Ask the kernel for a SIGTERM when the process that started this one ends; whether it can (Linux can)."""
     if sys.platform != "linux" or os.getppid() != launcher:
         return False
@@ -258,7 +258,7 @@ def _exit_with_launcher() -> None:
     torchrun's workers otherwise outlive an agent that was killed, and go on writing beside their successors.
     """
     launcher = int(os.environ.get("ONEFOLD_LAUNCHER", os.getppid()))
-    kernel_signals = signal_at_death_of(launcher)
+    kernel_signals = terminate_with_parent(launcher)
 
     def watch() -> None:
         # The launcher may have been gone before prctl, and other systems have no such signal: so it is polled too.
@@ -266,7 +266,7 @@ def _exit_with_launcher() -> None:
             time.sleep(0.5)
         if not kernel_signals:
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_GRACE_SECONDS)
+        time.sleep(_ORPHAN_GRACE_SECONDS)
         os._exit(LostWorker.exit_status)  # in a collective with another orphan, or in one long evaluation
 
     threading.Thread(target=watch, daemon=True, name="onefold-orphan").start()

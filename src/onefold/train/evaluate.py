@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from onefold.accuracy_intervals import wilson_interval
 from onefold.errors import BadArgument, BadData
 
-Floats = NDArray[np.float32]
-Session = Callable[[Floats], NDArray[np.floating[Any]]]
+_Floats = NDArray[np.float32]
+_Session = Callable[[_Floats], NDArray[np.floating[Any]]]
 
-BINS = 15
+NUM_BINS = 15
 _NO_IMAGE = "there is no image to evaluate on: the batches are empty"
 
 
@@ -44,8 +44,8 @@ class Accuracy:
     `loss` is the mean cross-entropy in nats. `confusion[label, predicted]` counts images, int64 (C, C);
     `per_class` (C,) is the top-1 of each label's images, NaN where it has none. Logits that are not finite are a wrong
     prediction and count for no class in `confusion`. `ece` is the expected calibration error in percent: the distance
-    of accuracy and mean confidence (greatest softmax probability) in `BINS` bins of equal width, each with its right
-    end, weighted by their images (Guo et al., arXiv 1706.04599, eq. 3); logits that are not finite are in no bin.
+    of accuracy and mean confidence (greatest softmax probability) in `NUM_BINS` bins of equal width, each with its
+    right end, weighted by their images (Guo et al., arXiv 1706.04599, eq. 3); logits that are not finite are in no bin.
     `predictions` has one entry per image. `logits` (N, C) and `labels` (N,) are kept where asked for.
     """
 
@@ -57,7 +57,7 @@ class Accuracy:
     predictions: Predictions = field(repr=False)
     per_class: NDArray[np.float64] = field(repr=False)
     confusion: NDArray[np.int64] = field(repr=False)
-    logits: Floats | None = field(default=None, repr=False)
+    logits: _Floats | None = field(default=None, repr=False)
     labels: NDArray[np.int64] | None = field(default=None, repr=False)
 
     @property
@@ -70,8 +70,8 @@ class Accuracy:
         return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss, "ece": self.ece}
 
 
-def accuracy(
-    predict: nn.Module | Session, batches: Iterable[tuple[Tensor, Tensor]], *, keep_logits: bool = False
+def compute_accuracy(
+    predict: nn.Module | _Session, batches: Iterable[tuple[Tensor, Tensor]], *, keep_logits: bool = False
 ) -> Accuracy:
     """Evaluate `predict` on pairs of images (B, C_in, H, W) float32 and labels (B,) of classes.
 
@@ -80,7 +80,7 @@ def accuracy(
     there is no image.
     """
     parts: list[Predictions] = []
-    kept: list[Floats] = []
+    kept: list[_Floats] = []
     num_classes = 0
     for logits, part in _predict(predict, batches):
         parts.append(part)
@@ -92,12 +92,12 @@ def accuracy(
     return _summary(_concatenate(parts), num_classes, np.concatenate(kept) if keep_logits else None)
 
 
-def predict_batches(predict: nn.Module | Session, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Predictions]:
-    """Give the predictions for each batch: the share of one process, which `merge_shares` puts together."""
+def predict_batches(predict: nn.Module | _Session, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Predictions]:
+    """Give the predictions for each batch: the share of one process, which `merge_worker_predictions` puts together."""
     return [part for _, part in _predict(predict, batches)]
 
 
-def merge_shares(shares: Sequence[Sequence[Predictions]], num_classes: int) -> Accuracy:
+def merge_worker_predictions(shares: Sequence[Sequence[Predictions]], num_classes: int) -> Accuracy:
     """Give the accuracy on all images, where of N shares share i has batches i, i + N, i + 2N ... of the dataset.
 
     The predictions are put in the dataset's order, so that all sums are those of one process to the bit, as long as
@@ -110,33 +110,33 @@ def merge_shares(shares: Sequence[Sequence[Predictions]], num_classes: int) -> A
 
 
 def _predict(
-    predict: nn.Module | Session, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Floats, Predictions]]:
+    predict: nn.Module | _Session, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[_Floats, Predictions]]:
     session = _module_session(predict) if isinstance(predict, nn.Module) else predict
     for images, labels in batches:
         logits = np.asarray(session(np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32)), dtype=np.float32)
         yield logits, _predictions(logits, labels.cpu().numpy().astype(np.int64))
 
 
-def merge(scores: Sequence[Accuracy]) -> Accuracy:
+def merge_accuracies(scores: Sequence[Accuracy]) -> Accuracy:
     """Give the accuracy on the images of all `scores`, which are of the same classes."""
     return _summary(_concatenate([score.predictions for score in scores]), len(scores[0].per_class), None)
 
 
-def _module_session(model: nn.Module) -> Session:
+def _module_session(model: nn.Module) -> _Session:
     if model.training:
         raise BadArgument("accuracy needs the model in eval mode: call model.eval() first")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def session(images: Floats) -> Floats:
+    def session(images: _Floats) -> _Floats:
         with torch.inference_mode():
-            logits: Floats = model(torch.from_numpy(images).to(device)).float().cpu().numpy()
+            logits: _Floats = model(torch.from_numpy(images).to(device)).float().cpu().numpy()
         return logits
 
     return session
 
 
-def _predictions(logits: Floats, labels: NDArray[np.int64]) -> Predictions:
+def _predictions(logits: _Floats, labels: NDArray[np.int64]) -> Predictions:
     count, num_classes = logits.shape
     if len(labels) != count or (count and not 0 <= labels.min() <= labels.max() < num_classes):
         raise BadArgument(
@@ -164,7 +164,7 @@ def _concatenate(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _summary(predictions: Predictions, num_classes: int, logits: Floats | None) -> Accuracy:
+def _summary(predictions: Predictions, num_classes: int, logits: _Floats | None) -> Accuracy:
     labels, predicted = predictions.labels, predictions.predicted
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(confusion, (labels[predicted >= 0], predicted[predicted >= 0]), 1)
@@ -191,8 +191,8 @@ def calibration_error(confidences: NDArray[np.float64], is_right: NDArray[np.boo
     if not known.any():
         return math.nan
     finite, right = confidences[known], is_right[known]
-    bins = np.clip(np.ceil(finite * BINS).astype(np.int64) - 1, 0, BINS - 1)
-    gaps = np.bincount(bins, weights=right - finite, minlength=BINS)  # already weighted by the images of each bin
+    bins = np.clip(np.ceil(finite * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    gaps = np.bincount(bins, weights=right - finite, minlength=NUM_BINS)  # already weighted by the images of each bin
     return 100.0 * float(np.abs(gaps).sum() / len(finite))
 
 

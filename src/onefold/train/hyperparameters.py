@@ -1,7 +1,8 @@
 """Plan: everything that decides what a training computes, as one frozen value.
 
 Two runs with equal plans on equal data, from equal weights, on one thread, end in equal bits. What does not change
-the result (the folder, a callback) is not here; see `loop.Run`. No paper's number is a default: recipes state them.
+the result (the folder, a callback) is not here; see `loop.RunOptions`. No paper's number is a default: recipes state
+them.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from onefold.config import Duration, Epochs, Range, Steps, check, from_dict, to_dict
+from onefold.config import Duration, Epochs, Range, Steps, check_fields, from_dict, to_dict
 from onefold.errors import BadArgument
 
-LearningRate = Annotated[float, Range(0.0, 1000.0)]
-Fraction = Annotated[float, Range(0.0, 1.0)]
-Epsilon = Annotated[float, Range(0.0, 1.0)]
+_LearningRate = Annotated[float, Range(0.0, 1000.0)]
+_Fraction = Annotated[float, Range(0.0, 1.0)]
+_Epsilon = Annotated[float, Range(0.0, 1.0)]
 
 ParameterKind = Literal["norm", "bias", "vector", "depthwise"]
 
-NO_WARMUP = Steps(0)
+_NO_WARMUP = Steps(0)
 
-RESUMABLE = ("workers", "checkpoint_every")
+CHANGEABLE_ON_RESUME = ("workers", "checkpoint_every")
 """The fields that change no result, and so may differ between a run and its resume."""
 
 
@@ -29,12 +30,12 @@ RESUMABLE = ("workers", "checkpoint_every")
 class SGD:
     """Stochastic gradient descent; the weight decay is added to the gradient."""
 
-    lr: LearningRate
-    momentum: Fraction = 0.0
+    lr: _LearningRate
+    momentum: _Fraction = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        check(self, "plan.optimizer")
+        check_fields(self, "plan.optimizer")
         if self.nesterov and not self.momentum:
             raise BadArgument("plan.optimizer.nesterov needs a plan.optimizer.momentum above 0, not 0")
 
@@ -43,48 +44,48 @@ class SGD:
 class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101): a step shrinks a weight by lr * decay."""
 
-    lr: LearningRate
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Epsilon = 1e-8
+    lr: _LearningRate
+    betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
+    eps: _Epsilon = 1e-8
 
     def __post_init__(self) -> None:
-        check(self, "plan.optimizer")
+        check_fields(self, "plan.optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMSprop:
     """RMSprop as torch computes it: eps is added after the root; the weight decay is added to the gradient."""
 
-    lr: LearningRate
-    alpha: Fraction = 0.99
-    eps: Epsilon = 1e-8
-    momentum: Fraction = 0.0
+    lr: _LearningRate
+    alpha: _Fraction = 0.99
+    eps: _Epsilon = 1e-8
+    momentum: _Fraction = 0.0
 
     def __post_init__(self) -> None:
-        check(self, "plan.optimizer")
+        check_fields(self, "plan.optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
     """From the optimizer's lr to `final` on half a cosine, after a linear warm-up that starts at `warmup_from`."""
 
-    final: LearningRate = 0.0
-    warmup: Duration = NO_WARMUP
-    warmup_from: LearningRate = 0.0
+    final: _LearningRate = 0.0
+    warmup: Duration = _NO_WARMUP
+    warmup_from: _LearningRate = 0.0
 
     def __post_init__(self) -> None:
-        check(self, "plan.schedule")
+        check_fields(self, "plan.schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential:
     """The optimizer's lr times `factor` after every `every`, as a step function."""
 
-    factor: Fraction
+    factor: _Fraction
     every: Duration
 
     def __post_init__(self) -> None:
-        check(self, "plan.schedule")
+        check_fields(self, "plan.schedule")
         if not self.every.count:
             raise BadArgument(f"plan.schedule.every must be longer than nothing, not {self.every}")
 
@@ -99,23 +100,23 @@ class WeightDecay:
     "vector" all of one dimension or none, "depthwise" kernels with one input channel per group. () decays all.
     """
 
-    start: LearningRate = 0.0
-    final: LearningRate | None = None
+    start: _LearningRate = 0.0
+    final: _LearningRate | None = None
     skip: tuple[ParameterKind, ...] = ()
 
     def __post_init__(self) -> None:
-        check(self, "plan.weight_decay")
+        check_fields(self, "plan.weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
     """An exponential moving average of the weights; with `warmup`, the decay starts low: (1 + t) / (10 + t)."""
 
-    decay: Fraction
+    decay: _Fraction
     warmup: bool = False
 
     def __post_init__(self) -> None:
-        check(self, "plan.ema")
+        check_fields(self, "plan.ema")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class Distill:
     weight: Annotated[float, Range(0.0, 1.0)]
 
     def __post_init__(self) -> None:
-        check(self, "plan.distill")
+        check_fields(self, "plan.distill")
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -162,10 +163,10 @@ class Plan:
     optimizer: SGD | AdamW | RMSprop
     schedule: Cosine | Exponential = Cosine()
     weight_decay: WeightDecay = WeightDecay()
-    label_smoothing: Fraction = 0.0
+    label_smoothing: _Fraction = 0.0
     distill: Distill | None = None
     freeze: tuple[str, ...] = ()
-    layer_decay: Fraction = 1.0
+    layer_decay: _Fraction = 1.0
     ema: Ema | None = None
     clip_grad_norm: Annotated[float, Range(1e-12, 1e12)] | None = None
     amp: Literal["off", "auto", "bf16", "fp16"] = "off"
@@ -178,7 +179,7 @@ class Plan:
     checkpoint_every: Duration | None = None
 
     def __post_init__(self) -> None:
-        check(self, "plan")
+        check_fields(self, "plan")
         if self.batch_size % self.accumulate:
             raise BadArgument(
                 f"plan.accumulate must divide plan.batch_size, but {self.accumulate} does not divide {self.batch_size}"
@@ -217,4 +218,4 @@ class Plan:
     def differences(self, other: Plan) -> list[str]:
         """Say `field: before -> after` for each field in which two plans would compute something else."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b and name not in RESUMABLE]
+        return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b and name not in CHANGEABLE_ON_RESUME]

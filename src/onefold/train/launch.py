@@ -26,9 +26,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
-from onefold.errors import BadArgument, LostWorker, Stopped, describe_end
-from onefold.system_resources import available
-from onefold.train.distributed import STOP_SIGNALS, StopSignals, signal_at_death_of
+from onefold.errors import BadArgument, LostWorker, Stopped, describe_exit_status
+from onefold.system_resources import available_threads
+from onefold.train.distributed import STOP_SIGNALS, StopSignals, terminate_with_parent
 
 _log = logging.getLogger("onefold.launch")
 
@@ -81,7 +81,7 @@ class _ProcessGroup:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, available() // processes)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, available_threads() // processes)))
         # Those of torchrun, so that a process need not know which of the two has started it.
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
         variables |= {"OMP_NUM_THREADS": threads, "TORCHELASTIC_RESTART_COUNT": str(restarts)}
@@ -162,7 +162,7 @@ class _ProcessGroup:
             raise Stopped(f"stopped by {self._signals.received} while no step was under way: resume, or start again")
         rank = next((rank for rank, status in failed.items() if status < 0), min(failed))
         status = failed[rank]
-        return LostWorker.exit_status, f"process {rank + 1} of {len(statuses)} {describe_end(status)}"
+        return LostWorker.exit_status, f"process {rank + 1} of {len(statuses)} {describe_exit_status(status)}"
 
     def _poll(self, options: int = os.WNOHANG) -> list[int | None]:
         """Give the exit statuses so far; that of a process killed by a signal is negative."""
@@ -192,7 +192,7 @@ def _run_forked(
     status = 70
     try:
         os.setsid()
-        if not signal_at_death_of(launcher):
+        if not terminate_with_parent(launcher):
             os._exit(LostWorker.exit_status)  # it is gone already
         signals.restore_handlers()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

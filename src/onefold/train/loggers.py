@@ -86,7 +86,7 @@ def memory_in_use(device: torch.device) -> int:
     return 0
 
 
-SERVICES = ("wandb", "trackio")
+_SERVICES = ("wandb", "trackio")
 """The services that `--log-to` names."""
 
 _POINTS_PER_EPOCH = 50
@@ -108,8 +108,8 @@ class Logger(Protocol):
 def check_services(names: Sequence[str]) -> None:
     """Raise BadArgument for a service that is not known, MissingExtra for one that is not installed."""
     for name in names:
-        if name not in SERVICES:
-            raise BadArgument(f"--log-to takes {' and '.join(SERVICES)}, not {name!r}; TensorBoard needs no option")
+        if name not in _SERVICES:
+            raise BadArgument(f"--log-to takes {' and '.join(_SERVICES)}, not {name!r}; TensorBoard needs no option")
         if importlib.util.find_spec(name) is None:
             raise MissingExtra(f"--log-to {name} needs {name}", name)
 
@@ -135,7 +135,7 @@ def open_loggers(
         def callback(progress: Progress) -> None:
             if on_progress:
                 on_progress(progress)
-            values = scalars(progress) if loggers else {}
+            values = progress_scalars(progress) if loggers else {}
             for logger in list(loggers) if values else ():
                 if not _succeeds(logger, logger.log, progress, values):
                     loggers.remove(logger)
@@ -143,7 +143,7 @@ def open_loggers(
         yield callback
 
 
-def scalars(progress: Progress) -> dict[str, float]:
+def progress_scalars(progress: Progress) -> dict[str, float]:
     """Give the values to log: all of an evaluation, and of some fifty steps per epoch, chosen by the step alone."""
     if progress.is_evaluation:
         metrics = {f"eval/{name}": value for name, value in progress.metrics.items()}

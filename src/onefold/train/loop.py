@@ -30,7 +30,7 @@ _EVALUATION = 2**31  # stands for the step in the seed of an epoch's evaluation;
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunOptions:
     """The surroundings of a training, which do not change what it computes.
 
     `evaluate` is given a copy of the averaged network, in eval mode, after each epoch, and gives its metrics; "top1"
@@ -53,7 +53,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train(model: nn.Module, batches: Batches, plan: Plan, run: Run) -> Checkpoint:
+def train(model: nn.Module, batches: Batches, plan: Plan, run: RunOptions) -> Checkpoint:
     """Train `model`, in place, as `plan` says, and return the run's last checkpoint.
 
     The run folder then holds `best/model.safetensors` (averaged weights), `last/` and `log.jsonl`. A run that is
@@ -96,7 +96,7 @@ class _Trainer:
         model: nn.Module,
         batches: Batches,
         plan: Plan,
-        run: Run,
+        run: RunOptions,
         services: tuple[BackgroundWriter, StopSignals],
     ) -> None:
         if len(batches) < 1:

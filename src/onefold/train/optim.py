@@ -94,7 +94,7 @@ def _kinds(module: nn.Module, name: str, parameter: Tensor) -> set[str]:
 def create_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
     """Give the plan's optimizer over the trainable parameters of `model`, grouped by decay and scale of the rate."""
     named = dict(model.named_parameters())
-    scales = lr_scales(model, plan.layer_decay)
+    scales = layer_lr_scales(model, plan.layer_decay)
     parts: dict[tuple[bool, float], list[Tensor]] = {}
     for kind, names in decay_groups(model, plan.weight_decay.skip).items():
         for name in names:
@@ -110,7 +110,7 @@ def create_optimizer(model: nn.Module, plan: Plan) -> Optimizer:
     return torch.optim.RMSprop(groups, lr=rule.lr, alpha=rule.alpha, eps=rule.eps, momentum=rule.momentum)
 
 
-def set_rates_(optimizer: Optimizer, lr: float, decay: float) -> None:
+def set_lr_and_decay_(optimizer: Optimizer, lr: float, decay: float) -> None:
     """Set the learning rate and weight decay of one step in the optimizer's groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
@@ -134,7 +134,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     }
 
 
-def load_optimizer_(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors_(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put the tensors of `optimizer_tensors` back; raises BadCheckpoint for a parameter the model does not have."""
     named = dict(model.named_parameters())
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
@@ -179,7 +179,7 @@ class ModelEma:
 
 # ---------------------------------------------------------------- frozen modules, layer-wise rates
 
-NORMS = "norms"
+NORM_LAYERS = "norms"
 """In `Plan.freeze`: every BatchNorm of the network, its statistics, weight and bias."""
 
 
@@ -208,18 +208,22 @@ def frozen_modules(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     known = dict(model.named_modules())
     modules: list[nn.Module] = []
     for name in names:
-        if name == NORMS:
+        if name == NORM_LAYERS:
             modules += [module for module in known.values() if isinstance(module, _NormBase)]
         elif name and name in known:
             modules.append(known[name])
         else:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(levels(model))}, {NORMS}"
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"there are {', '.join(layer_levels(model))}, {NORM_LAYERS}"
+            )
             raise BadArgument(f"plan.freeze names {name!r}, which this network does not have: {hint}")
     return modules
 
 
-def levels(model: nn.Module) -> list[str]:
+def layer_levels(model: nn.Module) -> list[str]:
     """Give the paths of a network's levels, from the input to the head."""
     paths: list[str] = []
     for name, child in model.named_children():
@@ -233,13 +237,13 @@ def _is_trained(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+def layer_lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """Give by parameter name the factor of its learning rate, layer_decay ** (levels above it).
 
     1 at the last level, layer_decay at the one before; a parameter of the network itself is at the first level.
     Source: discriminative fine-tuning, arXiv 1801.06146, section 3.2, as later papers apply it by block.
     """
-    paths = levels(model)
+    paths = layer_levels(model)
     scales: dict[str, float] = {}
     for name, _ in model.named_parameters():
         at = next((i for i, path in enumerate(paths) if name == path or name.startswith(f"{path}.")), 0)

@@ -29,9 +29,9 @@ from onefold.train.optim import (
     create_optimizer,
     freeze_,
     learning_rate,
-    load_optimizer_,
+    load_optimizer_tensors_,
     optimizer_tensors,
-    set_rates_,
+    set_lr_and_decay_,
     train_mode_,
     weight_decay,
 )
@@ -133,7 +133,7 @@ class TrainState:
         image, since none could be read, the weights stay as they are, and the loss is NaN. Raises
         NonFiniteLoss, with the weights as they were, where the loss or its gradient is not finite.
         """
-        set_rates_(self.optimizer, *self.lr_and_decay(self.position.global_step))
+        set_lr_and_decay_(self.optimizer, *self.lr_and_decay(self.position.global_step))
         if self.reducer:
             loss, count, self.flagged = self._backward_workers(micro_batches, flag)
         else:
@@ -208,7 +208,7 @@ class TrainState:
         if len(images) == 1:
             shape = tuple(images.shape[1:])
             if shape not in self._lone_norms:
-                self._lone_norms[shape] = norms_of_one_value(self.model, images)
+                self._lone_norms[shape] = norms_with_single_value(self.model, images)
                 if self._lone_norms[shape]:
                     _log.warning(
                         "a batch has one image, of which %d norms see one value a channel (the first is %s): there "
@@ -307,7 +307,7 @@ class TrainState:
         load_weights_(self.model, saved.weights)
         if self.ema:
             load_weights_(self.ema.module, saved.average)
-        load_optimizer_(self.model, self.optimizer, saved.optimizer)
+        load_optimizer_tensors_(self.model, self.optimizer, saved.optimizer)
         self.scaler.load_state_dict(dict(saved.scaler))
         self.position, self.loss_sum, self.num_images = saved.position, saved.loss_sum, saved.num_images
         self.metrics, self.best = dict(saved.metrics), dict(saved.best)
@@ -323,7 +323,7 @@ def _amp_on(device: torch.device) -> str:
     return "bf16"
 
 
-def norms_of_one_value(model: nn.Module, image: Tensor) -> list[str]:
+def norms_with_single_value(model: nn.Module, image: Tensor) -> list[str]:
     """Name the BatchNorms of `model` whose input, for an image (1, C, H, W), has one value a channel."""
     found: list[str] = []
     probe = copy.deepcopy(model).eval()

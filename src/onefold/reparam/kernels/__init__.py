@@ -11,19 +11,23 @@ from functools import cache
 from torch import Tensor
 
 from onefold.reparam.kernels import cpu
-from onefold.reparam.kernels.base import Geometry, Passes
-from onefold.reparam.kernels.reference import Reference as Reference
+from onefold.reparam.kernels.base import Backend, Geometry
+from onefold.reparam.kernels.reference import ReferenceBackend as ReferenceBackend
 
 
-def passes_for(x: Tensor, geometry: Geometry, outputs: int) -> Passes:
+def select_backend(x: Tensor, geometry: Geometry, outputs: int) -> Backend:
     """The fastest back end for a batch x and a unit of `outputs` channels; plain torch where no other takes them."""
     if x.is_cuda and _has_triton():
         from onefold.reparam.kernels import triton_base, triton_depthwise, triton_pointwise
 
         if triton_base.supports(x, geometry):
-            return triton_pointwise.Pointwise() if geometry == triton_base.POINTWISE else triton_depthwise.Depthwise()
+            return (
+                triton_pointwise.TritonPointwise()
+                if geometry == triton_base.POINTWISE
+                else triton_depthwise.TritonDepthwise()
+            )
     supported = geometry.groups in (1, outputs) and cpu.supports(x, geometry)
-    return cpu.Compiled() if supported else Reference()
+    return cpu.CppBackend() if supported else ReferenceBackend()
 
 
 @cache

@@ -5,7 +5,7 @@ Everything else of the route is algebra on small matrices (`reparam.algebra`).
 Shapes: B batch, I and O input and output channels, G groups, K = I/G * H * W values a patch, N patches (places of the
 output over the batch). A kernel is (G, O/G, K), a mean (G, K), a covariance (G, K, K).
 
-`library` gives the compiled kernels of the CPU back end.
+`load_kernels` gives the compiled kernels of the CPU back end.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from onefold.native import is_plain, loaded
+from onefold.native import is_native_disabled, load_library
 
 Pair = tuple[int, int]
-Act = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is ReLU6
+ClampMax = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is ReLU6
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,19 @@ class Moments(NamedTuple):
     num: int
 
 
-class Passes(Protocol):
+class Backend(Protocol):
     """The four passes. In `grad'` the activation is applied: grad where its clamp let y through, else 0."""
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches of x."""
 
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
+    def convolve(
+        self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
+    ) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W')."""
 
     def kernel_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
+        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,)."""
 
@@ -66,7 +68,7 @@ class Passes(Protocol):
         quad: Tensor,
         shift: Tensor,
         geometry: Geometry,
-        act: Act,
+        act: ClampMax,
     ) -> Tensor:
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x.
 
@@ -77,11 +79,11 @@ class Passes(Protocol):
 # -------------------------------------------------------------------------------- compiled kernels
 
 
-def library() -> ctypes.CDLL | None:
+def load_kernels() -> ctypes.CDLL | None:
     """The kernels as a loaded library (see `onefold.native`); None, with one warning, where they cannot be compiled."""
-    return None if is_plain("ONEFOLD_KERNELS") else _library()
+    return None if is_native_disabled("ONEFOLD_KERNELS") else _library()
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return loaded("kernels")
+    return load_library("kernels")

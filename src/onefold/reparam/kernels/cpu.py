@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.dlpack import from_dlpack
 
-from onefold.reparam.kernels.base import Act, Geometry, Moments, library
+from onefold.reparam.kernels.base import ClampMax, Geometry, Moments, load_kernels
 
-SMALLEST_MAP = 1 << 18  # floats: the C library's own memory does for less
-MAX_MAPS = 8  # in a call of `mix`
-KERNEL_SIZES = (1, 3, 5, 7)  # of depthwise kernels
-MAX_PATCH = 64  # values of a patch up to which a dense unit (a stem) is computed on written-out patches
-PILOT_ROWS = 256  # whose mean is the first estimate of the mean
-DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are computed again, centred
+_SMALLEST_MAP = 1 << 18  # floats: the C library's own memory does for less
+MAX_MAPS = 8  # in a call of `normalized_sum`
+_KERNEL_SIZES = (1, 3, 5, 7)  # of depthwise kernels
+_MAX_PATCH = 64  # values of a patch up to which a dense unit (a stem) is computed on written-out patches
+_PILOT_ROWS = 256  # whose mean is the first estimate of the mean
+_DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are computed again, centred
 
 
 def supports(x: Tensor, geometry: Geometry) -> bool:
@@ -33,10 +33,10 @@ def supports(x: Tensor, geometry: Geometry) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     known = _is_pointwise(geometry) or _is_depthwise(x, geometry) or _is_small(x, geometry)
-    return known and library() is not None
+    return known and load_kernels() is not None
 
 
-class Compiled:
+class CppBackend:
     """The compiled kernels. An instance is for one unit and batch, forward or backward; see `supports` for which."""
 
     def __init__(self) -> None:
@@ -48,27 +48,29 @@ class Compiled:
             return _depthwise_moments(x, geometry)
         rows = self._rows(x, geometry)
         n, c = rows.shape
-        centre = rows[:PILOT_ROWS].mean(0)
+        centre = rows[:_PILOT_ROWS].mean(0)
         total, products = _double(c), _double(c, c)
-        call("pointwise_moments", rows, n, c, centre, total, products)
+        call_kernel("pointwise_moments", rows, n, c, centre, total, products)
         return _from_sums(centre.double()[None], total[None], products[None], n)
 
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
+    def convolve(
+        self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
+    ) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W')."""
         centre = _centre(x, mean, geometry)
         offset = bias.double() - (kernel.double() @ (mean - centre)[..., None]).flatten()
         weight, offset, top = _float(kernel), _float(offset), _top(act)
-        y = new_map(x.shape[0], *_places(x, geometry), len(offset))
+        y = empty_map(x.shape[0], *_places(x, geometry), len(offset))
         if _is_depthwise(x, geometry):
             shape, size = _shape(x, geometry)
-            call("depthwise_convolve", _image(x), shape, size, _float(centre[:, 0]), weight, offset, top, y)
+            call_kernel("depthwise_convolve", _image(x), shape, size, _float(centre[:, 0]), weight, offset, top, y)
         else:
             rows = self._rows(x, geometry)
-            call("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, 0, y)
+            call_kernel("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, 0, y)
         return y.permute(0, 3, 1, 2).to(x.dtype)
 
     def kernel_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
+        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,), in float64."""
         centre, out = _centre(x, mean, geometry), grad.shape[1]
@@ -76,15 +78,17 @@ class Compiled:
         products, total = _double(geometry.groups, out // geometry.groups, mean.shape[1]), _double(out)
         if _is_depthwise(x, geometry):
             shape, size = _shape(x, geometry)
-            call("depthwise_kernel_grad", g, after, _image(x), shape, size, _float(centre[:, 0]), top, products, total)
+            call_kernel(
+                "depthwise_kernel_grad", g, after, _image(x), shape, size, _float(centre[:, 0]), top, products, total
+            )
         else:
             rows = self._rows(x, geometry)
-            call("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
+            call_kernel("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
         return products - total.view(geometry.groups, -1, 1) * (mean - centre)[:, None], total
 
     def input_grad(
         self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
-        geometry: Geometry, act: Act,
+        geometry: Geometry, act: ClampMax,
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""
         centre = _centre(x, mean, geometry)
@@ -92,15 +96,15 @@ class Compiled:
         if _is_depthwise(x, geometry):
             shape, size = _shape(x, geometry)
             image, middle, offset = _image(x), _float(centre[:, 0]), _float(mean - centre)
-            dx = new_map(*image.shape)
+            dx = empty_map(*image.shape)
             tables = (middle, weight, square, offset, _float(shift))
-            call("depthwise_input_grad", g, after, image, shape, size, *tables, top, dx)
+            call_kernel("depthwise_input_grad", g, after, image, shape, size, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
         rows = self._rows(x, geometry)
-        dx = new_map(*rows.shape)
+        dx = empty_map(*rows.shape)
         constant = _float(shift.double() - (quad.double() @ (mean - centre)[..., None]).squeeze(-1))
         sizes = (*rows.shape, grad.shape[1])
-        call("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
+        call_kernel("pointwise_input_grad", g, after, rows, *sizes, weight, _float(centre), square, constant, top, dx)
         return _unrows(dx, x, geometry).to(x.dtype)
 
     def _rows(self, x: Tensor, geometry: Geometry) -> Tensor:
@@ -109,8 +113,8 @@ class Compiled:
             return _image(x).flatten(0, 2)
         if self._patches is None:
             (height, width), (shape, size) = _places(x, geometry), _shape(x, geometry)
-            self._patches = new_map(x.shape[0] * height * width, x.shape[1] * size * size)
-            call("write_patches", _image(x), shape, size, self._patches)
+            self._patches = empty_map(x.shape[0] * height * width, x.shape[1] * size * size)
+            call_kernel("write_patches", _image(x), shape, size, self._patches)
         return self._patches
 
 
@@ -121,10 +125,10 @@ def _depthwise_moments(x: Tensor, geometry: Geometry) -> Moments:
     centre = torch.zeros(c)
     for centred in (0, 1):
         total, products = _double(c, k), _double(c, k, k)
-        call("depthwise_moments", image, shape, size, centre, centred, total, products)
+        call_kernel("depthwise_moments", image, shape, size, centre, centred, total, products)
         moments = _from_sums(centre.double()[:, None], total, products, n)
         middle = moments.mean[:, k // 2]
-        if not (middle.square() > DOMINANT * moments.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
+        if not (middle.square() > _DOMINANT * moments.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
             break
         centre = _float(middle)
     return moments
@@ -164,43 +168,45 @@ class PointwiseConv(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     """weight (O, I) times each pixel of (B, I, H, W), plus `addend`: (B, O, H, W)."""
     (b, c, h, w), out = x.shape, len(weight)
-    y, centre, offset = new_map(b, h, w, out), torch.zeros(c), torch.zeros(out)
+    y, centre, offset = empty_map(b, h, w, out), torch.zeros(c), torch.zeros(out)
     addend = None if addend is None else _image(addend)  # kept alive for its address
     address = 0 if addend is None else addend.data_ptr()
-    call("pointwise_convolve", _image(x), b * h * w, c, centre, _float(weight), offset, out, -1.0, address, y)
+    call_kernel("pointwise_convolve", _image(x), b * h * w, c, centre, _float(weight), offset, out, -1.0, address, y)
     return y.permute(0, 3, 1, 2)
 
 
-def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of (B, C, H, W), in float64."""
     rows = _image(x).flatten(0, 2)
     n, c = rows.shape
-    centre, total, squares = rows[:PILOT_ROWS].mean(0), _double(c), _double(c)
-    call("column_moments", rows, n, c, centre, total, squares)
+    centre, total, squares = rows[:_PILOT_ROWS].mean(0), _double(c), _double(c)
+    call_kernel("column_moments", rows, n, c, centre, total, squares)
     off = total / n
     return centre + off, (squares / n - off.square()).clamp_min_(0)
 
 
-def mix(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Tensor, act: Act) -> Tensor:
+def normalized_sum(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Tensor, act: ClampMax) -> Tensor:
     """act(bias + sum over maps of gain (map - mean)); maps (B, C, H, W), mean and gain (M, C), bias (C,)."""
     images = [_image(m) for m in maps]
-    out = new_map(*images[0].shape)
+    out = empty_map(*images[0].shape)
     c = out.shape[-1]
     tables = (_float(mean), _float(gain), _float(bias))
-    call("mix", pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
+    call_kernel("mix", data_pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
     return out.permute(0, 3, 1, 2)
 
 
-def mix_sums(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act: Act) -> Tensor:
+def normalized_sum_reductions(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act: ClampMax) -> Tensor:
     """Sums over places of grad' (map - mean) for each map, then of grad': (M + 1, C), in float64."""
     images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
     c = g.shape[-1]
     sums = _double(len(maps) + 1, c)
-    call("mix_sums", g, after, pointers(images), len(maps), g.numel() // c, c, _float(mean), _top(act), sums)
+    call_kernel(
+        "mix_sums", g, after, data_pointers(images), len(maps), g.numel() // c, c, _float(mean), _top(act), sums
+    )
     return sums
 
 
-def mix_backward(
+def normalized_sum_backward(
     grad: Tensor,
     y: Tensor,
     maps: Sequence[Tensor],
@@ -208,18 +214,29 @@ def mix_backward(
     gain: Tensor,
     slope: Tensor,
     constant: Tensor,
-    act: Act,
+    act: ClampMax,
 ) -> list[Tensor]:
     """gain grad' + slope (map - mean) + constant, for each map; tables (M, C)."""
     images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
-    grads = [new_map(*g.shape) for _ in maps]
+    grads = [empty_map(*g.shape) for _ in maps]
     tables = [_float(table) for table in (mean, gain, slope, constant)]
     c = g.shape[-1]
-    call("mix_back", g, after, pointers(images), len(maps), g.numel() // c, c, *tables, _top(act), pointers(grads))
+    call_kernel(
+        "mix_back",
+        g,
+        after,
+        data_pointers(images),
+        len(maps),
+        g.numel() // c,
+        c,
+        *tables,
+        _top(act),
+        data_pointers(grads),
+    )
     return [d.permute(0, 3, 1, 2) for d in grads]
 
 
-def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+def data_pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
     """An array of the addresses of tensors, 0 for None."""
     return (ctypes.c_void_p * len(tensors))(*(0 if t is None else t.data_ptr() for t in tensors))
 
@@ -230,7 +247,7 @@ def _is_pointwise(geometry: Geometry) -> bool:
 
 def _is_depthwise(x: Tensor, geometry: Geometry) -> bool:
     size, padding = geometry.kernel_size[0], geometry.padding[0]
-    return _is_square(geometry) and geometry.groups == x.shape[1] > 1 and size in KERNEL_SIZES and padding < size
+    return _is_square(geometry) and geometry.groups == x.shape[1] > 1 and size in _KERNEL_SIZES and padding < size
 
 
 def _is_square(geometry: Geometry) -> bool:
@@ -241,7 +258,7 @@ def _is_small(x: Tensor, geometry: Geometry) -> bool:
     return (
         _is_square(geometry)
         and geometry.groups == 1
-        and x.shape[1] * geometry.kernel_size[0] * geometry.kernel_size[1] <= MAX_PATCH
+        and x.shape[1] * geometry.kernel_size[0] * geometry.kernel_size[1] <= _MAX_PATCH
     )
 
 
@@ -281,7 +298,7 @@ def _shape(x: Tensor, geometry: Geometry) -> tuple[ctypes.Array[ctypes.c_int64],
     return (ctypes.c_int64 * 6)(b, h, w, c, geometry.stride[0], geometry.padding[0]), geometry.kernel_size[0]
 
 
-def _top(act: Act) -> float:
+def _top(act: ClampMax) -> float:
     """The upper bound of the activation as the kernels take it: negative where there is none."""
     return -1.0 if act is None else act
 
@@ -294,7 +311,7 @@ def _double(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float64)
 
 
-def call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> None:
+def call_kernel(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> None:
     """Run a kernel on all of torch's threads: tensors and arrays go by address, int as int64, float as float32."""
     kernel = _kernel(name, tuple(map(type, arguments)))
     kernel(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
@@ -303,7 +320,7 @@ def call(name: str, *arguments: Tensor | int | float | ctypes.Array[Any]) -> Non
 @cache
 def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
     """A kernel with the types of its arguments set."""
-    kernels = library()
+    kernels = load_kernels()
     assert kernels is not None
     kernel = kernels[name]  # indexing gives a new object, so that types of one call do not change another
     numbers: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
@@ -315,10 +332,10 @@ def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
 # -------------------------------------------- memory for maps: kept when one is freed, for the next of its size
 
 
-def new_map(*shape: int) -> Tensor:
+def empty_map(*shape: int) -> Tensor:
     """A float32 tensor of any content. Needs the compiled library, without which no map is written."""
     count = math.prod(shape)
-    if count < SMALLEST_MAP:
+    if count < _SMALLEST_MAP:
         return torch.empty(*shape)
     make, capsule = _makers()
     address = make(count)
@@ -331,7 +348,7 @@ def new_map(*shape: int) -> Tensor:
 @cache
 def _makers() -> tuple[Callable[[int], int], Callable[[int, bytes, None], object]]:
     """The library's allocator, and python's maker of capsules."""
-    kernels = library()
+    kernels = load_kernels()
     assert kernels is not None
     make = kernels["new_map"]
     make.argtypes, make.restype = [ctypes.c_int64], ctypes.c_void_p
@@ -339,8 +356,8 @@ def _makers() -> tuple[Callable[[int], int], Callable[[int, bytes, None], object
     return make, prototype(("PyCapsule_New", ctypes.pythonapi))
 
 
-def release() -> None:
+def release_cached_memory() -> None:
     """Give the memory that waits for a next map back to the system; maps in use stay."""
-    kernels = library()
+    kernels = load_kernels()
     if kernels is not None:
         kernels["drop_maps"]()

@@ -12,14 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import Unit
 from onefold.reparam.folding_rules import exponential_average_factor_
-from onefold.reparam.kernels.base import Moments, Passes
-from onefold.reparam.kernels.cpu import Compiled, call, pointers
-from onefold.reparam.moments_algebra import Folded, Gradients
+from onefold.reparam.kernels.base import Backend, Moments
+from onefold.reparam.kernels.cpu import CppBackend, call_kernel, data_pointers
+from onefold.reparam.moments_algebra import FoldedUnit, FoldGradients
 
 
-def supports(passes: Passes, unit: Unit) -> bool:
+def supports(passes: Backend, unit: Unit) -> bool:
     """Whether all of a unit's parameters and buffers are as the kernels take them."""
-    if not isinstance(passes, Compiled):
+    if not isinstance(passes, CppBackend):
         return False
     norms = [branch.norm for branch in unit.ordered]
     tensors = [t for norm in norms for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
@@ -27,7 +27,7 @@ def supports(passes: Passes, unit: Unit) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
 
 
-def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Folded, Tensor]:
+def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[FoldedUnit, Tensor]:
     """Fold a unit on a batch of these moments: kernel and bias (O,). Moves the norms' running statistics."""
     del dtype  # the compiled code chooses itself
     num, (_, out), k = len(weights), unit.channels, moments.mean.shape[1]
@@ -39,30 +39,30 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     )
     norms = [branch.norm for branch in unit.ordered]
     tracked = [norm.training and norm.running_mean is not None for norm in norms]
-    call(
-        "fold_unit", *_shape(unit), pointers([w.detach() for w in weights]), moments.mean.contiguous(),
-        moments.covariance.contiguous(), moments.num, pointers([norm.weight for norm in norms]),
-        pointers([norm.bias for norm in norms]), _doubles([norm.eps for norm in norms]),
-        pointers([norm.running_mean if t else None for norm, t in zip(norms, tracked, strict=True)]),
-        pointers([norm.running_var if t else None for norm, t in zip(norms, tracked, strict=True)]),
+    call_kernel(
+        "fold_unit", *_shape(unit), data_pointers([w.detach() for w in weights]), moments.mean.contiguous(),
+        moments.covariance.contiguous(), moments.num, data_pointers([norm.weight for norm in norms]),
+        data_pointers([norm.bias for norm in norms]), _doubles([norm.eps for norm in norms]),
+        data_pointers([norm.running_mean if t else None for norm, t in zip(norms, tracked, strict=True)]),
+        data_pointers([norm.running_var if t else None for norm, t in zip(norms, tracked, strict=True)]),
         _doubles([exponential_average_factor_(norm) if t else 0.0 for norm, t in zip(norms, tracked, strict=True)]),
         rows, rows_cov, inv_std, gain, kernel, bias,
     )  # fmt: skip
     _add_biases(unit, norms)
-    return Folded(rows, rows_cov, inv_std, gain, kernel, moments.mean), bias
+    return FoldedUnit(rows, rows_cov, inv_std, gain, kernel, moments.mean), bias
 
 
-def fold_backward(unit: Unit, folded: Folded, products: Tensor, total: Tensor) -> Gradients:
+def fold_backward(unit: Unit, folded: FoldedUnit, products: Tensor, total: Tensor) -> FoldGradients:
     """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
     d_weights = [torch.empty(conv.weight.shape) for conv in unit.convs]
     d_gamma = [torch.empty(unit.channels[1]) for _ in unit.branches]
     groups, k = folded.mean.shape
     quad, pull = torch.empty(groups, k, k, dtype=torch.float64), torch.empty(groups, k, dtype=torch.float64)
-    call(
+    call_kernel(
         "unfold_unit", *_shape(unit), folded.rows, folded.rows_cov, folded.inv_std, folded.gain, folded.kernel,
-        products.contiguous(), total, pointers(d_weights), pointers(d_gamma), quad, pull,
+        products.contiguous(), total, data_pointers(d_weights), data_pointers(d_gamma), quad, pull,
     )  # fmt: skip
-    return Gradients(d_weights, d_gamma, quad, pull)
+    return FoldGradients(d_weights, d_gamma, quad, pull)
 
 
 def _shape(unit: Unit) -> tuple[Any, Any]:

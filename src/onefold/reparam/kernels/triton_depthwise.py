@@ -14,26 +14,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.base import Act, Geometry, Moments
+from onefold.reparam.kernels.base import ClampMax, Geometry, Moments
 from onefold.reparam.kernels.triton_base import (
-    Launch,
-    activate,
-    at,
+    LaunchOptions,
+    approximate_mean,
+    clamp_activation,
+    clamp_grad,
     clamp_limits,
     constexpr,
+    decode_position,
+    element_offset,
     feature_map_block,
-    grid_of,
     jit,
+    launch_grid,
+    load_patches,
+    load_pixels,
+    matmul_add,
     memory_format_of,
-    multiply,
     patch_block,
-    pilot,
-    place,
-    read,
-    read_patches,
     reduction_grid,
     tensor,
-    through,
     tl,
 )
 
@@ -55,19 +55,19 @@ def _moments_kernel(
     for first in range(tl.program_id(1) * block_p, places, tl.num_programs(1) * block_p):
         p = (first + tl.arange(0, block_p))[None, None, :]
         real = (p < places) & (c < channels)
-        image, row, column = place(p, rows, columns)
-        block = read_patches(
+        image, row, column = decode_position(p, rows, columns)
+        block = load_patches(
             x, shift, image, row, column, c, t, real, channels, height, width,
             kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last,
         )  # fmt: skip
         if by_tap:
-            total += block * read_patches(
+            total += block * load_patches(
                 x, shift, image, row, column, c, one, real, channels, height, width,
                 kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last,
             )  # fmt: skip
         else:
             block = block.to(x.dtype.element_ty)
-            total = multiply(block, tl.permute(block, (0, 2, 1)), total)
+            total = matmul_add(block, tl.permute(block, (0, 2, 1)), total)
     to = partial + ((tl.program_id(1) * channels + c) * block_t + t) * block_t
     if by_tap:
         tl.store(to + one, tl.sum(total, 2, keep_dims=True), mask=c < channels)
@@ -88,16 +88,16 @@ def _convolve_kernel(
     c = (tl.program_id(1) * block_c + tl.arange(0, block_c))[None, :]
     o = c if times == 1 else c * times + tl.program_id(2)  # a known 0: whole vectors are read
     real = (p < places) & (c < channels)
-    image, row, column = place(p, rows, columns)
+    image, row, column = decode_position(p, rows, columns)
     total = tl.zeros((block_p, block_c), tl.float32) + tl.load(offset + o, mask=c < channels, other=0.0)
     for ti in range(kernel_h):
         for tj in tl.static_range(kernel_w):
             i, j = row * stride_h + (ti - pad_h), column * stride_w + (tj - pad_w)
             weight = tl.load(kernel + (ti * kernel_w + tj) * channels * times + o, mask=c < channels, other=0.0)
-            total += weight * read(x, real, image, i, j, c, channels, height, width, channels_last)
+            total += weight * load_pixels(x, real, image, i, j, c, channels, height, width, channels_last)
     if clamp:
-        total = activate(total, act_max)
-    to = at(image, row, column, o, channels * times, rows, columns, channels_last)
+        total = clamp_activation(total, act_max)
+    to = element_offset(image, row, column, o, channels * times, rows, columns, channels_last)
     tl.store(y + to, total.to(y.dtype.element_ty), mask=real)
 
 
@@ -119,15 +119,15 @@ def _kernel_grad_kernel(
     for first in range(tl.program_id(1) * block_p, places, tl.num_programs(1) * block_p):
         p = (first + tl.arange(0, block_p))[None, None, :]
         real = (p < places) & (c < channels)
-        image, row, column = place(p, rows, columns)
-        block = read_patches(
+        image, row, column = decode_position(p, rows, columns)
+        block = load_patches(
             x, shift, image, row, column, c, t, real, channels, height, width,
             kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last,
         )  # fmt: skip
-        value = read(grad, real, image, row, column, o, channels * times, rows, columns, channels_last)
+        value = load_pixels(grad, real, image, row, column, o, channels * times, rows, columns, channels_last)
         if clamp:
-            kept = read(y, real, image, row, column, o, channels * times, rows, columns, channels_last)
-            value = through(value, kept, act_max)
+            kept = load_pixels(y, real, image, row, column, o, channels * times, rows, columns, channels_last)
+            value = clamp_grad(value, kept, act_max)
         total += block * value
     to = ((tl.program_id(1) * times + tl.program_id(2)) * channels + c) * block_t + t
     tl.store(partial + to, tl.sum(total, 2, keep_dims=True), mask=c < channels)
@@ -154,7 +154,7 @@ def _input_grad_kernel(
     p = (tl.program_id(0) * block_p + tl.arange(0, block_p))[:, None]
     c = (tl.program_id(1) * block_c + tl.arange(0, block_c))[None, :]
     real = (p < places) & (c < channels)
-    image, i, j = place(p, height, width)
+    image, i, j = decode_position(p, height, width)
     lags: constexpr = (2 * kernel_h - 1) * (2 * kernel_w - 1)
     kind = _kind(i, height, low_h, kinds_h, stride_h) * kinds_w + _kind(j, width, low_w, kinds_w, stride_w)
     entry = table + kind * (lags + 1) * channels + c
@@ -162,7 +162,7 @@ def _input_grad_kernel(
     for di in range(2 * kernel_h - 1):  # not unrolled: all loads of all rows at once do not fit the registers
         for dj in tl.static_range(2 * kernel_w - 1):
             row, column = i + (di - (kernel_h - 1)), j + (dj - (kernel_w - 1))
-            value = read(x, real, image, row, column, c, channels, height, width, channels_last)
+            value = load_pixels(x, real, image, row, column, c, channels, height, width, channels_last)
             lag = di * (2 * kernel_w - 1) + dj
             total += value * tl.load(entry + lag * channels, mask=real, other=0.0)
     for ti in range(kernel_h):
@@ -172,22 +172,26 @@ def _input_grad_kernel(
             row, column = u // stride_h, v // stride_w
             for m in tl.static_range(times):
                 o = c * times + m
-                value = read(grad, reads, image, row, column, o, channels * times, rows, columns, channels_last)
+                value = load_pixels(grad, reads, image, row, column, o, channels * times, rows, columns, channels_last)
                 if clamp:
-                    kept = read(y, reads, image, row, column, o, channels * times, rows, columns, channels_last)
-                    value = through(value, kept, act_max)
+                    kept = load_pixels(y, reads, image, row, column, o, channels * times, rows, columns, channels_last)
+                    value = clamp_grad(value, kept, act_max)
                 weight = tl.load(kernel + (ti * kernel_w + tj) * channels * times + o, mask=c < channels, other=0.0)
                 total += value * weight
-    tl.store(dx + at(image, i, j, c, channels, height, width, channels_last), total.to(dx.dtype.element_ty), mask=real)
+    tl.store(
+        dx + element_offset(image, i, j, c, channels, height, width, channels_last),
+        total.to(dx.dtype.element_ty),
+        mask=real,
+    )
 
 
-class Depthwise:
+class TritonDepthwise:
     """The passes of units with one kernel, or some, for each channel."""
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches; those of a half-precision x are of its differences from the pilot."""
         x = x.contiguous(memory_format=memory_format_of(x))
-        shift, sizes, block = pilot(x), _sizes(x, geometry), patch_block(x, geometry)
+        shift, sizes, block = approximate_mean(x), _sizes(x, geometry), patch_block(x, geometry)
         taps = geometry.kernel_size[0] * geometry.kernel_size[1]
         by_tap = x.dtype == torch.float32  # a program a tap: there are no tensor cores for all pairs at once
         grid = (*reduction_grid(sizes, block), taps if by_tap else 1)
@@ -198,7 +202,9 @@ class Depthwise:
         mean, second = total[:, taps], total[:, :taps]
         return Moments(mean + shift[:, None], second - mean[:, :, None] * mean[:, None], sizes["places"])
 
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
+    def convolve(
+        self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
+    ) -> Tensor:
         """act(bias + kernel (patch - mean)): (B, O, H', W'); the kernel stays in float32."""
         x = x.contiguous(memory_format=memory_format_of(x))
         sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_limits(act)
@@ -207,13 +213,13 @@ class Depthwise:
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
         shape = (x.shape[0], x.shape[1] * times, sizes["rows"], sizes["columns"])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-        grid = (*grid_of(sizes, block), times)
+        grid = (*launch_grid(sizes, block), times)
         with torch.cuda.device_of(x):
             _convolve_kernel[grid](x, weight, offset.float(), y, act_max, clamp, times, **sizes, **block)
         return y
 
     def kernel_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
+        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (C, M, T), and of grad' (O,), in float64."""
         x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
@@ -232,7 +238,7 @@ class Depthwise:
 
     def input_grad(
         self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
-        geometry: Geometry, act: Act,
+        geometry: Geometry, act: ClampMax,
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, gathered by the pixels."""
         x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
@@ -250,7 +256,7 @@ class Depthwise:
         dx = torch.empty_like(x, memory_format=memory_format_of(x))
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):
-            _input_grad_kernel[grid_of(sizes, block)](
+            _input_grad_kernel[launch_grid(sizes, block)](
                 x, grad, y, _by_tap(kernel), table, dx, act_max, clamp, times, *kinds, **sizes, **block
             )
         return dx
@@ -302,7 +308,7 @@ def _by_tap(kernel: Tensor) -> Tensor:
     return kernel.flatten(0, 1).t().float().contiguous()
 
 
-def _sizes(x: Tensor, geometry: Geometry) -> Launch:
+def _sizes(x: Tensor, geometry: Geometry) -> LaunchOptions:
     """The sizes that the kernels take, by name."""
     (height, width), kernel, stride, pad = x.shape[2:], geometry.kernel_size, geometry.stride, geometry.padding
     rows = (height + 2 * pad[0] - kernel[0]) // stride[0] + 1

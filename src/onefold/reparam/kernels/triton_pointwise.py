@@ -11,21 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onefold.reparam.kernels.base import Act, Geometry, Moments
+from onefold.reparam.kernels.base import ClampMax, Geometry, Moments
 from onefold.reparam.kernels.triton_base import (
-    Launch,
-    activate,
+    LaunchOptions,
+    approximate_mean,
+    clamp_activation,
+    clamp_grad,
     clamp_limits,
     constexpr,
     gram_block,
     jit,
+    matmul_add,
+    matmul_block,
     memory_format_of,
-    multiply,
-    num_parts,
-    pilot,
-    product_block,
+    num_reduction_parts,
     tensor,
-    through,
     tl,
 )
 
@@ -62,7 +62,7 @@ def _gradient(
     value = tl.load(pointer, mask=inside, other=0.0)
     if clamp:
         pointer, inside = _tile(y, tile, o, places, outputs, block_n, channels_last)
-        value = through(value, tl.load(pointer, mask=inside, other=0.0), act_max)
+        value = clamp_grad(value, tl.load(pointer, mask=inside, other=0.0), act_max)
     return value
 
 
@@ -94,7 +94,7 @@ def _moments_kernel(
     for tile in range(tl.program_id(2), tiles, tl.num_programs(2)):
         left = _centred(x, shifts, tile, a, places, channels, block_n, channels_last)
         right = _centred(x, shifts, tile, b, places, channels, block_n, channels_last)
-        total = multiply(tl.trans(left), right, total)
+        total = matmul_add(tl.trans(left), right, total)
         sums += tl.sum(right.to(tl.float32), 0)
     inside = (a < channels)[:, None] & (b < channels)[None, :]
     row = tl.program_id(2) * channels
@@ -118,10 +118,10 @@ def _convolve_kernel(
         k = start + tl.arange(0, block_k)
         pointer, inside = _tile(x, tile, k, places, channels, block_n, channels_last)
         weight = _block(kernel, o, k, outputs, channels)
-        total = multiply(tl.load(pointer, mask=inside, other=0.0), tl.trans(weight), total)
+        total = matmul_add(tl.load(pointer, mask=inside, other=0.0), tl.trans(weight), total)
     total += tl.load(offset + o, mask=o < outputs, other=0.0)[None, :]
     if clamp:
-        total = activate(total, act_max)
+        total = clamp_activation(total, act_max)
     pointer, inside = _tile(y, tile, o, places, outputs, block_n, channels_last)
     tl.store(pointer, total.to(y.dtype.element_ty), mask=inside)
 
@@ -145,7 +145,7 @@ def _kernel_grad_kernel(
         else:
             pointer, inside = _tile(x, tile, c, places, channels, block_n, channels_last)
             right = tl.load(pointer, mask=inside, other=0.0)
-        total = multiply(tl.trans(value.to(right.dtype)), right, total)
+        total = matmul_add(tl.trans(value.to(right.dtype)), right, total)
         bias += tl.sum(value.to(tl.float32), 0)
     row = tl.program_id(2) * outputs
     inside = (o < outputs)[:, None] & (c < channels)[None, :]
@@ -170,27 +170,27 @@ def _input_grad_kernel(
         k = start + tl.arange(0, block_k)
         pointer, inside = _tile(x, tile, k, places, channels, block_n, channels_last)
         weight = _block(quad, c, k, channels, channels)
-        total = multiply(tl.load(pointer, mask=inside, other=0.0), tl.trans(weight), total)
+        total = matmul_add(tl.load(pointer, mask=inside, other=0.0), tl.trans(weight), total)
     total = total * tl.load(scale)
     for start in range(0, outputs, block_k):
         o = start + tl.arange(0, block_k)
         value = _gradient(grad, y, act_max, clamp, tile, o, places, outputs, block_n, channels_last)
         weight = _block(kernel, o, c, outputs, channels)
-        total = multiply(value.to(weight.dtype), weight, total)
+        total = matmul_add(value.to(weight.dtype), weight, total)
     total += tl.load(offset + c, mask=c < channels, other=0.0)[None, :]
     pointer, inside = _tile(dx, tile, c, places, channels, block_n, channels_last)
     tl.store(pointer, total.to(dx.dtype.element_ty), mask=inside)
 
 
-class Pointwise:
+class TritonPointwise:
     """The passes of units that mix the channels of a place. The mean is taken off the products, not off each value."""
 
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the rows; those of a half-precision x are of its differences from the pilot."""
         x = x.contiguous(memory_format=memory_format_of(x))
         channels, sizes, block = x.shape[1], _sizes(x), gram_block(x, x.shape[1], x.shape[1])
-        tiles, across, shift = _num_tiles(x, block), -(-channels // block["block_a"]), pilot(x)
-        parts = num_parts(tiles, across**2)
+        tiles, across, shift = _num_tiles(x, block), -(-channels // block["block_a"]), approximate_mean(x)
+        parts = num_reduction_parts(tiles, across**2)
         second, first = shift.new_empty(parts, channels, channels), shift.new_empty(parts, channels)
         with torch.cuda.device_of(x):
             _moments_kernel[across, across, parts](x, shift, second, first, tiles, **sizes, **block)
@@ -200,13 +200,15 @@ class Pointwise:
         covariance = upper.triu() + upper.triu(1).mT - mean[:, None] * mean
         return Moments((mean + shift)[None], covariance[None], count)
 
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: Act) -> Tensor:
+    def convolve(
+        self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
+    ) -> Tensor:
         """act(bias + kernel (row - mean)): (B, O, H, W)."""
         x = x.contiguous(memory_format=memory_format_of(x))
         weight, (act_max, clamp) = kernel[0].to(x.dtype).contiguous(), clamp_limits(act)
         offset = (bias.double() - weight.double() @ mean[0].double()).float()
         outputs, sizes = len(weight), _sizes(x)
-        block = product_block(x, sizes["places"], outputs)
+        block = matmul_block(x, sizes["places"], outputs)
         shape = (x.shape[0], outputs, *x.shape[2:])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         grid = (_num_tiles(x, block) * -(-outputs // block["block_b"]),)
@@ -215,14 +217,14 @@ class Pointwise:
         return y
 
     def kernel_grad(
-        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: Act
+        self, grad: Tensor, y: Tensor, x: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (row - mean)^T (1, O, I), and of grad' (O,), in float64."""
         x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
         (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_limits(act)
         block = gram_block(x, outputs, channels)
         tiles, down, across = _num_tiles(x, block), -(-outputs // block["block_a"]), -(-channels // block["block_b"])
-        parts = num_parts(tiles, down * across)
+        parts = num_reduction_parts(tiles, down * across)
         centred = x.dtype == torch.float32  # half-precision values multiply exactly, their differences would not
         shift = mean[0].float() if centred else mean.new_zeros(channels, dtype=torch.float32)
         products, sums = shift.new_empty(parts, outputs, channels), shift.new_empty(parts, outputs)
@@ -235,7 +237,7 @@ class Pointwise:
 
     def input_grad(
         self, grad: Tensor, y: Tensor, x: Tensor, kernel: Tensor, mean: Tensor, quad: Tensor, shift: Tensor,
-        geometry: Geometry, act: Act,
+        geometry: Geometry, act: ClampMax,
     ) -> Tensor:  # fmt: skip
         """The rows' gradient kernel^T grad' + quad (row - mean) + shift, in the shape of x."""
         x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
@@ -244,7 +246,7 @@ class Pointwise:
         weight, square = kernel[0].to(x.dtype).contiguous(), (quad[0] / scale).to(x.dtype).contiguous()
         offset = (shift[0].double() - scale.double() * (square.double() @ mean[0].double())).float()
         sizes, dx = _sizes(x), torch.empty_like(x, memory_format=memory_format_of(x))
-        block = product_block(x, sizes["places"], channels)
+        block = matmul_block(x, sizes["places"], channels)
         grid = (_num_tiles(x, block) * -(-channels // block["block_b"]),)
         with torch.cuda.device_of(x):
             _input_grad_kernel[grid](
@@ -253,14 +255,14 @@ class Pointwise:
         return dx
 
 
-def _sizes(x: Tensor) -> Launch:
+def _sizes(x: Tensor) -> LaunchOptions:
     """How the map lies: the places of an image, and in channels_last all images are one."""
     last = memory_format_of(x) == torch.channels_last
     places = x.shape[2] * x.shape[3] * (x.shape[0] if last else 1)
     return {"places": places, "channels": x.shape[1], "channels_last": last}
 
 
-def _num_tiles(x: Tensor, block: Launch) -> int:
+def _num_tiles(x: Tensor, block: LaunchOptions) -> int:
     """Blocks of places in the batch."""
     places = _sizes(x)["places"]
     return -(-places // block["block_n"]) * (x.numel() // (x.shape[1] * places))
