@@ -147,7 +147,7 @@ def kept(work: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The page, line by line."""
-    machine = Machine.this(PACKAGES)
+    machine = Machine.detect(PACKAGES)
     yield __doc__.splitlines()[0]
     yield ""
     features = ", ".join(sorted(machine.features))

@@ -109,7 +109,9 @@ def report_lines(outcome: Comparison, name: str, threads: int, results: Path) ->
     for title, each in sorted(outcome.measurements.items()):
         share = latency_bound(limits, each.subject, threads)
         of_limit = (
-            "" if share is None else f"{100 * (share.ns or 0) / each.median_ns:5.0f} % of the limit ({share.side})"
+            ""
+            if share is None
+            else f"{100 * (share.ns or 0) / each.median_ns:5.0f} % of the limit ({share.limited_by})"
         )
         p90 = "-" if each.p90_ns is None else f"{each.p90_ns / 1e6:.2f}"
         times = f"{each.median_ns / 1e6:7.2f} ms  p90 {p90:>6}  spread {100 * each.spread:4.0f} %"
@@ -136,7 +138,7 @@ def ratios(outcomes: list[Comparison]) -> list[str]:
 
 
 def run(job: Job, procedures: list[Procedure], openings: int, results: Path) -> str:
-    machine, started = Machine.this(), datetime.datetime.now(datetime.timezone.utc)
+    machine, started = Machine.detect(), datetime.datetime.now(datetime.timezone.utc)
     parts = [
         f"{machine.chip}, {machine.cores} cores, {machine.system}; {started:%Y-%m-%d %H:%M} UTC; load {machine.load}"
     ]

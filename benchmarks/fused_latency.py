@@ -86,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models.split(","):
             outcome = outcomes[name] = measured(name, procedure, Path(folder))
-            append_results(HERE / "results" / f"{Machine.this().slug}.jsonl", [outcome])
+            append_results(HERE / "results" / f"{Machine.detect().slug}.jsonl", [outcome])
             for title, measurement in outcome.measurements.items():
                 spread = f"spread {100 * measurement.spread:.0f} %"
                 print(f"{title:40} median {measurement.median_ns / 1e6:8.2f} ms  {spread}  {measurement.verdict}")

@@ -150,7 +150,7 @@ def report(subjects: Mapping[str, Subject], results: Path) -> str:
         rows = [row for each in ROWS if (row := kept(subject, *each)) is not None]
         if rows:
             found += scores(rows, subject.labels)
-    machine, (source, chosen) = Machine.this(PACKAGES), calibration_photos()
+    machine, (source, chosen) = Machine.detect(PACKAGES), calibration_photos()
     about = {
         "date": datetime.date.today().isoformat(),
         "machine": machine.to_dict(),

@@ -230,7 +230,7 @@ def say(text: str) -> None:
 def run(job: Job, procedures: list[Procedure], results: Path) -> str:
     """Export, measure, append; the table as text."""
     costs = {name: export_all(job, name) for name in job.names}
-    machine = Machine.this()
+    machine = Machine.detect()
     started = datetime.datetime.now(datetime.timezone.utc)
     parts = [
         f"{machine.chip}, {machine.cores} cores, {machine.system}; {started:%Y-%m-%d %H:%M} UTC; load {machine.load}"

@@ -115,7 +115,7 @@ def run(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         train(model, batches, sized.plan, RunOptions(out=Path(folder) / "run", evaluate=evaluate))
     result = {
-        "benchmark": "same_time", "date": datetime.date.today().isoformat(), "machine": Machine.this().to_dict(),
+        "benchmark": "same_time", "date": datetime.date.today().isoformat(), "machine": Machine.detect().to_dict(),
         "torch": torch.__version__, "contender": given.contender, "seed": given.seed, "seconds": given.seconds,
         "channels_last": channels_last, "epochs": epochs, "step_s": steps[channels_last], "curve": curve,
         "wall_s": time.perf_counter() - start, "top1": curve[-1][1],
@@ -126,7 +126,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def ledger() -> Path:
-    return HERE / "results" / f"same-time-{Machine.this().slug}.jsonl"
+    return HERE / "results" / f"same-time-{Machine.detect().slug}.jsonl"
 
 
 def report() -> None:

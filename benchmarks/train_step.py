@@ -242,7 +242,7 @@ def run_model(name: str, given: argparse.Namespace) -> None:
 
 def keep(result: dict[str, object]) -> None:
     """The raw samples, one line a run."""
-    machine = Machine.this()
+    machine = Machine.detect()
     line = {
         "benchmark": "train_step",
         "date": datetime.date.today().isoformat(),
@@ -300,7 +300,7 @@ def draw(path: Path) -> None:
     """Images a second of every model's newest run beside timm that has been kept on this machine."""
     from matplotlib.figure import Figure
 
-    ledger = HERE / "results" / f"train-step-{Machine.this().slug}.jsonl"
+    ledger = HERE / "results" / f"train-step-{Machine.detect().slug}.jsonl"
     kept = [json.loads(line) for line in ledger.read_text().splitlines()]
     runs = {
         run["model"]: run
@@ -359,7 +359,7 @@ def main() -> None:
             subprocess.run(command, env={**os.environ, **ALLOCATORS[allocator]}, check=True)
         return
     torch.set_num_threads(given.threads)
-    print(f"{Machine.this().slug}; torch {torch.__version__}; allocator {given.allocator}")
+    print(f"{Machine.detect().slug}; torch {torch.__version__}; allocator {given.allocator}")
     for name in filter(None, given.models.split(",")):
         for dtype in given.dtypes.split(","):
             given.dtype = dtype

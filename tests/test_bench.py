@@ -39,16 +39,16 @@ class FakeClock:
     """Time that moves by `step` at each reading, and by what a call says it takes."""
 
     def __init__(self, step: int = 1) -> None:
-        self.now = 0
+        self.read = 0
         self.step = step
 
     def __call__(self) -> int:
-        self.now += self.step
-        return self.now
+        self.read += self.step
+        return self.read
 
     def call(self, duration: Callable[[], float]) -> Callable[[], None]:
         def spend() -> None:
-            self.now += int(duration())
+            self.read += int(duration())
 
         return spend
 
@@ -222,7 +222,7 @@ def test_rows_from_before_lead_calls_had_none() -> None:
 def test_a_drifting_machine_does_not_fool_a_comparison() -> None:
     """The machine halves its speed on the way: one block after the other would call b much slower."""
     clock = FakeClock()
-    work = clock.call(lambda: 100_000 * (1 + clock.now / 3e7))
+    work = clock.call(lambda: 100_000 * (1 + clock.read / 3e7))
     result = bench.compare({"a": work, "b": work}, QUICK, instruments=instruments(clock))
     a, b = (result.measurements[name].samples_ns for name in "ab")
     assert np.median(b[32:]) / np.median(a[:32]) > 1.2
@@ -269,7 +269,7 @@ def test_pooling_takes_the_process_as_the_unit() -> None:
     ],
 )
 def test_a_ratio_in_words(value: float, low: float, high: float, floor: float, words: str) -> None:
-    said = bench.Ratio(value=value, low=low, high=high, floor=floor).words("fused", "unfused")
+    said = bench.Ratio(value=value, low=low, high=high, floor=floor).describe("fused", "unfused")
     assert said.startswith(words)
 
 
@@ -321,7 +321,7 @@ def test_samples_that_scatter_widen_what_noise_may_have_changed() -> None:
     ],
 )
 def test_noise_slows_by_a_factor_at_the_most(noise: dict[str, object], threads: int, factor: float) -> None:
-    assert bench.TimingNoise(**noise).factor(MACHINE, threads) == pytest.approx(factor)
+    assert bench.TimingNoise(**noise).max_slowdown(MACHINE, threads) == pytest.approx(factor)
 
 
 def test_a_comparison_refuses_what_it_cannot_compare() -> None:
@@ -507,7 +507,7 @@ def test_a_machine_is_read_from_its_system(tmp_path: Path) -> None:
         "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance\n",
         "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq": "3800000\n",
     }
-    machine = bench.Machine.this(packages=("numpy", "no-such-package"), root=fake_root(tmp_path, **files))
+    machine = bench.Machine.detect(packages=("numpy", "no-such-package"), root=fake_root(tmp_path, **files))
     assert machine.chip == "Intel Xeon Platinum 8480C"
     assert machine.features == ("avx2", "fma", "avx512", "vnni", "bf16", "amx")
     assert (machine.memory_bytes, machine.load, machine.quota) == (16384 * 1024, 0.5, 1.5)
@@ -517,7 +517,7 @@ def test_a_machine_is_read_from_its_system(tmp_path: Path) -> None:
 
 
 def test_an_arm_machine_and_its_features(tmp_path: Path) -> None:
-    machine = bench.Machine.this(packages=(), root=fake_root(tmp_path, **{"proc/cpuinfo": ARM}))
+    machine = bench.Machine.detect(packages=(), root=fake_root(tmp_path, **{"proc/cpuinfo": ARM}))
     assert machine.chip == "Some Board"
     assert machine.features == ("bf16", "fp16", "neon", "dotprod", "i8mm")
     assert machine.quota is None
@@ -525,9 +525,9 @@ def test_an_arm_machine_and_its_features(tmp_path: Path) -> None:
 
 def test_a_limit_of_an_older_container(tmp_path: Path) -> None:
     legacy = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}
-    assert bench.Machine.this((), fake_root(tmp_path / "a", **legacy)).quota == 2.0
+    assert bench.Machine.detect((), fake_root(tmp_path / "a", **legacy)).quota == 2.0
     legacy["sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1"
-    assert bench.Machine.this((), fake_root(tmp_path / "b", **legacy)).quota is None
+    assert bench.Machine.detect((), fake_root(tmp_path / "b", **legacy)).quota is None
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
@@ -582,7 +582,7 @@ def test_names_of_host_and_user_are_not_recorded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("platform.node", lambda: "host-of-somebody")
     monkeypatch.setattr("socket.gethostname", lambda: "host-of-somebody")
     monkeypatch.setenv("USER", "somebody-private")
-    written = json.dumps(bench.Machine.this().to_dict())
+    written = json.dumps(bench.Machine.detect().to_dict())
     assert "somebody" not in written
     assert bench.Machine.from_dict(json.loads(written)).to_dict() == json.loads(written)
 

@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = fuse(create_model("mobilenetv1_025", num_classes=4).eval())
     save_weights(model, home / "fused.safetensors", Card(model="mobilenetv1_025", num_classes=4, fused=True))
     export_to_runtimes(home / "fused.safetensors", home / "artifacts", ExportOptions(runtimes=["onnx"], size=SIZE))
-    here = bench.Machine.this(())
+    here = bench.Machine.detect(())
     rates = [
         bench.PeakRate(kind=kind, threads=1, median=best, best=best, how="by hand", num_bytes=size)
         for kind, best, size in (("fp32", 1e14, None), ("read", 1e14, 1 << 28))
@@ -131,7 +131,7 @@ def test_a_planted_slowdown_is_told_to_be_found(home: Path, capsys: pytest.Captu
 
 
 def test_processors_can_be_chosen(home: Path) -> None:
-    usable = bench.Machine.this(()).affinity
+    usable = bench.Machine.detect(()).affinity
     if not usable:
         pytest.skip("this system does not let a program choose its processors")
     where = ("--results", home / "results", "--no-cold")
@@ -139,7 +139,7 @@ def test_processors_can_be_chosen(home: Path) -> None:
     line = lines_of(home)[-1]
     assert line["machine"]["affinity"] == [usable[-1]]
     assert line["cold"] is None
-    assert bench.Machine.this(()).affinity == usable
+    assert bench.Machine.detect(()).affinity == usable
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_layers_of_an_artifact_have_times(runtime: str, home: Path, tmp_path
     convolutions = sum("conv" in kind for kind in kinds)
     assert 27 <= convolutions <= 28  # a stem and 13 pairs; the head is one too where the runtime makes it one
     assert all(layer.ns >= 0 for layer in found.layers)
-    assert found.ns == pytest.approx(sum(found.by_kind().values()))
+    assert found.ns == pytest.approx(sum(found.time_by_type().values()))
     assert found.ns > 0
 
 

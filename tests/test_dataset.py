@@ -357,7 +357,7 @@ def test_test_is_kept_aside_and_was_val_for_runs_of_before(tmp_path: Path) -> No
     write_images(tmp_path, [f"{side}/{kind}/{i}.png" for side in ("train", "test") for kind in "ab" for i in range(4)])
     now = read_dataset(tmp_path, seed=0, val_fraction=0.25)
     assert {split: len(images) for split, images in now.datasets.items()} == {"train": 6, "val": 2, "test": 8}
-    assert now.scored == "test"
+    assert now.evaluation_split == "test"
     assert "test/ is kept for `onefold eval`" in now.info.notes[0]
     before = read_dataset(tmp_path, seed=0, val_fraction=0.25, test_is_val=True)
     assert {split: len(images) for split, images in before.datasets.items()} == {"train": 8, "val": 8}

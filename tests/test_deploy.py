@@ -359,11 +359,11 @@ def test_a_quick_deployment_takes_no_more_than_was_asked_for() -> None:
     order = DeployOptions(
         runtimes=["onnx"], precisions=["int8"], calibration=CalibrationOptions(data="digits"), quick=True
     )
-    short = order.shortened()
+    short = order.with_quick_limits()
     assert (short.calibration.count, short.procedure.samples) == (64, 50)
     fewer = replace(order, calibration=CalibrationOptions(data="digits", count=8), procedure=Procedure(samples=16))
-    assert fewer.shortened() == fewer
-    assert replace(order, quick=False).shortened() == replace(order, quick=False)
+    assert fewer.with_quick_limits() == fewer
+    assert replace(order, quick=False).with_quick_limits() == replace(order, quick=False)
 
 
 def test_minutes_that_are_none_are_refused(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

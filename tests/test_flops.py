@@ -174,12 +174,12 @@ def test_no_compiler_is_imported_to_count_to_fuse_or_to_open_fused_weights() -> 
     """torch's takes over a second, which was most of the time of `onefold fuse` and `onefold predict`."""
     code = """
 import sys, torch
-from onefold.models import cost, create_model
+from onefold.models import count_flops, create_model
 from onefold.models.load_weights import _empty_fused
 from onefold.reparam import fuse
 for name in ("mobilenetv1_025", "mobileformer_26m"):
     model = create_model(name, num_classes=2).eval()
-    cost(model, 64), cost(fuse(model), 64), cost(_empty_fused(model), 64)
+    count_flops(model, 64), count_flops(fuse(model), 64), count_flops(_empty_fused(model), 64)
 print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -243,15 +243,15 @@ def test_maps_hold_no_more_memory_than_was_in_use():
         pytest.skip("no compiler")
     code = """
     from pathlib import Path
-    from onefold.reparam.kernels.cpu import new_map
+    from onefold.reparam.kernels.cpu import empty_map
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if Path("/proc/self/statm").exists() else 0
-    new_map(1024).fill_(0.0)  # what the first use of all takes
+    empty_map(1024).fill_(0.0)  # what the first use of all takes
     page, before = 2 << 20, resident()
-    maps = [new_map(n * page // 4).fill_(0.0) for n in range(1, 9)]
+    maps = [empty_map(n * page // 4).fill_(0.0) for n in range(1, 9)]
     del maps
     for n in range(9, 20):  # sizes that nothing waiting fits: what waits goes first
-        new_map(n * page // 4).fill_(0.0)
+        empty_map(n * page // 4).fill_(0.0)
     print((resident() - before) / page)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)

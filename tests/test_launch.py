@@ -266,13 +266,13 @@ sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
 from onefold.train.launch import launch
-from onefold.train import RunFolder, Steps, import_ahead, start_world
+from onefold.train import RunFolder, Steps, import_training_modules, init_world
 from training_kit import PLAN, Blobs, fresh
 max_restarts, out, epochs, nap = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 plan = replace(PLAN, epochs=epochs, batch_size=8, logical_workers=2, reduce="exact", checkpoint_every=Steps(5))
 
 def work():
-    with start_world("cpu") as world:
+    with init_world("cpu") as world:
         out.with_name(f"pid{{world.rank}}").write_text(str(os.getpid()))
         def step(progress):
             with open(str(out) + ".steps", "ab") as steps:
@@ -287,7 +287,7 @@ def work():
 
 if max_restarts < 0:  # by torchrun, or alone
     sys.exit(work())
-import_ahead()
+import_training_modules()
 sys.exit(launch(work, 2, max_restarts))
 """
 

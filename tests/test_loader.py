@@ -261,7 +261,7 @@ def test_workers_starts_and_ranks_change_no_picture() -> None:
 
 
 def test_a_curriculum_is_a_function_of_the_epoch() -> None:
-    assert [CURRICULUM.at(n).size for n in range(5)] == [16, 16, 24, 24, 24]
+    assert [CURRICULUM.stage_at(n).size for n in range(5)] == [16, 16, 24, 24, 24]
     grows = ProgressiveAugment(augment=everything(), curriculum=CURRICULUM)
     steps = grows.at_epoch(1).steps
     assert (steps[0].size, steps[2].strength, steps[3].strength) == (16, 0.3, 0.3)  # type: ignore[attr-defined]

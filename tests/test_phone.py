@@ -317,14 +317,14 @@ def test_what_a_condition_refuses_and_what_it_remarks():
 
 def test_the_cores_that_are_meant(phone: FakePhone):
     found = read_phone_info(Adb(serial=SERIAL))
-    assert found.mask("big", 1) == (6, 7)
-    assert found.mask("big", 3) == (4, 5, 6, 7)
-    assert found.mask("little", 1) == (0, 1, 2, 3)
-    assert found.mask("all", 1) == tuple(range(8))
-    assert found.mask("0,4-5", 1) == (0, 4, 5)
+    assert found.cpu_mask("big", 1) == (6, 7)
+    assert found.cpu_mask("big", 3) == (4, 5, 6, 7)
+    assert found.cpu_mask("little", 1) == (0, 1, 2, 3)
+    assert found.cpu_mask("all", 1) == tuple(range(8))
+    assert found.cpu_mask("0,4-5", 1) == (0, 4, 5)
     for wrong in ("9", "big,little", "", "4-", "-1"):
         with pytest.raises(OnefoldError):
-            found.mask(wrong, 1)
+            found.cpu_mask(wrong, 1)
 
 
 # --------------------------------------------------------------------------------------------- faults

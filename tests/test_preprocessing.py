@@ -131,7 +131,7 @@ def test_the_range_of_deep_samples_is_that_of_the_set(
     assert measured is not None
     assert (measured.value_range, measured.is_float) == (value_range, False)
     assert f"{value_range[1]:g} as white" in measured.sentence
-    assert measured.is_full == (value_range == (0, 65535))
+    assert measured.is_full_range == (value_range == (0, 65535))
 
 
 @pytest.mark.parametrize(

@@ -503,7 +503,7 @@ def test_whether_sums_saturate_is_found_out() -> None:
 def test_sums_of_openvino_saturate_without_vnni() -> None:
     """oneDNN can be kept to AVX2, which has no sums of 8-bit products in 32 bits."""
     pytest.importorskip("openvino")
-    program = "from onefold.runtimes.openvino import sums_saturate; print(sums_saturate())"
+    program = "from onefold.runtimes.openvino import int8_sums_saturate; print(int8_sums_saturate())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

@@ -47,12 +47,12 @@ ROOFLINE = bench.Roofline(
 
 def test_the_least_time_is_the_slower_of_computing_and_reading() -> None:
     """100e9 multiply-adds a second make 1e8 of them 1 ms; 1e6 bytes at 50 GB/s make 20 us, 1e8 at 10 GB/s 10 ms."""
-    dense = ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=10**6, precision="fp32"))
-    assert (dense.compute_ns, dense.memory_ns, dense.side, dense.how) == (1e6, 2e4, "compute", "how of fp32")
+    dense = ROOFLINE.latency_bound(bench.Workload(macs=10**8, num_bytes=10**6, precision="fp32"))
+    assert (dense.compute_ns, dense.memory_ns, dense.limited_by, dense.how) == (1e6, 2e4, "compute", "how of fp32")
     assert dense.fraction(4e6) == 0.25
-    large = ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=10**8, precision="fp32"))
-    assert (large.ns, large.side) == (1e7, "memory")
-    assert ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=10**6, precision="int8")).compute_ns == 2.5e5
+    large = ROOFLINE.latency_bound(bench.Workload(macs=10**8, num_bytes=10**8, precision="fp32"))
+    assert (large.ns, large.limited_by) == (1e7, "memory")
+    assert ROOFLINE.latency_bound(bench.Workload(macs=10**8, num_bytes=10**6, precision="int8")).compute_ns == 2.5e5
 
 
 def test_what_was_not_measured_has_no_limit() -> None:
@@ -60,12 +60,14 @@ def test_what_was_not_measured_has_no_limit() -> None:
         bench.Workload(macs=10**8, num_bytes=1, precision="fp16"),
         bench.Workload(macs=10**8, num_bytes=1, precision="fp32", threads=3),
     ):
-        found = ROOFLINE.bound(work)
+        found = ROOFLINE.latency_bound(work)
         assert (found.ns, found.fraction(1e6)) == (None, None)
-    two = ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=1, precision="fp32", threads=2))
+    two = ROOFLINE.latency_bound(bench.Workload(macs=10**8, num_bytes=1, precision="fp32", threads=2))
     assert two.memory_ns is None
     assert two.ns == pytest.approx(1e8 / 190)
-    assert ROOFLINE.bound(bench.Workload(macs=10**8, num_bytes=1, precision="bf16")).compute_ns == 1e6  # done in fp32
+    assert (
+        ROOFLINE.latency_bound(bench.Workload(macs=10**8, num_bytes=1, precision="bf16")).compute_ns == 1e6
+    )  # done in fp32
 
 
 def test_of_two_rates_for_one_thing_the_quicker_stays() -> None:
@@ -113,8 +115,8 @@ def test_a_call_quicker_than_the_limit_casts_doubt_on_it() -> None:
         least = bench.LatencyBound(compute_ns=100.0)
         return bench.Measurement(subject={}, machine=MACHINE, procedure=QUICK, samples_ns=samples_ns, bound=least)
 
-    assert not at(100, 200, 300).beats_limit
-    assert at(99, 200, 300).beats_limit
+    assert not at(100, 200, 300).beats_roofline
+    assert at(99, 200, 300).beats_roofline
     assert at(99, 200, 300).roofline == 0.5
 
 
@@ -123,11 +125,11 @@ def test_a_call_quicker_than_the_limit_casts_doubt_on_it() -> None:
 PRODUCT = """
 import os, time
 import numpy as np
-from onefold.bench.roofline import limits
+from onefold.bench.roofline import _measure_limits
 a = np.full((768, 768), 0.5, dtype=np.float32)
 peaks, product = [], []
 for _ in range(3):
-    peaks.append(next(limits(1)).best)
+    peaks.append(next(_measure_limits(1)).best)
     for _ in range(5):
         start = time.perf_counter()
         a @ a
@@ -164,7 +166,7 @@ def test_the_limits_are_kept_and_measured_when_missing(
     again = load_or_measure_roofline(tmp_path, [1], again=True)
     assert max(each.best for each in again.limits if each.threads == 1) == 3e9
     (file,) = tmp_path.iterdir()
-    assert file.name == f"{bench.Machine.this(()).slug}-roofline.json"
+    assert file.name == f"{bench.Machine.detect(()).slug}-roofline.json"
     for damaged in ("{", file.read_text().replace("3000000000.0", "4000000000.0")):
         file.write_text(damaged)
         assert load_or_measure_roofline(tmp_path, [1]).threads == (1,)
@@ -293,7 +295,7 @@ def test_pinning_lasts_as_long_as_its_block() -> None:
     one = min(before)
     with pin_to_cpus([one]):
         assert os.sched_getaffinity(0) == {one}
-        assert bench.Machine.this(()).affinity == (one,)
+        assert bench.Machine.detect(()).affinity == (one,)
         with pytest.raises(BadArgument, match="no processor 4096; this process may use"), pin_to_cpus([one, 4096]):
             pass
     assert os.sched_getaffinity(0) == before

@@ -216,7 +216,7 @@ def live(order: Order, rank: int, port: int) -> None:
     data = Blobs(num_images=order.num_images, batch_size=plan.batch_size // plan.accumulate, log=str(order.samples))
     with init_world("cpu") as world, marking(order):
         has_run = world.broadcast(RunFolder(Path(order.out)).has_run)
-        with world.agree():
+        with world.raise_together():
             if order.trouble == "data" and rank == order.processes - 1:
                 raise BadData("there are no photos")
         fresh(Path(order.out), plan, data, resume=has_run, world=world, on_progress=step, evaluate=evaluate)

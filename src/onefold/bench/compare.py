@@ -55,7 +55,7 @@ class Ratio:
             return "no difference"
         return "faster" if self.value < 1 else "slower"
 
-    def words(self, name: str, baseline: str) -> str:
+    def describe(self, name: str, baseline: str) -> str:
         """The verdict as a sentence, on a noisy machine with its noise; no verdict where that could change it."""
         seen = f"{_percent(self.value)} (95 % CI {_percent(self.low)} to {_percent(self.high)})"
         if not self.is_robust_to_noise:
@@ -115,14 +115,14 @@ class Comparison:
         value, low, high = self._interval(other)
         noise, floor = 1.0, self.floor.floor
         if "noisy" in (base.verdict, other.verdict):
-            machine = max(each.noise.factor(each.machine, each.procedure.threads) for each in (base, other))
+            machine = max(each.noise.max_slowdown(each.machine, each.procedure.threads) for each in (base, other))
             tails = [percentile(each.latencies_ns, 0.9) / percentile(each.latencies_ns, 0.1) for each in (base, other)]
             noise = machine * (1 + floor) * max(tails)
         return Ratio(value=value, low=low, high=high, floor=floor, noise=noise)
 
     def sentences(self) -> list[str]:
         """One sentence for each call but the baseline."""
-        return [self.ratio(name).words(name, self.baseline) for name in list(self.measurements)[1:]]
+        return [self.ratio(name).describe(name, self.baseline) for name in list(self.measurements)[1:]]
 
     def _interval(self, other: Measurement) -> tuple[float, float, float]:
         base = self.measurements[self.baseline]

@@ -69,7 +69,7 @@ class Machine:
     affinity: tuple[int, ...] = ()
 
     @classmethod
-    def this(cls, packages: Sequence[str] = _PACKAGES, root: Path = Path("/")) -> Machine:
+    def detect(cls, packages: Sequence[str] = _PACKAGES, root: Path = Path("/")) -> Machine:
         """The machine this runs on; `packages` are those whose versions matter, `root` is where /proc and /sys are."""
         cpuinfo = _read(root / "proc/cpuinfo")
         return cls(

@@ -133,7 +133,7 @@ class Measurement:
         return None if self.bound is None else self.bound.fraction(self.median_ns)
 
     @property
-    def beats_limit(self) -> bool:
+    def beats_roofline(self) -> bool:
         """Whether its quickest call took less than the least time: the limit was measured on a busier machine, then.
 
         Or the runtime saves multiplications, as Winograd's convolutions do.
@@ -179,8 +179,8 @@ class Instruments:
     """What a measurement reads: a clock in nanoseconds, the system's counters, and the machine itself."""
 
     clock: Clock = time.perf_counter_ns
-    vitals: Callable[[], SystemCounters] = SystemCounters.now
-    machine: Machine = field(default_factory=Machine.this)
+    vitals: Callable[[], SystemCounters] = SystemCounters.read
+    machine: Machine = field(default_factory=Machine.detect)
 
 
 @dataclass(frozen=True)

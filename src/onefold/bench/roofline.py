@@ -78,7 +78,7 @@ def measure_roofline(threads: Sequence[int]) -> Roofline:
         else:
             notes.append(f"numpy's product {ended}: what was not measured is not known")
             break
-    return Roofline(limits=tuple(limits), features=Machine.this(packages=()).features, notes=tuple(notes))
+    return Roofline(limits=tuple(limits), features=Machine.detect(packages=()).features, notes=tuple(notes))
 
 
 def cache_sizes(root: Path = Path("/")) -> tuple[tuple[int, bool], ...]:
@@ -279,7 +279,7 @@ class LatencyBound:
         return None if self.compute_ns is None else max(self.compute_ns, self.memory_ns or 0.0)
 
     @property
-    def side(self) -> Literal["compute", "memory"]:
+    def limited_by(self) -> Literal["compute", "memory"]:
         """Which of the two binds."""
         return "memory" if (self.memory_ns or 0.0) > (self.compute_ns or 0.0) else "compute"
 
@@ -315,7 +315,7 @@ class Roofline:
         """For which numbers of threads it was measured."""
         return tuple(sorted({limit.threads for limit in self.limits}))
 
-    def bound(self, work: Workload) -> LatencyBound:
+    def latency_bound(self, work: Workload) -> LatencyBound:
         """The least time of this work. Bytes are read at the speed of the smallest place measured that holds them."""
         kinds = _ARITHMETIC.get(work.precision.split("-")[0], ())
         compute = next((limit for kind in kinds for limit in self._of(kind, work.threads)), None)

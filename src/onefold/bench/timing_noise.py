@@ -127,7 +127,7 @@ class SystemCounters:
     mhz: float | None = None
 
     @classmethod
-    def now(cls, root: Path = Path("/")) -> SystemCounters:
+    def read(cls, root: Path = Path("/")) -> SystemCounters:
         """Read them all; `root` is where /proc is."""
         stolen, busy, ticks, cores = _ticks(root)
         return cls(
@@ -194,7 +194,7 @@ class TimingNoise:
         of_machine = (*_of_load(self, machine.available_cores, threads), *_of_others(self, machine.available_cores))
         return (*self.remarks, *of_machine, *_of_samples(samples))
 
-    def factor(self, machine: Machine, threads: int) -> float:
+    def max_slowdown(self, machine: Machine, threads: int) -> float:
         """By what factor what else the machine did may have slowed a call at the most; 1 where it did nothing.
 
         Each counts as if the call had lost what others got: the cores that others used (the load, where that is not

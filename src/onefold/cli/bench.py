@@ -77,7 +77,7 @@ def limits(
         from onefold.bench import Machine
         from onefold.commands.bench import load_or_measure_roofline
 
-        numbers = range(1, Machine.this(packages=()).usable_cores + 1) if threads is None else _threads(threads)
+        numbers = range(1, Machine.detect(packages=()).usable_cores + 1) if threads is None else _threads(threads)
         found = load_or_measure_roofline(results, numbers, again=again)
     display.print_roofline(found, numbers, as_json=as_json)
 

@@ -276,7 +276,9 @@ def print_layer_times(found: Profile, *, top: int, as_json: bool) -> None:
         others = total - sum(layer.ns for layer in slowest)
         rows.append([f"{rest} more", "", f"{others / 1e6:.3f}", f"{100 * others / total:.1f} %"])
     _print_table(["layer", "type", "ms", "share"], rows)
-    kinds = ", ".join(f"{kind} {100 * ns / total:.1f} %" for kind, ns in found.by_kind().items() if ns >= 0.005 * total)
+    kinds = ", ".join(
+        f"{kind} {100 * ns / total:.1f} %" for kind, ns in found.time_by_type().items() if ns >= 0.005 * total
+    )
     print_line(
         f"{found.artifact.title}: {total / 1e6:.3f} ms in {len(found.layers)} layers, medians of {found.calls} calls"
     )
@@ -285,7 +287,9 @@ def print_layer_times(found: Profile, *, top: int, as_json: bool) -> None:
 
 def _row(name: str, m: Measurement) -> list[str]:
     reached = (
-        f"- ({_no_limit(m)})" if m.roofline is None or m.bound is None else f"{100 * m.roofline:.0f} % ({m.bound.side})"
+        f"- ({_no_limit(m)})"
+        if m.roofline is None or m.bound is None
+        else f"{100 * m.roofline:.0f} % ({m.bound.limited_by})"
     )
     too_few = "needs 64 samples" if m.calls_per_sample == 1 else f"samples of {m.calls_per_sample} calls"
     p90 = f"- ({too_few})" if m.p90_ns is None else f"{m.p90_ns / 1e6:.3f}"
@@ -306,9 +310,10 @@ def _beside(m: Measurement) -> list[str]:
     if m.roofline is not None and m.bound is not None:
         parts.append(
             f"{100 * m.roofline:.0f} % of the roofline: {m.subject['precision']} with {_threads(m.procedure.threads)} "
-            f"cannot take less than {(m.bound.ns or 0) / 1e6:.3f} ms here ({m.bound.how}; bound by {m.bound.side})"
+            f"cannot take less than {(m.bound.ns or 0) / 1e6:.3f} ms here ({m.bound.how}; bound by "
+            f"{m.bound.limited_by})"
         )
-    if m.beats_limit:
+    if m.beats_roofline:
         parts.append(
             "its fastest call took less than this peak allows: the peak was measured while the machine was busy "
             "(`onefold limits --again` measures anew), or the runtime needs fewer multiplications (Winograd)"
@@ -344,7 +349,7 @@ def _plain(m: Measurement, outcome: Measurement | Comparison) -> dict[str, Any]:
         "median_ms": m.median_ns / 1e6,
         "verdict": m.verdict,
         "roofline": m.roofline,
-        "bound": None if m.bound is None else {**m.bound.to_dict(), "side": m.bound.side},
+        "bound": None if m.bound is None else {**m.bound.to_dict(), "side": m.bound.limited_by},
         "cold": None if m.cold is None else m.cold.to_dict(),
         "floor": outcome.floor.floor if isinstance(outcome, Comparison) else None,
     }

@@ -158,7 +158,7 @@ def measure_sources(order: BenchOptions, results: Path) -> tuple[Measurement | C
         outcome = _timed(order, candidates)
         completed = {title: _completed(each, order) for title, each in candidates.items()}
     outcome = _held_against_limits(_with_cold_starts(outcome, completed), order, results)
-    path = results / f"{Machine.this().slug}.jsonl"
+    path = results / f"{Machine.detect().slug}.jsonl"
     append_results(path, [outcome])
     return outcome, path
 
@@ -255,7 +255,7 @@ def _held_against_limits(
         held_against = partial(_bounded, roofline=load_or_measure_roofline(results, [threads], again=attempt > 0))
         outcome = _each(outcome, held_against)
         measured = outcome.measurements.values() if isinstance(outcome, Comparison) else [outcome]
-        if not any(each.beats_limit for each in measured):
+        if not any(each.beats_roofline for each in measured):
             break
     return outcome
 
@@ -355,7 +355,7 @@ def load_or_measure_roofline(results: Path, threads: Sequence[int], *, again: bo
 
     `again` measures in any case; of two rates for one thing the quicker stays, for others' work only slows.
     """
-    machine = Machine.this(packages=())
+    machine = Machine.detect(packages=())
     path = results / f"{machine.slug}{ROOFLINE_SUFFIX}"
     known = _read(path)
     if known is None or known.features != machine.features:
@@ -376,7 +376,7 @@ def latency_bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) 
     batch, (channels, height, width) = subject.get("batch", 1), subject["input_shape"]
     num_bytes = size * subject["params"] + 4 * batch * channels * height * width
     work = Workload(macs=batch * subject["macs"], num_bytes=num_bytes, precision=subject["precision"], threads=threads)
-    return roofline.bound(work)
+    return roofline.latency_bound(work)
 
 
 def _read(path: Path) -> Roofline | None:

@@ -86,7 +86,7 @@ class CalibrationOptions:
     search: bool = False
     skip_layers: int = 0
 
-    def chosen(self) -> Dataset:
+    def select_photos(self) -> Dataset:
         """`count` of `photos`, evenly; all where there are fewer."""
         assert self.photos is not None
         return Subset(self.photos, evenly_spaced(len(self.photos), self.count))
@@ -127,7 +127,7 @@ def calibrated_network(
         order = replace(order, photos=calibration_photos(order.data, records))
     if order.count < 2:
         raise BadArgument(f"expected 2 photos or more to calibrate with, not {order.count}")
-    source = order.chosen()
+    source = order.select_photos()
     contents = image_keys(source, "content")
     kept = _kept_as(network, contents, order)
     made = _found(network, kept)

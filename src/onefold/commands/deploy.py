@@ -145,7 +145,7 @@ def build_deployment(
     Raises MissingExtra before anything is done, where a runtime or matplotlib is not installed; BadArgument where `out`
     holds something else.
     """
-    order, budget = order.shortened(), TimeBudget(order.minutes)
+    order, budget = order.with_quick_limits(), TimeBudget(order.minutes)
     wanted = _wanted(order)
     require_extras([*order.runtimes, "report", *extras_for_sources(source, order.calibration.data, order.val)])
     require_matplotlib()  # that it works is seen here too, not at the report, after minutes of work
@@ -184,7 +184,7 @@ def build_deployment(
 def _key(network: Network, order: DeployOptions, *, calibrates: bool) -> str:
     """The digest of what the artifacts of a deployment depend on."""
     calibration = order.calibration
-    photos = [] if calibration.photos is None or not calibrates else image_keys(calibration.chosen(), "content")
+    photos = [] if calibration.photos is None or not calibrates else image_keys(calibration.select_photos(), "content")
     how = [asdict(calibration.method), calibration.search, calibration.skip_layers]
     facts = [tensors_sha256(network.model.state_dict()), network.card.to_dict(), how, photos]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -380,7 +380,7 @@ class _Exam:
         found, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
         for images, truth in batches.epoch(0):
             if not found:
-                predictor.check_name(images.numpy())
+                predictor.warn_if_wrong_model(images.numpy())
             found.append(predictor.session(images.numpy()).argmax(1))
             labels.append(truth.numpy())
         answers = np.concatenate(found)

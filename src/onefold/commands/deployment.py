@@ -69,7 +69,7 @@ class DeployOptions:
         if self.minutes is not None and not self.minutes > 0:
             raise BadArgument(f"minutes must be more than 0, not {self.minutes:g}")
 
-    def shortened(self) -> DeployOptions:
+    def with_quick_limits(self) -> DeployOptions:
         """The same, where it is quick with no more of the photos to calibrate with and of the timed calls."""
         if not self.quick:
             return self

@@ -324,7 +324,7 @@ def evaluate_dataset(predictor: Predictor, source: Dataset, *, batch_size: int =
     def labelled() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i, (images, labels) in enumerate(batches.epoch(0)):
             if i == 0:
-                predictor.check_name(images.numpy())
+                predictor.warn_if_wrong_model(images.numpy())
             yield images, index[labels]
 
     score = compute_accuracy(predictor.session, labelled())

@@ -284,7 +284,7 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
         source=card.source or str(source),
         details={
             "cost": _cost(network),
-            "network": network.identity,
+            "network": network.digest,
             **({} if made is None else quantization_details(made.made)),
             **({} if records is None else {"trained_on": records_to_dict(records)}),
             **({} if calibrated_on is None else {"calibrated_on": records_to_dict([calibrated_on])}),

@@ -274,7 +274,7 @@ def evaluation_sets(
         return {f"{place} ({only})": open_data(Data(spec=place), place).open(only)}
     default = Data(spec=place, val_fraction=Data().val_fraction if place == "digits" and not records else 1.0)
     splits = open_data(default, place)
-    names = dict.fromkeys((splits.scored, "test" if "test" in splits.datasets else splits.scored))
+    names = dict.fromkeys((splits.evaluation_split, "test" if "test" in splits.datasets else splits.evaluation_split))
     sets = {}
     for split in names:
         images, title = splits.open(split), f"{place} ({split})" if len(names) > 1 else place
@@ -343,7 +343,7 @@ def split_photos(place: str, records: TrainingRecords | None, *, calibrates: boo
 def _labelled(place: str, records: TrainingRecords | None, calibrates: bool) -> DeploymentPhotos:
     splits = open_data(Data(val_fraction=_HELD_OUT), place)
     if not splits.is_val_cut:
-        scored, title = splits.open(splits.scored), f"{place} ({splits.scored})"
+        scored, title = splits.open(splits.evaluation_split), f"{place} ({splits.evaluation_split})"
         calibration = splits.datasets.get("train", scored)
         if calibrates and "train" not in splits.datasets:
             calibration, scored = _divided(scored)

@@ -16,7 +16,7 @@ _OF_OTHERS = {"all", "demo", "dev", "docs"}  # extras that are made of others, o
 
 def info() -> dict[str, str]:
     """Describe this installation, for a report of a mistake: name -> text. What is not compiled yet is compiled."""
-    machine, known = Machine.this(packages=()), sorted(packages_by_extra().keys() - _OF_OTHERS)
+    machine, known = Machine.detect(packages=()), sorted(packages_by_extra().keys() - _OF_OTHERS)
     lacking = [extra for extra in known if missing_packages(extra)]
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {

@@ -68,7 +68,7 @@ class Network:
         return Preprocessing.from_dict(self.card.preprocessing)
 
     @property
-    def identity(self) -> str:
+    def digest(self) -> str:
         """The digest of all that its answers depend on: of one network at two sizes, none is the other."""
         precision = "int8" if self.is_fused and self.card.int8 is not None else "fp32"
         facts = [tensors_sha256(self.model.state_dict()), precision, self.preprocessing.to_dict(), self.card.int8]
@@ -240,7 +240,7 @@ class Predictor:
     calibrated_on: object = None
     name_check: ModelNameCheck | None = None
 
-    def check_name(self, images: Floats) -> None:
+    def warn_if_wrong_model(self, images: Floats) -> None:
         """Log a warning where the network's norms say, on these photos, that the weights are of another network."""
         if self.name_check is not None:
             self.name_check.warn(images)
@@ -345,7 +345,7 @@ def make_predictor(network: Network, *, threads: int = 1) -> Predictor:
         "input_shape": (card.in_chans, size, size),
         "params": flops.params,
         "macs": flops.macs,
-        "sha256": network.identity,
+        "sha256": network.digest,
         "source": Path(network.title).name,
         **_untrained(card.untrained),
         **({"left_norms": network.left_norms} if network.left_norms else {}),

@@ -149,5 +149,5 @@ def _send_programs(adb: Adb, programs: Sequence[BenchmarkProgram], given: dict[s
                 f"{program} is not on the phone at {PHONE_FOLDER}: build it for Android, or download it from its "
                 "vendor (docs/phones.md), and give it with --program PATH"
             )
-        builds[program] = (adb.hash_of(f"{PHONE_FOLDER}/{program}") or "of unknown build")[:12]
+        builds[program] = (adb.remote_sha256(f"{PHONE_FOLDER}/{program}") or "of unknown build")[:12]
     return builds

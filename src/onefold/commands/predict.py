@@ -282,7 +282,7 @@ def _predict(
         read = [_preprocess(image, predictor.preprocessing) for _, image in part]
         inputs = [image for image in read if not isinstance(image, str)]
         if inputs and first:
-            predictor.check_name(np.stack(inputs))
+            predictor.warn_if_wrong_model(np.stack(inputs))
             first = False
         logits = iter(predictor.session(np.stack(inputs)) if inputs else ())
         for (number, image), prepared in zip(part, read, strict=True):

@@ -254,10 +254,10 @@ def _run(
     """
     with stop_at_once(), init_world(device) as world:
         hosts = world.all_gather(socket.gethostname() if RunFolder(out).has_run else None)
-        world.first(lambda: check_run_folder(out, hosts))
-        recipe, resume = world.first(plan_run)
-        run_data = world.first(lambda: find_run_data(out, recipe, *moved) if resume else None)
-        with world.agree():
+        world.run_on_main(lambda: check_run_folder(out, hosts))
+        recipe, resume = world.run_on_main(plan_run)
+        run_data = world.run_on_main(lambda: find_run_data(out, recipe, *moved) if resume else None)
+        with world.raise_together():
             splits = run_data.open() if run_data else open_data(recipe.data)
             training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
 
@@ -267,22 +267,22 @@ def _run(
             check_run_data(out, {"train": training, "val": validation})
             return recipe
 
-        recipe = world.first(checked_recipe)
+        recipe = world.run_on_main(checked_recipe)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
             # A recipe that does not say how many logical workers gets as many as the processes it is started in.
             recipe = replace(recipe, plan=replace(recipe.plan, logical_workers=world.size))
-        with world.agree():
+        with world.raise_together():
             check_batch_size(len(training), len(validation), recipe)
             batches = _batches(training, recipe, world)
 
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
-        start = world.first(lambda: _start(recipe, training, world.device, out if resume else None))
+        start = world.run_on_main(lambda: _start(recipe, training, world.device, out if resume else None))
         model, card, params = start.model, start.card, start.params
         if params is not None:
             size = recipe.preprocessing.size
             prepare_qat_(model, params, (recipe.preprocessing.channels, size, size))
         check_norms_see_several_values(model, recipe)
-        with world.agree():
+        with world.raise_together():
             teachers = open_teachers(recipe, training.classes, world.device)
 
         # ---- What is written once: the recipe, the check of the data, a sheet of samples
@@ -305,7 +305,7 @@ def _run(
             if params is not None:
                 write_text(out / _QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
 
-        world.first(write_once)
+        world.run_on_main(write_once)
         evaluator = Evaluator(card=card, validation=validation, recipe=recipe, world=world)
         run = loop.RunOptions(
             out=out,
@@ -421,7 +421,7 @@ def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path
 def _with_value_range(recipe: Recipe, training: Dataset) -> Recipe:
     """The recipe with the value range of the training images, where they have more than 8 bits and it has none yet."""
     measured = None if recipe.preprocessing.value_range else measure_value_range(training)
-    if measured is None or measured.is_full:
+    if measured is None or measured.is_full_range:
         return recipe
     _log.warning("the data: %s", measured.sentence)
     return replace(recipe, preprocessing=replace(recipe.preprocessing, value_range=measured.value_range))

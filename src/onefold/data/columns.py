@@ -155,7 +155,7 @@ def read_split_column(
     if unknown := sorted(value for value, said in known.items() if said is None and not is_missing(value)):
         quoted = join_names([repr(value) for value in unknown])
         raise BadData(f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test")
-    strong = any(said.split == "val" and not said.is_weak for said in known.values() if said)
+    strong = any(said.split == "val" and not said.is_ambiguous for said in known.values() if said)
     return tuple(resolve_ambiguous_split(said, strong) if (said := known[value]) else None for value in values)
 
 

@@ -35,7 +35,7 @@ class Curriculum:
         if not epochs or epochs[0] != 0 or any(a >= b for a, b in pairwise(epochs)):
             raise BadArgument(f"the stages begin at epochs {epochs}, expected 0 first and then later ones, each once")
 
-    def at(self, epoch: int) -> Stage:
+    def stage_at(self, epoch: int) -> Stage:
         """Give the stage of an epoch, counted from 0."""
         return [stage for stage in self.stages if stage.epoch <= epoch][-1]
 
@@ -49,7 +49,7 @@ class ProgressiveAugment:
 
     def at_epoch(self, n: int) -> Augment:
         """Give the augmentation of epoch n, from 0. Strengths multiply those that the policies have."""
-        stage = self.curriculum.at(n)
+        stage = self.curriculum.stage_at(n)
         steps = tuple(
             replace(step, strength=step.strength * stage.strength)
             if isinstance(step, AutoAugment | RandAugment)

@@ -177,7 +177,7 @@ class DatasetSplits:
         return dataset
 
     @property
-    def scored(self) -> Split:
+    def evaluation_split(self) -> Split:
         """The split to score a network on: val where the place has one of its own, else test, else what val is cut."""
         return "test" if "test" in self.datasets and (self.is_val_cut or "val" not in self.datasets) else "val"
 

@@ -140,7 +140,7 @@ def find_shards(paths: Sequence[str], *, is_chosen: bool, below: Path | None = N
         said = next(filter(None, (parse_split_name(part.rpartition(".")[0] or part) for part in reversed(parts))), None)
         if said:
             words[path] = said
-    strong = any(said.split == "val" and not said.is_weak for said in words.values())
+    strong = any(said.split == "val" and not said.is_ambiguous for said in words.values())
     for path in paths:
         found[None if path not in words else resolve_ambiguous_split(words[path], strong)].append(path)
     if len(found) == 1 and is_chosen:

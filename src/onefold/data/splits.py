@@ -62,14 +62,14 @@ class SplitName:
     number: str
 
     @property
-    def is_weak(self) -> bool:
+    def is_ambiguous(self) -> bool:
         """Whether it is a word that may mean val as well as test."""
         return self.word in _WEAK
 
 
 def resolve_ambiguous_split(said: SplitName, has_val: bool) -> Split:
     """Give the split: where there is another val, a word that may mean either means test."""
-    return "test" if said.is_weak and has_val else said.split
+    return "test" if said.is_ambiguous and has_val else said.split
 
 
 def split_into_words(name: str) -> list[str]:
@@ -420,7 +420,7 @@ def splits_by_folder_name(images: Sequence[str]) -> list[Split] | None:
             found[folder] = next(filter(None, map(parse_split_name, folder.split("/"))), None)
             if found[folder] is None:
                 return None
-    has_val = any(said.split == "val" and not said.is_weak for said in found.values() if said)
+    has_val = any(said.split == "val" and not said.is_ambiguous for said in found.values() if said)
     return [resolve_ambiguous_split(said, has_val) for image in images if (said := found[image.rpartition("/")[0]])]
 
 

@@ -57,7 +57,7 @@ class MeasuredRange:
     is_float: bool
 
     @property
-    def is_full(self) -> bool:
+    def is_full_range(self) -> bool:
         """Whether this is the range that 16-bit samples have anyway."""
         return self.value_range == FULL_16_BIT_RANGE
 

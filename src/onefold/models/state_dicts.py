@@ -43,7 +43,7 @@ class StateDict:
         """The word that selects it: "averaged" or "plain"."""
         return "averaged" if self.averaged else "plain"
 
-    def inside(self, word: str, names: Sequence[str]) -> StateDict:
+    def unwrap(self, word: str, names: Sequence[str]) -> StateDict:
         """Give what the wrapper `word` holds, the tensors `names`, with the other tensors as they are beside it."""
         held, inner = {name.removeprefix(f"{word}."): self.tensors[name] for name in names}, set(names)
         beside = {name: leaf for name, leaf in self.tensors.items() if name not in inner and name not in held}
@@ -117,7 +117,7 @@ def _unwrapped(found: StateDict, fits: Fits, depth: int = 0) -> Iterator[StateDi
         each
         for word, names in sorted(sorted(words.items(), key=lambda item: -len(item[1]))[:_MAX_WORDS])
         if len(names) > 1 and depth < _MAX_WRAPPERS
-        for each in _unwrapped(found.inside(word, names), fits, depth + 1)
+        for each in _unwrapped(found.unwrap(word, names), fits, depth + 1)
     ]
     taken = {
         name for word, names in words.items() if any(f".{word}." in f".{each.key}." for each in inner) for name in names
@@ -135,7 +135,7 @@ def _without_common_wrappers(found: StateDict) -> StateDict:
     names = [name for name, leaf in found.tensors.items() if name != "n_averaged"]
     word = names[0].partition(".")[0] if names else ""
     if (word in _WRAPPERS or _AVERAGED.search(word)) and all(name.startswith(f"{word}.") for name in names):
-        return _without_common_wrappers(replace(found.inside(word, names), outside=frozenset()))
+        return _without_common_wrappers(replace(found.unwrap(word, names), outside=frozenset()))
     return found
 
 

@@ -59,7 +59,7 @@ class Adb:
             )
         return ran
 
-    def says(self, *command: str) -> str:
+    def shell_output(self, *command: str) -> str:
         """What a command writes; empty where it fails."""
         ran = self.shell(command)
         return ran.output if ran.status == 0 else ""
@@ -72,7 +72,7 @@ class Adb:
 
     def push(self, local: Path, remote: str, sha256: str) -> None:
         """Put a file on the phone, unless it is there already; its hash is compared there. Raises NotWritable."""
-        if self.hash_of(remote) == sha256:
+        if self.remote_sha256(remote) == sha256:
             return
         self._make_room(local, remote)
         size = local.stat().st_size
@@ -82,7 +82,7 @@ class Adb:
             if _GONE.search(ran.errors):
                 raise DeviceFailed(f"the phone {self.serial} went away while {local.name} was sent: check the cable")
             raise NotWritable(f"{local.name} cannot be put on the phone at {remote}: {ran.last_words}")
-        there = self.hash_of(remote)
+        there = self.remote_sha256(remote)
         if there is not None and there != sha256:
             raise NotWritable(f"{local.name} did not arrive whole on the phone: push it again, and check the cable")
 
@@ -90,9 +90,9 @@ class Adb:
         """Whether it still is: a shell that loses its phone may end without a word."""
         return _devices().get(self.serial) == "device"
 
-    def hash_of(self, remote: str) -> str | None:
+    def remote_sha256(self, remote: str) -> str | None:
         """The SHA-256 of a file of the phone; None where there is no such file, or no such program."""
-        words = self.says("sha256sum", remote).split()
+        words = self.shell_output("sha256sum", remote).split()
         return words[0] if words and re.fullmatch("[0-9a-f]{64}", words[0]) else None
 
     def _make_room(self, local: Path, remote: str) -> None:
@@ -100,7 +100,7 @@ class Adb:
         made = self.shell(["mkdir", "-p", folder])
         if made.status != 0:
             raise NotWritable(f"the folder {folder} cannot be made on the phone: {made.last_words}")
-        words = self.says("df", "-k", folder).splitlines()[-1:]
+        words = self.shell_output("df", "-k", folder).splitlines()[-1:]
         free = words[0].split() if words else []
         needed = local.stat().st_size // 1024 + _SPARE_KIB
         if len(free) >= 4 and free[3].isdigit() and int(free[3]) < needed:

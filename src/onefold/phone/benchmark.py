@@ -319,7 +319,7 @@ def benchmark_artifacts(
     """
     if len(loads) > 1 and plan.rounds < _FEWEST_ROUNDS:
         raise BadArgument(f"a comparison needs {_FEWEST_ROUNDS} rounds or more, not {plan.rounds}")
-    cores = phone.mask(plan.cores, plan.threads)
+    cores = phone.cpu_mask(plan.cores, plan.threads)
     before = read_condition(adb)
     _must_be_fit(before, plan)
     runner = _Runner(adb=adb, plan=plan, mask=_mask(adb, phone, cores))
@@ -361,12 +361,12 @@ class _Runner:
         program = load.program
         if program.tells:
             self.adb.shell(["rm", "-f", call.times])
-        since = self.adb.says("date", "+%Y-%m-%d %H:%M:%S.000").strip() if program.log else ""
+        since = self.adb.shell_output("date", "+%Y-%m-%d %H:%M:%S.000").strip() if program.log else ""
         text = self._run(program.command(call), program)
         if program.tells:
             text = (self.adb.read(call.times) or b"").decode("utf-8", "replace")
         elif program.log is not None and program.log.sign not in text:
-            text += self.adb.says("logcat", "-d", "-v", "raw", "-T", since, f"{program.log.tag}:I", "*:S")
+            text += self.adb.shell_output("logcat", "-d", "-v", "raw", "-T", since, f"{program.log.tag}:I", "*:S")
         return program.parse(text, call)
 
     def prove(self, load: PhoneArtifact) -> str:

@@ -34,7 +34,7 @@ class PhoneInfo:
     governors: Mapping[int, str] = field(default_factory=dict)
     is_emulator: bool = False
 
-    def mask(self, wanted: str, threads: int) -> tuple[int, ...]:
+    def cpu_mask(self, wanted: str, threads: int) -> tuple[int, ...]:
         """The cores that `big`, `little`, `all` or a list such as 4-7 stands for; BadArgument for anything else.
 
         `big` is the quickest kind of core, and the next kind too where there are fewer of it than threads.
@@ -125,8 +125,8 @@ class PhoneCondition:
 
 def read_phone_info(adb: Adb) -> PhoneInfo:
     """What the phone says of itself. Raises DeviceFailed."""
-    properties = dict(re.findall(r"^\[(.*?)\]: \[(.*?)\]$", adb.says("getprop"), re.MULTILINE))
-    cpuinfo, memory = adb.says("cat", "/proc/cpuinfo"), adb.says("cat", "/proc/meminfo")
+    properties = dict(re.findall(r"^\[(.*?)\]: \[(.*?)\]$", adb.shell_output("getprop"), re.MULTILINE))
+    cpuinfo, memory = adb.shell_output("cat", "/proc/cpuinfo"), adb.shell_output("cat", "/proc/meminfo")
     cores = _cores(adb, cpuinfo)
     clocks, governors = (_of_cores(adb, cores, name) for name in ("cpuinfo_max_freq", "scaling_governor"))
     total = re.search(r"^MemTotal:\s+(\d+) kB", memory, re.MULTILINE)
@@ -149,8 +149,8 @@ def read_phone_info(adb: Adb) -> PhoneInfo:
 
 def read_condition(adb: Adb) -> PhoneCondition:
     """How the phone fares now. Raises DeviceFailed."""
-    battery = adb.says("dumpsys", "battery")
-    waking = re.search(r"mWakefulness=(\w+)", adb.says("dumpsys", "power"))
+    battery = adb.shell_output("dumpsys", "battery")
+    waking = re.search(r"mWakefulness=(\w+)", adb.shell_output("dumpsys", "power"))
     level, scale, tenths = (_number(battery, name) for name in ("level", "scale", "temperature"))
     status = _number(battery, "status")
     return PhoneCondition(
@@ -159,13 +159,13 @@ def read_condition(adb: Adb) -> PhoneCondition:
         charging=None if status is None else status == 2,
         battery_celsius=None if tenths is None else tenths / 10,
         awake=None if waking is None else waking.group(1) == "Awake",
-        saving=adb.says("settings", "get", "global", "low_power").strip() == "1",
+        saving=adb.shell_output("settings", "get", "global", "low_power").strip() == "1",
     )
 
 
 def read_thermal_status(adb: Adb) -> int | None:
     """The phone's thermal status alone; None where it has none."""
-    found = re.search(r"^\s*Thermal Status: (\d+)", adb.says("dumpsys", "thermalservice"), re.MULTILINE)
+    found = re.search(r"^\s*Thermal Status: (\d+)", adb.shell_output("dumpsys", "thermalservice"), re.MULTILINE)
     return int(found.group(1)) if found else None
 
 
@@ -175,7 +175,7 @@ def _number(text: str, name: str) -> int | None:
 
 
 def _cores(adb: Adb, cpuinfo: str) -> int:
-    span = re.fullmatch(r"0-(\d+)", adb.says("cat", f"{_CPU}/possible").strip())
+    span = re.fullmatch(r"0-(\d+)", adb.shell_output("cat", f"{_CPU}/possible").strip())
     return int(span.group(1)) + 1 if span else max(1, len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE)))
 
 

@@ -148,7 +148,7 @@ class _Calibrator:
         if method.correct_weights or method.rounding == "gptq":
             exact = self._inputs(self._float, layer.node) if method.correct_weights else None
             moments = input_moments(layer, self._inputs(self._quantized, layer.node), exact, weight)
-        flat = moments.corrected(weight.flatten(1)) if moments and method.correct_weights else weight.flatten(1)
+        flat = moments.correct_weight(weight.flatten(1)) if moments and method.correct_weights else weight.flatten(1)
         per_tensor = method.weights == "tensor"
         scales = weight_scales(flat, qmax=method.weight_qmax, per_tensor=per_tensor, clip=method.clip_weights)
 

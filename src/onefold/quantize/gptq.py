@@ -65,7 +65,7 @@ class InputMoments:
     covariance: Tensor
     cross: Tensor
 
-    def corrected(self, weight: Tensor) -> Tensor:
+    def correct_weight(self, weight: Tensor) -> Tensor:
         """Change `weight` (O, K) so that on quantized inputs it gives what it gave on float inputs.
 
         It is a ridge regression towards `weight`: directions in which the inputs hardly vary stay as they are.

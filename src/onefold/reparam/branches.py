@@ -49,7 +49,7 @@ class Unit:
         return [branch.conv for branch in self.branches if branch.conv is not None]
 
     @property
-    def ordered(self) -> list[Branch]:
+    def ordered_branches(self) -> list[Branch]:
         """The branches with a convolution, then the skip: the order of rows in the algebra."""
         return sorted(self.branches, key=lambda branch: branch.conv is None)
 
@@ -61,7 +61,7 @@ class Unit:
         )
         return rows, columns
 
-    def rows(self, weight: Tensor, conv: nn.Conv2d) -> Tensor:
+    def kernel_rows(self, weight: Tensor, conv: nn.Conv2d) -> Tensor:
         """A branch's kernel (O, I/G, h, w) on the unit's patch: (G, O/G, K)."""
         if conv.kernel_size != self.geometry.kernel_size:
             padded = weight.new_zeros(*weight.shape[:2], *self.geometry.kernel_size)
@@ -70,12 +70,12 @@ class Unit:
             weight = padded
         return weight.flatten(1).unflatten(0, (self.geometry.groups, -1))
 
-    def from_rows(self, rows: Tensor, conv: nn.Conv2d) -> Tensor:
+    def from_kernel_rows(self, rows: Tensor, conv: nn.Conv2d) -> Tensor:
         """The transpose of `rows`: (G, O/G, K) to (O, I/G, h, w)."""
         down, across = self.kernel_slices(conv)
         return rows.flatten(0, 1).unflatten(1, (-1, *self.geometry.kernel_size))[:, :, down, across]
 
-    def diagonal(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def skip_indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Indices of the identity's ones among rows: group, output in the group and patch value, each (I,)."""
         i = torch.arange(self.channels[0], device=device)
         per_group = self.channels[0] // self.geometry.groups

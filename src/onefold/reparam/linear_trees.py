@@ -305,7 +305,7 @@ class _Moments:
 def _rows(stencil: Stencil, geometry: Geometry) -> Tensor:
     """A stencil's kernel on the patch of the whole tree: (G, O/G, K)."""
     height, width = (k - 1 - p for k, p in zip(geometry.kernel_size, geometry.padding, strict=True))
-    wide = stencil.regroup(geometry.groups).widen(geometry.padding, (height, width))
+    wide = stencil.regroup(geometry.groups).pad_kernel(geometry.padding, (height, width))
     return wide.weight.flatten(1).unflatten(0, (geometry.groups, -1))
 
 

@@ -106,7 +106,7 @@ class _Convolve(torch.autograd.Function):
 
 def _affine(unit: Unit) -> list[Tensor]:
     """The gains and biases of a unit's norms, in the order of its rows."""
-    norms = [branch.norm for branch in unit.ordered if branch.norm.weight is not None]
+    norms = [branch.norm for branch in unit.ordered_branches if branch.norm.weight is not None]
     return [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
 
 
@@ -114,7 +114,9 @@ def _parameter_grads(
     unit: Unit, d: moments_algebra.FoldGradients, total: Tensor, parameters: Sequence[Tensor]
 ) -> list[Tensor]:
     """The gradients of the convolutions' weights, of `_affine`, and zeros for what comes after."""
-    learned = [gamma for branch, gamma in zip(unit.ordered, d.gamma, strict=True) if branch.norm.weight is not None]
+    learned = [
+        gamma for branch, gamma in zip(unit.ordered_branches, d.gamma, strict=True) if branch.norm.weight is not None
+    ]
     affine = [grad for gamma in learned for grad in (gamma, total)]
     grads = [grad.to(p.dtype) for grad, p in zip([*d.weights, *affine], parameters, strict=False)]
     return grads + [torch.zeros_like(p) for p in parameters[len(grads) :]]

@@ -44,17 +44,17 @@ class FoldGradients(NamedTuple):
 def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[FoldedUnit, Tensor]:
     """Fold a unit on a batch of these moments: kernel and bias (O,). Moves the norms' running statistics."""
     mean, covariance, count = moments
-    per_conv = [unit.rows(w.detach(), conv) for w, conv in zip(weights, unit.convs, strict=True)]
+    per_conv = [unit.kernel_rows(w.detach(), conv) for w, conv in zip(weights, unit.convs, strict=True)]
     rows = torch.stack(per_conv, 1).to(_dtype(unit, dtype, mean.dtype))
     rows_cov = (rows.flatten(1, 2) @ covariance.to(rows.dtype)).view_as(rows)
     var = _by_branch((rows_cov * rows).sum(-1, dtype=mean.dtype))
     centre = _by_branch((rows.flatten(1, 2).to(mean.dtype) @ mean[..., None]).view(rows.shape[:3]))
-    group, row, value = unit.diagonal(mean.device)
+    group, row, value = unit.skip_indices(mean.device)
     if unit.skip is not None:
         var = torch.cat([var, covariance[group, value, value][None]])
         centre = torch.cat([centre, mean[group, value][None]])
     var = var.clamp_min(0)  # rounding may leave less for a channel that is constant
-    norms = [branch.norm for branch in unit.ordered]
+    norms = [branch.norm for branch in unit.ordered_branches]
     inv_std = (var + mean.new_tensor([norm.eps for norm in norms])[:, None]).rsqrt()
     gain = torch.stack(
         [i if n.weight is None else n.weight.detach().to(i) * i for n, i in zip(norms, inv_std, strict=True)]
@@ -63,7 +63,7 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
     if unit.skip is not None:
         kernel[group, row, value] += gain[-1].to(kernel.dtype)
     bias = mean.new_zeros(unit.channels[1])
-    for branch, m, v in zip(unit.ordered, centre, var * (count / (count - 1)), strict=True):
+    for branch, m, v in zip(unit.ordered_branches, centre, var * (count / (count - 1)), strict=True):
         shift = None if branch.conv is None else branch.conv.bias
         update_running_stats_(branch.norm, m if shift is None else m + shift.detach().to(m), v)
         if branch.norm.bias is not None:
@@ -75,7 +75,7 @@ def fold_backward(unit: Unit, folded: FoldedUnit, products: Tensor, total: Tenso
     """Give the gradients of `fold`, from A (G, O/G, K) and the sums of the gradient s (O,)."""
     rows, rows_cov, inv_std, gain, kernel, _ = folded
     products, wide = products.to(rows.dtype), gain.dtype
-    group, row, value = unit.diagonal(total.device)
+    group, row, value = unit.skip_indices(total.device)
     d_gain = _by_branch((products[:, None] * rows).sum(-1, dtype=wide))
     if unit.skip is not None:
         d_gain = torch.cat([d_gain, products[group, row, value].to(wide)[None]])
@@ -86,7 +86,7 @@ def fold_backward(unit: Unit, folded: FoldedUnit, products: Tensor, total: Tenso
     if unit.skip is not None:
         quad[group, value, value] += d_var[-1].to(quad.dtype)
     pull = (kernel.mT.to(wide) @ total.to(wide).view(len(kernel), -1, 1)).squeeze(-1)
-    weights = [unit.from_rows(d, conv) for d, conv in zip(d_rows.unbind(1), unit.convs, strict=True)]
+    weights = [unit.from_kernel_rows(d, conv) for d, conv in zip(d_rows.unbind(1), unit.convs, strict=True)]
     return FoldGradients(weights, list(d_gain * inv_std), quad, pull)
 
 

@@ -90,7 +90,7 @@ class Stencil:
         spacing = _pairwise(
             lambda a, b, p, q: math.gcd(a, b, p - q) or 1, self._spacing, other._spacing, self.padding, other.padding
         )
-        a, b = (s.regroup(groups)._spread(spacing).widen(padding, after) for s in (self, other))
+        a, b = (s.regroup(groups)._spread(spacing).pad_kernel(padding, after) for s in (self, other))
         return replace(a, weight=a.weight + b.weight, bias=a.bias + b.bias)
 
     def then(self, other: Stencil) -> Stencil:
@@ -153,7 +153,7 @@ class Stencil:
         ratio = _pairwise(lambda d, new: max(d, new) // new, self._spacing, spacing)
         return replace(self, weight=_insert_zeros(self.weight, ratio), dilation=spacing)
 
-    def widen(self, padding: Pair, after: Pair) -> Stencil:
+    def pad_kernel(self, padding: Pair, after: Pair) -> Stencil:
         """The same map with a larger kernel, zeros at its rim."""
         (top, left), (bottom, right) = (
             _pairwise(lambda new, old, d: (new - old) // d, wide, now, self.dilation)

@@ -125,7 +125,7 @@ class ComparedPair:
     def sentence(self) -> str:
         """Return the verdict with its interval, and over how many processes it was pooled."""
         names = ("the fused network", "the unfused network") if self.is_fusion else (self.first, self.second)
-        verdict = self.ratio.words(*names)
+        verdict = self.ratio.describe(*names)
         verdict = f"T{verdict[1:]}" if verdict.startswith("the ") else verdict
         return f"{verdict} Over {self.num_processes} processes." if self.num_processes > 1 else verdict
 

@@ -341,7 +341,7 @@ def _latency(data: ReportData, machine: Machine, index: int) -> dict[str, Any]:
         else "",
         "figures": [*_ratio_figures(pairs, index), *_distribution_figures(groups, index)],
         "table": latency_table(groups),
-        "beats_limit": ", ".join(g.title for g in groups if any(m.beats_limit for m in g.measurements)),
+        "beats_limit": ", ".join(g.title for g in groups if any(m.beats_roofline for m in g.measurements)),
         "noisy": [
             f"{group.title}: {' '.join(dict.fromkeys(reason for m in group.measurements for reason in m.reasons))}"
             for group in groups

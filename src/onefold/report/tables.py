@@ -168,7 +168,7 @@ def _setting(group: Group) -> str:
 
 def _limit(group: Group) -> str:
     share = group.median_of(lambda m: m.roofline)
-    side = next((m.bound.side for m in group.measurements if m.bound is not None), None)
+    side = next((m.bound.limited_by for m in group.measurements if m.bound is not None), None)
     return "–" if share is None or side is None else f"{format_percent(100 * share, 0)} {side}"
 
 

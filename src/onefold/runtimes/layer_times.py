@@ -44,7 +44,7 @@ class Profile:
         """The time of all layers in nanoseconds."""
         return sum(layer.ns for layer in self.layers)
 
-    def by_kind(self) -> dict[str, float]:
+    def time_by_type(self) -> dict[str, float]:
         """Sum the times by type of layer, the largest first."""
         totals: dict[str, float] = {}
         for layer in self.layers:

@@ -94,7 +94,7 @@ class World:
         return box[0]
 
     @contextmanager
-    def agree(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """A block whose OnefoldError, or signal to stop, on one process is raised on all of them at its end.
 
         So none waits for one that has left, and each says why the training ends.
@@ -114,10 +114,10 @@ class World:
                 where = f"process {rank + 1} of {self.size}: "
                 raise other if isinstance(other, Interrupted) or not rank else type(other)(f"{where}{other}")
 
-    def first(self, make: Callable[[], _T]) -> _T:
+    def run_on_main(self, make: Callable[[], _T]) -> _T:
         """Call `make` on rank 0 alone, and give on all processes what it gives; its error is raised on all."""
         answer: Any = None
-        with self.agree():
+        with self.raise_together():
             if self.is_main:
                 answer = make()
         return self.broadcast(answer)
@@ -143,7 +143,7 @@ class World:
                 work.wait()
         return received
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """`model`, made to average its gradients over all processes in backward; its buffers are left alone."""
         if self.size == 1:
             return model

@@ -65,7 +65,7 @@ def train(model: nn.Module, batches: Batches, plan: Plan, run: RunOptions) -> Ch
     and Stopped after a SIGTERM, SIGINT or SIGHUP, once the state is saved.
     """
     with ExitStack() as lock, BackgroundWriter() as writer, StopSignals() as signals:
-        with run.world.agree():  # the others go on once the folder is locked and repaired
+        with run.world.raise_together():  # the others go on once the folder is locked and repaired
             if run.world.is_main:
                 if run.resume and not run.out.exists():
                     Checkpoint.load(run.out)  # raises; taking the lock would make the folder first
@@ -105,10 +105,10 @@ class _Trainer:
             raise BadArgument("plan.distill and teachers go together: give Run(teachers=...) where the plan distills")
         self.batches, self.plan, self.run = batches, plan, run
         self.writer, self.signals = services
-        with run.world.agree():
+        with run.world.raise_together():
             self.data = batches.fingerprint()
         data_of_first = run.world.broadcast(self.data)
-        with run.world.agree():
+        with run.world.raise_together():
             if self.data != data_of_first:
                 raise BadData(f"its images are not those of the first process: {self.data}, not {data_of_first}")
         self.folder, self.world = RunFolder(run.out), run.world
@@ -122,7 +122,7 @@ class _Trainer:
 
     def start(self) -> None:
         """Start a new run. Its first checkpoint is of step 0: it shows that there is room before hours are spent."""
-        with self.world.agree():
+        with self.world.raise_together():
             if self.world.is_main and self.folder.has_run:
                 raise BadArgument(f"{self.run.out} already holds a run: resume it, or choose another folder")
             if self.world.is_main:
@@ -134,7 +134,7 @@ class _Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint, in the order that `checkpoint` lists."""
         # One process reads the disk, so that all of them go on from the same checkpoint.
-        self.saved = self.world.first(lambda: load_for_resume(self.folder))
+        self.saved = self.world.run_on_main(lambda: load_for_resume(self.folder))
         threads = self.saved.made_with.get("threads", "")
         if self.plan.reduce == "exact" and threads.isdecimal() and int(threads) != torch.get_num_threads():
             # Sums are split among threads, so another number of them would round differently.
@@ -258,7 +258,7 @@ class _Trainer:
         state, position = self.state, self.state.position
         state.check_weights_finite()  # the update of the last step was not followed by a loss that would have shown it
         share: tuple[Any, ...] = ()
-        with self.world.agree():
+        with self.world.raise_together():
             try:
                 # The user's evaluation may draw random numbers and must not move those of the training; and it may
                 # take long, but has no effects of its own, so that a signal to any process may end it at once.

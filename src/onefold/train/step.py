@@ -98,7 +98,7 @@ class TrainState:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.workers = local_workers(plan, world)
         self.reducer = create_reducer(self.model, plan, world)
-        self.network = world.wrap(self.model) if plan.reduce == "fast" else self.model
+        self.network = world.wrap_ddp(self.model) if plan.reduce == "fast" else self.model
         self.optimizer = create_optimizer(self.model, plan)
         self.ema = ModelEma(self.model, plan.ema) if plan.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=plan.amp == "fp16")

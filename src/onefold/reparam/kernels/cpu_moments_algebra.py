@@ -21,7 +21,7 @@ def supports(passes: Backend, unit: Unit) -> bool:
     """Whether all of a unit's parameters and buffers are as the kernels take them."""
     if not isinstance(passes, CppBackend):
         return False
-    norms = [branch.norm for branch in unit.ordered]
+    norms = [branch.norm for branch in unit.ordered_branches]
     tensors = [t for norm in norms for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
     tensors += [t for conv in unit.convs for t in (conv.weight, conv.bias)]
     return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
@@ -37,7 +37,7 @@ def fold(unit: Unit, moments: Moments, weights: Sequence[Tensor], dtype: torch.d
         torch.empty(unit.geometry.groups, out // unit.geometry.groups, k),
         torch.empty(out, dtype=torch.float64),
     )
-    norms = [branch.norm for branch in unit.ordered]
+    norms = [branch.norm for branch in unit.ordered_branches]
     tracked = [norm.training and norm.running_mean is not None for norm in norms]
     call_kernel(
         "fold_unit", *_shape(unit), data_pointers([w.detach() for w in weights]), moments.mean.contiguous(),
