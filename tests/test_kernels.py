@@ -19,6 +19,7 @@ from onefold.reparam.branches import as_unit
 from onefold.reparam.kernels import ReferenceBackend, select_backend
 from onefold.reparam.kernels.base import Geometry, load_kernels
 from onefold.reparam.kernels.cpu import CppBackend, empty_map, release_cached_memory
+from onefold.reparam.kernels.cpu_bfloat16 import PointwiseBfloat16Backend
 from onefold.reparam.routes import route_costs
 from test_routes import unit
 
@@ -188,19 +189,55 @@ def test_the_quickest_route_by_count():
     assert route_costs(as_unit(unit(512, 512, 1, 1, 1, 1)), x.double()).mixed == INFINITY
 
 
-def test_in_bfloat16_wide_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch):
-    """With instructions for bfloat16 its products are nearly free; without them nothing changes, nor in float32."""
-    x, wide = torch.randn(2, 256, 14, 14), as_unit(unit(256, 256, 1, 1, 1, 4))
-    before = route_costs(wide, x)
+def test_in_bfloat16_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch):
+    """With instructions for bfloat16 they are nearly free, by `moments` too; without them nothing changes."""
+    x, wide = torch.randn(2, 512, 14, 14), as_unit(unit(512, 512, 1, 1, 1, 1))
+    many, depthwise = as_unit(unit(256, 256, 1, 1, 1, 4)), as_unit(unit(48, 48, 3, 2, 48, 4))
+    before = [route_costs(wide, x), route_costs(many, x)]
     for has in (True, False):
         monkeypatch.setattr("onefold.reparam.routes._has_bfloat16", lambda has=has: has)
-        assert route_costs(wide, x) == before
+        assert [route_costs(wide, x), route_costs(many, x)] == before
         with torch.autocast("cpu", torch.bfloat16):
             cost = route_costs(wide, x)
-            assert (cost.moments > min(cost)) == has
-            assert cost.moments == before.moments
-            depthwise = route_costs(as_unit(unit(48, 48, 3, 2, 48, 4)), torch.randn(2, 48, 112, 112))
-            assert min(depthwise) == depthwise.moments
+            assert (cost.moments < before[0].moments) == (cost.per_branch < before[0].per_branch) == has
+            assert min(cost) == cost.per_branch  # one wide convolution: its moments are more than it is
+            for each in (
+                route_costs(many, torch.randn(32, 256, 14, 14)),
+                route_costs(depthwise, torch.randn(2, 48, 112, 112)),
+            ):
+                assert min(each) == each.moments
+
+
+@pytest.mark.parametrize("act", [None, 6.0, float("inf")])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 50.0])
+def test_pointwise_units_in_bfloat16_by_the_library(act: float | None, shift: float):
+    """Each pass against the reference in float64 on the same numbers; a mean that dominates costs nothing."""
+    generator = torch.Generator().manual_seed(3)
+    shape, geometry = (4, 24, 9, 7), Geometry(1, (1, 1), (1, 1), (0, 0))
+    x = (torch.randn(shape, generator=generator) + shift).bfloat16()
+    kernel = torch.randn(1, 40, 24, generator=generator) / 5
+    bias, quad = torch.randn(40, generator=generator), torch.randn(1, 24, 24, generator=generator) / 50
+    shift_ = torch.randn(1, 24, generator=generator) / 50
+    low, reference, wide = PointwiseBfloat16Backend(), ReferenceBackend(), x.double()
+    found, true = low.moments(x, geometry), reference.moments(wide, geometry)
+    assert error(found.mean, true.mean) < 1e-6
+    assert error(found.covariance, true.covariance) < 1e-4
+    mean, eps = true.mean, torch.finfo(torch.bfloat16).eps
+    places = (kernel.double(), bias.double(), mean, geometry, act)
+    y, exact = low.convolve(x, kernel, bias, mean, geometry, act), reference.convolve(wide, *places)
+    assert y.dtype == torch.bfloat16
+    assert error(y.double(), exact) < eps * max(1.0, shift / 2)  # what the offset, kernel times mean, is rounded to
+    grad = torch.randn(y.shape, generator=generator).bfloat16()
+    ours = low.kernel_grad(grad, y, x, mean, geometry, act)
+    theirs = reference.kernel_grad(grad.double(), y.double(), wide, mean, geometry, act)
+    assert error(ours[0], theirs[0]) < eps * max(1.0, shift)
+    assert error(ours[1], theirs[1]) < 1e-5
+    square = quad + quad.mT
+    dx = low.input_grad(grad, y, x, kernel, mean, square, shift_, geometry, act)
+    exact = reference.input_grad(
+        grad.double(), y.double(), wide, kernel.double(), mean, square.double(), shift_.double(), geometry, act
+    )
+    assert error(dx.double(), exact) < 2 * eps * max(1.0, shift / 2)
 
 
 def test_without_a_compiler_training_goes_on(tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -27,6 +27,8 @@ from onefold.reparam.fused_norms import normalize_and_sum
 from onefold.reparam.fused_norms import supports as mix_supports
 from onefold.reparam.kernels import ReferenceBackend, select_backend
 from onefold.reparam.kernels.base import ClampMax, Geometry
+from onefold.reparam.kernels.cpu import is_pointwise
+from onefold.reparam.kernels.cpu_bfloat16 import has_bfloat16 as _has_bfloat16
 from onefold.reparam.moments import BatchPatches, forward_by_moments
 from onefold.reparam.stencil import Stencil
 
@@ -173,7 +175,7 @@ _SLOW_DEPTHWISE = 3.0  # torch's depthwise convolution, forward and backward, ag
 _SLOW_NORM = 8.0  # floats moved by a norm and the sum, a branch and value, that `mixed` saves
 _PLAIN = 4.0  # the reference back end against the kernels
 # In bfloat16 on a CPU with instructions for it the library's products take an eighth to a sixth of their float32 time,
-# and its passes half as many bytes; the kernels of `moments` compute in float32. Depthwise convolutions gain nothing.
+# and its passes half as many bytes. Depthwise convolutions gain nothing, by torch or by `moments`, but in bytes.
 _LOW_PRODUCTS, _LOW_MOVE = 0.15, 0.5
 
 
@@ -205,9 +207,14 @@ def moments_cost(geometry: Geometry, channels: tuple[int, int], num_convs: int, 
     size = geometry.kernel_size[0] * geometry.kernel_size[1] * c_in // geometry.groups
     depthwise = c_in == geometry.groups
     square = geometry.groups * size * size
-    products = 3 * c_out * size + 1.5 * square * (_LAG if depthwise and geometry.stride == (1, 1) else 1)
+    low = _in_bfloat16(x)
+    if low and is_pointwise(geometry):  # by the library, the moments twice and both halves (`kernels.cpu_bfloat16`)
+        products = _LOW_PRODUCTS * (3 * c_out * size + 3 * square)
+    else:
+        products = 3 * c_out * size + 1.5 * square * (_LAG if depthwise and geometry.stride == (1, 1) else 1)
     algebra = 2 * num_convs * c_out * size * size / num_output_positions(geometry, x)
-    moved = _MOVE * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
+    move = _MOVE * (_LOW_MOVE if low and (depthwise or is_pointwise(geometry)) else 1)
+    moved = move * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
     plain = isinstance(select_backend(x, geometry, c_out), ReferenceBackend)
     return (products + moved) * (_PLAIN if plain else 1) + algebra
 
@@ -245,11 +252,6 @@ def _in_bfloat16(x: Tensor) -> bool:
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not _has_bfloat16():
         return False
     return torch.get_autocast_dtype("cpu") is torch.bfloat16
-
-
-@cache
-def _has_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def num_output_positions(geometry: Geometry, x: Tensor) -> int:

@@ -10,7 +10,7 @@ from functools import cache
 
 from torch import Tensor
 
-from onefold.reparam.kernels import cpu
+from onefold.reparam.kernels import cpu, cpu_bfloat16
 from onefold.reparam.kernels.base import Backend, Geometry
 from onefold.reparam.kernels.reference import ReferenceBackend as ReferenceBackend
 
@@ -26,8 +26,9 @@ def select_backend(x: Tensor, geometry: Geometry, outputs: int) -> Backend:
                 if geometry == triton_base.POINTWISE
                 else triton_depthwise.TritonDepthwise()
             )
-    supported = geometry.groups in (1, outputs) and cpu.supports(x, geometry)
-    return cpu.CppBackend() if supported else ReferenceBackend()
+    if not (geometry.groups in (1, outputs) and cpu.supports(x, geometry)):
+        return ReferenceBackend()
+    return cpu_bfloat16.PointwiseBfloat16Backend() if cpu_bfloat16.supports(x, geometry) else cpu.CppBackend()
 
 
 @cache

@@ -1,7 +1,8 @@
 """The four passes on a CPU, by the compiled kernels: pointwise, depthwise of any stride, and small dense units.
 
-The kernels work on float32 images in channels_last order; other memory formats and half types are converted. They
-subtract a centre in float32, near the mean; its rounding error is corrected here, in float64.
+The kernels work on float32 images in channels_last order, 3 x 3 depthwise ones on bfloat16 too, which they compute in
+float32; other memory formats and half types are converted. They subtract a centre in float32, near the mean; its
+rounding error is corrected here, in float64.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ MAX_MAPS = 8  # in a call of `normalized_sum`
 _KERNEL_SIZES = (1, 3, 5, 7)  # of depthwise kernels
 _MAX_PATCH = 64  # values of a patch up to which a dense unit (a stem) is computed on written-out patches
 _PILOT_ROWS = 256  # whose mean is the first estimate of the mean
-_DOMINANT = 16.0  # mean^2 / variance from which a depthwise unit's moments are computed again, centred
+_DOMINANT = 16.0  # mean^2 / variance from which uncentred moments are computed again, centred
 
 
 def supports(x: Tensor, geometry: Geometry) -> bool:
     """Whether these kernels take this unit, and could be compiled."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    known = _is_pointwise(geometry) or _is_depthwise(x, geometry) or _is_small(x, geometry)
+    known = is_pointwise(geometry) or _is_depthwise(x, geometry) or _is_small(x, geometry)
     return known and load_kernels() is not None
 
 
@@ -51,7 +52,7 @@ class CppBackend:
         centre = rows[:_PILOT_ROWS].mean(0)
         total, products = _double(c), _double(c, c)
         call_kernel("pointwise_moments", rows, n, c, centre, total, products)
-        return _from_sums(centre.double()[None], total[None], products[None], n)
+        return moments_from_sums(centre.double()[None], total[None], products[None], n)
 
     def convolve(
         self, x: Tensor, kernel: Tensor, bias: Tensor, mean: Tensor, geometry: Geometry, act: ClampMax
@@ -59,11 +60,12 @@ class CppBackend:
         """act(bias + kernel (patch - mean)): (B, O, H', W')."""
         centre = _centre(x, mean, geometry)
         offset = bias.double() - (kernel.double() @ (mean - centre)[..., None]).flatten()
-        weight, offset, top = _float(kernel), _float(offset), _top(act)
-        y = empty_map(x.shape[0], *_places(x, geometry), len(offset))
+        weight, offset, top = _float(kernel), _float(offset), clamp_bound(act)
+        dtype = _map_dtype(x, geometry)
+        y = empty_map(x.shape[0], *_places(x, geometry), len(offset), dtype=dtype)
         if _is_depthwise(x, geometry):
-            shape, size = _shape(x, geometry)
-            call_kernel("depthwise_convolve", _image(x), shape, size, _float(centre[:, 0]), weight, offset, top, y)
+            image, (shape, size), middle = _image(x, dtype), _shape(x, geometry), _float(centre[:, 0])
+            call_kernel("depthwise_convolve", image, _low(dtype), shape, size, middle, weight, offset, top, y)
         else:
             rows = self._rows(x, geometry)
             call_kernel("pointwise_convolve", rows, *rows.shape, _float(centre), weight, offset, len(offset), top, 0, y)
@@ -74,13 +76,13 @@ class CppBackend:
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (G, O/G, K), and of grad' (O,), in float64."""
         centre, out = _centre(x, mean, geometry), grad.shape[1]
-        g, after, top = _image(grad), _image(y), _top(act)
+        dtype, top = _map_dtype(x, geometry), clamp_bound(act)
+        g, after = _image(grad, dtype), _image(y, dtype)
         products, total = _double(geometry.groups, out // geometry.groups, mean.shape[1]), _double(out)
         if _is_depthwise(x, geometry):
-            shape, size = _shape(x, geometry)
-            call_kernel(
-                "depthwise_kernel_grad", g, after, _image(x), shape, size, _float(centre[:, 0]), top, products, total
-            )
+            image, (shape, size), middle = _image(x, dtype), _shape(x, geometry), _float(centre[:, 0])
+            sums = (products, total)
+            call_kernel("depthwise_kernel_grad", g, after, image, _low(dtype), shape, size, middle, top, *sums)
         else:
             rows = self._rows(x, geometry)
             call_kernel("pointwise_kernel_grad", g, after, rows, *rows.shape, out, _float(centre), top, products, total)
@@ -92,13 +94,14 @@ class CppBackend:
     ) -> Tensor:  # fmt: skip
         """The patches' gradient kernel^T grad' + quad (patch - mean) + shift, added up into the shape of x."""
         centre = _centre(x, mean, geometry)
-        g, after, top, weight, square = _image(grad), _image(y), _top(act), _float(kernel), _float(quad)
+        dtype, top, weight, square = _map_dtype(x, geometry), clamp_bound(act), _float(kernel), _float(quad)
+        g, after = _image(grad, dtype), _image(y, dtype)
         if _is_depthwise(x, geometry):
             shape, size = _shape(x, geometry)
-            image, middle, offset = _image(x), _float(centre[:, 0]), _float(mean - centre)
-            dx = empty_map(*image.shape)
+            image, middle, offset = _image(x, dtype), _float(centre[:, 0]), _float(mean - centre)
+            dx = empty_map(*image.shape, dtype=dtype)
             tables = (middle, weight, square, offset, _float(shift))
-            call_kernel("depthwise_input_grad", g, after, image, shape, size, *tables, top, dx)
+            call_kernel("depthwise_input_grad", g, after, image, _low(dtype), shape, size, *tables, top, dx)
             return dx.permute(0, 3, 1, 2).to(x.dtype)
         rows = self._rows(x, geometry)
         dx = empty_map(*rows.shape)
@@ -109,7 +112,7 @@ class CppBackend:
 
     def _rows(self, x: Tensor, geometry: Geometry) -> Tensor:
         """(N, K): the patches, dense."""
-        if _is_pointwise(geometry):
+        if is_pointwise(geometry):
             return _image(x).flatten(0, 2)
         if self._patches is None:
             (height, width), (shape, size) = _places(x, geometry), _shape(x, geometry)
@@ -120,21 +123,27 @@ class CppBackend:
 
 def _depthwise_moments(x: Tensor, geometry: Geometry) -> Moments:
     """The moments of depthwise patches: uncentred first, which is cheaper; again around the mean where it dominates."""
-    image, (shape, size) = _image(x), _shape(x, geometry)
+    dtype, (shape, size) = _map_dtype(x, geometry), _shape(x, geometry)
+    image = _image(x, dtype)
     c, k, n = x.shape[1], size * size, x.shape[0] * math.prod(_places(x, geometry))
     centre = torch.zeros(c)
     for centred in (0, 1):
         total, products = _double(c, k), _double(c, k, k)
-        call_kernel("depthwise_moments", image, shape, size, centre, centred, total, products)
-        moments = _from_sums(centre.double()[:, None], total, products, n)
+        call_kernel("depthwise_moments", image, _low(dtype), shape, size, centre, centred, total, products)
+        moments = moments_from_sums(centre.double()[:, None], total, products, n)
         middle = moments.mean[:, k // 2]
-        if not (middle.square() > _DOMINANT * moments.covariance[:, k // 2, k // 2]).logical_and(middle != 0).any():
+        if not mean_dominates(middle, moments.covariance[:, k // 2, k // 2]):
             break
         centre = _float(middle)
     return moments
 
 
-def _from_sums(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments:
+def mean_dominates(mean: Tensor, variance: Tensor) -> bool:
+    """Whether the mean of some channel, both (C,), is so large that squares around zero would lose its variance."""
+    return bool((mean.square() > _DOMINANT * variance).logical_and(mean != 0).any())
+
+
+def moments_from_sums(centre: Tensor, total: Tensor, products: Tensor, n: int) -> Moments:
     """Moments from sums over n patches, both around a centre."""
     off = total / n
     return Moments(centre + off, products.div_(n).baddbmm_(off[:, :, None], off[:, None], alpha=-1), n)
@@ -191,7 +200,7 @@ def normalized_sum(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Ten
     out = empty_map(*images[0].shape)
     c = out.shape[-1]
     tables = (_float(mean), _float(gain), _float(bias))
-    call_kernel("mix", data_pointers(images), len(maps), out.numel() // c, c, *tables, _top(act), out)
+    call_kernel("mix", data_pointers(images), len(maps), out.numel() // c, c, *tables, clamp_bound(act), out)
     return out.permute(0, 3, 1, 2)
 
 
@@ -201,7 +210,7 @@ def normalized_sum_reductions(grad: Tensor, y: Tensor, maps: Sequence[Tensor], m
     c = g.shape[-1]
     sums = _double(len(maps) + 1, c)
     call_kernel(
-        "mix_sums", g, after, data_pointers(images), len(maps), g.numel() // c, c, _float(mean), _top(act), sums
+        "mix_sums", g, after, data_pointers(images), len(maps), g.numel() // c, c, _float(mean), clamp_bound(act), sums
     )
     return sums
 
@@ -230,7 +239,7 @@ def normalized_sum_backward(
         g.numel() // c,
         c,
         *tables,
-        _top(act),
+        clamp_bound(act),
         data_pointers(grads),
     )
     return [d.permute(0, 3, 1, 2) for d in grads]
@@ -241,7 +250,8 @@ def data_pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_voi
     return (ctypes.c_void_p * len(tensors))(*(0 if t is None else t.data_ptr() for t in tensors))
 
 
-def _is_pointwise(geometry: Geometry) -> bool:
+def is_pointwise(geometry: Geometry) -> bool:
+    """Whether each place reads one pixel, in one group."""
     return geometry == Geometry(1, (1, 1), (1, 1), (0, 0))
 
 
@@ -262,15 +272,25 @@ def _is_small(x: Tensor, geometry: Geometry) -> bool:
     )
 
 
-def _image(x: Tensor) -> Tensor:
-    """(B, C, H, W) to a contiguous (B, H, W, C) in float32; channels_last float32 is not copied."""
-    return x.detach().permute(0, 2, 3, 1).to(torch.float32).contiguous()
+def _map_dtype(x: Tensor, geometry: Geometry) -> torch.dtype:
+    """What a unit's maps are for the kernels: bfloat16 for 3 x 3 depthwise ones that come so, else float32."""
+    low = x.dtype is torch.bfloat16 and _is_depthwise(x, geometry) and geometry.kernel_size[0] == 3
+    return torch.bfloat16 if low else torch.float32
+
+
+def _low(dtype: torch.dtype) -> int:
+    return int(dtype is torch.bfloat16)
+
+
+def _image(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, C, H, W) to a contiguous (B, H, W, C) of this type; what is channels_last and of it is not copied."""
+    return x.detach().permute(0, 2, 3, 1).to(dtype).contiguous()
 
 
 def _unrows(rows: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The transpose of `_rows`."""
     b, _, h, w = x.shape
-    if _is_pointwise(geometry):
+    if is_pointwise(geometry):
         return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
     columns = rows.view(b, -1, rows.shape[1]).transpose(1, 2)
     return F.fold(columns, (h, w), geometry.kernel_size, 1, geometry.padding, geometry.stride)
@@ -298,7 +318,7 @@ def _shape(x: Tensor, geometry: Geometry) -> tuple[ctypes.Array[ctypes.c_int64],
     return (ctypes.c_int64 * 6)(b, h, w, c, geometry.stride[0], geometry.padding[0]), geometry.kernel_size[0]
 
 
-def _top(act: ClampMax) -> float:
+def clamp_bound(act: ClampMax) -> float:
     """The upper bound of the activation as the kernels take it: negative where there is none."""
     return -1.0 if act is None else act
 
@@ -332,9 +352,11 @@ def _kernel(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
 # -------------------------------------------- memory for maps: kept when one is freed, for the next of its size
 
 
-def empty_map(*shape: int) -> Tensor:
-    """A float32 tensor of any content. Needs the compiled library, without which no map is written."""
+def empty_map(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of any content, float32 or bfloat16. Needs the compiled library, without which no map is written."""
     count = math.prod(shape)
+    if dtype is torch.bfloat16:
+        return empty_map((count + 1) // 2).view(dtype)[:count].view(*shape)
     if count < _SMALLEST_MAP:
         return torch.empty(*shape)
     make, capsule = _makers()

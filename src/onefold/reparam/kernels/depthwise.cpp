@@ -72,13 +72,15 @@ void copy_block(const float* from, int64_t n, float* to) {
 }
 
 // The first n lanes of v, all if there are as many.
-INLINE void store_some(float* to, vec v, int64_t n) {
+template <class T>
+INLINE void store_some(T* to, vec v, int64_t n) {
     if (n >= LANES) return store(to, v);
-    for (int j = 0; j < n; j++) to[j] = v[j];
+    for (int j = 0; j < n; j++) put(to + j, v[j]);
 }
 
 // Rows first ... last-1 of an image less centre; up to `border` pixels around it zero less centre, beyond those zero.
-void fill(Plane& plane, int64_t first, int64_t last, const float* image, const Shape& s, int64_t block, const float* centre,
+template <class T>
+void fill(Plane& plane, int64_t first, int64_t last, const T* image, const Shape& s, int64_t block, const float* centre,
           int64_t border) {
     const int64_t n = s.c - block * PANEL;
     float around[PANEL];
@@ -94,7 +96,7 @@ void fill(Plane& plane, int64_t first, int64_t last, const float* image, const S
             continue;
         }
         outside(y, -border, 0), outside(y, s.w, s.w + border);
-        const float* from = image + y * s.w * s.c + block * PANEL;
+        const T* from = image + y * s.w * s.c + block * PANEL;
         float* to = plane.at(y, 0);
         if (n >= PANEL) {
             for (int64_t x = 0; x < s.w; x++, from += s.c, to += PANEL) {
@@ -103,24 +105,25 @@ void fill(Plane& plane, int64_t first, int64_t last, const float* image, const S
             }
         } else {
             for (int64_t x = 0; x < s.w; x++, from += s.c, to += PANEL)
-                for (int64_t j = 0; j < PANEL; j++) to[j] = j < n ? from[j] - around[j] : 0;
+                for (int64_t j = 0; j < PANEL; j++) to[j] = j < n ? value(from[j]) - around[j] : 0;
         }
     }
 }
 
 // Rows first ... last-1 of the gradient through the activation; zeros outside its grid of `height` rows.
-void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, const float* g, const float* y,
+template <class T>
+void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, const T* g, const T* y,
                    const Shape& s, int64_t block, float top) {
     const int64_t n = s.c - block * PANEL;
     plane.start(first, last, height, 0);
     for (int64_t p = std::max<int64_t>(first, 0); p < std::min(last, height); p++) {
-        const float *from = g + p * plane.w * s.c + block * PANEL, *after = y + (from - g);
+        const T *from = g + p * plane.w * s.c + block * PANEL, *after = y + (from - g);
         float* to = plane.at(p, 0);
         for (int64_t x = 0; x < plane.w; x++, from += s.c, after += s.c, to += PANEL) {
             __builtin_prefetch(from + PANEL, 0, 2), __builtin_prefetch(after + PANEL, 0, 2);
             if (n < PANEL) {
                 for (int64_t j = 0; j < PANEL; j++)
-                    to[j] = j >= n ? 0 : top < 0 ? from[j] : through(from[j], after[j], top);
+                    to[j] = j >= n ? 0 : top < 0 ? value(from[j]) : through(value(from[j]), value(after[j]), top);
             } else if (top < 0) {
                 store(to, load(from)), store(to + LANES, load(from + LANES));
             } else {
@@ -133,11 +136,12 @@ void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, co
 
 // Asks for what the next piece reads of a map, pixel by pixel, while this one is computed. It may ask beyond the map,
 // which does nothing.
+template <class T>
 struct Ahead {
-    const float* at;
+    const T* at;
     int64_t c;
     // The rows of `map` (`height` x `width` pixels an image) that belong to piece `i`'s, from `row` on.
-    Ahead(const float* map, const Pieces& pieces, int64_t i, int64_t height, int64_t width, int64_t scale, int64_t c) : c(c) {
+    Ahead(const T* map, const Pieces& pieces, int64_t i, int64_t height, int64_t width, int64_t scale, int64_t c) : c(c) {
         const Piece next = pieces.at(i);
         at = map + (next.image * height + next.first * scale) * width * c + next.block * PANEL;
     }
@@ -293,8 +297,8 @@ void wide_pairs_of(Plane& z, const Piece& piece, const Shape& s, double* total) 
         }
 }
 
-template <int K>
-void moments(const float* x, const Shape& s, const float* centre, bool centred, double* sum, double* products, int threads) {
+template <int K, class T>
+void moments(const T* x, const Shape& s, const float* centre, bool centred, double* sum, double* products, int threads) {
     constexpr int taps = K * K;
     // Centred, the border is no longer zero: the image is then the whole of what patches read, and has no padding.
     const int64_t border = centred ? s.padding : 0, padding = s.padding - border, edge = K - 1 - padding;
@@ -310,7 +314,7 @@ void moments(const float* x, const Shape& s, const float* centre, bool centred, 
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
             double* total = &totals[t * size + piece.block * entry * PANEL];
-            const float* image = x + piece.image * s.h * s.w * s.c;
+            const T* image = x + piece.image * s.h * s.w * s.c;
             if (lags) {
                 fill(z, piece.first - border, piece.last - border + K - 1, image, s, piece.block, centre, border);
                 lags_of<K>(z, border, piece.first, piece.last, tall, wide, some, total);
@@ -337,9 +341,9 @@ void moments(const float* x, const Shape& s, const float* centre, bool centred, 
     }
 }
 
-template <int K>
-void convolve(const float* x, const Shape& s, const float* centre, const float* kernel, const float* bias, float top,
-              float* y, int threads) {
+template <int K, class T>
+void convolve(const T* x, const Shape& s, const float* centre, const float* kernel, const float* bias, float top,
+              T* y, int threads) {
     constexpr int taps = K * K;
     const auto weights = by_block(kernel, s.c, taps), shifts = by_block(bias, s.c, 1);
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K);
@@ -358,7 +362,7 @@ void convolve(const float* x, const Shape& s, const float* centre, const float* 
                     for (int t = 0; t < taps; t++) w[t] = load(&weights[at * taps + t * PANEL + half]);
                     const vec shift = load(&shifts[at + half]);
                     const float* from = z.at(p * s.stride - s.padding, -s.padding) + half;
-                    float* to = y + ((piece.image * rows + p) * columns) * s.c + at + half;
+                    T* to = y + ((piece.image * rows + p) * columns) * s.c + at + half;
                     for (int64_t q = 0; q < columns; q++, from += s.stride * PANEL, to += s.c) {
                         vec v = shift;
 #pragma GCC unroll 8
@@ -376,8 +380,8 @@ void convolve(const float* x, const Shape& s, const float* centre, const float* 
     });
 }
 
-template <int K>
-void kernel_grad(const float* g, const float* y, const float* x, const Shape& s, const float* centre, float top,
+template <int K, class T>
+void kernel_grad(const T* g, const T* y, const T* x, const Shape& s, const float* centre, float top,
                  double* products, double* sum, int threads) {
     constexpr int taps = K * K;
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K), size = s.blocks() * (taps + 1) * PANEL;
@@ -451,8 +455,8 @@ Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset
 }
 
 // out = the two stencils at N pixels of one kind, from (y, x) on. Few pixels have several sums each, to keep busy.
-template <int K, int N>
-INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half, float* out,
+template <int K, int N, class T>
+INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half, T* out,
                   int64_t step, int64_t channels, int64_t padding) {
     constexpr int side = 2 * K - 1, sums = 4 / N;
     vec acc[N][sums] = {};
@@ -490,10 +494,10 @@ INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kern
     }
 }
 
-template <int K>
-void input_grad_by_lag(const float* g, const float* y, const float* x, const Shape& s, const float* centre,
+template <int K, class T>
+void input_grad_by_lag(const T* g, const T* y, const T* x, const Shape& s, const float* centre,
                        const float* kernel, const float* quad, const float* offset, const float* shift,
-    float top, float* dx, int threads) {
+    float top, T* dx, int threads) {
     constexpr int taps = K * K, entry = (2 * K - 1) * (2 * K - 1) + 1;
     const Axis tall(s.h, K - 1 - s.padding), wide(s.w, K - 1 - s.padding);
     const auto weights = by_block(kernel, s.c, taps);
@@ -514,7 +518,7 @@ void input_grad_by_lag(const float* g, const float* y, const float* x, const Sha
             Ahead of_y(y, pieces, i + 1, rows, columns, 1, s.c);
             for (int64_t p = piece.first; p < piece.last; p++) {
                 const float* of_row = &lags[(piece.block * kinds + tall.kind(p) * wide.kinds()) * entry * PANEL];
-                float* to = dx + ((piece.image * s.h + p) * s.w) * s.c + at;
+                T* to = dx + ((piece.image * s.h + p) * s.w) * s.c + at;
                 for (int half = 0; half < PANEL && half < channels; half += LANES)
                     for (int64_t q = 0; q < s.w;) {
                         const float* of = of_row + wide.kind(q) * entry * PANEL;
@@ -534,10 +538,10 @@ void input_grad_by_lag(const float* g, const float* y, const float* x, const Sha
 }
 
 // At any stride: every place adds its patch's gradient to the pixels that it read.
-template <int K>
-void input_grad_by_place(const float* g, const float* y, const float* x, const Shape& s, const float* centre,
+template <int K, class T>
+void input_grad_by_place(const T* g, const T* y, const T* x, const Shape& s, const float* centre,
                          const float* kernel, const float* quad, const float* offset, const float* shift,
-    float top, float* dx, int threads) {
+    float top, T* dx, int threads) {
     constexpr int taps = K * K;
     const auto weights = by_block(kernel, s.c, taps), quads = by_block(quad, s.c, taps * taps);
     const auto shifts = by_block(shift, s.c, taps), offsets = by_block(offset, s.c, taps);
@@ -582,61 +586,67 @@ void input_grad_by_place(const float* g, const float* y, const float* x, const S
             for (int64_t p = piece.first; p < piece.last; p++)
                 for (int64_t r = 0; r < s.w; r++) {
                     const float* from = sum.at(p, r);
-                    std::copy(from, from + channels, dx + ((piece.image * s.h + p) * s.w + r) * s.c + at);
+                    T* to = dx + ((piece.image * s.h + p) * s.w + r) * s.c + at;
+                    for (int half = 0; half < PANEL && half < channels; half += LANES)
+                        store_some(to + half, load(from + half), channels - half);
                 }
         }
     });
 }
 
-template <int K>
-void input_grad(const float* g, const float* y, const float* x, const Shape& s, const float* centre, const float* kernel,
+template <int K, class T>
+void input_grad(const T* g, const T* y, const T* x, const Shape& s, const float* centre, const float* kernel,
                 const float* quad, const float* offset, const float* shift,
-    float top, float* dx, int threads) {
+    float top, T* dx, int threads) {
     const int64_t edge = K - 1 - s.padding;
     const bool lags = s.stride == 1 && edge >= 0 && s.h >= 2 * edge && s.w >= 2 * edge;
-    auto pass = lags ? input_grad_by_lag<K> : input_grad_by_place<K>;
+    auto pass = lags ? input_grad_by_lag<K, T> : input_grad_by_place<K, T>;
     pass(g, y, x, s, centre, kernel, quad, offset, shift, top, dx, threads);
 }
 
 }  // namespace
 
+// CALL(size, type) for this size and type of the maps; maps in bfloat16 (`low`) have 3 x 3 kernels.
 #define FOR_SIZE(K, CALL) \
-    if (K == 1) CALL(1); else if (K == 3) CALL(3); else if (K == 5) CALL(5); else CALL(7)
+    if (low) CALL(3, bf16); else if (K == 1) CALL(1, float); else if (K == 3) CALL(3, float); \
+    else if (K == 5) CALL(5, float); else CALL(7, float)
 
 // sum[c][t] and products[c][t][u] over all places of the patch less centre; centre is taken as zero unless centred.
-API void depthwise_moments(const float* x, const int64_t* shape, int taps, const float* centre, int centred, double* sum,
+API void depthwise_moments(const void* x, int64_t low, const int64_t* shape, int64_t taps, const float* centre, int64_t centred, double* sum,
                            double* products, int threads) {
     const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
-#define CALL(K) moments<K>(x, s, centre, centred, sum, products, threads)
+#define CALL(K, T) moments<K>(static_cast<const T*>(x), s, centre, centred, sum, products, threads)
     FOR_SIZE(taps, CALL);
 #undef CALL
 }
 
 // y = act(bias + kernel (patch - centre)); kernel is (C, taps).
-API void depthwise_convolve(const float* x, const int64_t* shape, int taps, const float* centre, const float* kernel,
-                            const float* bias, float top, float* y, int threads) {
+API void depthwise_convolve(const void* x, int64_t low, const int64_t* shape, int64_t taps, const float* centre, const float* kernel,
+                            const float* bias, float top, void* y, int threads) {
     const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
-#define CALL(K) convolve<K>(x, s, centre, kernel, bias, top, y, threads)
+#define CALL(K, T) convolve<K>(static_cast<const T*>(x), s, centre, kernel, bias, top, static_cast<T*>(y), threads)
     FOR_SIZE(taps, CALL);
 #undef CALL
 }
 
 // products[c][t] = sum over places of grad' (patch - centre)[t]; sum[c] = sum of grad'.
-API void depthwise_kernel_grad(const float* g, const float* y, const float* x, const int64_t* shape, int taps,
+API void depthwise_kernel_grad(const void* g, const void* y, const void* x, int64_t low, const int64_t* shape, int64_t taps,
                                const float* centre, float top, double* products, double* sum, int threads) {
     const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
-#define CALL(K) kernel_grad<K>(g, y, x, s, centre, top, products, sum, threads)
+#define CALL(K, T) \
+    kernel_grad<K>(static_cast<const T*>(g), static_cast<const T*>(y), static_cast<const T*>(x), s, centre, top, products, sum, threads)
     FOR_SIZE(taps, CALL);
 #undef CALL
 }
 
 // dx = the sum over places of kernel grad' + quad (patch - centre - offset) + shift, at the pixels that they read.
-API void depthwise_input_grad(const float* g, const float* y, const float* x, const int64_t* shape, int taps,
-                              const float* centre, const float* kernel, const float* quad, const float* offset, const float* shift,
-    float top,
-                              float* dx, int threads) {
+API void depthwise_input_grad(const void* g, const void* y, const void* x, int64_t low, const int64_t* shape, int64_t taps,
+                              const float* centre, const float* kernel, const float* quad, const float* offset,
+                              const float* shift, float top, void* dx, int threads) {
     const Shape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
-#define CALL(K) input_grad<K>(g, y, x, s, centre, kernel, quad, offset, shift, top, dx, threads)
+#define CALL(K, T) \
+    input_grad<K>(static_cast<const T*>(g), static_cast<const T*>(y), static_cast<const T*>(x), s, centre, kernel, quad, offset, shift, top, \
+                  static_cast<T*>(dx), threads)
     FOR_SIZE(taps, CALL);
 #undef CALL
 }

@@ -257,6 +257,35 @@ API void pointwise_input_grad(const float* g, const float* y, const float* x, in
     });
 }
 
+// Maps in bfloat16: out = the gradient through the activation, sum[c] = its sum over the rows. Without y the sums of g.
+API void masked_sums(const bf16* g, const bf16* y, int64_t n, int64_t c, float top, bf16* out, double* sum, int threads) {
+    constexpr int64_t together = 64;  // rows summed in float32, then in float64
+    Totals sums(threads, up(c, LANES));
+    share(n, threads, [&](int t, int64_t first, int64_t last) {
+        double* total = sums.of(t);
+        for (int64_t at = first; at < last; at += together) {
+            const int64_t end = std::min(last, at + together);
+            int64_t j = 0;
+            for (; j + LANES <= c; j += LANES) {
+                vec acc = {};
+                for (int64_t i = at * c + j; i < end * c; i += c) {
+                    vec v = load(g + i);
+                    if (y) store(out + i, v = top < 0 ? v : through(v, load(y + i), top));
+                    acc += v;
+                }
+                add(total + j, acc);
+            }
+            for (; j < c; j++)
+                for (int64_t i = at * c + j; i < end * c; i += c) {
+                    float v = value(g[i]);
+                    if (y) put(out + i, v = top < 0 ? v : through(v, value(y[i]), top));
+                    total[j] += v;
+                }
+        }
+    });
+    for (int64_t j = 0; j < c; j++) sum[j] = sums.at(j);
+}
+
 // What a dense unit of `taps` x `taps` reads at each place, one row each: rows is (places, C * taps * taps), x (B, H, W, C).
 API void write_patches(const float* x, const int64_t* shape, int64_t taps, float* rows, int threads) {
     const int64_t h = shape[1], w = shape[2], c = shape[3], stride = shape[4], reach = shape[5];

@@ -30,6 +30,32 @@ typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4)));
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 INLINE void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+// A bfloat16 number: the upper half of a float. Maps may hold them; what is computed is float32.
+struct bf16 {
+    uint16_t bits;
+};
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+INLINE vec load(const bf16* p) {
+    return reinterpret_cast<vec>(__builtin_convertvector(*reinterpret_cast<const shorts*>(p), words) << 16);
+}
+INLINE void store(bf16* p, vec v) {  // rounded to nearest, to even at a tie; NaN stays NaN
+    const words bits = reinterpret_cast<words>(v), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const words out = v != v ? (bits >> 16 | 0x40) : nearest;
+    *reinterpret_cast<shorts*>(p) = __builtin_convertvector(out, shorts);
+}
+INLINE float value(float v) { return v; }
+INLINE float value(bf16 v) {
+    const uint32_t bits = uint32_t(v.bits) << 16;
+    float out;
+    return std::memcpy(&out, &bits, sizeof out), out;
+}
+INLINE void put(float* p, float v) { *p = v; }
+INLINE void put(bf16* p, float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    p->bits = uint16_t(v != v ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 INLINE void add_to(float* p, vec v) { store(p, load(p) + v); }
 INLINE vec clamp(vec v, float top) {
     vec zero = {};
