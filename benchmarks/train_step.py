@@ -2,11 +2,14 @@
 
     python benchmarks/train_step.py [--models mobileone_s0,...] [--dtypes float32,bfloat16] [--allocators equal,default]
                                     [--batch 32] [--size 224] [--threads 2] [--rounds 20] [--compile] [--units]
+    python benchmarks/train_step.py --slower [--models ...,timm:NAME] --batch 16 --size 128 --threads 1 --rounds 9
 
 Interleaved in one run: every round steps each contender once, in a random order. Prints medians, images a second,
 their ratio to ours (median and range of the rounds), page faults a step, the peak memory of a process that does nothing
 else, and the bytes that the tensors of a step pass through memory, by count. bfloat16 is autocast's. `--units` adds a
-table of unit shapes: every route's time. Raw samples are appended to benchmarks/results/train-step-<machine>.jsonl.
+table of unit shapes: every route's time. `--slower` asks another question: is any network, of the catalogue or of ten
+of timm's, slower by our routes than without them? Ours is timed, as `onefold train` and `accelerate` take it, by the
+routes that were measured to be fastest. Raw samples are appended to benchmarks/results/train-step-<machine>.jsonl.
 
 Both memory formats of every contender but ours are there: each side is to be judged by its better one. `equal` has the
 C library keep the memory that it was given, for every contender alike: by default it returns large maps to the system,
@@ -41,10 +44,12 @@ from torch import Tensor, nn
 
 from onefold import accelerate
 from onefold.bench import Machine
-from onefold.models import create_model
+from onefold.models import create_model, list_models
 from onefold.models.mobileone import make_branches
 from onefold.reparam import Chain, Sum, mixed, moments, per_branch, quickest, set_route_
+from onefold.reparam.accelerate import set_measured_routes_
 from onefold.reparam.branches import as_unit
+from onefold.reparam.measured_routes import measure_routes
 from onefold.reparam.routes import route_costs
 
 HERE = Path(__file__).parent
@@ -57,6 +62,18 @@ CONTENDERS = (
     "timm channels_last",
     "timm accelerated",
     "timm compiled",
+)
+OF_TIMM = (  # of each family one that is small
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "resnet18",
+    "repvit_m0_9",
+    "fastvit_t8",
+    "mobileone_s0",
+    "starnet_s1",
+    "ghostnet_100",
 )
 # glibc: one heap for all threads, nothing mapped apart from it, nothing returned. The threshold for mapping cannot be
 # set above 32 MiB, and maps of training are larger, so mapping is switched off.
@@ -86,6 +103,7 @@ def timm_model(name: str) -> nn.Module:
     return model
 
 
+_MEASURED: dict[str, str] = {}  # one kind of layer has one answer in a process
 _LIBRARIES: list[torch.library.Library] = []  # operators live as long as what defined them
 
 
@@ -128,6 +146,9 @@ def step_of(name: str, contender: str, given: argparse.Namespace) -> Callable[[]
     x, y = x.to(device), y.to(device)
     if contender not in ("plain", "timm"):
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if contender in ("ours", "timm accelerated"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=given.dtype == "bfloat16"):
+            set_measured_routes_(model, measure_routes(copy.deepcopy(model), x, _MEASURED))
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=given.dtype == "bfloat16"):
@@ -240,6 +261,23 @@ def run_model(name: str, given: argparse.Namespace) -> None:
     print("moved by count, GB a step: branch by branch {:.1f}, plain {:.1f}, moments {:.1f}".format(*moved), flush=True)
 
 
+def run_slower(name: str, given: argparse.Namespace) -> None:
+    """A line on a network, ours or timm:NAME: its time without our routes over that with them."""
+    own = name.removeprefix("timm:")
+    ours, without = ("timm accelerated", "timm channels_last") if name != own else ("ours", "per_branch")
+    start = time.perf_counter()
+    calls = {"ours": step_of(own, ours, given), "without": step_of(own, without, given)}
+    measured = time.perf_counter() - start
+    seconds, _ = interleave(calls, given.rounds)
+    keep({"model": name, **vars(given), "seconds": seconds})
+    ratios = sorted(a / b for a, b in zip(seconds["without"], seconds["ours"], strict=True))
+    median = statistics.median(ratios)
+    times = "".join(f"{1e3 * statistics.median(seconds[each]):10.0f}" for each in ("ours", "without"))
+    spread = f"({ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f})"
+    load, mark = os.getloadavg()[0], "  SLOWER" if median < 0.98 else ""
+    print(f"{name:32}{given.dtype:10}{times}{median:8.2f} {spread:13}{measured:7.1f}{load:6.1f}{mark}", flush=True)
+
+
 def keep(result: dict[str, object]) -> None:
     """The raw samples, one line a run."""
     machine = Machine.detect()
@@ -328,9 +366,7 @@ def draw(path: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument(
-        "--models", default="mobileone_s0,mobileone_s1,mobileone_s2,mobileone_s3,mobileone_s4,mobilenetv1_100"
-    )
+    options.add_argument("--models", help="S0-S4 and MobileNetV1; with --slower all, and ten of timm's")
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--size", type=int, default=224)
     options.add_argument("--threads", type=int, default=2)
@@ -344,6 +380,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--compile", action="store_true", help="also timm under torch.compile, which takes minutes")
     options.add_argument("--no-memory", dest="memory", action="store_false")
     options.add_argument("--units", action="store_true", help="also the table of unit shapes")
+    options.add_argument("--slower", action="store_true", help="is any network slower by our routes than without?")
     options.add_argument("--figure", type=Path, help="draw what has been kept, and measure nothing")
     return options
 
@@ -360,7 +397,17 @@ def main() -> None:
         return
     torch.set_num_threads(given.threads)
     print(f"{Machine.detect().slug}; torch {torch.__version__}; allocator {given.allocator}")
-    for name in filter(None, given.models.split(",")):
+    if given.slower:
+        print(f"batch {given.batch}, {given.size} px, {given.threads} threads, {given.rounds} interleaved rounds")
+        print(f"{'ms a step':42}{'ours':>10}{'without':>10}  median of without / ours (quartiles), s to measure, load")
+        everything = [*list_models(), *(f"timm:{name}" for name in OF_TIMM)]
+        for name in everything if given.models is None else given.models.split(","):
+            for dtype in given.dtypes.split(","):
+                given.dtype = dtype
+                run_slower(name, given)
+        return
+    models = [*(f"mobileone_s{n}" for n in range(5)), "mobilenetv1_100"]
+    for name in models if given.models is None else filter(None, given.models.split(",")):
         for dtype in given.dtypes.split(","):
             given.dtype = dtype
             run_model(name, given)

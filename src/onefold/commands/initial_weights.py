@@ -20,7 +20,6 @@ from torch.nn import functional
 from onefold.commands.class_matching import match_classes
 from onefold.commands.open_network import ModelNameCheck, Network, resolve_weights_file
 from onefold.commands.timm_networks import (
-    TIMM_PREFIX,
     check_timm_model,
     create_timm,
     fixed_image_size,
@@ -43,7 +42,7 @@ from onefold.models.hub import Card, load_model, read_card, read_weights_card
 from onefold.models.layers import set_dropout_
 from onefold.models.mobileone import zero_init_branches_
 from onefold.recipes import Recipe, with_image_size
-from onefold.reparam import accelerate, expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
+from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.train import NORM_LAYERS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
 from onefold.train.checkpoint import WEIGHTS_FILE
 
@@ -272,10 +271,7 @@ def fold_frozen_(model: nn.Module, freeze: tuple[str, ...]) -> None:
 
 
 def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Give the network in train mode, with the recipe's dropout, which a network of timm is made with.
-
-    Of timm's networks those are accelerated whose gain has been measured (docs/results.md): others were slower so.
-    """
+    """Give the network in train mode, with the recipe's dropout, which a network of timm is made with."""
     if not is_timm(recipe.model):
         if recipe.dropout is not None:
             set_dropout_(model, recipe.dropout)
@@ -283,13 +279,7 @@ def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Conv2d and _crashes_in_channels_last(module):
             module.__class__ = _StridedPointwise
-    if recipe.model.startswith(_ACCELERATED):
-        accelerate(model.train())
-        _log.info("%s trains by the quickest routes: %s", recipe.model, model.acceleration)
     return model.train()
-
-
-_ACCELERATED = f"{TIMM_PREFIX}mobileone"
 
 
 def _crashes_in_channels_last(conv: nn.Conv2d) -> bool:

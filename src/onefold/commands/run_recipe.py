@@ -34,11 +34,22 @@ RECIPE_FILE = "recipe.json"
 _log = logging.getLogger("onefold")
 
 
-def recipe_metadata(recipe: Recipe, out: Path, written_once: tuple[str, ...]) -> dict[str, Any]:
-    """Give what the checkpoints of a run keep for `read_recipe`: its recipe, and checksums of files of its folder."""
+def recipe_metadata(
+    recipe: Recipe, out: Path, written_once: tuple[str, ...], routes: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Give what the checkpoints of a run keep: its recipe, checksums of files of its folder, and its measured routes.
+
+    The first two are what `read_recipe` compares, the last what `routes_of_run` gives.
+    """
     files = (out / name for name in written_once)
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
-    return {"recipe": recipe.to_dict(), "sha256": sums}
+    return {"recipe": recipe.to_dict(), "sha256": sums, **({} if routes is None else {"routes": dict(routes)})}
+
+
+def routes_of_run(out: Path) -> dict[str, str] | None:
+    """Give the measured routes that a run began with, by the path of a part; None where it measured none."""
+    routes = _sealed_settings(out).get("routes")
+    return {str(path): str(name) for path, name in routes.items()} if isinstance(routes, dict) else None
 
 
 def read_recipe(out: Path) -> Recipe:

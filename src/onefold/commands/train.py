@@ -51,6 +51,7 @@ from onefold.commands.run_recipe import (
 )
 from onefold.commands.teachers import open_teachers
 from onefold.commands.timm_networks import check_timm_model, is_timm
+from onefold.commands.training_routes import choose_routes_
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, check_data, contact_sheet, label_captions
@@ -313,7 +314,7 @@ def _run(
             combine=evaluator.combine,
             world=world,
             metadata=card.to_metadata(),
-            settings=recipe_metadata(recipe, out, (IMAGES_FILE, _QPARAMS)) if world.is_main else {},
+            settings=recipe_metadata(recipe, out, (IMAGES_FILE, _QPARAMS), start.routes) if world.is_main else {},
             resume=resume,
             teachers=teachers,
             evaluate_start=recipe.weights is not None,
@@ -336,19 +337,17 @@ def _run(
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What all processes start from, as the first one finds it; `records` are of the images that were trained on."""
+    """What all processes take from the first one: `records` of the images trained on, and measured `routes`."""
 
     model: nn.Module
     card: Card
     params: ModelQParams | None
     records: TrainingRecords | None
+    routes: Mapping[str, str] | None
 
 
 def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | None) -> _Start:
-    """Build the network of a new run, or of one that goes on in the folder `run`, and its card.
-
-    Raises BadArgument, BadCheckpoint, and BadData.
-    """
+    """Build the network, and its card, of a new run or one in the folder `run`. BadArgument, BadCheckpoint, BadData."""
     images = TrainingImages(source=training, device=device, batch_size=min(len(training), 32))
     model = create_network_to_resume(recipe, len(training.classes), run) if run else init_network(recipe, images)
     fold_frozen_(model, recipe.plan.freeze)
@@ -370,7 +369,8 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
         source=source,
         trained_on=None if records is None else records_to_dict(records),
     )
-    return _Start(model=model.cpu(), card=card, params=params, records=records)
+    routes = choose_routes_(model.cpu(), recipe, device, run)
+    return _Start(model=model, card=card, params=params, records=records, routes=routes)
 
 
 def _batches(source: Dataset, recipe: Recipe, world: World) -> Batches:

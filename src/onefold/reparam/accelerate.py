@@ -1,6 +1,6 @@
 """`accelerate` trains networks of other projects by our routes: the same numbers, and for some of them in less time.
 
-Measured to be faster: timm's MobileOne. Slower: RepViT-M0.9 at 128 px (docs/timm.md). Measure before long training.
+Given a batch it times each block both ways, and leaves those as they are that are no faster so (`measured_routes`).
 
 Linear trees are found by their structure, in a symbolic trace of the network's forward pass: convolutions and norms in
 series, parallel branches, skips, layer scales, whatever their classes are called. The smallest block that holds a whole
@@ -10,6 +10,7 @@ parameters, buffers and names in the state_dict.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from onefold.reparam.find_trees import (
 )
 from onefold.reparam.folding_rules import Chain, Sum
 from onefold.reparam.linear_trees import LinearTree
+from onefold.reparam.measured_routes import PLAIN, measure_routes, set_routes_
 from onefold.reparam.routes import quickest, set_route_
 
 _MOST_TRACES = 4  # of one block, whose attributes change between calls
@@ -38,10 +40,14 @@ _MOST_TRACES = 4  # of one block, whose attributes change between calls
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate` took of a network: the names of the layers, and why other norms were left, by their names."""
+    """What `accelerate` took of a network: the names of the layers, and why other norms were left, by their names.
+
+    `routes` are those that were measured to be the fastest, by the path of a block: `per_branch` is its own forward.
+    """
 
     taken: tuple[str, ...]
     left: Mapping[str, str] = field(default_factory=dict)
+    routes: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         by_reason: dict[str, list[str]] = {}
@@ -54,8 +60,13 @@ class Acceleration:
         return f"{len(self.taken)} layers are taken" + (f", {len(self.left)} norms are left: {rest}" if rest else "")
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     """Train the linear trees of `model` by the quickest exact route, in place; gives the model back.
+
+    Which route is quickest is estimated by a count of operations, which may be wrong for this processor: give `images`
+    (B, C, H, W), a batch of the size that will be trained on, and each block is timed, in a few seconds, within the
+    autocast region around this call; where plain torch is as fast, the block stays as it is. On a CPU; the next call
+    in another process may choose otherwise where two routes are about as fast, and the last bits with it.
 
     Trees are convolutions with their norms, alone or in parallel, with skips, layer scales and norms after the sum, in
     whatever blocks they stand. Only training changes, and only its speed: values, gradients and running statistics stay
@@ -82,10 +93,34 @@ def accelerate(model: nn.Module) -> nn.Module:
     model.acceleration = Acceleration(  # type: ignore[assignment]
         tuple(n for n, _ in model.named_modules() if n in taken), left
     )
+    if images is not None:
+        set_measured_routes_(model, measure_routes(copy.deepcopy(model), images, {}))
     if not taken:
         why = str(model.acceleration) if norms else "it has no norm with statistics"
         warnings.warn(f"{type(model).__name__} trains as it is, nothing of it was accelerated: {why}", stacklevel=2)
     return model
+
+
+def set_measured_routes_(model: nn.Module, choices: Mapping[str, str]) -> list[str]:
+    """Have the parts of a network, accelerated or ours, train by the routes chosen for their paths, in place.
+
+    Blocks for which nothing was chosen, or `per_branch`, get their own forward back. Gives the paths that are no part
+    of this network that could be taken.
+    """
+    blocks = {p: m for p, m in model.named_modules() if isinstance(vars(m).get("forward"), _Forward)}
+    names = {id(module): name for name, module in model.named_modules()}
+    back = {p: m.forward.layers for p, m in blocks.items() if choices.get(p, PLAIN) == PLAIN}
+    unknown = set_routes_(model, {**dict.fromkeys(blocks, PLAIN), **choices})
+    told = getattr(model, "acceleration", None)
+    if isinstance(told, Acceleration):
+        given_back = {names[id(layer)]: layer for layers in back.values() for layer in layers}
+        norms = {name for name, layer in given_back.items() if isinstance(layer, _BatchNorm)}
+        model.acceleration = Acceleration(  # type: ignore[assignment]
+            tuple(name for name in told.taken if name not in given_back),
+            {**told.left, **{name: "its block is as fast without" for name in told.taken if name in norms}},
+            dict(choices),
+        )
+    return unknown
 
 
 # ------------------------------------------------------------------------------------- training

@@ -5,7 +5,9 @@ per_branch every layer by itself: the reference (beside `Sum`)
 moments    one convolution, exactly: the batch's statistics are known from the moments of its patches (`moments.py`)
 mixed      every convolution by itself; all norms, their sum and the activation in one pass (`fused_norms.py`)
 folded     one convolution, made at each call of parameters and running statistics: where the norms are frozen
-quickest   whichever of them costs least for this unit and batch, by count; what training uses
+quickest   whichever of them costs least for this unit and batch, by count
+
+`onefold train`, and `accelerate` with a batch, choose among them by timing each on this machine (`measured_routes`).
 """
 
 from __future__ import annotations
@@ -33,7 +35,17 @@ from onefold.reparam.moments import BatchPatches, forward_by_moments
 from onefold.reparam.stencil import Stencil
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-__all__ = ["Route", "evaluate_cheapest", "folded", "mixed", "moments", "per_branch", "quickest", "set_route_"]
+__all__ = [
+    "Route",
+    "evaluate_cheapest",
+    "folded",
+    "mixed",
+    "moments",
+    "moments_in_training",
+    "per_branch",
+    "quickest",
+    "set_route_",
+]
 
 
 def graph_break(function: _Function) -> _Function:
@@ -68,6 +80,15 @@ def moments(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
         _then(act, _by_rules(tree, x))
         if unit is None
         else apply_with_activation(act, partial(forward_by_moments, unit, x))
+    )
+
+
+@graph_break
+def moments_in_training(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """`moments` for a unit in training; `per_branch` outside of it, where its norms are frozen, and for other trees."""
+    unit = as_unit(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
+    return (
+        per_branch(tree, x, act) if unit is None else apply_with_activation(act, partial(forward_by_moments, unit, x))
     )
 
 

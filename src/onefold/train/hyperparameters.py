@@ -155,7 +155,9 @@ class Plan:
     the one at the end of each epoch. `freeze` names the modules that are not trained (see `optim.freeze_`);
     the learning rate is multiplied with `layer_decay` at each level from the head towards the input. A step is shared
     by `logical_workers`, at any number of processes, and `reduce` says how their gradients are added (see the module
-    of that name). Raises BadArgument naming the field, what is allowed and what came.
+    of that name). `route` is how linear layers are evaluated, to the same numbers within rounding: as was "measured" to
+    be fastest on this machine, the "quickest" by count, or "per_branch", plain torch. Raises BadArgument naming the
+    field, what is allowed and what came.
     """
 
     epochs: Annotated[int, Range(0, 1_000_000)]
@@ -171,6 +173,7 @@ class Plan:
     clip_grad_norm: Annotated[float, Range(1e-12, 1e12)] | None = None
     amp: Literal["off", "auto", "bf16", "fp16"] = "off"
     channels_last: bool = False
+    route: Literal["measured", "quickest", "per_branch"] = "measured"
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1
     logical_workers: Annotated[int, Range(1, 1_000_000)] = 1
