@@ -19,7 +19,7 @@ from onefold.commands import training_routes
 from onefold.commands.run_recipe import routes_of_run
 from onefold.commands.training_routes import choose_routes_
 from onefold.models import create_model
-from onefold.recipes import Recipe, recipe_for
+from onefold.recipes import Recipe, make_recipe
 from onefold.reparam import Chain, Sum, measured_routes, per_branch, quickest, set_route_
 from onefold.reparam.measured_routes import ROUTES, fastest, measure_routes, set_routes_
 from onefold.train.checkpoint import PROGRESS_FILE
@@ -178,7 +178,7 @@ def test_blocks_of_other_projects_are_taken_or_given_back(choice, timed, seeded,
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes = {"model": "mobilenetv1_025", "plan.batch_size": "2", "preprocessing.size": "32", "curriculum": "none"}
-    return recipe_for("photos:scratch", changes)
+    return make_recipe("photos:scratch", changes)
 
 
 @pytest.fixture

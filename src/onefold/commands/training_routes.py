@@ -33,7 +33,7 @@ from onefold.errors import NotWritable
 from onefold.recipes import Recipe
 from onefold.reparam import accelerate, per_branch, set_route_
 from onefold.reparam.accelerate import set_measured_routes_
-from onefold.reparam.kernels.base import library
+from onefold.reparam.kernels.base import load_kernels
 from onefold.reparam.measured_routes import PLAIN, measure_routes
 from onefold.storage import cache_folder, file_lock
 from onefold.train.optim import freeze_, train_mode_
@@ -144,7 +144,7 @@ def _machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "versions": dict(machine.versions),
         "code": _code(),
-        "compiled": library() is not None,
+        "compiled": load_kernels() is not None,
     }
 
 
