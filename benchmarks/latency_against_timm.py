@@ -40,7 +40,7 @@ from onefold.commands.timm_networks import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError
 from onefold.models import CATALOGUE, count_flops, create_model
-from onefold.models.hub import Card
+from onefold.models.pretrained import Card
 from onefold.quantize import QuantizedModel
 from onefold.runtimes import export as export_to
 from onefold.storage import write_text

@@ -66,7 +66,7 @@ class Shades:
     def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
         return Image.new("RGB", (8, 8), (i % 256, i // 256, 0))
 
-    def samples(self, i: int) -> None:
+    def raw_samples(self, i: int) -> None:
         """Eight bits."""
 
     def num_bytes(self, i: int) -> int:
@@ -107,7 +107,7 @@ class Pictures:
         return picture(i)
 
     def crop(self, i: int, window: CropBox) -> Crop:
-        return window.of(picture(i))
+        return window.crop_image(picture(i))
 
     def label(self, i: int) -> int:
         return i % 3

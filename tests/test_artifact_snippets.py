@@ -25,7 +25,7 @@ from onefold.commands.open_network import open_network, open_predictor
 from onefold.commands.predict import predict
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
-from onefold.models.hub import save_weights
+from onefold.models.pretrained import save_weights
 from onefold.runtimes import web
 from onefold.runtimes.readme import list_platforms, render_code
 from test_artifact_readme import PREPARED, SIZES, blocks, fake, python_of

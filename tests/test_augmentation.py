@@ -65,12 +65,12 @@ GOLDEN_BOXES = [[23, 110, 113, 215], [13, 100, 162, 243], [93, 92, 300, 286]]
 
 def test_what_is_decoded_small_is_never_enlarged_for_it() -> None:
     crop = RandomResizedCrop(size=224, scale=(0.08, 1.0))
-    side = crop.min_side
+    side = crop.min_decode_side
     boxes = np.array([crop.box((side, side), sample_generator(0, 0, i)) for i in range(3000)])
     assert (boxes[:, 2] - boxes[:, 0]).min() >= 223
     assert (boxes[:, 3] - boxes[:, 1]).min() >= 223
-    assert Augment(steps=(crop, HorizontalFlip()), preprocessing=IMAGENET_PREPROCESSING).min_side == side
-    assert Augment(steps=(HorizontalFlip(), crop), preprocessing=IMAGENET_PREPROCESSING).min_side == 0
+    assert Augment(steps=(crop, HorizontalFlip()), preprocessing=IMAGENET_PREPROCESSING).min_decode_side == side
+    assert Augment(steps=(HorizontalFlip(), crop), preprocessing=IMAGENET_PREPROCESSING).min_decode_side == 0
 
 
 def test_flip_and_shift() -> None:

@@ -44,7 +44,7 @@ from onefold.commands.held_out import read_run_data
 from onefold.commands.open_network import open_predictor
 from onefold.commands.run_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
-from onefold.models.hub import load_model
+from onefold.models.pretrained import load_model
 from onefold.models.weights_file import Card, save_weights
 from onefold.recipes import all_recipes
 from onefold.report.load_results import load_report_inputs

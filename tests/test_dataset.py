@@ -17,7 +17,7 @@ from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
 from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers
-from onefold.data.fingerprint import ImageList, fingerprint
+from onefold.data.fingerprint import ImageList, dataset_fingerprint
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.errors import BadArgument, BadData, MissingExtra
 
@@ -283,7 +283,7 @@ def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     listed_before = ImageList(by="name", splits={"train": [(source.name(0), source.classes[0], "0")]})
     listed_before.write(tmp_path / "images.csv")
     assert ImageList.read(tmp_path / "images.csv") is not None
-    assert len(fingerprint(source)) == 129
+    assert len(dataset_fingerprint(source)) == 129
     table = b"file,label\ncaf\xe9.png,caf\xe9\nother.png,x\n"
     listed = write_images(tmp_path / "listed", [f"{raw}.png", "other.png"])
     (listed / "labels.csv").write_bytes(table)
@@ -310,17 +310,17 @@ def test_find_images(tmp_path: Path) -> None:
 def test_the_fingerprint_sees_names_sizes_labels_and_classes(tmp_path: Path) -> None:
     write_images(tmp_path, ["a/1.png", "b/1.png"])
     base = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
-    prints = {fingerprint(base)}
-    assert fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)) in prints
+    prints = {dataset_fingerprint(base)}
+    assert dataset_fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)) in prints
     one = ImageFiles(tmp_path, ["a/1.png", "b/1.png"], [0, 1], ("a", "b"))
-    assert fingerprint(one) in prints
-    prints |= {fingerprint(replace(one, labels=[1, 0])), fingerprint(replace(one, classes=("a", "c")))}
-    prints |= {fingerprint(Subset(one, [1, 0])), fingerprint(Subset(one, [0]))}
+    assert dataset_fingerprint(one) in prints
+    prints |= {dataset_fingerprint(replace(one, labels=[1, 0])), dataset_fingerprint(replace(one, classes=("a", "c")))}
+    prints |= {dataset_fingerprint(Subset(one, [1, 0])), dataset_fingerprint(Subset(one, [0]))}
     with (tmp_path / "a/1.png").open("ab") as file:
         file.write(b"!")
-    prints.add(fingerprint(one))
+    prints.add(dataset_fingerprint(one))
     (tmp_path / "a/1.png").unlink()
-    prints.add(fingerprint(one))
+    prints.add(dataset_fingerprint(one))
     assert len(prints) == 7
 
 

@@ -22,8 +22,8 @@ from onefold.data.fingerprint import (
     TrainedCopies,
     TrainedOn,
     count_trained_copies,
+    dataset_fingerprint,
     find_trained_images,
-    fingerprint,
     image_keys,
 )
 from onefold.data.remote import LocalFile, digest_bytes
@@ -52,7 +52,7 @@ def scenes(root: Path, numbers: range, base: int = 0) -> Dataset:
 
 def test_records_know_copies_by_their_pixels_where_pixels_tell(tmp_path: Path) -> None:
     trained = scenes(tmp_path / "trained", range(40))
-    record = TrainedOn.of(image_keys(trained, "content"), "content").with_pixels(trained)
+    record = TrainedOn.from_keys(image_keys(trained, "content"), "content").with_pixels(trained)
     assert record.pixels.shape == (40, 2)
     assert np.array_equal(TrainedOn.from_dict(json.loads(json.dumps(record.to_dict()))).pixels, record.pixels)
     again = scenes(tmp_path / "again", range(30, 50))
@@ -73,13 +73,13 @@ def test_records_know_copies_by_their_pixels_where_pixels_tell(tmp_path: Path) -
 
 @pytest.mark.parametrize("suffix", [".bmp", ".ppm", ".tif"])
 def test_a_repainted_file_of_equal_size_and_time_has_another_fingerprint(tmp_path: Path, suffix: str) -> None:
-    before = fingerprint(paint(tmp_path, suffix=suffix))
+    before = dataset_fingerprint(paint(tmp_path, suffix=suffix))
     path = tmp_path / "a" / f"1{suffix}"
     status = path.stat()
     Image.new("RGB", (8, 8), (9, 1, 97)).save(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
-    after = fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.0))
+    after = dataset_fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.0))
     assert before.partition("-")[0] == after.partition("-")[0]
     assert before != after
 
@@ -106,7 +106,7 @@ def test_a_parquet_file_that_is_rewritten_has_another_fingerprint(tmp_path: Path
             Image.new("RGB", (8, 8), (shade, i, 0)).save(png, "PNG")
             rows.append({"bytes": png.getvalue(), "path": None})
         pq.write_table(pa.table({"image": rows, "label": [i % 2 for i in range(8)]}), tmp_path / "train.parquet")
-        return fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.2))
+        return dataset_fingerprint(open_dataset(tmp_path, "train", seed=0, val_fraction=0.2))
 
     assert write(0) == write(0) != write(200)
 
@@ -129,7 +129,7 @@ def test_a_tar_that_is_rewritten_with_the_same_size_and_time_is_indexed_anew(tmp
 
 def test_images_are_known_wherever_they_lie_and_whatever_they_are_called(tmp_path: Path) -> None:
     first = paint(tmp_path / "first")
-    record = TrainedOn.of(image_keys(Subset(first, [0, 1, 4]), "content"), "content", seed=3, val_fraction=0.25)
+    record = TrainedOn.from_keys(image_keys(Subset(first, [0, 1, 4]), "content"), "content", seed=3, val_fraction=0.25)
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     os.rename(tmp_path / "second/a/0.bmp", tmp_path / "second/a/renamed.bmp")
     (tmp_path / "second/a/2.bmp").write_bytes(b"")
@@ -145,7 +145,7 @@ def test_images_are_known_wherever_they_lie_and_whatever_they_are_called(tmp_pat
 
 def test_of_more_images_than_keys_some_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprints, "MAX_CONTENTS", 2)
-    record = TrainedOn.of(["000000000001", "000000000009", "000000000005"], "name")
+    record = TrainedOn.from_keys(["000000000001", "000000000009", "000000000005"], "name")
     assert record.images == 3
     assert not record.is_complete
     told = [record.contains(key) for key in ("000000000001", "000000000002", "000000000009", "00000000000a", "")]
@@ -157,14 +157,14 @@ def test_of_more_images_than_keys_some_cannot_be_told(monkeypatch: pytest.Monkey
     "change", [{"keys": "AAAA"}, {"keys": 3}, {"images": "3"}, {"by": "guess"}, {"seed": None}, {"val_fraction": 2}]
 )
 def test_a_record_that_is_damaged_is_refused(change: dict[str, object]) -> None:
-    plain = TrainedOn.of(["000000000001", "000000000005"], "content").to_dict()
+    plain = TrainedOn.from_keys(["000000000001", "000000000005"], "content").to_dict()
     with pytest.raises(BadArgument, match="cannot be read"):
         TrainedOn.from_dict({**plain, **change})
 
 
 def test_a_list_of_images_says_what_is_other(tmp_path: Path) -> None:
     dataset = paint(tmp_path / "d")
-    ImageList.of({"train": dataset, "val": Subset(dataset, [0])}).write(tmp_path / "images.csv")
+    ImageList.from_splits({"train": dataset, "val": Subset(dataset, [0])}).write(tmp_path / "images.csv")
     listed = ImageList.read(tmp_path / "images.csv")
     assert listed is not None
     assert listed.difference("train", dataset) == ""
@@ -190,7 +190,7 @@ def test_names_that_are_not_utf8_are_listed(tmp_path: Path) -> None:
     dataset = paint(tmp_path / "d")
     os.rename(tmp_path / "d/a/0.bmp", os.fsencode(tmp_path / "d/a") + b"/\xe9\n.bmp")
     dataset = open_dataset(tmp_path / "d", "train", seed=0, val_fraction=0.0)
-    ImageList.of({"train": dataset}).write(tmp_path / "images.csv")
+    ImageList.from_splits({"train": dataset}).write(tmp_path / "images.csv")
     listed = ImageList.read(tmp_path / "images.csv")
     assert listed is not None
     assert listed.difference("train", dataset) == ""

@@ -34,7 +34,7 @@ def depth(channels: int, kernel: int = 3, stride: int = 1, padding: int | None =
 
 
 def gpu(geometry: Geometry) -> Backend:
-    """The passes of a kind of unit, as `passes_for` chooses them for a batch on a GPU."""
+    """The passes of a kind of unit, as `select_backend` chooses them for a batch on a GPU."""
     return TritonPointwise() if geometry == POINTWISE else TritonDepthwise()
 
 

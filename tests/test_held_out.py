@@ -53,7 +53,7 @@ from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import TrainedOn, image_keys
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models import create_model
-from onefold.models.hub import Card, read_card, save_weights
+from onefold.models.pretrained import Card, read_card, save_weights
 from onefold.quantize import QuantizationMethod
 from onefold.recipes import find_recipe
 from onefold.recipes.recipe import override, with_image_size
@@ -207,7 +207,7 @@ def test_an_older_run_is_known_by_its_recipe_and_strange_weights_by_nothing(home
 
 def test_weights_that_start_from_weights_know_both(home: Path) -> None:
     first = records(home)
-    other = TrainedOn.of(["0" * 24], "content")
+    other = TrainedOn.from_keys(["0" * 24], "content")
     both = records_from_dict(json.loads(json.dumps(records_to_dict([*first, other, *first]))))
     assert both is not None
     assert [record.images for record in both] == [18, 1]

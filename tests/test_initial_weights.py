@@ -26,7 +26,7 @@ from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
 from onefold.models import create_model
-from onefold.models.hub import Card, load_model, read_card, save_weights
+from onefold.models.pretrained import Card, load_model, read_card, save_weights
 from onefold.recipes import Recipe, find_recipe, override, with_epochs
 from onefold.reparam import fuse, unfused_norms
 from onefold.train import Checkpoint, Distill, fit_linear_probe
@@ -355,7 +355,7 @@ def test_norms_tell_which_of_the_names_weights_are_of(tmp_path):
     assert "does not seem to be mobilenetv1_025:" in said["mobilenetv1_025"]
     assert said["mobilenetv1_025"].endswith("under --model mobilenetv1_025.tf")
     source = weights(tmp_path / "own.safetensors", fused=False, num_classes=3)
-    assert ModelNameCheck.of(open_network(source), source, NAME) is None  # its card says what it is
+    assert ModelNameCheck.from_network(open_network(source), source, NAME) is None  # its card says what it is
 
 
 def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsys):

@@ -40,7 +40,7 @@ from onefold.data import (
 )
 from onefold.data.crop import Crop, CropBox
 from onefold.data.decode import decode_image
-from onefold.data.fingerprint import fingerprint
+from onefold.data.fingerprint import dataset_fingerprint
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
 
@@ -112,7 +112,7 @@ def test_a_cache_decodes_once_and_keeps_to_its_limit(tmp_path: Path, monkeypatch
         for i in range(6):
             np.testing.assert_array_equal(cached.image(i), none.image(i))
     assert Counter(asked) == dict.fromkeys(asked, 4)  # one, and three without room
-    assert fingerprint(cached) == fingerprint(source)
+    assert dataset_fingerprint(cached) == dataset_fingerprint(source)
 
 
 def test_threads_end_with_the_epoch(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_bad_image_is_left_out_and_not_replaced(
 ) -> None:
     source = photos(tmp_path)
     clean = list(ImageLoader(source, CROP_AND_FLIP, batch_size=6, shuffle=True).epoch(0))
-    order = ImageLoader(source, CROP_AND_FLIP, batch_size=6, shuffle=True).samples(0, 1)
+    order = ImageLoader(source, CROP_AND_FLIP, batch_size=6, shuffle=True).sample_indices(0, 1)
     name = source.name(int(order[2]))
     (tmp_path / name).write_bytes(b"<html>404</html>")
     batches = ImageLoader(source, CROP_AND_FLIP, batch_size=6, shuffle=True, on_bad="skip", num_workers=workers)
@@ -200,7 +200,7 @@ def test_batches_refuse_what_cannot_be() -> None:
     for n, start in ((-1, 0), (0, -1), (0, 3)):
         with pytest.raises(BadArgument):
             batches.epoch(n, start)
-    assert batches.fingerprint() == fingerprint(source)
+    assert batches.fingerprint() == dataset_fingerprint(source)
 
 
 def test_training_decodes_large_photos_small_and_evaluation_does_not(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_training_decodes_large_photos_small_and_evaluation_does_not(tmp_path: P
         (tmp_path / kind).mkdir()
         noise(600, 800).save(tmp_path / kind / "1.jpg")
     source = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
-    assert CROP_AND_FLIP.min_side == 17  # 8 / sqrt(0.3 * 3 / 4), rounded up
+    assert CROP_AND_FLIP.min_decode_side == 17  # 8 / sqrt(0.3 * 3 / 4), rounded up
     sizes: list[tuple[int, int]] = []
 
     @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onefold import bench
-from onefold.report.grouping import Group, group_by_subject, group_inputs, subject_key
+from onefold.report.grouping import MeasurementGroup, group_by_subject, group_inputs, subject_key
 from onefold.report.load_results import ReportInputs
 from onefold.report.page import render_page
 from onefold.report.pareto_figure import (
@@ -37,7 +37,7 @@ def measured(model: str, precision: str, ms: float, top1: float | None, **more: 
     )
 
 
-def groups_of(*found: bench.Measurement) -> list[Group]:
+def groups_of(*found: bench.Measurement) -> list[MeasurementGroup]:
     accuracies = {subject_key(m.subject): float(m.subject["top1"]) for m in found if "top1" in m.subject}
     return group_by_subject(found, accuracies)
 
@@ -120,7 +120,7 @@ def test_what_was_slowed_on_purpose_is_called_so_and_not_drawn() -> None:
 @given(st.lists(st.tuples(st.integers(1, 6), st.one_of(st.none(), st.integers(1, 6))), max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int | None]]) -> None:
-    def at(milliseconds: int, top1: int | None) -> Group:
+    def at(milliseconds: int, top1: int | None) -> MeasurementGroup:
         one = bench.Measurement(
             subject={},
             machine=MACHINE,
@@ -128,7 +128,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int | None]]) -
             samples_ns=(milliseconds,),
             noise=bench.TimingNoise(),
         )
-        return Group(measurements=(one,), top1=top1)
+        return MeasurementGroup(measurements=(one,), top1=top1)
 
     front = {(int(group.median_ns), group.top1) for group in pareto_front([at(*point) for point in points])}
     known = {(ms, top1) for ms, top1 in points if top1 is not None}

@@ -859,7 +859,15 @@ def liar(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
         def close(self) -> None: ...
 
-    for name in ("FILES", "PACKAGES", "PRECISIONS", "REFUSES", "DETAILS", "unavailable_reason", "export"):
+    for name in (
+        "FILES",
+        "PACKAGES",
+        "PRECISIONS",
+        "UNSUPPORTED_PRECISIONS",
+        "MANIFEST_DETAILS",
+        "unavailable_reason",
+        "export",
+    ):
         setattr(module, name, getattr(truth, name))
     module.load = lambda content, **how: Engine(truth.load(content, **how))
     monkeypatch.setitem(sys.modules, "liar", module)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from onefold.data import Dataset, open_dataset, read_dataset
 from onefold.data.crop import CropBox
-from onefold.data.fingerprint import fingerprint
+from onefold.data.fingerprint import dataset_fingerprint
 from onefold.data.parquet import ParquetImages
 from onefold.data.remote import LocalFile
 from onefold.data.tars import read_tar_index
@@ -97,7 +97,7 @@ def test_a_folder_a_tar_and_a_tar_on_the_web_are_the_same_source(tmp_path: Path,
                 assert packed.classes == CLASSES
                 assert content(packed) == content(folder)
                 if form is shards:
-                    assert fingerprint(packed) == fingerprint(folder)
+                    assert dataset_fingerprint(packed) == dataset_fingerprint(folder)
                 crop = CropBox(size=8, place=lambda sides: (2, 3, 20, 17))
                 name = packed.name(0)
                 same = next(i for i in range(len(folder)) if folder.name(i) == name)

@@ -26,7 +26,7 @@ from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, make_predictor, open_network, open_predictor
 from onefold.commands.timm_networks import open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
-from onefold.models.hub import Card
+from onefold.models.pretrained import Card
 from onefold.quantize import QuantizationMethod, quantize
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo, exporter

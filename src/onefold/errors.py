@@ -85,7 +85,7 @@ class MissingExtra(OnefoldError, ImportError):
         super().__init__(needs + (f': pip install "onefold[{",".join(extras)}]"' if extras else ""))
 
     @classmethod
-    def of(cls, errors: Sequence[MissingExtra]) -> MissingExtra:
+    def from_errors(cls, errors: Sequence[MissingExtra]) -> MissingExtra:
         """Give one error for several."""
         extras = dict.fromkeys(extra for error in errors for extra in error.extras)
         return cls("; ".join(dict.fromkeys(error.needs for error in errors)), *extras)

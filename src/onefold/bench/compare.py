@@ -106,8 +106,8 @@ class Comparison:
     def ratio(self, name: str) -> Ratio:
         """Time of `name` over time of the baseline: the median of the rounds' ratios, and its bootstrap interval.
 
-        Its noise is what `Noise.factor` knows of the machine, times the noise floor, times the ratio of the slow tenth
-        of a call's samples to its quick tenth, of the one that scatters more.
+        Its noise is what `TimingNoise.max_slowdown` knows of the machine, times the noise floor, times the ratio of the
+        slow tenth of a call's samples to its quick tenth, of the one that scatters more.
         """
         if name not in self.measurements:
             raise BadArgument(f"no {name!r} in this comparison; it has {', '.join(self.measurements)}")

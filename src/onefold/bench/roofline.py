@@ -1,4 +1,4 @@
-"""The least time that a network can take on a machine, from what the machine was measured to do (see `peaks`).
+"""The least time that a network can take on a machine, from what the machine was measured to do (PeakRate, Roofline).
 
 A call that does `macs` multiply-adds and reads `num_bytes` takes at least as long as the quicker of doing only the one
 and only the other. Source: Williams, Waterman and Patterson, "Roofline", CACM 2009."""

@@ -194,7 +194,7 @@ def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, 
         except MissingExtra as error:
             missing.append(error)
             continue
-        refuse_unfused(bool(predictor.facts["fused"]), source, order.allow_unfused)
+        check_is_fused(bool(predictor.facts["fused"]), source, order.allow_unfused)
         subject = {**predictor.facts, "batch": order.batch, **saved_accuracy(predictor.facts, results)}
         call = make_timed_call(predictor, order.batch)
         artifact = predictor.session.artifact if isinstance(predictor.session, Session) else None
@@ -202,7 +202,7 @@ def _opened(order: BenchOptions, results: Path, opened: ExitStack) -> dict[str, 
             artifact=artifact, call=call, subject=subject
         )
     if missing:
-        raise MissingExtra.of(missing)
+        raise MissingExtra.from_errors(missing)
     return candidates
 
 
@@ -301,7 +301,7 @@ def _accuracies(results: Path) -> dict[str, dict[str, object]]:
         raise BadData(f"{path} is damaged ({error}): remove it, and score again") from error
 
 
-def refuse_unfused(fused: bool, source: str, allowed: bool) -> None:
+def check_is_fused(fused: bool, source: str, allowed: bool) -> None:
     """Raises BadArgument for a network that is not, unless that is allowed."""
     if not fused and not allowed:
         raise BadArgument(

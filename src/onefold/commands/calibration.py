@@ -137,7 +137,7 @@ def calibrated_network(
         made = _calibrated(network, source, order, say, budget)
         if len(budget.left_out) == left_out:
             _keep(made, kept)
-    return Int8Network(made=made, calibrated_on=TrainedOn.of(contents, "content"))
+    return Int8Network(made=made, calibrated_on=TrainedOn.from_keys(contents, "content"))
 
 
 def _calibrated(

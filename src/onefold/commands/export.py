@@ -32,7 +32,7 @@ from onefold.commands.progress import show_progress
 from onefold.data import Preprocessing, Subset
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import CATALOGUE, count_flops, resolve_name
-from onefold.models.hub import Card
+from onefold.models.pretrained import Card
 from onefold.quantize import QuantizationMethod
 from onefold.reparam import unfused_norms
 from onefold.runtimes import RUNTIMES, ModelInfo, import_runtime
@@ -76,7 +76,7 @@ class Artifact(runtimes.Artifact, SavedResult):
     bench = bench
 
     @classmethod
-    def of(cls, artifact: runtimes.Artifact) -> Artifact:
+    def from_exported(cls, artifact: runtimes.Artifact) -> Artifact:
         """Give an artifact with the verbs."""
         return cls(**{each.name: getattr(artifact, each.name) for each in fields(runtimes.Artifact)})
 
@@ -174,7 +174,7 @@ def export(
         network_from_module(source, model) if isinstance(source, nn.Module) else select_ema_weights(source, use_ema)
     )
     with show_progress():
-        made = [Artifact.of(each) for each in export_to_runtimes(network, Path(out), order, name=model)]
+        made = [Artifact.from_exported(each) for each in export_to_runtimes(network, Path(out), order, name=model)]
     return made[0] if isinstance(to, str) else made
 
 

@@ -21,7 +21,7 @@ from onefold.commands.progress import show_progress
 from onefold.commands.timm_networks import is_timm, save_timm
 from onefold.errors import BadArgument
 from onefold.models import ModelCost, count_flops
-from onefold.models.hub import save_weights
+from onefold.models.pretrained import save_weights
 
 _log = logging.getLogger("onefold")
 

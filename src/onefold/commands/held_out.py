@@ -36,9 +36,9 @@ from onefold.data.fingerprint import (
 from onefold.data.folders import ImageFiles
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE_PREFIXES
-from onefold.data.splits import NoClassFolders
+from onefold.data.splits import NoClassFoldersError
 from onefold.errors import BadArgument, BadCheckpoint, BadData
-from onefold.models.hub import read_card
+from onefold.models.pretrained import read_card
 from onefold.recipes import Data, Recipe
 from onefold.train import RunFolder
 
@@ -115,7 +115,7 @@ def write_run_data(
     out: Path, info: DatasetInfo, images: Mapping[str, Dataset], records: TrainingRecords, val: str = ""
 ) -> None:
     """Keep in the run folder what it is trained on; `val` is where its val lies, if elsewhere."""
-    ImageList.of(images).write(out / IMAGES_FILE)
+    ImageList.from_splits(images).write(out / IMAGES_FILE)
     values = {"dataset": info.to_dict(), **_where(out, info.place), "trained_on": records_to_dict(records)}
     values |= {"val": _where(out, val)} if val else {}
     write_sealed_json(out / DATA_FILE, values)
@@ -226,8 +226,8 @@ def training_records(source: str | Path, values: object) -> TrainingRecords | No
 
 def make_training_record(training: Dataset, recipe: Recipe) -> TrainedOn:
     """Give the record of training images that were split and decoded as a recipe says."""
-    images, data = ImageList.of({"train": training}), recipe.data
-    record = TrainedOn.of(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
+    images, data = ImageList.from_splits({"train": training}), recipe.data
+    record = TrainedOn.from_keys(images.keys("train"), images.by, seed=data.seed, val_fraction=data.val_fraction)
     return record.with_pixels(training, recipe.preprocessing.value_range)
 
 
@@ -324,7 +324,7 @@ def calibration_photos(place: str, records: TrainingRecords | None) -> Dataset:
     """
     try:
         return _labelled(place, records, calibrates=True).calibration
-    except NoClassFolders:
+    except NoClassFoldersError:
         return open_unlabelled_photos(place)
 
 
@@ -336,7 +336,7 @@ def split_photos(place: str, records: TrainingRecords | None, *, calibrates: boo
     """
     try:
         return _labelled(place, records, calibrates)
-    except NoClassFolders as error:
+    except NoClassFoldersError as error:
         return split_unlabelled_photos(place, str(error))
 
 

@@ -38,9 +38,9 @@ from onefold.data.loader import Transform
 from onefold.data.sampler import shuffled_indices
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
 from onefold.models import CATALOGUE, Classifier, create_model, resolve_name
-from onefold.models.hub import Card, load_model, read_card, read_weights_card
 from onefold.models.layers import set_dropout_
 from onefold.models.mobileone import zero_init_branches_
+from onefold.models.pretrained import Card, load_model, read_card, read_weights_card
 from onefold.recipes import Recipe, with_image_size
 from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.train import NORM_LAYERS, RunFolder, fit_linear_probe, frozen_modules, seed_everything
@@ -230,7 +230,9 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     else:
         _reset_head_(model, recipe, images)
     _tell_differences(card, recipe)
-    check = ModelNameCheck.of(Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model)
+    check = ModelNameCheck.from_network(
+        Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model
+    )
     if check is not None:
         batch, _ = next(images.subset(8, seed).batches(recipe.preprocessing, seed))
         doubt = check(batch.cpu().contiguous().numpy())

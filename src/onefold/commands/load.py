@@ -30,8 +30,8 @@ from onefold.commands.timm_networks import is_timm, stored_timm_name
 from onefold.data import Preprocessing
 from onefold.data.image_inputs import prepare_images
 from onefold.errors import BadArgument
-from onefold.models import hub
-from onefold.models.hub import Card
+from onefold.models import pretrained
+from onefold.models.pretrained import Card
 from onefold.runtimes import Artifact, Session, exporter
 from onefold.runtimes.artifact import is_artifact
 
@@ -111,7 +111,7 @@ def load_model(
         _refuse_changes(path, num_classes, in_chans)
         network = open_network(path, name=name)
         return network.model, network.card
-    return hub.load_model(
+    return pretrained.load_model(
         resolve_weights_file(path), name=name, num_classes=num_classes, in_chans=in_chans, quiet=quiet
     )
 

@@ -23,7 +23,7 @@ from onefold.commands.timm_networks import is_timm, load_stored_timm, load_timm,
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import count_flops
-from onefold.models.hub import Card, load_model, matching_model_names
+from onefold.models.pretrained import Card, load_model, matching_model_names
 from onefold.models.weights_file import tensors_sha256
 from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert
@@ -147,7 +147,7 @@ class ModelNameCheck:
     others: tuple[str, ...]
 
     @classmethod
-    def of(cls, network: Network, source: str | Path, name: str | None) -> ModelNameCheck | None:
+    def from_network(cls, network: Network, source: str | Path, name: str | None) -> ModelNameCheck | None:
         """Give the check; None where the weights tell what they are, or have no norms any more."""
         if name is None or is_timm(source) or is_timm(name) or network.is_fused:
             return None
@@ -283,7 +283,7 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
     if not card.num_classes:
         _log.info("%s has no last layer: its outputs are features and no classes", source)
     network = Network(model=model.eval(), card=card, title=str(source))
-    return replace(network, name_check=ModelNameCheck.of(network, source, name))
+    return replace(network, name_check=ModelNameCheck.from_network(network, source, name))
 
 
 def resolve_weights_file(source: str | Path) -> str | Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from onefold.bench import Comparison, Measurement, append_results
-from onefold.commands.bench import refuse_unfused, saved_accuracy, unique_title
+from onefold.commands.bench import check_is_fused, saved_accuracy, unique_title
 from onefold.commands.open_network import Floats, artifact_facts
 from onefold.errors import BadArgument, GateFailed, MissingExtra
 from onefold.phone import (
@@ -62,7 +62,7 @@ def bench_on_phone(order: PhoneBenchOptions, results: Path) -> tuple[Measurement
     with tempfile.TemporaryDirectory() as folder:
         loads: list[PhoneArtifact] = []
         for number, (artifact, program) in enumerate(zip(artifacts, programs, strict=True)):
-            refuse_unfused(artifact.fused, str(artifact.folder), order.allow_unfused)
+            check_is_fused(artifact.fused, str(artifact.folder), order.allow_unfused)
             title = unique_title(artifact.title, {load.title for load in loads})
             facts = {**artifact_facts(artifact), "batch": 1, "program": f"{program.name} {builds[program.name]}"}
             subject = {**facts, **saved_accuracy(facts, results)}

@@ -33,7 +33,7 @@ class QuantizedNetwork:
         """Export to a runtime, into `out`/<runtime>-int8. Raises GateFailed where its answer is not the model's."""
         folder = Path(out) / f"{to}-int8"
         with show_progress():
-            return Artifact.of(export_artifact(self.network, self.int8, folder, to, "int8"))
+            return Artifact.from_exported(export_artifact(self.network, self.int8, folder, to, "int8"))
 
     def __repr__(self) -> str:
         made = self.int8.made

@@ -59,7 +59,7 @@ from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models import resolve_name
-from onefold.models.hub import Card
+from onefold.models.pretrained import Card
 from onefold.quantize import ModelQParams, QuantizationMethod, calibrate_qat, prepare_qat_
 from onefold.recipes import Recipe, make_recipe
 from onefold.reparam import unfused_norms

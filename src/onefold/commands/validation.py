@@ -17,7 +17,7 @@ from onefold.commands.open_network import Network, open_predictor
 from onefold.data import Dataset, ImageLoader
 from onefold.data.loader import max_bad_images
 from onefold.errors import BadData, GateFailed, NonFiniteLoss
-from onefold.models.hub import Card
+from onefold.models.pretrained import Card
 from onefold.quantize import remove_qat_
 from onefold.recipes import Recipe
 from onefold.train import World

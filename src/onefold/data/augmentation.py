@@ -27,7 +27,7 @@ class ImageTransform(Protocol):
     """One augmentation of a picture."""
 
     @property
-    def min_side(self) -> int:
+    def min_decode_side(self) -> int:
         """The shortest side, in pixels, at which a picture may be decoded without loss for this transform.
 
         0 means at full size. It is asked of the first transform only, which sees the picture as decoded.
@@ -48,7 +48,7 @@ class Resize:
     interpolation: Interpolation = "bilinear"
 
     @property
-    def min_side(self) -> int:
+    def min_decode_side(self) -> int:
         """Twice the size, so that the resize still has pixels to average."""
         return 2 * self.size
 
@@ -62,7 +62,7 @@ class CentreCrop:
     """Cuts out the middle `size` x `size` pixels."""
 
     size: int
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Give the middle; black where the picture is too small."""
@@ -89,14 +89,14 @@ class RandomResizedCrop:
             raise BadArgument(f"ratio is {self.ratio}, expected two rising numbers above 0")
 
     @property
-    def min_side(self) -> int:
+    def min_decode_side(self) -> int:
         """Enough that the smallest crop, at its narrowest, is not enlarged because it was decoded small."""
         narrowest = min(self.ratio[0], 1 / self.ratio[1])
         return math.ceil(self.size / math.sqrt(self.scale[0] * narrowest))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Cut and resize."""
-        return self.crop_box(rng).of(image).image()
+        return self.crop_box(rng).crop_image(image).image()
 
     def crop_box(self, rng: np.random.Generator) -> CropBox:
         """Give the crop as a dataset takes it, which then need not decode what lies outside."""
@@ -122,7 +122,7 @@ class HorizontalFlip:
     """Mirrors the picture with probability `p`. Not for digits and letters."""
 
     p: float = 0.5
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Give the picture or its mirror image."""
@@ -134,7 +134,7 @@ class RandomShift:
     """Moves the picture by up to `pixels` whole pixels each way; black moves in."""
 
     pixels: int
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Move the picture."""
@@ -149,7 +149,7 @@ class RandomAffine:
     degrees: float
     shift: float
     zoom: tuple[float, float] = (1.0, 1.0)
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Rotate about the middle, scale and move, in one bilinear resampling."""
@@ -174,7 +174,7 @@ class ColorJitter:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
@@ -260,9 +260,9 @@ class Augment:
     erase: RandomErasing | None = None
 
     @property
-    def min_side(self) -> int:
+    def min_decode_side(self) -> int:
         """The shortest side at which a picture may be decoded, as the first transform says; 0: full size."""
-        return self.steps[0].min_side if self.steps else 0
+        return self.steps[0].min_decode_side if self.steps else 0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.float32]:
         """Give float32 (C, H, W). BadArgument where the transforms leave another size than the preprocessing's."""

@@ -186,7 +186,7 @@ class AutoAugment:
     strength: float = 1.0
     fill: _Fill = _GREY
     interpolation: Interpolation = "bilinear"
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.policy != "imagenet":
@@ -218,7 +218,7 @@ class RandAugment:
     strength: float = 1.0
     fill: _Fill = _GREY
     interpolation: Interpolation = "bilinear"
-    min_side: ClassVar[int] = 0
+    min_decode_side: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ops <= 100:

@@ -47,11 +47,11 @@ class CropBox:
     interpolation: Interpolation = "bilinear"
     value_range: ValueRange | None = None  # see `decode`
 
-    def of(self, image: Image.Image) -> Crop:
+    def crop_image(self, image: Image.Image) -> Crop:
         """Give the crop of an RGB picture that is decoded whole."""
-        return self.within(np.asarray(image), self.place(image.size))
+        return self.crop_pixels(np.asarray(image), self.place(image.size))
 
-    def within(self, pixels: NDArray[np.uint8], box: _FloatBox) -> Crop:
+    def crop_pixels(self, pixels: NDArray[np.uint8], box: _FloatBox) -> Crop:
         """Give the crop that lies at `box` in pixels (h, w, 3)."""
         return Crop(pixels=pixels, box=box, size=self.size, interpolation=self.interpolation)
 
@@ -222,7 +222,7 @@ def oriented_crop(crop_box: CropBox, pixels: NDArray[np.uint8], box: Box, scale:
         pixels, top, bottom = pixels[::-1], height - bottom, height - top
     if swap:
         pixels, left, top, right, bottom = pixels.transpose(1, 0, 2), top, left, bottom, right
-    return crop_box.within(pixels, (left, top, right, bottom))
+    return crop_box.crop_pixels(pixels, (left, top, right, bottom))
 
 
 # ----------------------------------------------------------------------------------------- plain JPEGs

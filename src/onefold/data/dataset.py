@@ -54,7 +54,7 @@ class Dataset(Protocol):
         `value_range` are the values that become 0 and 255 where samples have more than 8 bits.
         """
 
-    def samples(self, i: int) -> NDArray[Any] | None:
+    def raw_samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i as stored, (h, w) or (h, w, 3), where they have more than 8 bits, else None."""
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
@@ -90,12 +90,12 @@ class Digits:
         """Give image i, 8 x 8, RGB."""
         return Image.fromarray(self.pixels[i]).convert("RGB")
 
-    def samples(self, i: int) -> None:
+    def raw_samples(self, i: int) -> None:
         """Give None: digits have 8 bits."""
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Give a crop of image i."""
-        return crop_box.of(self.image(i))
+        return crop_box.crop_image(self.image(i))
 
     def num_bytes(self, i: int) -> int:
         """Give 64, for each."""
@@ -133,9 +133,9 @@ class Subset:
         """Decode image i of the subset."""
         return self.dataset.image(self.indices[i], min_side=min_side, value_range=value_range)
 
-    def samples(self, i: int) -> NDArray[Any] | None:
+    def raw_samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i of the subset where they have more than 8 bits, else None."""
-        return self.dataset.samples(self.indices[i])
+        return self.dataset.raw_samples(self.indices[i])
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Decode a crop of image i of the subset."""

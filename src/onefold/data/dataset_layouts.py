@@ -33,11 +33,11 @@ from onefold.data.folders import (
 )
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.remote import REMOTE_PREFIXES
-from onefold.data.shards import SHARD_SUFFIXES, expand_patterns, find_shards, read_shards, split_patterns
+from onefold.data.shards import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
 from onefold.data.splits import (
     SPLIT_WORDS,
     FolderRoles,
-    NoClassFolders,
+    NoClassFoldersError,
     SplitImages,
     assign_images,
     detect_folder_roles,
@@ -46,12 +46,11 @@ from onefold.data.splits import (
     splits_by_folder_name,
 )
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
-from onefold.data.tables import LIST_SUFFIX, NotATable, Table, label_tables_by_folder, read_table
+from onefold.data.tables import LIST_SUFFIX, NotATableError, Table, label_tables_by_folder, read_table
 from onefold.errors import BadData
 from onefold.storage import read_lines
 
-_MAX_TABLES = 50  # files of a folder that are tried as tables
-_TABLE_DEPTH = 2  # folders above a table
+_MAX_TABLES, _TABLE_DEPTH = 50, 2  # files of a folder that are tried as tables, and the folders above a table
 _LABELS = "labels.csv"
 _LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say classes, in forms that are not read
 
@@ -70,7 +69,7 @@ def read_place(place: str | Path) -> PlaceImages:
     """Find the images of a place. Raises BadData where it cannot be used, or can be understood in two ways."""
     text, shown = os.fspath(place), printable_name(place)
     if "{split}" in text:
-        return _sharded(split_patterns(text), text, ())
+        return _sharded(expand_split_patterns(text), text, ())
     if text.startswith(REMOTE_PREFIXES) or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
         paths = expand_patterns(text)
         if not paths:
@@ -114,7 +113,8 @@ def _read_folder(place: Path) -> PlaceImages:
         arrangement = detect_folder_roles(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
     except BadData as error:
         problem = error
-    if isinstance(problem, NoClassFolders) and (more := label_tables_by_folder(outer)):  # LOC_val_solution.csv of val/
+    more = label_tables_by_folder(outer) if isinstance(problem, NoClassFoldersError) else {}
+    if more:  # such as LOC_val_solution.csv of val/
         inner |= more
         outer = [table for table in outer if table not in more.values()]
         try:
@@ -140,18 +140,18 @@ def _read_folder(place: Path) -> PlaceImages:
         )
     if problem is None and (is_sure or not shards):
         return _foldered(place, listing, arrangement, inner, problems)
-    if shards and (problem is None or isinstance(problem, NoClassFolders)):
+    if shards and (problem is None or isinstance(problem, NoClassFoldersError)):
         return _sharded_folder(place, listing, shards)
-    if isinstance(problem, NoClassFolders) and several:
+    if isinstance(problem, NoClassFoldersError) and several:
         raise several
-    if isinstance(problem, NoClassFolders):
+    if isinstance(problem, NoClassFoldersError):
         lists = [
             name for suffix in _LISTS for name in listing.others.get(suffix, ()) if name.count("/") <= _TABLE_DEPTH
         ]
         said = [*problems, *unread][:2]
         if lists:
             said.append(f"{join_names(lists, 3)} lie there unread: save which image is of which class as labels.csv")
-        raise NoClassFolders("; ".join((str(problem), *said))) from problem
+        raise NoClassFoldersError("; ".join((str(problem), *said))) from problem
     assert problem is not None
     raise problem
 
@@ -296,7 +296,7 @@ def _tables(place: Path, listing: FolderListing) -> tuple[list[Table], list[str]
             if name.rpartition("/")[2].lower() == _LABELS:
                 raise
             several = error if isinstance(error, MultiLabelError) else several
-            if not isinstance(error, NotATable):
+            if not isinstance(error, NotATableError):
                 problems.append(f"{printable_name(name)} is not used: {error}")
             elif not name.lower().endswith(LIST_SUFFIX):
                 unread.append(f"{printable_name(name)} is not used: {error}")

@@ -370,7 +370,7 @@ def _whole(min_side: int, value_range: ValueRange | None, opened: ImageFile) -> 
 
 def _cropped(crop_box: CropBox, opened: ImageFile) -> Crop:
     if opened.format != "JPEG":
-        return crop_box.of(_whole(0, crop_box.value_range, opened))
+        return crop_box.crop_image(_whole(0, crop_box.value_range, opened))
     orientation, (width, height) = _orientation(opened), opened.size
     box, scale = stored_box(crop_box, opened.size, orientation)
     scale = max(scale, _scale(opened.size))

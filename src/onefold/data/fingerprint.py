@@ -43,7 +43,7 @@ _READERS = 8  # threads: a file server answers several at once
 _KEY_BYTES = 6
 
 
-def fingerprint(dataset: Dataset) -> str:
+def dataset_fingerprint(dataset: Dataset) -> str:
     """Compute two SHA-256 in hex, joined by "-": over classes, names, labels and sizes, and over contents.
 
     A resumed run checks that they are the same; the first alone is what older versions computed.
@@ -92,7 +92,7 @@ class TrainedOn:
     pixels: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
 
     @classmethod
-    def of(cls, keys: Iterable[str], by: KeyKind, *, seed: int = 0, val_fraction: float = 0.0) -> TrainedOn:
+    def from_keys(cls, keys: Iterable[str], by: KeyKind, *, seed: int = 0, val_fraction: float = 0.0) -> TrainedOn:
         """Make one of the keys of images, as `image_keys` gives them."""
         numbers = np.array(sorted(_number(key) for key in keys if key), np.uint64)
         return cls(
@@ -218,7 +218,7 @@ class ImageList:
     splits: Mapping[str, Sequence[tuple[str, str, str]]]  # split -> (name, class, key)
 
     @classmethod
-    def of(cls, splits: Mapping[str, Dataset]) -> ImageList:
+    def from_splits(cls, splits: Mapping[str, Dataset]) -> ImageList:
         """List the images of each split; all by content where none of them is too large for that."""
         by: KeyKind = "content" if max(map(len, splits.values())) <= MAX_CONTENTS else "name"
         return cls(by=by, splits={split: _rows(dataset, by) for split, dataset in splits.items()})

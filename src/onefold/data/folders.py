@@ -73,7 +73,7 @@ class ImageFiles:
         """Decode image i; see `decode_image`."""
         return decode_image(self.root / self.names[i], min_side=min_side, value_range=value_range)
 
-    def samples(self, i: int) -> NDArray[Any] | None:
+    def raw_samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i where they have more than 8 bits; see `read_samples`."""
         return read_samples(self.root / self.names[i])
 

@@ -30,7 +30,7 @@ from onefold.data.augmentation import Augment
 from onefold.data.crop import Crop, CropBox
 from onefold.data.curriculum import ProgressiveAugment
 from onefold.data.dataset import Dataset
-from onefold.data.fingerprint import fingerprint
+from onefold.data.fingerprint import dataset_fingerprint
 from onefold.data.preprocessing import Preprocessing, ValueRange
 from onefold.data.sampler import sample_generator, shuffled_indices
 from onefold.errors import BadArgument, BadData
@@ -44,7 +44,7 @@ class Transform(Protocol):
     """Makes an array of a picture: `Augment`, or anything that draws from `rng` alone."""
 
     @property
-    def min_side(self) -> int:
+    def min_decode_side(self) -> int:
         """The shortest side at which a picture may be decoded; 0: full size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -107,9 +107,9 @@ class ImageLoader:
 
     def fingerprint(self) -> str:
         """Give the dataset's fingerprint: a resume checks that it is the same."""
-        return fingerprint(self.dataset)
+        return dataset_fingerprint(self.dataset)
 
-    def samples(self, n: int, step: int) -> NDArray[np.int64]:
+    def sample_indices(self, n: int, step: int) -> NDArray[np.int64]:
         """Give the numbers of the samples that this rank has at a step of epoch n."""
         batch = step if self.shuffle else step * self.world + self.rank
         last = min((batch + 1) * self.batch_size, len(self.dataset))
@@ -119,7 +119,7 @@ class ImageLoader:
         return shuffled_indices(positions[self.rank :: self.world], len(self.dataset), seed=self.seed, epoch=n)
 
     def _epoch(self, n: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        steps = (self.samples(n, step) for step in range(start, len(self)))
+        steps = (self.sample_indices(n, step) for step in range(start, len(self)))
         inline = ((numbers, self._make(n, numbers)) for numbers in steps)
         with closing(self._threaded(n, steps) if self.num_workers else inline) as stream:
             for numbers, samples in stream:
@@ -160,7 +160,7 @@ class ImageLoader:
         if isinstance(transform, Augment) and crop_box is not None:
             return transform.after_crop(self.dataset.crop(i, crop_box), rng)
         value_range = transform.preprocessing.value_range if isinstance(transform, Augment) else None
-        return transform(self.dataset.image(i, min_side=transform.min_side, value_range=value_range), rng)
+        return transform(self.dataset.image(i, min_side=transform.min_decode_side, value_range=value_range), rng)
 
     def _collate(self, n: int, numbers: NDArray[np.int64], samples: list[_Sample]) -> tuple[Tensor, Tensor] | None:
         """Stack what could be made; where nothing could, no images in training, and otherwise None."""
@@ -262,9 +262,9 @@ class CachedDataset:
                 self._images[i, min_side, value_range] = image
         return image
 
-    def samples(self, i: int) -> NDArray[Any] | None:
+    def raw_samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i where they have more than 8 bits, else None."""
-        return self.dataset.samples(i)
+        return self.dataset.raw_samples(i)
 
     def crop(self, i: int, crop_box: CropBox) -> Crop:
         """Give a crop of image i, out of the whole image where that is cached."""
@@ -275,7 +275,7 @@ class CachedDataset:
         if min(whole.size) >= 2 * crop_box.size:  # the dataset might decode the crop at half the scale
             self._too_large.add(i)
             return self.dataset.crop(i, crop_box)
-        return crop_box.of(whole)
+        return crop_box.crop_image(whole)
 
     def num_bytes(self, i: int) -> int:
         """Give the stored size of image i."""

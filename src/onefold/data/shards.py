@@ -74,7 +74,7 @@ class ShardedImages:
         file, row = self._locate(i)
         return decode_image(file.read(row), name=file.name(row), min_side=min_side, value_range=value_range)
 
-    def samples(self, i: int) -> NDArray[Any] | None:
+    def raw_samples(self, i: int) -> NDArray[Any] | None:
         """Read the samples of image i where they have more than 8 bits; see `read_samples`."""
         file, row = self._locate(i)
         return read_samples(file.read(row), name=file.name(row))
@@ -111,7 +111,7 @@ _Shards = dict[Split | None, list[str]]
 """The files of each split; under None those whose names say none."""
 
 
-def split_patterns(text: str) -> _Shards:
+def expand_split_patterns(text: str) -> _Shards:
     """Expand a pattern with {split} in it, for which each word for a split may stand."""
     found: _Shards = {}
     for split in SPLITS:

@@ -98,7 +98,7 @@ def parse_split_name(name: str) -> SplitName | None:
 # ------------------------------------------------------------------------------- folders: splits or classes
 
 
-class NoClassFolders(BadData):
+class NoClassFoldersError(BadData):
     """Images that lie in no class folders."""
 
 
@@ -153,7 +153,7 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
     said_by = {name: said for name in level.children if (said := parse_split_name(name)) and not said.stem}
     words = sorted(said_by)
     if len({said.split for said in said_by.values()}) > 1:  # as of segmentation and detection
-        raise NoClassFolders(
+        raise NoClassFoldersError(
             f"{place}: {join_names(words)} are words for splits, and hold images without class folders: put the "
             f"images of each class in a folder of its own ({words[0]}/<class>/), or add a labels.csv (file,label)"
         )
@@ -377,9 +377,9 @@ def class_difference(place: str, sides: Mapping[str, frozenset[str]]) -> BadData
     return BadData(f"{place}: the classes differ; {'; '.join(parts)}")
 
 
-def _flat(folder: Folder, place: str) -> NoClassFolders:
+def _flat(folder: Folder, place: str) -> NoClassFoldersError:
     where = f"{place}/{folder.path}" if folder.path else place
-    return NoClassFolders(
+    return NoClassFoldersError(
         f"{where} holds {folder.num_images} images and no class folders: put the images of each class "
         "in a folder of its own, or add a labels.csv with the columns file,label"
     )

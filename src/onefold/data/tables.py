@@ -62,7 +62,7 @@ _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
 
 
-class NotATable(BadData):
+class NotATableError(BadData):
     """A file that does not say which image is of which class."""
 
 
@@ -98,7 +98,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     columns, rows, lines = _read_rows(place / path, path, images, notes)
     expected = "expected the columns file,label or file,index"
     if columns and not rows:
-        raise NotATable(f"{shown} lists no images")
+        raise NotATableError(f"{shown} lists no images")
     cells = {name: [row[i] if i < len(row) else "" for row in rows] for i, name in enumerate(columns)}
     for name in cells:  # PredictionString of ImageNet's own tables: n01440764 10 20 30 40
         if split_into_words(name) == ["prediction", "string"] and all(map(_PREDICTION.fullmatch, cells[name])):
@@ -114,7 +114,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     number_columns = [name for name in cells if is_class_index_column(name)]
     split_columns = [name for name in cells if is_split_column(name)]
     if not file_columns:
-        raise NotATable(
+        raise NotATableError(
             f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
     file_column = max(file_columns, key=lambda name: images.num_matches(path, cells[name][:_NUM_TRIED]))
@@ -264,7 +264,7 @@ def _list_rows(
         if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
             cells, num_boxes = cells[:2], num_boxes + 1
         if len(cells) != 2 or not images.num_matches(path, cells[:1]):
-            kind = BadData if rows else NotATable
+            kind = BadData if rows else NotATableError
             raise kind(
                 f"{path}, line {number}: {printable_name(line[:_SHOWN])!r}: expected an image that is there, and its "
                 "class"
@@ -272,7 +272,7 @@ def _list_rows(
         rows.append(cells)
         lines.append(number)
     if len(rows) > 2 and [cells[1] for cells in rows] in ([str(i + k) for i in range(len(rows))] for k in (0, 1)):
-        raise NotATable(f"{path} numbers its lines: expected an image and its class")
+        raise NotATableError(f"{path} numbers its lines: expected an image and its class")
     if num_boxes:
         notes.append(f"{path}: of {num_boxes} lines with a class and a box, the class is used")
     return ["file", "label"], rows, lines
@@ -285,9 +285,9 @@ def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[
             try:
                 record = parse_json(line)
             except ValueError as error:
-                raise NotATable(f"{shown}, line {number} is not JSON: {error}") from error
+                raise NotATableError(f"{shown}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
-                raise NotATable(f"{shown}, line {number}: expected an object with file_name and label")
+                raise NotATableError(f"{shown}, line {number}: expected an object with file_name and label")
             records.append(record)
             lines.append(number)
     columns = list(dict.fromkeys(key for record in records for key in record))
@@ -375,7 +375,7 @@ def _one_hot(
     """Read one column a class, 1 where an image is of it."""
     names = [name for name in names if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name])]
     if len(names) < 2:
-        raise NotATable(
+        raise NotATableError(
             f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
     labels = []

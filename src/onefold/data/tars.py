@@ -34,7 +34,7 @@ from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_r
 from onefold.data.folders import Folder, folder_tree, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
 from onefold.data.splits import (
-    NoClassFolders,
+    NoClassFoldersError,
     assign_images,
     detect_folder_roles,
     parse_split_name,
@@ -134,7 +134,7 @@ def tars_by_split(
         tree = _without_shared_folders(folder_tree(names))
         try:
             arranged = detect_folder_roles(tree, shown, {}) if split is None else read_single_split(tree, shown, split)
-        except NoClassFolders as error:
+        except NoClassFoldersError as error:
             flat = next((name for name in names if "/" not in name), names[0])
             where = f"{blobs[0].name}: {printable_name(flat)}"
             raise BadData(f"{where} is in no class folder and has no .cls or .json beside it") from error

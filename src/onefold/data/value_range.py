@@ -44,7 +44,7 @@ _EIGHT_BIT_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".web
 class _Images(Protocol):
     def __len__(self) -> int: ...
     def name(self, i: int) -> str: ...
-    def samples(self, i: int) -> NDArray[Any] | None: ...
+    def raw_samples(self, i: int) -> NDArray[Any] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def _extremes(images: _Images) -> Iterator[tuple[float, float, float, float, boo
             if opened > _MAX_OPENED:
                 continue
         try:
-            samples = images.samples(i)
+            samples = images.raw_samples(i)
         except BadData:  # left out, and named, where it is used
             continue
         values = None if samples is None else samples.ravel()

@@ -14,9 +14,9 @@ from onefold.models.catalogue import list_models as list_models
 from onefold.models.catalogue import resolve_name as resolve_name
 from onefold.models.flops import ModelCost as ModelCost
 from onefold.models.flops import count_flops as count_flops
-from onefold.models.hub import load_weights_
 from onefold.models.layers import Classifier as Classifier
 from onefold.models.layers import FeatureNet as FeatureNet
+from onefold.models.pretrained import load_weights_
 
 
 def create_model(

@@ -64,7 +64,9 @@ def _mobileformer(variant: str) -> Callable[[int, int], Classifier]:
     return partial(_former.mobileformer, variant)
 
 
-def _mobilenet(width: float, flavour: _v1.ImplementationDetails = _v1.PAPER) -> Callable[[int, int], Classifier]:
+def _mobilenet(
+    width: float, flavour: _v1.ImplementationDetails = _v1.PAPER_DETAILS
+) -> Callable[[int, int], Classifier]:
     return partial(_v1.mobilenetv1, _v1.Variant(width=width, flavour=flavour))
 
 
@@ -104,25 +106,36 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "mobilenetv1_075": CatalogueEntry(build=_mobilenet(0.75), input=_IMAGENET, top1=68.4, source=_V1),
     "mobilenetv1_050": CatalogueEntry(build=_mobilenet(0.5), input=_IMAGENET, top1=63.7, source=_V1),
     "mobilenetv1_025": CatalogueEntry(build=_mobilenet(0.25), input=_IMAGENET, top1=50.6, source=_V1),
-    "mobilenetv1_100.tf": CatalogueEntry(build=_mobilenet(1.0, _v1.TF), input=_CENTRED, top1=70.9, source=_SLIM),
-    "mobilenetv1_075.tf": CatalogueEntry(build=_mobilenet(0.75, _v1.TF), input=_CENTRED, top1=68.4, source=_SLIM),
-    "mobilenetv1_050.tf": CatalogueEntry(build=_mobilenet(0.5, _v1.TF), input=_CENTRED, top1=63.3, source=_SLIM),
-    "mobilenetv1_025.tf": CatalogueEntry(build=_mobilenet(0.25, _v1.TF), input=_CENTRED, top1=49.8, source=_SLIM),
+    "mobilenetv1_100.tf": CatalogueEntry(
+        build=_mobilenet(1.0, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=70.9, source=_SLIM
+    ),
+    "mobilenetv1_075.tf": CatalogueEntry(
+        build=_mobilenet(0.75, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=68.4, source=_SLIM
+    ),
+    "mobilenetv1_050.tf": CatalogueEntry(
+        build=_mobilenet(0.5, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=63.3, source=_SLIM
+    ),
+    "mobilenetv1_025.tf": CatalogueEntry(
+        build=_mobilenet(0.25, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=49.8, source=_SLIM
+    ),
     "mobilenetv1_100.timm": CatalogueEntry(
-        build=_mobilenet(1.0, _v1.TIMM),
+        build=_mobilenet(1.0, _v1.TIMM_DETAILS),
         input=_CENTRED_BICUBIC,
         top1=75.388,
         source="timm, ra4_e3600_r224_in1k at 224",
         weights="timm/mobilenetv1_100.ra4_e3600_r224_in1k",
     ),
-    "mobilenetv1_075.timm": CatalogueEntry(build=_mobilenet(0.75, _v1.TIMM), input=_CENTRED_BICUBIC),
-    "mobilenetv1_050.timm": CatalogueEntry(build=_mobilenet(0.5, _v1.TIMM), input=_CENTRED_BICUBIC),
-    "mobilenetv1_025.timm": CatalogueEntry(build=_mobilenet(0.25, _v1.TIMM), input=_CENTRED_BICUBIC),
-    "mobilenetv1_100.leaky": CatalogueEntry(build=_mobilenet(1.0, _v1.LEAKY), input=_IMAGENET),
-    "mobilenetv1_075.leaky": CatalogueEntry(build=_mobilenet(0.75, _v1.LEAKY), input=_IMAGENET),
-    "mobilenetv1_050.leaky": CatalogueEntry(build=_mobilenet(0.5, _v1.LEAKY), input=_IMAGENET),
+    "mobilenetv1_075.timm": CatalogueEntry(build=_mobilenet(0.75, _v1.TIMM_DETAILS), input=_CENTRED_BICUBIC),
+    "mobilenetv1_050.timm": CatalogueEntry(build=_mobilenet(0.5, _v1.TIMM_DETAILS), input=_CENTRED_BICUBIC),
+    "mobilenetv1_025.timm": CatalogueEntry(build=_mobilenet(0.25, _v1.TIMM_DETAILS), input=_CENTRED_BICUBIC),
+    "mobilenetv1_100.leaky": CatalogueEntry(build=_mobilenet(1.0, _v1.LEAKY_RELU_DETAILS), input=_IMAGENET),
+    "mobilenetv1_075.leaky": CatalogueEntry(build=_mobilenet(0.75, _v1.LEAKY_RELU_DETAILS), input=_IMAGENET),
+    "mobilenetv1_050.leaky": CatalogueEntry(build=_mobilenet(0.5, _v1.LEAKY_RELU_DETAILS), input=_IMAGENET),
     "mobilenetv1_025.leaky": CatalogueEntry(
-        build=_mobilenet(0.25, _v1.LEAKY), input=_IMAGENET, top1=46.58, source="stated in the released checkpoint"
+        build=_mobilenet(0.25, _v1.LEAKY_RELU_DETAILS),
+        input=_IMAGENET,
+        top1=46.58,
+        source="stated in the released checkpoint",
     ),
     # The two that the MobileNetV1 paper compares with.
     "conv_mobilenet_100": CatalogueEntry(
@@ -132,7 +145,7 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         source="arXiv 1704.04861, Table 4",
     ),
     "mobilenetv1_shallow": CatalogueEntry(
-        build=partial(_v1.mobilenetv1, _v1.Variant(layers=_v1.SHALLOW)),
+        build=partial(_v1.mobilenetv1, _v1.Variant(layers=_v1.SHALLOW_LAYERS)),
         input=_IMAGENET,
         top1=65.3,
         source="arXiv 1704.04861, Table 5; its width is not stated, its parameters and multiply-adds are those of 1.0",

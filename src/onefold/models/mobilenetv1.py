@@ -33,7 +33,7 @@ _MIN_WIDTH = 8  # TF-slim's mobilenet_v1.py: max(8, int(d * multiplier)); the pa
 # Table 1. It prints stride 2 for the last 1024 too, with 7x7 in and out: a typo, the released networks have 1.
 _FULL: _Layers = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 # Table 5: without the five layers of 14 x 14 x 512.
-SHALLOW: _Layers = (*_FULL[:6], *_FULL[-2:])
+SHALLOW_LAYERS: _Layers = (*_FULL[:6], *_FULL[-2:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,12 @@ class ImplementationDetails:
     dropout: float = 0.0
 
 
-PAPER = ImplementationDetails()
-TF = ImplementationDetails(act=nn.ReLU6, same_pad=True, eps=1e-3, dropout=0.001)  # TF-slim, Keras: dropout keeps .999
-TIMM = ImplementationDetails(act=nn.ReLU6)
-LEAKY = ImplementationDetails(act=partial(nn.LeakyReLU, 0.1))  # the public PyTorch weights of width 0.25
+PAPER_DETAILS = ImplementationDetails()
+TF_SLIM_DETAILS = ImplementationDetails(
+    act=nn.ReLU6, same_pad=True, eps=1e-3, dropout=0.001
+)  # TF-slim, Keras: dropout keeps .999
+TIMM_DETAILS = ImplementationDetails(act=nn.ReLU6)
+LEAKY_RELU_DETAILS = ImplementationDetails(act=partial(nn.LeakyReLU, 0.1))  # the public PyTorch weights of width 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Variant:
     width: float = 1.0
     layers: _Layers = _FULL
     separable: bool = True
-    flavour: ImplementationDetails = PAPER
+    flavour: ImplementationDetails = PAPER_DETAILS
 
 
 class ConvUnit(nn.Module):

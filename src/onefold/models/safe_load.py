@@ -36,7 +36,7 @@ from onefold.models.restricted_unpickler import (
     load,
     load_legacy,
 )
-from onefold.models.state_dicts import MAX_TENSORS, Fits, StateDict, as_mapping, choose_state_dict, is_tensor
+from onefold.models.state_dicts import MAX_TENSORS, KeyFilter, StateDict, as_mapping, choose_state_dict, is_tensor
 from onefold.storage import parse_json
 
 _log = logging.getLogger("onefold")
@@ -68,7 +68,9 @@ class CheckpointContents:
     outside: frozenset[str] = frozenset()
 
 
-def read_tensors(path: Path, *, fits: Fits | None = None, select: str = "", quiet: bool = False) -> CheckpointContents:
+def read_tensors(
+    path: Path, *, fits: KeyFilter | None = None, select: str = "", quiet: bool = False
+) -> CheckpointContents:
     """Read the tensors of a file, on the CPU. Raises BadCheckpoint, or MissingExtra where HDF5 needs h5py.
 
     `fits` recognizes the network's tensors among those of a checkpoint. `select` is "plain", "averaged", or the key of

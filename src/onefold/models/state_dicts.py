@@ -25,7 +25,7 @@ _MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's 
 _MAX_NAMES, _MAX_WORDS = 4, 16  # under how many keys one mapping is looked at; how many words are tried as wrappers
 MAX_TENSORS = 20_000  # of one state dict
 
-Fits = Callable[[Collection[str]], bool]
+KeyFilter = Callable[[Collection[str]], bool]
 """Whether tensors of these names are of a network that the caller knows."""
 
 
@@ -56,7 +56,7 @@ class StateDict:
 
 
 def choose_state_dict(
-    values: Mapping[Any, Any], fits: Fits | None, select: str, path: Path
+    values: Mapping[Any, Any], fits: KeyFilter | None, select: str, path: Path
 ) -> tuple[StateDict, list[StateDict]]:
     """Give the state dict to take, and the others that could be; RefusedError where `select` names none."""
     found = list(_state_dicts(values))
@@ -105,7 +105,7 @@ def _swapped(values: Mapping[Any, Any]) -> dict[str, bool]:
     return {}
 
 
-def _unwrapped(found: StateDict, fits: Fits, depth: int = 0) -> Iterator[StateDict]:
+def _unwrapped(found: StateDict, fits: KeyFilter, depth: int = 0) -> Iterator[StateDict]:
     """Give the networks that `fits` recognizes in a state dict: as it is, or under some words in front of the names."""
     whole = fits(found.tensors)
     words: dict[str, list[str]] = {}

@@ -30,9 +30,9 @@ from onefold.quantize.graph import (
     free_used_inputs,
     get_parameter,
     map_over_batches,
-    padding_input,
     parallel_batches,
     quantized_activations,
+    zero_padding_input,
 )
 from onefold.quantize.qparams import (
     LayerError,
@@ -178,7 +178,7 @@ class _Calibrator:
 
     def _quantize_activation(self, node: Node) -> None:
         chunks = [x for x in self._quantized[node] if isinstance(x, Tensor)]
-        unpadded = padding_input(node)
+        unpadded = zero_padding_input(node)
         if unpadded in self.activations:
             # Padding adds only zeros, which every quantization represents: it keeps its input's parameters.
             qparams = self.activations[unpadded]

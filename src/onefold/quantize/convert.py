@@ -26,10 +26,10 @@ from onefold.quantize.graph import (
     clamp_bounds,
     find_layers,
     get_parameter,
-    padding_input,
     quantized_activations,
     set_parameter,
     trace,
+    zero_padding_input,
 )
 from onefold.quantize.integer_model import IntegerModel
 from onefold.quantize.qparams import QMAX, QMIN, LayerError, ModelQParams, QParams, QuantizationMethod
@@ -122,7 +122,7 @@ def activation_names(of_layers: list[Layer]) -> dict[Node, str]:
     """Name each quantized activation after the first of these layers that reads or computes it."""
     names: dict[Node, str] = {}
     for layer in of_layers:
-        if (unpadded := padding_input(layer.source)) is not None:
+        if (unpadded := zero_padding_input(layer.source)) is not None:
             names.setdefault(unpadded, f"{layer.name}:before")
         names.setdefault(layer.source, f"{layer.name}:in")
         names.setdefault(layer.output, f"{layer.name}:out")

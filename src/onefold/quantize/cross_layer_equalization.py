@@ -39,9 +39,9 @@ from onefold.quantize.graph import (
     find_layers,
     get_parameter,
     map_over_batches,
-    padding_input,
     parallel_batches,
     set_parameter,
+    zero_padding_input,
 )
 from onefold.quantize.qparams import QParams
 
@@ -155,7 +155,7 @@ def _are_joined(first: Layer, second: Layer) -> bool:
             return True
         # A mean, zero padding or a change of shape.
         name = str(after.target)
-        if padding_input(after) is None and not name.startswith(
+        if zero_padding_input(after) is None and not name.startswith(
             ("aten.mean.", "aten.dropout.", "aten.adaptive_avg_pool2d.")
         ):
             return False

@@ -93,13 +93,13 @@ def quantized_activations(of_layers: list[Layer]) -> list[Node]:
     """List every quantized activation of these layers once, in order; a zero-padded one before and after padding."""
     ordered: dict[Node, None] = {}
     for layer in of_layers:
-        if (before := padding_input(layer.source)) is not None:
+        if (before := zero_padding_input(layer.source)) is not None:
             ordered[before] = None
         ordered |= {layer.source: None, layer.output: None}
     return list(ordered)
 
 
-def padding_input(node: Node) -> Node | None:
+def zero_padding_input(node: Node) -> Node | None:
     """Find what a node pads with zeros, which quantization represents exactly; None where it is no such padding."""
     if node.target not in _PADS or (any(node.args[2:]) and node.args[2:] != ("constant",)):
         return None

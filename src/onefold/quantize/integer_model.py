@@ -31,7 +31,7 @@ from onefold.quantize.graph import (
     POOL_OPS,
     clamp_bounds,
     get_parameter,
-    padding_input,
+    zero_padding_input,
 )
 from onefold.quantize.qparams import QMAX, QMIN
 
@@ -126,7 +126,7 @@ class _IntegerInterpreter(Interpreter):
                 return self._layer(target, first, args[1], args[2:])
             if target in POOL_OPS and (mean := _global_mean(target, first, args[1:])) is not None:
                 return mean
-            if target in PASSTHROUGH_OPS or padding_input(self._node) is not None:
+            if target in PASSTHROUGH_OPS or zero_padding_input(self._node) is not None:
                 return _QuantizedActivation(target(first.q, *args[1:]), first.scale)
         if isinstance(first, _Accumulator):
             if target in CLAMP_OPS:

@@ -147,8 +147,7 @@ def weight_scales(weight: Tensor, *, qmax: int, per_tensor: bool, clip: bool) ->
 class QuantizationMethod:
     """The options of post-training quantization to int8.
 
-    equalize             cross-layer equalization by "weights" or by "activations" (see equalize.py); by default what
-                         suits `weights`
+    equalize             cross-layer equalization by "weights" or by "activations"; by default what suits `weights`
     range_method         how the ranges of activations are chosen
     clip_weights         clip the largest weights where that lowers the squared error of a row
     correct_weights      first change a weight so that it compensates for the errors of earlier layers, by least
@@ -157,7 +156,7 @@ class QuantizationMethod:
     correct_bias         change a bias by the mean error of its outputs
     weights              one scale per "channel" or, as DSPs need it, per "tensor"
     weight_qmax          the largest integer weight: 127, or 63 (7 bits) for x86 processors without VNNI
-    power_of_two_scales  make the order in which a runtime scales its sums irrelevant (see equalize.py)
+    power_of_two_scales  make the order in which a runtime scales its sums irrelevant: see cross_layer_equalization.py
     skip_layers          names of layers that stay in floating point
     """
 

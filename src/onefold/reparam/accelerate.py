@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import has_hooks
 from onefold.reparam.find_trees import (
-    SingleInput,
+    SingleInputModule,
     TrainingForward,
     TrainingTracer,
     find_trees,
@@ -164,7 +164,7 @@ class _Forward(TrainingForward):
 
 def _program(block: nn.Module, layers: Sequence[nn.Module], inlined: Sequence[nn.Module]) -> Any:
     """The block's forward pass as a function of an object that has it as `block`, and of its input."""
-    paths = {id(module): name for name, module in SingleInput(block).named_modules()}
+    paths = {id(module): name for name, module in SingleInputModule(block).named_modules()}
     trace = TrainingTracer(block, {paths[id(module)] for module in inlined if id(module) in paths})
     kept = {paths[id(layer)] for layer in layers if id(layer) in paths}  # those that are still there
     steps: dict[fx.Node, fx.Node] = {}  # in place of the last nodes of trees
@@ -215,7 +215,7 @@ class _Search:
         if type(block).forward is nn.Module.forward:  # a container
             self._search_parts(path, block)
             return
-        inner = {name for name, module in SingleInput(block).named_modules() if _has_inner_norms(module)}
+        inner = {name for name, module in SingleInputModule(block).named_modules() if _has_inner_norms(module)}
         try:
             trace = TrainingTracer(block, inner)
         except TypeError as error:  # it cannot be copied
@@ -224,7 +224,7 @@ class _Search:
         found = find_trees(trace.graph, block, None)
         for name, reason in found.left.items():
             self.left[_joined(path, name)] = reason
-        modules = dict(SingleInput(block).named_modules())
+        modules = dict(SingleInputModule(block).named_modules())
         for tree in found.trees:
             owner = _joined(path, tree.stack[-1])
             layers = [_joined(path, node.target) for node in tree.nodes if node.target in found.layers]

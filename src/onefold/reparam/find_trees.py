@@ -40,7 +40,7 @@ _PRODUCTS = (operator.mul, operator.imul, torch.mul)
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
-class SingleInput(nn.Module):
+class SingleInputModule(nn.Module):
     """A block under the name `block`, whose forward pass takes one argument."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -67,7 +67,7 @@ class TrainingTracer(fx.Tracer):
         super().__init__()
         self.inner, self.blind, self.stack = inner, dict[str, str](), list[str]()
         with _generators_kept():
-            self.graph = self.trace(SingleInput(_valueless(block)))
+            self.graph = self.trace(SingleInputModule(_valueless(block)))
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Follow the call of an inner module; any other is one node."""
@@ -189,7 +189,7 @@ def find_trees(
 
     The nodes `apart` do not put trees together.
     """
-    modules = dict(SingleInput(block).named_modules())
+    modules = dict(SingleInputModule(block).named_modules())
     parts: dict[fx.Node, _Part] = {}  # what an Identity gives is a part without nodes
     used: set[fx.Node] = set()  # the last nodes of parts that have become parts of others
     for node in graph.nodes:

@@ -18,7 +18,7 @@ for the backward.
 `merged_kernel` gives the kernel alone, for those who change it before they convolve. With K m taken off the bias b,
 A = dK - db m^T and s = db give the same gradients, and d x = 2/N dS (x - m) - K^T db / N.
 
-Shapes: B branches with a convolution; see `unit` for the others.
+Shapes: B branches with a convolution; see `branches` for the others.
 """
 
 from __future__ import annotations

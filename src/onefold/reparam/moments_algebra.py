@@ -1,9 +1,9 @@
 """A unit's algebra between its passes over the batch: from moments to one kernel, and back to all gradients.
 
-This is the version in torch, for any device and dtype; `kernels.cpu_algebra` does the same in compiled code. The
-formulas are in `moments`.
+This is the version in torch, for any device and dtype; `kernels.cpu_moments_algebra` does the same in compiled code.
+The formulas are in `moments`.
 
-Shapes: B branches with a convolution, M with the skip; G groups, K values a patch; see `unit`.
+Shapes: B branches with a convolution, M with the skip; G groups, K values a patch; see `branches`.
 """
 
 from __future__ import annotations

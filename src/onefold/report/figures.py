@@ -33,8 +33,8 @@ NUM_COLOURS = 8
 
 # matplotlib draws with these placeholder colours; `to_svg` replaces them by variables of the page's style sheet, so
 # that one figure serves the light and the dark page.
-_INK, MUTED, _GRID, SURFACE, ALARM = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "ink", MUTED: "muted", _GRID: "grid", SURFACE: "surface", ALARM: "alarm"}
+_INK, MUTED_COLOUR, _GRID, SURFACE_COLOUR, ALARM_COLOUR = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "ink", MUTED_COLOUR: "muted", _GRID: "grid", SURFACE_COLOUR: "surface", ALARM_COLOUR: "alarm"}
 _VARIABLES |= {f"#0a000{index}": f"series-{index}" for index in range(NUM_COLOURS)}
 
 _WIDTH = 4.5  # inches
@@ -127,10 +127,10 @@ def new_figure(height: float, width: float = _WIDTH) -> Iterator[tuple[Figure, A
         "svg.hashsalt": "onefold",
         "text.parse_math": False,  # a name may hold a dollar sign
         "font.size": 9,
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": MUTED,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
+        "axes.edgecolor": MUTED_COLOUR,
+        "axes.labelcolor": MUTED_COLOUR,
+        "xtick.color": MUTED_COLOUR,
+        "ytick.color": MUTED_COLOUR,
         "axes.unicode_minus": False,
         "figure.facecolor": "none",
         "axes.facecolor": "none",
@@ -269,13 +269,13 @@ def draw_reliability_diagram(key: str, found: Predictions) -> ReportFigure:
         "Bars below the axis show how many predictions have that confidence."
     )
     with new_figure(3.2) as (figure, axes):
-        axes.plot([0, 100], [0, 100], color=MUTED, lw=1.2, ls=(0, (4, 2)))
+        axes.plot([0, 100], [0, 100], color=MUTED_COLOUR, lw=1.2, ls=(0, (4, 2)))
         for index, (number, right, sums) in filled:
             middle, half = (index + 0.5) * width, 0.43 * width
             axes.bar(middle, 100 * right / number, 2 * half, color=series_colour(0), alpha=0.75, lw=0)
             axes.plot([middle - half, middle + half], [100 * sums / number] * 2, color=series_colour(1), lw=2)
-            axes.bar(middle, -14 * number / most, 2 * half, bottom=-3, color=MUTED, alpha=0.6, lw=0)
-        axes.axhline(0, color=MUTED, lw=0.8)
+            axes.bar(middle, -14 * number / most, 2 * half, bottom=-3, color=MUTED_COLOUR, alpha=0.6, lw=0)
+        axes.axhline(0, color=MUTED_COLOUR, lw=0.8)
         axes.set(xlim=(0, 100), ylim=(-18, 102), xlabel="confidence, %", ylabel="accuracy, %")
         axes.set_yticks([0, 20, 40, 60, 80, 100])
         legend = (LegendEntry("■", "series-0", "accuracy"), LegendEntry("▬", "series-1", "mean confidence"))
@@ -295,8 +295,8 @@ def draw_latency_histograms(key: str, title: str, rows: Sequence[LatencyRow], mo
         for index, row in enumerate(rows):
             base = float(len(rows) - 1 - index)
             _draw_histogram(axes, row, edges, base)
-            _write(axes, (0.0, base + 0.68), row.label, ALARM if row.fused is False else _INK)
-            _write(axes, (1.0, base + 0.68), row.note, MUTED)
+            _write(axes, (0.0, base + 0.68), row.label, ALARM_COLOUR if row.fused is False else _INK)
+            _write(axes, (1.0, base + 0.68), row.note, MUTED_COLOUR)
         set_x_scale(axes, edges[0], edges[-1])
         axes.set(ylim=(-0.05, len(rows) + 0.02), yticks=[], xlabel="latency of one call, milliseconds")
         axes.spines["left"].set_visible(False)
@@ -314,21 +314,30 @@ def draw_ratios(key: str, rows: Sequence[RatioRow], description: str, baseline: 
     title = "Latency ratios with 95 % intervals"
     with new_figure(0.72 + 0.44 * len(rows)) as (figure, axes):
         floor = max(row.ratio.floor for row in rows)
-        axes.axvspan(1 / (1 + floor), 1 + floor, color=MUTED, alpha=0.22, lw=0)
-        axes.axvline(1, color=MUTED, lw=1)
+        axes.axvspan(1 / (1 + floor), 1 + floor, color=MUTED_COLOUR, alpha=0.22, lw=0)
+        axes.axvline(1, color=MUTED_COLOUR, lw=1)
         bounds = [bound for row in rows for bound in (row.ratio.low, row.ratio.high)]
         low, high = min(0.93, *bounds) / 1.06, max(1.07, *bounds) * 1.06
         set_x_scale(axes, low, high)
         for index, row in enumerate(rows):
             ratio, y = row.ratio, len(rows) - 1 - index
-            colour = MUTED if ratio.verdict == "no difference" or not ratio.is_robust_to_noise else series_colour(0)
+            colour = (
+                MUTED_COLOUR if ratio.verdict == "no difference" or not ratio.is_robust_to_noise else series_colour(0)
+            )
             axes.plot([ratio.low, ratio.high], [y, y], color=colour, lw=2.6, solid_capstyle="round")
             axes.plot(ratio.value, y, "o", color=colour, ms=6)
             _write(axes, (0.0, y + 0.24), row.label, _INK)
             has_room_right = ratio.value < (low + high) / 2
             x, gap, side = (ratio.high, 7, "left") if has_room_right else (ratio.low, -7, "right")
             axes.annotate(
-                row.note, (x, y), (gap, 0), textcoords="offset points", ha=side, va="center", color=MUTED, fontsize=8.5
+                row.note,
+                (x, y),
+                (gap, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                color=MUTED_COLOUR,
+                fontsize=8.5,
             )
         axes.set(ylim=(-0.4, len(rows) - 0.3), yticks=[], xlabel="time relative to the baseline (left is faster)")
         axes.spines["left"].set_visible(False)
@@ -347,7 +356,7 @@ def _write(axes: Axes, place: tuple[float, float], text: str, colour: str) -> No
 
 
 def _draw_histogram(axes: Axes, row: LatencyRow, edges: Sequence[float], base: float) -> None:
-    colour = ALARM if row.fused is False else series_colour(0 if row.fused else 7)
+    colour = ALARM_COLOUR if row.fused is False else series_colour(0 if row.fused else 7)
     counts, _ = np.histogram(np.clip(row.latencies_ms, edges[0], edges[-1]), bins=list(edges))
     heights = 0.55 * counts / max(1, counts.max())
     axes.stairs(base + heights, list(edges), baseline=base, fill=True, color=colour, alpha=0.55, lw=0)

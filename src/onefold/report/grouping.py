@@ -22,7 +22,7 @@ _RESULTS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class MeasurementGroup:
     """Measurements of one subject with the same number of threads on one machine: a table row, a point in a figure.
 
     The process is the unit: figures are medians over the processes, not over all their samples, because the samples
@@ -135,7 +135,7 @@ class ReportData:
     """The inputs and what was computed from them: groups, fastest first on each machine, and pairs."""
 
     inputs: ReportInputs
-    groups: tuple[Group, ...]
+    groups: tuple[MeasurementGroup, ...]
     pairs: tuple[ComparedPair, ...]
 
     @property
@@ -144,7 +144,7 @@ class ReportData:
         return list({m.machine.slug: m.machine for m in self.inputs.all_measurements}.values())
 
     @property
-    def fastest(self) -> Group | None:
+    def fastest(self) -> MeasurementGroup | None:
         """The fastest fused network; without one, the fastest not known to be fused, then the fastest unfused one."""
         candidates = [group for group in self.groups if not group.subject.get("planted")]
         order = {True: 0, None: 1, False: 2}
@@ -172,12 +172,14 @@ def group_inputs(inputs: ReportInputs) -> ReportData:
     return ReportData(inputs=inputs, groups=tuple(group_by_subject(measurements, accuracies)), pairs=tuple(pairs))
 
 
-def group_by_subject(measurements: Iterable[Measurement], accuracies: Mapping[str, float]) -> list[Group]:
+def group_by_subject(measurements: Iterable[Measurement], accuracies: Mapping[str, float]) -> list[MeasurementGroup]:
     """Return groups, the fastest first, machine by machine in the order they come; `accuracies` by `subject_key`."""
     members: dict[tuple[str, int, str], list[Measurement]] = {}
     for m in measurements:
         members.setdefault((m.machine.slug, m.procedure.threads, subject_key(m.subject)), []).append(m)
-    groups = [Group(measurements=tuple(group), top1=accuracies.get(key)) for (_, _, key), group in members.items()]
+    groups = [
+        MeasurementGroup(measurements=tuple(group), top1=accuracies.get(key)) for (_, _, key), group in members.items()
+    ]
     machines = list(dict.fromkeys(group.machine.slug for group in groups))
     return sorted(groups, key=lambda group: (machines.index(group.machine.slug), group.median_ns))
 

@@ -42,7 +42,7 @@ from onefold.report.format import (
     one_line,
     printable,
 )
-from onefold.report.grouping import ComparedPair, Group, ReportData, group_inputs, subject_label
+from onefold.report.grouping import ComparedPair, MeasurementGroup, ReportData, group_inputs, subject_label
 from onefold.report.load_results import RunLog, load_report_inputs
 from onefold.report.pareto_figure import pareto_figures
 from onefold.report.predictions import Predictions
@@ -365,7 +365,7 @@ def _ratio_figures(pairs: Sequence[ComparedPair], index: int) -> list[ReportFigu
     return [draw_ratios(f"ratios-{index}", rows, " ".join(pair.sentence() for pair in drawn), baseline)]
 
 
-def _distribution_figures(groups: Sequence[Group], index: int) -> list[ReportFigure]:
+def _distribution_figures(groups: Sequence[MeasurementGroup], index: int) -> list[ReportFigure]:
     """Return one figure a model, one row a subject."""
     drawings = []
     by_model = groupby(sorted(groups, key=_model), key=_model)
@@ -377,13 +377,13 @@ def _distribution_figures(groups: Sequence[Group], index: int) -> list[ReportFig
     return drawings
 
 
-def _model(group: Group) -> str:
+def _model(group: MeasurementGroup) -> str:
     return one_line(group.subject.get("model") or "", 60) + (
         " (random weights)" if group.subject.get("untrained") else ""
     )
 
 
-def _latency_row(group: Group) -> LatencyRow:
+def _latency_row(group: MeasurementGroup) -> LatencyRow:
     known = [one_line(group.subject[key], 30) for key in ("runtime", "precision") if group.subject.get(key)]
     name = " ".join(known) if _model(group) and known else group.label
     state = " UNFUSED" if group.fused is False else ""

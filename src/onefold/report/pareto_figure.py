@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from onefold.report.figures import (
-    ALARM,
+    ALARM_COLOUR,
     MARKERS,
-    MUTED,
+    MUTED_COLOUR,
     POINTS_PER_INCH,
-    SURFACE,
+    SURFACE_COLOUR,
     LegendEntry,
     ReportFigure,
     legend_entry,
@@ -29,7 +29,7 @@ from onefold.report.figures import (
     to_svg,
 )
 from onefold.report.format import format_count, format_latency, format_percent, one_line
-from onefold.report.grouping import Group
+from onefold.report.grouping import MeasurementGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ class ParetoPoint:
     `series` numbers its precision.
     """
 
-    group: Group
+    group: MeasurementGroup
     label: str
     series: int
     on_front: bool
@@ -87,9 +87,9 @@ class ParetoFigure:
     is_open: bool  # whether the list of the dominated is unfolded from the start
 
 
-def pareto_front(groups: Iterable[Group]) -> list[Group]:
+def pareto_front(groups: Iterable[MeasurementGroup]) -> list[MeasurementGroup]:
     """Return those that no other beats in both latency and accuracy, the fastest first; none without an accuracy."""
-    front: list[Group] = []
+    front: list[MeasurementGroup] = []
     best = -math.inf
     known = [
         (group.median_ns, -group.top1, index, group) for index, group in enumerate(groups) if group.top1 is not None
@@ -101,14 +101,14 @@ def pareto_front(groups: Iterable[Group]) -> list[Group]:
     return front
 
 
-def pareto_figures(groups: Sequence[Group], key: str) -> list[ParetoFigure]:
+def pareto_figures(groups: Sequence[MeasurementGroup], key: str) -> list[ParetoFigure]:
     """Return one figure for each number of threads, without what was slowed on purpose; `key` makes its ids unique."""
     known = [group for group in groups if group.top1 is not None and not group.subject.get("planted")]
     by_threads = groupby(sorted(known, key=lambda group: group.threads), key=lambda group: group.threads)
     return [_figure(pareto_points(list(members)), f"{key}-{threads}", threads) for threads, members in by_threads]
 
 
-def pareto_points(groups: Sequence[Group]) -> list[ParetoPoint]:
+def pareto_points(groups: Sequence[MeasurementGroup]) -> list[ParetoPoint]:
     """Return the points, each with the fronts that it is on; labels leave out what all have in common."""
     precisions = [one_line(group.subject.get("precision") or "", 20) for group in groups]
     others = sorted(set(precisions) - set(_PRECISIONS))
@@ -179,7 +179,7 @@ def _draw(points: Sequence[ParetoPoint], key: str, title: str, description: str)
             colour, marker = _colour(point), MARKERS[point.series % len(MARKERS)]
             if point.on_front:
                 axes.plot(*point.position, marker, ms=10.5, mfc="none", mec=colour, mew=0.9, zorder=4)
-            size, fill = (6, colour) if point.on_precision_front else (4.4, SURFACE)
+            size, fill = (6, colour) if point.on_precision_front else (4.4, SURFACE_COLOUR)
             axes.plot(*point.position, marker, ms=size, mfc=fill, mec=colour, mew=1.1, zorder=3)
         figure.draw_without_rendering()  # the layout decides where the axes lie: labels are placed after it
         _draw_labels(figure, axes, points, lines)
@@ -238,11 +238,11 @@ def _draw_labels(
         at = to_data((x, (box.bottom + box.top) / 2))
         axes.text(*at, point.label, va="center", ha=side, color=_colour(point), fontsize=_FONT_SIZE)
         if line := leader_line(label, box):
-            axes.plot(*zip(*map(to_data, line), strict=True), color=MUTED, lw=0.5, zorder=2)
+            axes.plot(*zip(*map(to_data, line), strict=True), color=MUTED_COLOUR, lw=0.5, zorder=2)
 
 
 def _colour(point: ParetoPoint) -> str:
-    return ALARM if point.group.fused is False else series_colour(point.series)
+    return ALARM_COLOUR if point.group.fused is False else series_colour(point.series)
 
 
 # ---- placement of labels; all lengths are in points (1/72 inch) ------------------------------------------------------

@@ -17,7 +17,7 @@ from onefold.report.format import (
     format_with_interval,
     one_line,
 )
-from onefold.report.grouping import Group
+from onefold.report.grouping import MeasurementGroup
 from onefold.report.load_results import ReportInputs, RunLog
 from onefold.report.predictions import Predictions
 from onefold.runtimes.artifact import Artifact
@@ -135,7 +135,7 @@ def class_table(found: Predictions) -> Table:
     )
 
 
-def latency_table(groups: Sequence[Group]) -> Table:
+def latency_table(groups: Sequence[MeasurementGroup]) -> Table:
     """Return one row a group; columns that none of them has are left out."""
     shown = [
         (column, cell) for column, cell in _LATENCY_COLUMNS if any(cell(group) not in ("", "–") for group in groups)
@@ -160,35 +160,35 @@ def _fused_badge(fused: bool | None) -> Badge:
     )
 
 
-def _setting(group: Group) -> str:
+def _setting(group: MeasurementGroup) -> str:
     shape = group.subject.get("input_shape")
     sizes = "×".join(one_line(length, 12) for length in shape) if isinstance(shape, tuple) else ""
     return ", ".join(part for part in (format_count(group.threads, "thread"), sizes) if part)
 
 
-def _limit(group: Group) -> str:
+def _limit(group: MeasurementGroup) -> str:
     share = group.median_of(lambda m: m.roofline)
     side = next((m.bound.limited_by for m in group.measurements if m.bound is not None), None)
     return "–" if share is None or side is None else f"{format_percent(100 * share, 0)} {side}"
 
 
-def _peak_memory(group: Group) -> str:
+def _peak_memory(group: MeasurementGroup) -> str:
     peaks = [m.cold.peak_bytes for m in group.measurements if m.cold is not None and m.cold.peak_bytes is not None]
     return format_size(max(peaks, default=None))
 
 
-def _cold_start(group: Group) -> str:
+def _cold_start(group: MeasurementGroup) -> str:
     starts = [m.cold.time_to_first_answer_ns for m in group.measurements if m.cold is not None]
     return format_latency(median(starts) if starts else None)
 
 
-def _first_call(group: Group) -> str:
+def _first_call(group: MeasurementGroup) -> str:
     """Return the first call of the measuring process, where none was started afresh for it."""
     first = group.measurements[0]
     return "–" if first.cold is not None or not first.warmup_ns else format_latency(float(first.warmup_ns[0]))
 
 
-def _samples(group: Group) -> str:
+def _samples(group: MeasurementGroup) -> str:
     first = group.measurements[0]
     count = sum(len(m.samples_ns) for m in group.measurements)
     calls = f" of {format_significant(first.calls_per_sample)} calls" if first.calls_per_sample > 1 else ""
@@ -196,14 +196,14 @@ def _samples(group: Group) -> str:
     return f"{count}{calls}{runs}"
 
 
-def _noise(group: Group) -> Badge:
+def _noise(group: MeasurementGroup) -> Badge:
     total = len(group.measurements)
     if not group.num_noisy:
         return Badge("quiet", "good")
     return Badge("noisy" if total == 1 else f"noisy, {group.num_noisy}/{total}", "alarm")
 
 
-_LATENCY_COLUMNS: tuple[tuple[Column, Callable[[Group], str | Badge]], ...] = (
+_LATENCY_COLUMNS: tuple[tuple[Column, Callable[[MeasurementGroup], str | Badge]], ...] = (
     (Column("state"), lambda group: _fused_badge(group.fused)),
     (Column("threads, input"), _setting),
     (Column("top-1", True), lambda group: format_percent(group.top1)),
@@ -221,7 +221,7 @@ _LATENCY_COLUMNS: tuple[tuple[Column, Callable[[Group], str | Badge]], ...] = (
 )
 
 
-def _num_bytes(group: Group) -> int | None:
+def _num_bytes(group: MeasurementGroup) -> int | None:
     num_bytes = group.subject.get("num_bytes")
     return num_bytes if type(num_bytes) is int else None
 

@@ -6,8 +6,8 @@ asked for, and has these names:
     FILES               the files it writes, all named model.*
     PACKAGES            the packages whose versions the manifest records
     PRECISIONS          the precisions it can be exported in
-    REFUSES             precisions a user may expect of it, each with the reason why it has none
-    DETAILS             facts for the manifest about its form (the opset, ...)
+    UNSUPPORTED_PRECISIONS             precisions a user may expect of it, each with the reason why it has none
+    MANIFEST_DETAILS             facts for the manifest about its form (the opset, ...)
     ACCEPTS_QDQ         whether int8 models reach it with quantize and dequantize operations, or as integer arithmetic
     unavailable_reason  a function: why this machine cannot run it, or None where it can; None where any machine can
     export              writes FILES of a traced network into a folder
@@ -65,8 +65,8 @@ class Runtime(Protocol):
     FILES: tuple[str, ...]
     PACKAGES: tuple[str, ...]
     PRECISIONS: tuple[str, ...]
-    REFUSES: Mapping[str, str]
-    DETAILS: Mapping[str, object]
+    UNSUPPORTED_PRECISIONS: Mapping[str, str]
+    MANIFEST_DETAILS: Mapping[str, object]
     ACCEPTS_QDQ: bool
     unavailable_reason: Callable[[], str | None] | None
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 FILES = ("model.mlpackage.zip",)
 PACKAGES = ("torch", "coremltools")
 PRECISIONS = ("fp32", "fp16", "int8")
-REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {}
+MANIFEST_DETAILS: Mapping[str, object] = {
     "form": "ML program for iOS 17 and macOS 14",
     "input": "images",
     "output": "logits",

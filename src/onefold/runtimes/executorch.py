@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FILES = ("model.pte",)
 PACKAGES = ("torch", "executorch")
 PRECISIONS = ("fp32", "int8")
-REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {"backend": "XNNPACK", "input": "one image (1, C, H, W)"}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {}
+MANIFEST_DETAILS: Mapping[str, object] = {"backend": "XNNPACK", "input": "one image (1, C, H, W)"}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 

@@ -112,7 +112,11 @@ def export(
 
     runtime_module, folder = import_runtime(runtime), Path(folder)
     if precision not in runtime_module.PRECISIONS:
-        reason = f": {runtime_module.REFUSES[precision]}" if precision in runtime_module.REFUSES else ""
+        reason = (
+            f": {runtime_module.UNSUPPORTED_PRECISIONS[precision]}"
+            if precision in runtime_module.UNSUPPORTED_PRECISIONS
+            else ""
+        )
         choices = ", ".join(runtime_module.PRECISIONS)
         raise BadArgument(f"{runtime} cannot export {precision!r}{reason}; choose one of: {choices}")
     _check_folder(folder)
@@ -266,7 +270,7 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
         parity=parity,
         licence=info.licence,
         source=info.source,
-        details={**request.runtime.DETAILS, **info.details},
+        details={**request.runtime.MANIFEST_DETAILS, **info.details},
         made_with=installed_versions(("onefold", *request.runtime.PACKAGES)),
         files=hash_files(folder),
     )

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 FILES = ("model.tflite",)
 PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
 PRECISIONS = ("fp32", "int8")
-REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {}
+MANIFEST_DETAILS: Mapping[str, object] = {"layout": "NHWC", "images_per_call": 1}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 

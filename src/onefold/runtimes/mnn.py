@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FILES = ("model.mnn",)
 PACKAGES = ("torch", "onnx", "onnxscript", "mnn")
 PRECISIONS = ("fp32", "fp16")
-REFUSES: Mapping[str, str] = {"int8": "its converter misreads asymmetric QDQ models"}
-DETAILS: Mapping[str, object] = {"input": "images", "output": "logits"}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {"int8": "its converter misreads asymmetric QDQ models"}
+MANIFEST_DETAILS: Mapping[str, object] = {"input": "images", "output": "logits"}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 

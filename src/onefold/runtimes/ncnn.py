@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 FILES = ("model.ncnn.param", "model.ncnn.bin")
 PACKAGES = ("torch", "pnnx", "ncnn")
 PRECISIONS = ("fp32", "bf16")
-REFUSES: Mapping[str, str] = {"int8": "its quantization is symmetric, and activations here have zero points"}
-DETAILS: Mapping[str, object] = {"input": "in0", "output": "out0", "images_per_call": 1}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {
+    "int8": "its quantization is symmetric, and activations here have zero points"
+}
+MANIFEST_DETAILS: Mapping[str, object] = {"input": "in0", "output": "out0", "images_per_call": 1}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 

@@ -44,8 +44,8 @@ _OLDEST = {
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PRECISIONS = ("fp32", "int8")
-REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {}
+MANIFEST_DETAILS: Mapping[str, object] = {
     **{"opset": OPSET, "ir_version": _IR_VERSION, "needs": "ONNX Runtime >= 1.18"},
     **{"input": "images", "output": "logits"},
 }

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 FILES = ("model.xml", "model.bin")
 PACKAGES = ("torch", "openvino")
 PRECISIONS = ("fp32", "int8")
-REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {}
+MANIFEST_DETAILS: Mapping[str, object] = {}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 
@@ -84,7 +84,7 @@ def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision:
 def int8_sums_saturate() -> bool:
     """Whether sums of two int8 products saturate at 16 bits here, as on x86 without VNNI: a convolution tells.
 
-    Where they do, weights of 7 bits (`Method.weight_qmax` of 63) keep every such sum below the limit.
+    Where they do, weights of 7 bits (`QuantizationMethod.weight_qmax` of 63) keep every such sum below the limit.
     """
     vino, channels, largest = _openvino(), 64, np.float32(255)
     with suppress_output():

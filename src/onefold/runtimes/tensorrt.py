@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript", "tensorrt")
 PRECISIONS = ("fp32", "fp16")
-REFUSES: Mapping[str, str] = {"int8": "its activations are symmetric, and ours have zero points"}
-DETAILS: Mapping[str, object] = {"input": "images", "output": "logits"}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {"int8": "its activations are symmetric, and ours have zero points"}
+MANIFEST_DETAILS: Mapping[str, object] = {"input": "images", "output": "logits"}
 ACCEPTS_QDQ = True
 
 _MAX_BATCH = 32  # images per call; larger batches are split

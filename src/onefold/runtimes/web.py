@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FILES = ("model.onnx",)
 PACKAGES = ("torch", "onnx", "onnxscript")
 PRECISIONS = ("fp32", "int8")
-REFUSES: Mapping[str, str] = {}
-DETAILS: Mapping[str, object] = {"input": "images", "output": "logits", "execution_provider": "wasm"}
+UNSUPPORTED_PRECISIONS: Mapping[str, str] = {}
+MANIFEST_DETAILS: Mapping[str, object] = {"input": "images", "output": "logits", "execution_provider": "wasm"}
 ACCEPTS_QDQ = True
 unavailable_reason = None
 

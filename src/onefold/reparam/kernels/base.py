@@ -1,6 +1,6 @@
 """What a back end is: the four passes over the batch that the `moments` route needs, as a protocol.
 
-Everything else of the route is algebra on small matrices (`reparam.algebra`).
+Everything else of the route is algebra on small matrices (`reparam.moments_algebra`).
 
 Shapes: B batch, I and O input and output channels, G groups, K = I/G * H * W values a patch, N patches (places of the
 output over the batch). A kernel is (G, O/G, K), a mean (G, K), a covariance (G, K, K).
@@ -31,7 +31,7 @@ class Geometry:
     kernel_size: Pair
     stride: Pair
     padding: Pair
-    dilation: Pair = (1, 1)  # only `Reference` takes another
+    dilation: Pair = (1, 1)  # only `ReferenceBackend` takes another
 
 
 class Moments(NamedTuple):

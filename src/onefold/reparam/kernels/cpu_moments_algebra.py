@@ -1,4 +1,4 @@
-"""A unit's algebra by the compiled kernels: what `reparam.algebra` does in torch, in one call each."""
+"""A unit's algebra by the compiled kernels: what `reparam.moments_algebra` does in torch, in one call each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 // The algebra of a unit between its passes over the batch: from moments to one kernel, and back to all gradients.
 //
 // A unit is B branches with a kernel and perhaps a skip; branch B is the skip. Rows are the kernels on the unit's patch,
-// (B, O, K) with K = channels a group * taps; see `unit.py` and `moments.py` for the formulas.
+// (B, O, K) with K = channels a group * taps; see `branches.py` and `moments.py` for the formulas.
 #include "pointwise.h"
 
 namespace {

@@ -63,13 +63,13 @@ def clamp_limits(act: ClampMax) -> tuple[float, bool]:
     return (0.0, False) if act is None else (float(act), True)
 
 
-def feature_map_block(x: Tensor, places: int) -> LaunchOptions:
+def feature_map_block_size(x: Tensor, places: int) -> LaunchOptions:
     """The block of a program that makes a depthwise map: 1024 values, along the memory."""
     block_c = min(64, _power_of_2(x.shape[1])) if memory_format_of(x) == torch.channels_last else 1
     return {"block_c": block_c, "block_p": min(1024 // block_c, _power_of_2(places)), "num_warps": 4, "num_stages": 1}
 
 
-def patch_block(x: Tensor, geometry: Geometry) -> LaunchOptions:
+def patch_block_size(x: Tensor, geometry: Geometry) -> LaunchOptions:
     """The block of a program that sums patches: 8192 values, which is what the registers hold.
 
     One step at a time: Triton 3.2 cannot load three-dimensional blocks ahead.
@@ -81,13 +81,13 @@ def patch_block(x: Tensor, geometry: Geometry) -> LaunchOptions:
     return {"block_t": block_t, "block_c": block_c, "block_p": block_p, "num_warps": 4 if last else 8, "num_stages": 1}
 
 
-def matmul_block(x: Tensor, places: int, columns: int) -> LaunchOptions:
+def matmul_block_size(x: Tensor, places: int, columns: int) -> LaunchOptions:
     """The block of a program that multiplies the rows of a map by a matrix of so many columns."""
     block_n, block_b = (_side(x, size) for size in (places, columns))
     return {"block_n": block_n, "block_k": 32, "block_b": block_b, **_staged(block_n * block_b, 3)}
 
 
-def gram_block(x: Tensor, rows: int, columns: int) -> LaunchOptions:
+def gram_block_size(x: Tensor, rows: int, columns: int) -> LaunchOptions:
     """The block of a program that sums products of two maps over their places."""
     block_a, block_b = (_side(x, size) for size in (rows, columns))
     block_n = 32 if x.dtype == torch.float32 else 64

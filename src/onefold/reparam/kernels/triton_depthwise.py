@@ -24,14 +24,14 @@ from onefold.reparam.kernels.triton_base import (
     constexpr,
     decode_position,
     element_offset,
-    feature_map_block,
+    feature_map_block_size,
     jit,
     launch_grid,
     load_patches,
     load_pixels,
     matmul_add,
     memory_format_of,
-    patch_block,
+    patch_block_size,
     reduction_grid,
     tensor,
     tl,
@@ -191,7 +191,7 @@ class TritonDepthwise:
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the patches; those of a half-precision x are of its differences from the pilot."""
         x = x.contiguous(memory_format=memory_format_of(x))
-        shift, sizes, block = approximate_mean(x), _sizes(x, geometry), patch_block(x, geometry)
+        shift, sizes, block = approximate_mean(x), _sizes(x, geometry), patch_block_size(x, geometry)
         taps = geometry.kernel_size[0] * geometry.kernel_size[1]
         by_tap = x.dtype == torch.float32  # a program a tap: there are no tensor cores for all pairs at once
         grid = (*reduction_grid(sizes, block), taps if by_tap else 1)
@@ -208,7 +208,7 @@ class TritonDepthwise:
         """act(bias + kernel (patch - mean)): (B, O, H', W'); the kernel stays in float32."""
         x = x.contiguous(memory_format=memory_format_of(x))
         sizes, times, (act_max, clamp) = _sizes(x, geometry), kernel.shape[1], clamp_limits(act)
-        block = feature_map_block(x, sizes["places"])
+        block = feature_map_block_size(x, sizes["places"])
         kernel, weight = kernel.double(), _by_tap(kernel)
         offset = bias - (kernel @ mean.to(kernel)[..., None]).flatten()
         shape = (x.shape[0], x.shape[1] * times, sizes["rows"], sizes["columns"])
@@ -223,7 +223,7 @@ class TritonDepthwise:
     ) -> tuple[Tensor, Tensor]:
         """Sum over places of grad' (patch - mean)^T (C, M, T), and of grad' (O,), in float64."""
         x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
-        sizes, block, (act_max, clamp) = _sizes(x, geometry), patch_block(x, geometry), clamp_limits(act)
+        sizes, block, (act_max, clamp) = _sizes(x, geometry), patch_block_size(x, geometry), clamp_limits(act)
         times = grad.shape[1] // x.shape[1]
         shift = mean.mean(1).float()
         grid = (*reduction_grid(sizes, block), times)
@@ -252,7 +252,7 @@ class TritonDepthwise:
         constant = shift.double() - (quad.double() @ mean.double()[..., None]).squeeze(-1)
         table = _table(quad.double(), constant, high, wide)
         sizes["places"] = x.shape[0] * x.shape[2] * x.shape[3]
-        block = feature_map_block(x, sizes["places"])
+        block = feature_map_block_size(x, sizes["places"])
         dx = torch.empty_like(x, memory_format=memory_format_of(x))
         kinds = (high.low, len(high.reads), wide.low, len(wide.reads))
         with torch.cuda.device_of(x):

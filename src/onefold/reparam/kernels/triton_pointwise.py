@@ -19,10 +19,10 @@ from onefold.reparam.kernels.triton_base import (
     clamp_grad,
     clamp_limits,
     constexpr,
-    gram_block,
+    gram_block_size,
     jit,
     matmul_add,
-    matmul_block,
+    matmul_block_size,
     memory_format_of,
     num_reduction_parts,
     tensor,
@@ -188,7 +188,7 @@ class TritonPointwise:
     def moments(self, x: Tensor, geometry: Geometry) -> Moments:
         """Mean and covariance of the rows; those of a half-precision x are of its differences from the pilot."""
         x = x.contiguous(memory_format=memory_format_of(x))
-        channels, sizes, block = x.shape[1], _sizes(x), gram_block(x, x.shape[1], x.shape[1])
+        channels, sizes, block = x.shape[1], _sizes(x), gram_block_size(x, x.shape[1], x.shape[1])
         tiles, across, shift = _num_tiles(x, block), -(-channels // block["block_a"]), approximate_mean(x)
         parts = num_reduction_parts(tiles, across**2)
         second, first = shift.new_empty(parts, channels, channels), shift.new_empty(parts, channels)
@@ -208,7 +208,7 @@ class TritonPointwise:
         weight, (act_max, clamp) = kernel[0].to(x.dtype).contiguous(), clamp_limits(act)
         offset = (bias.double() - weight.double() @ mean[0].double()).float()
         outputs, sizes = len(weight), _sizes(x)
-        block = matmul_block(x, sizes["places"], outputs)
+        block = matmul_block_size(x, sizes["places"], outputs)
         shape = (x.shape[0], outputs, *x.shape[2:])
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
         grid = (_num_tiles(x, block) * -(-outputs // block["block_b"]),)
@@ -222,7 +222,7 @@ class TritonPointwise:
         """Sum over places of grad' (row - mean)^T (1, O, I), and of grad' (O,), in float64."""
         x, grad, y = (m.contiguous(memory_format=memory_format_of(x)) for m in (x, grad, y))
         (outputs, channels), (act_max, clamp) = (grad.shape[1], x.shape[1]), clamp_limits(act)
-        block = gram_block(x, outputs, channels)
+        block = gram_block_size(x, outputs, channels)
         tiles, down, across = _num_tiles(x, block), -(-outputs // block["block_a"]), -(-channels // block["block_b"])
         parts = num_reduction_parts(tiles, down * across)
         centred = x.dtype == torch.float32  # half-precision values multiply exactly, their differences would not
@@ -246,7 +246,7 @@ class TritonPointwise:
         weight, square = kernel[0].to(x.dtype).contiguous(), (quad[0] / scale).to(x.dtype).contiguous()
         offset = (shift[0].double() - scale.double() * (square.double() @ mean[0].double())).float()
         sizes, dx = _sizes(x), torch.empty_like(x, memory_format=memory_format_of(x))
-        block = matmul_block(x, sizes["places"], channels)
+        block = matmul_block_size(x, sizes["places"], channels)
         grid = (_num_tiles(x, block) * -(-channels // block["block_b"]),)
         with torch.cuda.device_of(x):
             _input_grad_kernel[grid](

@@ -100,7 +100,8 @@ def matching_model_names(source: str | Path, name: str | None) -> tuple[str, ...
 def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
     """Load weights into `model`, which is called `name`, and return the network that holds them.
 
-    That is `model`, or its fused form where the weights are fused: see `weights.load_into_`. Raises BadCheckpoint.
+    That is `model`, or its fused form where the weights are fused: see `load_weights.copy_weights_`.
+    Raises BadCheckpoint.
     """
     _, weights = _open(source)
     return copy_weights_(model, weights, name)

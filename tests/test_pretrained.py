@@ -37,7 +37,7 @@ from onefold.commands.open_network import resolve_weights_file
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
-from onefold.models.hub import (
+from onefold.models.pretrained import (
     from_pretrained,
     load_model,
     load_weights_,
