@@ -35,7 +35,8 @@ from onefold.bench import Comparison, Machine, Procedure, append_results, compar
 from onefold.bench.timing_noise import paired_ratio_interval
 from onefold.commands.bench import latency_bound, load_or_measure_roofline, make_timed_call
 from onefold.commands.calibration import CalibrationOptions, calibrated_network
-from onefold.commands.open_network import Network, Predictor, open_predictor
+from onefold.commands.open_network import Network
+from onefold.commands.predictor import Predictor, open_predictor
 from onefold.errors import OnefoldError
 from onefold.quantize import MINMAX_METHOD
 from onefold.storage import write_text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onefold.bench import Comparison, Machine, Procedure, append_results, compare
 from onefold.commands.export import ExportOptions, export_to_runtimes
-from onefold.commands.open_network import open_predictor
+from onefold.commands.predictor import open_predictor
 from onefold.models import CATALOGUE, create_model
 from onefold.models.pretrained import Card, save_weights
 

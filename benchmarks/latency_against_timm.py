@@ -35,7 +35,8 @@ from onefold.bench import Comparison, Machine, Procedure, append_results, compar
 from onefold.commands.bench import make_timed_call
 from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.export import model_info
-from onefold.commands.open_network import Network, Predictor, open_network, open_predictor
+from onefold.commands.open_network import Network, open_network
+from onefold.commands.predictor import Predictor, open_predictor
 from onefold.commands.timm_networks import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError

@@ -5,8 +5,10 @@
 
 300 of the photos are laid out as a user has them, a folder a class. Each command is run as it is typed, in a
 terminal (a pty), so that what is drawn there is seen: `silent` is the longest time in which nothing came, from the
-start of the command on. Step 1 makes an environment of its own and installs this checkout into it with pip; all
-others use it (with `--steps 2-20` the environment that this script runs in). Exit status 1 where a step failed that
+start of the command on. Before step 1 a wheel of this checkout and a new environment are made, untimed; step 1
+installs the one into the other with pip, under constraints.txt, and all others use it (with `--steps 2-20` the
+environment that this script runs in). `before` are the seconds that a step was complained of for, where they are known:
+`BEFORE` says what they were of. The last line of each is what it said last. Exit status 1 where a step failed that
 should not, or was silent for more than two seconds. The table is kept in benchmarks/results.
 """
 
@@ -24,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +34,7 @@ NUM_PHOTOS = 300
 SILENCE = 2.0  # seconds
 TRAIN = "onefold train --recipe photos:finetune --data photos --model mobileone_s0 --weights {weights} --img-size 96"
 STEPS = (
-    "pip install onefold[all]",  # this checkout, see `install`
+    "pip install --constraint constraints.txt onefold[all]",  # a wheel of this checkout, see `install`
     "onefold --help",
     'onefold models "mobileone*"',
     "onefold data photos",
@@ -53,6 +55,13 @@ STEPS = (
     "onefold train --resume runs/stopped",
     "onefold report . --out report.html",
 )
+BEFORE = {  # step: seconds
+    3: ("12", "each time"),
+    5: ("12", "its first step, for compiling; of S0 at 224 pixels"),
+    10: ("20", "of S0 at 224 pixels"),
+    13: ("548", "of processor time, without a word; to three runtimes, at 224 pixels"),
+    17: ("97-420", "on a quiet machine, and beside other work, when it was not done yet; to two runtimes"),
+}
 STOPPED = {18: (75, 12.0)}  # step: exit status of a stop, and when Ctrl-C is typed
 
 
@@ -70,7 +79,8 @@ class Step:
         return self.status == STOPPED.get(self.number, (0, 0))[0] and (self.silent <= SILENCE or self.number == 1)
 
     def row(self) -> str:
-        figures = f"{self.number:2}  {self.seconds:6.1f} s  {self.silent:5.1f} s  {self.status:3}"
+        before = BEFORE.get(self.number, ("-", ""))[0]
+        figures = f"{self.number:2}  {before:>7}  {self.seconds:6.1f}  {self.silent:6.1f}  {self.status:4}"
         return f"{figures}  {self.command}\n      {self.said}"
 
 
@@ -111,24 +121,25 @@ def run(number: int, command: str, work: Path, environment: dict[str, str]) -> S
             stop = 1e9
     status = process.wait()
     end = time.monotonic()
-    lines = [
-        line
-        for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")))
-        if line.strip()
-    ]
+    left = [line.rpartition("\x1b[2K")[2] for line in text.decode(errors="replace").replace("\r\n", "\n").split("\n")]
+    plain = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r ") for line in left]
+    lines = [line.rpartition("\r")[2] for line in plain if line]
     (work / f"step-{number:02}.txt").write_bytes(text)
     return Step(
         number=number, command=command, seconds=end - start, silent=max(silent, end - last), status=status,
-        said=lines[-1].strip()[:150] if lines else "nothing",
+        said=lines[-1][:200] if lines else "nothing",
     )  # fmt: skip
 
 
 def install(work: Path) -> tuple[str, dict[str, str]]:
     """What step 1 runs, and the environment in which the others find what it installed."""
-    venv = work / "venv"
+    venv, pip = work / "venv", [sys.executable, "-m", "pip", "--quiet"]
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    command = f"python -m pip install --constraint {ROOT / 'constraints.txt'} '{ROOT}[all]'"
-    return command, {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(work / "wheel"), str(ROOT)], check=True)
+    (wheel,) = (work / "wheel").glob("*.whl")
+    command = f"python -m pip install --constraint {ROOT / 'constraints.txt'} '{wheel}[all]'"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return command, {**environment, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
 
 
 def main() -> int:
@@ -145,18 +156,21 @@ def main() -> int:
     environment, steps = dict(os.environ), []
     for number in range(first, last + 1):
         command = STEPS[number - 1].format(weights=given.weights.resolve(), photo=photo)
+        typed = command
         if number == 1:
-            command, environment = install(work)
-        steps.append(run(number, command, work, environment))
+            typed, environment = install(work)
+        steps.append(replace(run(number, typed, work, environment), command=command))
         print(steps[-1].row(), flush=True)
     wrong = [step.number for step in steps if not step.is_right]
     seconds = sum(step.seconds for step in steps)
     total = f"{seconds:.0f} s in all; failed, or silent for over {SILENCE:.0f} s: {wrong or 'none'}"
     print(total)
     rows = "\n".join(step.row() for step in steps).replace(str(given.weights.resolve()), given.weights.name)
-    rows = rows.replace(str(ROOT), ".")
-    heads = f"{__doc__.splitlines()[0]}\n\n     time     silent  exit  command\n"
-    (given.results / f"{datetime.date.today()}-user-steps.txt").write_text(f"{heads}{rows}\n\n{total}\n")
+    rows = rows.replace(str(ROOT), ".").replace(f"{work}/", "")
+    machine = f"load {os.getloadavg()[0]:.1f} at the end, {len(os.sched_getaffinity(0))} cores"
+    notes = "\n".join(f"before {number}: {seconds} s {of}" for number, (seconds, of) in BEFORE.items())
+    heads = f"{__doc__.splitlines()[0]}\n\n     before    time  silent  exit  command (seconds; {machine})\n"
+    (given.results / f"{datetime.date.today()}-user-steps.txt").write_text(f"{heads}{rows}\n\n{total}\n{notes}\n")
     return 1 if wrong else 0
 
 

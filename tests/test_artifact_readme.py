@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from available_runtimes import RUNNABLE
-from onefold.commands.open_network import open_predictor
 from onefold.commands.predict import predict
+from onefold.commands.predictor import open_predictor
 from onefold.data import Preprocessing
 from onefold.errors import BadArtifact
 from onefold.quantize import QuantizationMethod, quantize

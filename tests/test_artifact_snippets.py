@@ -21,8 +21,9 @@ from PIL import Image
 
 from onefold.commands.calibration import CalibrationOptions
 from onefold.commands.export import ExportOptions, export_to_runtimes
-from onefold.commands.open_network import open_network, open_predictor
+from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict
+from onefold.commands.predictor import open_predictor
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.pretrained import save_weights

@@ -41,7 +41,7 @@ from onefold.checksums import (
 )
 from onefold.cli import main
 from onefold.commands.held_out import read_run_data
-from onefold.commands.open_network import open_predictor
+from onefold.commands.predictor import open_predictor
 from onefold.commands.run_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.pretrained import load_model

@@ -45,7 +45,8 @@ from onefold.commands.held_out import (
     update_run_data_location,
     write_run_data,
 )
-from onefold.commands.open_network import open_network, open_predictor
+from onefold.commands.open_network import open_network
+from onefold.commands.predictor import open_predictor
 from onefold.commands.run_recipe import read_recipe
 from onefold.commands.train import resume_run, start_run
 from onefold.data import open_dataset, read_dataset

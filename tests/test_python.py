@@ -57,6 +57,19 @@ def artifact(fused, photos: Path):
 # ------------------------------------------------------------------------------------------- the road
 
 
+def test_an_artifact_needs_no_torch(artifact, photos: Path):
+    picture = sorted((photos / CLASSES[0]).iterdir())[0]
+    code = (
+        "import sys; sys.modules['torch'] = None  # an import of it fails\n"
+        "import onefold, onefold.commands.bench\n"
+        "print(*onefold.predict(*sys.argv[1:]).names)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(artifact.folder), str(picture)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == artifact(picture).names
+
+
 def test_a_run_tells_its_history_its_best_epoch_and_its_data(run: onefold.Run):
     assert [each["epoch"] for each in run.history] == [1]
     assert run.best.top1 == run.history[0]["top1"]

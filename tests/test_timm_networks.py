@@ -23,7 +23,8 @@ from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.deployment import ArtifactResult, accuracy_gate
 from onefold.commands.export import ExportOptions, export_artifact, export_to_runtimes, warn_int8_disagreement
 from onefold.commands.fuse import fuse as fuse_stage
-from onefold.commands.open_network import Network, make_predictor, open_network, open_predictor
+from onefold.commands.open_network import Network, make_predictor, open_network
+from onefold.commands.predictor import open_predictor
 from onefold.commands.timm_networks import open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
 from onefold.models.pretrained import Card

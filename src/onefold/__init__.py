@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from onefold.commands.evaluate import evaluate as evaluate
     from onefold.commands.export import export as export
     from onefold.commands.fuse import fuse as fuse
-    from onefold.commands.load import load as load
     from onefold.commands.load import load_model as load_model
     from onefold.commands.predict import predict as predict
+    from onefold.commands.predictor import load as load
     from onefold.commands.quantize import quantize as quantize
     from onefold.commands.report import report as report
     from onefold.commands.run import Run as Run
@@ -50,8 +50,9 @@ _HOMES = {
     "onefold.commands.evaluate": ("evaluate",),
     "onefold.commands.export": ("export",),
     "onefold.commands.fuse": ("fuse",),
-    "onefold.commands.load": ("load", "load_model"),
+    "onefold.commands.load": ("load_model",),
     "onefold.commands.predict": ("predict",),
+    "onefold.commands.predictor": ("load",),
     "onefold.commands.quantize": ("quantize",),
     "onefold.commands.report": ("report",),
     "onefold.commands.run": ("Run",),

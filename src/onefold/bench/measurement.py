@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import math
 import random
 import time
@@ -18,6 +19,8 @@ from onefold.bench.machine import Machine
 from onefold.bench.roofline import LatencyBound
 from onefold.bench.timing_noise import SystemCounters, TimingNoise, percentile, percentile_confidence_bound
 from onefold.errors import BadArgument, BadData
+
+_progress = logging.getLogger("onefold.progress")
 
 _CENTURY_NS = 100 * 366 * 24 * 3600 * 10**9
 
@@ -172,6 +175,7 @@ Clock = Callable[[], int]
 _TICKS_A_SAMPLE = 1000
 _MOST_REPEATS = 1_000_000
 _KEPT_WARMUP = 50
+_TOLD_EVERY = 20  # rounds: how far a measurement is, between two of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,17 +250,21 @@ def time_interleaved(calls: Sequence[Call], procedure: Procedure, instruments: I
     samples: list[list[int]] = [[] for _ in calls]
     with _no_garbage_collection():
         overhead = sorted(_time(_nothing, 1, clock) for _ in range(101))[50]
+        _progress.debug("warming up")
         warmups = _warm_up(calls, procedure, clock)
         repeats = [_repeats(warmup, resolution) for warmup in warmups]
         before = instruments.vitals()
         start = clock()
         enough = procedure.min_seconds * 1e9 * len(calls)
         while len(samples[0]) < procedure.samples or clock() - start < enough:
+            if not len(samples[0]) % _TOLD_EVERY and len(samples[0]) < procedure.samples:
+                _progress.debug("calls of each", extra={"done": len(samples[0]), "total": procedure.samples})
             for which in next(order):
                 for _ in lead:
                     calls[which]()
                 samples[which].append(_time(calls[which], repeats[which], clock))
         after = instruments.vitals()
+    _progress.debug("calls are timed", extra={"done": 1, "total": 1})
     timings = (
         _Timing(tuple(sample), tuple(warmup[:_KEPT_WARMUP]), repeat)
         for sample, warmup, repeat in zip(samples, warmups, repeats, strict=True)

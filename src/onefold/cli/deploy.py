@@ -1,4 +1,4 @@
-"""`onefold deploy`: parses its arguments and prints what was made."""
+"""`onefold export` and `deploy`: parse their arguments and print what was made."""
 
 from __future__ import annotations
 
@@ -10,6 +10,51 @@ from typer import Option
 from onefold.cli import display
 from onefold.cli.options import ImgSizeOption, ModelOption, SourceArgument, ThreadsOption, UseEmaOption, parse_runtimes
 from onefold.cli.progress import show_progress
+from onefold.runtimes import RUNTIMES
+
+
+def export(
+    source: SourceArgument,
+    out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
+    to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
+    precision: Annotated[str, Option(help="fp32, fp16, bf16, or int8 with --data; no runtime has all")] = "fp32",
+    data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
+    calibrate: Annotated[int, Option(min=2, help="how many photos to take, evenly")] = 200,
+    weight_bits: Annotated[
+        int, Option(min=7, max=8, help="7 for x86 processors without VNNI, as reduce_range in ONNX Runtime")
+    ] = 8,
+    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
+    model: ModelOption = None,
+    use_ema: UseEmaOption = None,
+    img_size: ImgSizeOption = None,
+    no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
+    opset: Annotated[
+        int | None, Option(help="ONNX opset, 15 to 20: a lower one for an older ONNX Runtime", show_default="20")
+    ] = None,
+) -> None:
+    """Export to runtimes, fused, with classes, preprocessing and a reference output inside.
+
+    Each artifact is run once: its parity is how far its logits lie from PyTorch's, relative to the largest.
+    """
+    with show_progress("exporting"):
+        from onefold.commands.export import export as export_to
+
+        made = export_to(
+            source,
+            parse_runtimes(to),
+            out=out,
+            precision=precision,
+            data=data,
+            calibrate=calibrate,
+            weight_bits=weight_bits,
+            per_tensor=per_tensor,
+            model=model,
+            use_ema=use_ema,
+            img_size=img_size,
+            no_fuse=no_fuse,
+            opset=opset,
+        )
+    display.print_artifacts(made)
 
 
 def deploy(

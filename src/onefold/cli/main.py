@@ -29,11 +29,9 @@ from onefold.cli.options import (
     SourceArgument,
     ThreadsOption,
     UseEmaOption,
-    parse_runtimes,
 )
 from onefold.cli.progress import show_progress, show_training_progress
 from onefold.errors import BadArgument
-from onefold.runtimes import RUNTIMES
 from onefold.system_resources import keep_freed_memory, limit_library_threads
 
 if TYPE_CHECKING:
@@ -135,29 +133,38 @@ def train(
     data PLACE` shows how any other place is understood.
     """
     changes = _dotted(context)  # a mistyped option is an error before torch is imported
-    from onefold.commands.run import new_run_folder
-    from onefold.commands.train import Callbacks
-    from onefold.commands.train import train as train_network
-    from onefold.recipes import all_recipes, find_recipe
-    from onefold.train import import_training_modules
-    from onefold.train.launch import launch
-
     if list_recipes:
-        display.print_recipes(all_recipes())
+        with show_progress("reading the recipes"):
+            from onefold.recipes import all_recipes
+
+            found = all_recipes()
+        display.print_recipes(found)
         return
     if processes > 1 and "RANK" not in os.environ:
-        import_training_modules()
         given = list(context.obj)
-        if out is None and resume is None:  # chosen once, for all processes
-            given += ["--out", str(new_run_folder(find_recipe(recipe)))]
+        with show_progress("starting"):
+            from onefold.commands.run import new_run_folder
+            from onefold.recipes import find_recipe
+            from onefold.train import import_training_modules
+            from onefold.train.launch import launch
+
+            import_training_modules()
+            if out is None and resume is None:  # chosen once, for all processes
+                given += ["--out", str(new_run_folder(find_recipe(recipe)))]
         raise typer.Exit(launch(lambda: main(given), processes, max_restarts))
     with ExitStack() as stack:
+        on_progress = None if show or quiet else stack.enter_context(show_training_progress())
+        if show:
+            stack.enter_context(show_progress("reading the recipe"))
+        from onefold.commands.train import Callbacks
+        from onefold.commands.train import train as train_network
+
         callbacks = Callbacks(on_recipe=_show) if show else Callbacks()
-        if not (show or quiet):
+        if on_progress is not None:
             callbacks = Callbacks(
                 on_start=partial(display.print_changed_fields, typed=context.obj),
                 on_data=display.print_dataset,
-                on_progress=stack.enter_context(show_training_progress()),
+                on_progress=on_progress,
             )
         run = train_network(
             data,
@@ -332,52 +339,14 @@ def fuse(
     display.print_fused_weights(made)
 
 
-@app.command()
-def export(
-    source: SourceArgument,
-    out: Annotated[Path, Option("--out", "-o", help="the folder for the artifacts")] = Path("artifacts"),
-    to: Annotated[str, Option(help=f"runtimes, by comma: {', '.join(RUNTIMES)}")] = "onnx",
-    precision: Annotated[str, Option(help="fp32, fp16, bf16, or int8 with --data; no runtime has all")] = "fp32",
-    data: Annotated[str | None, Option(help="photos to calibrate int8 with: a folder, or digits")] = None,
-    calibrate: Annotated[int, Option(min=2, help="how many photos to take, evenly")] = 200,
-    weight_bits: Annotated[
-        int, Option(min=7, max=8, help="7 for x86 processors without VNNI, as reduce_range in ONNX Runtime")
-    ] = 8,
-    per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
-    model: ModelOption = None,
-    use_ema: UseEmaOption = None,
-    img_size: ImgSizeOption = None,
-    no_fuse: Annotated[bool, Option("--no-fuse", help="export the training network as it is")] = False,
-    opset: Annotated[
-        int | None, Option(help="ONNX opset, 15 to 20: a lower one for an older ONNX Runtime", show_default="20")
-    ] = None,
-) -> None:
-    """Export to runtimes, fused, with classes, preprocessing and a reference output inside.
-
-    Each artifact is run once: its parity is how far its logits lie from PyTorch's, relative to the largest.
-    """
-    with show_progress("exporting"):
-        from onefold.commands.export import export as export_to
-
-        made = export_to(
-            source,
-            parse_runtimes(to),
-            out=out,
-            precision=precision,
-            data=data,
-            calibrate=calibrate,
-            weight_bits=weight_bits,
-            per_tensor=per_tensor,
-            model=model,
-            use_ema=use_ema,
-            img_size=img_size,
-            no_fuse=no_fuse,
-            opset=opset,
-        )
-    display.print_artifacts(made)
-
-
-for verb in (deploying.deploy, benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone):
+for verb in (
+    deploying.export,
+    deploying.deploy,
+    benchmarking.bench,
+    benchmarking.limits,
+    benchmarking.profile,
+    benchmarking.phone,
+):
     app.command()(verb)
 
 

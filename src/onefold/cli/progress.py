@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from itertools import dropwhile
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
+from onefold.cli import progress_writer
 from onefold.commands.progress import progress_handler
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 _OnProgress = Callable[["Progress"], None]
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line of a log, and between two
+_REDRAWN_S = 0.2  # the line on a terminal
+_LONGEST = 1000  # characters of an update, which a pipe takes whole
 
 
 @contextmanager
@@ -27,81 +32,154 @@ def show_progress(what: str) -> Iterator[None]:
     """Shows what is done, how far it is and how long it will take, while the block runs.
 
     The library says what it does to the logger "onefold.progress": a sentence, with `done` and `total` steps where they
-    are counted. A stage within another comes from another function, and is the share of a step that it has done.
+    are counted. A stage within another comes from another function, and is the share of a step that it has done. A
+    process writes it (see `progress_writer`); of a training on several processes the first one alone is shown.
     """
-    stages = _Stages(what)
-    with progress_handler(stages), _live(stages) if _is_live() else _lines(stages):
+    with ExitStack() as shown:
+        if sys.executable and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError, ValueError):  # stderr is no file, or there is no process to be had
+                shown.enter_context(progress_handler(_Stages(what, shown.enter_context(_writer(what)))))
         yield
 
 
 def _is_live() -> bool:
-    return sys.stderr.isatty() and not os.environ.get("NO_PROGRESS")
+    return sys.stderr.isatty() and not os.environ.get("NO_PROGRESS") and os.environ.get("TERM") != "dumb"
 
 
 class _Stages(logging.Handler):
     """The stages that are under way, the outermost first: what, how many steps are done, and of how many."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, tell: Callable[[str], None]) -> None:
         super().__init__()
-        self._what, self._began = what, time.monotonic()
-        self._stages: dict[tuple[str, str], tuple[str, int, int]] = {}
+        self._what, self._tell = what, tell
+        self._stages: dict[tuple[str, str], _Stage] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the stage, in place of what its function said before and of all within that; drop one that is done."""
-        key, known = (record.pathname, record.funcName), list(self._stages)
-        for inner in known[known.index(key) :] if key in known else ():
+        key, known, now = (record.pathname, record.funcName), list(self._stages), time.monotonic()
+        before = self._stages.get(key)
+        for inner in known[known.index(key) :] if before else ():
             del self._stages[inner]
         done, total = getattr(record, "done", 0), getattr(record, "total", 0)
         if not total or done < total:
-            self._stages[key] = record.getMessage(), done, total
+            began = before.began if before and before.total == total else now
+            self._stages[key] = _Stage(record.getMessage(), done, total, began)
+        self._tell(self.update(now))
 
-    @property
-    def share(self) -> float:
-        """How much of all is done, from 0 to 1."""
+    def update(self, now: float) -> str:
+        """Give what the process that writes is told, see there."""
+        stages = list(self._stages.values())
+        counted = list(dropwhile(lambda stage: not stage.total, stages))
         share = 0.0
-        for _, done, total in reversed(list(self._stages.values())):
-            share = (done + share) / total if total else 0.0
-        return share
+        for stage in reversed(counted):
+            share = (stage.done + share) / stage.total if stage.total else 0.0
+        spent = now - counted[0].began if counted else 0.0
+        return f"{spent:.3f}\t{share:.5f}\t{', '.join(map(str, stages)) or self._what}"
+
+
+class _Stage(NamedTuple):
+    what: str
+    done: int
+    total: int
+    began: float
 
     def __str__(self) -> str:
-        """What is done, for how long, and for how long still."""
-        stages = [f"{what} ({done + 1} of {total})" if total else what for what, done, total in self._stages.values()]
-        spent, share = time.monotonic() - self._began, self.share
-        left = f", about {timedelta(seconds=round(spent * (1 - share) / share))} left" if share > 0.05 else ""
-        return f"{', '.join(stages) or self._what}: {timedelta(seconds=round(spent))}{left}"
-
-    def __rich__(self) -> str:
-        return str(self).replace("[", r"\[")
+        return f"{self.what} ({self.done + 1} of {self.total})" if self.total > 1 else self.what
 
 
 @contextmanager
-def _live(stages: _Stages) -> Iterator[None]:
-    from rich.console import Console
-    from rich.live import Live
-    from rich.spinner import Spinner
+def _writer(what: str) -> Iterator[Callable[[str], None]]:
+    """Starts the process that writes, and gives what tells it of an update; on a terminal, prints come above its line.
 
-    console = Console(stderr=True, highlight=False)
-    with Live(Spinner("dots", stages), console=console, transient=True, redirect_stdout=sys.stdout.isatty()):
+    Raises OSError where it cannot be started, ValueError where stderr is no file.
+    """
+    live = _is_live()
+    first, every = (_REDRAWN_S, _REDRAWN_S) if live else (_FIRST_S, _EVERY_S)
+    # Ctrl-C is the command's to hear: a signal that is blocked here is blocked for good in the process that is started.
+    with _blocked(signal.SIGINT):
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                progress_writer.__file__,
+                "live" if live else "log",
+                str(first),
+                str(every),
+                _printable(what),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=sys.stderr.fileno(),
+        )
+    assert process.stdin is not None
+    pipe = process.stdin.fileno()
+    os.set_blocking(pipe, False)  # an update that finds the pipe full is left out
+
+    def tell(update: str) -> None:
+        with suppress(OSError):
+            os.write(pipe, f"{_printable(update)}\n".encode("utf-8", "backslashreplace"))
+
+    streams = [name for name in ("stdout", "stderr") if live and getattr(sys, name).isatty()]
+    before = {name: getattr(sys, name) for name in streams}
+    above = {name: _Above(stream) for name, stream in before.items()}
+    for name, stream in above.items():
+        setattr(sys, name, cast(TextIO, stream))
+    try:
+        yield tell
+    finally:
+        process.kill()
+        process.wait()
+        with suppress(OSError):
+            process.stdin.close()
+        if live:
+            before["stderr"].write(progress_writer.ERASE)
+            before["stderr"].flush()
+        for name, stream in above.items():
+            setattr(sys, name, before[name])
+            stream.close()
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
         yield
-
-
-@contextmanager
-def _lines(stages: _Stages) -> Iterator[None]:
-    ended = threading.Event()
-
-    def write() -> None:
-        seconds = _FIRST_S
-        while not ended.wait(seconds):
-            print(stages, file=sys.stderr, flush=True)
-            seconds = _EVERY_S
-
-    writer = threading.Thread(target=write, name="onefold-progress", daemon=True)
-    writer.start()
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        ended.set()
-        writer.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text[:_LONGEST])
+
+
+class _Above:
+    """A stream of a terminal whose last line is redrawn: whole lines are printed above that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._rest = stream, ""
+
+    def write(self, text: str) -> int:
+        """Print the lines that are whole, in one piece."""
+        whole, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            self._stream.write(f"{progress_writer.ERASE}{whole}\n")
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Keep what is not a whole line yet."""
+
+    def close(self) -> None:
+        """Print what is left, once the line is erased."""
+        self._stream.write(self._rest)
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager

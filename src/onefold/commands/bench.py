@@ -33,17 +33,18 @@ from onefold.bench import (
     with_injected_slowdown,
 )
 from onefold.checksums import read_sealed_json, write_sealed_json
-from onefold.commands.load import Source, suggest_argument_names
-from onefold.commands.open_network import Floats, Predictor, open_predictor
+from onefold.commands.predictor import Floats, Predictor, Source, open_predictor, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.report import ACCURACY_FILE
+from onefold.report.format import format_count
 from onefold.runtimes import Artifact, Session
 from onefold.runtimes.artifact import manifest_sha256
 from onefold.storage import file_lock
 from onefold.system_resources import pin_to_cpus
 
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 _MORE_ATTEMPTS = 3
 ROOFLINE_SUFFIX = "-roofline.json"  # how the name of a machine's limits ends, in a folder of results
@@ -155,8 +156,11 @@ def measure_sources(order: BenchOptions, results: Path) -> tuple[Measurement | C
     _must_be_sound(order)
     with pin_to_cpus(order.pin), ExitStack() as opened:
         candidates = _opened(order, results, opened)
+        _progress.debug("timing %s, interleaved", format_count(len(candidates), "source"))
         outcome = _timed(order, candidates)
+        _progress.debug("starting each in a fresh process")
         completed = {title: _completed(each, order) for title, each in candidates.items()}
+    _progress.debug("comparing with this machine's limits")
     outcome = _held_against_limits(_with_cold_starts(outcome, completed), order, results)
     path = results / f"{Machine.detect().slug}.jsonl"
     append_results(path, [outcome])

@@ -26,8 +26,9 @@ from safetensors.torch import load, save
 
 from onefold.checksums import read_sealed_folder, write_sealed_folder
 from onefold.commands.held_out import calibration_photos, training_records
-from onefold.commands.open_network import Floats, Network
+from onefold.commands.open_network import Network
 from onefold.commands.predict import warn_unusual_images
+from onefold.commands.predictor import Floats
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, image_keys
 from onefold.errors import BadArgument, BadData, NotWritable

@@ -16,7 +16,7 @@ from onefold.commands.deploy import build_deployment
 from onefold.commands.deployment import DeployOptions, DeployResult, Gate, write_gates
 from onefold.commands.extras import require_extras
 from onefold.commands.fuse import fuse
-from onefold.commands.open_network import open_predictor
+from onefold.commands.predictor import open_predictor
 from onefold.commands.report import write_report_page
 from onefold.commands.train import Callbacks, start_run
 from onefold.errors import BadArgument, GateFailed

@@ -57,8 +57,8 @@ from onefold.commands.held_out import (
     split_unlabelled_photos,
     training_records,
 )
-from onefold.commands.load import Source, select_ema_weights, suggest_argument_names
-from onefold.commands.open_network import Network, Predictor, make_predictor, open_network, open_predictor
+from onefold.commands.open_network import Network, make_predictor, open_network
+from onefold.commands.predictor import Predictor, Source, open_predictor, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.commands.report import write_report_page
 from onefold.data import Dataset, ImageLoader, Subset

@@ -17,7 +17,8 @@ from onefold.bench import Measurement, Procedure
 from onefold.checksums import write_sealed_json
 from onefold.commands.calibration import CalibrationOptions
 from onefold.commands.held_out import DeploymentPhotos
-from onefold.commands.open_network import Network, Predictor
+from onefold.commands.open_network import Network
+from onefold.commands.predictor import Predictor
 from onefold.errors import BadArgument, GateFailed
 from onefold.quantize import QuantizationMethod
 from onefold.report import GATES_FILE

@@ -25,9 +25,8 @@ from onefold.commands.bench import save_accuracy
 from onefold.commands.class_matching import match_all_classes
 from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import count_trained_images, evaluation_sets, records_from_dict, training_records
-from onefold.commands.load import Source, open_source, suggest_argument_names
-from onefold.commands.open_network import Floats, Predictor
 from onefold.commands.predict import warn_unusual_images
+from onefold.commands.predictor import Floats, Predictor, Source, open_source, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.commands.run_recipe import RECIPE_FILE
 from onefold.data import Dataset, ImageLoader, Subset
@@ -50,6 +49,7 @@ from onefold.train import Accuracy, compute_accuracy
 from onefold.train.evaluate import merge_accuracies
 
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +323,11 @@ def evaluate_dataset(predictor: Predictor, source: Dataset, *, batch_size: int =
 
     def labelled() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i, (images, labels) in enumerate(batches.epoch(0)):
+            _progress.debug("scoring images", extra={"done": i * batch_size, "total": len(source)})
             if i == 0:
                 predictor.warn_if_wrong_model(images.numpy())
             yield images, index[labels]
+        _progress.debug("images are scored", extra={"done": 1, "total": 1})
 
     score = compute_accuracy(predictor.session, labelled())
     if not batches.bad:

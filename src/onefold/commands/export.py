@@ -25,9 +25,9 @@ from onefold.commands.calibration import (
 from onefold.commands.evaluate import evaluate
 from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import calibration_photos, records_to_dict, training_records, validation_images
-from onefold.commands.load import SavedResult, Source, select_ema_weights, suggest_argument_names
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predict import Predictions, predict
+from onefold.commands.predictor import SavedResult, Source, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.data import Preprocessing, Subset
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed

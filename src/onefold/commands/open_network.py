@@ -1,4 +1,4 @@
-"""Open what a user names: a run folder, a file of weights, an id of the hub, an exported artifact."""
+"""Open the torch network that a user names: of a run folder, a file of weights, an id of the hub, timm:NAME."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from onefold.checksums import MANIFEST, read_sealed_folder
-from onefold.commands.class_matching import read_class_names
+from onefold.commands.predictor import Floats, Predictor, untrained_facts
 from onefold.commands.timm_networks import is_timm, load_stored_timm, load_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
@@ -29,10 +25,8 @@ from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.reparam.drift import float64_drift
-from onefold.runtimes import Artifact, load
 from onefold.runtimes.artifact import is_artifact
 
-Floats = NDArray[np.float32]
 _log = logging.getLogger("onefold")
 
 _TOLERANCE = 1e-4
@@ -213,60 +207,6 @@ def _norm_distance(model: nn.Module, images: torch.Tensor) -> float:
     return float(np.mean(distances)) if distances else 0.0
 
 
-class _Session(Protocol):
-    """Images (B, C, H, W) float32 in, logits (B, N) float32 out."""
-
-    def __call__(self, images: Floats) -> Floats:
-        """Give the logits."""
-
-    def close(self) -> None:
-        """Give memory and threads back."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictor:
-    """A session with what is needed to use it: its preprocessing and its classes.
-
-    `facts` describes it as a measurement records it: model, runtime, precision, fused, ... `trained_on` and
-    `calibrated_on` say on which images, as `held_out.records_from_dict` reads it; None where nothing is recorded.
-    """
-
-    session: _Session
-    classes: tuple[str, ...] | None
-    num_classes: int
-    preprocessing: Preprocessing
-    facts: Mapping[str, Any]
-    trained_on: object = None
-    calibrated_on: object = None
-    name_check: ModelNameCheck | None = None
-
-    def warn_if_wrong_model(self, images: Floats) -> None:
-        """Log a warning where the network's norms say, on these photos, that the weights are of another network."""
-        if self.name_check is not None:
-            self.name_check.warn(images)
-
-    @property
-    def title(self) -> str:
-        """One line for a table."""
-        untrained = " random weights" if self.facts.get("untrained") else ""
-        fused = " UNFUSED" if not self.facts["fused"] else " partly fused" if self.facts.get("left_norms") else ""
-        return f"{self.facts['model']} {self.facts['runtime']} {self.facts['precision']}{untrained}{fused}"
-
-    def class_name(self, index: int) -> str:
-        """Give the name of a class, or its index where it has none."""
-        return self.classes[index] if self.classes is not None else str(index)
-
-    def close(self) -> None:
-        """Give a runtime's memory and threads back."""
-        self.session.close()
-
-    def __enter__(self) -> Predictor:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
 def open_network(source: str | Path, *, name: str | None = None) -> Network:
     """Open the torch network of a run (its best weights), a file of weights, an id of the hub, or `timm:NAME`.
 
@@ -315,21 +255,6 @@ def resolve_weights_file(source: str | Path) -> str | Path:
     return best / "model.safetensors"
 
 
-def open_predictor(
-    source: str | Path, *, name: str | None = None, threads: int = 1, fused: bool = True, size: int | None = None
-) -> Predictor:
-    """Open an artifact or a network for inference; weights are fused first unless `fused` is false.
-
-    `size` asks a torch network for images of another size than its card says; an artifact's size is fixed.
-    """
-    if is_artifact(Path(source)):
-        return _artifact_predictor(Path(source), threads, size)
-    network = open_network(source, name=name)
-    if fused and not network.is_fused:
-        network, _ = network.fused()
-    return make_predictor(network.with_size(size), threads=threads)
-
-
 def make_predictor(network: Network, *, threads: int = 1) -> Predictor:
     """Give a predictor of a torch network; one that was trained for int8, and is fused, computes as that."""
     card, size = network.card, network.preprocessing.size
@@ -347,7 +272,7 @@ def make_predictor(network: Network, *, threads: int = 1) -> Predictor:
         "macs": flops.macs,
         "sha256": network.digest,
         "source": Path(network.title).name,
-        **_untrained(card.untrained),
+        **untrained_facts(card.untrained),
         **({"left_norms": network.left_norms} if network.left_norms else {}),
     }
     return Predictor(
@@ -359,61 +284,6 @@ def make_predictor(network: Network, *, threads: int = 1) -> Predictor:
         trained_on=card.trained_on,
         name_check=network.name_check,
     )
-
-
-def _untrained(untrained: bool) -> dict[str, object]:
-    """Give what a measurement records of randomly initialized weights; nothing of others."""
-    return {"untrained": True} if untrained else {}
-
-
-def with_class_names(predictor: Predictor, classes: Path | None) -> Predictor:
-    """Give the predictor with the class names of a file (see `read_class_names`); None leaves it as it is."""
-    if classes is None:
-        return predictor
-    names = read_class_names(classes, predictor.num_classes, predictor.title)
-    return replace(predictor, classes=names)
-
-
-def _artifact_predictor(folder: Path, threads: int, size: int | None) -> Predictor:
-    session = load(folder, threads=threads)
-    artifact = session.artifact
-    if size is not None and size != artifact.input_shape[1]:
-        raise BadArgument(f"{folder} takes images of {artifact.input_shape[1]} pixels: export again for {size}")
-    return Predictor(
-        session=session,
-        classes=artifact.classes,
-        num_classes=0 if artifact.details.get("features") is True else artifact.num_classes,
-        preprocessing=Preprocessing.from_dict(artifact.preprocessing),
-        facts=artifact_facts(artifact),
-        trained_on=artifact.details.get("trained_on"),
-        calibrated_on=artifact.details.get("calibrated_on"),
-    )
-
-
-def artifact_facts(artifact: Artifact) -> dict[str, Any]:
-    """Give what a measurement records of an artifact."""
-    digests = {name: stored.sha256 for name, stored in artifact.files.items() if name.startswith("model.")}
-    return {
-        "model": artifact.model,
-        "runtime": artifact.runtime,
-        "precision": artifact.precision,
-        "fused": artifact.fused,
-        "drift": artifact.drift,
-        "input_shape": artifact.input_shape,
-        "num_bytes": artifact.num_bytes,
-        "sha256": digests[min(digests)],
-        "source": artifact.folder.name,
-        **_cost_of(artifact.details),
-        **_untrained(artifact.details.get("untrained") is True),
-        **({"left_norms": artifact.details["left_norms"]} if artifact.details.get("left_norms") else {}),
-    }
-
-
-def _cost_of(details: Mapping[str, object]) -> dict[str, int]:
-    """Give parameters and multiply-adds per image from a manifest's details; nothing where an older one has none."""
-    cost = details.get("cost")
-    values = cost if isinstance(cost, dict) else {}
-    return {key: values[key] for key in ("params", "macs") if type(values.get(key)) is int and values[key] > 0}
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 
 from onefold.bench import Comparison, Measurement, append_results
 from onefold.commands.bench import check_is_fused, saved_accuracy, unique_title
-from onefold.commands.open_network import Floats, artifact_facts
+from onefold.commands.predictor import Floats, artifact_facts
 from onefold.errors import BadArgument, GateFailed, MissingExtra
 from onefold.phone import (
     PROGRAMS,

@@ -19,8 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from onefold.commands.load import Source, open_source, suggest_argument_names
-from onefold.commands.open_network import Floats, Predictor
+from onefold.commands.predictor import Floats, Predictor, Source, open_source, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
 from onefold.data.decode import UNUSUAL_ALPHA, UNUSUAL_ALPHA_NOTE, decode_image
@@ -32,6 +31,7 @@ from onefold.report.format import format_count
 from onefold.storage import unused_path, write_text
 
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 _UNSURE = "unsure"
 """The folder that `sort_into` makes for photos whose likeliest class is below the least confidence."""
@@ -279,6 +279,7 @@ def _predict(
     numbered = enumerate(images)
     first = True
     while part := list(islice(numbered, batch_size)):
+        _progress.debug("predicting images", extra={"done": part[0][0], "total": len(images)})
         read = [_preprocess(image, predictor.preprocessing) for _, image in part]
         inputs = [image for image in read if not isinstance(image, str)]
         if inputs and first:
@@ -300,6 +301,7 @@ def _predict(
                 is_unsure=bool(probabilities[order[0]] < min_confidence),
                 probabilities=probabilities.astype(np.float32),
             )
+    _progress.debug("images are predicted", extra={"done": 1, "total": 1})
 
 
 def warn_unusual_images(images: Dataset, preprocessing: Preprocessing) -> None:

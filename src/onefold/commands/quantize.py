@@ -11,8 +11,8 @@ from torch import nn
 from onefold.commands.calibration import CalibrationOptions, Int8Network, calibrated_network
 from onefold.commands.export import Artifact, export_artifact, network_from_module, warn_int8_disagreement
 from onefold.commands.extras import extras_for_sources, require_extras
-from onefold.commands.load import Source, select_ema_weights, suggest_argument_names
 from onefold.commands.open_network import Network, open_network
+from onefold.commands.predictor import Source, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.quantize import QuantizationMethod
 

@@ -18,8 +18,8 @@ from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
 from onefold.commands.fuse import FusedWeights, fuse
 from onefold.commands.held_out import DATA_FILE, read_run_data
-from onefold.commands.load import SavedResult, Source
 from onefold.commands.predict import predict
+from onefold.commands.predictor import SavedResult, Source
 from onefold.commands.run_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split

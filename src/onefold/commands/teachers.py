@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onefold.commands.class_matching import match_all_classes
-from onefold.commands.open_network import open_network, open_predictor
+from onefold.commands.open_network import open_network
+from onefold.commands.predictor import open_predictor
 from onefold.commands.timm_networks import fixed_image_size, is_timm, open_pretrained, parse_timm_spec
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadData

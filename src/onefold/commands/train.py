@@ -39,7 +39,7 @@ from onefold.commands.initial_weights import (
     licence_and_source,
     with_preprocessing_of_weights,
 )
-from onefold.commands.load import Source, select_ema_weights, suggest_argument_names
+from onefold.commands.predictor import Source, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import training_bar
 from onefold.commands.run import BestEpoch, Run, new_run_folder
 from onefold.commands.run_recipe import (
@@ -85,6 +85,7 @@ _CHECK, _SAMPLES, _QPARAMS = "check.json", "samples.png", "int8.json"
 
 _NUM_SAMPLES = 32
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +259,20 @@ def _run(
         world.run_on_main(lambda: check_run_folder(out, hosts))
         recipe, resume = world.run_on_main(plan_run)
         run_data = world.run_on_main(lambda: find_run_data(out, recipe, *moved) if resume else None)
+        _progress.debug("reading the photos")
         with world.raise_together():
             splits = run_data.open() if run_data else open_data(recipe.data)
             training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
 
         def checked_recipe() -> Recipe:
-            if not resume:
-                return _with_value_range(recipe, training)
-            check_run_data(out, {"train": training, "val": validation})
-            return recipe
+            if resume:
+                check_run_data(out, {"train": training, "val": validation})
+                return recipe
+            measured = None if recipe.preprocessing.value_range else measure_value_range(training)
+            if measured is None or measured.is_full_range:
+                return recipe
+            _log.warning("the data: %s", measured.sentence)
+            return replace(recipe, preprocessing=replace(recipe.preprocessing, value_range=measured.value_range))
 
         recipe = world.run_on_main(checked_recipe)
         if not resume and world.size > 1 and recipe.plan.logical_workers == 1:
@@ -277,6 +283,7 @@ def _run(
             batches = _batches(training, recipe, world)
 
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
+        _progress.debug("initializing %s", recipe.model)
         start = world.run_on_main(lambda: _start(recipe, training, world.device, out if resume else None))
         model, card, params = start.model, start.card, start.params
         if params is not None:
@@ -306,7 +313,9 @@ def _run(
             if params is not None:
                 write_text(out / _QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
 
+        _progress.debug("checking the photos" if check else "writing the run folder")
         world.run_on_main(write_once)
+        _progress.debug("preparing the first step")
         evaluator = Evaluator(card=card, validation=validation, recipe=recipe, world=world)
         run = loop.RunOptions(
             out=out,
@@ -416,15 +425,6 @@ def _qparams(recipe: Recipe, images: TrainingImages, model: nn.Module, run: Path
     # Biases are corrected, since these are images of the very data that the network is for.
     method = QuantizationMethod(weights=int8.weights, weight_qmax=int8.limit, clip_weights=False, correct_weights=True)
     return calibrate_qat(model.to(images.device), inputs, method)
-
-
-def _with_value_range(recipe: Recipe, training: Dataset) -> Recipe:
-    """The recipe with the value range of the training images, where they have more than 8 bits and it has none yet."""
-    measured = None if recipe.preprocessing.value_range else measure_value_range(training)
-    if measured is None or measured.is_full_range:
-        return recipe
-    _log.warning("the data: %s", measured.sentence)
-    return replace(recipe, preprocessing=replace(recipe.preprocessing, value_range=measured.value_range))
 
 
 def _check(training: Dataset, validation: Dataset, preprocessing: Preprocessing) -> DataCheck:

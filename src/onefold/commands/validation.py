@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from onefold.commands.evaluate import PREDICTIONS, evaluate_dataset, predictions_match, write_predictions
-from onefold.commands.open_network import Network, open_predictor
+from onefold.commands.open_network import Network
+from onefold.commands.predictor import open_predictor
 from onefold.data import Dataset, ImageLoader
 from onefold.data.loader import max_bad_images
 from onefold.errors import BadData, GateFailed, NonFiniteLoss

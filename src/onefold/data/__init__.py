@@ -1,4 +1,12 @@
-"""Images and labels: finding, decoding, preprocessing, augmenting, batching. Nothing here knows a network."""
+"""Images and labels: finding, decoding, preprocessing, augmenting, batching. Nothing here knows a network.
+
+What makes batches of tensors is imported when it is first used: an artifact predicts photos without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from onefold.data.augmentation import Augment as Augment
 from onefold.data.augmentation import CentreCrop as CentreCrop
@@ -24,10 +32,20 @@ from onefold.data.dataset_info import LeftOut as LeftOut
 from onefold.data.dataset_info import SplitInfo as SplitInfo
 from onefold.data.folders import ImageFiles as ImageFiles
 from onefold.data.folders import find_images as find_images
-from onefold.data.loader import CachedDataset as CachedDataset
-from onefold.data.loader import ImageLoader as ImageLoader
-from onefold.data.mixup import Mixing as Mixing
-from onefold.data.mixup import MixupLoader as MixupLoader
 from onefold.data.preprocessing import IMAGENET_MEAN as IMAGENET_MEAN
 from onefold.data.preprocessing import IMAGENET_STD as IMAGENET_STD
 from onefold.data.preprocessing import Preprocessing as Preprocessing
+
+if TYPE_CHECKING:
+    from onefold.data.loader import CachedDataset as CachedDataset
+    from onefold.data.loader import ImageLoader as ImageLoader
+    from onefold.data.mixup import Mixing as Mixing
+    from onefold.data.mixup import MixupLoader as MixupLoader
+
+_LOADERS = {"CachedDataset": "loader", "ImageLoader": "loader", "Mixing": "mixup", "MixupLoader": "mixup"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADERS:
+        raise AttributeError(f"module 'onefold.data' has no attribute {name!r}")
+    return getattr(import_module(f"onefold.data.{_LOADERS[name]}"), name)

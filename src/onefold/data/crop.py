@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -121,6 +120,8 @@ def resize(pixels: NDArray[np.uint8], box: _FloatBox, size: int) -> NDArray[np.u
     if inner != (0, 0, part.shape[1], part.shape[0]):  # torch cannot resize a box with edges within pixels
         image = Image.fromarray(np.ascontiguousarray(part))
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=inner))
+    import torch  # not needed where the pass is compiled
+
     stacked = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # a copy: contiguous, and Pillow's is read-only
     resized = torch.ops.aten._upsample_bilinear2d_aa(stacked, [size, size], False)
     return resized[0].permute(1, 2, 0).numpy()
@@ -143,9 +144,8 @@ def resize_and_normalise(
     library = load_resampler()
     if library is None:
         resized = resize(pixels, box, size).transpose(2, 0, 1)
-        planes = torch.from_numpy(np.ascontiguousarray(resized[:, :, ::-1] if mirror else resized))
-        per_channel = (torch.from_numpy(values)[:, None, None] for values in (scale, offset))
-        return planes.to(torch.float32).mul_(next(per_channel)).add_(next(per_channel)).numpy()
+        planes = np.ascontiguousarray(resized[:, :, ::-1] if mirror else resized, dtype=np.float32)
+        return planes * scale[:, None, None] + offset[:, None, None]
     part, inner = _enclosing_pixels(pixels, box)
     if part.strides[2] != 1:  # the pass reads any stride of rows and columns, but a pixel's three values in a row
         part = np.ascontiguousarray(part)

@@ -13,6 +13,7 @@ Coordinates are -1 to 1 over a thumbnail, to the right and downwards. K = pairs,
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from onefold.data.sampler import shuffled_indices
 from onefold.errors import BadData
 
 _Floats = NDArray[np.float32]
+_progress = logging.getLogger("onefold.progress")
 
 # ---------------------------------------------------------------------------------------------- thumbnails
 
@@ -79,7 +81,7 @@ def thumbnail_stats(
     """
     rows: list[tuple[int, bytes, tuple[bool, bool], NDArray[np.float32], NDArray[np.float32]]] = []
     unread: list[str] = []
-    for i in _select(dataset, most, other):
+    for number, i in enumerate(selected := _select(dataset, most, other)):
         try:
             image = dataset.image(i, min_side=_DECODED_SIDE, value_range=value_range)
         except BadData as error:
@@ -89,14 +91,14 @@ def thumbnail_stats(
         thumb = np.asarray(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX), dtype=np.float32)
         grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32)
         rows.append((i, digest, (min(image.size) < _TINY_SIDE, UNUSUAL_ALPHA in image.info), thumb, grey))
+        _progress.debug("looking at photos", extra={"done": number + 1, "total": len(selected)})
+    side = THUMBNAIL_SIDE
     return ThumbnailStats(
         dataset=dataset,
         indices=np.array([i for i, *_ in rows], dtype=np.int64),
         labels=np.array([dataset.label(i) for i, *_ in rows], dtype=np.int64),
         digests=tuple(digest for _, digest, *_ in rows),
-        thumbs=np.array([thumb for *_, thumb, _ in rows], dtype=np.float32).reshape(
-            -1, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3
-        ),
+        thumbs=np.array([thumb for *_, thumb, _ in rows], dtype=np.float32).reshape(-1, side, side, 3),
         greys=np.array([grey for *_, grey in rows], dtype=np.float32).reshape(-1, _SIDE, _SIDE),
         is_tiny=np.array([is_tiny for _, _, (is_tiny, _), *_ in rows], dtype=np.bool_),
         has_odd_alpha=np.array([is_odd for _, _, (_, is_odd), *_ in rows], dtype=np.bool_),
@@ -105,8 +107,7 @@ def thumbnail_stats(
 
 
 def _select(dataset: Dataset, most: int, other: Dataset | None) -> list[int]:
-    count = len(dataset)
-    if count <= most:
+    if (count := len(dataset)) <= most:
         return list(range(count))
     order = shuffled_indices(np.arange(count, dtype=np.int64), count, seed=0, epoch=0).tolist()
     sizes = [dataset.num_bytes(i) for i in order[:_MAX_FILE_SIZES]]

@@ -12,16 +12,20 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.decode import pil_to_rgb
 from onefold.data.preprocessing import Preprocessing
 from onefold.errors import BadArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Floats = NDArray[np.float32]
 _CHANNELS = (1, 3, 4)
@@ -33,7 +37,7 @@ def iter_images(value: object) -> Iterator[object]:
     if isinstance(value, list | tuple):
         for item in value:
             yield from iter_images(item)
-    elif isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 4:
+    elif (isinstance(value, np.ndarray) or _is_tensor(value)) and value.ndim == 4:
         yield from value
     else:
         yield value
@@ -57,13 +61,13 @@ def prepare_image(image: object, preprocessing: Preprocessing) -> _Floats:
     """
     if isinstance(image, Image.Image):
         return preprocessing(pil_to_rgb(image, value_range=preprocessing.value_range))
-    if not isinstance(image, np.ndarray | torch.Tensor):
+    if not (isinstance(image, np.ndarray) or _is_tensor(image)):
         raise BadArgument(
             f"expected an image as PIL, a uint8 array (H, W, 3) or a tensor (3, H, W), not {type(image).__name__}"
         )
-    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+    array = image if isinstance(image, np.ndarray) else image.detach().cpu().numpy()
     if array.dtype == np.uint8:
-        return preprocessing(_picture(array, channels_first=isinstance(image, torch.Tensor)))
+        return preprocessing(_picture(array, channels_first=_is_tensor(image)))
     shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
     if not np.issubdtype(array.dtype, np.floating) or array.shape != shape:
         raise BadArgument(
@@ -79,6 +83,11 @@ def prepare_image(image: object, preprocessing: Preprocessing) -> _Floats:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def _remedy(image: object, array: NDArray[np.generic]) -> str:
     """What to type where a picture came as other numbers than uint8; nothing for what has no shape of a picture."""
     if array.ndim not in (2, 3) or array.dtype.kind not in "fiu" or 0 in array.shape:
@@ -86,7 +95,7 @@ def _remedy(image: object, array: NDArray[np.generic]) -> str:
     values = np.asarray(array, dtype=np.float64)
     is_share = array.dtype.kind == "f" and bool(np.all((values >= 0) & (values <= 1)))
     scaled = "(x * 255).round()" if is_share else "x.round()" if array.dtype.kind == "f" else "x"
-    return f": give {scaled}.{'to(torch.uint8)' if isinstance(image, torch.Tensor) else 'astype(np.uint8)'}"
+    return f": give {scaled}.{'to(torch.uint8)' if _is_tensor(image) else 'astype(np.uint8)'}"
 
 
 def _picture(pixels: NDArray[np.uint8], *, channels_first: bool) -> Image.Image:

@@ -74,6 +74,7 @@ RANDOM_WEIGHTS_NOTE = (
     "that is not judged, and what int8 costs in accuracy cannot be known from them"
 )
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 
 class UnfusedWarning(UserWarning):
@@ -135,6 +136,7 @@ def export(
     request = _Request(
         name=runtime, runtime=runtime_module, precision=precision, info=info, reference=reference, tolerance=tolerance
     )
+    _tell(0, "tracing the network")
     program = trace(form, _to_torch(images[:2]))
     with atomic_replace(folder) as temporary:
         temporary.mkdir()
@@ -280,17 +282,24 @@ def _write(request: _Request, program: ExportedProgram, folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
 
 
+def _tell(done: int, what: str) -> None:
+    _progress.debug("%s", what, extra={"done": done, "total": 3})
+
+
 def _convert(request: _Request, program: ExportedProgram, folder: Path) -> Parity | None:
     """Write the runtime's files, load them again, and compare logits; None where this machine cannot run them."""
     runtime = request.runtime
     try:
+        _tell(1, f"converting to {request.name}")
         runtime.export(program, folder, info=request.info, precision=request.precision)
         content = {name: (folder / name).read_bytes() for name in runtime.FILES}
         if _unavailable(runtime):
             return None
+        _tell(2, "comparing its logits with PyTorch's")
         engine = runtime.load(content, precision=request.precision, threads=1)
         parity = _measure_parity(engine, request.reference, request.tolerance)
         engine.close()
+        _tell(3, "compared")
         return parity
     except (OnefoldError, OSError):
         raise

@@ -1,0 +1,131 @@
+"""How far a command is, as it is seen on a terminal and in a log, whatever the command does to its own process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onefold.cli.progress import _Stages, show_progress
+from onefold.cli.progress_writer import Clock, live_line
+
+logger = logging.getLogger("onefold").getChild("progress")
+
+
+def told(*records: tuple[str, str, int, int]) -> list[list[str]]:
+    """What the writer is told of stages: (function, what, done, total)."""
+    updates: list[str] = []
+    stages = _Stages("exporting", updates.append)
+    for function, what, done, total in records:
+        record = logging.LogRecord(logger.name, 10, "x.py", 1, what, (), None, function)
+        record.done, record.total = done, total
+        stages.emit(record)
+    return [update.split("\t")[1:] for update in updates]
+
+
+def test_a_stage_within_another_is_a_share_of_its_step():
+    assert told(
+        ("export", "exporting to onnx", 0, 2),
+        ("calibrate", "calibrating", 1, 4),
+        ("calibrate", "calibrated", 1, 1),
+        ("export", "exporting to openvino", 1, 2),
+    ) == [
+        ["0.00000", "exporting to onnx (1 of 2)"],
+        ["0.12500", "exporting to onnx (1 of 2), calibrating (2 of 4)"],
+        ["0.00000", "exporting to onnx (1 of 2)"],
+        ["0.50000", "exporting to openvino (2 of 2)"],
+    ]
+
+
+def test_what_is_counted_within_a_stage_that_is_not_tells_how_long_that_takes():
+    assert told(("bench", "timing", 0, 0), ("series", "calls", 30, 40)) == [
+        ["0.00000", "timing"],
+        ["0.75000", "timing, calls (31 of 40)"],
+    ]
+    assert told(("bench", "timing", 0, 0), ("series", "calls", 1, 1)) == [["0.00000", "timing"]] * 2
+
+
+def test_what_is_left_is_reckoned_from_the_last_update():
+    clock = Clock("exporting", 100.0)
+    assert clock.text(104.0) == "exporting: 0:00:04"
+    clock.update("10.0\t0.25000\treading photos (2 of 4)\n", 110.0)
+    assert clock.text(110.0) == "reading photos (2 of 4): 0:00:10, about 0:00:30 left"
+    assert clock.text(130.0) == "reading photos (2 of 4): 0:00:30, about 0:00:10 left"
+    assert clock.text(150.0) == "reading photos (2 of 4): 0:00:50"  # it takes longer than that
+    assert live_line(clock, 150.0, 80, "|") == "\r\x1b[2K| reading photos (2 of 4): 0:00:50"
+    assert live_line(clock, 130.0, 40, "|") == "\r\x1b[2K| readi...: 0:00:30, about 0:00:10 left"
+
+
+BUSY = """
+import ctypes, logging
+from onefold.cli import progress
+from onefold.runtimes.base import suppress_native_output, suppress_output
+
+with progress.show_progress("first"):
+    with suppress_output(), suppress_native_output():  # what is written to stderr here is lost
+        ctypes.PyDLL(None).usleep(900_000)  # and no other thread of Python runs
+    logging.getLogger("onefold.progress").debug("second")
+    print("an answer,", end=" ")
+    print("in two parts")
+    ctypes.PyDLL(None).usleep(900_000)
+    print("the end", end="")
+print("!")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no terminals of this kind")
+def test_a_terminal_is_written_to_while_python_stands_still():
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("NO_PROGRESS", None)
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=theirs, stderr=theirs, stdin=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        text = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux says so of a terminal that is closed
+                break
+            if not part:
+                break
+            text += part
+        assert process.wait() == 0
+    os.close(ours)
+    shown = text.decode()
+    assert len(re.findall(r"\S first: 0:00:0\d", shown)) > 1
+    assert len(re.findall(r"\S second: 0:00:0\d", shown)) > 1
+    left = [line.rpartition("\x1b[2K")[2] for line in shown.replace("\r\n", "\n").split("\n")]
+    assert left == ["an answer, in two parts", "the end!", ""]
+
+
+def test_a_log_has_a_line_now_and_then(tmp_path: Path, monkeypatch):
+    from onefold.cli import progress as module
+
+    monkeypatch.setattr(module, "_FIRST_S", 0.05)
+    monkeypatch.setattr(module, "_EVERY_S", 0.05)
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with show_progress("reading [photos]"):
+            logger.debug("reading\n%s", "b/\x1b[2J", extra={"done": 4, "total": 5})
+            deadline = time.monotonic() + 30
+            while "5 of 5" not in log.read_text() and time.monotonic() < deadline:
+                time.sleep(0.02)
+    assert re.fullmatch(r"(.*: 0:00:00\n)+", log.read_text())
+    assert log.read_text().splitlines()[-1] == "reading?b/?[2J (5 of 5): 0:00:00"
+
+
+def test_a_command_whose_stderr_is_no_file_is_not_disturbed(capsys):
+    with show_progress("scoring"):
+        print("an answer")
+    assert capsys.readouterr() == ("an answer\n", "")
+    assert not logger.handlers
