@@ -170,6 +170,16 @@ FILES = {
     "old Mac": b"cat\rdog",
     "JSON list": json.dumps(["cat", "dog"]).encode(),
     "JSON of numbers": json.dumps({"1": "dog", "0": "cat"}).encode(),
+    "numbered": b"0 cat\n1 dog\n",
+    "numbered from 1, in another order": b"2. dog\n1. cat\n",
+    "numbers and colons": b"1: dog\n0: cat\n",
+    "numbers behind": b"dog\t1\ncat\t0\n",
+    "table": b"id,name\n1,dog\n0,cat\n",
+    "YAML, inline": b"nc: 2\nnames: ['cat', 'dog']\n",
+    "YAML, numbered": b"path: x\nnames:\n  1: dog\n  0: cat\ntrain: images\n",
+    "YAML, listed": b"names:\n- cat\n- dog\nnc: 2\n",
+    "YAML, over lines": b"names: [\n  cat,\n  dog ]\n",
+    "JSON of ids and names": json.dumps({"0": ["n01440764", "cat"], "1": ["n01443537", "dog"]}).encode(),
     "JSON of names": json.dumps({"dog": 1, "cat": 0}).encode("utf-8-sig"),
 }
 
@@ -178,6 +188,18 @@ FILES = {
 def test_a_file_of_class_names_is_read(kind: str, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(FILES[kind])
     assert read_class_names(tmp_path / "c.txt", 2, "w") == ("cat", "dog")
+
+
+def test_numbers_in_names_are_no_numbers_of_lines(tmp_path: Path) -> None:
+    for names in (
+        ("1 euro", "2 euro"),
+        ("1.5 mm", "2.7 mm"),
+        ("type 1", "type 2"),
+        ("0 cat", "cat"),
+        ("3 cats", "5 dogs"),
+    ):
+        (tmp_path / "c.txt").write_text("\n".join(names))
+        assert read_class_names(tmp_path / "c.txt", 2, "w") == names
 
 
 def test_a_file_that_names_others_is_refused(tmp_path: Path) -> None:

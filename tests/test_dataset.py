@@ -16,7 +16,7 @@ import pytest
 from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
-from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers
+from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers, parse_list_cells
 from onefold.data.fingerprint import ImageList, dataset_fingerprint
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.errors import BadArgument, BadData, MissingExtra
@@ -124,10 +124,27 @@ def test_labels_by_name(tmp_path: Path, table: str) -> None:
         ("|", ["a|b", "c|d"], False),
         (";", ["cat;", "cat"], False),
         ("|", ["cat", "dog"], False),
+        (" ", ["clear", "clear haze", "haze water clear", "water"], True),
+        (" ", ["late blight", "early blight", "late rot", "early rot", "rot"], False),
+        (" ", ["golden retriever", "labrador retriever", "poodle", "flat coated retriever"], False),
     ],
 )
 def test_cells_that_name_several_classes_are_told_from_names(separator: str, joined: list[str], several: bool) -> None:
     assert find_class_separator(joined) == (separator if several else "")
+
+
+@pytest.mark.parametrize(
+    ("cells", "plain"),
+    [
+        (["['cat', 'dog']", "['cat']"], ["cat\0dog", "cat"]),
+        (["['cat' 'dog']", "['owl']"], ["cat\0dog", "owl"]),
+        (['["cat"]', "('dog')"], ["cat", "dog"]),
+        (["[cat]", "dog"], ["[cat]", "dog"]),
+        (["[0, 1]", "[1]"], ["0\0001", "1"]),
+    ],
+)
+def test_lists_in_a_text_are_lists(cells: list[str], plain: list[str]) -> None:
+    assert parse_list_cells(cells) == plain
 
 
 @pytest.mark.parametrize(
@@ -162,6 +179,10 @@ def test_labels_by_index(tmp_path: Path) -> None:
         open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
     table.write_text("index,file,label\n3,1.png,owl\n0,2.png,elk\n")
     assert open_dataset(tmp_path, "val", seed=0, val_fraction=1.0).classes == ("elk", "1", "2", "owl")
+    for column, classes in (("name", ("1", "2")), ("label", ("elk", "owl"))):  # numbered from 1: there is no class 0
+        table.write_text(f"index,file,{column}\n2,1.png,owl\n1,2.png,elk\n")
+        source = open_dataset(tmp_path, "train", seed=0, val_fraction=0.0)
+        assert (source.classes, source.label(0), source.label(1)) == (classes, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +204,7 @@ def test_labels_by_index(tmp_path: Path) -> None:
             "file,label,is_val,test\n1.png,a,1,1\n2.png,b,0,0\n",
             "an image is of test and val by the columns is_val, test",
         ),
+        ("file,label\n1.png,tench, Tinca tinca\n2.png,b\n", "line 2 has 3 values, and the first line names 2 columns"),
         ("file,index\n1.png,-1\n", "line 2: the index is '-1'"),
         ("file,index\n1.png,two\n", "line 2: the index is 'two'"),
         ("file,index\n1.png,0\n2.png,1000000\n", "line 3: the index is '1000000', expected a number from 0"),
@@ -399,6 +421,20 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
             {"a.csv": "file,label,split\n1.png,a,train\n2.png,b,later"},
             "the column split says 'later'",
         ),
+        (["train_v1/a/1.png", "train_v1/b/1.png", "train_v2/a/1.png", "train_v2/b/1.png"], {}, "a split or a class"),
+        (
+            [
+                "x/train/a/1.png",
+                "x/train/b/1.png",
+                "x/val/a/1.png",
+                "y/train/a/1.png",
+                "y/train/b/1.png",
+                "y/val/a/1.png",
+            ],
+            {},
+            "x/train/ holds folders that are called as others (a, b)",
+        ),
+        (["train/a/1.png", "train/b/1.png", "train/val/a/1.png", "train/val/b/1.png"], {}, "train/val/ holds folders"),
         (["a/1.png", "b/1.png"], {"labels.csv": "file,label\n1.png,x"}, "1.png may be a/1.png, b/1.png"),
         (
             ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"],
@@ -441,6 +477,11 @@ def test_what_can_be_understood_in_two_ways_is_refused(
         ),
         ("{}.png", {"x.csv": "id,label\nfold1,a\nfold2,NaN"}, "1 of 2 lines say nothing of their image (label: 'NaN')"),
         ("{}.png", {"x.csv": "id,label,test\nfold1,a,x\nfold2,b,y"}, "the column test (x, y) is not used"),
+        (
+            "hot_dog/{}.png hot-dog/{}.png",
+            {},
+            "classes whose names differ in blanks and signs only are several: hot-dog, hot_dog",
+        ),
         ("cat/{}.png", {}, "one class only, cat: there is nothing to train a classifier on"),
         ("{}{}.png", {"x.csv": "id,label,fold\nfold11,a,0\nfold21,b,1"}, "x.csv: the column fold (0, 1) is not used"),
     ],
@@ -483,6 +524,8 @@ def test_columns_of_parquet_files_that_are_not_used_are_said(tmp_path: Path) -> 
     ("labels", "classes"),
     [
         ([0.0, 1.0, 0.0, 1.0], ("0", "1")),
+        ([1, 2, 1, 2], ("1", "2")),
+        (["cat", None, "dog", None], ("cat", "dog")),
         (["0", "01", "1.0", "1"], ("0", "1")),
         ([True, False, True, False], ("false", "true")),
         ([["cat"], ["dog"], ["cat"], ["dog"]], ("cat", "dog")),

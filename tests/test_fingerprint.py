@@ -21,8 +21,8 @@ from onefold.data.fingerprint import (
     ImageList,
     TrainedCopies,
     TrainedOn,
-    count_trained_copies,
     dataset_fingerprint,
+    find_trained_copies,
     find_trained_images,
     image_keys,
 )
@@ -59,9 +59,9 @@ def test_records_know_copies_by_their_pixels_where_pixels_tell(tmp_path: Path) -
     for i in range(30, 50):
         with Image.open(tmp_path / "again/a" / f"{i}.png") as image:
             image.resize((72, 48)).save(tmp_path / "again/a" / f"{i}.png")
-    assert count_trained_copies([record], again) == TrainedCopies(found=10, looked_at=20)
-    assert count_trained_copies([record], trained) == TrainedCopies(found=0, looked_at=0)  # content knows them all
-    assert count_trained_copies([replace(record, pixels=record.pixels[:0])], again) is None
+    assert find_trained_copies([record], again) == TrainedCopies(numbers=(*range(10),), looked_at=20)
+    assert find_trained_copies([record], trained) == TrainedCopies(numbers=(), looked_at=0)  # content knows them all
+    assert find_trained_copies([replace(record, pixels=record.pixels[:0])], again) is None
     old = {key: value for key, value in record.to_dict().items() if key != "pixels"}
     assert len(TrainedOn.from_dict(old).pixels) == 0
     for wrong in ("AAAA", 5, record.to_dict()["pixels"] * 500):

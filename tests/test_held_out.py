@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.deploy import _photos
 from onefold.commands.deployment import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
-from onefold.commands.export import ExportOptions, export_to_runtimes
+from onefold.commands.export import ExportOptions, export_to_runtimes, warn_int8_disagreement
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import (
     DATA_FILE,
@@ -37,6 +37,7 @@ from onefold.commands.held_out import (
     evaluation_sets,
     find_run_data,
     open_data,
+    open_unlabelled_photos,
     read_run_data,
     records_from_dict,
     records_to_dict,
@@ -55,7 +56,7 @@ from onefold.data.fingerprint import TrainedOn, image_keys
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models import create_model
 from onefold.models.pretrained import Card, read_card, save_weights
-from onefold.quantize import QuantizationMethod
+from onefold.quantize import MINMAX_METHOD, QuantizationMethod
 from onefold.recipes import find_recipe
 from onefold.recipes.recipe import override, with_image_size
 from onefold.report import ACCURACY_FILE
@@ -378,6 +379,56 @@ def test_photos_that_are_given_to_score_on_do_not_calibrate(home: Path) -> None:
     photos = _photos(open_network(home / "run"), deployment(home / "photos", val=str(home / "photos")), calibrates=True)
     assert not set(image_keys(photos.calibration, "content")) & set(image_keys(photos.scored, "content"))
     assert "6 photos, 0 of them trained on" in photos.title
+
+
+def saved_again(names: Iterable[str], root: Path, to: Path) -> None:
+    """JPEG, resized: by their contents other files."""
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(root / name) as image:
+            image.resize((64, 64)).save((to / name).with_suffix(".jpg"), quality=90)
+
+
+def test_copies_of_photos_to_score_on_do_not_calibrate_and_artifacts_know_them(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(tmp_path / "more", count=10, first=40)
+    some = sorted(names_of(open_dataset(tmp_path / "more", "train", seed=0, val_fraction=0.0)))
+    network = open_network(home / "run")
+    saved_again(some[::4], tmp_path / "more", tmp_path / "val")
+    paint(tmp_path / "val", count=3, first=90)
+    photos = _photos(network, deployment(tmp_path / "more", val=str(tmp_path / "val")), calibrates=True)
+    kept = names_of(photos.calibration)
+    assert not kept & set(some[::4])
+    assert len(kept) == 16 - len(names_of(calibration_photos(str(tmp_path / "more"), None)).intersection(some[::4]))
+    assert (
+        "photos to calibrate with are by their pixels copies of those, and left out): 11 photos, 0 of" in photos.title
+    )
+    saved_again(some, tmp_path / "more", tmp_path / "all")
+    photos = _photos(network, deployment(tmp_path / "more", val=str(tmp_path / "all")), calibrates=True)
+    assert len(photos.calibration) == 16  # there are no others
+    assert "16 of 16 photos to calibrate with are by their pixels copies of those: optimistic for int8" in photos.title
+
+    assert main(["export", str(home / "run"), "--precision", "int8", "--data", str(tmp_path / "more"),
+                 "--out", str(tmp_path)]) == 0  # fmt: skip
+    capsys.readouterr()
+    words = ["eval", str(tmp_path / "onnx-int8"), "--data", str(tmp_path / "all"), "--results", str(tmp_path)]
+    assert main(words) == 0
+    copies = "20 images, 16 of them are by their pixels copies of ones that calibrated it (saved again, resized)"
+    assert copies in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["copies_of_calibration"] == 16
+
+
+def test_an_int8_network_that_was_calibrated_on_what_its_run_held_out_says_so(home: Path, tmp_path: Path) -> None:
+    network, _ = open_network(home / "run").fused()
+    saved_again(held_out_of(home), home / "photos", tmp_path)
+    for place, seen in ((tmp_path, 6), (home / "photos", 0)):
+        order = CalibrationOptions(
+            data=str(place), photos=open_unlabelled_photos(str(place)) if seen else None, method=MINMAX_METHOD
+        )
+        said = warn_int8_disagreement(network, calibrated_network(network, order), order)["answers"]
+        assert ("6 of which, or copies of them, calibrated it" in str(said)) is bool(seen)
 
 
 def test_the_interval_of_a_drop() -> None:

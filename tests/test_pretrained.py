@@ -29,12 +29,15 @@ from huggingface_hub.errors import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
 from onefold.checksums import sealed_safetensors, write_sealed_folder
-from onefold.commands.open_network import resolve_weights_file
+from onefold.commands.fuse import fuse as fuse_command
+from onefold.commands.open_network import open_network, resolve_weights_file
 from onefold.data import Preprocessing
+from onefold.data.image_inputs import prepare_image
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
 from onefold.models.pretrained import (
@@ -735,6 +738,44 @@ def test_grey_weights_are_prepared_for_by_the_averages_of_the_colours(tmp_path: 
     mean = sum(config["pretrained_cfg"]["mean"]) / 3 if config else (0.485 + 0.456 + 0.406) / 3
     assert (told.channels, told.mean) == (1, pytest.approx((mean,)))
     assert told.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_weights_of_other_channels_carry_a_preprocessing_of_as_many(tmp_path: Path, channels: int, own: bool) -> None:
+    """They are fused; photos, which have no such channels, are refused in one sentence, prepared arrays are not."""
+    given, fused = tmp_path / "w.safetensors", tmp_path / "fused.safetensors"
+    model = create_model(NAME, num_classes=2, in_chans=channels).eval()
+    if own:  # a card that says nothing of it, as an older version wrote it
+        save_weights(model, given, Card(model=NAME, num_classes=2, in_chans=channels, preprocessing={"size": 32}))
+    else:
+        save_file(model.state_dict(), given)
+    fuse_command(given, fused, model=None if own else NAME)
+    network = open_network(fused).with_size(32)
+    told = network.preprocessing
+    assert (network.card.in_chans, told.channels, len(told.mean), len(told.std)) == (channels,) * 4
+    assert told.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,) * channels)
+    image = np.zeros((channels, 32, 32), np.float32)
+    assert prepare_image(image, told).shape == image.shape
+    with pytest.raises(BadArgument, match=f"takes images of {channels} channels, and photos are read as 3 or 1"):
+        told(Image.new("RGB", (40, 40)))
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (3, 1), (1, 3), (4, 3)])
+def test_a_stem_for_other_channels_has_a_preprocessing_for_them(tmp_path: Path, before: int, after: int) -> None:
+    torch.save(create_model(NAME, num_classes=2, in_chans=before).state_dict(), tmp_path / "w.pth")
+    _, card = load_model(tmp_path / "w.pth", name=NAME, in_chans=after, quiet=True)
+    told = Preprocessing.from_dict(card.preprocessing)
+    assert (card.in_chans, told.channels, len(told.mean)) == (after,) * 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_config_is_read_as_editors_save_it(tmp_path: Path, encoding: str) -> None:
+    torch.save(create_model(NAME, num_classes=2).state_dict(), tmp_path / "w.pth")
+    stated = {"label_names": ["caf\u00e9", "tea"], "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}
+    (tmp_path / "config.json").write_text(json.dumps(stated, ensure_ascii=False), encoding=encoding)
+    told = read_weights_card(tmp_path / "w.pth", name=NAME)
+    assert (told.classes, told.preprocessing["mean"]) == (("caf\u00e9", "tea"), (0.5, 0.5, 0.5))
 
 
 def test_a_config_that_asks_for_another_network_is_refused(tmp_path: Path) -> None:

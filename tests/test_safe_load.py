@@ -129,6 +129,7 @@ CONTAINERS: dict[str, Callable[[], Any]] = {
     "net, weights, params": lambda: {"net": PLAIN},
     "two deep": lambda: {"checkpoint": {"network": {"weights": PLAIN}}},
     "DeepSpeed": lambda: {"module": under("module."), "dp_world_size": 1},
+    "list or tuple": lambda: (PLAIN, {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}),
     "Lightning": lambda: {
         "state_dict": under("model.") | {"val_acc.total": torch.ones(2)},
         "pytorch-lightning_version": "2.4",
@@ -649,6 +650,7 @@ CLASS_LISTS: dict[str, Any] = {
     "index_to_class": {"index_to_class": {0: "cat", 1: "dog", 2: "éa"}},
     "label2idx": {"label2idx": {"dog": 1, "éa": 2, "cat": 0}},
     "vocab": {"vocab": ["cat", "dog", "éa"]},
+    "ids and names": {"classes": {"0": ["n1", "cat"], "1": ["n2", "dog"], "2": ["n3", "éa"]}},
     "numbers before a list": {"classes": ["dog", "éa", "cat"], "class_to_idx": {"dog": 1, "éa": 2, "cat": 0}},
 }
 

@@ -160,7 +160,8 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is not a regular file")
     if status.st_size > _MAX_JSON_BYTES:
         raise ValueError(f"it has {status.st_size >> 20} MiB, {_MAX_JSON_BYTES >> 20} are read at the most")
-    return parse_json(path.read_text(encoding="utf-8"))
+    data = path.read_bytes()  # with a byte order mark, or in UTF-16, as some editors save it
+    return parse_json(data.decode(json.detect_encoding(data)))
 
 
 def cache_folder() -> Path:

@@ -30,7 +30,7 @@ from onefold.commands.open_network import Network
 from onefold.commands.predict import warn_unusual_images
 from onefold.commands.predictor import Floats
 from onefold.data import Dataset, Preprocessing, Subset
-from onefold.data.fingerprint import TrainedOn, image_keys
+from onefold.data.fingerprint import TrainedOn, evenly_spaced, image_keys
 from onefold.errors import BadArgument, BadData, NotWritable
 from onefold.models.weights_file import tensors_sha256
 from onefold.quantize import MINMAX_METHOD, ModelQParams, QuantizationMethod, QuantizedModel, quantize
@@ -138,7 +138,8 @@ def calibrated_network(
         made = _calibrated(network, source, order, say, budget)
         if len(budget.left_out) == left_out:
             _keep(made, kept)
-    return Int8Network(made=made, calibrated_on=TrainedOn.from_keys(contents, "content"))
+    record = TrainedOn.from_keys(contents, "content").with_pixels(source, network.preprocessing.value_range)
+    return Int8Network(made=made, calibrated_on=record)
 
 
 def _calibrated(
@@ -276,8 +277,3 @@ def load_calibration_images(source: Dataset, order: CalibrationOptions, preproce
             "be scored: 2 are needed, better 200"
         )
     return torch.from_numpy(np.stack(photos))
-
-
-def evenly_spaced(length: int, count: int) -> list[int]:
-    """`count` of the indices below `length`, evenly; all where there are fewer."""
-    return [i * length // count for i in range(count)] if length > count else list(range(length))

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, save_accuracy
-from onefold.commands.calibration import CalibrationOptions, Int8Network, TimeBudget, calibrated_network, evenly_spaced
+from onefold.commands.calibration import CalibrationOptions, Int8Network, TimeBudget, calibrated_network
 from onefold.commands.deployment import (
     QUICK_MAX_SCORED,
     QUICK_NOTE,
@@ -50,9 +50,8 @@ from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import (
     DeploymentPhotos,
     describe_trained_images,
-    evaluation_sets,
     open_unlabelled_photos,
-    remove_copies,
+    remove_pixel_copies,
     split_photos,
     split_unlabelled_photos,
     training_records,
@@ -62,7 +61,7 @@ from onefold.commands.predictor import Predictor, Source, open_predictor, select
 from onefold.commands.progress import show_progress
 from onefold.commands.report import write_report_page
 from onefold.data import Dataset, ImageLoader, Subset
-from onefold.data.fingerprint import image_keys
+from onefold.data.fingerprint import evenly_spaced, image_keys
 from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed
 from onefold.models.weights_file import render_hub_readme, tensors_sha256
 from onefold.quantize import QuantizationMethod
@@ -156,6 +155,7 @@ def build_deployment(
         network, drift = network.fused()
         say(f"fused     drift {drift:.1e}")
     network = network.with_size(order.size)
+    network.preprocessing.check_takes_photos()
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
     photos = _photos(network, order, calibrates=calibrates)
     if 0 < order.max_drop < 100 / len(photos.scored):
@@ -397,11 +397,7 @@ def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Depl
     unknown, or damaged: the gate on accuracy is not to be lost with them.
     """
     place, records = order.calibration.data, training_records(network.title, network.card.trained_on)
-    photos = split_photos(place, records, calibrates=calibrates)
-    if order.val is not None:
-        title, scored = next(iter(evaluation_sets("", order.val, records).items()))
-        calibration = remove_copies(photos.calibration, scored)
-        photos = DeploymentPhotos(calibration=calibration, scored=scored, title=title)
+    photos = split_photos(place, records, calibrates=calibrates, val=order.val)
     if photos.labelled:
         try:
             class_indices(make_predictor(network), photos.scored)
@@ -411,6 +407,8 @@ def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Depl
             photos = split_unlabelled_photos(place, str(error))
     if not photos.labelled and not calibrates:
         photos = replace(photos, scored=open_unlabelled_photos(place))
+    if calibrates:
+        photos = remove_pixel_copies(photos, order.calibration.count, network.preprocessing.value_range)
     seen = describe_trained_images(records, photos.scored, network.preprocessing.value_range)
     title = f"{photos.title}: {len(photos.scored)} photos, {seen}"
     return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))

@@ -32,7 +32,7 @@ from onefold.commands.run_recipe import RECIPE_FILE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.duplicates import thumbnail_stats
-from onefold.data.fingerprint import TrainedCopies, count_trained_copies
+from onefold.data.fingerprint import TrainedCopies, find_trained_copies
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (
     ALEXNET_ERRORS,
@@ -72,7 +72,8 @@ class EvalResult:
     """The accuracy on one set of a suite; `extra` has the metrics that only this kind of data has, in percent.
 
     `images` are those that were scored, without the `unreadable` ones. So many of them were `trained_on`, and so many
-    calibrated the int8 model; None where that is not known. `copies` of trained ones are known by their pixels.
+    calibrated the int8 model; None where that is not known. `copies` of trained ones are known by their pixels, and so
+    are `calibration_copies`, of those that calibrated.
     """
 
     data: str
@@ -82,6 +83,7 @@ class EvalResult:
     trained_on: int | None = None
     calibrated_on: int | None = None
     copies: TrainedCopies | None = None
+    calibration_copies: TrainedCopies | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class EvalResult:
         plain |= {"unreadable": self.unreadable} if self.unreadable else {}
         plain |= {"calibrated_on": self.calibrated_on} if self.calibrated_on else {}
         plain |= {"copies_of_trained": self.copies.found} if self.copies else {}
+        plain |= {"copies_of_calibration": self.calibration_copies.found} if self.calibration_copies else {}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
     def __str__(self) -> str:
@@ -100,11 +103,13 @@ class EvalResult:
         counted = f" of {score.count + self.unreadable}, as the others cannot be read" if self.unreadable else ""
         kinds = {"were trained on": self.trained_on, "calibrated it": self.calibrated_on}
         parts = [f"{count} of them {kind}" for kind, count in kinds.items() if count]
-        if self.copies and self.copies.found:
-            of = "them" if self.copies.looked_at == score.count else f"{self.copies.looked_at} looked at"
-            parts.append(
-                f"{self.copies.found} of {of} are by their pixels copies of trained ones (saved again, resized)"
-            )
+        for copies, whose in (
+            (self.copies, "trained ones"),
+            (self.calibration_copies, "ones that calibrated it"),
+        ):
+            if copies and copies.found:
+                of = "them" if copies.looked_at == score.count else f"{copies.looked_at} looked at"
+                parts.append(f"{copies.found} of {of} are by their pixels copies of {whose} (saved again, resized)")
         seen = " and ".join(parts)
         rates = f"top-1 {score.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}), top-5 {score.top5:.2f} %"
         line = f"{self.data}: {rates}, loss {score.loss:.4f}, ECE {score.ece:.2f} %, {score.count} images{counted}"
@@ -249,7 +254,10 @@ def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 
             result,
             trained_on=count_trained_images(trained, result.images),
             calibrated_on=count_trained_images(calibrated, result.images),
-            copies=count_trained_copies(trained or (), result.images, predictor.preprocessing.value_range),
+            copies=find_trained_copies(trained or (), result.images, predictor.preprocessing.value_range),
+            calibration_copies=find_trained_copies(
+                calibrated or (), result.images, predictor.preprocessing.value_range
+            ),
         )
         for result in results
     ]

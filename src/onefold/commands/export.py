@@ -18,20 +18,27 @@ from onefold.commands.calibration import (
     CalibrationOptions,
     Int8Network,
     calibrated_network,
-    evenly_spaced,
     load_calibration_images,
     quantization_details,
 )
 from onefold.commands.evaluate import evaluate
 from onefold.commands.extras import extras_for_sources, require_extras
-from onefold.commands.held_out import calibration_photos, records_to_dict, training_records, validation_images
+from onefold.commands.held_out import (
+    calibration_photos,
+    count_trained_images,
+    records_to_dict,
+    training_records,
+    validation_images,
+)
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predict import Predictions, predict
 from onefold.commands.predictor import SavedResult, Source, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.data import Preprocessing, Subset
+from onefold.data.fingerprint import evenly_spaced, find_trained_copies
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import CATALOGUE, count_flops, resolve_name
+from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
 from onefold.models.pretrained import Card
 from onefold.quantize import QuantizationMethod
 from onefold.reparam import unfused_norms
@@ -189,9 +196,7 @@ def network_from_module(module: nn.Module, name: str | None) -> Network:
     in_chans = next((int(m.in_channels) for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
     if name is None:
         _log.info("a module does not say how images are prepared: taken as ImageNet's, 224 pixels (model=NAME says it)")
-    if in_chans != 3:
-        grey = {key: (sum(preprocessing[key]) / 3,) * in_chans for key in ("mean", "std")}
-        preprocessing |= {**grey, "channels": in_chans}
+    preprocessing = adapt_preprocessing_to_channels(preprocessing, in_chans)
     size = preprocessing["size"]
     with torch.inference_mode():
         logits = module(torch.zeros(1, in_chans, size, size, device=next(module.parameters()).device))
@@ -314,16 +319,19 @@ def warn_int8_disagreement(network: Network, made: Int8Network, order: Calibrati
     """
     if not network.card.num_classes:
         return {}
+    calibrated = () if made.calibrated_on is None else (made.calibrated_on,)
     try:
         photos, title = validation_images(network.title, None)
     except (BadArgument, BadData, BadCheckpoint):
         photos = order.photos or calibration_photos(
             order.data, training_records(network.title, network.card.trained_on)
         )
-        title = f"{order.data}, which it was calibrated on"
-    images = load_calibration_images(
-        Subset(photos, evenly_spaced(len(photos), _AGREEMENT_PHOTOS)), order, network.preprocessing
-    )
+        title, calibrated = f"{order.data}, which it was calibrated on", ()
+    photos = Subset(photos, evenly_spaced(len(photos), _AGREEMENT_PHOTOS))
+    copies = find_trained_copies(calibrated, photos, network.preprocessing.value_range)
+    if seen := (count_trained_images(calibrated, photos) or 0) + (copies.found if copies else 0):
+        title += f", {seen} of which, or copies of them, calibrated it"
+    images = load_calibration_images(photos, order, network.preprocessing)
     if network.name_check is not None:
         network.name_check.warn(images.numpy())
     same = int((network.model(images).argmax(1) == made.made.model(images).argmax(1)).sum())

@@ -29,7 +29,8 @@ from onefold.data.fingerprint import (
     ImageList,
     KeyKind,
     TrainedOn,
-    count_trained_copies,
+    evenly_spaced,
+    find_trained_copies,
     find_trained_images,
     image_keys,
 )
@@ -241,7 +242,7 @@ def describe_trained_images(records: TrainingRecords | None, images: Dataset, va
     trained = count_trained_images(records, images)
     if trained is None:
         return "what the network was trained on is not recorded"
-    copies = count_trained_copies(records or (), images, value_range)
+    copies = find_trained_copies(records or (), images, value_range)
     more = f", {copies.found} more by their pixels copies of trained ones" if copies and copies.found else ""
     return f"{trained} of them trained on{more}"
 
@@ -328,16 +329,22 @@ def calibration_photos(place: str, records: TrainingRecords | None) -> Dataset:
         return open_unlabelled_photos(place)
 
 
-def split_photos(place: str, records: TrainingRecords | None, *, calibrates: bool = True) -> DeploymentPhotos:
+def split_photos(
+    place: str, records: TrainingRecords | None, *, calibrates: bool = True, val: str | None = None
+) -> DeploymentPhotos:
     """Divide the photos of a place into some to calibrate with and others to score on, all where nothing `calibrates`.
 
-    Raises BadData where they have classes that cannot be read: then they could be scored, and are not to be taken for
-    photos without classes.
+    Those of `val` are scored in their place. Raises BadData where photos have classes that cannot be read: then they
+    could be scored, and are not to be taken for photos without classes.
     """
     try:
-        return _labelled(place, records, calibrates)
+        photos = _labelled(place, records, calibrates)
     except NoClassFoldersError as error:
-        return split_unlabelled_photos(place, str(error))
+        photos = split_unlabelled_photos(place, str(error))
+    if val is None:
+        return photos
+    title, scored = next(iter(evaluation_sets("", val, records).items()))
+    return DeploymentPhotos(calibration=remove_copies(photos.calibration, scored), scored=scored, title=title)
 
 
 def _labelled(place: str, records: TrainingRecords | None, calibrates: bool) -> DeploymentPhotos:
@@ -389,6 +396,27 @@ def remove_copies(calibration: Dataset, scored: Dataset) -> Dataset:
     kept = set(image_keys(scored, by))
     chosen = [i for i, key in enumerate(image_keys(calibration, by)) if key not in kept or not key]
     return calibration if len(chosen) == len(calibration) else Subset(calibration, chosen)
+
+
+def remove_pixel_copies(photos: DeploymentPhotos, count: int, value_range: ValueRange | None) -> DeploymentPhotos:
+    """Give `count` photos to calibrate with, evenly, none of which is by its pixels a copy of one to score on.
+
+    Where most of them are, as of frames of one video, they are kept. The title says either.
+    """
+    chosen = Subset(photos.calibration, evenly_spaced(len(photos.calibration), count))
+    record = TrainedOn.from_keys(image_keys(photos.scored, "content"), "content").with_pixels(
+        photos.scored, value_range
+    )
+    copies = find_trained_copies([record], chosen, value_range)
+    if copies is None or not copies.found:
+        return photos
+    them = f"{copies.found} of {len(chosen)} photos to calibrate with are by their pixels copies of those"
+    if 2 * copies.found > len(chosen) or len(chosen) - copies.found < 2:
+        _log.warning("%s to score on (saved again, resized): the accuracy of int8 is optimistic", them)
+        return replace(photos, title=f"{photos.title} ({them}: optimistic for int8)")
+    _log.info("%s to score on (saved again, resized): left out of calibration", them)
+    rest = [i for i in range(len(chosen)) if i not in copies.numbers]
+    return replace(photos, calibration=Subset(chosen, rest), title=f"{photos.title} ({them}, and left out)")
 
 
 def open_unlabelled_photos(place: str) -> Dataset:

@@ -107,7 +107,10 @@ def with_preprocessing_of_weights(recipe: Recipe, stated: Collection[str], *, is
         return recipe  # a training says so when it starts from them, and --show shows the recipe's
     keep = {name.removeprefix("preprocessing.") for name in stated if name.startswith("preprocessing.")}
     given = dict(card.preprocessing)
-    channels = card.in_chans if card.in_chans in (1, 3) else recipe.preprocessing.channels
+    channels = card.in_chans
+    if channels not in (1, 3):  # photos have no others: the stem is made one for those of the recipe
+        channels = recipe.preprocessing.channels
+        given = {key: value for key, value in given.items() if key not in ("mean", "std")}
     taken = {**given, "channels": channels}
     taken = {key: value for key, value in taken.items() if key not in keep}
     if keep & {"mean", "std", "channels"}:
@@ -230,8 +233,9 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
     else:
         _reset_head_(model, recipe, images)
     _tell_differences(card, recipe)
+    own = replace(card, in_chans=channels, preprocessing=recipe.preprocessing.to_dict())
     check = ModelNameCheck.from_network(
-        Network(model=model.eval(), card=card, title=str(weights)), weights, recipe.model
+        Network(model=model.eval(), card=own, title=str(weights)), weights, recipe.model
     )
     if check is not None:
         batch, _ = next(images.subset(8, seed).batches(recipe.preprocessing, seed))

@@ -17,8 +17,10 @@ from onefold.checksums import MANIFEST, read_sealed_folder
 from onefold.commands.predictor import Floats, Predictor, untrained_facts
 from onefold.commands.timm_networks import is_timm, load_stored_timm, load_timm, open_timm
 from onefold.data import Preprocessing
+from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
 from onefold.models import count_flops
+from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
 from onefold.models.pretrained import Card, load_model, matching_model_names
 from onefold.models.weights_file import tensors_sha256
 from onefold.quantize import IntegerModel, ModelQParams
@@ -59,7 +61,8 @@ class Network:
     @property
     def preprocessing(self) -> Preprocessing:
         """How its images are prepared."""
-        return Preprocessing.from_dict(self.card.preprocessing)
+        stated = {**IMAGENET_PREPROCESSING.to_dict(), **self.card.preprocessing}
+        return Preprocessing.from_dict(adapt_preprocessing_to_channels(stated, self.card.in_chans))
 
     @property
     def digest(self) -> str:
@@ -155,7 +158,7 @@ class ModelNameCheck:
         own, card = torch.from_numpy(np.ascontiguousarray(images[:_CHECKED])), self.network.card
         ours, distances = self.network.preprocessing, {card.model: _norm_distance(self.network.model, own)}
         for other in self.others:
-            model, its = load_model(resolve_weights_file(self.source), name=other, quiet=True)
+            model, its = load_model(resolve_weights_file(self.source), name=other, in_chans=ours.channels, quiet=True)
             theirs = Preprocessing.from_dict(its.preprocessing)
             mean, std, its_mean, its_std = (
                 torch.tensor(values).view(1, -1, 1, 1) for values in (ours.mean, ours.std, theirs.mean, theirs.std)

@@ -113,6 +113,7 @@ class TeacherAdapter:
         source, target = student.preprocessing, teacher.preprocessing
         if source.channels == 3 and target.channels == 1:
             raise BadArgument(f"the teacher {teacher.title} takes gray images, the student has colour: choose another")
+        target.check_takes_photos()
         channels = max(source.channels, target.channels)
         mean, std, target_mean, target_std = (
             torch.tensor((values * channels)[:channels] if len(values) == 1 else values, dtype=torch.float64)

@@ -232,10 +232,6 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
     num_classes = heads.pop()
     stems = [tensors[f"{part}.weight"] for part in first if f"{part}.weight" in tensors]
     channels = next((int(stem.shape[1]) for stem in stems if stem.dim() == 4), 3)
-    if channels not in (1, 3):
-        raise BadCheckpoint(
-            f"{file.path} takes images of {channels} channels: only grey and colour ones are known here"
-        )
     preprocessing = _preprocessing(model_name, channels, quiet=quiet).to_dict()
     stated = preprocessing_from_config(file.config, preprocessing)
     stated = stated or preprocessing_from_config(find_preprocessing(contents.extras), preprocessing)
@@ -389,18 +385,17 @@ def _preprocessing(model_name: str, in_chans: int | None = None, *, quiet: bool 
     if height != width or channels not in (1, 3):
         raise BadArgument(f"timm's {name} takes images of {channels}x{height}x{width}: only square ones are known here")
     mean, std = tuple(config.mean), tuple(config.std)
-    if in_chans == 1 and channels == 3:  # its configuration is that of the colour network
-        channels, mean, std = 1, (sum(mean) / len(mean),), (sum(std) / len(std),)
-        if not quiet:
-            _log.info("%s has one channel: its mean and std are the averages of the colour network's", name)
-    return Preprocessing(
-        size=int(height),
-        crop_pct=float(config.crop_pct or 0.875),
-        mean=mean,
-        std=std,
-        interpolation=config.interpolation or "bilinear",
-        channels=1 if channels == 1 else 3,
-    )
+    if in_chans not in (None, channels) and not quiet:  # its configuration is that of the colour network
+        has = "one channel" if in_chans == 1 else f"{in_chans} channels"
+        _log.info("%s has %s: its mean and std are the averages of the colour network's", name, has)
+    stated = {
+        "size": int(height),
+        "crop_pct": float(config.crop_pct or 0.875),
+        "mean": mean,
+        "std": std,
+        "interpolation": config.interpolation or "bilinear",
+    }
+    return Preprocessing.from_dict(adapt_preprocessing_to_channels(stated, channels if in_chans is None else in_chans))
 
 
 def _no_weights(spec: str, name: str, error: Exception) -> BadCheckpoint:

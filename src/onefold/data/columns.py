@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable_name
@@ -42,6 +42,8 @@ _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
 BOOLEAN_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
+_LIST_TEXT = re.compile(r"[\[({](.*)[\])}]", re.DOTALL)
+_PARTS = re.compile(r",|(?<=['\"])\s+(?=['\"])")
 _LISTED = "\0"  # between the values of a JSON list in one cell
 
 
@@ -173,6 +175,11 @@ def normalize_number(text: str) -> str | None:
     return str(int(text.partition(".")[0])) if _WHOLE_NUMBER.fullmatch(text) and text[0] != "-" else None
 
 
+def first_class_number(numbers: Collection[int]) -> int:
+    """Give the number of the first class: 1 where the numbers are all of 1 to N, two or more, else 0."""
+    return 1 if len(set(numbers)) > 1 and set(numbers) == {*range(1, max(numbers) + 1)} else 0
+
+
 def normalize_numbers(values: Sequence[str]) -> Sequence[str]:
     """Write integers alike, 01 and 1.0 as 1, where all values are such and some have two forms, or a fraction.
 
@@ -186,22 +193,33 @@ def normalize_numbers(values: Sequence[str]) -> Sequence[str]:
     return [str(forms[value]) for value in values]
 
 
+def parse_list_cells(cells: Sequence[str]) -> Sequence[str]:
+    """Give cells that are all lists in a text (`['cat', 'dog']`, as pandas writes them) as `cell_text` writes lists."""
+    inside = [_LIST_TEXT.fullmatch(cell) for cell in cells]
+    if not all(inside):
+        return cells
+    return [_LISTED.join(part.strip(" '\"") for part in _PARTS.split(found[1])) for found in inside if found]
+
+
 def find_class_separator(cells: Iterable[str]) -> str:
     """Give the separator by which cells name several classes, as in cat|dog; "" where they name one each.
 
     Bars and semicolons separate classes where one of them stands elsewhere too, alone or beside another. Names have
     commas too (`tench, Tinca tinca`): they separate where that is so of all classes of most such cells, and one of them
-    stands alone.
+    stands alone. Names have blanks more often still (`late blight`): they separate where, beside that, cells have one
+    word, two and more.
     """
     cells = set(cells)
-    for separator in (_LISTED, "|", ";", ","):
+    for separator in (_LISTED, "|", ";", ",", " "):
         joined = [{part.strip() for part in cell.split(separator)} for cell in cells if separator in cell]
         joined = [parts for parts in joined if len(parts) > 1 and "" not in parts]
         alone = {cell for cell in cells if separator not in cell}
         frequency = Counter(part for parts in (*joined, *({cell} for cell in alone)) for part in parts)
         repeated = [sum(frequency[part] > 1 for part in parts) for parts in joined]
         whole = sum(count == len(parts) for count, parts in zip(repeated, joined, strict=True))
-        if separator == "," and not (2 * whole > len(joined) and any(parts & alone for parts in joined)):
+        if separator in ", " and not (2 * whole > len(joined) and any(parts & alone for parts in joined)):
+            continue
+        if separator == " " and len({len(parts) for parts in joined}) < 2:
             continue
         if joined and (separator == _LISTED or any(repeated)):
             return separator

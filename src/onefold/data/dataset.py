@@ -13,6 +13,7 @@ chooses anything: it is kept aside and scored by `onefold eval`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onefold.data.crop import Crop, CropBox
-from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, Split, SplitInfo
+from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, Split, SplitImages, SplitInfo
 from onefold.data.dataset_layouts import PlaceImages, read_place
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import ValueRange
-from onefold.data.splits import SplitImages, class_difference
+from onefold.data.splits import class_difference
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 
@@ -224,9 +225,12 @@ def read_dataset(
     if class_order is not None and sorted(class_order) == sorted(classes):
         classes, class_order_rule = tuple(class_order), "in the order of the run"
     number = {name: i for i, name in enumerate(classes)}
-    folded = Counter(name.casefold() for name in classes)
-    if alike := sorted(name for name in classes if folded[name.casefold()] > 1):
-        notes.append(f"classes whose names differ in case only are several: {join_names(alike)}")
+    plain = {name: re.sub(r"[\W_]+", " ", name.casefold()).strip() for name in classes}
+    counts = Counter(plain.values())
+    if alike := sorted(name for name in classes if plain[name] and counts[plain[name]] > 1):
+        only_case = len({name.casefold() for name in alike}) < len(alike)
+        kind = "case" if only_case else "blanks and signs"
+        notes.append(f"classes whose names differ in {kind} only are several: {join_names(alike)}")
     if len(classes) == 1 and reference.split in ("train", None):
         notes.append(f"one class only, {join_names(classes)}: there is nothing to train a classifier on")
     datasets: dict[Split, Dataset] = {}

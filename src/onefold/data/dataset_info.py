@@ -6,12 +6,15 @@ before its first step and keeps it in the run folder, and the report shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onefold.config import from_dict, to_dict
 from onefold.data.decode import printable_name
+
+if TYPE_CHECKING:
+    from onefold.data.dataset import Dataset
 
 Split = Literal["train", "val", "test"]
 """What images are for: to train on, to choose the best epoch with, and to be scored on once at the end."""
@@ -19,6 +22,21 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _MAX_NAMES = 8  # classes that a line names
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitImages:
+    """The images of one split, or (split None) of all, before their classes are numbered.
+
+    `labels` has each image's class by name, `numbered` the names in the order of their numbers where the place numbers
+    them. `open` makes a Dataset of the images' class indices and the classes.
+    """
+
+    split: Split | None
+    source: str
+    labels: Sequence[str]
+    open: Callable[[Sequence[int], tuple[str, ...]], Dataset]
+    numbered: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

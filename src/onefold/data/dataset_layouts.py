@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onefold.data.columns import MultiLabelError
-from onefold.data.dataset_info import LeftOut, Split
+from onefold.data.dataset_info import LeftOut, Split, SplitImages
 from onefold.data.decode import ARCHIVE_SUFFIXES, printable_name
 from onefold.data.folders import (
     FolderListing,
@@ -38,7 +38,6 @@ from onefold.data.splits import (
     SPLIT_WORDS,
     FolderRoles,
     NoClassFoldersError,
-    SplitImages,
     assign_images,
     detect_folder_roles,
     parse_split_name,

@@ -43,6 +43,11 @@ _READERS = 8  # threads: a file server answers several at once
 _KEY_BYTES = 6
 
 
+def evenly_spaced(count: int, most: int) -> Sequence[int]:
+    """Give `most` of the numbers below `count`, evenly spaced; all where there are fewer."""
+    return range(count) if count <= most else [i * count // most for i in range(most)]
+
+
 def dataset_fingerprint(dataset: Dataset) -> str:
     """Compute two SHA-256 in hex, joined by "-": over classes, names, labels and sizes, and over contents.
 
@@ -51,7 +56,7 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     facts, contents = hashlib.sha256(repr(dataset.classes).encode()), hashlib.sha256()
     for i in range(len(dataset)):
         facts.update(f"{dataset.name(i)!r} {dataset.label(i)} {dataset.num_bytes(i)}\n".encode())
-    for digest in _digests(dataset, _evenly(len(dataset), MAX_CONTENTS)):
+    for digest in _digests(dataset, evenly_spaced(len(dataset), MAX_CONTENTS)):
         contents.update(f"{digest}\n".encode())
     return f"{facts.hexdigest()}-{contents.hexdigest()}"
 
@@ -101,7 +106,7 @@ class TrainedOn:
 
     def with_pixels(self, dataset: Dataset, value_range: ValueRange | None = None) -> TrainedOn:
         """Give the record with keys of the images' pixels, of `_MAX_PIXELS` evenly spaced where they are more."""
-        keys = perceptual_hashes(dataset, _evenly(len(dataset), _MAX_PIXELS), value_range)
+        keys = perceptual_hashes(dataset, evenly_spaced(len(dataset), _MAX_PIXELS), value_range)
         return replace(self, pixels=distinctive_perceptual_hashes(keys))
 
     @property
@@ -181,16 +186,24 @@ def find_trained_images(records: Sequence[TrainedOn], dataset: Dataset) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedCopies:
-    """How many of the images that were `looked_at` are, by their pixels, copies of trained ones that content misses."""
+    """Which of the images that were `looked_at` are, by their pixels, copies of those of records: `numbers`.
 
-    found: int
+    Content, which is looked at before, does not tell them.
+    """
+
+    numbers: tuple[int, ...]
     looked_at: int
 
+    @property
+    def found(self) -> int:
+        """How many there are."""
+        return len(self.numbers)
 
-def count_trained_copies(
+
+def find_trained_copies(
     records: Sequence[TrainedOn], dataset: Dataset, value_range: ValueRange | None = None
 ) -> TrainedCopies | None:
-    """Look for copies of images that were trained on, saved again or resized; None where no record has keys for it.
+    """Look for copies of the images of records, saved again or resized; None where no record has keys for it.
 
     Of more than `_MAX_PIXELS` images so many are looked at, evenly spaced.
     """
@@ -198,13 +211,9 @@ def count_trained_copies(
     if not pixels:
         return None
     seen = find_trained_images(records, dataset)
-    numbers = [i for i in _evenly(len(dataset), _MAX_PIXELS) if seen[i] is not True]
+    numbers = [i for i in evenly_spaced(len(dataset), _MAX_PIXELS) if seen[i] is not True]
     found = match_perceptual_hashes(perceptual_hashes(dataset, numbers, value_range), np.concatenate(pixels))
-    return TrainedCopies(found=int(found.sum()), looked_at=len(numbers))
-
-
-def _evenly(count: int, most: int) -> Sequence[int]:
-    return range(count) if count <= most else [i * count // most for i in range(most)]
+    return TrainedCopies(numbers=tuple(numbers[i] for i in np.flatnonzero(found)), looked_at=len(numbers))
 
 
 # ------------------------------------------------------------------------------ the images of a run

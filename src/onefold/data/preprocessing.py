@@ -47,15 +47,13 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: Interpolation = "bilinear"
-    channels: int = 3
+    channels: Annotated[int, Range(1, 1024)] = 3
     value_range: ValueRange | None = None  # None: 0 to 65535, see value_range.py
 
     def __post_init__(self) -> None:
         check_fields(self, "preprocessing")
         if self.crop_pct == 0:
             raise BadArgument("preprocessing.crop_pct is 0, expected more than 0 and at most 1")
-        if self.channels not in (1, 3):
-            raise BadArgument(f"preprocessing.channels is {self.channels}, expected 1 or 3")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels or not np.isfinite(values).all():
                 raise BadArgument(
@@ -93,11 +91,21 @@ class Preprocessing:
 
         A pixel has 256 values, so each is looked up in a table that was computed in float64.
         """
+        self.check_takes_photos()
         mode = "RGB" if self.channels == 3 else "L"
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         planes = pixels.reshape(*pixels.shape[:2], self.channels)
         table = _normalisation_table(self.mean, self.std)
         return np.stack([table[c].take(planes[:, :, c]) for c in range(self.channels)])
+
+    def check_takes_photos(self) -> None:
+        """Raise BadArgument where the network's images have channels that photos do not have."""
+        if self.channels not in (1, 3):
+            shape = (self.channels, self.size, self.size)
+            raise BadArgument(
+                f"the network takes images of {self.channels} channels, and photos are read as 3 or 1: in Python give "
+                f"it arrays of floats {shape} that are prepared already"
+            )
 
     def scale_and_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Give (scale, offset), (C,) each: v * scale + offset is within 1e-6 of `normalise`, and quicker."""

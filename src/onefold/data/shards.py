@@ -28,15 +28,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers, read_split_column
+from onefold.data.columns import (
+    MultiLabelError,
+    find_class_separator,
+    first_class_number,
+    normalize_numbers,
+    read_split_column,
+)
 from onefold.data.crop import Crop, CropBox
-from onefold.data.dataset_info import SPLITS, LeftOut, Split
+from onefold.data.dataset_info import SPLITS, LeftOut, Split, SplitImages
 from onefold.data.decode import decode_crop, decode_image, printable_name, read_samples
 from onefold.data.folders import join_names
 from onefold.data.parquet import ParquetImages
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
-from onefold.data.splits import SPLIT_WORDS, SplitImages, SplitName, parse_split_name, resolve_ambiguous_split
+from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolve_ambiguous_split
 from onefold.data.tables import MAX_CLASSES
 from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
 from onefold.errors import BadData
@@ -179,7 +185,7 @@ def read_shards(
 ) -> tuple[list[SplitImages], list[LeftOut], list[str]]:
     """Read the images of shards, by split; gives also what is left out, and notes.
 
-    Raises BadData where they cannot be read, or where only some of their images have a class.
+    Raises BadData where they cannot be read, or where no image has a class.
     """
     places = [place for paths in shards.values() for place in paths]
     parquet = [place for place in places if place.endswith(".parquet")]
@@ -204,12 +210,18 @@ def read_shards(
                 files[inner] += tars
             left_out += left_out_members([index.others for index in indexes])
     labels = {split: [label for file in those for label in file.labels] for split, those in files.items()}
-    if unlabelled := sum(label is None for label in labels.get("test", ())):
-        left_out.append(LeftOut(count=unlabelled, what="images of test", reason="no labels to score by"))
-        files["test"] = [
-            file.select([i for i, label in enumerate(file.labels) if label is not None]) for file in files["test"]
+    is_labelled = any(label is not None for split in labels if split != "test" for label in labels[split])
+    for split, those in labels.items():
+        unlabelled = those.count(None)
+        if not unlabelled or not (is_labelled or split == "test"):
+            continue
+        what = f"images of {split}" if split else "images"
+        reason = "no labels to score by" if split == "test" else "no class (-1 or nothing)"
+        left_out.append(LeftOut(count=unlabelled, what=what, reason=reason))
+        files[split] = [
+            file.select([i for i, label in enumerate(file.labels) if label is not None]) for file in files[split]
         ]
-        labels["test"] = [label for label in labels["test"] if label is not None]
+        labels[split] = [label for label in those if label is not None]
     labels = {split: those for split, those in labels.items() if those}
     names = sorted({label for those in labels.values() for label in those if isinstance(label, str)})
     if separator := find_class_separator(names):
@@ -269,17 +281,18 @@ def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | N
             f"some classes are numbers ({min(numbers)}), others names ({printable_name(min(names))}): use one"
         )
     if None in union:
-        raise BadData("some images have no class (-1 or nothing), and they are not those of test")
+        raise BadData("no image but those of test has a class: all are -1 or nothing")
     if names:
         return None
     schema_names = next((file.classes for file in files if file.classes), None)
     limit = MAX_CLASSES if schema_names is None else len(schema_names)
     if min(numbers, default=0) < 0 or max(numbers, default=-1) >= limit:
         raise BadData(f"the classes are numbered {min(numbers)} to {max(numbers)}: expected 0 to {limit - 1}")
-    return schema_names or tuple(map(str, range(max(numbers, default=-1) + 1)))
+    return schema_names or tuple(map(str, range(first_class_number(numbers), max(numbers, default=-1) + 1)))
 
 
 def _names(labels: Sequence[int | str | None], numbered: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
     if numbered is None:
         return [normalize_name(forms.get(str(label), str(label))) for label in labels]
-    return [numbered[label] for label in labels if isinstance(label, int)]
+    first = 1 if numbered[:1] == ("1",) else 0
+    return [numbered[label - first] for label in labels if isinstance(label, int)]

@@ -19,18 +19,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.folders import Folder, join_names
 from onefold.errors import BadData
 from onefold.storage import normalize_name
-
-if TYPE_CHECKING:
-    from onefold.data.dataset import Dataset
 
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
@@ -140,8 +136,10 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
         raise _flat(level, place)
     if _is_only_images(level):
         raise _flat(next(iter(level.children.values())), place)
+    _check_classes(level.children.values(), _names(level), place)
     inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
     if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
+        _check_classes([folder for group in inner.values() for folder in group.get("train", ())], frozenset(), place)
         return _splits_within_classes(level, inner)
     for name, folder in level.children.items():
         words = sorted(n for n in folder.children if (said := parse_split_name(n)) and not said.stem)
@@ -160,6 +158,21 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
     notes = (*_merged(level), *called, *_nested(level))
     return FolderRoles(folders=(_split_folder(None, level, "", level),), notes=notes)
+
+
+def _check_classes(folders: Collection[Folder], beside: frozenset[str], place: str) -> None:
+    """Raise BadData where one with a split's name holds folders that are called as those of another, or `beside` it.
+
+    Then the classes are further down (train_v1/cat and train_v2/cat; cat, dog and val/cat), and it is none.
+    """
+    counts = Counter(name for folder in folders for name in _names(folder))
+    for folder in folders:
+        same = sorted(name for name in _names(folder) if counts[name] > 1 or name in beside)
+        if len(same) > 1 and parse_split_name(folder.name):
+            raise BadData(
+                f"{place}: {folder.path}/ holds folders that are called as others ({join_names(same, 3)}), so it may "
+                "be a split or a class: give the folder of one dataset, with train, val and test (or --val FOLDER)"
+            )
 
 
 def _nested(level: Folder) -> tuple[str, ...]:
@@ -359,6 +372,7 @@ def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, fr
                 folders.append(_SplitFolder(split=split, root=folder.path, shown=shown, classes={}))
                 continue
             inner = _class_level(folder, classes)
+            _check_classes(inner.children.values(), classes, place)
             folders.append(_split_folder(split, inner, shown, inner, classes))
             notes += _merged(inner)
             if split == "train":
@@ -386,21 +400,6 @@ def _flat(folder: Folder, place: str) -> NoClassFoldersError:
 
 
 # ------------------------------------------------------------------------------------ images: of which split
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitImages:
-    """The images of one split, or (split None) of all, before their classes are numbered.
-
-    `labels` has each image's class by name, `numbered` the names in the order of their numbers where the place numbers
-    them. `open` makes a Dataset of the images' class indices and the classes.
-    """
-
-    split: Split | None
-    source: str
-    labels: Sequence[str]
-    open: Callable[[Sequence[int], tuple[str, ...]], Dataset]
-    numbered: tuple[str, ...] | None = None
 
 
 def read_single_split(root: Folder, place: str, split: Split) -> FolderRoles:

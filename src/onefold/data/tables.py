@@ -30,11 +30,13 @@ from onefold.data.columns import (
     MultiLabelError,
     cell_text,
     find_class_separator,
+    first_class_number,
     is_class_index_column,
     is_missing,
     is_split_column,
     normalize_number,
     normalize_numbers,
+    parse_list_cells,
     rank_class_column,
     rank_image_column,
     read_split_columns,
@@ -117,6 +119,12 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         raise NotATableError(
             f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
+    for row, line in zip(rows, lines, strict=True):
+        if any(row[len(columns) :]):
+            raise BadData(
+                f"{shown}, line {line} has {len(row)} values, and the first line names {len(columns)} columns: put "
+                "texts that hold the separator in quotes"
+            )
     file_column = max(file_columns, key=lambda name: images.num_matches(path, cells[name][:_NUM_TRIED]))
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
@@ -165,7 +173,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
         if number_column is not None:
             numbers = [_number(shown, lines[i], text) for i, text in enumerate(normalize_numbers(cells[number_column]))]
             numbered = _names_by_number(shown, lines, numbers, labels)
-            labels = [numbered[number] for number in numbers]
+            labels = [numbered[number - first_class_number(numbers)] for number in numbers]
     kept = _once(shown, files, labels, lines, notes)
     unused = [name for name in class_columns if name != label_column]
     if unused and label_column:
@@ -297,6 +305,7 @@ def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[
 
 def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:
     """Give the class of each row by name. Raises MultiLabel where cells name several classes."""
+    cells = parse_list_cells(cells)
     if separator := find_class_separator(set(cells)):
         i = next(i for i, cell in enumerate(cells) if separator in cell)
         both = " and ".join(printable_name(part.strip()) for part in cells[i].split(separator)[:3])
@@ -354,14 +363,14 @@ def _number(shown: str, line: int, text: str) -> int:
 def _names_by_number(
     shown: str, lines: Sequence[int], numbers: Sequence[int], labels: Sequence[str]
 ) -> tuple[str, ...]:
-    """Name the classes by their labels; a class that no image is of, or without labels, by its number."""
+    """Name the classes by their labels; a class that no image is of, or without labels, by its number, from 0 or 1."""
     names: dict[int, str] = {}
     for line, number, label in zip(lines, numbers, labels or map(str, numbers), strict=True):
         name = names.setdefault(number, label)
         if name != label:
             both = f"{printable_name(name)!r} and {printable_name(label)!r}"
             raise BadData(f"{shown}, line {line}: index {number} is called both {both}")
-    return tuple(names.get(number, str(number)) for number in range(max(numbers) + 1))
+    return tuple(names.get(number, str(number)) for number in range(first_class_number(numbers), max(numbers) + 1))
 
 
 def _one_hot(

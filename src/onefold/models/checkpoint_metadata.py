@@ -168,6 +168,8 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
             )
             return None
         given = [table[number] for number in numbers]
+    if isinstance(given, (list, tuple)) and given and all(map(_is_id_and_name, given)):  # ["n01440764", "tench"]
+        given = [name for _, name in given]
     if not isinstance(given, (list, tuple)) or not all(type(name) in (str, int) and name != "" for name in given):
         if isinstance(given, (list, tuple)) and len(given) == num_classes and any(type(n) is str for n in given):
             remarks.append("are not used: some of them are empty, or no text")
@@ -188,6 +190,10 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
         return None
     remarks += [f"({_first(names)}) {assumed}"] if assumed else []
     return tuple(names)
+
+
+def _is_id_and_name(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(text) is str for text in value)
 
 
 def _from_text(text: str, num_classes: int) -> object:
@@ -234,14 +240,13 @@ def find_preprocessing(extras: Mapping[str, object]) -> dict[str, Any]:
 
 
 def adapt_preprocessing_to_channels(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    """Give the preprocessing for so many channels; for grey images by the averages of the colours' mean and std.
+    """Give the preprocessing for so many channels; for other than are stated by the averages of their mean and std.
 
     The catalogue states those of colours, and so do timm's configurations of networks for grey images.
     """
     made = {**preprocessing, "channels": channels}
-    if channels == 1:
-        made |= {key: (sum(made[key]) / len(made[key]),) for key in ("mean", "std")}
-    return made
+    other = {key: made[key] for key in ("mean", "std") if len(made.get(key, ())) not in (0, channels)}
+    return made | {key: (sum(values) / len(values),) * channels for key, values in other.items()}
 
 
 def read_config(path: Path) -> Mapping[str, Any]:

@@ -75,7 +75,11 @@ def load_model(
     fresh = build_model(known, classes, channels)
     model = copy_weights_(fresh, weights, known).eval()
     card = _card(weights, file, known, model is not fresh, classes, quiet)
-    return model, replace(card, in_chans=channels)
+    if channels != weights.in_chans:
+        card = replace(
+            card, in_chans=channels, preprocessing=adapt_preprocessing_to_channels(card.preprocessing, channels)
+        )
+    return model, card
 
 
 def read_weights_card(source: str | Path, *, name: str | None = None) -> Card:
@@ -174,8 +178,9 @@ def _card(
     for remark in () if quiet else remarks:
         _log.info("the config beside %s: %s", file.source, remark)
     preprocessing = adapt_preprocessing_to_channels({**default, **stated}, weights.in_chans)
-    if weights.in_chans == 1 and not quiet and len({**default, **stated}["mean"]) > 1:
-        _log.info("%s is for grey images: its mean and std are the averages of the colours'", file.source)
+    if not quiet and len({**default, **stated}["mean"]) != weights.in_chans:
+        kind = "grey images" if weights.in_chans == 1 else f"images of {weights.in_chans} channels"
+        _log.info("%s is for %s: its mean and std are the averages of the colours'", file.source, kind)
     if not stated and not quiet:
         shown = ", ".join(f"{key} {value}" for key, value in default.items() if key != "channels")
         _log.info("%s does not say how images are prepared: as the catalogue's %s (%s)", file.source, name, shown)

@@ -43,6 +43,7 @@ _log = logging.getLogger("onefold")
 _MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
 _ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 _ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
+_MAX_LISTED = 8  # of what a list or tuple holds
 _MAX_NAME = 300  # characters; the longest known has 68
 _MAX_HEADER = 32 << 20  # bytes of a safetensors file: names, shapes and the metadata
 # Classes that are not named in a note: their values are understood, or are no weights.
@@ -272,6 +273,8 @@ def _read_torch(path: Path) -> _Saved:
         else:
             value, stored = load_legacy(file)
             storages = stored.__getitem__
+    if isinstance(value, list | tuple):  # (model.state_dict(), optimizer.state_dict())
+        value = {str(i): each for i, each in enumerate(value[:_MAX_LISTED]) if as_mapping(each) is not None} or value
     values = as_mapping(value)
     if values is None:
         kind = value.name if isinstance(value, Placeholder) else type(value).__name__

@@ -160,6 +160,11 @@ def _input(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
 
 
 def _unknown_input(artifact: Artifact) -> str:
+    if artifact.input_shape[0] not in (1, 3):
+        return (
+            f"{_layout(artifact)} Photos have no {artifact.input_shape[0]} channels: how images are prepared for it is "
+            "with who trained it. So the code below uses the images of `reference.npz`."
+        )
     known = ", ".join(f"{name} {value}" for name, value in artifact.preprocessing.items())
     return (
         f"{_layout(artifact)} The preprocessing of photos was not, or not completely, stated at the export"
