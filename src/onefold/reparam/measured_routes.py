@@ -14,7 +14,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -28,7 +28,7 @@ from onefold.reparam.find_trees import TrainingForward
 from onefold.reparam.folding_rules import Chain, Route, Sum, per_branch
 from onefold.reparam.routes import mixed, moments_in_training, quickest, route_costs
 
-PLAIN, BY_COUNT = "per_branch", "quickest"
+PLAIN, BY_COUNT, AS_PARTS = "per_branch", "quickest", "as its parts"
 ROUTES: Mapping[str, Route] = {
     PLAIN: per_branch,
     "moments": moments_in_training,
@@ -41,10 +41,12 @@ GAIN = 1.03  # how much faster than plain torch a route has to be measured: less
 ROUNDS = 5
 HOPELESS = 1.5  # times as slow as the fastest: not timed again
 UNLIKELY = 5.0  # times the cost of the cheapest, by count: not timed at all
-SMALLEST_MAPS = 1 << 19
-"""Values of input and output together, over the batch, from which a part is timed. Below it a step takes milliseconds
-whatever the route, most of them Python's: there the count decides for units of ours, and other blocks stay as they are.
+SMALLEST_MAPS = 1 << 15
+"""Values of input and output together, over the batch, from which a part is timed. Of less a call takes some dozens of
+microseconds whatever the route: there the count decides for units of ours, and other blocks stay as they are.
 """
+WHOLE_PIXELS = 8 * 224 * 224  # of the images by which the whole network is timed
+SHORTEST_S = 2e-3  # of a sample: shorter calls are made several times
 TIMED_VALUES = 6 << 20
 """Values of input and output together that are timed at the most, by fewer images: more than the caches hold."""
 
@@ -78,11 +80,13 @@ def measure_routes(
     region around the call is that of the training. The model is used up: give a copy; its modes say what trains.
     `known` are choices that were made before, by `Part.key`: they are taken, and those of this call are added to it.
     `on_measure` is called before the first part is timed. Parts that are still unmeasured after `limit_s` seconds get
-    what a count of operations says (`quickest`), blocks of other projects their own forward.
+    what a count of operations says (`quickest`), blocks of other projects their own forward. In the end the whole
+    network is timed with these choices and as plain torch, which it stays where the choices gain nothing.
     """
     started: float | None = None
     choices: dict[str, str] = {}
-    for part in _parts(model, images):
+    parts = list(_parts(model, images))
+    for part in parts:
         if part.key not in known:
             if started is None:
                 on_measure()
@@ -90,6 +94,13 @@ def measure_routes(
             late = time.perf_counter() - started > limit_s
             known[part.key] = (BY_COUNT if part.is_ours else PLAIN) if late else _fastest(part, len(images))
         choices[part.path] = known[part.key]
+    plain = {part.path: PLAIN if PLAIN in part.calls else choices[part.path] for part in parts}
+    if choices != plain:
+        # Parts are not the whole: memory that one part leaves in the caches serves the next one, if both are of a kind.
+        key = hashlib.sha256(repr([(p.key, choices[p.path]) for p in parts]).encode()).hexdigest()[:24]
+        if key not in known:
+            known[key] = _faster_whole(model, parts, {AS_PARTS: choices, PLAIN: plain}, images)
+        choices = plain if known[key] == PLAIN else choices
     return choices
 
 
@@ -133,15 +144,22 @@ class _Call(NamedTuple):
 def _parts(model: nn.Module, images: Tensor) -> Iterator[Part]:
     """The parts of `model`, which is used up, that two images of the batch reach in training; each once."""
     calls: dict[str, _Call] = {}
+    ours, blocks = list[Chain | Sum](), dict[nn.Module, TrainingForward]()
     for path, module in model.named_modules():
         if any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
             continue  # its time is that of other processes too
         if isinstance(module, (Chain, Sum)) and module.route is quickest:
+            ours.append(module)
             module.route = _recorded(path, calls)
         elif isinstance(own := vars(module).get("forward"), TrainingForward):
+            blocks[module] = own
             module.forward = _Recorded(path, cast(Callable[..., Any], own), calls)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         model(torch.randn(2, *images.shape[1:]).contiguous(memory_format=_layout(images[:1])))
+    for tree in ours:
+        tree.route = quickest
+    for block, forward in blocks.items():
+        block.forward = cast(Callable[..., Any], forward)
     for path, called in calls.items():
         module = model.get_submodule(path)
         is_trained = any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
@@ -202,7 +220,7 @@ def _by_route(route: Route, tree: nn.Module, act: nn.Module | None, x: Tensor) -
 
 
 def _calls_of_block(block: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
-    accelerated = vars(block)["forward"].original
+    accelerated = vars(block)["forward"]
     if _crashes(block):
         return {BY_COUNT: accelerated}
     return {PLAIN: partial(type(block).forward, block), BY_COUNT: accelerated}
@@ -237,15 +255,50 @@ def _fastest(part: Part, num_images: int) -> str:
     grad = torch.randn(y.shape, generator=generator).to(y.dtype).contiguous(memory_format=_layout(y))
     inputs = [*([x] if called.needs_grad else []), *(p for p in part.module.parameters() if p.requires_grad)]
 
-    def seconds(call: Callable[[Tensor], Any]) -> float:
-        torch.clear_autocast_cache()  # a step casts each weight once
+    def seconds(call: Callable[[Tensor], Any], times: int) -> float:
         start = time.perf_counter()
-        out = call(x)
-        if inputs and out.requires_grad:
-            torch.autograd.grad(out, inputs, grad, allow_unused=True)
+        for _ in range(times):
+            torch.clear_autocast_cache()  # a step casts each weight once
+            out = call(x)
+            if inputs and out.requires_grad:
+                torch.autograd.grad(out, inputs, grad, allow_unused=True)
         return time.perf_counter() - start
 
-    return fastest({name: partial(seconds, call) for name, call in part.calls.items()})
+    seconds(part.calls[PLAIN], 1)
+    times = max(1, min(20, round(SHORTEST_S / seconds(part.calls[PLAIN], 1))))
+    return fastest({name: partial(seconds, call, times) for name, call in part.calls.items()})
+
+
+def _faster_whole(
+    model: nn.Module, parts: Sequence[Part], choices: Mapping[str, Mapping[str, str]], images: Tensor
+) -> str:
+    """The name of those choices by which a step of the whole network is faster, on as many images as are soon done."""
+    count = max(2, min(len(images), -(-WHOLE_PIXELS // images[0, 0].numel())))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *images.shape[1:], generator=generator).contiguous(memory_format=_layout(images[:1]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    measured = {part.module for part in parts}
+    for module in model.modules():  # blocks that were not timed stay as they are
+        if module not in measured and isinstance(vars(module).get("forward"), TrainingForward):
+            del module.forward
+
+    def seconds(name: str) -> float:
+        for part in parts:
+            choice = choices[name][part.path]
+            if part.is_ours:
+                cast(Sum, part.module).route = ROUTES[choice]
+            elif choice == PLAIN:
+                vars(part.module).pop("forward", None)
+            else:
+                part.module.forward = part.calls[choice]
+        torch.clear_autocast_cache()
+        start = time.perf_counter()
+        y = model(x)
+        if isinstance(y, Tensor) and y.requires_grad and parameters:
+            torch.autograd.grad(y.float().square().mean(), parameters, allow_unused=True)
+        return time.perf_counter() - start
+
+    return fastest({name: partial(seconds, name) for name in choices})
 
 
 def fastest(timed: Mapping[str, Callable[[], float]]) -> str:
