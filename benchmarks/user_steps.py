@@ -153,7 +153,8 @@ def main() -> int:
     first, last = map(int, given.steps.split("-"))
     work = given.work or Path(tempfile.mkdtemp(prefix="onefold-steps-"))
     photo = lay_out(given.photos, work / "photos").relative_to(work)
-    environment, steps = dict(os.environ), []
+    environment, steps = dict(os.environ), list[Step]()
+    page = given.results / f"{datetime.date.today()}-user-steps.txt"
     for number in range(first, last + 1):
         command = STEPS[number - 1].format(weights=given.weights.resolve(), photo=photo)
         typed = command
@@ -161,17 +162,19 @@ def main() -> int:
             typed, environment = install(work)
         steps.append(replace(run(number, typed, work, environment), command=command))
         print(steps[-1].row(), flush=True)
-    wrong = [step.number for step in steps if not step.is_right]
-    seconds = sum(step.seconds for step in steps)
-    total = f"{seconds:.0f} s in all; failed, or silent for over {SILENCE:.0f} s: {wrong or 'none'}"
-    print(total)
-    rows = "\n".join(step.row() for step in steps).replace(str(given.weights.resolve()), given.weights.name)
-    rows = rows.replace(str(ROOT), ".").replace(f"{work}/", "")
+        text = table(steps).replace(str(given.weights.resolve()), given.weights.name)
+        page.write_text(text.replace(str(ROOT), ".").replace(f"{work}/", ""))
+    return 0 if all(step.is_right for step in steps) else 1
+
+
+def table(steps: list[Step]) -> str:
+    """The steps that were taken, and what is wrong with them."""
     machine = f"load {os.getloadavg()[0]:.1f} at the end, {len(os.sched_getaffinity(0))} cores"
-    notes = "\n".join(f"before {number}: {seconds} s {of}" for number, (seconds, of) in BEFORE.items())
-    heads = f"{__doc__.splitlines()[0]}\n\n     before    time  silent  exit  command (seconds; {machine})\n"
-    (given.results / f"{datetime.date.today()}-user-steps.txt").write_text(f"{heads}{rows}\n\n{total}\n{notes}\n")
-    return 1 if wrong else 0
+    lines = [__doc__.splitlines()[0], "", f"     before    time  silent  exit  command (seconds; {machine})"]
+    wrong = [step.number for step in steps if not step.is_right] or "none"
+    total = f"{sum(step.seconds for step in steps):.0f} s in all; failed, or silent for over {SILENCE:.0f} s: {wrong}"
+    before = [f"before {number}: {seconds} s {of}" for number, (seconds, of) in BEFORE.items()]
+    return "\n".join([*lines, *(step.row() for step in steps), "", total, *before, ""])
 
 
 if __name__ == "__main__":
