@@ -27,7 +27,7 @@ from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.deploy import _photos
 from onefold.commands.deployment import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
-from onefold.commands.export import ExportOptions, export_to_runtimes, warn_int8_disagreement
+from onefold.commands.export import ExportOptions, check_int8_agreement, export_to_runtimes
 from onefold.commands.fuse import fuse
 from onefold.commands.held_out import (
     DATA_FILE,
@@ -427,7 +427,7 @@ def test_an_int8_network_that_was_calibrated_on_what_its_run_held_out_says_so(ho
         order = CalibrationOptions(
             data=str(place), photos=open_unlabelled_photos(str(place)) if seen else None, method=MINMAX_METHOD
         )
-        said = warn_int8_disagreement(network, calibrated_network(network, order), order)["answers"]
+        said = check_int8_agreement(network, calibrated_network(network, order), order)["answers"]
         assert ("6 of which, or copies of them, calibrated it" in str(said)) is bool(seen)
 
 

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ from onefold.data.decode import decode_image
 from onefold.errors import BadArgument
 from onefold.models import create_model
 from onefold.models.pretrained import Card, save_weights
-from onefold.quantize import MINMAX_METHOD, QuantizationMethod, quantize
+from onefold.quantize import MINMAX_METHOD, QuantizationMethod, integer_model, quantize
 from onefold.quantize.calibrate import calibrate
 from onefold.quantize.convert import calibration_state_dict, from_calibration_state_dict
 from onefold.quantize.cross_layer_equalization import (
@@ -138,6 +139,31 @@ def test_scales_reach_the_limit_in_each_row_and_searching_never_costs() -> None:
     errors = [((round_to_nearest(kernel, s, 127) * s[:, None] - kernel) ** 2).sum(1) for s in (scales, plain)]
     assert (errors[0] <= errors[1]).all()
     assert len(set(weight_scales(kernel, qmax=127, per_tensor=True, clip=False).tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "inputs", "weight", "geometry"),
+    [
+        (torch.ops.aten.conv2d.default, (2, 512, 5, 5), (8, 512, 3, 3), ([2, 2], [1, 1])),
+        (torch.ops.aten.conv2d.default, (2, 12, 5, 5), (12, 1, 3, 3), ([1, 1], [1, 1], [1, 1], 12)),
+        (torch.ops.aten.linear.default, (3, 4096), (5, 4096), ()),
+        (torch.ops.aten.linear.default, (3, 9000), (5, 9000), ()),
+    ],
+)
+def test_large_sums_of_integers_are_exact(target: Any, inputs: Any, weight: Any, geometry: Any) -> None:
+    """Against 64-bit integers, with the largest products there are; the last is too wide to be split."""
+    draw = torch.Generator().manual_seed(0)
+    x, q = torch.randint(-255, 256, inputs, generator=draw), torch.randint(-127, 128, weight, generator=draw)
+    x[0], q[0] = -255, 127
+    if target is torch.ops.aten.linear.default:
+        true = x @ q.T
+    else:
+        stride, padding, _, groups = (*geometry, [1, 1], 1)[:4]
+        columns = F.unfold(x.double(), weight[2:], 1, padding, stride).long().unflatten(1, (groups, -1))
+        rows = q.flatten(1).unflatten(0, (groups, -1))
+        true = torch.einsum("gok,bgkl->bgol", rows, columns).flatten(1, 2)
+    found = integer_model._exact_sums(target, x.float(), q.float(), geometry)
+    assert torch.equal(found.long().reshape(true.shape), true)
 
 
 # ----------------------------------------------------------------------------------- equalization

@@ -34,9 +34,11 @@ from available_runtimes import INSTALLED, RUNNABLE, unavailable
 from onefold import runtimes
 from onefold.cli import main
 from onefold.errors import BadArgument, BadArtifact, GateFailed, MissingExtra
-from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, import_runtime, load, open_artifact
+from onefold.quantize import quantize
+from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, export, import_runtime, load, onnx, open_artifact
 from onefold.runtimes.artifact import manifest_sha256, read_manifest
 from onefold.runtimes.base import open_for_cold_start
+from onefold.runtimes.exporter import TracedModel
 from onefold.runtimes.reference_logits import make_reference_images, read_reference, relative_difference, top1_agreement
 from onefold.runtimes.sandbox import mark_as_trusted
 
@@ -832,6 +834,37 @@ def test_one_image_is_joined_by_its_mirror_image_and_the_model_is_left_as_it_was
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_runtime_changes_the_program_that_all_of_them_get(
+    artifact: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    """A traced model is exported to each runtime in turn, and each artifact is the one that is made alone."""
+    traced = TracedModel(padded(), images(2, seed=0))
+    for runtime in INSTALLED:
+        program = traced.program(qdq=False)
+        before = str(program), {name: tensor.clone() for name, tensor in program.state_dict.items()}
+        made = traced.export(tmp_path / runtime, runtime=runtime, info=INFO)
+        assert (str(program), list(program.state_dict)) == (before[0], list(before[1]))
+        assert all(torch.equal(program.state_dict[name], tensor) for name, tensor in before[1].items())
+        if runtime in ("onnx", "web"):  # the files of others may differ from export to export
+            assert made.files == artifact(runtime).files
+
+
+def test_what_is_converted_to_onnx_once_is_the_same_for_each_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted, convert = [], onnx._convert
+    monkeypatch.setattr(onnx, "_convert", lambda *given, **how: converted.append(1) or convert(*given, **how))
+    model = quantize(padded(), torch.from_numpy(images(4)))
+    traced = TracedModel(model, SHAPE)
+    both, how = ("onnx", "openvino"), {"info": INFO, "precision": "int8"}
+    together = [traced.export(tmp_path / runtime, runtime=runtime, **how) for runtime in both]
+    assert len(converted) == 1
+    alone = [export(model, SHAPE, tmp_path / "alone" / runtime, runtime=runtime, **how) for runtime in both]
+    assert len(converted) == 3
+    same = [(one.files["model.bin" if i else "model.onnx"]) for pair in (together, alone) for i, one in enumerate(pair)]
+    assert same[:2] == same[2:]  # model.xml has numbers of its own in each export
 
 
 def test_an_unfused_model_is_exported_loudly(tmp_path: Path) -> None:

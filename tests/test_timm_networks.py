@@ -21,12 +21,12 @@ from conftest import shaken
 from onefold.cli import main
 from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.deployment import ArtifactResult, accuracy_gate
-from onefold.commands.export import ExportOptions, export_artifact, export_to_runtimes, warn_int8_disagreement
+from onefold.commands.export import ExportOptions, check_int8_agreement, export_artifact, export_to_runtimes
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, make_predictor, open_network
 from onefold.commands.predictor import open_predictor
 from onefold.commands.timm_networks import open_pretrained
-from onefold.errors import BadArgument, BadCheckpoint, GateFailed, MissingExtra, NetworkFailed
+from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, MissingExtra, NetworkFailed
 from onefold.models.pretrained import Card
 from onefold.quantize import QuantizationMethod, quantize
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
@@ -319,20 +319,17 @@ def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog)
     network = Network(model=Twins().eval(), card=Card(model="twins", num_classes=5, fused=True), title="x").with_size(
         32
     )
-    order = CalibrationOptions(data=str(tmp_path / "black"))
-    made = calibrated_network(network, order)
-    assert warn_int8_disagreement(network, made, order)["answers"].startswith("int8 agrees with fp32 on 4 of 4 photos")
-    assert "of one colour each" in caplog.text
-    caplog.clear()
+    with pytest.raises(BadData, match=r"the 4 photos of .*black to calibrate with are of one colour each"):
+        calibrated_network(network, CalibrationOptions(data=str(tmp_path / "black")))
     right = CalibrationOptions(data=str(tmp_path / "bright"))
-    assert (
-        "int8 agrees with fp32 on"
-        in warn_int8_disagreement(network, calibrated_network(network, right), right)["answers"]
-    )
+    made = calibrated_network(network, right)
+    assert "int8 agrees with fp32 on" in check_int8_agreement(network, made, right)["answers"]
     assert "one colour" not in caplog.text
     broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
-    assert warn_int8_disagreement(network, broken, right)["answers"].startswith("int8 agrees with fp32 on 0 of 4")
-    assert "gives only 0 of 4 of the float network's answers" in caplog.text
+    with pytest.raises(
+        GateFailed, match=r"gives only 0 of 4 of the float network's answers on .*, at most 49 % of all"
+    ):
+        check_int8_agreement(network, broken, right)
 
 
 class Opposite(nn.Module):

@@ -65,7 +65,9 @@ def deploy(
     int8: Annotated[bool, Option("--int8", help="int8 artifacts too, where the runtime supports them")] = False,
     half: Annotated[bool, Option("--half", help="fp16 or bf16 artifacts too, where the runtime supports them")] = False,
     val: Annotated[str | None, Option(help="labelled photos to evaluate on, if not those held out of --data")] = None,
-    max_drop: Annotated[float, Option(min=0.0, help="points of top-1 that an artifact may lose")] = 1.0,
+    max_drop: Annotated[
+        float, Option(min=0.0, help="points of top-1 that an artifact may lose, or of 10 to 99 photos one photo")
+    ] = 1.0,
     calibrate: Annotated[int, Option(min=2, help="photos to calibrate with, chosen evenly")] = 200,
     weight_bits: Annotated[int, Option(min=7, max=8, help="7 for x86 processors without VNNI")] = 8,
     per_tensor: Annotated[bool, Option("--per-tensor", help="one scale a weight tensor, for DSPs")] = False,
@@ -73,7 +75,8 @@ def deploy(
     samples: Annotated[int, Option(min=16, help="timed calls of each")] = 200,
     threads: ThreadsOption = 1,
     quick: Annotated[
-        bool, Option("--quick", help="at most 64 photos calibrate, 128 are scored and 50 calls timed")
+        bool,
+        Option("--quick", help="calibrates once, with no search, on at most 64 photos; scores 128, times 50 calls"),
     ] = False,
     minutes: Annotated[
         float | None, Option(help="after this time leave out, and name, later candidates, artifacts and the timing")
@@ -84,8 +87,9 @@ def deploy(
 ) -> None:
     """Export, verify, evaluate and benchmark artifacts in one folder, with a README, a model card and a report.
 
-    How int8 is calibrated is chosen by measured accuracy on --data. The exit status is 1 if an artifact loses more than
-    --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions.
+    How int8 is calibrated is searched for on --data, unless --quick is given. The exit status is 1 if an artifact loses
+    more than --max-drop points of top-1 or, without labels, changes more than that per cent of the predictions; where
+    10 to 99 photos are scored, one of them may be lost in any case, unless --max-drop is 0.
     """
     with show_progress("deploying"):
         from onefold.commands.deploy import deploy as deploy_to

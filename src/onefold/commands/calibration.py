@@ -40,6 +40,7 @@ from onefold.report.format import format_count, join_words
 from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
+_FLAT = 0.02  # of prepared photos, whose deviation is near 1: the deviation below which nothing is in them
 _MOST_KEPT = 40  # each as large as the int8 network
 _FACTS, _TENSORS = "calibration.json", "calibration.safetensors"
 
@@ -111,8 +112,8 @@ def calibrated_network(
 
     A search for a method tries as many as the budget has time for; what it then finds is not kept for the next time.
 
-    Raises BadData where there are too few photos; BadArgument where it is not fused, where it was not trained so and
-    there are no photos, and where it was, and the order asks for something else.
+    Raises BadData where there are too few photos, or nothing in them; BadArgument where it is not fused, where it was
+    not trained so and there are no photos, and where it was, and the order asks for something else.
     """
     if order is None or not order.data or network.card.int8 is not None:
         return Int8Network(made=_as_trained(network, order))
@@ -146,11 +147,29 @@ def _calibrated(
     network: Network, source: Dataset, order: CalibrationOptions, say: Callable[[str], None], budget: TimeBudget
 ) -> QuantizedModel:
     images, method = load_calibration_images(source, order, network.preprocessing), order.method
+    _refuse_empty(images, order.data)
     if order.skip_layers:
         method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
         method = search_method(network.model, images, method, say, budget.allows)
     return quantize(network.model, images, method)
+
+
+def _refuse_empty(images: torch.Tensor, place: str) -> None:
+    """Raise BadData where the photos (B, C, H, W) are of one colour each, or all the same; warn where half of them are.
+
+    The ranges of activations on such photos say nothing of others: what exceeds them is cut off.
+    """
+    flat = int((images.flatten(2).std(2).amax(1) < _FLAT).sum())
+    advice = "calibrate on photos of the kind that the network will see"
+    ranges = "the ranges of activations that they give would cut off those of any other photo"
+    if flat == len(images):
+        raise BadData(f"the {flat} photos of {place} to calibrate with are of one colour each, and {ranges}: {advice}")
+    if float((images[1:] - images[:1]).flatten(1).std(1).amax()) < _FLAT:
+        raise BadData(f"the {len(images)} photos of {place} to calibrate with are all the same, and {ranges}: {advice}")
+    if 2 * flat >= len(images):
+        text = "%d of the %d photos of %s to calibrate with are of one colour each, and calibrate nothing: %s"
+        _log.warning(text, flat, len(images), place, advice)
 
 
 # ------------------------------------------------------------------------------ calibrations that are kept

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from onefold.commands.calibration import CalibrationOptions, Int8Network, TimeBu
 from onefold.commands.deployment import (
     QUICK_MAX_SCORED,
     QUICK_NOTE,
+    WARMUP_S,
     ArtifactResult,
     DeployOptions,
     DeployResult,
@@ -45,7 +47,7 @@ from onefold.commands.deployment import (
     write_gates,
 )
 from onefold.commands.evaluate import class_indices
-from onefold.commands.export import export_artifact
+from onefold.commands.export import export_artifact, trace
 from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import (
     DeploymentPhotos,
@@ -105,11 +107,12 @@ def deploy(
 ) -> DeployResult:
     """Export, verify, evaluate and measure artifacts in one new folder: see the top of the file, and `DeployOptions`.
 
-    `data` are photos to calibrate int8 with and to evaluate on. With `quick` at most 64 of them calibrate, 128 are
-    scored and 50 calls timed. After `minutes` later candidates, artifacts and the timing are left out, and named.
+    `data` are photos to calibrate int8 with and to evaluate on. With `quick` no method of calibration is searched for,
+    at most 64 photos calibrate, 128 are scored and 50 calls timed. After `minutes` later candidates, artifacts and the
+    timing are left out, and named.
 
-    Raises GateFailed once the folder is written, where an
-    artifact loses more than `max_drop` points of top-1; the rest as `build_deployment` does.
+    Raises GateFailed once the folder is written, where an artifact loses more than `max_drop` points of top-1, and of
+    10 to 99 photos more than one; the rest as `build_deployment` does.
 
         onefold.deploy("runs/photos-finetune", "photos/", to=["onnx", "litert"], int8=True).folder
     """
@@ -124,7 +127,7 @@ def deploy(
         val=None if val is None else os.fspath(val),
         max_drop=max_drop,
         size=img_size,
-        procedure=Procedure(samples=samples, threads=threads),
+        procedure=Procedure(samples=samples, threads=threads, warmup_seconds=WARMUP_S),
         quick=quick,
         minutes=minutes,
     )
@@ -164,20 +167,18 @@ def build_deployment(
     with atomic_replace(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
         if order.quick:
             say(QUICK_NOTE)
-
-        def quantize() -> Int8Network:
-            return calibrated_network(network, order.calibration, say, budget)
-
-        kept = _kept_artifacts(folder, wanted, say)
-        artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say)
+        quantize = partial(calibrated_network, network, order.calibration, say, budget)
+        kept, details = _kept_artifacts(folder, wanted, say), {"deployed": QUICK_NOTE} if order.quick else {}
+        artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say, details)
         done = _scored(network, artifacts, photos, order, budget, folder, say)
         done = replace(done, gates=(*refused, *done.gates))
         write_gates(done.gates, folder / "results", done.notes)
         _explain(done)
         (folder / _KEY).unlink()
         folder.rename(aside)
-    for gate in done.failed:
-        say(f"FAILED    {gate.sentence}")
+    for gate in done.gates:
+        if gate.by_one_photo or not gate.passed:
+            say(f"{'passed' if gate.passed else 'FAILED':9} {gate.sentence}")
     return replace(done, folder=out)
 
 
@@ -185,7 +186,7 @@ def _key(network: Network, order: DeployOptions, *, calibrates: bool) -> str:
     """The digest of what the artifacts of a deployment depend on."""
     calibration = order.calibration
     photos = [] if calibration.photos is None or not calibrates else image_keys(calibration.select_photos(), "content")
-    how = [asdict(calibration.method), calibration.search, calibration.skip_layers]
+    how = [asdict(calibration.method), calibration.search, calibration.skip_layers, order.quick]
     facts = [tensors_sha256(network.model.state_dict()), network.card.to_dict(), how, photos]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -281,7 +282,9 @@ def _scored(
         title += warn_constant_predictions(true, photos, torch_network)
         if top1 is not None:
             say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
-    verdicts, runs, longest = [], [name for name, each in artifacts.items() if _runs_here(each)], 0.0
+    verdicts, longest = [], 0.0
+    whys = {name: import_runtime(each.runtime).unavailable_reason for name, each in artifacts.items()}
+    runs = [name for name, why in whys.items() if why is None or why() is None]
     for number, name in enumerate(runs):
         if not budget.allows(f"the score of {name}", longest):
             continue
@@ -325,12 +328,14 @@ def _exported(
     budget: TimeBudget,
     out: Path,
     say: _Say,
+    details: Mapping[str, object],
 ) -> tuple[dict[str, Artifact], list[Gate]]:
     """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none.
 
     Those of 8 bits come last, since calibration takes longest.
     """
     artifacts, refused, longest, made = {**kept}, [], 0.0, None
+    traced = trace(network, None)
     for number, (runtime, precision) in enumerate(sorted(wanted, key=lambda each: each[1] == "int8")):
         name = f"{runtime}-{precision}"
         if name in kept or (artifacts and not budget.allows(name, longest)):
@@ -338,24 +343,20 @@ def _exported(
         _progress.debug("exporting %s", name, extra={"done": number, "total": len(wanted)})
         if precision == "int8" and made is None:
             made = quantize()
+            traced = trace(network, made)
         began = time.monotonic()
         try:
-            artifacts[name] = export_artifact(
-                network, made if precision == "int8" else None, out / name, runtime, precision
-            )
+            artifacts[name] = export_artifact(network, made, out / name, runtime, precision, details, traced)
         except GateFailed as error:
             refused.append(Gate(name=name, kind="parity", passed=False, sentence=f"{name}: {error}"))
             say(f"refused   {name:20} {error}")
         else:
-            say(f"exported  {name:20} {_proof(artifacts[name])}")
+            parity = artifacts[name].parity
+            proof = "not run here: its first load proves it" if parity is None else f"parity {parity.difference:.1e}"
+            say(f"exported  {name:20} {proof}")
         longest = max(longest, time.monotonic() - began)
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]
     return {name: artifacts[name] for name in names if name in artifacts}, refused
-
-
-def _runs_here(artifact: Artifact) -> bool:
-    kind = import_runtime(artifact.runtime)
-    return kind.unavailable_reason is None or kind.unavailable_reason() is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -420,9 +421,8 @@ def _timed(out: Path, runs: list[str], order: DeployOptions, budget: TimeBudget,
     if not runs or not budget.allows("the timing", seconds):
         return {}
     _progress.debug("timing %d artifacts, interleaved", len(runs))
-    outcome, _ = measure_sources(
-        BenchOptions(sources=[str(out / name) for name in runs], procedure=order.procedure), out / "results"
-    )
+    options = BenchOptions(sources=[str(out / name) for name in runs], procedure=order.procedure)
+    outcome, _ = measure_sources(replace(options, cold=not order.quick, limits=not order.quick), out / "results")
     found = list(outcome.measurements.values()) if isinstance(outcome, Comparison) else [outcome]
     for name, each in zip(runs, found, strict=True):
         say(f"timed     {name:20} {each.median_ns / 1e6:.2f} ms, {each.verdict}")
@@ -436,11 +436,6 @@ def _explain(done: DeployResult) -> None:
     metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
     write_text(done.folder / "MODEL_CARD.md", render_hub_readme(done.network.card, metrics))
     write_report_page([done.folder], done.folder / "report.html")
-
-
-def _proof(artifact: Artifact) -> str:
-    parity = artifact.parity
-    return "not run here: its first load proves it" if parity is None else f"parity {parity.difference:.1e}"
 
 
 def _score(top1: float | None, changed: int, count: int) -> str:

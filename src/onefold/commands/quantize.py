@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from onefold.commands.calibration import CalibrationOptions, Int8Network, calibrated_network
-from onefold.commands.export import Artifact, export_artifact, network_from_module, warn_int8_disagreement
+from onefold.commands.export import Artifact, check_int8_agreement, export_artifact, network_from_module
 from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predictor import Source, select_ema_weights, suggest_argument_names
@@ -60,7 +60,8 @@ def quantize(
     `per_tensor` takes one scale a weight tensor; so many `skip_layers`, the most sensitive, stay in fp32. `model` names
     the network where the weights do not; `img_size` is the side in pixels.
 
-    Raises BadArgument, BadData where there are too few photos, BadCheckpoint.
+    Raises BadArgument, BadCheckpoint, BadData where there are too few photos or nothing in them, GateFailed where the
+    int8 network gives too few of the float network's answers (80 %, see `commands.export.check_int8_agreement`).
 
         int8 = onefold.quantize("runs/photos-finetune", "photos/")
         int8.model, int8.export("litert")
@@ -81,5 +82,5 @@ def quantize(
         order = CalibrationOptions(data=place, count=calibrate, method=method, skip_layers=skip_layers)
         int8 = calibrated_network(network, order)
         if place:
-            warn_int8_disagreement(network, int8, order)
+            check_int8_agreement(network, int8, order)
         return QuantizedNetwork(network=network, int8=int8)

@@ -68,18 +68,17 @@ def quantize(model: nn.Module, images: Tensor, method: QuantizationMethod = _DEF
         raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
     if images.dim() != 4 or len(images) < 2:
         raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, got {tuple(images.shape)}")
-    graph, calibration = calibrated_graph(model, images.split(BATCH_SIZE), method)
-    insert_qdq_(graph, calibration)
-    return QuantizedModel(model=IntegerModel(graph), method=method, layers=calibration.reports, images=len(images))
-
-
-def calibrated_graph(
-    model: nn.Module, batches: Sequence[Tensor], method: QuantizationMethod
-) -> tuple[GraphModule, CalibrationResult]:
-    """Trace, equalize and calibrate a fused network; the graph computes in floating point still."""
-    graph = trace(model, batches[0][:2])
+    graph, batches = trace(model, images[:2]), images.split(BATCH_SIZE)
     equalize_(graph, batches, method.equalize)
-    return graph, calibrate(graph, batches, method)
+    return quantize_equalized_(graph, batches, method)
+
+
+def quantize_equalized_(graph: GraphModule, batches: Sequence[Tensor], method: QuantizationMethod) -> QuantizedModel:
+    """Quantize a network that is traced, and equalized by `method.equalize`, in place: see `quantize`."""
+    calibration = calibrate(graph, batches, method)
+    insert_qdq_(graph, calibration)
+    images = sum(len(batch) for batch in batches)
+    return QuantizedModel(model=IntegerModel(graph), method=method, layers=calibration.reports, images=images)
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ later layers make of it.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,9 +21,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.errors import BadArgument
-from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer
-from onefold.quantize.convert import BATCH_SIZE, QuantizedModel, calibrated_graph, quantize
-from onefold.quantize.graph import find_layers
+from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer, calibrate
+from onefold.quantize.convert import BATCH_SIZE, QuantizedModel, quantize, quantize_equalized_
+from onefold.quantize.cross_layer_equalization import equalize_
+from onefold.quantize.graph import find_layers, trace
 from onefold.quantize.qparams import QParams, QuantizationMethod
 
 _CHANGES: tuple[Callable[[QuantizationMethod], QuantizationMethod], ...] = (
@@ -62,13 +65,18 @@ def search_method(
     """
     subset = images[:: -(-len(images) // _MAX_IMAGES)]
     is_test = torch.arange(len(subset)) % 4 == 3
-    expected = _logits(model, subset[is_test])
-    total = 1 + len(_CHANGES)
+    expected, batches = _logits(model, subset[is_test]), subset[~is_test].split(BATCH_SIZE)
+    total, traced = 1 + len(_CHANGES), trace(model, images[:2])
+    equalized: dict[str | None, GraphModule] = {}  # most methods differ in what comes after it
 
     def relative_noise(method: QuantizationMethod) -> float:
         number = len(tried) + 1
         _progress.debug("trying a method of calibration", extra={"done": number - 1, "total": total})
-        logits = _logits(quantize(model, subset[~is_test], method).model, subset[is_test])
+        if method.equalize not in equalized:
+            equalized[method.equalize] = _copied(traced)
+            equalize_(equalized[method.equalize], batches, method.equalize)
+        model_int8 = quantize_equalized_(_copied(equalized[method.equalize]), batches, method).model
+        logits = _logits(model_int8, subset[is_test])
         # Relative to what of the logits depends on the image.
         noise = float((logits - expected).norm() / (expected - expected.mean(0)).norm())
         title, share = f"candidate {number} of {total}  {method.title}", f"{100 * noise:.1f} %"
@@ -99,7 +107,9 @@ def skip_sensitive_layers(
     Raises BadArgument where no layer would be left to quantize.
     """
     batches = images.split(BATCH_SIZE)
-    graph, calibration = calibrated_graph(model, batches, method)
+    graph = trace(model, images[:2])
+    equalize_(graph, batches, method.equalize)
+    calibration = calibrate(graph, batches, method)
     noise = layer_sensitivity(graph, calibration, batches[:4])
     if count >= len(noise):
         raise BadArgument(f"the network has {len(noise)} layers, and {count} of them were to be left in 32 bits")
@@ -148,6 +158,12 @@ class _PartlyQuantized(Interpreter):
         else:
             value = super().run_node(n)
         return self._activations[n].fake_quantize(value) if n in self._activations else value
+
+
+def _copied(graph: GraphModule) -> GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying a traced graph warns of torch's own deprecations
+        return copy.deepcopy(graph)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from onefold.errors import BadArtifact
+from onefold.errors import BadArgument, BadArtifact
 from onefold.storage import parse_json, read_json
 
 _SCHEMA = 1
@@ -54,6 +54,25 @@ class ModelInfo:
     licence: str | None = None
     source: str | None = None
     details: Mapping[str, object] = field(default_factory=dict)
+
+    def check(self, num_classes: int) -> None:
+        """Refuse what a manifest cannot hold, or what does not fit a model of so many logits. Raises BadArgument."""
+        if not (isinstance(self.model, str) and self.model) or type(self.fused) is not bool:
+            raise BadArgument(
+                f"expected the name of a model and whether it is fused, got {self.model!r}, {self.fused!r}"
+            )
+        if self.classes is not None and len(self.classes) != num_classes:
+            raise BadArgument(f"the model gives {num_classes} logits, but {len(self.classes)} classes were named")
+        if not all(isinstance(text, str) for text in (*(self.classes or ()), self.licence or "", self.source or "")):
+            raise BadArgument("expected text for every class, for the licence and for the source")
+        if self.drift is not None and not (math.isfinite(self.drift) and self.drift >= 0):
+            raise BadArgument(f"expected a drift of 0 or more, got {self.drift}")
+        try:
+            json.dumps([dict(self.preprocessing), dict(self.details)], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BadArgument(
+                f"preprocessing and details must be plain mappings that JSON can hold: {error}"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,3 +325,17 @@ def _parse_files(fields: _Fields) -> dict[str, StoredFile]:
     if REFERENCE_FILE not in files:
         raise fields.error(f"it lists no {REFERENCE_FILE}")
     return files
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace anything but an artifact or an empty folder. Raises BadArgument."""
+    if not folder.exists():
+        return
+    is_artifact = folder.is_dir() and all(
+        path.name in (MANIFEST_FILE, REFERENCE_FILE, README_FILE) or path.name.startswith("model.")
+        for path in folder.iterdir()
+    )
+    if not is_artifact:
+        raise BadArgument(
+            f"{folder} holds something else than an artifact, which an export would replace; choose a new name"
+        )

@@ -9,14 +9,14 @@ is left to the first `load`.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from onefold.runtimes.artifact import (
     Artifact,
     ModelInfo,
     Parity,
+    check_replaceable,
     hash_files,
     read_files,
     read_manifest,
@@ -45,9 +46,10 @@ from onefold.runtimes.base import (
 )
 from onefold.runtimes.readme import render_readme
 from onefold.runtimes.reference_logits import (
+    Example,
     Floats,
     ReferenceLogits,
-    make_reference_images,
+    example_images,
     read_reference,
     relative_difference,
     top1_agreement,
@@ -59,8 +61,6 @@ from onefold.storage import atomic_replace
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
-
-_Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
 
 # The largest difference from PyTorch's logits that is accepted, relative to the largest logit. int8 needs the most: two
 # roundings to nearest may fall on either side of a tie, and what differs by one step in one layer differs by several
@@ -81,6 +81,83 @@ class UnfusedWarning(UserWarning):
     """A model was exported with branches that could have been fused into one convolution."""
 
 
+class TracedModel:
+    """A model to export to several runtimes and precisions: what they have in common is computed once.
+
+    That is a copy of it, its logits for the reference images, and what torch.export traces, in float or with quantize
+    and dequantize operations. See `export` for `model` and `example`, and for what is raised.
+    """
+
+    def __init__(self, model: nn.Module | Int8Model, example: Example) -> None:
+        self._model, self._example = model, example
+        self._programs: dict[bool, ExportedProgram] = {}
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The copy that gives the reference logits: images (B, C, H, W) to logits (B, N)."""
+        from torch import nn
+
+        return _frozen_copy(self._model if isinstance(self._model, nn.Module) else self._model.model)
+
+    @cached_property
+    def reference(self) -> ReferenceLogits:
+        """The images of the example and the network's logits for them."""
+        images = example_images(self._example)
+        return ReferenceLogits(images=images, logits=_reference_logits(self.network, images))
+
+    @cached_property
+    def fp32_tolerance(self) -> float:
+        """What a runtime's logits in 32 bits may differ by, relative to the largest (see `TOLERANCES`)."""
+        rounding = float(f"{min(_ROUNDINGS * _rounding(self.network, self.reference), _MOST_FP32):.2g}")
+        return max(TOLERANCES["fp32"], rounding)
+
+    def program(self, *, qdq: bool) -> ExportedProgram:
+        """The program for a converter: of an int8 model with quantize and dequantize operations, or in integers.
+
+        It is one for all runtimes, none of which changes it.
+        """
+        from torch import nn
+
+        if qdq not in self._programs:
+            model = self._model
+            form = self.network if isinstance(model, nn.Module) or not qdq else _frozen_copy(model.graph)
+            self._programs[qdq] = trace(form, _to_torch(self.reference.images[:2]))
+        return self._programs[qdq]
+
+    def export(self, folder: Path | str, *, runtime: str, info: ModelInfo, precision: str = "fp32") -> Artifact:
+        """Export it for a runtime into `folder`, atomic_replace an older artifact there: see `export`."""
+        runtime_module, folder = import_runtime(runtime), Path(folder)
+        if precision not in runtime_module.PRECISIONS:
+            reason = (
+                f": {runtime_module.UNSUPPORTED_PRECISIONS[precision]}"
+                if precision in runtime_module.UNSUPPORTED_PRECISIONS
+                else ""
+            )
+            choices = ", ".join(runtime_module.PRECISIONS)
+            raise BadArgument(f"{runtime} cannot export {precision!r}{reason}; choose one of: {choices}")
+        check_replaceable(folder)
+        info.check(self.reference.logits.shape[1])
+        request = _Request(
+            name=runtime,
+            runtime=runtime_module,
+            precision=precision,
+            info=info,
+            reference=self.reference,
+            tolerance=self.fp32_tolerance if precision == "fp32" else TOLERANCES[precision],
+        )
+        _tell(0, "tracing the network")
+        program = self.program(qdq=precision == "int8" and runtime_module.ACCEPTS_QDQ)
+        with atomic_replace(folder) as temporary:
+            temporary.mkdir()
+            _write(request, program, temporary)
+        if not info.fused:
+            warnings.warn(f"{info.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
+        artifact = read_manifest(folder)
+        if artifact.parity is not None:  # else it was not opened
+            mark_as_trusted(artifact)
+        return artifact
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     """What a runtime is asked to export."""
@@ -95,7 +172,7 @@ class _Request:
 
 def export(
     model: nn.Module | Int8Model,
-    example: _Example,
+    example: Example,
     folder: Path | str,
     *,
     runtime: str,
@@ -109,44 +186,7 @@ def export(
     GateFailed, and leaves nothing, where the runtime's logits are not PyTorch's; BadArgument for a model, folder or
     argument that cannot be used; MissingExtra; NotWritable.
     """
-    from torch import nn
-
-    runtime_module, folder = import_runtime(runtime), Path(folder)
-    if precision not in runtime_module.PRECISIONS:
-        reason = (
-            f": {runtime_module.UNSUPPORTED_PRECISIONS[precision]}"
-            if precision in runtime_module.UNSUPPORTED_PRECISIONS
-            else ""
-        )
-        choices = ", ".join(runtime_module.PRECISIONS)
-        raise BadArgument(f"{runtime} cannot export {precision!r}{reason}; choose one of: {choices}")
-    _check_folder(folder)
-    # The reference logits come from `network`; a converter may need the same network in QDQ form, `form`.
-    if isinstance(model, nn.Module):
-        network = form = _frozen_copy(model)
-    else:
-        network = _frozen_copy(model.model)
-        form = _frozen_copy(model.graph) if runtime_module.ACCEPTS_QDQ else network
-    images = _example_images(example)
-    reference = ReferenceLogits(images=images, logits=_reference_logits(network, images))
-    _check_info(info, reference.logits.shape[1])
-    tolerance = TOLERANCES[precision]
-    if precision == "fp32":
-        tolerance = max(tolerance, float(f"{min(_ROUNDINGS * _rounding(network, reference), _MOST_FP32):.2g}"))
-    request = _Request(
-        name=runtime, runtime=runtime_module, precision=precision, info=info, reference=reference, tolerance=tolerance
-    )
-    _tell(0, "tracing the network")
-    program = trace(form, _to_torch(images[:2]))
-    with atomic_replace(folder) as temporary:
-        temporary.mkdir()
-        _write(request, program, temporary)
-    if not info.fused:
-        warnings.warn(f"{info.model} was exported NOT FUSED: fuse it first for its real speed", UnfusedWarning, 2)
-    artifact = read_manifest(folder)
-    if artifact.parity is not None:  # else it was not opened
-        mark_as_trusted(artifact)
-    return artifact
+    return TracedModel(model, example).export(folder, runtime=runtime, info=info, precision=precision)
 
 
 def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
@@ -354,36 +394,6 @@ def _runtime_of(artifact: Artifact) -> Runtime:
     return runtime
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse to replace anything but an artifact or an empty folder. Raises BadArgument."""
-    if not folder.exists():
-        return
-    is_artifact = folder.is_dir() and all(
-        path.name in (MANIFEST_FILE, REFERENCE_FILE, README_FILE) or path.name.startswith("model.")
-        for path in folder.iterdir()
-    )
-    if not is_artifact:
-        raise BadArgument(
-            f"{folder} holds something else than an artifact, which an export would replace; choose a new name"
-        )
-
-
-def _check_info(info: ModelInfo, num_classes: int) -> None:
-    """Refuse what a manifest cannot hold, or what does not fit the model. Raises BadArgument."""
-    if not (isinstance(info.model, str) and info.model) or type(info.fused) is not bool:
-        raise BadArgument(f"expected the name of a model and whether it is fused, got {info.model!r}, {info.fused!r}")
-    if info.classes is not None and len(info.classes) != num_classes:
-        raise BadArgument(f"the model gives {num_classes} logits, but {len(info.classes)} classes were named")
-    if not all(isinstance(text, str) for text in (*(info.classes or ()), info.licence or "", info.source or "")):
-        raise BadArgument("expected text for every class, for the licence and for the source")
-    if info.drift is not None and not (math.isfinite(info.drift) and info.drift >= 0):
-        raise BadArgument(f"expected a drift of 0 or more, got {info.drift}")
-    try:
-        json.dumps([dict(info.preprocessing), dict(info.details)], allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadArgument(f"preprocessing and details must be plain mappings that JSON can hold: {error}") from error
-
-
 def _rounding(network: nn.Module, reference: ReferenceLogits) -> float:
     """Give the difference of the logits from those in float64, relative to the largest; 0 where it has no float64."""
     import torch
@@ -405,18 +415,6 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
         raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
     with suppress_output():  # copying a traced graph warns of torch's own deprecations
         return copy.deepcopy(model).to("cpu", torch.float32)
-
-
-def _example_images(example: _Example) -> Floats:
-    """Make at least two images of the example: a single image is joined by its mirror image."""
-    if isinstance(example, tuple):
-        if len(example) != 3 or not all(type(size) is int and size > 0 for size in example):
-            raise BadArgument(f"expected a shape of three sizes (channels, height, width), got {example!r}")
-        return make_reference_images(example)
-    images = example if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
-    if images.dtype != np.float32 or images.ndim != 4 or len(images) == 0 or not np.isfinite(images).all():
-        raise BadArgument(f"expected finite float32 images (B, C, H, W), got {images.dtype} of shape {images.shape}")
-    return np.ascontiguousarray(images if len(images) > 1 else np.concatenate([images, images[..., ::-1]]))
 
 
 def _to_torch(images: Floats) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -114,10 +115,26 @@ def write_onnx(program: ExportedProgram, path: Path, *, info: ModelInfo, precisi
     path.write_bytes(model.SerializeToString())
 
 
+# What `convert_to_onnx` made of its last program: the runtimes that read ONNX are asked for one network in turn.
+_converted: WeakKeyDictionary[ExportedProgram, tuple[str, bytes]] = WeakKeyDictionary()
+
+
 def convert_to_onnx(program: ExportedProgram, *, precision: str) -> Any:
-    """Convert the network to ONNX's ModelProto; an int8 one in the QDQ form of the x86 kernels."""
-    import_vendor_package("onnx", extra="onnx")
+    """Convert the network to ONNX's ModelProto; an int8 one in the QDQ form of the x86 kernels.
+
+    A program is converted once, for all runtimes that read ONNX; each gets a ModelProto of its own.
+    """
+    onnx = import_vendor_package("onnx", extra="onnx")
     import_vendor_package("onnxscript", extra="onnx")
+    converted_as, content = _converted.get(program, ("", b""))
+    if converted_as != precision:
+        content = _convert(program, precision=precision).SerializeToString()
+        _converted.clear()  # one at a time is kept
+        _converted[program] = precision, content
+    return onnx.load_model_from_string(content)
+
+
+def _convert(program: ExportedProgram, *, precision: str) -> Any:
     import torch
 
     with suppress_output():

@@ -12,14 +12,18 @@ import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from onefold.errors import BadArtifact
+from onefold.errors import BadArgument, BadArtifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+Example: TypeAlias = "Floats | Tensor | tuple[int, int, int]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,18 @@ def make_reference_images(shape: tuple[int, int, int], *, num_images: int = 2, s
     rows, columns = np.arange(height) * 8 // height, np.arange(width) * 8 // width
     images = coarse[:, :, rows[:, None], columns] + 0.25 * rng.standard_normal((num_images, channels, height, width))
     return ((images - images.mean()) / max(images.std(), 1e-6)).astype(np.float32)
+
+
+def example_images(example: Example) -> Floats:
+    """Make at least two images of the example: a single image is joined by its mirror image."""
+    if isinstance(example, tuple):
+        if len(example) != 3 or not all(type(size) is int and size > 0 for size in example):
+            raise BadArgument(f"expected a shape of three sizes (channels, height, width), got {example!r}")
+        return make_reference_images(example)
+    images = example if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
+    if images.dtype != np.float32 or images.ndim != 4 or len(images) == 0 or not np.isfinite(images).all():
+        raise BadArgument(f"expected finite float32 images (B, C, H, W), got {images.dtype} of shape {images.shape}")
+    return np.ascontiguousarray(images if len(images) > 1 else np.concatenate([images, images[..., ::-1]]))
 
 
 def relative_difference(answer: Floats, logits: Floats) -> float:
