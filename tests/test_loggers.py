@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import pty
 import sys
 import warnings
 from pathlib import Path
@@ -157,11 +159,6 @@ def test_every_step_and_every_evaluation_is_heard_of(tmp_path: Path):
 # -------------------------------------------------------------------------------------- the terminal
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def drawn(monkeypatch, stream: io.StringIO) -> str:
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "160")
@@ -184,10 +181,22 @@ def test_away_from_a_terminal_an_epoch_is_a_plain_line(monkeypatch):
     ]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no terminals of this kind")
 def test_on_a_terminal_there_is_a_bar_with_all_that_one_wants_to_know(monkeypatch):
-    text = drawn(monkeypatch, Terminal())
-    for said in ("epoch 2/3", "loss 1.500", "top-1 42.00 %", "80 images/s", "512 MiB", "1:01:40 left", "━"):
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_PROGRESS", raising=False)
+    text = ""
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        with show_training_progress() as hear:
+            hear(at(6, 1, is_evaluation=True, metrics={"top1": 42.0}, memory_bytes=512 << 20))
+            while "━" not in text:  # a process draws it
+                text += os.read(ours, 4096).decode(errors="replace")
+    os.close(ours)
+    for said in ("epoch 1/3", "loss 1.500", "top-1 42.00 %", "80 images/s", "512 MiB", "1:01:40 left"):
         assert said in text
+    assert "epoch 1/3 ━━━───── loss 1.500  top-1 42.00 % ...: 0:00:00, about 1:01:40 left" in text
 
 
 def test_a_number_that_is_not_known_yet_is_not_shown():

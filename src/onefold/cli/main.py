@@ -5,6 +5,7 @@ torch is imported by the verbs that need it, so that `onefold --help` answers at
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -416,4 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit_library_threads()
     if arguments is None and given[:1] == ["train"]:  # of a process that does nothing else
         keep_freed_memory()
-    return run_command.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
+    status = run_command.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
+    if arguments is None:  # this process ends: looking for garbage in all that torch holds takes seconds, in silence
+        gc.freeze()
+    return status

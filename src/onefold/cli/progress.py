@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _OnProgress = Callable[["Progress"], None]
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line of a log, and between two
 _REDRAWN_S = 0.2  # the line on a terminal
+_BAR = 8  # characters of the bar of a training
 _LONGEST = 1000  # characters of an update, which a pipe takes whole
 
 
@@ -140,6 +142,10 @@ def _writer(what: str) -> Iterator[Callable[[str], None]]:
             stream.close()
 
 
+def _tell_nobody(_update: str) -> None:
+    """Of a log, where an epoch is a line."""
+
+
 @contextmanager
 def _blocked(number: signal.Signals) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
@@ -188,26 +194,25 @@ def show_training_progress() -> Iterator[_OnProgress]:
 
     Before the first step, and after the last, it shows what is done as `show_progress` does.
     """
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(None), bars.TextColumn("{task.fields[now]}"))
-    console, live = Console(stderr=True, highlight=False), _is_live()
-    bar = bars.Progress(*columns, console=console, disable=not live, expand=True, redirect_stdout=sys.stdout.isatty())
-    task = bar.add_task("", total=None, now="")
+    live = _is_live()
+    tell: Callable[[str], None] | None = None
     with ExitStack() as shown:
 
         def on_progress(at: Progress) -> None:
-            steps = at.epochs * at.steps
-            if not bar.tasks[task].total:
+            nonlocal tell
+            done = at.global_step / max(at.epochs * at.steps, 1)
+            if tell is None:
                 shown.close()
-                shown.enter_context(bar)
+                tell = _tell_nobody
+                with suppress(OSError, ValueError):
+                    tell = shown.enter_context(_writer("training")) if live else tell
             epoch, now = f"epoch {at.epoch}/{at.epochs}", progress_values(at)
-            bar.update(task, completed=at.global_step, now=now, description=epoch, total=steps)
+            bar = round(_BAR * done)
+            left, values = at.eta_s if math.isfinite(at.eta_s) else 0.0, progress_values(replace(at, eta_s=math.nan))
+            tell(f"{left}\t0.5\t{epoch} {'━' * bar}{'─' * (_BAR - bar)} {values}")
             if at.is_evaluation:
-                line = f"{epoch}  {now}"
-                console.print(line) if live else print(line, file=sys.stderr, flush=True)
-                if at.global_step >= steps:
+                print(f"{epoch}  {now}", file=sys.stderr, flush=True)
+                if done >= 1:
                     shown.close()
                     shown.enter_context(show_progress("saving"))
 
