@@ -212,7 +212,7 @@ def show_training_progress() -> Iterator[_OnProgress]:
             tell(f"{left}\t0.5\t{epoch} {'━' * bar}{'─' * (_BAR - bar)} {values}")
             if at.is_evaluation:
                 print(f"{epoch}  {now}", file=sys.stderr, flush=True)
-                if done >= 1:
+                if at.global_step >= at.epochs * at.steps:  # a probe has none
                     shown.close()
                     shown.enter_context(show_progress("saving"))
 
