@@ -304,6 +304,7 @@ def _scored(
         )
         verdicts.append(verdict)
         say(f"scored    {name:20} {_score(scored, changed, len(true))}")
+    _progress.debug("artifacts are scored", extra={"done": 1, "total": 1})
     timed = _timed(out, runs, order, budget, say) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
     notes = [*([QUICK_NOTE] if order.quick else []), *([budget.note] if budget.note else [])]
@@ -355,6 +356,7 @@ def _exported(
             proof = "not run here: its first load proves it" if parity is None else f"parity {parity.difference:.1e}"
             say(f"exported  {name:20} {proof}")
         longest = max(longest, time.monotonic() - began)
+    _progress.debug("artifacts are exported", extra={"done": 1, "total": 1})
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]
     return {name: artifacts[name] for name in names if name in artifacts}, refused
 
