@@ -20,7 +20,7 @@ from torch import Tensor
 from onefold.errors import BadCheckpoint
 from onefold.models import create_model
 from onefold.models.load_weights import detect_layout, guess_model_name
-from onefold.models.pretrained import load_model, load_training_weights_, load_weights_
+from onefold.models.pretrained import load_model, load_weights_
 from onefold.models.safe_load import read_tensors
 from onefold.reparam import unfused_norms
 
@@ -763,15 +763,14 @@ def folded_file() -> Tensors:
     return out
 
 
-def test_fused_weights_give_the_fused_network_and_are_refused_for_training(tmp_path: Path) -> None:
+def test_fused_weights_give_the_fused_network_and_leave_one_for_training_as_it_is(tmp_path: Path) -> None:
     path, name = written(folded_file(), tmp_path / "w.npz"), "mobilenetv1_025"
     fused = create_model(name, num_classes=10, weights=path)
     assert not unfused_norms(fused)
     assert fused.training
     training = create_model(name, num_classes=10)
     before = {key: t.clone() for key, t in training.state_dict().items()}
-    with pytest.raises(BadCheckpoint, match="fused weights, from which no training network can be had"):
-        load_training_weights_(training, path, name)
+    assert load_weights_(training, path, name) is not training
     assert all(torch.equal(t, before[key]) for key, t in training.state_dict().items())
     assert training.training
     assert load_weights_(fused, path, name) is fused  # into a network that is fused already
@@ -782,7 +781,7 @@ def test_fused_weights_give_the_fused_network_and_are_refused_for_training(tmp_p
 def test_training_weights_go_into_a_training_network(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "w.pth")
     model = create_model(SMALL, num_classes=10)
-    load_training_weights_(model, tmp_path / "w.pth", SMALL)
+    assert load_weights_(model, tmp_path / "w.pth", SMALL) is model
     assert torch.equal(model.state_dict()["stem.conv.0.weight"], small()["conv_stem.weight"])
 
 

@@ -20,8 +20,8 @@ from onefold.cli import main
 from onefold.commands.phone import PhoneBenchOptions, bench_on_phone
 from onefold.errors import DeviceFailed, OnefoldError
 from onefold.phone import PROGRAMS, Adb, PhoneBenchPlan, read_phone_info
-from onefold.phone.benchmark import ProgramCall
 from onefold.phone.device import PhoneCondition
+from onefold.phone.programs import ProgramCall
 from onefold.runtimes.artifact import MANIFEST_FILE, REFERENCE_FILE, Artifact, Parity, hash_files, render_manifest
 from onefold.runtimes.reference_logits import ReferenceLogits, make_reference_images, write_reference
 

@@ -111,15 +111,6 @@ def load_weights_(model: nn.Module, source: str | Path, name: str) -> nn.Module:
     return copy_weights_(model, weights, name)
 
 
-def load_training_weights_(model: nn.Module, source: str | Path, name: str) -> None:
-    """Load weights into a training network, in place. Raises BadCheckpoint where they are fused, or do not fit."""
-    if load_weights_(model, source, name) is not model:
-        raise BadCheckpoint(
-            f"{source} holds fused weights, from which no training network can be had: give the unfused ones "
-            "(Apple's are named *_unfused), or use create_model(weights=) for the fused network"
-        )
-
-
 # ---------------------------------------------------------------------------------- weights of a file
 
 
