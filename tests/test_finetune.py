@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from onefold.errors import BadArgument
+import onefold
+from onefold.errors import BadArgument, BadData
 from onefold.models import create_model
 from onefold.train import SGD, Plan, decay_groups
 from onefold.train.optim import (
@@ -118,3 +119,14 @@ def test_a_part_that_is_not_there_is_named_with_what_is():
         model = network()
         freeze_(model, [str(i) for i in range(10)])
         create_optimizer(model, PLAN)
+
+
+def test_photos_that_are_not_there_are_said_before_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def asked(*_args: object, **_more: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("onefold.commands.train.with_preprocessing_of_weights", asked)
+    monkeypatch.chdir(tmp_path)
+    for given in ({"data": "fotos"}, {"data": "digits", "val": "fotos/val"}):
+        with pytest.raises(BadData, match=r"^fotos\S* is not there: expected a folder of images"):
+            onefold.train(recipe="photos:finetune", model="mobileone_s0", **given)

@@ -54,6 +54,7 @@ from onefold.commands.timm_networks import check_timm_model, is_timm
 from onefold.commands.training_routes import choose_routes_
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
+from onefold.data.dataset import check_places_exist
 from onefold.data.dataset_checks import DataCheck, check_data, contact_sheet, label_captions
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
@@ -179,11 +180,10 @@ def train(
                 teachers = () if chosen.plan.distill is None else chosen.plan.distill.teachers
                 sources = (chosen.data.spec, chosen.data.val, chosen.model, chosen.weights, *teachers)
                 require_extras([*services, *extras_for_sources(*sources)])
-            is_first = os.environ.get("RANK", "0") == "0"
+                check_places_exist(chosen.data.spec, chosen.data.val)  # said before the hub is asked for weights
+            is_shown = callbacks.on_recipe is not None or os.environ.get("RANK", "0") != "0"
             given = {*texts, *(["preprocessing.size"] if img_size is not None else [])}
-            chosen = with_preprocessing_of_weights(
-                chosen, given, is_shown=callbacks.on_recipe is not None or not is_first
-            )
+            chosen = with_preprocessing_of_weights(chosen, given, is_shown=is_shown)
             folder = new_run_folder(chosen) if out is None else Path(out)
             if callbacks.on_recipe is not None:
                 callbacks.on_recipe(chosen)

@@ -13,6 +13,7 @@ chooses anything: it is kept aside and scored by `onefold eval`.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from onefold.data.dataset_layouts import PlaceImages, read_place
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import ValueRange
+from onefold.data.remote import REMOTE_PREFIXES
+from onefold.data.shards import SHARD_SUFFIXES
 from onefold.data.splits import class_difference
 from onefold.errors import BadArgument, BadData, MissingExtra
 
@@ -308,6 +311,14 @@ def _count_by_class(dataset: Dataset) -> tuple[int, ...]:
     """Count the images of each class."""
     counts = Counter(dataset.label(i) for i in range(len(dataset)))
     return tuple(counts[label] for label in range(len(dataset.classes)))
+
+
+def check_places_exist(*places: str | None) -> None:
+    """Raise BadData where a folder or file is not on this machine; shards, remote places and None are passed over."""
+    for place in filter(None, places):
+        elsewhere = "{" in place or place.startswith(REMOTE_PREFIXES) or place.endswith(SHARD_SUFFIXES)
+        if place != "digits" and not elsewhere and not os.path.exists(place):
+            raise BadData(f"{printable_name(place)} is not there: expected a folder of images, or the word digits")
 
 
 def _digits() -> PlaceImages:
