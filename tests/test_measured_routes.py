@@ -92,7 +92,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What would be timed, by the names of routes; the last of them is the answer."""
     asked: list[tuple[str, ...]] = []
 
-    def last(calls: dict[str, Callable[[], float]]) -> str:
+    def last(calls: dict[str, Callable[[], float]], limit_s: float = 0.0) -> str:
         assert all(call() > 0 for call in calls.values())
         if "as its parts" in calls:  # the whole network, in the end
             return "as its parts"
@@ -122,7 +122,7 @@ def test_each_kind_of_part_is_timed_once(timed, seeded):
 
 def test_a_network_that_gains_nothing_as_a_whole_stays_plain_torch(timed, seeded, monkeypatch):
     answers = {"as its parts": "per_branch"}  # each part gains, and all together do not
-    monkeypatch.setattr(measured_routes, "fastest", lambda calls: answers.get(next(iter(calls)), list(calls)[-1]))
+    monkeypatch.setattr(measured_routes, "fastest", lambda calls, *_: answers.get(next(iter(calls)), list(calls)[-1]))
     known: dict[str, str] = {}
     choices = measure_routes(Net(), torch.zeros(4, 8, 12, 12), known)
     assert set(choices.values()) == {"per_branch"}
@@ -168,7 +168,7 @@ def test_every_route_is_the_same_function(choice, seeded):
 
 @pytest.mark.parametrize("choice", ["per_branch", "quickest"])
 def test_blocks_of_other_projects_are_taken_or_given_back(choice, timed, seeded, monkeypatch):
-    monkeypatch.setattr(measured_routes, "fastest", lambda calls: choice if choice in calls else "as its parts")
+    monkeypatch.setattr(measured_routes, "fastest", lambda calls, *_: choice if choice in calls else "as its parts")
     model = nn.Sequential(Plain(), Plain()).train()
     faster = accelerate(copy.deepcopy(model), torch.zeros(4, 8, 12, 12))
     told = faster.acceleration
@@ -265,3 +265,13 @@ def test_without_a_place_to_keep_them_routes_are_measured_with_a_note(recipe, an
     (tmp_path / "cache").write_text("a file where the folder would be")
     assert set(choose_routes_(create_model(recipe.model), recipe, CPU, None).values()) == {"mixed"}
     assert "the measured routes are not kept, another run may take others: cannot write" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "clear"), [("mobileone_s0", True), ("mobileone_s1", True), ("mobilenetv1_100", False)]
+)
+def test_what_is_clear_by_count_is_not_measured(name: str, clear: bool):
+    images = torch.zeros(1, 3, 224, 224).expand(32, -1, -1, -1)
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            assert measured_routes.is_clear_by_count(create_model(name).train(), images) == clear

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from onefold.reparam.branches import as_unit
 from onefold.reparam.find_trees import TrainingForward
 from onefold.reparam.folding_rules import Chain, Route, Sum, per_branch
-from onefold.reparam.routes import mixed, moments_in_training, quickest, route_costs
+from onefold.reparam.routes import mixed, moments_in_training, num_output_positions, quickest, route_costs
 
 PLAIN, BY_COUNT, AS_PARTS = "per_branch", "quickest", "as its parts"
 ROUTES: Mapping[str, Route] = {
@@ -41,11 +41,16 @@ GAIN = 1.03  # how much faster than plain torch a route has to be measured: less
 ROUNDS = 5
 HOPELESS = 1.5  # times as slow as the fastest: not timed again
 UNLIKELY = 5.0  # times the cost of the cheapest, by count: not timed at all
+CLEAR = 1.75
+"""How much faster than plain torch a network has to be by count for that to be beyond doubt. On two processors networks
+took up to 1.7 times as much of plain torch's time as the count says; MobileOne-S0 is at 5.3 by it and takes 0.31 of it.
+"""
 SMALLEST_MAPS = 1 << 15
 """Values of input and output together, over the batch, from which a part is timed. Of less a call takes some dozens of
 microseconds whatever the route: there the count decides for units of ours, and other blocks stay as they are.
 """
 WHOLE_PIXELS = 8 * 224 * 224  # of the images by which the whole network is timed
+WHOLE_LIMIT_S = 10.0
 SHORTEST_S = 2e-3  # of a sample: shorter calls are made several times
 TIMED_VALUES = 6 << 20
 """Values of input and output together that are timed at the most, by fewer images: more than the caches hold."""
@@ -102,6 +107,23 @@ def measure_routes(
             known[key] = _faster_whole(model, parts, {AS_PARTS: choices, PLAIN: plain}, images)
         choices = plain if known[key] == PLAIN else choices
     return choices
+
+
+def is_clear_by_count(model: nn.Module, images: Tensor) -> bool:
+    """Whether a count of operations leaves no doubt that `model` trains faster by `quickest` than as plain torch.
+
+    Of a batch of `images`, as in `measure_routes`; the model is used up. Never of blocks of other projects.
+    """
+    plain = cheapest = 0.0
+    for part in _parts(model, images):
+        unit = as_unit(part.module) if part.is_ours else None
+        if unit is None:
+            return False
+        x = torch.empty(1, *part.called.shape, dtype=part.called.dtype).expand(len(images), -1, -1, -1)
+        costs, places = route_costs(unit, x), num_output_positions(unit.geometry, x)
+        plain += costs.per_branch * places
+        cheapest += min(costs) * places
+    return plain > CLEAR * cheapest
 
 
 def set_routes_(model: nn.Module, choices: Mapping[str, str]) -> list[str]:
@@ -298,15 +320,17 @@ def _faster_whole(
             torch.autograd.grad(y.float().square().mean(), parameters, allow_unused=True)
         return time.perf_counter() - start
 
-    return fastest({name: partial(seconds, name) for name in choices})
+    return fastest({name: partial(seconds, name) for name in choices}, WHOLE_LIMIT_S)
 
 
-def fastest(timed: Mapping[str, Callable[[], float]]) -> str:
+def fastest(timed: Mapping[str, Callable[[], float]], limit_s: float = math.inf) -> str:
     """The name whose calls give the fewest seconds; PLAIN unless another's are fewer by more than the noise.
 
-    Each is called once unseen, then in rounds; one that is far behind is not called again. What else the machine does
-    slows neighbours in a round alike: so PLAIN is compared by the median of the rounds' ratios.
+    Each is called once unseen, then in rounds, no further one after `limit_s` seconds; one that is far behind is not
+    called again. What else the machine does slows neighbours in a round alike: so PLAIN is compared by the median of
+    the rounds' ratios.
     """
+    started = time.perf_counter()
     for call in timed.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
@@ -318,6 +342,8 @@ def fastest(timed: Mapping[str, Callable[[], float]]) -> str:
         left = [name for name in left if min(seconds[name]) <= HOPELESS * best]
         if len(left) == 1:
             return left[0]
+        if time.perf_counter() - started > limit_s:
+            break
     others = {name: statistics.median(seconds[name]) for name in left if name != PLAIN}
     if not others:
         return PLAIN
