@@ -354,6 +354,8 @@ class StopSignals:
             os.kill(os.getpid(), number)
         if not self.received:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
+            if number == signal.SIGINT and 2 in self._terminals and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nstopping: what is under way is saved first\n")
         if self._interrupts:
             self._interrupts = False  # once: what cleans up is not to be interrupted in its turn
             raise Interrupted
@@ -399,7 +401,8 @@ def stop_at_once() -> Iterator[None]:
         except Interrupted:
             by = signals.received or "a signal to another process"
             raise Stopped(
-                f"stopped by {by} while no step was under way; what was trained is saved: resume, or start again"
+                f"stopped by {by} while no step was under way: a run that has saved something goes on with "
+                "`onefold train --resume RUN`, else start again"
             ) from None
 
 
