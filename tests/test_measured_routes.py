@@ -219,16 +219,16 @@ def run_folder(path: Path, settings: dict[str, object]) -> Path:
 def test_two_runs_on_one_machine_take_the_same_routes(recipe, answers, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first, second = create_model(recipe.model), create_model(recipe.model)
-    choices = choose_routes_(first, recipe, CPU, None)
+    choices = choose_routes_(first, recipe, CPU, None, num_images=10**9)
     assert routes_in(first) == {"mixed"}
     assert "mobilenetv1_025 trains by routes measured on this machine: 27 by mixed" in caplog.text
     answers[0] = "moments"  # what would be measured another time
-    assert choose_routes_(second, recipe, CPU, None) == choices
+    assert choose_routes_(second, recipe, CPU, None, num_images=10**9) == choices
     (kept,) = (tmp_path / "cache" / "onefold" / "routes").glob("*.json")
     assert read_sealed_json(kept)["routes"] == {"any": "mixed"}
     assert read_sealed_json(kept)["machine"]["threads"] == torch.get_num_threads()
     kept.write_text(kept.read_text().replace("mixed", "moments"))  # damaged
-    assert set(choose_routes_(second, recipe, CPU, None).values()) == {"moments"}
+    assert set(choose_routes_(second, recipe, CPU, None, num_images=10**9).values()) == {"moments"}
     assert "cannot be used (its checksum is not that of what it holds): the routes are measured again" in caplog.text
 
 
@@ -238,7 +238,7 @@ def test_a_run_goes_on_by_the_routes_that_it_began_with(recipe, answers, tmp_pat
     run = run_folder(tmp_path / "run", {"routes": choices})
     assert routes_of_run(run) == choices
     model = create_model(recipe.model)
-    assert choose_routes_(model, recipe, CPU, run) == choices
+    assert choose_routes_(model, recipe, CPU, run, num_images=10**9) == choices
     assert model.get_submodule("stem.conv").route is per_branch
     assert routes_in(model) == {"per_branch", "mixed", "quickest"}
     assert "1 parts of mobilenetv1_025 cannot take the routes that the run began with" in caplog.text
@@ -257,13 +257,20 @@ def test_a_run_goes_on_by_the_routes_that_it_began_with(recipe, answers, tmp_pat
 def test_where_nothing_is_measured(route, device, goes_on, taken, recipe, answers, tmp_path):
     run = run_folder(tmp_path / "run", {}) if goes_on else None
     model, changed = create_model(recipe.model), replace(recipe, plan=replace(recipe.plan, route=route))
-    assert choose_routes_(model, changed, torch.device(device), run) is None
+    assert choose_routes_(model, changed, torch.device(device), run, num_images=10**9) is None
     assert routes_in(model) == {taken}
+
+
+def test_a_short_run_measures_nothing(recipe, answers, tmp_path):
+    short = training_routes.LONG_RUN_PIXELS // (recipe.plan.epochs * recipe.preprocessing.size**2)
+    model = create_model(recipe.model)
+    assert choose_routes_(model, recipe, CPU, None, num_images=short) is None
+    assert choose_routes_(model, recipe, CPU, None, num_images=short + 1) is not None
 
 
 def test_without_a_place_to_keep_them_routes_are_measured_with_a_note(recipe, answers, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder would be")
-    assert set(choose_routes_(create_model(recipe.model), recipe, CPU, None).values()) == {"mixed"}
+    assert set(choose_routes_(create_model(recipe.model), recipe, CPU, None, num_images=10**9).values()) == {"mixed"}
     assert "the measured routes are not kept, another run may take others: cannot write" in caplog.text
 
 

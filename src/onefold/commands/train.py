@@ -378,7 +378,7 @@ def _start(recipe: Recipe, training: Dataset, device: torch.device, run: Path | 
         source=source,
         trained_on=None if records is None else records_to_dict(records),
     )
-    routes = choose_routes_(model.cpu(), recipe, device, run)
+    routes = choose_routes_(model.cpu(), recipe, device, run, num_images=len(training))
     return _Start(model=model, card=card, params=params, records=records, routes=routes)
 
 

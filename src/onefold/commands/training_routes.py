@@ -6,8 +6,8 @@ bits. A run keeps the routes that it began with in its checkpoints, and goes on 
 several processes train together the first one measures for all.
 
 `Plan.route` says whether to measure at all: "quickest" chooses by a count of operations, the same on every machine;
-"per_branch" is plain torch. Nothing is measured on a GPU, in int8 training, where maps are small, and where the count
-leaves no doubt, as of MobileOne.
+"per_branch" is plain torch. Nothing is measured on a GPU, in int8 training, for short runs, where maps are small,
+and where the count leaves no doubt, as of MobileOne.
 """
 
 from __future__ import annotations
@@ -40,20 +40,27 @@ from onefold.storage import cache_folder, file_lock
 from onefold.train.optim import freeze_, train_mode_
 
 _log = logging.getLogger("onefold")
+LONG_RUN_PIXELS = 1_000_000_000
+"""Pixels of all images of all epochs from which routes are measured: some ten minutes of MobileOne-S0 on two cores. In
+a shorter run the measuring would take longer than it gains.
+"""
 _BY_COUNT_ALONE = f"{TIMM_PREFIX}mobileone"  # of timm's networks those that gain on every processor that was tried
 
 
-def choose_routes_(model: nn.Module, recipe: Recipe, device: torch.device, run: Path | None) -> dict[str, str] | None:
+def choose_routes_(
+    model: nn.Module, recipe: Recipe, device: torch.device, run: Path | None, *, num_images: int
+) -> dict[str, str] | None:
     """Have a network train by the routes of its recipe, in place; gives the measured ones by the path of a part.
 
-    A run that goes on, in the folder `run`, takes those that it began with, and measures nothing. Gives None where
-    there are none, and the count decides. What it does is logged.
+    An epoch has `num_images`. A run that goes on, in the folder `run`, takes those that it began with, and measures
+    nothing. Gives None where there are none, and the count decides. What it does is logged.
     """
     if recipe.plan.route == "per_branch":
         set_route_(model, per_branch)
         return None
     kept = None if run is None else routes_of_run(run)
-    measures = run is None and recipe.plan.route == "measured" and device.type == "cpu"
+    is_long = recipe.plan.epochs * num_images * recipe.preprocessing.size**2 >= LONG_RUN_PIXELS
+    measures = run is None and recipe.plan.route == "measured" and device.type == "cpu" and is_long
     if recipe.int8 is not None or (kept is None and not measures):
         if recipe.int8 is None and recipe.model.startswith(_BY_COUNT_ALONE):
             accelerate(model.train())
