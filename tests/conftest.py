@@ -25,6 +25,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # grpc, where a package 
 settings.register_profile("onefold", deadline=None)  # a busy machine is no failure
 settings.load_profile("onefold")
 torch.set_num_threads(1)  # tests run side by side, one process a core; threads would only wait for each other
+for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+    del os.environ[name]  # tests tell how much memory a process keeps
 # Under nohup, or behind a shell's `&`, these are ignored, and every process that a test starts inherits that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

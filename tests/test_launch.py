@@ -210,7 +210,7 @@ def test_the_command_line_starts_processes(monkeypatch: pytest.MonkeyPatch, caps
         return 75
 
     monkeypatch.setattr("onefold.train.launch.launch", note)
-    given = ["train", "--processes", "2", "--data", "photos", "--max-restarts", "9"]
+    given = ["train", "--processes", "2", "--data", "digits", "--max-restarts", "9"]
     assert main(given) == 75
     [(work, *numbers)] = asked
     assert numbers == [2, 9]

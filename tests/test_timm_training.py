@@ -140,7 +140,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(timm, weights, photos, t
         trained(photos, tmp_path / "a", model="timm:test_resnet", weights=weights)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r'needs timm.*pip install "onefold\[timm\]"'):
-        onefold.train("no/such/folder", model=NAME)
+        onefold.train(photos, model=NAME, out=tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
