@@ -97,9 +97,11 @@ def test_a_probe_is_fitted_scored_and_kept_without_a_step(fused, photos, tmp_pat
     for name, value in model.state_dict().items():
         assert torch.equal(value, before.state_dict()[name]) or name.startswith("head.")
     assert resume_run(tmp_path / "run").top1 == done.top1
+    assert "train without branches" not in caplog.text  # nothing trains
 
 
-def test_an_expanded_run_starts_from_the_fused_function_and_trains_branches(photos, tmp_path):
+def test_an_expanded_run_starts_from_the_fused_function_and_trains_branches(photos, tmp_path, caplog):
+    caplog.set_level("INFO", "onefold")
     source = weights(tmp_path / "w.safetensors", fused=True, num_classes=3)
     losses = []
     for start in ("plain", "expanded"):
@@ -109,6 +111,7 @@ def test_an_expanded_run_starts_from_the_fused_function_and_trains_branches(phot
         losses += [line["val_loss"] for line in lines if line["kind"] == "evaluation"]
         names = Checkpoint.load(run).weights
         assert any(name.endswith("running_var") for name in names) == (start == "expanded")
+        assert caplog.text.count("train without branches and norms; --start expanded restores both") == 1
     assert len(losses) == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

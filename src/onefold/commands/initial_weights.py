@@ -242,8 +242,11 @@ def init_network(recipe: Recipe, images: TrainingImages) -> nn.Module:
         doubt = check(batch.cpu().contiguous().numpy())
         if doubt:
             _log.warning("%s", doubt)
-    if recipe.start == "expanded" and not unfused_norms(model):
+    is_fused = not unfused_norms(model)
+    if is_fused and recipe.start == "expanded":
         model = _expand(model, fresh, recipe, images)
+    elif is_fused and recipe.plan.epochs and not (is_timm(recipe.model) or recipe.int8 or recipe.plan.freeze):
+        _log.info("these weights are fused: they train without branches and norms; --start expanded restores both")
     return _ready(_folded_for_int8(model, recipe), recipe)
 
 
