@@ -31,7 +31,7 @@ def s0() -> Recipe:
             channels_last=True,
         ),
         start="skips",
-        expect=Expected(top1=98.0, source="measured here, the lowest of twenty seeds", cost="75 s on one core"),
+        expect=Expected(top1=97.7, source="measured here, the lowest of nine seeds", cost="75 s on one core"),
     )
 
 
