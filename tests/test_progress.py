@@ -129,3 +129,12 @@ def test_a_command_whose_stderr_is_no_file_is_not_disturbed(capsys):
         print("an answer")
     assert capsys.readouterr() == ("an answer\n", "")
     assert not logger.handlers
+
+
+def test_libraries_that_count_what_was_not_collected_stay_quiet_at_the_end() -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import sys, triton._C.libtriton; sys.argv[1:] = ['--version']; from onefold.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, "leaked" in done.stderr) == (0, False)
