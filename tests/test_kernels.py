@@ -195,7 +195,7 @@ def test_in_bfloat16_products_are_the_librarys(monkeypatch: pytest.MonkeyPatch):
     many, depthwise = as_unit(unit(256, 256, 1, 1, 1, 4)), as_unit(unit(48, 48, 3, 2, 48, 4))
     before = [route_costs(wide, x), route_costs(many, x)]
     for has in (True, False):
-        monkeypatch.setattr("onefold.reparam.routes._has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr("onefold.reparam.routes.has_bfloat16", lambda has=has: has)
         assert [route_costs(wide, x), route_costs(many, x)] == before
         with torch.autocast("cpu", torch.bfloat16):
             cost = route_costs(wide, x)

@@ -207,6 +207,26 @@ def test_a_terminal_that_closes_is_a_signal_and_no_error() -> None:
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+def test_ctrl_c_in_a_terminal_is_acknowledged_at_once() -> None:
+    pid, terminal = pty.fork()
+    if not pid:
+        with StopSignals() as signals:
+            os.write(1, b"ready")
+            while not signals.received:
+                time.sleep(0.01)
+            os.write(1, b"saved")
+            os._exit(0 if signals.received == "SIGINT" else 1)
+    said = b""
+    while not said.endswith(b"saved"):
+        if said == b"ready":
+            os.write(terminal, b"\x03")
+        said += os.read(terminal, 100)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert said.index(b"stopping: what is under way is saved first") < said.index(b"saved", said.index(b"first"))
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

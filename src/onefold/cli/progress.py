@@ -142,7 +142,7 @@ def _writer(what: str) -> Iterator[Callable[[str], None]]:
             stream.close()
 
 
-def _tell_nobody(_update: str) -> None:
+def _discard_update(_update: str) -> None:
     """Of a log, where an epoch is a line."""
 
 
@@ -203,7 +203,7 @@ def show_training_progress() -> Iterator[_OnProgress]:
             done = at.global_step / max(at.epochs * at.steps, 1)
             if tell is None:
                 shown.close()
-                tell = _tell_nobody
+                tell = _discard_update
                 with suppress(OSError, ValueError):
                     tell = shown.enter_context(_writer("training")) if live else tell
             epoch, now = f"epoch {at.epoch}/{at.epochs}", progress_values(at)

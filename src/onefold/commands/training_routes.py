@@ -7,7 +7,7 @@ several processes train together the first one measures for all.
 
 `Plan.route` says whether to measure at all: "quickest" chooses by a count of operations, the same on every machine;
 "per_branch" is plain torch. Nothing is measured on a GPU, in int8 training, for short runs, where maps are small,
-and where the count leaves no doubt, as of MobileOne.
+and where the count leaves no doubt, as of MobileOne-S0 and S1.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ def _count_by_class(dataset: Dataset) -> tuple[int, ...]:
 
 
 def check_places_exist(*places: str | None) -> None:
-    """Raise BadData where a folder or file is not on this machine; shards, remote places and None are passed over."""
+    """Raise BadData where a folder or file is not on this machine; shards and remote places are not looked for."""
     for place in filter(None, places):
         elsewhere = "{" in place or place.startswith(REMOTE_PREFIXES) or place.endswith(SHARD_SUFFIXES)
         if place != "digits" and not elsewhere and not os.path.exists(place):

@@ -30,7 +30,7 @@ from onefold.reparam.fused_norms import supports as mix_supports
 from onefold.reparam.kernels import ReferenceBackend, select_backend
 from onefold.reparam.kernels.base import ClampMax, Geometry
 from onefold.reparam.kernels.cpu import is_pointwise
-from onefold.reparam.kernels.cpu_bfloat16 import has_bfloat16 as _has_bfloat16
+from onefold.reparam.kernels.cpu_bfloat16 import has_bfloat16
 from onefold.reparam.moments import BatchPatches, forward_by_moments
 from onefold.reparam.stencil import Stencil
 
@@ -270,7 +270,7 @@ def _branches(unit: Unit, x: Tensor) -> float:
 
 def _in_bfloat16(x: Tensor) -> bool:
     """Whether torch would convolve x in bfloat16, by instructions that this processor has."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not _has_bfloat16():
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not has_bfloat16():
         return False
     return torch.get_autocast_dtype("cpu") is torch.bfloat16
 

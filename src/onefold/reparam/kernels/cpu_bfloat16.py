@@ -94,12 +94,8 @@ def _linear(rows: Tensor, weight: Tensor, offset: Tensor, act: ClampMax) -> Tens
     if act is None:
         return F.linear(rows, weight, offset)
     name, bounds = ("relu", []) if act == float("inf") else ("hardtanh", [0.0, act])
-    try:  # torch's own compiler calls it; nobody promises that it stays
+    try:  # what torch's own compiler calls: it is private, and may go
         y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, offset, name, bounds, "")
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # torch's own compiler calls it; no promise is made of it
+    except (AttributeError, RuntimeError):
         y = F.linear(rows, weight, offset).clamp_(0.0, act)
     return y
