@@ -195,7 +195,7 @@ def computed(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def by_force(monkeypatch: pytest.MonkeyPatch, costs: RouteCosts, by_layer: float) -> None:
     monkeypatch.setattr(routes, "route_costs", lambda unit, x: costs)
-    monkeypatch.setattr(routes, "layers_cost", lambda *_: by_layer)
+    monkeypatch.setattr(routes, "per_layer_cost", lambda *_: by_layer)
     monkeypatch.setattr(linear_trees, "_SMALLEST_MAPS", 0)
 
 

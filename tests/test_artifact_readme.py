@@ -25,7 +25,7 @@ from onefold.data import Preprocessing
 from onefold.errors import BadArtifact
 from onefold.quantize import QuantizationMethod, quantize
 from onefold.runtimes import RUNTIMES, Artifact, ModelInfo, Parity, export, import_runtime, load, open_artifact
-from onefold.runtimes.readme import PLATFORMS, list_platforms, render_code, render_readme
+from onefold.runtimes.artifact_readme import PLATFORMS, list_platforms, render_code, render_readme
 
 ALSO_ALLOWED = {"executorch": {"torch"}}
 CLASSES = ("ant", "bee", "cat", "caf\u00e9", "two words", 'quo"te', "<b>")

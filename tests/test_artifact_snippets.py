@@ -28,7 +28,7 @@ from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
 from onefold.models.pretrained import save_weights
 from onefold.runtimes import web
-from onefold.runtimes.readme import list_platforms, render_code
+from onefold.runtimes.artifact_readme import list_platforms, render_code
 from test_artifact_readme import PREPARED, SIZES, blocks, fake, python_of
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn"}

@@ -466,10 +466,10 @@ def test_noise_is_the_difference_of_two_looks() -> None:
         own_ns=500_000_000,
         at_ns=1_000_000_000,
     )
-    noise = bench.TimingNoise.between(before, after)
+    noise = bench.TimingNoise.from_counters(before, after)
     assert (noise.load_before, noise.load_after, noise.switches, noise.steal) == (1.0, 2.0, 2, 0.01)
     assert noise.others == pytest.approx(1.5)  # two of four cores were busy, half a core was this process
-    assert bench.TimingNoise.between(bench.SystemCounters(), bench.SystemCounters()) == bench.TimingNoise()
+    assert bench.TimingNoise.from_counters(bench.SystemCounters(), bench.SystemCounters()) == bench.TimingNoise()
 
 
 def test_noise_reaches_the_verdict_of_a_run() -> None:

@@ -96,8 +96,8 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
     outcome, _ = run_bench(order, tmp_path)
     assert isinstance(outcome, bench.Measurement)
     assert asked == [[1], [1]]
-    assert outcome.roofline is not None
-    assert 0 < outcome.roofline < 1
+    assert outcome.roofline_share is not None
+    assert 0 < outcome.roofline_share < 1
 
 
 def test_weights_have_limits_but_no_fresh_process(home: Path) -> None:

@@ -22,7 +22,7 @@ from onefold.cli import main
 from onefold.commands import calibration
 from onefold.commands.calibration import CalibrationOptions, TimeBudget
 from onefold.commands.deploy import _kept_artifacts, _unfinished, build_deployment
-from onefold.commands.deployment import (
+from onefold.commands.deploy_results import (
     QUICK_NOTE,
     ArtifactResult,
     DeployOptions,

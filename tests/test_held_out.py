@@ -25,7 +25,7 @@ from onefold.cli import main
 from onefold.commands.bench import save_accuracy, saved_accuracy
 from onefold.commands.calibration import CalibrationOptions, calibrated_network
 from onefold.commands.deploy import _photos
-from onefold.commands.deployment import DeployOptions
+from onefold.commands.deploy_results import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.export import ExportOptions, check_int8_agreement, export_to_runtimes
 from onefold.commands.fuse import fuse

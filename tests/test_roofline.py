@@ -117,7 +117,7 @@ def test_a_call_quicker_than_the_limit_casts_doubt_on_it() -> None:
 
     assert not at(100, 200, 300).beats_roofline
     assert at(99, 200, 300).beats_roofline
-    assert at(99, 200, 300).roofline == 0.5
+    assert at(99, 200, 300).roofline_share == 0.5
 
 
 # ---- measured here ---------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_clock_that_changed_is_noise() -> None:
     slowed = bench.TimingNoise(mhz_before=3000.0, mhz_after=2700.0)
     assert slowed.reasons(steady, MACHINE, 1) == ("The processor's clock went from 3000 to 2700 MHz meanwhile.",)
     assert bench.TimingNoise(mhz_before=3000.0, mhz_after=2900.0).reasons(steady, MACHINE, 1) == ()
-    between = bench.TimingNoise.between(bench.SystemCounters(mhz=3000.0), bench.SystemCounters(mhz=2700.0))
+    between = bench.TimingNoise.from_counters(bench.SystemCounters(mhz=3000.0), bench.SystemCounters(mhz=2700.0))
     assert between == slowed
     assert bench.TimingNoise.from_dict(slowed.to_dict()) == slowed
 
@@ -321,12 +321,12 @@ def test_what_was_found_beside_the_times_comes_back(tmp_path: Path) -> None:
     bench.append_results(path, [whole])
     assert bench.read_measurements(path) == [whole]
     line = json.loads(path.read_text())
-    assert line["summary"]["roofline"] == whole.roofline == 0.5
+    assert line["summary"]["roofline"] == whole.roofline_share == 0.5
     for name in ("bound", "cold", "checksum"):  # as lines were before there were any
         del line[name]
     path.write_text(json.dumps(line) + "\n")
     (bare,) = bench.read_results(path).measurements
-    assert (bare.bound, bare.cold, bare.roofline) == (None, None, None)
+    assert (bare.bound, bare.cold, bare.roofline_share) == (None, None, None)
     line["cold"] = {"open_ns": "x"}
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(BadData, match="line 1"):

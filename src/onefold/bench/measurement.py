@@ -131,7 +131,7 @@ class Measurement:
         return (percentile(self.latencies_ns, 0.9) - percentile(self.latencies_ns, 0.1)) / self.median_ns
 
     @property
-    def roofline(self) -> float | None:
+    def roofline_share(self) -> float | None:
         """What share (0 to 1) of the machine's measured limit the median reaches; None where that is not known."""
         return None if self.bound is None else self.bound.fraction(self.median_ns)
 
@@ -269,7 +269,7 @@ def time_interleaved(calls: Sequence[Call], procedure: Procedure, instruments: I
         _Timing(tuple(sample), tuple(warmup[:_KEPT_WARMUP]), repeat)
         for sample, warmup, repeat in zip(samples, warmups, repeats, strict=True)
     )
-    return _Series(tuple(timings), resolution, overhead, TimingNoise.between(before, after))
+    return _Series(tuple(timings), resolution, overhead, TimingNoise.from_counters(before, after))
 
 
 def random_orders(count: int, random_source: random.Random) -> Iterator[tuple[int, ...]]:

@@ -121,7 +121,7 @@ def _plain_measurement(measurement: Measurement) -> dict[str, Any]:
             "p90_ns": measurement.p90_ns,
             "p99_ns": measurement.p99_ns,
             "spread": measurement.spread,
-            "roofline": measurement.roofline,
+            "roofline": measurement.roofline_share,
             "verdict": measurement.verdict,
             "reasons": measurement.reasons,
         },

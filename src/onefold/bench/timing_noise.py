@@ -163,7 +163,7 @@ class TimingNoise:
     remarks: tuple[str, ...] = ()
 
     @classmethod
-    def between(cls, before: SystemCounters, after: SystemCounters) -> TimingNoise:
+    def from_counters(cls, before: SystemCounters, after: SystemCounters) -> TimingNoise:
         """The difference of two looks; shares are None when too little time passed to tell."""
         ticks = _difference(before.ticks, after.ticks)
         enough = ticks is not None and ticks >= _FEWEST_TICKS

@@ -288,8 +288,8 @@ def print_layer_times(found: Profile, *, top: int, as_json: bool) -> None:
 def _row(name: str, m: Measurement) -> list[str]:
     reached = (
         f"- ({_no_limit(m)})"
-        if m.roofline is None or m.bound is None
-        else f"{100 * m.roofline:.0f} % ({m.bound.limited_by})"
+        if m.roofline_share is None or m.bound is None
+        else f"{100 * m.roofline_share:.0f} % ({m.bound.limited_by})"
     )
     too_few = "needs 64 samples" if m.calls_per_sample == 1 else f"samples of {m.calls_per_sample} calls"
     p90 = f"- ({too_few})" if m.p90_ns is None else f"{m.p90_ns / 1e6:.3f}"
@@ -307,11 +307,11 @@ def _no_limit(m: Measurement) -> str:
 def _beside(m: Measurement) -> list[str]:
     """What was found beside the times: the least time, the start in a fresh process, memory, size."""
     parts = []
-    if m.roofline is not None and m.bound is not None:
+    if m.roofline_share is not None and m.bound is not None:
         parts.append(
-            f"{100 * m.roofline:.0f} % of the roofline: {m.subject['precision']} with {_threads(m.procedure.threads)} "
-            f"cannot take less than {(m.bound.ns or 0) / 1e6:.3f} ms here ({m.bound.how}; bound by "
-            f"{m.bound.limited_by})"
+            f"{100 * m.roofline_share:.0f} % of the roofline: {m.subject['precision']} with "
+            f"{_threads(m.procedure.threads)} cannot take less than {(m.bound.ns or 0) / 1e6:.3f} ms here "
+            f"({m.bound.how}; bound by {m.bound.limited_by})"
         )
     if m.beats_roofline:
         parts.append(
@@ -348,7 +348,7 @@ def _plain(m: Measurement, outcome: Measurement | Comparison) -> dict[str, Any]:
         "subject": dict(m.subject),
         "median_ms": m.median_ns / 1e6,
         "verdict": m.verdict,
-        "roofline": m.roofline,
+        "roofline": m.roofline_share,
         "bound": None if m.bound is None else {**m.bound.to_dict(), "side": m.bound.limited_by},
         "cold": None if m.cold is None else m.cold.to_dict(),
         "floor": outcome.floor.floor if isinstance(outcome, Comparison) else None,

@@ -17,7 +17,7 @@ from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 from onefold.cli import progress_writer
-from onefold.commands.progress import progress_handler
+from onefold.commands.progress import use_progress_handler
 
 if TYPE_CHECKING:
     from onefold.train import Progress
@@ -40,7 +40,7 @@ def show_progress(what: str) -> Iterator[None]:
     with ExitStack() as shown:
         if sys.executable and os.environ.get("RANK", "0") == "0":
             with suppress(OSError, ValueError):  # stderr is no file, or there is no process to be had
-                shown.enter_context(progress_handler(_Stages(what, shown.enter_context(_writer(what)))))
+                shown.enter_context(use_progress_handler(_Stages(what, shown.enter_context(_writer(what)))))
         yield
 
 

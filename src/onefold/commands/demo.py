@@ -13,7 +13,7 @@ from onefold.bench import Comparison, Procedure
 from onefold.commands.bench import ROOFLINE_SUFFIX, BenchOptions, measure_sources, save_accuracy
 from onefold.commands.calibration import CalibrationOptions
 from onefold.commands.deploy import build_deployment
-from onefold.commands.deployment import DeployOptions, DeployResult, Gate, write_gates
+from onefold.commands.deploy_results import DeployOptions, DeployResult, Gate, write_gates
 from onefold.commands.extras import require_extras
 from onefold.commands.fuse import fuse
 from onefold.commands.predictor import open_predictor

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, save_accuracy
 from onefold.commands.calibration import CalibrationOptions, Int8Network, TimeBudget, calibrated_network
-from onefold.commands.deployment import (
+from onefold.commands.deploy_results import (
     QUICK_MAX_SCORED,
     QUICK_NOTE,
     WARMUP_S,
@@ -273,7 +273,7 @@ def _scored(
         some = Subset(photos.scored, evenly_spaced(len(photos.scored), QUICK_MAX_SCORED))
         photos = replace(photos, scored=some, title=f"{photos.title}; {len(some)} of them scored, evenly")
     title = photos.title
-    asked = _Exam(photos.scored, network, photos.labelled)
+    asked = _Evaluation(photos.scored, network, photos.labelled)
     with make_predictor(network, threads=order.procedure.threads) as torch_network:
         true, right, top1 = asked.answers(torch_network)
         if asked.bad:
@@ -362,7 +362,7 @@ def _exported(
 
 
 @dataclass(frozen=True, eq=False)
-class _Exam:
+class _Evaluation:
     """The photos, how to ask for them, and which of them cannot be read (name -> why)."""
 
     photos: Dataset

@@ -77,12 +77,12 @@ def show_progress() -> Iterator[None]:
     if _logger.handlers:
         yield
         return
-    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar, progress_handler(_Stages(bar)):
+    with _bar(bar_format="{desc} [{elapsed}]", leave=False) as bar, use_progress_handler(_Stages(bar)):
         yield
 
 
 @contextmanager
-def progress_handler(handler: logging.Handler) -> Iterator[None]:
+def use_progress_handler(handler: logging.Handler) -> Iterator[None]:
     """Have a handler, and no other, hear what the library says that it does."""
     level, propagate = _logger.level, _logger.propagate
     _logger.addHandler(handler)

@@ -25,7 +25,7 @@ from onefold.data.decode import ARCHIVE_SUFFIXES, printable_name
 from onefold.data.folders import (
     FolderListing,
     ImageFiles,
-    folder_tree,
+    build_folder_tree,
     join_names,
     left_out_images,
     list_folder,
@@ -45,7 +45,7 @@ from onefold.data.splits import (
     splits_by_folder_name,
 )
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
-from onefold.data.tables import LIST_SUFFIX, NotATableError, Table, label_tables_by_folder, read_table
+from onefold.data.tables import LIST_SUFFIX, LabelTable, NotATableError, find_split_tables, read_table
 from onefold.errors import BadData
 from onefold.storage import read_lines
 
@@ -97,7 +97,7 @@ def _read_folder(place: Path) -> PlaceImages:
     if not listing.images:
         raise no_images_message(place, listing)
     tables, problems, several, unread = _tables(place, listing)
-    by_folder: dict[str, list[Table]] = defaultdict(list)
+    by_folder: dict[str, list[LabelTable]] = defaultdict(list)
     for table in tables:
         folder = table.path.rpartition("/")[0]
         if any(parse_split_name(part) for part in folder.split("/") if part):
@@ -107,12 +107,12 @@ def _read_folder(place: Path) -> PlaceImages:
     outer = [table for table in tables if table.path.rpartition("/")[0] not in inner]
     problem: BadData | None = None
     arrangement = FolderRoles(folders=())
-    tree = folder_tree(listing.images, listing.empty)
+    tree = build_folder_tree(listing.images, listing.empty)
     try:
         arrangement = detect_folder_roles(tree, shown, {path: frozenset(t.labels) for path, t in inner.items()})
     except BadData as error:
         problem = error
-    more = label_tables_by_folder(outer) if isinstance(problem, NoClassFoldersError) else {}
+    more = find_split_tables(outer) if isinstance(problem, NoClassFoldersError) else {}
     if more:  # such as LOC_val_solution.csv of val/
         inner |= more
         outer = [table for table in outer if table not in more.values()]
@@ -155,7 +155,7 @@ def _read_folder(place: Path) -> PlaceImages:
     raise problem
 
 
-def _split_lists(place: Path, listing: FolderListing, arrangement: FolderRoles) -> list[Table]:
+def _split_lists(place: Path, listing: FolderListing, arrangement: FolderRoles) -> list[LabelTable]:
     """Read train.txt, val.txt and the like where they list images in class folders, and nothing else."""
     index, found = ImageIndex(place, listing.images), []
     given = dict(zip(listing.images, assign_images(listing.images, arrangement), strict=True))
@@ -168,7 +168,8 @@ def _split_lists(place: Path, listing: FolderListing, arrangement: FolderRoles) 
             labels = [folder[1] for those in images if len(those) == 1 and (folder := given.get(those[0]))]
             if images and len(labels) == len(images):
                 files = tuple(those[0] for those in images)
-                found.append(Table(path=name, files=files, labels=tuple(labels), numbered=None, splits=None, notes=()))
+                table = LabelTable(path=name, files=files, labels=tuple(labels), numbered=None, splits=None, notes=())
+                found.append(table)
     return found if len(found) > 1 else []
 
 
@@ -176,7 +177,7 @@ def _split_lists(place: Path, listing: FolderListing, arrangement: FolderRoles) 
 
 
 def _foldered(
-    place: Path, listing: FolderListing, arrangement: FolderRoles, tables: Mapping[str, Table], notes: Sequence[str]
+    place: Path, listing: FolderListing, arrangement: FolderRoles, tables: dict[str, LabelTable], notes: Sequence[str]
 ) -> PlaceImages:
     """Give the images of class folders; of split folders that have a table, those that it lists."""
     assigned = assign_images(listing.images, arrangement)
@@ -241,7 +242,7 @@ def _foldered(
     )
 
 
-def _check_folders(table: Table, split: str, shown: str) -> None:
+def _check_folders(table: LabelTable, split: str, shown: str) -> None:
     """Raise BadData where a split's own table says other classes than the folders that its images lie in."""
     classes = set(table.labels)
     for file, label in zip(table.files, table.labels, strict=True):
@@ -262,7 +263,7 @@ def _files(root: Path, names: Sequence[str], labels: Sequence[str], split: Split
     )
 
 
-def _files_left_out(listing: FolderListing, tables: Iterable[Table]) -> list[LeftOut]:
+def _files_left_out(listing: FolderListing, tables: Iterable[LabelTable]) -> list[LeftOut]:
     reasons = dict.fromkeys(
         SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
     )
@@ -273,18 +274,17 @@ def _files_left_out(listing: FolderListing, tables: Iterable[Table]) -> list[Lef
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _tables(place: Path, listing: FolderListing) -> tuple[list[Table], list[str], MultiLabelError | None, list[str]]:
+def _tables(
+    place: Path, listing: FolderListing
+) -> tuple[list[LabelTable], list[str], MultiLabelError | None, list[str]]:
     """Read the tables of labels in a folder; gives them, why others cannot be used, and the error of a multi-label one.
 
-    The last are the errors of files that are no tables of labels.
-
-    Raises BadData where a labels.csv cannot be used.
+    The last are the errors of files that are no tables of labels. Raises BadData where a labels.csv cannot be used.
     """
     names = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
     names = [name for name in names if name.count("/") <= _TABLE_DEPTH and "submission" not in name.lower()]
     lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= _TABLE_DEPTH]
-    images, tables, problems, unread = ImageIndex(place, listing.images), [], [], []
-    several = None
+    images, tables, problems, unread, several = ImageIndex(place, listing.images), [], [], [], None
     for name in [
         *sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES],
         *sorted(lists, key=lambda name: name.count("/"))[:_MAX_TABLES],
@@ -302,7 +302,7 @@ def _tables(place: Path, listing: FolderListing) -> tuple[list[Table], list[str]
     return tables, problems, several, unread
 
 
-def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:
+def _choose_tables(tables: Sequence[LabelTable], shown: str) -> list[LabelTable]:
     """Choose the one table that counts, or one for each split. Raises BadData where that is not plain."""
     if len(tables) < 2:
         return list(tables)
@@ -323,7 +323,7 @@ def _choose_tables(tables: Sequence[Table], shown: str) -> list[Table]:
 
 
 def _prefers_tables(
-    tables: Sequence[Table], listing: FolderListing, arrangement: FolderRoles, shown: str, notes: list[str]
+    tables: Sequence[LabelTable], listing: FolderListing, arrangement: FolderRoles, shown: str, notes: list[str]
 ) -> bool:
     """Whether tables count rather than the class folders beside them. Raises BadData where they contradict."""
     is_split = any(folder.split for folder in arrangement.folders)
@@ -365,7 +365,7 @@ def _prefers_tables(
     )
 
 
-def _tabled(place: Path, listing: FolderListing, tables: Sequence[Table], notes: Sequence[str]) -> PlaceImages:
+def _tabled(place: Path, listing: FolderListing, tables: Sequence[LabelTable], notes: Sequence[str]) -> PlaceImages:
     splits = [split for table in tables for split in _splits_of(place, table)]
     listed = {file for table in tables for file in table.files}
     paths = [table.path for table in tables]
@@ -388,7 +388,7 @@ def _tabled(place: Path, listing: FolderListing, tables: Sequence[Table], notes:
     )
 
 
-def _splits_of(place: Path, table: Table) -> list[SplitImages]:
+def _splits_of(place: Path, table: LabelTable) -> list[SplitImages]:
     """Divide a table: by its column, by its name (train.csv), by the folders of its images, or not at all."""
     rows: dict[Split | None, list[int]] = defaultdict(list)
     name = Path(table.path).name
@@ -405,7 +405,7 @@ def _splits_of(place: Path, table: Table) -> list[SplitImages]:
     return [_table_split(place, table, None, name, range(len(table.files)))]
 
 
-def _table_split(place: Path, table: Table, split: Split | None, source: str, rows: Sequence[int]) -> SplitImages:
+def _table_split(place: Path, table: LabelTable, split: Split | None, source: str, rows: Sequence[int]) -> SplitImages:
     """Give some rows of a table; the names are relative to the table's folder."""
     folder = table.path.rpartition("/")[0]
     names = [os.path.relpath(table.files[i], folder or ".").replace(os.sep, "/") for i in rows]

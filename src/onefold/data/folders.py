@@ -265,7 +265,7 @@ class Folder:
         return self.path.rpartition("/")[2]
 
 
-def folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folder:
+def build_folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folder:
     """Give the folders that images (names with "/") lie in, and the empty ones."""
     root = Folder()
     counts = Counter(name.rpartition("/")[0] for name in images)

@@ -69,7 +69,7 @@ class NotATableError(BadData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class LabelTable:
     """Which image is of which class: `files` relative to the place; `lines` says where each stands in the table.
 
     `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
@@ -89,7 +89,7 @@ class Table:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def read_table(place: Path, path: str, images: ImageIndex) -> Table:
+def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     """Read a table below `place`.
 
     Raises NotATable where its columns are not those of a table of labels, BadData (naming the line) where it is one
@@ -178,7 +178,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> Table:
     unused = [name for name in class_columns if name != label_column]
     if unused and label_column:
         notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
-    return Table(
+    return LabelTable(
         path=path,
         files=tuple(files[i] for i in kept),
         labels=tuple(labels[i] for i in kept),
@@ -411,9 +411,9 @@ def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequen
     return sorted(first.values())
 
 
-def label_tables_by_folder(tables: Sequence[Table]) -> dict[str, Table]:
+def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
     """Give the tables that label the images of one val or test folder, by that folder."""
-    found: dict[str, list[Table]] = defaultdict(list)
+    found: dict[str, list[LabelTable]] = defaultdict(list)
     for table in tables:
         folders = {file.rpartition("/")[0] for file in table.files}
         parts = folders.pop().split("/") if len(folders) == 1 else []

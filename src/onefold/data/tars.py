@@ -31,7 +31,7 @@ from onefold.data.columns import (
 )
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
-from onefold.data.folders import Folder, folder_tree, join_names, left_out_images
+from onefold.data.folders import Folder, build_folder_tree, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
 from onefold.data.splits import (
     NoClassFoldersError,
@@ -131,7 +131,7 @@ def tars_by_split(
         classes: list[int | str] = [label for label in labels if label is not None]
         kept = [True] * len(names)
     else:
-        tree = _without_shared_folders(folder_tree(names))
+        tree = _without_shared_folders(build_folder_tree(names))
         try:
             arranged = detect_folder_roles(tree, shown, {}) if split is None else read_single_split(tree, shown, split)
         except NoClassFoldersError as error:

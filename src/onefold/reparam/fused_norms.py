@@ -99,7 +99,7 @@ class _Mix(torch.autograd.Function):
         y, mean, inv_std, gain, *rest = ctx.saved_tensors
         maps, parameters = rest[: len(norms)], rest[len(norms) :]
         y = grad if y is None else y
-        *d_gains, total = cpu.normalized_sum_reductions(grad, y, maps, mean, call.act)
+        *d_gains, total = cpu.normalized_sum_backward_sums(grad, y, maps, mean, call.act)
         d_gain = torch.stack(d_gains)
         # BatchNorm's gradient: the mean of grad', and its part along the map, are subtracted.
         slope, constant = -gain * inv_std.square() * d_gain / ctx.count, -gain * total / ctx.count

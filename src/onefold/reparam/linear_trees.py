@@ -220,7 +220,7 @@ def _merging_costs(expression: Expression, x: Tensor) -> float:
         return float("inf")
     merging = routes.moments_cost(geometry, (convs[0].in_channels, convs[0].out_channels), len(convs), x)
     merging += _SMALL_ALGEBRA / routes.num_output_positions(geometry, x)
-    by_layer = routes.layers_cost(convs, len(norms) + _num_added(expression), x)
+    by_layer = routes.per_layer_cost(convs, len(norms) + _num_added(expression), x)
     return merging if merging < by_layer else float("inf")
 
 

@@ -240,7 +240,7 @@ def moments_cost(geometry: Geometry, channels: tuple[int, int], num_convs: int, 
     return (products + moved) * (_PLAIN if plain else 1) + algebra
 
 
-def layers_cost(convs: Sequence[nn.Conv2d], num_norms: float, x: Tensor) -> float:
+def per_layer_cost(convs: Sequence[nn.Conv2d], num_norms: float, x: Tensor) -> float:
     """What convolutions of one input cost layer by layer, with so many norms after them: all passes over maps."""
     low, c_out = _in_bfloat16(x), convs[0].out_channels
     move, total = _MOVE * (_LOW_MOVE if low else 1), 0.0

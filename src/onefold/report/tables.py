@@ -145,7 +145,7 @@ def latency_table(groups: Sequence[MeasurementGroup]) -> Table:
         "with 99 % confidence; a dash means too few samples for one. Spread is the width of the middle 80 % over the "
         "median."
     )
-    if any(m.roofline is not None for group in groups for m in group.measurements):
+    if any(m.roofline_share is not None for group in groups for m in group.measurements):
         caption += (
             " Of the limit: the least time in which this machine could do the multiply-adds, or read the weights, over "
             "the median, and which of the two binds."
@@ -167,7 +167,7 @@ def _setting(group: MeasurementGroup) -> str:
 
 
 def _limit(group: MeasurementGroup) -> str:
-    share = group.median_of(lambda m: m.roofline)
+    share = group.median_of(lambda m: m.roofline_share)
     side = next((m.bound.limited_by for m in group.measurements if m.bound is not None), None)
     return "–" if share is None or side is None else f"{format_percent(100 * share, 0)} {side}"
 

@@ -3,7 +3,7 @@
     artifacts/onnx-fp32/
         model.onnx       what the runtime runs; each runtime has its own model.* files
         reference.npz    images (B, C, H, W) and the PyTorch model's logits (B, classes) for them, both float32
-        README.md        the same for people, with code that loads it (readme.py); older artifacts have none
+        README.md        the same for people, with code that loads it (artifact_readme.py); older artifacts have none
         manifest.json    model, classes, preprocessing, parity, and the size and SHA-256 of every other file
 
 Nothing is used before it is checked: every file is read once, compared with its hash, and passed on as bytes, so a

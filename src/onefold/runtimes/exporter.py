@@ -34,6 +34,7 @@ from onefold.runtimes.artifact import (
     read_manifest,
     render_manifest,
 )
+from onefold.runtimes.artifact_readme import render_readme
 from onefold.runtimes.base import (
     Int8Model,
     Runtime,
@@ -44,7 +45,6 @@ from onefold.runtimes.base import (
     installed_versions,
     suppress_output,
 )
-from onefold.runtimes.readme import render_readme
 from onefold.runtimes.reference_logits import (
     Example,
     Floats,

@@ -204,7 +204,9 @@ def normalized_sum(maps: Sequence[Tensor], mean: Tensor, gain: Tensor, bias: Ten
     return out.permute(0, 3, 1, 2)
 
 
-def normalized_sum_reductions(grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act: ClampMax) -> Tensor:
+def normalized_sum_backward_sums(
+    grad: Tensor, y: Tensor, maps: Sequence[Tensor], mean: Tensor, act: ClampMax
+) -> Tensor:
     """Sums over places of grad' (map - mean) for each map, then of grad': (M + 1, C), in float64."""
     images, g, after = [_image(m) for m in maps], _image(grad), _image(y)
     c = g.shape[-1]
