@@ -48,7 +48,7 @@ from onefold.models import create_model, list_models
 from onefold.models.mobileone import make_branches
 from onefold.reparam import Chain, Sum, mixed, moments, per_branch, quickest, set_route_
 from onefold.reparam.accelerate import set_measured_routes_
-from onefold.reparam.branches import as_unit
+from onefold.reparam.branches import Unit, as_unit
 from onefold.reparam.measured_routes import measure_routes
 from onefold.reparam.routes import route_costs
 
@@ -202,21 +202,69 @@ def bytes_moved(name: str, given: argparse.Namespace) -> tuple[float, float, flo
     writes one. Moments: the input three times, the output written; backward, input, output and gradient twice each.
     """
     totals = [0.0, 0.0, 0.0]
+    for unit, x, y in units_of(name, given):
+        i, o, convs, branches = x.numel(), y.numel(), len(unit.convs), len(unit.branches)
+        norm, relu, conv = 8 * o, 5 * o, 3 * i + 3 * o
+        totals[0] += convs * conv + branches * norm + 3 * (branches - 1) * (o + i) + relu
+        totals[1] += conv + norm + relu
+        totals[2] += 2 * i + o + 3 * i + 4 * o
+    return tuple(4 * t * given.batch / 2 / 1e9 for t in totals)
 
-    def count(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-        y = per_branch(tree, x, act)
-        unit = as_unit(tree) if x.dim() == 4 else None
-        if unit is not None:
-            i, o, convs, branches = x.numel(), y.numel(), len(unit.convs), len(unit.branches)
-            norm, relu, conv = 8 * o, 5 * o, 3 * i + 3 * o
-            totals[0] += convs * conv + branches * norm + 3 * (branches - 1) * (o + i) + relu
-            totals[1] += conv + norm + relu
-            totals[2] += 2 * i + o + 3 * i + 4 * o
+
+def units_of(name: str, given: argparse.Namespace) -> list[tuple[Unit, Tensor, Tensor]]:
+    """Every unit of a network with its input and output, for two images."""
+    found: list[tuple[Unit, Tensor, Tensor]] = []
+
+    def note(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        y, unit = per_branch(tree, x, act), as_unit(tree) if x.dim() == 4 else None
+        found.extend([] if unit is None else [(unit, x, y)])
         return y
 
-    model = set_route_(create_model(name).train(), count)
-    model(torch.randn(2, 3, given.size, given.size))
-    return tuple(4 * t * given.batch / 2 / 1e9 for t in totals)
+    with torch.no_grad():
+        set_route_(create_model(name).train(), note)(torch.randn(2, 3, given.size, given.size))
+    return found
+
+
+def roofline(name: str, given: argparse.Namespace) -> tuple[float, float]:
+    """The least seconds of a step's units, by the route that the count takes: their products, and their bytes.
+
+    A product takes what `torch.mm` takes for it, quickest of five; of a symmetric one half is counted. Depthwise
+    convolutions count by their bytes alone. Bytes go at the rate of a copy of 256 MB, read and written.
+    """
+    dtype = getattr(torch, given.dtype)
+    known: dict[tuple[int, int, int], float] = {}
+
+    def product(n: int, k: int, m: int) -> float:
+        if (n, k, m) not in known:
+            a, b, out = torch.ones(n, k, dtype=dtype), torch.ones(k, m, dtype=dtype), torch.ones(n, m, dtype=dtype)
+            known[n, k, m] = quickest_of(lambda: torch.mm(a, b, out=out))
+        return known[n, k, m]
+
+    products, moved = 0.0, 0.0
+    for unit, x, y in units_of(name, given):
+        x, y = (t[:1].expand(given.batch, *t.shape[1:]) for t in (x, y))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            cost = route_costs(unit, x)
+        i, o, convs, (_, out) = x.numel(), y.numel(), len(unit.convs), unit.channels
+        k, n = math.prod(unit.geometry.kernel_size) * unit.channels[0] // unit.geometry.groups, o // out
+        own = cost.moments == min(cost)
+        moved += 5 * i + 5 * o if own else convs * (3 * i + 13 * o)
+        if unit.geometry.groups == 1:
+            thrice = product(n, k, out) + product(out, n, k) + product(n, out, k)
+            square = product(k, n, k) / 2 + product(n, k, k) + 1.5 * product(convs * out, k, k)
+            products += thrice + square if own else convs * thrice
+    a, b = torch.ones(2, 1 << 26)
+    return products, moved * dtype.itemsize / (2 * a.numel() * 4 / quickest_of(lambda: b.copy_(a)))
+
+
+def quickest_of(call: Callable[[], object]) -> float:
+    """Seconds of the quickest of five calls."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def interleave(calls: Mapping[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -258,7 +306,10 @@ def run_model(name: str, given: argparse.Namespace) -> None:
         times = f"{mid:7.3f} s{f'{low:.2f}-{high:.2f}':>15}{given.batch / mid:10.1f}{ratio:>20}"
         print(f"{c:22}{times}{faults[c]:13,.0f}{memory[c]:10.2f} GB")
     moved = bytes_moved(name, given)
-    print("moved by count, GB a step: branch by branch {:.1f}, plain {:.1f}, moments {:.1f}".format(*moved), flush=True)
+    print("moved by count, GB a step: branch by branch {:.1f}, plain {:.1f}, moments {:.1f}".format(*moved))
+    products, passes = roofline(name, given)
+    share = (products + passes) / statistics.median(seconds["ours"])
+    print(f"roofline: products {products:.3f} s, bytes {passes:.3f} s; the step reaches {share:.0%} of it", flush=True)
 
 
 def run_slower(name: str, given: argparse.Namespace) -> None:

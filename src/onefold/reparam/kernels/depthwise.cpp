@@ -7,6 +7,8 @@
 // Second moments at stride 1: the product of the taps t and u at a place p is x[p+t] x[p+u], which is x[q] x[q+lag] with
 // q = p+t. So one sum a lag serves all pairs of taps that far apart, but for the q near the border where p would leave the
 // grid: those are summed apart, by row and column. 13 products a pixel for K = 3 in place of 45.
+#include <type_traits>
+
 #include "vector.h"
 
 namespace {
@@ -78,6 +80,15 @@ INLINE void store_some(T* to, vec v, int64_t n) {
     for (int j = 0; j < n; j++) put(to + j, v[j]);
 }
 
+// The first n values from here on, zeros past them.
+template <class T>
+INLINE vec load_some(const T* from, int64_t n) {
+    if (n >= LANES) return load(from);
+    float some[LANES] = {};
+    for (int64_t j = 0; j < n; j++) some[j] = value(from[j]);
+    return load(some);
+}
+
 // Rows first ... last-1 of an image less centre; up to `border` pixels around it zero less centre, beyond those zero.
 template <class T>
 void fill(Plane& plane, int64_t first, int64_t last, const T* image, const Shape& s, int64_t block, const float* centre,
@@ -105,7 +116,7 @@ void fill(Plane& plane, int64_t first, int64_t last, const T* image, const Shape
             }
         } else {
             for (int64_t x = 0; x < s.w; x++, from += s.c, to += PANEL)
-                for (int64_t j = 0; j < PANEL; j++) to[j] = j < n ? value(from[j]) - around[j] : 0;
+                store(to, load_some(from, n) - left), store(to + LANES, load_some(from + LANES, n - LANES) - right);
         }
     }
 }
@@ -122,8 +133,10 @@ void fill_gradient(Plane& plane, int64_t first, int64_t last, int64_t height, co
         for (int64_t x = 0; x < plane.w; x++, from += s.c, after += s.c, to += PANEL) {
             __builtin_prefetch(from + PANEL, 0, 2), __builtin_prefetch(after + PANEL, 0, 2);
             if (n < PANEL) {
-                for (int64_t j = 0; j < PANEL; j++)
-                    to[j] = j >= n ? 0 : top < 0 ? value(from[j]) : through(value(from[j]), value(after[j]), top);
+                for (int half = 0; half < PANEL; half += LANES) {
+                    const vec v = load_some(from + half, n - half);
+                    store(to + half, top < 0 ? v : through(v, load_some(after + half, n - half), top));
+                }
             } else if (top < 0) {
                 store(to, load(from)), store(to + LANES, load(from + LANES));
             } else {
@@ -181,11 +194,11 @@ struct Lags {
     static int of(int dy, int dx) { return dy * (2 * K - 1) + dx; }  // 0 for (0, 0); dx from 1-K
 };
 
-// Adds x[q] x[q + lag] and x[q], for n places q along a row, to sums[lag or last][PANEL] in float32.
+// Adds x[q] x[q + lag] and x[q], for n places q along a row and so many channels, to sums[lag or last][PANEL] in float32.
 template <int K>
-void add_lags(const float* first, int64_t row, int64_t n, float* sums) {
+void add_lags(const float* first, int64_t row, int64_t n, int64_t channels, float* sums) {
     constexpr int count = Lags<K>::count;
-    for (int half = 0; half < PANEL; half += LANES) {
+    for (int half = 0; half < PANEL && half < channels; half += LANES) {
         const float* const end = first + half + n * PANEL;
         if (K == 3) {  // 13 sums, a total and the pixel just fit the registers
             vec acc[count + 1] = {};
@@ -222,17 +235,18 @@ void flush(float* from, int64_t n, double* to) {
 // All sums by lag, kind of row and kind of column, of rows first ... last-1, counted with `border` pixels around the image;
 // total is [kind y][kind x][count + 1][PANEL].
 template <int K>
-void lags_of(Plane& z, int64_t border, int64_t first, int64_t last, const Axis& tall, const Axis& wide,
+void lags_of(Plane& z, int64_t border, int64_t first, int64_t last, const Axis& tall, const Axis& wide, int64_t channels,
              std::vector<float>& some, double* total) {
     const int64_t entry = (Lags<K>::count + 1) * PANEL, line = wide.kinds() * entry;
     int64_t pending = 0;
     for (int64_t y = first; y < last; y++) {
         const int64_t kind = tall.kind(y);
         const auto from = [&](int64_t x) { return z.at(y - border, x - border); };
-        for (int64_t x = 0; x < wide.edge; x++) add_lags<K>(from(x), z.row(), 1, &some[x * entry]);
+        for (int64_t x = 0; x < wide.edge; x++) add_lags<K>(from(x), z.row(), 1, channels, &some[x * entry]);
         for (int64_t x = wide.edge; x < wide.n - wide.edge; x += 32)
-            add_lags<K>(from(x), z.row(), std::min<int64_t>(32, wide.n - wide.edge - x), &some[wide.edge * entry]);
-        for (int64_t x = wide.n - wide.edge; x < wide.n; x++) add_lags<K>(from(x), z.row(), 1, &some[wide.kind(x) * entry]);
+            add_lags<K>(from(x), z.row(), std::min<int64_t>(32, wide.n - wide.edge - x), channels, &some[wide.edge * entry]);
+        for (int64_t x = wide.n - wide.edge; x < wide.n; x++)
+            add_lags<K>(from(x), z.row(), 1, channels, &some[wide.kind(x) * entry]);
         pending += wide.n;
         if (y + 1 == last || tall.kind(y + 1) != kind || pending + wide.n > 128)
             flush(some.data(), line, total + kind * line), pending = 0;
@@ -258,24 +272,71 @@ void pair_taps(const double* total, int64_t lane, const Axis& tall, const Axis& 
     }
 }
 
-// The same sums place by place, for any stride: total is [taps (taps + 1) / 2 pairs, then taps][PANEL].
+// The same sums for n places along a row, `step` floats apart: sums is [taps (taps + 1) / 2 pairs, then taps][PANEL]. Of
+// the pairs those whose first tap is from T0 up to T1: as many as there are registers.
+template <int K, int T0, int T1>
+INLINE void add_pairs(const float* p, int64_t row, int64_t step, int64_t n, float* sums) {
+    constexpr int taps = K * K, before = T0 * taps - T0 * (T0 - 1) / 2;
+    vec acc[T1 - T0][taps];
+    const auto each = [&](auto work) __attribute__((always_inline)) {
+        float* to = sums + before * PANEL;
+#pragma GCC unroll 16
+        for (int t = T0; t < T1; t++)
+#pragma GCC unroll 16
+            for (int u = t; u < taps; u++, to += PANEL) work(acc[t - T0][u], to);
+    };
+    each([](vec& sum, float* at) __attribute__((always_inline)) { sum = load(at); });
+    for (const float* const end = p + n * step; p != end; p += step) {
+        vec first[T1 - T0];
+#pragma GCC unroll 16
+        for (int u = T0; u < taps; u++) {
+            const vec v = load(p + u / K * row + u % K * PANEL);
+            if (u < T1) first[u - T0] = v;
+#pragma GCC unroll 16
+            for (int t = T0; t < T1 && t <= u; t++) acc[t - T0][u] += first[t - T0] * v;
+        }
+    }
+    each([](vec& sum, float* at) __attribute__((always_inline)) { store(at, sum); });
+}
+
+// All of them, for any stride, of a piece's places and so many channels.
 template <int K>
-void pairs_of(Plane& z, const Piece& piece, const Shape& s, std::vector<float>& some, double* total) {
-    constexpr int taps = K * K, count = taps * (taps + 1) / 2 + taps;
-    int pending = 0;
+void pairs_of(Plane& z, const Piece& piece, const Shape& s, int64_t channels, std::vector<float>& some, double* total) {
+    constexpr int taps = K * K, pairs = taps * (taps + 1) / 2, count = pairs + taps;
+    const int64_t columns = s.out(s.w, K), step = s.stride * PANEL;
+    int64_t pending = 0;
     for (int64_t y = piece.first; y < piece.last; y++)
-        for (int64_t x = 0; x < s.out(s.w, K); x++) {
-            const float* p = z.at(y * s.stride - s.padding, x * s.stride - s.padding);
-            for (int half = 0; half < PANEL; half += LANES) {
-                vec v[taps];
+        for (int64_t x = 0, n; x < columns; x += n) {
+            n = std::min<int64_t>(columns - x, 32 - pending);
+            for (int half = 0; half < PANEL && half < channels; half += LANES) {
+                const float* const p = z.at(y * s.stride - s.padding, x * s.stride - s.padding) + half;
+                float* const to = some.data() + half;
+                if constexpr (K == 3 && LANES == 16) {  // 32 registers: 24 and 21 pairs
+                    add_pairs<K, 0, 3>(p, z.row(), step, n, to), add_pairs<K, 3, taps>(p, z.row(), step, n, to);
+                } else if constexpr (K == 3) {  // 16 registers
+                    add_pairs<K, 0, 1>(p, z.row(), step, n, to), add_pairs<K, 1, 2>(p, z.row(), step, n, to);
+                    add_pairs<K, 2, 4>(p, z.row(), step, n, to), add_pairs<K, 4, 6>(p, z.row(), step, n, to);
+                    add_pairs<K, 6, taps>(p, z.row(), step, n, to);
+                } else {
+                    for (int64_t i = 0; i < n; i++) {
+                        vec v[taps];
 #pragma GCC unroll 64
-                for (int t = 0; t < taps; t++) v[t] = load(p + t / K * z.row() + t % K * PANEL + half);
-                float* to = some.data() + half;
-                for (int t = 0; t < taps; t++)
-                    for (int u = t; u < taps; u++, to += PANEL) store(to, load(to) + v[t] * v[u]);
-                for (int t = 0; t < taps; t++, to += PANEL) store(to, load(to) + v[t]);
+                        for (int t = 0; t < taps; t++) v[t] = load(p + i * step + t / K * z.row() + t % K * PANEL);
+                        float* at = to;
+                        for (int t = 0; t < taps; t++)
+                            for (int u = t; u < taps; u++, at += PANEL) add_to(at, v[t] * v[u]);
+                    }
+                }
+                vec acc[taps];
+#pragma GCC unroll 64
+                for (int t = 0; t < taps; t++) acc[t] = load(to + (pairs + t) * PANEL);
+                for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 64
+                    for (int t = 0; t < taps; t++) acc[t] += load(p + i * step + t / K * z.row() + t % K * PANEL);
+#pragma GCC unroll 64
+                for (int t = 0; t < taps; t++) store(to + (pairs + t) * PANEL, acc[t]);
             }
-            if (++pending == 32) flush(some.data(), count * PANEL, total), pending = 0;
+            if ((pending += n) == 32) flush(some.data(), count * PANEL, total), pending = 0;
         }
     flush(some.data(), count * PANEL, total);
 }
@@ -313,15 +374,16 @@ void moments(const T* x, const Shape& s, const float* centre, bool centred, doub
         Plane z(pieces.height * s.stride + K, s.w, s.padding + K - 1);
         for (int64_t i = first; i < last; i++) {
             const Piece piece = pieces.at(i);
+            const int64_t channels = s.c - piece.block * PANEL;
             double* total = &totals[t * size + piece.block * entry * PANEL];
             const T* image = x + piece.image * s.h * s.w * s.c;
             if (lags) {
                 fill(z, piece.first - border, piece.last - border + K - 1, image, s, piece.block, centre, border);
-                lags_of<K>(z, border, piece.first, piece.last, tall, wide, some, total);
+                lags_of<K>(z, border, piece.first, piece.last, tall, wide, channels, some, total);
             } else {
                 const int64_t from = piece.first * s.stride - s.padding, to = (piece.last - 1) * s.stride - s.padding + K;
                 fill(z, from, to, image, s, piece.block, centre, s.padding);
-                centred ? wide_pairs_of<K>(z, piece, s, total) : pairs_of<K>(z, piece, s, some, total);
+                centred ? wide_pairs_of<K>(z, piece, s, total) : pairs_of<K>(z, piece, s, channels, some, total);
             }
         }
     });
@@ -397,8 +459,9 @@ void kernel_grad(const T* g, const T* y, const T* x, const Shape& s, const float
             fill_gradient(grad, piece.first, piece.last, rows, g + at, y + at, s, piece.block, top);
             double* total = &totals[t * size + piece.block * (taps + 1) * PANEL];
             const int64_t together = std::max<int64_t>(1, SOME / columns);  // rows that are summed in float32
+            const int64_t channels = s.c - piece.block * PANEL;
             for (int64_t start = piece.first; start < piece.last; start += together)
-                for (int half = 0; half < PANEL; half += LANES) {
+                for (int half = 0; half < PANEL && half < channels; half += LANES) {
                     vec acc[taps + 1] = {};
                     for (int64_t p = start; p < std::min(piece.last, start + together); p++) {
                         const float* from = z.at(p * s.stride - s.padding, -s.padding) + half;
@@ -426,9 +489,9 @@ void kernel_grad(const T* g, const T* y, const T* x, const Shape& s, const float
 
 // At stride 1 the gradient of a pixel is a stencil of taps on the output's gradient and one of lags on the input, the
 // latter by kind of pixel: lag_weights is [block][kind y][kind x][(2K-1)^2 + 1][PANEL], its last row the constant.
-template <int K>
-Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset, const float* shift, const Axis& tall,
-                          const Axis& wide, int threads) {
+template <int K, class Kinds>
+Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset, const float* shift, const Kinds& tall,
+                          const Kinds& wide, int threads) {
     constexpr int taps = K * K, side = 2 * K - 1, entry = side * side + 1;
     const int64_t kinds = tall.kinds() * wide.kinds(), blocks = s.blocks();
     auto out = buffer<float>(blocks * kinds * entry * PANEL);
@@ -537,6 +600,102 @@ void input_grad_by_lag(const T* g, const T* y, const T* x, const Shape& s, const
     });
 }
 
+// Which of 3 taps read a pixel at stride 2 and padding 1: of an even one the middle tap, of an odd one the two others, but
+// for the last of an even map, which one tap reads.
+struct Halved {
+    int64_t out;
+    int64_t kinds() const { return 3; }
+    int64_t kind(int64_t q) const { return q % 2 == 0 ? 0 : (q + 1) / 2 < out ? 1 : 2; }
+    bool allows(int64_t kind, int64_t t, int64_t, int64_t) const { return kind == 0 ? t == 1 : kind == 1 ? t != 1 : t == 2; }
+};
+
+// The same as `blend` for 3 taps at stride 2: N pixels, each second one, whose lags reach REACH_Y and REACH_X (1 for even ones).
+template <int REACH_Y, int REACH_X, int N, class T>
+INLINE void blend_halved(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half,
+                         T* out, int64_t step, int64_t channels) {
+    constexpr int side = 5, sums = N == 1 ? 4 : 2;
+    vec acc[N][sums] = {};
+    const vec constant = load(lags + side * side * PANEL + half);
+    for (int n = 0; n < N; n++) acc[n][0] = constant;
+#pragma GCC unroll 8
+    for (int dy = -REACH_Y; dy <= REACH_Y; dy++) {
+        const float *p = z.at(y + dy, x - REACH_X) + half, *w = lags + ((dy + 2) * side + 2 - REACH_X) * PANEL + half;
+        vec v[2 * (REACH_X + N) - 1];
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * (REACH_X + N) - 1; i++) v[i] = load(p + i * PANEL);
+#pragma GCC unroll 8
+        for (int dx = 0; dx <= 2 * REACH_X; dx++) {
+            const vec by = load(w + dx * PANEL);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) acc[n][dx % sums] += by * v[dx + 2 * n];
+        }
+    }
+#pragma GCC unroll 4
+    for (int ty = 2 - REACH_Y; ty <= REACH_Y; ty += 2)
+#pragma GCC unroll 4
+        for (int tx = 2 - REACH_X; tx <= REACH_X; tx += 2) {
+            const float* g = grad.at((y + 1 - ty) / 2, (x + 1 - tx) / 2) + half;
+            const vec by = load(kernel + (ty * 3 + tx) * PANEL + half);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) acc[n][tx / 2] += by * load(g + n * PANEL);
+        }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+#pragma GCC unroll 4
+        for (int i = 1; i < sums; i++) acc[n][0] += acc[n][i];
+        store_some(out + n * step + half, acc[n][0], channels - half);
+    }
+}
+
+template <class T>
+void input_grad_halved(const T* g, const T* y, const T* x, const Shape& s, const float* centre, const float* kernel,
+                       const float* quad, const float* offset, const float* shift, float top, T* dx, int threads) {
+    constexpr int taps = 9, entry = 26;
+    const int64_t rows = s.out(s.h, 3), columns = s.out(s.w, 3);
+    const Halved tall{rows}, wide{columns};
+    const auto weights = by_block(kernel, s.c, taps);
+    const auto lags = lag_weights<3>(s, quad, offset, shift, tall, wide, threads);
+    const Pieces pieces(s, s.h, s.w);
+    share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
+        Plane z(pieces.height + 4, s.w, 3), grad(pieces.height / 2 + 3, columns, 2);
+        for (int64_t i = first; i < last; i++) {
+            const Piece piece = pieces.at(i);
+            const int64_t at = piece.block * PANEL, channels = std::min<int64_t>(PANEL, s.c - at);
+            const int64_t of_grad = piece.image * rows * columns * s.c;
+            fill(z, piece.first - 2, piece.last + 2, x + piece.image * s.h * s.w * s.c, s, piece.block, centre, 1);
+            fill_gradient(grad, std::max<int64_t>(0, piece.first - 1) / 2, piece.last / 2 + 1, rows, g + of_grad, y + of_grad, s,
+                          piece.block, top);
+            const float* w = &weights[at * taps];
+            Ahead of_x(x, pieces, i + 1, s.h, s.w, 1, s.c);
+            for (int64_t p = piece.first; p < piece.last; p++) {
+                const float* of_row = &lags[(piece.block * 9 + tall.kind(p) * 3) * entry * PANEL];
+                T* to = dx + ((piece.image * s.h + p) * s.w) * s.c + at;
+                const auto some = [&](auto count, int64_t q, int half) __attribute__((always_inline)) {
+                    constexpr int N = decltype(count)::value;
+                    const float* of = of_row + wide.kind(q) * entry * PANEL;
+                    const auto with = [&](auto reach_y, auto reach_x) __attribute__((always_inline)) {
+                        blend_halved<decltype(reach_y)::value, decltype(reach_x)::value, N>(z, grad, p, q, w, of, half, to + q * s.c,
+                                                                                          2 * s.c, channels);
+                    };
+                    const std::integral_constant<int, 1> near;
+                    const std::integral_constant<int, 2> far;
+                    if (p % 2) q % 2 ? with(far, far) : with(far, near);
+                    else q % 2 ? with(near, far) : with(near, near);
+                };
+                for (int half = 0; half < PANEL && half < channels; half += LANES)
+                    for (int64_t phase = 0; phase < 2; phase++) {
+                        int64_t q = phase;
+                        for (; q + 6 < s.w && wide.kind(q + 6) == phase; q += 8) {
+                            if (!half) of_x.ask(4);
+                            some(std::integral_constant<int, 4>(), q, half);
+                        }
+                        for (; q < s.w; q += 2) some(std::integral_constant<int, 1>(), q, half);
+                    }
+            }
+        }
+    });
+}
+
 // At any stride: every place adds its patch's gradient to the pixels that it read.
 template <int K, class T>
 void input_grad_by_place(const T* g, const T* y, const T* x, const Shape& s, const float* centre,
@@ -566,7 +725,7 @@ void input_grad_by_place(const T* g, const T* y, const T* x, const Shape& s, con
             Ahead of_x(x, pieces, i + 1, s.h, s.w, 1, s.c);
             for (int64_t p = low; p < high; p++)
                 for (int64_t r = 0; r < columns; r++)
-                    for (int half = 0; half < PANEL; half += LANES) {
+                    for (int half = 0; half < PANEL && half < channels; half += LANES) {
                         if (!half) of_x.ask(s.stride * s.stride);
                         const float* from = z.at(p * s.stride - s.padding, r * s.stride - s.padding) + half;
                         float* to = sum.at(p * s.stride - s.padding, r * s.stride - s.padding) + half;
@@ -601,6 +760,8 @@ void input_grad(const T* g, const T* y, const T* x, const Shape& s, const float*
     const int64_t edge = K - 1 - s.padding;
     const bool lags = s.stride == 1 && edge >= 0 && s.h >= 2 * edge && s.w >= 2 * edge;
     auto pass = lags ? input_grad_by_lag<K, T> : input_grad_by_place<K, T>;
+    if constexpr (K == 3)
+        if (s.stride == 2 && s.padding == 1) pass = input_grad_halved<T>;
     pass(g, y, x, s, centre, kernel, quad, offset, shift, top, dx, threads);
 }
 

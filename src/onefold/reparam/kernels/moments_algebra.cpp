@@ -132,19 +132,19 @@ API void unfold_unit(const int64_t* unit, const int64_t* windows, const float* r
                 const double d = -0.5 * slope * gain[at] * inverse[at] * inverse[at];
                 d_var[at] = d;
                 if (b == u.kernels) continue;
-                float* to = d_weights[b] + r * u.inputs * window[b].tall * window[b].wide;
-                each_weight(u, window[b], [&](int64_t value, int64_t weight) {
+                const int64_t size = u.inputs * window[b].tall * window[b].wide;
+                float* to = d_weights[b] + r * size;
+                const auto gradient = [&](int64_t value, int64_t weight) {
                     to[weight] = float(gain[at] * a[value] + 2 * d * with[value]);
-                });
+                };
+                for (int64_t i = 0; size == k && i < k; i++) gradient(i, i);
+                if (size < k) each_weight(u, window[b], gradient);
                 if (u.groups == 1)
                     for (int64_t i = 0; i < k; i++) weighted[at * k + i] = float(d * row[i]);
             }
     });
     if (u.groups == 1) {
-        std::vector<float> zero(k);
-        std::vector<double> sums(k);
-        pointwise_kernel_grad(weighted.get(), weighted.get(), rows, u.kernels * o, k, k, zero.data(), -1, quad, sums.data(),
-                              threads);
+        symmetric_product(weighted.get(), rows, u.kernels * o, k, quad, threads);
     } else {
         share(u.groups, threads, [&](int, int64_t first, int64_t last) {
             std::fill_n(quad + first * k * k, (last - first) * k * k, 0.0);

@@ -32,8 +32,8 @@ int64_t group_of(int64_t rows) {
     return W % LANES ? rows * W + LANES : rows * W;
 }
 
-// x - centre in groups of W columns: [group][row][W], zeros past the last column. A few rows at a time, which stay near
-// the core while the groups pick from them; row after row, since a store may run into the next.
+// x - centre in groups of W columns: [group][row][W], whatever past the last column; centre is padded. A few rows at a time,
+// which stay near the core while the groups pick from them; row after row, since a store may run into the next.
 template <int W>
 void pack_centred(const float* x, int64_t rows, int64_t width, const float* centre, float* out) {
     constexpr int whole = (W + LANES - 1) / LANES * LANES;
@@ -44,7 +44,7 @@ void pack_centred(const float* x, int64_t rows, int64_t width, const float* cent
             for (int64_t n = first; n < last; n++) {
                 const float *from = x + n * width + c, *middle = centre + c;
                 float* to = group + n * W;
-                if (c + whole <= width) {
+                if (c + whole <= (rows - n) * width) {  // past the last column stands the next row
                     for (int j = 0; j < W; j += LANES) store(to + j, load(from + j) - load(middle + j));
                 } else {
                     for (int j = 0; j < W; j++) to[j] = c + j < width ? from[j] - middle[j] : 0;
@@ -95,10 +95,12 @@ void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, 
         for (int64_t i = 0; i < wide_a && !(half && i >= j + PANEL); i += TILE_ROWS) {
             const float *left = a + i / TILE_ROWS * group_of<TILE_ROWS>(rows), *right = b + j * rows;
             vec out[TILE_ROWS][2];
-            tile<TILE_ROWS, RUN>(rows, left, 1, TILE_ROWS, right, out);
+            const bool narrow = wide_b - j <= LANES;
+            tile_of<RUN>(TILE_ROWS, wide_b - j, rows, left, 1, TILE_ROWS, right, out);
             for (int r = 0; r < TILE_ROWS; r++) {
                 double* to = total + (i + r) * stride + j;
-                add(to, out[r][0]), add(to + LANES, out[r][1]);
+                add(to, out[r][0]);
+                if (!narrow) add(to + LANES, out[r][1]);
             }
         }
 }
@@ -107,13 +109,14 @@ void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, 
 void pack_matrix(const float* b, int64_t depth, int64_t width, bool transposed, int64_t start, int64_t whole, float* out,
                  int threads) {
     share(up(width, PANEL) / PANEL, threads, [&](int, int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; panel++)
-            for (int64_t k = 0; k < depth; k++)
-                for (int j = 0; j < PANEL; j++) {
-                    const int64_t c = panel * PANEL + j;
-                    out[(panel * whole + start + k) * PANEL + j] =
-                        c >= width ? 0 : transposed ? b[c * depth + k] : b[k * width + c];
-                }
+        for (int64_t panel = first; panel < last; panel++) {
+            const int64_t at = panel * PANEL, n = std::min<int64_t>(PANEL, width - at);
+            float* to = out + (panel * whole + start) * PANEL;
+            if (n < PANEL) std::fill_n(to, depth * PANEL, 0.0f);
+            for (int64_t j = 0; transposed && j < n; j++)
+                for (int64_t k = 0; k < depth; k++) to[k * PANEL + j] = b[(at + j) * depth + k];
+            for (int64_t k = 0; !transposed && k < depth; k++) std::copy_n(b + k * width + at, n, to + k * PANEL);
+        }
     });
 }
 
@@ -126,19 +129,18 @@ void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels
         for (int64_t n = 0; n < rows; n += TILE_ROWS) {
             const int count = int(std::min<int64_t>(TILE_ROWS, rows - n));
             vec acc[TILE_ROWS][2];
-            tile_of<64>(count, depth, a + n * depth, depth, 1, panel, acc);
+            tile_of<64>(count, width - c, depth, a + n * depth, depth, 1, panel, acc);
             for (int r = 0; r < count; r++) {
                 vec u = acc[r][0] + left, v = acc[r][1] + right;
                 if (top >= 0) u = clamp(u, top), v = clamp(v, top);
                 float* to = out + (n + r) * width + c;
                 const float* other = more ? more + (n + r) * width + c : nullptr;
-                if (c + PANEL <= width) {
-                    if (other) u += load(other), v += load(other + LANES);
-                    store(to, u), store(to + LANES, v);
-                } else {
-                    for (int j = 0; c + j < width; j++)
-                        to[j] = (j < LANES ? u[j] : v[j - LANES]) + (other ? other[j] : 0);
-                }
+                const auto put = [&](vec values, int64_t first) {
+                    const int64_t left = width - c - first;
+                    if (left >= LANES) return store(to + first, other ? values + load(other + first) : values);
+                    for (int64_t j = 0; j < left; j++) to[first + j] = values[j] + (other ? other[first + j] : 0);
+                };
+                put(u, 0), put(v, LANES);
             }
         }
     }
@@ -148,9 +150,10 @@ int64_t block_rows(int64_t depth) {
     return std::max<int64_t>(2 * TILE_ROWS, CACHE / (4 * depth) / TILE_ROWS * TILE_ROWS);
 }
 
+// With zeros behind them, as many as a group of columns may reach past the last.
 Buffer<float> padded(const float* values, int64_t n) {
-    auto out = buffer<float>(up(n, PANEL));
-    for (int64_t i = 0; i < up(n, PANEL); i++) out[i] = i < n ? values[i] : 0;
+    auto out = buffer<float>(n + PANEL);
+    std::copy_n(values, n, out.get()), std::fill_n(out.get() + n, PANEL, 0.0f);
     return out;
 }
 
@@ -168,6 +171,37 @@ struct Totals {
     }
 };
 
+// See `pointwise.h`; of a symmetric product the half below the diagonal is left out, and copied.
+void column_products(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o, const float* mean,
+                     float top, bool half, double* products, double* sum, int threads) {
+    const int64_t tall = up(c, TILE_ROWS), wide = up(o, PANEL);
+    Totals totals(threads, tall * wide), sums(threads, wide);
+    const auto middle = padded(mean, c);
+    share(n, threads, [&](int t, int64_t first, int64_t last) {
+        auto a = buffer<float>(tall / TILE_ROWS * group_of<TILE_ROWS>(SLAB)), b = buffer<float>(SLAB * wide);
+        for (int64_t at = first; at < last; at += SLAB) {
+            const int64_t rows = std::min<int64_t>(SLAB, last - at);
+            pack_centred<TILE_ROWS>(x + at * c, rows, c, middle.get(), a.get());
+            pack_masked(g + at * o, y + at * o, rows, o, top, b.get());
+            add_columns(b.get(), rows, o, sums.of(t));
+            // A stem's patches hold the image's border, which is far from the mean: shorter runs there.
+            auto pass = c <= 64 ? add_products<16> : add_products<32>;
+            pass(rows, a.get(), c, b.get(), o, half, totals.of(t));
+        }
+    });
+    share(wide / LANES, threads, [&](int, int64_t first, int64_t last) {  // some columns at a time, which are read together
+        for (int64_t block = first; block < last; block++) {
+            const int64_t from = block * LANES, to = std::min<int64_t>(o, from + LANES);
+            for (int64_t j = from; j < to; j++) sum[j] = sums.at(j);
+            for (int64_t i = 0; i < c; i++)
+                for (int64_t j = half ? std::max(i, from) : from; j < to; j++) {
+                    products[j * c + i] = totals.at(i * wide + j);
+                    if (half) products[i * c + j] = products[j * c + i];
+                }
+        }
+    });
+}
+
 }  // namespace
 
 // sum[c] and products[c][d]: sums over the rows of x - centre, and of its products.
@@ -175,12 +209,13 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
                            int threads) {
     const int64_t tall = up(c, TILE_ROWS), wide = up(c, PANEL);
     Totals totals(threads, tall * wide), sums(threads, wide);
+    const auto middle = padded(centre, c);
     share(n, threads, [&](int t, int64_t first, int64_t last) {
         auto a = buffer<float>(tall / TILE_ROWS * group_of<TILE_ROWS>(SLAB)), b = buffer<float>(SLAB * wide);
         for (int64_t at = first; at < last; at += SLAB) {
             const int64_t rows = std::min<int64_t>(SLAB, last - at);
-            pack_centred<TILE_ROWS>(x + at * c, rows, c, centre, a.get());
-            pack_centred<PANEL>(x + at * c, rows, c, centre, b.get());
+            pack_centred<TILE_ROWS>(x + at * c, rows, c, middle.get(), a.get());
+            pack_centred<PANEL>(x + at * c, rows, c, middle.get(), b.get());
             add_columns(b.get(), rows, c, sums.of(t));
             add_products<32>(rows, a.get(), c, b.get(), c, true, totals.of(t));
         }
@@ -188,7 +223,7 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
     share(c, threads, [&](int, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             sum[i] = sums.at(i);
-            for (int64_t j = 0; j < c; j++) products[i * c + j] = totals.at(std::min(i, j) * wide + std::max(i, j));
+            for (int64_t j = i; j < c; j++) products[i * c + j] = products[j * c + i] = totals.at(i * wide + j);
         }
     });
 }
@@ -212,26 +247,13 @@ API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* m
 
 API void pointwise_kernel_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
                                const float* mean, float top, double* products, double* sum, int threads) {
-    const int64_t tall = up(c, TILE_ROWS), wide = up(o, PANEL);
-    Totals totals(threads, tall * wide), sums(threads, wide);
-    share(n, threads, [&](int t, int64_t first, int64_t last) {
-        auto a = buffer<float>(tall / TILE_ROWS * group_of<TILE_ROWS>(SLAB)), b = buffer<float>(SLAB * wide);
-        for (int64_t at = first; at < last; at += SLAB) {
-            const int64_t rows = std::min<int64_t>(SLAB, last - at);
-            pack_centred<TILE_ROWS>(x + at * c, rows, c, mean, a.get());
-            pack_masked(g + at * o, y + at * o, rows, o, top, b.get());
-            add_columns(b.get(), rows, o, sums.of(t));
-            // A stem's patches hold the image's border, which is far from the mean: shorter runs there.
-            auto pass = c <= 64 ? add_products<16> : add_products<32>;
-            pass(rows, a.get(), c, b.get(), o, false, totals.of(t));
-        }
-    });
-    share(o, threads, [&](int, int64_t first, int64_t last) {
-        for (int64_t j = first; j < last; j++) {
-            sum[j] = sums.at(j);
-            for (int64_t i = 0; i < c; i++) products[j * c + i] = totals.at(i * wide + j);
-        }
-    });
+    column_products(g, y, x, n, c, o, mean, top, false, products, sum, threads);
+}
+
+void symmetric_product(const float* a, const float* b, int64_t n, int64_t k, double* products, int threads) {
+    const std::vector<float> zero(k);
+    std::vector<double> sum(k);
+    column_products(a, a, b, n, k, k, zero.data(), -1, true, products, sum.data(), threads);
 }
 
 // dx = grad' kernel + (x - mean) quad + shift: one product over O + C columns side by side.

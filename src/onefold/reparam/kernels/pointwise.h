@@ -6,6 +6,5 @@
 API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* mean, const float* kernel,
                             const float* bias, int64_t o, float top, const float* more, float* y, int threads);
 
-// products[o][c] = sum over rows of grad'[o] (x - mean)[c]; sum[o] = sum of grad'.
-API void pointwise_kernel_grad(const float* g, const float* y, const float* x, int64_t n, int64_t c, int64_t o,
-                               const float* mean, float top, double* products, double* sum, int threads);
+// products[i][j] = sum over rows of a[i] b[j], where that is symmetric; a and b are (N, K).
+void symmetric_product(const float* a, const float* b, int64_t n, int64_t k, double* products, int threads);

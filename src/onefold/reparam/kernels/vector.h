@@ -100,38 +100,40 @@ void share(int64_t n, int threads, Work work) {
     for (int t = 0; t < threads; t++) work(t, n * t / threads, n * (t + 1) / threads);
 }
 
-// out[r][0..PANEL) = sum over k of a[r * row + k * step] * b[k][0..PANEL), for R rows. RUN products are summed one by one,
-// more run by run, which keeps their rounding small.
-template <int R, int RUN>
+// out[r][0..W * LANES) = sum over k of a[r * row + k * step] * b[k][0..W * LANES), for R rows; b is PANEL wide. RUN products
+// are summed one by one, more run by run, which keeps their rounding small.
+template <int R, int W, int RUN>
 INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, vec (&out)[TILE_ROWS][2]) {
     for (int64_t from = 0; from < depth; from += RUN) {
         const float* const end = b + std::min<int64_t>(RUN, depth - from) * PANEL;
-        vec acc[R][2] = {};
+        vec acc[R][W] = {};
         for (; b != end; b += PANEL, a += step) {
-            const vec left = load(b), right = load(b + LANES);
+            vec v[W];
+#pragma GCC unroll 2
+            for (int i = 0; i < W; i++) v[i] = load(b + i * LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 const float value = a[r * row];
-                acc[r][0] += value * left;
-                acc[r][1] += value * right;
+#pragma GCC unroll 2
+                for (int i = 0; i < W; i++) acc[r][i] += value * v[i];
             }
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            out[r][0] = from ? out[r][0] + acc[r][0] : acc[r][0];
-            out[r][1] = from ? out[r][1] + acc[r][1] : acc[r][1];
-        }
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int i = 0; i < W; i++) out[r][i] = from ? out[r][i] + acc[r][i] : acc[r][i];
     }
 }
 
-// The same for any number of rows up to TILE_ROWS.
+// The same for any number of rows up to TILE_ROWS, and so many columns; what is beyond LANES is not written if few.
 template <int RUN>
-INLINE void tile_of(int rows, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
+INLINE void tile_of(int rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
                     vec (&out)[TILE_ROWS][2]) {
-    if (rows == TILE_ROWS) return tile<TILE_ROWS, RUN>(depth, a, row, step, b, out);
+    if (rows == TILE_ROWS && columns <= LANES) return tile<TILE_ROWS, 1, RUN>(depth, a, row, step, b, out);
+    if (rows == TILE_ROWS) return tile<TILE_ROWS, 2, RUN>(depth, a, row, step, b, out);
     for (int r = 0; r < rows; r++) {
         vec one[TILE_ROWS][2];
-        tile<1, RUN>(depth, a + r * row, row, step, b, one);
+        tile<1, 2, RUN>(depth, a + r * row, row, step, b, one);
         out[r][0] = one[0][0], out[r][1] = one[0][1];
     }
 }
