@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +41,11 @@ if not (SHARED_DATA / "weights").is_dir():  # said by the fixture below, to the 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Two options with which a second environment runs what the first could not: CI runs no test twice."""
+    """Options for CI: a second environment runs what the first could not, no test twice, and ends in time."""
     group = parser.getgroup("onefold")
     group.addoption("--write-passed", type=Path, metavar="FILE", help="write the ids of the tests that passed to FILE")
     group.addoption("--deselect-passed", type=Path, metavar="FILE", help="leave out the tests whose ids FILE holds")
+    group.addoption("--time-limit", type=float, metavar="MINUTES", help="skip, and count, what has not begun by then")
 
 
 class WritePassed:
@@ -59,7 +61,11 @@ class WritePassed:
                 lines.write(report.nodeid + "\n")
 
 
+_BEGAN = pytest.StashKey[float]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BEGAN] = time.monotonic()
     path = config.getoption("write_passed")
     if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to the process that writes
         config.pluginmanager.register(WritePassed(path))
@@ -71,6 +77,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         passed = set(path.read_text(encoding="utf-8").splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
         items[:] = [item for item in items if item.nodeid not in passed]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("time_limit")
+    if limit is not None and time.monotonic() - item.config.stash[_BEGAN] > 60 * limit:
+        pytest.skip(f"not begun within {limit:g} minutes, the time limit of this run")
 
 
 @pytest.fixture(autouse=True)

@@ -322,11 +322,13 @@ def test_the_suffix_says_what_is_an_image_and_without_one_the_first_bytes(
 def test_the_page_says_which_files_are_images() -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| `([^`]+)` \| (used|left out as .+) \|$", page, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 12
     heads = {
         "JPEG": b"\xff\xd8\xff\xe0",
         "PNG": b"\x89PNG\r\n\x1a\n",
         "TIFF": b"II*\0",
+        "pickle": b"\x80\x04\x95\n",
+        "idx": b"\0\0\x08\x03\0\0\xea\x60",
         "text": b"text",
         "anything": b"?",
     }

@@ -304,6 +304,13 @@ def test_calibration_takes_what_was_trained_on_and_scores_take_the_rest(count: i
     assert result.calibrated_on == 0
 
 
+def test_a_place_that_was_trained_on_entirely_is_not_called_held_out(home: Path, scratch: Path) -> None:
+    place = scratch / "photos"
+    for name in held_out_of(home):
+        (place / name).unlink()
+    assert split_photos(str(place), records(home)).title.endswith("(a part of it, all of which was trained on)")
+
+
 def test_without_a_record_a_fifth_is_held_out_and_copies_of_it_do_not_calibrate(home: Path, scratch: Path) -> None:
     place = scratch / "photos"
     scored = split_photos(str(place), None).scored

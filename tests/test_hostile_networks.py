@@ -177,6 +177,35 @@ class Remembers(nn.Module):
         return self.bn(self.kept) + self.kept
 
 
+class Counts(nn.Module):
+    """Each call changes its state: a buffer that the answer depends on, an observer's, attributes, a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.register_buffer("num_calls", torch.zeros(()))
+        self.register_buffer("largest", torch.zeros(()))
+        self.count, self.kept, self.seen = 0, None, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        torch.maximum(self.largest, self.num_calls, out=self.largest)
+        self.count += 1
+        self.kept = self.conv(x)
+        self.seen.append(self.count)
+        return self.bn(self.conv(x) if self.count < 0 else self.kept) * self.num_calls
+
+
+class CountsApart(Counts):
+    """The same, so that the norm alone reads the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        self.count += 1
+        self.seen.append(x)
+        return self.bn(self.conv(x)) * self.num_calls
+
+
 class Tokens(nn.Module):
     """A norm over tokens, as many as the Linear before it has channels."""
 
@@ -445,6 +474,19 @@ def test_what_takes_no_drawn_image_is_told_and_taken_with_an_example(seeded):
         fuse(model)
     fused = fuse(model, (X, torch.tensor(2.0)))
     assert unfused_norms(fused) == []
+
+
+@pytest.mark.parametrize("kind", [Counts, CountsApart])
+def test_what_a_forward_keeps_is_in_the_fused_network_as_it_was_in_the_model(seeded, kind):
+    model = kind().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfoldedWarning)
+        fused = fuse(model)
+    assert bool(unfused_norms(fused)) == (kind is Counts)
+    for network in (model, fused):
+        assert (float(network.num_calls), float(network.largest)) == (0, 0)
+        assert (network.count, network.kept, network.seen) == (0, None, [])
+    torch.testing.assert_close(fused(X), model(X))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -684,9 +684,76 @@ def test_weights_of_any_name_have_the_config_beside_them_where_they_are_the_only
     assert load_model(tmp_path / "best.pth", name=NAME)[1].classes is None
     assert "is not read: " in caplog.text
     assert "not an object" in caplog.text
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(BadCheckpoint, match="has its weights in several files"):
-        load_model(tmp_path, name=NAME)
+
+
+def write_shards(model: nn.Module, folder: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write weights in three files with an index, and config.json beside them, as transformers does."""
+    folder.mkdir()
+    tensors, shards = model.state_dict(), {}
+    for i in range(3):
+        shard = f"model-0000{i + 1}-of-00003.safetensors"
+        part = {name: tensors[name].contiguous() for name in sorted(tensors)[i::3]}
+        save_file(part, folder / shard, metadata)
+        shards |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate(CLASSES)), "image_size": 64}))
+
+
+def test_weights_in_several_files_are_those_of_one(
+    tmp_path: Path, model: nn.Module, hub: dict[str, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "w"
+    write_shards(model, folder)
+    hub["me/large"] = {path.name: path for path in folder.iterdir()}
+    for source in (folder, folder / "model.safetensors.index.json", "me/large"):
+        monkeypatch.chdir(tmp_path)
+        loaded, told = load_model(source, name=NAME)
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+        assert (told.classes, told.preprocessing["size"]) == (CLASSES, 64)
+    with pytest.raises(BadCheckpoint, match=r"one of the 3 files of weights: give .*model\.safetensors\.index\.json"):
+        load_model(folder / "model-00002-of-00003.safetensors", name=NAME)
+    del hub["me/large"]["model-00003-of-00003.safetensors"]
+    with pytest.raises(BadCheckpoint, match=r"me/large on the hub has no model-00003-of-00003\.safetensors, which its"):
+        load_model("me/large", name=NAME)
+    (folder / "model.safetensors.index.json").rename(folder / "other.safetensors.index.json")
+    assert load_model(folder, name=NAME)[1].classes == CLASSES  # the only weights there, under another name
+    (folder / "other.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../x.safetensors"}}))
+    hub["me/large"]["model.safetensors.index.json"] = folder / "other.safetensors.index.json"
+    with pytest.raises(BadCheckpoint, match=r"expected names of \.safetensors files in its folder"):
+        load_model("me/large", name=NAME)
+
+
+def test_several_files_are_taken_from_the_hubs_cache_without_a_network(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(model, tmp_path / "w")
+
+    def fail(*_: Any) -> None:
+        raise ConnectionError("offline")
+
+    def cached(_: str, name: str) -> str | None:
+        return str(tmp_path / "w" / name) if (tmp_path / "w" / name).is_file() else None
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
+    (tmp_path / "w" / "preprocessor_config.json").write_text("{}")
+    assert load_model("me/large", name=NAME)[1].classes == CLASSES
+    (tmp_path / "w" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(NetworkFailed):
+        load_model("me/large", name=NAME)
+
+
+def test_several_files_that_were_changed_since_their_card_was_written_are_refused(
+    tmp_path: Path, model: nn.Module
+) -> None:
+    metadata = card().to_metadata() | {"sha256": tensors_sha256(model.state_dict())}
+    write_shards(model, tmp_path / "w", metadata)
+    assert load_model(tmp_path / "w")[1] == card()
+    write_shards(create_model(NAME, num_classes=4), tmp_path / "v", metadata)
+    with pytest.raises(BadCheckpoint, match="is not what was written"):
+        load_model(tmp_path / "v")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from onefold import bench
 from onefold.bench.cold_start import measure_in_this_process
 from onefold.bench.machine import current_mhz
 from onefold.bench.roofline import cache_sizes
-from onefold.cli import display
+from onefold.cli import bench as bench_verbs
 from onefold.commands.bench import latency_bound, load_or_measure_roofline
 from onefold.errors import BadArgument, BadData
 from onefold.system_resources import pin_to_cpus
@@ -221,7 +221,7 @@ def test_a_loop_that_ends_its_process_is_left_out_and_named(tmp_path: Path, monk
 
 
 def test_a_kind_without_a_limit_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    display.print_roofline(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
+    bench_verbs._print_roofline(bench.Roofline(limits=(limit("fp32", 1e9),), notes=("so it was",)), [1], as_json=False)
     printed = capsys.readouterr()
     assert [line.split("  ")[0] for line in printed.out.splitlines() if "not known" in line] == [
         "multiply-adds in bf16",

@@ -751,3 +751,79 @@ def test_objects_in_an_archive_of_numpys_are_read_and_not_run(tmp_path: Path) ->
     np.savez(tmp_path / "w.npz", a=np.array([os.system], dtype=object), **arrays)
     with pytest.raises(BadCheckpoint, match="do not trust it"):
         read_tensors(tmp_path / "w.npz", fits=fits)
+
+
+# ---------------------------------------------------------------------------------------- several files
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """Write PLAIN as two files, and give the index's map; the index has it too."""
+    shards = {name: FIRST if name.startswith("st") else SECOND for name in PLAIN}
+    for file in (FIRST, SECOND):
+        save_file({name: PLAIN[name] for name in PLAIN if shards[name] == file}, folder / file, {"format": "pt"})
+    write_index(folder, shards)
+    return shards
+
+
+def write_index(folder: Path, shards: Any) -> Path:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 64}, "weight_map": shards}), encoding="utf-8-sig")
+    return index
+
+
+def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> None:
+    shards = sharded(tmp_path)
+    contents = read_tensors(tmp_path / "model.safetensors.index.json", fits=fits)
+    check_is(contents, PLAIN)
+    assert contents.metadata == {"format": "pt"}
+    under_a_word = {f"model.{name}": file for name, file in shards.items()}
+    for file in (FIRST, SECOND):
+        save_file({f"model.{n}": PLAIN[n] for n in PLAIN if shards[n] == file}, tmp_path / file)
+    check_is(read_tensors(write_index(tmp_path, under_a_word), fits=fits), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"head.fc.bias": f"../{SECOND}"}, "expected names of .safetensors files in its folder"),
+        ({"head.fc.bias": f"/tmp/{SECOND}"}, "expected names of .safetensors files"),
+        ({"head.fc.bias": f"inner/{SECOND}"}, "expected names of .safetensors files"),
+        ({"head.fc.bias": f"..\\{SECOND}"}, "expected names of .safetensors files"),
+        ({"head.fc.bias": ".safetensors"}, "expected names of .safetensors files"),
+        ({"head.fc.bias": "pytorch_model-00002-of-00002.bin"}, "save other weights as one model.safetensors"),
+        ({"head.fc.bias": 7}, "expected names of .safetensors files"),
+        ({"head.fc.bias": ["x"]}, "expected names of .safetensors files"),
+        ({"head.fc.bias": "model-00003-of-00003.safetensors"}, "model-00003-of-00003.safetensors, which is not there"),
+        ({"head.fc.bias": FIRST}, "does not hold the tensors that model.safetensors.index.json says ('head.fc.bias')"),
+        ({"lost": FIRST}, "does not hold the tensors that model.safetensors.index.json says ('lost')"),
+        ({str(i): FIRST for i in range(20_001)}, "more than 20000 tensors"),
+        ({str(i): f"{i}.safetensors" for i in range(1001)}, "1000 files"),
+    ],
+)
+def test_an_index_reaches_what_lies_beside_it_and_nothing_else(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    index = write_index(tmp_path, sharded(tmp_path) | change)
+    with pytest.raises(BadCheckpoint) as caught:
+        read_tensors(index, fits=fits)
+    assert sentence in str(caught.value)
+
+
+def test_an_index_or_one_of_its_files_that_is_damaged_is_named(tmp_path: Path) -> None:
+    shards = sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    second = (tmp_path / SECOND).read_bytes()
+    (tmp_path / SECOND).write_bytes(second[:-8])
+    with pytest.raises(BadCheckpoint, match=f"{SECOND}, it is damaged or truncated"):
+        read_tensors(index)
+    (tmp_path / SECOND).write_bytes(second)
+    for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map":' * 2000):
+        index.write_text(text)
+        with pytest.raises(BadCheckpoint, match=r"index\.json"):
+            read_tensors(index)
+    del shards["head.fc.bias"]
+    with pytest.raises(BadCheckpoint, match="do not belong together"):
+        read_tensors(write_index(tmp_path, shards))

@@ -370,6 +370,8 @@ def _labelled(place: str, records: TrainingRecords | None, calibrates: bool) -> 
             calibration, scored = split.datasets["train"], split.datasets["val"]
         elif trained and rest:
             calibration, scored = Subset(whole, trained), Subset(whole, rest)
+        elif trained:
+            title = f"{place} (a part of it, all of which was trained on)"
     return DeploymentPhotos(calibration=remove_copies(calibration, scored), scored=scored, title=title)
 
 

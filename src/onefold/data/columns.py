@@ -16,20 +16,22 @@ from onefold.data.folders import join_names
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, resolve_ambiguous_split, split_into_words
 from onefold.errors import BadData
 
+_IMAGE_WORDS = ("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "jpg", "png")
 _FILE_WORDS = {
-    **dict.fromkeys(("file", "files", "filename", "filenames", "filepath", "filepaths", "path", "paths"), 0),
-    **dict.fromkeys(
-        ("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "jpg", "png"), 1
-    ),
+    **dict.fromkeys(("file", "files", "filename", "filenames", "filepath", "filepaths", "path", "paths", "fname"), 0),
+    **dict.fromkeys(_IMAGE_WORDS, 1),
+    **dict.fromkeys((f"{image}{word}" for image in _IMAGE_WORDS for word in ("id", "name", "path", "file")), 1),
     **dict.fromkeys(("id", "ids", "uid", "uuid", "key"), 2),
-    "name": 3,
+    **dict.fromkeys(("name", "url"), 3),
 }
 _CLASS_WORDS = {
     **dict.fromkeys(("label", "labels"), 0),
     **dict.fromkeys(("class", "classes", "cls"), 1),
     **dict.fromkeys(("category", "categories"), 2),
     **dict.fromkeys(("target", "targets"), 3),
-    **dict.fromkeys(("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "y"), 4),
+    **dict.fromkeys(
+        ("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "choice", "y"), 4
+    ),
 }
 _OWNER_WORDS = frozenset(
     ("code", "patient", "sample", "case", "item")
@@ -45,6 +47,10 @@ _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
 _LIST_TEXT = re.compile(r"[\[({](.*)[\])}]", re.DOTALL)
 _PARTS = re.compile(r",|(?<=['\"])\s+(?=['\"])")
 _LISTED = "\0"  # between the values of a JSON list in one cell
+
+
+class NotATableError(BadData):
+    """A file that does not say which image is of which class."""
 
 
 class MultiLabelError(BadData):
@@ -69,6 +75,11 @@ def rank_class_column(column: str) -> int | None:
     ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
     rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
     return min(ranks) if ranks and not rest else None
+
+
+def is_class_name_column(column: str) -> bool:
+    """Whether a column gives the names of classes that another column may number: label_name, class_text."""
+    return rank_class_column(column) is not None and bool({"name", "names", "text"} & {*split_into_words(column)})
 
 
 def is_class_index_column(column: str) -> bool:

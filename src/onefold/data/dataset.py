@@ -33,7 +33,7 @@ from onefold.data.folders import join_names
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE_PREFIXES
 from onefold.data.shards import SHARD_SUFFIXES
-from onefold.data.splits import class_difference
+from onefold.data.splits import class_difference, split_into_words
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 
@@ -234,6 +234,8 @@ def read_dataset(
         only_case = len({name.casefold() for name in alike}) < len(alike)
         kind = "case" if only_case else "blanks and signs"
         notes.append(f"classes whose names differ in {kind} only are several: {join_names(alike)}")
+    if doubtful := [name for name in classes if {"background", "clutter"} & {*split_into_words(name)}]:
+        notes.append(f"{join_names(doubtful)} counts as a class: move it away if it stands for none")
     if len(classes) == 1 and reference.split in ("train", None):
         notes.append(f"one class only, {join_names(classes)}: there is nothing to train a classifier on")
     datasets: dict[Split, Dataset] = {}

@@ -17,11 +17,18 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from onefold.data.columns import MultiLabelError
+from onefold.data.columns import MultiLabelError, NotATableError
 from onefold.data.dataset_info import LeftOut, Split, SplitImages
-from onefold.data.decode import ARCHIVE_SUFFIXES, printable_name
+from onefold.data.decode import (
+    ARCHIVE_SUFFIXES,
+    left_out_kind,
+    left_out_reason,
+    printable_name,
+    read_first_bytes,
+)
 from onefold.data.folders import (
     FolderListing,
     ImageFiles,
@@ -31,6 +38,7 @@ from onefold.data.folders import (
     list_folder,
     no_images_message,
 )
+from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.remote import REMOTE_PREFIXES
 from onefold.data.shards import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
@@ -45,9 +53,8 @@ from onefold.data.splits import (
     splits_by_folder_name,
 )
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
-from onefold.data.tables import LIST_SUFFIX, LabelTable, NotATableError, find_split_tables, read_table
+from onefold.data.tables import LabelTable, find_split_tables, read_split_lists, read_table
 from onefold.errors import BadData
-from onefold.storage import read_lines
 
 _MAX_TABLES, _TABLE_DEPTH = 50, 2  # files of a folder that are tried as tables, and the folders above a table
 _LABELS = "labels.csv"
@@ -85,7 +92,9 @@ def read_place(place: str | Path) -> PlaceImages:
             raise BadData(f"{shown} is not there: expected a folder of images, or the word digits")
         if path.suffix.lower() in ARCHIVE_SUFFIXES:
             raise BadData(f"{shown} is an archive: unpack it and give the folder")
-        raise BadData(f"{shown} is a file: expected a folder of images")
+        kind = left_out_kind(path.name, partial(read_first_bytes, path))
+        why = f" ({left_out_reason(kind)})" if kind else ""
+        raise BadData(f"{shown} is a file{why}: expected a folder of images, a table, tar shards or Parquet files")
     return _read_folder(path)
 
 
@@ -122,10 +131,19 @@ def _read_folder(place: Path) -> PlaceImages:
         except BadData:
             inner = {folder: table for folder, table in inner.items() if folder not in more}
             outer += more.values()
+    lists, unread_lists = (
+        [name for suffix in suffixes for name in listing.others.get(suffix, ()) if name.count("/") <= _TABLE_DEPTH]
+        for suffixes in ((LIST_SUFFIX,), _LISTS)
+    )
+    if unread_lists:
+        sentence = "lie there unread: save which image is of which class as labels.csv"
+        unread = [*unread[:2], f"{join_names(unread_lists, 3)} {sentence}"]
     is_plain = not any(folder.split for folder in arrangement.folders)
     is_sure = not is_plain or any(len(folder.classes) > 1 for folder in arrangement.folders)
     if problem is None and is_plain and is_sure and not outer:
-        outer = _split_lists(place, listing, arrangement)
+        given = zip(listing.images, assign_images(listing.images, arrangement), strict=True)
+        classes = {image: folder[1] for image, folder in given if folder}
+        outer = read_split_lists(place, lists, ImageIndex(place, listing.images), classes)
     tabled = [table for table in outer if not table.path.lower().endswith(LIST_SUFFIX)]
     try:
         chosen = _choose_tables(tabled or outer, shown)
@@ -138,39 +156,16 @@ def _read_folder(place: Path) -> PlaceImages:
             f"{join_names([table.path for table in outer], 3)} beside the class folders stay unread: {error}"
         )
     if problem is None and (is_sure or not shards):
+        problems += [] if is_sure else unread
         return _foldered(place, listing, arrangement, inner, problems)
     if shards and (problem is None or isinstance(problem, NoClassFoldersError)):
         return _sharded_folder(place, listing, shards)
     if isinstance(problem, NoClassFoldersError) and several:
         raise several
     if isinstance(problem, NoClassFoldersError):
-        lists = [
-            name for suffix in _LISTS for name in listing.others.get(suffix, ()) if name.count("/") <= _TABLE_DEPTH
-        ]
-        said = [*problems, *unread][:2]
-        if lists:
-            said.append(f"{join_names(lists, 3)} lie there unread: save which image is of which class as labels.csv")
-        raise NoClassFoldersError("; ".join((str(problem), *said))) from problem
+        raise NoClassFoldersError("; ".join((str(problem), *problems[:2], *unread))) from problem
     assert problem is not None
     raise problem
-
-
-def _split_lists(place: Path, listing: FolderListing, arrangement: FolderRoles) -> list[LabelTable]:
-    """Read train.txt, val.txt and the like where they list images in class folders, and nothing else."""
-    index, found = ImageIndex(place, listing.images), []
-    given = dict(zip(listing.images, assign_images(listing.images, arrangement), strict=True))
-    for name in listing.others.get(LIST_SUFFIX, ()):
-        if name.count("/") <= _TABLE_DEPTH and parse_split_name(Path(name).stem):
-            try:
-                images = [index.find(name, line) for line in read_lines(place / name)]
-            except BadData:  # no text: said where it was tried as a table
-                continue
-            labels = [folder[1] for those in images if len(those) == 1 and (folder := given.get(those[0]))]
-            if images and len(labels) == len(images):
-                files = tuple(those[0] for those in images)
-                table = LabelTable(path=name, files=files, labels=tuple(labels), numbered=None, splits=None, notes=())
-                found.append(table)
-    return found if len(found) > 1 else []
 
 
 # ----------------------------------------------------------------------------------------- class folders
@@ -219,16 +214,7 @@ def _foldered(
     kinds = [*(["class folders"] if any(f.classes for f in arrangement.folders) else [])]
     if set(by_split) == {None}:
         texts = [name for suffix in (".txt", ".json") for name in listing.others.get(suffix, ())]
-        lists = [
-            name
-            for name in texts
-            if set(split_into_words(os.path.splitext(name)[0].rpartition("/")[2])) & set(SPLIT_WORDS)
-        ]
-        if lists:
-            notes = [
-                *notes,
-                f"{join_names(lists, 3)} (lists that may say splits) stay unread: write splits into a table or folders",
-            ]
+        notes = [*notes, *_unread_lists_note(texts)]
     kinds += sorted({table.path.rpartition("/")[2] for table in tables.values()})
     return PlaceImages(
         container=" and ".join(kinds),
@@ -240,6 +226,14 @@ def _foldered(
         ),
         notes=(*arrangement.notes, *notes, *(note for table in tables.values() for note in table.notes)),
     )
+
+
+def _unread_lists_note(names: Iterable[str]) -> list[str]:
+    """Say which of these texts are called as if they said splits."""
+    stems = {name: os.path.splitext(name)[0].rpartition("/")[2] for name in names}
+    lists = [name for name, stem in stems.items() if not {*SPLIT_WORDS}.isdisjoint(split_into_words(stem))]
+    sentence = "(lists that may say splits) stay unread: write splits into a table or folders"
+    return [f"{join_names(lists, 3)} {sentence}"] if lists else []
 
 
 def _check_folders(table: LabelTable, split: str, shown: str) -> None:
@@ -268,7 +262,7 @@ def _files_left_out(listing: FolderListing, tables: Iterable[LabelTable]) -> lis
         SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
     )
     reasons |= dict.fromkeys(TABLE_SUFFIXES, "no table of labels, or not the one that counts")
-    return listing.left_out({table.path for table in tables}, reasons)
+    return listing.left_out({path for table in tables for path in (table.path, *table.parts)}, reasons)
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -284,11 +278,14 @@ def _tables(
     names = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
     names = [name for name in names if name.count("/") <= _TABLE_DEPTH and "submission" not in name.lower()]
     lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= _TABLE_DEPTH]
-    images, tables, problems, unread, several = ImageIndex(place, listing.images), [], [], [], None
+    images, problems, unread, several = ImageIndex(place, listing.images), [], [], None
+    tables: list[LabelTable] = []
     for name in [
         *sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES],
-        *sorted(lists, key=lambda name: name.count("/"))[:_MAX_TABLES],
+        *sorted(lists, key=lambda name: (name.count("/"), not name.lower().endswith(NUMBERED_IMAGES)))[:_MAX_TABLES],
     ]:
+        if any(name in table.parts for table in tables):
+            continue
         try:
             tables.append(read_table(place, name, images))
         except BadData as error:
@@ -376,6 +373,8 @@ def _tabled(place: Path, listing: FolderListing, tables: Sequence[LabelTable], n
         said = parse_split_name(folder.rpartition("/")[2])
         if said and said.split == "test" and not any(file.startswith(f"{folder}/") for file in listed):
             reasons[folder] = "no labels to score by"
+    used = {path for table in tables for path in (table.path, *table.parts)}
+    texts = [name for name in listing.others.get(LIST_SUFFIX, ()) if name not in used]
     return PlaceImages(
         container=join_names(paths),
         splits=tuple(splits),
@@ -384,7 +383,7 @@ def _tabled(place: Path, listing: FolderListing, tables: Sequence[LabelTable], n
             *left_out_images(sorted(unlabelled), {}, f"without a class or a split in {join_names(paths)}"),
             *_files_left_out(listing, tables),
         ),
-        notes=(*notes, *(note for table in tables for note in table.notes)),
+        notes=(*notes, *_unread_lists_note(texts), *(note for table in tables for note in table.notes)),
     )
 
 

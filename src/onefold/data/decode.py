@@ -70,7 +70,8 @@ ARCHIVE_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz
 _RAW_SUFFIXES = frozenset(
     (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw")
 ) | {".raw", ".rwl", ".3fr", ".iiq", ".x3f", ".kdc", ".dcr", ".mrw", ".erf", ".mef", ".mos"}
-_NO_SUFFIX, MASK_KIND = "without a suffix", "masks beside their photos"
+_ARRAY_SUFFIXES = frozenset((".npz", ".npy", ".h5", ".hdf5", ".pkl", ".pickle", ".bin", ".tfrecord", ".tfrec", ".mdb"))
+_NO_SUFFIX, MASK_KIND, _ARRAYS = "without a suffix", "masks beside their photos", "arrays without a suffix"
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{0,11}[a-z][a-z0-9]{0,11}$")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -78,6 +79,7 @@ _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s+[#\d]|.{4}ftypavi[fs]",
     re.DOTALL,
 )
+_ARRAY_MAGIC = re.compile(rb"\x80[\x02-\x05]|\0\0\x08[\x01-\x04]\0")  # pickles, as of CIFAR; MNIST's idx files
 _MASK = re.compile(r"[ _.-](?:masks?|seg|segm|segmentation|gt|groundtruth|trimap|labelids|annotation)([ _-]?\d+)?$")
 
 
@@ -97,6 +99,7 @@ def left_out_kind(name: str, head: Callable[[], bytes]) -> str | None:
             suffix = ".heic"
         elif _MAGIC.match(first):
             return None
+        suffix = suffix or _ARRAYS * bool(_ARRAY_MAGIC.match(first))
     if suffix in SUFFIXES or (suffix in _HEIC_SUFFIXES and _heif_opener() is not None):
         return None
     return suffix or _NO_SUFFIX
@@ -122,6 +125,8 @@ def left_out_reason(kind: str) -> str:
         return "raw photos: export them as JPEG or 16-bit TIFF"
     if kind in ARCHIVE_SUFFIXES:
         return "archives: unpack them"
+    if kind == _ARRAYS or kind in _ARRAY_SUFFIXES:
+        return "arrays and records are not read: save each picture as a PNG, in the folder of its class"
     return "no image by their first bytes" if kind == _NO_SUFFIX else "no suffix of an image"
 
 

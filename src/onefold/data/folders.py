@@ -41,7 +41,9 @@ from onefold.errors import BadData
 from onefold.storage import normalize_name
 
 _LOG = logging.getLogger("onefold.data")
-_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"))
+_SYSTEM_NAMES = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini")) | {
+    *("$recycle.bin", "recycler", "system volume information", "#recycle", "@recycle", "icon\r")
+}
 _MASK_FOLDERS = frozenset(
     ("mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "gt", "trimaps")
 )
@@ -139,7 +141,7 @@ def read_class_folders(folder: Path) -> ImageFiles:
 
 def subfolders(folder: Path) -> list[str]:
     """List the names of the subfolders of `folder`, hidden ones left out, sorted."""
-    return sorted(name for name, is_folder in _entries(folder) if is_folder and not _is_hidden(name))
+    return sorted(name for name, is_folder in _entries(folder) if is_folder and not is_hidden(name))
 
 
 # ------------------------------------------------------------------------------------ what a folder holds
@@ -211,7 +213,7 @@ def list_folder(folder: Path) -> FolderListing:
         if inner and _is_output({name for name, _ in entries}):
             outputs.append(inner)
             continue
-        visible = [entry for entry in entries if not _is_hidden(entry[0])]
+        visible = [entry for entry in entries if not is_hidden(entry[0])]
         hidden += len(entries) - len(visible)
         if inner and not visible:
             empty.append(inner.removesuffix("/"))
@@ -310,8 +312,9 @@ def _entries(folder: Path) -> list[tuple[str, bool]]:
         raise _unreadable(folder, error) from error
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in _SYSTEM_FOLDERS
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden (a leading dot), or what systems and file servers leave behind."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def _is_output(names: set[str]) -> bool:

@@ -8,6 +8,7 @@ images those count whose folders are most like the cell's, then those of the spl
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ from onefold.data.folders import join_names
 from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 from onefold.storage import normalize_name
+
+_FOREIGN = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?P<scheme>[a-z][a-z0-9+.-]+://)")  # how absolute paths and URLs begin
 
 
 class ImageIndex:
@@ -62,7 +65,11 @@ class ImageIndex:
     def find_all(
         self, table: str, cells: Sequence[str], lines: Sequence[int], shown: str, notes: list[str]
     ) -> list[str]:
-        """Give the image of each cell, relative to the place. BadData where some are not there, or are two."""
+        """Give the image of each cell, relative to the place; "" where it is not there, with a note.
+
+        Raises BadData where a cell may be two images, and where no more than half of the images are there: then the
+        place is probably another than that of the table.
+        """
         found, missing, by_number = [], [], []
         for line, cell in zip(lines, cells, strict=True):
             if not cell:
@@ -75,12 +82,36 @@ class ImageIndex:
                     f"{shown}, line {line}: {printable_name(cell)} may be {join_names(candidates, 3)}: write the "
                     "folder too"
                 )
-            (missing.append(cell) if not candidates else found.append(candidates[0]))
-        if by_number and not missing:
+            found.append(candidates[0] if candidates else "")
+            missing += [] if candidates else [cell]
+        if 2 * len(missing) >= max(len(cells), 1) and missing:
+            raise BadData(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
+        if by_number:
             notes.append(f"{shown}: {len(by_number)} images are found by their numbers: {join_names(by_number, 2)}")
         if missing:
-            raise BadData(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
+            notes.append(
+                f"{shown}: {len(missing)} of the {len(cells)} files that it lists are not there, and not used: "
+                f"{join_names(missing, 3)}"
+            )
         return found
+
+    def without_foreign_folder(self, table: str, cells: Sequence[str], notes: list[str]) -> Sequence[str]:
+        """Give the names alone of files of one folder of another machine, or behind one URL, with a note.
+
+        Such a folder tells no image from another. Cells of which one is found as it is, or whose folder says a split,
+        stay as they are.
+        """
+        parts = [(_FOREIGN.match(cell), cell.replace("\\", "/").rpartition("/")) for cell in cells]
+        folders = {folder for _, (folder, *_) in parts}
+        if len(folders) > 1 or not all(foreign for foreign, _ in parts) or self.num_matches(table, cells):
+            return cells
+        if any(map(parse_split_name, (folder := folders.pop()).split("/"))):
+            return cells
+        names = [name.partition("?")[0] if foreign and foreign["scheme"] else name for foreign, (*_, name) in parts]
+        if not self.num_matches(table, names):
+            return cells
+        notes.append(f"{table}: the folder {folder} of its images is not here: they are found by their names")
+        return names
 
     def _candidates(self, table: str, cell: str) -> list[str]:
         """Give the images that a cell may mean: those whose paths end most like it, and lie nearest to the table."""

@@ -19,6 +19,7 @@ from onefold.data.columns import (
     MultiLabelError,
     cell_text,
     is_class_index_column,
+    is_class_name_column,
     is_split_column,
     rank_class_column,
     rank_image_column,
@@ -141,6 +142,8 @@ class ParquetImages:
             (name for name in classes if rank_class_column(name) is not None), key=lambda n: rank_class_column(n) or 0
         )
         ranked += [name for name in classes if is_class_index_column(name)]
+        if ranked and kinds.is_integer(schema.field(ranked[0]).type) and _class_names(schema, ranked[0]) is None:
+            ranked.sort(key=lambda n: not is_class_name_column(n) or not kinds.is_string(schema.field(n).type))
         for found, what in ((images, "an image in bytes or a struct with bytes"), (ranked, "a class in label, class")):
             if not found:
                 raise BadData(

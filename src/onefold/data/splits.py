@@ -39,7 +39,7 @@ SPLIT_WORDS: Mapping[str, Split] = {
 _WEAK = ("eval", "evaluation", "evaluate", "evaluating")  # val, or test beside another val
 _FILLERS = frozenset(
     ("set", "sets", "data", "dataset", "datasets", "split", "splits", "folder", "subset", "part", "shard", "of")
-) | {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "file", "files"}
+) | {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "file", "files", "jpg"}
 _UNLABELLED = frozenset(("unlabeled", "unlabelled", "pred", "predict", "prediction", "predictions", "submission"))
 _TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|[^\W\d_]+|\d+")
 _RUNS = re.compile(r"[^\W\d_]+|\d+")
@@ -208,7 +208,7 @@ def _class_level(folder: Folder, wanted: frozenset[str] = frozenset()) -> Folder
 def _is_only_images(level: Folder) -> bool:
     """Whether a folder holds nothing but one folder that is called images, data or the like, which is no class."""
     return len(level.children) == 1 and all(
-        set(split_into_words(name)) <= _FILLERS and split_into_words(name) for name in level.children
+        {*split_into_words(name)} <= {*_FILLERS, *SPLIT_WORDS} and split_into_words(name) for name in level.children
     )
 
 

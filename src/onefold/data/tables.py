@@ -19,6 +19,7 @@ where images have several, the table is refused.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from pathlib import Path
 from onefold.data.columns import (
     BOOLEAN_WORDS,
     MultiLabelError,
+    NotATableError,
     cell_text,
     find_class_separator,
     first_class_number,
@@ -42,30 +44,24 @@ from onefold.data.columns import (
     read_split_columns,
 )
 from onefold.data.dataset_info import Split
-from onefold.data.decode import printable_name
+from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.folders import join_names
+from onefold.data.image_lists import LIST_SUFFIX, TableRows, read_image_list
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words
 from onefold.errors import BadData
-from onefold.storage import normalize_name, parse_json, read_text
+from onefold.storage import normalize_name, parse_json, read_lines, read_text
 
 MAX_CLASSES = 1_000_000
 
 LABEL_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of files that may be a table of labels."""
-LIST_SUFFIX = ".txt"
-"""Of files that may be one without names of columns: an image and its class a line, as Caffe and MMPretrain have it."""
 
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _PREDICTION = re.compile(r"(\S+)(( +-?[0-9.]+){4}( +\S+( +-?[0-9.]+){4})*)")  # a class and a box, and more of them
 _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
-
-
-class NotATableError(BadData):
-    """A file that does not say which image is of which class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,7 @@ class LabelTable:
 
     `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
     each image where a column says it. `notes` says what was not used; `unlabelled` are images that are listed without a
-    class or a split.
+    class or a split, `parts` other files that belong to the table.
     """
 
     path: str
@@ -84,6 +80,7 @@ class LabelTable:
     splits: tuple[Split, ...] | None
     notes: tuple[str, ...]
     unlabelled: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -97,7 +94,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     """
     shown = printable_name(place / path)
     notes: list[str] = []
-    columns, rows, lines = _read_rows(place / path, path, images, notes)
+    read = _read_rows(place / path, path, images, notes)
+    columns, rows, lines = read.columns, read.rows, read.lines
     expected = "expected the columns file,label or file,index"
     if columns and not rows:
         raise NotATableError(f"{shown} lists no images")
@@ -126,6 +124,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
                 "texts that hold the separator in quotes"
             )
     file_column = max(file_columns, key=lambda name: images.num_matches(path, cells[name][:_NUM_TRIED]))
+    cells[file_column] = [*images.without_foreign_folder(path, cells[file_column], notes)]
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
     if any(not all(map(is_missing, cells[name])) for name in (*class_columns, *number_columns)):
@@ -138,6 +137,11 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         split_columns = _without_classes(cells, rest, split_columns)
     splits = read_split_columns({name: cells[name] for name in split_columns}, shown, notes)
     label_column = _label_column(shown, cells, class_columns)
+    is_one_hot = label_column is None and not number_columns
+    if is_one_hot:
+        rest = [name for name in cells if name not in (*split_columns, *file_columns)]
+        label_column, labels = _one_hot(shown, cells, rest, lines, expected, notes)
+        cells[label_column] = labels
     said = [name for name in (label_column, *number_columns) if name]
     kept_rows, unlabelled = _labelled_rows(cells, said, splits)
     if not kept_rows:
@@ -150,12 +154,20 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         without = [
             candidates[0] for i in unlabelled if len(candidates := images.find(path, cells[file_column][i])) == 1
         ]
-        cells = {name: [column[i] for i in kept_rows] for name, column in cells.items()}
-        lines = [lines[i] for i in kept_rows]
-        splits = None if splits is None else tuple(splits[i] for i in kept_rows)
-    files = images.find_all(path, cells[file_column], lines, shown, notes)
+    found = images.find_all(
+        path, [cells[file_column][i] for i in kept_rows], [lines[i] for i in kept_rows], shown, notes
+    )
+    rows_there = [i for i, file in zip(kept_rows, found, strict=True) if file]
+    for name in said:
+        if lost := {cells[name][i] for i in kept_rows} - {cells[name][i] for i in rows_there}:
+            notes.append(f"{shown}: of {join_names(sorted(lost), 3)} no image is there")
+            break
+    files = [file for file in found if file]
+    cells = {name: [column[i] for i in rows_there] for name, column in cells.items()}
+    lines = [lines[i] for i in rows_there]
+    splits = None if splits is None else tuple(splits[i] for i in rows_there)
     numbering = label_column if not number_columns else None if label_column else number_columns[0]
-    if numbering and None not in map(normalize_number, cells[numbering]):
+    if numbering and not is_one_hot and None not in map(normalize_number, cells[numbering]):
         same = _partition(cells[numbering])  # Label 0, ClassName AnnualCrop: a number and its name
         names = [n for n in file_columns if n != file_column and len({*cells[n]}) < len(cells[n])]  # of no single image
         for name in (*class_columns, *names):
@@ -164,9 +176,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
                 class_columns = [name]
                 break
     number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
-    if label_column is None and number_column is None:
-        rest = [name for name in cells if name not in (*split_columns, *file_columns)]
-        labels, numbered = _one_hot(shown, cells, rest, lines, expected, columns)
+    if is_one_hot:
+        labels, numbered = [normalize_name(name) for name in cells[label_column or ""]], None
     else:
         labels = _labels(shown, label_column, cells[label_column], lines, notes) if label_column else []
         numbered = None
@@ -186,6 +197,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         splits=None if splits is None else tuple(split for i in kept if (split := splits[i])),
         notes=tuple(notes),
         unlabelled=tuple(sorted({*without} - {*files})),
+        parts=read.parts,
     )
 
 
@@ -222,15 +234,13 @@ def _labelled_rows(
     return [i for i, said in enumerate(is_said) if said], [i for i, said in enumerate(is_said) if not said]
 
 
-def _read_rows(
-    file: Path, path: str, images: ImageIndex, notes: list[str]
-) -> tuple[list[str], list[list[str]], list[int]]:
-    """Give the names of the columns, the rows, and the line of each; rows without any value are none."""
+def _read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> TableRows:
+    """Read the rows of a table as they are; rows without any value are none."""
+    if file.suffix.lower() == LIST_SUFFIX:
+        return read_image_list(file, path, images, notes)
     text, shown = read_text(file, notes), printable_name(file)
     if file.suffix.lower() == ".jsonl":
         return _json_rows(text, shown)
-    if file.suffix.lower() == LIST_SUFFIX:
-        return _list_rows(text, path, images, notes)
     text_lines = text.split("\n")
     at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
     if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
@@ -248,45 +258,14 @@ def _read_rows(
     except csv.Error as error:
         raise BadData(f"cannot read {shown}: {error}") from error
     if not rows:
-        return [], [], []
-    if len(rows[0]) == 2 and images.num_matches(path, [rows[0][0]]):
-        return ["file", "label"], rows, lines
-    return rows[0], rows[1:], lines[1:]
+        return TableRows(columns=[], rows=[], lines=[])
+    is_image = os.path.splitext(rows[0][0])[1].lower() in SUFFIXES or images.num_matches(path, rows[0][:1])
+    if len(rows[0]) == 2 and is_image:
+        return TableRows(columns=["file", "label"], rows=rows, lines=lines)
+    return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
 
 
-def _list_rows(
-    text: str, path: str, images: ImageIndex, notes: list[str]
-) -> tuple[list[str], list[list[str]], list[int]]:
-    """Read lines of an image and its class, separated by a tab or by the last blank; a box after the class is not used.
-
-    Raises NotATable where the first line is otherwise, or its image is not there; BadData where that is a later line.
-    """
-    rows: list[list[str]] = []
-    lines, num_boxes = [], 0
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        cells = [cell.strip() for cell in line.strip().split("\t")]
-        if len(cells) == 1:
-            cells = line.strip().rsplit(None, 1)
-        if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
-            cells, num_boxes = cells[:2], num_boxes + 1
-        if len(cells) != 2 or not images.num_matches(path, cells[:1]):
-            kind = BadData if rows else NotATableError
-            raise kind(
-                f"{path}, line {number}: {printable_name(line[:_SHOWN])!r}: expected an image that is there, and its "
-                "class"
-            )
-        rows.append(cells)
-        lines.append(number)
-    if len(rows) > 2 and [cells[1] for cells in rows] in ([str(i + k) for i in range(len(rows))] for k in (0, 1)):
-        raise NotATableError(f"{path} numbers its lines: expected an image and its class")
-    if num_boxes:
-        notes.append(f"{path}: of {num_boxes} lines with a class and a box, the class is used")
-    return ["file", "label"], rows, lines
-
-
-def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[int]]:
+def _json_rows(text: str, shown: str) -> TableRows:
     records, lines = [], []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -300,7 +279,7 @@ def _json_rows(text: str, shown: str) -> tuple[list[str], list[list[str]], list[
             lines.append(number)
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[cell_text(record.get(key)) for key in columns] for record in records]
-    return columns, rows, lines
+    return TableRows(columns=columns, rows=rows, lines=lines)
 
 
 def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:
@@ -379,23 +358,28 @@ def _one_hot(
     names: Sequence[str],
     lines: Sequence[int],
     expected: str,
-    columns: Sequence[str],
-) -> tuple[list[str], None]:
-    """Read one column a class, 1 where an image is of it."""
+    notes: list[str],
+) -> tuple[str, list[str]]:
+    """Read one column a class, 1 where an image is of it: what these columns are called, and the class of each row.
+
+    A row without a 1 has the class "". Raises BadData where half of the rows are so: then the columns say other things.
+    """
+    columns = list(cells)
     names = [name for name in names if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name])]
     if len(names) < 2:
         raise NotATableError(
             f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
         )
-    labels = []
-    for i, line in enumerate(lines):
-        ones = [name for name in names if BOOLEAN_WORDS[cells[name][i].lower()]]
-        if len(ones) > 1:
-            raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
-        if not ones:
-            raise BadData(f"{shown}, line {line} has no 1 in any column of a class: expected one class an image")
-        labels.append(normalize_name(ones[0]))
-    return labels, None
+    ones = [[name for name in names if BOOLEAN_WORDS[cells[name][i].lower()]] for i in range(len(lines))]
+    for line, those in zip(lines, ones, strict=True):
+        if len(those) > 1:
+            raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(those, 3)}")
+    if 2 * ones.count([]) >= len(ones):
+        line = lines[ones.index([])]
+        raise BadData(f"{shown}, line {line} has no 1 in any column of a class: expected one class an image")
+    if never := [name for name in names if [name] not in ones]:
+        notes.append(f"{shown}: no image is of {join_names(never, 3)}")
+    return f"columns of 0 and 1, {join_names(names, 3)}", [those[0] if those else "" for those in ones]
 
 
 def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[int]:
@@ -421,3 +405,29 @@ def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
         if named:
             found["/".join(parts[: named[-1] + 1])].append(table)
     return {folder: those[0] for folder, those in found.items() if len(those) == 1}
+
+
+def read_split_lists(
+    place: Path, names: Sequence[str], images: ImageIndex, classes: Mapping[str, str]
+) -> list[LabelTable]:
+    """Read train.txt, val.txt and the like, two or more, that list images of `classes` (in class folders) alone.
+
+    A list of which half or more name no such image is none.
+    """
+    found = []
+    for name in names:
+        if not parse_split_name(Path(name).stem):
+            continue
+        try:
+            listed = [images.find(name, line) for line in read_lines(place / name)]
+        except BadData:  # no text: said where it was tried as a table
+            continue
+        files = tuple(those[0] for those in listed if len(those) == 1 and those[0] in classes)
+        if 2 * len(files) > len(listed):
+            lost = len(listed) - len(files)
+            notes = (f"{name}: {lost} of its {len(listed)} lines name no image that is in a class folder",)
+            labels = tuple(classes[file] for file in files)
+            found.append(
+                LabelTable(path=name, files=files, labels=labels, numbered=None, splits=None, notes=notes * bool(lost))
+            )
+    return found if len(found) > 1 else []

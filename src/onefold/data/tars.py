@@ -25,13 +25,15 @@ from onefold.data.columns import (
     MultiLabelError,
     cell_text,
     is_class_index_column,
+    is_class_name_column,
     is_split_column,
+    normalize_number,
     rank_class_column,
     split_word,
 )
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
-from onefold.data.folders import Folder, build_folder_tree, join_names, left_out_images
+from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
 from onefold.data.splits import (
     NoClassFoldersError,
@@ -48,7 +50,7 @@ _log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
 _CLASS_SUFFIXES = (".cls", ".json")
 _MAX_CLASS_BYTES = 1 << 20
-_INDEX_VERSION = 4
+_INDEX_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)  # there are as many as images
@@ -216,7 +218,7 @@ def _walk_tar(blob: Blob, others: Counter[str]) -> Iterator[tuple[TarMember, byt
                 name, suffix = entry.name.removeprefix("./"), os.path.splitext(entry.name)[1].lower()
                 if entry.isdir():
                     continue
-                if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+                if any(map(is_hidden, name.split("/"))):
                     others["hidden files"] += 1
                 elif not entry.isreg() or entry.sparse is not None:
                     others["links and devices"] += 1
@@ -289,6 +291,8 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
             (key for key in record if rank_class_column(key) is not None), key=lambda key: rank_class_column(key) or 0
         )
         columns += [key for key in record if is_class_index_column(key)]
+        if columns and normalize_number(cell_text(record[columns[0]])) is not None:  # label 0, label_name cat
+            columns.sort(key=lambda key: not is_class_name_column(key) or not isinstance(record[key], str))
         said = next(
             (parse_split_name(split_word(key, cell_text(record[key]))) for key in record if is_split_column(key)), None
         )

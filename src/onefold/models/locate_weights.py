@@ -12,15 +12,19 @@ from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
 from onefold.models.checkpoint_metadata import read_config
+from onefold.models.restricted_unpickler import RefusedError
+from onefold.models.safe_load import read_shard_index
 from onefold.models.weights_file import licence_from_config
 
 WEIGHTS_NAME = "model.safetensors"
+_INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
 HUB_ID_PATTERN = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
 CONFIG_NAME, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-_IN_FOLDERS = (WEIGHTS_NAME, "pytorch_model.bin")
+_IN_FOLDERS = (WEIGHTS_NAME, _INDEX_NAME, "pytorch_model.bin")
 _AVERAGED = "ema.safetensors"  # beside the plain weights in a checkpoint of a training
+_INDEX, _SHARD = ".index.json", re.compile(r"-[0-9]+-of-([0-9]+)\.\w+$")  # model-00001-of-00003.safetensors
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt")
-_SUFFIXES = (*_WEIGHTS, ".onnx", ".tflite", ".pte")
+_SUFFIXES = (*_WEIGHTS, ".onnx", ".tflite", ".pte", ".json")
 # What the verbs write to, and the usual folders for weights: runs/x is a path, and hf-hub:runs/x a repository.
 _FOLDERS = ("runs", "artifacts", "deploy", "results", "demo", "checkpoints", "weights", "models", "outputs")
 _log = logging.getLogger("onefold")
@@ -79,13 +83,10 @@ def _in_folder(folder: Path, select: str) -> LocatedWeights:
         return _with_files_beside(replace(found, path=folder / name, select="", notes=notes))
     for name in _IN_FOLDERS:
         if (folder / name).is_file():
-            return _with_files_beside(replace(found, path=folder / name))
+            notes = (f"{folder} holds {WEIGHTS_NAME} and {_INDEX_NAME}: the first is taken",)
+            is_double = name == WEIGHTS_NAME and (folder / _INDEX_NAME).is_file()
+            return _with_files_beside(replace(found, path=folder / name, notes=notes * is_double))
     there = _weights_in(folder)
-    if index := next(folder.glob("*.index.json"), None):
-        raise BadCheckpoint(
-            f"{folder} has its weights in several files ({index.name}): save them as one {WEIGHTS_NAME} "
-            "(max_shard_size)"
-        )
     if len(there) != 1:
         seen = f"it holds {', '.join(there[:8])}{', ...' * (len(there) > 8)}" if there else "there is none in it"
         raise BadCheckpoint(f"{folder} is a folder without {WEIGHTS_NAME}: give the file of weights itself ({seen})")
@@ -95,6 +96,10 @@ def _in_folder(folder: Path, select: str) -> LocatedWeights:
 
 def _beside(path: Path, select: str) -> LocatedWeights:
     """A file of weights with what is said beside it, where there are no other weights there that it may be of."""
+    if (shard := _SHARD.search(path.name)) and int(shard[1]) > 1:
+        indices = sorted(path.parent.glob(f"*{_INDEX}"))
+        the_index = indices[0] if indices else f"their *{_INDEX}, beside all of them"
+        raise BadCheckpoint(f"{path} is one of the {int(shard[1])} files of weights: give {the_index}")
     file = LocatedWeights(path=path, source=str(path), select=select)
     if path.name == WEIGHTS_NAME and not select and (path.parent / _AVERAGED).is_file():
         file = replace(file, notes=(f"{path} are plain weights; {path.parent / _AVERAGED} are the averaged ones",))
@@ -113,11 +118,13 @@ def _beside(path: Path, select: str) -> LocatedWeights:
 
 
 def _weights_in(folder: Path) -> list[str]:
-    """The names of the files in a folder that by their suffix are weights."""
+    """The names of the files in a folder that by their suffix are weights; of several that have an index, that one."""
     try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.suffix in _WEIGHTS and entry.is_file())
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     except OSError:
         return []
+    indices = [name for name in names if name.endswith(_INDEX)]
+    return indices + [n for n in names if n.endswith(_WEIGHTS) and not (indices and _SHARD.search(n))]
 
 
 def _repository(source: str) -> str:
@@ -145,15 +152,17 @@ def _with_files_beside(file: LocatedWeights) -> LocatedWeights:
 
 def _on_hub(repo_id: str) -> LocatedWeights:
     """The weights of a repository of the hub, downloaded to its cache, with what the files beside them say."""
+    import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         path = _download(repo_id, WEIGHTS_NAME)
     except EntryNotFoundError:
-        raise BadCheckpoint(
-            f"{repo_id} on the hub has no {WEIGHTS_NAME}, and pickled files from there are not read: "
-            "download the file you trust and give its path"
-        ) from None
+        path = _shards_on_hub(repo_id)
+    except NetworkFailed:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(repo_id, _INDEX_NAME), str):
+            raise
+        path = _shards_on_hub(repo_id)
     config: dict[str, Any] = {}
     for name in (CONFIG_NAME, _PREPROCESSOR):
         if name == _PREPROCESSOR and "pretrained_cfg" in config:
@@ -175,6 +184,31 @@ def _on_hub(repo_id: str) -> LocatedWeights:
         except (EntryNotFoundError, NetworkFailed):
             _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
     return LocatedWeights(path=path, source=repo_id, config=config, licence=licence_from_config(config, readme))
+
+
+def _shards_on_hub(repo_id: str) -> Path:
+    """Download the index of weights in several files, and all of these; give the index."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = _download(repo_id, _INDEX_NAME)
+    except EntryNotFoundError:
+        raise BadCheckpoint(
+            f"{repo_id} on the hub has no {WEIGHTS_NAME}, and pickled files from there are not read: "
+            "download the file you trust and give its path"
+        ) from None
+    try:
+        shards = sorted({*read_shard_index(index).values()})
+    except (RefusedError, OSError, ValueError) as error:
+        raise BadCheckpoint(f"{index} is not loaded: {one_line_error(error)}") from error
+    for name in shards:
+        try:
+            shard = _download(repo_id, name)
+        except EntryNotFoundError:
+            raise BadCheckpoint(f"{repo_id} on the hub has no {name}, which its {_INDEX_NAME} names") from None
+        if shard.parent != index.parent:
+            raise BadCheckpoint(f"{repo_id} was changed on the hub while it was downloaded: type it again")
+    return index
 
 
 def _download(repo_id: str, name: str) -> Path:

@@ -1,8 +1,8 @@
 """Reading tensors from a file that may be anything: another kind of file, damaged, or hostile.
 
-The format is recognized by the first bytes, never by the name: safetensors, a zip of torch.save or of numpy.savez, the
-older format of torch.save, a plain pickle, HDF5. Nothing in a file is ever executed, and a small file cannot allocate
-much memory: the sizes that it declares are compared with its own before it is read.
+The format is recognized by the first bytes, never by the name: safetensors, the index of several such files, a zip of
+torch.save or of numpy.savez, the older format of torch.save, a plain pickle, HDF5. Nothing in a file is ever executed,
+and a small file cannot allocate much memory: the sizes that it declares are compared with its own before it is read.
 
 Of a training's checkpoint the state dict is found by one rule for all formats (see `state_dicts`).
 
@@ -37,7 +37,7 @@ from onefold.models.restricted_unpickler import (
     load_legacy,
 )
 from onefold.models.state_dicts import MAX_TENSORS, KeyFilter, StateDict, as_mapping, choose_state_dict, is_tensor
-from onefold.storage import parse_json
+from onefold.storage import parse_json, read_json
 
 _log = logging.getLogger("onefold")
 _MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
@@ -45,7 +45,9 @@ _ALWAYS_ALLOWED = 16 << 20  # bytes: tiny test networks compress well
 _ALWAYS_PICKLED = 1 << 20  # bytes of a pickle, of which each may be an object
 _MAX_LISTED = 8  # of what a list or tuple holds
 _MAX_NAME = 300  # characters; the longest known has 68
-_MAX_HEADER = 32 << 20  # bytes of a safetensors file: names, shapes and the metadata
+_MAX_HEADER = 32 << 20  # bytes of a safetensors file, or of an index: names, shapes and the metadata
+_MAX_SHARDS = 1000
+_SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")  # no folder, nothing hidden
 # Classes that are not named in a note: their values are understood, or are no weights.
 _HARMLESS = re.compile(
     r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
@@ -91,6 +93,8 @@ def read_tensors(
             outside=chosen.outside,
         )
         _check_tensors(contents.tensors, path)
+        if not saved.is_sharded:  # of shards each was checked by itself
+            _check_size(sum(tensor.nbytes for tensor in contents.tensors.values()), path)
     if not quiet:
         _tell(path, chosen, others, select, saved.unread)
     return contents
@@ -131,6 +135,8 @@ def _reader(head: bytes, path: Path) -> Callable[[Path], _Saved]:
         return _read_npz if _is_npz(path) else _read_torch
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return _read_hdf5
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") and b"\0" not in head[:8]:
+        return _read_shards
     if head[8:9] == b"{":
         return _read_safetensors
     if re.match(rb"\x80[\x02-\x05]", head):
@@ -188,12 +194,14 @@ class _Saved:
     """What a format's reader found: values by key, in which tensors may still be `StoredTensor`s or numpy's arrays.
 
     `storages` gives the bytes of a storage by its key; `unread` are the names of classes that were not understood.
+    `is_sharded` is whether they are of several files.
     """
 
     values: Mapping[Any, Any]
     metadata: Mapping[str, str] = field(default_factory=dict)
     storages: Callable[[str], bytearray] = lambda _key: bytearray()
     unread: tuple[str, ...] = ()
+    is_sharded: bool = False
 
     def tensors(self, leaves: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         """Give the tensors themselves, which are of the file `path`; of those that share a storage it is read once."""
@@ -229,6 +237,50 @@ def _read_safetensors(path: Path) -> _Saved:
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         return _Saved(values={name: file.get_tensor(name) for name in names}, metadata=file.metadata() or {})
+
+
+def read_shard_index(path: Path) -> dict[str, str]:
+    """Read which safetensors file beside an index holds each tensor. Raises BadCheckpoint, or ValueError for no JSON.
+
+    The files are named alone, without a folder: an index reaches nothing that does not lie beside it.
+    """
+    if path.stat().st_size > _MAX_HEADER:
+        raise RefusedError(f"it has {path.stat().st_size} bytes, more than {MAX_TENSORS} tensors need")
+    index = read_json(path)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise BadCheckpoint(f"{path} is JSON without a weight_map, no index of weights: {_HINT}")
+    if bad := [str(name) for name in shards.values() if not _SHARD_NAME.fullmatch(str(name))]:
+        raise BadCheckpoint(
+            f"{path} names {bad[0][:_MAX_NAME]!a}: expected names of .safetensors files in its folder; save other "
+            "weights as one model.safetensors (max_shard_size)"
+        )
+    if len(shards) > MAX_TENSORS or len({*shards.values()}) > _MAX_SHARDS:
+        raise RefusedError(f"it has more than {MAX_TENSORS} tensors or {_MAX_SHARDS} files, as no network here has")
+    return shards
+
+
+def _read_shards(path: Path) -> _Saved:
+    """Read the tensors of an index's files, which hold those that it says and no others."""
+    shards = read_shard_index(path)
+    values: dict[Any, Any] = {}
+    metadata: dict[str, str] = {}
+    files = sorted({*shards.values()})
+    if lost := [name for name in files if not path.with_name(name).is_file()]:
+        raise BadCheckpoint(f"{path} names {lost[0]}, which is not there: get it too, beside the index")
+    for name in files:
+        shard = path.with_name(name)
+        with _as_bad_checkpoint(shard):
+            saved = _read_safetensors(shard)
+        named = {key for key, file in shards.items() if file == name}
+        if odd := sorted(named.symmetric_difference(saved.values)):
+            raise BadCheckpoint(
+                f"{shard} does not hold the tensors that {path.name} says ({odd[0][:_MAX_NAME]!a}): they do not belong "
+                "together, get all of them again"
+            )
+        values |= saved.values
+        metadata |= saved.metadata
+    return _Saved(values=values, metadata=metadata, is_sharded=True)
 
 
 def _read_npz(path: Path) -> _Saved:
@@ -366,7 +418,7 @@ def _check_size(declared: int, path: Path) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise BadCheckpoint where tensors are not dense, not of real numbers, or more than the file can hold."""
+    """Raise BadCheckpoint where tensors are not dense, or not of real numbers."""
     if not tensors:
         raise BadCheckpoint(f"{path} holds no tensors: save model.state_dict()")
     for name, tensor in tensors.items():
@@ -378,4 +430,3 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise BadCheckpoint(
                 f"{path} holds {name!r}, which is not a dense tensor of real numbers: save it as floats"
             )
-    _check_size(sum(tensor.nbytes for tensor in tensors.values()), path)

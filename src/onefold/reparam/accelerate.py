@@ -22,11 +22,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import has_hooks
-from onefold.reparam.find_trees import (
+from onefold.reparam.find_linear_trees import (
     SingleInputModule,
     TrainingForward,
     TrainingTracer,
-    find_trees,
+    find_linear_trees,
     is_foldable_norm,
     traced_facts,
 )
@@ -168,7 +168,7 @@ def _program(block: nn.Module, layers: Sequence[nn.Module], inlined: Sequence[nn
     trace = TrainingTracer(block, {paths[id(module)] for module in inlined if id(module) in paths})
     kept = {paths[id(layer)] for layer in layers if id(layer) in paths}  # those that are still there
     steps: dict[fx.Node, fx.Node] = {}  # in place of the last nodes of trees
-    for number, found in enumerate(find_trees(trace.graph, block, kept).trees):
+    for number, found in enumerate(find_linear_trees(trace.graph, block, kept).trees):
 
         def step(x: Tensor, tree: LinearTree = found.tree) -> Tensor:
             return tree(x)
@@ -221,7 +221,7 @@ class _Search:
         except TypeError as error:  # it cannot be copied
             self._leave(path, block, str(error))
             return
-        found = find_trees(trace.graph, block, None)
+        found = find_linear_trees(trace.graph, block, None)
         for name, reason in found.left.items():
             self.left[_joined(path, name)] = reason
         modules = dict(SingleInputModule(block).named_modules())

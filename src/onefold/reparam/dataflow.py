@@ -320,19 +320,29 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def trace(module: nn.Module, prefix: str = "", into: NetworkTrace | None = None) -> NetworkTrace:
-    """Trace a network; a block that cannot be traced, or has hooks, is searched part by part."""
-    into = NetworkTrace() if into is None else into
+def trace(module: nn.Module, prefix: str = "") -> NetworkTrace:
+    """Trace a network, in a copy that shares its parameters: tracing runs its forward, which may change its state."""
+    found = NetworkTrace()
+    if any(isinstance(m, _BatchNorm) for m in module.modules()):
+        twin = copy_network(module, {id(p): p for p in module.parameters()})
+        _trace(twin, prefix, found)
+        originals = {id(b): id(a) for a, b in zip(module.buffers(), twin.buffers(), strict=True)}
+        found.read = {originals.get(each, each) for each in found.read}
+    return found
+
+
+def _trace(module: nn.Module, prefix: str, into: NetworkTrace) -> None:
+    """Add the trace of a part; a block that cannot be traced, or has hooks, is searched part by part."""
     if not any(isinstance(m, _BatchNorm) for m in module.modules()):
-        return into
+        return
     try:
         graph = _Tracer(into.read).trace(module)
     except Exception:  # data-dependent control flow and the like: try its parts
         if type(module).forward is not nn.Module.forward:
             into.blind.append(prefix.rstrip("."))
         for key, child in module.named_children():
-            trace(child, f"{prefix}{key}.", into)
-        return into
+            _trace(child, f"{prefix}{key}.", into)
+        return
     for node in graph.nodes:
         if node.op != "call_module":
             continue
@@ -340,7 +350,7 @@ def trace(module: nn.Module, prefix: str = "", into: NetworkTrace | None = None)
         into.calls[name] += 1
         if has_hooks(called) and not isinstance(called, (_ConvNd, nn.Linear, _BatchNorm)):
             for key, child in called.named_children():
-                trace(child, f"{name}.{key}.", into)
+                _trace(child, f"{name}.{key}.", into)
         if isinstance(called, nn.Linear) and _is_flatten(node.args[0] if node.args else None, module):
             into.flat.add(name)
         before = node.args[0] if len(node.args) == 1 else None
@@ -348,7 +358,6 @@ def trace(module: nn.Module, prefix: str = "", into: NetworkTrace | None = None)
             into.feeds[name] = f"{prefix}{before.target}"
         if len(node.users) != 1:
             into.shared_output.add(name)
-    return into
 
 
 def _is_flatten(node: object, module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from onefold.reparam.dataflow import (
     random_like,
 )
 from onefold.reparam.drift import EPS32, float64_drift, fused_layer_error, rounding_unit
-from onefold.reparam.find_trees import TrainingForward
+from onefold.reparam.find_linear_trees import TrainingForward
 from onefold.reparam.folding_rules import Chain, Sum, fused_layer, input_channels, is_linear
 from onefold.reparam.fuse_conv_bn import fold_norms_, foldable_layers
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import as_unit
-from onefold.reparam.find_trees import TrainingForward
+from onefold.reparam.find_linear_trees import TrainingForward
 from onefold.reparam.folding_rules import Chain, Route, Sum, per_branch
 from onefold.reparam.routes import mixed, moments_in_training, num_output_positions, quickest, route_costs
 

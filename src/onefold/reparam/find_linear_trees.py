@@ -182,7 +182,7 @@ class _FoundTrees:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def find_trees(
+def find_linear_trees(
     graph: fx.Graph, block: nn.Module, allowed: set[str] | None, apart: frozenset[fx.Node] = frozenset()
 ) -> _FoundTrees:
     """The linear trees of a graph, and why each other norm in it is none; of `allowed` layers alone, where given.
@@ -204,7 +204,7 @@ def find_trees(
         layers = list(tree_layers(part.expression))
         names = [str(each.target) for each in part.nodes if modules.get(str(each.target)) in layers]
         if _is_input_changed(part, order, modules):
-            return find_trees(graph, block, allowed, apart | {node})
+            return find_linear_trees(graph, block, allowed, apart | {node})
         reason = _why_not(part, layers)
         if reason:
             found.left |= {name: reason for name in names if isinstance(modules[name], _BatchNorm)}

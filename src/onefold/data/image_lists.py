@@ -1,0 +1,127 @@
+"""Lists of images in plain text (.txt), whose columns have no names.
+
+| list | a line has |
+|---|---|
+| images and classes, as Caffe and MMPretrain have them | an image, a tab or a blank, its class; perhaps a box |
+| train.txt, val.txt ... of images that lie in class folders | an image |
+| images.txt of CUB-200 and NABirds | a key, an image |
+| beside it: image_class_labels.txt | the key, the number of its class (without this list the class is its folder) |
+| beside it: classes.txt | the number of a class, its name |
+| beside it: train_test_split.txt | the key, 1 for train and 0 for test, or a word for a split |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onefold.data.columns import BOOLEAN_WORDS, NotATableError, rank_image_column
+from onefold.data.decode import printable_name
+from onefold.data.match_table_paths import ImageIndex
+from onefold.errors import BadData
+from onefold.storage import read_lines, read_text
+
+LIST_SUFFIX = ".txt"
+"""Of files that may be a list of images."""
+NUMBERED_IMAGES = "images.txt"
+"""The name of a list that gives each image a key, by which the lists beside it speak of it."""
+
+_CLASS_LIST, _NAME_LIST, _SPLIT_LIST = "image_class_labels.txt", "classes.txt", "train_test_split.txt"
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_NUM_TRIED = 100  # lines that show whether a file lists images
+_SHOWN = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRows:
+    """A table as it stands in a file: the names of its columns, its rows, and the line of each.
+
+    `parts` are other files, relative to the place, that it was put together from.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[int]
+    parts: tuple[str, ...] = ()
+
+
+def read_image_list(file: Path, path: str, images: ImageIndex, notes: list[str]) -> TableRows:
+    """Read a list of images and classes, or of numbered images; `path` is that of the file below the place.
+
+    Raises NotATableError where its first lines are otherwise or name no image that is there, BadData where a later
+    line is.
+    """
+    rows: list[list[str]] = []
+    lines, num_boxes = [], 0
+    is_numbered = file.name.lower() == NUMBERED_IMAGES
+    for number, line in enumerate(read_text(file, notes).split("\n"), 1):
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.strip().split("\t")]
+        if is_numbered and not rows:
+            is_numbered = bool(images.num_matches(path, line.split(None, 1)[1:]))
+        if is_numbered or len(cells) == 1:
+            cells = line.strip().split(None, 1) if is_numbered else line.strip().rsplit(None, 1)
+        if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
+            cells, num_boxes = cells[:2], num_boxes + 1
+        if len(cells) != 2:
+            kind = BadData if images.num_matches(path, [row[0] for row in rows[:_NUM_TRIED]]) else NotATableError
+            raise kind(f"{path}, line {number}: {printable_name(line[:_SHOWN])!r}: expected an image and its class")
+        rows.append(cells)
+        lines.append(number)
+    if is_numbered:
+        return _join_numbered(file, path, rows, lines, notes)
+    if not images.num_matches(path, [row[0] for row in rows[:_NUM_TRIED]]):
+        raise NotATableError(f"{path}: expected images that are there, and their classes")
+    if len(rows) > 2 and [cells[1] for cells in rows] in ([str(i + k) for i in range(len(rows))] for k in (0, 1)):
+        raise NotATableError(f"{path} numbers its lines: expected an image and its class")
+    if num_boxes:
+        notes.append(f"{path}: of {num_boxes} lines with a class and a box, the class is used")
+    is_header = rank_image_column(rows[0][0]) is not None and "." not in rows[0][0]
+    columns = rows[0] if is_header else ["file", "label"]
+    return TableRows(columns=columns, rows=rows[is_header:], lines=lines[is_header:])
+
+
+def _join_numbered(
+    file: Path, path: str, pairs: Sequence[Sequence[str]], lines: Sequence[int], notes: list[str]
+) -> TableRows:
+    """Put together the list of numbered images, and what the lists beside it say of their keys."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise BadData(f"{path} gives one key to several images")
+    columns: dict[str, list[str]] = {"file": [image for _, image in pairs]}
+    parts = []
+    classes, names, splits = (_read_pairs(file.with_name(name)) for name in (_CLASS_LIST, _NAME_LIST, _SPLIT_LIST))
+    if classes:
+        numbers = columns["class_id"] = [classes.get(key, "") for key, _ in pairs]
+        parts.append(_CLASS_LIST)
+        unnamed = {*numbers} - {*names, ""}
+        if unnamed and names:
+            notes.append(f"{path}: {_NAME_LIST} has no name for class {min(unnamed)}: the classes are numbers")
+        elif names:
+            columns["label"] = [names.get(number, "") for number in numbers]
+            parts.append(_NAME_LIST)
+            if len({*numbers} - {""}) < len(names):  # of NABirds' tree of classes those that have images
+                del columns["class_id"]
+    else:
+        columns["label"] = [image.rpartition("/")[0].rpartition("/")[2] for _, image in pairs]
+    if splits:
+        is_flag = {value.lower() for value in splits.values()} <= BOOLEAN_WORDS.keys()
+        columns["is_train" if is_flag else "split"] = [splits.get(key, "") for key, _ in pairs]
+        parts.append(_SPLIT_LIST)
+    folder = path.rpartition("/")[0]
+    return TableRows(
+        columns=list(columns),
+        rows=list(zip(*columns.values(), strict=True)),
+        lines=lines,
+        parts=tuple(f"{folder}/{name}" if folder else name for name in parts),
+    )
+
+
+def _read_pairs(file: Path) -> Mapping[str, str]:
+    """Read lines of a key and a value; none where there is no such file. Raises BadData where a line is otherwise."""
+    pairs = [line.split(None, 1) for line in read_lines(file)] if file.is_file() else []
+    if bad := [pair for pair in pairs if len(pair) < 2]:
+        raise BadData(f"{printable_name(file)}: {printable_name(bad[0][0])!r}: expected a key and a value in each line")
+    return {pair[0]: pair[1] for pair in pairs}
