@@ -595,8 +595,8 @@ def test_predictions_are_written_as_a_table_and_photos_are_sorted(scratch: Path,
 def test_fusing_what_is_fused_writes_the_file_with_a_note(home: Path, tmp_path: Path, capsys):
     assert run("fuse", home / "fused.safetensors", "--out", tmp_path / "again.safetensors") == 0
     said = capsys.readouterr()
-    assert "is fused already" in said.err
-    assert f"{tmp_path / 'again.safetensors'}: was fused already\n" in said.out
+    assert said.err == f"note: {home / 'fused.safetensors'} is fused already: written as it is\n"
+    assert re.fullmatch(rf"{tmp_path}/again.safetensors: parameters [\d,]+, multiply-adds [\d,]+\n", said.out)
     assert run("predict", tmp_path / "again.safetensors", home / "photos/cat/0.png") == 0
 
 
@@ -672,6 +672,14 @@ def test_help_is_there_for_every_verb(capsys):
     for name in typer.main.get_command(app).commands:
         assert run(name, "--help") == 0
         assert "Usage:" in capsys.readouterr().out
+
+
+def test_the_list_of_verbs_cuts_no_sentence_short(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("--help") == 0
+    listed = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert len(listed) == len(app.registered_commands)
+    assert [line for line in listed if "..." in line] == []
 
 
 def test_every_flag_of_every_verb_is_explained_in_its_help(capsys, monkeypatch):

@@ -176,8 +176,8 @@ def drawn(monkeypatch, stream: io.StringIO) -> str:
 def test_away_from_a_terminal_an_epoch_is_a_plain_line(monkeypatch):
     lines = drawn(monkeypatch, io.StringIO()).splitlines()
     assert lines == [
-        "epoch 1/3  loss 1.500  top-1 41.00 %  80 images/s  512 MiB  1:01:40 left",
-        "epoch 2/3  loss 1.500  top-1 42.00 %  80 images/s  512 MiB  1:01:40 left",
+        "epoch 1/3  loss 1.500  val top-1 41.00 %  80 images/s  512 MiB  1:01:40 left",
+        "epoch 2/3  loss 1.500  val top-1 42.00 %  80 images/s  512 MiB  1:01:40 left",
     ]
 
 
@@ -194,9 +194,9 @@ def test_on_a_terminal_there_is_a_bar_with_all_that_one_wants_to_know(monkeypatc
             while "━" not in text:  # a process draws it
                 text += os.read(ours, 4096).decode(errors="replace")
     os.close(ours)
-    for said in ("epoch 1/3", "loss 1.500", "top-1 42.00 %", "80 images/s", "512 MiB", "1:01:40 left"):
+    for said in ("epoch 1/3", "loss 1.500", "val top-1 42.00 %", "80 images/s", "512 MiB", "1:01:40 left"):
         assert said in text
-    assert "epoch 1/3 ━━━───── loss 1.500  top-1 42.00 % ...: 0:00:00, about 1:01:40 left" in text
+    assert "epoch 1/3 ━━─── loss 1.500  val top-1 42.0 % ...: 0:00:00, about 1:01:40 left" in text
 
 
 def test_a_number_that_is_not_known_yet_is_not_shown():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from onefold.cli.display import print_json, print_line, print_note, print_table
-from onefold.cli.options import BatchSizeOption, JsonOption, ModelOption, ThreadsOption
+from onefold.cli.options import BatchSizeOption, JsonOption, ModelOption, ThreadsOption, check_inputs
 from onefold.cli.progress import show_progress
 from onefold.errors import BadArgument
 
@@ -17,41 +17,45 @@ if TYPE_CHECKING:
     from onefold.bench import Comparison, Measurement, Roofline
     from onefold.runtimes import Profile
 
-_Results = Annotated[Path, Option(help="the folder of results")]
+_Results = Annotated[Path, Option(help="folder of results")]
 _WHAT = {"fp32": "multiply-adds in fp32", "bf16": "multiply-adds in bf16", "int8": "multiply-adds in int8"}
 
 
 def bench(
     sources: Annotated[list[str], Argument(help="artifacts, runs, weights or timm:NAME; the first is the baseline")],
     results: _Results = Path("results"),
-    samples: Annotated[int, Option(min=1, help="timed calls of each")] = 300,
-    warmup: Annotated[float, Option(min=0.0, help="seconds of warm-up of each")] = 1.0,
+    samples: Annotated[int, Option(min=1, help="timed calls of each source")] = 300,
+    warmup: Annotated[float, Option(min=0.0, help="warm-up of each source in seconds")] = 1.0,
     batch_size: BatchSizeOption = 1,
     threads: ThreadsOption = 1,
-    seed: Annotated[int, Option(min=0, help="of the order of calls")] = 0,
-    pin: Annotated[str | None, Option(help="the processors to use, by number and comma: 0,1")] = None,
-    no_cold: Annotated[bool, Option("--no-cold", help="no cold start of each artifact in a fresh process")] = False,
-    aa: Annotated[
-        bool, Option("--aa", help="A/A test: one source against itself, which gives the noise floor")
+    seed: Annotated[int, Option(min=0, help="random seed of the order of calls")] = 0,
+    pin: Annotated[str | None, Option(help="CPUs to run on, by number, separated by commas: 0,1")] = None,
+    no_cold: Annotated[
+        bool, Option("--no-cold", help="skip the cold start of each artifact in a fresh process")
     ] = False,
+    aa: Annotated[bool, Option("--aa", help="A/A test: one source against itself, for the noise floor")] = False,
     inject_slowdown: Annotated[
         str | None,
         Option(
             "--inject-slowdown",
             "--plant",
-            help="control: measure one source against itself slowed down by so much, such as 2%",
+            help="positive control: one source against itself, slowed down by so much, such as 2%",
         ),
     ] = None,
     model: ModelOption = None,
-    allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
+    allow_unfused: Annotated[
+        bool, Option("--allow-unfused", help="accept networks that are not fused; their rows say so")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Benchmark artifacts side by side: interleaved, warmed up, with percentiles and a check of the machine's noise.
+    """Benchmark the latency of artifacts and networks side by side.
 
-    Each row gives the share of the machine's roofline that it reaches (see `onefold limits`), and whether arithmetic or
-    memory bounds it. Artifacts are also started cold in a fresh process: time to open, first call, peak memory.
+    Calls are interleaved and warmed up; rows have percentiles, and a verdict on the machine's noise. Each row gives the
+    fraction of the machine's roofline that it reaches (see `onefold limits`), and whether it is compute-bound or
+    memory-bound. Artifacts are also started cold in a fresh process: time to load, first call, peak memory.
     """
     with show_progress(f"measuring {len(sources)}"):
+        check_inputs(*sources, model=model)
         from onefold.commands.bench import bench as measure
 
         found = measure(
@@ -74,11 +78,18 @@ def bench(
 
 def limits(
     results: _Results = Path("results"),
-    threads: Annotated[str | None, Option(help="numbers of threads by comma; 1 to all cores without it")] = None,
-    again: Annotated[bool, Option("--again", help="measure also what was measured before; the quicker stays")] = False,
+    threads: Annotated[
+        str | None, Option(help="numbers of threads, separated by commas; by default 1 to all cores")
+    ] = None,
+    again: Annotated[
+        bool, Option("--again", help="measure again what was measured before; the higher rate is kept")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this machine's peak rates for the roofline: multiply-adds in fp32, bf16 and int8, and memory reads."""
+    """Measure this machine's peak rates: its roofline.
+
+    Multiply-adds a second in fp32, bf16 and int8, and bytes read a second from each cache and from memory.
+    """
     with show_progress("measuring this machine"):
         from onefold.bench import Machine
         from onefold.commands.bench import load_or_measure_roofline
@@ -89,14 +100,14 @@ def limits(
 
 
 def profile(
-    artifact: Annotated[Path, Argument(help="an exported artifact; of onnx or openvino")],
+    artifact: Annotated[Path, Argument(help="an exported artifact of onnx or openvino")],
     threads: ThreadsOption = 1,
     batch_size: BatchSizeOption = 1,
-    calls: Annotated[int, Option(min=1, max=100000, help="calls to take the median of")] = 30,
-    top: Annotated[int, Option(min=1, help="layers to show, the slowest")] = 20,
+    calls: Annotated[int, Option(min=1, max=100000, help="number of calls; times are medians over them")] = 30,
+    top: Annotated[int, Option(min=1, help="number of layers to show, slowest first")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """Profile an artifact layer by layer as its runtime runs them: name, type, milliseconds, share."""
+    """Profile an artifact layer by layer, as its runtime executes it."""
     with show_progress("profiling"):
         from onefold.runtimes.layer_times import profile as layers_of
 
@@ -132,25 +143,33 @@ def _share(words: str) -> float:
 def phone(
     sources: Annotated[list[str], Argument(help="artifacts of litert, executorch or onnx; the first is the baseline")],
     program: Annotated[
-        list[Path] | None, Option(help="the vendor's benchmark program for the phone, or a library of it; repeatable")
+        list[Path] | None,
+        Option(help="the runtime vendor's benchmark program for Android, or a library of it; repeatable"),
     ] = None,
-    serial: Annotated[str | None, Option(help="which phone, where several are connected: see `adb devices`")] = None,
-    results: Annotated[Path, Option(help="the folder of results")] = Path("results"),
-    rounds: Annotated[int, Option(min=1, help="processes of each artifact, interleaved")] = 20,
+    serial: Annotated[
+        str | None, Option(help="serial number of the phone, where several are connected: see `adb devices`")
+    ] = None,
+    results: Annotated[Path, Option(help="folder of results")] = Path("results"),
+    rounds: Annotated[int, Option(min=1, help="number of processes per artifact, interleaved")] = 20,
     runs: Annotated[int, Option(min=2, help="timed calls in each process")] = 20,
-    warmup: Annotated[int, Option(min=1, help="calls before them in each process")] = 5,
-    rest: Annotated[float, Option(min=0.0, help="seconds of rest before each process")] = 2.0,
-    threads: Annotated[int, Option(min=1, max=64, help="compute threads")] = 1,
+    warmup: Annotated[int, Option(min=1, help="warm-up calls in each process")] = 5,
+    rest: Annotated[float, Option(min=0.0, help="seconds to cool down before each process")] = 2.0,
+    threads: Annotated[int, Option(min=1, max=64, help="CPU threads")] = 1,
     cores: Annotated[str, Option(help="big, little, all, or numbers such as 4-7")] = "big",
-    seed: Annotated[int, Option(min=0, help="of the order of processes")] = 0,
-    anyway: Annotated[bool, Option("--anyway", help="measure a hot or low phone too, labelled so")] = False,
-    allow_unfused: Annotated[bool, Option("--allow-unfused", help="unfused networks too, labelled as such")] = False,
-    as_json: Annotated[bool, Option("--json", help="one JSON object a line, for programs")] = False,
+    seed: Annotated[int, Option(min=0, help="random seed of the order of processes")] = 0,
+    anyway: Annotated[
+        bool, Option("--anyway", help="accept a phone that is hot or low on battery; rows say so")
+    ] = False,
+    allow_unfused: Annotated[
+        bool, Option("--allow-unfused", help="accept networks that are not fused; their rows say so")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="print JSON, one object per line")] = False,
 ) -> None:
-    """Benchmark artifacts on an Android phone over adb by the vendors' programs: interleaved, cooled, on big cores.
+    """Benchmark the latency of artifacts on an Android phone, over adb.
 
-    Temperature, charging, battery and clocks are recorded; a hot phone may cool first, or is refused. docs/phones.md
-    says where the programs come from, and how to measure on an iPhone.
+    The vendors' benchmark programs run interleaved, on the big cores, with a pause to cool before each. Temperature,
+    charging, battery and clocks are recorded; a hot phone may cool first, or is refused. docs/phones.md says where the
+    programs come from, and how to measure on an iPhone.
     """
     from onefold.commands.phone import PhoneBenchOptions, bench_on_phone
     from onefold.phone import PhoneBenchPlan

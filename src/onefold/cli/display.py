@@ -189,7 +189,10 @@ def print_training_result(run: Run) -> None:
 def print_fused_weights(made: FusedWeights) -> None:
     """What folding changed, and the proof that the answer is not among it."""
     before, after = made.before, made.after
-    print_line(f"{made.path}: {'was fused already' if made.was_fused else f'drift {made.drift:.1e}'}")
+    if made.was_fused:  # which a note has said
+        print_line(f"{made.path}: parameters {after.params:,}, multiply-adds {after.macs:,}")
+        return
+    print_line(f"{made.path}: drift {made.drift:.1e}")
     if made.left_norms:
         print_line(
             f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay"

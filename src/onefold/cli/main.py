@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +30,8 @@ from onefold.cli.options import (
     SourceArgument,
     ThreadsOption,
     UseEmaOption,
+    WeightsArgument,
+    check_inputs,
 )
 from onefold.cli.progress import show_progress, show_training_progress
 from onefold.errors import BadArgument
@@ -45,6 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _WHOLE = ("--curriculum", "--dropout", "--erase", "--mixing", "--start")  # fields of a recipe that have no dot
+_OF_COMMAND_LINE = ("list_recipes", "max_restarts", "processes", "quiet", "show")  # options of train
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -75,7 +78,10 @@ def models(
     img_size: ImgSizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the networks: parameters and multiply-adds before and after fusing, and published accuracy."""
+    """List the networks: input sizes, costs, published accuracies.
+
+    Parameters and multiply-adds are exact, before and after fusing.
+    """
     from onefold.commands.models import model_rows
 
     with show_progress("counting"):
@@ -86,54 +92,67 @@ def models(
 @app.command(context_settings=_OVERRIDES)
 def train(
     context: typer.Context,
-    recipe: Annotated[str, Option(help="family:recipe; `onefold train --list` shows all")] = "photos:scratch",
+    recipe: Annotated[str, Option(help="FAMILY:NAME; `onefold train --list` lists them")] = "photos:scratch",
     data: Annotated[str | None, Option("--data", "--data-dir", help='a folder of photos, or "digits"')] = None,
-    val: Annotated[str | None, Option(help="another place with photos to validate on")] = None,
-    model: Annotated[str | None, Option(help="a network in place of the recipe's; timm:NAME too")] = None,
-    weights: Annotated[str | None, Option(help="start from these weights instead of from scratch")] = None,
+    val: Annotated[str | None, Option(help="a separate validation set")] = None,
+    model: Annotated[
+        str | None, Option(help="another network than the recipe's: a name of `onefold models`, or timm:NAME")
+    ] = None,
+    weights: Annotated[
+        str | None, Option(help="pretrained weights to start from: a file, a run folder, or a hub id")
+    ] = None,
     use_ema: UseEmaOption = None,
     start: Annotated[
         str | None,
         Option(
-            help="plain: weights as they are, or random ones; skips: at first each block is its skip; expanded: "
-            "fused weights with branches again"
+            help="plain: the weights as they are, or random initialization; skips: zero-initialized branches, so that "
+            "each block begins as its skip connection; expanded: fused weights with their branches added again"
         ),
     ] = None,
     head: Annotated[
         str | None,
-        Option(help="last layer: kept from the weights, fresh (random), or probe (fitted to the photos first)"),
+        Option(
+            help="classifier: kept (from the weights), fresh (random), or probe (fitted to the frozen features first)"
+        ),
     ] = None,
-    teacher: Annotated[str | None, Option(help="short for --plan.distill.teacher: a run, weights, timm:NAME")] = None,
+    teacher: Annotated[
+        str | None, Option(help="distill from this network: a run folder, weights, or timm:NAME")
+    ] = None,
     out: Annotated[
-        Path | None, Option("--out", "--output", help="the run folder; by default a new one, runs/<recipe>")
+        Path | None, Option("--out", "--output", help="run folder; by default a new one, runs/<recipe>")
     ] = None,
-    resume: Annotated[Path | None, Option(help="resume this run; with --data and --val if its photos moved")] = None,
+    resume: Annotated[
+        Path | None, Option(help="run folder to resume; with --data and --val if its images have moved")
+    ] = None,
     img_size: ImgSizeOption = None,
-    epochs: Annotated[int | None, Option(help="number of epochs; the warm-up scales along")] = None,
+    epochs: Annotated[int | None, Option(help="number of epochs; the warm-up is scaled with it")] = None,
     int8: Annotated[bool, Option("--int8", help="quantization-aware training for int8")] = False,
-    batch_size: Annotated[int | None, Option("--batch-size", "-b", help="short for --plan.batch_size")] = None,
+    batch_size: Annotated[int | None, Option("--batch-size", "-b", help="images per step (--plan.batch_size)")] = None,
     scale_to_batch: Annotated[
-        int | None, Option(help="this batch size, lr and EMA scaled to it by stated rules")
+        int | None,
+        Option(help="batch size with lr and EMA decay scaled to it: linearly for SGD, by the root for AdamW"),
     ] = None,
-    lr: Annotated[float | None, Option(help="short for --plan.optimizer.lr")] = None,
-    seed: Annotated[int | None, Option(help="short for --plan.seed")] = None,
-    threads: Annotated[int | None, Option(min=1, max=1024, help="compute threads; by default all cores")] = None,
-    device: Annotated[str, Option(help="auto (the GPU, if there is one), cpu or cuda")] = "auto",
+    lr: Annotated[float | None, Option(help="learning rate (--plan.optimizer.lr)")] = None,
+    seed: Annotated[int | None, Option(help="random seed (--plan.seed)")] = None,
+    threads: Annotated[int | None, Option(min=1, max=1024, help="CPU threads; by default one per core")] = None,
+    device: Annotated[str, Option(help="auto (cuda where there is a GPU), cpu or cuda")] = "auto",
     log_to: Annotated[str, Option(help="loggers beside TensorBoard: wandb, trackio")] = "",
-    no_check: Annotated[bool, Option("--no-check", help="skip the check of the data")] = False,
+    no_check: Annotated[bool, Option("--no-check", help="skip the data check")] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="no progress, only warnings and the result")] = False,
-    processes: Annotated[int, Option(min=1, max=1024, help="processes on this machine that train together")] = 1,
-    max_restarts: Annotated[int, Option(min=0, help="how often in a row lost processes are restarted")] = 3,
+    processes: Annotated[int, Option(min=1, max=1024, help="data-parallel processes on this machine")] = 1,
+    max_restarts: Annotated[int, Option(min=0, help="restarts in a row after a process was lost")] = 3,
     list_recipes: Annotated[bool, Option("--list", help="list the recipes and stop")] = False,
-    show: Annotated[bool, Option("--show", help="print the complete recipe, changes included, and stop")] = False,
+    show: Annotated[bool, Option("--show", help="print the complete recipe with all overrides, and stop")] = False,
 ) -> None:
-    """Train a network by a recipe. Any field of it can be overridden: --plan.epochs 5, --data.seed 1 ...
+    """Train a network on images by a recipe.
 
-    What was found in the data is printed, and saved with the complete recipe in the run folder. Photos lie in class
-    folders: data/train/<class>/ and data/val/<class>/, or data/<class>/, which is then split by a stated seed; `onefold
-    data PLACE` shows how any other place is understood.
+    Any field of the recipe can be overridden: --plan.epochs 5, --data.seed 1 ... What was found in the data is printed,
+    and saved with the complete recipe in the run folder. Images lie in class folders: data/train/<class>/ and
+    data/val/<class>/, or data/<class>/, of which a random fifth is held out for validation; `onefold data PLACE` shows
+    how any other place is read.
     """
-    changes = _dotted(context)  # a mistyped option is an error before torch is imported
+    changes = _dotted(context)
+    options = {name: value for name, value in context.params.items() if name not in _OF_COMMAND_LINE}
     if list_recipes:
         with show_progress("reading the recipes"):
             from onefold.recipes import all_recipes
@@ -141,6 +160,11 @@ def train(
             found = all_recipes()
         display.print_recipes(found)
         return
+    if "RANK" not in os.environ:  # the weights need not be on the machines of the other processes
+        with nullcontext() if quiet else show_progress("reading the recipe"):
+            from onefold.commands.input_checks import check_training_inputs
+
+            check_training_inputs(options, changes, is_shown=show)
     if processes > 1 and "RANK" not in os.environ:
         given = list(context.obj)
         with show_progress("starting"):
@@ -167,32 +191,7 @@ def train(
                 on_data=display.print_dataset,
                 on_progress=on_progress,
             )
-        run = train_network(
-            data,
-            recipe=recipe,
-            val=val,
-            model=model,
-            weights=weights,
-            use_ema=use_ema,
-            start=start,
-            head=head,
-            teacher=teacher,
-            out=out,
-            resume=resume,
-            img_size=img_size,
-            epochs=epochs,
-            int8=int8,
-            batch_size=batch_size,
-            scale_to_batch=scale_to_batch,
-            lr=lr,
-            seed=seed,
-            threads=threads,
-            device=device,
-            log_to=log_to,
-            no_check=no_check,
-            changes=changes,
-            callbacks=callbacks,
-        )
+        run = train_network(**options, changes=changes, callbacks=callbacks)
     if os.environ.get("RANK", "0") == "0":  # the run folder need not be on the machines of the others
         display.print_training_result(run)
 
@@ -206,13 +205,16 @@ def _show(recipe: Recipe) -> None:
 @app.command()
 def data(
     place: Annotated[str, Argument(help='a folder, tar shards, Parquet files, a table of labels, or "digits"')],
-    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="of the split, where val is cut out of train")] = 0,
-    val_fraction: Annotated[float, Option(min=0.0, max=1.0, help="the share of val, where it is cut")] = 0.2,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="random seed of the split, where there is no val")] = 0,
+    val_fraction: Annotated[
+        float, Option(min=0.0, max=1.0, help="fraction of train that becomes val, where there is no val")
+    ] = 0.2,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a dataset is before it is used: its classes, its splits and where they come from, and what is left out.
+    """Show how a dataset is read, and what is left out of it.
 
-    Nothing is decoded. `train`, `eval`, `export` and `deploy` read a place in the same way.
+    Its classes, its splits and where they come from. No image is decoded. `train`, `eval`, `export` and `deploy` read a
+    place in the same way.
     """
     with show_progress(f"reading {place}"):
         from onefold.data import read_dataset
@@ -225,25 +227,28 @@ def data(
 def evaluate(
     source: SourceArgument,
     data: Annotated[str | None, Option("--data", "--data-dir", help='labelled images, or "digits"')] = None,
-    split: Annotated[str | None, Option(help="train, val or test; by default val and test, where there are")] = None,
+    split: Annotated[
+        str | None, Option(help="train, val or test; by default val and test, as far as they exist")
+    ] = None,
     model: ModelOption = None,
     use_ema: UseEmaOption = None,
     classes: ClassesOption = None,
     img_size: ImgSizeOption = None,
     batch_size: BatchSizeOption = 32,
     threads: ThreadsOption = 2,
-    results: Annotated[Path, Option(help="where to save the accuracy for `bench` and `report`")] = Path("results"),
+    results: Annotated[Path, Option(help="folder to keep the accuracy in, for `bench` and `report`")] = Path("results"),
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a network or an artifact on labelled images: top-1, top-5, loss, calibration error (15 bins).
+    """Evaluate a network or an artifact on labelled images.
 
-    Without --data a run is evaluated on the val and the test of its own data, and the predictions for val are kept for
-    `report`. Of a place with val or test those are used; of one without, all images but those that the network was
-    trained on. Where images that were trained on are scored, or copies of them by their pixels, the line says how many.
-    ImageNet-A, -R and -Sketch are recognized by their folders, -C by corruption/severity/class, ReaL labels by a
-    real.json beside val/.
+    Top-1, top-5, loss and expected calibration error (15 bins). Without --data a run is evaluated on the val and test
+    splits of its own data, and its predictions on val are kept for `report`. Of a place with val or test those are
+    scored; of one without, all images that the network was not trained on. Where training images, or copies of them by
+    their pixels, are scored all the same, the line says how many. ImageNet-A, -R and -Sketch are recognized by their
+    folders, -C by corruption/severity/class, ReaL labels by a real.json beside val/.
     """
     with show_progress(f"scoring {source}"):
+        check_inputs(source, places=[data], model=model, classes=classes)
         from onefold.commands.evaluate import evaluate as evaluate_source
 
         found = evaluate_source(
@@ -269,26 +274,26 @@ def predict(
     source: SourceArgument,
     images: Annotated[list[Path], Argument(help="photos, or folders of photos")],
     out: Annotated[
-        Path | None, Option("--out", "-o", help="write a table in place of lines: answers.csv or answers.jsonl")
+        Path | None, Option("--out", "-o", help="write a table instead of printing: a .csv or .jsonl file")
     ] = None,
     sort_into: Annotated[
-        Path | None, Option(help="copy each photo to a folder of its class in this new folder")
+        Path | None, Option(help="copy each photo into a subfolder named after its class, in this new folder")
     ] = None,
     min_confidence: Annotated[
-        float, Option(min=0.0, max=1.0, help="below this probability (0 to 1) a photo is unsure")
+        float, Option(min=0.0, max=1.0, help="below this probability (0 to 1) a prediction is called unsure")
     ] = 0.0,
     model: ModelOption = None,
     use_ema: UseEmaOption = None,
     classes: ClassesOption = None,
     img_size: ImgSizeOption = None,
-    top: Annotated[int, Option(min=1, help="classes to print per image")] = 5,
+    top: Annotated[int, Option(min=1, help="most likely classes to print per image")] = 5,
     batch_size: BatchSizeOption = 32,
     threads: ThreadsOption = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict the classes of photos of any format and orientation.
+    """Predict the classes of photos, of any format and orientation.
 
-    Files that cannot be read, and paths that are not there, are named and counted, and the others go on.
+    Files that cannot be read and paths that do not exist are named and counted, and the others are predicted.
     """
     with show_progress("predicting"):
         from onefold.commands import predict as prediction
@@ -297,6 +302,7 @@ def predict(
             prediction.check_table_path(out)
         if sort_into is not None:
             prediction.check_empty_folder(sort_into)
+        check_inputs(source, model=model, classes=classes)
         is_listed = as_json or (out is None and sort_into is None)
         found = prediction.predict(
             source,
@@ -319,8 +325,8 @@ def predict(
 
 @app.command()
 def fuse(
-    source: SourceArgument,
-    out: Annotated[Path, Option("--out", "-o", help="the file to write")] = Path("fused.safetensors"),
+    source: WeightsArgument,
+    out: Annotated[Path, Option("--out", "-o", help="file to write")] = Path("fused.safetensors"),
     model: ModelOption = None,
     use_ema: UseEmaOption = None,
     tolerance: Annotated[
@@ -328,12 +334,16 @@ def fuse(
         Option(
             min=0.0,
             show_default="1e-4, or 16 times the network's own rounding",
-            help="the largest relative difference of outputs that passes",
+            help="largest relative difference of outputs that is accepted",
         ),
     ] = None,
 ) -> None:
-    """Fuse each multi-branch block into one convolution, check that the output is the same, and save the weights."""
+    """Fuse each multi-branch block into one convolution.
+
+    The outputs of the fused network are compared with those of the original on random images before it is saved.
+    """
     with show_progress("fusing"):
+        check_inputs(source, model=model)
         from onefold.commands.fuse import fuse as fuse_weights
 
         made = fuse_weights(source, out, model=model, use_ema=use_ema, tolerance=tolerance)
@@ -354,11 +364,15 @@ for verb in (
 @app.command()
 def report(
     folders: Annotated[
-        list[Path] | None, Argument(help="folders with runs, results and artifacts in them or below")
+        list[Path] | None,
+        Argument(help="folders that are searched for runs, results and artifacts; by default the current one"),
     ] = None,
-    out: Annotated[Path, Option("--out", "-o", help="the page to write")] = Path("report.html"),
+    out: Annotated[Path, Option("--out", "-o", help="page to write")] = Path("report.html"),
 ) -> None:
-    """Write one self-contained HTML page of all that was trained, exported and measured."""
+    """Write one HTML page of everything trained, exported and measured.
+
+    The page is self-contained: it loads nothing from elsewhere.
+    """
     with show_progress("writing the report"):
         from onefold.commands.report import report as write
 
@@ -368,14 +382,15 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, Option("--out", "-o", help="the folder for everything it makes")] = Path("demo"),
-    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="of the training: another gives another network")] = 0,
-    epochs: Annotated[int | None, Option(min=1, help="fewer for a glance, more for accuracy")] = None,
+    out: Annotated[Path, Option("--out", "-o", help="folder for all that it writes")] = Path("demo"),
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="random seed of the training")] = 0,
+    epochs: Annotated[int | None, Option(min=1, help="number of epochs")] = None,
 ) -> None:
-    """Run the whole pipeline on scikit-learn's digits: train MobileOne-S0, fuse, deploy, benchmark, report.
+    """Run the whole pipeline on scikit-learn's digits.
 
-    Exit status 1 where an artifact fails its gate: an fp32 answer that is not the network's, or int8 that loses more
-    than one point of top-1. The report is written all the same, and says so.
+    Train MobileOne-S0, fuse, deploy, benchmark, report. The exit status is 1 where an artifact fails its gate: an fp32
+    answer that is not the network's, or int8 that loses more than one point of top-1. The report is written all the
+    same, and says so.
     """
     from onefold.commands.demo import demo as run
 
@@ -386,7 +401,7 @@ def demo(
 
 @app.command()
 def info(as_json: JsonOption = False) -> None:
-    """Show what is installed: versions, the machine, where the compiled C++ code comes from, and the extras."""
+    """Show what is installed: versions, machine, compiled code, extras."""
     with show_progress("looking at this installation"):
         from onefold.commands.info import info as describe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -13,16 +13,17 @@ from onefold.runtimes import RUNTIMES
 SourceArgument = Annotated[
     str, Argument(help="a run folder, a file of weights, a hub id, timm:NAME, or an exported artifact")
 ]
-ModelOption = Annotated[str | None, Option("--model", help="the network's name, if the weights do not hold it")]
-ThreadsOption = Annotated[int, Option(min=1, max=1024, help="compute threads")]
-JsonOption = Annotated[bool, Option("--json", help="one JSON object a line, for programs")]
-BatchSizeOption = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images per step or call")]
-ClassesOption = Annotated[Path | None, Option(help="a file with the names of the classes, one a line, or JSON")]
+WeightsArgument = Annotated[str, Argument(help="a run folder, a file of weights, a hub id or timm:NAME")]
+ModelOption = Annotated[str | None, Option("--model", help="name of the network, if the weights do not tell it")]
+ThreadsOption = Annotated[int, Option(min=1, max=1024, help="CPU threads")]
+JsonOption = Annotated[bool, Option("--json", help="print JSON, one object per line")]
+BatchSizeOption = Annotated[int, Option("--batch-size", "-b", min=1, max=65536, help="images per forward pass")]
+ClassesOption = Annotated[Path | None, Option(help="file with the class names: one per line, or JSON")]
 UseEmaOption = Annotated[
     bool | None,
-    Option("--use-ema/--no-use-ema", help="of a checkpoint that holds both, EMA or plain weights; else EMA"),
+    Option("--use-ema/--no-use-ema", help="EMA or plain weights, of a checkpoint with both; by default EMA"),
 ]
-ImgSizeOption = Annotated[int | None, Option("--img-size", min=1, max=8192, help="side of the images in pixels")]
+ImgSizeOption = Annotated[int | None, Option("--img-size", min=1, max=8192, help="image size in pixels")]
 
 
 def parse_runtimes(to: str) -> list[str]:
@@ -31,3 +32,10 @@ def parse_runtimes(to: str) -> list[str]:
     if not names:
         raise BadArgument(f"--to names no runtime: give one or more of {', '.join(RUNTIMES)}")
     return names
+
+
+def check_inputs(*sources: str, **given: Any) -> None:
+    """Do what `onefold.commands.input_checks.check_inputs` does, which is imported when a verb runs."""
+    from onefold.commands.input_checks import check_inputs as check
+
+    check(*sources, **given)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _OnProgress = Callable[["Progress"], None]
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line of a log, and between two
 _REDRAWN_S = 0.2  # the line on a terminal
-_BAR = 8  # characters of the bar of a training
+_BAR = 5  # characters of the bar of a training, so that its line fits into 80
 _LONGEST = 1000  # characters of an update, which a pipe takes whole
 
 
@@ -208,7 +208,7 @@ def show_training_progress() -> Iterator[_OnProgress]:
                     tell = shown.enter_context(_writer("training")) if live else tell
             epoch, now = f"epoch {at.epoch}/{at.epochs}", progress_values(at)
             bar = round(_BAR * done)
-            left, values = at.eta_s if math.isfinite(at.eta_s) else 0.0, progress_values(replace(at, eta_s=math.nan))
+            left, values = at.eta_s if math.isfinite(at.eta_s) else 0.0, progress_values(replace(at, eta_s=math.nan), 1)
             tell(f"{left}\t0.5\t{epoch} {'━' * bar}{'─' * (_BAR - bar)} {values}")
             if at.is_evaluation:
                 print(f"{epoch}  {now}", file=sys.stderr, flush=True)
@@ -220,11 +220,11 @@ def show_training_progress() -> Iterator[_OnProgress]:
         yield on_progress
 
 
-def progress_values(at: Progress) -> str:
+def progress_values(at: Progress, digits: int = 2) -> str:
     """Loss, accuracy of the last evaluation, speed, memory and the time that is left, as far as they are known."""
     parts = [f"loss {at.loss:.3f}"]
     if "top1" in at.metrics:
-        parts.append(f"top-1 {at.metrics['top1']:.2f} %")
+        parts.append(f"val top-1 {at.metrics['top1']:.{digits}f} %")
     if math.isfinite(at.images_per_s):
         parts.append(f"{at.images_per_s:.0f} images/s")
     if at.memory_bytes:

@@ -28,7 +28,6 @@ from onefold.commands.held_out import count_trained_images, evaluation_sets, rec
 from onefold.commands.predict import warn_unusual_images
 from onefold.commands.predictor import Floats, Predictor, Source, open_source, suggest_argument_names
 from onefold.commands.progress import show_progress
-from onefold.commands.run_recipe import RECIPE_FILE
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.duplicates import thumbnail_stats
@@ -44,6 +43,7 @@ from onefold.data.imagenet_variants import (
 )
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData
+from onefold.recipes import RECIPE_FILE
 from onefold.storage import parse_json, write_text
 from onefold.train import Accuracy, compute_accuracy
 from onefold.train.evaluate import merge_accuracies

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from importlib.util import find_spec
 
-from onefold.commands.timm_networks import is_timm
+from onefold.commands.predictor import is_timm
 from onefold.data.remote import OBJECT_STORE_PREFIXES
 from onefold.errors import MissingExtra
 from onefold.report.format import join_words

@@ -16,9 +16,9 @@ from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
 from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict
-from onefold.commands.predictor import SavedResult, Source, select_ema_weights, suggest_argument_names
+from onefold.commands.predictor import SavedResult, Source, is_timm, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import show_progress
-from onefold.commands.timm_networks import is_timm, save_timm
+from onefold.commands.timm_networks import save_timm
 from onefold.errors import BadArgument
 from onefold.models import ModelCost, count_flops
 from onefold.models.pretrained import save_weights

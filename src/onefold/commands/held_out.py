@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.checksums import read_sealed_json, write_sealed_json
-from onefold.commands.run_recipe import RECIPE_FILE, read_recipe
+from onefold.commands.run_recipe import read_recipe
 from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
 from onefold.data.dataset_info import DatasetInfo, Split
@@ -40,7 +40,7 @@ from onefold.data.remote import REMOTE_PREFIXES
 from onefold.data.splits import NoClassFoldersError
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models.pretrained import read_card
-from onefold.recipes import Data, Recipe
+from onefold.recipes import RECIPE_FILE, Data, Recipe
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")

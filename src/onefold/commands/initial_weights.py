@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onefold.commands.class_matching import match_classes
-from onefold.commands.open_network import ModelNameCheck, Network, resolve_weights_file
+from onefold.commands.open_network import ModelNameCheck, Network
+from onefold.commands.predictor import is_timm, parse_timm_spec, resolve_weights_file
 from onefold.commands.timm_networks import (
     check_timm_model,
     create_timm,
     fixed_image_size,
-    is_timm,
     last_layers,
     load_timm,
-    parse_timm_spec,
     pretrained_hub_id,
     read_timm_card,
     stored_timm_name,

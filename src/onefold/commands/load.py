@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from onefold.commands.open_network import open_network, resolve_weights_file
-from onefold.commands.predictor import Source
-from onefold.commands.timm_networks import is_timm, stored_timm_name
+from onefold.commands.open_network import open_network
+from onefold.commands.predictor import Source, is_timm, resolve_weights_file
+from onefold.commands.timm_networks import stored_timm_name
 from onefold.errors import BadArgument
 from onefold.models import pretrained
 from onefold.models.pretrained import Card

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from onefold.checksums import MANIFEST, read_sealed_folder
-from onefold.commands.predictor import Floats, Predictor, untrained_facts
-from onefold.commands.timm_networks import is_timm, load_stored_timm, load_timm, open_timm
+from onefold.commands.predictor import Floats, Predictor, is_timm, resolve_weights_file, untrained_facts
+from onefold.commands.timm_networks import load_stored_timm, load_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
-from onefold.errors import BadArgument, BadCheckpoint, GateFailed, NonFiniteLoss
+from onefold.errors import BadArgument, GateFailed, NonFiniteLoss
 from onefold.models import count_flops
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
 from onefold.models.pretrained import Card, load_model, matching_model_names
@@ -27,7 +26,6 @@ from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert
 from onefold.reparam import drift, fuse, unfused_norms
 from onefold.reparam.drift import float64_drift
-from onefold.runtimes.artifact import is_artifact
 
 _log = logging.getLogger("onefold")
 
@@ -227,35 +225,6 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
         _log.info("%s has no last layer: its outputs are features and no classes", source)
     network = Network(model=model.eval(), card=card, title=str(source))
     return replace(network, name_check=ModelNameCheck.from_network(network, source, name))
-
-
-def resolve_weights_file(source: str | Path) -> str | Path:
-    """Give the best weights of a run folder, and any other source as it is. Raises BadArgument, BadCheckpoint.
-
-    Those of a run that averages are averaged: RUN:averaged are the same, and RUN:plain is refused.
-    """
-    path = Path(source)
-    run, _, choice = str(source).rpartition(":")
-    if choice in ("plain", "averaged") and not path.exists() and (Path(run) / "log.jsonl").is_file():
-        has_averaged = (Path(run) / "last" / "ema.safetensors").is_file()
-        if (choice == "averaged") == has_averaged:
-            return resolve_weights_file(run)
-        there, place = "averaged" if has_averaged else "plain", f"; {run}/last:plain are those of its last step"
-        raise BadArgument(f"the best weights of {run} are {there}, and no {choice} ones are kept{place * has_averaged}")
-    if is_artifact(path):
-        raise BadArgument(f"{source} is an exported artifact: give the weights that it was made from")
-    if not (path / "log.jsonl").is_file():
-        return source
-    best = path / "best"
-    if not (best / "model.safetensors").is_file():
-        raise BadCheckpoint(f"{source} is a run without best weights yet: let it finish an epoch")
-    if (best / MANIFEST).exists():
-        read_sealed_folder(best)
-    else:
-        _log.warning(
-            "%s is gone: the weights are checked by their own checksum, their metrics are not", best / MANIFEST
-        )
-    return best / "model.safetensors"
 
 
 def make_predictor(network: Network, *, threads: int = 1) -> Predictor:

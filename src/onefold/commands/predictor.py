@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +23,22 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from onefold.checksums import MANIFEST, read_sealed_folder
 from onefold.data import Preprocessing
 from onefold.data.image_inputs import prepare_images
-from onefold.errors import BadArgument
+from onefold.errors import BadArgument, BadCheckpoint
+from onefold.models.locate_weights import check_weights_exist
 from onefold.runtimes import Artifact, Session, exporter
 from onefold.runtimes.artifact import is_artifact
 
 if TYPE_CHECKING:
     from onefold.commands.open_network import ModelNameCheck
 
+_log = logging.getLogger("onefold")
+
 Floats = NDArray[np.float32]
 Source = str | os.PathLike[str]
+TIMM_PREFIX = "timm:"
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
@@ -138,6 +144,70 @@ def select_ema_weights(source: Source, use_ema: bool | None) -> str:
     """Give the source with the choice that `use_ema` states among its weights, as FILE:averaged or FILE:plain."""
     path = os.fspath(source)
     return path if use_ema is None else f"{path}:{'averaged' if use_ema else 'plain'}"
+
+
+def is_timm(source: str | Path) -> bool:
+    """Whether a source, or the model of a recipe, names a network of timm."""
+    return str(source).startswith(TIMM_PREFIX)
+
+
+def parse_timm_spec(spec: str) -> tuple[str, Path | None]:
+    """Split `timm:NAME@FILE` into timm:NAME and the file, None where there is none. Raises BadArgument."""
+    model_name, at, file = spec.partition("@")
+    if at and not file:
+        raise BadArgument(f"{spec} has no file after its @: give {model_name}@FILE, or {model_name} for random weights")
+    return model_name, Path(file) if at else None
+
+
+def resolve_weights_file(source: str | Path) -> str | Path:
+    """Give the best weights of a run folder, and any other source as it is. Raises BadArgument, BadCheckpoint.
+
+    Those of a run that averages are averaged: RUN:averaged are the same, and RUN:plain is refused.
+    """
+    file = _find_weights_file(source)
+    if file != source:
+        best = Path(file).parent
+        if (best / MANIFEST).exists():
+            read_sealed_folder(best)
+        else:
+            _log.warning(
+                "%s is gone: the weights are checked by their own checksum, their metrics are not", best / MANIFEST
+            )
+    return file
+
+
+def _find_weights_file(source: str | Path) -> str | Path:
+    """Do what `resolve_weights_file` does, and read none of the weights."""
+    path = Path(source)
+    run, _, choice = str(source).rpartition(":")
+    if choice in ("plain", "averaged") and not path.exists() and (Path(run) / "log.jsonl").is_file():
+        has_averaged = (Path(run) / "last" / "ema.safetensors").is_file()
+        if (choice == "averaged") == has_averaged:
+            return _find_weights_file(run)
+        there, place = "averaged" if has_averaged else "plain", f"; {run}/last:plain are those of its last step"
+        raise BadArgument(f"the best weights of {run} are {there}, and no {choice} ones are kept{place * has_averaged}")
+    if is_artifact(path):
+        raise BadArgument(f"{source} is an exported artifact: give the weights that it was made from")
+    if not (path / "log.jsonl").is_file():
+        return source
+    best = path / "best"
+    if not (best / "model.safetensors").is_file():
+        raise BadCheckpoint(f"{source} is a run without best weights yet: let it finish an epoch")
+    return best / "model.safetensors"
+
+
+def check_source_exists(source: Source) -> None:
+    """Raise what opening a source would, where nothing lies there: without torch, and before the rest of a command.
+
+    What is no path of this machine and may be an id is asked for at the hub. Raises BadArgument, BadCheckpoint,
+    NetworkFailed.
+    """
+    path = os.fspath(source)
+    if is_timm(path):
+        _, file = parse_timm_spec(path)
+        path = "" if file is None else str(file)
+    if path and not is_artifact(Path(path)):
+        check_weights_exist(_find_weights_file(path))
 
 
 @contextmanager

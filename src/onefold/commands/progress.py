@@ -37,13 +37,13 @@ def _bar(**options: Any) -> Iterator[Any]:
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[Progress], None]]:
-    """Show the steps of a training as they are taken, with loss and accuracy: gives the callback for each."""
+    """Show a training's steps, loss and accuracy of the last validation; gives the callback for each step."""
     with _bar(unit="step", dynamic_ncols=True) as bar:
 
         def on_progress(at: Progress) -> None:
             bar.total = at.epochs * at.steps
             bar.set_description(f"epoch {at.epoch}/{at.epochs}", refresh=False)
-            top1 = {"top-1": f"{at.metrics['top1']:.2f} %"} if "top1" in at.metrics else {}
+            top1 = {"val top-1": f"{at.metrics['top1']:.2f} %"} if "top1" in at.metrics else {}
             bar.set_postfix({"loss": f"{at.loss:.3f}", **top1}, refresh=False)
             bar.update(at.global_step - bar.n)
 

@@ -19,17 +19,14 @@ from torch import nn
 
 from onefold.checksums import read_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, BadData
-from onefold.recipes import Recipe
+from onefold.recipes import RECIPE_FILE, Recipe, read_recipe_file
 from onefold.report.format import format_count
-from onefold.storage import parse_json, read_json
+from onefold.storage import parse_json
 from onefold.train import RunFolder
 from onefold.train.checkpoint import PROGRESS_FILE
 from onefold.train.hyperparameters import CHANGEABLE_ON_RESUME
 from onefold.train.optim import frozen_modules
 from onefold.train.step import norms_with_single_value
-
-RECIPE_FILE = "recipe.json"
-"""The recipe of a run, in its folder."""
 
 _log = logging.getLogger("onefold")
 
@@ -54,12 +51,7 @@ def routes_of_run(out: Path) -> dict[str, str] | None:
 
 def read_recipe(out: Path) -> Recipe:
     """Read the recipe of a run folder. Raises BadCheckpoint where there is none, or not the one that it began with."""
-    try:
-        recipe = Recipe.from_dict(read_json(out / RECIPE_FILE))
-    except FileNotFoundError as error:
-        raise BadCheckpoint(f"{out} is not a run: it has no {RECIPE_FILE}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{out / RECIPE_FILE} cannot be read: {error}") from error
+    recipe = read_recipe_file(out)
     _check_settings(out, recipe)
     return recipe
 

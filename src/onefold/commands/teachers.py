@@ -14,8 +14,8 @@ from torch import Tensor
 
 from onefold.commands.class_matching import match_all_classes
 from onefold.commands.open_network import open_network
-from onefold.commands.predictor import open_predictor
-from onefold.commands.timm_networks import fixed_image_size, is_timm, open_pretrained, parse_timm_spec
+from onefold.commands.predictor import is_timm, open_predictor, parse_timm_spec
+from onefold.commands.timm_networks import fixed_image_size, open_pretrained
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadData
 from onefold.recipes import Recipe

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from onefold.commands.predictor import TIMM_PREFIX, is_timm, parse_timm_spec
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels, find_class_names, find_preprocessing
@@ -37,15 +38,9 @@ from onefold.models.weights_file import (
 from onefold.reparam import fuse
 from onefold.runtimes.reference_logits import make_reference_images
 
-TIMM_PREFIX = "timm:"
 _log = logging.getLogger("onefold")
 _NUM_IMAGES = 8
 _HEADER = 1 << 20  # bytes at the start of a file of ours in which its card stands
-
-
-def is_timm(source: str | Path) -> bool:
-    """Whether a source, or the model of a recipe, names a network of timm."""
-    return str(source).startswith(TIMM_PREFIX)
 
 
 def open_timm(spec: str) -> tuple[nn.Module, Card]:
@@ -98,14 +93,6 @@ def open_pretrained(spec: str) -> tuple[nn.Module, Card]:
 
 
 # ----------------------------------------------------------------------------- for a training
-
-
-def parse_timm_spec(spec: str) -> tuple[str, Path | None]:
-    """Split `timm:NAME@FILE` into timm:NAME and the file, None where there is none. Raises BadArgument."""
-    model_name, at, file = spec.partition("@")
-    if at and not file:
-        raise BadArgument(f"{spec} has no file after its @: give {model_name}@FILE, or {model_name} for random weights")
-    return model_name, Path(file) if at else None
 
 
 def create_timm(model_name: str, *, num_classes: int, in_chans: int, dropout: float | None = None) -> nn.Module:

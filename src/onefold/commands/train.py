@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from onefold.checksums import write_sealed_json
-from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import (
     IMAGES_FILE,
     TrainingRecords,
@@ -39,22 +38,21 @@ from onefold.commands.initial_weights import (
     licence_and_source,
     with_preprocessing_of_weights,
 )
-from onefold.commands.predictor import Source, select_ema_weights, suggest_argument_names
+from onefold.commands.input_checks import check_recipe_inputs
+from onefold.commands.predictor import Source, is_timm, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import training_bar
 from onefold.commands.run import BestEpoch, Run, new_run_folder
 from onefold.commands.run_recipe import (
-    RECIPE_FILE,
     check_batch_size,
     check_norms_see_several_values,
     read_recipe,
     recipe_metadata,
 )
 from onefold.commands.teachers import open_teachers
-from onefold.commands.timm_networks import check_timm_model, is_timm
+from onefold.commands.timm_networks import check_timm_model
 from onefold.commands.training_routes import choose_routes_
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
-from onefold.data.dataset import check_places_exist
 from onefold.data.dataset_checks import DataCheck, check_data, contact_sheet, label_captions
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
@@ -62,7 +60,7 @@ from onefold.errors import BadArgument, BadCheckpoint
 from onefold.models import resolve_name
 from onefold.models.pretrained import Card
 from onefold.quantize import ModelQParams, QuantizationMethod, calibrate_qat, prepare_qat_
-from onefold.recipes import Recipe, make_recipe
+from onefold.recipes import RECIPE_FILE, Recipe, make_recipe, option_changes
 from onefold.reparam import unfused_norms
 from onefold.storage import atomic_replace, read_json, write_text
 from onefold.train import (
@@ -151,12 +149,9 @@ def train(
         run.best.top1, run.predict("cat.jpg").names
     """
     services = [name.strip() for name in log_to.split(",") if name.strip()] if isinstance(log_to, str) else list(log_to)
-    fields: dict[str, object] = {"data.val": val, "model": model, "start": start, "head": head, "plan.seed": seed}
-    fields |= {"weights": None if weights is None else select_ema_weights(weights, use_ema)}
-    fields |= {"plan.distill.teacher": teacher, "plan.batch_size": batch_size, "plan.optimizer.lr": lr}
-    texts = {field: str(value) for field, value in fields.items() if value is not None}
-    texts |= {"int8": "{}"} if int8 else {}
-    texts |= {field: v if isinstance(v, str) else json.dumps(v) for field, v in (changes or {}).items()}
+    options = {"val": val, "model": model, "start": start, "head": head, "teacher": teacher, "seed": seed, "lr": lr}
+    options |= {"weights": None if weights is None else select_ema_weights(weights, use_ema)}
+    texts = option_changes({**options, "int8": int8, "batch_size": batch_size}, changes or {})
     place = None if data is None else os.fspath(data)
     with ExitStack() as stack:
         if threads is not None:
@@ -177,10 +172,7 @@ def train(
             texts |= {} if place is None else {"data.spec": place}
             chosen = make_recipe(recipe, texts, size=img_size, epochs=epochs, scale_to_batch=scale_to_batch)
             if callbacks.on_recipe is None:  # a recipe that is only shown needs nothing
-                teachers = () if chosen.plan.distill is None else chosen.plan.distill.teachers
-                sources = (chosen.data.spec, chosen.data.val, chosen.model, chosen.weights, *teachers)
-                require_extras([*services, *extras_for_sources(*sources)])
-                check_places_exist(chosen.data.spec, chosen.data.val)  # said before the hub is asked for weights
+                check_recipe_inputs(chosen, services)  # said before the hub is asked for a card
             is_shown = callbacks.on_recipe is not None or os.environ.get("RANK", "0") != "0"
             given = {*texts, *(["preprocessing.size"] if img_size is not None else [])}
             chosen = with_preprocessing_of_weights(chosen, given, is_shown=is_shown)

@@ -32,6 +32,7 @@ from onefold.data.dataset_info import LeftOut as LeftOut
 from onefold.data.dataset_info import SplitInfo as SplitInfo
 from onefold.data.folders import ImageFiles as ImageFiles
 from onefold.data.folders import find_images as find_images
+from onefold.data.mixup import Mixing as Mixing
 from onefold.data.preprocessing import IMAGENET_MEAN as IMAGENET_MEAN
 from onefold.data.preprocessing import IMAGENET_STD as IMAGENET_STD
 from onefold.data.preprocessing import Preprocessing as Preprocessing
@@ -39,10 +40,9 @@ from onefold.data.preprocessing import Preprocessing as Preprocessing
 if TYPE_CHECKING:
     from onefold.data.loader import CachedDataset as CachedDataset
     from onefold.data.loader import ImageLoader as ImageLoader
-    from onefold.data.mixup import Mixing as Mixing
-    from onefold.data.mixup import MixupLoader as MixupLoader
+    from onefold.data.loader import MixupLoader as MixupLoader
 
-_LOADERS = {"CachedDataset": "loader", "ImageLoader": "loader", "Mixing": "mixup", "MixupLoader": "mixup"}
+_LOADERS = {"CachedDataset": "loader", "ImageLoader": "loader", "MixupLoader": "loader"}
 
 
 def __getattr__(name: str) -> Any:

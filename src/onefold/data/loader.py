@@ -31,8 +31,9 @@ from onefold.data.crop import Crop, CropBox
 from onefold.data.curriculum import ProgressiveAugment
 from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import dataset_fingerprint
+from onefold.data.mixup import Mixing
 from onefold.data.preprocessing import Preprocessing, ValueRange
-from onefold.data.sampler import sample_generator, shuffled_indices
+from onefold.data.sampler import batch_generator, sample_generator, shuffled_indices
 from onefold.errors import BadArgument, BadData
 
 _PREFETCH = 2  # batches that are made while one is used
@@ -286,3 +287,43 @@ class CachedDataset:
         if i not in self._digests:
             self._digests[i] = self.dataset.digest(i)
         return self._digests[i]
+
+
+class _LabelledBatches(Protocol):
+    """Batches of an epoch, as `ImageLoader` gives them."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the batches of epoch n from step `start` on."""
+
+    def fingerprint(self) -> str:
+        """Give a digest that tells these data from others."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixupLoader:
+    """Batches after mixup or CutMix, on `device`: images, and class shares (B, K) in place of labels."""
+
+    batches: _LabelledBatches
+    mixing: Mixing
+    _: KW_ONLY
+    num_classes: int
+    seed: int = 0
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __len__(self) -> int:
+        """Steps of an epoch, for this rank."""
+        return len(self.batches)
+
+    def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the batches of epoch n (from 0) from step `start` on: the same, to the bit, as without a start."""
+        for step, (images, labels) in enumerate(self.batches.epoch(n, start), start):
+            rng = batch_generator(self.seed, n, step, self.rank)
+            on_device = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield self.mixing(*on_device, self.num_classes, rng)
+
+    def fingerprint(self) -> str:
+        """Give that of the batches: mixing is no part of the data."""
+        return self.batches.fingerprint()

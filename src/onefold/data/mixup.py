@@ -7,17 +7,15 @@ opposite place of its batch, whose order is random already. There is one draw pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from onefold.data.sampler import batch_generator
 from onefold.errors import BadArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,9 @@ class Mixing:
         self, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         """Mix images (B, C, H, W) float; labels (B) int64 become class shares (B, K) float32 that sum to 1."""
+        import torch  # a recipe is read without it
+        import torch.nn.functional as F
+
         one_hot = F.one_hot(labels, num_classes).float()
         if rng.random() >= self.p:
             return images, one_hot
@@ -69,43 +70,3 @@ def _span(length: int, share: float, rng: np.random.Generator) -> slice:
     """Give `share` of a side around a random middle, as much of it as lies inside the picture."""
     span, middle = int(length * share), int(rng.integers(length))
     return slice(max(0, middle - span // 2), min(length, middle + (span + 1) // 2))
-
-
-class _Batches(Protocol):
-    """Batches of an epoch, as `ImageLoader` gives them."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the batches of epoch n from step `start` on."""
-
-    def fingerprint(self) -> str:
-        """Give a digest that tells these data from others."""
-
-
-@dataclass(frozen=True, eq=False)
-class MixupLoader:
-    """Batches after mixup or CutMix, on `device`: images, and class shares (B, K) in place of labels."""
-
-    batches: _Batches
-    mixing: Mixing
-    _: KW_ONLY
-    num_classes: int
-    seed: int = 0
-    rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def __len__(self) -> int:
-        """Steps of an epoch, for this rank."""
-        return len(self.batches)
-
-    def epoch(self, n: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the batches of epoch n (from 0) from step `start` on: the same, to the bit, as without a start."""
-        for step, (images, labels) in enumerate(self.batches.epoch(n, start), start):
-            rng = batch_generator(self.seed, n, step, self.rank)
-            on_device = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            yield self.mixing(*on_device, self.num_classes, rng)
-
-    def fingerprint(self) -> str:
-        """Give that of the batches: mixing is no part of the data."""
-        return self.batches.fingerprint()

@@ -7,15 +7,14 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onefold.errors import BadArgument
-from onefold.models import mobileformer as _former
-from onefold.models import mobilenetv1 as _v1
-from onefold.models import mobileone as _one
-from onefold.models.layers import Classifier
-from onefold.reparam import quickest, set_route_
+
+if TYPE_CHECKING:
+    from onefold.models.layers import Classifier
+
+_Build = Callable[[int, int], "Classifier"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class CatalogueEntry:
     `weights` is the id on the Hugging Face hub of released ImageNet weights, "" where none are known.
     """
 
-    build: Callable[[int, int], Classifier]
+    build: _Build
     input: Mapping[str, Any]
     top1: float | None = None
     source: str = ""
@@ -56,18 +55,33 @@ _IMAGENET, _CROP_90, _CENTRED = _input(), _input(crop_pct=0.9), _input(centred=T
 _CENTRED_BICUBIC = _input(centred=True, interpolation="bicubic")
 
 
-def _mobileone(variant: str) -> Callable[[int, int], Classifier]:
-    return partial(_one.mobileone, _one.VARIANTS[variant])
+def _mobileone(variant: str) -> _Build:
+    def build(num_classes: int, in_chans: int) -> Classifier:
+        from onefold.models import mobileone  # the names are there before torch is imported
+
+        return mobileone.mobileone(mobileone.VARIANTS[variant], num_classes, in_chans)
+
+    return build
 
 
-def _mobileformer(variant: str) -> Callable[[int, int], Classifier]:
-    return partial(_former.mobileformer, variant)
+def _mobileformer(variant: str) -> _Build:
+    def build(num_classes: int, in_chans: int) -> Classifier:
+        from onefold.models import mobileformer
+
+        return mobileformer.mobileformer(variant, num_classes, in_chans)
+
+    return build
 
 
-def _mobilenet(
-    width: float, flavour: _v1.ImplementationDetails = _v1.PAPER_DETAILS
-) -> Callable[[int, int], Classifier]:
-    return partial(_v1.mobilenetv1, _v1.Variant(width=width, flavour=flavour))
+def _mobilenet(details: str = "PAPER_DETAILS", **variant: Any) -> _Build:
+    def build(num_classes: int, in_chans: int) -> Classifier:
+        from onefold.models import mobilenetv1 as v1
+
+        layers = {"layers": v1.SHALLOW_LAYERS} if variant.get("layers") == "shallow" else {}
+        made = v1.Variant(**{**variant, **layers, "flavour": getattr(v1, details)})
+        return v1.mobilenetv1(made, num_classes, in_chans)
+
+    return build
 
 
 _APPLE = "timm/mobileone_s{}.apple_in1k"
@@ -102,50 +116,50 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "mobileformer_294m": CatalogueEntry(build=_mobileformer("294m"), input=_IMAGENET, top1=77.9, source=_FORMER),
     "mobileformer_508m": CatalogueEntry(build=_mobileformer("508m"), input=_IMAGENET, top1=79.3, source=_FORMER),
     # MobileNetV1, named by its width in percent; after a dot the flavour of somebody's released weights.
-    "mobilenetv1_100": CatalogueEntry(build=_mobilenet(1.0), input=_IMAGENET, top1=70.6, source=_V1),
-    "mobilenetv1_075": CatalogueEntry(build=_mobilenet(0.75), input=_IMAGENET, top1=68.4, source=_V1),
-    "mobilenetv1_050": CatalogueEntry(build=_mobilenet(0.5), input=_IMAGENET, top1=63.7, source=_V1),
-    "mobilenetv1_025": CatalogueEntry(build=_mobilenet(0.25), input=_IMAGENET, top1=50.6, source=_V1),
+    "mobilenetv1_100": CatalogueEntry(build=_mobilenet(width=1.0), input=_IMAGENET, top1=70.6, source=_V1),
+    "mobilenetv1_075": CatalogueEntry(build=_mobilenet(width=0.75), input=_IMAGENET, top1=68.4, source=_V1),
+    "mobilenetv1_050": CatalogueEntry(build=_mobilenet(width=0.5), input=_IMAGENET, top1=63.7, source=_V1),
+    "mobilenetv1_025": CatalogueEntry(build=_mobilenet(width=0.25), input=_IMAGENET, top1=50.6, source=_V1),
     "mobilenetv1_100.tf": CatalogueEntry(
-        build=_mobilenet(1.0, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=70.9, source=_SLIM
+        build=_mobilenet("TF_SLIM_DETAILS", width=1.0), input=_CENTRED, top1=70.9, source=_SLIM
     ),
     "mobilenetv1_075.tf": CatalogueEntry(
-        build=_mobilenet(0.75, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=68.4, source=_SLIM
+        build=_mobilenet("TF_SLIM_DETAILS", width=0.75), input=_CENTRED, top1=68.4, source=_SLIM
     ),
     "mobilenetv1_050.tf": CatalogueEntry(
-        build=_mobilenet(0.5, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=63.3, source=_SLIM
+        build=_mobilenet("TF_SLIM_DETAILS", width=0.5), input=_CENTRED, top1=63.3, source=_SLIM
     ),
     "mobilenetv1_025.tf": CatalogueEntry(
-        build=_mobilenet(0.25, _v1.TF_SLIM_DETAILS), input=_CENTRED, top1=49.8, source=_SLIM
+        build=_mobilenet("TF_SLIM_DETAILS", width=0.25), input=_CENTRED, top1=49.8, source=_SLIM
     ),
     "mobilenetv1_100.timm": CatalogueEntry(
-        build=_mobilenet(1.0, _v1.TIMM_DETAILS),
+        build=_mobilenet("TIMM_DETAILS", width=1.0),
         input=_CENTRED_BICUBIC,
         top1=75.388,
         source="timm, ra4_e3600_r224_in1k at 224",
         weights="timm/mobilenetv1_100.ra4_e3600_r224_in1k",
     ),
-    "mobilenetv1_075.timm": CatalogueEntry(build=_mobilenet(0.75, _v1.TIMM_DETAILS), input=_CENTRED_BICUBIC),
-    "mobilenetv1_050.timm": CatalogueEntry(build=_mobilenet(0.5, _v1.TIMM_DETAILS), input=_CENTRED_BICUBIC),
-    "mobilenetv1_025.timm": CatalogueEntry(build=_mobilenet(0.25, _v1.TIMM_DETAILS), input=_CENTRED_BICUBIC),
-    "mobilenetv1_100.leaky": CatalogueEntry(build=_mobilenet(1.0, _v1.LEAKY_RELU_DETAILS), input=_IMAGENET),
-    "mobilenetv1_075.leaky": CatalogueEntry(build=_mobilenet(0.75, _v1.LEAKY_RELU_DETAILS), input=_IMAGENET),
-    "mobilenetv1_050.leaky": CatalogueEntry(build=_mobilenet(0.5, _v1.LEAKY_RELU_DETAILS), input=_IMAGENET),
+    "mobilenetv1_075.timm": CatalogueEntry(build=_mobilenet("TIMM_DETAILS", width=0.75), input=_CENTRED_BICUBIC),
+    "mobilenetv1_050.timm": CatalogueEntry(build=_mobilenet("TIMM_DETAILS", width=0.5), input=_CENTRED_BICUBIC),
+    "mobilenetv1_025.timm": CatalogueEntry(build=_mobilenet("TIMM_DETAILS", width=0.25), input=_CENTRED_BICUBIC),
+    "mobilenetv1_100.leaky": CatalogueEntry(build=_mobilenet("LEAKY_RELU_DETAILS", width=1.0), input=_IMAGENET),
+    "mobilenetv1_075.leaky": CatalogueEntry(build=_mobilenet("LEAKY_RELU_DETAILS", width=0.75), input=_IMAGENET),
+    "mobilenetv1_050.leaky": CatalogueEntry(build=_mobilenet("LEAKY_RELU_DETAILS", width=0.5), input=_IMAGENET),
     "mobilenetv1_025.leaky": CatalogueEntry(
-        build=_mobilenet(0.25, _v1.LEAKY_RELU_DETAILS),
+        build=_mobilenet("LEAKY_RELU_DETAILS", width=0.25),
         input=_IMAGENET,
         top1=46.58,
         source="stated in the released checkpoint",
     ),
     # The two that the MobileNetV1 paper compares with.
     "conv_mobilenet_100": CatalogueEntry(
-        build=partial(_v1.mobilenetv1, _v1.Variant(separable=False)),
+        build=_mobilenet(separable=False),
         input=_IMAGENET,
         top1=71.7,
         source="arXiv 1704.04861, Table 4",
     ),
     "mobilenetv1_shallow": CatalogueEntry(
-        build=partial(_v1.mobilenetv1, _v1.Variant(layers=_v1.SHALLOW_LAYERS)),
+        build=_mobilenet(layers="shallow"),
         input=_IMAGENET,
         top1=65.3,
         source="arXiv 1704.04861, Table 5; its width is not stated, its parameters and multiply-adds are those of 1.0",
@@ -183,6 +197,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def build_model(name: str, num_classes: int = 1000, in_chans: int = 3) -> Classifier:
     """The training network of a name, in train mode, with random initialization. Raises BadArgument."""
+    from onefold.reparam import quickest, set_route_
+
     known = resolve_name(name)
     if num_classes < 0 or in_chans < 1:
         raise BadArgument(f"num_classes must be 0 or more and in_chans 1 or more, not {num_classes} and {in_chans}")

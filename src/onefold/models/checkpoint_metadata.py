@@ -9,16 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onefold.errors import BadCheckpoint
 from onefold.models.restricted_unpickler import Placeholder, iter_objects
 from onefold.models.state_dicts import NON_WEIGHT_KEYS
 from onefold.models.weights_file import MMENGINE_PATTERN
-from onefold.storage import normalize_name, parse_json, read_json
+from onefold.storage import normalize_name, parse_json
 
 NUM_IMAGENET_CLASSES = 1000  # classes
 _MAX_SHOWN = 3  # names in a message
@@ -247,20 +245,3 @@ def adapt_preprocessing_to_channels(preprocessing: Mapping[str, Any], channels: 
     made = {**preprocessing, "channels": channels}
     other = {key: made[key] for key in ("mean", "std") if len(made.get(key, ())) not in (0, channels)}
     return made | {key: (sum(values) / len(values),) * channels for key, values in other.items()}
-
-
-def read_config(path: Path) -> Mapping[str, Any]:
-    """config.json as a mapping; empty where there is none. Raises BadCheckpoint."""
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > _MAX_TEXT:
-            raise ValueError(f"larger than {_MAX_TEXT} bytes")
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError) as error:
-        raise BadCheckpoint(
-            f"{path} cannot be read ({error}): get it again, or give the file of weights alone"
-        ) from error
-    return config

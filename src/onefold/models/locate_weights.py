@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
-from onefold.models.checkpoint_metadata import read_config
-from onefold.models.restricted_unpickler import RefusedError
-from onefold.models.safe_load import read_shard_index
-from onefold.models.weights_file import licence_from_config
+from onefold.storage import read_json
 
 WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
+WEIGHTS_HINT = "give weights as .safetensors, .pth, .npz or .h5"
 HUB_ID_PATTERN = r"(?:hf[-_]hub:)?([\w][\w.-]*/[\w][\w.-]*)"
 CONFIG_NAME, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _IN_FOLDERS = (WEIGHTS_NAME, _INDEX_NAME, "pytorch_model.bin")
@@ -27,6 +25,7 @@ _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz", ".h5", ".ckpt
 _SUFFIXES = (*_WEIGHTS, ".onnx", ".tflite", ".pte", ".json")
 # What the verbs write to, and the usual folders for weights: runs/x is a path, and hf-hub:runs/x a repository.
 _FOLDERS = ("runs", "artifacts", "deploy", "results", "demo", "checkpoints", "weights", "models", "outputs")
+_MAX_CONFIG = 16 << 20  # bytes
 _log = logging.getLogger("onefold")
 
 
@@ -52,6 +51,40 @@ def locate_weights(source: str | Path) -> LocatedWeights:
     After a path's colon may stand which weights of a checkpoint to take: FILE:plain, FILE:averaged, FILE:KEY. What
     config.json and preprocessor_config.json say belongs to the weights beside them, where those are the only ones.
     """
+    found = _locate(source)
+    return found if isinstance(found, LocatedWeights) else replace(_on_hub(found.repo_id), select=found.select)
+
+
+def check_weights_exist(source: str | Path) -> None:
+    """Raise what `locate_weights` and reading the file would, where there is none, or the hub does not give it."""
+    found = _locate(source)
+    if isinstance(found, LocatedWeights):
+        check_weights_file(found.path)
+    else:
+        _download_weights(found.repo_id)
+
+
+def check_weights_file(path: Path) -> None:
+    """Raise BadCheckpoint unless there is a file, with something in it."""
+    if not path.exists():
+        raise BadCheckpoint(f"there is no file {path}: {WEIGHTS_HINT}")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise BadCheckpoint(f"{path} is {kind}, not a file of weights: {WEIGHTS_HINT}")
+    if path.stat().st_size == 0:
+        raise BadCheckpoint(f"{path} is empty: get it again")
+
+
+@dataclass(frozen=True)
+class _HubWeights:
+    """Weights in a repository of the hub, owner/name, and which state dict of them."""
+
+    repo_id: str
+    select: str
+
+
+def _locate(source: str | Path) -> LocatedWeights | _HubWeights:
+    """Find the file at a path, or the repository that is meant. Raises BadCheckpoint."""
     path, (before, colon, select) = Path(source), str(source).rpartition(":")
     try:
         is_folder, is_there = path.is_dir(), path.exists()
@@ -67,7 +100,7 @@ def locate_weights(source: str | Path) -> LocatedWeights:
         choice = select if select in ("plain", "averaged") else ""
         repository = _repository(before if choice else str(source))
         if repository:
-            return replace(_on_hub(repository), select=choice)
+            return _HubWeights(repository, choice)
     return _beside(path, "")
 
 
@@ -146,29 +179,53 @@ def _repository(source: str) -> str:
 def _with_files_beside(file: LocatedWeights) -> LocatedWeights:
     """Add what the other files of its folder say."""
     folder = file.path.parent
-    config = dict(read_config(folder / CONFIG_NAME)) | dict(read_config(folder / _PREPROCESSOR))
-    return replace(file, config=config, licence=licence_from_config(config, folder / "README.md"))
+    config = dict(_read_config(folder / CONFIG_NAME)) | dict(_read_config(folder / _PREPROCESSOR))
+    return replace(file, config=config, licence=_licence_from_config(config, folder / "README.md"))
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """config.json as a mapping; empty where there is none. Raises BadCheckpoint."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise ValueError(f"larger than {_MAX_CONFIG} bytes")
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise TypeError("not an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise BadCheckpoint(
+            f"{path} cannot be read ({error}): get it again, or give the file of weights alone"
+        ) from error
+    return config
+
+
+def _licence_from_config(config: Mapping[str, Any], readme: Path) -> str:
+    """The licence in timm's pretrained_cfg, in config.json, or in the README's front matter; empty where none is."""
+    settings = config.get("pretrained_cfg")
+    for table in (settings if isinstance(settings, Mapping) else {}, config):
+        if isinstance(table.get("license"), str) and table["license"]:
+            return str(table["license"])
+    try:
+        front = readme.read_text(encoding="utf-8", errors="replace")[:65536].split("---")[1]
+    except (OSError, IndexError):
+        return ""
+    stated = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+ -]+)", front, re.M))
+    named = str(stated.get("license", ""))
+    return str(stated.get("license_name", named) if named == "other" else named).strip()
 
 
 def _on_hub(repo_id: str) -> LocatedWeights:
     """The weights of a repository of the hub, downloaded to its cache, with what the files beside them say."""
-    import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        path = _download(repo_id, WEIGHTS_NAME)
-    except EntryNotFoundError:
-        path = _shards_on_hub(repo_id)
-    except NetworkFailed:
-        if not isinstance(huggingface_hub.try_to_load_from_cache(repo_id, _INDEX_NAME), str):
-            raise
-        path = _shards_on_hub(repo_id)
+    path = _download_weights(repo_id)
     config: dict[str, Any] = {}
     for name in (CONFIG_NAME, _PREPROCESSOR):
         if name == _PREPROCESSOR and "pretrained_cfg" in config:
             continue  # timm's and ours say all that in config.json
         try:
-            config |= read_config(_download(repo_id, name))
+            config |= _read_config(_download(repo_id, name))
         except EntryNotFoundError:
             continue
         except NetworkFailed:
@@ -178,17 +235,34 @@ def _on_hub(repo_id: str) -> LocatedWeights:
                 f"(hf download {repo_id}), or give a folder that holds both"
             ) from None
     readme = path.parent / "README.md"
-    if not licence_from_config(config, readme):
+    if not _licence_from_config(config, readme):
         try:
             readme = _download(repo_id, "README.md")
         except (EntryNotFoundError, NetworkFailed):
             _log.info("%s: the licence of these weights is not known here, since its README.md is not", repo_id)
-    return LocatedWeights(path=path, source=repo_id, config=config, licence=licence_from_config(config, readme))
+    return LocatedWeights(path=path, source=repo_id, config=config, licence=_licence_from_config(config, readme))
+
+
+def _download_weights(repo_id: str) -> Path:
+    """Download the file of weights of a repository, or its index and all files of that; give the file or the index."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _download(repo_id, WEIGHTS_NAME)
+    except EntryNotFoundError:
+        return _shards_on_hub(repo_id)
+    except NetworkFailed:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(repo_id, _INDEX_NAME), str):
+            raise
+        return _shards_on_hub(repo_id)
 
 
 def _shards_on_hub(repo_id: str) -> Path:
     """Download the index of weights in several files, and all of these; give the index."""
     from huggingface_hub.errors import EntryNotFoundError
+
+    from onefold.models.safe_load import RefusedError, read_shard_index  # with torch
 
     try:
         index = _download(repo_id, _INDEX_NAME)

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from onefold.errors import BadCheckpoint, MissingExtra
+from onefold.models.locate_weights import WEIGHTS_HINT, check_weights_file
 from onefold.models.restricted_unpickler import (
     Placeholder,
     RefusedError,
@@ -53,7 +54,6 @@ _HARMLESS = re.compile(
     r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
 )
 _ZIP = b"PK\x03\x04"
-_HINT = "give weights as .safetensors, .pth, .npz or .h5"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def read_tensors(
     `fits` recognizes the network's tensors among those of a checkpoint. `select` is "plain", "averaged", or the key of
     a state dict in it; where it is empty and there are several, averaged ones are taken and the choice is logged.
     """
-    _check_file(path)
+    check_weights_file(path)
     with _as_bad_checkpoint(path):
         with path.open("rb") as file:
             head = file.read(512)
@@ -120,16 +120,6 @@ def _max_tensor_bytes(path: Path) -> int:
 # ------------------------------------------------------------------------------------------ formats
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise BadCheckpoint(f"there is no file {path}: {_HINT}")
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not a regular file"
-        raise BadCheckpoint(f"{path} is {kind}, not a file of weights: {_HINT}")
-    if path.stat().st_size == 0:
-        raise BadCheckpoint(f"{path} is empty: get it again")
-
-
 def _reader(head: bytes, path: Path) -> Callable[[Path], _Saved]:
     if head.startswith(_ZIP):
         return _read_npz if _is_npz(path) else _read_torch
@@ -141,7 +131,7 @@ def _reader(head: bytes, path: Path) -> Callable[[Path], _Saved]:
         return _read_safetensors
     if re.match(rb"\x80[\x02-\x05]", head):
         return _read_torch
-    raise BadCheckpoint(f"{path} is {_other_format(head)}: {_HINT}")
+    raise BadCheckpoint(f"{path} is {_other_format(head)}: {WEIGHTS_HINT}")
 
 
 def _other_format(head: bytes) -> str:
@@ -249,7 +239,7 @@ def read_shard_index(path: Path) -> dict[str, str]:
     index = read_json(path)
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards:
-        raise BadCheckpoint(f"{path} is JSON without a weight_map, no index of weights: {_HINT}")
+        raise BadCheckpoint(f"{path} is JSON without a weight_map, no index of weights: {WEIGHTS_HINT}")
     if bad := [str(name) for name in shards.values() if not _SHARD_NAME.fullmatch(str(name))]:
         raise BadCheckpoint(
             f"{path} names {bad[0][:_MAX_NAME]!a}: expected names of .safetensors files in its folder; save other "
@@ -348,7 +338,7 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
                 "torch.save(torch.jit.load(...).state_dict(), 'weights.pth')"
             )
         if len(set(names)) < len(names) or len(pickled) != 1:
-            raise BadCheckpoint(f"{path} is a zip archive, but no file of torch.save: {_HINT}")
+            raise BadCheckpoint(f"{path} is a zip archive, but no file of torch.save: {WEIGHTS_HINT}")
         root = pickled[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise RefusedError("its numbers are big-endian: save it again on a little-endian machine")

@@ -339,21 +339,6 @@ def _side(size: object) -> Any:
     return size[-1] if isinstance(size, list) and size else size
 
 
-def licence_from_config(config: Mapping[str, Any], readme: Path) -> str:
-    """The licence in timm's pretrained_cfg, in config.json, or in the README's front matter; empty where none is."""
-    settings = config.get("pretrained_cfg")
-    for table in (settings if isinstance(settings, Mapping) else {}, config):
-        if isinstance(table.get("license"), str) and table["license"]:
-            return str(table["license"])
-    try:
-        front = readme.read_text(encoding="utf-8", errors="replace")[:65536].split("---")[1]
-    except (OSError, IndexError):
-        return ""
-    stated = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+ -]+)", front, re.M))
-    named = str(stated.get("license", ""))
-    return str(stated.get("license_name", named) if named == "other" else named).strip()
-
-
 # ------------------------------------------------------------------------------- what the hub shows
 
 # Licence identifiers that the hub knows, of those that weights of these families have.

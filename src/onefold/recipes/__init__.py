@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from onefold.errors import BadArgument
+from onefold.recipes.recipe import RECIPE_FILE as RECIPE_FILE
 from onefold.recipes.recipe import Data as Data
 from onefold.recipes.recipe import Expected as Expected
 from onefold.recipes.recipe import Recipe as Recipe
 from onefold.recipes.recipe import override as override
+from onefold.recipes.recipe import read_recipe_file as read_recipe_file
 from onefold.recipes.recipe import scale_to_batch_size as scale_to_batch_size
 from onefold.recipes.recipe import with_epochs as with_epochs
 from onefold.recipes.recipe import with_image_size as with_image_size
 
+_FIELD_OF_OPTION = {
+    "val": "data.val",
+    "model": "model",
+    "weights": "weights",
+    "start": "start",
+    "head": "head",
+    "teacher": "plan.distill.teacher",
+    "batch_size": "plan.batch_size",
+    "lr": "plan.optimizer.lr",
+    "seed": "plan.seed",
+}
 FAMILIES = ("digits", "photos", "mobileone", "mobileformer", "mobilenetv1")
 
 
@@ -65,6 +79,17 @@ def make_recipe(
             raise BadArgument("--batch-size sets the batch size alone, --scale-to-batch lr and EMA too: give one")
         recipe = scale_to_batch_size(recipe, batch_size=scale_to_batch)
     return override(recipe, changes)
+
+
+def option_changes(options: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, str]:
+    """The fields of a recipe that `train`'s options set, by name, and `changes` of any others, for `override`.
+
+    An option that is None leaves its field as it is, and one that is of no field is left out.
+    """
+    given = {field: options[name] for name, field in _FIELD_OF_OPTION.items() if options[name] is not None}
+    texts = {field: str(value) for field, value in given.items()}
+    texts |= {"int8": "{}"} if options["int8"] else {}
+    return texts | {field: v if isinstance(v, str) else json.dumps(v) for field, v in changes.items()}
 
 
 def _makers() -> list[Callable[..., Recipe]]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from onefold.config import Range, check_fields, from_dict, to_dict
@@ -28,12 +29,15 @@ from onefold.data import (
     Stage,
 )
 from onefold.data.augmentation import with_image_size as steps_at_size
-from onefold.errors import BadArgument
-from onefold.storage import parse_json
+from onefold.errors import BadArgument, BadCheckpoint
+from onefold.storage import parse_json, read_json
 from onefold.train import SGD, Cosine, Epochs, Exponential, Plan, Steps
 
 _Sized = RandomResizedCrop | Resize | CentreCrop
 Transform = _Sized | HorizontalFlip | RandomAffine | RandomShift | ColorJitter | AutoAugment | RandAugment
+
+RECIPE_FILE = "recipe.json"
+"""The recipe of a run, in its folder."""
 
 _GRID = 8  # pixels: to a multiple of it the sizes of a curriculum's stages are rounded
 
@@ -148,6 +152,16 @@ class Recipe:
     def from_dict(cls, given: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` wrote. Raises BadArgument for an unknown, missing or impossible field."""
         return from_dict(cls, given, "recipe")
+
+
+def read_recipe_file(run: Path) -> Recipe:
+    """The recipe that lies in a run folder. Raises BadCheckpoint where there is none, or none that can be read."""
+    try:
+        return Recipe.from_dict(read_json(run / RECIPE_FILE))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{run} is not a run: it has no {RECIPE_FILE}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"{run / RECIPE_FILE} cannot be read: {error}") from error
 
 
 def override(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:

@@ -158,6 +158,17 @@ def import_runtime(name: str) -> Runtime:
     return cast(Runtime, importlib.import_module(RUNTIMES[name]))
 
 
+def check_precision(name: str, precision: str) -> Runtime:
+    """Import the module of a runtime. Raises BadArgument where there is none, or it cannot export the precision."""
+    runtime = import_runtime(name)
+    if precision not in runtime.PRECISIONS:
+        reason = runtime.UNSUPPORTED_PRECISIONS.get(precision)
+        choices = ", ".join(runtime.PRECISIONS)
+        why = "" if reason is None else f": {reason}"
+        raise BadArgument(f"{name} cannot export {precision!r}{why}; choose one of: {choices}")
+    return runtime
+
+
 def open_for_cold_start(folder: str, digest: str, threads: str, batch: str) -> Callable[[], object]:
     """Open an artifact for a cold-start measurement; the call that is returned answers random images (batch, C, H, W).
 

@@ -40,6 +40,7 @@ from onefold.runtimes.base import (
     Runtime,
     RuntimeEngine,
     Session,
+    check_precision,
     first_error_line,
     import_runtime,
     installed_versions,
@@ -126,15 +127,7 @@ class TracedModel:
 
     def export(self, folder: Path | str, *, runtime: str, info: ModelInfo, precision: str = "fp32") -> Artifact:
         """Export it for a runtime into `folder`, atomic_replace an older artifact there: see `export`."""
-        runtime_module, folder = import_runtime(runtime), Path(folder)
-        if precision not in runtime_module.PRECISIONS:
-            reason = (
-                f": {runtime_module.UNSUPPORTED_PRECISIONS[precision]}"
-                if precision in runtime_module.UNSUPPORTED_PRECISIONS
-                else ""
-            )
-            choices = ", ".join(runtime_module.PRECISIONS)
-            raise BadArgument(f"{runtime} cannot export {precision!r}{reason}; choose one of: {choices}")
+        runtime_module, folder = check_precision(runtime, precision), Path(folder)
         check_replaceable(folder)
         info.check(self.reference.logits.shape[1])
         request = _Request(

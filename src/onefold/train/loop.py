@@ -230,6 +230,8 @@ class _Trainer:
             return  # a resumed run has done so already
         best_weights = self._evaluate(epoch=0)
         self._log_event("evaluation", epoch=0, step=0, **self.state.metrics)
+        if self.world.is_main:
+            _log.info("before the first step: val top-1 %.2f %%", self.state.metrics["top1"])
         self._save(best_weights)
 
     def finish_epoch(self) -> None:
