@@ -262,7 +262,8 @@ def _shards_on_hub(repo_id: str) -> Path:
     """Download the index of weights in several files, and all of these; give the index."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    from onefold.models.safe_load import RefusedError, read_shard_index  # with torch
+    from onefold.models.restricted_unpickler import RefusedError  # with torch
+    from onefold.models.safe_load import read_shard_index
 
     try:
         index = _download(repo_id, _INDEX_NAME)
