@@ -51,7 +51,7 @@ from onefold.models.pretrained import (
     save_weights,
 )
 from onefold.models.safe_load import read_tensors
-from onefold.models.weights_file import Card, tensors_sha256, verify_checksums
+from onefold.models.weights_file import Card, preprocessing_from_config, tensors_sha256, verify_checksums
 from onefold.reparam import drift, fuse
 from onefold.train import RunFolder
 from onefold.train.checkpoint import save_best
@@ -684,6 +684,27 @@ def test_weights_of_any_name_have_the_config_beside_them_where_they_are_the_only
     assert load_model(tmp_path / "best.pth", name=NAME)[1].classes is None
     assert "is not read: " in caplog.text
     assert "not an object" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "said"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 192, 256]}}, 256, "192 by 256"),
+        ({"pretrained_cfg": {"input_size": [3, 96, 96]}}, 96, ""),
+        ({"crop_size": {"height": 192, "width": 256}, "do_center_crop": True}, 192, "256 by 192"),
+        ({"size": {"height": 64, "width": 64}}, 64, ""),
+        ({"size": {"shortest_edge": 80}}, 80, ""),
+        ({"image_size": [48, 64]}, 64, "48 by 64"),
+    ],
+)
+def test_a_size_that_is_no_square_is_said(
+    config: dict[str, Any], size: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    stated = preprocessing_from_config(config, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": 224, "crop_pct": 0.875})
+    assert stated["size"] == size
+    assert ("here they are squares" in caplog.text) == bool(said)
+    assert said in caplog.text
 
 
 def write_shards(model: nn.Module, folder: Path, metadata: dict[str, str] | None = None) -> None:

@@ -261,7 +261,7 @@ def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("size") is not None:
         stated["size"] = settings["size"]
     if isinstance(size, (list, tuple)) and len(size) == 3:
-        stated |= {"channels": size[0], "size": size[2]}
+        stated |= {"channels": size[0], "size": _side(list(size[1:]))}
     return stated
 
 
@@ -333,9 +333,12 @@ def _of_mmengine(given: object) -> dict[str, Any]:
 
 
 def _side(size: object) -> Any:
-    """The side in pixels of transformers' ways to state a size; what is none as it stands."""
+    """The side in pixels of the ways to state a size, of two the last, which is said; what is none as it stands."""
     if isinstance(size, Mapping):
-        return next((size[key] for key in ("shortest_edge", "height") if key in size), size)
+        size = size["shortest_edge"] if "shortest_edge" in size else [size.get("width"), size.get("height", size)]
+    if isinstance(size, list) and len(size) == 2 and None not in size and size[0] != size[1]:
+        text = "the weights' config states images of %r by %r pixels; here they are squares of %r"
+        _log.info(text, *size, size[-1])
     return size[-1] if isinstance(size, list) and size else size
 
 
