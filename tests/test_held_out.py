@@ -304,6 +304,26 @@ def test_calibration_takes_what_was_trained_on_and_scores_take_the_rest(count: i
     assert result.calibrated_on == 0
 
 
+def test_how_a_place_is_read_is_said_where_it_is_scored(
+    home: Path, scratch: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    place = scratch / "photos"
+    names = sorted(str(path.relative_to(place)) for path in place.rglob("*.png"))
+    rows = [f"{name},{Path(name).parent}" for name in names]
+    (place / "labels.csv").write_text("\n".join(["file,label", *rows[:-1], "gone/1.png,gone"]))
+    for read in (lambda: evaluation_sets("", str(place), None), lambda: split_photos(str(place), None)):
+        caplog.clear()
+        read()
+        assert "1 of the 24 files that it lists are not there, and not used: gone/1.png" in caplog.text
+        assert "left out 1 images in" in caplog.text
+        assert len(caplog.messages) == 1
+    (place / "labels.csv").unlink()
+    caplog.clear()
+    evaluation_sets("", str(place), None)
+    assert caplog.messages == []
+
+
 def test_a_place_that_was_trained_on_entirely_is_not_called_held_out(home: Path, scratch: Path) -> None:
     place = scratch / "photos"
     for name in held_out_of(home):

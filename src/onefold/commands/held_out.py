@@ -51,6 +51,7 @@ DATA_FILE, IMAGES_FILE = "data.json", "images.csv"
 TrainingRecords = tuple[TrainedOn, ...]
 
 _HELD_OUT = 0.2  # of photos none of which was trained on: kept for scoring, where the others calibrate
+_SHOWN = 3  # remarks on how a place is read
 
 # ------------------------------------------------------------------------------------ the data of a run
 
@@ -166,6 +167,17 @@ def open_data(
     )
 
 
+def _open_and_tell(data: Data, place: str) -> DatasetSplits:
+    """Open the data of a place that was not trained on, and log what one might have expected otherwise, in one line."""
+    splits = open_data(data, place)
+    info = splits.info
+    remarks = [*info.notes, *(f"left out {one}" for one in info.left_out if one.what.startswith("images"))]
+    if remarks:
+        more = f"; and {len(remarks) - _SHOWN} more: onefold data {place}" if len(remarks) > _SHOWN else ""
+        _log.info("of %s: %s%s", place, "; ".join(remarks[:_SHOWN]), more)
+    return splits
+
+
 def read_run_data(out: Path) -> dict[str, Any]:
     """Read what a run folder keeps of its data; empty of an older run. Raises BadCheckpoint where it is damaged."""
     try:
@@ -272,9 +284,9 @@ def evaluation_sets(
         has_test = "test" in splits.datasets and only is None
         return sets | ({f"{recipe.data.spec} (test)": splits.open("test")} if has_test else {})
     if only is not None:
-        return {f"{place} ({only})": open_data(Data(spec=place), place).open(only)}
+        return {f"{place} ({only})": _open_and_tell(Data(spec=place), place).open(only)}
     default = Data(spec=place, val_fraction=Data().val_fraction if place == "digits" and not records else 1.0)
-    splits = open_data(default, place)
+    splits = _open_and_tell(default, place)
     names = dict.fromkeys((splits.evaluation_split, "test" if "test" in splits.datasets else splits.evaluation_split))
     sets = {}
     for split in names:
@@ -348,7 +360,7 @@ def split_photos(
 
 
 def _labelled(place: str, records: TrainingRecords | None, calibrates: bool) -> DeploymentPhotos:
-    splits = open_data(Data(val_fraction=_HELD_OUT), place)
+    splits = _open_and_tell(Data(val_fraction=_HELD_OUT), place)
     if not splits.is_val_cut:
         scored, title = splits.open(splits.evaluation_split), f"{place} ({splits.evaluation_split})"
         calibration = splits.datasets.get("train", scored)
