@@ -482,7 +482,7 @@ def test_what_can_be_understood_in_two_ways_is_refused(
             {},
             "classes whose names differ in blanks and signs only are several: hot-dog, hot_dog",
         ),
-        ("cat/{}.png", {}, "one class only, cat: there is nothing to train a classifier on"),
+        ("cat/{}.png", {}, "one class only, cat: enough to be scored on, not to train"),
         ("{}{}.png", {"x.csv": "id,label,fold\nfold11,a,0\nfold21,b,1"}, "x.csv: the column fold (0, 1) is not used"),
     ],
 )

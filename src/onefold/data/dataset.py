@@ -237,7 +237,7 @@ def read_dataset(
     if doubtful := [name for name in classes if {"background", "clutter"} & {*split_into_words(name)}]:
         notes.append(f"{join_names(doubtful)} counts as a class: move it away if it stands for none")
     if len(classes) == 1 and reference.split in ("train", None):
-        notes.append(f"one class only, {join_names(classes)}: there is nothing to train a classifier on")
+        notes.append(f"one class only, {join_names(classes)}: enough to be scored on, not to train a classifier")
     datasets: dict[Split, Dataset] = {}
     sources: dict[Split, str] = {}
     for part in parts:
