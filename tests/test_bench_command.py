@@ -84,8 +84,8 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
     rates = iter([1.0, 1e15])
     asked = []
 
-    def measured(threads: list[int]) -> bench.Roofline:
-        asked.append(threads)
+    def measured(threads: list[int], kinds: list[str] | None = None) -> bench.Roofline:
+        asked.append((threads, kinds))
         best = next(rates)
         return bench.Roofline(limits=(bench.PeakRate(kind="fp32", threads=1, median=best, best=best, how="by hand"),))
 
@@ -95,7 +95,7 @@ def test_a_limit_that_is_beaten_is_measured_anew(home: Path, tmp_path: Path, mon
     )
     outcome, _ = run_bench(order, tmp_path)
     assert isinstance(outcome, bench.Measurement)
-    assert asked == [[1], [1]]
+    assert asked == [([1], None), ([1], ["fp32"])]  # and no memory is read for it
     assert outcome.roofline_share is not None
     assert 0 < outcome.roofline_share < 1
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,13 @@ def test_this_machine_has_limits(plain: str, monkeypatch: pytest.MonkeyPatch) ->
         )
     elif shutil.which("c++") or shutil.which("g++"):
         assert found.notes == ()  # on a processor with AMX too, whose loops once ended the process
+
+
+def test_a_limit_is_measured_without_the_others() -> None:
+    assert [each.kind for each in bench.measure_roofline([1], ["fp32"]).limits] == ["fp32"]
+    work = bench.Workload(macs=10**9, num_bytes=1 << 20, precision="int8")
+    assert ROOFLINE.binding_kind(ROOFLINE.latency_bound(work)) == "int8"
+    assert ROOFLINE.binding_kind(ROOFLINE.latency_bound(replace(work, macs=1))) == "read"
 
 
 # The first int8 loop faults, as an instruction does which the system forbids.

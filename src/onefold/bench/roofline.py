@@ -26,7 +26,8 @@ from onefold.bench.machine import Machine
 from onefold.errors import describe_exit_status
 from onefold.native import is_native_disabled, load_library
 
-_KINDS = ("fp32", "bf16", "int8")
+_ARITHMETIC_KINDS = ("fp32", "bf16", "int8")
+_KINDS = (*_ARITHMETIC_KINDS, "read")
 _RUNS = 5
 _RUN_NS = 50_000_000
 _PROBE_NS = 5_000_000
@@ -39,8 +40,11 @@ _Amounts = tuple[int, int]  # how much was done, and in how many nanoseconds
 _Turn = Callable[[int], _Amounts]  # does it for at least so many nanoseconds
 
 
-def measure_roofline(threads: Sequence[int]) -> Roofline:
-    """What this machine can do with each of these numbers of threads; about two seconds for each.
+def measure_roofline(threads: Sequence[int], kinds: Sequence[str] = _KINDS) -> Roofline:
+    """What this machine can do with each of these numbers of threads; some seconds for each.
+
+    Reading memory takes most of it, since no cache may hold what is read; `kinds` are those to measure of fp32, bf16,
+    int8 and read.
 
     Every limit is measured in five runs of 50 ms or more, in a process of its own, so that an instruction that the
     system forbids ends that process and not this one: what died is left out, and `notes` say so, as they say when
@@ -53,7 +57,7 @@ def measure_roofline(threads: Sequence[int]) -> Roofline:
     if plain:
         notes.append("without compiled loops numpy's product and copy are measured: bf16 and int8 are not known")
     while True:
-        order = {"threads": list(threads), "without": without, "plain": plain}
+        order = {"threads": list(threads), "kinds": list(kinds), "without": without, "plain": plain}
         command = [sys.executable, "-c", "from onefold.bench.roofline import main; main()", json.dumps(order)]
         environment = {**os.environ, **dict.fromkeys(_SINGLE, "1")}
         try:
@@ -97,14 +101,21 @@ def cache_sizes(root: Path = Path("/")) -> tuple[tuple[int, bool], ...]:
 
 
 def _measure_limits(
-    threads: int, *, without: Sequence[str] = (), plain: bool = False, trying: Callable[[str], object] = lambda _: None
+    threads: int,
+    kinds: Sequence[str] = _KINDS,
+    *,
+    without: Sequence[str] = (),
+    plain: bool = False,
+    trying: Callable[[str], object] = lambda _: None,
 ) -> Iterator[PeakRate]:
     """Measure, in this process; `trying` hears the name of each loop before it runs, for it may be the last word."""
     library = None if plain else _library()
     if library is None:
-        yield from _plain_limits(threads)
+        yield from _plain_limits(threads, kinds)
         return
-    for kind, name in enumerate(_KINDS):
+    for kind, name in enumerate(_ARITHMETIC_KINDS):
+        if name not in kinds:
+            continue
         variants = {which: each for which, each in enumerate(_names(library, kind)) if each not in without}
         rates: dict[int, float] = {}
         for _ in range(_PROBES):  # in turns: others' work shifts
@@ -116,10 +127,18 @@ def _measure_limits(
             chosen = max(rates, key=lambda which: rates[which])
             trying(variants[chosen])
             yield _limit(name, [_multiplying(library, kind, chosen)] * threads, variants[chosen])
-    for num_bytes in _places(threads):
-        buffers = [np.ones(num_bytes // threads, dtype=np.uint8) for _ in range(threads)]
-        reads = [_reading(library, buffer) for buffer in buffers]
-        yield _limit("read", reads, "vector loads", sum(buffer.nbytes for buffer in buffers))
+    if "read" not in kinds:
+        return
+    places = _places(threads)
+    buffers = [np.ones(max(places) // threads, dtype=np.uint8) for _ in range(threads)]
+    for num_bytes in places:
+        parts = [buffer[: num_bytes // threads] for buffer in buffers]
+        yield _limit(
+            "read",
+            [_reading(library, part) for part in parts],
+            "vector loads",
+            sum(part.nbytes for part in parts),
+        )
 
 
 def _limit(kind: str, turns: Sequence[_Turn], how: str, num_bytes: int | None = None) -> PeakRate:
@@ -191,9 +210,10 @@ def _reading(library: ctypes.CDLL, buffer: np.ndarray[Any, np.dtype[np.uint8]]) 
 # ------------------------------------------------------------------------------ without a compiler
 
 
-def _plain_limits(threads: int) -> Iterator[PeakRate]:
-    yield _limit("fp32", [_product(512) for _ in range(threads)], "numpy's matrix product")
-    for num_bytes in _places(threads):
+def _plain_limits(threads: int, kinds: Sequence[str]) -> Iterator[PeakRate]:
+    if "fp32" in kinds:
+        yield _limit("fp32", [_product(512) for _ in range(threads)], "numpy's matrix product")
+    for num_bytes in _places(threads) if "read" in kinds else ():
         copies = [_copying(num_bytes // threads // 2) for _ in range(threads)]
         yield _limit("read", copies, "numpy's copy, bytes read and written", num_bytes)
 
@@ -229,7 +249,11 @@ def main() -> None:
 
     for number in order["threads"]:
         found = _measure_limits(
-            number, without=order["without"], plain=order["plain"], trying=lambda name: write(trying=name)
+            number,
+            order["kinds"],
+            without=order["without"],
+            plain=order["plain"],
+            trying=lambda name: write(trying=name),
         )
         for limit in found:
             write(limit=asdict(limit))
@@ -326,6 +350,11 @@ class Roofline:
             memory_ns=None if memory is None else 1e9 * work.num_bytes / memory.best,
             how="" if compute is None else compute.how,
         )
+
+    def binding_kind(self, bound: LatencyBound) -> str:
+        """The kind of the limit that binds: read, or the arithmetic that the least time was computed with."""
+        kinds = [limit.kind for limit in self.limits if limit.how == bound.how and limit.kind != "read"]
+        return "read" if bound.limited_by == "memory" or not kinds else kinds[0]
 
     def merged(self, other: Roofline) -> Roofline:
         """The same machine with the limits of `other` too; of two for one thing the quicker stays."""

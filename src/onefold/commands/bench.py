@@ -256,14 +256,16 @@ def _held_against_limits(
 ) -> Measurement | Comparison:
     """The outcome with the least times that this machine could take.
 
-    A call quicker than a limit shows that the limit was measured on a busy machine: it is then measured again.
+    A call quicker than a limit shows that the limit was measured on a busy machine: that one is then measured again.
     """
-    threads = order.procedure.threads
+    threads, beaten = order.procedure.threads, list[str]()
     for attempt in range(1 + _MORE_ATTEMPTS):
-        held_against = partial(_bounded, roofline=load_or_measure_roofline(results, [threads], again=attempt > 0))
-        outcome = _each(outcome, held_against)
+        roofline = load_or_measure_roofline(results, [threads], again=attempt > 0, kinds=beaten)
+        outcome = _each(outcome, partial(_bounded, roofline=roofline))
         measured = outcome.measurements.values() if isinstance(outcome, Comparison) else [outcome]
-        if not any(each.beats_roofline for each in measured):
+        bounds = [each.bound for each in measured if each.beats_roofline]
+        beaten = sorted({roofline.binding_kind(bound) for bound in bounds if bound is not None})
+        if not beaten:
             break
     return outcome
 
@@ -358,10 +360,13 @@ def _drawn(shape: tuple[int, ...]) -> Floats:
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def load_or_measure_roofline(results: Path, threads: Sequence[int], *, again: bool = False) -> Roofline:
-    """The machine's limits with these numbers of threads: from the file, or measured, two seconds each, and kept there.
+def load_or_measure_roofline(
+    results: Path, threads: Sequence[int], *, again: bool = False, kinds: Sequence[str] = ()
+) -> Roofline:
+    """The machine's limits with these numbers of threads: from the file, or measured in seconds each, and kept there.
 
-    `again` measures in any case; of two rates for one thing the quicker stays, for others' work only slows.
+    `again` measures in any case, of these `kinds` of limits alone where some are given; of two rates for one thing the
+    quicker stays, for others' work only slows.
     """
     machine = Machine.detect(packages=())
     path = results / f"{machine.slug}{ROOFLINE_SUFFIX}"
@@ -370,8 +375,8 @@ def load_or_measure_roofline(results: Path, threads: Sequence[int], *, again: bo
         known = Roofline(limits=(), features=machine.features)
     wanted = [number for number in threads if again or number not in known.threads]
     if wanted:
-        fresh = measure_roofline(wanted)
-        known = (replace(known, notes=()) if again else known).merged(fresh)
+        fresh = measure_roofline(wanted, kinds) if again and kinds else measure_roofline(wanted)
+        known = (replace(known, notes=()) if again and not kinds else known).merged(fresh)
         write_sealed_json(path, known.to_dict())
     return known
 
