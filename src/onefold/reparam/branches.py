@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,17 +39,17 @@ class Unit:
     channels: Pair
     geometry: Geometry
 
-    @property
+    @cached_property
     def skip(self) -> Branch | None:
         """The branch without a convolution."""
         return next((branch for branch in self.branches if branch.conv is None), None)
 
-    @property
+    @cached_property
     def convs(self) -> list[nn.Conv2d]:
         """The convolutions of the other branches, in order."""
         return [branch.conv for branch in self.branches if branch.conv is not None]
 
-    @property
+    @cached_property
     def ordered_branches(self) -> list[Branch]:
         """The branches with a convolution, then the skip: the order of rows in the algebra."""
         return sorted(self.branches, key=lambda branch: branch.conv is None)

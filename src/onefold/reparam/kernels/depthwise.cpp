@@ -389,18 +389,20 @@ void moments(const T* x, const Shape& s, const float* centre, bool centred, doub
     });
     for (int t = 1; t < threads; t++)
         for (int64_t i = 0; i < size; i++) totals[i] += totals[t * size + i];
-    for (int64_t c = 0; c < s.c; c++) {
-        const double* total = &totals[c / PANEL * entry * PANEL];
-        double *to = sum + c * taps, *pairs = products + c * taps * taps;
-        if (lags) {
-            pair_taps<K>(total, c % PANEL, tall, wide, padding, to, pairs);
-            continue;
+    share(s.c, threads, [&](int, int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; c++) {
+            const double* total = &totals[c / PANEL * entry * PANEL];
+            double *to = sum + c * taps, *pairs = products + c * taps * taps;
+            if (lags) {
+                pair_taps<K>(total, c % PANEL, tall, wide, padding, to, pairs);
+                continue;
+            }
+            const double* at = total + c % PANEL;
+            for (int t = 0; t < taps; t++)
+                for (int u = t; u < taps; u++, at += PANEL) pairs[t * taps + u] = pairs[u * taps + t] = *at;
+            for (int t = 0; t < taps; t++, at += PANEL) to[t] = *at;
         }
-        const double* at = total + c % PANEL;
-        for (int t = 0; t < taps; t++)
-            for (int u = t; u < taps; u++, at += PANEL) pairs[t * taps + u] = pairs[u * taps + t] = *at;
-        for (int t = 0; t < taps; t++, at += PANEL) to[t] = *at;
-    }
+    });
 }
 
 template <int K, class T>

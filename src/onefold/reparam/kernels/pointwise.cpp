@@ -89,14 +89,15 @@ void add_columns(const float* panels, int64_t rows, int64_t width, double* sum) 
 // total[i][j] += sum over rows of a[row][i] * b[row][j], a packed by TILE_ROWS and b by PANEL; tiles below the diagonal
 // are left out if half.
 template <int RUN>
-void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, int64_t wide_b, bool half, double* total) {
+void add_products(int64_t rows, const float* a, int64_t wide_a, const float* b, int64_t wide_b, bool half, Next& next,
+                  double* total) {
     const int64_t stride = up(wide_b, PANEL);
     for (int64_t j = 0; j < wide_b; j += PANEL)
         for (int64_t i = 0; i < wide_a && !(half && i >= j + PANEL); i += TILE_ROWS) {
             const float *left = a + i / TILE_ROWS * group_of<TILE_ROWS>(rows), *right = b + j * rows;
             vec out[TILE_ROWS][2];
             const bool narrow = wide_b - j <= LANES;
-            tile_of<RUN>(TILE_ROWS, wide_b - j, rows, left, 1, TILE_ROWS, right, out);
+            tile_of<RUN>(TILE_ROWS, wide_b - j, rows, left, 1, TILE_ROWS, right, &next, out);
             for (int r = 0; r < TILE_ROWS; r++) {
                 double* to = total + (i + r) * stride + j;
                 add(to, out[r][0]);
@@ -129,18 +130,21 @@ void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels
         for (int64_t n = 0; n < rows; n += TILE_ROWS) {
             const int count = int(std::min<int64_t>(TILE_ROWS, rows - n));
             vec acc[TILE_ROWS][2];
-            tile_of<64>(count, width - c, depth, a + n * depth, depth, 1, panel, acc);
+            tile_of<64>(count, width - c, depth, a + n * depth, depth, 1, panel, nullptr, acc);
             for (int r = 0; r < count; r++) {
                 vec u = acc[r][0] + left, v = acc[r][1] + right;
                 if (top >= 0) u = clamp(u, top), v = clamp(v, top);
                 float* to = out + (n + r) * width + c;
                 const float* other = more ? more + (n + r) * width + c : nullptr;
-                const auto put = [&](vec values, int64_t first) {
-                    const int64_t left = width - c - first;
-                    if (left >= LANES) return store(to + first, other ? values + load(other + first) : values);
-                    for (int64_t j = 0; j < left; j++) to[first + j] = values[j] + (other ? other[first + j] : 0);
-                };
-                put(u, 0), put(v, LANES);
+                if (c + PANEL <= width) {
+                    if (other) u += load(other), v += load(other + LANES);
+                    store(to, u), store(to + LANES, v);
+                } else if (c + LANES == width) {
+                    store(to, other ? u + load(other) : u);
+                } else {
+                    for (int j = 0; c + j < width; j++)
+                        to[j] = (j < LANES ? u[j] : v[j - LANES]) + (other ? other[j] : 0);
+                }
             }
         }
     }
@@ -149,6 +153,9 @@ void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels
 int64_t block_rows(int64_t depth) {
     return std::max<int64_t>(2 * TILE_ROWS, CACHE / (4 * depth) / TILE_ROWS * TILE_ROWS);
 }
+
+// The runs of products of a slab, about: the next rows are asked for at each of them.
+int64_t runs_of(int64_t tall, int64_t wide) { return tall / TILE_ROWS * (wide / PANEL) * (SLAB / 32); }
 
 // With zeros behind them, as many as a group of columns may reach past the last.
 Buffer<float> padded(const float* values, int64_t n) {
@@ -186,7 +193,11 @@ void column_products(const float* g, const float* y, const float* x, int64_t n, 
             add_columns(b.get(), rows, o, sums.of(t));
             // A stem's patches hold the image's border, which is far from the mean: shorter runs there.
             auto pass = c <= 64 ? add_products<16> : add_products<32>;
-            pass(rows, a.get(), c, b.get(), o, half, totals.of(t));
+            const int64_t ahead = at + rows, more = std::min<int64_t>(SLAB, last - ahead), runs = runs_of(tall, wide);
+            Next next;
+            next.add(x + ahead * c, more * c, runs), next.add(g + ahead * o, more * o, runs);
+            if (top >= 0) next.add(y + ahead * o, more * o, runs);
+            pass(rows, a.get(), c, b.get(), o, half, next, totals.of(t));
         }
     });
     share(wide / LANES, threads, [&](int, int64_t first, int64_t last) {  // some columns at a time, which are read together
@@ -217,7 +228,9 @@ API void pointwise_moments(const float* x, int64_t n, int64_t c, const float* ce
             pack_centred<TILE_ROWS>(x + at * c, rows, c, middle.get(), a.get());
             pack_centred<PANEL>(x + at * c, rows, c, middle.get(), b.get());
             add_columns(b.get(), rows, c, sums.of(t));
-            add_products<32>(rows, a.get(), c, b.get(), c, true, totals.of(t));
+            Next next;
+            next.add(x + (at + rows) * c, std::min<int64_t>(SLAB, last - at - rows) * c, runs_of(tall, wide) / 2);
+            add_products<32>(rows, a.get(), c, b.get(), c, true, next, totals.of(t));
         }
     });
     share(c, threads, [&](int, int64_t first, int64_t last) {

@@ -100,11 +100,30 @@ void share(int64_t n, int threads, Work work) {
     for (int t = 0; t < threads; t++) work(t, n * t / threads, n * (t + 1) / threads);
 }
 
+// Asks for what comes next while this is computed: some lines of up to three maps at every run of products.
+struct Next {
+    static constexpr int64_t LINE = 64;
+    const char *at[3] = {}, *end[3] = {};
+    int64_t lines[3] = {};
+    int maps = 0;
+    // n floats from `from` on, in so many runs.
+    void add(const float* from, int64_t n, int64_t runs) {
+        at[maps] = reinterpret_cast<const char*>(from), end[maps] = at[maps] + n * sizeof(float);
+        lines[maps++] = n * int64_t(sizeof(float)) / LINE / std::max<int64_t>(runs, 1) + 1;
+    }
+    void ask() {
+        for (int m = 0; m < maps; m++)
+            for (int64_t i = 0; i < lines[m] && at[m] < end[m]; i++, at[m] += LINE) __builtin_prefetch(at[m], 0, 2);
+    }
+};
+
 // out[r][0..W * LANES) = sum over k of a[r * row + k * step] * b[k][0..W * LANES), for R rows; b is PANEL wide. RUN products
-// are summed one by one, more run by run, which keeps their rounding small.
+// are summed one by one, more run by run, which keeps their rounding small. A function of its own: it needs all registers.
 template <int R, int W, int RUN>
-INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, vec (&out)[TILE_ROWS][2]) {
+__attribute__((noinline)) static void tile(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, Next* next,
+                                           vec (*out)[2]) {
     for (int64_t from = 0; from < depth; from += RUN) {
+        if (next) next->ask();
         const float* const end = b + std::min<int64_t>(RUN, depth - from) * PANEL;
         vec acc[R][W] = {};
         for (; b != end; b += PANEL, a += step) {
@@ -128,12 +147,10 @@ INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const
 // The same for any number of rows up to TILE_ROWS, and so many columns; what is beyond LANES is not written if few.
 template <int RUN>
 INLINE void tile_of(int rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
-                    vec (&out)[TILE_ROWS][2]) {
-    if (rows == TILE_ROWS && columns <= LANES) return tile<TILE_ROWS, 1, RUN>(depth, a, row, step, b, out);
-    if (rows == TILE_ROWS) return tile<TILE_ROWS, 2, RUN>(depth, a, row, step, b, out);
-    for (int r = 0; r < rows; r++) {
-        vec one[TILE_ROWS][2];
-        tile<1, 2, RUN>(depth, a + r * row, row, step, b, one);
-        out[r][0] = one[0][0], out[r][1] = one[0][1];
+                    Next* next, vec (*out)[2]) {
+    if (rows == TILE_ROWS) {
+        const auto whole = columns <= LANES ? tile<TILE_ROWS, 1, RUN> : tile<TILE_ROWS, 2, RUN>;
+        return whole(depth, a, row, step, b, next, out);
     }
+    for (int r = 0; r < rows; r++) tile<1, 2, RUN>(depth, a + r * row, row, step, b, next, out + r);
 }
