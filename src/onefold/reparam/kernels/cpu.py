@@ -26,6 +26,7 @@ MAX_MAPS = 8  # in a call of `normalized_sum`
 _KERNEL_SIZES = (1, 3, 5, 7)  # of depthwise kernels
 _MAX_PATCH = 64  # values of a patch up to which a dense unit (a stem) is computed on written-out patches
 _PILOT_ROWS = 256  # whose mean is the first estimate of the mean
+_WIDE = 192  # channels from which a library's product gains more than it loses by adding in a pass of its own
 _DOMINANT = 16.0  # mean^2 / variance from which uncentred moments are computed again, centred
 
 
@@ -175,13 +176,22 @@ class PointwiseConv(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
-    """weight (O, I) times each pixel of (B, I, H, W), plus `addend`: (B, O, H, W)."""
+    """weight (O, I) times each pixel of (B, I, H, W), plus `addend`: (B, O, H, W).
+
+    It is the library's product, which is quicker than ours; where there is something to add, of wide maps only.
+    """
     (b, c, h, w), out = x.shape, len(weight)
-    y, centre, offset = empty_map(b, h, w, out), torch.zeros(c), torch.zeros(out)
-    addend = None if addend is None else _image(addend)  # kept alive for its address
-    address = 0 if addend is None else addend.data_ptr()
-    call_kernel("pointwise_convolve", _image(x), b * h * w, c, centre, _float(weight), offset, out, -1.0, address, y)
-    return y.permute(0, 3, 1, 2)
+    rows, y = _image(x).view(-1, c), empty_map(b * h * w, out)
+    if addend is None:
+        torch.mm(rows, _float(weight).T, out=y)
+    elif c >= _WIDE:
+        torch.addmm(_image(addend).view(-1, out), rows, _float(weight).T, out=y)
+    else:
+        more, zeros = _image(addend), torch.zeros(max(c, out))
+        call_kernel(
+            "pointwise_convolve", rows, *rows.shape, zeros, _float(weight), zeros, out, -1.0, more.data_ptr(), y
+        )
+    return y.view(b, h, w, out).permute(0, 3, 1, 2)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
