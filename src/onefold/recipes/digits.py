@@ -39,4 +39,6 @@ def s0() -> Recipe:
 
 def w025() -> Recipe:
     """MobileNetV1 of width 0.25 on the digits: the quickest of all."""
-    return replace(s0(), name="digits:w025", model="mobilenetv1_025", start="plain", expect=None)
+    like = s0()
+    plan = replace(like.plan, optimizer=AdamW(lr=0.012))  # at s0's rate it has learnt half as much after 8 epochs
+    return replace(like, name="digits:w025", model="mobilenetv1_025", plan=plan, start="plain", expect=None)
