@@ -123,14 +123,14 @@ void pack_matrix(const float* b, int64_t depth, int64_t width, bool transposed, 
 
 // out (rows, width) = a (rows, depth) times the panels, plus bias, clamped where top >= 0; plus `more` where there is one.
 void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels, const float* bias, int64_t width,
-                float top, const float* more, float* out) {
+                float top, const float* more, bool large, Next& next, float* out) {
     for (int64_t c = 0; c < width; c += PANEL) {
         const float* panel = panels + c * depth;
         const vec left = load(bias + c), right = load(bias + c + LANES);
         for (int64_t n = 0; n < rows; n += TILE_ROWS) {
             const int count = int(std::min<int64_t>(TILE_ROWS, rows - n));
             vec acc[TILE_ROWS][2];
-            tile_of<64>(count, width - c, depth, a + n * depth, depth, 1, panel, nullptr, acc);
+            tile_of<64>(count, width - c, depth, a + n * depth, depth, 1, panel, &next, acc);
             for (int r = 0; r < count; r++) {
                 vec u = acc[r][0] + left, v = acc[r][1] + right;
                 if (top >= 0) u = clamp(u, top), v = clamp(v, top);
@@ -138,7 +138,8 @@ void rows_times(const float* a, int64_t rows, int64_t depth, const float* panels
                 const float* other = more ? more + (n + r) * width + c : nullptr;
                 if (c + PANEL <= width) {
                     if (other) u += load(other), v += load(other + LANES);
-                    store(to, u), store(to + LANES, v);
+                    large ? stream(to, u) : store(to, u);
+                    large ? stream(to + LANES, v) : store(to + LANES, v);
                 } else if (c + LANES == width) {
                     store(to, other ? u + load(other) : u);
                 } else {
@@ -154,8 +155,10 @@ int64_t block_rows(int64_t depth) {
     return std::max<int64_t>(2 * TILE_ROWS, CACHE / (4 * depth) / TILE_ROWS * TILE_ROWS);
 }
 
-// The runs of products of a slab, about: the next rows are asked for at each of them.
-int64_t runs_of(int64_t tall, int64_t wide) { return tall / TILE_ROWS * (wide / PANEL) * (SLAB / 32); }
+// The runs of products of a slab or block, about: the next rows are asked for at each of them.
+int64_t runs_of(int64_t tall, int64_t wide, int64_t depth = SLAB, int64_t run = 32) {
+    return up(tall, TILE_ROWS) / TILE_ROWS * (up(wide, PANEL) / PANEL) * (up(depth, run) / run);
+}
 
 // With zeros behind them, as many as a group of columns may reach past the last.
 Buffer<float> padded(const float* values, int64_t n) {
@@ -253,7 +256,9 @@ API void pointwise_convolve(const float* x, int64_t n, int64_t c, const float* m
             const int64_t rows = std::min(block, last - at);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t i = 0; i < c; i++) a[r * c + i] = x[(at + r) * c + i] - mean[i];
-            rows_times(a.get(), rows, c, panels.get(), shift.get(), o, top, more ? more + at * o : nullptr, y + at * o);
+            Next next;
+            next.add(x + (at + rows) * c, std::min(block, last - at - rows) * c, runs_of(rows, o, c, 64));
+            rows_times(a.get(), rows, c, panels.get(), shift.get(), o, top, more ? more + at * o : nullptr, n * o >= LARGE, next, y + at * o);
         }
     });
 }
@@ -287,7 +292,11 @@ API void pointwise_input_grad(const float* g, const float* y, const float* x, in
                 mask_rows(g + (at + r) * o, y + (at + r) * o, 1, o, top, to, o);
                 centre_rows(x + (at + r) * c, 1, c, mean, to + o, c);
             }
-            rows_times(a.get(), rows, depth, panels.get(), bias.get(), c, -1, nullptr, dx + at * c);
+            const int64_t ahead = at + rows, more = std::min(block, last - ahead), runs = runs_of(rows, c, depth, 64);
+            Next next;
+            next.add(x + ahead * c, more * c, runs), next.add(g + ahead * o, more * o, runs);
+            if (top >= 0) next.add(y + ahead * o, more * o, runs);
+            rows_times(a.get(), rows, depth, panels.get(), bias.get(), c, -1, nullptr, n * c >= LARGE, next, dx + at * c);
         }
     });
 }

@@ -10,6 +10,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
 
 #define API extern "C" __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -44,6 +47,28 @@ INLINE void store(bf16* p, vec v) {  // rounded to nearest, to even at a tie; Na
     const words out = v != v ? (bits >> 16 | 0x40) : nearest;
     *reinterpret_cast<shorts*>(p) = __builtin_convertvector(out, shorts);
 }
+// Stores that pass the caches: for maps that they would not hold until somebody reads them. A whole line is then not read
+// before it is overwritten. Where `to` is not aligned, or there are no such stores, as any other; `fence` ends them.
+INLINE void stream(float* to, vec v) {
+#ifdef __SSE__
+    if (reinterpret_cast<uintptr_t>(to) % sizeof v == 0) {
+#if defined(__AVX512F__)
+        return _mm512_stream_ps(to, v);
+#elif defined(__AVX__)
+        return _mm256_stream_ps(to, v);
+#else
+        return _mm_stream_ps(to, v);
+#endif
+    }
+#endif
+    store(to, v);
+}
+INLINE void fence() {
+#ifdef __SSE__
+    _mm_sfence();
+#endif
+}
+constexpr int64_t LARGE = int64_t(1) << 20;  // floats of a map that is streamed: twice what the caches near a core hold
 INLINE float value(float v) { return v; }
 INLINE float value(bf16 v) {
     const uint32_t bits = uint32_t(v.bits) << 16;
@@ -97,7 +122,7 @@ void share(int64_t n, int threads, Work work) {
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
-    for (int t = 0; t < threads; t++) work(t, n * t / threads, n * (t + 1) / threads);
+    for (int t = 0; t < threads; t++) work(t, n * t / threads, n * (t + 1) / threads), fence();
 }
 
 // Asks for what comes next while this is computed: some lines of up to three maps at every run of products.
