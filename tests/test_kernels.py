@@ -147,6 +147,21 @@ def passes_agree(x: Tensor, geometry: Geometry, out: int, top: float | None) -> 
     near(ours.input_grad(grad, y, x, *rest), exact.input_grad(grad.double(), y.double(), wide, *rest))
 
 
+@pytest.mark.parametrize("stride", [0, 1, 2], ids=["pointwise", "depthwise", "depthwise, stride 2"])
+def test_large_maps_hold_what_small_ones_hold(stride, seeded):
+    """Maps of a million values or more are stored past the caches; an image alone is below that."""
+    geometry = Geometry(32, (3, 3), (stride, stride), (1, 1)) if stride else Geometry(1, (1, 1), (1, 1), (0, 0))
+    x = torch.randn(3, 32, 160, 160).contiguous(memory_format=torch.channels_last)
+    groups, k = geometry.groups, 9 if stride else 32
+    kernel, mean, quad = torch.randn(groups, 32 // groups, k), torch.randn(groups, k), torch.randn(groups, k, k)
+    wide = (kernel.double(), mean.double(), (quad + quad.mT).double(), mean.double(), geometry, 6.0)
+    both = []
+    for images in (x, x[:1]):
+        y = CppBackend().convolve(images, wide[0], torch.ones(32).double(), wide[1], geometry, 6.0)
+        both.append((y, CppBackend().input_grad(y, y, images, *wide)))
+    assert all(torch.equal(large[:1], small) for large, small in zip(*both, strict=True))
+
+
 def near(a: Tensor, b: Tensor) -> None:
     assert (a.double() - b).abs().max() <= 1e-5 * (1 + b.abs().max())
 

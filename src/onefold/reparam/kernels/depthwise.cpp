@@ -73,9 +73,11 @@ void copy_block(const float* from, int64_t n, float* to) {
     }
 }
 
-// The first n lanes of v, all if there are as many.
+// The first n lanes of v, all if there are as many; past the caches if the map is large.
 template <class T>
-INLINE void store_some(T* to, vec v, int64_t n) {
+INLINE void store_some(T* to, vec v, int64_t n, bool large) {
+    if constexpr (std::is_same_v<T, float>)
+        if (large && n >= LANES) return stream(to, v);
     if (n >= LANES) return store(to, v);
     for (int j = 0; j < n; j++) put(to + j, v[j]);
 }
@@ -411,6 +413,7 @@ void convolve(const T* x, const Shape& s, const float* centre, const float* kern
     constexpr int taps = K * K;
     const auto weights = by_block(kernel, s.c, taps), shifts = by_block(bias, s.c, 1);
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K);
+    const bool large = s.b * rows * columns * s.c >= LARGE;
     const Pieces pieces(s, rows, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
         Plane z(pieces.height * s.stride + K, s.w, s.padding);
@@ -437,7 +440,7 @@ void convolve(const T* x, const Shape& s, const float* centre, const float* kern
                             v += line;
                         }
                         if (top >= 0) v = clamp(v, top);
-                        store_some(to, v, channels - half);
+                        store_some(to, v, channels - half, large);
                     }
                 }
         }
@@ -522,7 +525,7 @@ Buffer<float> lag_weights(const Shape& s, const float* quad, const float* offset
 // out = the two stencils at N pixels of one kind, from (y, x) on. Few pixels have several sums each, to keep busy.
 template <int K, int N, class T>
 INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half, T* out,
-                  int64_t step, int64_t channels, int64_t padding) {
+                  int64_t step, int64_t channels, int64_t padding, bool large) {
     constexpr int side = 2 * K - 1, sums = 4 / N;
     vec acc[N][sums] = {};
     const vec constant = load(lags + side * side * PANEL + half);
@@ -555,7 +558,7 @@ INLINE void blend(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kern
     for (int n = 0; n < N; n++) {
 #pragma GCC unroll 4
         for (int s = 1; s < sums; s++) acc[n][0] += acc[n][s];
-        store_some(out + n * step + half, acc[n][0], channels - half);
+        store_some(out + n * step + half, acc[n][0], channels - half, large);
     }
 }
 
@@ -568,6 +571,7 @@ void input_grad_by_lag(const T* g, const T* y, const T* x, const Shape& s, const
     const auto weights = by_block(kernel, s.c, taps);
     const auto lags = lag_weights<K>(s, quad, offset, shift, tall, wide, threads);
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K), edge = wide.edge, kinds = tall.kinds() * wide.kinds();
+    const bool large = s.b * s.h * s.w * s.c >= LARGE;
     const Pieces pieces(s, s.h, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
         Plane z(pieces.height + 2 * K, s.w, s.padding + K - 1), grad(pieces.height + 2 * K, columns, K - 1);
@@ -590,11 +594,11 @@ void input_grad_by_lag(const T* g, const T* y, const T* x, const Shape& s, const
                         const int64_t left = q >= edge ? s.w - edge - q : 0, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
                         if (!half) of_x.ask(step), of_g.ask(step), of_y.ask(step);
                         if (left >= 4) {
-                            blend<K, 4>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding), q += 4;
+                            blend<K, 4>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding, large), q += 4;
                         } else if (left >= 2) {
-                            blend<K, 2>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding), q += 2;
+                            blend<K, 2>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding, large), q += 2;
                         } else {
-                            blend<K, 1>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding), q += 1;
+                            blend<K, 1>(z, grad, p, q, w, of, half, to + q * s.c, s.c, channels, s.padding, large), q += 1;
                         }
                     }
             }
@@ -614,7 +618,7 @@ struct Halved {
 // The same as `blend` for 3 taps at stride 2: N pixels, each second one, whose lags reach REACH_Y and REACH_X (1 for even ones).
 template <int REACH_Y, int REACH_X, int N, class T>
 INLINE void blend_halved(Plane& z, Plane& grad, int64_t y, int64_t x, const float* kernel, const float* lags, int half,
-                         T* out, int64_t step, int64_t channels) {
+                         T* out, int64_t step, int64_t channels, bool large) {
     constexpr int side = 5, sums = N == 1 ? 4 : 2;
     vec acc[N][sums] = {};
     const vec constant = load(lags + side * side * PANEL + half);
@@ -645,7 +649,7 @@ INLINE void blend_halved(Plane& z, Plane& grad, int64_t y, int64_t x, const floa
     for (int n = 0; n < N; n++) {
 #pragma GCC unroll 4
         for (int i = 1; i < sums; i++) acc[n][0] += acc[n][i];
-        store_some(out + n * step + half, acc[n][0], channels - half);
+        store_some(out + n * step + half, acc[n][0], channels - half, large);
     }
 }
 
@@ -657,6 +661,7 @@ void input_grad_halved(const T* g, const T* y, const T* x, const Shape& s, const
     const Halved tall{rows}, wide{columns};
     const auto weights = by_block(kernel, s.c, taps);
     const auto lags = lag_weights<3>(s, quad, offset, shift, tall, wide, threads);
+    const bool large = s.b * s.h * s.w * s.c >= LARGE;
     const Pieces pieces(s, s.h, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
         Plane z(pieces.height + 4, s.w, 3), grad(pieces.height / 2 + 3, columns, 2);
@@ -677,7 +682,7 @@ void input_grad_halved(const T* g, const T* y, const T* x, const Shape& s, const
                     const float* of = of_row + wide.kind(q) * entry * PANEL;
                     const auto with = [&](auto reach_y, auto reach_x) __attribute__((always_inline)) {
                         blend_halved<decltype(reach_y)::value, decltype(reach_x)::value, N>(z, grad, p, q, w, of, half, to + q * s.c,
-                                                                                          2 * s.c, channels);
+                                                                                          2 * s.c, channels, large);
                     };
                     const std::integral_constant<int, 1> near;
                     const std::integral_constant<int, 2> far;
@@ -707,6 +712,7 @@ void input_grad_by_place(const T* g, const T* y, const T* x, const Shape& s, con
     const auto weights = by_block(kernel, s.c, taps), quads = by_block(quad, s.c, taps * taps);
     const auto shifts = by_block(shift, s.c, taps), offsets = by_block(offset, s.c, taps);
     const int64_t rows = s.out(s.h, K), columns = s.out(s.w, K);
+    const bool large = s.b * s.h * s.w * s.c >= LARGE;
     const Pieces pieces(s, s.h, s.w);
     share(pieces.count, threads, [&](int, int64_t first, int64_t last) {
         const int64_t most = pieces.height + 2 * (K + s.stride);
@@ -749,7 +755,7 @@ void input_grad_by_place(const T* g, const T* y, const T* x, const Shape& s, con
                     const float* from = sum.at(p, r);
                     T* to = dx + ((piece.image * s.h + p) * s.w + r) * s.c + at;
                     for (int half = 0; half < PANEL && half < channels; half += LANES)
-                        store_some(to + half, load(from + half), channels - half);
+                        store_some(to + half, load(from + half), channels - half, large);
                 }
         }
     });
