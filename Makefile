@@ -6,6 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 TESTS  ?= tests
+MARKS  ?= slow or not slow
 PYTEST  = $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: docs demo test test-all test-everything lint format bench clean
@@ -21,7 +22,7 @@ test-all:
 	$(MAKE) VENV=.venv-runtimes test-everything
 
 test-everything: $(VENV)/.runtimes
-	ONEFOLD_NODE_MODULES=$(abspath $(VENV))/node_modules $(PYTEST) -m "slow or not slow" --timeout 1800 $(TESTS)
+	ONEFOLD_NODE_MODULES=$(abspath $(VENV))/node_modules $(PYTEST) -m "$(MARKS)" --timeout 1800 $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -127,6 +127,18 @@ def test_a_library_in_the_cache_is_checked_before_it_is_loaded(compiler: Path, c
     assert [path.name for path in (compiler / "cache" / "onefold").iterdir() if path.suffix == ".new"] == []
 
 
+def test_a_library_of_other_flags_is_another(compiler: Path, monkeypatch: pytest.MonkeyPatch):
+    source = '#ifndef GIVEN\n#define GIVEN 1\n#endif\nextern "C" int given() { return GIVEN; }'
+    (compiler / "given.cpp").write_text(source)
+    native.LIBRARY_SOURCES["given"] = (str(compiler / "given.cpp"),)
+    line = os.environ["CXX"]
+    for flag, answer in (("", 1), (" -DGIVEN=2", 2), ("", 1)):
+        monkeypatch.setenv("CXX", line + flag)
+        library = load_library("given")
+        assert library is not None
+        assert library.given() == answer
+
+
 def test_without_a_home_the_cache_is_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -186,7 +186,8 @@ def _build_if_needed(name: str) -> Path:
     """
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_LIMIT_S).stdout
-    folder = cache_folder() / f"{name}-{_key(name, version, _processor().encode())}"
+    flags = shlex.join(compiler).encode()  # CXX may hold some, such as -mno-avx512f
+    folder = cache_folder() / f"{name}-{_key(name, version, flags, _processor().encode())}"
     if not _is_whole(folder):
         with file_lock(folder):  # another process may be compiling it
             if not _is_whole(folder):
