@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -69,36 +71,31 @@ SHAPES = {  # c_in, c_out, kernel, stride, groups, k
 }
 
 
-def mean_errors(shape, mean: float, route) -> dict[str, tuple[float, float]]:
-    """The same of a unit's shape, as the root of the mean square over units and batches.
+def error_ratios(shape, mean: float, route) -> dict[str, float]:
+    """By how much a route's errors are larger than those of `per_branch`: geometric means over units and batches.
 
-    Values near float32's own resolution (1e-7) are both noise: of one batch of the stem, which has three channels, the
-    ratio of the two is up to 2.2, and of 40 batches 1.28.
+    Values near float32's own resolution (1e-7) are both noise: of one batch of few channels their ratio is 0.2 to 2.4.
+    So there are many batches of those.
     """
-    squares: dict[str, list[float]] = {}
-    batches = 40 if shape == SHAPES["stem"] else 8
-    for seed in range(batches):
+    logarithms: dict[str, list[float]] = {}
+    for seed in range(8 if shape[4] == 1 and shape[0] >= 48 else 32):
         torch.manual_seed(seed)
         x = torch.randn(8, shape[0], 14, 14).relu() + mean
         for name, (reference, ours) in against_truth(unit(*shape), x, route).items():
-            of_name = squares.setdefault(name, [0.0, 0.0])
-            of_name[0] += max(reference, 6e-8) ** 2 / batches
-            of_name[1] += ours**2 / batches
-    return {name: (reference**0.5, ours**0.5) for name, (reference, ours) in squares.items()}
+            logarithms.setdefault(name, []).append(math.log(max(ours, 6e-8) / max(reference, 6e-8)))
+    return {name: math.exp(statistics.fmean(of_name)) for name, of_name in logarithms.items()}
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0, 20.0])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_float32_errors_are_those_of_each(shape, mean):
     """At most 1.5x: two roundings of one size."""
-    for name, (reference, ours) in mean_errors(shape, mean, moments).items():
-        assert ours <= 1.5 * reference, (name, ours, reference)
+    assert {name: ratio for name, ratio in error_ratios(shape, mean, moments).items() if ratio > 1.5} == {}
 
 
 @pytest.mark.parametrize("shape", [SHAPES["pointwise"], SHAPES["one branch"], SHAPES["depthwise"]])
 def test_mixed_is_as_exact_as_each(shape):
-    for name, (reference, ours) in mean_errors(shape, 0.0, mixed).items():
-        assert ours <= 1.5 * reference, (name, ours, reference)
+    assert {name: ratio for name, ratio in error_ratios(shape, 0.0, mixed).items() if ratio > 1.5} == {}
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0, 2.5), nn.GELU()])
