@@ -27,6 +27,7 @@ from onefold.commands.deploy_results import (
     ArtifactResult,
     DeployOptions,
     DeployResult,
+    Gate,
     accuracy_gate,
     too_few_photos_error,
     warn_constant_predictions,
@@ -163,6 +164,19 @@ def test_a_failed_gate_says_whether_the_photos_are_too_few_to_tell(
     assert gate.sentence.endswith(ends)
     done = DeployResult(folder=tmp_path, network=None, verdicts=(), gates=(gate,), top1=None, data="")  # type: ignore[arg-type]
     assert ("More photos to calibrate with" in str(done.failure)) == (not gate.passed and not gate.has_too_few)
+
+
+def test_the_fastest_of_those_that_passed_is_recommended(tmp_path: Path) -> None:
+    def result(name: str, ms: float | None) -> ArtifactResult:
+        timed = None if ms is None else SimpleNamespace(median_ns=1e6 * ms)
+        counts = {"changed": 0, "count": 100, "lost": 0, "won": 0}
+        return ArtifactResult(name=name, artifact=None, top1=None, measurement=timed, **counts)  # type: ignore[arg-type]
+
+    results = [result("a", 2.0), result("b", 1.0), result("c", 0.5), result("d", None)]
+    failed = Gate(name="c", kind="accuracy", passed=False, sentence="c lost much")
+    done = DeployResult(folder=tmp_path, network=None, verdicts=tuple(results), gates=(failed,), top1=None, data="")  # type: ignore[arg-type]
+    assert "those that keep their accuracy: b, 1.00 ms; a 2.00 times as long." in done.recommendation
+    assert "recommended" in replace(done, verdicts=tuple(results[2:])).recommendation
 
 
 @pytest.mark.parametrize(("lost", "won", "by_one_photo"), [(1, 0, True), (4, 3, True), (3, 3, False), (0, 0, False)])

@@ -179,6 +179,8 @@ def build_deployment(
     for gate in done.gates:
         if gate.by_one_photo or not gate.passed:
             say(f"{'passed' if gate.passed else 'FAILED':9} {gate.sentence}")
+    if order.timed:
+        say(done.recommendation)
     return replace(done, folder=out)
 
 
@@ -280,8 +282,10 @@ def _scored(
             title += f", without {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read"
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
         title += warn_constant_predictions(true, photos, torch_network)
-        if top1 is not None:
-            say(f"scored    {'torch-fp32':20} top-1 {top1:.2f} %")
+        say(
+            f"scored    {'torch-fp32':20} "
+            + (f"top-1 {top1:.2f} %" if top1 is not None else f"without labels: {title}")
+        )
     verdicts, longest = [], 0.0
     whys = {name: import_runtime(each.runtime).unavailable_reason for name, each in artifacts.items()}
     runs = [name for name, why in whys.items() if why is None or why() is None]

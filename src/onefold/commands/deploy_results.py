@@ -154,6 +154,21 @@ class DeployResult:
         return [gate for gate in self.gates if not gate.passed]
 
     @property
+    def recommendation(self) -> str:
+        """Which artifact to take: the fastest on this machine of those that passed, and by how much."""
+        failed = {gate.name for gate in self.failed}
+        times = {each.name: each.measurement.median_ns / 1e6 for each in self.verdicts if each.measurement is not None}
+        passed = sorted((ms, name) for name, ms in times.items() if name not in failed)
+        if not passed:
+            return "No artifact here was both timed and good enough to be recommended."
+        (best, name), others = passed[0], [f"{other} {ms / passed[0][0]:.2f} times as long" for ms, other in passed[1:]]
+        compared = f"; {', '.join(others)}" if others else ""
+        return (
+            f"Fastest on this machine of those that keep their accuracy: {name}, {best:.2f} ms{compared}. A phone is "
+            "another machine: measure there (`onefold phone`)."
+        )
+
+    @property
     def failure(self) -> GateFailed | None:
         """The error that says which gates did not hold, None where all did."""
         if not self.failed:
@@ -244,7 +259,7 @@ def render_readme(done: DeployResult) -> str:
     lines += [f"**{note[:1].upper()}{note[1:]}.**\n" for note in done.notes]
     lines += [f"{gate.sentence}.\n" for gate in done.gates if gate.by_one_photo]
     float_score = "without labels" if done.top1 is None else f"top-1 {done.top1:.2f} % in PyTorch, fp32"
-    lines += [f"Scored on {done.data}: {float_score}.", "", *_table(done), "", *_choice(done), ""]
+    lines += [f"Scored on {done.data}: {float_score}.", "", *_table(done), "", done.recommendation, ""]
     lines += [
         "Each folder is complete by itself: its `README.md` has code that loads it (Python without PyTorch, C++, "
         "Swift, Kotlin, JavaScript, as far as the runtime has them), its `manifest.json` the classes and the "
@@ -281,19 +296,6 @@ def _row(each: ArtifactResult) -> list[str]:
         "-" if timed is None else str(timed.procedure.threads),
         "-" if timed is None else timed.machine.chip,
         f"{each.artifact.num_bytes / 2**20:.1f} MiB",
-    ]
-
-
-def _choice(done: DeployResult) -> list[str]:
-    """The quickest that may be shipped, by this machine's times."""
-    failed = {gate.name for gate in done.failed}
-    fit = [each for each in done.verdicts if each.measurement is not None and each.name not in failed]
-    if not fit:
-        return ["Nothing here was both timed and good enough to be recommended."]
-    best = min(fit, key=lambda each: each.measurement.median_ns if each.measurement else 0.0)
-    return [
-        f"Quickest of those that keep their accuracy, on this machine: **{best.name}**. A phone is another machine: "
-        "measure there (`onefold phone`)."
     ]
 
 
