@@ -43,6 +43,7 @@ _NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
 BOOLEAN_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
 _LIST_TEXT = re.compile(r"[\[({](.*)[\])}]", re.DOTALL)
 _PARTS = re.compile(r",|(?<=['\"])\s+(?=['\"])")
@@ -202,6 +203,19 @@ def normalize_numbers(values: Sequence[str]) -> Sequence[str]:
     if len(set(forms.values())) == len(forms) and not any("." in value for value in forms):
         return values
     return [str(forms[value]) for value in values]
+
+
+def refuse_measurements(where: str, values: Iterable[str]) -> None:
+    """Raise BadData where all values are numbers and some have a fraction: targets of a regression, not classes."""
+    seen = sorted(set(values))
+    if not all(map(_DECIMAL.fullmatch, seen)):
+        return
+    if measured := [value for value in seen if not float(value).is_integer()]:
+        shown = join_names([*measured, *(value for value in seen if value not in measured)][:2])
+        raise BadData(
+            f"{where} holds measurements ({shown}), not classes: name the column of the classes `label`, or write the "
+            "name of a class in place of each number"
+        )
 
 
 def parse_list_cells(cells: Sequence[str]) -> Sequence[str]:

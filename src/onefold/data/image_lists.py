@@ -8,17 +8,20 @@
 | beside it: image_class_labels.txt | the key, the number of its class (without this list the class is its folder) |
 | beside it: classes.txt | the number of a class, its name |
 | beside it: train_test_split.txt | the key, 1 for train and 0 for test, or a word for a split |
+
+Names of images and of classes may hold blanks (`0004 Cessna 172`): where a line is divided is told by the images.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from onefold.data.columns import BOOLEAN_WORDS, NotATableError, rank_image_column
-from onefold.data.decode import printable_name
+from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.match_table_paths import ImageIndex
 from onefold.errors import BadData
 from onefold.storage import read_lines, read_text
@@ -30,7 +33,9 @@ NUMBERED_IMAGES = "images.txt"
 
 _CLASS_LIST, _NAME_LIST, _SPLIT_LIST = "image_class_labels.txt", "classes.txt", "train_test_split.txt"
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_NUMBERS = re.compile(r"[-0-9.,:]+(\s+[-0-9.,:]+)+")  # a box or several classes, and no name of a class
 _NUM_TRIED = 100  # lines that show whether a file lists images
+_LONGEST = 1000  # characters of a line with an image and a class of several words
 _SHOWN = 80
 
 
@@ -54,34 +59,82 @@ def read_image_list(file: Path, path: str, images: ImageIndex, notes: list[str])
     line is.
     """
     rows: list[list[str]] = []
-    lines, num_boxes = [], 0
-    is_numbered = file.name.lower() == NUMBERED_IMAGES
-    for number, line in enumerate(read_text(file, notes).split("\n"), 1):
-        if not line.strip():
-            continue
-        cells = [cell.strip() for cell in line.strip().split("\t")]
-        if is_numbered and not rows:
-            is_numbered = bool(images.num_matches(path, line.split(None, 1)[1:]))
-        if is_numbered or len(cells) == 1:
-            cells = line.strip().split(None, 1) if is_numbered else line.strip().rsplit(None, 1)
+    num_boxes = 0
+    texts = read_text(file, notes).split("\n")
+    lines = [number for number, line in enumerate(texts, 1) if line.strip()]
+    texts = [line.strip() for line in texts if line.strip()]
+    is_numbered = file.name.lower() == NUMBERED_IMAGES and any(
+        images.num_matches(path, line.split(None, 1)[1:]) for line in texts[:1]
+    )
+    divided = [line.split(None, 1) for line in texts] if is_numbered else _divide(path, texts, lines, images)
+    for number, line, cells in zip(lines, texts, divided, strict=True):
         if len(cells) == 6 and not cells[1].isdecimal() and all(map(_NUMBER.fullmatch, cells[2:])):
             cells, num_boxes = cells[:2], num_boxes + 1
         if len(cells) != 2:
             kind = BadData if images.num_matches(path, [row[0] for row in rows[:_NUM_TRIED]]) else NotATableError
             raise kind(f"{path}, line {number}: {printable_name(line[:_SHOWN])!r}: expected an image and its class")
         rows.append(cells)
-        lines.append(number)
     if is_numbered:
         return _join_numbered(file, path, rows, lines, notes)
     if not images.num_matches(path, [row[0] for row in rows[:_NUM_TRIED]]):
         raise NotATableError(f"{path}: expected images that are there, and their classes")
-    if len(rows) > 2 and [cells[1] for cells in rows] in ([str(i + k) for i in range(len(rows))] for k in (0, 1)):
+    numberings = [[str(i + k) for i in range(len(rows))] for k in (0, 1)]
+    is_name_list = [cells[0] for cells in rows] in numberings and len({cells[1] for cells in rows}) == len(rows)
+    if len(rows) > 2 and (is_name_list or [cells[1] for cells in rows] in numberings):
         raise NotATableError(f"{path} numbers its lines: expected an image and its class")
     if num_boxes:
         notes.append(f"{path}: of {num_boxes} lines with a class and a box, the class is used")
     is_header = rank_image_column(rows[0][0]) is not None and "." not in rows[0][0]
     columns = rows[0] if is_header else ["file", "label"]
     return TableRows(columns=columns, rows=rows[is_header:], lines=lines[is_header:])
+
+
+def _divide(path: str, texts: Sequence[str], lines: Sequence[int], images: ImageIndex) -> list[list[str]]:
+    """Divide lines into an image and its class, at tabs, else at the blank that follows the name of the image.
+
+    That is the longest beginning that is an image that is there; what ends in the suffix of an image goes before what
+    does not. Lines without such a suffix are divided alike where one way finds the images of all: the last word is the
+    class, or the first the image. An image that is not there is told so too.
+
+    Raises NotATableError where the first lines are otherwise, BadData where an image is not there and the other lines
+    do not tell where its name ends.
+    """
+    cells = [[cell.strip() for cell in line.split("\t")] for line in texts]
+    ways: dict[int, list[list[str]]] = {}  # of lines without the suffix of an image
+    there: dict[int, list[list[str]]] = {}
+    num_found = 0
+    for i, line in enumerate(texts):
+        if len(cells[i]) == 1:
+            cells[i] = line.rsplit(None, 1)
+        if len(cells[i]) == 2 and "\t" not in line and len(cells[i][0].split(None, 1)) > 1 and len(line) <= _LONGEST:
+            pairs = [[line[: gap.start()], line[gap.end() :]] for gap in re.finditer(r"\s+", line)]
+            pairs = [pair for pair in pairs if not _NUMBERS.fullmatch(pair[1])]
+            suffixed = [pair for pair in pairs if os.path.splitext(pair[0])[1].lower() in SUFFIXES]
+            found = [pair for pair in suffixed or pairs if images.find(path, pair[0])]
+            num_found += (_NUM_TRIED if found[-1] == pairs[-1] else 1) if found else 0
+            if suffixed:
+                cells[i] = (found or suffixed)[-1]
+            else:
+                ways[i] = pairs
+                if found:
+                    there[i] = found
+        elif i < _NUM_TRIED:  # one image suffices where the last word is the class; prose may begin with one too
+            num_found += _NUM_TRIED * images.num_matches(path, cells[i][:1])
+        if i + 1 == min(_NUM_TRIED, len(texts)) and 2 * num_found < i + 1:
+            raise NotATableError(f"{path}: expected images that are there, and their classes")
+    is_last = all(there[i][-1] == ways[i][-1] for i in there)
+    is_first = all(there[i][0] == ways[i][0] for i in there)
+    for i, pairs in ways.items():
+        if is_last or is_first:
+            cells[i] = pairs[-1 if is_last else 0]
+        elif i in there:
+            cells[i] = there[i][-1]
+        else:
+            raise BadData(
+                f"{path}, line {lines[i]}: {printable_name(texts[i][:_SHOWN])!r}: its image is not there, so that it "
+                "cannot be told which words are its class: put a tab between the image and the class"
+            )
+    return cells
 
 
 def _join_numbered(

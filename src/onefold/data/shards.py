@@ -34,6 +34,7 @@ from onefold.data.columns import (
     first_class_number,
     normalize_numbers,
     read_split_column,
+    refuse_measurements,
 )
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, LeftOut, Split, SplitImages
@@ -227,6 +228,7 @@ def read_shards(
     if separator := find_class_separator(names):
         both = next(name for name in names if separator in name)
         raise MultiLabelError(shown, f"{printable_name(both)} is of one image")
+    refuse_measurements(f"{shown}: the class", names)
     forms = dict(zip(names, normalize_numbers(names), strict=True))
     numbered = _numbered([file for those in files.values() for file in those])
     return (

@@ -42,6 +42,7 @@ from onefold.data.columns import (
     rank_class_column,
     rank_image_column,
     read_split_columns,
+    refuse_measurements,
 )
 from onefold.data.dataset_info import Split
 from onefold.data.decode import SUFFIXES, printable_name
@@ -283,7 +284,7 @@ def _json_rows(text: str, shown: str) -> TableRows:
 
 
 def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:
-    """Give the class of each row by name. Raises MultiLabel where cells name several classes."""
+    """Give the class of each row by name. Raises BadData where cells name several classes or measure."""
     cells = parse_list_cells(cells)
     if separator := find_class_separator(set(cells)):
         i = next(i for i, cell in enumerate(cells) if separator in cell)
@@ -291,6 +292,7 @@ def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int],
         raise MultiLabelError(
             f"{shown}, line {lines[i]}", f"the column {printable_name(column)} names {both} of one image"
         )
+    refuse_measurements(f"{shown}: the column {printable_name(column)}", cells)
     plain = normalize_numbers(cells)
     if len(set(plain)) < len(set(cells)):
         forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
