@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import onefold
 from onefold.cli import main
 from onefold.cli.main import app
 
@@ -94,6 +95,23 @@ def test_eval_of_a_run_is_the_accuracy_that_its_training_logged(home: Path, caps
     logged = json.loads((home / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert score["count"] == 6
     assert score["top1"] == pytest.approx(logged["top1"])
+
+
+@pytest.mark.parametrize("place", ["run/predictions.jsonl", "results/accuracy.json"])
+def test_scores_are_printed_where_they_cannot_be_kept(place: str, scratch: Path, capsys, caplog):
+    assert run("eval", scratch / "run", "--results", scratch / "results") == 0
+    score = capsys.readouterr().out
+    (scratch / place).unlink()
+    (scratch / place).mkdir()
+    assert run("eval", scratch / "run", "--results", scratch / "results") == (5 if place.startswith("run") else 3)
+    said = capsys.readouterr()
+    assert said.out == score
+    assert said.err.count(place) == 1
+    assert said.err.splitlines()[-1].startswith("error: ")
+    scores = onefold.evaluate(scratch / "run", results=scratch / "results")
+    assert repr(scores) == score.rstrip("\n")
+    assert place in str(scores.not_written[0])
+    assert "the scores are not kept: " in caplog.text
 
 
 def test_eval_matches_classes_by_name_not_by_position(scratch: Path, capsys):
@@ -590,6 +608,15 @@ def test_predictions_are_written_as_a_table_and_photos_are_sorted(scratch: Path,
     assert run("predict", scratch / "run", scratch / "photos", "--out", scratch / "a.jsonl", "--json") == 0
     lines = [json.loads(line) for line in (scratch / "a.jsonl").read_text().splitlines()]
     assert lines == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_answers_are_printed_where_the_table_cannot_be_written(home: Path, tmp_path: Path, capsys):
+    (tmp_path / "a.csv").mkdir()
+    assert run("predict", home / "run", home / "photos/cat", "--out", tmp_path / "a.csv") == 5
+    said = capsys.readouterr()
+    assert run("predict", home / "run", home / "photos/cat") == 0
+    assert said.out == capsys.readouterr().out
+    assert said.err.endswith(f"error: cannot write {tmp_path}/a.csv: it is a folder; give the name of a file\n")
 
 
 def test_fusing_what_is_fused_writes_the_file_with_a_note(home: Path, tmp_path: Path, capsys):

@@ -361,6 +361,25 @@ def test_norms_tell_which_of_the_names_weights_are_of(tmp_path):
     assert ModelNameCheck.from_network(open_network(source), source, NAME) is None  # its card says what it is
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "is_said"),
+    [(0.0, 0.0, False), (0.004, 0.001, False), (0.5, 0.0, True), (float("nan"), 0.1, False)],
+)
+def test_distances_that_tell_nothing_are_no_doubt_of_a_name(own, other, is_said, tmp_path, monkeypatch):
+    torch.save(create_model("mobilenetv1_025", num_classes=3).state_dict(), tmp_path / "w.pth")
+    network = open_network(tmp_path / "w.pth", name="mobilenetv1_025")
+    assert network.name_check is not None
+    monkeypatch.setattr(
+        "onefold.commands.open_network._norm_distance", lambda model, _: own if model is network.model else other
+    )
+    said = network.name_check(np.zeros((1, 3, 32, 32), np.float32))
+    if is_said:
+        assert said is not None
+        assert "under --model mobilenetv1_025." in said
+    else:
+        assert said is None
+
+
 def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsys):
     torch.save(create_model(NAME, num_classes=0).state_dict(), tmp_path / "b.pth")
     photo = str(photos / "val" / "red" / "0.png")

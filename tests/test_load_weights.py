@@ -809,6 +809,42 @@ def test_weights_of_another_network_are_refused_with_the_keys_and_the_right_name
         create_model(SMALL, num_classes=10, weights=tmp_path / "w.pth")
 
 
+def test_bookkeeping_beside_complete_weights_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "onefold")
+    ours = create_model(SMALL, num_classes=10).state_dict()
+    thop = {
+        f"{layer}total_{kind}": torch.zeros(1).double() for layer in ("", "stages.0.0.") for kind in ("ops", "params")
+    }
+    torch.save(ours | thop, tmp_path / "w.pth")
+    model, _ = load_model(tmp_path / "w.pth", name=SMALL)
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in model.state_dict().items())
+    assert "left out, nothing of the network is missing (" in caplog.text
+    assert "stages.0.0.total_ops" in caplog.text
+    caplog.clear()
+    load_model(tmp_path / "w.pth", name=SMALL, quiet=True)
+    assert not caplog.text
+    np.savez(tmp_path / "w.npz", epoch=np.array(3), **{key: tensor.numpy() for key, tensor in ours.items()})
+    load_model(tmp_path / "w.npz", name=SMALL)
+    assert "(epoch)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [("epochs", torch.zeros(2)), ("stages.0.0.conv.bias", torch.zeros(1))],
+)
+def test_what_is_no_bookkeeping_is_refused_and_not_called_incomplete(key: str, tensor: Tensor, tmp_path: Path) -> None:
+    ours = create_model(SMALL, num_classes=10).state_dict()
+    torch.save({**ours, key: tensor}, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match=rf"1 are unexpected \({key}\)\.$"):
+        load_model(tmp_path / "w.pth", name=SMALL)
+    first = next(key for key in ours if key.startswith("stages.3."))
+    torch.save({"epoch": torch.tensor(1)} | {k: v for k, v in ours.items() if k != first}, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match=r"1 tensors are missing .*; 1 are unexpected \(epoch\).*incomplete"):
+        load_model(tmp_path / "w.pth", name=SMALL)
+
+
 def test_weights_of_an_unknown_network_are_refused_by_their_keys(tmp_path: Path) -> None:
     torch.save({"layer1.0.conv1.weight": torch.zeros(3, 3)}, tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=r"keys like layer1\.0\.conv1\.weight, of no layout known"):

@@ -34,7 +34,7 @@ from onefold.cli.options import (
     check_inputs,
 )
 from onefold.cli.progress import show_progress, show_training_progress
-from onefold.errors import BadArgument
+from onefold.errors import BadArgument, NotWritable
 from onefold.system_resources import keep_freed_memory, limit_library_threads
 
 if TYPE_CHECKING:
@@ -267,6 +267,8 @@ def evaluate(
         display.print_json({"subject": found.subject, **each.to_dict()} for each in found)
     else:
         display.print_line(repr(found))
+    if found.not_written:
+        raise type(found.not_written[0])("; ".join(map(str, found.not_written)))
 
 
 @app.command()
@@ -317,8 +319,14 @@ def predict(
             threads=threads,
             on_prediction=lambda each: display.print_prediction(each, as_json=as_json, listed=is_listed),
         )
-        written = [] if out is None else [found.write(out)]
-        written += [] if sort_into is None else [found.sort_into(sort_into)]
+        try:
+            written = [] if out is None else [found.write(out)]
+            written += [] if sort_into is None else [found.sort_into(sort_into)]
+        except NotWritable:
+            for each in () if is_listed else found:  # they are not lost
+                if each.problem is None:
+                    display.print_line(str(each))
+            raise
     for made in written:
         display.print_note(f"wrote {made}: {', '.join(f'{count} {name}' for name, count in found.counts().items())}")
 

@@ -42,7 +42,7 @@ from onefold.data.imagenet_variants import (
     read_real_labels,
 )
 from onefold.data.preprocessing import ValueRange
-from onefold.errors import BadArgument, BadData
+from onefold.errors import BadArgument, BadData, NotWritable, OnefoldError
 from onefold.recipes import RECIPE_FILE
 from onefold.storage import parse_json, write_text
 from onefold.train import Accuracy, compute_accuracy
@@ -121,11 +121,12 @@ class Scores(Sequence[EvalResult]):
     """The accuracy of one network on each set of images; `subject` names the network.
 
     `top1` (percent) and its 95 % `interval` (Wilson's) are those of the first set: of several the sum of all, where
-    they are the corruptions of one, else val before test.
+    they are the corruptions of one, else val before test. `not_written` are the errors of what could not be kept.
     """
 
     subject: str
     found: tuple[EvalResult, ...]
+    not_written: tuple[BadData | NotWritable, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> EvalResult: ...
@@ -186,7 +187,8 @@ def evaluate(
     `bench` and `report` (None: nowhere). Rates are in percent. `model`, `use_ema`, `classes`, `img_size` are as in
     `predict`.
 
-    Raises BadData where no image can be used or classes do not match, BadArgument, BadCheckpoint.
+    Raises BadData where no image can be used or classes do not match, BadArgument, BadCheckpoint. Where predictions or
+    the top-1 cannot be written, the scores are given all the same: a warning is logged, `not_written` has the errors.
 
         scores = onefold.evaluate("runs/photos-finetune", "other/")
         scores.top1, scores.interval
@@ -205,14 +207,25 @@ def evaluate(
         suite = open_suite(os.fspath(place), None if data is None else os.fspath(data), predictor, only)
         found = evaluate_suite(predictor, suite, batch_size=batch_size)
         first = found[0]
-        if results is not None:
-            seen = (first.trained_on or 0) + (first.copies.found if first.copies else 0)
-            save_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=seen)
+        not_written: list[BadData | NotWritable] = []
+        try:
+            if suite.run:
+                write_predictions(suite.run, predictor, first.images, first.score, suite.title)
+        except NotWritable as error:
+            not_written.append(error)
+        try:
+            if results is not None:
+                seen = (first.trained_on or 0) + (first.copies.found if first.copies else 0)
+                save_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=seen)
+        except (BadData, NotWritable) as error:  # BadData: what is there is damaged
+            not_written.append(error)
+        for each in () if OnefoldError.on_command_line else not_written:  # a command ends with them, after the scores
+            _log.warning("the scores are not kept: %s", each)
         if first.trained_on is None and not suite.corruptions:
             _log.info("what the network was trained on is not recorded: these images may be among it")
         elif first.copies is None and not suite.corruptions and suite.run is None:
             _log.info("images it was trained on are known by their files only: copies saved again are not seen")
-        return Scores(predictor.title, tuple(found))
+        return Scores(predictor.title, tuple(found), tuple(not_written))
 
 
 def open_suite(
@@ -239,10 +252,8 @@ def open_suite(
 
 
 def evaluate_suite(predictor: Predictor, suite: EvalSuite, *, batch_size: int = 32) -> list[EvalResult]:
-    """Evaluate every set; of several the first result is the summary. A run's predictions are written to its folder."""
+    """Evaluate every set; of several the first result is the summary."""
     results = [_evaluate_set(predictor, suite, name, batch_size) for name in suite.sets]
-    if suite.run:
-        write_predictions(suite.run, predictor, results[0].images, results[0].score, suite.title)
     if suite.corruptions:
         return [_summary(suite, results), *results] if len(results) > 1 else results
     trained, calibrated = (

@@ -163,9 +163,9 @@ class ModelNameCheck:
             )
             distances[other] = _norm_distance(model, (own * std + mean - its_mean) / its_std)
         best = min(distances.values())
-        if distances[card.model] < _CLEARLY * best or best > _FITS:
+        if not (best <= _FITS and distances[card.model] > max(_CLEARLY * best, _SAME)):  # so that NaN says nothing
             return None
-        better = [name for name, value in distances.items() if value < 1.1 * best]
+        better = [name for name, value in distances.items() if value <= 1.1 * best]
         return (
             f"{self.source} does not seem to be {card.model}: on these photos its maps differ from the statistics "
             f"stored in its norms by {distances[card.model]:.2f}, and by {best:.2f} under --model {' or '.join(better)}"
@@ -179,6 +179,7 @@ class ModelNameCheck:
 
 _CHECKED = 8  # photos that a check looks at
 _CLEARLY, _FITS = 1.3, 1.0  # how many times nearer another name has to be, and how near
+_SAME = 0.01  # a distance that leaves no doubt of a name, whatever the others' are
 
 
 def _norm_distance(model: nn.Module, images: torch.Tensor) -> float:

@@ -24,8 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.commands.predictor import TIMM_PREFIX, is_timm, parse_timm_spec
 from onefold.data import Preprocessing
+from onefold.data.folders import join_names
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels, find_class_names, find_preprocessing
+from onefold.models.load_weights import BOOKKEEPING_NOTE, find_bookkeeping
 from onefold.models.locate_weights import locate_weights
 from onefold.models.safe_load import CheckpointContents, read_tensors
 from onefold.models.weights_file import (
@@ -125,7 +127,9 @@ def load_timm(
         tensors = _with_channels(model_name, tensors, channels)
     try:
         model = fuse(model.eval()) if card.fused else model.eval()
-        model.load_state_dict(tensors)
+        if beside := find_bookkeeping(tensors, model.state_dict()):
+            _log.info(BOOKKEEPING_NOTE, source, join_names(beside, 3))
+        model.load_state_dict({key: tensor for key, tensor in tensors.items() if key not in beside})
     except RuntimeError as error:
         if card.fused:
             raise BadCheckpoint(

@@ -55,8 +55,8 @@ class MappedWeights:
     layout: KeyLayout
     source: str
     """The file, for error messages."""
-    unexpected: tuple[str, ...] = ()
-    """The file's keys that the layout does not know."""
+    unexpected: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors that the layout does not know, by the file's keys."""
     origin: str = ""
     """Which of the file's state dicts they are, where it has several."""
     classes: tuple[str, ...] | None = None
@@ -123,7 +123,7 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
         tensors=_flat_head(tensors, layout),
         layout=layout,
         source=str(path),
-        unexpected=tuple(key for key in keys if key not in names),
+        unexpected={key: contents.tensors[key] for key in keys if key not in names},
         card=card,
         origin=contents.weights,
         extras=contents.extras,
@@ -147,12 +147,13 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
     return replace(weights, classes=card.classes)
 
 
-def copy_weights_(model: nn.Module, weights: MappedWeights, name: str) -> nn.Module:
+def copy_weights_(model: nn.Module, weights: MappedWeights, name: str, *, quiet: bool = False) -> nn.Module:
     """Put weights into `model`, a training network called `name`, and return the network that holds them.
 
     That is `model` itself; or, for weights that are fused, its fused form, since they are not those of a training
     network. A classifier for another number of classes keeps its random initialization, and a stem for other channels
-    takes sums or repetitions of the file's (as timm does); both are logged. Raises BadCheckpoint.
+    takes sums or repetitions of the file's (as timm does); both are logged. What a trainer counts beside the weights
+    is left out, which is logged unless it is `quiet`. Raises BadCheckpoint.
     """
     base, _, variant = name.partition(".")
     needed = weights.variant
@@ -166,7 +167,9 @@ def copy_weights_(model: nn.Module, weights: MappedWeights, name: str) -> nn.Mod
     target = model
     if _is_fused(tensors) and unfused_norms(model):
         target = _empty_fused(model)
-    _check_match(replace(weights, tensors=tensors), target, name)
+    beside = _check_match(replace(weights, tensors=tensors), target, name)
+    if beside and not quiet:
+        _log.info(BOOKKEEPING_NOTE, weights.source, _first(beside))
     target.load_state_dict(tensors, strict=False)  # _check_match has refused everything but what may be missing
     return target
 
@@ -252,12 +255,34 @@ def _is_fused(tensors: Mapping[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check_match(weights: MappedWeights, model: nn.Module, name: str) -> None:
-    """Raise BadCheckpoint where keys, shapes or values are not those of the model, and say what would fit."""
+BOOKKEEPING_NOTE = "%s: numbers beside the weights are left out, nothing of the network is missing (%s)"
+_LAYER_TENSORS = {"weight", "bias", "running_mean", "running_var"}  # of most layers, whether this network has them
+
+
+def find_bookkeeping(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Give the names of what counts or notes beside a network's `expected` tensors, such as an epoch or thop's buffers.
+
+    It has at most one element, and a name that no layer's tensors have. Where something of the network is missing
+    there is none, for it may be that under another name.
+    """
+    if any(key not in tensors and not key.endswith(_COUNTER) for key in expected):
+        return []
+    known = _LAYER_TENSORS | {key.rpartition(".")[2] for key in expected}
+    beside = [key for key, tensor in tensors.items() if key not in expected and tensor.numel() <= 1]
+    return [key for key in beside if key.rpartition(".")[2] not in known]
+
+
+def _check_match(weights: MappedWeights, model: nn.Module, name: str) -> list[str]:
+    """Give the names of the file's bookkeeping, which is no part of the model.
+
+    Raises BadCheckpoint where keys, shapes or values are not those of the model, and says what would fit.
+    """
     expected, tensors = model.state_dict(), weights.tensors
     optional = set() if any(key in tensors for key in CLASSIFIER_KEYS) else set(CLASSIFIER_KEYS)
     missing = [key for key in expected if key not in tensors and key not in optional and not key.endswith(_COUNTER)]
-    unexpected = [*weights.unexpected, *(key for key in tensors if key not in expected)]
+    found = {**weights.unexpected, **tensors}
+    beside = find_bookkeeping(found, {key: t for key, t in expected.items() if key not in optional})
+    unexpected = [key for key in found if (key in weights.unexpected or key not in expected) and key not in beside]
     common = [key for key in expected if key in tensors]
     reshaped = [key for key in common if expected[key].shape != tensors[key].shape]
     errors = [f"{len(missing)} tensors are missing ({_first(missing)})"] if missing else []
@@ -268,12 +293,13 @@ def _check_match(weights: MappedWeights, model: nn.Module, name: str) -> None:
         errors.append(f"{len(reshaped)} have another shape ({shapes})")
     if errors:
         file = f"{weights.source} ({weights.layout.title} layout)"
-        raise BadCheckpoint(f"{file} does not fit {name}: {'; '.join(errors)}.{_advice(weights, name)}")
+        raise BadCheckpoint(f"{file} does not fit {name}: {'; '.join(errors)}.{_advice(weights, name, bool(missing))}")
     for key in common:
         _check_values(key, tensors[key], weights.source)
+    return beside
 
 
-def _advice(weights: MappedWeights, name: str) -> str:
+def _advice(weights: MappedWeights, name: str, is_incomplete: bool) -> str:
     """A sentence on the model that the weights seem to be of; empty where none is like them."""
     base = guess_model_name(weights.tensors, weights.layout.family)
     if base is None:
@@ -281,7 +307,7 @@ def _advice(weights: MappedWeights, name: str) -> str:
     variant = name.partition(".")[2] if weights.variant is None else weights.variant
     full = f"{base}.{variant}" if variant else base
     if full == name:
-        return f" It is like {full}, but incomplete: get the file again"
+        return f" It is like {full}, but incomplete: get the file again" if is_incomplete else ""
     return f" It seems to be {full}: type that name in its place"
 
 

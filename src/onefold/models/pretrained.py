@@ -116,7 +116,7 @@ def load_model(
     classes = weights.num_classes if num_classes is None else num_classes
     channels = weights.in_chans if in_chans is None else in_chans
     fresh = build_model(known, classes, channels)
-    model = copy_weights_(fresh, weights, known).eval()
+    model = copy_weights_(fresh, weights, known, quiet=quiet).eval()
     card = _card(weights, file, known, model is not fresh, classes, quiet)
     if channels != weights.in_chans:
         card = replace(
