@@ -163,9 +163,10 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
 def _check_classes(folders: Collection[Folder], beside: frozenset[str], place: str) -> None:
     """Raise BadData where one with a split's name holds folders that are called as those of another, or `beside` it.
 
-    Then the classes are further down (train_v1/cat and train_v2/cat; cat, dog and val/cat), and it is none.
+    Then the classes are further down (train_v1/cat and train_v2/cat; cat, dog and val/cat), and it is none. Splits
+    within it are no classes: "test tube" is one, with train and val inside as cat has.
     """
-    counts = Counter(name for folder in folders for name in _names(folder))
+    counts = Counter(name for folder in folders for name in _names(folder) if not parse_split_name(name))
     for folder in folders:
         same = sorted(name for name in _names(folder) if counts[name] > 1 or name in beside)
         if len(same) > 1 and parse_split_name(folder.name):
