@@ -191,23 +191,11 @@ def test_killed_between_the_log_and_the_checkpoint_no_epoch_stands_twice(
     must_be_the_same_run(tmp_path / "run", whole("sgd"))
 
 
-def test_a_terminal_that_closes_is_a_signal_and_no_error() -> None:
-    """The terminal is gone for good: writing there would be an error, and the run would end before it has saved."""
-    pid, terminal = pty.fork()
-    if not pid:
-        with StopSignals() as signals:
-            os.write(1, b"ready")
-            while not signals.received:
-                time.sleep(0.01)
-            os.write(1, b"after")
-            os._exit(0 if signals.received == "SIGHUP" else 1)
-    assert os.read(terminal, 5) == b"ready"
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+def wait_for_signal_in_terminal(name: str) -> tuple[int, int]:
+    """Start a process in a terminal that says ready, waits for a signal, and then saved; its pid and the terminal.
 
-
-def test_ctrl_c_in_a_terminal_is_acknowledged_at_once() -> None:
+    It ends with 0 where the signal was `name`.
+    """
     pid, terminal = pty.fork()
     if not pid:
         with StopSignals() as signals:
@@ -215,7 +203,21 @@ def test_ctrl_c_in_a_terminal_is_acknowledged_at_once() -> None:
             while not signals.received:
                 time.sleep(0.01)
             os.write(1, b"saved")
-            os._exit(0 if signals.received == "SIGINT" else 1)
+            os._exit(0 if signals.received == name else 1)
+    return pid, terminal
+
+
+def test_a_terminal_that_closes_is_a_signal_and_no_error() -> None:
+    """The terminal is gone for good: writing there would be an error, and the run would end before it has saved."""
+    pid, terminal = wait_for_signal_in_terminal("SIGHUP")
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_ctrl_c_in_a_terminal_is_acknowledged_at_once() -> None:
+    pid, terminal = wait_for_signal_in_terminal("SIGINT")
     said = b""
     while not said.endswith(b"saved"):
         if said == b"ready":

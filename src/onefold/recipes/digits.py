@@ -40,5 +40,5 @@ def s0() -> Recipe:
 def w025() -> Recipe:
     """MobileNetV1 of width 0.25 on the digits: the quickest of all."""
     like = s0()
-    plan = replace(like.plan, optimizer=AdamW(lr=0.012))  # at s0's rate it has learnt half as much after 8 epochs
+    plan = replace(like.plan, optimizer=AdamW(lr=0.012))  # after 8 epochs 89 %, at s0's rate 65 %
     return replace(like, name="digits:w025", model="mobilenetv1_025", plan=plan, start="plain", expect=None)
