@@ -708,6 +708,37 @@ def test_inputs_are_found_by_what_they_contain(tmp_path: Path) -> None:
     assert find_inputs([tmp_path / "one.jsonl"]).results == [tmp_path / "one.jsonl"]
 
 
+def test_damaged_results_and_runs_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    """Whatever became of the start of a file by which it is found; other people's JSON lines are no results."""
+    (tmp_path / "labels.jsonl").write_text('{"file_name": "a.jpg", "label": "cat"}\n')
+    whole = results(tmp_path, measured(6)).read_bytes()
+    for name, content in {
+        "empty": b"",
+        "other": b"\x89PNG\r\n",
+        "list": b'["a"]\n',
+        "deep": b'{"a":' * 20_000,
+        "flipped": whole.replace(b'"kind"', b'"kinf"', 1),
+        "zeros": bytes(len(whole)),
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    (tmp_path / "also" / "last").mkdir(parents=True)
+    (tmp_path / "also" / "log.jsonl").write_bytes(b"\0" * 99)
+    found = write_report_page([tmp_path], tmp_path / "r.html")
+    assert [path.stem for path in found.damaged] == ["deep", "empty", "flipped", "list", "other", "zeros"]
+    assert found.results == [tmp_path / "results" / "machine.jsonl"]
+    assert found.runs == [tmp_path / "also", tmp_path / "run"]
+    assert "; zeros.jsonl is left out: it has no line as `onefold bench` writes them" in str(found)
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert "The report may lack results: flipped.jsonl is left out" in text
+    assert "The run run has no log: log.jsonl is missing or cannot be read." in text
+    with pytest.raises(BadData, match=r"there is no run, .*; empty\.jsonl is left out"):
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "empty.jsonl").rename(tmp_path / "alone" / "empty.jsonl")
+        write_report_page([tmp_path / "alone"], tmp_path / "r.html")
+
+
 def test_what_is_not_searched_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results(tmp_path, measured(6))
     for name in (".git", ".cache/runs", "a/b/c/d/e/f/g/h/i/j", "locked"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onefold.errors import BadData
 from onefold.report import ACCURACY_FILE, GATES_FILE, write_report
-from onefold.report.format import format_count, join_words
+from onefold.report.format import format_count, join_words, one_line, parse_json_object
 from onefold.runtimes.artifact import is_artifact
 
 _log = logging.getLogger("onefold")
@@ -23,6 +23,8 @@ _MAX_FOLDERS = 20_000
 _HEAD_BYTES = 1 << 20  # of a file of JSON lines, read to learn what it holds
 _MEASUREMENT = re.compile(rb'^\s*\{"kind": ?"(measurement|comparison)"', re.MULTILINE)  # as bench writes it
 _TRAINING_LOG = re.compile(rb'^\s*\{"kind": ?"(start|epoch)"', re.MULTILINE)  # as train writes it
+_OURS = re.compile(rb'"samples_ns":|"checksum": ?"[0-9a-f]{64}"')  # in a line of bench whose start is damaged
+_OF_A_RUN = ("log.jsonl", "predictions.jsonl")  # which the report reads with the run
 
 _HIDDEN = "hidden folder", "hidden folders"
 _LINK = "link to a folder", "links to folders"
@@ -40,14 +42,21 @@ class _Found:
     artifacts: list[Path] = field(default_factory=list)
     gates: list[Path] = field(default_factory=list)
     accuracies: list[Path] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)  # they may have been results
     skipped: Counter[_Reason] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         """Counts of what was found and of what was not searched, as one line."""
         counts = ((self.runs, "run"), (self.results, "results file"), (self.artifacts, "artifact"))
-        return join_words([format_count(len(paths), noun) for paths, noun in counts]) + _not_searched(
-            self.skipped, "; "
-        )
+        found = join_words([format_count(len(paths), noun) for paths, noun in counts])
+        return "; ".join([found + _not_searched(self.skipped, "; "), *self.damaged_notes])
+
+    @property
+    def damaged_notes(self) -> list[str]:
+        """A sentence for each file that may have been results."""
+        return [
+            f"{one_line(path.name)} is left out: it has no line as `onefold bench` writes them" for path in self.damaged
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +107,12 @@ def write_report_page(places: Sequence[Path], out: Path) -> _Found:
         where = join_words([str(place) for place in places])
         raise BadData(
             f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "
-            "folders that train, bench or export wrote to"
+            + "; ".join(["folders that train, bench or export wrote to", *found.damaged_notes])
         )
     # Hidden folders and links are left out on purpose; for the others, the page must say what it may lack.
     lacking = Counter({reason: n for reason, n in found.skipped.items() if reason not in (_HIDDEN, _LINK)})
     notes = [f"The report may lack something{_not_searched(lacking, ': ')}."] if lacking else []
+    notes += [f"The report may lack results: {note}." for note in found.damaged_notes]
     write_report(
         out,
         runs=found.runs,
@@ -118,9 +128,9 @@ def write_report_page(places: Sequence[Path], out: Path) -> _Found:
 def find_inputs(places: Sequence[Path]) -> _Found:
     """Return what the report is made from in `places` and below, each once, in the order of their paths.
 
-    A run is a folder with a training log, an artifact one with the manifest of an export, and results are files of
-    JSON lines with measurements, whatever their names are; gates and accuracies are files of these names.
-    Raises BadData where a place does not exist.
+    A run is a folder with a training log, or with a recipe and weights, an artifact one with the manifest of an export,
+    and results are files of JSON lines with measurements, whatever their names are; gates and accuracies are files of
+    these names. A file of JSON lines that has none is damaged. Raises BadData where a place does not exist.
     """
     found, seen = _Found(), set[str]()
     for place in places:
@@ -148,17 +158,20 @@ def find_inputs(places: Sequence[Path]) -> _Found:
                 continue
             pending += reversed([(Path(entry.path), depth + 1) for entry in entries if _is_searched(entry, found)])
             files = {entry.name: entry for entry in entries if entry.is_file()}
-            if (log := files.get("log.jsonl")) and ("recipe.json" in files or _holds(log, _TRAINING_LOG)):
+            log, has_weights = files.get("log.jsonl"), any(e.name in ("best", "last") and e.is_dir() for e in entries)
+            has_recipe = "recipe.json" in files
+            if (has_weights and has_recipe) or (log and (has_weights or has_recipe or _holds(log, _TRAINING_LOG))):
                 found.runs.append(folder)
+                files = {name: entry for name, entry in files.items() if name not in _OF_A_RUN}
             if GATES_FILE in files:
                 found.gates.append(folder / GATES_FILE)
             if ACCURACY_FILE in files:
                 found.accuracies.append(folder / ACCURACY_FILE)
-            found.results.extend(
-                Path(entry.path)
-                for name, entry in files.items()
-                if name.endswith(".jsonl") and _holds(entry, _MEASUREMENT)
-            )
+            for entry in (entry for name, entry in files.items() if name.endswith(".jsonl") and name[0] != "."):
+                if _holds(entry, _MEASUREMENT):
+                    found.results.append(Path(entry.path))
+                elif _holds(entry, _OURS) or not _holds_objects(entry):
+                    found.damaged.append(Path(entry.path))
     return found
 
 
@@ -178,6 +191,16 @@ def _holds(entry: os.DirEntry[str], pattern: re.Pattern[bytes]) -> bool:
             return pattern.search(file.read(_HEAD_BYTES)) is not None
     except OSError:
         return True  # reading the whole of it fails again, with a note on the page
+
+
+def _holds_objects(entry: os.DirEntry[str]) -> bool:
+    """Whether a file has a line with a JSON object, as other people's tables have."""
+    try:
+        with open(entry.path, encoding="utf-8", errors="replace") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return True
+    return any(parse_json_object(line) for line in head.split("\n"))
 
 
 def _not_searched(skipped: Counter[_Reason], before: str) -> str:
