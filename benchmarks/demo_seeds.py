@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from onefold.bench import Machine, Procedure
-from onefold.commands.calibration import CalibrationOptions, calibrated_network
+from onefold.commands.calibration_cache import CalibrationOptions, calibrated_network
 from onefold.commands.demo import demo_recipe, deploy_options
 from onefold.commands.deploy import build_deployment
 from onefold.commands.fuse import fuse

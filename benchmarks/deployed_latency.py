@@ -34,7 +34,7 @@ from latency_against_timm import Job, declare_operators, export_one, is_missing,
 from onefold.bench import Comparison, Machine, Procedure, append_results, compare, measure_noise_floor
 from onefold.bench.timing_noise import paired_ratio_interval
 from onefold.commands.bench import latency_bound, load_or_measure_roofline, make_timed_call
-from onefold.commands.calibration import CalibrationOptions, calibrated_network
+from onefold.commands.calibration_cache import CalibrationOptions, calibrated_network
 from onefold.commands.open_network import Network
 from onefold.commands.predictor import Predictor, open_predictor
 from onefold.errors import OnefoldError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onefold.commands.calibration import Int8Network
+from onefold.commands.calibration_cache import Int8Network
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_artifact
 from onefold.commands.held_out import validation_images

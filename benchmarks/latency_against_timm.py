@@ -33,7 +33,7 @@ from PIL import Image
 
 from onefold.bench import Comparison, Machine, Procedure, append_results, compare
 from onefold.commands.bench import make_timed_call
-from onefold.commands.calibration import CalibrationOptions, calibrated_network
+from onefold.commands.calibration_cache import CalibrationOptions, calibrated_network
 from onefold.commands.export import model_info
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predictor import Predictor, open_predictor

@@ -97,7 +97,7 @@ def _no_calibration_of_another_run(tmp_path_factory: pytest.TempPathFactory) -> 
     """Calibrations are kept in a folder of this run: those of an earlier one would be found, and nothing computed."""
     folder = tmp_path_factory.mktemp("calibrations")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onefold.commands.calibration.calibration_cache", lambda: folder)
+        patch.setattr("onefold.commands.calibration_cache.calibration_cache", lambda: folder)
         yield
 
 

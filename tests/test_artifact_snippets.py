@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onefold.commands.calibration import CalibrationOptions
+from onefold.commands.calibration_cache import CalibrationOptions
 from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict

@@ -42,7 +42,7 @@ from onefold.checksums import (
 from onefold.cli import main
 from onefold.commands.held_out import read_run_data
 from onefold.commands.predictor import open_predictor
-from onefold.commands.run_recipe import read_recipe
+from onefold.commands.saved_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.models.pretrained import load_model
 from onefold.models.weights_file import Card, save_weights

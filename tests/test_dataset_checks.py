@@ -14,10 +14,10 @@ from onefold.data import Preprocessing, Subset, duplicates, open_dataset, read_d
 from onefold.data.dataset_checks import (
     DataCheck,
     check_data,
+    class_name_captions,
     contact_sheet,
     denormalise,
     find_swapped_classes,
-    label_captions,
 )
 from onefold.data.duplicates import near_duplicates, thumbnail_stats
 from onefold.errors import BadData
@@ -249,9 +249,9 @@ def test_the_sheet_shows_what_the_network_sees():
 
 def test_captions_name_classes_and_shares():
     classes = ("ash", "birch", "cedar")
-    assert list(label_captions(np.array([2, 0]), classes)) == ["cedar", "ash"]
+    assert list(class_name_captions(np.array([2, 0]), classes)) == ["cedar", "ash"]
     mixed = np.array([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.9667, 0.0167, 0.0167]])
-    assert list(label_captions(mixed, classes)) == ["70% ash + 30% birch", "birch", "ash"]
+    assert list(class_name_captions(mixed, classes)) == ["70% ash + 30% birch", "birch", "ash"]
 
 
 def scenes(count: int, seed: int) -> list[Image.Image]:

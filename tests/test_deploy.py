@@ -19,8 +19,8 @@ from torch import nn
 import onefold
 from onefold.bench import Procedure
 from onefold.cli import main
-from onefold.commands import calibration
-from onefold.commands.calibration import CalibrationOptions, TimeBudget
+from onefold.commands import calibration_cache
+from onefold.commands.calibration_cache import CalibrationOptions, TimeBudget
 from onefold.commands.deploy import _kept_artifacts, _unfinished, build_deployment
 from onefold.commands.deploy_results import (
     QUICK_NOTE,
@@ -386,10 +386,10 @@ def test_photos_that_calibrate_nothing_are_refused(
 
 def test_photos_of_which_half_are_of_one_colour_are_said(caplog: pytest.LogCaptureFixture) -> None:
     images = torch.randn(6, 3, 8, 8)
-    calibration._refuse_empty(images, "photos")
+    calibration_cache._refuse_empty(images, "photos")
     assert not caplog.text
     images[:3] = torch.linspace(-1, 1, 3)[:, None, None, None]
-    calibration._refuse_empty(images, "photos")
+    calibration_cache._refuse_empty(images, "photos")
     assert "3 of the 6 photos of photos to calibrate with are of one colour each, and calibrate nothing" in caplog.text
 
 
@@ -444,10 +444,10 @@ def test_minutes_that_are_none_are_refused(weights: Path, tmp_path: Path, capsys
 
 def test_a_calibration_that_was_cut_short_is_not_kept(weights: Path) -> None:
     network, order = open_network(weights), CalibrationOptions(data="digits", count=8, search=True)
-    before, budget = set(calibration.calibration_cache().iterdir()), TimeBudget(1e-6)
-    calibration.calibrated_network(network, order, budget=budget)
+    before, budget = set(calibration_cache.calibration_cache().iterdir()), TimeBudget(1e-6)
+    calibration_cache.calibrated_network(network, order, budget=budget)
     assert budget.left_out == ["6 of 8 methods of calibration"]
-    assert set(calibration.calibration_cache().iterdir()) == before
+    assert set(calibration_cache.calibration_cache().iterdir()) == before
     assert TimeBudget().allows("anything", 1e9)
 
 

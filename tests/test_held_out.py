@@ -23,7 +23,7 @@ from onefold.bench import Procedure
 from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.cli import main
 from onefold.commands.bench import save_accuracy, saved_accuracy
-from onefold.commands.calibration import CalibrationOptions, calibrated_network
+from onefold.commands.calibration_cache import CalibrationOptions, calibrated_network
 from onefold.commands.deploy import _photos
 from onefold.commands.deploy_results import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
@@ -48,7 +48,7 @@ from onefold.commands.held_out import (
 )
 from onefold.commands.open_network import open_network
 from onefold.commands.predictor import open_predictor
-from onefold.commands.run_recipe import read_recipe
+from onefold.commands.saved_recipe import read_recipe
 from onefold.commands.train import resume_run, start_run
 from onefold.data import open_dataset, read_dataset
 from onefold.data.dataset import Dataset

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from onefold import accelerate
 from onefold.checksums import read_sealed_json, write_sealed_folder
 from onefold.commands import training_routes
-from onefold.commands.run_recipe import routes_of_run
+from onefold.commands.saved_recipe import routes_of_run
 from onefold.commands.training_routes import choose_routes_
 from onefold.models import create_model
 from onefold.recipes import Recipe, make_recipe

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import onefold
 from onefold.commands.fuse import fuse
 from onefold.commands.open_network import open_network
-from onefold.commands.run_recipe import read_recipe
+from onefold.commands.saved_recipe import read_recipe
 from onefold.commands.train import Callbacks
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, Stopped
 from onefold.models.pretrained import read_card

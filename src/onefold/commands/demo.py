@@ -11,7 +11,7 @@ import torch
 
 from onefold.bench import Comparison, Procedure
 from onefold.commands.bench import ROOFLINE_SUFFIX, BenchOptions, measure_sources, save_accuracy
-from onefold.commands.calibration import CalibrationOptions
+from onefold.commands.calibration_cache import CalibrationOptions
 from onefold.commands.deploy import build_deployment
 from onefold.commands.deploy_results import DeployOptions, DeployResult, Gate, write_gates
 from onefold.commands.extras import require_extras

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, save_accuracy
-from onefold.commands.calibration import CalibrationOptions, Int8Network, TimeBudget, calibrated_network
+from onefold.commands.calibration_cache import CalibrationOptions, Int8Network, TimeBudget, calibrated_network
 from onefold.commands.deploy_results import (
     QUICK_MAX_SCORED,
     QUICK_NOTE,

@@ -15,7 +15,7 @@ from torch import nn
 from onefold import runtimes
 from onefold.accuracy_intervals import wilson_interval
 from onefold.commands.bench import bench
-from onefold.commands.calibration import (
+from onefold.commands.calibration_cache import (
     CalibrationOptions,
     Int8Network,
     calibrated_network,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.checksums import read_sealed_json, write_sealed_json
-from onefold.commands.run_recipe import read_recipe
+from onefold.commands.saved_recipe import read_recipe
 from onefold.data import Dataset, Subset, find_images
 from onefold.data.dataset import DatasetSplits, read_dataset
 from onefold.data.dataset_info import DatasetInfo, Split

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from onefold.commands.calibration import CalibrationOptions, Int8Network, calibrated_network
+from onefold.commands.calibration_cache import CalibrationOptions, Int8Network, calibrated_network
 from onefold.commands.export import Artifact, check_int8_agreement, export_artifact, network_from_module
 from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.open_network import Network, open_network

@@ -20,7 +20,7 @@ from onefold.commands.fuse import FusedWeights, fuse
 from onefold.commands.held_out import DATA_FILE, read_run_data
 from onefold.commands.predict import predict
 from onefold.commands.predictor import SavedResult, Source
-from onefold.commands.run_recipe import read_recipe
+from onefold.commands.saved_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
 from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, options_as_arguments

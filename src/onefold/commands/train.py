@@ -42,7 +42,7 @@ from onefold.commands.input_checks import check_recipe_inputs
 from onefold.commands.predictor import Source, is_timm, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import training_bar
 from onefold.commands.run import BestEpoch, Run, new_run_folder
-from onefold.commands.run_recipe import (
+from onefold.commands.saved_recipe import (
     check_batch_size,
     check_norms_see_several_values,
     read_recipe,
@@ -53,7 +53,7 @@ from onefold.commands.timm_networks import check_timm_model
 from onefold.commands.training_routes import choose_routes_
 from onefold.commands.validation import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
-from onefold.data.dataset_checks import DataCheck, check_data, contact_sheet, label_captions
+from onefold.data.dataset_checks import DataCheck, check_data, class_name_captions, contact_sheet
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
@@ -437,6 +437,6 @@ def _draw_samples(out: Path, batches: Batches, classes: tuple[str, ...], preproc
     if first is None or not len(first[1]):
         return
     images, labels = (values[:_NUM_SAMPLES].cpu().numpy() for values in first)
-    captioned = list(zip(images.astype(np.float32), label_captions(labels, classes), strict=True))
+    captioned = list(zip(images.astype(np.float32), class_name_captions(labels, classes), strict=True))
     with atomic_replace(out / _SAMPLES) as aside:
         contact_sheet(captioned, preprocessing).save(aside)

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from onefold.bench import Machine
 from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.commands.predictor import TIMM_PREFIX, is_timm
-from onefold.commands.run_recipe import routes_of_run
+from onefold.commands.saved_recipe import routes_of_run
 from onefold.errors import NotWritable
 from onefold.recipes import Recipe
 from onefold.reparam import accelerate, per_branch, set_route_

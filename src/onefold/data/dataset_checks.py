@@ -361,7 +361,7 @@ def denormalise(pixels: NDArray[np.float32], preprocessing: Preprocessing) -> Im
     return Image.fromarray(np.broadcast_to(planes, (3, *planes.shape[1:])).transpose(1, 2, 0).copy())
 
 
-def label_captions(labels: NDArray[np.generic], classes: Sequence[str]) -> Iterable[str]:
+def class_name_captions(labels: NDArray[np.generic], classes: Sequence[str]) -> Iterable[str]:
     """Give each image's class name; of images after mixup, whose labels are shares (N, classes), the two largest."""
     for label in labels:
         if np.ndim(label) == 0:

@@ -188,7 +188,7 @@ def _by_unit(expression: Expression, x: Tensor, act: nn.Module | None) -> Tensor
     unit = make_unit(branches)
     own = None if skips else act
     if unit is not None:
-        y = routes.evaluate_cheapest(unit, x, own)
+        y = routes.forward_by_cheapest_route(unit, x, own)
     elif use_batch_statistics(branches) and mix_supports(branches, x):
         y = routes.apply_with_activation(own, partial(normalize_and_sum, branches, x))
     else:

@@ -37,8 +37,8 @@ from onefold.reparam.stencil import Stencil
 _Function = TypeVar("_Function", bound=Callable[..., object])
 __all__ = [
     "Route",
-    "evaluate_cheapest",
     "folded",
+    "forward_by_cheapest_route",
     "mixed",
     "moments",
     "moments_in_training",
@@ -124,12 +124,12 @@ def folded(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 def quickest(tree: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """The route that costs least for unit and batch, by count: see `route_costs`; outside training `per_branch`."""
     unit = as_unit(tree) if tree.training and x.dim() == 4 and torch.is_grad_enabled() else None
-    y = None if unit is None else evaluate_cheapest(unit, x, act)
+    y = None if unit is None else forward_by_cheapest_route(unit, x, act)
     return per_branch(tree, x, act) if y is None else y
 
 
 @graph_break
-def evaluate_cheapest(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
+def forward_by_cheapest_route(unit: Unit, x: Tensor, act: nn.Module | None) -> Tensor | None:
     """act(unit(x)) by `moments` or `mixed`, whichever costs less; None where evaluating each layer costs least."""
     by_moments, by_mixing, by_branch = route_costs(unit, x)
     if by_branch < min(by_moments, by_mixing):
