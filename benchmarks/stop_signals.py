@@ -266,6 +266,7 @@ def burn() -> None:
     """Compute until the end of the process that asked for it."""
     parent = os.getpid()
     if not os.fork():
+        os.setsid()  # where the kernel shares processors out among sessions, twelve in one session count as one
         x = 0.1
         while os.getppid() == parent:
             for _ in range(100_000):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from onefold.errors import BadData, NotWritable
-from onefold.storage import atomic_replace, normalize_name, read_lines, read_text, write_text
+from onefold.storage import atomic_replace, file_lock, normalize_name, read_lines, read_text, write_text
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -131,6 +131,41 @@ def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
     ):
         with pytest.raises(BadData, match=sentence):
             read_text(place)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from onefold.storage import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_with_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The other one may be stopped (Ctrl-Z): it is said that there is one, and it is not waited for without end."""
+    monkeypatch.setattr("onefold.storage._LOCK_SAID_S", 0.05)
+    path, command = tmp_path / "a.json", [sys.executable, "-c", HOLDER]
+    with subprocess.Popen([*command, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr("onefold.storage._LOCK_LIMIT_S", 0.1)
+        held = r"another process has held .*\.a\.json\.lock for 0 s; end that"
+        with pytest.raises(NotWritable, match=held), file_lock(path):
+            raise AssertionError("two hold the lock")
+        assert "waiting for another process, which holds" in caplog.text
+        monkeypatch.setattr("onefold.storage._LOCK_LIMIT_S", 60)
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        with file_lock(path):
+            pass
+    (tmp_path / ".folder.lock").mkdir()
+    with pytest.raises(NotWritable, match="cannot write"), file_lock(tmp_path / "folder"):
+        pass
 
 
 ON_ANOTHER_SYSTEM = """

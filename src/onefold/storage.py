@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,9 +24,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from onefold.errors import BadData, NotWritable
+
+_log = logging.getLogger("onefold")
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_TEXT_BYTES, _MAX_JSON_BYTES = 256 << 20, 64 << 20
@@ -185,16 +188,29 @@ def cache_folder() -> Path:
     return folder
 
 
+_LOCK_SAID_S, _LOCK_LIMIT_S = 5.0, 300.0  # compiling, the longest that is done under one, has the same limit
+
+
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """A block that no other process is in for the same `path`: to read it, and to write what follows from that.
 
-    The lock is a file beside it, and is released when the process ends, however it ends. Raises NotWritable.
+    The lock is a file beside it, and is released when the process ends, however it ends. One that is stopped (Ctrl-Z)
+    holds it all the same: a wait is said, and has a limit. Raises NotWritable.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=_LOCK_SAID_S)
+        except Timeout:
+            _log.warning("waiting for another process, which holds %s", lock.lock_file)
+            lock.acquire(timeout=_LOCK_LIMIT_S)
+    except Timeout as error:
+        raise NotWritable(
+            f"cannot write {path}: another process has held {lock.lock_file} for {_LOCK_LIMIT_S:.0f} s; end that "
+            "process, which may be stopped, and try again"
+        ) from error
     except OSError as error:
         raise NotWritable(_why(error, path)) from error
     try:
