@@ -6,6 +6,7 @@ import builtins
 import csv
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_labels_by_name(tmp_path: Path, table: str) -> None:
         ("|", ["cat", "dog"], False),
         (" ", ["clear", "clear haze", "haze water clear", "water"], True),
         (" ", ["late blight", "early blight", "late rot", "early rot", "rot"], False),
+        (" ", ["a", "b", "a b"], True),
+        (" ", ["a", "b", "a  b"], True),
+        ("+", ["a", "b", "a+b"], True),
+        ("&", ["a", "b", "a & b"], True),
+        ("/", ["a", "b", "a/b"], True),
+        ("/", ["F-16A/B", "F/A-18", "Cessna 172"], False),
+        (" and ", ["a", "b", "a and b", "black and tan coonhound"], False),
+        ("\u3001", ["a", "b", "a\u3001b"], True),
+        (" ", ["sea lion", "lion", "bear", "polar bear", "brown bear"], False),
         (" ", ["golden retriever", "labrador retriever", "poodle", "flat coated retriever"], False),
     ],
 )
@@ -141,6 +151,10 @@ def test_cells_that_name_several_classes_are_told_from_names(separator: str, joi
         (['["cat"]', "('dog')"], ["cat", "dog"]),
         (["[cat]", "dog"], ["[cat]", "dog"]),
         (["[0, 1]", "[1]"], ["0\0001", "1"]),
+        (["['cat', 'dog']", "cat"], ["cat\0dog", "cat"]),
+        (["('cat',)", "('dog',)"], ["cat", "dog"]),
+        (["[0 1 0]", "[1 1 0]"], ["1", "0\0001"]),
+        (["[1., 0.]", "[0., 1.]"], ["0", "1"]),
     ],
 )
 def test_lists_in_a_text_are_lists(cells: list[str], plain: list[str]) -> None:
@@ -189,7 +203,7 @@ def test_labels_by_index(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("", "expected the columns file,label or file,index"),
-        ("title,label\n1.png,a\n", "expected the columns file,label or file,index"),
+        ("title,label\nx,a\n", "expected the columns file,label or file,index"),
         ("file,score\n1.png,a\n", "expected the columns"),
         ("file,label\n", "lists no images"),
         ("file,label\n1.png,a\ngone.png,b\nlost.png,b\n", "lists 2 files that are not there: gone.png, lost.png"),
@@ -478,6 +492,40 @@ def test_what_can_be_understood_in_two_ways_is_refused(
         ("{}.png", {"x.csv": "id,label\nfold1,a\nfold2,NaN"}, "1 of 2 lines say nothing of their image (label: 'NaN')"),
         ("{}.png", {"x.csv": "id,label,test\nfold1,a,x\nfold2,b,y"}, "the column test (x, y) is not used"),
         (
+            "train/{0}{1}.png val/{0}{1}.png",
+            {
+                "train.csv": "file,label\ntrain/fold11.png,a\ntrain/fold21.png,b",
+                "val.csv": "file,label\nval/fold11.png,a\ntrain/fold11.png,b",
+            },
+            "1 of the 2 images of val.csv are in train.csv too (fold11.png), 1 under another class (fold11.png: a in "
+            "train.csv, b in val.csv)",
+        ),
+        (
+            "{0}/{1}.png",
+            {"labels.csv": "file,label\nfold1/1.png,fold1\nfold1/2.png,fold2\nfold2/1.png,fold2\nfold2/2.png,fold2"},
+            "labels.csv says other classes than the folders (fold2 of fold1/2.png; 1 of 4 images): labels.csv counts",
+        ),
+        (
+            "{0}{1}.png",
+            {
+                "labels.csv": "file,label\nfold11.png,a\nfold12.png,b\nfold21.png,b",
+                "more.csv": "file,label\nfold11.png,a\nfold12.png,a\nfold21.png,b",
+            },
+            "more.csv says another class than labels.csv of 1 of 3 images (fold12.png: a, not b): labels.csv counts",
+        ),
+        (
+            "{0}{1}.png",
+            {"x.csv": "file,label,split\nfold11.png,a,train\nfold12.png,b,train\nfold21.png,b,val\nfold11.png,a,val"},
+            "1 lines list an image in another split, and the first counts: fold11.png is of train in line 2, of val in",
+        ),
+        (
+            "fold1_fold2/{1}.png {0}/{1}.png",
+            {},
+            "fold1_fold2 counts as a class of its own, though fold1 and fold2 are classes too",
+        ),
+        ("images_{1}/{0}.png", {}, "images_1, images_2 are classes here: if they are parts of one dataset, add a"),
+        ("{0}{1}.png", {"x.csv": "file,label\nfold11.png,a\nfold12.png,b"}, "no class of x.csv has two images"),
+        (
             "hot_dog/{}.png hot-dog/{}.png",
             {},
             "classes whose names differ in blanks and signs only are several: hot-dog, hot_dog",
@@ -490,7 +538,7 @@ def test_what_may_have_been_meant_otherwise_is_said(
     tmp_path: Path, names: str, text: dict[str, str], note: str
 ) -> None:
     files = [
-        each.replace("{}", fold, 1).replace("{}", str(i))
+        each.replace("{}", "{0}", 1).replace("{}", "{1}").format(fold, i)
         for each in names.split()
         for fold in ("fold1", "fold2")
         for i in (1, 2)
@@ -576,3 +624,45 @@ def test_a_class_with_the_name_of_a_split_is_said(tmp_path: Path) -> None:
     info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
     assert info.classes == ("cat", "dog", "test")
     assert info.notes == ("test: a class here, since it holds images as the folders beside it do",)
+
+
+@pytest.mark.parametrize(
+    ("files", "copies", "classes", "left_out"),
+    [
+        (["chest/train/cat/1", "chest/train/dog/2"], {"chest": "chest/chest"}, ("cat", "dog"), "chest/chest/: copies"),
+        (["cat/1", "cat/2", "dog/1"], {"": "animals"}, ("cat", "dog"), "animals/: copies of those beside it"),
+        (["cat/1", "cat/2", "dog/1"], {"cat": "cat - Copy"}, ("cat", "dog"), "cat - Copy/: copies of those in cat/"),
+        (["cat/1", "cat/2", "dog/1"], {"cat": "Copy of cat"}, ("cat", "dog"), "Copy of cat/: copies of those in cat/"),
+        (["x/cat/1", "x/cat/2", "x/dog/1"], {"x": "y"}, ("cat", "dog"), "y/: copies of those in x/"),
+        (["cat/1", "cat/2", "dog/1"], {"cat": "cat/cat"}, ("cat", "dog"), "cat/cat/: copies of those in cat/"),
+        (["Train/cat/1", "Train/dog/2"], {"Train": "train"}, ("cat", "dog"), "train/: copies of those in Train/"),
+        (["cat/1", "cat/2", "dog/1"], {"cat": "owl"}, ("cat", "dog", "owl"), ""),
+        (["train/cat/1", "train/dog/2"], {"train": "val"}, ("cat", "dog"), ""),
+    ],
+)
+def test_copies_of_folders_are_left_out_and_said(
+    tmp_path: Path, files: list[str], copies: dict[str, str], classes: tuple[str, ...], left_out: str
+) -> None:
+    write_images(tmp_path / "place", [f"{name}.png" for name in files])
+    for original, copy in copies.items():
+        shutil.copytree(tmp_path / "place" / original, tmp_path / "copy")
+        shutil.move(tmp_path / "copy", tmp_path / "place" / copy)
+    info = read_dataset(tmp_path / "place", seed=0, val_fraction=0.5).info
+    assert info.classes == classes
+    assert left_out in "".join(f"{one.what}: {one.reason}" for one in info.left_out)
+    assert bool(left_out) == bool(info.left_out)
+    if not left_out:
+        assert any("hold the same files" in note for note in info.notes)
+
+
+def test_folders_with_the_same_names_and_other_pictures_are_no_copies(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{side}/{kind}/{i}.png" for side in ("left", "right") for kind in "ab" for i in (1, 2)])
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
+    assert (info.classes, info.left_out) == (("left", "right"), ())
+
+
+def test_what_is_all_of_a_place_is_called_so(tmp_path: Path) -> None:
+    write_images(tmp_path, [f"{kind}/{i}.png" for kind in "abc" for i in range(3)])
+    for fraction, sources in [(0.01, ["66.7 %", "33.3 %"]), (0.33, ["67 %", "33 %"]), (0.0, ["all images"])]:
+        info = read_dataset(tmp_path, seed=0, val_fraction=fraction).info
+        assert [split.source.partition(" of")[0] for split in info.splits] == sources

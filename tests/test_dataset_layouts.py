@@ -96,9 +96,10 @@ def photos(draw: st.DrawFn) -> Photos:
     return Photos(classes, counts, words, values)
 
 
-def put(path: Path, data: bytes = JPEG) -> None:
+def put(path: Path, data: bytes | None = None) -> None:
+    """Write data, or a photo; what follows a JPEG's end makes no two files the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    path.write_bytes(JPEG + os.fsencode(path) if data is None else data)
 
 
 def decomposed(name: str) -> str:

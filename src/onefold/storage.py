@@ -3,7 +3,8 @@
 `atomic_replace(path)` gives a fresh name beside `path`; what is written there takes the place of `path` in one
 step when the block ends without an error, and is removed when it does not. It serves files and folders alike.
 `read_text` is for every text that a user gives: labels, names of classes, metadata. `parse_json` is for all JSON.
-`normalize_name` is for every name of a file or a class, so that whatever is written with it is text.
+`normalize_name` is for every name of a file, `normalize_class_name` for every name of a class, so that whatever is
+written with it is text.
 """
 
 from __future__ import annotations
@@ -89,6 +90,14 @@ def normalize_name(name: str) -> str:
     The bytes that Windows-1252 has no character for are those of Latin-1; other lone surrogates become U+FFFD.
     """
     return name if name.isascii() else unicodedata.normalize("NFC", _SURROGATES.sub(_windows_1252, name))
+
+
+def normalize_class_name(name: str) -> str:
+    """Give the name of a class as `normalize_name` does, each run of blanks of any kind one blank, none at its ends.
+
+    A blank at the end of a folder's name is seen by nobody. A name of nothing else stays as it is.
+    """
+    return " ".join(normalize_name(name).split()) or normalize_name(name)
 
 
 def _windows_1252(match: re.Match[str]) -> str:

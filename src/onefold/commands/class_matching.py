@@ -22,7 +22,7 @@ from pathlib import Path
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
 from onefold.models.checkpoint_metadata import find_class_names
-from onefold.storage import normalize_name, parse_json, read_lines, read_text
+from onefold.storage import normalize_class_name, parse_json, read_lines, read_text
 
 _log = logging.getLogger("onefold")
 
@@ -46,8 +46,8 @@ def match_classes(
     """
     if not num_outputs:
         raise BadData(f"{title} has no last layer, so that its outputs are features and no classes: fit one (train)")
-    wanted = [normalize_name(name) for name in wanted]
-    outputs = None if known is None else [normalize_name(name) for name in known]
+    wanted = [normalize_class_name(name) for name in wanted]
+    outputs = None if known is None else [normalize_class_name(name) for name in known]
     ids = wordnet_ids() if num_outputs == _IMAGENET else ()
     numbers, theirs = _numbers(wanted), _numbers(outputs or ())
     if outputs is not None and sorted(theirs) == sorted(numbers) == list(range(num_outputs)):
@@ -126,7 +126,7 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
         lines = numbered
     if len(lines) != num_classes:
         raise BadData(f"{path} names {len(lines)} classes, one per line; {title} has {num_classes}")
-    return tuple(normalize_name(line) for line in lines)
+    return tuple(normalize_class_name(line) for line in lines)
 
 
 def _parse_numbered_lines(lines: Sequence[str]) -> list[str] | None:

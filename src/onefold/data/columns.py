@@ -47,7 +47,12 @@ _DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
 _LIST_TEXT = re.compile(r"[\[({](.*)[\])}]", re.DOTALL)
 _PARTS = re.compile(r",|(?<=['\"])\s+(?=['\"])")
+_VECTOR = re.compile(r"\s*[01]\.?0*(?:\s*,\s*[01]\.?0*|\s+[01]\.?0*)*\s*,?\s*")
+_VECTOR_PARTS = re.compile(r"[01]\.?0*")
 _LISTED = "\0"  # between the values of a JSON list in one cell
+_STRONG_SEPARATORS = (_LISTED, "|", ";", "\uff1b")
+_WORD_SEPARATORS = (" and ", " ")
+_CLASS_SEPARATORS = (*_STRONG_SEPARATORS, ",", "\uff0c", "\u3001", "+", "&", "/", *_WORD_SEPARATORS)
 
 
 class NotATableError(BadData):
@@ -76,6 +81,12 @@ def rank_class_column(column: str) -> int | None:
     ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
     rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
     return min(ranks) if ranks and not rest else None
+
+
+def ends_with_class_word(column: str) -> bool:
+    """Whether a column's last word is one for a class, whatever stands before it: Finding Labels, final_diagnosis."""
+    words = [word for word in split_into_words(column) if not word.isdigit()]
+    return len(words) > 1 and words[-1] in _CLASS_WORDS and not is_class_index_column(column)
 
 
 def is_class_name_column(column: str) -> bool:
@@ -219,33 +230,62 @@ def refuse_measurements(where: str, values: Iterable[str]) -> None:
 
 
 def parse_list_cells(cells: Sequence[str]) -> Sequence[str]:
-    """Give cells that are all lists in a text (`['cat', 'dog']`, as pandas writes them) as `cell_text` writes lists."""
-    inside = [_LIST_TEXT.fullmatch(cell) for cell in cells]
-    if not all(inside):
+    """Give lists in a text (`['cat', 'dog']`, as pandas writes them) as `cell_text` writes lists.
+
+    So where all cells are such, or where those that are name classes that other cells name. Of lists of 0 and 1, one
+    number a class, the class is where the 1 stands, and with several they are several classes.
+    """
+    inside = {cell: found for cell in set(cells) if (found := _LIST_TEXT.fullmatch(cell))}
+    vectors = {cell: _VECTOR_PARTS.findall(found[1]) for cell, found in inside.items() if _VECTOR.fullmatch(found[1])}
+    lengths = {len(parts) for parts in vectors.values()}
+    if len(vectors) == len(set(cells)) and len(lengths) == 1 and lengths != {1}:
+        ones = {cell: [str(i) for i, part in enumerate(parts) if part[0] == "1"] for cell, parts in vectors.items()}
+        return [_LISTED.join(ones[cell]) for cell in cells]
+    parts = {
+        cell: [
+            part for text in _PARTS.split(found[1]) if (part := text.strip(" '\"")) or found[1].strip() in ("", "''")
+        ]
+        for cell, found in inside.items()
+    }
+    bare = {cell for cell in cells if cell not in inside}
+    if bare and not any(part in bare for those in parts.values() for part in those):
         return cells
-    return [_LISTED.join(part.strip(" '\"") for part in _PARTS.split(found[1])) for found in inside if found]
+    return [_LISTED.join(parts[cell]) if cell in parts else cell for cell in cells]
 
 
 def find_class_separator(cells: Iterable[str]) -> str:
     """Give the separator by which cells name several classes, as in cat|dog; "" where they name one each.
 
-    Bars and semicolons separate classes where one of them stands elsewhere too, alone or beside another. Names have
-    commas too (`tench, Tinca tinca`): they separate where that is so of all classes of most such cells, and one of them
-    stands alone. Names have blanks more often still (`late blight`): they separate where, beside that, cells have one
-    word, two and more.
+    Bars and semicolons separate classes where one of them stands elsewhere too, alone or beside another. Names have the
+    other signs too (`tench, Tinca tinca`, `F-16A/B`): they separate where that is so of all classes of most such cells,
+    and one of them stands alone. Names have blanks more often still (`late blight`): they, and the word `and`, separate
+    where beside that cells have one word, two and more, or all classes of most such cells stand alone.
     """
-    cells = set(cells)
-    for separator in (_LISTED, "|", ";", ",", " "):
-        joined = [{part.strip() for part in cell.split(separator)} for cell in cells if separator in cell]
-        joined = [parts for parts in joined if len(parts) > 1 and "" not in parts]
+    cells = {" ".join(cell.split()) for cell in cells}
+    for separator in _CLASS_SEPARATORS:
+        joined = {cell: {part.strip() for part in cell.split(separator)} for cell in cells if separator in cell}
+        joined = {cell: parts for cell, parts in joined.items() if len(parts) > 1 and "" not in parts}
         alone = {cell for cell in cells if separator not in cell}
-        frequency = Counter(part for parts in (*joined, *({cell} for cell in alone)) for part in parts)
-        repeated = [sum(frequency[part] > 1 for part in parts) for parts in joined]
-        whole = sum(count == len(parts) for count, parts in zip(repeated, joined, strict=True))
-        if separator in ", " and not (2 * whole > len(joined) and any(parts & alone for parts in joined)):
+        frequency = Counter(part for parts in (*joined.values(), *({cell} for cell in alone)) for part in parts)
+        whole = sum(all(frequency[part] > 1 for part in parts) for parts in joined.values())
+        if separator in _WORD_SEPARATORS and len({len(parts) for parts in joined.values()}) < 2:
+            whole = sum(parts <= alone for parts in joined.values())
+        repeated = any(frequency[part] > 1 for parts in joined.values() for part in parts)
+        if separator not in _STRONG_SEPARATORS and not (
+            2 * whole > len(joined) and any(parts & alone for parts in joined.values())
+        ):
             continue
-        if separator == " " and len({len(parts) for parts in joined}) < 2:
-            continue
-        if joined and (separator == _LISTED or any(repeated)):
+        if joined and (separator == _LISTED or repeated):
             return separator
+    return ""
+
+
+def find_joined_names(names: Collection[str]) -> str:
+    """Say which class is called as two others together (cat_dog beside cat and dog): it may be images of both."""
+    known = set(names)
+    for separator in ("_", "-"):
+        joined = [name for name in sorted(known) if len(parts := name.split(separator)) > 1 and known.issuperset(parts)]
+        if joined:
+            each = " and ".join(printable_name(part) for part in joined[0].split(separator))
+            return f"{join_names(joined, 3)} counts as a class of its own, though {each} are classes too"
     return ""

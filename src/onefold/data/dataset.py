@@ -25,16 +25,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onefold.data.columns import find_joined_names
 from onefold.data.crop import Crop, CropBox
-from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, Split, SplitImages, SplitInfo
-from onefold.data.dataset_layouts import PlaceImages, read_place
+from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, PlaceImages, Split, SplitImages, SplitInfo
+from onefold.data.dataset_layouts import read_place
 from onefold.data.decode import printable_name
+from onefold.data.folder_roles import class_difference
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE_PREFIXES
+from onefold.data.repeated_images import notes_of_repeated
 from onefold.data.shards import SHARD_SUFFIXES
-from onefold.data.splits import class_difference, split_into_words
+from onefold.data.splits import split_into_words
 from onefold.errors import BadArgument, BadData, MissingExtra
+from onefold.storage import normalize_class_name
 
 
 class Dataset(Protocol):
@@ -225,7 +229,8 @@ def read_dataset(
     reference = next(by_split[split] for split in ("train", None, "val", "test") if split in by_split)
     present = frozenset(reference.labels)
     classes, class_order_rule = _order(reference)
-    if class_order is not None and sorted(class_order) == sorted(classes):
+    class_order = [*map(normalize_class_name, class_order or ())]
+    if class_order and sorted(class_order) == sorted(classes):
         classes, class_order_rule = tuple(class_order), "in the order of the run"
     number = {name: i for i, name in enumerate(classes)}
     plain = {name: re.sub(r"[\W_]+", " ", name.casefold()).strip() for name in classes}
@@ -238,6 +243,9 @@ def read_dataset(
         notes.append(f"{join_names(doubtful)} counts as a class: move it away if it stands for none")
     if len(classes) == 1 and reference.split in ("train", None):
         notes.append(f"one class only, {join_names(classes)}: enough to be scored on, not to train a classifier")
+    if joined := find_joined_names(classes):
+        notes.append(joined)
+    opened: list[tuple[SplitImages, Dataset]] = []
     datasets: dict[Split, Dataset] = {}
     sources: dict[Split, str] = {}
     for part in parts:
@@ -253,20 +261,26 @@ def read_dataset(
         if part.numbered and part.numbered[: len(classes)] != classes[: len(part.numbered)]:
             notes.append(f"in {part.source} the classes are numbered otherwise: their names count")
         whole = part.open([number.get(label, -1) for label in part.labels], classes)
+        opened.append((part, whole))
         if unknown:
             whole = Subset(whole, [i for i in range(len(whole)) if whole.label(i) >= 0])
         if not len(whole):  # what was left out of it is said
             continue
         datasets[part.split or "train"] = whole
         sources[part.split or "train"] = part.source
+    notes += notes_of_repeated(opened)
     is_val_cut = "train" in datasets and "val" not in datasets
     if is_val_cut:
         whole, source = datasets.pop("train"), sources["train"]
         for split, side in _split_by_seed(whole, seed, val_fraction).items():
             if len(side):
-                share = val_fraction if split == "val" else 1 - val_fraction
+                wanted = val_fraction if split == "val" else 1 - val_fraction
+                share = len(side) / len(whole)  # of small classes another one: each has an image on either side
+                share = wanted if abs(share - wanted) < 0.01 and share < 1 else share
                 datasets[split] = side
                 sources[split] = f"{100 * share:.3g} % of {source}, by seed {seed}" if share < 1 else source
+        if "val" not in datasets and val_fraction > 0:
+            notes.append(f"no class of {source} has two images, so that there is none for val")
         if "test" in datasets and val_fraction < 1:
             notes.append(
                 f"there is no val: it is cut out of {source}, and {sources['test']} is kept for `onefold eval`"

@@ -64,6 +64,16 @@ class LeftOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlaceImages:
+    """The images of a place by split; `container` says what they lie in, the rest what was not taken as it is."""
+
+    container: str
+    splits: tuple[SplitImages, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What a place holds.
 

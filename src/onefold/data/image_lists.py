@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onefold.data.columns import BOOLEAN_WORDS, NotATableError, rank_image_column
+from onefold.data.columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, rank_image_column
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.match_table_paths import ImageIndex
 from onefold.errors import BadData
@@ -34,6 +34,7 @@ NUMBERED_IMAGES = "images.txt"
 _CLASS_LIST, _NAME_LIST, _SPLIT_LIST = "image_class_labels.txt", "classes.txt", "train_test_split.txt"
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _NUMBERS = re.compile(r"[-0-9.,:]+(\s+[-0-9.,:]+)+")  # a box or several classes, and no name of a class
+_NAMES = re.compile(r"(class(es)?|labels?|names|synsets?|categories)([_-]?(names?|list|map))?\.txt", re.IGNORECASE)
 _NUM_TRIED = 100  # lines that show whether a file lists images
 _LONGEST = 1000  # characters of a line with an image and a class of several words
 _SHOWN = 80
@@ -80,6 +81,16 @@ def read_image_list(file: Path, path: str, images: ImageIndex, notes: list[str])
         raise NotATableError(f"{path}: expected images that are there, and their classes")
     numberings = [[str(i + k) for i in range(len(rows))] for k in (0, 1)]
     is_name_list = [cells[0] for cells in rows] in numberings and len({cells[1] for cells in rows}) == len(rows)
+    if is_name_list and not _NAMES.fullmatch(file.name):  # a list of all images, and of nothing else, is one of images
+        found = [images.find(path, cells[0]) for cells in rows]
+        is_name_list = [len(those) for those in found] != [1] * len(images)
+    if several := [i for i, cells in enumerate(rows) if _NUMBERS.fullmatch(cells[1])]:
+        line = f"{path}, line {lines[several[0]]}"
+        one = " and ".join(rows[several[0]][1].split()[:3])
+        is_vector = {*rows[several[0]][1].split()} <= {"0", "1"}
+        if len(several) < len(rows) or (is_vector and any(cells[1].split().count("1") > 1 for cells in rows)):
+            raise MultiLabelError(line, f"{printable_name(rows[several[0]][0])} is of {one}")
+        raise NotATableError(f"{line}: expected an image and its class, one word or number")
     if len(rows) > 2 and (is_name_list or [cells[1] for cells in rows] in numberings):
         raise NotATableError(f"{path} numbers its lines: expected an image and its class")
     if num_boxes:
@@ -108,8 +119,8 @@ def _divide(path: str, texts: Sequence[str], lines: Sequence[int], images: Image
             cells[i] = line.rsplit(None, 1)
         if len(cells[i]) == 2 and "\t" not in line and len(cells[i][0].split(None, 1)) > 1 and len(line) <= _LONGEST:
             pairs = [[line[: gap.start()], line[gap.end() :]] for gap in re.finditer(r"\s+", line)]
-            pairs = [pair for pair in pairs if not _NUMBERS.fullmatch(pair[1])]
             suffixed = [pair for pair in pairs if os.path.splitext(pair[0])[1].lower() in SUFFIXES]
+            pairs = [pair for pair in pairs if not _NUMBERS.fullmatch(pair[1])]
             found = [pair for pair in suffixed or pairs if images.find(path, pair[0])]
             num_found += (_NUM_TRIED if found[-1] == pairs[-1] else 1) if found else 0
             if suffixed:

@@ -24,12 +24,34 @@ from onefold.storage import normalize_name
 _FOREIGN = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?P<scheme>[a-z][a-z0-9+.-]+://)")  # how absolute paths and URLs begin
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 class ImageIndex:
     """The images of a place, found by what a table calls them."""
 
     def __init__(self, place: Path, images: Iterable[str]) -> None:
         self._place = place
         self._paths = {normalize_name(path): path for path in images}
+        self._files: dict[str, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def _is_file(self, path: str) -> bool:
+        """Whether there is a file at a path below the place, an image or not; each folder is listed once."""
+        folder, _, name = path.rpartition("/")
+        if folder not in self._files:
+            try:
+                with os.scandir(self._place / folder) as entries:
+                    self._files[folder] = {entry.name for entry in entries if not _is_folder(entry)}
+            except OSError:
+                self._files[folder] = set()
+        return name in self._files[folder]
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
@@ -119,14 +141,13 @@ class ImageIndex:
         name = normalize_name(cell.replace("\\", "/"))
         while name.startswith("./"):
             name = name[2:]
-        for inner in ("", "images"):
-            path = os.path.normpath(os.path.join(folder, inner, name))
+        for inner in (folder, f"{folder}/images" if folder else "images"):
+            path = os.path.normpath(os.path.join(inner, name))
             if path in self._paths:
                 return [self._paths[path]]
-            if os.path.lexists(self._place / folder / inner / cell) and not os.path.isdir(
-                self._place / folder / inner / cell
-            ):
-                return [os.path.join(folder, inner, cell)]
+            path = os.path.normpath(os.path.join(inner, cell))
+            if self._is_file(path):
+                return [path]
         parts = PurePosixPath(name).parts
         if not parts:
             return []

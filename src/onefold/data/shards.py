@@ -47,7 +47,7 @@ from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolv
 from onefold.data.tables import MAX_CLASSES
 from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
 from onefold.errors import BadData
-from onefold.storage import normalize_name
+from onefold.storage import normalize_class_name
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 """Of files that hold many images each."""
@@ -295,6 +295,6 @@ def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | N
 
 def _names(labels: Sequence[int | str | None], numbered: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
     if numbered is None:
-        return [normalize_name(forms.get(str(label), str(label))) for label in labels]
+        return [normalize_class_name(forms.get(str(label), str(label))) for label in labels]
     first = 1 if numbered[:1] == ("1",) else 0
     return [numbered[label - first] for label in labels if isinstance(label, int)]

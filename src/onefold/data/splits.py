@@ -1,4 +1,4 @@
-"""Splits by the words that people have for them, and which folders are splits and which are classes.
+"""Splits by the words that people have for them: in the names of folders, files, tables and in columns.
 
 | split | words, of any case and form |
 |---|---|
@@ -9,24 +9,16 @@
 A word stands alone or beside words that say nothing more (`train_set`, `ValImages`, `images_train`, `trainset`) and
 numbers (`train2017`); or beside a stem that all splits share (`seg_train`, `seg_test`). `eval` is test where there is
 another val. These rules hold alike for folders, folders in tars, names of shards and tables, and columns.
-
-`detect_folder_roles` decides which folders are splits. A folder called `train` is a class where it holds images
-directly beside other folders that do; it is a split where it holds folders, and another split holds folders of the same
-names. What can be either is refused, with what was seen and what to type.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from onefold.data.dataset_info import SPLITS, Split
-from onefold.data.folders import Folder, join_names
-from onefold.errors import BadData
-from onefold.storage import normalize_name
+from onefold.data.dataset_info import Split
 
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
@@ -36,15 +28,20 @@ SPLIT_WORDS: Mapping[str, Split] = {
 }
 """The words for splits, in lower case."""
 
-_WEAK = ("eval", "evaluation", "evaluate", "evaluating")  # val, or test beside another val
-_FILLERS = frozenset(
-    ("set", "sets", "data", "dataset", "datasets", "split", "splits", "folder", "subset", "part", "shard", "of")
-) | {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "file", "files", "jpg"}
-_UNLABELLED = frozenset(("unlabeled", "unlabelled", "pred", "predict", "prediction", "predictions", "submission"))
+WEAK_WORDS = ("eval", "evaluation", "evaluate", "evaluating")
+"""Words for val that mean test beside another word for val."""
+
+FILLER_WORDS = (
+    frozenset(("set", "sets", "data", "dataset", "datasets", "split", "splits", "folder", "subset", "part", "shard"))
+    | frozenset(("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "jpg"))
+    | frozenset(("file", "files", "of", "final", "official"))
+)
+"""Words beside a word for a split that say nothing more."""
+
 _TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|[^\W\d_]+|\d+")
 _RUNS = re.compile(r"[^\W\d_]+|\d+")
 _GLUED = re.compile(
-    rf"({'|'.join(SPLIT_WORDS)})({'|'.join(sorted(_FILLERS))})|({'|'.join(sorted(_FILLERS))})(train|val|test)"
+    rf"({'|'.join(SPLIT_WORDS)})({'|'.join(sorted(FILLER_WORDS))})|({'|'.join(sorted(FILLER_WORDS))})(train|val|test)"
 )
 
 
@@ -60,7 +57,7 @@ class SplitName:
     @property
     def is_ambiguous(self) -> bool:
         """Whether it is a word that may mean val as well as test."""
-        return self.word in _WEAK
+        return self.word in WEAK_WORDS
 
 
 def resolve_ambiguous_split(said: SplitName, has_val: bool) -> Split:
@@ -86,329 +83,9 @@ def parse_split_name(name: str) -> SplitName | None:
     words = [token for token in tokens if token in SPLIT_WORDS]
     if not words or len({SPLIT_WORDS[word] for word in words}) > 1:
         return None
-    rest = [token for token in tokens if token not in SPLIT_WORDS and token not in _FILLERS]
+    rest = [token for token in tokens if token not in SPLIT_WORDS and token not in FILLER_WORDS]
     stem, number = ([t for t in rest if t.isdigit() is is_number] for is_number in (False, True))
     return SplitName(SPLIT_WORDS[words[0]], words[0], " ".join(stem), " ".join(number))
-
-
-# ------------------------------------------------------------------------------- folders: splits or classes
-
-
-class NoClassFoldersError(BadData):
-    """Images that lie in no class folders."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SplitFolder:
-    """A split, or a part of one, as it lies in a folder; split None where nothing says for what the images are.
-
-    `root` is the folder that the class folders lie in, `shown` how the split is called ("valid/"); `classes` gives the
-    folders of each class, relative to the place. Without classes the folder's own table says which there are.
-    """
-
-    split: Split | None
-    root: str
-    shown: str
-    classes: Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderRoles:
-    """Which folders are splits and classes; `reasons` says of other folders why their images are in no split."""
-
-    folders: tuple[_SplitFolder, ...]
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> FolderRoles:
-    """Decide which folders below `root` are splits and which are classes.
-
-    `tables` gives the classes of each folder that has a table of its own. Raises BadData for what can be understood in
-    two ways, for splits of different classes, and for images without class folders.
-    """
-    for level in _levels(root):
-        named = [(said, folder) for name, folder in level.children.items() if (said := parse_split_name(name))]
-        if named and (found := _as_splits(level, _choose(named, place), place, tables)):
-            return found
-    level = _class_level(root)
-    if not level.children:
-        raise _flat(level, place)
-    if _is_only_images(level):
-        raise _flat(next(iter(level.children.values())), place)
-    _check_classes(level.children.values(), _names(level), place)
-    inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
-    if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
-        _check_classes([folder for group in inner.values() for folder in group.get("train", ())], frozenset(), place)
-        return _splits_within_classes(level, inner)
-    for name, folder in level.children.items():
-        words = sorted(n for n in folder.children if (said := parse_split_name(n)) and not said.stem)
-        if len({said.split for said in map(parse_split_name, words) if said}) > 1:
-            raise BadData(
-                f"{place}: {folder.path}/ holds the splits {join_names(words)}, so {name} may be a dataset or a "
-                f"class: give {folder.path}/ alone as --data, or give all class folders the same splits"
-            )
-    said_by = {name: said for name in level.children if (said := parse_split_name(name)) and not said.stem}
-    words = sorted(said_by)
-    if len({said.split for said in said_by.values()}) > 1:  # as of segmentation and detection
-        raise NoClassFoldersError(
-            f"{place}: {join_names(words)} are words for splits, and hold images without class folders: put the "
-            f"images of each class in a folder of its own ({words[0]}/<class>/), or add a labels.csv (file,label)"
-        )
-    called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
-    notes = (*_merged(level), *called, *_nested(level))
-    return FolderRoles(folders=(_split_folder(None, level, "", level),), notes=notes)
-
-
-def _check_classes(folders: Collection[Folder], beside: frozenset[str], place: str) -> None:
-    """Raise BadData where one with a split's name holds folders that are called as those of another, or `beside` it.
-
-    Then the classes are further down (train_v1/cat and train_v2/cat; cat, dog and val/cat), and it is none. Splits
-    within it are no classes: "test tube" is one, with train and val inside as cat has.
-    """
-    counts = Counter(name for folder in folders for name in _names(folder) if not parse_split_name(name))
-    for folder in folders:
-        same = sorted(name for name in _names(folder) if counts[name] > 1 or name in beside)
-        if len(same) > 1 and parse_split_name(folder.name):
-            raise BadData(
-                f"{place}: {folder.path}/ holds folders that are called as others ({join_names(same, 3)}), so it may "
-                "be a split or a class: give the folder of one dataset, with train, val and test (or --val FOLDER)"
-            )
-
-
-def _nested(level: Folder) -> tuple[str, ...]:
-    """Say which class folders hold several folders of images: these may be the classes, or versions of one dataset."""
-    nested = {name: sorted(folder.children) for name, folder in level.children.items() if len(folder.children) > 1}
-    shown = f"{join_names(sorted(nested), 3)}: a class with all folders inside"
-    return tuple(f"{shown} ({name}/: {join_names(nested[name], 3)})" for name in sorted(nested)[:1])
-
-
-def _levels(folder: Folder) -> Iterator[Folder]:
-    """Give the folder, and what is inside as long as that is one folder that may be an archive's, not a class."""
-    yield folder
-    while len(folder.children) == 1:
-        (inner,) = folder.children.values()
-        if folder.num_direct and not inner.children:
-            return
-        folder = inner
-        yield folder
-
-
-def _class_level(folder: Folder, wanted: frozenset[str] = frozenset()) -> Folder:
-    """Find the folder whose subfolders are the classes: of those `wanted` most, else the first with two or more."""
-    levels = [level for level in _levels(folder) if level.children]
-    if not levels:
-        return folder
-    shared = max(levels, key=lambda level: len(_names(level) & wanted))
-    if _names(shared) & wanted:
-        return shared
-    several = (level for level in levels if len(level.children) > 1)
-    return next(several, next((level for level in levels if not all(map(parse_split_name, level.children))), levels[0]))
-
-
-def _is_only_images(level: Folder) -> bool:
-    """Whether a folder holds nothing but one folder that is called images, data or the like, which is no class."""
-    return len(level.children) == 1 and all(
-        {*split_into_words(name)} <= {*_FILLERS, *SPLIT_WORDS} and split_into_words(name) for name in level.children
-    )
-
-
-def _names(level: Folder) -> frozenset[str]:
-    return frozenset(normalize_name(name) for name in level.children)
-
-
-def _split_folder(
-    split: Split | None, level: Folder, shown: str, within: Folder, known: frozenset[str] | None = None
-) -> _SplitFolder:
-    """Give a split whose classes are the subfolders of `within` (only the `known` ones)."""
-    classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
-    for name, folder in sorted(within.children.items()):
-        composed = normalize_name(name)
-        if known is None or composed in known:
-            classes[composed] += (folder.path,)
-    return _SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes))
-
-
-def _merged(level: Folder) -> tuple[str, ...]:
-    """Say which folders are one class, since their names differ in their Unicode form only."""
-    counts: dict[str, int] = defaultdict(int)
-    for name in level.children:
-        counts[normalize_name(name)] += 1
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    where = f"{level.path}/: " if level.path else ""
-    return (f"{where}folders of one name in two Unicode forms are one class: {join_names(twice)}",) if twice else ()
-
-
-_Named = Sequence[tuple[SplitName, Folder]]
-_Group = dict[Split, list[Folder]]
-
-
-def _choose(named: _Named, place: str) -> _Group:
-    """Choose the folders of each split among those with a split's name; empty where none is meant so."""
-    stems: dict[str, list[tuple[SplitName, Folder]]] = defaultdict(list)
-    for said, folder in named:
-        stems[said.stem].append((said, folder))
-    several = [
-        stem
-        for stem, those in stems.items()
-        if stem
-        and len({said.split for said, _ in those} | {"train"}) > 1
-        and any(said.split == "train" for said, _ in those)
-    ]
-    if "" not in stems and len(several) > 1:
-        shown = join_names([folder.name for stem in several for _, folder in stems[stem]])
-        raise BadData(f"{place} holds several sets of splits, {shown}: give the folder of one, or class folders")
-    chosen = stems.get("") or (stems[several[0]] if several else [])
-    words = {said.word for said, _ in chosen}
-    strong_val = any(SPLIT_WORDS[word] == "val" and word not in _WEAK for word in words)
-    group: dict[Split, list[tuple[SplitName, Folder]]] = defaultdict(list)
-    for said, folder in chosen:
-        group[resolve_ambiguous_split(said, strong_val)].append((said, folder))
-    clashing = [split for split, those in group.items() if len(those) > 1 and len({s.number for s, _ in those}) > 1]
-    for split, those in group.items():
-        words = {said.word for said, _ in those}
-        if split == "train" and words > {"trainval"} and "val" in group:
-            those[:] = [(said, folder) for said, folder in those if said.word != "trainval"]
-        elif split == "test" and len(words) > 1:
-            first = min(words, key=lambda word: (word != "test", list(SPLIT_WORDS).index(word)))
-            those[:] = [(said, folder) for said, folder in those if said.word == first]
-        elif len(those) > 1 and (len({said.number for said, _ in those}) == 1 or len(clashing) > 1 or len(words) > 1):
-            shown = " and ".join(f"{folder.name}/" for _, folder in those)
-            raise BadData(f"{place}: {shown} may each be {split}: rename or move away those that are not")
-    return {split: [folder for _, folder in those] for split, those in group.items()}
-
-
-def _choose_quietly(folder: Folder) -> _Group:
-    """Give the splits that a class folder is divided into; none where it holds anything else."""
-    named = [(said, inner) for name, inner in folder.children.items() if (said := parse_split_name(name))]
-    if folder.num_direct or len(named) < len(folder.children) or len({said.stem for said, _ in named}) > 1:
-        return {}
-    return _choose(named, folder.path)
-
-
-def _splits_within_classes(level: Folder, inner: Mapping[str, _Group]) -> FolderRoles:
-    """Arrange cat/train/, cat/test/, dog/train/, dog/test/."""
-    folders = []
-    for split in SPLITS:
-        classes: dict[str, tuple[str, ...]] = defaultdict(tuple)
-        for name, group in sorted(inner.items()):
-            classes[normalize_name(name)] += tuple(folder.path for folder in group.get(split, ()))
-        words = sorted({folder.name for group in inner.values() for folder in group.get(split, ())})
-        if words:
-            shown = f"{'/, '.join(words)}/ in the class folders"
-            folders.append(_SplitFolder(split=split, root=level.path, shown=shown, classes=dict(classes)))
-    return FolderRoles(folders=tuple(folders), notes=_merged(level))
-
-
-def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, frozenset[str]]) -> FolderRoles | None:
-    """Arrange the folders of `group` as splits; None where they are classes, as their neighbours are."""
-    chosen = [folder for folders in group.values() for folder in folders]
-    others = [folder for folder in level.children.values() if folder not in chosen]
-    train, held_out = group.get("train", []), [*group.get("val", []), *group.get("test", [])]
-
-    def holds_classes(folder: Folder) -> bool:
-        return folder.path in tables or bool(folder.children)
-
-    def classes_of(folder: Folder) -> frozenset[str]:
-        return tables.get(folder.path) or _names(_class_level(folder, classes))
-
-    classes: frozenset[str] = frozenset()
-    folders: list[_SplitFolder] = []
-    reasons: dict[str, str] = {}
-    notes: list[str] = []
-    unnamed = [
-        folder
-        for folder in others
-        if folder.num_images
-        and not _UNLABELLED & set(split_into_words(folder.name))
-        and not ((said := parse_split_name(folder.name)) and not said.stem)
-    ]
-    if not chosen:
-        return None
-    if train and not any(map(holds_classes, train)):
-        if unnamed and not any(map(holds_classes, held_out)):
-            return None
-        raise _flat(train[0], place)
-    if not train and unnamed:
-        classes = frozenset(normalize_name(folder.name) for folder in unnamed)
-        if not any(holds_classes(folder) and classes & classes_of(folder) for folder in held_out):
-            return None
-        beside = join_names([f"{folder.name}/" for folder in chosen])
-        folders.append(_split_folder("train", level, f"the class folders beside {beside}", level, classes))
-    elif not any(map(holds_classes, chosen)):
-        raise _flat(chosen[0], place)
-    elif train and unnamed and not held_out:
-        seen = f"{train[0].name}/ (with the folders {join_names(sorted(train[0].children), 3)})"
-        beside = join_names([f"{folder.name}/" for folder in unnamed], 3)
-        raise BadData(
-            f"{place} holds {seen} beside {beside}: {train[0].name} may be a split or a class. If it is a split, give "
-            f"--data {place}/{train[0].path}; if it is a class, rename it (to {train[0].name}_class, say)"
-        )
-    elif train:
-        classes = frozenset().union(*map(classes_of, train))
-    for split in SPLITS:
-        for folder in group.get(split, ()):
-            shown = f"{folder.path}/"
-            if not folder.num_images and folder.path not in tables:
-                if split == "train":
-                    raise BadData(f"{place}/{folder.path} holds no images")
-                notes.append(f"{shown} holds no images")
-                continue
-            names = classes_of(folder) if holds_classes(folder) else frozenset()
-            classes = classes or names
-            if split == "test" and not names & classes:
-                why = f"its folders are no classes of train ({join_names(sorted(names), 3)})" if names else ""
-                reasons[folder.path] = f"no labels to score {shown} by: {why or 'it has no class folders'}"
-                continue
-            if not names or (folder.path not in tables and _is_only_images(_class_level(folder, classes))):
-                raise _flat(folder, place)
-            if split == "test":
-                for name in sorted(names - classes):
-                    reasons[f"{_class_level(folder, classes).path}/{name}"] = "a class that train does not have"
-            elif names - classes:
-                raise class_difference(place, {train[0].name if train else "train": classes, folder.name: names})
-            if split != "train" and (missing := sorted(classes - names)):
-                notes.append(f"{shown} has no images of {join_names(missing)}")
-            if folder.path in tables:
-                folders.append(_SplitFolder(split=split, root=folder.path, shown=shown, classes={}))
-                continue
-            inner = _class_level(folder, classes)
-            _check_classes(inner.children.values(), classes, place)
-            folders.append(_split_folder(split, inner, shown, inner, classes))
-            notes += _merged(inner)
-            if split == "train":
-                notes += _nested(inner)
-    if train:
-        reasons |= {folder.path: "beside the splits" for folder in others}
-    return FolderRoles(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
-
-
-def class_difference(place: str, sides: Mapping[str, frozenset[str]]) -> BadData:
-    """Say which classes only one of two splits has."""
-    (one, these), (other, those) = sides.items()
-    parts = [
-        f"only in {name}: {join_names(sorted(x))}" for name, x in ((one, these - those), (other, those - these)) if x
-    ]
-    return BadData(f"{place}: the classes differ; {'; '.join(parts)}")
-
-
-def _flat(folder: Folder, place: str) -> NoClassFoldersError:
-    where = f"{place}/{folder.path}" if folder.path else place
-    return NoClassFoldersError(
-        f"{where} holds {folder.num_images} images and no class folders: put the images of each class "
-        "in a folder of its own, or add a labels.csv with the columns file,label"
-    )
-
-
-# ------------------------------------------------------------------------------------ images: of which split
-
-
-def read_single_split(root: Folder, place: str, split: Split) -> FolderRoles:
-    """Find the classes of images that are all of one split, which their file's name says."""
-    level = _class_level(root)
-    if not level.children:
-        raise _flat(root, place)
-    return FolderRoles(folders=(_split_folder(split, level, "", level),), notes=_merged(level))
 
 
 def splits_by_folder_name(images: Sequence[str]) -> list[Split] | None:
@@ -422,24 +99,3 @@ def splits_by_folder_name(images: Sequence[str]) -> list[Split] | None:
                 return None
     has_val = any(said.split == "val" and not said.is_ambiguous for said in found.values() if said)
     return [resolve_ambiguous_split(said, has_val) for image in images if (said := found[image.rpartition("/")[0]])]
-
-
-def assign_images(images: Sequence[str], arrangement: FolderRoles) -> list[tuple[int, str] | None]:
-    """Give for each image the number of its `_SplitFolder` and its class; None where it is in none."""
-    owners = {
-        path: (i, name)
-        for i, folder in enumerate(arrangement.folders)
-        for name, paths in folder.classes.items()
-        for path in paths
-    }
-    found: dict[str, tuple[int, str] | None] = {}
-    assigned = []
-    for image in images:
-        folder = image.rpartition("/")[0]
-        if folder not in found:
-            inner = folder
-            while inner and inner not in owners:
-                inner = inner.rpartition("/")[0]
-            found[folder] = owners.get(inner)
-        assigned.append(found[folder])
-    return assigned

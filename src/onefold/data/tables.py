@@ -21,7 +21,6 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from onefold.data.columns import (
     MultiLabelError,
     NotATableError,
     cell_text,
+    ends_with_class_word,
     find_class_separator,
     first_class_number,
     is_class_index_column,
@@ -49,9 +49,9 @@ from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.folders import join_names
 from onefold.data.image_lists import LIST_SUFFIX, TableRows, read_image_list
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words
+from onefold.data.splits import SPLIT_WORDS, split_into_words
 from onefold.errors import BadData
-from onefold.storage import normalize_name, parse_json, read_lines, read_text
+from onefold.storage import normalize_class_name, parse_json, read_text
 
 MAX_CLASSES = 1_000_000
 
@@ -114,6 +114,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     )
     number_columns = [name for name in cells if is_class_index_column(name)]
     split_columns = [name for name in cells if is_split_column(name)]
+    if not any(images.num_matches(path, cells[name][:_NUM_TRIED]) for name in file_columns):
+        file_columns = _columns_of_images(cells, path, images) or file_columns
     if not file_columns:
         raise NotATableError(
             f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
@@ -128,6 +130,10 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     cells[file_column] = [*images.without_foreign_folder(path, cells[file_column], notes)]
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
+    if not class_columns and not number_columns:
+        class_columns = [name for name in cells if ends_with_class_word(name) and name != file_column]
+        if all(cell.lower() in BOOLEAN_WORDS for name in class_columns for cell in cells[name]):
+            class_columns = []  # of one class each
     if any(not all(map(is_missing, cells[name])) for name in (*class_columns, *number_columns)):
         class_columns, number_columns = (
             [name for name in names if not all(map(is_missing, cells[name]))]
@@ -178,7 +184,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
                 break
     number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
     if is_one_hot:
-        labels, numbered = [normalize_name(name) for name in cells[label_column or ""]], None
+        labels, numbered = [normalize_class_name(name) for name in cells[label_column or ""]], None
     else:
         labels = _labels(shown, label_column, cells[label_column], lines, notes) if label_column else []
         numbered = None
@@ -186,7 +192,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
             numbers = [_number(shown, lines[i], text) for i, text in enumerate(normalize_numbers(cells[number_column]))]
             numbered = _names_by_number(shown, lines, numbers, labels)
             labels = [numbered[number - first_class_number(numbers)] for number in numbers]
-    kept = _once(shown, files, labels, lines, notes)
+    kept = _once(shown, files, labels, splits, lines, notes)
     unused = [name for name in class_columns if name != label_column]
     if unused and label_column:
         notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
@@ -200,6 +206,16 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         unlabelled=tuple(sorted({*without} - {*files})),
         parts=read.parts,
     )
+
+
+def _columns_of_images(cells: Mapping[str, Sequence[str]], path: str, images: ImageIndex) -> list[str]:
+    """Give the columns, whatever they are called, of which half of the cells or more are names of images."""
+    found = []
+    for name, column in cells.items():
+        tried = [cell for cell in column[:_NUM_TRIED] if normalize_number(cell) is None]  # a number may be of anything
+        if 2 * len(tried) > min(len(column), _NUM_TRIED) and 2 * images.num_matches(path, tried) >= len(tried):
+            found.append(name)
+    return found
 
 
 def _classes_of_boxes(cell: str) -> str:
@@ -285,7 +301,10 @@ def _json_rows(text: str, shown: str) -> TableRows:
 
 def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:
     """Give the class of each row by name. Raises BadData where cells name several classes or measure."""
-    cells = parse_list_cells(cells)
+    written, cells = cells, [" ".join(cell.split()) or cell for cell in parse_list_cells(cells)]
+    if "" in cells:
+        i = cells.index("")
+        raise BadData(f"{shown}, line {lines[i]}: {printable_name(written[i])} names no class")
     if separator := find_class_separator(set(cells)):
         i = next(i for i, cell in enumerate(cells) if separator in cell)
         both = " and ".join(printable_name(part.strip()) for part in cells[i].split(separator)[:3])
@@ -297,7 +316,7 @@ def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int],
     if len(set(plain)) < len(set(cells)):
         forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
         notes.append(f"{shown}: numbers in several forms are one class each: {forms} are integers too")
-    return [normalize_name(text) for text in plain]
+    return [normalize_class_name(text) for text in plain]
 
 
 def _partition(values: Sequence[str]) -> list[int]:
@@ -384,52 +403,27 @@ def _one_hot(
     return f"columns of 0 and 1, {join_names(names, 3)}", [those[0] if those else "" for those in ones]
 
 
-def _once(shown: str, files: Sequence[str], labels: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[int]:
+def _once(
+    shown: str,
+    files: Sequence[str],
+    labels: Sequence[str],
+    splits: Sequence[Split | None] | None,
+    lines: Sequence[int],
+    notes: list[str],
+) -> list[int]:
     """Number the rows that count: of a file listed again with the same class only the first."""
     first: dict[str, int] = {}
-    for i, file in enumerate(files):
-        j = first.setdefault(file, i)
-        if labels[i] != labels[j]:
-            both = f"{printable_name(labels[j])} in line {lines[j]} and {printable_name(labels[i])} in line {lines[i]}"
-            raise MultiLabelError(shown, f"{printable_name(file)} is {both}")
-    if len(first) < len(files):
-        notes.append(f"{shown}: {len(files) - len(first)} lines list an image again with the same class")
+    again = [(first[file], i) for i, file in enumerate(files) if first.setdefault(file, i) != i]
+    if several := [(j, i) for j, i in again if labels[i] != labels[j]]:
+        j, i = several[0]
+        both = f"{printable_name(labels[j])} in line {lines[j]} and {printable_name(labels[i])} in line {lines[i]}"
+        count = len({j for j, _ in several})
+        more = f", and {count - 1} more of {len(first)} images have two classes" if count > 1 else ""
+        raise MultiLabelError(shown, f"{printable_name(files[i])} is {both}{more}")
+    if again:
+        notes.append(f"{shown}: {len(again)} lines list an image again with the same class")
+    if splits and (twice := [(j, i) for j, i in again if splits[j] != splits[i]]):
+        j, i = twice[0]
+        which = f"{printable_name(files[i])} is of {splits[j]} in line {lines[j]}, of {splits[i]} in line {lines[i]}"
+        notes.append(f"{shown}: {len(twice)} lines list an image in another split, and the first counts: {which}")
     return sorted(first.values())
-
-
-def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
-    """Give the tables that label the images of one val or test folder, by that folder."""
-    found: dict[str, list[LabelTable]] = defaultdict(list)
-    for table in tables:
-        folders = {file.rpartition("/")[0] for file in table.files}
-        parts = folders.pop().split("/") if len(folders) == 1 else []
-        named = [i for i, part in enumerate(parts) if (said := parse_split_name(part)) and said.split != "train"]
-        if named:
-            found["/".join(parts[: named[-1] + 1])].append(table)
-    return {folder: those[0] for folder, those in found.items() if len(those) == 1}
-
-
-def read_split_lists(
-    place: Path, names: Sequence[str], images: ImageIndex, classes: Mapping[str, str]
-) -> list[LabelTable]:
-    """Read train.txt, val.txt and the like, two or more, that list images of `classes` (in class folders) alone.
-
-    A list of which half or more name no such image is none.
-    """
-    found = []
-    for name in names:
-        if not parse_split_name(Path(name).stem):
-            continue
-        try:
-            listed = [images.find(name, line) for line in read_lines(place / name)]
-        except BadData:  # no text: said where it was tried as a table
-            continue
-        files = tuple(those[0] for those in listed if len(those) == 1 and those[0] in classes)
-        if 2 * len(files) > len(listed):
-            lost = len(listed) - len(files)
-            notes = (f"{name}: {lost} of its {len(listed)} lines name no image that is in a class folder",)
-            labels = tuple(classes[file] for file in files)
-            found.append(
-                LabelTable(path=name, files=files, labels=labels, numbered=None, splits=None, notes=notes * bool(lost))
-            )
-    return found if len(found) > 1 else []

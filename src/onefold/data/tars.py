@@ -33,16 +33,10 @@ from onefold.data.columns import (
 )
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
+from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
 from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
-from onefold.data.splits import (
-    NoClassFoldersError,
-    assign_images,
-    detect_folder_roles,
-    parse_split_name,
-    read_single_split,
-    splits_by_folder_name,
-)
+from onefold.data.splits import parse_split_name, splits_by_folder_name
 from onefold.errors import BadData, NotWritable
 from onefold.storage import cache_folder, normalize_name, parse_json
 

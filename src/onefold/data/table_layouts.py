@@ -1,0 +1,396 @@
+"""Tables beside images: which of them count, rather than the class folders, and how they divide into splits.
+
+labels.csv counts before class folders, and other tables where they say splits, or where the folders are parts of one
+dataset (`images_001`, `batch_2`): then folders say nothing. Numbers of classes that folders name are called as those.
+Where two say different classes of an image the one that counts is said, with how many images, or both are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onefold.data.columns import MultiLabelError, NotATableError, normalize_number
+from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
+from onefold.data.decode import printable_name
+from onefold.data.folder_roles import FolderRoles, assign_images
+from onefold.data.folders import FolderListing, ImageFiles, join_names, left_out_images
+from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
+from onefold.data.match_table_paths import ImageIndex
+from onefold.data.shards import SHARD_SUFFIXES
+from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
+from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
+from onefold.errors import BadData
+from onefold.storage import read_lines
+
+TABLE_DEPTH = 2
+"""The folders above a table, or a list, that is read."""
+
+_MAX_TABLES = 50  # files of a folder that are tried as tables
+_LABELS = "labels.csv"
+_PART_WORDS = frozenset(
+    (
+        "part",
+        "batch",
+        "chunk",
+        "shard",
+        "piece",
+        "block",
+        "section",
+        "folder",
+        "dir",
+        "archive",
+        "zip",
+        "disk",
+        "volume",
+    )
+) | {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pics", "data", "set", "subset", "jpg"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundTables:
+    """The tables of labels of a place; `problems` and `unread` say of other files why they are not used.
+
+    `refused` is the error of a table that names images and cannot be used, one of several classes an image first.
+    """
+
+    tables: list[LabelTable]
+    problems: list[str]
+    unread: list[str]
+    refused: BadData | None
+
+
+def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> FoundTables:
+    """Read the tables of labels in a folder. Raises BadData where a labels.csv cannot be used."""
+    names = [name for suffix in LABEL_TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
+    names = [name for name in names if name.count("/") <= TABLE_DEPTH and "submission" not in name.lower()]
+    lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= TABLE_DEPTH]
+    problems: list[str] = []
+    unread: list[str] = []
+    refused: BadData | None = None
+    tables: list[LabelTable] = []
+    for name in [
+        *sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES],
+        *sorted(lists, key=lambda name: (name.count("/"), not name.lower().endswith(NUMBERED_IMAGES)))[:_MAX_TABLES],
+    ]:
+        if any(name in table.parts for table in tables):
+            continue
+        try:
+            tables.append(read_table(place, name, images))
+        except BadData as error:
+            if name.rpartition("/")[2].lower() == _LABELS:
+                raise
+            sentence = f"{printable_name(name)} is not used: {error}"
+            if not isinstance(error, NotATableError):
+                problems.append(sentence)
+                is_first = refused is None or not isinstance(refused, MultiLabelError)
+                refused = error if refused is None or (is_first and isinstance(error, MultiLabelError)) else refused
+            elif not name.lower().endswith(LIST_SUFFIX):
+                unread.append(sentence)
+    of_class = [table for table in tables if _is_of_one_class_folder(table)]
+    if len(of_class) > 1:
+        tables = [table for table in tables if table not in of_class]
+    return FoundTables(tables=tables, problems=problems, unread=unread, refused=refused)
+
+
+def _is_of_one_class_folder(table: LabelTable) -> bool:
+    """Whether a table lists one class only, and nothing but images of the folder that it lies in."""
+    folder = table.path.rpartition("/")[0]
+    is_split = parse_split_name(folder.rpartition("/")[2]) is not None
+    return (
+        bool(folder)
+        and not is_split
+        and len({*table.labels}) == 1
+        and {file.rpartition("/")[0] for file in table.files} == {folder}
+    )
+
+
+def choose_tables(tables: Sequence[LabelTable], shown: str, notes: list[str]) -> list[LabelTable]:
+    """Choose the one table that counts, or one for each split. Raises BadData where that is not plain."""
+    if len(tables) < 2:
+        return list(tables)
+    roles = {table.path: said.split if (said := parse_split_name(Path(table.path).stem)) else None for table in tables}
+    named = [table for table in tables if roles[table.path]]
+    labels = [table for table in tables if Path(table.path).name.lower() == _LABELS]
+    if named and len({roles[table.path] for table in named}) == len(named):
+        chosen = named
+    elif labels:
+        for table in labels[1:]:
+            if disagreement := _disagreement(table, labels[:1]):
+                raise BadData(
+                    f"{shown}: {disagreement}: give --data {shown}/{labels[0].path} for one, or move one away"
+                )
+        chosen = labels[:1]
+    elif all(
+        set(zip(t.files, t.labels, strict=True)) == set(zip(tables[0].files, tables[0].labels, strict=True))
+        for t in tables
+    ):
+        return [next((table for table in tables if table.splits), tables[0])]
+    else:
+        paths = [table.path for table in tables]
+        raise BadData(
+            f"{shown} holds several tables of labels, {join_names(paths)}: give --data {shown}/{paths[0]} for one"
+        )
+    for table in tables:
+        if table not in chosen and (disagreement := _disagreement(table, chosen)):
+            notes.append(f"{disagreement}: {join_names([table.path for table in chosen])} counts")
+    return chosen
+
+
+def _disagreement(table: LabelTable, others: Sequence[LabelTable]) -> str:
+    """Say of how many images a table gives other classes than others do; "" where none, or where names alone differ."""
+    known = {file: label for other in others for file, label in zip(other.files, other.labels, strict=True)}
+    pairs = [(file, label, known[file]) for file, label in zip(table.files, table.labels, strict=True) if file in known]
+    differing = [pair for pair in pairs if pair[1] != pair[2]]
+    if not differing or _is_renaming({(label, wanted) for _, label, wanted in pairs}):
+        return ""
+    file, label, wanted = map(printable_name, differing[0])
+    return (
+        f"{table.path} says another class than {join_names([other.path for other in others])} of {len(differing)} of "
+        f"{len(pairs)} images ({file}: {label}, not {wanted})"
+    )
+
+
+def _is_renaming(pairs: Collection[tuple[str, str]]) -> bool:
+    """Whether pairs give each class one other name: cat is 0 and dog is 1, but not cat is dog and dog is cat."""
+    is_bijection = len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+    return is_bijection and {a for a, b in pairs if a != b}.isdisjoint(b for a, b in pairs if a != b)
+
+
+def are_parts(names: Collection[str]) -> bool:
+    """Whether folders are called as parts of one dataset: images_001 and images_002, part1, batch_2, data-03."""
+    words = [split_into_words(name) for name in names]
+    forms = {tuple(word for word in those if not word.isdecimal()) for those in words}
+    has_number = all(any(word.isdecimal() for word in those) for those in words)
+    return len(words) > 1 and has_number and len(forms) == 1 and not _PART_WORDS.isdisjoint(next(iter(forms)))
+
+
+def prefer_tables(
+    tables: Sequence[LabelTable], listing: FolderListing, arrangement: FolderRoles, shown: str, notes: list[str]
+) -> Sequence[LabelTable] | None:
+    """Give the tables where they count rather than the class folders beside them, classes called as the folders.
+
+    Raises BadData where they contradict each other.
+    """
+    is_split = any(folder.split for folder in arrangement.folders)
+    is_labels = not is_split and Path(tables[0].path).name.lower() == _LABELS
+    folders = dict(zip(listing.images, assign_images(listing.images, arrangement), strict=True))
+    paths = join_names([table.path for table in tables])
+    if named := _name_numbers(tables, {file: given[1] for file, given in folders.items() if given}, paths, notes):
+        tables = named
+    rows = [(file, label) for table in tables for file, label in zip(table.files, table.labels, strict=True)]
+    given_rows = [(file, given[1], label) for file, label in rows if (given := folders.get(file))]
+    pairs = Counter((folder, label) for _, folder, label in given_rows)
+    differing = [row for row in given_rows if row[1] != row[2]]
+    seen = "".join(
+        f"({label} of {file}; {len(differing)} of {len(given_rows)} images)" for file, _, label in differing[:1]
+    )
+    says_splits = len(tables) > 1 or any(table.splits for table in tables)
+    labelled, listed = {file for file, given in folders.items() if given}, {file for file, _ in rows}
+    covers = labelled < listed if is_split else labelled <= listed  # labels of a test/ without class folders
+    class_names = {name for folder in arrangement.folders for name in folder.classes}
+    if not is_split and are_parts(class_names) and 2 * len(given_rows) >= len(labelled):
+        return tables
+    if is_labels:
+        if differing and not _is_renaming(pairs):
+            notes.append(f"{paths} says other classes than the folders {seen}: {paths} counts")
+        return tables
+    if not pairs:
+        return None
+    if not differing:
+        if says_splits and covers:
+            return tables
+        if says_splits and not is_split:
+            missing = len(labelled - listed)
+            notes.append(
+                f"{paths}: the splits are not used, since {missing} images in class folders are in none of them"
+            )
+        if not named:
+            notes.append(f"{paths} says the same classes as the folders, which count")
+        return None
+    if _is_renaming(pairs):
+        folder, label = min(pairs)
+        if says_splits and covers:
+            notes.append(f"the classes are called as in {paths} ({label}), not as their folders ({folder})")
+            return tables
+        notes.append(f"the classes are called as their folders ({folder}), not as in {paths} ({label})")
+        return None
+    is_mostly_same = 2 * len(differing) < len(given_rows)
+    if len({"".join(c for c in name if not c.isdigit()) for name in class_names} - {""}) == 1 and not is_mostly_same:
+        return tables  # parts of one archive, whatever they are called
+    raise BadData(
+        f"{shown}: {paths} says other classes than the folders {seen}: give --data {shown}/{tables[0].path} for the "
+        "table, or move the table away for the folders"
+    )
+
+
+def _name_numbers(
+    tables: Sequence[LabelTable], folders: Mapping[str, str], paths: str, notes: list[str]
+) -> list[LabelTable]:
+    """Give the tables with the folders' names for their numbers; none where they have names, or not one for each."""
+    rows = [
+        (folders[f], label)
+        for table in tables
+        for f, label in zip(table.files, table.labels, strict=True)
+        if f in folders
+    ]
+    pairs = set(rows)
+    numbers = {label for table in tables for label in table.labels}
+    is_numbered = all(map(str.isdecimal, numbers)) and not all(name.isdecimal() for name, _ in pairs)
+    if not pairs or not is_numbered or not _is_renaming(pairs) or numbers != {label for _, label in pairs}:
+        return []
+    names = {label: name for name, label in pairs}
+    said = [f"{number} is {names[number]}" for number in sorted(names, key=int)]
+    notes.append(f"{paths} numbers the classes that the folders name: {join_names(said, 3)}")
+    return [rename_classes(table, names) for table in tables]
+
+
+def rename_classes(table: LabelTable, names: Mapping[str, str]) -> LabelTable:
+    """Give a table with other names for its classes; those without one stay as they are."""
+    numbered = None if table.numbered is None else tuple(names.get(name, name) for name in table.numbered)
+    return replace(table, labels=tuple(names.get(label, label) for label in table.labels), numbered=numbered)
+
+
+def match_number_forms(table: LabelTable, folder_names: Iterable[str]) -> LabelTable:
+    """Give a table of numbers with them as the class folders write them: 00007 for 7."""
+    forms: dict[str, set[str]] = defaultdict(set)
+    for name in folder_names:
+        if number := normalize_number(name):
+            forms[number].add(name)
+    if not set(table.labels) <= {number for number, those in forms.items() if len(those) == 1}:
+        return table
+    return rename_classes(table, {number: next(iter(those)) for number, those in forms.items()})
+
+
+def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
+    """Give the tables that label the images of one val or test folder, by that folder."""
+    found: dict[str, list[LabelTable]] = defaultdict(list)
+    for table in tables:
+        folders = {file.rpartition("/")[0] for file in table.files}
+        parts = folders.pop().split("/") if len(folders) == 1 else []
+        named = [i for i, part in enumerate(parts) if (said := parse_split_name(part)) and said.split != "train"]
+        if named:
+            found["/".join(parts[: named[-1] + 1])].append(table)
+    return {folder: those[0] for folder, those in found.items() if len(those) == 1}
+
+
+def read_split_lists(
+    place: Path, names: Sequence[str], images: ImageIndex, classes: Mapping[str, str]
+) -> list[LabelTable]:
+    """Read train.txt, val.txt and the like, two or more, that list images of `classes` (in class folders) alone.
+
+    A list of which half or more name no such image is none.
+    """
+    found = []
+    for name in names:
+        if not parse_split_name(Path(name).stem):
+            continue
+        try:
+            listed = [images.find(name, line) for line in read_lines(place / name)]
+        except BadData:  # no text: said where it was tried as a table
+            continue
+        files = tuple(those[0] for those in listed if len(those) == 1 and those[0] in classes)
+        if 2 * len(files) > len(listed):
+            lost = len(listed) - len(files)
+            notes = (f"{name}: {lost} of its {len(listed)} lines name no image that is in a class folder",)
+            labels = tuple(classes[file] for file in files)
+            found.append(
+                LabelTable(path=name, files=files, labels=labels, numbered=None, splits=None, notes=notes * bool(lost))
+            )
+    return found if len(found) > 1 else []
+
+
+# --------------------------------------------------------------------------------------- splits of tables
+
+
+def read_tabled(
+    place: Path, listing: FolderListing, tables: Sequence[LabelTable], lists: Sequence[str], notes: Sequence[str]
+) -> PlaceImages:
+    """Give the images that tables list; `lists` may say the splits of a table that says none (train_val_list.txt)."""
+    notes = [*notes]
+    if len(tables) == 1 and not (table := tables[0]).splits and not parse_split_name(Path(table.path).stem):
+        classes = dict(zip(table.files, table.labels, strict=True))
+        others = [name for name in lists if name not in (table.path, *table.parts)]
+        divided = read_split_lists(place, others, ImageIndex(place, listing.images), classes)
+        paths = join_names([each.path for each in divided])
+        listed = {file for each in divided for file in each.files}
+        if divided and listed >= classes.keys():
+            notes += table.notes
+            tables = [replace(each, numbered=table.numbered, parts=(table.path, *table.parts)) for each in divided]
+        elif divided:
+            missing = len(classes.keys() - listed)
+            notes.append(f"{paths}: the splits are not used, since {missing} images are in none of them")
+    splits = [split for table in tables for split in _splits_of(place, table)]
+    listed = {file for table in tables for file in table.files}
+    paths = join_names(list(dict.fromkeys(path for table in tables for path in (*table.parts[:1], table.path))))
+    unlabelled = {file for table in tables for file in table.unlabelled} - listed
+    rest = [image for image in listing.images if image not in listed and image not in unlabelled]
+    reasons = {}
+    for folder in {image.rpartition("/")[0] for image in rest}:
+        said = parse_split_name(folder.rpartition("/")[2])
+        if said and said.split == "test" and not any(file.startswith(f"{folder}/") for file in listed):
+            reasons[folder] = "no labels to score by"
+    used = {path for table in tables for path in (table.path, *table.parts)}
+    texts = [name for name in listing.others.get(LIST_SUFFIX, ()) if name not in used]
+    return PlaceImages(
+        container=paths,
+        splits=tuple(splits),
+        left_out=(
+            *left_out_images(rest, reasons, f"not listed in {paths}"),
+            *left_out_images(sorted(unlabelled), {}, f"without a class or a split in {paths}"),
+            *left_out_files(listing, tables),
+        ),
+        notes=(*notes, *unread_lists_note(texts), *(note for table in tables for note in table.notes)),
+    )
+
+
+def _splits_of(place: Path, table: LabelTable) -> list[SplitImages]:
+    """Divide a table: by its column, by its name (train.csv), by the folders of its images, or not at all."""
+    rows: dict[Split | None, list[int]] = defaultdict(list)
+    name = Path(table.path).name
+    if table.splits is not None:
+        for i, split in enumerate(table.splits):
+            rows[split].append(i)
+        return [table_split(place, table, s, f"{name} (its column says {s})", rows[s]) for s in rows]
+    if said := parse_split_name(Path(table.path).stem):
+        return [table_split(place, table, said.split, name, range(len(table.files)))]
+    if by_folder := splits_by_folder_name(table.files):
+        for i, split in enumerate(by_folder):
+            rows[split].append(i)
+        return [table_split(place, table, split, f"{name} ({split}: by folders)", rows[split]) for split in rows]
+    return [table_split(place, table, None, name, range(len(table.files)))]
+
+
+def table_split(place: Path, table: LabelTable, split: Split | None, source: str, rows: Sequence[int]) -> SplitImages:
+    """Give some rows of a table; the names are relative to the table's folder."""
+    folder = table.path.rpartition("/")[0]
+    names = [os.path.relpath(table.files[i], folder or ".").replace(os.sep, "/") for i in rows]
+    labels = [table.labels[i] for i in rows]
+    root = place / folder
+    return SplitImages(
+        split=split,
+        source=source,
+        labels=labels,
+        numbered=table.numbered,
+        open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
+    )
+
+
+def unread_lists_note(names: Iterable[str]) -> list[str]:
+    """Say which of these texts are called as if they said splits."""
+    stems = {name: os.path.splitext(name)[0].rpartition("/")[2] for name in names}
+    lists = [name for name, stem in stems.items() if not {*SPLIT_WORDS}.isdisjoint(split_into_words(stem))]
+    sentence = "(lists that may say splits) stay unread: write splits into a table or folders"
+    return [f"{join_names(lists, 3)} {sentence}"] if lists else []
+
+
+def left_out_files(listing: FolderListing, tables: Iterable[LabelTable]) -> list[LeftOut]:
+    """Say which files are left out beside the images and the tables that count."""
+    reasons = dict.fromkeys(
+        SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
+    )
+    reasons |= dict.fromkeys(LABEL_TABLE_SUFFIXES, "no table of labels, or not the one that counts")
+    return listing.left_out({path for table in tables for path in (table.path, *table.parts)}, reasons)
