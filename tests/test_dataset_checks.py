@@ -127,8 +127,8 @@ def unreadable(count: int) -> Callable[[Path], None]:
 
 def twin_names(folder: Path) -> None:
     for split in ("train", "val"):
-        shutil.copytree(folder / split / "ash", folder / split / "Ash ", dirs_exist_ok=True)
-        for n, path in enumerate((folder / split / "Ash ").iterdir()):
+        shutil.copytree(folder / split / "ash", folder / split / "A-sh", dirs_exist_ok=True)
+        for n, path in enumerate((folder / split / "A-sh").iterdir()):
             picture(77_000 + n + 500 * len(split), COLOURS["ash"]).save(path)
 
 
@@ -160,7 +160,7 @@ FAULTS: dict[str, tuple[bool, str, Callable[[Path], None]]] = {
     "all the same": (True, "all 30 images of val are the same picture", all_the_same),
     "some unreadable": (False, "2 of 72 images of train cannot be read, the first: ", unreadable(2)),
     "most unreadable": (True, "50 of 72 images of train cannot be read", unreadable(50)),
-    "names alike": (False, "'Ash ', 'ash' differ in case or spacing only", twin_names),
+    "names alike": (False, "'A-sh', 'ash' differ in case or spacing only", twin_names),
     "uneven": (False, "24 training images and birch has 1", uneven),
 }
 
