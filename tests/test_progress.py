@@ -15,8 +15,13 @@ import pytest
 
 from onefold.cli.progress import _Stages, show_progress
 from onefold.cli.progress_writer import Clock, live_line
+from onefold.commands.progress import use_progress_handler
+from onefold.progress_steps import Steps
 
 logger = logging.getLogger("onefold").getChild("progress")
+
+
+PARTS = ("look",)  # functions that tell of parts
 
 
 def told(*records: tuple[str, str, int, int]) -> list[list[str]]:
@@ -26,6 +31,7 @@ def told(*records: tuple[str, str, int, int]) -> list[list[str]]:
     for function, what, done, total in records:
         record = logging.LogRecord(logger.name, 10, "x.py", 1, what, (), None, function)
         record.done, record.total = done, total
+        record.part = function in PARTS
         stages.emit(record)
     return [update.split("\t")[1:] for update in updates]
 
@@ -50,6 +56,39 @@ def test_what_is_counted_within_a_stage_that_is_not_tells_how_long_that_takes():
         ["0.75000", "timing, calls (31 of 40)"],
     ]
     assert told(("bench", "timing", 0, 0), ("series", "calls", 1, 1)) == [["0.00000", "timing"]] * 2
+
+
+def test_of_a_part_of_something_longer_nothing_is_told_of_what_is_left():
+    assert told(("look", "looking at photos", 3, 4), ("look", "", 1, 1)) == [
+        ["0.00000", "looking at photos (4 of 4)"],
+        ["0.00000", "exporting"],
+    ]
+    assert told(("export", "exporting", 1, 2), ("look", "looking", 1, 4))[-1] == [
+        "0.62500",
+        "exporting (2 of 2), looking (2 of 4)",
+    ]
+
+
+def test_of_steps_that_are_not_alike_the_costs_tell_how_far_it_is(monkeypatch):
+    """One that takes nine tenths of the time is nine tenths of the way; one without a name is not shown."""
+    updates: list[str] = []
+    with use_progress_handler(_Stages("deploying", updates.append)):
+        steps = Steps([("exporting", 5.0), ("calibrating", 90.0), ("timing", 5.0)])
+        steps.begin(0)
+        steps.begin(1)
+        inner = Steps([("reading", 1.0), ("", 3.0)])
+        inner.begin(1)
+        logger.debug("trying", extra={"done": 1, "total": 2})
+        steps.begin(2)
+        steps.end()
+    assert [update.split("\t")[1:] for update in updates] == [
+        ["0.00000", "exporting (1 of 3)"],
+        ["0.05000", "calibrating (2 of 3)"],
+        ["0.27500", "calibrating (2 of 3)"],  # 5 + 90 / 4
+        ["0.61250", "calibrating (2 of 3), trying (2 of 2)"],  # 5 + 90 (1 + 3 / 2) / 4
+        ["0.95000", "timing (3 of 3)"],
+        ["0.00000", "deploying"],
+    ]
 
 
 def test_what_is_left_is_reckoned_from_the_last_update():

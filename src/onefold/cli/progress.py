@@ -8,16 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from itertools import dropwhile
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from onefold.cli import progress_writer
 from onefold.commands.progress import use_progress_handler
+from onefold.progress_steps import Stages
 
 if TYPE_CHECKING:
     from onefold.train import Progress
@@ -49,44 +48,17 @@ def _is_live() -> bool:
 
 
 class _Stages(logging.Handler):
-    """The stages that are under way, the outermost first: what, how many steps are done, and of how many."""
+    """Tells the process that writes what is under way, see there."""
 
     def __init__(self, what: str, tell: Callable[[str], None]) -> None:
         super().__init__()
-        self._what, self._tell = what, tell
-        self._stages: dict[tuple[str, str], _Stage] = {}
+        self._what, self._tell, self._stages = what, tell, Stages()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the stage, in place of what its function said before and of all within that; drop one that is done."""
-        key, known, now = (record.pathname, record.funcName), list(self._stages), time.monotonic()
-        before = self._stages.get(key)
-        for inner in known[known.index(key) :] if before else ():
-            del self._stages[inner]
-        done, total = getattr(record, "done", 0), getattr(record, "total", 0)
-        if not total or done < total:
-            began = before.began if before and before.total == total else now
-            self._stages[key] = _Stage(record.getMessage(), done, total, began)
-        self._tell(self.update(now))
-
-    def update(self, now: float) -> str:
-        """Give what the process that writes is told, see there."""
-        stages = list(self._stages.values())
-        counted = list(dropwhile(lambda stage: not stage.total, stages))
-        share = 0.0
-        for stage in reversed(counted):
-            share = (stage.done + share) / stage.total if stage.total else 0.0
-        spent = now - counted[0].began if counted else 0.0
-        return f"{spent:.3f}\t{share:.5f}\t{', '.join(map(str, stages)) or self._what}"
-
-
-class _Stage(NamedTuple):
-    what: str
-    done: int
-    total: int
-    began: float
-
-    def __str__(self) -> str:
-        return f"{self.what} ({self.done + 1} of {self.total})" if self.total > 1 else self.what
+        """Tell of one record."""
+        self._stages.add(record)
+        spent, share = self._stages.progress()
+        self._tell(f"{spent:.3f}\t{share:.5f}\t{str(self._stages) or self._what}")
 
 
 @contextmanager

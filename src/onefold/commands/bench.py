@@ -33,18 +33,18 @@ from onefold.bench import (
     with_injected_slowdown,
 )
 from onefold.checksums import read_sealed_json, write_sealed_json
+from onefold.commands.deploy_steps import bench_steps, timing_seconds
 from onefold.commands.predictor import Floats, Predictor, Source, open_predictor, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.errors import BadArgument, BadData, MissingExtra
+from onefold.progress_steps import Steps
 from onefold.report import ACCURACY_FILE
-from onefold.report.format import format_count
 from onefold.runtimes import Artifact, Session
 from onefold.runtimes.artifact import manifest_sha256
 from onefold.storage import file_lock
 from onefold.system_resources import pin_to_cpus
 
 _log = logging.getLogger("onefold")
-_progress = logging.getLogger("onefold.progress")
 
 _MORE_ATTEMPTS = 3
 ROOFLINE_SUFFIX = "-roofline.json"  # how the name of a machine's limits ends, in a folder of results
@@ -158,17 +158,30 @@ def measure_sources(order: BenchOptions, results: Path) -> tuple[Measurement | C
     _must_be_sound(order)
     with pin_to_cpus(order.pin), ExitStack() as opened:
         candidates = _opened(order, results, opened)
-        _progress.debug("timing %s, interleaved", format_count(len(candidates), "source"))
+        steps = _steps(order, candidates)
+        steps.begin(0)
         outcome = _timed(order, candidates)
-        _progress.debug("starting each in a fresh process")
+        steps.begin(1)
         completed = {title: _completed(each, order) for title, each in candidates.items()}
     outcome = _with_cold_starts(outcome, completed)
     if order.limits:
-        _progress.debug("comparing with this machine's limits")
+        steps.begin(2)
         outcome = _held_against_limits(outcome, order, results)
+    steps.end()
     path = results / f"{Machine.detect().slug}.jsonl"
     append_results(path, [outcome])
     return outcome, path
+
+
+def _steps(order: BenchOptions, candidates: Mapping[str, _Candidate]) -> Steps:
+    """What is done one after another, and how long each takes about."""
+    macs = [int(str(each.subject.get("macs", 0))) * order.batch for each in candidates.values()]
+    timing = sum(
+        timing_seconds(1, each, warmup=order.procedure.warmup_seconds, samples=order.procedure.samples) for each in macs
+    )
+    is_control = order.aa or order.inject_slowdown is not None
+    cold = sum(each.artifact is not None for each in candidates.values()) if order.cold and not is_control else 0
+    return bench_steps(len(candidates), cold, timing, limits=order.limits)
 
 
 def _must_be_sound(order: BenchOptions) -> None:

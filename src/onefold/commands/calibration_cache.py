@@ -32,14 +32,18 @@ from onefold.commands.predictor import Floats
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, evenly_spaced, image_keys
 from onefold.errors import BadArgument, BadData, NotWritable
+from onefold.models.flops import count_flops
 from onefold.models.weights_file import tensors_sha256
+from onefold.progress_steps import Steps
 from onefold.quantize import MINMAX_METHOD, ModelQParams, QuantizationMethod, QuantizedModel, quantize
 from onefold.quantize.convert import calibration_state_dict, from_calibration_state_dict
-from onefold.quantize.method_search import search_method, skip_sensitive_layers
+from onefold.quantize.method_search import MAX_IMAGES, NUM_CANDIDATES, quantize_with_search, skip_sensitive_layers
 from onefold.report.format import format_count, join_words
 from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
+PHOTO_S = 0.005  # to read one, about
+_CALIBRATION_S, _MACS_PER_S = 0.7, 2.2e9  # what of a calibration does not depend on the photos, and what does
 _FLAT = 0.02  # of prepared photos, whose deviation is near 1: the deviation below which nothing is in them
 _MOST_KEPT = 40  # each as large as the int8 network
 _FACTS, _TENSORS = "calibration.json", "calibration.safetensors"
@@ -146,13 +150,31 @@ def calibrated_network(
 def _calibrated(
     network: Network, source: Dataset, order: CalibrationOptions, say: Callable[[str], None], budget: TimeBudget
 ) -> QuantizedModel:
+    macs = count_flops(network.model, network.preprocessing.size).macs
+    steps = Steps([("reading photos", PHOTO_S * len(source)), ("", calibration_seconds(order, macs))])
+    steps.begin(0)
     images, method = load_calibration_images(source, order, network.preprocessing), order.method
+    steps.begin(1)
     _refuse_empty(images, order.data)
     if order.skip_layers:
         method = skip_sensitive_layers(network.model, images, method, order.skip_layers)
     if order.search and len(images) >= _FEWEST_TO_SEARCH:
-        method = search_method(network.model, images, method, say, budget.allows)
-    return quantize(network.model, images, method)
+        made = quantize_with_search(network.model, images, method, say, budget.allows)
+    else:
+        made = quantize(network.model, images, method)
+    steps.end()
+    return made
+
+
+def calibration_seconds(order: CalibrationOptions, macs: int) -> float:
+    """How long it takes, about, to calibrate a network of so many multiply-adds, with its search, on two cores."""
+    photos = order.count if order.photos is None else min(order.count, len(order.photos))
+
+    def once(images: float) -> float:
+        return _CALIBRATION_S + images * macs / _MACS_PER_S
+
+    search = NUM_CANDIDATES * once(0.75 * min(photos, MAX_IMAGES)) if order.search else 0.0
+    return search + once(photos)
 
 
 def _refuse_empty(images: torch.Tensor, place: str) -> None:
@@ -283,7 +305,7 @@ def load_calibration_images(source: Dataset, order: CalibrationOptions, preproce
     warn_unusual_images(source, preprocessing)
     photos: list[Floats] = []
     for index in range(len(source)):
-        _progress.debug("reading photos", extra={"done": index, "total": len(source)})
+        _progress.debug("reading photos", extra={"done": index, "total": len(source), "part": True})
         try:
             photos.append(preprocessing(source.image(index, value_range=preprocessing.value_range)))
         except BadData as error:

@@ -41,11 +41,13 @@ from onefold.commands.deploy_results import (
     DeployResult,
     Gate,
     accuracy_gate,
+    describe_score,
     render_readme,
     too_few_photos_error,
     warn_constant_predictions,
     write_gates,
 )
+from onefold.commands.deploy_steps import DeploySteps, plan_deployment
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_artifact, trace
 from onefold.commands.extras import extras_for_sources, require_extras
@@ -74,11 +76,9 @@ from onefold.storage import atomic_replace, write_text
 
 _Say = Callable[[str], None]
 
-_COLD_S = 2.0  # of an artifact that is started in a fresh process, about
 _KEY = "unfinished.key"  # in the folder of a deployment that is not finished: what it is of
 
 _log = logging.getLogger("onefold")
-_progress = logging.getLogger("onefold.progress")
 
 
 @suggest_argument_names
@@ -169,10 +169,12 @@ def build_deployment(
             say(QUICK_NOTE)
         quantize = partial(calibrated_network, network, order.calibration, say, budget)
         kept, details = _kept_artifacts(folder, wanted, say), {"deployed": QUICK_NOTE} if order.quick else {}
-        artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say, details)
-        done = _scored(network, artifacts, photos, order, budget, folder, say)
+        steps = plan_deployment(network, order, wanted, kept, len(photos.scored), calibrates=calibrates)
+        artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say, details, steps)
+        done = _scored(network, artifacts, photos, order, budget, folder, say, steps)
         done = replace(done, gates=(*refused, *done.gates))
         write_gates(done.gates, folder / "results", done.notes)
+        steps.begin("explain")
         _explain(done)
         (folder / _KEY).unlink()
         folder.rename(aside)
@@ -269,6 +271,7 @@ def _scored(
     budget: TimeBudget,
     out: Path,
     say: _Say,
+    steps: DeploySteps,
 ) -> DeployResult:
     """Score and time what runs here, as long as there is time."""
     if order.quick and len(photos.scored) > QUICK_MAX_SCORED:
@@ -276,6 +279,7 @@ def _scored(
         photos = replace(photos, scored=some, title=f"{photos.title}; {len(some)} of them scored, evenly")
     title = photos.title
     asked = _Evaluation(photos.scored, network, photos.labelled)
+    steps.begin("score torch")
     with make_predictor(network, threads=order.procedure.threads) as torch_network:
         true, right, top1 = asked.answers(torch_network)
         if asked.bad:
@@ -289,10 +293,10 @@ def _scored(
     verdicts, longest = [], 0.0
     whys = {name: import_runtime(each.runtime).unavailable_reason for name, each in artifacts.items()}
     runs = [name for name, why in whys.items() if why is None or why() is None]
-    for number, name in enumerate(runs):
+    for name in runs:
         if not budget.allows(f"the score of {name}", longest):
             continue
-        _progress.debug("scoring %s", name, extra={"done": number, "total": len(runs)})
+        steps.begin(f"score {name}")
         began = time.monotonic()
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
             answers, still_right, scored = asked.answers(predictor)
@@ -307,9 +311,8 @@ def _scored(
             name=name, artifact=artifacts[name], top1=scored, changed=changed, count=len(true), lost=lost, won=won
         )
         verdicts.append(verdict)
-        say(f"scored    {name:20} {_score(scored, changed, len(true))}")
-    _progress.debug("artifacts are scored", extra={"done": 1, "total": 1})
-    timed = _timed(out, runs, order, budget, say) if order.timed else {}
+        say(f"scored    {name:20} {describe_score(scored, changed, len(true))}")
+    timed = _timed(out, runs, order, budget, say, steps) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
     notes = [*([QUICK_NOTE] if order.quick else []), *([budget.note] if budget.note else [])]
     if budget.note:
@@ -334,6 +337,7 @@ def _exported(
     out: Path,
     say: _Say,
     details: Mapping[str, object],
+    steps: DeploySteps,
 ) -> tuple[dict[str, Artifact], list[Gate]]:
     """The artifacts by name, and a failed gate for each runtime whose answer is not PyTorch's, which leaves none.
 
@@ -341,14 +345,15 @@ def _exported(
     """
     artifacts, refused, longest, made = {**kept}, [], 0.0, None
     traced = trace(network, None)
-    for number, (runtime, precision) in enumerate(sorted(wanted, key=lambda each: each[1] == "int8")):
+    for runtime, precision in sorted(wanted, key=lambda each: each[1] == "int8"):
         name = f"{runtime}-{precision}"
         if name in kept or (artifacts and not budget.allows(name, longest)):
             continue
-        _progress.debug("exporting %s", name, extra={"done": number, "total": len(wanted)})
         if precision == "int8" and made is None:
+            steps.begin("calibrate")
             made = quantize()
             traced = trace(network, made)
+        steps.begin(f"export {name}")
         began = time.monotonic()
         try:
             artifacts[name] = export_artifact(network, made, out / name, runtime, precision, details, traced)
@@ -360,7 +365,6 @@ def _exported(
             proof = "not run here: its first load proves it" if parity is None else f"parity {parity.difference:.1e}"
             say(f"exported  {name:20} {proof}")
         longest = max(longest, time.monotonic() - began)
-    _progress.debug("artifacts are exported", extra={"done": 1, "total": 1})
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]
     return {name: artifacts[name] for name in names if name in artifacts}, refused
 
@@ -421,12 +425,13 @@ def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> Depl
     return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))
 
 
-def _timed(out: Path, runs: list[str], order: DeployOptions, budget: TimeBudget, say: _Say) -> dict[str, Measurement]:
+def _timed(
+    out: Path, runs: list[str], order: DeployOptions, budget: TimeBudget, say: _Say, steps: DeploySteps
+) -> dict[str, Measurement]:
     """All of them interleaved in one run, if there is time; the first is the baseline of the ratios."""
-    seconds = (1 + len(runs)) * order.procedure.warmup_seconds + _COLD_S * len(runs)
-    if not runs or not budget.allows("the timing", seconds):
+    if not runs or not budget.allows("the timing", steps.timing_seconds):
         return {}
-    _progress.debug("timing %d artifacts, interleaved", len(runs))
+    steps.begin("time")
     options = BenchOptions(sources=[str(out / name) for name in runs], procedure=order.procedure)
     outcome, _ = measure_sources(replace(options, cold=not order.quick, limits=not order.quick), out / "results")
     found = list(outcome.measurements.values()) if isinstance(outcome, Comparison) else [outcome]
@@ -442,8 +447,3 @@ def _explain(done: DeployResult) -> None:
     metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
     write_text(done.folder / "MODEL_CARD.md", render_hub_readme(done.network.card, metrics))
     write_report_page([done.folder], done.folder / "report.html")
-
-
-def _score(top1: float | None, changed: int, count: int) -> str:
-    scored = "" if top1 is None else f"top-1 {top1:.2f} %, "
-    return f"{scored}{changed} of {count} answers are not the float network's"

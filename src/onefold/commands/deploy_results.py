@@ -301,3 +301,9 @@ def _row(each: ArtifactResult) -> list[str]:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def describe_score(top1: float | None, changed: int, count: int) -> str:
+    """Top-1 where it is known, and how many answers are not the float network's."""
+    scored = "" if top1 is None else f"top-1 {top1:.2f} %, "
+    return f"{scored}{changed} of {count} answers are not the float network's"

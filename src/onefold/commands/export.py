@@ -22,6 +22,7 @@ from onefold.commands.calibration_cache import (
     load_calibration_images,
     quantization_details,
 )
+from onefold.commands.deploy_steps import export_steps
 from onefold.commands.evaluate import evaluate
 from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.held_out import (
@@ -48,7 +49,6 @@ from onefold.runtimes.exporter import TracedModel
 from onefold.runtimes.onnx import opset_details
 
 _log = logging.getLogger("onefold")
-_progress = logging.getLogger("onefold.progress")
 
 _AGREEMENT_PHOTOS = 64  # at most, on which the int8 network is compared with the float one
 _FEWEST_SAME = 80  # per cent of its answers, below which calibration counts as failed
@@ -232,18 +232,24 @@ def export_to_runtimes(
     if order.fused and not network.is_fused:
         network, _ = network.fused(order.tolerance)
     network = network.with_size(order.size)
+    checked = order.precision == "int8" and order.calibration is not None and bool(order.calibration.data)
+    steps = export_steps(order.runtimes, order.calibration if checked else None, _cost(network)["macs"])
+    if checked:
+        steps.begin(0)
     made = _quantized(network, order)
-    if made is not None and order.calibration is not None and order.calibration.data:
+    if made is not None and order.calibration is not None and checked:
+        steps.begin(1)
         details |= check_int8_agreement(network, made, order.calibration)
     suffix, traced = "" if network.is_fused else "-unfused", trace(network, made)
     artifacts, failures = [], []
     for number, runtime in enumerate(order.runtimes):
-        _progress.debug("exporting to %s", runtime, extra={"done": number, "total": len(order.runtimes)})
+        steps.begin(number + 2 * checked)
         folder = out / f"{runtime}-{order.precision}{suffix}"
         try:
             artifacts.append(export_artifact(network, made, folder, runtime, order.precision, details, traced))
         except GateFailed as error:
             failures.append(str(error))
+    steps.end()
     if failures:
         written = ", ".join(str(artifact.folder) for artifact in artifacts)
         raise GateFailed("; ".join(failures) + (f"; these are written: {written}" if written else ""))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from onefold.progress_steps import Stages, seconds_left
+
 if TYPE_CHECKING:
     from onefold.train import Progress
 
@@ -51,18 +53,20 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
 
 
 class _Stages(logging.Handler):
-    """Shows on a bar what the library says that it does: a sentence, with `done` and `total` where they are counted."""
+    """Shows on a bar, or in lines now and then, what is under way, how far it is and how long it takes still."""
 
     def __init__(self, bar: Any) -> None:
         super().__init__()
         self.bar = bar
         self.began = time.monotonic()
         self.due = self.began + _FIRST_S
+        self._stages = Stages()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one sentence."""
-        done, total = getattr(record, "done", 0), getattr(record, "total", 0)
-        text = f"{record.getMessage()} ({done + 1} of {total})" if total else record.getMessage()
+        """Show one record."""
+        self._stages.add(record)
+        left = seconds_left(*self._stages.progress())
+        text = f"{self._stages}, about {left:.0f} s left" if left >= 1 else str(self._stages)
         if not self.bar.disable:
             self.bar.set_description_str(text)
         elif (now := time.monotonic()) >= self.due:

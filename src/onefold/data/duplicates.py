@@ -91,7 +91,7 @@ def thumbnail_stats(
         thumb = np.asarray(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX), dtype=np.float32)
         grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32)
         rows.append((i, digest, (min(image.size) < _TINY_SIDE, UNUSUAL_ALPHA in image.info), thumb, grey))
-        _progress.debug("looking at photos", extra={"done": number + 1, "total": len(selected)})
+        _progress.debug("looking at photos", extra={"done": number + 1, "total": len(selected), "part": True})
     side = THUMBNAIL_SIDE
     return ThumbnailStats(
         dataset=dataset,

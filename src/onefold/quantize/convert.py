@@ -58,17 +58,22 @@ class QuantizedModel:
         return self.model.network
 
 
-def quantize(model: nn.Module, images: Tensor, method: QuantizationMethod = _DEFAULT_METHOD) -> QuantizedModel:
+def quantize(
+    model: nn.Module,
+    images: Tensor,
+    method: QuantizationMethod = _DEFAULT_METHOD,
+    traced: GraphModule | None = None,
+) -> QuantizedModel:
     """Quantize a fused network (in eval mode; it is not changed), calibrated on `images` (B, C, H, W), B >= 2.
 
-    The images are as the network gets them; one or two hundred of the kind that it will see are enough.
-    Raises BadArgument.
+    The images are as the network gets them; one or two hundred of the kind that it will see are enough. `traced` is
+    the network traced already, where it was, and is changed in place. Raises BadArgument.
     """
     if any(module.training for module in model.modules()):
         raise BadArgument("the model is in train mode, where its logits depend on the batch; call model.eval() first")
     if images.dim() != 4 or len(images) < 2:
         raise BadArgument(f"expected two images or more (B, C, H, W) to calibrate with, got {tuple(images.shape)}")
-    graph, batches = trace(model, images[:2]), images.split(BATCH_SIZE)
+    graph, batches = traced or trace(model, images[:2]), images.split(BATCH_SIZE)
     equalize_(graph, batches, method.equalize)
     return quantize_equalized_(graph, batches, method)
 

@@ -13,8 +13,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,18 +39,23 @@ def gptq_round(weight: Tensor, scales: Tensor, qmax: int, covariance: Tensor) ->
     groups, width = covariance.shape[:2]
     inverse_root = _inverse_root(covariance)
     rows = weight.double().unflatten(0, (groups, -1)).clone()  # (G, O/G, K)
-    steps = scales.double().unflatten(0, (groups, -1))  # (G, O/G)
+    steps = scales.double().unflatten(0, (groups, -1)).numpy()  # (G, O/G)
     q = torch.empty_like(rows)
-    # In blocks: within one each error is applied at once, to later blocks all of its errors in one product.
+    # In blocks: within one each error is applied at once, to later blocks all of its errors in one product. A block is
+    # of numpy, and has its columns first: a step is of few values, and torch takes longest to begin an operation.
     for start in range(0, width, _BLOCK):
         stop = min(start + _BLOCK, width)
-        errors = torch.empty_like(rows[..., start:stop])
-        for k in range(start, stop):
-            q[..., k] = torch.round(rows[..., k] / steps).clamp(-qmax, qmax)
-            error = (rows[..., k] - q[..., k] * steps) / inverse_root[:, k, k, None]
-            rows[..., k:stop] -= error[..., None] * inverse_root[:, None, k, k:stop]
-            errors[..., k - start] = error
-        rows[..., stop:] -= errors @ inverse_root[:, start:stop, stop:]
+        block = np.ascontiguousarray(np.moveaxis(rows[..., start:stop].numpy(), -1, 0))  # (k, G, O/G)
+        root = np.ascontiguousarray(np.moveaxis(inverse_root[:, start:stop, start:stop].numpy(), 0, -1))  # (k, k, G)
+        errors, rounded = np.empty_like(block), np.empty_like(block)
+        for k, column in enumerate(block):
+            np.divide(column, steps, out=rounded[k])
+            np.clip(np.rint(rounded[k]), -qmax, qmax, out=rounded[k])
+            errors[k] = (column - rounded[k] * steps) / root[k, k, :, None]
+            block[k:] -= root[k, k:, :, None] * errors[k]
+        q[..., start:stop] = torch.from_numpy(np.moveaxis(rounded, 0, -1))
+        done = torch.from_numpy(np.ascontiguousarray(np.moveaxis(errors, 0, -1)))
+        rows[..., stop:] -= done @ inverse_root[:, start:stop, stop:]
     return q.flatten(0, 1).float()
 
 
@@ -92,16 +97,29 @@ def input_moments(
     def moments(x: Tensor, y: Tensor | None, images: list[int]) -> tuple[Tensor, ...] | None:
         if not images:
             return None
-        a = _patches(layer, x[images], weight, limit).sub_(pilot)
-        b = a if y is None else _patches(layer, y[images], weight, limit).sub_(pilot)
-        sums = (part.sum(-1, keepdim=True).double() for part in (a, b))
-        squares = (a @ a.mT).double()
-        return (squares, squares if y is None else (b @ a.mT).double(), *sums, torch.tensor(a.shape[-1]))
+        some = slice(None) if len(images) == len(x) else images  # a list of them copies
+        a = _patches(layer, x[some], weight, limit).sub_(pilot)
+        b = a if y is None else _patches(layer, y[some], weight, limit).sub_(pilot)
+        sums = (part.sum(-1, keepdim=True) for part in (a, b))
+        squares = a @ a.mT
+        return (squares, squares if y is None else b @ a.mT, *sums, torch.tensor(a.shape[-1]))
 
     parts = [part for part in map_over_batches(moments, quantized, exact or [None] * len(quantized), picked) if part]
-    squares, products, a_sum, b_sum, count = (reduce(torch.add, column) for column in zip(*parts, strict=True))
+    columns = [*zip(*parts, strict=True)]
+    squares, a_sum, b_sum, count = (_total(columns[i]) for i in (0, 2, 3, 4))
     a_mean, b_mean = a_sum / count, b_sum / count
-    return InputMoments(squares / count - a_mean @ a_mean.mT, products / count - b_mean @ a_mean.mT)
+    covariance = squares / count - a_mean @ a_mean.mT
+    if exact is None:
+        return InputMoments(covariance, covariance)
+    return InputMoments(covariance, _total(columns[1]) / count - b_mean @ a_mean.mT)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """Sum tensors in float64."""
+    total = parts[0].double()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _picked_images(layer: Layer, batches: Sequence[Tensor]) -> list[list[int]]:
@@ -129,8 +147,28 @@ def _patches(layer: Layer, x: Tensor, weight: Tensor, limit: int) -> Tensor:
         columns = x[:, :, :: stride[0], :: stride[1]].transpose(0, 1).flatten(1)
         columns = columns[:, :: max(1, columns.shape[1] // limit)].clone()
         return columns.unflatten(0, (layer.groups, -1))
-    columns = F.unfold(x, tuple(kernel_size), dilation, padding, stride)  # (B, I*H*W, L)
-    return columns.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+    taps = _taps(x, (kernel_size[0], kernel_size[1]), stride, padding, dilation)
+    return taps.view(layer.groups, -1, taps.shape[3:].numel())
+
+
+def _taps(
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """Arrange what each weight of a kernel reads of images (B, I, H, W): (I, kernel height, width, B, H', W').
+
+    It is F.unfold's columns in another order, which that would have to be copied to.
+    """
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    batch, channel, *steps = x.stride()
+    reaches = [(size - 1) * gap for size, gap in zip(kernel_size, dilation, strict=True)]
+    sides = [(side - reach - 1) // by + 1 for side, reach, by in zip(x.shape[2:], reaches, stride, strict=True)]
+    across = [step * gap for step, gap in zip(steps, dilation, strict=True)]
+    along = [step * by for step, by in zip(steps, stride, strict=True)]
+    return x.as_strided((x.shape[1], *kernel_size, len(x), *sides), (channel, *across, batch, *along)).contiguous()
 
 
 def _pair(args: tuple[object, ...], at: int, default: int) -> tuple[int, int]:

@@ -187,7 +187,8 @@ def compute_node(
     return map_over_batches(compute, range(len(batches)))
 
 
-_workers: ContextVar[Executor | None] = ContextVar("workers", default=None)
+_TASKS_A_THREAD = 2
+_workers: ContextVar[tuple[Executor, int] | None] = ContextVar("workers", default=None)  # and how many they are
 
 
 @contextmanager
@@ -204,7 +205,7 @@ def parallel_batches() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
-            token = _workers.set(pool)
+            token = _workers.set((pool, count))
             try:
                 yield
             finally:
@@ -216,12 +217,18 @@ def parallel_batches() -> Iterator[None]:
 def map_over_batches(function: Callable[..., _T], *columns: Iterable[Any]) -> list[_T]:
     """Call the function, without gradients, for each row of the columns, which belong to batches."""
 
-    def without_gradients(*row: Any) -> _T:
+    def without_gradients(rows: Iterable[tuple[Any, ...]]) -> list[_T]:
         with torch.no_grad():
-            return function(*row)
+            return [function(*row) for row in rows]
 
-    workers = _workers.get()
-    return list(map(without_gradients, *columns) if workers is None else workers.map(without_gradients, *columns))
+    rows = [*zip(*columns, strict=False)]
+    if (workers := _workers.get()) is None or not rows:
+        return without_gradients(rows)
+    pool, count = workers
+    # Several rows at a time: a batch of small maps is computed in the time that it takes to hand it to another thread.
+    size = -(-len(rows) // (_TASKS_A_THREAD * count))
+    parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+    return [result for part in pool.map(without_gradients, parts) for result in part]
 
 
 def free_used_inputs(node: Node, *values: dict[Node, list[object]]) -> None:

@@ -9,7 +9,6 @@ later layers make of it.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,57 +20,73 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from onefold.errors import BadArgument
+from onefold.progress_steps import Steps
 from onefold.quantize.calibrate import CalibrationResult, QuantizedLayer, calibrate
 from onefold.quantize.convert import BATCH_SIZE, QuantizedModel, quantize, quantize_equalized_
 from onefold.quantize.cross_layer_equalization import equalize_
 from onefold.quantize.graph import find_layers, trace
 from onefold.quantize.qparams import QParams, QuantizationMethod
 
-_CHANGES: tuple[Callable[[QuantizationMethod], QuantizationMethod], ...] = (
-    lambda method: replace(method, equalize="activations"),
-    lambda method: replace(method, equalize="weights"),
-    lambda method: replace(method, equalize="none"),
-    lambda method: replace(method, range_method="mse"),
-    lambda method: replace(method, range_method="minmax"),
-    lambda method: replace(method, range_method="percentile"),
-    lambda method: replace(method, correct_weights=not method.correct_weights),
-)
-_progress = logging.getLogger("onefold.progress")
-
-_MAX_IMAGES = 128  # to compare methods on; the best one is calibrated on all images
+_OPTIONS: dict[str, tuple[Any, ...]] = {  # in the order in which they are decided
+    "equalize": ("activations", "weights", "none"),
+    "range_method": ("mse", "minmax", "percentile"),
+    "correct_weights": (True, False),
+}
+MAX_IMAGES = 128  # to compare methods on; the best one is calibrated on all images
+NUM_CANDIDATES = 6  # of a search from one of the values of each option
 
 
 def quantize_with_search(
-    model: nn.Module, images: Tensor, start: QuantizationMethod, report: Callable[[str], None]
-) -> QuantizedModel:
-    """Quantize with the best method found from `start`, calibrated on all images (B, C, H, W), B >= 8.
-
-    `report` is called with a sentence for each method that was tried.
-    """
-    return quantize(model, images, search_method(model, images, start, report))
-
-
-def search_method(
     model: nn.Module,
     images: Tensor,
     start: QuantizationMethod,
     report: Callable[[str], None],
     allows: Callable[[str, float], bool] = lambda what, seconds: True,
-) -> QuantizationMethod:
-    """Find the best method from `start`, compared on some of the images.
+) -> QuantizedModel:
+    """Quantize with the best method found from `start`, calibrated on all images (B, C, H, W), B >= 8.
 
     `report` is called with a sentence for each method that was tried, `allows` before each but the first, with what
     comes next and how many seconds it takes with the calibration after it; where it says no, the search ends.
     """
-    subset = images[:: -(-len(images) // _MAX_IMAGES)]
+    traced, total = trace(model, images[:2]), _count_candidates(start)
+    compared = -(-len(images) // _step(images))
+    last = 0.5 + 0.5 * len(images) / (0.75 * compared)  # of the time that a candidate takes; half of that is its images
+    steps = Steps([("trying a method of calibration", 1.0)] * total + [("calibrating by the best method", last)])
+    method = _search(model, traced, images, start, report, allows, steps)
+    steps.begin(total)
+    made = quantize(model, images, method, traced)
+    steps.end()
+    return made
+
+
+def _step(images: Tensor) -> int:
+    """Of how many images one is compared on."""
+    return -(-len(images) // MAX_IMAGES)
+
+
+def _count_candidates(start: QuantizationMethod) -> int:
+    """Count the methods that a search tries: `start`, and for each option the values that are not its own."""
+    return 1 + sum(value != getattr(start, option) for option, values in _OPTIONS.items() for value in values)
+
+
+def _search(
+    model: nn.Module,
+    traced: GraphModule,
+    images: Tensor,
+    start: QuantizationMethod,
+    report: Callable[[str], None],
+    allows: Callable[[str, float], bool],
+    steps: Steps,
+) -> QuantizationMethod:
+    """Find the best method from `start`, compared on some of the images."""
+    subset = images[:: _step(images)]
     is_test = torch.arange(len(subset)) % 4 == 3
     expected, batches = _logits(model, subset[is_test]), subset[~is_test].split(BATCH_SIZE)
-    total, traced = 1 + len(_CHANGES), trace(model, images[:2])
+    total = _count_candidates(start)
     equalized: dict[str | None, GraphModule] = {}  # most methods differ in what comes after it
 
     def relative_noise(method: QuantizationMethod) -> float:
-        number = len(tried) + 1
-        _progress.debug("trying a method of calibration", extra={"done": number - 1, "total": total})
+        steps.begin(len(tried))
         if method.equalize not in equalized:
             equalized[method.equalize] = _copied(traced)
             equalize_(equalized[method.equalize], batches, method.equalize)
@@ -79,7 +94,7 @@ def search_method(
         logits = _logits(model_int8, subset[is_test])
         # Relative to what of the logits depends on the image.
         noise = float((logits - expected).norm() / (expected - expected.mean(0)).norm())
-        title, share = f"candidate {number} of {total}  {method.title}", f"{100 * noise:.1f} %"
+        title, share = f"candidate {len(tried) + 1} of {total}  {method.title}", f"{100 * noise:.1f} %"
         report(f"{title}: {share} relative error of the logits on {len(expected)} held-out photos")
         return noise
 
@@ -87,14 +102,14 @@ def search_method(
     began = time.monotonic()
     best, tried[start] = start, relative_noise(start)
     seconds = (time.monotonic() - began) * (1 + len(images) / len(subset))
-    for number, change in enumerate(_CHANGES):
-        method = change(best)
-        if method not in tried:
-            if not allows(f"{len(_CHANGES) - number} of {total} methods of calibration", seconds):
-                break
-            tried[method] = relative_noise(method)
-        best = min(best, method, key=tried.__getitem__)
-    _progress.debug("the method is found", extra={"done": total, "total": total})
+    for option, values in _OPTIONS.items():
+        for value in values:
+            method = replace(best, **{option: value})
+            if method not in tried:
+                if not allows(f"{total - len(tried)} of {total} methods of calibration", seconds):
+                    return best
+                tried[method] = relative_noise(method)
+            best = min(best, method, key=tried.__getitem__)
     return best
 
 

@@ -7,8 +7,10 @@ one scale and zero point per tensor; weights are symmetric, with one scale per c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ _BINS = 2048
 _CANDIDATES = 60
 _MAX_COUNTED = 4_000_000  # values of an activation, near which its histogram stays
 _PERCENTILE = 0.9999
+_CACHED = 2**17  # values of weights, that stay in a cache while scales are tried
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,21 @@ def choose_qparams(chunks: Sequence[Tensor], range_method: RangeMethod) -> QPara
         return QParams.from_range(low, high)
     # Of millions of values every n-th is counted, n being odd: the widths of maps are even.
     step = sum(chunk.numel() for chunk in chunks) // _MAX_COUNTED | 1
-    counts = sum(
-        map_over_batches(lambda chunk: torch.histc(chunk.flatten()[::step], _BINS, low, high).double(), chunks)
-    )
+    width = torch.tensor(high) - torch.tensor(low)
+    counts = sum(map_over_batches(lambda chunk: _count(chunk.flatten()[::step], low, width), chunks))
     assert isinstance(counts, Tensor)
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
     if range_method == "percentile":
         return _by_percentile(counts, edges)
     loss = _squared_error if range_method == "mse" else _divergence
     return _by_search(counts, edges, loss)
+
+
+def _count(values: Tensor, low: float, width: Tensor) -> Tensor:
+    """Count float32 values from `low` to `low` + `width` in equal bins, as torch.histc does in twice the time."""
+    counts = torch.bincount((values - low).div_(width).mul_(_BINS).int(), minlength=_BINS + 1).double()
+    counts[_BINS - 1] += counts[_BINS]  # the largest value
+    return counts[:_BINS]
 
 
 def _by_percentile(counts: Tensor, edges: Tensor) -> QParams:
@@ -117,6 +126,8 @@ def _divergence(counts: Tensor, centres: Tensor, qparams: QParams) -> float:
     clipped = torch.where(inside, counts, 0.0)
     true = clipped.clone()
     ends = inside.nonzero().flatten()
+    if not len(ends):  # all is clipped
+        return math.inf
     true[ends[0]] += counts[: ends[0]].sum()
     true[ends[-1]] += counts[ends[-1] + 1 :].sum()
     seen = true > 0
@@ -134,13 +145,22 @@ def weight_scales(weight: Tensor, *, qmax: int, per_tensor: bool, clip: bool) ->
     """
     rows = weight.reshape(1, -1) if per_tensor else weight
     full = (rows.abs().amax(1) / qmax).clamp(min=1e-12)
+    if clip:
+        size = max(1, _CACHED // rows.shape[1])
+        full = torch.cat(map_over_batches(partial(_clipping_scales, qmax), rows.split(size), full.split(size)))
+    return full.float().expand(len(weight)).contiguous()
+
+
+def _clipping_scales(qmax: int, rows: Tensor, full: Tensor) -> Tensor:
+    """Of scales (O,) down to 0.6 times `full`, give those that round rows (O, K) with the least squared error."""
     best, least = full.clone(), torch.full_like(full, torch.inf)
-    for share in np.linspace(1.0, 0.6, 41) if clip else (1.0,):
+    for share in np.linspace(1.0, 0.6, 41):
         scale = full * float(share)
-        error = ((torch.round(rows / scale[:, None]).clamp(-qmax, qmax) * scale[:, None] - rows) ** 2).sum(1)
+        rounded = (rows / scale[:, None]).round_().clamp_(-qmax, qmax)
+        error = rounded.mul_(scale[:, None]).sub_(rows).square_().sum(1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.float().expand(len(weight)).contiguous()
+    return best
 
 
 @dataclass(frozen=True, kw_only=True)
