@@ -137,7 +137,7 @@ def compared(fused_ms: float, unfused_ms: float, seed: int = 0) -> bench.Compari
 
 
 def a_run(
-    folder: Path, name: str = "digits", top1: tuple[float, ...] = (50.0, 97.5, 96.0), expect: float = 97.0
+    folder: Path, name: str = "digits", top1: tuple[float, ...] = (50.0, 97.5, 96.0), expect: float | None = 97.0
 ) -> Path:
     run = folder / "runs" / name
     run.mkdir(parents=True)
@@ -577,6 +577,19 @@ def test_runs_with_the_same_images_are_compared_and_the_same_answers_told_once(t
     assert "better 75.0 % (30.1–95.4) – – – – probe 50.0 % (15.0–85.0) 25.0 (−27.6 to 60.9) 0 1 –" in page.text
     assert page.text.count("Predictions of ") == 2
     assert "Predictions of probe and copy They predict the same class for every image" in page.text
+
+
+def test_what_no_run_has_is_told_once_and_has_no_column(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path, name, expect=None) for name in ("first", "second")]
+    page = Page(report(tmp_path, runs=runs))
+    assert page.text.count("expected") == 1
+    assert "None of the runs has an expected accuracy." in page.text
+    assert "first reached 97.5 % top-1, in epoch 2 of 3. second" in page.text
+    assert "first 3 97.5 % 96.0 %" in page.text  # epochs, best, last
+    runs.append(a_run(tmp_path, "third"))
+    text = Page(report(tmp_path, runs=runs)).text
+    assert "first reached 97.5 % top-1, in epoch 2 of 3. Its recipe states no expected accuracy." in text
+    assert "first 3 97.5 % – 96.0 %" in text
 
 
 def test_images_without_names_of_their_own_are_not_compared(tmp_path: Path) -> None:

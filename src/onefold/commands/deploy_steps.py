@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from onefold.commands.calibration import PHOTO_S, CalibrationOptions, calibration_seconds
+from onefold.commands.calibration_cache import PHOTO_S, CalibrationOptions, calibration_seconds
 from onefold.commands.deploy_results import QUICK_MAX_SCORED, DeployOptions
 from onefold.commands.open_network import Network
 from onefold.models.flops import count_flops

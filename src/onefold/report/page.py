@@ -239,7 +239,7 @@ def _training(runs: Sequence[RunLog]) -> dict[str, Any]:
     return {
         "findings": _told_once((run.name, sentence) for run in runs for sentence in run.data_findings),
         "datasets": _told_once((run.name, sentence) for run in runs for sentence in run.dataset),
-        "verdicts": [_verdict(run) for run in runs],
+        "verdicts": [_verdict(run, any(each.expected_top1 is not None for each in runs)) for run in runs],
         "note": f"The figures show the first {NUM_COLOURS} of {len(runs)} runs." if len(runs) > len(drawn) else "",
         "figures": [
             draw_curves("top1", "Top-1 accuracy", accuracy, "top-1 accuracy, %", " %"),
@@ -282,8 +282,8 @@ def _comparisons(predicted: Sequence[tuple[str, Predictions]]) -> list[Table]:
     return [comparison_table(named) for named in sets.values() if len(named) > 1]
 
 
-def _verdict(run: RunLog) -> str:
-    """Return what the run reached, held against what was expected, in a sentence."""
+def _verdict(run: RunLog, some_expected: bool = True) -> str:
+    """Return what the run reached, held against what was expected where that is so of some runs, in a sentence."""
     if run.best is None:
         return f"{run.name} has no accuracy in its log."
     epoch, top1 = run.best
@@ -292,7 +292,7 @@ def _verdict(run: RunLog) -> str:
     )
     reached = f"{run.name} reached {format_percent(top1)} top-1, {when}"
     if run.expected_top1 is None:
-        return f"{reached}. Its recipe states no expected accuracy."
+        return f"{reached}. Its recipe states no expected accuracy." if some_expected else f"{reached}."
     gap = top1 - run.expected_top1
     distance = "exactly" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
     source = f" ({run.expected_source})" if run.expected_source else ""

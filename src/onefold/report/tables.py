@@ -51,13 +51,14 @@ class Table(NamedTuple):
 
 def run_table(runs: Sequence[RunLog]) -> Table:
     """Return one row a training run."""
-    titles = ("epochs", "best top-1", "expected", "last top-1", "last top-5", "last training loss", "images/s")
+    expected = any(run.expected_top1 is not None for run in runs)
+    titles = ("epochs", "best top-1", *(["expected"] * expected), "last top-1", "last top-5", "last training loss")
     rows = [
         [
             run.name,
             str(run.num_epochs),
             _best(run),
-            format_percent(run.expected_top1),
+            *([format_percent(run.expected_top1)] * expected),
             format_percent(run.last("top1")),
             format_percent(run.last("top5")),
             format_significant(run.last("loss")),
@@ -69,7 +70,7 @@ def run_table(runs: Sequence[RunLog]) -> Table:
         "Training runs. Accuracies are those of the averaged weights (EMA), which are also the ones kept; in brackets "
         "95 % intervals, of runs with predictions."
     )
-    return Table(caption, [Column("run"), *(Column(title, True) for title in titles)], rows)
+    return Table(caption, [Column("run"), *(Column(title, True) for title in (*titles, "images/s"))], rows)
 
 
 def _best(run: RunLog) -> str:
