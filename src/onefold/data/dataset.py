@@ -4,10 +4,8 @@
 split is made. The classes are those of train, in NFC: as the place numbers them where it does, in the order of numbers
 where they are 0 to N - 1, else sorted by code points. val may lack classes but have no others.
 
-Where a place has no val it is cut out of train by the seed: of each class the `val_fraction` of images whose names'
-hashes are smallest. So the split depends on nothing but names and seed, and an image that is added later moves no more
-than a few others. A fraction of 0 or 1 gives all to one side: 1 to evaluate on everything. test is never cut, and never
-chooses anything: it is kept aside and scored by `onefold eval`.
+Where a place has no val it is cut out of train (`splits.split_by_seed`). test is never cut, and never chooses anything:
+it is kept aside and scored by `onefold eval`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +34,7 @@ from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE_PREFIXES
 from onefold.data.repeated_images import notes_of_repeated
 from onefold.data.shards import SHARD_SUFFIXES
-from onefold.data.splits import split_into_words
+from onefold.data.splits import split_by_seed, split_into_words
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.storage import normalize_class_name
 
@@ -272,7 +270,9 @@ def read_dataset(
     is_val_cut = "train" in datasets and "val" not in datasets
     if is_val_cut:
         whole, source = datasets.pop("train"), sources["train"]
-        for split, side in _split_by_seed(whole, seed, val_fraction).items():
+        image_names, labels = [whole.name(i) for i in range(len(whole))], [whole.label(i) for i in range(len(whole))]
+        for split, numbers in split_by_seed(image_names, labels, seed, val_fraction).items():
+            side = Subset(whole, numbers)
             if len(side):
                 wanted = val_fraction if split == "val" else 1 - val_fraction
                 share = len(side) / len(whole)  # of small classes another one: each has an image on either side
@@ -349,27 +349,6 @@ def _digits() -> PlaceImages:
         split=None, source="the digits", labels=list(map(str, labels.tolist())), open=lambda numbers, classes: digits
     )
     return PlaceImages(container="scikit-learn's scanned digits", splits=(part,))
-
-
-def _split_by_seed(whole: Dataset, seed: int, val_fraction: float) -> dict[Split, Dataset]:
-    """Give train and val; a class of two or more is on both sides, unless all images are on one."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(whole)):
-        members[whole.label(i)].append(i)
-    is_val = [val_fraction == 1] * len(whole)
-    if 0 < val_fraction < 1:
-        for images in members.values():
-            count = min(max(round(val_fraction * len(images)), 1), len(images) - 1)
-            for i in sorted(images, key=lambda i: _rank(seed, whole.name(i)))[:count]:
-                is_val[i] = True
-    sides: dict[Split, list[int]] = {"train": [], "val": []}
-    for i, held_out in enumerate(is_val):
-        sides["val" if held_out else "train"].append(i)
-    return {split: Subset(whole, numbers) for split, numbers in sides.items()}
-
-
-def _rank(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _check_training(dataset: Dataset, shown: str) -> None:

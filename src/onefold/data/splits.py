@@ -1,4 +1,4 @@
-"""Splits by the words that people have for them: in the names of folders, files, tables and in columns.
+"""Splits: the words that people have for them in names of folders, files, tables and in columns; and the split by seed.
 
 | split | words, of any case and form |
 |---|---|
@@ -9,12 +9,16 @@
 A word stands alone or beside words that say nothing more (`train_set`, `ValImages`, `images_train`, `trainset`) and
 numbers (`train2017`); or beside a stem that all splits share (`seg_train`, `seg_test`). `eval` is test where there is
 another val. These rules hold alike for folders, folders in tars, names of shards and tables, and columns.
+
+Where a place names no val, `split_by_seed` cuts it out of train.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,3 +103,31 @@ def splits_by_folder_name(images: Sequence[str]) -> list[Split] | None:
                 return None
     has_val = any(said.split == "val" and not said.is_ambiguous for said in found.values() if said)
     return [resolve_ambiguous_split(said, has_val) for image in images if (said := found[image.rpartition("/")[0]])]
+
+
+def split_by_seed(
+    names: Sequence[str], labels: Sequence[int], seed: int, val_fraction: float
+) -> dict[Split, list[int]]:
+    """Give the numbers of train's and val's images: val has those of each class whose names' hashes are smallest.
+
+    So the split depends on nothing but names and seed, and an image that is added later moves no more than a few
+    others. A class of two or more is on both sides, unless `val_fraction` is 0 or 1, which give all to one side: 1 to
+    evaluate on everything.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
+    for i, label in enumerate(labels):
+        members[label].append(i)
+    is_val = [val_fraction == 1] * len(names)
+    if 0 < val_fraction < 1:
+        for images in members.values():
+            count = min(max(round(val_fraction * len(images)), 1), len(images) - 1)
+            for i in sorted(images, key=lambda i: _hash(seed, names[i]))[:count]:
+                is_val[i] = True
+    sides: dict[Split, list[int]] = {"train": [], "val": []}
+    for i, held_out in enumerate(is_val):
+        sides["val" if held_out else "train"].append(i)
+    return sides
+
+
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
