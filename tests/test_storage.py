@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from onefold.errors import BadData, NotWritable
-from onefold.storage import atomic_replace, file_lock, normalize_name, read_lines, read_text, write_text
+from onefold.storage import (
+    atomic_replace,
+    file_lock,
+    normalize_name,
+    read_lines,
+    read_plain_file,
+    read_text,
+    write_text,
+)
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -131,6 +139,22 @@ def test_a_users_text_keeps_what_is_no_utf8_and_must_be_a_file(tmp_path: Path):
     ):
         with pytest.raises(BadData, match=sentence):
             read_text(place)
+
+
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path):
+    """A pipe would be waited for, and a device has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "zero")
+    (tmp_path / "plain").write_bytes(b"12345")
+    assert read_plain_file(tmp_path / "plain", 5) == b"12345"
+    for name, sentence in (
+        ("pipe", "plain file"),
+        ("zero", "plain file"),
+        (".", "plain file"),
+        ("plain", "read at the"),
+    ):
+        with pytest.raises(OSError, match=sentence):
+            read_plain_file(tmp_path / name, 4)
 
 
 HOLDER = """

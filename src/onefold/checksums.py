@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint
-from onefold.storage import atomic_replace, parse_json, read_json, write_text
+from onefold.storage import atomic_replace, parse_json, read_json, read_plain_file, write_text
 
 _log = logging.getLogger("onefold")
 
@@ -107,7 +107,7 @@ def write_sealed_text(path: Path, text: str) -> None:
 
 def read_sealed_text(path: Path) -> str:
     """Read what `write_sealed_text` wrote. Raises OSError, and ValueError where it is damaged."""
-    checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+    checksum, _, text = read_plain_file(path).decode("utf-8").partition("\n")
     if checksum != _sum_of_text(path, text):
         raise ValueError(f"{path} is damaged: its SHA-256 is not what its first line says")
     return text

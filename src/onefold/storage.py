@@ -165,6 +165,20 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     raise ValueError(_TOO_DEEP)
 
 
+def read_plain_file(path: Path, limit: int = _MAX_TEXT_BYTES) -> bytes:
+    """Read a file of which a name in a folder is all that is known.
+
+    Raises OSError where it is a pipe, which would be waited for, a device, which may have no end, a folder or a socket,
+    and where it has more than `limit` bytes.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has {status.st_size >> 20} MiB, {limit >> 20} are read at the most", str(path))
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of at most 64 MiB. Raises OSError, and ValueError where it is no such file."""
     status = os.stat(path)

@@ -44,7 +44,7 @@ from onefold.data.imagenet_variants import (
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData, NotWritable, OnefoldError
 from onefold.recipes import RECIPE_FILE
-from onefold.storage import parse_json, write_text
+from onefold.storage import parse_json, read_plain_file, write_text
 from onefold.train import Accuracy, compute_accuracy
 from onefold.train.evaluate import merge_accuracies
 
@@ -379,7 +379,7 @@ def write_predictions(run: Path, predictor: Predictor, images: Dataset, score: A
 def predictions_match(path: Path, predictor: Predictor) -> bool:
     """Whether a file of predictions is there, undamaged, and of this very network."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain_file(path).decode("utf-8")
         lines_have_checksum(text)
         head = parse_json(text.partition("\n")[0])
     except (OSError, ValueError):

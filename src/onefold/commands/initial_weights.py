@@ -417,6 +417,8 @@ def _is_fused_checkpoint(out: Path) -> bool:
     """Whether the weights in a run's checkpoint are of a fused network, by their names."""
     for folder in (RunFolder(out).last, RunFolder(out).previous):
         try:
+            if not (folder / WEIGHTS_FILE).is_file():  # a pipe would be waited for
+                continue
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 return not any(name.endswith("running_var") for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError):

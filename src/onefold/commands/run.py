@@ -29,7 +29,7 @@ from onefold.report.figures import Curve, draw_curves
 from onefold.report.format import format_count
 from onefold.report.load_results import load_report_inputs
 from onefold.report.predictions import Predictions
-from onefold.storage import parse_json, unused_path
+from onefold.storage import parse_json, read_plain_file, unused_path
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")
@@ -89,7 +89,7 @@ class Run(SavedResult):
         A run that started from weights begins with epoch 0, its evaluation before the first step.
         """
         try:
-            lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = read_plain_file(self.folder / "log.jsonl").decode("utf-8").splitlines()
             logged = [parse_json(line) for line in lines]
         except (OSError, ValueError) as error:
             raise BadCheckpoint(f"{self.folder / 'log.jsonl'} cannot be read: {error}") from error

@@ -29,7 +29,7 @@ from onefold.data.dataset import Dataset
 from onefold.data.duplicates import distinctive_perceptual_hashes, match_perceptual_hashes, perceptual_hashes
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.storage import write_text
+from onefold.storage import read_plain_file, write_text
 
 MAX_CONTENTS = 20_000
 """The most images of a dataset whose contents are read for its fingerprint, and the most keys of a `TrainedOn`."""
@@ -41,6 +41,7 @@ KeyKind = Literal["content", "name"]
 
 _READERS = 8  # threads: a file server answers several at once
 _KEY_BYTES = 6
+_MAX_LIST_BYTES = 4 << 30
 
 
 def evenly_spaced(count: int, most: int) -> Sequence[int]:
@@ -262,8 +263,7 @@ class ImageList:
     def read(cls, path: Path) -> ImageList | None:
         """Read the list of a run; None where it has none, as older runs. Raises BadCheckpoint where it is damaged."""
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                heading, *rows = csv.reader(file)
+            heading, *rows = csv.reader(io.StringIO(read_plain_file(path, _MAX_LIST_BYTES).decode("utf-8"), newline=""))
             by = heading[3].removeprefix("sha256 of ")
             if by not in get_args(KeyKind) or any(len(row) != 4 for row in rows):
                 raise ValueError("its columns are not split, name, class and SHA-256")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
-from onefold.storage import read_json
+from onefold.storage import read_json, read_plain_file
 
 WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
@@ -207,7 +207,7 @@ def _licence_from_config(config: Mapping[str, Any], readme: Path) -> str:
         if isinstance(table.get("license"), str) and table["license"]:
             return str(table["license"])
     try:
-        front = readme.read_text(encoding="utf-8", errors="replace")[:65536].split("---")[1]
+        front = read_plain_file(readme).decode("utf-8", "replace")[:65536].split("---")[1]
     except (OSError, IndexError):
         return ""
     stated = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+ -]+)", front, re.M))

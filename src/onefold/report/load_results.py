@@ -18,6 +18,7 @@ from onefold.errors import BadArtifact, BadCheckpoint, BadData
 from onefold.report.format import finite_number, one_line, parse_json_object
 from onefold.report.predictions import Predictions, parse_predictions
 from onefold.runtimes.artifact import Artifact, read_manifest
+from onefold.storage import read_plain_file
 
 GATES_FILE = "gates.json"  # what each gate of a deployment found, beside its measurements
 ACCURACY_FILE = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured
@@ -193,8 +194,7 @@ def _differences_from_checkpoint(
         return []
     try:
         saved = parse_json_object(read_sealed_folder(folder / "last", only=["progress.json"])["progress.json"].decode())
-        with (folder / "log.jsonl").open("rb") as file:
-            log = file.read(int(saved["log_bytes"])) if saved.get("log_sha256") else b""
+        log = read_plain_file(folder / "log.jsonl", _MAX_BYTES)[: int(saved["log_bytes"])]
     except (BadCheckpoint, OSError, KeyError, ValueError, TypeError):
         return [f"Whether the log and the recipe of {run} are as the training wrote them cannot be checked."]
     notes = []

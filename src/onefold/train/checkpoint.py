@@ -47,7 +47,7 @@ from torch import Tensor
 
 from onefold.checksums import copy_sealed_folder, read_sealed_folder, sealed_safetensors, write_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, NotWritable, RunBusy
-from onefold.storage import parse_json
+from onefold.storage import parse_json, read_plain_file
 from onefold.train.hyperparameters import Plan
 from onefold.train.rng_state import RandomState
 
@@ -100,11 +100,14 @@ class RunFolder:
             except Timeout as error:
                 named = ""
                 with suppress(OSError):
-                    named = holder.read_text(encoding="utf-8", errors="replace")[:200].strip()
+                    named = read_plain_file(holder).decode("utf-8", "replace")[:200].strip()
                 raise RunBusy(
                     f"{self.path} is in use by {named or 'another process'}: wait for it or choose another folder"
                 ) from error
         try:
+            for path in (holder, self.log):  # a pipe would be waited for
+                if os.path.lexists(path) and not path.is_file():
+                    raise NotWritable(f"cannot write {path}: it is not a plain file; remove it")
             with _writing(self.path):
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
                 self._repair()
