@@ -522,7 +522,7 @@ def test_a_disk_that_fills_up_during_a_run_is_told_at_the_next_step_and_costs_no
 
     try:
         with pytest.raises(
-            NotWritable, match=r"no space to write .*last: \d+ MiB are free .*before it is kept"
+            NotWritable, match=r"cannot write .*last: no file may be larger than 1 KiB here .*before it is kept"
         ) as error:
             fresh(tmp_path / "run", on_progress=fill_up)
     finally:

@@ -152,6 +152,8 @@ def test_predictions_are_a_table_and_their_repr_is_short(run: onefold.Run, photo
     assert found[:2].to_csv().count("\n") == 3
     assert "<table>" in found._repr_html_()
     assert " 0.0 %" not in repr(run.predict(photos))
+    for count in (1, 2):  # as many as were asked for, whatever their shares
+        assert str(run.predict(photos, top=count)[0]).count("%") == count
     sorted_into = found[:3].sort_into(tmp_path / "sorted")
     assert len(list((sorted_into / "unsure").iterdir())) == 3
 

@@ -50,7 +50,15 @@ def test_an_error_in_the_block_changes_nothing(tmp_path: Path, folder: bool):
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "no space"), (errno.EACCES, "cannot write")])
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.ENOSPC, "no space to write .*: [0-9]+ MiB are free"),
+        (errno.EDQUOT, "your quota there is used up"),
+        (errno.EFBIG, "its disk takes no file of that size"),
+        (errno.EACCES, "cannot write"),
+    ],
+)
 def test_a_full_or_forbidden_disk_is_told_and_the_old_file_stands(tmp_path: Path, code: int, says: str):
     write_text(tmp_path / "a", "old")
     with pytest.raises(NotWritable, match=says), atomic_replace(tmp_path / "a") as aside:

@@ -31,7 +31,6 @@ from onefold.errors import BadData, NotWritable
 
 _log = logging.getLogger("onefold")
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_TEXT_BYTES, _MAX_JSON_BYTES = 256 << 20, 64 << 20
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH, _TOO_DEEP = 100, "it is nested too deep"
@@ -266,10 +265,30 @@ def _is_about(error: OSError, path: Path) -> bool:
 
 
 def _why(error: OSError, path: Path) -> str:
-    if error.errno in _NO_SPACE:
+    if error.errno == errno.EFBIG:
+        limit = _file_size_limit()
+        why = "its disk takes no file of that size: choose another folder"
+        if limit is not None:
+            why = (
+                f"no file may be larger than {limit >> 10} KiB here (ulimit -f): raise that limit (ulimit -f unlimited)"
+            )
+        return f"cannot write {path}: {why}"
+    if error.errno == errno.EDQUOT:
+        return f"no space to write {path}: your quota there is used up; make room or choose another folder"
+    if error.errno == errno.ENOSPC:
         free = shutil.disk_usage(path.parent).free >> 20
         return f"no space to write {path}: {free} MiB are free there; make room or choose another folder"
     return f"cannot write {path}: {error.strerror or error}; choose a folder you can write to"
+
+
+def _file_size_limit() -> int | None:
+    """Give the most bytes that this process may write to a file; None where nothing limits them, or nobody says."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _swap(aside: Path, path: Path) -> None:

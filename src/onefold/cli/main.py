@@ -288,7 +288,9 @@ def predict(
     use_ema: UseEmaOption = None,
     classes: ClassesOption = None,
     img_size: ImgSizeOption = None,
-    top: Annotated[int, Option(min=1, help="most likely classes to print per image")] = 5,
+    top: Annotated[
+        int | None, Option(min=1, help="most likely classes to print per image; else 5, without those of 0.0 %")
+    ] = None,
     batch_size: BatchSizeOption = 32,
     threads: ThreadsOption = 2,
     as_json: JsonOption = False,

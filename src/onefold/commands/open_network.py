@@ -152,7 +152,10 @@ class ModelNameCheck:
         return cls(network=network, source=source, others=others) if others else None
 
     def __call__(self, images: Floats) -> str | None:
-        """Give a sentence where another name fits photos (B, C, H, W), prepared for the network, clearly better."""
+        """Give a sentence where photos (B, C, H, W), prepared for the network, do not show that its name fits.
+
+        So where another name fits clearly better, and where neither does: then nothing tells which one is right.
+        """
         own, card = torch.from_numpy(np.ascontiguousarray(images[:_CHECKED])), self.network.card
         ours, distances = self.network.preprocessing, {card.model: _norm_distance(self.network.model, own)}
         for other in self.others:
@@ -162,17 +165,24 @@ class ModelNameCheck:
                 torch.tensor(values).view(1, -1, 1, 1) for values in (ours.mean, ours.std, theirs.mean, theirs.std)
             )
             distances[other] = _norm_distance(model, (own * std + mean - its_mean) / its_std)
-        best = min(distances.values())
-        if not (best <= _FITS and distances[card.model] > max(_CLEARLY * best, _SAME)):  # so that NaN says nothing
+        best, distance = min(distances.values()), distances[card.model]
+        nearest = min(value for name, value in distances.items() if name != card.model)
+        if not distance > _SAME or distance * _CLEARLY <= nearest:  # so that NaN says nothing
             return None
+        if not (best <= _FITS and distance > _CLEARLY * best):
+            others = " or ".join(name for name in distances if name != card.model)
+            return (
+                f"whether {self.source} is {card.model}, or {others}, cannot be told from these photos at {ours.size} "
+                f"pixels: their maps differ from the statistics stored in its norms by {distance:.2f} and {nearest:.2f}"
+            )
         better = [name for name, value in distances.items() if value <= 1.1 * best]
         return (
             f"{self.source} does not seem to be {card.model}: on these photos its maps differ from the statistics "
-            f"stored in its norms by {distances[card.model]:.2f}, and by {best:.2f} under --model {' or '.join(better)}"
+            f"stored in its norms by {distance:.2f}, and by {best:.2f} under --model {' or '.join(better)}"
         )
 
     def warn(self, images: Floats) -> None:
-        """Log a warning where another name fits photos clearly better."""
+        """Log a warning where photos do not show that the name fits."""
         if doubt := self(images):
             _log.warning("%s", doubt)
 

@@ -38,6 +38,7 @@ _UNSURE = "unsure"
 
 _SHOWN = 10  # rows of a table that `repr` shows
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f<>:"/\\|?*]|^\.+$|[. ]+$')  # of folders, on any system
+_TOP = 5  # classes that a prediction lists
 _MAX_ALPHA = 20  # images whose fourth channel is looked at
 _NO_ALPHA = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".gif")
 
@@ -48,7 +49,7 @@ class Prediction:
 
     `path` is None for an image in memory; `name` is the path, or which of the images it was. `probabilities` (N,) are
     of all classes, None where the image could not be read. `is_unsure` is whether the likeliest class is less probable
-    than was asked for.
+    than was asked for, `is_brief` whether its text leaves out classes of 0.0 %.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Prediction:
     best: tuple[tuple[int, str, float], ...] = ()
     problem: str | None = None
     is_unsure: bool = False
+    is_brief: bool = field(default=True, repr=False, compare=False)
     probabilities: Floats | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -64,11 +66,13 @@ class Prediction:
         return None if self.problem is not None or self.is_unsure else self.best[0][1]
 
     def __str__(self) -> str:
-        """The likeliest classes but those of 0.0 %, or why the image could not be read."""
+        """The likeliest classes, or why the image could not be read; those of 0.0 % only where they were asked for."""
         if self.problem is not None:
             return f"unread: {self.problem}"
         shown = [
-            f"{name} {100 * share:.1f} %" for k, (_, name, share) in enumerate(self.best) if not k or share >= 5e-4
+            f"{name} {100 * share:.1f} %"
+            for k, (_, name, share) in enumerate(self.best)
+            if not k or share >= 5e-4 or not self.is_brief
         ]
         return f"{_printable_name(self.name)}: {f'{_UNSURE}: ' if self.is_unsure else ''}{', '.join(shown)}"
 
@@ -193,7 +197,7 @@ def predict(
     use_ema: bool | None = None,
     classes: Source | None = None,
     img_size: int | None = None,
-    top: int = 5,
+    top: int | None = None,
     min_confidence: float = 0.0,
     batch_size: int = 32,
     threads: int = 2,
@@ -204,7 +208,7 @@ def predict(
     `source` is a run folder, a file of weights, an id of the hub, timm:NAME, or an artifact. Pictures are uint8: PIL,
     arrays (H, W, 3) or tensors (3, H, W); floats (3, S, S) are taken as normalized inputs. `model` names the network
     where the weights do not; `use_ema` chooses EMA or plain weights where a checkpoint has both; `classes` is a
-    file with their names; `img_size` the side in pixels; `top` how many classes each prediction lists; below
+    file with their names; `img_size` the side in pixels; `top` how many classes each prediction lists (5); below
     `min_confidence` (0 to 1) the class is unsure. `on_prediction` is called with each as it comes.
 
     Files that cannot be read, and paths that are not there, are named and skipped. Raises BadData where none is
@@ -213,7 +217,7 @@ def predict(
         found = onefold.predict("runs/photos-finetune", ["cat.jpg", "holiday/"])
         found.names, found.probabilities
     """
-    if top < 1 or batch_size < 1 or not 0 <= min_confidence <= 1:
+    if (top is not None and top < 1) or batch_size < 1 or not 0 <= min_confidence <= 1:
         raise BadArgument(
             f"top and batch_size must be 1 or more and min_confidence from 0 to 1, not {top}, {batch_size} and "
             f"{min_confidence}"
@@ -263,7 +267,7 @@ def _find(images: object) -> tuple[list[object], list[str]]:
 
 
 def _predict(
-    predictor: Predictor, images: Sequence[object], top: int, min_confidence: float, batch_size: int
+    predictor: Predictor, images: Sequence[object], top: int | None, min_confidence: float, batch_size: int
 ) -> Iterator[Prediction]:
     """Give predictions in the order of `images`; one that cannot be read has a `problem`, and the others go on."""
     if not predictor.num_classes:
@@ -293,11 +297,12 @@ def _predict(
                 yield Prediction(name=name, path=path, problem=prepared)
                 continue
             probabilities = _softmax(next(logits))
-            order = np.argsort(-probabilities, kind="stable")[:top]
+            order = np.argsort(-probabilities, kind="stable")[: _TOP if top is None else top]
             yield Prediction(
                 name=name,
                 path=path,
                 best=tuple((int(i), predictor.class_name(int(i)), float(probabilities[i])) for i in order),
+                is_brief=top is None,
                 is_unsure=bool(probabilities[order[0]] < min_confidence),
                 probabilities=probabilities.astype(np.float32),
             )
