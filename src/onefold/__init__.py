@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onefold.commands.advise import advise as advise
     from onefold.commands.bench import bench as bench
     from onefold.commands.deploy import deploy as deploy
     from onefold.commands.evaluate import evaluate as evaluate
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from onefold.reparam import unfused_norms as unfused_norms
 
 _HOMES = {
+    "onefold.commands.advise": ("advise",),
     "onefold.commands.bench": ("bench",),
     "onefold.commands.deploy": ("deploy",),
     "onefold.commands.evaluate": ("evaluate",),
@@ -75,6 +77,7 @@ __all__ = [
     "OnefoldError",
     "Run",
     "accelerate",
+    "advise",
     "bench",
     "create_model",
     "deploy",

@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from onefold import __version__
+from onefold.cli import advise as advising
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
 from onefold.cli import display, run_command
@@ -366,6 +367,7 @@ for verb in (
     benchmarking.bench,
     benchmarking.limits,
     benchmarking.profile,
+    advising.advise,
     benchmarking.phone,
 ):
     app.command()(verb)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from onefold.errors import BadArtifact
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_output
 from onefold.runtimes.layer_times import WARMUP_CALLS, LayerTime, ProfileRequest, median_layer_times
-from onefold.runtimes.onnx import convert_to_onnx
+from onefold.runtimes.onnx import convert_to_onnx, refuse_external_data
 from onefold.runtimes.reference_logits import Floats
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ ACCEPTS_QDQ = True
 unavailable_reason = None
 
 _TELEMETRY = "openvino_telemetry"
-_HINTS = {"fp32": "f32", "int8": "f32"}
+_HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}  # the last two are tried by the advisor alone
 
 
 def export(program: ExportedProgram, folder: Path, *, info: ModelInfo, precision: str) -> None:
@@ -78,6 +79,16 @@ def profile(content: Mapping[str, bytes], request: ProfileRequest, *, precision:
             ]
         )
     return median_layer_times(runs[WARMUP_CALLS:])
+
+
+def convert_onnx(model: bytes) -> dict[str, bytes]:
+    """Convert an ONNX file to the files of this runtime. Raises BadArtifact where it reads weights from elsewhere."""
+    refuse_external_data(model)
+    vino = _openvino()
+    with suppress_output(), TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        vino.save_model(vino.Core().read_model(model), folder / "model.xml", compress_to_fp16=False)
+        return {name: (folder / name).read_bytes() for name in FILES}
 
 
 @cache
