@@ -57,9 +57,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_function_of_a_module_is_advised_on_in_all_its_forms():
-    order = options(
-        f"{__name__}:make_network", rules=["fuse", "fold", "int8", "hard-activations", "relu", "resolution"]
-    )
+    rules = ["fuse", "fold", "int8", "hard-activations", "relu", "resolution"]
+    order = options(f"{__name__}:make_network", rules=rules, img_size=64)
     (advice,) = advise_on_source(order, None, fake_bench(by_operations))
     tried = {trial.remedy.rule.name: trial for trial in advice.trials}
     assert {"int8", "hard-activations", "relu", "resolution"} <= set(tried)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -389,3 +390,11 @@ def test_rules_apply_one_after_the_other():
 def test_what_is_no_network_is_refused(content: bytes):
     with pytest.raises(BadData):
         OnnxGraph(content).input_shape()
+
+
+def test_the_page_has_the_rules_as_they_are():
+    page = (Path(__file__).parents[1] / "docs/advise.md").read_text(encoding="utf-8")
+    for r in RULES:
+        answer = "change" if r.changes_answers else "stay"
+        assert f"| `{r.name}` | {r.looks_for} | {r.remedy} | {answer} | {r.source} |" in page
+    assert page.count("\n| `") == len(RULES)
