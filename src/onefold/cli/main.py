@@ -362,13 +362,8 @@ def fuse(
 
 
 for verb in (
-    deploying.export,
-    deploying.deploy,
-    benchmarking.bench,
-    benchmarking.limits,
-    benchmarking.profile,
-    advising.advise,
-    benchmarking.phone,
+    *(deploying.export, deploying.deploy, advising.advise),
+    *(benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone),
 ):
     app.command()(verb)
 
