@@ -110,6 +110,29 @@ def test_the_command_prints_findings_and_counts_the_rest(
     assert found["findings"][0]["ratio"] == pytest.approx(5 / 6, rel=0.01)
 
 
+def test_a_file_is_quantized_by_the_runtime_s_own_tool(file: Path):
+    order = options(str(file), img_size=None, rules=["fold", "int8"])
+    (advice,) = advise_on_source(order, None, fake_bench(lambda each: 400_000 if each.precision == "fp32" else 100_000))
+    (found,) = advice.findings
+    assert found.remedy.rule.name == "int8"
+    assert 0 < found.timing.answers.difference < 0.1
+    assert found.remedy.command.startswith(f"onefold advise {file} --to onnx --apply int8")
+
+
+def test_int8_of_a_network_with_branches_is_compared_with_the_fused_one():
+    order = options(f"{__name__}:make_network", rules=["fuse", "int8"])
+
+    def cost(each: Variant) -> int:
+        return 100_000 if each.precision == "fp32" else 90_000  # fusing gains nothing, so it is not where int8 starts
+
+    (advice,) = advise_on_source(order, None, fake_bench(cost))
+    (found,) = advice.findings
+    assert found.remedy.command == 'onefold.export(network, to="onnx", precision=int8, data=PHOTOS)'
+    assert "BatchNormalization" not in [node.op_type for node in found.remedy.against.graph().nodes]
+    assert found.timing.ratio.value == pytest.approx(0.9, rel=0.01)
+    assert any("compared with it" in remark for remark in advice.remarks)
+
+
 def test_the_rules_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["advise", "--list"]) == 0
     text = capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ _SUFFIXES = ("_nchwc", "_nhwc", "_quant", "_bn", "_kernel_time")
 
 
 class NetworkForms(Protocol):
-    """Other forms of the same network, where it is a torch network: each is an ONNX file. May raise OnefoldError."""
+    """Other forms of the same network, each an ONNX file. May raise OnefoldError."""
 
     @property
     def is_fused(self) -> bool:
@@ -29,24 +29,30 @@ class NetworkForms(Protocol):
     def fused(self) -> bytes:
         """Give it fused, which is proved by its drift."""
 
-    def int8(self) -> bytes:
-        """Give it fused and in int8."""
+    def int8(self, content: bytes) -> bytes:
+        """Give it fused and in int8; of an .onnx file it is made of `content`, the file as other rules left it."""
+
+    @property
+    def is_resizable(self) -> bool:
+        """Whether it can be made for images of another size."""
 
     def resized(self, size: int) -> bytes:
-        """Give it for images of another size."""
+        """Give it fused, for images of another size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One network in one runtime, and all that the rules look at.
 
-    `source` is what the user typed, `layers` the runtime's own times, `forms` other forms of a torch network (None
-    of an .onnx file). `usable_cores` and `features` are the machine's, `other_runtimes` those that are installed.
+    `source` is what the user typed, `export_source` what `onefold export` takes for it (None where it takes nothing
+    of the kind), `layers` the runtime's own times, `forms` other forms of the network. `usable_cores` and `features`
+    are the machine's, `other_runtimes` those that are installed.
     """
 
     source: str
     variant: Variant
     layers: Sequence[LayerTime]
+    export_source: str | None = None
     forms: NetworkForms | None = None
     roofline: Roofline | None = None
     usable_cores: int = 1
@@ -97,7 +103,8 @@ class Case:
         text = f"{ns / 1e6:.3f} ms, {100 * self.share_of(nodes):.0f} % of the layers' time"
         least = [self.least_ns(node) for node in nodes]
         known = [each for each in least if each is not None]
-        return f"{text}, {100 * sum(known) / ns:.0f} % of the roofline" if ns and sum(known) else text
+        # A share above all was measured while the machine was busy, or by a runtime that saves multiplications.
+        return f"{text}, {100 * sum(known) / ns:.0f} % of the roofline" if 0 < sum(known) <= ns else text
 
     def overall_evidence(self) -> str:
         """The same of the whole network."""
@@ -123,6 +130,25 @@ class Case:
         bound = self.roofline.latency_bound(work)
         return None if bound.compute_ns is None else (bound.compute_ns, bound.memory_ns or 0.0)
 
+    @property
+    def is_exportable(self) -> bool:
+        """Whether `export` takes it: any torch network, and no .onnx file."""
+        return self.export_source is not None or (self.forms is not None and self.forms.is_resizable)
+
+    def start_of_remade(self) -> Variant:
+        """What a form that is made of the fused network is compared with: the fused network, also where this is not."""
+        forms = self.forms
+        if forms is None or forms.is_fused or forms.fused() == self.variant.content:
+            return self.variant
+        return replace(self.variant, content=forms.fused())
+
+    def export_command(self, runtime: str, *options: str) -> str:
+        """The command that exports the network to a runtime; Python's where the command line does not take it."""
+        if self.export_source is None:
+            words = ", ".join([f'to="{runtime}"', *(each.removeprefix("--").replace(" ", "=", 1) for each in options)])
+            return f"onefold.export(network, {words.replace('-', '_')})"
+        return " ".join(["onefold export", self.export_source, "--to", runtime, *options])
+
     def apply_command(self, rule: str) -> str:
         """The command that writes the network as this rule changes it."""
         return f"onefold advise {self.source} --to {self.variant.runtime} --apply {rule} --out advised.onnx"
@@ -133,7 +159,8 @@ class Remedy:
     """Something to try: a finding, its evidence, the change, and at most how much it is predicted to gain.
 
     `predicted` is the time after over the time before, at best; None where nothing predicts it. `apply` gives the
-    changed variant, None where there is nothing to change in it; it may raise anything.
+    changed variant, None where there is nothing to change in it; it may raise anything. `against` is what it is
+    compared with where that is not the network as it is.
     """
 
     rule: Rule
@@ -143,6 +170,7 @@ class Remedy:
     apply: Callable[[Variant], Variant | None]
     command: str
     predicted: float | None = None
+    against: Variant | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

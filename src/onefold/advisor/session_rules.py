@@ -48,9 +48,7 @@ def _detect_runtime(case: Case) -> Iterable[Remedy]:
             evidence=f"{case.variant.runtime}: {case.overall_evidence()}",
             change=f"run it in {name}",
             apply=apply,
-            command=f"onefold export {case.source} --to {name}"
-            if case.forms is not None
-            else f"onefold advise {case.source} --to {name}",
+            command=case.export_command(name) if case.is_exportable else f"onefold advise {case.source} --to {name}",
         )
 
 
@@ -118,12 +116,13 @@ def _detect_batch(case: Case) -> Iterable[Remedy]:
 
 def _detect_resolution(case: Case) -> Iterable[Remedy]:
     forms = case.forms
-    if forms is None:
+    if forms is None or not forms.is_resizable:
         return
+    start = case.start_of_remade()
     for size in sorted({max(32, forms.size * part // 8 // 32 * 32) for part in (6, 7)} - {forms.size}):
 
         def apply(variant: Variant, size: int = size) -> Variant | None:
-            if variant.sha256 != case.variant.sha256:
+            if variant.sha256 != start.sha256:
                 return None  # another change has remade the graph: this one would undo it
             return replace(variant, content=forms.resized(size), input_shape=(variant.input_shape[0], size, size))
 
@@ -134,7 +133,8 @@ def _detect_resolution(case: Case) -> Iterable[Remedy]:
             change=f"images of {size} pixels",
             predicted=(size / forms.size) ** 2,
             apply=apply,
-            command=f"onefold export {case.source} --to {case.variant.runtime} --img-size {size}",
+            command=case.export_command(case.variant.runtime, f"--img-size {size}"),
+            against=start,
         )
 
 

@@ -34,7 +34,7 @@ def _detect_unfused(case: Case) -> Iterable[Remedy]:
         change="fuse it: one convolution in place of each block's branches",
         predicted=macs[1] / macs[0] if all(macs) else None,
         apply=apply,
-        command=f"onefold export {case.source} --to {case.variant.runtime}",
+        command=case.export_command(case.variant.runtime),
     )
 
 
@@ -68,12 +68,12 @@ def _detect_float(case: Case) -> Iterable[Remedy]:
     if forms is None or case.variant.precision != "fp32":
         return
     heavy = [node for node in case.graph.nodes if case.graph.count_macs(node)]
-    share, ratio = case.share_of(heavy), _peak_ratio(case)
+    share, ratio, start = case.share_of(heavy), _peak_ratio(case), case.start_of_remade()
 
     def apply(variant: Variant) -> Variant | None:
-        if variant.sha256 != case.variant.sha256:
+        if variant.sha256 != start.sha256:
             return None  # another change has remade the graph: this one would undo it
-        return replace(variant, content=forms.int8(), precision="int8")
+        return replace(variant, content=forms.int8(variant.content), precision="int8")
 
     yield Remedy(
         rule=INT8,
@@ -82,7 +82,10 @@ def _detect_float(case: Case) -> Iterable[Remedy]:
         change="quantize it to int8, calibrated on photos of the kind that it will see",
         predicted=None if ratio is None else 1 - share + share * ratio,
         apply=apply,
-        command=f"onefold export {case.source} --to {case.variant.runtime} --precision int8 --data PHOTOS",
+        command=case.export_command(case.variant.runtime, "--precision int8", "--data PHOTOS")
+        if case.is_exportable
+        else case.apply_command("int8"),
+        against=start,
     )
 
 

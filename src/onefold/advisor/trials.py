@@ -15,11 +15,13 @@ from onefold.accuracy_intervals import drop_interval
 from onefold.advisor.rule import Case, Remedy, Rule
 from onefold.advisor.variant import Variant, open_engine, profile_layers
 from onefold.bench import Instruments, Procedure, Ratio, compare
+from onefold.errors import OnefoldError
 from onefold.runtimes.base import RuntimeEngine, first_error_line
 from onefold.runtimes.exporter import TOLERANCES
 from onefold.runtimes.layer_times import LayerTime
 from onefold.runtimes.reference_logits import Floats, relative_difference, top1_agreement
 
+_log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")
 
 LEAST_GAIN = 0.02
@@ -176,7 +178,7 @@ class TrialBench:
 
     def try_remedy(self, before: Variant, remedy: Remedy) -> Trial:
         """Apply a remedy to a variant and measure what it gains; what fails is a problem of the trial, not an error."""
-        rule = remedy.rule
+        rule, before = remedy.rule, remedy.against or before
         try:
             after = remedy.apply(before)
             if after is None:
@@ -210,7 +212,7 @@ def advise_on(case: Case, rules: Iterable[Rule], trial_bench: TrialBench) -> Adv
     for number, rule in enumerate(rules):
         _progress.debug("trying %s", rule.name, extra={"done": number, "total": len(rules)})
         best: Trial | None = None
-        for remedy in rule.detect(case):
+        for remedy in _detected(rule, case):
             trial = trial_bench.try_remedy(case.variant, remedy)
             trials.append(trial)
             if trial.is_confirmed and (best is None or _ratio(trial) < _ratio(best)):
@@ -219,10 +221,20 @@ def advise_on(case: Case, rules: Iterable[Rule], trial_bench: TrialBench) -> Adv
             changed = best.remedy.apply(case.variant)
             assert changed is not None
             case = replace(case, variant=changed, layers=tuple(trial_bench.profile(changed)))
-            remarks.append(f"what follows was tried on the network after `{rule.name}`")
+            remarks.append(f"the rules after `{rule.name}` were tried on the network that it gave")
     _progress.debug("tried", extra={"done": len(rules), "total": len(rules)})
+    if any(trial.remedy.against not in (None, case.variant) for trial in trials):
+        remarks.append("int8 and other resolutions are made of the fused network, and were compared with it")
     found = Advice(case=case, trials=tuple(trials), remarks=(*remarks, *_memory_remarks(case)))
     return replace(found, combinations=tuple(_combinations(found, start, trial_bench)))
+
+
+def _detected(rule: Rule, case: Case) -> Iterable[Remedy]:
+    """The remedies of a rule; none, and a note, where what it asks for cannot be made."""
+    try:
+        yield from rule.detect(case)
+    except OnefoldError as error:
+        _log.info("%s: rule %s cannot be tried: %s", case.source, rule.name, error)
 
 
 def apply_all(variant: Variant, remedies: Iterable[Remedy]) -> tuple[Variant, list[str]]:
@@ -247,23 +259,28 @@ def _combinations(advice: Advice, start: Variant, trial_bench: TrialBench) -> It
         chosen = [t.remedy for t in best_of_rule.values() if with_changes or not t.remedy.rule.changes_answers]
         if len(chosen) < 2:
             continue
-        variant, names = apply_all(start, chosen)
+        remade = next((each.against for each in chosen if each.against is not None), None)
+        was_fused = any(each.rule.adopted for each in chosen)
+        # int8 is made of the fused network: where fusing was not confirmed, that is what it is compared with.
+        begin = start if remade is None or was_fused else remade
+        variant, names = apply_all(begin, chosen)
         if len(names) < 2 or tuple(names) in seen:
             continue
         seen.add(tuple(names))
         changes = any(r.rule.changes_answers for r in chosen if r.rule.name in names)
         try:
-            timing = trial_bench.measure(start, variant, asks_accuracy=changes)
+            timing = trial_bench.measure(begin, variant, asks_accuracy=changes)
         except Exception:  # parts that work alone need not work together
             continue
-        if answers_problem(start, variant, timing, changes) is None:
+        if answers_problem(begin, variant, timing, changes) is None:
             yield Combination(rules=tuple(names), changes_answers=changes, variant=variant, timing=timing)
 
 
 def _memory_remarks(case: Case) -> Iterable[str]:
     """Layers that memory binds: no rewriting of them helps, and it is said only where they matter."""
     bound = [node for node in case.graph.nodes if (limits := case.bounds(node)) is not None and limits[1] > limits[0]]
-    if bound and case.share_of(bound) >= 0.1:
+    least = sum(case.least_ns(node) or 0.0 for node in bound)
+    if bound and case.share_of(bound) >= 0.1 and least <= case.time_of(bound):
         yield (
             f"{len(bound)} layers are bound by memory: {case.evidence(bound)}; no rewriting of them helps, only fewer "
             "bytes do (lower resolution, narrower layers, int8)"

@@ -7,9 +7,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,21 @@ import numpy.typing as npt
 from torch import nn
 
 from onefold.advisor import Advice, Case, OnnxGraph, TrialBench, Variant, advise_on, select_rules
+from onefold.advisor.onnx_int8 import quantize_onnx
 from onefold.advisor.trials import answer_in_batches, apply_all
 from onefold.advisor.variant import ADVISED_RUNTIMES, graph_precision, open_engine
 from onefold.bench import Instruments, Machine, Procedure, Roofline
 from onefold.commands.bench import load_or_measure_roofline
-from onefold.commands.calibration_cache import CalibrationOptions, Int8Network, calibrated_network
+from onefold.commands.calibration_cache import (
+    CalibrationOptions,
+    Int8Network,
+    calibrated_network,
+    load_calibration_images,
+)
 from onefold.commands.evaluate import evaluate_dataset, open_suite
 from onefold.commands.export import network_from_module, trace
 from onefold.commands.extras import extras_for_sources, missing_packages, require_extras
+from onefold.commands.held_out import calibration_photos
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.predictor import Floats, Predictor, Source, select_ema_weights, suggest_argument_names
 from onefold.commands.progress import show_progress
@@ -36,13 +43,15 @@ from onefold.models import create_model, list_models
 from onefold.quantize import quantize
 from onefold.runtimes.base import RuntimeEngine
 from onefold.runtimes.onnx import convert_to_onnx, pad_input_channels_, refuse_external_data
+from onefold.runtimes.reference_logits import make_reference_images
 from onefold.storage import atomic_replace
 
 _log = logging.getLogger("onefold")
 
 _MOST_PHOTOS = 500  # to score on: more would take longer than they tell
+_CALIBRATED = 100  # photos that an .onnx file is calibrated with
 _DRAWN = 8  # images that stand for photos where none are given, to calibrate int8 whose speed alone is asked for
-_FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +165,7 @@ def _case(
     variant = _variant(order, subject, runtime)
     return Case(
         source=order.source if order.model is None else f"{order.source} --model {order.model}",
+        export_source=subject.export_source,
         variant=variant,
         layers=tuple(trial_bench.profile(variant)),
         forms=subject.forms,
@@ -196,12 +206,13 @@ class Subject:
     source: str
     content: bytes
     input_shape: tuple[int, int, int]
-    forms: _TorchForms | None = None
+    forms: _TorchForms | _OnnxForms | None = None
+    export_source: str | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How its photos are prepared: of an .onnx file, which does not say, as ImageNet's."""
-        if self.forms is not None:
+        if isinstance(self.forms, _TorchForms):
             return self.forms.network.preprocessing
         return Preprocessing.from_dict({**IMAGENET_PREPROCESSING.to_dict(), "size": self.input_shape[1]})
 
@@ -215,14 +226,33 @@ def open_subject(order: AdviseOptions) -> Subject:
     forms = _TorchForms(network, order.data)
     size = network.preprocessing.size
     shape = (network.card.in_chans, size, size)
-    return Subject(source=order.source, content=forms.as_it_is, input_shape=shape, forms=forms)
+    return Subject(
+        source=order.source,
+        content=forms.as_it_is,
+        input_shape=shape,
+        forms=forms,
+        export_source=_export_source(order),
+    )
+
+
+def _export_source(order: AdviseOptions) -> str | None:
+    """What `onefold export` takes for a source; None for a function, whose network it takes in Python."""
+    if _is_function(order.source):
+        return None
+    if order.source in list_models() and not Path(order.source).exists():
+        return f"WEIGHTS --model {order.source}"
+    return order.source if order.model is None else f"{order.source} --model {order.model}"
+
+
+def _is_function(source: str) -> bool:
+    """Whether a source is module:function, and no path of this machine, no network of timm, no choice of weights."""
+    is_weights = source.startswith("timm:") or source.endswith((":plain", ":averaged"))
+    return _FUNCTION.fullmatch(source) is not None and not is_weights and not Path(source).exists()
 
 
 def _open(order: AdviseOptions) -> Network:
-    function = _FUNCTION.fullmatch(order.source)
-    is_weights = order.source.startswith("timm:") or order.source.endswith((":plain", ":averaged"))
-    if function is not None and not is_weights and not Path(order.source).exists():
-        module = _imported(function["module"], function["function"])
+    if _is_function(order.source):
+        module = _imported(*order.source.split(":"))
         return network_from_module(module.eval(), order.model)
     if order.source in list_models() and not Path(order.source).exists():
         _log.info("%s: random weights, of which the speed is that of any others", order.source)
@@ -258,11 +288,50 @@ def _open_onnx(order: AdviseOptions) -> Subject:
             f"{order.source} takes images of {sides[0]} x {sides[1]}, which is fixed in it: leave --img-size out"
         )
     height, width = (int(side or 0) for side in sides)
-    return Subject(source=order.source, content=content, input_shape=(shape[1] or 3, height, width))
+    input_shape = shape[1] or 3, height, width
+    subject = Subject(source=order.source, content=content, input_shape=input_shape)
+    photos = None if order.data is None else partial(_photos, subject, order.data)
+    return replace(subject, forms=_OnnxForms(content, input_shape, photos))
+
+
+def _photos(subject: Subject, data: str) -> Floats:
+    """Photos to calibrate an .onnx file with, prepared for it."""
+    images = calibration_photos(data, None)
+    chosen = Subset(images, evenly_spaced(len(images), _CALIBRATED))
+    loaded: Floats = load_calibration_images(chosen, CalibrationOptions(data=data), subject.preprocessing).numpy()
+    return loaded
+
+
+class _OnnxForms:
+    """The forms of an .onnx file: int8 by ONNX Runtime's own tool, for what it was made of is not known."""
+
+    is_fused, is_resizable = True, False
+
+    def __init__(self, content: bytes, input_shape: tuple[int, int, int], photos: Callable[[], Floats] | None) -> None:
+        self._content, self._input_shape, self._photos = content, input_shape, photos
+        self._int8: dict[bytes, bytes] = {}
+
+    @property
+    def size(self) -> int:
+        return self._input_shape[1]
+
+    def fused(self) -> bytes:
+        return self._content
+
+    def int8(self, content: bytes) -> bytes:
+        if content not in self._int8:
+            drawn = make_reference_images(self._input_shape, num_images=_DRAWN)
+            self._int8[content] = quantize_onnx(content, drawn if self._photos is None else self._photos())
+        return self._int8[content]
+
+    def resized(self, size: int) -> bytes:
+        raise BadArgument(f"an .onnx file is of one size, not of {size} pixels too")
 
 
 class _TorchForms:
     """The forms of a torch network as ONNX files, each made when it is first asked for."""
+
+    is_resizable = True
 
     def __init__(self, network: Network, data: str | None) -> None:
         self.network, self._data = network, data
@@ -286,7 +355,7 @@ class _TorchForms:
     def fused(self) -> bytes:
         return self._fused_content
 
-    def int8(self) -> bytes:
+    def int8(self, content: bytes) -> bytes:
         return self._int8
 
     def resized(self, size: int) -> bytes:
@@ -353,7 +422,7 @@ class _PhotoScorer:
 
     def _score(self, variant: Variant) -> npt.NDArray[np.bool_]:
         subject, session = self._subject, _BatchedSession(open_engine(variant), variant)
-        card = None if subject.forms is None else subject.forms.network.card
+        card = subject.forms.network.card if isinstance(subject.forms, _TorchForms) else None
         size = variant.input_shape[1]
         try:
             predictor = Predictor(
