@@ -50,6 +50,7 @@ _PARTS = re.compile(r",|(?<=['\"])\s+(?=['\"])")
 _VECTOR = re.compile(r"\s*[01]\.?0*(?:\s*,\s*[01]\.?0*|\s+[01]\.?0*)*\s*,?\s*")
 _VECTOR_PARTS = re.compile(r"[01]\.?0*")
 _LISTED = "\0"  # between the values of a JSON list in one cell
+_MIN_SETS = 6  # cells that are not all sorted by chance
 _STRONG_SEPARATORS = (_LISTED, "|", ";", "\uff1b")
 _WORD_SEPARATORS = (" and ", " ")
 _CLASS_SEPARATORS = (*_STRONG_SEPARATORS, ",", "\uff0c", "\u3001", "+", "&", "/", *_WORD_SEPARATORS)
@@ -87,6 +88,14 @@ def ends_with_class_word(column: str) -> bool:
     """Whether a column's last word is one for a class, whatever stands before it: Finding Labels, final_diagnosis."""
     words = [word for word in split_into_words(column) if not word.isdigit()]
     return len(words) > 1 and words[-1] in _CLASS_WORDS and not is_class_index_column(column)
+
+
+def only_other_column(cells: Mapping[str, Sequence[str]], images: str) -> str:
+    """Give the column beside that of the images in a table of two, where its values are words and recur; else ""."""
+    others = [name for name in cells if name != images]
+    values = cells[others[0]] if len(others) == 1 and len(cells) == 2 else ()
+    is_of_words = not any(_DECIMAL.fullmatch(value) or is_missing(value) for value in values)
+    return others[0] if 1 < len({*values}) < len(values) and is_of_words else ""
 
 
 def is_class_name_column(column: str) -> bool:
@@ -271,13 +280,19 @@ def find_class_separator(cells: Iterable[str]) -> str:
         if separator in _WORD_SEPARATORS and len({len(parts) for parts in joined.values()}) < 2:
             whole = sum(parts <= alone for parts in joined.values())
         repeated = any(frequency[part] > 1 for parts in joined.values() for part in parts)
-        if separator not in _STRONG_SEPARATORS and not (
-            2 * whole > len(joined) and any(parts & alone for parts in joined.values())
-        ):
+        is_plain = any(parts & alone for parts in joined.values()) or (separator == " " and _are_sets_of_words(joined))
+        if separator not in _STRONG_SEPARATORS and not (2 * whole > len(joined) and is_plain):
             continue
         if joined and (separator == _LISTED or repeated):
             return separator
     return ""
+
+
+def _are_sets_of_words(cells: Collection[str]) -> bool:
+    """Whether cells are words in alphabetical order, of several lengths, as sets of tags are and names are not."""
+    words = [cell.split() for cell in cells]
+    is_sorted = all(each == sorted(each, key=str.casefold) for each in words)
+    return is_sorted and len(words) >= _MIN_SETS and len({len(each) for each in words}) > 2
 
 
 def find_joined_names(names: Collection[str]) -> str:

@@ -14,7 +14,8 @@ tables; then shards. A table that contradicts the class folders is refused. What
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -58,6 +59,7 @@ from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import LabelTable, read_table
 from onefold.errors import BadData
 
+_FIRST_WORD = re.compile(r"([^\W\d_]\w*?)[._ -]*\(?\d+\)?\.\w+$")
 _LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say classes, in forms that are not read
 
 
@@ -168,9 +170,20 @@ def _read_listing(
     if isinstance(problem, NoClassFoldersError) and isinstance(found.refused, MultiLabelError):
         raise found.refused
     if isinstance(problem, NoClassFoldersError):
-        raise NoClassFoldersError("; ".join((str(problem), *found.problems[:2], *unread))) from problem
+        hints = [*found.problems[:2], *unread, *_classes_in_names(listing.images)]
+        raise NoClassFoldersError("; ".join((str(problem), *hints))) from problem
     assert problem is not None
     raise problem
+
+
+def _classes_in_names(images: Sequence[str]) -> list[str]:
+    """Say which classes the files' names may say, as cat.0.jpg and dog.0.jpg do; nothing where they say none."""
+    words = [_FIRST_WORD.match(image.rpartition("/")[2]) for image in images]
+    names = Counter(word[1] for word in words if word)
+    num_called = sum(count for count in names.values() if count > 1)
+    if 2 * num_called <= len(images) or len(names) < 2 or any(map(parse_split_name, names)):
+        return []
+    return [f"its files are called as classes ({join_names(sorted(names), 3)}): a labels.csv can say so"]
 
 
 def _detect(tree: Folder, shown: str, tables: Mapping[str, LabelTable]) -> FolderRoles:

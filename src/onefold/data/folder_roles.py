@@ -63,6 +63,7 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
     """
     for level in _levels(root):
         named = [(said, folder) for name, folder in level.children.items() if (said := parse_split_name(name))]
+        named += _train_beside(named, level)
         if named and (found := _as_splits(level, _choose(named, place), place, tables)):
             return found
     level = _class_level(root)
@@ -92,6 +93,17 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
     notes = (*_merged(level), *called, *_nested(level))
     return FolderRoles(folders=(_split_folder(None, level, "", level),), notes=notes)
+
+
+def _train_beside(named: _Named, level: Folder) -> _Named:
+    """Give the folders that are train since what is held out of them lies beside them: rps/ and rps-test-set/."""
+    stems = {said.stem for said, _ in named} - {said.stem for said, _ in named if said.split == "train"} - {""}
+    found = [
+        (SplitName("train", "train", stem, ""), folder)
+        for name, folder in level.children.items()
+        if (stem := " ".join(word for word in split_into_words(name) if word not in FILLER_WORDS)) in stems
+    ]
+    return found if len(found) > 1 or any(folder.children for _, folder in found) else []
 
 
 def _check_classes(folders: Collection[Folder], beside: frozenset[str], place: str) -> None:

@@ -15,13 +15,18 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from onefold.data.columns import normalize_number
-from onefold.data.decode import printable_name
+from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.folders import join_names
 from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 from onefold.storage import normalize_name
 
+_CONVERTED = (".dcm", ".dicom", ".heic", ".heif", ".nef", ".cr2", ".dng", ".arw", ".svg", ".psd")  # to images
 _FOREIGN = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?P<scheme>[a-z][a-z0-9+.-]+://)")  # how absolute paths and URLs begin
+
+
+class OtherImagesError(BadData):
+    """A table of images that are all not there."""
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -107,7 +112,8 @@ class ImageIndex:
             found.append(candidates[0] if candidates else "")
             missing += [] if candidates else [cell]
         if 2 * len(missing) >= max(len(cells), 1) and missing:
-            raise BadData(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
+            kind = BadData if any(found) else OtherImagesError
+            raise kind(f"{shown} lists {len(missing)} files that are not there: {join_names(missing)}")
         if by_number:
             notes.append(f"{shown}: {len(by_number)} images are found by their numbers: {join_names(by_number, 2)}")
         if missing:
@@ -134,6 +140,19 @@ class ImageIndex:
             return cells
         notes.append(f"{table}: the folder {folder} of its images is not here: they are found by their names")
         return names
+
+    def with_other_suffix(self, table: str, cells: Sequence[str], notes: list[str]) -> Sequence[str]:
+        """Give the names without their suffix where so, and only so, images are there (1.jpg is 1.png), with a note."""
+        named = [cell for cell in cells if os.path.splitext(cell)[1].lower() in (*SUFFIXES, *_CONVERTED)]
+        if not named or 2 * len(named) < len(cells) or self.num_matches(table, cells):
+            return cells
+        stems = [os.path.splitext(cell)[0] for cell in cells]
+        there = [(cell, found[0]) for cell, stem in zip(cells, stems, strict=True) if (found := self.find(table, stem))]
+        if 2 * len(there) <= len(cells):
+            return cells
+        cell, image = there[0]
+        notes.append(f"{table}: images are found with another suffix than it says: {cell} is {image}")
+        return stems
 
     def _candidates(self, table: str, cell: str) -> list[str]:
         """Give the images that a cell may mean: those whose paths end most like it, and lie nearest to the table."""

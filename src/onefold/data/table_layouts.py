@@ -19,7 +19,7 @@ from onefold.data.decode import printable_name
 from onefold.data.folder_roles import FolderRoles, assign_images
 from onefold.data.folders import FolderListing, ImageFiles, join_names, left_out_images
 from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
-from onefold.data.match_table_paths import ImageIndex
+from onefold.data.match_table_paths import ImageIndex, OtherImagesError
 from onefold.data.shards import SHARD_SUFFIXES
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
@@ -81,7 +81,9 @@ def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> Foun
         try:
             tables.append(read_table(place, name, images))
         except BadData as error:
-            if name.rpartition("/")[2].lower() == _LABELS:
+            folder, slash, base = name.rpartition("/")
+            is_of_all = all(image.startswith(folder + slash) for image in listing.images)
+            if base.lower() == _LABELS and is_of_all and not isinstance(error, OtherImagesError):
                 raise
             sentence = f"{printable_name(name)} is not used: {error}"
             if not isinstance(error, NotATableError):

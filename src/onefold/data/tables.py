@@ -18,8 +18,6 @@ where images have several, the table is refused.
 
 from __future__ import annotations
 
-import csv
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,6 @@ from onefold.data.columns import (
     BOOLEAN_WORDS,
     MultiLabelError,
     NotATableError,
-    cell_text,
     ends_with_class_word,
     find_class_separator,
     first_class_number,
@@ -38,6 +35,7 @@ from onefold.data.columns import (
     is_split_column,
     normalize_number,
     normalize_numbers,
+    only_other_column,
     parse_list_cells,
     rank_class_column,
     rank_image_column,
@@ -45,21 +43,19 @@ from onefold.data.columns import (
     refuse_measurements,
 )
 from onefold.data.dataset_info import Split
-from onefold.data.decode import SUFFIXES, printable_name
+from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
-from onefold.data.image_lists import LIST_SUFFIX, TableRows, read_image_list
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import SPLIT_WORDS, split_into_words
+from onefold.data.table_rows import read_rows
 from onefold.errors import BadData
-from onefold.storage import normalize_class_name, parse_json, read_text
+from onefold.storage import normalize_class_name
 
 MAX_CLASSES = 1_000_000
 
 LABEL_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of files that may be a table of labels."""
 
-_SEPARATORS = ",;\t|"
-_EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
 _PREDICTION = re.compile(r"(\S+)(( +-?[0-9.]+){4}( +\S+( +-?[0-9.]+){4})*)")  # a class and a box, and more of them
 _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
@@ -95,7 +91,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     """
     shown = printable_name(place / path)
     notes: list[str] = []
-    read = _read_rows(place / path, path, images, notes)
+    read = read_rows(place / path, path, images, notes)
     columns, rows, lines = read.columns, read.rows, read.lines
     expected = "expected the columns file,label or file,index"
     if columns and not rows:
@@ -130,6 +126,10 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     cells[file_column] = [*images.without_foreign_folder(path, cells[file_column], notes)]
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
+    cells[file_column] = [*images.with_other_suffix(path, cells[file_column], notes)]
+    if not class_columns and not number_columns and (only := only_other_column(cells, file_column)):
+        class_columns = [only]
+        notes.append(f"{shown}: the images are the column {file_column}, the classes the column {only}")
     if not class_columns and not number_columns:
         class_columns = [name for name in cells if ends_with_class_word(name) and name != file_column]
         if all(cell.lower() in BOOLEAN_WORDS for name in class_columns for cell in cells[name]):
@@ -249,54 +249,6 @@ def _labelled_rows(
             values = others
         is_said = [said and cell in values for said, cell in zip(is_said, cells[name], strict=True)]
     return [i for i, said in enumerate(is_said) if said], [i for i, said in enumerate(is_said) if not said]
-
-
-def _read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> TableRows:
-    """Read the rows of a table as they are; rows without any value are none."""
-    if file.suffix.lower() == LIST_SUFFIX:
-        return read_image_list(file, path, images, notes)
-    text, shown = read_text(file, notes), printable_name(file)
-    if file.suffix.lower() == ".jsonl":
-        return _json_rows(text, shown)
-    text_lines = text.split("\n")
-    at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
-    if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
-        text_lines[at] = ""
-    separator = by_excel[1] if by_excel else max(_SEPARATORS, key=first.count)
-    reader = csv.reader(text_lines, delimiter=separator, skipinitialspace=separator != " ")
-    rows, lines, start = [], [], 1
-    try:
-        for row in reader:
-            stripped = [value.strip() for value in row]
-            if any(stripped):
-                rows.append(stripped)
-                lines.append(start)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise BadData(f"cannot read {shown}: {error}") from error
-    if not rows:
-        return TableRows(columns=[], rows=[], lines=[])
-    is_image = os.path.splitext(rows[0][0])[1].lower() in SUFFIXES or images.num_matches(path, rows[0][:1])
-    if len(rows[0]) == 2 and is_image:
-        return TableRows(columns=["file", "label"], rows=rows, lines=lines)
-    return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
-
-
-def _json_rows(text: str, shown: str) -> TableRows:
-    records, lines = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise NotATableError(f"{shown}, line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise NotATableError(f"{shown}, line {number}: expected an object with file_name and label")
-            records.append(record)
-            lines.append(number)
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[cell_text(record.get(key)) for key in columns] for record in records]
-    return TableRows(columns=columns, rows=rows, lines=lines)
 
 
 def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int], notes: list[str]) -> list[str]:

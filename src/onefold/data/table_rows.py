@@ -1,0 +1,99 @@
+"""The rows of a table as they stand in its file: CSV with any separator, with or without a line of names; JSON Lines.
+
+A first line that holds the name of an image is no line of names. Then the columns are known by what they hold: names of
+images, words for splits, numbers of the rows, and in the one that is left the classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from onefold.data.columns import NotATableError, cell_text
+from onefold.data.decode import SUFFIXES, printable_name
+from onefold.data.image_lists import LIST_SUFFIX, TableRows, read_image_list
+from onefold.data.match_table_paths import ImageIndex
+from onefold.data.splits import parse_split_name
+from onefold.errors import BadData
+from onefold.storage import parse_json, read_text
+
+_SEPARATORS = ",;\t|"
+_EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
+_NUM_TRIED = 100  # rows that show which column names the images
+
+
+def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> TableRows:
+    """Read the rows of a table as they are; rows without any value are none.
+
+    Raises BadData where it cannot be read, NotATableError where it is of other things.
+    """
+    if file.suffix.lower() == LIST_SUFFIX:
+        return read_image_list(file, path, images, notes)
+    text, shown = read_text(file, notes), printable_name(file)
+    if file.suffix.lower() == ".jsonl":
+        return _json_rows(text, shown)
+    text_lines = text.split("\n")
+    at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
+    if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
+        text_lines[at] = ""
+    separator = by_excel[1] if by_excel else max(_SEPARATORS, key=first.count)
+    reader = csv.reader(text_lines, delimiter=separator, skipinitialspace=separator != " ")
+    rows, lines, start = [], [], 1
+    try:
+        for row in reader:
+            stripped = [value.strip() for value in row]
+            if any(stripped):
+                rows.append(stripped)
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise BadData(f"cannot read {shown}: {error}") from error
+    if not rows:
+        return TableRows(columns=[], rows=[], lines=[])
+    if names := _names_of_columns(rows, path, images):
+        return TableRows(columns=names, rows=rows, lines=lines)
+    return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
+
+
+def _names_of_columns(rows: Sequence[Sequence[str]], path: str, images: ImageIndex) -> list[str]:
+    """Name the columns of a table whose first line names none; nothing where it does, or they cannot be told apart."""
+    first = rows[0]
+    has_suffix = [os.path.splitext(cell)[1].lower() in SUFFIXES for cell in first]
+    if len(first) == 2 and (has_suffix[0] or images.num_matches(path, first[:1])):
+        return ["file", "label"]
+    if not any(has_suffix) or len(first) < 2:
+        return []
+    tried = [row for row in rows[:_NUM_TRIED] if len(row) == len(first)]
+    file = max(range(len(first)), key=lambda i: has_suffix[i] + images.num_matches(path, [row[i] for row in tried]))
+    names = {file: "file"}
+    for i in range(len(first)):
+        column = [row[i] if i < len(row) else "" for row in rows]
+        if i != file and all(map(parse_split_name, column)):
+            names[i] = "split"
+        elif column in ([str(k + n) for k in range(len(rows))] for n in (0, 1)):
+            names.setdefault(i, "number of the row")
+    rest = [i for i in range(len(first)) if i not in names]
+    if len(rest) != 1:
+        return []
+    names[rest[0]] = "label"
+    return [names[i] for i in range(len(first))]
+
+
+def _json_rows(text: str, shown: str) -> TableRows:
+    records, lines = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = parse_json(line)
+            except ValueError as error:
+                raise NotATableError(f"{shown}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise NotATableError(f"{shown}, line {number}: expected an object with file_name and label")
+            records.append(record)
+            lines.append(number)
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[cell_text(record.get(key)) for key in columns] for record in records]
+    return TableRows(columns=columns, rows=rows, lines=lines)
