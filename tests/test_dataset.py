@@ -523,6 +523,7 @@ def test_what_can_be_understood_in_two_ways_is_refused(
             {},
             "fold1_fold2 counts as a class of its own, though fold1 and fold2 are classes too",
         ),
+        ("unknown/{0}{1}.png {0}/{1}.png", {}, "unknown counts as a class: move it away if it stands for none"),
         ("images_{1}/{0}.png", {}, "images_1, images_2 are classes here: if they are parts of one dataset, add a"),
         ("{0}{1}.png", {"x.csv": "file,label\nfold11.png,a\nfold12.png,b"}, "no class of x.csv has two images"),
         (

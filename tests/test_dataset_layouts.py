@@ -352,7 +352,7 @@ def make(place: Path, span: str) -> None:
                 for member in re.findall(r"\S+", inner.removesuffix(")")):
                     file, _, value = member.partition("=")
                     for one in braces(file):
-                        add(tar, one, value.encode() or JPEG)
+                        add(tar, one, value.encode() or JPEG + f"{each} {one}".encode())
         else:
             arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
             labels = inner.removesuffix(")").split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,3 +314,23 @@ def test_imagenettes_tars_open(shared_data: Path) -> None:
     assert train.classes == val.classes
     assert train.image(1999).size == (224, 224)
     assert not {train.name(i) for i in range(2000)} & {val.name(i) for i in range(1000)}
+
+
+def test_copies_of_tars_and_of_folders_in_tars_are_left_out_and_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "place"
+    place.mkdir()
+    with tarfile.open(place / "photos.tar", "w") as tar:
+        for folder in ("", "animals/"):
+            for i, kind in enumerate(("cat", "cat", "dog", "dog")):
+                member = tarfile.TarInfo(f"{folder}{kind}/{i}.png")
+                data = b"picture %d" % i
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shutil.copy(place / "photos.tar", place / "photos (1).tar")
+    info = read_dataset(place, seed=0, val_fraction=0.5).info
+    assert info.classes == ("cat", "dog")
+    assert sum(split.num_images for split in info.splits) == 4
+    said = [str(one) for one in info.left_out]
+    assert any("photos (1).tar): a copy of photos.tar" in one for one in said), said
+    assert any("4 images in animals/: copies of those beside it" in one for one in said), said

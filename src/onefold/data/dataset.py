@@ -38,6 +38,8 @@ from onefold.data.splits import split_by_seed, split_into_words
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.storage import normalize_class_name
 
+_DOUBTFUL = frozenset(("background", "clutter", "unknown", "unlabeled", "unlabelled", "undefined", "tbd", "todo"))
+
 
 class Dataset(Protocol):
     """Labelled images, numbered from 0. Reading an image raises BadData where it cannot be used."""
@@ -237,7 +239,9 @@ def read_dataset(
         only_case = len({name.casefold() for name in alike}) < len(alike)
         kind = "case" if only_case else "blanks and signs"
         notes.append(f"classes whose names differ in {kind} only are several: {join_names(alike)}")
-    if doubtful := [name for name in classes if {"background", "clutter"} & {*split_into_words(name)}]:
+    if doubtful := [
+        name for name in classes if _DOUBTFUL & {*split_into_words(name)} or not any(map(str.isalnum, name))
+    ]:
         notes.append(f"{join_names(doubtful)} counts as a class: move it away if it stands for none")
     if len(classes) == 1 and reference.split in ("train", None):
         notes.append(f"one class only, {join_names(classes)}: enough to be scored on, not to train a classifier")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -21,27 +21,66 @@ from onefold.data.dataset_info import SPLITS, LeftOut, SplitImages
 from onefold.data.decode import printable_name
 from onefold.data.folders import FolderListing, ImageFiles, join_names
 from onefold.data.splits import parse_split_name
+from onefold.errors import BadData
 
-_NUM_READ = 16  # files of a copy whose bytes are compared
+_NUM_READ = 16  # files of a copy, or parts of a file, whose bytes are compared
+_SAMPLE_BYTES = 1 << 16
 _COPY = re.compile(r"[\W_]*(copy|kopie|copie|copia|\u526f\u672c)[\W_]*(of|de)?[\W_]*|\s*\(\d+\)\s*|\W+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Files:
+    """How files are compared: by the size of each, and by the bytes of some."""
+
+    size: Callable[[str], int]
+    read: Callable[[str], bytes]
 
 
 def without_copies(place: Path, listing: FolderListing) -> tuple[FolderListing, list[LeftOut], list[str]]:
     """Give a listing without the images of folders that are copies of others, what is left out, and notes."""
-    copies, same = find_copied_folders(place, listing.images)
+    files = Files(lambda name: os.stat(place / name).st_size, lambda name: (place / name).read_bytes())
+    kept, left_out, notes = leave_out_copies(listing.images, files)
+    return (replace(listing, images=kept) if left_out else listing), left_out, notes
+
+
+def leave_out_copies(images: Sequence[str], files: Files) -> tuple[list[str], list[LeftOut], list[str]]:
+    """Give the images that are in no copy of a folder, what is left out, and notes on folders that are the same."""
+    copies, same = find_copied_folders(images, files)
     notes = [f"{copy}/ and {original}/ hold the same files" for copy, original in same]
-    if not copies:
-        return listing, [], notes
-    left_out, kept = [], list(listing.images)
+    left_out, kept = [], list(images)
     for copy, original in copies.items():
         inside = [image for image in kept if image.startswith(f"{copy}/")]
         kept = [image for image in kept if not image.startswith(f"{copy}/")]
         where = f"those in {original}/" if original else "those beside it"
         left_out.append(LeftOut(count=len(inside), what=f"images in {copy}/", reason=f"copies of {where}"))
-    return replace(listing, images=kept), left_out, notes
+    return kept, left_out, notes
 
 
-def find_copied_folders(place: Path, images: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+def find_copied_files(paths: Sequence[str]) -> dict[str, str]:
+    """Give the files on this disk, shards, that are copies of others, each with what it is a copy of."""
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for path in paths:
+        if os.path.isfile(path):
+            by_size[os.path.getsize(path)].append(path)
+    copies: dict[str, str] = {}
+    for size, those in by_size.items():
+        for first, other in combinations(sorted(those, key=lambda path: (len(path), path)), 2):
+            if size and first not in copies and other not in copies and _sample(first, size) == _sample(other, size):
+                copies[other] = first
+    return copies
+
+
+def _sample(path: str, size: int) -> bytes:
+    """Read some bytes of a file: its beginning and end, and parts between, evenly."""
+    with open(path, "rb") as file:
+        parts = []
+        for k in range(_NUM_READ + 1):
+            file.seek(max(0, k * (size - _SAMPLE_BYTES) // _NUM_READ))
+            parts.append(file.read(_SAMPLE_BYTES))
+    return b"".join(parts)
+
+
+def find_copied_folders(images: Sequence[str], files: Files) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Give the folders that are copies, each with what it is a copy of, and pairs that are the same but are kept."""
     below: dict[str, list[str]] = defaultdict(list)
     for image in images:
@@ -56,7 +95,7 @@ def find_copied_folders(place: Path, images: Sequence[str]) -> tuple[dict[str, s
 
     folders = sorted(below, key=lambda folder: (folder.count("/"), len(folder), folder))  # copies have longer names
     for folder in folders:  # inside of what they are a copy of
-        if not is_within(folder) and (outer := _copied_ancestor(place, folder, below[folder], known)) is not None:
+        if not is_within(folder) and (outer := _copied_ancestor(files, folder, below[folder], known)) is not None:
             copies[folder] = outer
     groups: dict[tuple[int, frozenset[str]], list[str]] = defaultdict(list)
     for folder in folders:
@@ -65,7 +104,7 @@ def find_copied_folders(place: Path, images: Sequence[str]) -> tuple[dict[str, s
     same: list[tuple[str, str]] = []
     for those in groups.values():
         for first, other in _pairs(those, copies):
-            if is_within(other) or is_within(first) or not _are_same(place, f"{first}/", f"{other}/", below[first]):
+            if is_within(other) or is_within(first) or not _are_same(files, f"{first}/", f"{other}/", below[first]):
                 continue
             if _may_be_left_out(first, other, below[first]):
                 copies[other] = first
@@ -74,13 +113,13 @@ def find_copied_folders(place: Path, images: Sequence[str]) -> tuple[dict[str, s
     return copies, same
 
 
-def _copied_ancestor(place: Path, folder: str, names: Sequence[str], images: Collection[str]) -> str | None:
+def _copied_ancestor(files: Files, folder: str, names: Sequence[str], images: Collection[str]) -> str | None:
     """Give the folder around this one that holds the same files outside of it; None where there is none."""
     parts = folder.split("/")
     for depth in range(len(parts)):
         prefix = "".join(f"{part}/" for part in parts[:depth])
         is_there = all((path := prefix + name) in images and not path.startswith(f"{folder}/") for name in names)
-        if is_there and _are_same(place, prefix, f"{folder}/", names):
+        if is_there and _are_same(files, prefix, f"{folder}/", names):
             return prefix.removesuffix("/")
     return None
 
@@ -102,16 +141,14 @@ def _may_be_left_out(first: str, other: str, names: Sequence[str]) -> bool:
     return plain[0] == plain[1] or holds_folders
 
 
-def _are_same(place: Path, first: str, other: str, names: Sequence[str]) -> bool:
+def _are_same(files: Files, first: str, other: str, names: Sequence[str]) -> bool:
     """Whether files have the same sizes below two folders, and some of them the same bytes."""
     try:
-        if any(os.stat(place / (first + name)).st_size != os.stat(place / (other + name)).st_size for name in names):
+        if any(files.size(first + name) != files.size(other + name) for name in names):
             return False
         step = max(1, len(names) // _NUM_READ)
-        return all(
-            (place / (first + name)).read_bytes() == (place / (other + name)).read_bytes() for name in names[::step]
-        )
-    except OSError:
+        return all(files.read(first + name) == files.read(other + name) for name in names[::step])
+    except (OSError, BadData):
         return False
 
 

@@ -43,6 +43,7 @@ from onefold.data.folders import join_names
 from onefold.data.parquet import ParquetImages
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
+from onefold.data.repeated_images import find_copied_files
 from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolve_ambiguous_split
 from onefold.data.tables import MAX_CLASSES
 from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
@@ -198,6 +199,11 @@ def read_shards(
     files: dict[Split | None, list[TarImages | ParquetImages]] = defaultdict(list)
     sources: dict[Split | None, str] = {}
     for split, paths in shards.items():
+        copies = find_copied_files(paths)
+        for copy, original in copies.items():
+            name, reason = copy.rpartition("/")[2], f"a copy of {original.rpartition('/')[2]}"
+            left_out.append(LeftOut(count=1, what="shard", reason=reason, examples=(name,)))
+        paths = [path for path in paths if path not in copies]
         sources[split] = join_names(["/".join(path.split("/")[-shown_parts:]) for path in paths], 3)
         if parquet:
             opened = [ParquetImages(Path(place)) for place in paths]

@@ -31,6 +31,9 @@ TABLE_DEPTH = 2
 
 _MAX_TABLES = 50  # files of a folder that are tried as tables
 _LABELS = "labels.csv"
+_OUTPUT_WORDS = frozenset(
+    ("submission", "submissions", "prediction", "predictions", "preds")
+)  # written by somebody's network
 _PART_WORDS = frozenset(
     (
         "part",
@@ -66,10 +69,11 @@ class FoundTables:
 def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> FoundTables:
     """Read the tables of labels in a folder. Raises BadData where a labels.csv cannot be used."""
     names = [name for suffix in LABEL_TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
-    names = [name for name in names if name.count("/") <= TABLE_DEPTH and "submission" not in name.lower()]
+    outputs = [name for name in names if _OUTPUT_WORDS & {*split_into_words(name.rpartition("/")[2])}]
+    names = [name for name in names if name.count("/") <= TABLE_DEPTH and name not in outputs]
     lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= TABLE_DEPTH]
     problems: list[str] = []
-    unread: list[str] = []
+    unread = [f"{join_names(outputs, 2)}: answers of a network by the name, and no labels"] if outputs else []
     refused: BadData | None = None
     tables: list[LabelTable] = []
     for name in [

@@ -22,6 +22,7 @@ from onefold.storage import parse_json, read_text
 
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
+_LIST_HEAD = 1 << 16  # characters of a list that show how it is divided
 _NUM_TRIED = 100  # rows that show which column names the images
 
 
@@ -30,15 +31,19 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
 
     Raises BadData where it cannot be read, NotATableError where it is of other things.
     """
-    if file.suffix.lower() == LIST_SUFFIX:
+    is_list, shown = file.suffix.lower() == LIST_SUFFIX, printable_name(file)
+    text = read_text(file, [] if is_list else notes)
+    if is_list and not _is_separated(text):
         return read_image_list(file, path, images, notes)
-    text, shown = read_text(file, notes), printable_name(file)
     if file.suffix.lower() == ".jsonl":
         return _json_rows(text, shown)
     text_lines = text.split("\n")
     at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
     if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
         text_lines[at] = ""
+    while first.startswith("#") and not any(separator in first for separator in _SEPARATORS):
+        text_lines[at] = ""  # a comment
+        at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
     separator = by_excel[1] if by_excel else max(_SEPARATORS, key=first.count)
     reader = csv.reader(text_lines, delimiter=separator, skipinitialspace=separator != " ")
     rows, lines, start = [], [], 1
@@ -56,6 +61,17 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
     if names := _names_of_columns(rows, path, images):
         return TableRows(columns=names, rows=rows, lines=lines)
     return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
+
+
+def _is_separated(text: str) -> bool:
+    """Whether lines of a list have an image first and a comma or semicolon after it, as in a table."""
+    lines = [line for line in text[:_LIST_HEAD].split("\n") if line.strip()][1:]
+    lines = lines[:-1] if len(text) > _LIST_HEAD else lines  # the last may be a part of one
+    firsts = [re.split("[,;]", line)[0].strip() for line in lines]
+    return len(lines) > 1 and all(
+        first != line and os.path.splitext(first)[1].lower() in SUFFIXES
+        for first, line in zip(firsts, lines, strict=True)
+    )
 
 
 def _names_of_columns(rows: Sequence[Sequence[str]], path: str, images: ImageIndex) -> list[str]:

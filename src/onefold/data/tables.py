@@ -19,6 +19,7 @@ where images have several, the table is refused.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ LABEL_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of files that may be a table of labels."""
 
 _PREDICTION = re.compile(r"(\S+)(( +-?[0-9.]+){4}( +\S+( +-?[0-9.]+){4})*)")  # a class and a box, and more of them
+_PREDICTED = frozenset(("probability", "prob", "probabilities", "probs"))  # columns of what a network says
 _NUM_TRIED = 100  # rows that show which column names the images
 _SHOWN = 80
 
@@ -96,6 +98,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     expected = "expected the columns file,label or file,index"
     if columns and not rows:
         raise NotATableError(f"{shown} lists no images")
+    _check_names(shown, columns, rows)
     cells = {name: [row[i] if i < len(row) else "" for row in rows] for i, name in enumerate(columns)}
     for name in cells:  # PredictionString of ImageNet's own tables: n01440764 10 20 30 40
         if split_into_words(name) == ["prediction", "string"] and all(map(_PREDICTION.fullmatch, cells[name])):
@@ -206,6 +209,17 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         unlabelled=tuple(sorted({*without} - {*files})),
         parts=read.parts,
     )
+
+
+def _check_names(shown: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Raise where two columns that say images, classes or splits have one name, or where the rows are predictions."""
+    for name, count in Counter(columns).items():
+        is_used = rank_class_column(name) is not None or rank_image_column(name) is not None or is_split_column(name)
+        values = [tuple(row[i] for i, n in enumerate(columns) if n == name and i < len(row)) for row in rows]
+        if count > 1 and is_used and any(len({*each}) > 1 for each in values):
+            raise BadData(f"{shown}: {count} columns are called {printable_name(name)}: rename those that do not count")
+    if predicted := [name for name in columns if _PREDICTED & {*split_into_words(name)}]:
+        raise NotATableError(f"{shown} holds predictions, not labels: it has the column {printable_name(predicted[0])}")
 
 
 def _columns_of_images(cells: Mapping[str, Sequence[str]], path: str, images: ImageIndex) -> list[str]:

@@ -17,7 +17,7 @@ import os
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from onefold.checksums import read_sealed_text, write_sealed_text
@@ -36,6 +36,7 @@ from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_r
 from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
 from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
 from onefold.data.remote import Blob, BlobReader
+from onefold.data.repeated_images import Files, leave_out_copies
 from onefold.data.splits import parse_split_name, splits_by_folder_name
 from onefold.errors import BadData, NotWritable
 from onefold.storage import cache_folder, normalize_name, parse_json
@@ -106,6 +107,8 @@ def tars_by_split(
 ) -> dict[Split | None, list[TarImages]]:
     """Divide the images of tars by what their samples say, or by the folders inside, and give each its class."""
     names = [member.name for index in indexes for member in index.members]
+    if len({*names}) == len(names) and not any(member.label for index in indexes for member in index.members):
+        indexes, names = _without_copies(blobs, indexes, left_out, notes)
     labels = [member.label for index in indexes for member in index.members]
     if not names:
         raise BadData(f"{join_names([blob.name for blob in blobs], 3)} holds no images")
@@ -155,6 +158,22 @@ def tars_by_split(
             members = [index.members[row - rows.start] for row in those]
             found[part].append(TarImages(blob, members, [classes[row] for row in those], prefixes[part]))
     return found
+
+
+def _without_copies(
+    blobs: Sequence[Blob], indexes: Sequence[TarIndex], left_out: list[LeftOut], notes: list[str]
+) -> tuple[list[TarIndex], list[str]]:
+    """Give the indexes without the images of folders that are copies of others, and the names that are left."""
+    where = {m.name: (blob, m) for blob, index in zip(blobs, indexes, strict=True) for m in index.members}
+    files = Files(
+        lambda name: where[name][1].size, lambda name: where[name][0].read(where[name][1].offset, where[name][1].size)
+    )
+    kept, copies, remarks = leave_out_copies([*where], files)
+    left_out += copies
+    notes += remarks
+    names = set(kept)
+    indexes = [replace(index, members=[m for m in index.members if m.name in names]) for index in indexes]
+    return indexes, [member.name for index in indexes for member in index.members]
 
 
 def _without_shared_folders(tree: Folder) -> Folder:
