@@ -769,3 +769,30 @@ def test_help_imports_neither_torch_nor_numpy():
     names = "{'torch', 'numpy'} & set(sys.modules)"
     code = f"import sys; from onefold.cli import main; main(['export', '--help']); sys.exit(bool({names}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_standard_streams_that_are_closed_or_full(tmp_path: Path) -> None:
+    """A file that is opened must not get the number of a closed stream, and what cannot be printed is an error."""
+    command = f"{sys.executable} -W ignore -m onefold.cli models mobilenetv1_025"
+    cases = {
+        f"{command} > /dev/full": 5,
+        f"{command} no_such_network 2> /dev/full": 2,
+        f"{command} no_such_network 2>&-": 2,
+        f"{command} >&- 2>&- <&-": 0,
+        f"{command} | true; exit ${{PIPESTATUS[0]}}": 0,
+    }
+    done = {line: subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path) for line in cases}
+    assert {line: each.returncode for line, each in done.items()} == cases
+    assert not any("Traceback" in each.stderr or "Exception" in each.stderr for each in done.values())
+    said = done[f"{command} > /dev/full"].stderr
+    assert said.startswith("error: the system refused to go on: No space left on device; make room where it writes to")
+    program = (
+        "import os, sys\nfrom onefold.cli.run_command import run_command\n"
+        "def command():\n    handle = os.open('kept', os.O_WRONLY | os.O_CREAT)\n    os.write(2, b'a library speaks')\n"
+        "    return 100 + (handle > 2)\nsys.exit(run_command(command))"
+    )
+    (tmp_path / "program.py").write_text(program)
+    line = f"{sys.executable} program.py 2>&-"
+    assert subprocess.run(["bash", "-c", line], cwd=tmp_path, check=False).returncode == 101
+    assert (tmp_path / "kept").read_bytes() == b""

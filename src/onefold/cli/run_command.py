@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import typer
 
-from onefold.errors import OnefoldError
+from onefold.errors import NotWritable, OnefoldError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or of the click that typer carries
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; its exit status (see `errors`), a traceback only where ONEFOLD_DEBUG is set."""
+    _open_closed_streams()
     _speak_plainly()
     before, OnefoldError.on_command_line = OnefoldError.on_command_line, True
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()  # what cannot be written is noticed here, and not after the status is given
+        return status
     except OnefoldError as error:
         return _failed(error, error.exit_status)
     except _UsageError as error:
@@ -31,14 +36,54 @@ def run_command(command: Callable[[], int]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _nobody_reads()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # click ends with status 1 then, which is that of a gate
+            return _nobody_reads()
+        raise
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM and "temporary directory" not in str(error):
+            return _internal(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it would be tried again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        why = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        return _failed(error, NotWritable.exit_status, f"the system refused to go on: {why}{_hint(error)}")
     except MemoryError as error:
         return _failed(error, 1, "out of memory: try a smaller --batch-size or --img-size")
     except Exception as error:
-        return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
+        return _internal(error)
     finally:
         OnefoldError.on_command_line = before
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_THE_SYSTEM = {*_NO_SPACE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EIO}
+"""What no check before the work can rule out: a disk that is full by now, or too many open files."""
+
+
+def _nobody_reads() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _hint(error: OSError) -> str:
+    if "temporary directory" in str(error):
+        return "; set TMPDIR to a folder that can be written"
+    if error.errno in _NO_SPACE:
+        return "; make room where it writes to (temporary files: TMPDIR)"
+    return "; raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+
+
+def _open_closed_streams() -> None:
+    """Have what a shell closed (`2>&-`) be open: the next file would take its number, and get what is said there."""
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(lowest)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (as long as the process)
 
 
 class _Notes(logging.Handler):
@@ -140,9 +185,14 @@ def _options(context: typer.Context) -> list[str]:
     return [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
 
 
+def _internal(error: Exception) -> int:
+    return _failed(error, 70, f"internal: {type(error).__name__}: {error}; run again with --debug and report it")
+
+
 def _failed(error: BaseException, status: int, text: str | None = None) -> int:
     if os.environ.get("ONEFOLD_DEBUG"):
         raise error
     line = " ".join((text or str(error)).split())
-    print(f"error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    with suppress(OSError):  # stderr is on a full disk, or its reader is gone: the status tells
+        print(f"error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
     return status
