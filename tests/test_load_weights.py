@@ -864,6 +864,15 @@ def test_each_size_of_each_family_is_recognized_by_its_shapes() -> None:
         assert torch.equal(torch.random.get_rng_state(), rng)
 
 
+def test_weights_that_are_all_zero_are_refused_and_names_have_no_blanks_at_their_ends(tmp_path):
+    state = create_model("mobilenetv1_025", num_classes=2).state_dict()
+    torch.save({"state_dict": state, "class_to_idx": {"cats ": 0, "big  dogs": 1}}, tmp_path / "w.pth")
+    assert load_model(tmp_path / "w.pth", name="mobilenetv1_025")[1].classes == ("cats", "big dogs")
+    torch.save({key: torch.zeros_like(value) for key, value in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match="all weights are 0"):
+        load_model(tmp_path / "w.pth", name="mobilenetv1_025")
+
+
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [

@@ -16,7 +16,7 @@ import numpy as np
 from onefold.models.restricted_unpickler import Placeholder, iter_objects
 from onefold.models.state_dicts import NON_WEIGHT_KEYS
 from onefold.models.weights_file import MMENGINE_PATTERN
-from onefold.storage import normalize_name, parse_json
+from onefold.storage import normalize_class_name, parse_json
 
 NUM_IMAGENET_CLASSES = 1000  # classes
 _MAX_SHOWN = 3  # names in a message
@@ -174,7 +174,7 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
         return None
     if any(type(name) is int for name in given) and len(set(given)) < len(given):
         return None  # the labels of some images
-    names = [normalize_name(str(name)) for name in given]
+    names = [normalize_class_name(str(name)) for name in given]
     words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in names]
     if 2 * sum(bool(each & _METRICS) for each in words) > len(names) > 1:
         remarks.append(f"({_first(names)}) are not used: they name metrics, not classes")

@@ -296,6 +296,8 @@ def _check_match(weights: MappedWeights, model: nn.Module, name: str) -> list[st
         raise BadCheckpoint(f"{file} does not fit {name}: {'; '.join(errors)}.{_advice(weights, name, bool(missing))}")
     for key in common:
         _check_values(key, tensors[key], weights.source)
+    if not any(bool(tensors[key].any()) for key in common if tensors[key].ndim > 1):
+        raise BadCheckpoint(f"{weights.source}: all weights are 0: it was written before anything was put into it")
     return beside
 
 
