@@ -194,5 +194,7 @@ def test_photos_tell_what_a_change_costs(tmp_path: Path):
 def test_advise_is_a_verb_in_python():
     with pytest.raises(TypeError, match="did you mean 'img_size'"):
         onefold.advise("mobilenetv1_025", imgsize=32)
+    with pytest.raises(BadArgument, match="16 samples or more"):
+        onefold.advise("mobilenetv1_025", samples=10)
     with pytest.raises(BadArgument, match="no rule"):
         onefold.advise("mobilenetv1_025", only=["nothing"], results=None)

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 from onefold.advisor import RULES, Case, OnnxGraph, Variant, advise_on, select_rules
 from onefold.advisor.activation_rules import find_activations
 from onefold.advisor.trials import answer_in_batches, apply_all
-from onefold.advisor.variant import open_engine
+from onefold.advisor.variant import open_engine, profile_layers
 from onefold.errors import BadArgument, BadData
 from onefold.runtimes.layer_times import LayerTime
 from onnx_networks import Network, fake_bench
@@ -369,6 +369,36 @@ def test_accuracy_is_told_where_photos_are_given():
     assert found.timing.answers.photos == 100
     without = advise_on(case_of(variant), select_rules(["hard-activations"]), replace(bench, score=None))
     assert "not known" in without.findings[0].timing.answers.describe()
+
+
+def test_what_has_no_remedy_is_said_where_it_takes_time():
+    network = Network()
+    scales = network.constant(np.array([1, 1, 2, 2], dtype=np.float32))
+    network.head(network.op("Resize", network.conv("images", 3, 16), "", scales), 16)
+    advice = advise_on(case_of(network.variant()), [], fake_bench(lambda each: 1000))
+    (remark,) = advice.remarks
+    assert remark.startswith("1 Resize: 0.001 ms, 20 % of the layers' time")
+    assert not advise_on(case_of(plain().variant()), [], fake_bench(lambda each: 1000)).remarks
+
+
+def test_openvino_runs_and_profiles_the_same_graph():
+    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    variant = odd_network().variant()
+    there = replace(variant, runtime="openvino")
+    ours, theirs = answers(variant), answers(there)
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(ours).max()
+    case = case_of(there, layers=profile_layers(there, calls=2))
+    convs = [node for node in case.graph.nodes if node.op_type == "Conv"]
+    assert {node.output[0] for node in convs} & set(case.ns_by_node)
+    fixed = changed("static-shape", there)
+    assert np.abs(np.concatenate([answers(fixed)]) - ours).max() < 1e-4 * np.abs(ours).max()
+
+
+def test_the_runtime_s_times_are_those_of_the_nodes():
+    variant = odd_network().variant()
+    case = case_of(variant, layers=profile_layers(variant, calls=2))
+    assert len(case.ns_by_node) >= 8
+    assert 0.5 < case.share_of(case.graph.nodes) <= 1
 
 
 def test_all_rules_are_complete_and_found_by_name():

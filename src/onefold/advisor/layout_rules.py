@@ -17,6 +17,7 @@ _QUANTIZED_OPS = (
     *("Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean"),
     *("MaxPool", "Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Resize"),
 )
+_WORTH_SAYING = 0.05  # of the time
 _SAMPLES = 4  # drawn images that a missing range is read from
 
 
@@ -68,10 +69,15 @@ def _detect_transposes(case: Case) -> Iterable[Remedy]:
     )
 
 
-def transpose_at_input(graph: OnnxGraph) -> Any | None:
-    """The transpose that alone reads the images: the file wants them in another layout than its layers do."""
-    node = graph.sole_reader(graph.inputs[0].name)
-    return node if node is not None and node.op_type == "Transpose" and graph.attribute(node, "perm") else None
+def layout_remarks(case: Case) -> Iterable[str]:
+    """What moves data and has no remedy here, where it takes a twentieth of the time: transposes left, resizing."""
+    for kind, what in (
+        ("Transpose", "channels last in one part and first in another: one layout in the whole network needs none"),
+        ("Resize", "resizing inside the network: where the image can be resized before it, nothing is left of it"),
+    ):
+        nodes = [node for node in case.graph.nodes if node.op_type == kind]
+        if nodes and case.share_of(nodes) >= _WORTH_SAYING:
+            yield f"{len(nodes)} {kind}: {case.evidence(nodes)}; {what}"
 
 
 # ---------------------------------------------------------------------------------------------- padding

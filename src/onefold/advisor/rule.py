@@ -12,7 +12,7 @@ from onefold.advisor.variant import Variant
 from onefold.bench import Roofline, Workload
 from onefold.runtimes.layer_times import LayerTime
 
-_SUFFIXES = ("_nchwc", "_nhwc", "_quant", "_bn", "_kernel_time")
+_SUFFIXES = ("/WithoutBiases", "_nchwc", "_nhwc", "_quant", "_bn", "_kernel_time")
 
 
 class NetworkForms(Protocol):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onefold.accuracy_intervals import drop_interval
+from onefold.advisor.layout_rules import layout_remarks
 from onefold.advisor.rule import Case, Remedy, Rule
 from onefold.advisor.variant import Variant, open_engine, profile_layers
 from onefold.bench import Instruments, Procedure, Ratio, compare
@@ -225,7 +226,7 @@ def advise_on(case: Case, rules: Iterable[Rule], trial_bench: TrialBench) -> Adv
     _progress.debug("tried", extra={"done": len(rules), "total": len(rules)})
     if any(trial.remedy.against not in (None, case.variant) for trial in trials):
         remarks.append("int8 and other resolutions are made of the fused network, and were compared with it")
-    found = Advice(case=case, trials=tuple(trials), remarks=(*remarks, *_memory_remarks(case)))
+    found = Advice(case=case, trials=tuple(trials), remarks=(*remarks, *layout_remarks(case), *_memory_remarks(case)))
     return replace(found, combinations=tuple(_combinations(found, start, trial_bench)))
 
 

@@ -25,7 +25,7 @@ from onefold.bench.measurement import (
 from onefold.bench.timing_noise import paired_ratio_interval, percentile, pooled_ratio_interval
 from onefold.errors import BadArgument, BadData
 
-_FEWEST_ROUNDS = 16
+FEWEST_ROUNDS = 16
 _FEWEST_PROCESSES = 5
 
 
@@ -197,8 +197,8 @@ def _measure_together(
     subjects: Mapping[str, Mapping[str, Any]],
     instruments: Instruments,
 ) -> tuple[dict[str, Measurement], Measurement]:
-    if procedure.samples < _FEWEST_ROUNDS:
-        raise BadArgument(f"a comparison needs {_FEWEST_ROUNDS} samples or more; got {procedure.samples}")
+    if procedure.samples < FEWEST_ROUNDS:
+        raise BadArgument(f"a comparison needs {FEWEST_ROUNDS} samples or more; got {procedure.samples}")
     names = list(calls)
     named = [{**subjects.get(name, {}), "name": name} for name in names]
     series = time_interleaved([*calls.values(), calls[names[0]]], procedure, instruments)

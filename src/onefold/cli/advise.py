@@ -43,7 +43,7 @@ def advise(
     img_size: ImgSizeOption = None,
     threads: ThreadsOption = 1,
     batch_size: BatchSizeOption = 1,
-    samples: Annotated[int, Option(min=2, help="timed calls of each side of a trial")] = 60,
+    samples: Annotated[int, Option(min=16, help="timed calls of each side of a trial")] = 60,
     warmup: Annotated[float, Option(min=0.0, help="warm-up of each side in seconds")] = 0.3,
     only: Annotated[str | None, Option(help="rules to try, separated by commas; by default all")] = None,
     apply: Annotated[

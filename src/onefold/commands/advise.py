@@ -21,6 +21,7 @@ from onefold.advisor.onnx_int8 import quantize_onnx
 from onefold.advisor.trials import answer_in_batches, apply_all
 from onefold.advisor.variant import ADVISED_RUNTIMES, graph_precision, open_engine
 from onefold.bench import Instruments, Machine, Procedure, Roofline
+from onefold.bench.compare import FEWEST_ROUNDS
 from onefold.commands.bench import load_or_measure_roofline
 from onefold.commands.calibration_cache import (
     CalibrationOptions,
@@ -98,6 +99,8 @@ def advise(
         (advice,) = onefold.advise("runs/photos-finetune", "onnx")
         [finding.remedy.change for finding in advice.findings]
     """
+    if samples < FEWEST_ROUNDS:
+        raise BadArgument(f"a trial needs {FEWEST_ROUNDS} samples or more, not {samples}")
     order = AdviseOptions(
         source=select_ema_weights(source, use_ema),
         runtimes=[to] if isinstance(to, str) else list(to),
