@@ -169,23 +169,38 @@ def test_files_that_are_no_network_of_images_are_refused(tmp_path: Path, file: P
         open_subject(options(str(tmp_path / "outside.onnx"), img_size=None))
 
 
-def test_photos_tell_what_a_change_costs(tmp_path: Path):
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Noise in folders of four classes."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     for label in range(4):
-        (tmp_path / f"{label}").mkdir()
+        (tmp_path / f"photos/{label}").mkdir(parents=True)
         for i in range(6):
             pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"{label}" / f"{i}.png")
-    order = options(f"{__name__}:make_network", rules=["relu"], data=str(tmp_path))
+            Image.fromarray(pixels).save(tmp_path / f"photos/{label}/{i}.png")
+    return tmp_path / "photos"
+
+
+def test_a_file_is_calibrated_on_photos_where_they_are_given(file: Path, photos: Path):
+    with_photos, drawn = (open_subject(options(str(file), img_size=None, data=d)) for d in (str(photos), None))
+    made = [subject.forms.int8(subject.content) for subject in (with_photos, drawn)]
+    kinds = [[node.op_type for node in OnnxGraph(content).nodes] for content in made]
+    assert kinds[0] == kinds[1]
+    assert "QuantizeLinear" in kinds[0]
+    assert made[0] != made[1]  # other ranges
+
+
+def test_photos_tell_what_a_change_costs(photos: Path):
+    order = options(f"{__name__}:make_network", rules=["relu"], data=str(photos))
     bench = fake_bench(by_operations)
     subject = open_subject(order)
     from dataclasses import replace
 
     from onefold.commands.advise import _PhotoScorer
 
-    (advice,) = advise_on_source(order, None, replace(bench, score=_PhotoScorer(subject, str(tmp_path))))
+    (advice,) = advise_on_source(order, None, replace(bench, score=_PhotoScorer(subject, str(photos))))
     (trial,) = advice.trials
     assert trial.timing.answers.photos == 24
     assert "on 24 photos" in trial.timing.answers.describe()

@@ -363,7 +363,9 @@ class _TorchForms:
 
     def resized(self, size: int) -> bytes:
         if size not in self._resized:
-            self._resized[size] = _to_onnx(self._fused.with_size(size))
+            # Not `with_size`, which tells of the user's option: here the size is one that is tried.
+            resized = {**self._fused.preprocessing.to_dict(), "size": size}
+            self._resized[size] = _to_onnx(replace(self._fused, card=replace(self._fused.card, preprocessing=resized)))
         return self._resized[size]
 
     @cached_property
