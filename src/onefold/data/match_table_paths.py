@@ -36,6 +36,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _join(folder: str, name: str) -> str:
+    """Join a folder and a name below it, without "." and ".." between."""
+    if "/" in name:
+        return os.path.normpath(os.path.join(folder, name))
+    return f"{folder}/{name}" if folder and name not in ("", ".", "..") else name
+
+
 class ImageIndex:
     """The images of a place, found by what a table calls them."""
 
@@ -43,6 +50,7 @@ class ImageIndex:
         self._place = place
         self._paths = {normalize_name(path): path for path in images}
         self._files: dict[str, set[str]] = {}
+        self._known: dict[tuple[str, str], list[str]] = {}  # what cells mean: each is asked for several times
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -156,18 +164,23 @@ class ImageIndex:
 
     def _candidates(self, table: str, cell: str) -> list[str]:
         """Give the images that a cell may mean: those whose paths end most like it, and lie nearest to the table."""
+        if (table, cell) not in self._known:
+            self._known[table, cell] = self._find_candidates(table, cell)
+        return self._known[table, cell]
+
+    def _find_candidates(self, table: str, cell: str) -> list[str]:
         folder = table.rpartition("/")[0]
         name = normalize_name(cell.replace("\\", "/"))
         while name.startswith("./"):
             name = name[2:]
         for inner in (folder, f"{folder}/images" if folder else "images"):
-            path = os.path.normpath(os.path.join(inner, name))
+            path = _join(inner, name)
             if path in self._paths:
                 return [self._paths[path]]
-            path = os.path.normpath(os.path.join(inner, cell))
+            path = _join(inner, cell)
             if self._is_file(path):
                 return [path]
-        parts = PurePosixPath(name).parts
+        parts = PurePosixPath(name).parts if "/" in name else (name,) * bool(name)
         if not parts:
             return []
         last = parts[-1]
