@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onefold.commands.quantize import quantize as quantize
     from onefold.commands.report import report as report
     from onefold.commands.run import Run as Run
+    from onefold.commands.study import study as study
     from onefold.commands.train import train as train
     from onefold.errors import OnefoldError as OnefoldError
     from onefold.models import create_model as create_model
@@ -58,6 +59,7 @@ _HOMES = {
     "onefold.commands.quantize": ("quantize",),
     "onefold.commands.report": ("report",),
     "onefold.commands.run": ("Run",),
+    "onefold.commands.study": ("study",),
     "onefold.commands.train": ("train",),
     "onefold.errors": ("OnefoldError",),
     "onefold.models": ("create_model", "list_models"),
@@ -95,6 +97,7 @@ __all__ = [
     "report",
     "save_pretrained",
     "save_weights",
+    "study",
     "train",
     "unfused_norms",
 ]

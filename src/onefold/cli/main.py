@@ -22,6 +22,7 @@ from onefold.cli import advise as advising
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
 from onefold.cli import display, run_command
+from onefold.cli import study as studying
 from onefold.cli.options import (
     BatchSizeOption,
     ClassesOption,
@@ -363,7 +364,7 @@ def fuse(
 
 for verb in (
     *(deploying.export, deploying.deploy, advising.advise),
-    *(benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone),
+    *(benchmarking.bench, benchmarking.limits, benchmarking.profile, benchmarking.phone, studying.study),
 ):
     app.command()(verb)
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.commands.predictor import TIMM_PREFIX, is_timm, parse_timm_spec
 from onefold.data import Preprocessing
 from onefold.data.folders import join_names
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels, find_class_names, find_preprocessing
+from onefold.models.layers import set_norm_statistics_
 from onefold.models.load_weights import BOOKKEEPING_NOTE, find_bookkeeping
 from onefold.models.locate_weights import locate_weights
 from onefold.models.safe_load import CheckpointContents, read_tensors
@@ -271,17 +271,10 @@ def init_norm_statistics_(model: nn.Module, preprocessing: Preprocessing) -> Non
     Half are noise, as `Network.random_images`, and half of the kind that an artifact's reference output is made of:
     on images unlike those of their statistics, the logits of some networks are so large that rounding shows.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # one batch is the whole statistic
-        norm.train()
     shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
     images = torch.from_numpy(make_reference_images(shape, num_images=_NUM_IMAGES, seed=1))
-    model(torch.cat([images, torch.randn(images.shape, generator=torch.Generator().manual_seed(1))]))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    set_norm_statistics_(model, torch.cat([images, noise]))
 
 
 # ------------------------------------------------------------------------ in our file format

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.errors import BadArgument
 from onefold.reparam import Chain, fold
@@ -126,6 +127,23 @@ def init_weights_(model: nn.Module) -> None:
             continue
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def set_norm_statistics_(model: nn.Module, images: Tensor) -> None:
+    """Set the running statistics of every BatchNorm to those of `images` (B, C, H, W), in place; eval mode afterwards.
+
+    At random initialization the maps of a deep network shrink or grow from layer to layer; with these they do not.
+    """
+    norms = [module for module in model.eval().modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # one batch is the whole statistic
+        norm.train()
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 # ---------------------------------------------------------------------------------------- heads

@@ -176,6 +176,13 @@ def set_x_scale(axes: Axes, low: float, high: float) -> None:
         _set_logarithmic(axes.xaxis, low, high)
 
 
+def set_y_scale(axes: Axes, low: float, high: float) -> None:
+    """Set the limits of the y axis, which is logarithmic where they lie far apart."""
+    axes.set_ylim(low, high)
+    if high / low >= _LOG_FACTOR:
+        _set_logarithmic(axes.yaxis, low, high)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 

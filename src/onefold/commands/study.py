@@ -1,0 +1,145 @@
+"""study -> results/<machine>-<study>.jsonl, .study.json, .svg: an experiment of a paper, run again on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onefold.bench import LatencyBound, Machine, Procedure, Roofline
+from onefold.commands.bench import latency_bound, load_or_measure_roofline
+from onefold.commands.extras import require_extras
+from onefold.commands.predictor import Source, suggest_argument_names
+from onefold.commands.progress import show_progress
+from onefold.errors import BadArgument, MissingExtra
+from onefold.report.format import format_count, join_words
+from onefold.report.study_figures import draw_study_figure, standalone_svg
+from onefold.report.study_results import STUDY_SUFFIX, StudyResult, StudyTable, write_study
+from onefold.storage import write_text
+from onefold.studies import Study, find_study
+from onefold.studies.run import StudyOptions, run_study
+
+_FEWEST_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StudyRun:
+    """What a study found, and where it lies: raw samples, the outcome for `report`, and a figure a file."""
+
+    result: StudyResult
+    samples: Path
+    outcome: Path
+    figures: tuple[Path, ...]
+
+    def __repr__(self) -> str:
+        tables = [f"{table.caption}: {format_count(len(table.rows), 'network')}" for table in self.result.tables]
+        return "\n".join([f"{self.result.name}: {self.result.question}", *tables, *map(str, self.result.conclusions)])
+
+
+@suggest_argument_names
+def study(
+    name: str,
+    *,
+    to: str | Sequence[str] = "onnx",
+    precision: str | Sequence[str] | None = None,
+    results: Source = "results",
+    samples: int = 100,
+    warmup: float = 0.5,
+    threads: int = 1,
+    seed: int = 0,
+    minutes: float | None = None,
+    say: Callable[[str], None] | None = None,
+) -> StudyRun:
+    """Run an experiment of a paper again on this machine: its networks at random weights, timed beside its table.
+
+    `name` is one of `onefold study --list`. The networks are fused, exported `to` runtimes in the precisions of the
+    study, or those given, their answers compared with PyTorch's, and timed interleaved as by `bench`: `warmup` seconds
+    and `samples` calls of each on `threads` threads, in an order drawn by `seed`. What `results` holds already is not
+    measured again; after `minutes` the rest is left out, and named. `say` hears how long it may take, and each row.
+
+    Raises BadArgument, MissingExtra, NotWritable.
+
+        onefold.study("activations", to=["onnx", "openvino"], minutes=20).result.conclusions
+    """
+    found, runtimes = find_study(name), [to] if isinstance(to, str) else list(to)
+    if samples < _FEWEST_SAMPLES:
+        raise BadArgument(f"a study compares networks, which needs {_FEWEST_SAMPLES} samples or more; got {samples}")
+    if minutes is not None and not minutes > 0:
+        raise BadArgument(f"minutes must be above 0, not {minutes:g}")
+    options = StudyOptions(
+        runtimes=runtimes,
+        precisions=[precision] if isinstance(precision, str) else precision,
+        procedure=Procedure(samples=samples, warmup_seconds=warmup, threads=threads, seed=seed),
+        minutes=minutes,
+    )
+    options.targets(found)
+    require_extras(runtimes)
+    with show_progress():
+        return _run(found, options, Path(os.fspath(results)), say or (lambda _: None))
+
+
+def _run(found: Study, options: StudyOptions, results: Path, say: Callable[[str], None]) -> StudyRun:
+    machine = Machine.detect()
+    base = f"{machine.slug}-{found.name}"
+    samples, outcome = results / f"{base}.jsonl", results / f"{base}{STUDY_SUFFIX}"
+    roofline = load_or_measure_roofline(results, [options.procedure.threads])
+    measured = run_study(found, options, samples, bound=partial(_bound, roofline), say=say)
+    summary = found.summarize(measured)
+    dates = sorted(
+        {str(row.measurement.subject["measured_on"]) for rows in measured.rows.values() for row in rows.values()}
+    )
+    result = StudyResult(
+        name=found.name,
+        question=found.question,
+        source=found.source,
+        date=join_words(dates) or datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        machine=f"{machine.chip}, {machine.usable_cores} of {machine.cores} cores",
+        conditions=_conditions(options),
+        tables=summary.tables,
+        figures=summary.figures,
+        conclusions=summary.conclusions,
+        notes=(*found.notes, *summary.notes, *measured.unavailable, *_noise_notes(summary.tables)),
+    )
+    write_study(outcome, result)
+    return StudyRun(result=result, samples=samples, outcome=outcome, figures=_draw(result, results / base, say))
+
+
+def _bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> LatencyBound | None:
+    return latency_bound(roofline, subject, threads)
+
+
+def _conditions(options: StudyOptions) -> str:
+    how = options.procedure
+    return (
+        f"One image a call, {format_count(how.threads, 'thread')}, random weights; {how.samples} calls of each, "
+        f"interleaved, after {how.warmup_seconds:g} s of warm-up."
+    )
+
+
+def _noise_notes(tables: Sequence[StudyTable]) -> list[str]:
+    """How many rows came from a noisy machine, where any did."""
+    verdicts = [
+        row[table.columns.index("machine")] for table in tables if "machine" in table.columns for row in table.rows
+    ]
+    noisy = verdicts.count("noisy")
+    return [f"{noisy} of {format_count(len(verdicts), 'row')} came from a noisy machine."] if noisy else []
+
+
+def _draw(result: StudyResult, base: Path, say: Callable[[str], None]) -> tuple[Path, ...]:
+    """Write each figure that has points as an SVG file; without matplotlib that is said, and none is written."""
+    written = []
+    for number, figure in enumerate(result.figures, 1):
+        try:
+            drawn = standalone_svg(draw_study_figure(f"{result.name}-{number}", figure))
+        except MissingExtra as error:
+            say(f"no figures: {error}")
+            break
+        if drawn is not None:
+            path = base.with_name(f"{base.name}-{number}.svg")
+            write_text(path, drawn)
+            written.append(path)
+    return tuple(written)
