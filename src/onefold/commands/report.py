@@ -13,6 +13,7 @@ from pathlib import Path
 from onefold.errors import BadData
 from onefold.report import ACCURACY_FILE, GATES_FILE, write_report
 from onefold.report.format import format_count, join_words, one_line, parse_json_object
+from onefold.report.study_results import STUDY_SUFFIX
 from onefold.runtimes.artifact import is_artifact
 
 _log = logging.getLogger("onefold")
@@ -42,6 +43,7 @@ class _Found:
     artifacts: list[Path] = field(default_factory=list)
     gates: list[Path] = field(default_factory=list)
     accuracies: list[Path] = field(default_factory=list)
+    studies: list[Path] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)  # they may have been results
     skipped: Counter[_Reason] = field(default_factory=Counter)
 
@@ -49,6 +51,7 @@ class _Found:
         """Counts of what was found and of what was not searched, as one line."""
         counts = ((self.runs, "run"), (self.results, "results file"), (self.artifacts, "artifact"))
         found = join_words([format_count(len(paths), noun) for paths, noun in counts])
+        found += f"; {format_count(len(self.studies), 'study', 'studies')}" if self.studies else ""
         return "; ".join([found + _not_searched(self.skipped, "; "), *self.damaged_notes])
 
     @property
@@ -103,7 +106,7 @@ def write_report_page(places: Sequence[Path], out: Path) -> _Found:
     Raises BadData where a place does not exist or nothing is found, MissingExtra without matplotlib, NotWritable.
     """
     found = find_inputs(places)
-    if not (found.runs or found.results or found.artifacts or found.gates):
+    if not (found.runs or found.results or found.artifacts or found.gates or found.studies):
         where = join_words([str(place) for place in places])
         raise BadData(
             f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "
@@ -120,6 +123,7 @@ def write_report_page(places: Sequence[Path], out: Path) -> _Found:
         artifacts=found.artifacts,
         gates=found.gates,
         accuracies=found.accuracies,
+        studies=found.studies,
         notes=notes,
     )
     return found
@@ -167,6 +171,7 @@ def find_inputs(places: Sequence[Path]) -> _Found:
                 found.gates.append(folder / GATES_FILE)
             if ACCURACY_FILE in files:
                 found.accuracies.append(folder / ACCURACY_FILE)
+            found.studies.extend(folder / name for name in files if name.endswith(STUDY_SUFFIX))
             for entry in (entry for name, entry in files.items() if name.endswith(".jsonl") and name[0] != "."):
                 if _holds(entry, _MEASUREMENT):
                     found.results.append(Path(entry.path))

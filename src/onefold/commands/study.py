@@ -22,8 +22,10 @@ from onefold.report.study_results import STUDY_SUFFIX, StudyResult, StudyTable, 
 from onefold.storage import write_text
 from onefold.studies import Study, find_study
 from onefold.studies.run import StudyOptions, run_study
+from onefold.studies.study import Measured
 
 _FEWEST_SAMPLES = 16
+_MORE_ATTEMPTS = 3  # to measure a limit that a call was quicker than
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -86,8 +88,7 @@ def _run(found: Study, options: StudyOptions, results: Path, say: Callable[[str]
     machine = Machine.detect()
     base = f"{machine.slug}-{found.name}"
     samples, outcome = results / f"{base}.jsonl", results / f"{base}{STUDY_SUFFIX}"
-    roofline = load_or_measure_roofline(results, [options.procedure.threads])
-    measured = run_study(found, options, samples, bound=partial(_bound, roofline), say=say)
+    measured = _held_against_limits(run_study(found, options, samples, say=say), options.procedure.threads, results)
     summary = found.summarize(measured)
     dates = sorted(
         {str(row.measurement.subject["measured_on"]) for rows in measured.rows.values() for row in rows.values()}
@@ -108,7 +109,19 @@ def _run(found: Study, options: StudyOptions, results: Path, say: Callable[[str]
     return StudyRun(result=result, samples=samples, outcome=outcome, figures=_draw(result, results / base, say))
 
 
-def _bound(roofline: Roofline, subject: Mapping[str, Any], threads: int) -> LatencyBound | None:
+def _held_against_limits(measured: Measured, threads: int, results: Path) -> Measured:
+    """The same with the least times that this machine could take; a limit that a call beats is measured again."""
+    beaten = list[str]()
+    for attempt in range(1 + _MORE_ATTEMPTS):
+        roofline = load_or_measure_roofline(results, [threads], again=attempt > 0, kinds=beaten)
+        measured = measured.with_bounds(partial(_bound, roofline, threads))
+        beaten = sorted({roofline.binding_kind(bound) for bound in measured.beaten_bounds})
+        if not beaten:
+            break
+    return measured
+
+
+def _bound(roofline: Roofline, threads: int, subject: Mapping[str, Any]) -> LatencyBound | None:
     return latency_bound(roofline, subject, threads)
 
 

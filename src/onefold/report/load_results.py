@@ -17,6 +17,7 @@ from onefold.checksums import CHECKSUM, NO_CHECKSUM_NOTE, has_checksum, read_sea
 from onefold.errors import BadArtifact, BadCheckpoint, BadData
 from onefold.report.format import finite_number, one_line, parse_json_object
 from onefold.report.predictions import Predictions, parse_predictions
+from onefold.report.study_results import StudyResult, read_study
 from onefold.runtimes.artifact import Artifact, read_manifest
 from onefold.storage import read_plain_file
 
@@ -80,6 +81,7 @@ class ReportInputs:
     sources: tuple[str, ...] = ()
     failed_gates: tuple[str, ...] = ()
     accuracies: Mapping[str, float] = field(default_factory=dict)
+    studies: tuple[StudyResult, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -122,8 +124,9 @@ def load_report_inputs(
     artifacts: Sequence[Path],
     gates: Sequence[Path] = (),
     accuracies: Sequence[Path] = (),
+    studies: Sequence[Path] = (),
 ) -> ReportInputs:
-    """Read all of it; what cannot be read becomes a note."""
+    """Read all of it; what cannot be read becomes a note. Measurements of a study are shown with the study alone."""
     notes: list[str] = []
     measurements: list[Measurement] = []
     comparisons: list[Comparison] = []
@@ -135,7 +138,7 @@ def load_report_inputs(
             continue
         notes += read.notes if read.measurements or read.comparisons else [f"{one_line(path.name)} holds no results."]
         measurements += read.measurements
-        comparisons += read.comparisons
+        comparisons += [each for each in read.comparisons if "study" not in each.twin.subject]
     manifests = []
     for path in artifacts:
         try:
@@ -149,6 +152,7 @@ def load_report_inputs(
         comparisons=tuple(comparisons),
         sources=tuple(one_line(path.name) for path in results),
         failed_gates=tuple(sentence for path in gates for sentence in _read_failed_gates(path, notes)),
+        studies=tuple(_read_studies(studies, notes)),
         accuracies={digest: top1 for path in accuracies for digest, top1 in _read_accuracies(path, notes)},
         notes=tuple(notes),
     )
@@ -260,6 +264,14 @@ def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]
             of = f"{top1:.4g} % on {one_line(entry.get('top1_on'))}"
             notes.append(f"The accuracy {of} flatters: {trained_on:.0f} of these images were trained on.")
         yield digest, top1
+
+
+def _read_studies(paths: Sequence[Path], notes: list[str]) -> Iterator[StudyResult]:
+    for path in paths:
+        try:
+            yield read_study(path)
+        except BadData as error:
+            notes.append(f"The study {one_line(path.name)} could not be used: {_without_folder(error, path)}")
 
 
 def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:

@@ -46,6 +46,7 @@ from onefold.report.grouping import ComparedPair, MeasurementGroup, ReportData, 
 from onefold.report.load_results import RunLog, load_report_inputs
 from onefold.report.pareto_figure import pareto_figures
 from onefold.report.predictions import Predictions
+from onefold.report.study_figures import study_section
 from onefold.report.tables import (
     Table,
     artifact_table,
@@ -71,20 +72,22 @@ def write_report(
     artifacts: Sequence[Path] = (),
     gates: Sequence[Path] = (),
     accuracies: Sequence[Path] = (),
+    studies: Sequence[Path] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the page about run folders, result files (JSON lines), artifact folders, and files of gates and accuracies.
+    """Write the page about runs, result files (JSON lines), artifact folders, gates, accuracies and studies.
 
     The same inputs give the same bytes. What is missing or damaged is said on the page, after `notes`. Raises BadData
     where nothing at all is given, BadArgument where `path` is a folder, MissingExtra without matplotlib, NotWritable.
     """
-    if not (runs or results or artifacts or gates):
+    if not (runs or results or artifacts or gates or studies):
         raise BadData("a report needs something to report: give a run folder, a results file or an artifact folder")
     if Path(path).is_dir():
         raise BadArgument(f"{path} is a folder: give the name of the page to write, as in {Path(path) / 'report.html'}")
     require_matplotlib()
     write_text(
-        Path(path), render_page(group_inputs(load_report_inputs(runs, results, artifacts, gates, accuracies)), notes)
+        Path(path),
+        render_page(group_inputs(load_report_inputs(runs, results, artifacts, gates, accuracies, studies)), notes),
     )
 
 
@@ -101,6 +104,7 @@ def render_page(data: ReportData, notes: Sequence[str] = ()) -> str:
         inputs=inputs,
         training=_training(inputs.runs) if inputs.runs else None,
         latency=[_latency(data, machine, index) for index, machine in enumerate(data.machines)],
+        studies=[study_section(study, index) for index, study in enumerate(inputs.studies)],
         artifacts=artifact_table(inputs) if inputs.artifacts else None,
         procedures=list(dict.fromkeys(m.procedure for m in measurements)),
         clocks=sorted({(m.resolution_ns, m.overhead_ns) for m in measurements}),
@@ -135,6 +139,7 @@ def _title(data: ReportData) -> str:
     models = [one_line(group.subject.get("model") or "", 60) for group in data.groups]
     models += [one_line(artifact.model) for artifact in inputs.artifacts]
     names = [model for model in dict.fromkeys(models) if model] or list(dict.fromkeys(run.name for run in inputs.runs))
+    names = names or list(dict.fromkeys(f"{one_line(study.name, 60)} study" for study in inputs.studies))
     what = (join_words(names) if len(names) <= 2 else format_count(len(names), "model")) or "An empty report"
     chips = [one_line(machine.chip, 60) for machine in data.machines]
     where = join_words(chips) if len(chips) <= 2 else format_count(len(chips), "machine")
@@ -150,6 +155,7 @@ def _lead(data: ReportData) -> str:
             (inputs.runs, ("training run",)),
             (inputs.artifacts, ("exported artifact",)),
             (data.groups, ("measured latency", "measured latencies")),
+            (inputs.studies, ("study", "studies")),
         )
         if items
     ]

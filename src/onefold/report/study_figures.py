@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -19,7 +19,8 @@ from onefold.report.figures import (
     to_svg,
 )
 from onefold.report.format import format_count, one_line, printable
-from onefold.report.study_results import FigurePoint, StudyFigure
+from onefold.report.study_results import FigurePoint, StudyFigure, StudyResult
+from onefold.report.tables import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,20 @@ _COLOURS = (
     "--ink:#1b2027;--muted:#5b6572;--grid:#dfe3e8;--surface:#fff;--alarm:#c02a3d;--series-0:#2563c9;--series-1:#bf5408;"
     "--series-2:#18794e;--series-3:#8e3fb8;--series-4:#b3307e;--series-5:#0b7285;--series-6:#7a5a1e;--series-7:#66717e"
 )
+
+
+def study_section(study: StudyResult, index: int) -> dict[str, Any]:
+    """The part of the page about one study: its tables and figures as those of the page, and its sentences."""
+    return {
+        "study": study,
+        "tables": [
+            Table(each.caption, [Column(title, place > 0) for place, title in enumerate(each.columns)], each.rows)
+            for each in study.tables
+        ],
+        "figures": [
+            draw_study_figure(f"study-{index}-{number}", figure) for number, figure in enumerate(study.figures)
+        ],
+    }
 
 
 def draw_study_figure(key: str, figure: StudyFigure) -> ReportFigure:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import numpy as np
 
 from onefold.bench import (
     Comparison,
-    LatencyBound,
     Measurement,
     Procedure,
     Ratio,
@@ -40,7 +39,6 @@ from onefold.runtimes.exporter import TracedModel
 from onefold.studies.networks import Prepared, prepare
 from onefold.studies.study import Measured, Point, Row, Study, Target
 
-Bound = Callable[[Mapping[str, Any], int], LatencyBound | None]
 Say = Callable[[str], None]
 
 _progress = logging.getLogger("onefold.progress")
@@ -128,11 +126,11 @@ class _Book:
                 self._rows[str(key)] = measurement, ratio
 
 
-def run_study(study: Study, options: StudyOptions, path: Path, *, bound: Bound, say: Say) -> Measured:
+def run_study(study: Study, options: StudyOptions, path: Path, *, say: Say) -> Measured:
     """Measure what of a study is not in the file `path` yet, and give all of it that is there then.
 
-    `bound` gives the least time of a subject on this machine. `say` hears beforehand how long it may take, of each row
-    when it is there, and what was left out for want of time. Raises BadArgument, MissingExtra, NotWritable.
+    `say` hears beforehand how long it may take, of each group when it is there, and what was left out for want of time.
+    Raises BadArgument, MissingExtra, NotWritable.
     """
     targets, groups = options.targets(study), [list(group) for group in study.groups()]
     book, pace, found = _Book(path), _Pace(options), _Found(targets)
@@ -149,7 +147,7 @@ def run_study(study: Study, options: StudyOptions, path: Path, *, bound: Bound, 
             if count > 0:
                 began = time.monotonic()
                 chosen = [prepared[0], *missing[:count]]
-                outcome = _measured_together(study, chosen, target, keys, options, bound, found)
+                outcome = _measured_together(study, chosen, target, keys, options, found)
                 pace.add(time.monotonic() - began, len(chosen))
                 if outcome is not None:
                     book.append(outcome)
@@ -229,7 +227,6 @@ def _measured_together(
     target: Target,
     keys: Mapping[str, str],
     options: StudyOptions,
-    bound: Bound,
     found: _Found,
 ) -> Comparison | None:
     """Export networks to one target and time them interleaved; None where the baseline, or all others, cannot be."""
@@ -253,9 +250,7 @@ def _measured_together(
         if len(calls) < 2:
             return None
         _progress.debug("timing %s in %s, interleaved", format_count(len(calls), "network"), target)
-        outcome = compare(calls, options.procedure, subjects)
-    bounded = {name: replace(each, bound=bound(each.subject, threads)) for name, each in outcome.measurements.items()}
-    return replace(outcome, measurements=bounded)
+        return compare(calls, options.procedure, subjects)
 
 
 def _opened(each: Prepared, target: Target, folder: Path, threads: int) -> Session:

@@ -7,10 +7,10 @@ a network is built when it is measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from onefold.bench import Measurement, Ratio
+from onefold.bench import LatencyBound, Measurement, Ratio
 from onefold.report.format import format_significant, join_words
 from onefold.report.study_results import Conclusion, FigurePoint, FigureSeries, StudyFigure, StudyTable
 
@@ -98,6 +98,21 @@ class Measured:
 
     rows: Mapping[Target, Mapping[str, Row]]
     unavailable: tuple[str, ...] = ()
+
+    def with_bounds(self, bound: Callable[[Mapping[str, Any]], LatencyBound | None]) -> Measured:
+        """The same with the least time of each row on its machine, as `bound` gives it for a subject."""
+
+        def bounded(row: Row) -> Row:
+            return replace(row, measurement=replace(row.measurement, bound=bound(row.measurement.subject)))
+
+        rows = {target: {name: bounded(row) for name, row in found.items()} for target, found in self.rows.items()}
+        return replace(self, rows=rows)
+
+    @property
+    def beaten_bounds(self) -> list[LatencyBound]:
+        """The bounds that a call was quicker than: of limits that were measured on a busier machine."""
+        measured = [row.measurement for rows in self.rows.values() for row in rows.values()]
+        return [each.bound for each in measured if each.beats_roofline and each.bound is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
