@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ from onefold.bench import Machine, Measurement, Procedure, Ratio
 from onefold.cli import main
 from onefold.commands import study as command
 from onefold.errors import BadArgument, BadData, MissingExtra
+from onefold.report.study_figures import draw_study_figure, standalone_svg
 from onefold.report.study_results import Conclusion, read_study
 from onefold.studies import find_study, study_names
 from onefold.studies.correlation import NETWORKS, network_points, table_9_correlations
 from onefold.studies.mobilenet import exponents
 from onefold.studies.networks import prepare
+from onefold.studies.pareto import front
 from onefold.studies.plain_network import ACTIVATIONS, plain_network
 from onefold.studies.published import TABLE_9
 from onefold.studies.rank_correlation import average_ranks, rank_correlation, spearman_p_value
+from onefold.studies.resolution import find_crossing
 from onefold.studies.run import StudyOptions
 from onefold.studies.study import (
     Measured,
@@ -116,9 +120,9 @@ def test_what_the_minutes_do_not_allow_is_named_and_done_by_the_same_command(
     tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     said: list[str] = []
-    monkeypatch.setattr("onefold.studies.run._EXPORT_S", 29.0)  # two rows in a minute and a bit
-    some = command.study("tiny", results=tmp_path, minutes=1.2, say=said.append, **QUICK)
-    assert "it ends after about 1.2 min (--minutes)" in said[0]
+    monkeypatch.setattr("onefold.studies.run._EXPORT_S", 100.0)  # of which there is time for two
+    some = command.study("tiny", results=tmp_path, minutes=4.8, say=said.append, **QUICK)
+    assert "it ends after about 4.8 min (--minutes)" in said[0]
     assert [row[0] for row in some.result.tables[0].rows] == ["width 4", "width 6"]
     assert "Not measured for want of time: width 8 in onnx fp32." in some.result.notes
     assert "left out for want of time: 1 row; the same command goes on" in said[-1]
@@ -285,6 +289,114 @@ def test_table_9_gives_other_correlations_than_table_1():
     assert found["CPU"]["MACs"].p_value == pytest.approx(0.019181, abs=1e-6)
     assert found["CPU"]["parameters"].rho == pytest.approx(0.47263, abs=1e-5)
     assert found["iPhone"]["parameters"].p_value == pytest.approx(0.0955196, abs=1e-6)
+
+
+def test_branches_are_measured_unfused_beside_the_one_fused_network():
+    fused, *unfused = find_study("branches").groups()[0]
+    assert prepare(fused).cost.macs == 275_110_400
+    four = prepare(unfused[3])
+    assert (four.is_fused, four.cost.macs) == (False, 1_051_935_232)
+
+
+def test_layers_cost_what_the_papers_table_3_says():
+    group = next(group for group in find_study("standard-vs-separable").groups() if len(group) == 4)
+    for point in group:
+        cost = prepare(point).cost
+        assert cost.macs / 1e6 == pytest.approx(point.published["paper, MACs M"].value, rel=5e-3)
+        assert cost.params / 1e6 == pytest.approx(point.published["paper, params M"].value, rel=3e-2)
+
+
+def test_depth_and_width_cost_what_the_papers_tables_4_and_5_say():
+    for group in find_study("depth-width").groups():
+        for point in group:
+            cost = prepare(point).cost
+            assert cost.macs / 1e6 == pytest.approx(point.published["paper, MACs M"].value, rel=3e-3)
+            assert cost.params / 1e6 == pytest.approx(point.published["paper, params M"].value, rel=2e-2)
+
+
+def test_mobileformer_loses_the_part_and_keeps_the_rest():
+    from torch import nn
+
+    from onefold.models.layers import DynamicReLU
+    from onefold.models.mobileformer_blocks import Former, FormerToMobile, MobileToFormer
+    from onefold.studies.tokens import _build
+
+    def count(without: tuple[str, ...]) -> list[int]:
+        kinds: tuple[type[nn.Module], ...] = (MobileToFormer, Former, FormerToMobile, DynamicReLU)
+        modules = list(_build(6, 192, without).modules())
+        return [sum(isinstance(module, kind) for module in modules) for kind in kinds]
+
+    assert count(()) == [12, 11, 11, 22]  # the head has a bridge of its own
+    assert count(("former",)) == [12, 0, 11, 22]
+    assert count(("to_former", "to_mobile")) == [1, 11, 0, 22]
+    assert count(("act",)) == [12, 11, 11, 0]
+    with pytest.raises(ValueError, match="no part"):
+        count(("nothing",))
+
+
+def test_mobileformer_with_tokens_of_another_kind_is_prepared():
+    names = {point.name: point for group in find_study("tokens").groups() for point in group}
+    assert str(names["1 token of 192"].published["top-1 %"]) == "77.1"
+    assert str(names["6 tokens of 64"].published["top-1 %"]) == "76.8 (not confirmed)"
+    whole, one = (prepare(names[name]).cost for name in ("6 tokens of 192", "1 token of 192"))
+    assert whole.params - one.params == 5 * 192
+    assert one.macs < whole.macs
+
+
+def test_a_crossing_is_found_where_the_lines_cross_and_nowhere_else():
+    sizes = [128, 256, 512, 1024]
+    exact = [(2.0, 2.0, 2.0), (2**0.5, 2**0.5, 2**0.5), (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)]
+    found = find_crossing(sizes, exact)
+    assert found is not None
+    assert (found.size, found.share) == (pytest.approx(512), 1.0)
+    wide = find_crossing(sizes, [(value, value / 1.1, value * 1.1) for value, _, _ in exact])
+    assert wide is not None
+    assert 400 < wide.low < 512 < wide.high < 620
+    assert find_crossing(sizes, [(2.0, 1.9, 2.1)] * 4) is None
+
+
+def test_a_front_leaves_out_what_is_dominated():
+    points = [("slow", 3.0, 70.0), ("best", 2.0, 75.0), ("quick", 1.0, 60.0), ("same", 2.0, 74.0)]
+    assert front(points) == ["quick", "best"]
+
+
+def test_pareto_takes_the_rows_of_correlation():
+    study = find_study("pareto")
+    assert study.file_name == "correlation"
+    names = [[point.name for point in group] for group in study.groups()]
+    assert names == [[point.name for point in group] for group in find_study("correlation").groups()]
+
+
+def _invented(study: Study) -> Measured:
+    """Rows of all of a study's networks, with times that were invented: what a study says must not depend on them."""
+    target, rows = Target(runtime="onnx", precision="fp32"), {}
+    for group in study.groups():
+        for number, point in enumerate(group):
+            subject = {"macs": 1e6 * (3 + number), "params": 1e6 + number, "num_bytes": 4_000_000, "precision": "fp32"}
+            measurement = Measurement(
+                subject=subject, machine=Machine.detect(()), procedure=Procedure(), samples_ns=(1_000_000 + number,)
+            )
+            value = 1 + 0.1 * number
+            ratio = Ratio(value=value, low=0.99 * value, high=1.01 * value)
+            row = Row(point=point, baseline=group[0].name, measurement=measurement, ratio=ratio)
+            rows.setdefault(point.name, row)
+    return Measured(rows={target: rows})
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_study_concludes_from_rows_and_from_none(name: str, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    study = find_study(name)
+    summary = study.summarize(_invented(study))
+    assert summary.tables
+    assert summary.conclusions
+    for number, figure in enumerate(summary.figures):
+        drawn = draw_study_figure(str(number), figure)
+        assert drawn.svg is not None
+        assert ElementTree.fromstring(standalone_svg(drawn)).tag.endswith("svg")
+    nothing = study.summarize(Measured(rows={Target(runtime="onnx", precision="fp32"): {}}))
+    assert not nothing.conclusions
+    assert all(draw_study_figure("0", figure).svg is None or figure.series for figure in nothing.figures)
 
 
 # ------------------------------------------------------------------------------------------- statistics

@@ -87,7 +87,7 @@ def study(
 def _run(found: Study, options: StudyOptions, results: Path, say: Callable[[str], None]) -> StudyRun:
     machine = Machine.detect()
     base = f"{machine.slug}-{found.name}"
-    samples, outcome = results / f"{base}.jsonl", results / f"{base}{STUDY_SUFFIX}"
+    samples, outcome = results / f"{machine.slug}-{found.file_name}.jsonl", results / f"{base}{STUDY_SUFFIX}"
     measured = _held_against_limits(run_study(found, options, samples, say=say), options.procedure.threads, results)
     summary = found.summarize(measured)
     dates = sorted(

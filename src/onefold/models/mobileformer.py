@@ -181,9 +181,9 @@ class TwoStreamHead(Head):
         return pooled
 
 
-def mobileformer(variant: str, num_classes: int, in_chans: int) -> Classifier:
-    """The training network of one of `VARIANTS`; `num_classes` 0 leaves the features that the last Linear sees."""
-    spec = VARIANTS[variant]
+def mobileformer(variant: str | Variant, num_classes: int, in_chans: int) -> Classifier:
+    """The training network of a variant, or of one of `VARIANTS`; `num_classes` 0 leaves the last Linear's input."""
+    spec = VARIANTS[variant] if isinstance(variant, str) else variant
     width, reduction = spec.stem, 2
     stages, features = nn.Sequential(), {2: Feature(width, 2, "stem")}
     for rows in spec.stages:

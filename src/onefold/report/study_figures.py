@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MAX_LABELLED = 40  # points of a scatter that are named
-_COLOURS = (
-    "--ink:#1b2027;--muted:#5b6572;--grid:#dfe3e8;--surface:#fff;--alarm:#c02a3d;--series-0:#2563c9;--series-1:#bf5408;"
-    "--series-2:#18794e;--series-3:#8e3fb8;--series-4:#b3307e;--series-5:#0b7285;--series-6:#7a5a1e;--series-7:#66717e"
-)
+_COLOURS = {  # of a figure outside of the page
+    **{"ink": "#1b2027", "muted": "#5b6572", "grid": "#dfe3e8", "surface": "#ffffff", "alarm": "#c02a3d"},
+    **{"series-0": "#2563c9", "series-1": "#bf5408", "series-2": "#18794e", "series-3": "#8e3fb8"},
+    **{"series-4": "#b3307e", "series-5": "#0b7285", "series-6": "#7a5a1e", "series-7": "#66717e"},
+}
 
 
 def study_section(study: StudyResult, index: int) -> dict[str, Any]:
@@ -78,13 +80,13 @@ def standalone_svg(figure: ReportFigure) -> str | None:
         for number, entry in enumerate(figure.legend)
     ]
     total = height + 14 * len(lines) + 8
-    return (
+    text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width:g} {total:g}" width="{1.5 * width:g}" height="{1.5 * total:g}" '
-        f'font-family="system-ui, sans-serif"><style>:root,svg{{{_COLOURS}}}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/><svg width="{width:g}" height="{height:g}">'
-        f"{start[2].removesuffix('</svg>')}</svg>{''.join(lines)}</svg>\n"
+        f'font-family="system-ui, sans-serif"><rect width="100%" height="100%" fill="#ffffff"/>'
+        f'<svg width="{width:g}" height="{height:g}">{start[2].removesuffix("</svg>")}</svg>{"".join(lines)}</svg>\n'
     )
+    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: _COLOURS[match[1]], text)
 
 
 def _dots(axes: Axes, figure: StudyFigure) -> None:

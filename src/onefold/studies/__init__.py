@@ -13,8 +13,15 @@ from onefold.studies.study import Study as Study
 
 _MODULES = {
     "activations": "activations",
+    "blocks": "activations",
+    "branches": "branches",
     "correlation": "correlation",
+    "pareto": "pareto",
     "width-resolution": "mobilenet",
+    "depth-width": "convolutions",
+    "standard-vs-separable": "convolutions",
+    "resolution": "resolution",
+    "tokens": "tokens",
 }
 
 

@@ -215,7 +215,7 @@ def _row_key(study: Study, each: Prepared, baseline: Prepared, target: Target, p
     """The digest of what decides a row: the network, its baseline, the runtime with its version, the procedure."""
     versions = installed_versions(import_runtime(target.runtime).PACKAGES)
     facts = [
-        *(study.name, each.point.name, each.digest, each.is_fused, baseline.digest),
+        *(study.file_name, each.point.name, each.digest, each.is_fused, baseline.digest),
         *(target.runtime, target.precision, versions, procedure.to_dict()),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -246,7 +246,7 @@ def _measured_together(
                     return None
                 continue
             calls[name] = _call(session, each.point.shape)
-            subjects[name] = {**_subject(each, session, target), "study": study.name, "study_key": keys[name]}
+            subjects[name] = {**_subject(each, session, target), "study": study.file_name, "study_key": keys[name]}
         if len(calls) < 2:
             return None
         _progress.debug("timing %s in %s, interleaved", format_count(len(calls), "network"), target)

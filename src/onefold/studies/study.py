@@ -127,7 +127,10 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """An experiment of a paper. `notes` say what differs from the paper's own, and what of it is not confirmed."""
+    """An experiment of a paper. `notes` say what differs from the paper's own, and what of it is not confirmed.
+
+    Where `measured_as` names another study, the rows are that one's too: what it has measured is not measured again.
+    """
 
     name: str
     question: str
@@ -136,6 +139,12 @@ class Study:
     summarize: Callable[[Measured], Summary]
     precisions: tuple[str, ...] = ("fp32",)
     notes: tuple[str, ...] = ()
+    measured_as: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The study under whose name its rows are kept."""
+        return self.measured_as or self.name
 
 
 def grouped_by_baseline(points: Sequence[Point], size: int = 8) -> list[list[Point]]:
@@ -214,7 +223,9 @@ def ratio_point(row: Row) -> FigurePoint:
 # -------------------------------------------------------------------------------------------- conclusions
 
 
-def order_conclusion(target: Target, rows: Mapping[str, Row], paper: Mapping[str, float]) -> Conclusion:
+def order_conclusion(
+    target: Target, rows: Mapping[str, Row], paper: Mapping[str, float], *, is_confirmed: bool = True
+) -> Conclusion:
     """Whether the networks stand in the paper's order: of each pair, whether the intervals of the two decide it."""
     names = [name for name in paper if name in rows]
     base = paper[next(iter(paper))] if paper else 1.0
@@ -229,7 +240,26 @@ def order_conclusion(target: Target, rows: Mapping[str, Row], paper: Mapping[str
     counts = (
         f"{same} of {total} pairs in the paper's order, {contrary} in the other, {total - same - contrary} not decided"
     )
+    said += "" if is_confirmed else " (not confirmed)"
     return Conclusion(where=str(target), paper=said, here=f"{here}: {counts}", verdict=order_verdict(same, contrary))
+
+
+def cost_conclusion(target: Target, row: Row, said: str, expected: float) -> Conclusion:
+    """Whether a time over the baseline's is what the multiply-adds alone would make it: `expected` times."""
+    value = format_significant(row.ratio.value)
+    return Conclusion(
+        where=str(target),
+        paper=f"{said}: {format_significant(expected)}x the multiply-adds of {row.baseline}",
+        here=f"{row.point.name} takes {value}x its time (95 % CI {ratio_interval(row.ratio)})",
+        verdict=ratio_verdict(row, expected),
+    )
+
+
+def ratio_verdict(row: Row, expected: float) -> str:
+    """Whether the expected ratio lies in the interval; not decided where only the machine's noise puts it there."""
+    if not row.bounds[0] <= expected <= row.bounds[1]:
+        return "does not agree"
+    return "agrees" if row.ratio.low <= expected <= row.ratio.high else "not decided"
 
 
 def order_verdict(same: int, contrary: int) -> str:
