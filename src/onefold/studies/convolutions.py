@@ -36,12 +36,13 @@ _NETWORKS = {
 }
 # Layers of 3x3 convolutions, as in MobileNetV1 at 224 pixels: channels in and out, side of the map.
 _LAYERS = ((32, 64, 112), (128, 128, 56), (256, 256, 28), (512, 512, 14), (1024, 1024, 7))
-# Table 3: the layer of 512 channels at 14 x 14, in millions of multiply-adds and of parameters.
+# Table 3: the layer of 512 channels at 14 x 14, in millions of multiply-adds and of parameters. Its last row has the
+# width of the one before it too.
 _TABLE_3 = {
     "separable": (52.3, 0.27),
     "standard": (462.0, 2.36),
     "separable, width 0.75": (29.6, 0.15),
-    "separable, resolution 0.714": (15.1, 0.15),
+    "separable, width 0.75, resolution 0.714": (15.1, 0.15),
 }
 
 
@@ -116,7 +117,7 @@ def _layers() -> Sequence[Sequence[Point]]:
         if of == "512 at 14":
             group += [
                 _layer("separable, width 0.75", 384, 384, 14, of),
-                _layer("separable, resolution 0.714", 512, 512, 10, of),
+                _layer("separable, width 0.75, resolution 0.714", 384, 384, 10, of),
             ]
         groups.append(group)
     return groups
