@@ -71,6 +71,7 @@ LIBRARY_ORIGINS: dict[str, str] = {}
 _PACKAGE = Path(__file__).parent
 _WHEEL = _PACKAGE / "lib"
 _LIBRARY = "library.so"
+_SLOWER = "PyTorch and NumPy compute in its place, and a training step takes 2 to 6 times as long"
 _log = logging.getLogger("onefold")
 _warning = threading.Lock()  # the loader's threads may find out at the same time
 
@@ -92,9 +93,7 @@ def load_library(name: str) -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
         LIBRARY_ORIGINS[name] = f"compiled on this machine, kept in {path.parent.parent}"
     except (OSError, subprocess.SubprocessError) as error:
-        LIBRARY_ORIGINS[name] = (
-            f"not compiled ({compiler_message(error)}): PyTorch and NumPy compute in its place, which is slower"
-        )
+        LIBRARY_ORIGINS[name] = f"not compiled ({compiler_message(error)}): {_SLOWER}"
         _warn_once(error)
     return library
 
@@ -220,8 +219,7 @@ def _warn_once(error: Exception) -> None:
             return
         os.environ[WARNED_VARIABLE] = "1"
     warnings.warn(
-        f"the C++ code cannot be compiled ({compiler_message(error)}): PyTorch and NumPy compute in its place, which "
-        "is slower",
+        f"the C++ code cannot be compiled ({compiler_message(error)}): {_SLOWER}",
         NotCompiledWarning,
         stacklevel=3,
     )

@@ -194,7 +194,9 @@ _MOVE = 17.0
 _LAG = 0.3  # depthwise: products by lag, of those by pairs of taps
 _SLOW_DEPTHWISE = 3.0  # torch's depthwise convolution, forward and backward, against its arithmetic
 _SLOW_NORM = 8.0  # floats moved by a norm and the sum, a branch and value, that `mixed` saves
-_PLAIN = 4.0  # the reference back end against the kernels
+# The reference back end against the kernels: its pointwise units are the library's products, of others it writes each
+# patch out. Timed on MobileOne-S0's units without compiled code, where those take 3 to 20 times as long as per_branch.
+_PLAIN_POINTWISE, _PLAIN_PATCHES = 6.0, 150.0
 # In bfloat16 on a CPU with instructions for it the library's products take an eighth to a sixth of their float32 time,
 # and its passes half as many bytes. Depthwise convolutions gain nothing, by torch or by `moments`, but in bytes.
 _LOW_PRODUCTS, _LOW_MOVE = 0.15, 0.5
@@ -237,7 +239,8 @@ def moments_cost(geometry: Geometry, channels: tuple[int, int], num_convs: int, 
     move = _MOVE * (_LOW_MOVE if low and (depthwise or is_pointwise(geometry)) else 1)
     moved = move * 5 * (c_in * geometry.stride[0] * geometry.stride[1] + c_out)
     plain = isinstance(select_backend(x, geometry, c_out), ReferenceBackend)
-    return (products + moved) * (_PLAIN if plain else 1) + algebra
+    slower = (_PLAIN_POINTWISE if is_pointwise(geometry) else _PLAIN_PATCHES) if plain else 1.0
+    return (products + moved) * slower + algebra
 
 
 def per_layer_cost(convs: Sequence[nn.Conv2d], num_norms: float, x: Tensor) -> float:
