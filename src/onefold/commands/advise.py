@@ -429,18 +429,14 @@ class _PhotoScorer:
         subject, session = self._subject, _BatchedSession(open_engine(variant), variant)
         card = subject.forms.network.card if isinstance(subject.forms, _TorchForms) else None
         size = variant.input_shape[1]
+        facts = {"model": subject.source, "runtime": variant.runtime, "precision": variant.precision, "fused": True}
         try:
             predictor = Predictor(
                 session=session,
                 classes=None if card is None else card.classes,
                 num_classes=session(variant.images(1)).shape[1],
                 preprocessing=Preprocessing.from_dict({**subject.preprocessing.to_dict(), "size": size}),
-                facts={
-                    "model": subject.source,
-                    "runtime": variant.runtime,
-                    "precision": variant.precision,
-                    "fused": True,
-                },
+                facts=facts,
                 trained_on=None if card is None else card.trained_on,
             )
             images = next(iter(open_suite(subject.source, self._data, predictor).sets.values()))
