@@ -787,6 +787,12 @@ def test_standard_streams_that_are_closed_or_full(tmp_path: Path) -> None:
     assert not any("Traceback" in each.stderr or "Exception" in each.stderr for each in done.values())
     said = done[f"{command} > /dev/full"].stderr
     assert said.startswith("error: the system refused to go on: No space left on device; make room where it writes to")
+    (tmp_path / "gone").mkdir()
+    gone = subprocess.run(
+        ["bash", "-c", f"rmdir ../gone; {sys.executable} -m onefold.cli report ."],
+        **{"cwd": tmp_path / "gone", "capture_output": True, "text": True, "check": False},
+    )
+    assert (gone.returncode, gone.stderr) == (2, "error: the current folder was removed: change to another one\n")
     program = (
         "import os, sys\nfrom onefold.cli.run_command import run_command\n"
         "def command():\n    handle = os.open('kept', os.O_WRONLY | os.O_CREAT)\n    os.write(2, b'a library speaks')\n"

@@ -114,10 +114,10 @@ def test_workers_take_the_step_of_the_whole_batch(reduce: str, missing: int) -> 
     pieces = [(images[v::4], labels[v::4]) for v in range(4)]
     whole = TrainState(Still(), replace(plan, logical_workers=1), World(), steps_per_epoch=4)
     for _ in range(3):
-        assert state.step(pieces) == pytest.approx(whole.step([(images, labels)]), rel=1e-6)
+        assert state.step(pieces) == pytest.approx(whole.step([(images, labels)]), rel=1e-12)
     assert state.num_images == whole.num_images == 3 * (16 - missing)
     for name, value in whole.model.state_dict().items():
-        assert torch.allclose(model.state_dict()[name], value, rtol=1e-6, atol=1e-9), name
+        assert torch.allclose(model.state_dict()[name], value, rtol=1e-10, atol=1e-13), name
 
 
 def test_buffers_become_the_mean_over_workers_and_counters_count_steps() -> None:

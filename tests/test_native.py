@@ -317,3 +317,9 @@ def test_a_wheel_carries_what_was_compiled_and_is_pure_without_a_compiler(
     assert sorted(path.name for path in Path(folder).iterdir()) == ["manifest.json", "one-x.so"]
     hook.finalize("standard", data, "")
     assert not Path(folder).exists()
+
+
+def test_a_compiler_that_is_no_command_line_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "g++ 'open")
+    with pytest.raises(OSError, match="CXX is no command line: No closing quotation"):
+        native._compiler()

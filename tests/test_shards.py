@@ -334,3 +334,15 @@ def test_copies_of_tars_and_of_folders_in_tars_are_left_out_and_said(tmp_path, m
     said = [str(one) for one in info.left_out]
     assert any("photos (1).tar): a copy of photos.tar" in one for one in said), said
     assert any("4 images in animals/: copies of those beside it" in one for one in said), said
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_of_gigabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    """Names and times that a tar keeps in headers of their own are read into memory at once, several times over."""
+    member = tarfile.TarInfo("a/x.png")
+    member.type, member.size = kind, 3 << 30
+    with (tmp_path / "d.tar").open("wb") as file:
+        file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(3 << 30)  # a hole
+    with pytest.raises(BadData, match=r"is no tar that can be read, or damaged: a member's header has 3072 MiB"):
+        read_tar_index(LocalFile(tmp_path / "d.tar"))

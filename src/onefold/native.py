@@ -198,7 +198,10 @@ def _build_if_needed(name: str) -> Path:
 
 def _compiler() -> list[str]:
     """The compiler's command line. Raises OSError where there is none."""
-    named = shlex.split(os.environ.get("CXX", ""), posix=os.name == "posix")
+    try:
+        named = shlex.split(os.environ.get("CXX", ""), posix=os.name == "posix")
+    except ValueError as error:
+        raise OSError(f"CXX is no command line: {error}") from error
     found = named or list(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))[:1]
     if not found:
         raise OSError("no C++ compiler: install g++ or clang, or set CXX")

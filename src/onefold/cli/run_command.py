@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from onefold.errors import NotWritable, OnefoldError
+from onefold.errors import BadArgument, NotWritable, OnefoldError
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or of the click that typer carries
 
@@ -42,6 +42,8 @@ def run_command(command: Callable[[], int]) -> int:
             return _nobody_reads()
         raise
     except OSError as error:
+        if error.errno == errno.ENOENT and _is_current_folder_gone():
+            return _failed(error, BadArgument.exit_status, "the current folder was removed: change to another one")
         if error.errno not in _OF_THE_SYSTEM and "temporary directory" not in str(error):
             return _internal(error)
         try:
@@ -61,6 +63,14 @@ def run_command(command: Callable[[], int]) -> int:
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OF_THE_SYSTEM = {*_NO_SPACE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EIO}
 """What no check before the work can rule out: a disk that is full by now, or too many open files."""
+
+
+def _is_current_folder_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _nobody_reads() -> int:

@@ -44,7 +44,7 @@ from onefold.storage import cache_folder, normalize_name, parse_json
 _log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
 _CLASS_SUFFIXES = (".cls", ".json")
-_MAX_CLASS_BYTES = 1 << 20
+_MAX_CLASS_BYTES = _MAX_HEADER_BYTES = 1 << 20
 _INDEX_VERSION = 5
 
 
@@ -222,10 +222,20 @@ def read_tar_index(blob: Blob) -> TarIndex:
     return index
 
 
+class _HeaderReader(io.BufferedReader):
+    """The bytes of a tar for tarfile, which reads a header of any size at once: names and times of a member take few."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as a file does. Raises tarfile.ReadError for a header of more than a mebibyte."""
+        if size is not None and size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a member's header has {size >> 20} MiB")
+        return super().read(size)
+
+
 def _walk_tar(blob: Blob, others: Counter[str]) -> Iterator[tuple[TarMember, bytes]]:
     """Walk the images, and with their bytes the members that give classes; `others` counts what is skipped."""
     try:
-        with tarfile.open(fileobj=io.BufferedReader(BlobReader(blob), _READ_BYTES), mode="r:") as tar:
+        with tarfile.open(fileobj=_HeaderReader(BlobReader(blob), _READ_BYTES), mode="r:") as tar:
             for entry in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every one
                 name, suffix = entry.name.removeprefix("./"), os.path.splitext(entry.name)[1].lower()

@@ -46,7 +46,7 @@ _FORWARD, _BETWEEN_STEPS = 2**31 + 1, 2**31 + 2
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Give the mean over B of -sum_k t_k log softmax(logits)_k, in nats, in float32.
+    """Give the mean over B of -sum_k t_k log softmax(logits)_k, in nats, in float32 or the wider type of the logits.
 
     `labels` are classes (B) int64, or class probabilities (B, K) that sum to 1, as mixup makes them; t is the label
     as probabilities, times 1 - smoothing, plus smoothing / K (Szegedy et al., arXiv 1512.00567, section 7).
@@ -57,7 +57,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> 
     if labels.shape not in ((count,), (count, num_classes)):
         shapes = f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}"
         raise BadArgument(f"{shapes}: expected ({count},) classes, or ({count}, {num_classes}) probabilities")
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels.to(wide.dtype) if labels.ndim == 2 else labels, label_smoothing=smoothing)
 
 
 class Teachers(Protocol):
