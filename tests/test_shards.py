@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -346,3 +347,13 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
         file.truncate(3 << 30)  # a hole
     with pytest.raises(BadData, match=r"is no tar that can be read, or damaged: a member's header has 3072 MiB"):
         read_tar_index(LocalFile(tmp_path / "d.tar"))
+
+
+@pytest.mark.parametrize("name", ["d.tar", "d.parquet"])
+def test_a_pipe_is_no_shard(tmp_path: Path, name: str) -> None:
+    """It would be waited for until somebody wrote to it."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(BadData):
+        read_dataset(str(tmp_path / name), seed=0, val_fraction=0.5)
+    with pytest.raises(BadData, match="it is not a plain file"):
+        LocalFile(tmp_path / name).read(0, 1)

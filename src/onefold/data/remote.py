@@ -9,12 +9,14 @@ other, its errors quote the whole URL, and a signed URL's query is a secret: so 
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import http.client
 import io
 import os
 import random
 import ssl
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,6 +110,15 @@ def digest_bytes(read: Callable[[int, int], bytes], num_bytes: int) -> str:
     return total.hexdigest()
 
 
+def _open_plain_file(path: str, flags: int) -> int:
+    """Open a file as `os.open` does, without a wait where it is a pipe. Raises OSError for all but plain files."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a plain file", path)
+    return handle
+
+
 @dataclass(frozen=True)
 class LocalFile:
     """A file on this disk. A Blob."""
@@ -137,7 +148,7 @@ class LocalFile:
     def read(self, start: int, count: int) -> bytes:
         """Read bytes of the file, which is opened anew each time: it may have gone or been replaced."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb", buffering=0, opener=_open_plain_file) as file:
                 file.seek(start)
                 data = file.read(count)
         except OSError as error:

@@ -223,7 +223,7 @@ def read_tar_index(blob: Blob) -> TarIndex:
 
 
 class _HeaderReader(io.BufferedReader):
-    """The bytes of a tar for tarfile, which reads a header of any size at once: names and times of a member take few."""
+    """The bytes of a tar for tarfile, which reads a header of any size at once: names and times take few."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read as a file does. Raises tarfile.ReadError for a header of more than a mebibyte."""
