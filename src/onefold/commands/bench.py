@@ -33,12 +33,12 @@ from onefold.bench import (
     with_injected_slowdown,
 )
 from onefold.checksums import read_sealed_json, write_sealed_json
-from onefold.commands.deploy_steps import bench_steps, timing_seconds
 from onefold.commands.predictor import Floats, Predictor, Source, open_predictor, suggest_argument_names
 from onefold.commands.progress import show_progress
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.progress_steps import Steps
 from onefold.report import ACCURACY_FILE
+from onefold.report.format import format_count
 from onefold.runtimes import Artifact, Session
 from onefold.runtimes.artifact import manifest_sha256
 from onefold.storage import file_lock
@@ -47,6 +47,8 @@ from onefold.system_resources import pin_to_cpus
 _log = logging.getLogger("onefold")
 
 _MORE_ATTEMPTS = 3
+# About, on two cores of a server: what is left is reckoned from their proportions.
+COLD_S, LIMITS_S, RUNTIME_MACS_PER_S = 2.0, 4.0, 15e9
 ROOFLINE_SUFFIX = "-roofline.json"  # how the name of a machine's limits ends, in a folder of results
 
 _DISTINCT = 64
@@ -181,7 +183,18 @@ def _steps(order: BenchOptions, candidates: Mapping[str, _Candidate]) -> Steps:
     )
     is_control = order.aa or order.inject_slowdown is not None
     cold = sum(each.artifact is not None for each in candidates.values()) if order.cold and not is_control else 0
-    return bench_steps(len(candidates), cold, timing, limits=order.limits)
+    return Steps(
+        [
+            (f"timing {format_count(len(candidates), 'source')}{', interleaved' * (len(candidates) > 1)}", timing),
+            ("starting each in a fresh process", COLD_S * cold),
+            ("comparing with this machine's limits", LIMITS_S * order.limits),
+        ]
+    )
+
+
+def timing_seconds(count: int, macs: int, *, warmup: float, samples: int) -> float:
+    """How long it takes, about, to time so many things of so many multiply-adds, interleaved."""
+    return count * (warmup + samples * (1e-4 + macs / RUNTIME_MACS_PER_S))
 
 
 def _must_be_sound(order: BenchOptions) -> None:

@@ -1,4 +1,4 @@
-"""The steps of an export, a deployment and a benchmark with the seconds that each takes about, to tell what is left.
+"""The steps of an export and of a deployment with the seconds that each takes about, to tell what is left.
 
 The seconds were read off on two cores of a server's processor for networks of 10 to 1000 million multiply-adds. What is
 shown depends on their proportions alone: the time that was spent says how fast this machine is.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from onefold.commands.bench import COLD_S, LIMITS_S, RUNTIME_MACS_PER_S, timing_seconds
 from onefold.commands.calibration_cache import PHOTO_S, CalibrationOptions, calibration_seconds
 from onefold.commands.deploy_results import QUICK_MAX_SCORED, DeployOptions
 from onefold.commands.open_network import Network
@@ -15,25 +16,8 @@ from onefold.models.flops import count_flops
 from onefold.progress_steps import Steps
 from onefold.runtimes import import_runtime
 
-COLD_S = 2.0  # of an artifact that is started in a fresh process
-_EXPORT_S, _OPEN_S, _LIMITS_S, _EXPLAIN_S = 4.0, 0.7, 4.0, 2.5
-_TORCH_MACS_PER_S, _RUNTIME_MACS_PER_S = 8e9, 15e9
-
-
-def timing_seconds(count: int, macs: int, *, warmup: float, samples: int) -> float:
-    """How long it takes to time so many things, interleaved."""
-    return count * (warmup + samples * (1e-4 + macs / _RUNTIME_MACS_PER_S))
-
-
-def bench_steps(count: int, artifacts: int, seconds: float, *, limits: bool) -> Steps:
-    """The steps of a benchmark of so many sources, some of them artifacts, that are timed in so many seconds."""
-    return Steps(
-        [
-            (f"timing {count} source{'s, interleaved' if count > 1 else ''}", seconds),
-            ("starting each in a fresh process", COLD_S * artifacts),
-            ("comparing with this machine's limits", _LIMITS_S * limits),
-        ]
-    )
+_EXPORT_S, _OPEN_S, _EXPLAIN_S = 4.0, 0.7, 2.5
+_TORCH_MACS_PER_S = 8e9
 
 
 def export_steps(runtimes: Sequence[str], order: CalibrationOptions | None, macs: int) -> Steps:
@@ -79,10 +63,10 @@ def plan_deployment(
     steps |= {f"export {name}": (f"exporting {name}", _EXPORT_S) for name in left if name.endswith("-int8")}
     scored = min(num_scored, QUICK_MAX_SCORED) if order.quick else num_scored
     steps["score torch"] = ("scoring the network", scored * (PHOTO_S + macs / _TORCH_MACS_PER_S))
-    one = _OPEN_S + scored * (PHOTO_S + macs / _RUNTIME_MACS_PER_S)
+    one = _OPEN_S + scored * (PHOTO_S + macs / RUNTIME_MACS_PER_S)
     steps |= {f"score {name}": (f"scoring {name}", one) for name in runs}
     timing = timing_seconds(1 + len(runs), macs, warmup=procedure.warmup_seconds, samples=procedure.samples)
-    timing += 0.0 if order.quick else COLD_S * len(runs) + _LIMITS_S
+    timing += 0.0 if order.quick else COLD_S * len(runs) + LIMITS_S
     steps["time"] = (f"timing {len(runs)} artifact{'s, interleaved' if len(runs) > 1 else ''}", timing * order.timed)
     steps["explain"] = ("writing README.md and report.html", _EXPLAIN_S)
     return DeploySteps(steps)
