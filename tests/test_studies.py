@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -41,6 +42,7 @@ from onefold.studies.study import (
     order_conclusion,
     order_verdict,
     ratio_figure,
+    ratio_verdict,
 )
 
 QUICK = {"samples": 16, "warmup": 0.0}
@@ -435,6 +437,33 @@ def test_the_noise_of_the_machine_leaves_an_order_undecided():
     rows = {"a": _row("a", 1, 1, 1), "b": noisy}
     target = Target(runtime="onnx", precision="fp32")
     assert order_conclusion(target, rows, {"a": 1.0, "b": 3.0}).verdict == "not decided"
+
+
+def test_a_ratio_on_a_noisy_machine_agrees_with_nothing():
+    quiet, noisy = _row("b", 8.0, 4.0, 20.0), _row("b", 8.0, 4.0, 20.0)
+    noisy = replace(noisy, ratio=replace(noisy.ratio, noise=1.5))
+    assert [ratio_verdict(quiet, expected) for expected in (8.4, 25.0)] == ["agrees", "does not agree"]
+    assert [ratio_verdict(noisy, expected) for expected in (8.4, 25.0, 40.0)] == [
+        "not decided",
+        "not decided",
+        "does not agree",
+    ]
+
+
+def test_noise_and_limits_that_were_beaten_are_said():
+    target = Target(runtime="onnx", precision="fp32")
+    scattered = Row(
+        point=_points()[0],
+        baseline="a",
+        measurement=replace(_row("a", 1, 1, 1).measurement, samples_ns=(1000, 9000) * 40),
+        ratio=Ratio(value=1.0, low=1.0, high=1.0),
+    )
+    measured = Measured(rows={target: {"a": scattered}})
+    said = [Conclusion(where=where, paper="", here="", verdict="agrees") for where in ("onnx fp32", "onnx int8")]
+    assert [each.verdict for each in command._with_noise(said, measured)] == ["agrees, on a noisy machine", "agrees"]
+    assert command._limit_notes(measured) == []
+    bound = bench.LatencyBound(compute_ns=2000.0, memory_ns=None, how="by hand")
+    assert command._limit_notes(measured.with_bounds(lambda _: bound))[0].startswith("1 row had calls quicker than")
 
 
 def test_exponents_are_found_where_the_law_is_exact():

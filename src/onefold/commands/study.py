@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from onefold.commands.progress import show_progress
 from onefold.errors import BadArgument, MissingExtra
 from onefold.report.format import format_count, join_words
 from onefold.report.study_figures import draw_study_figure, standalone_svg
-from onefold.report.study_results import STUDY_SUFFIX, StudyResult, StudyTable, write_study
+from onefold.report.study_results import STUDY_SUFFIX, Conclusion, StudyResult, StudyTable, write_study
 from onefold.storage import write_text
 from onefold.studies import Study, find_study
 from onefold.studies.run import StudyOptions, run_study
@@ -102,8 +102,14 @@ def _run(found: Study, options: StudyOptions, results: Path, say: Callable[[str]
         conditions=_conditions(options),
         tables=summary.tables,
         figures=summary.figures,
-        conclusions=summary.conclusions,
-        notes=(*found.notes, *summary.notes, *measured.unavailable, *_noise_notes(summary.tables)),
+        conclusions=_with_noise(summary.conclusions, measured),
+        notes=(
+            *found.notes,
+            *summary.notes,
+            *measured.unavailable,
+            *_noise_notes(summary.tables),
+            *_limit_notes(measured),
+        ),
     )
     write_study(outcome, result)
     return StudyRun(result=result, samples=samples, outcome=outcome, figures=_draw(result, results / base, say))
@@ -130,6 +136,33 @@ def _conditions(options: StudyOptions) -> str:
     return (
         f"One image a call, {format_count(how.threads, 'thread')}, random weights; {how.samples} calls of each, "
         f"interleaved, after {how.warmup_seconds:g} s of warm-up."
+    )
+
+
+def _with_noise(conclusions: Sequence[Conclusion], measured: Measured) -> tuple[Conclusion, ...]:
+    """The same, with a word in the verdict on each target of which a row came from a noisy machine."""
+    noisy = {
+        str(target)
+        for target, rows in measured.rows.items()
+        if any(row.measurement.verdict == "noisy" for row in rows.values())
+    }
+    return tuple(
+        replace(each, verdict=f"{each.verdict}, on a noisy machine") if each.where in noisy else each
+        for each in conclusions
+    )
+
+
+def _limit_notes(measured: Measured) -> list[str]:
+    """That calls were quicker than a limit, where that was measured again and they still are."""
+    count = len(measured.beaten_bounds)
+    return (
+        [
+            f"{format_count(count, 'row')} had calls quicker than the limit here: it was measured on a busy machine "
+            "(`onefold limits --again` measures anew), or the runtime needs fewer multiplications (Winograd). "
+            "Their shares of the limit say nothing."
+        ]
+        if count
+        else []
     )
 
 

@@ -256,10 +256,10 @@ def cost_conclusion(target: Target, row: Row, said: str, expected: float) -> Con
 
 
 def ratio_verdict(row: Row, expected: float) -> str:
-    """Whether the expected ratio lies in the interval; not decided where only the machine's noise puts it there."""
+    """Whether the expected ratio lies in the interval; on a noisy machine that decides nothing."""
     if not row.bounds[0] <= expected <= row.bounds[1]:
         return "does not agree"
-    return "agrees" if row.ratio.low <= expected <= row.ratio.high else "not decided"
+    return "agrees" if row.ratio.noise <= 1 else "not decided"
 
 
 def order_verdict(same: int, contrary: int) -> str:
