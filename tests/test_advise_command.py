@@ -71,12 +71,17 @@ def test_a_function_of_a_module_is_advised_on_in_all_its_forms():
 
 
 def test_a_network_of_ours_by_its_name_is_found_unfused():
-    order = options("mobilenetv1_025", rules=["fuse"])
+    order = options("mobileone_s0", rules=["fuse"])
     (advice,) = advise_on_source(order, None, fake_bench(by_operations))
     (trial,) = advice.trials
     assert trial.problem is None
     assert "not fused" in trial.remedy.finding
     assert trial.timing.answers.difference < 1e-4
+
+
+def test_norms_that_the_export_folds_are_no_finding():
+    (advice,) = advise_on_source(options("mobilenetv1_025", rules=["fuse"]), None, fake_bench(by_operations))
+    assert not advice.trials
 
 
 def test_the_command_writes_a_network_that_answers_the_same(file: Path, capsys: pytest.CaptureFixture[str]):
