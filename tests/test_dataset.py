@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, 
 from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers, parse_list_cells
 from onefold.data.fingerprint import ImageList, dataset_fingerprint
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
+from onefold.data.repeated_images import Files, leave_out_copies
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 
@@ -463,6 +465,21 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
             },
             "several tables of labels",
         ),
+        (
+            [f"fold{i}/{name}/{i}.png" for i in (1, 2) for name in ("cat", "dog")],
+            {},
+            "fold1, fold2 all hold folders called cat, dog, so the classes may be the outer or the inner ones",
+        ),
+        (
+            [f"train/fold{i}/{name}/{i}.png" for i in (1, 2) for name in ("cat", "dog", "owl")[: i + 1]],
+            {},
+            "fold1, fold2 all hold folders called cat, dog, so",
+        ),
+        (
+            [f"{split}/{name}/1.png" for split in ("训练集", "验证集") for name in ("猫", "狗")],
+            {},
+            "all hold folders called 狗, 猫",
+        ),
     ],
 )
 def test_what_can_be_understood_in_two_ways_is_refused(
@@ -479,8 +496,12 @@ def test_what_can_be_understood_in_two_ways_is_refused(
 @pytest.mark.parametrize(
     ("names", "text", "note"),
     [
-        ("{}/cat/{}.png {}/dog/{}.png", {}, "fold1, fold2: a class with all folders inside (fold1/: cat, dog)"),
-        ("train/{}/cat/{}.png train/{}/dog/{}.png", {}, "fold1, fold2: a class with all folders inside"),
+        (
+            "{0}/{0}a/{1}.png {0}/{0}b/{1}.png",
+            {},
+            "fold1, fold2: a class with all folders inside (fold1/: fold1a, fold1b)",
+        ),
+        ("train/{0}/{0}a/{1}.png train/{0}/{0}b/{1}.png", {}, "fold1, fold2: a class with all folders inside"),
         ("{}/{}.png", {"meta/train.txt": "fold1/1"}, "meta/train.txt (lists that may say splits) stay unread"),
         ("{}/{}.png", {"train_test_split.txt": "1 0"}, "train_test_split.txt (lists that may say splits)"),
         ("{}/{}.png FOLD1/3.png", {}, "classes whose names differ in case only are several: FOLD1, fold1"),
@@ -656,8 +677,35 @@ def test_copies_of_folders_are_left_out_and_said(
         assert any("hold the same files" in note for note in info.notes)
 
 
+@pytest.mark.parametrize("sizes", [lambda folder: 1, int], ids=["equal sizes", "other sizes"])
+@pytest.mark.parametrize("content", [lambda folder: b"", lambda folder: folder.encode()], ids=["same", "other"])
+def test_thousands_of_folders_with_the_same_names_are_compared_once_each(
+    sizes: Callable[[str], int], content: Callable[[str], bytes]
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def size(path: str) -> int:
+        calls["size"] += 1
+        return sizes(path.split("/")[0])
+
+    def read(path: str) -> bytes:
+        calls["read"] += 1
+        return content(path.split("/")[0])
+
+    images = [f"{folder}/{i}.png" for folder in range(2000) for i in range(5)]
+    kept, left_out, notes = leave_out_copies(images, Files(size, read))
+    assert (kept, left_out) == (images, [])
+    assert notes == (
+        ["1/, 2/, 3/ and 1996 more and 0/ hold the same files"]
+        if (size("0/"), read("0/")) == (size("1/"), read("1/"))
+        else []
+    )
+    assert calls["size"] <= len(images) + 2
+    assert calls["read"] <= 2 * len(images)
+
+
 def test_folders_with_the_same_names_and_other_pictures_are_no_copies(tmp_path: Path) -> None:
-    write_images(tmp_path, [f"{side}/{kind}/{i}.png" for side in ("left", "right") for kind in "ab" for i in (1, 2)])
+    write_images(tmp_path, [f"{side}/{i}.png" for side in ("left", "right") for i in (1, 2)])
     info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
     assert (info.classes, info.left_out) == (("left", "right"), ())
 

@@ -90,6 +90,7 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
             f"{place}: {join_names(words)} are words for splits, and hold images without class folders: put the "
             f"images of each class in a folder of its own ({words[0]}/<class>/), or add a labels.csv (file,label)"
         )
+    _check_inner_folders(level, place)
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
     notes = (*_merged(level), *called, *_nested(level))
     return FolderRoles(folders=(_split_folder(None, level, "", level),), notes=notes)
@@ -120,6 +121,28 @@ def _check_classes(folders: Collection[Folder], beside: frozenset[str], place: s
                 f"{place}: {folder.path}/ holds folders that are called as others ({join_names(same, 3)}), so it may "
                 "be a split or a class: give the folder of one dataset, with train, val and test (or --val FOLDER)"
             )
+
+
+def _check_inner_folders(level: Folder, place: str) -> None:
+    """Raise BadData where all folders hold those of the same names (amazon/bike, dslr/bike): either may be the classes.
+
+    Numbers inside of folders with names are parts of a class, as are images/ and masks/.
+    """
+    inner = {name: _names(_class_level(folder)) for name, folder in level.children.items() if folder.num_images}
+    if len(inner) < 2 or any(level.children[name].num_direct for name in inner):
+        return
+    shared = sorted(
+        name for name in frozenset.intersection(*inner.values()) if not {*split_into_words(name)} <= FILLER_WORDS
+    )
+    is_number = all(name.isdecimal() for name in shared) and not all(name.isdecimal() for name in inner)
+    if len(shared) < 2 or is_number or any(len(names) > 2 * len(shared) for names in inner.values()):
+        return
+    where = f"{place}/{level.path}".removesuffix("/")
+    raise BadData(
+        f"{where}: {join_names(sorted(inner), 3)} all hold folders called {join_names(shared, 3)}, so the classes may "
+        f"be the outer or the inner ones: give one folder ({where}/{min(inner)}), or put a labels.csv with the columns "
+        f"file,label into {where}"
+    )
 
 
 def _nested(level: Folder) -> tuple[str, ...]:
@@ -331,6 +354,7 @@ def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, fr
             folders.append(_split_folder(split, inner, shown, inner, classes))
             notes += _merged(inner)
             if split == "train":
+                _check_inner_folders(inner, place)
                 notes += _nested(inner)
     if train:
         reasons |= {folder.path: "beside the splits" for folder in others}

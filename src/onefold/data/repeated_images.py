@@ -8,10 +8,11 @@ classes beside each other are kept where they are the same, unless their names a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -46,14 +47,20 @@ def without_copies(place: Path, listing: FolderListing) -> tuple[FolderListing, 
 def leave_out_copies(images: Sequence[str], files: Files) -> tuple[list[str], list[LeftOut], list[str]]:
     """Give the images that are in no copy of a folder, what is left out, and notes on folders that are the same."""
     copies, same = find_copied_folders(images, files)
-    notes = [f"{copy}/ and {original}/ hold the same files" for copy, original in same]
-    left_out, kept = [], list(images)
-    for copy, original in copies.items():
-        inside = [image for image in kept if image.startswith(f"{copy}/")]
-        kept = [image for image in kept if not image.startswith(f"{copy}/")]
-        where = f"those in {original}/" if original else "those beside it"
-        left_out.append(LeftOut(count=len(inside), what=f"images in {copy}/", reason=f"copies of {where}"))
-    return kept, left_out, notes
+    notes = [
+        f"{join_names([f'{other}/' for other in others], 3)} and {first}/ hold the same files" for first, others in same
+    ]
+    owners = [next((folder for folder in _folders_around(image) if folder in copies), None) for image in images]
+    counts = Counter(owner for owner in owners if owner is not None)
+    left_out = [
+        LeftOut(
+            count=counts[copy],
+            what=f"images in {copy}/",
+            reason=f"copies of {f'those in {original}/' if original else 'those beside it'}",
+        )
+        for copy, original in copies.items()
+    ]
+    return [image for image, owner in zip(images, owners, strict=True) if owner is None], left_out, notes
 
 
 def find_copied_files(paths: Sequence[str]) -> dict[str, str]:
@@ -80,37 +87,75 @@ def _sample(path: str, size: int) -> bytes:
     return b"".join(parts)
 
 
-def find_copied_folders(images: Sequence[str], files: Files) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Give the folders that are copies, each with what it is a copy of, and pairs that are the same but are kept."""
+def find_copied_folders(images: Sequence[str], files: Files) -> tuple[dict[str, str], list[tuple[str, list[str]]]]:
+    """Give the folders that are copies, each with what it is a copy of; and those kept that are the same as another.
+
+    Folders are compared by what stands for each of them (names, sizes, bytes), not in pairs: there may be thousands.
+    """
     below: dict[str, list[str]] = defaultdict(list)
     for image in images:
-        for i, letter in enumerate(image):
-            if letter == "/":
-                below[image[:i]].append(image[i + 1 :])
+        for folder in _folders_around(image):
+            below[folder].append(image[len(folder) + 1 :])
     known = set(images)
     copies: dict[str, str] = {}
 
-    def is_within(folder: str) -> bool:
-        return any(folder.startswith(f"{copy}/") for copy in copies)
+    def is_within_copy(folder: str) -> bool:
+        return any(outer in copies for outer in _folders_around(folder))
 
     folders = sorted(below, key=lambda folder: (folder.count("/"), len(folder), folder))  # copies have longer names
     for folder in folders:  # inside of what they are a copy of
-        if not is_within(folder) and (outer := _copied_ancestor(files, folder, below[folder], known)) is not None:
+        if not is_within_copy(folder) and (outer := _copied_ancestor(files, folder, below[folder], known)) is not None:
             copies[folder] = outer
-    groups: dict[tuple[int, frozenset[str]], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for folder in folders:
-        if folder not in copies and not is_within(folder):
-            groups[len(below[folder]), frozenset(below[folder])].append(folder)
-    same: list[tuple[str, str]] = []
-    for those in groups.values():
-        for first, other in _pairs(those, copies):
-            if is_within(other) or is_within(first) or not _are_same(files, f"{first}/", f"{other}/", below[first]):
-                continue
-            if _may_be_left_out(first, other, below[first]):
-                copies[other] = first
-            elif not any(other.startswith(f"{b}/") for _, b in same):
-                same.append((first, other))
+        if folder not in copies and not is_within_copy(folder):
+            groups[tuple(sorted(below[folder]))].append(folder)
+    same: list[tuple[str, list[str]]] = []
+    noted: set[str] = set()
+    for names, those in groups.items():
+        for equal in _equal_folders(files, those, names):
+            originals: dict[object, str] = {}
+            kept = []
+            for folder in equal:
+                if is_within_copy(folder):  # of an outer folder, found before
+                    continue
+                original = originals.setdefault(_copy_key(folder, names), folder)
+                if original != folder:
+                    copies[folder] = original
+                elif not any(outer in noted for outer in _folders_around(folder)):
+                    kept.append(folder)
+            if len(kept) > 1:
+                same.append((kept[0], kept[1:]))
+                noted.update(kept[1:])
     return copies, same
+
+
+def _folders_around(path: str) -> Iterator[str]:
+    """Give the folders that a path is in, the outermost first."""
+    return (path[:i] for i, letter in enumerate(path) if letter == "/")
+
+
+def _equal_folders(files: Files, folders: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """Group folders of the same names by the sizes of their files, then by the bytes of one, then by those of some."""
+    step = max(1, len(names) // _NUM_READ)
+
+    def sizes(folder: str) -> object:
+        return tuple(files.size(f"{folder}/{name}") for name in names)
+
+    def content(folder: str, some: Sequence[str]) -> object:
+        return [hashlib.sha256(files.read(f"{folder}/{name}")).digest() for name in some]
+
+    groups = [list(folders)]
+    for of in (sizes, lambda folder: content(folder, names[:1]), lambda folder: content(folder, names[::step])):
+        parted: dict[str, list[str]] = defaultdict(list)
+        for number, group in enumerate(groups):
+            for folder in group:
+                try:
+                    parted[f"{number} {of(folder)}"].append(folder)
+                except (OSError, BadData):
+                    continue  # what cannot be read is no copy
+        groups = [group for group in parted.values() if len(group) > 1]
+    return groups
 
 
 def _copied_ancestor(files: Files, folder: str, names: Sequence[str], images: Collection[str]) -> str | None:
@@ -124,21 +169,11 @@ def _copied_ancestor(files: Files, folder: str, names: Sequence[str], images: Co
     return None
 
 
-def _pairs(folders: Sequence[str], copies: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Give pairs of folders with the same names, none inside the other, as long as neither is a copy."""
-    for first, other in combinations(folders, 2):
-        if first not in copies and other not in copies and not other.startswith(f"{first}/"):
-            yield first, other
-
-
-def _may_be_left_out(first: str, other: str, names: Sequence[str]) -> bool:
-    """Whether the second of two folders with the same files is a copy, and no split and no class of its own."""
-    splits = [[said for part in folder.split("/") if (said := parse_split_name(part))] for folder in (first, other)]
-    if [(s.split, s.stem) for s in splits[0]] != [(s.split, s.stem) for s in splits[1]]:
-        return False
-    plain = [_COPY.sub("", folder.rpartition("/")[2]).casefold() for folder in (first, other)]
+def _copy_key(folder: str, names: Sequence[str]) -> object:
+    """Give what two folders with the same files share if one is a copy, and neither a split nor a class of its own."""
+    splits = [(said.split, said.stem) for part in folder.split("/") if (said := parse_split_name(part))]
     holds_folders = any("/" in name for name in names)
-    return plain[0] == plain[1] or holds_folders
+    return str(splits), holds_folders or _COPY.sub("", folder.rpartition("/")[2]).casefold()
 
 
 def _are_same(files: Files, first: str, other: str, names: Sequence[str]) -> bool:
