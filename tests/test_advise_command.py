@@ -132,7 +132,8 @@ def test_int8_of_a_network_with_branches_is_compared_with_the_fused_one():
 
     (advice,) = advise_on_source(order, None, fake_bench(cost))
     (found,) = advice.findings
-    assert found.remedy.command == 'onefold.export(network, to="onnx", precision=int8, data=PHOTOS)'
+    arguments = 'to="onnx", precision="int8", data="PHOTOS"'
+    assert found.remedy.command == f"onefold.export({__name__}.make_network(), {arguments})"
     assert "BatchNormalization" not in [node.op_type for node in found.remedy.against.graph().nodes]
     assert found.timing.ratio.value == pytest.approx(0.9, rel=0.01)
     assert any("compared with it" in remark for remark in advice.remarks)

@@ -316,7 +316,7 @@ def test_how_a_place_is_read_is_said_where_it_is_scored(
         caplog.clear()
         read()
         assert "1 of the 24 files that it lists are not there, and not used: gone/1.png" in caplog.text
-        assert "left out 1 images in" in caplog.text
+        assert "left out 1 image in" in caplog.text
         assert len(caplog.messages) == 1
     (place / "labels.csv").unlink()
     caplog.clear()

@@ -145,8 +145,9 @@ class Case:
     def export_command(self, runtime: str, *options: str) -> str:
         """The command that exports the network to a runtime; Python's where the command line does not take it."""
         if self.export_source is None:
-            words = ", ".join([f'to="{runtime}"', *(each.removeprefix("--").replace(" ", "=", 1) for each in options)])
-            return f"onefold.export(network, {words.replace('-', '_')})"
+            pairs = [("to", runtime), *(each.removeprefix("--").split(" ", 1) for each in options)]
+            words = ", ".join(f'{name.replace("-", "_")}="{value}"' for name, value in pairs)
+            return f"onefold.export({self.source.replace(':', '.')}(), {words})"  # of a function that gives a network
         return " ".join(["onefold export", self.export_source, "--to", runtime, *options])
 
     def apply_command(self, rule: str) -> str:

@@ -60,7 +60,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         named = f" ({', '.join(map(printable_name, self.examples))})" if self.examples else ""
-        return f"{self.count} {printable_name(self.what)}{named}: {printable_name(self.reason)}"
+        what = self.what.replace("images ", "image ", 1) if self.count == 1 else self.what
+        return f"{self.count} {printable_name(what)}{named}: {printable_name(self.reason)}"
 
 
 @dataclass(frozen=True, kw_only=True)
