@@ -207,11 +207,6 @@ def normalize_number(text: str) -> str | None:
     return str(int(text.partition(".")[0])) if _WHOLE_NUMBER.fullmatch(text) and text[0] != "-" else None
 
 
-def first_class_number(numbers: Collection[int]) -> int:
-    """Give the number of the first class: 1 where the numbers are all of 1 to N, two or more, else 0."""
-    return 1 if len(set(numbers)) > 1 and set(numbers) == {*range(1, max(numbers) + 1)} else 0
-
-
 def normalize_numbers(values: Sequence[str]) -> Sequence[str]:
     """Write integers alike, 01 and 1.0 as 1, where all values are such and some have two forms, or a fraction.
 

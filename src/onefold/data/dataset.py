@@ -233,6 +233,8 @@ def read_dataset(
     if class_order and sorted(class_order) == sorted(classes):
         classes, class_order_rule = tuple(class_order), "in the order of the run"
     number = {name: i for i, name in enumerate(classes)}
+    if gaps := _gaps(reference):
+        notes.append(gaps)
     plain = {name: re.sub(r"[\W_]+", " ", name.casefold()).strip() for name in classes}
     counts = Counter(plain.values())
     if alike := sorted(name for name in classes if plain[name] and counts[plain[name]] > 1):
@@ -260,7 +262,9 @@ def read_dataset(
             left_out.append(LeftOut(count=unknown, what=f"images of {part.source}", reason=reason))
         if part is not reference and (missing := sorted(present - names)):
             notes.append(f"{part.source} has no images of {join_names(missing)}")
-        if part.numbered and part.numbered[: len(classes)] != classes[: len(part.numbered)]:
+        if part.numbered and [name for name in part.numbered if name in number] != [
+            name for name in classes if name in {*part.numbered}
+        ]:
             notes.append(f"in {part.source} the classes are numbered otherwise: their names count")
         whole = part.open([number.get(label, -1) for label in part.labels], classes)
         opened.append((part, whole))
@@ -318,6 +322,20 @@ def _order(reference: SplitImages) -> tuple[tuple[str, ...], str]:
     if names == set(map(str, range(len(names)))):
         return tuple(map(str, range(len(names)))), "in the order of their numbers"
     return tuple(sorted(names)), "sorted by name"
+
+
+def _gaps(reference: SplitImages) -> str:
+    """Say that the numbers of classes have gaps, and are no outputs of a network: "" where they are 0, or 1, to N."""
+    numbers = reference.numbered or ()
+    if not all(map(str.isdecimal, numbers)) or not numbers:
+        return ""
+    first, last = int(numbers[0]), int(numbers[-1])
+    if first in (0, 1) and [*map(int, numbers)] == [*range(first, first + len(numbers))]:
+        return ""
+    return (
+        f"{reference.source} numbers its {len(numbers)} classes {join_names(numbers, 3)} (up to {last}): a number that "
+        "no image has is no class"
+    )
 
 
 def open_dataset(place: str | Path, split: Split, *, seed: int, val_fraction: float) -> Dataset:

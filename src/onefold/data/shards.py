@@ -31,7 +31,6 @@ from PIL import Image
 from onefold.data.columns import (
     MultiLabelError,
     find_class_separator,
-    first_class_number,
     normalize_numbers,
     read_split_column,
     refuse_measurements,
@@ -236,14 +235,14 @@ def read_shards(
         raise MultiLabelError(shown, f"{printable_name(both)} is of one image")
     refuse_measurements(f"{shown}: the class", names)
     forms = dict(zip(names, normalize_numbers(names), strict=True))
-    numbered = _numbered([file for those in files.values() for file in those])
+    numbers, schema_names = _numbered([file for those in files.values() for file in those])
     return (
         [
             SplitImages(
                 split=split,
                 source=sources.get(split) or f"{join_names(list(sources.values()), 3)} ({split} inside)",
-                labels=_names(those, numbered, forms),
-                numbered=numbered,
+                labels=_names(those, schema_names, forms),
+                numbered=None if numbers is None else schema_names or tuple(map(str, sorted({*those} & numbers))),
                 open=partial(_sharded_images, files[split]),
             )
             for split, those in labels.items()
@@ -280,8 +279,8 @@ def _sharded_images(
     return ShardedImages(files=files, labels=labels, classes=classes, starts=starts)
 
 
-def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | None:
-    """Give the names of the classes by their numbers; None where the classes are names."""
+def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[set[int] | None, tuple[str, ...] | None]:
+    """Give the numbers of the classes, and their names where a schema has them; None where the classes are names."""
     union = {label for file in files for label in file.labels}
     numbers, names = {x for x in union if isinstance(x, int)}, {x for x in union if isinstance(x, str)}
     if numbers and names:
@@ -291,16 +290,15 @@ def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[str, ...] | N
     if None in union:
         raise BadData("no image but those of test has a class: all are -1 or nothing")
     if names:
-        return None
+        return None, None
     schema_names = next((file.classes for file in files if file.classes), None)
     limit = MAX_CLASSES if schema_names is None else len(schema_names)
     if min(numbers, default=0) < 0 or max(numbers, default=-1) >= limit:
         raise BadData(f"the classes are numbered {min(numbers)} to {max(numbers)}: expected 0 to {limit - 1}")
-    return schema_names or tuple(map(str, range(first_class_number(numbers), max(numbers, default=-1) + 1)))
+    return numbers, schema_names
 
 
-def _names(labels: Sequence[int | str | None], numbered: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
-    if numbered is None:
+def _names(labels: Sequence[int | str | None], names: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
+    if names is None:
         return [normalize_class_name(forms.get(str(label), str(label))) for label in labels]
-    first = 1 if numbered[:1] == ("1",) else 0
-    return [numbered[label - first] for label in labels if isinstance(label, int)]
+    return [names[label] for label in labels if isinstance(label, int)]

@@ -375,12 +375,13 @@ def table_split(place: Path, table: LabelTable, split: Split | None, source: str
     folder = table.path.rpartition("/")[0]
     names = [os.path.relpath(table.files[i], folder or ".").replace(os.sep, "/") for i in rows]
     labels = [table.labels[i] for i in rows]
+    present = {*labels}  # a number that only another split has is none of this one's
     root = place / folder
     return SplitImages(
         split=split,
         source=source,
         labels=labels,
-        numbered=table.numbered,
+        numbered=None if table.numbered is None else tuple(name for name in table.numbered if name in present),
         open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
     )
 

@@ -30,7 +30,6 @@ from onefold.data.columns import (
     NotATableError,
     ends_with_class_word,
     find_class_separator,
-    first_class_number,
     is_class_index_column,
     is_missing,
     is_split_column,
@@ -193,8 +192,9 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         numbered = None
         if number_column is not None:
             numbers = [_number(shown, lines[i], text) for i, text in enumerate(normalize_numbers(cells[number_column]))]
-            numbered = _names_by_number(shown, lines, numbers, labels)
-            labels = [numbered[number - first_class_number(numbers)] for number in numbers]
+            names_by_number = _names_by_number(shown, lines, numbers, labels)
+            numbered = tuple(names_by_number[number] for number in sorted(names_by_number))
+            labels = [names_by_number[number] for number in numbers]
     kept = _once(shown, files, labels, splits, lines, notes)
     unused = [name for name in class_columns if name != label_column]
     if unused and label_column:
@@ -326,17 +326,15 @@ def _number(shown: str, line: int, text: str) -> int:
     return int(text)
 
 
-def _names_by_number(
-    shown: str, lines: Sequence[int], numbers: Sequence[int], labels: Sequence[str]
-) -> tuple[str, ...]:
-    """Name the classes by their labels; a class that no image is of, or without labels, by its number, from 0 or 1."""
+def _names_by_number(shown: str, lines: Sequence[int], numbers: Sequence[int], labels: Sequence[str]) -> dict[int, str]:
+    """Name the classes that images are of, by their labels or else by their numbers: gaps between these are none."""
     names: dict[int, str] = {}
     for line, number, label in zip(lines, numbers, labels or map(str, numbers), strict=True):
         name = names.setdefault(number, label)
         if name != label:
             both = f"{printable_name(name)!r} and {printable_name(label)!r}"
             raise BadData(f"{shown}, line {line}: index {number} is called both {both}")
-    return tuple(names.get(number, str(number)) for number in range(first_class_number(numbers), max(numbers) + 1))
+    return names
 
 
 def _one_hot(
