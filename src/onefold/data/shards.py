@@ -242,7 +242,7 @@ def read_shards(
                 split=split,
                 source=sources.get(split) or f"{join_names(list(sources.values()), 3)} ({split} inside)",
                 labels=_names(those, schema_names, forms),
-                numbered=None if numbers is None else schema_names or tuple(map(str, sorted({*those} & numbers))),
+                numbered=None if numbers is None else schema_names or tuple(map(str, sorted(numbers & {*those}))),
                 open=partial(_sharded_images, files[split]),
             )
             for split, those in labels.items()
