@@ -9,6 +9,7 @@ groups of some megabytes are the quickest to read in random order.
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from onefold.data.columns import (
 )
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
+from onefold.data.remote import open_plain_file
 from onefold.errors import BadData, MissingExtra
 from onefold.storage import normalize_name, parse_json
 
@@ -45,6 +47,7 @@ class ParquetImages:
         except ImportError as error:
             raise MissingExtra(f"{printable_name(path)} needs pyarrow", "parquet") from error
         try:
+            os.close(open_plain_file(os.fspath(path), os.O_RDONLY))  # Arrow waits for a pipe, out of reach of signals
             self._file = pq.ParquetFile(path)
             schema = self._file.schema_arrow
             self._image, self._label, self.split_column = self._columns(schema)

@@ -110,7 +110,7 @@ def digest_bytes(read: Callable[[int, int], bytes], num_bytes: int) -> str:
     return total.hexdigest()
 
 
-def _open_plain_file(path: str, flags: int) -> int:
+def open_plain_file(path: str, flags: int) -> int:
     """Open a file as `os.open` does, without a wait where it is a pipe. Raises OSError for all but plain files."""
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -148,7 +148,7 @@ class LocalFile:
     def read(self, start: int, count: int) -> bytes:
         """Read bytes of the file, which is opened anew each time: it may have gone or been replaced."""
         try:
-            with open(self.path, "rb", buffering=0, opener=_open_plain_file) as file:
+            with open(self.path, "rb", buffering=0, opener=open_plain_file) as file:
                 file.seek(start)
                 data = file.read(count)
         except OSError as error:
