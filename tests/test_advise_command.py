@@ -70,6 +70,7 @@ def test_a_function_of_a_module_is_advised_on_in_all_its_forms():
     assert "onefold advise" in tried["relu"].remedy.command
 
 
+@pytest.mark.slow
 def test_a_network_of_ours_by_its_name_is_found_unfused():
     order = options("mobileone_s0", rules=["fuse"])
     (advice,) = advise_on_source(order, None, fake_bench(by_operations))

@@ -21,6 +21,16 @@ ADVISED_RUNTIMES = ("onnx", "openvino")
 INT8_OPS = ("QuantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul")
 
 
+def check_advised_runtimes(runtimes: Sequence[str]) -> None:
+    """Raise BadArgument for a runtime that is not one of them."""
+    for runtime in runtimes:
+        if runtime not in ADVISED_RUNTIMES:
+            raise BadArgument(
+                f"the advisor tries {' and '.join(ADVISED_RUNTIMES)}, which run the same graph and tell the time of "
+                f"each layer, not {runtime!r}: give --to {','.join(ADVISED_RUNTIMES)}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A network as it is run: `content` is an ONNX file, `input_shape` one image's, `batch` the images of a call.

@@ -67,7 +67,10 @@ def advise(
         raise BadArgument("there is nothing to advise on: give a network, or --list for the rules")
     if (apply is None) != (out is None):
         raise BadArgument("--apply and --out belong together: --apply RULE --out advised.onnx")
+    from onefold.advisor.variant import check_advised_runtimes
+
     runtimes, names = parse_runtimes(to), _split(apply or only)
+    check_advised_runtimes(runtimes)
     with show_progress(f"advising on {source}"):
         check_inputs(places=[data], runtimes=runtimes, model=model)
         from onefold.commands.advise import AdviseOptions, apply_rules

@@ -19,7 +19,7 @@ from torch import nn
 from onefold.advisor import Advice, Case, OnnxGraph, TrialBench, Variant, advise_on, select_rules
 from onefold.advisor.onnx_int8 import quantize_onnx
 from onefold.advisor.trials import answer_in_batches, apply_all
-from onefold.advisor.variant import ADVISED_RUNTIMES, graph_precision, open_engine
+from onefold.advisor.variant import ADVISED_RUNTIMES, check_advised_runtimes, graph_precision, open_engine
 from onefold.bench import Instruments, Machine, Procedure, Roofline
 from onefold.bench.compare import FEWEST_ROUNDS
 from onefold.commands.bench import load_or_measure_roofline
@@ -180,11 +180,7 @@ def _case(
 
 
 def _variant(order: AdviseOptions, subject: Subject, runtime: str) -> Variant:
-    if runtime not in ADVISED_RUNTIMES:
-        raise BadArgument(
-            f"the advisor tries {' and '.join(ADVISED_RUNTIMES)}, which run the same graph and tell the time of each "
-            f"layer, not {runtime!r}: give --to {','.join(ADVISED_RUNTIMES)}"
-        )
+    check_advised_runtimes([runtime])
     graph = OnnxGraph(subject.content)
     fixed = graph.input_shape()[0]
     if fixed is not None and order.batch not in (1, fixed):
