@@ -22,8 +22,9 @@ INT8_OPS = ("QuantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "QL
 
 
 def check_advised_runtimes(runtimes: Sequence[str]) -> None:
-    """Raise BadArgument for a runtime that is not one of them."""
+    """Raise BadArgument for a runtime that is not one of them, or that there is not."""
     for runtime in runtimes:
+        import_runtime(runtime)
         if runtime not in ADVISED_RUNTIMES:
             raise BadArgument(
                 f"the advisor tries {' and '.join(ADVISED_RUNTIMES)}, which run the same graph and tell the time of "
