@@ -349,6 +349,19 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path: Path, kind: bytes) -> None:
         read_tar_index(LocalFile(tmp_path / "d.tar"))
 
 
+def test_of_two_columns_of_classes_in_parquet_the_one_that_counts_is_said(tmp_path: Path) -> None:
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"fine_label": list("abcabc"), "coarse_label": list("xxyxxy")}
+    columns["split"] = ["train", "train", "train", "test", "unlabeled", ""]
+    images = [{"bytes": jpeg(), "path": None} for _ in range(6)]
+    pq.write_table(arrow.table({"img": images, **columns}), tmp_path / "x.parquet")
+    info = read_dataset(tmp_path / "x.parquet", seed=0, val_fraction=0.0).info
+    assert info.classes == ("a", "b", "c")
+    assert "the classes are the column fine_label, not coarse_label" in info.notes
+    assert {split.name: split.num_images for split in info.splits} == {"train": 3, "test": 1}
+    assert [(one.count, one.reason) for one in info.left_out] == [(2, "no split in split")]
+
+
 @pytest.mark.parametrize("name", ["d.tar", "d.parquet"])
 def test_a_pipe_is_no_shard(tmp_path: Path, name: str) -> None:
     """It would be waited for until somebody wrote to it."""

@@ -40,6 +40,19 @@ _MISSING = frozenset(  # as pandas reads them
     ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA")
 ) | {"NULL", "NaN", "None", "n/a", "nan", "null"}
 _NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
+_MEASURED = (
+    frozenset(("score", "scores", "age", "count", "counts", "price", "weight", "width", "height", "size", "length"))
+    | frozenset(("area", "year", "time", "hour", "month", "day", "number", "num", "temperature", "distance", "depth"))
+    | frozenset(("votes", "frame"))
+)
+_BOXES = (
+    *(frozenset(("x", "y", *sides)) for sides in (("width", "height"), ("w", "h"))),
+    *(frozenset(sides) for sides in (("xmin", "ymin", "xmax", "ymax"), ("x min", "y min", "x max", "y max"))),
+    *(frozenset(sides) for sides in (("x 1", "y 1", "x 2", "y 2"), ("bbox x", "bbox y", "bbox w", "bbox h"))),
+)
+NONE_WORD = "None"
+"""What a class of words may be called, though pandas takes it for a cell that says nothing: no defect, no finding."""
+_NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored"))
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
 BOOLEAN_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
@@ -91,11 +104,39 @@ def ends_with_class_word(column: str) -> bool:
 
 
 def only_other_column(cells: Mapping[str, Sequence[str]], images: str) -> str:
-    """Give the column beside that of the images in a table of two, where its values are words and recur; else ""."""
-    others = [name for name in cells if name != images]
-    values = cells[others[0]] if len(others) == 1 and len(cells) == 2 else ()
-    is_of_words = not any(_DECIMAL.fullmatch(value) or is_missing(value) for value in values)
-    return others[0] if 1 < len({*values}) < len(values) and is_of_words else ""
+    """Give the one column beside those of images, where its values are words, or classes by number, and recur; else "".
+
+    Numbers are of classes where each is of two images or more and they are 0 to N - 1, 1 to N, or -1 and 1, or where
+    the column is called as one of numbers (landmark_id); not where it is called as what is measured (age, count).
+    """
+    others = [name for name in cells if name != images and not (len(cells) > 2 and rank_image_column(name) is not None)]
+    if len(others) != 1 or is_split_column(others[0]):
+        return ""
+    name, words = others[0], split_into_words(others[0])
+    values = [value for value in cells[name] if not is_missing(value) or value == NONE_WORD]
+    seen = {*values}
+    if 2 * len(values) < len(cells[name]) or not 1 < len(seen) < len(values):
+        return ""
+    if not any(map(_DECIMAL.fullmatch, seen)):
+        return "" if seen <= {NONE_WORD} or all(map(parse_split_name, seen)) else name
+    numbers = sorted(int(number) for value in seen if (number := normalize_number(value)) is not None)
+    is_sign = seen in ({"-1", "1"}, {"-1.0", "1.0"})
+    is_of_all = numbers in ([*range(len(seen))], [*range(1, len(seen) + 1)]) and not _MEASURED & {*words}
+    is_called = len(numbers) == len(seen) and bool(words) and words[-1] in _NUMBER_WORDS
+    return name if 2 * len(seen) <= len(values) and (is_sign or is_of_all or is_called) else ""
+
+
+def is_box_column(column: str, columns: Collection[str]) -> bool:
+    """Whether a column has a number of a box, or of a point beside another column of classes.
+
+    A box is x and y beside width and height, or xmin, ymin, xmax and ymax.
+    """
+    there = {" ".join(split_into_words(name)): name for name in columns}
+    called = " ".join(split_into_words(column))
+    others = [name for word, name in there.items() if word != "y"]
+    if called in ("x", "y") and {"x", "y"} <= there.keys() and any(rank_class_column(n) is not None for n in others):
+        return True
+    return any(each <= there.keys() and called in each for each in _BOXES)
 
 
 def is_class_name_column(column: str) -> bool:
@@ -133,6 +174,11 @@ def _flagged(column: str) -> Split | None:
     said = parse_split_name(" ".join(words[1:] if words[:1] == ["is"] else words))
     is_flag = words[:1] == ["is"] or (len(words) == 1 and words[0] in SPLIT_WORDS)
     return said.split if said and is_flag and not said.stem else None
+
+
+def _is_no_split(cell: str) -> bool:
+    """Whether a cell of a split column says that its image is in none."""
+    return is_missing(cell) or cell.casefold() in _NO_SPLIT
 
 
 def is_missing(cell: str) -> bool:
@@ -186,7 +232,7 @@ def read_split_column(
     if not any(known.values()):
         notes.append(f"{shown}: {where} ({seen}) is not used: it has no words for splits")
         return None
-    if unknown := sorted(value for value, said in known.items() if said is None and not is_missing(value)):
+    if unknown := sorted(value for value, said in known.items() if said is None and not _is_no_split(value)):
         quoted = join_names([repr(value) for value in unknown])
         raise BadData(f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test")
     strong = any(said.split == "val" and not said.is_ambiguous for said in known.values() if said)

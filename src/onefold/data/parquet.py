@@ -19,6 +19,7 @@ from typing import Any
 from onefold.data.columns import (
     MultiLabelError,
     cell_text,
+    ends_with_class_word,
     is_class_index_column,
     is_class_name_column,
     is_split_column,
@@ -152,7 +153,9 @@ class ParquetImages:
                 raise BadData(
                     f"{printable_name(self.path)} has the columns {', '.join(names)}: expected {what} or the like"
                 )
-        for those, what in ((images, "images"), ([n for n in ranked if rank_class_column(n) is not None], "classes")):
+        called = [name for name in classes if rank_class_column(name) is not None or ends_with_class_word(name)]
+        others_of = [ranked[0], *(name for name in called if name != ranked[0])]
+        for those, what in ((images, "images"), (others_of if ranked[0] in called else [], "classes")):
             if len(those) > 1:
                 others = join_names(those[1:])
                 self.notes.append(f"the {what} are the column {those[0]}, not {others}")

@@ -206,7 +206,7 @@ def read_shards(
         sources[split] = join_names(["/".join(path.split("/")[-shown_parts:]) for path in paths], 3)
         if parquet:
             opened = [ParquetImages(Path(place)) for place in paths]
-            for inner, parts in _parquet_by_split(opened, split, shown, notes).items():
+            for inner, parts in _parquet_by_split(opened, split, shown, left_out, notes).items():
                 files[inner] += parts
             notes += [note for file in opened for note in file.notes]
         else:
@@ -253,7 +253,7 @@ def read_shards(
 
 
 def _parquet_by_split(
-    files: Sequence[ParquetImages], split: Split | None, shown: str, notes: list[str]
+    files: Sequence[ParquetImages], split: Split | None, shown: str, left_out: list[LeftOut], notes: list[str]
 ) -> dict[Split | None, list[ParquetImages]]:
     """Divide the images of Parquet files: of `split` all, without one as their column says that tells the split."""
     columns = {file.split_column for file in files}
@@ -266,6 +266,9 @@ def _parquet_by_split(
         rows: dict[Split | None, list[int]] = defaultdict(list)
         for row in range(len(file)):
             rows[splits[start + row] if splits else split].append(row)
+        if splits and (without := rows.pop(None, [])):
+            reason = f"no split in {file.split_column}"
+            left_out.append(LeftOut(count=len(without), what=f"images of {printable_name(file.path)}", reason=reason))
         for inner, those in rows.items():
             found[inner].append(file.select(those))
         start += len(file)

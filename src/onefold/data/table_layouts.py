@@ -8,9 +8,11 @@ Where two say different classes of an image the one that counts is said, with ho
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from onefold.data.columns import MultiLabelError, NotATableError, normalize_number
@@ -29,6 +31,7 @@ from onefold.storage import read_lines
 TABLE_DEPTH = 2
 """The folders above a table, or a list, that is read."""
 
+_SHORT_HEX = re.compile(r"[0-9a-fA-F]{1,3}")
 _MAX_TABLES = 50  # files of a folder that are tried as tables
 _LABELS = "labels.csv"
 _OUTPUT_WORDS = frozenset(
@@ -174,6 +177,18 @@ def are_parts(names: Collection[str]) -> bool:
     return len(words) > 1 and has_number and len(forms) == 1 and not _PART_WORDS.isdisjoint(next(iter(forms)))
 
 
+def are_beginnings(images: Sequence[str], arrangement: FolderRoles) -> bool:
+    """Whether folders are the first hexadecimal digits of their images' names, as in 0/7/e/07e1.jpg."""
+    names = set()
+    for image, given in zip(images, assign_images(images, arrangement), strict=True):
+        *folders, file = image.split("/")
+        digits = list(takewhile(_SHORT_HEX.fullmatch, reversed(folders)))[::-1]
+        if given and not (given[1] in digits and file.lower().startswith("".join(digits).lower())):
+            return False
+        names |= {given[1]} if given else set()
+    return len(names) > 1
+
+
 def prefer_tables(
     tables: Sequence[LabelTable], listing: FolderListing, arrangement: FolderRoles, shown: str, notes: list[str]
 ) -> Sequence[LabelTable] | None:
@@ -198,7 +213,8 @@ def prefer_tables(
     labelled, listed = {file for file, given in folders.items() if given}, {file for file, _ in rows}
     covers = labelled < listed if is_split else labelled <= listed  # labels of a test/ without class folders
     class_names = {name for folder in arrangement.folders for name in folder.classes}
-    if not is_split and are_parts(class_names) and 2 * len(given_rows) >= len(labelled):
+    is_divided = are_parts(class_names) or are_beginnings(listing.images, arrangement)
+    if not is_split and is_divided and 2 * len(given_rows) >= len(labelled):
         return tables
     if is_labels:
         if differing and not _is_renaming(pairs):

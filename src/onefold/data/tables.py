@@ -26,10 +26,12 @@ from pathlib import Path
 
 from onefold.data.columns import (
     BOOLEAN_WORDS,
+    NONE_WORD,
     MultiLabelError,
     NotATableError,
     ends_with_class_word,
     find_class_separator,
+    is_box_column,
     is_class_index_column,
     is_missing,
     is_split_column,
@@ -107,9 +109,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     file_columns = sorted(
         (name for name in cells if rank_image_column(name) is not None), key=lambda name: rank_image_column(name) or 0
     )
-    class_columns = sorted(
-        (n for n in cells if rank_class_column(n) is not None), key=lambda name: rank_class_column(name) or 0
-    )
+    class_columns = [name for name in cells if rank_class_column(name) is not None and not is_box_column(name, cells)]
+    class_columns.sort(key=lambda name: rank_class_column(name) or 0)
     number_columns = [name for name in cells if is_class_index_column(name)]
     split_columns = [name for name in cells if is_split_column(name)]
     if not any(images.num_matches(path, cells[name][:_NUM_TRIED]) for name in file_columns):
@@ -129,9 +130,13 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
     cells[file_column] = [*images.with_other_suffix(path, cells[file_column], notes)]
-    if not class_columns and not number_columns and (only := only_other_column(cells, file_column)):
-        class_columns = [only]
+    only = "" if class_columns or number_columns else only_other_column(cells, file_column)
+    if only:
+        is_numbered = all(normalize_number(cell) is not None or is_missing(cell) for cell in cells[only])
+        (number_columns if is_numbered else class_columns).append(only)
         notes.append(f"{shown}: the images are the column {file_column}, the classes the column {only}")
+        if NONE_WORD in cells[only] and not is_numbered:
+            notes.append(f"{shown}: {NONE_WORD} is a class of the column {only}: leave its cells empty if it is none")
     if not class_columns and not number_columns:
         class_columns = [name for name in cells if ends_with_class_word(name) and name != file_column]
         if all(cell.lower() in BOOLEAN_WORDS for name in class_columns for cell in cells[name]):
@@ -152,7 +157,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         label_column, labels = _one_hot(shown, cells, rest, lines, expected, notes)
         cells[label_column] = labels
     said = [name for name in (label_column, *number_columns) if name]
-    kept_rows, unlabelled = _labelled_rows(cells, said, splits)
+    kept_rows, unlabelled = _labelled_rows(cells, said, splits, NONE_WORD if only in class_columns else "")
     if not kept_rows:
         raise BadData(f"{shown} labels no image: {join_names([*said, *split_columns])} say nothing in any line")
     without: list[str] = []
@@ -197,6 +202,11 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
             labels = [names_by_number[number] for number in numbers]
     kept = _once(shown, files, labels, splits, lines, notes)
     unused = [name for name in class_columns if name != label_column]
+    if label_column in class_columns:
+        same = _partition(cells[label_column or ""])
+        unused += [
+            n for n in cells if ends_with_class_word(n) and n not in class_columns and _partition(cells[n]) != same
+        ]
     if unused and label_column:
         notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
     return LabelTable(
@@ -249,15 +259,15 @@ def _without_classes(cells: Mapping[str, Sequence[str]], rest: Sequence[str], co
 
 
 def _labelled_rows(
-    cells: Mapping[str, Sequence[str]], columns: Sequence[str], splits: Sequence[Split | None] | None
+    cells: Mapping[str, Sequence[str]], columns: Sequence[str], splits: Sequence[Split | None] | None, word: str
 ) -> tuple[list[int], list[int]]:
     """Number the rows that say a class (and a split, where there are splits), and those that do not.
 
-    -1 is no class in a column of numbers, unless it is one of two (-1 and 1).
+    -1 is no class in a column of numbers, unless it is one of two (-1 and 1); `word` is one though it looks missing.
     """
     is_said = [splits is None or splits[i] is not None for i in range(max(map(len, cells.values()), default=0))]
     for name in columns:
-        values = {cell for cell in cells[name] if not is_missing(cell)}
+        values = {cell for cell in cells[name] if cell == word or not is_missing(cell)} - {""}
         others = values - {"-1", "-1.0"}
         if len(others) > 1 and None not in map(normalize_number, others):
             values = others
