@@ -74,9 +74,10 @@ class NotATableError(BadData):
 
 
 class MultiLabelError(BadData):
-    """Images that have several classes each."""
+    """Images that have several classes each; `images` are those that the table lists, where it is known."""
 
     def __init__(self, where: str, seen: str) -> None:
+        self.images: frozenset[str] = frozenset()
         super().__init__(
             f"{where}: {seen}. Images of several classes (multi-label) are not supported, each has one here: keep one "
             "class an image, or train a network for each class (class, not_class)"

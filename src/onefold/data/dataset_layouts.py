@@ -134,6 +134,8 @@ def _read_listing(
     is_plain = not any(folder.split for folder in arrangement.folders)
     is_sure = not is_plain or any(len(folder.classes) > 1 for folder in arrangement.folders)
     tabled = [table for table in outer if not table.path.lower().endswith(LIST_SUFFIX)]
+    if found.is_all_refused and found.refused and not tabled and _are_no_classes(arrangement):
+        raise found.refused
     if problem is None and is_plain and is_sure:
         class_names = {name for folder in arrangement.folders for name in folder.classes}
         if are_parts(class_names):
@@ -151,7 +153,8 @@ def _read_listing(
         if chosen and (preferred := prefer_tables(chosen, listing, arrangement, shown, notes) if is_sure else chosen):
             return read_tabled(place, listing, preferred, lists, notes)
     except BadData as error:
-        if tabled or problem or not is_sure:
+        are_of_splits = len(outer) > 1 and all(parse_split_name(Path(table.path).stem) for table in outer)
+        if tabled or problem or not is_sure or are_of_splits:
             raise
         notes.append(f"{join_names([table.path for table in outer], 3)} beside the class folders stay unread: {error}")
     else:
@@ -174,6 +177,14 @@ def _read_listing(
         raise NoClassFoldersError("; ".join((str(problem), *hints))) from problem
     assert problem is not None
     raise problem
+
+
+def _are_no_classes(arrangement: FolderRoles) -> bool:
+    """Whether folders are hardly the classes: none, or one, or they differ by numbers alone (patient00017)."""
+    names = {name for folder in arrangement.folders for name in folder.classes}
+    return len(names) < 2 or (
+        not all(name.isdecimal() for name in names) and len({re.sub(r"\d+", "", name) for name in names}) == 1
+    )
 
 
 def _classes_in_names(images: Sequence[str]) -> list[str]:

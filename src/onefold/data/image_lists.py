@@ -23,6 +23,7 @@ from pathlib import Path
 from onefold.data.columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, rank_image_column
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.match_table_paths import ImageIndex
+from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 from onefold.storage import read_lines, read_text
 
@@ -64,6 +65,17 @@ def read_image_list(file: Path, path: str, images: ImageIndex, notes: list[str])
     texts = read_text(file, notes).split("\n")
     lines = [number for number, line in enumerate(texts, 1) if line.strip()]
     texts = [line.strip() for line in texts if line.strip()]
+    while texts[:1] and texts[0].startswith("#") and not images.num_matches(path, texts[0].split()[:1]):
+        del texts[0], lines[0]  # a comment
+    header: list[str] = []
+    if texts[:1] and texts[0].isdecimal() and 0 < int(texts[0]) - len(texts) + 3 < 3:  # how many lines follow
+        del texts[0], lines[0]
+        if not images.num_matches(path, texts[0].split()[:1]):
+            header = texts[0].split()
+            del texts[0], lines[0]
+    if by_number := _classes_by_first_number(path, texts, images):
+        notes.append(f"{path}: the first of the numbers in a line is the class: it tells the others")
+        return TableRows(columns=["file", "label"], rows=by_number, lines=lines)
     is_numbered = file.name.lower() == NUMBERED_IMAGES and any(
         images.num_matches(path, line.split(None, 1)[1:]) for line in texts[:1]
     )
@@ -87,17 +99,48 @@ def read_image_list(file: Path, path: str, images: ImageIndex, notes: list[str])
     if several := [i for i, cells in enumerate(rows) if _NUMBERS.fullmatch(cells[1])]:
         line = f"{path}, line {lines[several[0]]}"
         one = " and ".join(rows[several[0]][1].split()[:3])
-        is_vector = {*rows[several[0]][1].split()} <= {"0", "1"}
+        is_vector = {value for cells in rows for value in cells[1].split()} <= {"0", "1", "-1"}
         if len(several) < len(rows) or (is_vector and any(cells[1].split().count("1") > 1 for cells in rows)):
             raise MultiLabelError(line, f"{printable_name(rows[several[0]][0])} is of {one}")
         raise NotATableError(f"{line}: expected an image and its class, one word or number")
-    if len(rows) > 2 and (is_name_list or [cells[1] for cells in rows] in numberings):
+    said = parse_split_name(file.stem)
+    is_held_out = said is not None and said.split != "train"  # perhaps of one image a class
+    if len(rows) > 2 and (is_name_list or ([cells[1] for cells in rows] in numberings and not is_held_out)):
         raise NotATableError(f"{path} numbers its lines: expected an image and its class")
     if num_boxes:
         notes.append(f"{path}: of {num_boxes} lines with a class and a box, the class is used")
-    is_header = rank_image_column(rows[0][0]) is not None and "." not in rows[0][0]
-    columns = rows[0] if is_header else ["file", "label"]
+    is_header = _is_header(path, rows, images)
+    columns = rows[0] if is_header else header if len(header) == 2 else ["file", "label"]
     return TableRows(columns=columns, rows=rows[is_header:], lines=lines[is_header:])
+
+
+def _is_header(path: str, rows: Sequence[Sequence[str]], images: ImageIndex) -> bool:
+    """Whether the first line names columns: by a word for images, or since it alone is no image, and of no class."""
+    name, label = rows[0]
+    if "." in name or images.num_matches(path, [name]):
+        return False
+    others = rows[1 : _NUM_TRIED + 1]
+    is_alone = len(others) > 1 and images.num_matches(path, [cells[0] for cells in others]) == len(others)
+    is_alone = is_alone and len({cells[1] for cells in rows[1:]}) < len(rows) - 1
+    return rank_image_column(name) is not None or (is_alone and all(cells[1] != label for cells in rows[1:]))
+
+
+def _classes_by_first_number(path: str, texts: Sequence[str], images: ImageIndex) -> list[list[str]]:
+    """Give images and the first of the numbers after each, where that tells all others (a breed its species).
+
+    Nothing where it does not: a box's first number is of few boxes, that end alike; nor in vectors of 0 and 1.
+    """
+    words = [line.split() for line in texts]
+    values = {value for those in words for value in those[1:]}
+    if {len(those) for those in words} not in ({3}, {4}, {5}) or not all(map(str.isdecimal, values)):
+        return []
+    firsts = {those[1] for those in words}
+    is_told = len({tuple(those[1:]) for those in words}) == len(firsts)
+    is_few = len(firsts) > 1 and 2 * len(firsts) <= len(words)
+    tried = [those[0] for those in words[:_NUM_TRIED]]
+    if not (is_told and is_few) or values <= {"0", "1"} or 2 * images.num_matches(path, tried) < len(tried):
+        return []
+    return [those[:2] for those in words]
 
 
 def _divide(path: str, texts: Sequence[str], lines: Sequence[int], images: ImageIndex) -> list[list[str]]:

@@ -26,7 +26,7 @@ from onefold.data.shards import SHARD_SUFFIXES
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
 from onefold.errors import BadData
-from onefold.storage import read_lines
+from onefold.storage import normalize_class_name, read_lines
 
 TABLE_DEPTH = 2
 """The folders above a table, or a list, that is read."""
@@ -60,13 +60,15 @@ _PART_WORDS = frozenset(
 class FoundTables:
     """The tables of labels of a place; `problems` and `unread` say of other files why they are not used.
 
-    `refused` is the error of a table that names images and cannot be used, one of several classes an image first.
+    `refused` is the error of a table that names images and cannot be used, one of several classes an image first;
+    `is_all_refused` whether tables of several classes an image list most of the images.
     """
 
     tables: list[LabelTable]
     problems: list[str]
     unread: list[str]
     refused: BadData | None
+    is_all_refused: bool = False
 
 
 def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> FoundTables:
@@ -79,6 +81,7 @@ def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> Foun
     unread = [f"{join_names(outputs, 2)}: answers of a network by the name, and no labels"] if outputs else []
     refused: BadData | None = None
     tables: list[LabelTable] = []
+    multi_label: set[str] = set()
     for name in [
         *sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES],
         *sorted(lists, key=lambda name: (name.count("/"), not name.lower().endswith(NUMBERED_IMAGES)))[:_MAX_TABLES],
@@ -92,6 +95,7 @@ def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> Foun
             is_of_all = all(image.startswith(folder + slash) for image in listing.images)
             if base.lower() == _LABELS and is_of_all and not isinstance(error, OtherImagesError):
                 raise
+            multi_label |= error.images if isinstance(error, MultiLabelError) else frozenset()
             sentence = f"{printable_name(name)} is not used: {error}"
             if not isinstance(error, NotATableError):
                 problems.append(sentence)
@@ -102,7 +106,8 @@ def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> Foun
     of_class = [table for table in tables if _is_of_one_class_folder(table)]
     if len(of_class) > 1:
         tables = [table for table in tables if table not in of_class]
-    return FoundTables(tables=tables, problems=problems, unread=unread, refused=refused)
+    is_all = 2 * len(multi_label) > len(images)
+    return FoundTables(tables=tables, problems=problems, unread=unread, refused=refused, is_all_refused=is_all)
 
 
 def _is_of_one_class_folder(table: LabelTable) -> bool:
@@ -213,8 +218,9 @@ def prefer_tables(
     labelled, listed = {file for file, given in folders.items() if given}, {file for file, _ in rows}
     covers = labelled < listed if is_split else labelled <= listed  # labels of a test/ without class folders
     class_names = {name for folder in arrangement.folders for name in folder.classes}
-    is_divided = are_parts(class_names) or are_beginnings(listing.images, arrangement)
-    if not is_split and is_divided and 2 * len(given_rows) >= len(labelled):
+    if not is_split and are_parts(class_names) and 2 * len(given_rows) >= len(labelled):
+        return tables
+    if differing and are_beginnings(listing.images, arrangement):
         return tables
     if is_labels:
         if differing and not _is_renaming(pairs):
@@ -243,6 +249,11 @@ def prefer_tables(
     is_mostly_same = 2 * len(differing) < len(given_rows)
     if len({"".join(c for c in name if not c.isdigit()) for name in class_names} - {""}) == 1 and not is_mostly_same:
         return tables  # parts of one archive, whatever they are called
+    inner = {image: given[1] for image, given in folders.items() if given}
+    direct = {name for image, name in inner.items() if normalize_class_name(image.split("/")[-2]) == name}
+    if says_splits and labelled <= listed and (deep := sorted(class_names - direct)):
+        notes.append(f"{join_names(deep, 3)} hold folders alone and are no classes: {paths} counts {seen}")
+        return tables
     raise BadData(
         f"{shown}: {paths} says other classes than the folders {seen}: give --data {shown}/{tables[0].path} for the "
         "table, or move the table away for the folders"

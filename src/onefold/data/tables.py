@@ -154,7 +154,12 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     is_one_hot = label_column is None and not number_columns
     if is_one_hot:
         rest = [name for name in cells if name not in (*split_columns, *file_columns)]
-        label_column, labels = _one_hot(shown, cells, rest, lines, expected, notes)
+        try:
+            label_column, labels = _one_hot(shown, cells, rest, lines, expected, notes)
+        except MultiLabelError as error:
+            there = (images.find(path, cell) for cell in cells[file_column])
+            error.images = frozenset(those[0] for those in there if len(those) == 1)
+            raise
         cells[label_column] = labels
     said = [name for name in (label_column, *number_columns) if name]
     kept_rows, unlabelled = _labelled_rows(cells, said, splits, NONE_WORD if only in class_columns else "")
@@ -360,6 +365,7 @@ def _one_hot(
     A row without a 1 has the class "". Raises BadData where half of the rows are so: then the columns say other things.
     """
     columns = list(cells)
+    _refuse_findings(shown, {name: cells[name] for name in names}, lines)
     names = [name for name in names if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name])]
     if len(names) < 2:
         raise NotATableError(
@@ -375,6 +381,19 @@ def _one_hot(
     if never := [name for name in names if [name] not in ones]:
         notes.append(f"{shown}: no image is of {join_names(never, 3)}")
     return f"columns of 0 and 1, {join_names(names, 3)}", [those[0] if those else "" for those in ones]
+
+
+def _refuse_findings(shown: str, cells: Mapping[str, Sequence[str]], lines: Sequence[int]) -> None:
+    """Raise MultiLabelError for columns of 1, 0, -1 and blanks, of which an image has several: findings, attributes.
+
+    -1 is not sure, or (beside 1 alone) no.
+    """
+    kinds = {name: {cell.removesuffix(".0") for cell in column} for name, column in cells.items()}
+    marks = [name for name, kind in kinds.items() if "1" in kind and kind <= {"", "0", "1", "-1"} and kind & {"", "-1"}]
+    for i, line in enumerate(lines):
+        ones = [name for name in marks if cells[name][i].removesuffix(".0") == "1"]
+        if len(ones) > 1:
+            raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
 
 
 def _once(
