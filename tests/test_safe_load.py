@@ -827,3 +827,9 @@ def test_an_index_or_one_of_its_files_that_is_damaged_is_named(tmp_path: Path) -
     del shards["head.fc.bias"]
     with pytest.raises(BadCheckpoint, match="do not belong together"):
         read_tensors(write_index(tmp_path, shards))
+
+
+def test_names_that_call_two_outputs_alike_are_said():
+    remarks: list[str] = []
+    assert find_class_names({"classes": ["cat", "cat", "dog"]}, 3, remarks) == ("cat", "cat", "dog")
+    assert remarks == ["its classes call several outputs alike (cat): which of them is which cannot be told by name"]

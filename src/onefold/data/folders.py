@@ -2,7 +2,7 @@
 
 Folders are read at any depth and links are followed, but for those back to a folder that they lie in. Hidden files (a
 leading dot), the folders that archives and file servers leave behind, and what onefold itself wrote are left out. What
-is an image is for `left_out_kind` to say; what is inside, or whether it is a pipe or a broken link, is for
+is an image is for `left_out_kind` to say; a link to nothing is none; what is inside, or whether it is a pipe, is for
 `decode_image`. Names are relative to the folder, with "/", in the order of their code points; a file is opened by the
 bytes of its name, and called as `normalize_name` says.
 """
@@ -48,6 +48,7 @@ _MASK_FOLDERS = frozenset(
     ("mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "gt", "trimaps")
 )
 _IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "jpegimages"))
+_LINK_KIND = "links to nothing"
 _CLASS_DEPTH = 3  # folders above which one may be a class or a split
 
 
@@ -141,7 +142,7 @@ def read_class_folders(folder: Path) -> ImageFiles:
 
 def subfolders(folder: Path) -> list[str]:
     """List the names of the subfolders of `folder`, hidden ones left out, sorted."""
-    return sorted(name for name, is_folder in _entries(folder) if is_folder and not is_hidden(name))
+    return sorted(name for name, is_folder, _ in _entries(folder) if is_folder and not is_hidden(name))
 
 
 # ------------------------------------------------------------------------------------ what a folder holds
@@ -167,8 +168,8 @@ class FolderListing:
         found = [
             LeftOut(
                 count=len(names),
-                what=f"{kind} file{'s' * (len(names) > 1)}" if kind.startswith(".") else kind,
-                reason=(reasons or {}).get(kind) or left_out_reason(kind),
+                what=_what(kind, len(names)),
+                reason=(reasons or {}).get(kind) or _reason(kind),
                 examples=tuple(names[:2]),
             )
             for kind, names in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -210,14 +211,17 @@ def list_folder(folder: Path) -> FolderListing:
             continue
         seen.add(identity)
         entries = _entries(folder / inner)
-        if inner and _is_output({name for name, _ in entries}):
+        if inner and _is_output({name for name, *_ in entries}):
             outputs.append(inner)
             continue
         visible = [entry for entry in entries if not is_hidden(entry[0])]
         hidden += len(entries) - len(visible)
         if inner and not visible:
             empty.append(inner.removesuffix("/"))
-        for name, is_folder in visible:
+        for name, is_folder, is_dangling in visible:
+            if is_dangling:
+                others[_LINK_KIND].append(inner + name)
+                continue
             if is_folder:
                 below = seen if inner.count("/") >= _CLASS_DEPTH else set()
                 pending.append((f"{inner}{name}/", ancestors | {identity}, below))
@@ -303,11 +307,11 @@ def left_out_images(images: Iterable[str], reasons: Mapping[str, str], otherwise
     ]
 
 
-def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """List (name, whether it is a folder) of what `folder` holds, sorted."""
+def _entries(folder: Path) -> list[tuple[str, bool, bool]]:
+    """List (name, whether it is a folder, whether it is a link to nothing) of what `folder` holds, sorted."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry.name, _is_folder(entry)) for entry in entries)
+            return sorted((entry.name, _is_folder(entry), _is_dangling(entry)) for entry in entries)
     except OSError as error:
         raise _unreadable(folder, error) from error
 
@@ -330,6 +334,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _what(kind: str, count: int) -> str:
+    if kind.startswith("."):
+        return f"{kind} file{'s' * (count > 1)}"
+    return "link to nothing" if kind == _LINK_KIND and count == 1 else kind
+
+
+def _reason(kind: str) -> str:
+    return "what they point to is not there" if kind == _LINK_KIND else left_out_reason(kind)
+
+
 def _unreadable(folder: Path, error: OSError) -> BadData:
     return BadData(f"cannot read the folder {printable_name(folder)}: {error.strerror or error}")
 
@@ -339,6 +357,6 @@ def no_images_message(folder: Path, listing: FolderListing) -> BadData:
     if not listing.others:
         return BadData(f"{printable_name(folder)} holds no images: it has no files at all")
     most = sorted(listing.others.items(), key=lambda item: -len(item[1]))[:3]
-    kinds = ", ".join(f"{len(names)} {printable_name(kind)} ({left_out_reason(kind)})" for kind, names in most)
+    kinds = ", ".join(f"{len(names)} {printable_name(kind)} ({_reason(kind)})" for kind, names in most)
     suffixes = " ".join(sorted(SUFFIXES))
     return BadData(f"{printable_name(folder)} holds no images: of files it has {kinds} (images are {suffixes})")

@@ -7,6 +7,7 @@ for.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -187,6 +188,8 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
             )
         return None
     remarks += [f"({_first(names)}) {assumed}"] if assumed else []
+    if double := sorted(name for name, count in Counter(names).items() if count > 1):
+        remarks.append(f"call several outputs alike ({_first(double)}): which of them is which cannot be told by name")
     return tuple(names)
 
 

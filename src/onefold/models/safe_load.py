@@ -54,6 +54,7 @@ _HARMLESS = re.compile(
     r"(collections|datetime|pathlib|argparse|numpy|torch|builtins|copy_?reg|_codecs|types|functools|enum)\b|an? |numpy'"
 )
 _ZIP = b"PK\x03\x04"
+_EXPORTED = re.compile(rb".{4}(TFL3|ET[0-9]{2})|\x08[\x03-\x20][\x12\x1a\x22\x3a\x42]", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,13 @@ def _reader(head: bytes, path: Path) -> Callable[[Path], _Saved]:
         return _read_safetensors
     if re.match(rb"\x80[\x02-\x05]", head):
         return _read_torch
-    raise BadCheckpoint(f"{path} is {_other_format(head)}: {WEIGHTS_HINT}")
+    exported = _EXPORTED.match(head) or path.suffix.lower() == ".onnx"
+    raise BadCheckpoint(f"{path} is {_of_export(head) if exported else _other_format(head)}: {WEIGHTS_HINT}")
+
+
+def _of_export(head: bytes) -> str:
+    name = {b"TFL3": "LiteRT", b"ET12": "ExecuTorch"}.get(head[4:8], "ONNX")
+    return f"an exported network ({name}), not weights by their names (give those that it was exported from)"
 
 
 def _other_format(head: bytes) -> str:
