@@ -254,6 +254,9 @@ def prefer_tables(
     if says_splits and labelled <= listed and (deep := sorted(class_names - direct)):
         notes.append(f"{join_names(deep, 3)} hold folders alone and are no classes: {paths} counts {seen}")
         return tables
+    if all(table.is_guessed for table in tables):
+        notes.append(f"{paths} says something else of the images than the folders {seen}, which count")
+        return None
     raise BadData(
         f"{shown}: {paths} says other classes than the folders {seen}: give --data {shown}/{tables[0].path} for the "
         "table, or move the table away for the folders"

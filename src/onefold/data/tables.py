@@ -70,7 +70,8 @@ class LabelTable:
 
     `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
     each image where a column says it. `notes` says what was not used; `unlabelled` are images that are listed without a
-    class or a split, `parts` other files that belong to the table.
+    class or a split, `parts` other files that belong to the table. `is_guessed` is whether its column of classes is
+    one by what it holds alone.
     """
 
     path: str
@@ -81,6 +82,7 @@ class LabelTable:
     notes: tuple[str, ...]
     unlabelled: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    is_guessed: bool = False
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -223,6 +225,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         notes=tuple(notes),
         unlabelled=tuple(sorted({*without} - {*files})),
         parts=read.parts,
+        is_guessed=bool(only),
     )
 
 
