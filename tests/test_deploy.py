@@ -200,6 +200,25 @@ def test_one_photo_of_few_may_be_lost_and_it_is_said(
     )
 
 
+def test_what_is_the_same_of_all_gates_is_said_once() -> None:
+    artifact = SimpleNamespace(precision="int8", details={})
+    counts = {"changed": 2, "count": 48, "lost": 2, "won": 0}
+    made = [
+        ArtifactResult(name=name, artifact=artifact, top1=50.0, **counts)  # type: ignore[arg-type]
+        for name in ("onnx-int8", "openvino-int8")
+    ]
+    done = DeployResult(
+        folder=Path("deploy"),
+        network=None,  # type: ignore[arg-type]
+        verdicts=tuple(made),
+        gates=tuple(accuracy_gate(each, 1.0) for each in made),
+        top1=50.0,
+        data="photos",
+    )
+    assert str(done.failure).count("give more held-out photos") == 1
+    assert all(f"{each.name} lost 4.17 points of top-1" in str(done.failure) for each in made)
+
+
 class Altered:
     """An engine whose logits are changed by `change`, which is given the images and the logits."""
 

@@ -30,6 +30,7 @@ WRONG = [  # what is typed, the exit status, and what stands in the sentence
     ("train --data gone", 3, NO_PLACE),
     ("train --data photos --val gone", 3, NO_PLACE),
     ("train --data photos --model mobileone_s9", 2, "there is no model 'mobileone_s9': did you mean mobileone_s4"),
+    ("train --data photos --model mobileone_so", 2, "there is no model 'mobileone_so': did you mean mobileone_s0?"),
     (f"{FINETUNE} --weights gone.safetensors", 4, NO_FILE),
     (f"{FINETUNE} --weights runs/gone", 4, "there is no runs/gone: the current folder"),
     ("train --recipe photos:distill --data photos --teacher gone.safetensors", 4, NO_FILE),

@@ -688,6 +688,10 @@ def test_weights_of_any_name_have_the_config_beside_them_where_they_are_the_only
     assert "the config.json and preprocessor_config.json beside it is not read: there are other weights" in caplog.text
     with pytest.raises(BadCheckpoint, match=r"give the file of weights itself \(it holds best\.pth, last\.pth\)"):
         load_model(tmp_path, name=NAME)
+    (tmp_path / "deploy" / "onnx-int8").mkdir(parents=True)
+    (tmp_path / "deploy" / "onnx-int8" / "manifest.json").write_text("{}")
+    with pytest.raises(BadCheckpoint, match=r"may be artifacts \(onnx-int8\): give one, as .*onnx-int8"):
+        load_model(tmp_path / "deploy", name=NAME)
     (tmp_path / "last.pth").unlink()
     (tmp_path / "config.json").write_text("[1]")
     assert load_model(tmp_path / "best.pth", name=NAME)[1].classes is None

@@ -175,6 +175,9 @@ _SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 )
 
 
+_ALIKE = str.maketrans("01", "ol")  # characters that are taken for each other
+
+
 def resolve_name(name: str) -> str:
     """The catalogue's name for `name`: case, dashes and a few usual spellings do not matter.
 
@@ -184,7 +187,8 @@ def resolve_name(name: str) -> str:
     for pattern, proper in _SPELLINGS:
         spelled = re.sub(pattern, proper, spelled)
     if spelled not in CATALOGUE:
-        near = difflib.get_close_matches(spelled, CATALOGUE, n=3, cutoff=0.5)
+        alike = [name for name in CATALOGUE if name.translate(_ALIKE) == spelled.translate(_ALIKE)]
+        near = alike or difflib.get_close_matches(spelled, CATALOGUE, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "list_models() gives all names"
         raise BadArgument(f"there is no model {name!r}: {hint}")
     return spelled

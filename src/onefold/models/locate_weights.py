@@ -120,6 +120,11 @@ def _in_folder(folder: Path, select: str) -> LocatedWeights:
             is_double = name == WEIGHTS_NAME and (folder / _INDEX_NAME).is_file()
             return _with_files_beside(replace(found, path=folder / name, notes=notes * is_double))
     there = _weights_in(folder)
+    if not there and (artifacts := sorted(path.parent.name for path in folder.glob("*/manifest.json"))):
+        shown = ", ".join(artifacts[:8])
+        raise BadCheckpoint(
+            f"{folder} holds folders that may be artifacts ({shown}): give one, as {folder / artifacts[0]}"
+        )
     if len(there) != 1:
         seen = f"it holds {', '.join(there[:8])}{', ...' * (len(there) > 8)}" if there else "there is none in it"
         raise BadCheckpoint(f"{folder} is a folder without {WEIGHTS_NAME}: give the file of weights itself ({seen})")
