@@ -568,6 +568,20 @@ def test_the_least_quota_of_the_groups_around_a_process_counts(tmp_path: Path, m
         assert os.environ.pop("OMP_NUM_THREADS") == "1"  # of half a processor
 
 
+@pytest.mark.parametrize(
+    ("said", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_otherwise(
+    said: dict[str, str], count: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    system_resources.limit_library_threads()
+    assert os.environ.get("GOMP_SPINCOUNT") == count
+
+
 def test_a_slug_is_short_and_changes_with_the_machine_only() -> None:
     assert MACHINE.slug == "test-chip-9-4c-linux"
     busier = bench.Machine(**{**MACHINE.to_dict(), "features": (), "load": 9.0, "quota": 1.0, "system": "Linux 7"})
