@@ -94,7 +94,7 @@ def normalize_name(name: str) -> str:
 def normalize_class_name(name: str) -> str:
     """Give the name of a class as `normalize_name` does, each run of blanks of any kind one blank, none at its ends.
 
-    A blank at the end of a folder's name is seen by nobody. A name of nothing else stays as it is.
+    A blank at the end of a folder's name cannot be seen. A name of nothing else stays as it is.
     """
     return " ".join(normalize_name(name).split()) or normalize_name(name)
 

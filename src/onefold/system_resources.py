@@ -74,7 +74,7 @@ def limit_library_threads() -> None:
     They see the affinity themselves, and nothing of a quota: a container of 2 on a host of 64 would get 64 threads.
     Threads that wait for others do so awake for some tens of microseconds and then sleep, unless the environment says
     otherwise. GNU's OpenMP stays awake for milliseconds, and beside busy processes takes the processor from those that
-    are waited for: with four on two cores a training step of MobileOne-S0 takes 3.3 times as long, `fuse` 5 to 8 times.
+    are waited for: with four on two cores a training step of MobileOne-S0 takes 3.3 times as long, `fuse` 2.5 times.
     On a quiet machine the step takes the same time (asleep at once, OMP_WAIT_POLICY=PASSIVE, 1.3 times as long).
     """
     if "OMP_WAIT_POLICY" not in os.environ:

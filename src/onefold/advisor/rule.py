@@ -1,4 +1,4 @@
-"""Rules: what each is told of a network (Case), and what it gives: remedies to be tried (Remedy)."""
+"""Rules: what each knows of a network (Case), and what it gives: remedies to be tried (Remedy)."""
 
 from __future__ import annotations
 
