@@ -173,11 +173,10 @@ class DeployResult:
         """The error that says which gates did not hold, None where all did."""
         if not self.failed:
             return None
+        said = ", ".join(gate.sentence for gate in self.failed)
         parts = [gate.sentence.partition(": ") for gate in self.failed]
-        tails = {tail for _, _, tail in parts}  # what is the same of all, too few photos, is said once
-        said = ", ".join(head for head, _, _ in parts) + "".join(f": {tail}" for tail in tails if tail)
-        if len(tails) > 1:
-            said = ", ".join(gate.sentence for gate in self.failed)
+        if len({tail for _, _, tail in parts}) == 1:  # what is the same of all, too few photos, is said once
+            said = ", ".join(head for head, _, _ in parts) + "".join(parts[0][1:])
         advice = "More photos to calibrate with, or training for 8 bits (onefold train --int8), win accuracy back"
         return GateFailed(
             f"{len(self.failed)} of {len(self.gates)} artifacts failed their gate: "

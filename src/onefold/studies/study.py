@@ -210,8 +210,9 @@ def ratio_figure(measured: Measured, title: str, paper: Mapping[str, float], pap
     names = {name for rows in measured.rows.values() for name in rows}
     known = tuple(FigurePoint(y=value, label=name) for name, value in paper.items() if name in names)
     series += [FigureSeries(label=paper_label, points=known)] if known else []
-    baseline = next((row.baseline for rows in measured.rows.values() for row in rows.values()), "the baseline")
-    return StudyFigure(kind="dots", title=title, x_label="", y_label=f"time over {baseline}'s", series=tuple(series))
+    baselines = {row.baseline for rows in measured.rows.values() for row in rows.values()}
+    over = f"{baselines.pop()}'s" if len(baselines) == 1 else "the baseline's of each group"
+    return StudyFigure(kind="dots", title=title, x_label="", y_label=f"time over {over}", series=tuple(series))
 
 
 def ratio_point(row: Row) -> FigurePoint:
