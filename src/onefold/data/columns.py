@@ -30,15 +30,29 @@ _CLASS_WORDS = {
     **dict.fromkeys(("category", "categories"), 2),
     **dict.fromkeys(("target", "targets"), 3),
     **dict.fromkeys(
-        ("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "tag", "tags", "choice", "y"), 4
+        (
+            "breed",
+            "species",
+            "variety",
+            "cultivar",
+            "disease",
+            "diagnosis",
+            "dx",
+            "tag",
+            "tags",
+            "choice",
+            "y",
+            "emotion",
+        ),
+        4,
     ),
 }
 _OWNER_WORDS = frozenset(
     ("code", "patient", "sample", "case", "item")
 )  # beside a word for an image: id_code, patientId
-_MISSING = frozenset(  # as pandas reads them
-    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA")
-) | {"NULL", "NaN", "None", "n/a", "nan", "null"}
+_MISSING = frozenset(  # as pandas reads them, in any case, and what people write for that; NA in capitals alone
+    ("", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "n.a.", "nan")
+) | {"null", "none", "-", "--", "---", "\u2013", "\u2014", "?"}
 _NUMBER_WORDS = frozenset(("id", "ids", "index", "idx", "no", "number", "code"))
 _MEASURED = (
     frozenset(("score", "scores", "age", "count", "counts", "price", "weight", "width", "height", "size", "length"))
@@ -50,8 +64,8 @@ _BOXES = (
     *(frozenset(sides) for sides in (("xmin", "ymin", "xmax", "ymax"), ("x min", "y min", "x max", "y max"))),
     *(frozenset(sides) for sides in (("x 1", "y 1", "x 2", "y 2"), ("bbox x", "bbox y", "bbox w", "bbox h"))),
 )
-NONE_WORD = "None"
-"""What a class of words may be called, though pandas takes it for a cell that says nothing: no defect, no finding."""
+NONE_WORD = "none"
+"""What a class of words may be called, in any case, though pandas takes it for a cell that says nothing: no defect."""
 _NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored"))
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
@@ -110,16 +124,22 @@ def only_other_column(cells: Mapping[str, Sequence[str]], images: str) -> str:
     Numbers are of classes where each is of two images or more and they are 0 to N - 1, 1 to N, or -1 and 1, or where
     the column is called as one of numbers (landmark_id); not where it is called as what is measured (age, count).
     """
-    others = [name for name in cells if name != images and not (len(cells) > 2 and rank_image_column(name) is not None)]
+    others = [
+        name
+        for name in cells
+        if name != images
+        and not (len(cells) > 2 and rank_image_column(name) is not None)
+        and not (is_split_column(name) and any(map(parse_split_name, {*cells[name]})))
+    ]
     if len(others) != 1 or is_split_column(others[0]):
         return ""
     name, words = others[0], split_into_words(others[0])
-    values = [value for value in cells[name] if not is_missing(value) or value == NONE_WORD]
+    values = [value for value in cells[name] if not is_missing(value) or value.casefold() == NONE_WORD]
     seen = {*values}
     if 2 * len(values) < len(cells[name]) or not 1 < len(seen) < len(values):
         return ""
     if not any(map(_DECIMAL.fullmatch, seen)):
-        return "" if seen <= {NONE_WORD} or all(map(parse_split_name, seen)) else name
+        return "" if {value.casefold() for value in seen} <= {NONE_WORD} or all(map(parse_split_name, seen)) else name
     numbers = sorted(int(number) for value in seen if (number := normalize_number(value)) is not None)
     is_sign = seen in ({"-1", "1"}, {"-1.0", "1.0"})
     is_of_all = numbers in ([*range(len(seen))], [*range(1, len(seen) + 1)]) and not _MEASURED & {*words}
@@ -183,8 +203,19 @@ def _is_no_split(cell: str) -> bool:
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell says nothing: it is empty, or NaN, NA, None, null or the like, as in pandas."""
-    return cell in _MISSING
+    """Whether a cell says nothing: it is empty, or NaN, NA, None, null or the like, as in pandas; or a dash, or `?`."""
+    return cell.casefold() in _MISSING or cell == "NA"
+
+
+def missing_words_of_classes(cells: Iterable[str]) -> frozenset[str]:
+    """Give the cells that look as if they said nothing, and are a class: of two, the other one.
+
+    So is None beside one other class (no defect), and - beside +.
+    """
+    seen = {*cells}
+    others = {cell.casefold() for cell in seen if not is_missing(cell)}
+    word = "-" if others == {"+"} else NONE_WORD
+    return frozenset(cell for cell in seen if cell.casefold() == word) if len(others) == 1 else frozenset()
 
 
 def read_split_columns(

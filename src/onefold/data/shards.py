@@ -31,6 +31,8 @@ from PIL import Image
 from onefold.data.columns import (
     MultiLabelError,
     find_class_separator,
+    is_missing,
+    missing_words_of_classes,
     normalize_numbers,
     read_split_column,
     refuse_measurements,
@@ -215,6 +217,8 @@ def read_shards(
             for inner, tars in tars_by_split(blobs, indexes, split, shown, left_out, notes).items():
                 files[inner] += tars
             left_out += left_out_members([index.others for index in indexes])
+    if parquet:
+        _forget_missing_words_([file for those in files.values() for file in those])
     labels = {split: [label for file in those for label in file.labels] for split, those in files.items()}
     is_labelled = any(label is not None for split in labels if split != "test" for label in labels[split])
     for split, those in labels.items():
@@ -250,6 +254,15 @@ def read_shards(
         left_out,
         notes,
     )
+
+
+def _forget_missing_words_(files: Sequence[TarImages | ParquetImages]) -> None:
+    """Take labels that say nothing, such as None, for no class, unless that is one of two classes."""
+    texts = {label for file in files for label in file.labels if isinstance(label, str)}
+    missing = {text for text in texts if is_missing(text)} - missing_words_of_classes(texts)
+    for file in files:
+        if not missing.isdisjoint(label for label in file.labels if isinstance(label, str)):
+            file.labels[:] = [None if label in missing else label for label in file.labels]
 
 
 def _parquet_by_split(

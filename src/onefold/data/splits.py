@@ -3,12 +3,13 @@
 | split | words, of any case and form |
 |---|---|
 | train | train, training, trn, trainval |
-| val | val, valid, validation, validate, validating, dev, devel, development, eval, evaluation, evaluate |
-| test | test, tests, testing, tst, holdout, held-out |
+| val | val, valid, validation, validate, validating, dev, devel, development, eval, evaluation, evaluate, public test |
+| test | test, tests, testing, tst, holdout, held-out, private test |
 
 A word stands alone or beside words that say nothing more (`train_set`, `ValImages`, `images_train`, `trainset`) and
-numbers (`train2017`); or beside a stem that all splits share (`seg_train`, `seg_test`). `eval` is test where there is
-another val. These rules hold alike for folders, folders in tars, names of shards and tables, and columns.
+numbers (`train2017`); or beside a stem that all splits share (`seg_train`, `seg_test`). `eval` and `public test` are
+test where there is another val. These rules hold alike for folders, folders in tars, names of shards and tables, and
+columns.
 
 Where a place names no val, `split_by_seed` cuts it out of train.
 """
@@ -27,12 +28,12 @@ from onefold.data.dataset_info import Split
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev", "devel", "development"), "val"),
-    **dict.fromkeys(("eval", "evaluation", "evaluate", "evaluating"), "val"),
-    **dict.fromkeys(("test", "tests", "testing", "tst", "holdout", "heldout"), "test"),
+    **dict.fromkeys(("eval", "evaluation", "evaluate", "evaluating", "publictest"), "val"),
+    **dict.fromkeys(("test", "tests", "testing", "tst", "holdout", "heldout", "privatetest"), "test"),
 }
 """The words for splits, in lower case."""
 
-WEAK_WORDS = ("eval", "evaluation", "evaluate", "evaluating")
+WEAK_WORDS = ("eval", "evaluation", "evaluate", "evaluating", "publictest")
 """Words for val that mean test beside another word for val."""
 
 FILLER_WORDS = (
@@ -83,6 +84,7 @@ def parse_split_name(name: str) -> SplitName | None:
             glued = _GLUED.fullmatch(word)
             tokens += [part for part in glued.groups() if part] if glued else [word]
     text = " ".join(tokens).replace("hold out", "holdout").replace("held out", "heldout")
+    text = re.sub(r"\b(public|private) test\b", r"\1test", text)
     tokens = re.sub(r"\btrain val\b", "trainval", text).split()
     words = [token for token in tokens if token in SPLIT_WORDS]
     if not words or len({SPLIT_WORDS[word] for word in words}) > 1:

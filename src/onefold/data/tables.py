@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from onefold.data.columns import (
     is_class_index_column,
     is_missing,
     is_split_column,
+    missing_words_of_classes,
     normalize_number,
     normalize_numbers,
     only_other_column,
@@ -137,8 +138,6 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         is_numbered = all(normalize_number(cell) is not None or is_missing(cell) for cell in cells[only])
         (number_columns if is_numbered else class_columns).append(only)
         notes.append(f"{shown}: the images are the column {file_column}, the classes the column {only}")
-        if NONE_WORD in cells[only] and not is_numbered:
-            notes.append(f"{shown}: {NONE_WORD} is a class of the column {only}: leave its cells empty if it is none")
     if not class_columns and not number_columns:
         class_columns = [name for name in cells if ends_with_class_word(name) and name != file_column]
         if all(cell.lower() in BOOLEAN_WORDS for name in class_columns for cell in cells[name]):
@@ -164,7 +163,11 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
             raise
         cells[label_column] = labels
     said = [name for name in (label_column, *number_columns) if name]
-    kept_rows, unlabelled = _labelled_rows(cells, said, splits, NONE_WORD if only in class_columns else "")
+    words = _missing_words_of_classes(cells, label_column, number_columns, label_column == only)
+    if words and label_column:
+        which = f"is a class of the column {label_column}: leave its cells empty if it is none"
+        notes.append(f"{shown}: {join_names(sorted(words))} {which}")
+    kept_rows, unlabelled = _labelled_rows(cells, said, splits, words)
     if not kept_rows:
         raise BadData(f"{shown} labels no image: {join_names([*said, *split_columns])} say nothing in any line")
     without: list[str] = []
@@ -266,16 +269,41 @@ def _without_classes(cells: Mapping[str, Sequence[str]], rest: Sequence[str], co
     return [name for name in columns if not (is_class and name in bare)]
 
 
+def _missing_words_of_classes(
+    cells: Mapping[str, Sequence[str]], label_column: str | None, number_columns: Sequence[str], is_guessed: bool
+) -> frozenset[str]:
+    """Give the cells of the column of classes that look missing and are a class: None where it is one for sure.
+
+    So where that is one of two, where a column numbers it as it does no other, and in a column that is known by what it
+    holds, and not called as one of classes.
+    """
+    if label_column is None:
+        return frozenset()
+    column = cells[label_column]
+    words = frozenset(cell for cell in column if cell.casefold() == NONE_WORD)
+    for name in number_columns:
+        rows = [(label in words, normalize_number(number)) for label, number in zip(column, cells[name], strict=True)]
+        of_words, of_others = ({number for is_word, number in rows if is_word is side} for side in (True, False))
+        if len(of_words) == 1 and None not in of_words and of_words.isdisjoint(of_others):
+            return words
+    if is_guessed and not ends_with_class_word(label_column):
+        return words
+    return missing_words_of_classes(column)
+
+
 def _labelled_rows(
-    cells: Mapping[str, Sequence[str]], columns: Sequence[str], splits: Sequence[Split | None] | None, word: str
+    cells: Mapping[str, Sequence[str]],
+    columns: Sequence[str],
+    splits: Sequence[Split | None] | None,
+    words: Collection[str],
 ) -> tuple[list[int], list[int]]:
     """Number the rows that say a class (and a split, where there are splits), and those that do not.
 
-    -1 is no class in a column of numbers, unless it is one of two (-1 and 1); `word` is one though it looks missing.
+    -1 is no class in a column of numbers, unless it is one of two (-1 and 1); `words` look missing and are one.
     """
     is_said = [splits is None or splits[i] is not None for i in range(max(map(len, cells.values()), default=0))]
     for name in columns:
-        values = {cell for cell in cells[name] if cell == word or not is_missing(cell)} - {""}
+        values = {cell for cell in cells[name] if cell in words or not is_missing(cell)}
         others = values - {"-1", "-1.0"}
         if len(others) > 1 and None not in map(normalize_number, others):
             values = others
