@@ -1,4 +1,4 @@
-"""Puts the compiled C++ code into wheels (see `onefold.native`): a build hook of hatchling, which pip calls.
+"""Puts the compiled C++ code into wheels (see `onefold.cpp_extension`): a build hook of hatchling, which pip calls.
 
 Without a C++ compiler, or with ONEFOLD_KERNELS=plain in the environment, the wheel is pure Python and py3-none-any, and
 the build says so (`pip -v` shows it). An editable install has no wheel's libraries: they are compiled when needed.
@@ -24,16 +24,16 @@ class CompiledLibraries(BuildHookInterface):  # type: ignore[misc, type-arg]
         if version == "editable":
             return
         sys.path.insert(0, str(Path(self.root) / "src"))
-        from onefold import native
+        from onefold import cpp_extension
         from onefold.checksums import write_sealed_folder
 
         try:
-            if native.is_native_disabled("ONEFOLD_KERNELS"):
+            if cpp_extension.is_native_disabled("ONEFOLD_KERNELS"):
                 raise OSError("ONEFOLD_KERNELS=plain")
-            libraries = native.compile_for_wheel()
+            libraries = cpp_extension.compile_for_wheel()
         except (OSError, subprocess.SubprocessError) as error:
             self.app.display_warning(
-                f"this wheel is pure Python, without compiled C++ code: {native.compiler_message(error)}"
+                f"this wheel is pure Python, without compiled C++ code: {cpp_extension.compiler_message(error)}"
             )
             return
         self._folder = tempfile.TemporaryDirectory()

@@ -41,11 +41,11 @@ from onefold.commands.calibration_cache import CalibrationOptions, calibrated_ne
 from onefold.commands.demo import demo_recipe, deploy_options
 from onefold.commands.deploy import build_deployment
 from onefold.commands.fuse import fuse
-from onefold.commands.held_out import validation_images
+from onefold.commands.held_out_images import validation_images
 from onefold.commands.open_network import open_network
 from onefold.commands.train import start_run
+from onefold.file_io import write_text
 from onefold.quantize import QuantizationMethod
-from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 INSTRUCTIONS = {

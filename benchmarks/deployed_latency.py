@@ -38,8 +38,8 @@ from onefold.commands.calibration_cache import CalibrationOptions, calibrated_ne
 from onefold.commands.open_network import Network
 from onefold.commands.predictor import Predictor, open_predictor
 from onefold.errors import OnefoldError
+from onefold.file_io import write_text
 from onefold.quantize import MINMAX_METHOD
-from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 MODELS = tuple(f"mobileone_s{n}" for n in range(5))

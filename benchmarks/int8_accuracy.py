@@ -53,9 +53,9 @@ from int8_table import FLOAT, SIMULATION, Answers, lines_of, page, scores
 from int8_vendors import VENDORS, Given
 from onefold.bench import Machine
 from onefold.errors import GateFailed, OnefoldError
+from onefold.file_io import write_text
 from onefold.runtimes import import_runtime, load
 from onefold.runtimes.base import first_error_line, installed_versions
-from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 FLOATS = ("onnx", "openvino", "executorch", "litert", "ncnn", "mnn", "web")

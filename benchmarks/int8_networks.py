@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from onefold.commands.calibration_cache import Int8Network
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_artifact
-from onefold.commands.held_out import validation_images
+from onefold.commands.held_out_images import validation_images
 from onefold.commands.open_network import Network, make_predictor, open_network
 from onefold.data import Dataset, open_dataset
 from onefold.errors import OnefoldError
+from onefold.file_io import atomic_replace, write_text
 from onefold.quantize import MINMAX_METHOD, QuantizationMethod, QuantizedModel, quantize
 from onefold.quantize.method_search import quantize_with_search
-from onefold.storage import atomic_replace, write_text
 
 Floats = NDArray[np.float32]
 

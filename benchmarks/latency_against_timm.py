@@ -40,11 +40,11 @@ from onefold.commands.predictor import Predictor, open_predictor
 from onefold.commands.timm_networks import init_norm_statistics_, is_timm
 from onefold.data import Preprocessing
 from onefold.errors import OnefoldError
+from onefold.file_io import write_text
 from onefold.models import CATALOGUE, count_flops, create_model
 from onefold.models.pretrained import Card
 from onefold.quantize import QuantizedModel
 from onefold.runtimes import export as export_to
-from onefold.storage import write_text
 
 HERE = Path(__file__).parent
 PACKAGES = {  # what has to be there to export to a runtime and to run it

@@ -33,7 +33,7 @@ from torch import nn
 
 from onefold.cli import main as cli
 from onefold.commands import train as commands_train
-from onefold.commands.validation import Evaluator, PredictionShard
+from onefold.commands.validation_loop import Evaluator, PredictionShard
 from onefold.errors import Stopped
 from onefold.train import (
     Checkpoint,

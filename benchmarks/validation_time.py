@@ -2,7 +2,7 @@
 
     python benchmarks/validation_time.py [--images 50000] [--rounds 3] [--model mobilenetv1_025] [--img-size 32]
 
-Pictures are drawn and written to a folder, and a network evaluates them as `train` does (`commands/validation.py`). In
+Pictures are drawn and written to a folder, and a network evaluates them as `train` does (see `validation_loop.py`). In
 turns: by one process; by two, each every other batch, with their metrics put together; and by two that know nothing of
 each other, half of the images each, which is what this machine can gain at the most. Times are from a common start to
 the last process's metrics, without the start of the processes. The metrics of one process and of two must be equal to
@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from onefold.commands.open_network import Network
-from onefold.commands.validation import Evaluator
+from onefold.commands.validation_loop import Evaluator
 from onefold.data import ImageLoader, Subset
 from onefold.data.folders import ImageFiles
 from onefold.models import create_model

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from onefold.data.remote import HTTP_CONNECTIONS
+from onefold.data.remote_files import HTTP_CONNECTIONS
 
 Fault = Callable[[str, int], str]  # (path, number of the request) -> "", "503", "slow", "short", "corrupt", "404"
 

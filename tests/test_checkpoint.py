@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import training_kit
-from onefold import storage
+from onefold import file_io
 from onefold.checksums import read_sealed_folder, write_sealed_folder
 from onefold.errors import BadCheckpoint, NotWritable, RunBusy, Stopped
 from onefold.train import Checkpoint, RunFolder, Steps
@@ -223,7 +223,7 @@ def killed_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
             patch.setattr(os, name, guarded(getattr(os, name)))
         patch.setattr(Path, "write_bytes", guarded(Path.write_bytes))
         patch.setattr(Path, "write_text", guarded(Path.write_text))
-        patch.setattr(storage, "_remove", guarded(storage._remove))
+        patch.setattr(file_io, "_remove", guarded(file_io._remove))
         yield count
 
 

@@ -794,7 +794,7 @@ def test_standard_streams_that_are_closed_or_full(tmp_path: Path) -> None:
     )
     assert (gone.returncode, gone.stderr) == (2, "error: the current folder was removed: change to another one\n")
     program = (
-        "import os, sys\nfrom onefold.cli.run_command import run_command\n"
+        "import os, sys\nfrom onefold.cli.exit_status import run_command\n"
         "def command():\n    handle = os.open('kept', os.O_WRONLY | os.O_CREAT)\n    os.write(2, b'a library speaks')\n"
         "    return 100 + (handle > 2)\nsys.exit(run_command(command))"
     )

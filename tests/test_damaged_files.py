@@ -40,15 +40,15 @@ from onefold.checksums import (
     write_sealed_json,
 )
 from onefold.cli import main
-from onefold.commands.held_out import read_run_data
+from onefold.commands.held_out_images import read_run_data
 from onefold.commands.predictor import open_predictor
 from onefold.commands.saved_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
+from onefold.file_io import parse_json
 from onefold.models.pretrained import load_model
 from onefold.models.weights_file import Card, save_weights
 from onefold.recipes import all_recipes
 from onefold.report.load_results import load_report_inputs
-from onefold.storage import parse_json
 from onefold.train import Checkpoint, Progress, RunFolder, Steps
 from onefold.train.checkpoint import BackgroundWriter
 from training_kit import PLAN, fresh
@@ -611,9 +611,9 @@ def test_a_small_disk(tmp_path: Path) -> None:
         "import sys; sys.path[:0] = [sys.argv[2]]\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from onefold.cli import run_command\n"
+        "from onefold.cli import exit_status\n"
         "from training_kit import fresh\n"
-        "sys.exit(run_command.run_command(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
+        "sys.exit(exit_status.run_command(lambda: bool(fresh(Path(sys.argv[1]) / 'run')) * 0))\n"
     )
     statuses = {}
     for pages in (8, 14, 17, 19, 40):

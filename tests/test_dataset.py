@@ -18,10 +18,10 @@ import pytest
 from image_fixtures import SMALL, noise, write_images
 from onefold.cli import main
 from onefold.data import Dataset, DatasetInfo, ImageFiles, ImageLoader, Subset, find_images, open_dataset, read_dataset
-from onefold.data.columns import MultiLabelError, find_class_separator, normalize_numbers, parse_list_cells
 from onefold.data.fingerprint import ImageList, dataset_fingerprint
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.data.repeated_images import Files, leave_out_copies
+from onefold.data.table_columns import MultiLabelError, find_class_separator, normalize_numbers, parse_list_cells
 from onefold.errors import BadArgument, BadData, MissingExtra
 
 

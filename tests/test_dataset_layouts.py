@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from onefold.data import read_dataset
-from onefold.data.columns import is_class_index_column, is_split_column, rank_class_column, rank_image_column
 from onefold.data.dataset import DatasetSplits
 from onefold.data.decode import SUFFIXES
 from onefold.data.splits import SPLIT_WORDS, parse_split_name
+from onefold.data.table_columns import is_class_index_column, is_split_column, rank_class_column, rank_image_column
 from onefold.errors import BadData
 
 WORDS = {

@@ -33,7 +33,7 @@ from onefold.commands.deploy_results import (
     warn_constant_predictions,
     write_gates,
 )
-from onefold.commands.held_out import DeploymentPhotos
+from onefold.commands.held_out_images import DeploymentPhotos
 from onefold.commands.open_network import open_network
 from onefold.errors import BadArgument, BadData
 from onefold.models import create_model
@@ -49,7 +49,7 @@ PREPROCESSING = {"size": 32, "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5], "std": [0
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network that knows the digits somewhat: its last layer is fitted, the rest as drawn."""
-    from onefold.commands.held_out import validation_images
+    from onefold.commands.held_out_images import validation_images
     from onefold.train import fit_linear_probe
 
     torch.manual_seed(0)
@@ -378,7 +378,7 @@ def test_mistakes_are_said_before_anything_is_done(
         onefold.deploy(weights, "digits", out=tmp_path / "deploy", max_drop=float("nan"))
     assert main([*start, "--weight-bits", "7"]) == 2
     assert "are of int8: give --int8 too" in capsys.readouterr().err
-    monkeypatch.setattr("onefold.commands.extras._is_installed", lambda package: package != "ncnn")
+    monkeypatch.setattr("onefold.commands.optional_dependencies._is_installed", lambda package: package != "ncnn")
     assert main([*start, "--to", "ncnn"]) == 2
     assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err
     assert not (tmp_path / "deploy").exists()

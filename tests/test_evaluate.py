@@ -17,7 +17,7 @@ from PIL import Image
 
 from onefold.commands.evaluate import evaluate_suite, group_misclassified, open_suite
 from onefold.commands.predictor import Predictor
-from onefold.commands.validation import Evaluator
+from onefold.commands.validation_loop import Evaluator
 from onefold.data import Dataset, Preprocessing, Subset, open_dataset
 from onefold.data.folders import read_class_folders
 from onefold.data.imagenet_variants import (

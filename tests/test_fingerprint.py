@@ -26,7 +26,7 @@ from onefold.data.fingerprint import (
     find_trained_images,
     image_keys,
 )
-from onefold.data.remote import LocalFile, digest_bytes
+from onefold.data.remote_files import LocalFile, digest_bytes
 from onefold.data.tars import read_tar_index
 from onefold.errors import BadArgument, BadCheckpoint
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from onefold.cli.progress import progress_values, show_training_progress
+from onefold.cli.terminal_progress import progress_values, show_training_progress
 from onefold.errors import BadArgument, MissingExtra
 from onefold.train import Progress, open_loggers
 from onefold.train.loggers import check_services, progress_scalars

@@ -13,8 +13,8 @@ from dataclasses import asdict
 import pytest
 
 from onefold.commands.models import COUNTS_FILE, ModelRow, count_model, model_rows
+from onefold.file_io import write_text
 from onefold.models import CATALOGUE
-from onefold.storage import write_text
 
 
 @pytest.fixture(scope="module")

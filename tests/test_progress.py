@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from onefold.cli.progress import _Stages, show_progress
 from onefold.cli.progress_writer import Clock, live_line
-from onefold.commands.progress import use_progress_handler
+from onefold.cli.terminal_progress import _Stages, show_progress
+from onefold.commands.progress_bars import use_progress_handler
 from onefold.progress_steps import Steps
 
 logger = logging.getLogger("onefold").getChild("progress")
@@ -104,10 +104,10 @@ def test_what_is_left_is_reckoned_from_the_last_update():
 
 BUSY = """
 import ctypes, logging
-from onefold.cli import progress
+from onefold.cli import terminal_progress
 from onefold.runtimes.base import suppress_native_output, suppress_output
 
-with progress.show_progress("first"):
+with terminal_progress.show_progress("first"):
     with suppress_output(), suppress_native_output():  # what is written to stderr here is lost
         ctypes.PyDLL(None).usleep(900_000)  # and no other thread of Python runs
     logging.getLogger("onefold.progress").debug("second")
@@ -147,7 +147,7 @@ def test_a_terminal_is_written_to_while_python_stands_still():
 
 
 def test_a_log_has_a_line_now_and_then(tmp_path: Path, monkeypatch):
-    from onefold.cli import progress as module
+    from onefold.cli import terminal_progress as module
 
     monkeypatch.setattr(module, "_FIRST_S", 0.05)
     monkeypatch.setattr(module, "_EVERY_S", 0.05)

@@ -258,11 +258,11 @@ def test_a_report_says_what_lies_beside_it(run: onefold.Run, artifact, tmp_path:
 
 
 def test_a_script_hears_of_progress_now_and_then(capsys, monkeypatch):
-    from onefold.commands import progress
+    from onefold.commands import progress_bars
 
-    monkeypatch.setattr(progress, "_FIRST_S", 0.0)
-    with progress.show_progress():
-        progress._logger.debug("calibrating", extra={"done": 1, "total": 5})
+    monkeypatch.setattr(progress_bars, "_FIRST_S", 0.0)
+    with progress_bars.show_progress():
+        progress_bars._logger.debug("calibrating", extra={"done": 1, "total": 5})
     assert capsys.readouterr().err == "calibrating (2 of 5): 0 s\n"
 
 

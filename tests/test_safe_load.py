@@ -33,7 +33,7 @@ from onefold.models import create_model
 from onefold.models.catalogue import CATALOGUE
 from onefold.models.checkpoint_metadata import find_class_names
 from onefold.models.pretrained import load_model, read_weights_card
-from onefold.models.restricted_unpickler import Placeholder, RefusedError, module_tensors
+from onefold.models.restricted_unpickler import RefusedError, UnpickledObject, module_tensors
 from onefold.models.safe_load import CheckpointContents, read_tensors
 from onefold.models.weights_file import preprocessing_from_config
 
@@ -576,10 +576,11 @@ def test_many_tensors_and_tables_under_many_modules_are_refused(
     with pytest.raises(BadCheckpoint, match="more than 3 tensors"):
         read_tensors(tmp_path / "w.safetensors", fits=fits)
     parts = {
-        str(i): Placeholder("m", state={"_modules": {}, "_parameters": dict.fromkeys(range(1000))}) for i in range(300)
+        str(i): UnpickledObject("m", state={"_modules": {}, "_parameters": dict.fromkeys(range(1000))})
+        for i in range(300)
     }
     with pytest.raises(RefusedError, match="or 200000 tensors"):
-        list(module_tensors(Placeholder("m", state={"_modules": parts})))
+        list(module_tensors(UnpickledObject("m", state={"_modules": parts})))
 
 
 def test_a_pickle_without_its_memo_keeps_each_storage(tmp_path: Path) -> None:

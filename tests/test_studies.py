@@ -21,14 +21,13 @@ from onefold.report.study_figures import draw_study_figure, standalone_svg
 from onefold.report.study_results import Conclusion, read_study
 from onefold.studies import find_study, study_names
 from onefold.studies.correlation import NETWORKS, network_points, table_9_correlations
-from onefold.studies.mobilenet import exponents
 from onefold.studies.networks import prepare
 from onefold.studies.pareto import front
 from onefold.studies.plain_network import ACTIVATIONS, plain_network
 from onefold.studies.published import TABLE_9
 from onefold.studies.rank_correlation import average_ranks, rank_correlation, spearman_p_value
 from onefold.studies.resolution import find_crossing
-from onefold.studies.run import StudyOptions
+from onefold.studies.run_study import StudyOptions
 from onefold.studies.study import (
     Measured,
     Point,
@@ -44,6 +43,7 @@ from onefold.studies.study import (
     ratio_figure,
     ratio_verdict,
 )
+from onefold.studies.width_resolution import exponents
 
 QUICK = {"samples": 16, "warmup": 0.0}
 SHAPE = (3, 32, 32)
@@ -123,7 +123,7 @@ def test_what_the_minutes_do_not_allow_is_named_and_done_by_the_same_command(
     tiny: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     said: list[str] = []
-    monkeypatch.setattr("onefold.studies.run._EXPORT_S", 100.0)  # of which there is time for two
+    monkeypatch.setattr("onefold.studies.run_study._EXPORT_S", 100.0)  # of which there is time for two
     some = command.study("tiny", results=tmp_path, minutes=4.8, say=said.append, **QUICK)
     assert "it ends after about 4.8 min (--minutes)" in said[0]
     assert [row[0] for row in some.result.tables[0].rows] == ["width 4", "width 6"]

@@ -717,13 +717,13 @@ class Half(Blobs):
         for images, labels in super().epoch(n, start):
             yield images[self.rank::2], labels[self.rank::2]
 plan = Plan(epochs=2, batch_size=8, optimizer=SGD(lr=0.1, momentum=0.9), logical_workers=2)
-with start_world("cpu") as world:
+with init_world("cpu") as world:
     total = torch.tensor([float(world.rank)])
     world.all_reduce_(total)
     assert total.item() == 1.0 and world.max(world.rank) == 1
     assert world.max(0) == 0 and world.broadcast(world.rank) == 0
     assert world.sendrecv(torch.tensor(world.rank), 1 - world.rank).item() == 1 - world.rank
-    run = Run(out=Path({str(tmp_path / "two")!r}), world=world, evaluate=lambda net: {{"top1": 1.0}})
+    run = RunOptions(out=Path({str(tmp_path / "two")!r}), world=world, evaluate=lambda net: {{"top1": 1.0}})
     train(Idle(), Half(batch_size=8, rank=world.rank), plan, run)
 """
     (tmp_path / "program.py").write_text(code)

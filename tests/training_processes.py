@@ -163,10 +163,10 @@ def must_hold_every_image_once(order: Order) -> None:
 @contextmanager
 def marking(order: Order) -> Iterator[None]:
     """A block in which saving is slow and leaves a file for as long as it lasts."""
-    from onefold import storage
+    from onefold import file_io
     from onefold.train import Checkpoint
 
-    sync, save, syncs = storage._sync_entry, Checkpoint.save, itertools.count(1)
+    sync, save, syncs = file_io._sync_entry, Checkpoint.save, itertools.count(1)
 
     def slowly(path: Path) -> None:
         if order.saving.exists() and next(syncs) == order.sync:
@@ -179,7 +179,7 @@ def marking(order: Order) -> Iterator[None]:
         save(self, *where)
         order.saving.unlink()
 
-    storage._sync_entry, Checkpoint.save = slowly, marked  # type: ignore[method-assign]
+    file_io._sync_entry, Checkpoint.save = slowly, marked  # type: ignore[method-assign]
     yield
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint
-from onefold.storage import atomic_replace, parse_json, read_json, read_plain_file, write_text
+from onefold.file_io import atomic_replace, parse_json, read_json, read_plain_file, write_text
 
 _log = logging.getLogger("onefold")
 

@@ -24,7 +24,7 @@ from onefold.bench.roofline import LatencyBound
 from onefold.bench.timing_noise import TimingNoise
 from onefold.checksums import NO_CHECKSUM_NOTE, has_checksum, with_checksum
 from onefold.errors import BadData, NotWritable
-from onefold.storage import parse_json
+from onefold.file_io import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

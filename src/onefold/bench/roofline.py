@@ -23,8 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from onefold.bench.machine import Machine
+from onefold.cpp_extension import is_native_disabled, load_library
 from onefold.errors import describe_exit_status
-from onefold.native import is_native_disabled, load_library
 
 _ARITHMETIC_KINDS = ("fp32", "bf16", "int8")
 _KINDS = (*_ARITHMETIC_KINDS, "read")

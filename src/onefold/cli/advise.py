@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from onefold.cli.display import print_json, print_line, print_note, print_table
-from onefold.cli.options import (
+from onefold.cli.shared_options import (
     BatchSizeOption,
     ImgSizeOption,
     JsonOption,
@@ -18,7 +18,7 @@ from onefold.cli.options import (
     check_inputs,
     parse_runtimes,
 )
-from onefold.cli.progress import show_progress
+from onefold.cli.terminal_progress import show_progress
 from onefold.errors import BadArgument
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from onefold.cli.display import print_json, print_line, print_note, print_table
-from onefold.cli.options import BatchSizeOption, JsonOption, ModelOption, ThreadsOption, check_inputs
-from onefold.cli.progress import show_progress
+from onefold.cli.shared_options import BatchSizeOption, JsonOption, ModelOption, ThreadsOption, check_inputs
+from onefold.cli.terminal_progress import show_progress
 from onefold.errors import BadArgument
 
 if TYPE_CHECKING:

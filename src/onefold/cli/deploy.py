@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from onefold.cli import display
-from onefold.cli.options import (
+from onefold.cli.shared_options import (
     ImgSizeOption,
     ModelOption,
     ThreadsOption,
@@ -17,7 +17,7 @@ from onefold.cli.options import (
     check_inputs,
     parse_runtimes,
 )
-from onefold.cli.progress import show_progress
+from onefold.cli.terminal_progress import show_progress
 from onefold.runtimes import RUNTIMES
 
 

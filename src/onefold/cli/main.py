@@ -21,9 +21,9 @@ from onefold import __version__
 from onefold.cli import advise as advising
 from onefold.cli import bench as benchmarking
 from onefold.cli import deploy as deploying
-from onefold.cli import display, run_command
+from onefold.cli import display, exit_status
 from onefold.cli import study as studying
-from onefold.cli.options import (
+from onefold.cli.shared_options import (
     BatchSizeOption,
     ClassesOption,
     ImgSizeOption,
@@ -35,7 +35,7 @@ from onefold.cli.options import (
     WeightsArgument,
     check_inputs,
 )
-from onefold.cli.progress import show_progress, show_training_progress
+from onefold.cli.terminal_progress import show_progress, show_training_progress
 from onefold.errors import BadArgument, NotWritable
 from onefold.system_resources import keep_freed_memory, limit_library_threads
 
@@ -423,9 +423,9 @@ def _dotted(context: typer.Context) -> dict[str, str]:
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if not flag.startswith("-"):
-            raise BadArgument(run_command.unexpected_argument_error(flag))
+            raise BadArgument(exit_status.unexpected_argument_error(flag))
         if not flag.startswith("--") or ("." not in flag and flag not in _WHOLE):
-            raise BadArgument(run_command.unknown_option_error(context, flag))
+            raise BadArgument(exit_status.unknown_option_error(context, flag))
         if not equals:
             if not rest:
                 raise BadArgument(f"{flag} needs a value: {flag} 5")
@@ -440,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit_library_threads()
     if arguments is None and given[:1] == ["train"]:  # of a process that does nothing else
         keep_freed_memory()
-    status = run_command.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
+    status = exit_status.run_command(lambda: int(app(args=given or ["--help"], standalone_mode=False, obj=given) or 0))
     # This process ends: looking for garbage in all that torch holds takes seconds, in silence. Libraries that nanobind
     # binds print everything that was not collected, as an error of theirs.
     if arguments is None and not {"jaxlib", "triton"} & sys.modules.keys():

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from onefold.cli.display import print_json, print_line, print_table
-from onefold.cli.options import JsonOption, ThreadsOption, check_inputs, parse_runtimes
-from onefold.cli.progress import show_progress
+from onefold.cli.shared_options import JsonOption, ThreadsOption, check_inputs, parse_runtimes
+from onefold.cli.terminal_progress import show_progress
 from onefold.errors import BadArgument
 from onefold.runtimes import RUNTIMES
 

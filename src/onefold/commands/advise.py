@@ -31,21 +31,21 @@ from onefold.commands.calibration_cache import (
 )
 from onefold.commands.evaluate import evaluate_dataset, open_suite
 from onefold.commands.export import network_from_module, trace
-from onefold.commands.extras import extras_for_sources, missing_packages, require_extras
-from onefold.commands.held_out import calibration_photos
+from onefold.commands.held_out_images import calibration_photos
 from onefold.commands.open_network import Network, open_network
+from onefold.commands.optional_dependencies import extras_for_sources, missing_packages, require_extras
 from onefold.commands.predictor import Floats, Predictor, Source, select_ema_weights, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.data import Preprocessing, Subset
 from onefold.data.fingerprint import evenly_spaced
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.errors import BadArgument
+from onefold.file_io import atomic_replace
 from onefold.models import create_model, list_models
 from onefold.quantize import quantize
 from onefold.runtimes.base import RuntimeEngine
 from onefold.runtimes.onnx import convert_to_onnx, pad_input_channels_, refuse_external_data
 from onefold.runtimes.reference_logits import make_reference_images
-from onefold.storage import atomic_replace
 
 _log = logging.getLogger("onefold")
 

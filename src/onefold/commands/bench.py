@@ -34,14 +34,14 @@ from onefold.bench import (
 )
 from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.commands.predictor import Floats, Predictor, Source, open_predictor, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.errors import BadArgument, BadData, MissingExtra
+from onefold.file_io import file_lock
 from onefold.progress_steps import Steps
 from onefold.report import ACCURACY_FILE
 from onefold.report.format import format_count
 from onefold.runtimes import Artifact, Session
 from onefold.runtimes.artifact import manifest_sha256
-from onefold.storage import file_lock
 from onefold.system_resources import pin_to_cpus
 
 _log = logging.getLogger("onefold")

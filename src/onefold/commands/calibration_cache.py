@@ -25,13 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from onefold.checksums import read_sealed_folder, write_sealed_folder
-from onefold.commands.held_out import calibration_photos, training_records
+from onefold.commands.held_out_images import calibration_photos, training_records
 from onefold.commands.open_network import Network
 from onefold.commands.predict import warn_unusual_images
 from onefold.commands.predictor import Floats
 from onefold.data import Dataset, Preprocessing, Subset
 from onefold.data.fingerprint import TrainedOn, evenly_spaced, image_keys
 from onefold.errors import BadArgument, BadData, NotWritable
+from onefold.file_io import cache_folder, parse_json
 from onefold.models.flops import count_flops
 from onefold.models.weights_file import tensors_sha256
 from onefold.progress_steps import Steps
@@ -39,7 +40,6 @@ from onefold.quantize import MINMAX_METHOD, ModelQParams, QuantizationMethod, Qu
 from onefold.quantize.convert import calibration_state_dict, from_calibration_state_dict
 from onefold.quantize.method_search import MAX_IMAGES, NUM_CANDIDATES, quantize_with_search, skip_sensitive_layers
 from onefold.report.format import format_count, join_words
-from onefold.storage import cache_folder, parse_json
 
 _FEWEST_TO_SEARCH = 8
 PHOTO_S = 0.005  # to read one, about

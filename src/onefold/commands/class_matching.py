@@ -21,8 +21,8 @@ from pathlib import Path
 
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
+from onefold.file_io import normalize_class_name, parse_json, read_lines, read_text
 from onefold.models.checkpoint_metadata import find_class_names
-from onefold.storage import normalize_class_name, parse_json, read_lines, read_text
 
 _log = logging.getLogger("onefold")
 

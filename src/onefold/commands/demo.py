@@ -14,8 +14,8 @@ from onefold.commands.bench import ROOFLINE_SUFFIX, BenchOptions, measure_source
 from onefold.commands.calibration_cache import CalibrationOptions
 from onefold.commands.deploy import build_deployment
 from onefold.commands.deploy_results import DeployOptions, DeployResult, Gate, write_gates
-from onefold.commands.extras import require_extras
 from onefold.commands.fuse import fuse
+from onefold.commands.optional_dependencies import require_extras
 from onefold.commands.predictor import open_predictor
 from onefold.commands.report import write_report_page
 from onefold.commands.train import Callbacks, start_run

@@ -50,8 +50,7 @@ from onefold.commands.deploy_results import (
 from onefold.commands.deploy_steps import DeploySteps, plan_deployment
 from onefold.commands.evaluate import class_indices
 from onefold.commands.export import export_artifact, trace
-from onefold.commands.extras import extras_for_sources, require_extras
-from onefold.commands.held_out import (
+from onefold.commands.held_out_images import (
     DeploymentPhotos,
     describe_trained_images,
     open_unlabelled_photos,
@@ -61,18 +60,19 @@ from onefold.commands.held_out import (
     training_records,
 )
 from onefold.commands.open_network import Network, make_predictor, open_network
+from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predictor import Predictor, Source, open_predictor, select_ema_weights, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.commands.report import write_report_page
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.fingerprint import evenly_spaced, image_keys
 from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed
+from onefold.file_io import atomic_replace, write_text
 from onefold.models.weights_file import render_hub_readme, tensors_sha256
 from onefold.quantize import QuantizationMethod
 from onefold.report import require_matplotlib
 from onefold.report.format import join_words
 from onefold.runtimes import Artifact, import_runtime, open_artifact
-from onefold.storage import atomic_replace, write_text
 
 _Say = Callable[[str], None]
 

@@ -16,7 +16,7 @@ from onefold.accuracy_intervals import drop_interval
 from onefold.bench import Measurement, Procedure
 from onefold.checksums import write_sealed_json
 from onefold.commands.calibration_cache import CalibrationOptions
-from onefold.commands.held_out import DeploymentPhotos
+from onefold.commands.held_out_images import DeploymentPhotos
 from onefold.commands.open_network import Network
 from onefold.commands.predictor import Predictor
 from onefold.errors import BadArgument, GateFailed

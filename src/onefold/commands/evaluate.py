@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from onefold.checksums import lines_have_checksum, sealed_lines
 from onefold.commands.bench import save_accuracy
 from onefold.commands.class_matching import match_all_classes
-from onefold.commands.extras import extras_for_sources, require_extras
-from onefold.commands.held_out import count_trained_images, evaluation_sets, records_from_dict, training_records
+from onefold.commands.held_out_images import count_trained_images, evaluation_sets, records_from_dict, training_records
+from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predict import warn_unusual_images
 from onefold.commands.predictor import Floats, Predictor, Source, open_source, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.duplicates import thumbnail_stats
@@ -43,8 +43,8 @@ from onefold.data.imagenet_variants import (
 )
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadData, NotWritable, OnefoldError
+from onefold.file_io import parse_json, read_plain_file, write_text
 from onefold.recipes import RECIPE_FILE
-from onefold.storage import parse_json, read_plain_file, write_text
 from onefold.train import Accuracy, compute_accuracy
 from onefold.train.evaluate import merge_accuracies
 

@@ -24,8 +24,7 @@ from onefold.commands.calibration_cache import (
 )
 from onefold.commands.deploy_steps import export_steps
 from onefold.commands.evaluate import evaluate
-from onefold.commands.extras import extras_for_sources, require_extras
-from onefold.commands.held_out import (
+from onefold.commands.held_out_images import (
     calibration_photos,
     count_trained_images,
     records_to_dict,
@@ -33,9 +32,10 @@ from onefold.commands.held_out import (
     validation_images,
 )
 from onefold.commands.open_network import Network, open_network
+from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predict import Predictions, predict
 from onefold.commands.predictor import SavedResult, Source, select_ema_weights, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.data import Preprocessing, Subset
 from onefold.data.fingerprint import evenly_spaced, find_trained_copies
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed

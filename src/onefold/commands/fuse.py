@@ -17,7 +17,7 @@ from onefold.commands.export import export
 from onefold.commands.open_network import open_network
 from onefold.commands.predict import predict
 from onefold.commands.predictor import SavedResult, Source, is_timm, select_ema_weights, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.commands.timm_networks import save_timm
 from onefold.errors import BadArgument
 from onefold.models import ModelCost, count_flops

@@ -7,9 +7,9 @@ import platform
 import torch
 
 import onefold
-from onefold import native
+from onefold import cpp_extension
 from onefold.bench import Machine
-from onefold.commands.extras import missing_packages, packages_by_extra
+from onefold.commands.optional_dependencies import missing_packages, packages_by_extra
 
 _OF_OTHERS = {"all", "demo", "dev", "docs"}  # extras that are made of others, or are for working on onefold
 
@@ -32,13 +32,13 @@ def info() -> dict[str, str]:
 
 def _compiled_code() -> str:
     """Where each library comes from, those from one place together."""
-    if native.is_native_disabled("ONEFOLD_KERNELS"):
+    if cpp_extension.is_native_disabled("ONEFOLD_KERNELS"):
         return "switched off by ONEFOLD_KERNELS=plain"
-    for name in native.LIBRARY_SOURCES:
-        native.load_library(name)
+    for name in cpp_extension.LIBRARY_SOURCES:
+        cpp_extension.load_library(name)
     found: dict[str, list[str]] = {}
-    for name in native.LIBRARY_SOURCES:
-        found.setdefault(native.LIBRARY_ORIGINS[name], []).append(name)
+    for name in cpp_extension.LIBRARY_SOURCES:
+        found.setdefault(cpp_extension.LIBRARY_ORIGINS[name], []).append(name)
     if len(found) == 1:
         return next(iter(found))
     return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in found.items())

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onefold.commands.extras import extras_for_sources, require_extras
+from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predictor import check_source_exists, is_timm
 from onefold.data.dataset import check_places_exist
+from onefold.file_io import read_text
 from onefold.models.catalogue import resolve_name
 from onefold.models.locate_weights import HUB_ID_PATTERN
 from onefold.recipes import Recipe, make_recipe, option_changes, read_recipe_file
 from onefold.runtimes.base import check_precision, import_runtime
-from onefold.storage import read_text
 
 
 def check_inputs(

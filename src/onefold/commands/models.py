@@ -15,7 +15,7 @@ from pathlib import Path
 
 from onefold.errors import BadArgument
 
-COUNTS_FILE = Path(__file__).with_name("models.json")
+COUNTS_FILE = Path(__file__).with_name("model_costs.json")
 
 _progress = logging.getLogger("onefold.progress")
 

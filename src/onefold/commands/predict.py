@@ -20,15 +20,15 @@ from typing import Any, overload
 import numpy as np
 
 from onefold.commands.predictor import Floats, Predictor, Source, open_source, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.data import Dataset, ImageFiles, Preprocessing, find_images
 from onefold.data.decode import UNUSUAL_ALPHA, UNUSUAL_ALPHA_NOTE, decode_image
 from onefold.data.folders import join_names
 from onefold.data.image_inputs import iter_images, prepare_image
 from onefold.data.value_range import describe_range_mismatch
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable
+from onefold.file_io import unused_path, write_text
 from onefold.report.format import format_count
-from onefold.storage import unused_path, write_text
 
 _log = logging.getLogger("onefold")
 _progress = logging.getLogger("onefold.progress")

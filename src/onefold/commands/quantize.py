@@ -10,10 +10,10 @@ from torch import nn
 
 from onefold.commands.calibration_cache import CalibrationOptions, Int8Network, calibrated_network
 from onefold.commands.export import Artifact, check_int8_agreement, export_artifact, network_from_module
-from onefold.commands.extras import extras_for_sources, require_extras
 from onefold.commands.open_network import Network, open_network
+from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predictor import Source, select_ema_weights, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.quantize import QuantizationMethod
 
 

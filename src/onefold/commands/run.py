@@ -17,19 +17,19 @@ from onefold.commands.bench import bench
 from onefold.commands.evaluate import evaluate
 from onefold.commands.export import export
 from onefold.commands.fuse import FusedWeights, fuse
-from onefold.commands.held_out import DATA_FILE, read_run_data
+from onefold.commands.held_out_images import DATA_FILE, read_run_data
 from onefold.commands.predict import predict
 from onefold.commands.predictor import SavedResult, Source
 from onefold.commands.saved_recipe import read_recipe
 from onefold.data import DatasetInfo
 from onefold.data.dataset_info import Split
 from onefold.errors import BadCheckpoint, MissingExtra, OnefoldError, options_as_arguments
+from onefold.file_io import parse_json, read_plain_file, unused_path
 from onefold.recipes import Recipe
 from onefold.report.figures import Curve, draw_curves
 from onefold.report.format import format_count
 from onefold.report.load_results import load_report_inputs
 from onefold.report.predictions import Predictions
-from onefold.storage import parse_json, read_plain_file, unused_path
 from onefold.train import RunFolder
 
 _log = logging.getLogger("onefold")

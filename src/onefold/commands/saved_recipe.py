@@ -19,9 +19,9 @@ from torch import nn
 
 from onefold.checksums import read_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, BadData
+from onefold.file_io import parse_json
 from onefold.recipes import RECIPE_FILE, Recipe, read_recipe_file
 from onefold.report.format import format_count
-from onefold.storage import parse_json
 from onefold.train import RunFolder
 from onefold.train.checkpoint import PROGRESS_FILE
 from onefold.train.hyperparameters import CHANGEABLE_ON_RESUME

@@ -12,16 +12,16 @@ from typing import Any
 
 from onefold.bench import LatencyBound, Machine, Procedure, Roofline
 from onefold.commands.bench import latency_bound, load_or_measure_roofline
-from onefold.commands.extras import require_extras
+from onefold.commands.optional_dependencies import require_extras
 from onefold.commands.predictor import Source, suggest_argument_names
-from onefold.commands.progress import show_progress
+from onefold.commands.progress_bars import show_progress
 from onefold.errors import BadArgument, MissingExtra
+from onefold.file_io import write_text
 from onefold.report.format import format_count, join_words
 from onefold.report.study_figures import draw_study_figure, standalone_svg
 from onefold.report.study_results import STUDY_SUFFIX, Conclusion, StudyResult, StudyTable, write_study
-from onefold.storage import write_text
 from onefold.studies import Study, find_study
-from onefold.studies.run import StudyOptions, run_study
+from onefold.studies.run_study import StudyOptions, run_study
 from onefold.studies.study import Measured
 
 _FEWEST_SAMPLES = 16

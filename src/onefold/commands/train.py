@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from onefold.checksums import write_sealed_json
-from onefold.commands.held_out import (
+from onefold.commands.held_out_images import (
     IMAGES_FILE,
     TrainingRecords,
     check_run_data,
@@ -40,7 +40,7 @@ from onefold.commands.initial_weights import (
 )
 from onefold.commands.input_checks import check_recipe_inputs
 from onefold.commands.predictor import Source, is_timm, select_ema_weights, suggest_argument_names
-from onefold.commands.progress import training_bar
+from onefold.commands.progress_bars import training_bar
 from onefold.commands.run import BestEpoch, Run, new_run_folder
 from onefold.commands.saved_recipe import (
     check_batch_size,
@@ -51,18 +51,18 @@ from onefold.commands.saved_recipe import (
 from onefold.commands.teachers import open_teachers
 from onefold.commands.timm_networks import check_timm_model
 from onefold.commands.training_routes import choose_routes_
-from onefold.commands.validation import Evaluator, write_best_predictions
+from onefold.commands.validation_loop import Evaluator, write_best_predictions
 from onefold.data import CachedDataset, Dataset, DatasetInfo, ImageLoader, MixupLoader, Preprocessing
 from onefold.data.dataset_checks import DataCheck, check_data, class_name_captions, contact_sheet
 from onefold.data.dataset_info import SPLITS
 from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
+from onefold.file_io import atomic_replace, read_json, write_text
 from onefold.models import resolve_name
 from onefold.models.pretrained import Card
 from onefold.quantize import ModelQParams, QuantizationMethod, calibrate_qat, prepare_qat_
 from onefold.recipes import RECIPE_FILE, Recipe, make_recipe, option_changes
 from onefold.reparam import unfused_norms
-from onefold.storage import atomic_replace, read_json, write_text
 from onefold.train import (
     Batches,
     Progress,

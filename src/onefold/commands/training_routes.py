@@ -31,12 +31,12 @@ from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.commands.predictor import TIMM_PREFIX, is_timm
 from onefold.commands.saved_recipe import routes_of_run
 from onefold.errors import NotWritable
+from onefold.file_io import cache_folder, file_lock
 from onefold.recipes import Recipe
 from onefold.reparam import accelerate, per_branch, set_route_
 from onefold.reparam.accelerate import set_measured_routes_
 from onefold.reparam.kernels.base import load_kernels
 from onefold.reparam.measured_routes import PLAIN, is_clear_by_count, measure_routes
-from onefold.storage import cache_folder, file_lock
 from onefold.train.optim import freeze_, train_mode_
 
 _log = logging.getLogger("onefold")

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onefold.cpp_extension import is_native_disabled, load_library
 from onefold.data.preprocessing import PIL_FILTERS, Interpolation, ValueRange
-from onefold.native import is_native_disabled, load_library
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 _FloatBox = tuple[float, float, float, float]  # the same; an edge may lie within a pixel

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.columns import find_joined_names
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, PlaceImages, Split, SplitImages, SplitInfo
 from onefold.data.dataset_layouts import read_place
@@ -31,12 +30,13 @@ from onefold.data.decode import printable_name
 from onefold.data.folder_roles import class_difference
 from onefold.data.folders import join_names
 from onefold.data.preprocessing import ValueRange
-from onefold.data.remote import REMOTE_PREFIXES
+from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import notes_of_repeated
-from onefold.data.shards import SHARD_SUFFIXES
+from onefold.data.shard_patterns import SHARD_SUFFIXES
 from onefold.data.splits import split_by_seed, split_into_words
+from onefold.data.table_columns import find_joined_names
 from onefold.errors import BadArgument, BadData, MissingExtra
-from onefold.storage import normalize_class_name
+from onefold.file_io import normalize_class_name
 
 _DOUBTFUL = frozenset(("background", "clutter", "unknown", "unlabeled", "unlabelled", "undefined", "tbd", "todo"))
 

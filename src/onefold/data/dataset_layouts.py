@@ -5,7 +5,7 @@
 | a folder of class folders; of splits with class folders; of class folders with splits in them | the folders |
 | the same inside one folder more (an unpacked archive) | the same |
 | a folder with a table, or with one in each split; a table by itself | see tables.py |
-| tar shards, Parquet files, patterns of them, URLs; a folder with them | see shards.py |
+| tar shards, Parquet files, patterns of them, URLs; a folder with them | see shard_patterns.py |
 
 Of several in one folder that one counts that says most of the images: labels.csv; then class folders; then other
 tables; then shards. A table that contradicts the class folders is refused. What is not used is left out, and said.
@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from onefold.data.columns import MultiLabelError
 from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
 from onefold.data.decode import ARCHIVE_SUFFIXES, left_out_kind, left_out_reason, printable_name, read_first_bytes
 from onefold.data.folder_roles import FolderRoles, NoClassFoldersError, assign_images, detect_folder_roles
@@ -37,10 +36,11 @@ from onefold.data.folders import (
 )
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.remote import REMOTE_PREFIXES
+from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
-from onefold.data.shards import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
+from onefold.data.shard_patterns import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
 from onefold.data.splits import parse_split_name
+from onefold.data.table_columns import MultiLabelError
 from onefold.data.table_layouts import (
     TABLE_DEPTH,
     are_parts,

@@ -29,7 +29,7 @@ from onefold.data.dataset import Dataset
 from onefold.data.duplicates import distinctive_perceptual_hashes, match_perceptual_hashes, perceptual_hashes
 from onefold.data.preprocessing import ValueRange
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.storage import read_plain_file, write_text
+from onefold.file_io import read_plain_file, write_text
 
 MAX_CONTENTS = 20_000
 """The most images of a dataset whose contents are read for its fingerprint, and the most keys of a `TrainedOn`."""

@@ -23,7 +23,7 @@ from onefold.data.splits import (
     split_into_words,
 )
 from onefold.errors import BadData
-from onefold.storage import normalize_class_name, normalize_name
+from onefold.file_io import normalize_class_name, normalize_name
 
 _UNLABELLED = frozenset(("unlabeled", "unlabelled", "pred", "predict", "prediction", "predictions", "submission"))
 

@@ -36,9 +36,9 @@ from onefold.data.decode import (
     read_samples,
 )
 from onefold.data.preprocessing import ValueRange
-from onefold.data.remote import LocalFile, digest_bytes
+from onefold.data.remote_files import LocalFile, digest_bytes
 from onefold.errors import BadData
-from onefold.storage import normalize_name
+from onefold.file_io import normalize_name
 
 _LOG = logging.getLogger("onefold.data")
 _SYSTEM_NAMES = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini")) | {

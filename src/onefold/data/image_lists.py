@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onefold.data.columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, rank_image_column
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import parse_split_name
+from onefold.data.table_columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, rank_image_column
 from onefold.errors import BadData
-from onefold.storage import read_lines, read_text
+from onefold.file_io import read_lines, read_text
 
 LIST_SUFFIX = ".txt"
 """Of files that may be a list of images."""

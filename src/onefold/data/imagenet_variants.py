@@ -21,7 +21,7 @@ from pathlib import Path
 from onefold.data.decode import printable_name
 from onefold.data.folders import subfolders
 from onefold.errors import BadData
-from onefold.storage import read_json
+from onefold.file_io import read_json
 
 ALEXNET_ERRORS: Mapping[str, float] = {
     "gaussian_noise": 88.6428,

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from onefold.data.columns import normalize_number
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.folders import join_names
 from onefold.data.splits import parse_split_name
+from onefold.data.table_columns import normalize_number
 from onefold.errors import BadData
-from onefold.storage import normalize_name
+from onefold.file_io import normalize_name
 
 _CONVERTED = (".dcm", ".dicom", ".heic", ".heif", ".nef", ".cr2", ".dng", ".arw", ".svg", ".psd")  # to images
 _FOREIGN = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?P<scheme>[a-z][a-z0-9+.-]+://)")  # how absolute paths and URLs begin

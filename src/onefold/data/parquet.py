@@ -16,7 +16,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from onefold.data.columns import (
+from onefold.data.decode import printable_name
+from onefold.data.folders import join_names
+from onefold.data.remote_files import open_plain_file
+from onefold.data.table_columns import (
     MultiLabelError,
     cell_text,
     ends_with_class_word,
@@ -26,11 +29,8 @@ from onefold.data.columns import (
     rank_class_column,
     rank_image_column,
 )
-from onefold.data.decode import printable_name
-from onefold.data.folders import join_names
-from onefold.data.remote import open_plain_file
 from onefold.errors import BadData, MissingExtra
-from onefold.storage import normalize_name, parse_json
+from onefold.file_io import normalize_name, parse_json
 
 _CACHE_BYTES = 512 << 20  # of row groups of one file
 _MAX_ROW_GROUP_BYTES = 1 << 30  # of images, which are read at once

@@ -15,18 +15,18 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from onefold.data.columns import MultiLabelError, NotATableError, normalize_number
 from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
 from onefold.data.decode import printable_name
 from onefold.data.folder_roles import FolderRoles, assign_images
 from onefold.data.folders import FolderListing, ImageFiles, join_names, left_out_images
 from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
 from onefold.data.match_table_paths import ImageIndex, OtherImagesError
-from onefold.data.shards import SHARD_SUFFIXES
+from onefold.data.shard_patterns import SHARD_SUFFIXES
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
+from onefold.data.table_columns import MultiLabelError, NotATableError, normalize_number
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
 from onefold.errors import BadData
-from onefold.storage import normalize_class_name, read_lines
+from onefold.file_io import normalize_class_name, read_lines
 
 TABLE_DEPTH = 2
 """The folders above a table, or a list, that is read."""

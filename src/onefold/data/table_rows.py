@@ -12,13 +12,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from onefold.data.columns import NotATableError, cell_text
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.image_lists import LIST_SUFFIX, TableRows, read_image_list
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import parse_split_name
+from onefold.data.table_columns import NotATableError, cell_text
 from onefold.errors import BadData
-from onefold.storage import parse_json, read_text
+from onefold.file_io import parse_json, read_text
 
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads

@@ -24,7 +24,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onefold.data.columns import (
+from onefold.data.dataset_info import Split
+from onefold.data.decode import printable_name
+from onefold.data.folders import join_names
+from onefold.data.match_table_paths import ImageIndex
+from onefold.data.splits import SPLIT_WORDS, split_into_words
+from onefold.data.table_columns import (
     BOOLEAN_WORDS,
     NONE_WORD,
     MultiLabelError,
@@ -45,14 +50,9 @@ from onefold.data.columns import (
     read_split_columns,
     refuse_measurements,
 )
-from onefold.data.dataset_info import Split
-from onefold.data.decode import printable_name
-from onefold.data.folders import join_names
-from onefold.data.match_table_paths import ImageIndex
-from onefold.data.splits import SPLIT_WORDS, split_into_words
 from onefold.data.table_rows import read_rows
 from onefold.errors import BadData
-from onefold.storage import normalize_class_name
+from onefold.file_io import normalize_class_name
 
 MAX_CLASSES = 1_000_000
 

@@ -21,7 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from onefold.checksums import read_sealed_text, write_sealed_text
-from onefold.data.columns import (
+from onefold.data.dataset_info import LeftOut, Split
+from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
+from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
+from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
+from onefold.data.remote_files import Blob, BlobReader
+from onefold.data.repeated_images import Files, leave_out_copies
+from onefold.data.splits import parse_split_name, splits_by_folder_name
+from onefold.data.table_columns import (
     MultiLabelError,
     cell_text,
     is_class_index_column,
@@ -31,15 +38,8 @@ from onefold.data.columns import (
     rank_class_column,
     split_word,
 )
-from onefold.data.dataset_info import LeftOut, Split
-from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
-from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
-from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
-from onefold.data.remote import Blob, BlobReader
-from onefold.data.repeated_images import Files, leave_out_copies
-from onefold.data.splits import parse_split_name, splits_by_folder_name
 from onefold.errors import BadData, NotWritable
-from onefold.storage import cache_folder, normalize_name, parse_json
+from onefold.file_io import cache_folder, normalize_name, parse_json
 
 _log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read

@@ -1,7 +1,7 @@
 """What a trainer wrote beside the weights, in a checkpoint or in config.json: names of classes, preprocessing.
 
-Values come from the restricted reader, so that objects are `Placeholder`s; `_plain_value` gives what some of them stand
-for.
+Values come from the restricted reader, so that objects are `UnpickledObject`s; `_plain_value` gives what some of them
+stand for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from onefold.models.restricted_unpickler import Placeholder, iter_objects
+from onefold.file_io import normalize_class_name, parse_json
+from onefold.models.restricted_unpickler import UnpickledObject, iter_objects
 from onefold.models.state_dicts import NON_WEIGHT_KEYS
 from onefold.models.weights_file import MMENGINE_PATTERN
-from onefold.storage import normalize_class_name, parse_json
 
 NUM_IMAGENET_CLASSES = 1000  # classes
 _MAX_SHOWN = 3  # names in a message
@@ -55,7 +55,7 @@ def find_class_names(
     refused: list[str] = []
     found: list[tuple[str, tuple[str, ...], list[str]]] = []
     for depth, value in queue:  # grows
-        mapping = value if isinstance(value, Mapping) else value.values if isinstance(value, Placeholder) else {}
+        mapping = value if isinstance(value, Mapping) else value.values if isinstance(value, UnpickledObject) else {}
         normalized = {str(key).lower().replace("_", "").replace("2", "to"): key for key in mapping}
         for word in (*_NAMES, *_NUMBERS):
             if word not in normalized:
@@ -70,7 +70,7 @@ def find_class_names(
         for key, inner in mapping.items() if depth < _MAX_NESTING else ():
             if NON_WEIGHT_KEYS.search(str(key)):
                 continue  # an optimizer's names are of its groups, and a logger's of what it measures
-            if isinstance(inner, (Mapping, Placeholder)) and id(inner) not in seen and len(queue) < _MAX_MAPPINGS:
+            if isinstance(inner, (Mapping, UnpickledObject)) and id(inner) not in seen and len(queue) < _MAX_MAPPINGS:
                 seen.add(id(inner))
                 queue.append((depth + 1, inner))
     said = refused[:_MAX_SHOWN]
@@ -98,12 +98,12 @@ def _plain_value(value: object) -> object:
 
 def _plain(value: object, known: dict[int, tuple[object, object]], depth: int) -> object:
     """Do the same; `known` has what was made of each object, since a forged file may hold one in itself, or often."""
-    if not isinstance(value, (list, tuple, Mapping, Placeholder)) or depth > _MAX_DEPTH:
+    if not isinstance(value, (list, tuple, Mapping, UnpickledObject)) or depth > _MAX_DEPTH:
         return value
     if id(value) not in known:
         known[id(value)] = value, value
         made: object = value
-        if isinstance(value, Placeholder):
+        if isinstance(value, UnpickledObject):
             made = _plain(_of_placeholder(value), known, depth + 1)
         elif isinstance(value, Mapping):
             keys = ((_plain(key, known, depth + 1), key) for key in value)
@@ -117,7 +117,7 @@ def _plain(value: object, known: dict[int, tuple[object, object]], depth: int) -
     return known[id(value)][1]
 
 
-def _of_placeholder(value: Placeholder) -> object:
+def _of_placeholder(value: UnpickledObject) -> object:
     for part in ("_content", "_val"):  # OmegaConf's
         if part in value.values:
             return value.values[part]
@@ -134,7 +134,7 @@ def _of_placeholder(value: Placeholder) -> object:
 
 def _texts(kind: Any, data: Any) -> list[str]:
     """The texts in the bytes of an array of numpy's type U. Raises ValueError for any other."""
-    code = kind.args[0] if isinstance(kind, Placeholder) and kind.name == "numpy.dtype" and kind.args else ""
+    code = kind.args[0] if isinstance(kind, UnpickledObject) and kind.name == "numpy.dtype" and kind.args else ""
     if not isinstance(code, str) or re.fullmatch(r"[<>]?U[1-9][0-9]{0,4}", code) is None:
         raise ValueError("not an array of texts")
     order: Any = kind.state[1] if isinstance(kind.state, tuple) and kind.state[1] in ("<", ">") else "="
@@ -216,16 +216,16 @@ def _first(names: Iterable[str]) -> str:
 def find_preprocessing(extras: Mapping[str, object]) -> dict[str, Any]:
     """What a trainer's arguments or configuration in a checkpoint say of preprocessing, as keys of a config.json."""
     for found in iter_objects({key: extras[key] for key in extras if not NON_WEIGHT_KEYS.search(str(key))}):
-        values = found.values if isinstance(found, Placeholder) else found
+        values = found.values if isinstance(found, UnpickledObject) else found
         for key, inner in values.items() if isinstance(values, Mapping) else ():
             if isinstance(inner, str) and MMENGINE_PATTERN.search(inner[:_MAX_TEXT]):
                 return {"data_preprocessor": inner[:_MAX_TEXT]}  # mmengine keeps its configuration as Python's text
-            inner = inner.values if isinstance(inner, Placeholder) else inner
+            inner = inner.values if isinstance(inner, UnpickledObject) else inner
             if key in ("data_preprocessor", "img_norm_cfg") and isinstance(inner, Mapping):
                 return {"data_preprocessor": inner}
     for key in ("args", "config", "hyper_parameters", "hparams", "opt"):
         given = extras.get(key)
-        table = given.values if isinstance(given, Placeholder) else given
+        table = given.values if isinstance(given, UnpickledObject) else given
         if not isinstance(table, Mapping):
             continue
         keys = ("mean", "std", "crop_pct", "interpolation", "input_size")

@@ -207,7 +207,7 @@ def _map_of(state: BlockState) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Feature:
+class FeatureMap:
     """A feature map of a network: its channels, its reduction (input size / map size), the module that ends in it."""
 
     num_chs: int
@@ -225,7 +225,7 @@ class Classifier(nn.Module):
     stages: nn.Sequential
     head: Head
 
-    def __init__(self, stem: nn.Module, stages: nn.Sequential, head: Head, features: Sequence[Feature]) -> None:
+    def __init__(self, stem: nn.Module, stages: nn.Sequential, head: Head, features: Sequence[FeatureMap]) -> None:
         super().__init__()
         self.stem, self.stages, self.head = stem, stages, head
         self.features = tuple(features)
@@ -317,7 +317,7 @@ class FeatureNet(nn.Module):
 class FeatureInfo:
     """A description of the feature maps of a network; the methods are those of timm's FeatureInfo."""
 
-    features: tuple[Feature, ...]
+    features: tuple[FeatureMap, ...]
 
     def channels(self) -> list[int]:
         """Channels of each map."""
@@ -340,6 +340,6 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _depth(feature: Feature) -> int:
+def _depth(feature: FeatureMap) -> int:
     """Number of stages to run for this map; 0 for that of the stem."""
     return 0 if feature.module == "stem" else int(feature.module.removeprefix("stages.")) + 1

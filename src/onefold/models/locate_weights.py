@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
-from onefold.storage import read_json, read_plain_file
+from onefold.file_io import read_json, read_plain_file
 
 WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"  # of weights in several files

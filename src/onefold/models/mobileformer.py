@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onefold.models.key_mapping import KeyLayout, rename_by_module
-from onefold.models.layers import BlockState, Classifier, Feature, Head, conv_norm, init_weights_
+from onefold.models.layers import BlockState, Classifier, FeatureMap, Head, conv_norm, init_weights_
 from onefold.models.mobileformer_blocks import (
     BlockRow,
     DownsampleRow,
@@ -185,13 +185,13 @@ def mobileformer(variant: str | Variant, num_classes: int, in_chans: int) -> Cla
     """The training network of a variant, or of one of `VARIANTS`; `num_classes` 0 leaves the last Linear's input."""
     spec = VARIANTS[variant] if isinstance(variant, str) else variant
     width, reduction = spec.stem, 2
-    stages, features = nn.Sequential(), {2: Feature(width, 2, "stem")}
+    stages, features = nn.Sequential(), {2: FeatureMap(width, 2, "stem")}
     for rows in spec.stages:
         blocks = nn.Sequential()
         for row in rows:
             blocks.append(create_block(width, row, spec.tokens[1], spec.groups))
             width, reduction = row.out, reduction * row.stride
-        features[reduction] = Feature(width, reduction, f"stages.{len(stages)}")
+        features[reduction] = FeatureMap(width, reduction, f"stages.{len(stages)}")
         stages.append(blocks)
     net = Classifier(Stem(in_chans, spec), stages, TwoStreamHead(width, spec, num_classes), tuple(features.values()))
     init_weights_(net)

@@ -21,7 +21,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from onefold.models.key_mapping import KeyLayout
-from onefold.models.layers import Classifier, Feature, PooledHead, SamePad, init_weights_
+from onefold.models.layers import Classifier, FeatureMap, PooledHead, SamePad, init_weights_
 from onefold.reparam import Chain, conv_act
 
 _Layers = tuple[tuple[int, int], ...]
@@ -96,13 +96,13 @@ def mobilenetv1(variant: Variant, num_classes: int, in_chans: int) -> Classifier
     width = _scaled(_STEM, variant)
     stem = ConvUnit(in_chans, width, 3, 2, 1, variant.flavour)
     groups: list[list[ConvUnit]] = [[]]
-    features = [Feature(width, 2, "stem")]
+    features = [FeatureMap(width, 2, "stem")]
     for base, stride in variant.layers:
         if stride > 1:
             groups.append([])
         c_in, width = width, _scaled(base, variant)
         groups[-1] += _layer(c_in, width, stride, variant)
-        features[len(groups) - 1 :] = [Feature(width, 1 << len(groups), f"stages.{len(groups) - 1}")]
+        features[len(groups) - 1 :] = [FeatureMap(width, 1 << len(groups), f"stages.{len(groups) - 1}")]
     stages = nn.Sequential(*(nn.Sequential(*group) for group in groups))
     net = Classifier(stem, stages, PooledHead(width, num_classes, variant.flavour.dropout), features)
     init_weights_(net)

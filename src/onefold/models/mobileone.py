@@ -23,7 +23,7 @@ from itertools import count, takewhile
 from torch import Tensor, nn
 
 from onefold.models.key_mapping import KeyLayout, module_names, rename_by_module
-from onefold.models.layers import Classifier, Feature, PooledHead, SqueezeExcite, conv_norm, init_weights_
+from onefold.models.layers import Classifier, FeatureMap, PooledHead, SqueezeExcite, conv_norm, init_weights_
 from onefold.reparam import Chain, Sum, conv_act
 
 _BASE_WIDTHS = (64, 128, 256, 512)  # Table 7, with its stages 4 and 5 as one: they share width and a in every variant
@@ -109,13 +109,13 @@ def mobileone(variant: Variant, num_classes: int, in_chans: int) -> Classifier:
     """The training network of a variant; `num_classes` 0 leaves pooled features."""
     width = min(_MAX_STEM, int(_BASE_WIDTHS[0] * variant.widths[0]))
     stem = Unit(make_branches(in_chans, width, 3, 2, 1, num=1), nn.Identity())
-    stages, features = nn.Sequential(), [Feature(width, 2, "stem")]
+    stages, features = nn.Sequential(), [FeatureMap(width, 2, "stem")]
     for base, a, depth, gated in zip(_BASE_WIDTHS, variant.widths, variant.depths, variant.gated, strict=True):
         units: list[Unit] = []
         for n in range(depth):
             c_in, width = width, int(base * a)
             units += _block(c_in, width, 2 if n == 0 else 1, variant.branches, gated=n >= depth - gated)
-        features.append(Feature(width, 4 << len(stages), f"stages.{len(stages)}"))
+        features.append(FeatureMap(width, 4 << len(stages), f"stages.{len(stages)}"))
         stages.append(nn.Sequential(*units))
     net = Classifier(stem, stages, PooledHead(width, num_classes), features)
     init_weights_(net)

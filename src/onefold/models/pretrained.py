@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import nn
 
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
+from onefold.file_io import write_text
 from onefold.models.catalogue import CATALOGUE, build_model, list_models, resolve_name
 from onefold.models.checkpoint_metadata import (
     NUM_IMAGENET_CLASSES,
@@ -39,7 +40,6 @@ from onefold.models.weights_file import Card as Card
 from onefold.models.weights_file import preprocessing_from_config, render_hub_config, render_hub_readme
 from onefold.models.weights_file import read_card as read_card
 from onefold.models.weights_file import save_weights as save_weights
-from onefold.storage import write_text
 
 _log = logging.getLogger("onefold")
 

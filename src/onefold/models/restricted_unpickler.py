@@ -2,7 +2,7 @@
 
 A small interpreter of pickle's opcodes builds plain values: numbers, texts, lists, dicts. Tensors and numpy's arrays
 and scalars are recognized by the names of their constructors and rebuilt here from their bytes. Every other object is a
-`Placeholder`: it knows its class's name, holds what was stored in it, and does nothing.
+`UnpickledObject`: it knows its class's name, holds what was stored in it, and does nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RefusedError(Exception):
 
 
 @dataclass(eq=False, repr=False)
-class Placeholder:
+class UnpickledObject:
     """An object that was not made: the name of its class or function, its arguments, and what was put into it."""
 
     name: str
@@ -147,7 +147,7 @@ def iter_objects(value: Any) -> Iterator[Any]:
             continue
         seen.add(id(item))
         yield item
-        if isinstance(item, Placeholder):
+        if isinstance(item, UnpickledObject):
             stack += [item.args, item.state, item.items, item.elements]
         elif isinstance(item, Mapping):
             stack += [*item.keys(), *item.values()]
@@ -155,7 +155,9 @@ def iter_objects(value: Any) -> Iterator[Any]:
             stack += item
 
 
-def module_tensors(module: Placeholder, prefix: str = "", left: list[int] | None = None) -> Iterator[tuple[str, Any]]:
+def module_tensors(
+    module: UnpickledObject, prefix: str = "", left: list[int] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Give the parameters and buffers of a pickled nn.Module by name, as its state dict would; raises RefusedError."""
     left = left or [_MAX_MODULES, _MAX_TENSORS]  # one count for all that lie in each other
     parts = {key: module.values.get(key) for key in ("_parameters", "_buffers", "_modules")}
@@ -170,13 +172,13 @@ def module_tensors(module: Placeholder, prefix: str = "", left: list[int] | None
             if leaf is not None and name not in passing:
                 yield f"{prefix}{name}", leaf
     for name, child in tables["_modules"].items():
-        if isinstance(child, Placeholder):
+        if isinstance(child, UnpickledObject):
             yield from module_tensors(child, f"{prefix}{name}.", left)
 
 
 def as_array(value: Any) -> np.ndarray[Any, Any] | None:
     """Give the numpy array that a placeholder stands for; None where it stands for none of numbers."""
-    if not isinstance(value, Placeholder):
+    if not isinstance(value, UnpickledObject):
         return None
     try:
         if value.name.endswith("multiarray._reconstruct"):
@@ -264,20 +266,20 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, list):
             target += items
-        elif isinstance(target, Placeholder):
+        elif isinstance(target, UnpickledObject):
             target.elements += items
 
     def set_items(self, items: list[Any]) -> None:
         """Put keys and values, in turn, into the dict on top of the stack."""
         target = self.stack[-1]
-        table = target.items if isinstance(target, Placeholder) else target
+        table = target.items if isinstance(target, UnpickledObject) else target
         if isinstance(table, dict):
             table.update({_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
     def build(self) -> None:
         """Give the object on top of the stack its state."""
         (state,) = self.pop(1)
-        if isinstance(self.stack[-1], Placeholder):
+        if isinstance(self.stack[-1], UnpickledObject):
             self.stack[-1].state = state
 
     def persistent(self) -> None:
@@ -294,7 +296,7 @@ class _Machine:
     def called(self, function: Any, args: Any) -> Any:
         """Give what a function or class of the pickle makes of its arguments, or a placeholder."""
         if not isinstance(function, _Name) or not isinstance(args, tuple):
-            return Placeholder("an object", args=args)
+            return UnpickledObject("an object", args=args)
         name, first = function.name, args[0] if args else None
         if isinstance(first, (list, str)):
             self.copied += len(first)
@@ -312,14 +314,14 @@ class _Machine:
         if name == "_codecs.encode" and isinstance(first, str):
             return first.encode("latin-1", "replace")
         if name in ("copyreg._reconstructor", "copy_reg._reconstructor") and isinstance(first, _Name):
-            return Placeholder(first.name, args=args[1:])
+            return UnpickledObject(first.name, args=args[1:])
         if name.endswith("multiarray.scalar") and name.startswith("numpy.") and len(args) == 2:
             return _numpy_scalar(*args)
         if name == "torch.storage._load_from_bytes" and isinstance(first, (bytes, bytearray)):
             return self.inline[id(first)][1] if id(first) in self.inline else self.inline_storage(first)
         if name == "torch._tensor._rebuild_from_type_v2":
             return self.called(args[0], args[2])
-        return _tensor(name, args) if name.startswith("torch._utils._rebuild") else Placeholder(name, args=args)
+        return _tensor(name, args) if name.startswith("torch._utils._rebuild") else UnpickledObject(name, args=args)
 
     def inline_storage(self, data: bytes | bytearray) -> Any:
         """Give the storage in the bytes that a tensor has in a plain pickle: a file of torch.save's older format."""
@@ -390,11 +392,11 @@ def _key(value: Any) -> Hashable:
     The hash of long integers, and of tuples, is no secret: a file can be full of those that have the same one.
     """
     if isinstance(value, int):
-        return value if -(1 << 63) <= value < 1 << 63 else Placeholder("a key", args=value)
+        return value if -(1 << 63) <= value < 1 << 63 else UnpickledObject("a key", args=value)
     return (
         value
-        if isinstance(value, (str, bytes, float, type(None), Placeholder, _Name))
-        else Placeholder("a key", args=value)
+        if isinstance(value, (str, bytes, float, type(None), UnpickledObject, _Name))
+        else UnpickledObject("a key", args=value)
     )
 
 
@@ -414,13 +416,13 @@ def _tensor(name: str, args: tuple[Any, ...]) -> Any:
     if kind in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
         return args[0]
     if kind not in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3") or not isinstance(args[0], Storage):
-        return Placeholder(name, args=args)
+        return UnpickledObject(name, args=args)
     storage, offset, size, stride = args[:4]
     dtype = storage.dtype
     if kind == "_rebuild_tensor_v3":
         known = _DTYPES.get(args[6].name.removeprefix("torch.")) if isinstance(args[6], _Name) else None
         if known is None:
-            return Placeholder(f"{name} of {getattr(args[6], 'name', '?')}", args=args)
+            return UnpickledObject(f"{name} of {getattr(args[6], 'name', '?')}", args=args)
         dtype = known
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
@@ -432,7 +434,7 @@ def _tensor(name: str, args: tuple[Any, ...]) -> Any:
 
 def _numpy_dtype(kind: Any) -> np.dtype[Any]:
     """Give numpy's type of numbers from its pickled form. Raises ValueError for another."""
-    code = kind.args[0] if isinstance(kind, Placeholder) and kind.name == "numpy.dtype" and kind.args else ""
+    code = kind.args[0] if isinstance(kind, UnpickledObject) and kind.name == "numpy.dtype" and kind.args else ""
     if not isinstance(code, str) or re.fullmatch(r"[<>|=]?[biuf][1248]", code) is None:
         raise ValueError("not an array of numbers")
     state = kind.state
@@ -445,4 +447,4 @@ def _numpy_scalar(kind: Any, data: Any) -> Any:
         raw = data.encode("latin-1") if isinstance(data, str) else bytes(data)
         return np.frombuffer(raw, _numpy_dtype(kind))[0].item()
     except (TypeError, ValueError, IndexError):
-        return Placeholder("numpy's scalar", args=(kind, data))
+        return UnpickledObject("numpy's scalar", args=(kind, data))

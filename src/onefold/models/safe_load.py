@@ -27,18 +27,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from onefold.errors import BadCheckpoint, MissingExtra
+from onefold.file_io import parse_json, read_json
 from onefold.models.locate_weights import WEIGHTS_HINT, check_weights_file
 from onefold.models.restricted_unpickler import (
-    Placeholder,
     RefusedError,
     StoredTensor,
+    UnpickledObject,
     as_array,
     iter_objects,
     load,
     load_legacy,
 )
 from onefold.models.state_dicts import MAX_TENSORS, KeyFilter, StateDict, as_mapping, choose_state_dict, is_tensor
-from onefold.storage import parse_json, read_json
 
 _log = logging.getLogger("onefold")
 _MAX_RATIO = 20  # weights compress by a factor of 1.1 (floats) to 4 (quantized); deflate reaches 1032 on zeros
@@ -208,7 +208,7 @@ class _Saved:
             if isinstance(leaf, StoredTensor):
                 data = leaf.storage.data
                 out[name] = leaf.read(storage(leaf.storage.key) if data is None else data)
-            elif isinstance(leaf, Placeholder):
+            elif isinstance(leaf, UnpickledObject):
                 array = as_array(leaf)
                 if array is None:
                     raise RefusedError(f"{name!r} is no dense tensor of numbers ({leaf.name}): save it as floats")
@@ -307,7 +307,7 @@ def _read_objects(archive: zipfile.ZipFile, name: str) -> object:
         read_header = np.lib.format.read_array_header_1_0 if version < (2, 0) else np.lib.format.read_array_header_2_0
         shape, _, _ = read_header(file)
         held = load(file)
-    state = held.state if isinstance(held, Placeholder) and isinstance(held.state, tuple) else ()
+    state = held.state if isinstance(held, UnpickledObject) and isinstance(held.state, tuple) else ()
     elements = state[-1] if state and isinstance(state[-1], list) else []
     return elements[0] if not shape and len(elements) == 1 else elements
 
@@ -326,10 +326,10 @@ def _read_torch(path: Path) -> _Saved:
         value = {str(i): each for i, each in enumerate(value[:_MAX_LISTED]) if as_mapping(each) is not None} or value
     values = as_mapping(value)
     if values is None:
-        kind = value.name if isinstance(value, Placeholder) else type(value).__name__
+        kind = value.name if isinstance(value, UnpickledObject) else type(value).__name__
         raise BadCheckpoint(f"{path} holds a {kind}, not a state dict: save model.state_dict()")
     unknown = (
-        found for found in iter_objects(value) if isinstance(found, Placeholder) and "_modules" not in found.values
+        found for found in iter_objects(value) if isinstance(found, UnpickledObject) and "_modules" not in found.values
     )
     names = sorted({found.name for found in unknown if _HARMLESS.match(found.name) is None})
     return _Saved(values=values, storages=storages, unread=tuple(names))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from onefold.errors import BadCheckpoint
-from onefold.models.restricted_unpickler import Placeholder, RefusedError, StoredTensor, as_array, module_tensors
+from onefold.models.restricted_unpickler import RefusedError, StoredTensor, UnpickledObject, as_array, module_tensors
 
 # Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
 _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
@@ -87,7 +87,7 @@ def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
             yield StateDict(key=key, tensors=leaves, averaged=swapped.get(key, bool(_AVERAGED.search(key))))
         if len(path) < _MAX_CONTAINERS:
             for key, value in mapping.items():
-                visits[id(value)] += isinstance(value, (Mapping, Placeholder))
+                visits[id(value)] += isinstance(value, (Mapping, UnpickledObject))
                 if visits[id(value)] <= _MAX_NAMES and not is_tensor(value) and not NON_WEIGHT_KEYS.search(str(key)):
                     inner = as_mapping(value)
                     queue += [] if inner is None else [((*path, str(key)), inner)]
@@ -142,7 +142,7 @@ def _without_common_wrappers(found: StateDict) -> StateDict:
 def is_tensor(value: object) -> bool:
     """Whether a value of a checkpoint is a tensor, read or not."""
     return isinstance(value, (Tensor, StoredTensor)) or (
-        isinstance(value, Placeholder)
+        isinstance(value, UnpickledObject)
         and (value.name.startswith("torch._utils._rebuild") or as_array(value) is not None)
     )
 
@@ -151,6 +151,6 @@ def as_mapping(value: object) -> Mapping[Any, Any] | None:
     """Give a value as a mapping: a dict, an object's attributes, or the state dict of a whole network; else None."""
     if isinstance(value, Mapping):
         return value
-    if not isinstance(value, Placeholder) or not value.values:
+    if not isinstance(value, UnpickledObject) or not value.values:
         return None
     return dict(module_tensors(value)) if "_modules" in value.values else value.values

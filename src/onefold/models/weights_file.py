@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from onefold.checksums import MANIFEST, read_sealed_folder, sealed_safetensors
 from onefold.config import check_fields
 from onefold.errors import BadArgument, BadCheckpoint
+from onefold.file_io import atomic_replace, parse_json
 from onefold.models.safe_load import CheckpointContents, read_tensors
-from onefold.storage import atomic_replace, parse_json
 
 _log = logging.getLogger("onefold")
 

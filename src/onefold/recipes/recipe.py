@@ -30,7 +30,7 @@ from onefold.data import (
 )
 from onefold.data.augmentation import with_image_size as steps_at_size
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.storage import parse_json, read_json
+from onefold.file_io import parse_json, read_json
 from onefold.train import SGD, Cosine, Epochs, Exponential, Plan, Steps
 
 _Sized = RandomResizedCrop | Resize | CentreCrop

@@ -1,6 +1,6 @@
 """Folding as an algebra: linear layers in series and in parallel, and the one convolution that they are.
 
-It stands on torch and on `onefold.native` alone, which compiles the kernels of the training routes.
+It stands on torch and on `onefold.cpp_extension` alone, which compiles the kernels of the training routes.
 """
 
 from onefold.reparam.accelerate import accelerate as accelerate

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onefold.accuracy_intervals import wilson_interval
-from onefold.storage import parse_json
+from onefold.file_io import parse_json
 
 _LARGEST_NUMBER = 1e15  # no figure here can be larger; the comparison also leaves out infinities and NaN
 _SPACE = "\N{NO-BREAK SPACE}"

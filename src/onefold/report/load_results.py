@@ -15,11 +15,11 @@ from typing import Any
 from onefold.bench import Comparison, Measurement, read_results
 from onefold.checksums import CHECKSUM, NO_CHECKSUM_NOTE, has_checksum, read_sealed_folder
 from onefold.errors import BadArtifact, BadCheckpoint, BadData
+from onefold.file_io import read_plain_file
 from onefold.report.format import finite_number, one_line, parse_json_object
 from onefold.report.predictions import Predictions, parse_predictions
 from onefold.report.study_results import StudyResult, read_study
 from onefold.runtimes.artifact import Artifact, read_manifest
-from onefold.storage import read_plain_file
 
 GATES_FILE = "gates.json"  # what each gate of a deployment found, beside its measurements
 ACCURACY_FILE = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured

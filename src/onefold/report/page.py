@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from onefold.bench import Machine
 from onefold.errors import BadArgument, BadData
+from onefold.file_io import write_text
 from onefold.report import format as formats
 from onefold.report.figures import (
     NUM_COLOURS,
@@ -56,7 +57,6 @@ from onefold.report.tables import (
     latency_table,
     run_table,
 )
-from onefold.storage import write_text
 
 _FILTERS = ("format_count", "format_latency", "format_percent", "format_with_interval", "one_line")
 _MAX_ROWS = 12  # of a figure

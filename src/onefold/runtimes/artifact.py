@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from onefold.errors import BadArgument, BadArtifact
-from onefold.storage import parse_json, read_json
+from onefold.file_io import parse_json, read_json
 
 _SCHEMA = 1
 MANIFEST_FILE = "manifest.json"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onefold.errors import BadArgument, BadArtifact, GateFailed, OnefoldError
+from onefold.file_io import atomic_replace
 from onefold.runtimes.artifact import (
     MANIFEST_FILE,
     README_FILE,
@@ -57,7 +58,6 @@ from onefold.runtimes.reference_logits import (
     write_reference,
 )
 from onefold.runtimes.sandbox import mark_as_trusted, open_in_child_first
-from onefold.storage import atomic_replace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

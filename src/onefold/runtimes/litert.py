@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from onefold.native import is_native_disabled, load_library
+from onefold.cpp_extension import is_native_disabled, load_library
 from onefold.runtimes.artifact import ModelInfo
 from onefold.runtimes.base import RuntimeEngine, import_vendor_package, suppress_native_output, suppress_output
 from onefold.runtimes.reference_logits import Floats

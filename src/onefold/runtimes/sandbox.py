@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from onefold.errors import BadArtifact, OnefoldError, describe_exit_status
+from onefold.file_io import cache_folder
 from onefold.runtimes.artifact import Artifact, read_manifest
 from onefold.runtimes.base import import_runtime, installed_versions
-from onefold.storage import cache_folder
 
 _LIMIT_S, _LIMIT_CPU_S = 60, 20  # a busy machine may take longer than its processors do
 _LIMIT_BYTES, _LIMIT_TIMES = 2 << 30, 16  # of memory for its data; what an artifact of usual size may take of its own

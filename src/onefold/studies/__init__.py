@@ -17,7 +17,7 @@ _MODULES = {
     "branches": "branches",
     "correlation": "correlation",
     "pareto": "pareto",
-    "width-resolution": "mobilenet",
+    "width-resolution": "width_resolution",
     "depth-width": "convolutions",
     "standard-vs-separable": "convolutions",
     "resolution": "resolution",

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from onefold.checksums import copy_sealed_folder, read_sealed_folder, sealed_safetensors, write_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, NotWritable, RunBusy
-from onefold.storage import parse_json, read_plain_file
+from onefold.file_io import parse_json, read_plain_file
 from onefold.train.hyperparameters import Plan
 from onefold.train.rng_state import RandomState
 

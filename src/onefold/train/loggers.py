@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from onefold.errors import BadArgument, MissingExtra
-from onefold.storage import read_json, write_text
+from onefold.file_io import read_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from onefold.native import is_native_disabled, load_library
+from onefold.cpp_extension import is_native_disabled, load_library
 
 Pair = tuple[int, int]
 ClampMax = float | None  # none; or a clamp from 0 to this: infinity is ReLU, 6 is ReLU6
@@ -80,7 +80,7 @@ class Backend(Protocol):
 
 
 def load_kernels() -> ctypes.CDLL | None:
-    """The kernels as a loaded library (see `onefold.native`); None, with one warning, where they cannot be compiled."""
+    """The kernels as a loaded library (see `cpp_extension`); None, with one warning, where they cannot be compiled."""
     return None if is_native_disabled("ONEFOLD_KERNELS") else _library()
 
 

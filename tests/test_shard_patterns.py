@@ -18,7 +18,7 @@ from onefold.data import Dataset, open_dataset, read_dataset
 from onefold.data.crop import CropBox
 from onefold.data.fingerprint import dataset_fingerprint
 from onefold.data.parquet import ParquetImages
-from onefold.data.remote import LocalFile
+from onefold.data.remote_files import LocalFile
 from onefold.data.tars import read_tar_index
 from onefold.errors import BadData
 from range_server import serving

@@ -16,12 +16,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from onefold import native
+from onefold import cpp_extension
 from onefold.checksums import write_sealed_folder
+from onefold.cpp_extension import WARNED_VARIABLE, NotCompiledWarning, load_library
 from onefold.data.crop import load_resampler
-from onefold.native import WARNED_VARIABLE, NotCompiledWarning, load_library
+from onefold.file_io import cache_folder
 from onefold.reparam.kernels.base import load_kernels
-from onefold.storage import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"one": 'extern "C" int one() { return 1; }', "two": 'extern "C" int two() { return 2; }'}
@@ -30,7 +30,7 @@ SOURCES = {"one": 'extern "C" int one() { return 1; }', "two": 'extern "C" int t
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries of a test's own are forgotten after it."""
-    monkeypatch.setattr(native, "LIBRARY_SOURCES", dict(native.LIBRARY_SOURCES))
+    monkeypatch.setattr(cpp_extension, "LIBRARY_SOURCES", dict(cpp_extension.LIBRARY_SOURCES))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(folder: Path, name: str) -> object:
     (folder / f"{name}.cpp").write_text(SOURCES[name])
-    native.LIBRARY_SOURCES[name] = (str(folder / f"{name}.cpp"),)
+    cpp_extension.LIBRARY_SOURCES[name] = (str(folder / f"{name}.cpp"),)
     return load_library(name)
 
 
@@ -130,7 +130,7 @@ def test_a_library_in_the_cache_is_checked_before_it_is_loaded(compiler: Path, c
 def test_a_library_of_other_flags_is_another(compiler: Path, monkeypatch: pytest.MonkeyPatch):
     source = '#ifndef GIVEN\n#define GIVEN 1\n#endif\nextern "C" int given() { return GIVEN; }'
     (compiler / "given.cpp").write_text(source)
-    native.LIBRARY_SOURCES["given"] = (str(compiler / "given.cpp"),)
+    cpp_extension.LIBRARY_SOURCES["given"] = (str(compiler / "given.cpp"),)
     line = os.environ["CXX"]
     for flag, answer in (("", 1), (" -DGIVEN=2", 2), ("", 1)):
         monkeypatch.setenv("CXX", line + flag)
@@ -178,9 +178,9 @@ def compiled(source: Path) -> dict[str, bytes]:
     if not (BETTER and sys.platform == "linux" and (shutil.which("c++") or shutil.which("g++"))):
         pytest.skip("there is no C++ compiler whose wheels would carry libraries")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "LIBRARY_SOURCES", {"level": (str(source),)})
-        patch.setattr(native, "_LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
-        return native.compile_for_wheel()
+        patch.setattr(cpp_extension, "LIBRARY_SOURCES", {"level": (str(source),)})
+        patch.setattr(cpp_extension, "_LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
+        return cpp_extension.compile_for_wheel()
 
 
 @pytest.fixture
@@ -191,10 +191,10 @@ def install(
 
     def put(*, change: Callable[[bytes], bytes] = bytes, features: str = "flags : fpu better") -> dict[str, bytes]:
         contents = {name: change(content) for name, content in compiled.items()}
-        monkeypatch.setattr(native, "_WHEEL", no_compiler / "lib")
-        monkeypatch.setattr(native, "_LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
-        monkeypatch.setattr(native, "_processor", lambda: features)
-        native.LIBRARY_SOURCES["level"] = (str(source),)
+        monkeypatch.setattr(cpp_extension, "_WHEEL", no_compiler / "lib")
+        monkeypatch.setattr(cpp_extension, "_LEVELS", {platform.machine(): {BETTER: "better", PLAIN: ""}})
+        monkeypatch.setattr(cpp_extension, "_processor", lambda: features)
+        cpp_extension.LIBRARY_SOURCES["level"] = (str(source),)
         write_sealed_folder(no_compiler / "lib", contents)
         return contents
 
@@ -205,14 +205,14 @@ def test_the_wheels_library_for_this_processor_is_taken(install, monkeypatch: py
     """Without a compiler, and without a warning, which would be an error here."""
     install()
     assert load_library("level").level() == 2
-    assert native.LIBRARY_ORIGINS["level"] == f"from the wheel, for {BETTER}"
-    monkeypatch.setattr(native, "_processor", lambda: "flags : fpu bet")
+    assert cpp_extension.LIBRARY_ORIGINS["level"] == f"from the wheel, for {BETTER}"
+    monkeypatch.setattr(cpp_extension, "_processor", lambda: "flags : fpu bet")
     assert load_library("level").level() == 1
-    assert native.LIBRARY_ORIGINS["level"] == f"from the wheel, for {PLAIN}"
+    assert cpp_extension.LIBRARY_ORIGINS["level"] == f"from the wheel, for {PLAIN}"
     monkeypatch.setenv("ONEFOLD_KERNELS", "compile")
     with pytest.warns(NotCompiledWarning):
         assert load_library("level") is None
-    assert native.LIBRARY_ORIGINS["level"].startswith("not compiled (no C++ compiler")
+    assert cpp_extension.LIBRARY_ORIGINS["level"].startswith("not compiled (no C++ compiler")
 
 
 def another_machine(content: bytes) -> bytes:
@@ -255,7 +255,7 @@ def test_a_library_of_other_sources_or_processors_is_not_found(
     install, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     install()
-    native.LIBRARY_SOURCES["level"] = (str(source), str(source))  # a version of other sources
+    cpp_extension.LIBRARY_SOURCES["level"] = (str(source), str(source))  # a version of other sources
     with pytest.warns(NotCompiledWarning):
         assert load_library("level") is None
     assert "it is of another version, or for other processors than this" in caplog.text
@@ -273,7 +273,9 @@ def test_with_a_compiler_what_the_wheel_lacks_is_compiled(
     install(change=another_machine)
     monkeypatch.setenv("PATH", os.defpath)
     assert load_library("level").level() in (1, 2)
-    assert native.LIBRARY_ORIGINS["level"].startswith(f"compiled on this machine, kept in {no_compiler / 'cache'}")
+    assert cpp_extension.LIBRARY_ORIGINS["level"].startswith(
+        f"compiled on this machine, kept in {no_compiler / 'cache'}"
+    )
     assert len(caplog.messages) == 1
 
 
@@ -307,7 +309,7 @@ def test_a_wheel_carries_what_was_compiled_and_is_pure_without_a_compiler(
         hook.initialize(version, data)
         assert data == pure
         assert [line[: len(PURE)] for line in said] == says
-    monkeypatch.setattr(native, "compile_for_wheel", lambda: {"one-x.so": b"ELF"})
+    monkeypatch.setattr(cpp_extension, "compile_for_wheel", lambda: {"one-x.so": b"ELF"})
     data = {**pure, "force_include": {}}
     hook.initialize("standard", data)
     assert data["tag"].startswith("py3-none-")
@@ -322,4 +324,4 @@ def test_a_wheel_carries_what_was_compiled_and_is_pure_without_a_compiler(
 def test_a_compiler_that_is_no_command_line_is_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "g++ 'open")
     with pytest.raises(OSError, match="CXX is no command line: No closing quotation"):
-        native._compiler()
+        cpp_extension._compiler()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from onefold.data.remote import BlobReader, RetryPolicy, open_blob
+from onefold.data.remote_files import BlobReader, RetryPolicy, open_blob
 from onefold.data.tars import read_tar_index
 from onefold.errors import BadData
 from range_server import RangeServer, seldom, serving

@@ -28,28 +28,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onefold.data.columns import (
-    MultiLabelError,
-    find_class_separator,
-    is_missing,
-    missing_words_of_classes,
-    normalize_numbers,
-    read_split_column,
-    refuse_measurements,
-)
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, LeftOut, Split, SplitImages
 from onefold.data.decode import decode_crop, decode_image, printable_name, read_samples
 from onefold.data.folders import join_names
 from onefold.data.parquet import ParquetImages
 from onefold.data.preprocessing import ValueRange
-from onefold.data.remote import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
+from onefold.data.remote_files import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
 from onefold.data.repeated_images import find_copied_files
 from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolve_ambiguous_split
+from onefold.data.table_columns import (
+    MultiLabelError,
+    find_class_separator,
+    missing_words_of_classes,
+    normalize_numbers,
+    read_split_column,
+    refuse_measurements,
+)
 from onefold.data.tables import MAX_CLASSES
 from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
 from onefold.errors import BadData
-from onefold.storage import normalize_class_name
+from onefold.file_io import normalize_class_name
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 """Of files that hold many images each."""

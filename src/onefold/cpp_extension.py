@@ -32,7 +32,7 @@ from pathlib import Path
 
 from onefold.checksums import read_sealed_folder, write_sealed_folder
 from onefold.errors import BadCheckpoint
-from onefold.storage import cache_folder, file_lock
+from onefold.file_io import cache_folder, file_lock
 
 LIBRARY_SOURCES: dict[str, tuple[str, ...]] = {
     "kernels": tuple(

@@ -37,7 +37,7 @@ from onefold.data.fingerprint import (
 from onefold.data.folder_roles import NoClassFoldersError
 from onefold.data.folders import ImageFiles
 from onefold.data.preprocessing import ValueRange
-from onefold.data.remote import REMOTE_PREFIXES
+from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models.pretrained import read_card
 from onefold.recipes import RECIPE_FILE, Data, Recipe

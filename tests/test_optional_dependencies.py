@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from onefold import native
+from onefold import cpp_extension
 from onefold.cli import main
-from onefold.commands import bench, extras
+from onefold.commands import bench, optional_dependencies
 from onefold.errors import MissingExtra
 
 STATED = [
@@ -43,8 +43,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
         return "1"
 
     fake = SimpleNamespace(requires=lambda _: STATED, version=version, PackageNotFoundError=PackageNotFoundError)
-    monkeypatch.setattr(extras, "metadata", fake)
-    monkeypatch.setattr(extras, "find_spec", lambda module: None)
+    monkeypatch.setattr(optional_dependencies, "metadata", fake)
+    monkeypatch.setattr(optional_dependencies, "find_spec", lambda module: None)
     monkeypatch.chdir(tmp_path)
     return packages
 
@@ -70,16 +70,22 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_done(
     assert main(command.split()) == 2
     assert capsys.readouterr().err == f'error: {packages} needed and not installed: pip install "onefold[{names}]"\n'
     assert list(Path().iterdir()) == []
-    installed |= set(extras.missing_packages("demo")) | {"timm", "wandb", "obstore", "pyarrow", "litert-torch"}
-    extras.require_extras(names.split(","))
+    installed |= set(optional_dependencies.missing_packages("demo")) | {
+        "timm",
+        "wandb",
+        "obstore",
+        "pyarrow",
+        "litert-torch",
+    }
+    optional_dependencies.require_extras(names.split(","))
 
 
 def test_what_runs_elsewhere_is_exported_without_its_package(installed: set[str], monkeypatch: pytest.MonkeyPatch):
     installed.add("onnx")
-    extras.require_extras(["tensorrt"])
-    monkeypatch.setattr(extras.tensorrt, "unavailable_reason", lambda: None)
+    optional_dependencies.require_extras(["tensorrt"])
+    monkeypatch.setattr(optional_dependencies.tensorrt, "unavailable_reason", lambda: None)
     with pytest.raises(MissingExtra, match=r'^tensorrt is needed .*"onefold\[tensorrt\]"$'):
-        extras.require_extras(["tensorrt"])
+        optional_dependencies.require_extras(["tensorrt"])
 
 
 def test_what_sources_are_measured_with_is_missing_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -93,27 +99,27 @@ def test_what_sources_are_measured_with_is_missing_together(monkeypatch: pytest.
 
 
 def test_another_distribution_of_the_same_module_does(installed: set[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(extras, "find_spec", lambda module: module if module == "onnxruntime" else None)
-    assert extras.missing_packages("onnx") == ["onnx"]
+    monkeypatch.setattr(optional_dependencies, "find_spec", lambda module: module if module == "onnxruntime" else None)
+    assert optional_dependencies.missing_packages("onnx") == ["onnx"]
 
 
 def test_a_source_tree_that_is_not_installed_knows_no_extras(installed: set[str], monkeypatch: pytest.MonkeyPatch):
     def requires(name: str) -> list[str]:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(extras.metadata, "requires", requires)
-    extras.require_extras(["demo"])
+    monkeypatch.setattr(optional_dependencies.metadata, "requires", requires)
+    optional_dependencies.require_extras(["demo"])
 
 
 def test_the_installation_tells_what_it_has(
     installed: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def loaded(name: str) -> ctypes.CDLL | None:
-        native.LIBRARY_ORIGINS[name] = "not compiled: slower" if name == "roofline" else "from the wheel, for x"
+        cpp_extension.LIBRARY_ORIGINS[name] = "not compiled: slower" if name == "roofline" else "from the wheel, for x"
         return None
 
-    monkeypatch.setattr(native, "LIBRARY_ORIGINS", {})
-    monkeypatch.setattr(native, "load_library", loaded)
+    monkeypatch.setattr(cpp_extension, "LIBRARY_ORIGINS", {})
+    monkeypatch.setattr(cpp_extension, "load_library", loaded)
     installed |= {"onnx", "onnxruntime", "timm"}
     assert main(["info"]) == 0
     said = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())

@@ -29,7 +29,7 @@ from onefold.commands.deploy_results import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.export import ExportOptions, check_int8_agreement, export_to_runtimes
 from onefold.commands.fuse import fuse
-from onefold.commands.held_out import (
+from onefold.commands.held_out_images import (
     DATA_FILE,
     IMAGES_FILE,
     TrainingRecords,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from onefold.errors import BadData, NotWritable
-from onefold.storage import (
+from onefold.file_io import (
     atomic_replace,
     file_lock,
     normalize_name,
@@ -168,7 +168,7 @@ def test_what_is_no_plain_file_is_not_read(tmp_path: Path):
 HOLDER = """
 import sys
 from pathlib import Path
-from onefold.storage import file_lock
+from onefold.file_io import file_lock
 with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
@@ -179,18 +179,18 @@ def test_a_lock_that_another_process_holds_is_waited_for_with_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The other one may be stopped (Ctrl-Z): it is said that there is one, and it is not waited for without end."""
-    monkeypatch.setattr("onefold.storage._LOCK_SAID_S", 0.05)
+    monkeypatch.setattr("onefold.file_io._LOCK_SAID_S", 0.05)
     path, command = tmp_path / "a.json", [sys.executable, "-c", HOLDER]
     with subprocess.Popen([*command, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdin is not None
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr("onefold.storage._LOCK_LIMIT_S", 0.1)
+        monkeypatch.setattr("onefold.file_io._LOCK_LIMIT_S", 0.1)
         held = r"another process has held .*\.a\.json\.lock for 0 s; end that"
         with pytest.raises(NotWritable, match=held), file_lock(path):
             raise AssertionError("two hold the lock")
         assert "waiting for another process, which holds" in caplog.text
-        monkeypatch.setattr("onefold.storage._LOCK_LIMIT_S", 60)
+        monkeypatch.setattr("onefold.file_io._LOCK_LIMIT_S", 60)
         holder.stdin.write("\n")
         holder.stdin.flush()
         with file_lock(path):

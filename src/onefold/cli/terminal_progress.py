@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from onefold.cli import progress_writer
-from onefold.commands.progress import use_progress_handler
+from onefold.commands.progress_bars import use_progress_handler
 from onefold.progress_steps import Stages
 
 if TYPE_CHECKING:

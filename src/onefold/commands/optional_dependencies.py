@@ -9,7 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from onefold.commands.predictor import is_timm
-from onefold.data.remote import OBJECT_STORE_PREFIXES
+from onefold.data.remote_files import OBJECT_STORE_PREFIXES
 from onefold.errors import MissingExtra
 from onefold.report.format import join_words
 from onefold.runtimes import tensorrt
