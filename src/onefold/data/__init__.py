@@ -43,9 +43,46 @@ if TYPE_CHECKING:
     from onefold.data.loader import MixupLoader as MixupLoader
 
 _LOADERS = {"CachedDataset": "loader", "ImageLoader": "loader", "MixupLoader": "loader"}
+__all__ = [  # for `import *`, which asks no __getattr__
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Augment",
+    "AutoAugment",
+    "CachedDataset",
+    "CentreCrop",
+    "ColorJitter",
+    "Curriculum",
+    "Dataset",
+    "DatasetInfo",
+    "DatasetSplits",
+    "HorizontalFlip",
+    "ImageFiles",
+    "ImageLoader",
+    "LeftOut",
+    "Mixing",
+    "MixupLoader",
+    "Preprocessing",
+    "ProgressiveAugment",
+    "RandAugment",
+    "RandomAffine",
+    "RandomErasing",
+    "RandomResizedCrop",
+    "RandomShift",
+    "Resize",
+    "SplitInfo",
+    "Stage",
+    "Subset",
+    "find_images",
+    "open_dataset",
+    "read_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LOADERS:
         raise AttributeError(f"module 'onefold.data' has no attribute {name!r}")
     return getattr(import_module(f"onefold.data.{_LOADERS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

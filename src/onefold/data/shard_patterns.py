@@ -40,6 +40,7 @@ from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolv
 from onefold.data.table_columns import (
     MultiLabelError,
     find_class_separator,
+    is_missing,
     missing_words_of_classes,
     normalize_numbers,
     read_split_column,

@@ -25,9 +25,14 @@ _HOMES = {
     "pretrained": ("create_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)  # for `import *`, which asks no __getattr__
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'onefold.models' has no attribute {name!r}")
     return getattr(import_module(f"onefold.models.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

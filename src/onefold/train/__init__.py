@@ -59,9 +59,51 @@ _HOMES = {
     "step": ("Teachers", "cross_entropy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [  # for `import *`, which asks no __getattr__
+    "NORM_LAYERS",
+    "SGD",
+    "Accuracy",
+    "AdamW",
+    "Batches",
+    "Checkpoint",
+    "Cosine",
+    "Distill",
+    "Ema",
+    "Epochs",
+    "Exponential",
+    "Plan",
+    "Position",
+    "Progress",
+    "RMSprop",
+    "RunFolder",
+    "RunOptions",
+    "Steps",
+    "Teachers",
+    "WeightDecay",
+    "World",
+    "compute_accuracy",
+    "cross_entropy",
+    "decay_groups",
+    "fit_linear_probe",
+    "frozen_modules",
+    "import_training_modules",
+    "init_world",
+    "is_restarted",
+    "learning_rate",
+    "local_workers",
+    "open_loggers",
+    "seed_everything",
+    "train",
+    "weight_decay",
+    "worker_batches",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'onefold.train' has no attribute {name!r}")
     return getattr(import_module(f"onefold.train.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
