@@ -35,6 +35,7 @@ from onefold.data.folders import (
     no_images_message,
 )
 from onefold.data.image_lists import LIST_SUFFIX
+from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
@@ -75,7 +76,7 @@ def read_place(place: str | Path) -> PlaceImages:
         found, left_out = find_shards(paths, is_chosen=True)
         return _sharded(found, text, left_out)
     path = Path(text)
-    if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX) and path.is_file():
+    if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX, JSON_SUFFIX) and path.is_file():
         listing = list_folder(path.parent)
         table = read_table(path.parent, path.name, ImageIndex(path.parent, listing.images))
         lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= TABLE_DEPTH]

@@ -22,33 +22,18 @@ _FILE_WORDS = {
     **dict.fromkeys(_IMAGE_WORDS, 1),
     **dict.fromkeys((f"{image}{word}" for image in _IMAGE_WORDS for word in ("id", "name", "path", "file")), 1),
     **dict.fromkeys(("id", "ids", "uid", "uuid", "key"), 2),
-    **dict.fromkeys(("name", "url"), 3),
+    **dict.fromkeys(("name", "url", "uri"), 3),
 }
 _CLASS_WORDS = {
     **dict.fromkeys(("label", "labels"), 0),
     **dict.fromkeys(("class", "classes", "cls"), 1),
-    **dict.fromkeys(("category", "categories"), 2),
+    **dict.fromkeys(("category", "categories", "classification"), 2),
     **dict.fromkeys(("target", "targets"), 3),
-    **dict.fromkeys(
-        (
-            "breed",
-            "species",
-            "variety",
-            "cultivar",
-            "disease",
-            "diagnosis",
-            "dx",
-            "tag",
-            "tags",
-            "choice",
-            "y",
-            "emotion",
-        ),
-        4,
-    ),
+    **dict.fromkeys(("breed", "species", "variety", "cultivar", "disease", "diagnosis", "dx", "emotion"), 4),
+    **dict.fromkeys(("tag", "tags", "choice", "choices", "y"), 4),
 }
 _OWNER_WORDS = frozenset(
-    ("code", "patient", "sample", "case", "item")
+    ("code", "patient", "sample", "case", "item", "gcs")
 )  # beside a word for an image: id_code, patientId
 _MISSING = frozenset(  # as pandas reads them, in any case, and what people write for that; NA in capitals alone
     ("", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "n.a.", "nan")
@@ -66,9 +51,12 @@ _BOXES = (
 )
 NONE_WORD = "none"
 """What a class of words may be called, in any case, though pandas takes it for a cell that says nothing: no defect."""
-_NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored"))
-_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
-_SPLIT_COLUMNS = frozenset(("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold"))
+_NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored", "unassigned"))
+_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text", "display", "annotation", "annotations", "metadata"))
+_SPLIT_COLUMNS = frozenset(
+    ("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold", "ml use")
+) | frozenset(("evaluation status", "eval status"))
+_VERTEX_SPLIT = "aiplatform googleapis com ml use"  # how the column ends
 BOOLEAN_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
@@ -175,7 +163,8 @@ def is_class_index_column(column: str) -> bool:
 
 def is_split_column(column: str) -> bool:
     """Whether a column may say the split of an image: by a word, or (is_valid, is_train) by true and false."""
-    return " ".join(split_into_words(column)) in _SPLIT_COLUMNS or _flagged(column) is not None
+    called = " ".join(split_into_words(column))
+    return called in _SPLIT_COLUMNS or called.endswith(_VERTEX_SPLIT) or _flagged(column) is not None
 
 
 def split_word(column: str, value: str) -> str:

@@ -20,6 +20,7 @@ from onefold.data.decode import printable_name
 from onefold.data.folder_roles import FolderRoles, assign_images
 from onefold.data.folders import FolderListing, ImageFiles, join_names, left_out_images
 from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
+from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex, OtherImagesError
 from onefold.data.shard_patterns import SHARD_SUFFIXES
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
@@ -82,11 +83,15 @@ def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> Foun
     refused: BadData | None = None
     tables: list[LabelTable] = []
     multi_label: set[str] = set()
+    values = [name for name in listing.others.get(JSON_SUFFIX, ()) if name.count("/") <= TABLE_DEPTH]
     for name in [
         *sorted(names, key=lambda name: name.count("/"))[:_MAX_TABLES],
         *sorted(lists, key=lambda name: (name.count("/"), not name.lower().endswith(NUMBERED_IMAGES)))[:_MAX_TABLES],
+        *sorted(values, key=lambda name: name.count("/"))[:_MAX_TABLES],
     ]:
-        if any(name in table.parts for table in tables):
+        if any(name in table.parts for table in tables) or (
+            name in values and any(table.path not in values for table in tables)
+        ):
             continue
         try:
             tables.append(read_table(place, name, images))
@@ -101,7 +106,7 @@ def find_tables(place: Path, listing: FolderListing, images: ImageIndex) -> Foun
                 problems.append(sentence)
                 is_first = refused is None or not isinstance(refused, MultiLabelError)
                 refused = error if refused is None or (is_first and isinstance(error, MultiLabelError)) else refused
-            elif not name.lower().endswith(LIST_SUFFIX):
+            elif not name.lower().endswith((LIST_SUFFIX, JSON_SUFFIX)):
                 unread.append(sentence)
     of_class = [table for table in tables if _is_of_one_class_folder(table)]
     if len(of_class) > 1:

@@ -1,4 +1,4 @@
-"""The rows of a table as they stand in its file: CSV with any separator, with or without a line of names; JSON Lines.
+"""The rows of a table as they stand in its file: CSV with any separator, with or without a line of names; or JSON.
 
 A first line that holds the name of an image is no line of names. Then the columns are known by what they hold: names of
 images, words for splits, numbers of the rows, and in the one that is left the classes.
@@ -14,11 +14,18 @@ from pathlib import Path
 
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.image_lists import LIST_SUFFIX, TableRows, read_image_list
+from onefold.data.json_tables import (
+    JSON_LINES_SUFFIXES,
+    JSON_SUFFIX,
+    MAX_JSON_BYTES,
+    read_json_lines,
+    read_json_table,
+)
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import parse_split_name
-from onefold.data.table_columns import NotATableError, cell_text
+from onefold.data.table_columns import NotATableError
 from onefold.errors import BadData
-from onefold.file_io import parse_json, read_text
+from onefold.file_io import read_text
 
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
@@ -32,11 +39,15 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
     Raises BadData where it cannot be read, NotATableError where it is of other things.
     """
     is_list, shown = file.suffix.lower() == LIST_SUFFIX, printable_name(file)
+    if file.suffix.lower() == JSON_SUFFIX and file.stat().st_size > MAX_JSON_BYTES:
+        raise NotATableError(f"{shown} is too large to be tried as a table: save it as JSON Lines or CSV")
     text = read_text(file, [] if is_list else notes)
     if is_list and not _is_separated(text):
         return read_image_list(file, path, images, notes)
-    if file.suffix.lower() == ".jsonl":
-        return _json_rows(text, shown)
+    if file.suffix.lower() in JSON_LINES_SUFFIXES:
+        return read_json_lines(text, shown)
+    if file.suffix.lower() == JSON_SUFFIX:
+        return read_json_table(text, path, shown, images)
     text_lines = text.split("\n")
     at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
     if by_excel := _EXCEL_SEPARATOR.fullmatch(first.strip()):
@@ -96,20 +107,3 @@ def _names_of_columns(rows: Sequence[Sequence[str]], path: str, images: ImageInd
         return []
     names[rest[0]] = "label"
     return [names[i] for i in range(len(first))]
-
-
-def _json_rows(text: str, shown: str) -> TableRows:
-    records, lines = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise NotATableError(f"{shown}, line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise NotATableError(f"{shown}, line {number}: expected an object with file_name and label")
-            records.append(record)
-            lines.append(number)
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[cell_text(record.get(key)) for key in columns] for record in records]
-    return TableRows(columns=columns, rows=rows, lines=lines)

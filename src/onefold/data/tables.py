@@ -27,7 +27,9 @@ from pathlib import Path
 from onefold.data.dataset_info import Split
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
+from onefold.data.json_tables import JSON_LINES_SUFFIXES
 from onefold.data.match_table_paths import ImageIndex
+from onefold.data.one_hot_columns import read_one_hot
 from onefold.data.splits import SPLIT_WORDS, split_into_words
 from onefold.data.table_columns import (
     BOOLEAN_WORDS,
@@ -56,7 +58,7 @@ from onefold.file_io import normalize_class_name
 
 MAX_CLASSES = 1_000_000
 
-LABEL_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+LABEL_TABLE_SUFFIXES = (".csv", ".tsv", *JSON_LINES_SUFFIXES)
 """Of files that may be a table of labels."""
 
 _PREDICTION = re.compile(r"(\S+)(( +-?[0-9.]+){4}( +\S+( +-?[0-9.]+){4})*)")  # a class and a box, and more of them
@@ -156,7 +158,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     if is_one_hot:
         rest = [name for name in cells if name not in (*split_columns, *file_columns)]
         try:
-            label_column, labels = _one_hot(shown, cells, rest, lines, expected, notes)
+            label_column, labels = read_one_hot(shown, cells, rest, lines, expected, notes)
         except MultiLabelError as error:
             there = (images.find(path, cell) for cell in cells[file_column])
             error.images = frozenset(those[0] for those in there if len(those) == 1)
@@ -381,50 +383,6 @@ def _names_by_number(shown: str, lines: Sequence[int], numbers: Sequence[int], l
             both = f"{printable_name(name)!r} and {printable_name(label)!r}"
             raise BadData(f"{shown}, line {line}: index {number} is called both {both}")
     return names
-
-
-def _one_hot(
-    shown: str,
-    cells: Mapping[str, Sequence[str]],
-    names: Sequence[str],
-    lines: Sequence[int],
-    expected: str,
-    notes: list[str],
-) -> tuple[str, list[str]]:
-    """Read one column a class, 1 where an image is of it: what these columns are called, and the class of each row.
-
-    A row without a 1 has the class "". Raises BadData where half of the rows are so: then the columns say other things.
-    """
-    columns = list(cells)
-    _refuse_findings(shown, {name: cells[name] for name in names}, lines)
-    names = [name for name in names if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name])]
-    if len(names) < 2:
-        raise NotATableError(
-            f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"
-        )
-    ones = [[name for name in names if BOOLEAN_WORDS[cells[name][i].lower()]] for i in range(len(lines))]
-    for line, those in zip(lines, ones, strict=True):
-        if len(those) > 1:
-            raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(those, 3)}")
-    if 2 * ones.count([]) >= len(ones):
-        line = lines[ones.index([])]
-        raise BadData(f"{shown}, line {line} has no 1 in any column of a class: expected one class an image")
-    if never := [name for name in names if [name] not in ones]:
-        notes.append(f"{shown}: no image is of {join_names(never, 3)}")
-    return f"columns of 0 and 1, {join_names(names, 3)}", [those[0] if those else "" for those in ones]
-
-
-def _refuse_findings(shown: str, cells: Mapping[str, Sequence[str]], lines: Sequence[int]) -> None:
-    """Raise MultiLabelError for columns of 1, 0, -1 and blanks, of which an image has several: findings, attributes.
-
-    -1 is not sure, or (beside 1 alone) no.
-    """
-    kinds = {name: {cell.removesuffix(".0") for cell in column} for name, column in cells.items()}
-    marks = [name for name, kind in kinds.items() if "1" in kind and kind <= {"", "0", "1", "-1"} and kind & {"", "-1"}]
-    for i, line in enumerate(lines):
-        ones = [name for name in marks if cells[name][i].removesuffix(".0") == "1"]
-        if len(ones) > 1:
-            raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
 
 
 def _once(
