@@ -14,7 +14,7 @@ import pytest
 
 from onefold.cli import main
 from onefold.commands import demo
-from onefold.commands.deploy_results import accuracy_gate
+from onefold.commands.deploy_gates import accuracy_gate
 from onefold.commands.train import BestEpoch, Callbacks
 from onefold.data import Preprocessing, open_dataset
 from onefold.errors import GateFailed

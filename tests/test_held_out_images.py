@@ -24,7 +24,7 @@ from onefold.checksums import read_sealed_json, write_sealed_json
 from onefold.cli import main
 from onefold.commands.bench import save_accuracy, saved_accuracy
 from onefold.commands.calibration_cache import CalibrationOptions, calibrated_network
-from onefold.commands.deploy import _photos
+from onefold.commands.deploy_photos import deployment_photos
 from onefold.commands.deploy_results import DeployOptions
 from onefold.commands.evaluate import evaluate_suite, open_suite
 from onefold.commands.export import ExportOptions, check_int8_agreement, export_to_runtimes
@@ -177,7 +177,7 @@ def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixel
         assert main([*words, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["copies_of_trained"] == 18
     assert {entry["top1_trained_on"] for entry in read_sealed_json(tmp_path / ACCURACY_FILE).values()} == {18}
-    deployed = _photos(open_network(home / "run"), deployment(again, val=str(again)), calibrates=False)
+    deployed = deployment_photos(open_network(home / "run"), deployment(again, val=str(again)), calibrates=False)
     assert "22 photos, 0 of them trained on, 18 more by their pixels copies of trained ones" in deployed.title
 
 
@@ -381,7 +381,7 @@ def deployment(place: Path, **more: Any) -> DeployOptions:
 def test_labels_that_are_partly_unknown_do_not_turn_the_gate_off(spoil: Callable[[Path], Any], scratch: Path) -> None:
     spoil(scratch / "photos")
     try:
-        photos = _photos(open_network(scratch / "run"), deployment(scratch / "photos"), calibrates=True)
+        photos = deployment_photos(open_network(scratch / "run"), deployment(scratch / "photos"), calibrates=True)
     except BadData:
         return
     assert photos.labelled
@@ -394,16 +394,18 @@ def test_photos_without_labels_are_divided_and_the_title_says_why(home: Path, tm
     shutil.copytree(home / "photos/dog", dated / "2024")
     network = open_network(home / "run")
     for place in (flat, dated):
-        photos = _photos(network, deployment(place), calibrates=True)
+        photos = deployment_photos(network, deployment(place), calibrates=True)
         assert not photos.labelled
         assert "not labelled" in photos.title
         assert not names_of(photos.calibration) & names_of(photos.scored)
-        everything = _photos(network, deployment(place), calibrates=False).scored
+        everything = deployment_photos(network, deployment(place), calibrates=False).scored
         assert len(everything) == len(photos.scored) + len(photos.calibration)
 
 
 def test_photos_that_are_given_to_score_on_do_not_calibrate(home: Path) -> None:
-    photos = _photos(open_network(home / "run"), deployment(home / "photos", val=str(home / "photos")), calibrates=True)
+    photos = deployment_photos(
+        open_network(home / "run"), deployment(home / "photos", val=str(home / "photos")), calibrates=True
+    )
     assert not set(image_keys(photos.calibration, "content")) & set(image_keys(photos.scored, "content"))
     assert "6 photos, 0 of them trained on" in photos.title
 
@@ -424,7 +426,7 @@ def test_copies_of_photos_to_score_on_do_not_calibrate_and_artifacts_know_them(
     network = open_network(home / "run")
     saved_again(some[::4], tmp_path / "more", tmp_path / "val")
     paint(tmp_path / "val", count=3, first=90)
-    photos = _photos(network, deployment(tmp_path / "more", val=str(tmp_path / "val")), calibrates=True)
+    photos = deployment_photos(network, deployment(tmp_path / "more", val=str(tmp_path / "val")), calibrates=True)
     kept = names_of(photos.calibration)
     assert not kept & set(some[::4])
     assert len(kept) == 16 - len(names_of(calibration_photos(str(tmp_path / "more"), None)).intersection(some[::4]))
@@ -432,7 +434,7 @@ def test_copies_of_photos_to_score_on_do_not_calibrate_and_artifacts_know_them(
         "photos to calibrate with are by their pixels copies of those, and left out): 11 photos, 0 of" in photos.title
     )
     saved_again(some, tmp_path / "more", tmp_path / "all")
-    photos = _photos(network, deployment(tmp_path / "more", val=str(tmp_path / "all")), calibrates=True)
+    photos = deployment_photos(network, deployment(tmp_path / "more", val=str(tmp_path / "all")), calibrates=True)
     assert len(photos.calibration) == 16  # there are no others
     assert "16 of 16 photos to calibrate with are by their pixels copies of those: optimistic for int8" in photos.title
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from onefold import bench
 from onefold.report.grouping import MeasurementGroup, group_by_subject, group_inputs, subject_key
-from onefold.report.load_results import ReportInputs
+from onefold.report.load_results import Accuracy, ReportInputs
 from onefold.report.page import render_page
 from onefold.report.pareto_figure import (
     Box,
@@ -38,7 +38,7 @@ def measured(model: str, precision: str, ms: float, top1: float | None, **more: 
 
 
 def groups_of(*found: bench.Measurement) -> list[MeasurementGroup]:
-    accuracies = {subject_key(m.subject): float(m.subject["top1"]) for m in found if "top1" in m.subject}
+    accuracies = {subject_key(m.subject): Accuracy(float(m.subject["top1"])) for m in found if "top1" in m.subject}
     return group_by_subject(found, accuracies)
 
 
@@ -128,7 +128,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int | None]]) -
             samples_ns=(milliseconds,),
             noise=bench.TimingNoise(),
         )
-        return MeasurementGroup(measurements=(one,), top1=top1)
+        return MeasurementGroup(measurements=(one,), accuracy=None if top1 is None else Accuracy(top1))
 
     front = {(int(group.median_ns), group.top1) for group in pareto_front([at(*point) for point in points])}
     known = {(ms, top1) for ms, top1 in points if top1 is not None}

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from onefold import bench
 from onefold.checksums import write_sealed_json
 from onefold.cli import main
+from onefold.commands.deploy_gates import Gate, write_gates
 from onefold.commands.report import find_inputs, write_report_page
 from onefold.data import DatasetInfo, LeftOut, SplitInfo
 from onefold.errors import BadArgument, BadData, MissingExtra
@@ -271,6 +272,46 @@ def test_machine_and_procedure_and_sources_are_there(whole: tuple[Path, str]) ->
         assert said in text
     assert "The raw samples are in machine.jsonl" in text
     assert "onefold bench onnx-fp32" in text
+
+
+def deployed(folder: Path, **verdicts: str) -> str:
+    """The page of onnx-fp32, 6 ms, and onnx-int8, 2 ms, of a deployment with these gates."""
+    files = [StoredFile(num_bytes=8_410_000, sha256=letter * 64) for letter in "ab"]
+    proof = {"reference.npz": StoredFile(num_bytes=10**9, sha256="c" * 64)}
+    artifacts = [an_artifact(folder, "onnx-fp32", files={"model.onnx": files[0], **proof})]
+    artifacts += [an_artifact(folder, "onnx-int8", precision="int8", files={"model.onnx": files[1], **proof})]
+    gates = [
+        Gate(name=f"onnx-{precision}", kind="accuracy", verdict=verdict, sentence=f"{precision} lost 2 points")  # type: ignore[arg-type]
+        for precision, verdict in verdicts.items()
+    ]
+    write_gates(gates, folder / "artifacts" / "results")
+    of_fp32 = measured(6.0, 3, sha256="a" * 64, top1=93.75, top1_count=48)
+    of_int8 = measured(2.0, 4, precision="int8", sha256="b" * 64, top1=89.58, top1_count=48)
+    file = results(folder, of_fp32, of_int8)
+    page = folder / "artifacts" / "results" / "gates.json"
+    return Page(report(folder, results=[file], artifacts=artifacts, gates=[page])).text
+
+
+def test_the_headline_takes_what_keeps_its_accuracy(tmp_path: Path) -> None:
+    """It did not look at gates: the fastest was the int8 artifact that had failed its own."""
+    text = deployed(tmp_path / "failed", fp32="passed", int8="failed")
+    assert "The fastest fused network is mobileone_s0 onnx fp32: median latency 6." in text
+    assert re.search(r"mobileone_s0 onnx int8, median 2\.\d+ ms, failed its accuracy gate\.", text)
+    assert "Lowest median latency, accuracy kept 6." in text
+    assert "A gate FAILED: int8 lost 2 points." in text
+    assert "mobileone_s0 onnx int8 fused 1 thread, 1×3×64×64 NO 89.6 % (77.8–95.5) 2." in text
+    assert "onnx-fp32 fused yes mobileone_s0 onnx fp32" in text
+    text = deployed(tmp_path / "undecided", fp32="passed", int8="undecided")
+    assert "The fastest fused network is mobileone_s0 onnx fp32" in text
+    assert "may have lost accuracy: too few photos tell" in text
+    assert "Undecided: int8 lost 2 points." in text
+    assert "onnx-int8 fused undecided mobileone_s0" in text
+    text = deployed(tmp_path / "none", fp32="failed", int8="undecided")
+    assert "None of the measured networks is known to keep its accuracy." in text
+    assert "The fastest fused network" not in text
+    assert "Lowest median latency – of the measured artifacts none is known" in text
+    text = deployed(tmp_path / "both", fp32="passed", int8="passed")
+    assert "The fastest fused network is mobileone_s0 onnx int8: median latency 2." in text
 
 
 def test_noise_is_given_with_its_reasons(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from conftest import shaken
 from onefold.cli import main
 from onefold.commands.calibration_cache import CalibrationOptions, calibrated_network
-from onefold.commands.deploy_results import ArtifactResult, accuracy_gate
+from onefold.commands.deploy_gates import ArtifactResult, accuracy_gate
 from onefold.commands.export import ExportOptions, check_int8_agreement, export_artifact, export_to_runtimes
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, make_predictor, open_network

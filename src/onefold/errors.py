@@ -2,6 +2,7 @@
 
     OnefoldError                 the root: catch it to catch them all
     +-- GateFailed          1    a check did not hold: drift, accuracy or parity
+    |   +-- GateUndecided  11    more was lost than may be, on too few photos to tell
     +-- BadArgument         2    an argument that cannot be (also a ValueError)
     +-- MissingExtra        2    an optional package that this verb needs is not installed
     +-- BadData             3    images, labels or folders that cannot be used (also a ValueError)
@@ -64,6 +65,12 @@ def _as_argument(flag: re.Match[str]) -> str:
 
 class GateFailed(OnefoldError):
     """A check did not hold: drift, accuracy or parity."""
+
+
+class GateUndecided(GateFailed):
+    """An artifact lost more accuracy than may be lost, on so few photos that it may be chance."""
+
+    exit_status = 11
 
 
 class BadArgument(OnefoldError, ValueError):

@@ -86,7 +86,7 @@ def deploy(
     ] = None,
     max_drop: Annotated[
         float,
-        Option(min=0.0, help="percentage points of top-1 that an artifact may lose; of 10 to 99 images, one image"),
+        Option(min=0.0, help="percentage points of top-1 that an artifact may lose"),
     ] = 1.0,
     calibrate: Annotated[int, Option(min=2, help="number of calibration images, evenly spaced over --data")] = 200,
     weight_bits: Annotated[int, Option(min=7, max=8, help="7 for x86 processors without VNNI")] = 8,
@@ -114,9 +114,12 @@ def deploy(
     """Export, verify, evaluate and benchmark artifacts in one folder.
 
     The folder has a README, a model card and a report beside them. The calibration method of int8 is chosen by a search
-    on --data, unless --quick is given. The exit status is 1 if an artifact loses more than --max-drop points of top-1
-    or, without labels, changes more than that per cent of the predictions; where 10 to 99 images are scored, one of
-    them may be lost in any case, unless --max-drop is 0.
+    on --data, unless --quick is given.
+
+    The exit status is 1 if an artifact loses more than --max-drop points of top-1 or, without labels, changes more
+    than that percentage of the predictions. It is 11 if it did so on so few images that it may be chance (the 95 %
+    interval of the loss contains --max-drop; of 10 to 99 images, one may be lost). Whether the images are enough is
+    said before the work.
     """
     with show_progress("deploying"):
         runtimes = parse_runtimes(to)

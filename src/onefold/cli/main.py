@@ -397,8 +397,8 @@ def demo(
     """Run the whole pipeline on scikit-learn's digits.
 
     Train MobileOne-S0, fuse, deploy, benchmark, report. The exit status is 1 where an artifact fails its gate: an fp32
-    answer that is not the network's, or int8 that loses more than one point of top-1. The report is written all the
-    same, and says so.
+    answer that is not the network's, or int8 that loses more than one point of top-1 (11 if that may be chance). The
+    report is written all the same, and says so.
     """
     from onefold.commands.demo import demo as run
 

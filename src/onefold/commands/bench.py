@@ -307,14 +307,20 @@ def _each(outcome: Measurement | Comparison, change: Callable[[Measurement], Mea
 
 
 def save_accuracy(
-    predictor: Predictor, data: str, top1: float, results: Path, *, trained_on: int | None = None
+    predictor: Predictor,
+    data: str,
+    top1: float,
+    results: Path,
+    *,
+    count: int | None = None,
+    trained_on: int | None = None,
 ) -> None:
-    """Keep the accuracy of what answered, so that measurements of the same bytes can be shown with it.
+    """Keep the accuracy of what answered on `count` images, so that measurements of the same bytes are shown with it.
 
     `trained_on` images of the data were trained on.
     """
     path = results / ACCURACY_FILE
-    noted: dict[str, object] = {"top1": top1, "top1_on": data}
+    noted: dict[str, object] = {"top1": top1, "top1_on": data} | ({"top1_count": count} if count else {})
     noted |= {"top1_trained_on": trained_on} if trained_on else {}
     with file_lock(path):  # another process may note one too
         known = _accuracies(results)

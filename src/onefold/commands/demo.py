@@ -13,7 +13,8 @@ from onefold.bench import Comparison, Procedure
 from onefold.commands.bench import ROOFLINE_SUFFIX, BenchOptions, measure_sources, save_accuracy
 from onefold.commands.calibration_cache import CalibrationOptions
 from onefold.commands.deploy import build_deployment
-from onefold.commands.deploy_results import DeployOptions, DeployResult, Gate, write_gates
+from onefold.commands.deploy_gates import Gate, write_gates
+from onefold.commands.deploy_results import DeployOptions, DeployResult
 from onefold.commands.fuse import fuse
 from onefold.commands.optional_dependencies import require_extras
 from onefold.commands.predictor import open_predictor
@@ -57,7 +58,7 @@ def demo(
     try:
         failure = _from_run(run, out, order, say).failure
     except GateFailed as error:  # fusing's: nothing could be deployed
-        write_gates([Gate(name=run.name, kind="fusing", passed=False, sentence=str(error))], out / "results")
+        write_gates([Gate(name=run.name, kind="fusing", verdict="failed", sentence=str(error))], out / "results")
         failure = error
     page = out / "report.html"
     write_report_page([out], page)
@@ -105,7 +106,7 @@ def _from_run(run: Path, out: Path, order: DeployOptions, say: _Say) -> DeployRe
     scores |= {artifacts / each.name: each.top1 for each in deployed.verdicts if each.name == "onnx-fp32"}
     for source, top1 in scores.items():
         with open_predictor(source) as predictor:
-            save_accuracy(predictor, deployed.data, top1 or 0.0, results)
+            save_accuracy(predictor, deployed.data, top1 or 0.0, results, count=deployed.count)
 
     for limits in (artifacts / "results").glob(f"*{ROOFLINE_SUFFIX}"):  # this machine's, not to be measured twice
         shutil.copy(limits, results / limits.name)

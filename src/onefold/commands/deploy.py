@@ -21,52 +21,43 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
 from onefold.bench import Comparison, Measurement, Procedure
 from onefold.commands.bench import BenchOptions, measure_sources, save_accuracy
 from onefold.commands.calibration_cache import CalibrationOptions, Int8Network, TimeBudget, calibrated_network
-from onefold.commands.deploy_results import (
-    QUICK_MAX_SCORED,
-    QUICK_NOTE,
-    WARMUP_S,
+from onefold.commands.deploy_gates import (
     ArtifactResult,
-    DeployOptions,
-    DeployResult,
     Gate,
     accuracy_gate,
-    describe_score,
-    render_readme,
-    too_few_photos_error,
-    warn_constant_predictions,
+    describe_held_out,
+    too_few_photos_note,
     write_gates,
 )
-from onefold.commands.deploy_steps import DeploySteps, plan_deployment
-from onefold.commands.evaluate import class_indices
-from onefold.commands.export import export_artifact, trace
-from onefold.commands.held_out_images import (
-    DeploymentPhotos,
-    describe_trained_images,
-    open_unlabelled_photos,
-    remove_pixel_copies,
-    split_photos,
-    split_unlabelled_photos,
-    training_records,
+from onefold.commands.deploy_photos import Evaluation, deployment_photos
+from onefold.commands.deploy_results import (
+    QUICK_NOTE,
+    WARMUP_S,
+    DeployOptions,
+    DeployResult,
+    describe_score,
+    render_readme,
+    warn_constant_predictions,
 )
+from onefold.commands.deploy_steps import DeploySteps, plan_deployment
+from onefold.commands.export import export_artifact, trace
+from onefold.commands.held_out_images import DeploymentPhotos
 from onefold.commands.open_network import Network, make_predictor, open_network
 from onefold.commands.optional_dependencies import extras_for_sources, require_extras
-from onefold.commands.predictor import Predictor, Source, open_predictor, select_ema_weights, suggest_argument_names
+from onefold.commands.predictor import Source, open_predictor, select_ema_weights, suggest_argument_names
 from onefold.commands.progress_bars import show_progress
 from onefold.commands.report import write_report_page
-from onefold.data import Dataset, ImageLoader, Subset
-from onefold.data.fingerprint import evenly_spaced, image_keys
-from onefold.errors import BadArgument, BadArtifact, BadData, GateFailed
+from onefold.data.fingerprint import image_keys
+from onefold.errors import BadArgument, BadArtifact, GateFailed
 from onefold.file_io import atomic_replace, write_text
 from onefold.models.weights_file import render_hub_readme, tensors_sha256
 from onefold.quantize import QuantizationMethod
@@ -111,8 +102,9 @@ def deploy(
     at most 64 photos calibrate, 128 are scored and 50 calls timed. After `minutes` later candidates, artifacts and the
     timing are left out, and named.
 
-    Raises GateFailed once the folder is written, where an artifact loses more than `max_drop` points of top-1, and of
-    10 to 99 photos more than one; the rest as `build_deployment` does.
+    Raises GateFailed once the folder is written, where an artifact loses more than `max_drop` points of top-1;
+    GateUndecided, which is one, where it lost more on photos too few to tell, and of 10 to 99 photos more than one; the
+    rest as `build_deployment` does.
 
         onefold.deploy("runs/photos-finetune", "photos/", to=["onnx", "litert"], int8=True).folder
     """
@@ -160,9 +152,10 @@ def build_deployment(
     network = network.with_size(order.size)
     network.preprocessing.check_takes_photos()
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
-    photos = _photos(network, order, calibrates=calibrates)
-    if 0 < order.max_drop < 100 / len(photos.scored):
-        _log.warning("%s", too_few_photos_error(len(photos.scored), order.max_drop))
+    photos = deployment_photos(network, order, calibrates=calibrates)
+    say(f"held out  {describe_held_out(len(photos.scored), photos.num_held_out)}")
+    if too_few := too_few_photos_note(len(photos.scored), order.max_drop, photos.num_held_out):
+        _log.warning("%s", too_few)
     order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
     with atomic_replace(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
         if order.quick:
@@ -179,8 +172,8 @@ def build_deployment(
         (folder / _KEY).unlink()
         folder.rename(aside)
     for gate in done.gates:
-        if gate.by_one_photo or not gate.passed:
-            say(f"{'passed' if gate.passed else 'FAILED':9} {gate.sentence}")
+        if not gate.passed:
+            say(f"{'FAILED' if gate.verdict == 'failed' else gate.verdict:9} {gate.sentence}")
     if order.timed:
         say(done.recommendation)
     return replace(done, folder=out)
@@ -274,11 +267,8 @@ def _scored(
     steps: DeploySteps,
 ) -> DeployResult:
     """Score and time what runs here, as long as there is time."""
-    if order.quick and len(photos.scored) > QUICK_MAX_SCORED:
-        some = Subset(photos.scored, evenly_spaced(len(photos.scored), QUICK_MAX_SCORED))
-        photos = replace(photos, scored=some, title=f"{photos.title}; {len(some)} of them scored, evenly")
     title = photos.title
-    asked = _Evaluation(photos.scored, network, photos.labelled)
+    asked = Evaluation(photos.scored, network, photos.labelled)
     steps.begin("score torch")
     with make_predictor(network, threads=order.procedure.threads) as torch_network:
         true, right, top1 = asked.answers(torch_network)
@@ -286,9 +276,11 @@ def _scored(
             title += f", without {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read"
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
         title += warn_constant_predictions(true, photos, torch_network)
+        held_out = max(photos.num_held_out, len(true))
+        some = f" on {len(true)} of {held_out} held-out photos" if held_out > len(photos.scored) else ""
         say(
             f"scored    {'torch-fp32':20} "
-            + (f"top-1 {top1:.2f} %" if top1 is not None else f"without labels: {title}")
+            + (f"{describe_score(top1, len(true))}{some}" if top1 is not None else f"without labels: {title}")
         )
     verdicts, longest = [], 0.0
     whys = {name: import_runtime(each.runtime).unavailable_reason for name, each in artifacts.items()}
@@ -301,17 +293,24 @@ def _scored(
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
             answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
-                save_accuracy(predictor, title, scored, out / "results")
+                save_accuracy(predictor, title, scored, out / "results", count=len(answers))
         longest = max(longest, time.monotonic() - began)
         changed = int((answers != true).sum())
         lost, won = changed, 0
         if right is not None and still_right is not None:
             lost, won = int((right & ~still_right).sum()), int((still_right & ~right).sum())
         verdict = ArtifactResult(
-            name=name, artifact=artifacts[name], top1=scored, changed=changed, count=len(true), lost=lost, won=won
+            name=name,
+            artifact=artifacts[name],
+            top1=scored,
+            changed=changed,
+            count=len(true),
+            lost=lost,
+            won=won,
+            num_held_out=held_out,
         )
         verdicts.append(verdict)
-        say(f"scored    {name:20} {describe_score(scored, changed, len(true))}")
+        say(f"scored    {name:20} {describe_score(scored, len(true), changed=changed)}{some}")
     timed = _timed(out, runs, order, budget, say, steps) if order.timed else {}
     verdicts = [replace(each, measurement=timed.get(each.name)) for each in verdicts]
     notes = [*([QUICK_NOTE] if order.quick else []), *([budget.note] if budget.note else [])]
@@ -325,6 +324,7 @@ def _scored(
         top1=top1,
         data=title,
         notes=tuple(notes),
+        count=len(true),
     )
 
 
@@ -358,7 +358,7 @@ def _exported(
         try:
             artifacts[name] = export_artifact(network, made, out / name, runtime, precision, details, traced)
         except GateFailed as error:
-            refused.append(Gate(name=name, kind="parity", passed=False, sentence=f"{name}: {error}"))
+            refused.append(Gate(name=name, kind="parity", verdict="failed", sentence=f"{name}: {error}"))
             say(f"refused   {name:20} {error}")
         else:
             parity = artifacts[name].parity
@@ -367,62 +367,6 @@ def _exported(
         longest = max(longest, time.monotonic() - began)
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]
     return {name: artifacts[name] for name in names if name in artifacts}, refused
-
-
-@dataclass(frozen=True, eq=False)
-class _Evaluation:
-    """The photos, how to ask for them, and which of them cannot be read (name -> why)."""
-
-    photos: Dataset
-    network: Network
-    labelled: bool
-    bad: dict[str, str] = field(default_factory=dict)
-
-    def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None, float | None]:
-        """The best class of each photo (N,); where they have labels, whether it is right (N,), and top-1 in percent."""
-        batches = ImageLoader(
-            self.photos,
-            self.network.preprocessing,
-            batch_size=32,
-            on_bad="skip",
-            max_bad=len(self.photos),
-            bad=self.bad,
-        )
-        found, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
-        for images, truth in batches.epoch(0):
-            if not found:
-                predictor.warn_if_wrong_model(images.numpy())
-            found.append(predictor.session(images.numpy()).argmax(1))
-            labels.append(truth.numpy())
-        answers = np.concatenate(found)
-        if not self.labelled:
-            return answers, None, None
-        right = answers == np.array(class_indices(predictor, self.photos))[np.concatenate(labels)]
-        return answers, right, 100 * float(right.mean())
-
-
-def _photos(network: Network, order: DeployOptions, *, calibrates: bool) -> DeploymentPhotos:
-    """The photos to calibrate with, and those to score on, none of which is among them; what they are is in the title.
-
-    Photos are without labels where none of their classes is the network's. Raises BadData for labels that are partly
-    unknown, or damaged: the gate on accuracy is not to be lost with them.
-    """
-    place, records = order.calibration.data, training_records(network.title, network.card.trained_on)
-    photos = split_photos(place, records, calibrates=calibrates, val=order.val)
-    if photos.labelled:
-        try:
-            class_indices(make_predictor(network), photos.scored)
-        except BadData as error:
-            if order.val is not None or set(photos.scored.classes) & set(network.card.classes or ()):
-                raise
-            photos = split_unlabelled_photos(place, str(error))
-    if not photos.labelled and not calibrates:
-        photos = replace(photos, scored=open_unlabelled_photos(place))
-    if calibrates:
-        photos = remove_pixel_copies(photos, order.calibration.count, network.preprocessing.value_range)
-    seen = describe_trained_images(records, photos.scored, network.preprocessing.value_range)
-    title = f"{photos.title}: {len(photos.scored)} photos, {seen}"
-    return replace(photos, title=title + (f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""))
 
 
 def _timed(
@@ -445,5 +389,5 @@ def _explain(done: DeployResult) -> None:
     write_text(done.folder / "README.md", render_readme(done))
     metrics = {} if done.top1 is None else {"top1": done.top1}
     metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
-    write_text(done.folder / "MODEL_CARD.md", render_hub_readme(done.network.card, metrics))
+    write_text(done.folder / "MODEL_CARD.md", render_hub_readme(done.network.card, metrics, done.count))
     write_report_page([done.folder], done.folder / "report.html")

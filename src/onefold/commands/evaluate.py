@@ -216,7 +216,8 @@ def evaluate(
         try:
             if results is not None:
                 seen = (first.trained_on or 0) + (first.copies.found if first.copies else 0)
-                save_accuracy(predictor, first.data, first.score.top1, Path(results), trained_on=seen)
+                score, folder = first.score, Path(results)
+                save_accuracy(predictor, first.data, score.top1, folder, count=score.count, trained_on=seen)
         except (BadData, NotWritable) as error:  # BadData: what is there is damaged
             not_written.append(error)
         for each in () if OnefoldError.on_command_line else not_written:  # a command ends with them, after the scores

@@ -320,7 +320,7 @@ def _not_trained_on(images: Dataset, place: str, records: TrainingRecords) -> tu
 class DeploymentPhotos:
     """Photos to calibrate with, and others to score on; `title` names those, `labelled` is whether they have classes.
 
-    `why_unlabelled` says why they have none.
+    `why_unlabelled` says why they have none. `scored` may be some of `num_held_out`, and are all of them where it is 0.
     """
 
     calibration: Dataset
@@ -328,6 +328,7 @@ class DeploymentPhotos:
     title: str
     labelled: bool = True
     why_unlabelled: str = ""
+    num_held_out: int = 0
 
 
 def calibration_photos(place: str, records: TrainingRecords | None) -> Dataset:

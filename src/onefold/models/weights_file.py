@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from onefold.accuracy_intervals import wilson_interval
 from onefold.checksums import MANIFEST, read_sealed_folder, sealed_safetensors
 from onefold.config import check_fields
 from onefold.errors import BadArgument, BadCheckpoint
@@ -369,9 +370,12 @@ def render_hub_config(card: Card, num_features: int) -> dict[str, Any]:
     return config
 
 
-def render_hub_readme(card: Card, metrics: Mapping[str, float]) -> str:
-    """The README.md of a network: front matter in YAML (texts quoted as JSON, which YAML reads), then the page."""
-    return "\n".join([*_front_matter(card, metrics), "", *_page(card, metrics)]) + "\n"
+def render_hub_readme(card: Card, metrics: Mapping[str, float], num_images: int = 0) -> str:
+    """The README.md of a network: front matter in YAML (texts quoted as JSON, which YAML reads), then the page.
+
+    Metrics called top1 are in percent; where they are of `num_images` images, the page gives their 95 % intervals.
+    """
+    return "\n".join([*_front_matter(card, metrics), "", *_page(card, metrics, num_images)]) + "\n"
 
 
 def _front_matter(card: Card, metrics: Mapping[str, float]) -> list[str]:
@@ -396,7 +400,7 @@ def _front_matter(card: Card, metrics: Mapping[str, float]) -> list[str]:
     return [*lines, "---"]
 
 
-def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
+def _page(card: Card, metrics: Mapping[str, float], num_images: int) -> list[str]:
     rows = {
         "structure": "fused: one convolution a unit" if card.fused else "training network, not fused",
         "drift of the fused network": "" if card.drift is None else f"{card.drift:.1e}, relative",
@@ -407,11 +411,18 @@ def _page(card: Card, metrics: Mapping[str, float]) -> list[str]:
         "source": card.source,
         "licence": card.licence or "not stated",
         "written by": f"onefold {card.version}",
-        **{name: f"{value:.6g}" for name, value in metrics.items()},
+        **{name: f"{value:.6g}" + _interval(name, value, num_images) for name, value in metrics.items()},
     }
     table = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items() if value]
     load = ["import onefold", "", 'model, card = onefold.from_pretrained("<owner>/<name>")']
     return [f"# {_cell(card.model)}", "", "| | |", "|---|---|", *table, "", "```python", *load, "```"]
+
+
+def _interval(name: str, value: float, num_images: int) -> str:
+    if not num_images or not name.startswith("top1"):
+        return ""
+    low, high = wilson_interval(value / 100 * num_images, num_images)
+    return f" (95 % interval {low:.1f} to {high:.1f}, {num_images} images)"
 
 
 def _num_trained_on(card: Card) -> str:

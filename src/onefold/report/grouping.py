@@ -12,12 +12,25 @@ from typing import Any
 from onefold.bench import Comparison, Machine, Measurement, Ratio, pool_ratios
 from onefold.errors import BadArgument
 from onefold.report.format import format_count, one_line
-from onefold.report.load_results import ReportInputs
+from onefold.report.load_results import Accuracy, ReportInputs
 
 _IDENTITY = ("model", "runtime", "precision")
 # Keys of a subject that were measured or say where it came from: they do not make it another subject.
 _RESULTS = frozenset(
-    {"answer", "condition", "drift", "macs", "num_bytes", "params", "parity", "source", "top1", "top1_on", "top5"}
+    {
+        "answer",
+        "condition",
+        "drift",
+        "macs",
+        "num_bytes",
+        "params",
+        "parity",
+        "source",
+        "top1",
+        "top1_count",
+        "top1_on",
+        "top5",
+    }
 )
 
 
@@ -26,11 +39,17 @@ class MeasurementGroup:
     """Measurements of one subject with the same number of threads on one machine: a table row, a point in a figure.
 
     The process is the unit: figures are medians over the processes, not over all their samples, because the samples
-    of a process share what that process met. `top1` is in percent.
+    of a process share what that process met. `gate` is the verdict of its artifact's gate, where it had one.
     """
 
     measurements: tuple[Measurement, ...]
-    top1: float | None = None
+    accuracy: Accuracy | None = None
+    gate: str | None = None
+
+    @property
+    def top1(self) -> float | None:
+        """The accuracy in percent; None where it is not known."""
+        return None if self.accuracy is None else self.accuracy.top1
 
     @property
     def subject(self) -> Mapping[str, Any]:
@@ -145,8 +164,21 @@ class ReportData:
 
     @property
     def fastest(self) -> MeasurementGroup | None:
-        """The fastest fused network; without one, the fastest not known to be fused, then the fastest unfused one."""
-        candidates = [group for group in self.groups if not group.subject.get("planted")]
+        """The fastest fused network; without one, the fastest not known to be fused, then the fastest unfused one.
+
+        One whose artifact failed its gate, or may have, is none of them.
+        """
+        return self._fastest_of(group for group in self.groups if group.gate in (None, "passed"))
+
+    @property
+    def fastest_not_passed(self) -> MeasurementGroup | None:
+        """The fastest fused network whose artifact did not pass its gate, where it is faster than `fastest`."""
+        best, other = self.fastest, self._fastest_of(g for g in self.groups if g.gate not in (None, "passed"))
+        return other if other and (best is None or other.median_ns < best.median_ns) else None
+
+    @staticmethod
+    def _fastest_of(groups: Iterable[MeasurementGroup]) -> MeasurementGroup | None:
+        candidates = [group for group in groups if not group.subject.get("planted")]
         order = {True: 0, None: 1, False: 2}
         return min(candidates, key=lambda group: (order[group.fused], group.median_ns), default=None)
 
@@ -161,24 +193,27 @@ def group_inputs(inputs: ReportInputs) -> ReportData:
     """Group the measurements and compute the ratios of the comparisons."""
     compared = (m for comparison in inputs.comparisons for m in _without_names(comparison))
     measurements = [*inputs.measurements, *compared]
-    found = ((subject_key(m.subject), inputs.top1_of(m.subject)) for m in measurements)
-    accuracies = {key: top1 for key, top1 in found if top1 is not None}
+    found = ((subject_key(m.subject), inputs.accuracy_of(m.subject)) for m in measurements)
+    accuracies = {key: accuracy for key, accuracy in found if accuracy is not None}
     same: dict[tuple[str, ...], list[Comparison]] = {}
     for comparison in inputs.comparisons:
         subjects = (subject_key(m.subject) for m in comparison.measurements.values())
         key = (comparison.twin.machine.slug, str(comparison.twin.procedure.threads), *subjects)
         same.setdefault(key, []).append(comparison)
     pairs = [pair for comparisons in same.values() for pair in _pairs(comparisons)]
-    return ReportData(inputs=inputs, groups=tuple(group_by_subject(measurements, accuracies)), pairs=tuple(pairs))
+    groups = group_by_subject(measurements, accuracies)
+    groups = [replace(group, gate=inputs.gate_of(group.subject)) for group in groups]
+    return ReportData(inputs=inputs, groups=tuple(groups), pairs=tuple(pairs))
 
 
-def group_by_subject(measurements: Iterable[Measurement], accuracies: Mapping[str, float]) -> list[MeasurementGroup]:
+def group_by_subject(measurements: Iterable[Measurement], accuracies: Mapping[str, Accuracy]) -> list[MeasurementGroup]:
     """Return groups, the fastest first, machine by machine in the order they come; `accuracies` by `subject_key`."""
     members: dict[tuple[str, int, str], list[Measurement]] = {}
     for m in measurements:
         members.setdefault((m.machine.slug, m.procedure.threads, subject_key(m.subject)), []).append(m)
     groups = [
-        MeasurementGroup(measurements=tuple(group), top1=accuracies.get(key)) for (_, _, key), group in members.items()
+        MeasurementGroup(measurements=tuple(group), accuracy=accuracies.get(key))
+        for (_, _, key), group in members.items()
     ]
     machines = list(dict.fromkeys(group.machine.slug for group in groups))
     return sorted(groups, key=lambda group: (machines.index(group.machine.slug), group.median_ns))

@@ -7,10 +7,10 @@ left is worth more than none.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from onefold.bench import Comparison, Measurement, read_results
 from onefold.checksums import CHECKSUM, NO_CHECKSUM_NOTE, has_checksum, read_sealed_folder
@@ -21,6 +21,7 @@ from onefold.report.predictions import Predictions, parse_predictions
 from onefold.report.study_results import StudyResult, read_study
 from onefold.runtimes.artifact import Artifact, read_manifest
 
+VERDICTS = ("failed", "undecided", "passed")  # of a gate, the worst first
 GATES_FILE = "gates.json"  # what each gate of a deployment found, beside its measurements
 ACCURACY_FILE = "accuracy.json"  # top-1 of what was evaluated, by its SHA-256; written before or after it was measured
 
@@ -66,12 +67,27 @@ class RunLog:
         return max(self.curve("top1"), key=lambda point: (point[1], point[0]), default=None)
 
 
+class Accuracy(NamedTuple):
+    """A top-1 in percent, and of how many images it is; None where that is not known."""
+
+    top1: float
+    num_images: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """What a gate of a deployment found: passed, failed or undecided, and of which artifact's folder."""
+
+    verdict: str
+    sentence: str
+    folder: Path
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportInputs:
     """Everything there is to report; `sources` names the result files, `notes` says what could not be used.
 
-    `failed_gates` has a sentence for each gate of a deployment that an artifact failed, `accuracies` the top-1 in
-    percent of what was evaluated, by its SHA-256.
+    `gates` are those of deployments, `accuracies` the top-1 of what was evaluated, by its SHA-256.
     """
 
     runs: tuple[RunLog, ...] = ()
@@ -79,8 +95,8 @@ class ReportInputs:
     measurements: tuple[Measurement, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     sources: tuple[str, ...] = ()
-    failed_gates: tuple[str, ...] = ()
-    accuracies: Mapping[str, float] = field(default_factory=dict)
+    gates: tuple[GateResult, ...] = ()
+    accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     studies: tuple[StudyResult, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -90,16 +106,22 @@ class ReportInputs:
         compared = (m for comparison in self.comparisons for m in comparison.measurements.values())
         return (*self.measurements, *compared)
 
-    def top1_of(self, subject: Mapping[str, Any]) -> float | None:
-        """Return the accuracy of a measured subject in percent: its own, that of the artifact with its SHA-256, or the
-        one that was evaluated."""
-        own = finite_number(subject, "top1")
-        if own is not None:
-            return own
+    def accuracy_of(self, subject: Mapping[str, Any]) -> Accuracy | None:
+        """Return the accuracy of a measured subject: its own, that of the artifact with its SHA-256, or the one that
+        was evaluated."""
+        digest = str(subject.get("sha256"))
+        same = (a.details for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()})
+        return next(filter(None, map(_accuracy, (subject, *same))), self.accuracies.get(digest))
+
+    def gate_of(self, subject: Mapping[str, Any]) -> str | None:
+        """Return the verdict of a measured subject's gate, None where it had none."""
         digest = subject.get("sha256")
-        same = (a for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()})
-        known = next((top1 for a in same if (top1 := finite_number(a.details, "top1")) is not None), None)
-        return self.accuracies.get(str(digest)) if known is None else known
+        same = [a for a in self.artifacts if digest in {stored.sha256 for stored in a.files.values()}]
+        return _worst(verdict for artifact in same if (verdict := self.gate_of_artifact(artifact)) is not None)
+
+    def gate_of_artifact(self, artifact: Artifact) -> str | None:
+        """Return the verdict of an artifact's gate, None where it had none."""
+        return _worst(gate.verdict for gate in self.gates if gate.folder == artifact.folder.absolute())
 
     def float_predictions(self, artifact: Artifact) -> Predictions | None:
         """Return the predictions, for a run's validation images, of the network that an artifact was exported from."""
@@ -107,15 +129,21 @@ class ReportInputs:
         network = artifact.details.get("network")
         return next((each for each in found if each.network is not None and each.network == network), None)
 
-    def top1_of_artifact(self, artifact: Artifact) -> float | None:
-        """Return the accuracy of an artifact in percent: its manifest's, or that of a measurement of the same bytes."""
-        own = finite_number(artifact.details, "top1")
-        if own is not None:
-            return own
+    def accuracy_of_artifact(self, artifact: Artifact) -> Accuracy | None:
+        """Return the accuracy of an artifact: its manifest's, or that of a measurement of the same bytes."""
         digests = {stored.sha256 for stored in artifact.files.values()}
         same = (m.subject for m in self.all_measurements if m.subject.get("sha256") in digests)
-        known = next((top1 for subject in same if (top1 := finite_number(subject, "top1")) is not None), None)
-        return next((self.accuracies[d] for d in digests if d in self.accuracies), None) if known is None else known
+        own = next(filter(None, map(_accuracy, (artifact.details, *same))), None)
+        return own or next((self.accuracies[d] for d in digests if d in self.accuracies), None)
+
+
+def _accuracy(values: Mapping[str, Any]) -> Accuracy | None:
+    top1, count = finite_number(values, "top1"), finite_number(values, "top1_count")
+    return None if top1 is None else Accuracy(top1, int(count) if count and count >= 1 else None)
+
+
+def _worst(verdicts: Iterable[str]) -> str | None:
+    return min(verdicts, key=VERDICTS.index, default=None)
 
 
 def load_report_inputs(
@@ -151,9 +179,9 @@ def load_report_inputs(
         measurements=tuple(measurements),
         comparisons=tuple(comparisons),
         sources=tuple(one_line(path.name) for path in results),
-        failed_gates=tuple(sentence for path in gates for sentence in _read_failed_gates(path, notes)),
+        gates=tuple(gate for path in gates for gate in _read_gates(path, notes)),
         studies=tuple(_read_studies(studies, notes)),
-        accuracies={digest: top1 for path in accuracies for digest, top1 in _read_accuracies(path, notes)},
+        accuracies={digest: found for path in accuracies for digest, found in _read_accuracies(path, notes)},
         notes=tuple(notes),
     )
 
@@ -251,19 +279,17 @@ def _read_log(path: Path, run: str, notes: list[str]) -> list[Mapping[str, Any]]
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, float]]:
+def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, Accuracy]]:
     entries = _read_json(path, notes)
     mappings = {key: entry for key, entry in entries.items() if isinstance(entry, Mapping)}
-    known = {
-        key: (top1, entry) for key, entry in mappings.items() if (top1 := finite_number(entry, "top1")) is not None
-    }
+    known = {key: (found, entry) for key, entry in mappings.items() if (found := _accuracy(entry)) is not None}
     if len(known) < len(entries):
         notes.append(f"{one_line(path.name)} cannot be read, or not all of it: evaluate again.")
-    for digest, (top1, entry) in known.items():
+    for digest, (found, entry) in known.items():
         if trained_on := finite_number(entry, "top1_trained_on"):
-            of = f"{top1:.4g} % on {one_line(entry.get('top1_on'))}"
+            of = f"{found.top1:.4g} % on {one_line(entry.get('top1_on'))}"
             notes.append(f"The accuracy {of} flatters: {trained_on:.0f} of these images were trained on.")
-        yield digest, top1
+        yield digest, found
 
 
 def _read_studies(paths: Sequence[Path], notes: list[str]) -> Iterator[StudyResult]:
@@ -274,13 +300,22 @@ def _read_studies(paths: Sequence[Path], notes: list[str]) -> Iterator[StudyResu
             notes.append(f"The study {one_line(path.name)} could not be used: {_without_folder(error, path)}")
 
 
-def _read_failed_gates(path: Path, notes: list[str]) -> list[str]:
+def _read_gates(path: Path, notes: list[str]) -> Iterator[GateResult]:
+    """Give the gates of the deployment whose results hold the file; those of older ones passed or did not."""
     gates, own = (values := _read_json(path, notes)).get("gates"), values.get("notes")
     notes += [one_line(note, 400) for note in own if isinstance(note, str)] if isinstance(own, list) else []
     if not isinstance(gates, list):
         notes.append(f"{one_line(path.name)} cannot be read: it is not known whether the gates of a deployment passed.")
-        return []
-    return [one_line(g.get("sentence"), 400) for g in gates if isinstance(g, Mapping) and g.get("passed") is not True]
+        return
+    for gate in gates:
+        if not isinstance(gate, Mapping):
+            continue
+        verdict = "passed" if gate.get("passed") is True else gate.get("verdict")
+        yield GateResult(
+            verdict=verdict if verdict in VERDICTS else "failed",
+            sentence=one_line(gate.get("sentence"), 400),
+            folder=path.absolute().parent.parent / one_line(gate.get("name")),
+        )
 
 
 def _read_json(path: Path, notes: list[str], of: str = "") -> Mapping[str, Any]:

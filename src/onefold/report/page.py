@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from onefold.accuracy_intervals import wilson_interval
 from onefold.bench import Machine
 from onefold.errors import BadArgument, BadData
 from onefold.file_io import write_text
@@ -168,6 +169,8 @@ def _lead(data: ReportData) -> str:
         sentences.append(f"{reached} of the {format_count(len(expected), 'run')} with an expected accuracy reached it.")
     elif inputs.runs:
         sentences.append("None of the runs has an expected accuracy.")
+    if fastest is None and data.fastest_not_passed:
+        sentences.append("None of the measured networks is known to keep its accuracy.")
     if fastest:
         kind = {True: "fused network", None: "network (not known to be fused)", False: "network"}[fastest.fused]
         p90 = "" if fastest.p90_ns is None else f", p90 {format_latency(fastest.p90_ns)}"
@@ -175,6 +178,9 @@ def _lead(data: ReportData) -> str:
             f"The fastest {kind} is {fastest.label}: median latency {format_latency(fastest.median_ns)}{p90}, with "
             f"{format_count(fastest.threads, 'thread')}."
         )
+    if other := data.fastest_not_passed:
+        why = "failed its accuracy gate" if other.gate == "failed" else "may have lost accuracy: too few photos tell"
+        sentences.append(f"{other.label}, median {format_latency(other.median_ns)}, {why}.")
     pair = data.best_fusion or next(iter(data.pairs), None)
     if pair:
         sentences.append(f"{pair.sentence().rstrip('.')} ({pair.context}).")
@@ -187,12 +193,20 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     best_run = max((run for run in data.inputs.runs if run.best), key=lambda run: run.best[1], default=None)  # type: ignore[index]
     if best_run and best_run.best:
         expected = "" if best_run.expected_top1 is None else f"; {format_percent(best_run.expected_top1)} expected"
-        tiles.append(("Top-1 accuracy", format_percent(best_run.best[1]), f"{best_run.name}{expected}"))
+        found = best_run.predictions
+        interval = ""
+        if found is not None and abs(found.top1 - best_run.best[1]) < 0.05:
+            low, high = wilson_interval(round(found.top1 / 100 * found.num_images), found.num_images)
+            interval = f"95 % interval {low:.1f}–{high:.1f}; "
+        tiles.append(("Top-1 accuracy", format_percent(best_run.best[1]), f"{interval}{best_run.name}{expected}"))
+    if data.fastest is None and data.fastest_not_passed:
+        tiles.append(("Lowest median latency", "–", "of the measured artifacts none is known to keep its accuracy"))
     if group := data.fastest:
         p90 = "" if group.p90_ns is None else f"p90 {format_latency(group.p90_ns)}; "
+        kept = ", accuracy kept" if group.gate == "passed" else ""
         tiles.append(
             (
-                "Lowest median latency",
+                f"Lowest median latency{kept}",
                 format_latency(group.median_ns),
                 f"{p90}{group.title}, {format_count(group.threads, 'thread')}",
             )
@@ -212,12 +226,16 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
 
 
 def _warnings(data: ReportData) -> list[str]:
-    """Return what must not be overlooked: failed gates, unfused networks, noisy measurements."""
+    """Return what must not be overlooked: gates that did not pass, unfused networks, noisy measurements."""
     unfused = [group.label for group in data.groups if group.fused is False]
     unfused += [one_line(artifact.folder.name) for artifact in data.inputs.artifacts if not artifact.fused]
     unstated = [group.label for group in data.groups if group.fused is None]
     num_noisy = sum(bool(group.num_noisy) for group in data.groups)
-    warnings = [f"A gate FAILED: {sentence.rstrip('.')}." for sentence in data.inputs.failed_gates]
+    told = {"failed": "A gate FAILED", "undecided": "Undecided"}
+    gates = sorted(
+        (gate for gate in data.inputs.gates if gate.verdict in told), key=lambda gate: gate.verdict != "failed"
+    )
+    warnings = [f"{told[gate.verdict]}: {gate.sentence.rstrip('.')}." for gate in gates]
     if unfused:
         names = ", ".join(dict.fromkeys(unfused))
         warnings.append(

@@ -18,13 +18,17 @@ from onefold.report.format import (
     one_line,
 )
 from onefold.report.grouping import MeasurementGroup
-from onefold.report.load_results import ReportInputs, RunLog
+from onefold.report.load_results import Accuracy, ReportInputs, RunLog
 from onefold.report.predictions import Predictions
 from onefold.runtimes.artifact import Artifact
 
 _MAX_CONFUSIONS = 10
 _MAX_CLASSES = 30
 _OF_NETWORK = "network: "
+_GATE_TERM = (
+    "Accuracy kept: what `onefold deploy` found; undecided where the photos are too few to tell whether more was lost "
+    "than may be."
+)
 
 
 class Column(NamedTuple):
@@ -151,6 +155,10 @@ def latency_table(groups: Sequence[MeasurementGroup]) -> Table:
             " Of the limit: the least time in which this machine could do the multiply-adds, or read the weights, over "
             "the median, and which of the two binds."
         )
+    if any(group.accuracy is not None and group.accuracy.num_images for group in groups):
+        caption += " Top-1 is with its 95 % interval."
+    if any(group.gate is not None for group in groups):
+        caption += f" {_GATE_TERM}"
     rows = [[group.label, *(cell(group) for _, cell in shown)] for group in groups]
     return Table(caption, [Column("network"), *(column for column, _ in shown)], rows)
 
@@ -159,6 +167,22 @@ def _fused_badge(fused: bool | None) -> Badge:
     return (
         Badge("fused: not stated") if fused is None else Badge("fused", "good") if fused else Badge("UNFUSED", "alarm")
     )
+
+
+def _gate_badge(verdict: str | None) -> str | Badge:
+    """Return what the accuracy gate of a deployment found; a dash where there was none."""
+    if verdict is None:
+        return "–"
+    return Badge(
+        {"passed": "yes", "failed": "NO"}.get(verdict, verdict), {"passed": "good", "failed": "alarm"}.get(verdict, "")
+    )
+
+
+def _with_interval(accuracy: Accuracy | None) -> str:
+    """Return a top-1, with its 95 % interval where it is known of how many images it is."""
+    if accuracy is None or accuracy.num_images is None:
+        return format_percent(None if accuracy is None else accuracy.top1)
+    return format_with_interval(accuracy.top1, accuracy.num_images)
 
 
 def _setting(group: MeasurementGroup) -> str:
@@ -207,7 +231,8 @@ def _noise(group: MeasurementGroup) -> Badge:
 _LATENCY_COLUMNS: tuple[tuple[Column, Callable[[MeasurementGroup], str | Badge]], ...] = (
     (Column("state"), lambda group: _fused_badge(group.fused)),
     (Column("threads, input"), _setting),
-    (Column("top-1", True), lambda group: format_percent(group.top1)),
+    (Column("accuracy kept"), lambda group: _gate_badge(group.gate)),
+    (Column("top-1", True), lambda group: _with_interval(group.accuracy)),
     (Column("median", True), lambda group: format_latency(group.median_ns)),
     (Column("p90", True), lambda group: format_latency(group.p90_ns)),
     (Column("p99", True), lambda group: format_latency(group.median_of(lambda m: m.p99_ns))),
@@ -229,13 +254,15 @@ def _num_bytes(group: MeasurementGroup) -> int | None:
 
 def artifact_table(inputs: ReportInputs) -> Table:
     """Return one row an exported artifact."""
-    columns = [Column("artifact"), Column("state"), Column("network"), Column("size", True), Column("drift", True)]
-    columns += [Column("parity", True), Column("top-1", True), Column("classes", True), Column("license")]
-    columns += [Column("SHA-256 of the model")]
+    is_gated = any(inputs.gate_of_artifact(artifact) is not None for artifact in inputs.artifacts)
+    columns = [Column("artifact"), Column("state"), *([Column("accuracy kept")] * is_gated), Column("network")]
+    columns += [Column("size", True), Column("drift", True), Column("parity", True), Column("top-1", True)]
+    columns += [Column("classes", True), Column("license"), Column("SHA-256 of the model")]
     rows: list[list[str | Badge]] = [
         [
             one_line(artifact.folder.name),
             _fused_badge(artifact.fused),
+            *([_gate_badge(inputs.gate_of_artifact(artifact))] * is_gated),
             one_line(f"{artifact.model} {artifact.runtime} {artifact.precision}"),
             format_size(artifact.num_bytes),
             format_scientific(artifact.drift),
@@ -254,13 +281,15 @@ def artifact_table(inputs: ReportInputs) -> Table:
     )
     if any(isinstance(cell, str) and cell.startswith(_OF_NETWORK) for row in rows for cell in row):
         caption += " Top-1 of the network: the run's own, where the artifact itself was not evaluated."
+    if is_gated:
+        caption += f" {_GATE_TERM}"
     return Table(caption, columns, rows)
 
 
 def _artifact_top1(inputs: ReportInputs, artifact: Artifact) -> str:
-    own, network = inputs.top1_of_artifact(artifact), inputs.float_predictions(artifact)
+    own, network = inputs.accuracy_of_artifact(artifact), inputs.float_predictions(artifact)
     if own is not None or network is None:
-        return format_percent(own)
+        return _with_interval(own)
     return f"{_OF_NETWORK}{format_with_interval(network.top1, network.num_images)}"
 
 

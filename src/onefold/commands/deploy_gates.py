@@ -1,0 +1,193 @@
+"""The gates of a deployment: whether an artifact keeps the network's accuracy, has lost it, or too few photos can tell.
+
+What an artifact loses is measured on the photos that are held out, and is known as well as they are many: its 95 %
+interval lies within what may be lost (passed), above it (failed), or holds the bound (undecided, and never called
+passed). Undecided stops a deployment like a failure, with an exit status of its own, where more was lost on these
+photos than may be; of 10 to 99 photos one may be lost all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onefold.accuracy_intervals import drop_interval, photos_to_decide
+from onefold.bench import Measurement
+from onefold.checksums import write_sealed_json
+from onefold.errors import GateFailed, GateUndecided
+from onefold.report import GATES_FILE
+from onefold.report.format import format_count
+from onefold.runtimes import Artifact
+from onefold.runtimes.exporter import RANDOM_WEIGHTS_NOTE
+
+Verdict = Literal["passed", "failed", "undecided"]
+
+_ONE_MAY_BE_LOST = range(10, 100)  # photos: one of them is more than 1 point, and at most 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactResult:
+    """What came of one artifact: `top1` in percent, None without labels; `changed` answers of `count`; its latency.
+
+    `lost` photos were right in PyTorch and are wrong in it, `won` the other way round; without labels all that changed
+    are lost. `drop` is in points of top-1, or in percent of the answers. `num_held_out` photos could have been scored.
+    """
+
+    name: str
+    artifact: Artifact
+    top1: float | None
+    changed: int
+    count: int
+    lost: int
+    won: int
+    measurement: Measurement | None = None
+    num_held_out: int | None = None
+
+    @property
+    def drop(self) -> float:
+        """What was lost, less what was won, in percent of the photos."""
+        return 100 * (self.lost - self.won) / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the drop on all photos of the kind."""
+        return drop_interval(self.lost, self.won, self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A check that an artifact must pass before it is shipped, and in one sentence what was measured and is allowed.
+
+    `verdict` is undecided where the photos are too few to tell what was lost from what may be, and then `within_bound`
+    is whether no more was lost on these photos, one photo of 10 to 99 included.
+    """
+
+    name: str
+    kind: Literal["fusing", "parity", "accuracy"]
+    verdict: Verdict
+    sentence: str
+    within_bound: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is shown that the artifact may be shipped."""
+        return self.verdict == "passed"
+
+    @property
+    def holds(self) -> bool:
+        """Whether it lets a deployment end with exit status 0."""
+        return self.passed or (self.verdict == "undecided" and self.within_bound)
+
+
+def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool = False) -> Gate:
+    """Judge what an artifact lost against `max_drop` points; 0 is judged on these photos alone, without an interval.
+
+    With `exact_fp32` no answer may differ that a 32-bit artifact gives. One that gives every answer of the network in
+    32 bits passes, for its logits were compared when it was exported.
+    """
+    name, precision, count = result.name, result.artifact.precision, result.count
+    if exact_fp32 and precision == "fp32" and result.changed:
+        sentence = f"{result.changed} of {count} answers of {name} are not the network's, and none may differ"
+        return Gate(name=name, kind="parity", verdict="failed", sentence=sentence)
+    if result.artifact.details.get("untrained") is True and precision != "fp32":
+        sentence = f"{result.changed} of {count} answers of {name} are not the float network's. {RANDOM_WEIGHTS_NOTE}"
+        return Gate(name=name, kind="accuracy", verdict="passed", sentence=sentence)
+    lost = f"{result.drop:.2f} " + ("points of top-1" if result.top1 is not None else "% of the answers")
+    low, high = result.interval
+    sentence = f"{name} lost {lost} ({low:.1f} to {high:.1f} on {count} photos), and {max_drop:g} may be lost"
+    is_within = result.drop <= max_drop or (one_may_be_lost(count, max_drop) and result.drop <= 100 / count)
+    if max_drop <= 0 or (precision == "fp32" and not result.changed):
+        verdict: Verdict = "passed" if is_within else "failed"
+    elif high <= max_drop:
+        verdict = "passed"
+    elif low > max_drop:
+        verdict = "failed"
+    else:
+        return Gate(
+            name=name,
+            kind="accuracy",
+            verdict="undecided",
+            sentence=f"{sentence}: {_undecided(result, max_drop)}",
+            within_bound=is_within,
+        )
+    return Gate(name=name, kind="accuracy", verdict=verdict, sentence=sentence)
+
+
+def _undecided(result: ArtifactResult, max_drop: float) -> str:
+    """Say that it cannot be told, and how many photos would tell if they went on as these did."""
+    one = ""
+    if one_may_be_lost(result.count, max_drop) and max_drop < result.drop <= 100 / result.count:
+        one = f" (1 photo is {100 / result.count:.2f} points, and one may be lost)"
+    needed = photos_to_decide(result.lost, result.won, result.count, max_drop)
+    more = "many more would" if needed is None else f"about {needed} would"
+    return f"this cannot be told by {format_count(result.count, 'photo')}{one}; {more} (--val FOLDER)"
+
+
+def one_may_be_lost(count: int, max_drop: float) -> bool:
+    """Whether one photo of `count` may be lost though it is more than `max_drop` points.
+
+    An int8 network changes the answer to a photo here and there that the float network hardly knew: on so few photos a
+    gate that one of them fails would judge by chance. From 100 photos on the bound is what it says, and with fewer than
+    10 one photo is so large a share that nothing would be left of the gate.
+    """
+    return 0 < max_drop < 100 / count and count in _ONE_MAY_BE_LOST
+
+
+def describe_held_out(count: int, num_held_out: int) -> str:
+    """Say before the work how many photos are scored, and what one of them is worth."""
+    some = f"{count} of {num_held_out} photos are scored, evenly" if count < num_held_out else f"{count} photos"
+    if count == num_held_out:
+        some += " are scored" if count > 1 else " is scored"
+    return f"{some}; one of them is {100 / count:.2f} points of top-1"
+
+
+def too_few_photos_note(count: int, max_drop: float, num_held_out: int | None = None) -> str:
+    """Say before the work that `count` photos cannot show a loss below `max_drop` points, and what to type.
+
+    Empty where they can, if no answer changes, and where none may be lost.
+    """
+    needed = photos_to_decide(0, 0, count, max_drop) if max_drop > 0 else 0
+    if needed is None or count >= needed:
+        return ""
+    points = f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
+    bound = math.ceil(drop_interval(0, 0, count)[1])
+    more = f"without --quick {num_held_out} are scored" if num_held_out and num_held_out >= needed else ""
+    return (
+        f"{format_count(count, 'photo')} cannot tell {points} from none, which takes {needed} where no answer changes, "
+        f"and more where some do: {more or 'give more held-out photos with --val FOLDER'}, or set the largest loss to "
+        f"{bound} points or more with --max-drop {bound}"
+    )
+
+
+def gates_error(gates: Sequence[Gate], folder: Path) -> GateFailed | None:
+    """Give the error of those gates that do not hold, None where all do: GateUndecided where none has failed."""
+    stopping = [gate for gate in gates if not gate.holds]
+    failed = [gate for gate in stopping if gate.verdict == "failed"]
+    if not stopping:
+        return None
+    parts = [gate.sentence.partition(": ") for gate in stopping]
+    said = ", ".join(gate.sentence for gate in stopping)
+    if len({tail for _, _, tail in parts}) == 1:  # what is the same of all, too few photos, is said once
+        said = ", ".join(head for head, _, _ in parts) + "".join(parts[0][1:])
+    table = f"{folder / 'README.md'} has the table"
+    if not failed:
+        return GateUndecided(
+            f"whether {len(stopping)} of {len(gates)} artifacts keep their accuracy cannot be told: {said}; {table}. "
+            "More held-out photos tell, and --max-drop sets the largest loss that is accepted"
+        )
+    undecided = f", of {len(stopping) - len(failed)} it cannot be told" if len(stopping) > len(failed) else ""
+    advice = ". More photos to calibrate with, or training for 8 bits (onefold train --int8), win accuracy back"
+    return GateFailed(
+        f"{len(failed)} of {len(gates)} artifacts failed their gate{undecided}: {said}; {table}"
+        + (advice if any(gate.kind == "accuracy" for gate in failed) else "")
+    )
+
+
+def write_gates(gates: Sequence[Gate], results: Path, notes: Sequence[str] = ()) -> None:
+    """Keep what each gate found, and how a deployment was cut short, in `results`/gates.json for the report."""
+    values = [{**vars(gate), "passed": gate.passed} for gate in gates]
+    found: dict[str, object] = {"gates": values, **({"notes": list(notes)} if notes else {})}
+    write_sealed_json(results / GATES_FILE, found)

@@ -1,0 +1,87 @@
+"""The photos of a deployment: which of them calibrate and which are scored, and the scores of networks on these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onefold.commands.deploy_results import QUICK_MAX_SCORED, DeployOptions
+from onefold.commands.evaluate import class_indices
+from onefold.commands.held_out_images import (
+    DeploymentPhotos,
+    describe_trained_images,
+    open_unlabelled_photos,
+    remove_pixel_copies,
+    split_photos,
+    split_unlabelled_photos,
+    training_records,
+)
+from onefold.commands.open_network import Network, make_predictor
+from onefold.commands.predictor import Predictor
+from onefold.data import Dataset, ImageLoader, Subset
+from onefold.data.fingerprint import evenly_spaced
+from onefold.errors import BadData
+
+
+def deployment_photos(network: Network, order: DeployOptions, *, calibrates: bool) -> DeploymentPhotos:
+    """Divide photos into those to calibrate with and others to score on; what they are is in the title.
+
+    A quick deployment scores some of those that are held out, evenly. Photos are without labels where none of their
+    classes is the network's. Raises BadData for labels that are partly unknown, or damaged: the gate on accuracy is not
+    to be lost with them.
+    """
+    place, records = order.calibration.data, training_records(network.title, network.card.trained_on)
+    photos = split_photos(place, records, calibrates=calibrates, val=order.val)
+    if photos.labelled:
+        try:
+            class_indices(make_predictor(network), photos.scored)
+        except BadData as error:
+            if order.val is not None or set(photos.scored.classes) & set(network.card.classes or ()):
+                raise
+            photos = split_unlabelled_photos(place, str(error))
+    if not photos.labelled and not calibrates:
+        photos = replace(photos, scored=open_unlabelled_photos(place))
+    if calibrates:
+        photos = remove_pixel_copies(photos, order.calibration.count, network.preprocessing.value_range)
+    seen = describe_trained_images(records, photos.scored, network.preprocessing.value_range)
+    title, count = f"{photos.title}: {len(photos.scored)} photos, {seen}", len(photos.scored)
+    title += f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""
+    scored = photos.scored
+    if order.quick and count > QUICK_MAX_SCORED:
+        scored = Subset(scored, evenly_spaced(count, QUICK_MAX_SCORED))
+        title += f"; {len(scored)} of them scored, evenly"
+    return replace(photos, scored=scored, title=title, num_held_out=count)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores a network, and artifacts of it, on the same photos; `bad` are those that cannot be read (name -> why)."""
+
+    photos: Dataset
+    network: Network
+    labelled: bool
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None, float | None]:
+        """Give the best class of each photo (N,); with labels whether it is right (N,), and top-1 in percent."""
+        batches = ImageLoader(
+            self.photos,
+            self.network.preprocessing,
+            batch_size=32,
+            on_bad="skip",
+            max_bad=len(self.photos),
+            bad=self.bad,
+        )
+        found, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+        for images, truth in batches.epoch(0):
+            if not found:
+                predictor.warn_if_wrong_model(images.numpy())
+            found.append(predictor.session(images.numpy()).argmax(1))
+            labels.append(truth.numpy())
+        answers = np.concatenate(found)
+        if not self.labelled:
+            return answers, None, None
+        right = answers == np.array(class_indices(predictor, self.photos))[np.concatenate(labels)]
+        return answers, right, 100 * float(right.mean())
