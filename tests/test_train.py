@@ -41,7 +41,7 @@ from onefold.train import (
     train,
     worker_batches,
 )
-from onefold.train.distributed import StopSignals
+from onefold.train.stop_signals import StopSignals
 from training_kit import NUM_CLASSES, PLAN, Blobs, fresh, network, score
 
 VARIANTS = {
@@ -298,7 +298,7 @@ def test_an_epoch_without_an_image_ends_with_a_reason(tmp_path: Path) -> None:
 def test_a_second_signal_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"
-        "from onefold.train.distributed import StopSignals\n"
+        "from onefold.train.stop_signals import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"  # at once: a launcher that passes on what came to all

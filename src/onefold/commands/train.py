@@ -75,9 +75,10 @@ from onefold.train import (
     open_loggers,
     worker_batches,
 )
-from onefold.train.distributed import check_run_folder, stop_at_once
+from onefold.train.distributed import check_run_folder
 from onefold.train.loggers import check_services
 from onefold.train.rng_state import forked_rng
+from onefold.train.stop_signals import stop_at_once
 
 _CHECK, _SAMPLES, _QPARAMS = "check.json", "samples.png", "int8.json"
 """Files of a run folder: the data check, the first augmented images, the quantization parameters of an int8 run."""

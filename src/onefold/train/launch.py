@@ -28,7 +28,8 @@ from typing import IO, NoReturn
 
 from onefold.errors import BadArgument, LostWorker, Stopped, describe_exit_status
 from onefold.system_resources import available_threads
-from onefold.train.distributed import STOP_SIGNALS, StopSignals, terminate_with_parent
+from onefold.train.distributed import terminate_with_parent
+from onefold.train.stop_signals import STOP_SIGNALS, StopSignals
 
 _log = logging.getLogger("onefold.launch")
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from onefold.errors import BadArgument, BadCheckpoint, BadData, NotWritable, Stopped
 from onefold.train.checkpoint import BackgroundWriter, Checkpoint, RunFolder, load_for_resume, save_best
-from onefold.train.distributed import Interrupted, StopSignals, World
+from onefold.train.distributed import Interrupted, World
 from onefold.train.hyperparameters import Plan
 from onefold.train.loggers import Progress, Throughput, memory_in_use
 from onefold.train.logical_workers import Batch, Batches, local_workers
 from onefold.train.rng_state import forked_rng, seed_everything
 from onefold.train.step import Teachers, TrainState, clone_tensors
+from onefold.train.stop_signals import StopSignals
 
 _log = logging.getLogger(__name__)
 
