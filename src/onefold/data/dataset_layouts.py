@@ -40,6 +40,7 @@ from onefold.data.match_table_paths import ImageIndex
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
 from onefold.data.shard_patterns import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
+from onefold.data.split_lists import divide_by_lists, read_split_lists
 from onefold.data.splits import parse_split_name
 from onefold.data.table_columns import MultiLabelError
 from onefold.data.table_layouts import (
@@ -51,7 +52,6 @@ from onefold.data.table_layouts import (
     left_out_files,
     match_number_forms,
     prefer_tables,
-    read_split_lists,
     read_tabled,
     table_split,
     unread_lists_note,
@@ -79,8 +79,7 @@ def read_place(place: str | Path) -> PlaceImages:
     if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX, JSON_SUFFIX) and path.is_file():
         listing = list_folder(path.parent)
         table = read_table(path.parent, path.name, ImageIndex(path.parent, listing.images))
-        lists = [name for name in listing.others.get(LIST_SUFFIX, ()) if name.count("/") <= TABLE_DEPTH]
-        return read_tabled(path.parent, listing, [table], lists, [])
+        return read_tabled(path.parent, listing, [table], [])
     if not os.path.isdir(text):
         if not os.path.exists(text):
             raise BadData(f"{shown} is not there: expected a folder of images, or the word digits")
@@ -125,10 +124,9 @@ def _read_listing(
             inner, outer = inner | more, [table for table in outer if table.path not in {t.path for t in more.values()}]
         except BadData:
             pass
-    lists, unread_lists = (
-        [name for suffix in suffixes for name in listing.others.get(suffix, ()) if name.count("/") <= TABLE_DEPTH]
-        for suffixes in ((LIST_SUFFIX,), _LISTS)
-    )
+    unread_lists = [
+        name for suffix in _LISTS for name in listing.others.get(suffix, ()) if name.count("/") <= TABLE_DEPTH
+    ]
     if unread_lists:
         sentence = "lie there unread: save which image is of which class as labels.csv"
         unread = [*unread[:2], f"{join_names(unread_lists, 3)} {sentence}"]
@@ -147,12 +145,13 @@ def _read_listing(
         if not outer:
             given = zip(listing.images, assign_images(listing.images, arrangement), strict=True)
             classes = {image: folder[1] for image, folder in given if folder}
-            outer = read_split_lists(place, lists, ImageIndex(place, listing.images), classes)
+            outer = read_split_lists(place, listing, classes)
     try:
         chosen: Sequence[LabelTable] = choose_tables(tabled or outer, shown, notes)
+        chosen = divide_by_lists(place, listing, chosen, notes)
         paths = join_names([table.path for table in chosen])
         if chosen and (preferred := prefer_tables(chosen, listing, arrangement, shown, notes) if is_sure else chosen):
-            return read_tabled(place, listing, preferred, lists, notes)
+            return read_tabled(place, listing, preferred, notes)
     except BadData as error:
         are_of_splits = len(outer) > 1 and all(parse_split_name(Path(table.path).stem) for table in outer)
         if tabled or problem or not is_sure or are_of_splits:

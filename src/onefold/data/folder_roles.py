@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from onefold.data.dataset_info import SPLITS, Split
-from onefold.data.folders import Folder, join_names
+from onefold.data.folders import Folder, join_names, merge_initial_folders
 from onefold.data.splits import (
     FILLER_WORDS,
     SPLIT_WORDS,
@@ -61,6 +61,15 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
     `tables` gives the classes of each folder that has a table of its own. Raises BadData for what can be understood in
     two ways, for splits of different classes, and for images without class folders.
     """
+    merged = merge_initial_folders(root)
+    roles = _detect_roles(merged, place, tables)
+    if merged is root:
+        return roles
+    note = "folders of one letter hold folders that begin with it, which are the classes"
+    return replace(roles, notes=(note, *roles.notes))
+
+
+def _detect_roles(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> FolderRoles:
     for level in _levels(root):
         named = [(said, folder) for name, folder in level.children.items() if (said := parse_split_name(name))]
         named += _train_beside(named, level)
@@ -383,7 +392,7 @@ def _flat(folder: Folder, place: str) -> NoClassFoldersError:
 
 def read_single_split(root: Folder, place: str, split: Split) -> FolderRoles:
     """Find the classes of images that are all of one split, which their file's name says."""
-    level = _class_level(root)
+    level = _class_level(merge_initial_folders(root))
     if not level.children:
         raise _flat(root, place)
     return FolderRoles(folders=(_split_folder(split, level, "", level),), notes=_merged(level))

@@ -286,6 +286,31 @@ def build_folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folde
     return root
 
 
+def merge_initial_folders(folder: Folder) -> Folder:
+    """Give a tree without folders that are the first letters of those within: a/abbey and b/bar are abbey and bar.
+
+    A folder within these that holds folders alone is several classes: a/apse/indoor is `apse/indoor`. The same folder
+    is given where there are none.
+    """
+    letters = {name: child for name, child in folder.children.items() if child.num_images}
+    if len(letters) > 1 and all(map(_is_initial, letters, letters.values())):
+        children: dict[str, Folder] = {}
+        for child in (child for letter in letters.values() for child in letter.children.values()):
+            inner = {} if child.num_direct else child.children
+            children |= {f"{child.name}/{name}": each for name, each in inner.items()} or {child.name: child}
+    else:
+        children = {name: merge_initial_folders(child) for name, child in folder.children.items()}
+        if all(children[name] is child for name, child in folder.children.items()):
+            return folder
+    return Folder(folder.path, folder.num_direct, folder.num_images, children)
+
+
+def _is_initial(name: str, folder: Folder) -> bool:
+    """Whether a folder is called by one letter, and holds nothing but folders that begin with it."""
+    is_letter = len(name) == 1 and name.isalpha() and not folder.num_direct
+    return is_letter and all(inner.casefold().startswith(name.casefold()) for inner in folder.children)
+
+
 def join_names(names: Sequence[str], most: int = 5) -> str:
     """Join the first few names and say how many more there are, for a message."""
     shown = ", ".join(printable_name(name) for name in names[:most])

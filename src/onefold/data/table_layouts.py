@@ -11,10 +11,11 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from onefold.data.class_names import name_numbered_classes, rename_classes
 from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
 from onefold.data.decode import printable_name
 from onefold.data.folder_roles import FolderRoles, assign_images
@@ -23,11 +24,12 @@ from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex, OtherImagesError
 from onefold.data.shard_patterns import SHARD_SUFFIXES
+from onefold.data.split_lists import divide_by_lists, refuse_partitions
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.table_columns import MultiLabelError, NotATableError, normalize_number
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
 from onefold.errors import BadData
-from onefold.file_io import normalize_class_name, read_lines
+from onefold.file_io import normalize_class_name
 
 TABLE_DEPTH = 2
 """The folders above a table, or a list, that is read."""
@@ -150,6 +152,7 @@ def choose_tables(tables: Sequence[LabelTable], shown: str, notes: list[str]) ->
         return [next((table for table in tables if table.splits), tables[0])]
     else:
         paths = [table.path for table in tables]
+        refuse_partitions([table.path for table in named], shown)
         raise BadData(
             f"{shown} holds several tables of labels, {join_names(paths)}: give --data {shown}/{paths[0]} for one"
         )
@@ -207,9 +210,11 @@ def prefer_tables(
     Raises BadData where they contradict each other.
     """
     is_split = any(folder.split for folder in arrangement.folders)
-    is_labels = not is_split and Path(tables[0].path).name.lower() == _LABELS
+    is_labels = not is_split and any(
+        Path(name).name.lower() == _LABELS for name in (tables[0].path, *tables[0].parts[:1])
+    )
     folders = dict(zip(listing.images, assign_images(listing.images, arrangement), strict=True))
-    paths = join_names([table.path for table in tables])
+    paths = join_names([*dict.fromkeys(path for table in tables for path in (*table.parts[:1], table.path))])
     if named := _name_numbers(tables, {file: given[1] for file, given in folders.items() if given}, paths, notes):
         tables = named
     rows = [(file, label) for table in tables for file, label in zip(table.files, table.labels, strict=True)]
@@ -259,6 +264,10 @@ def prefer_tables(
     if says_splits and labelled <= listed and (deep := sorted(class_names - direct)):
         notes.append(f"{join_names(deep, 3)} hold folders alone and are no classes: {paths} counts {seen}")
         return tables
+    names_of = {folder: {label for f, label in pairs if f == folder} for folder in class_names}
+    if says_splits and labelled <= listed and all(len(those) == 1 for those in names_of.values()):
+        notes.append(f"{paths} puts the {len(class_names)} folders into other classes {seen}, and counts")
+        return tables
     if all(table.is_guessed for table in tables):
         notes.append(f"{paths} says something else of the images than the folders {seen}, which count")
         return None
@@ -289,12 +298,6 @@ def _name_numbers(
     return [rename_classes(table, names) for table in tables]
 
 
-def rename_classes(table: LabelTable, names: Mapping[str, str]) -> LabelTable:
-    """Give a table with other names for its classes; those without one stay as they are."""
-    numbered = None if table.numbered is None else tuple(names.get(name, name) for name in table.numbered)
-    return replace(table, labels=tuple(names.get(label, label) for label in table.labels), numbered=numbered)
-
-
 def match_number_forms(table: LabelTable, folder_names: Iterable[str]) -> LabelTable:
     """Give a table of numbers with them as the class folders write them: 00007 for 7."""
     forms: dict[str, set[str]] = defaultdict(set)
@@ -318,52 +321,14 @@ def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
     return {folder: those[0] for folder, those in found.items() if len(those) == 1}
 
 
-def read_split_lists(
-    place: Path, names: Sequence[str], images: ImageIndex, classes: Mapping[str, str]
-) -> list[LabelTable]:
-    """Read train.txt, val.txt and the like, two or more, that list images of `classes` (in class folders) alone.
-
-    A list of which half or more name no such image is none.
-    """
-    found = []
-    for name in names:
-        if not parse_split_name(Path(name).stem):
-            continue
-        try:
-            listed = [images.find(name, line) for line in read_lines(place / name)]
-        except BadData:  # no text: said where it was tried as a table
-            continue
-        files = tuple(those[0] for those in listed if len(those) == 1 and those[0] in classes)
-        if 2 * len(files) > len(listed):
-            lost = len(listed) - len(files)
-            notes = (f"{name}: {lost} of its {len(listed)} lines name no image that is in a class folder",)
-            labels = tuple(classes[file] for file in files)
-            found.append(
-                LabelTable(path=name, files=files, labels=labels, numbered=None, splits=None, notes=notes * bool(lost))
-            )
-    return found if len(found) > 1 else []
-
-
 # --------------------------------------------------------------------------------------- splits of tables
 
 
-def read_tabled(
-    place: Path, listing: FolderListing, tables: Sequence[LabelTable], lists: Sequence[str], notes: Sequence[str]
-) -> PlaceImages:
-    """Give the images that tables list; `lists` may say the splits of a table that says none (train_val_list.txt)."""
+def read_tabled(place: Path, listing: FolderListing, tables: Sequence[LabelTable], notes: Sequence[str]) -> PlaceImages:
+    """Give the images that tables list; lists may say the splits of a table that says none (train_val_list.txt)."""
     notes = [*notes]
-    if len(tables) == 1 and not (table := tables[0]).splits and not parse_split_name(Path(table.path).stem):
-        classes = dict(zip(table.files, table.labels, strict=True))
-        others = [name for name in lists if name not in (table.path, *table.parts)]
-        divided = read_split_lists(place, others, ImageIndex(place, listing.images), classes)
-        paths = join_names([each.path for each in divided])
-        listed = {file for each in divided for file in each.files}
-        if divided and listed >= classes.keys():
-            notes += table.notes
-            tables = [replace(each, numbered=table.numbered, parts=(table.path, *table.parts)) for each in divided]
-        elif divided:
-            missing = len(classes.keys() - listed)
-            notes.append(f"{paths}: the splits are not used, since {missing} images are in none of them")
+    tables = divide_by_lists(place, listing, tables, notes)
+    tables = name_numbered_classes(place, listing, tables, notes)
     splits = [split for table in tables for split in _splits_of(place, table)]
     listed = {file for table in tables for file in table.files}
     paths = join_names(list(dict.fromkeys(path for table in tables for path in (*table.parts[:1], table.path))))

@@ -1,0 +1,168 @@
+"""The names of classes that tables number: in a file beside them, or as the images' own files are called.
+
+| file | a line, or a value of JSON, has |
+|---|---|
+| categories_places365.txt, label_map.csv | a name and its number, in any order; a `/a/` before it is cut off |
+| classes.txt, synsets.txt | a name: of 0 on, or of 1 on where the tables number so |
+| list_category_cloth.txt | a name of 1 on, after a first line with their count |
+| label_num_to_disease_map.json | an object of names by number or numbers by name, an array of names |
+
+A file counts where it is called so and names every number of the tables. Where several name them differently none does.
+Without one the images' names count, where they end in numbers and what is before is one word a class: `beagle_34.jpg`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from onefold.data.decode import SUFFIXES
+from onefold.data.folders import FolderListing, join_names
+from onefold.data.image_lists import LIST_SUFFIX
+from onefold.data.json_tables import JSON_SUFFIX
+from onefold.data.tables import LabelTable
+from onefold.errors import BadData
+from onefold.file_io import normalize_class_name, parse_json, read_lines, read_text
+
+_CALLED = re.compile(r"class|label|categor|names?$|synset|disease|species|breed|map", re.IGNORECASE)
+_NAME_SUFFIXES = (LIST_SUFFIX, ".csv", ".tsv", JSON_SUFFIX, ".names")
+_MAX_BYTES = 1 << 22
+_MAX_FILES, _MAX_DEPTH = 50, 2
+_NUMBER_FIRST = re.compile(r"(?P<number>\d{1,6})[\s,;:]+(?P<name>.*\S)")
+_NUMBER_LAST = re.compile(r"(?P<name>\S.*?)[\s,;:]+(?P<number>\d{1,6})")
+_INITIAL = re.compile(r"/?[a-z]/")
+_STEM = re.compile(r"(?P<word>.*[^\W\d_])[\W_]*\d+")
+
+
+def name_numbered_classes(
+    place: Path, listing: FolderListing, tables: Sequence[LabelTable], notes: list[str]
+) -> Sequence[LabelTable]:
+    """Give tables that number their classes with the names for these, or as they are where nothing says them."""
+    numbers = {label for table in tables for label in table.labels}
+    if not numbers or not all(map(str.isdecimal, numbers)):
+        return tables
+    used = {path for table in tables for path in (table.path, *table.parts)}
+    names: dict[str, dict[str, str]] = {}
+    for path in _candidates(place, listing, used):
+        read = _read_names(place / path)
+        if found := _match_numbers(read, sorted(map(int, numbers))):
+            names[path] = found
+        elif isinstance(read, list) and len(numbers) <= len({*read}) == len(read):
+            shown = join_names(sorted(numbers, key=int), 3)
+            notes.append(
+                f"{path} may name the classes, and it cannot be told which of its {len(read)} names is {shown}"
+            )
+    if any(found != next(iter(names.values())) for found in names.values()):
+        notes.append(f"{join_names([*names], 3)} name the classes differently: they stay numbers")
+        return tables
+    if not names:
+        found = _names_by_stem(tables)
+        source = "the images' names"
+    else:
+        source, found = next(iter(names.items()))
+    if not found:
+        return tables
+    said = [f"{number} is {found[number]}" for number in sorted(found, key=int)]
+    notes.append(f"{source} name{'' if not names else 's'} the classes: {join_names(said, 3)}")
+    return [_rename_numbers(table, found, tuple(names)) for table in tables]
+
+
+def rename_classes(table: LabelTable, names: Mapping[str, str]) -> LabelTable:
+    """Give a table with other names for its classes; those without one stay as they are."""
+    numbered = None if table.numbered is None else tuple(names.get(name, name) for name in table.numbered)
+    return replace(table, labels=tuple(names.get(label, label) for label in table.labels), numbered=numbered)
+
+
+def _rename_numbers(table: LabelTable, names: Mapping[str, str], parts: tuple[str, ...]) -> LabelTable:
+    present = sorted({*table.labels}, key=int)
+    named = rename_classes(table, names)
+    return replace(named, numbered=tuple(names[number] for number in present), parts=(*table.parts, *parts))
+
+
+def _candidates(place: Path, listing: FolderListing, used: set[str]) -> list[str]:
+    """List the files that may name classes, by what they are called."""
+    found = [
+        path
+        for suffix in _NAME_SUFFIXES
+        for path in listing.others.get(suffix, ())
+        if path.count("/") <= _MAX_DEPTH and path not in used
+    ]
+    found = [path for path in found if _CALLED.search(os.path.splitext(path.rpartition("/")[2])[0])]
+    return [path for path in found[:_MAX_FILES] if (place / path).stat().st_size <= _MAX_BYTES]
+
+
+def _read_names(file: Path) -> dict[int, str] | list[str]:
+    """Read names by their numbers, or in their order; nothing where a file has other things."""
+    try:
+        if file.suffix.lower() == JSON_SUFFIX:
+            return _read_json_names(parse_json(read_text(file)))
+        lines = [line for line in read_lines(file) if not line.startswith("#")]
+    except (BadData, ValueError, OSError):
+        return []
+    is_counted = bool(lines) and lines[0].isdecimal() and 0 <= len(lines) - 1 - int(lines[0]) <= 1
+    if is_counted:  # how many there are, and perhaps what the columns are called
+        lines = lines[1 + (len(lines) - 1 - int(lines[0])) :]
+    for rows in (lines, lines[1:]):  # the first line may name the columns
+        for form in (_NUMBER_FIRST, _NUMBER_LAST):
+            pairs = [match for line in rows if (match := form.fullmatch(line.strip('"')))]
+            if len(pairs) < len(rows) or len(pairs) < 2:
+                continue
+            if len({match["number"] for match in pairs}) == len(pairs):
+                return {int(match["number"]): match["name"].strip("\"' ,;") for match in pairs}
+            if is_counted:  # a name and what kind of class it is
+                return dict(enumerate([match["name"] for match in pairs], 1))
+    return lines
+
+
+def _read_json_names(value: object) -> dict[int, str] | list[str]:
+    if isinstance(value, dict) and len(value) == 1 and isinstance(inner := next(iter(value.values())), dict | list):
+        value = inner
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    if not isinstance(value, dict):
+        return []
+    if all(key.isdecimal() and isinstance(name, str) for key, name in value.items()):
+        return {int(key): name for key, name in value.items()}
+    if all(isinstance(number, int) and not isinstance(number, bool) for number in value.values()):
+        return {number: key for key, number in value.items()}
+    return []
+
+
+def _match_numbers(names: Mapping[int, str] | Sequence[str], numbers: Sequence[int]) -> dict[str, str]:
+    """Give the name of each number, where all have one of their own that is no number and no image; else nothing.
+
+    A list without numbers begins at 0 where one of the tables' is 0, or at 1 where the last of them is its length.
+    """
+    if not isinstance(names, Mapping):
+        is_from_zero = numbers[0] == 0 and numbers[-1] < len(names)
+        is_from_one = numbers[0] > 0 and numbers[-1] == len(names)
+        if len({*names}) < len(names) or not (is_from_zero or is_from_one):
+            return {}
+        names = dict(enumerate(names, int(is_from_one)))
+    if not names.keys() >= {*numbers}:
+        return {}
+    if all(map(_INITIAL.match, names.values())):
+        names = {number: _INITIAL.sub("", name, count=1) for number, name in names.items()}
+    found = {str(number): normalize_class_name(names[number]) for number in numbers}
+    is_named = all(name and not name.isdecimal() for name in found.values())
+    is_image = any(os.path.splitext(name)[1].lower() in SUFFIXES for name in found.values())
+    return found if is_named and not is_image and len({*found.values()}) == len(found) else {}
+
+
+def _names_by_stem(tables: Sequence[LabelTable]) -> dict[str, str]:
+    """Give the word that the files of each class begin with, where each class has one, and no other has it."""
+    pairs: set[tuple[str, str]] = set()
+    num_images = 0
+    for table in tables:
+        for file, label in zip(table.files, table.labels, strict=True):
+            match = _STEM.fullmatch(os.path.splitext(file.rpartition("/")[2])[0])
+            if not match:
+                return {}
+            pairs.add((label, normalize_class_name(match["word"])))
+            num_images += 1
+    names = dict(pairs)
+    is_told = len(pairs) == len(names) == len({*names.values()}) and len(names) > 1
+    return names if is_told and 2 * len(names) <= num_images else {}
