@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import onefold
+from onefold.commands.train import Callbacks, start_run
 from onefold.errors import BadArgument, BadData
 from onefold.models import create_model
+from onefold.recipes import find_recipe
 from onefold.train import SGD, Plan, decay_groups
 from onefold.train.optim import (
     create_optimizer,
@@ -130,3 +132,24 @@ def test_photos_that_are_not_there_are_said_before_the_hub_is_asked(monkeypatch:
     for given in ({"data": "fotos"}, {"data": "digits", "val": "fotos/val"}):
         with pytest.raises(BadData, match=r"^fotos\S* is not there: expected a folder of images"):
             onefold.train(recipe="photos:finetune", model="mobileone_s0", **given)
+
+
+def test_what_the_data_are_is_said_before_anything_that_takes_long(tmp_path: Path, monkeypatch) -> None:
+    """A head to be fitted took half a minute before a line said which classes had been found."""
+    order: list[str] = []
+
+    def then(name: str, what: object = None):  # type: ignore[no-untyped-def]
+        return lambda *_, **__: (order.append(name), what)[1]
+
+    def make_network(*_: object) -> None:
+        order.append("the network")
+        raise StoppedError
+
+    monkeypatch.setattr("onefold.commands.train.measure_value_range", then("value range"))
+    monkeypatch.setattr("onefold.commands.train._check", then("check"))
+    monkeypatch.setattr("onefold.commands.train._start", make_network)
+    callbacks = Callbacks(on_data=then("data"), on_start=then("recipe"))
+    with pytest.raises(StoppedError):
+        start_run(find_recipe("digits:w025"), tmp_path / "run", callbacks=callbacks)
+    assert order[0] == "data"
+    assert order[-3:] == ["check", "recipe", "the network"]

@@ -6,13 +6,17 @@ import io
 import math
 import os
 import pty
+import re
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from onefold.cli import progress_writer
 from onefold.cli.terminal_progress import progress_values, show_training_progress
 from onefold.errors import BadArgument, MissingExtra
 from onefold.train import Progress, open_loggers
@@ -179,6 +183,44 @@ def test_away_from_a_terminal_an_epoch_is_a_plain_line(monkeypatch):
         "epoch 1/3  loss 1.500  val top-1 41.00 %  80 images/s  512 MiB  1:01:40 left",
         "epoch 2/3  loss 1.500  val top-1 42.00 %  80 images/s  512 MiB  1:01:40 left",
     ]
+
+
+def test_in_a_log_a_long_epoch_has_a_line_now_and_then(tmp_path, monkeypatch):
+    """Nothing was written between two epochs, however long they are; an epoch's own line puts the next one off."""
+    from onefold.cli import terminal_progress as module
+
+    monkeypatch.setattr(module, "_LONG_EPOCH_S", 0.2)
+    monkeypatch.setattr(module, "_EVERY_S", 60.0)
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with show_training_progress() as hear:
+            for told, wanted in ((at(2, 1), "step 2 of 6"), (at(6, 1), "validating")):
+                hear(told)
+                deadline = time.monotonic() + 30
+                while wanted not in log.read_text() and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            hear(at(6, 1, is_evaluation=True, metrics={"top1": 42.0}))
+    lines = log.read_text().splitlines()
+    assert re.fullmatch(r"epoch 1/3 step 2 of 6  loss 1.500  80 images/s: 0:00:0\d, about 1:01:(40|39) left", lines[0])
+    assert any(line.startswith("epoch 1/3 validating  loss 1.500") for line in lines)
+    assert lines[-1] == "epoch 1/3  loss 1.500  val top-1 42.00 %  80 images/s  1:01:40 left"
+
+
+def test_the_next_line_of_a_log_is_put_off_by_one_of_the_command():
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", progress_writer.__file__, "log", "1.0", "60", "training"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("1.0\t0.5\tstep 1\n\n")
+        process.stdin.flush()
+        time.sleep(1.5)
+        process.stdin.close()
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no terminals of this kind")

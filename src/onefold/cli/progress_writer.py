@@ -6,7 +6,8 @@ is run by itself, and imports little, so that the first line is there at once.
 
 HOW is "live", each line on a terminal in place of the one before, or "log"; FIRST and EVERY are the seconds before the
 first line and between two. On stdin come updates, a line each, of three parts between tabs: seconds spent on what is
-counted, its share that is done (0 to 1; 0 where nothing is counted), and what is done now.
+counted, its share that is done (0 to 1; 0 where nothing is counted), and what is done now. An empty one says that the
+command has written a line of its own: in a log the next one is EVERY seconds away then.
 """
 
 from __future__ import annotations
@@ -61,26 +62,32 @@ def _width() -> int:
 def main(how: str, first: str, every: str, what: str) -> None:
     """Write until the command ends, or closes its end of the pipe."""
     clock, ended, parent = Clock(what, time.monotonic()), threading.Event(), os.getppid()
+    due = time.monotonic() + float(first)
 
     def read() -> None:
+        nonlocal due
         for line in iter(sys.stdin.readline, ""):
-            clock.update(line, time.monotonic())
+            if line.strip("\n"):
+                clock.update(line, time.monotonic())
+            elif how == "log":
+                due = time.monotonic() + float(every)
         ended.set()
 
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     threading.Thread(target=read, daemon=True).start()
     spinner = _SPINNER if sys.stderr.encoding.lower().startswith("utf") else "|/-\\"
-    seconds = float(first)
-    while not ended.wait(seconds) and os.getppid() == parent:
+    while not ended.wait(max(due - time.monotonic(), 0)) and os.getppid() == parent:
         now = time.monotonic()
+        if now < due:  # it was put off meanwhile
+            continue
         line = live_line(clock, now, _width(), spinner) if how == "live" else f"{clock.text(now)}\n"
         try:
             sys.stderr.write(line)
             sys.stderr.flush()
         except OSError:  # the terminal is gone
             break
-        seconds = float(every)
+        due = now + float(every)
     os._exit(0)  # not by way of the thread, which may still read
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _OnProgress = Callable[["Progress"], None]
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line of a log, and between two
+_LONG_EPOCH_S = 30.0  # without a line in a log
 _REDRAWN_S = 0.2  # the line on a terminal
 _BAR = 5  # characters of the bar of a training, so that its line fits into 80
 _LONGEST = 1000  # characters of an update, which a pipe takes whole
@@ -62,13 +63,14 @@ class _Stages(logging.Handler):
 
 
 @contextmanager
-def _writer(what: str) -> Iterator[Callable[[str], None]]:
+def _writer(what: str, log_s: tuple[float, float] | None = None) -> Iterator[Callable[[str], None]]:
     """Starts the process that writes, and gives what tells it of an update; on a terminal, prints come above its line.
 
-    Raises OSError where it cannot be started, ValueError where stderr is no file.
+    In a log the first line comes after the first of the seconds `log_s`, and the next after the second, or after an
+    empty update. Raises OSError where it cannot be started, ValueError where stderr is no file.
     """
     live = _is_live()
-    first, every = (_REDRAWN_S, _REDRAWN_S) if live else (_FIRST_S, _EVERY_S)
+    first, every = (_REDRAWN_S, _REDRAWN_S) if live else log_s or (_FIRST_S, _EVERY_S)
     # Ctrl-C is the command's to hear: a signal that is blocked here is blocked for good in the process that is started.
     with _blocked(signal.SIGINT):
         process = subprocess.Popen(
@@ -115,7 +117,7 @@ def _writer(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def _discard_update(_update: str) -> None:
-    """Of a log, where an epoch is a line."""
+    """Where nothing can be written."""
 
 
 @contextmanager
@@ -162,9 +164,9 @@ class _Above:
 
 @contextmanager
 def show_training_progress() -> Iterator[_OnProgress]:
-    """Draws a training as it goes: a live bar on a terminal, a line an epoch elsewhere; both on stderr.
+    """Draws a training as it goes: a live bar on a terminal; elsewhere a line an epoch, and in a long one now and then.
 
-    Before the first step, and after the last, it shows what is done as `show_progress` does.
+    Both are on stderr. Before the first step, and after the last, it shows what is done as `show_progress` does.
     """
     live = _is_live()
     tell: Callable[[str], None] | None = None
@@ -177,12 +179,16 @@ def show_training_progress() -> Iterator[_OnProgress]:
                 shown.close()
                 tell = _discard_update
                 with suppress(OSError, ValueError):
-                    tell = shown.enter_context(_writer("training")) if live else tell
+                    tell = shown.enter_context(_writer("training", (_LONG_EPOCH_S, _LONG_EPOCH_S)))
             epoch, now = f"epoch {at.epoch}/{at.epochs}", progress_values(at)
             bar = round(_BAR * done)
             left, values = at.eta_s if math.isfinite(at.eta_s) else 0.0, progress_values(replace(at, eta_s=math.nan), 1)
-            tell(f"{left}\t0.5\t{epoch} {'━' * bar}{'─' * (_BAR - bar)} {values}")
+            is_validating = at.step >= at.steps and not at.is_evaluation  # which comes next
+            doing = "validating" if is_validating else f"step {at.step} of {at.steps}"
+            where = f"{'━' * bar}{'─' * (_BAR - bar)}" if live else f"{doing} "
+            tell(f"{left}\t0.5\t{epoch} {where} {values}")
             if at.is_evaluation:
+                tell("")
                 print(f"{epoch}  {now}", file=sys.stderr, flush=True)
                 if at.global_step >= at.epochs * at.steps:  # a probe has none
                     shown.close()

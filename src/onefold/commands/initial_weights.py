@@ -46,6 +46,7 @@ from onefold.train import NORM_LAYERS, RunFolder, fit_linear_probe, frozen_modul
 from onefold.train.checkpoint import WEIGHTS_FILE
 
 _log = logging.getLogger("onefold")
+_progress = logging.getLogger("onefold.progress")
 
 _PROBE_IMAGES = 20_000
 """The most images that a head is fitted to; more change it little, and their features are all kept in memory."""
@@ -388,8 +389,10 @@ def _features(
         for layer, seen in zip(_last_layers(network), features, strict=True)
     ]
     labels = []
+    total = -(-len(images.source) // images.batch_size)
     try:
-        for batch, classes in images.batches(recipe.preprocessing, recipe.plan.seed):
+        for number, (batch, classes) in enumerate(images.batches(recipe.preprocessing, recipe.plan.seed)):
+            _progress.debug("fitting the last layer", extra={"done": number, "total": total})
             network(batch)
             labels.append(classes.cpu())
     finally:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onefold.train import Progress
 
 _logger = logging.getLogger("onefold.progress")
+_LONG_EPOCH_S = 30.0  # without a line, where no bar is shown
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line, and between two, where no bar is shown
 
 
@@ -39,10 +40,19 @@ def _bar(**options: Any) -> Iterator[Any]:
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[Progress], None]]:
-    """Show a training's steps, loss and accuracy of the last validation; gives the callback for each step."""
+    """Show a training's steps, loss and accuracy of the last validation; gives the callback for each step.
+
+    Where no bar is shown, a line is written now and then.
+    """
+    due = time.monotonic() + _LONG_EPOCH_S
     with _bar(unit="step", dynamic_ncols=True) as bar:
 
         def on_progress(at: Progress) -> None:
+            nonlocal due
+            if bar.disable and time.monotonic() >= due:
+                due = time.monotonic() + _LONG_EPOCH_S
+                sys.stderr.write(f"{training_line(at)}\n")
+                sys.stderr.flush()
             bar.total = at.epochs * at.steps
             bar.set_description(f"epoch {at.epoch}/{at.epochs}", refresh=False)
             top1 = {"val top-1": f"{at.metrics['top1']:.2f} %"} if "top1" in at.metrics else {}
@@ -50,6 +60,14 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
             bar.update(at.global_step - bar.n)
 
         yield on_progress
+
+
+def training_line(at: Progress) -> str:
+    """Give where a training is, in one line."""
+    step = "" if at.is_evaluation else f", step {at.step} of {at.steps}"
+    top1 = f", val top-1 {at.metrics['top1']:.2f} %" if "top1" in at.metrics else ""
+    left = f", about {at.eta_s:.0f} s left" if at.eta_s >= 1 else ""  # NaN where it is not known
+    return f"epoch {at.epoch} of {at.epochs}{step}: loss {at.loss:.3f}{top1}{left}"
 
 
 class _Stages(logging.Handler):

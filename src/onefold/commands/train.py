@@ -256,6 +256,8 @@ def _run(
         with world.raise_together():
             splits = run_data.open() if run_data else open_data(recipe.data)
             training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
+        if world.is_main and not resume and callbacks.on_data:  # before anything that takes long
+            callbacks.on_data(splits.info)
 
         def checked_recipe() -> Recipe:
             if resume:
@@ -275,6 +277,16 @@ def _run(
             check_batch_size(len(training), len(validation), recipe)
             batches = _batches(training, recipe, world)
 
+        # ---- The check of the data, whose errors are said before a network is made, which may take long
+        def check_once() -> DataCheck | None:
+            checked = _check(training, validation, recipe.preprocessing) if check and not resume else None
+            if callbacks.on_start and not resume:
+                callbacks.on_start(recipe)
+            return checked
+
+        _progress.debug("checking the photos" if check else "reading the photos")
+        checked = world.run_on_main(check_once)
+
         # ---- The network: initialized as the recipe says, or of the form that the checkpoint has
         _progress.debug("initializing %s", recipe.model)
         start = world.run_on_main(lambda: _start(recipe, training, world.device, out if resume else None))
@@ -286,17 +298,12 @@ def _run(
         with world.raise_together():
             teachers = open_teachers(recipe, training.classes, world.device)
 
-        # ---- What is written once: the recipe, the check of the data, a sheet of samples
+        # ---- What is written once: the recipe, what the check found, a sheet of samples
         def write_once() -> None:
             if resume:
                 if moved != (None, None):
                     update_run_data_location(out, *moved)
                 return
-            checked = _check(training, validation, recipe.preprocessing) if check else None
-            if callbacks.on_data:
-                callbacks.on_data(splits.info)
-            if callbacks.on_start:
-                callbacks.on_start(recipe)
             write_text(out / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
             images_of = {"train": training, "val": validation}
             write_run_data(out, splits.info, images_of, start.records or (), recipe.data.val)
@@ -306,7 +313,7 @@ def _run(
             if params is not None:
                 write_text(out / _QPARAMS, json.dumps(params.to_dict(), indent=1) + "\n")
 
-        _progress.debug("checking the photos" if check else "writing the run folder")
+        _progress.debug("writing the run folder")
         world.run_on_main(write_once)
         _progress.debug("preparing the first step")
         evaluator = Evaluator(card=card, validation=validation, recipe=recipe, world=world)

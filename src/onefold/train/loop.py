@@ -26,6 +26,7 @@ from onefold.train.step import Teachers, TrainState, clone_tensors
 from onefold.train.stop_signals import StopSignals
 
 _log = logging.getLogger(__name__)
+_progress = logging.getLogger("onefold.progress")
 
 _EVALUATION = 2**31  # stands for the step in the seed of an epoch's evaluation; no epoch has that many steps
 
@@ -229,6 +230,7 @@ class _Trainer:
         """Evaluate the network that the run starts from, as the first candidate for the best, before the first step."""
         if self.state.position.global_step or self.state.metrics:
             return  # a resumed run has done so already
+        _progress.debug("validating the network before the first step")
         best_weights = self._evaluate(epoch=0)
         self._log_event("evaluation", epoch=0, step=0, **self.state.metrics)
         if self.world.is_main:
