@@ -21,8 +21,27 @@ from onefold.file_io import (
     read_lines,
     read_plain_file,
     read_text,
+    suggest_path,
     write_text,
 )
+
+
+def test_a_path_of_nearly_the_same_name_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any of its folders; what is there all the way is suggested, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/photos-finetune/best", "runs/digits-s0", "Holiday Photos"):
+        (tmp_path / folder).mkdir(parents=True)
+    for given, meant in (
+        ("runs/photo-finetune", "runs/photos-finetune"),
+        ("run/photo-finetune/bset", "runs/photos-finetune/best"),
+        (tmp_path / "runs" / "digit-s0", tmp_path / "runs" / "digits-s0"),
+        ("holiday photos", "Holiday Photos"),
+        ("runs/photos-finetune/last", ""),
+        ("runs/photos-finetune", ""),
+        ("cats", ""),
+        ("x\0y", ""),
+    ):
+        assert suggest_path(given) == (f"; did you mean {meant}?" if meant else "")
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path):

@@ -10,6 +10,7 @@ written with it is text.
 from __future__ import annotations
 
 import codecs
+import difflib
 import errno
 import json
 import logging
@@ -21,7 +22,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from onefold.errors import BadData, NotWritable
 
 _log = logging.getLogger("onefold")
 
+_MOST_ENTRIES = 10_000  # of a folder, among which one of nearly the same name is looked for
 _MAX_TEXT_BYTES, _MAX_JSON_BYTES = 256 << 20, 64 << 20
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH, _TOO_DEEP = 100, "it is nested too deep"
@@ -109,6 +111,29 @@ def _windows_1252(match: re.Match[str]) -> str:
         return chr(code)
 
 
+def suggest_path(path: str | os.PathLike[str]) -> str:
+    """Give the end of an error about a path that is not there: `; did you mean runs/photos?`, "" where nothing is near.
+
+    What is there under a name that is spelled nearly so is meant, in any of the path's folders.
+    """
+    given, found = Path(path), Path()
+    try:
+        for part in given.parts:
+            if os.path.lexists(found / part):
+                found /= part
+                continue
+            with os.scandir(found) as entries:
+                names = {name.casefold(): name for entry in islice(entries, _MOST_ENTRIES) if (name := entry.name)}
+            near = difflib.get_close_matches(part.casefold(), names, n=1, cutoff=0.75)
+            if not near:
+                return ""
+            found /= names[near[0]]
+    except (OSError, ValueError):
+        return ""
+    shown = os.fspath(found).encode("utf-8", "backslashreplace").decode()
+    return f"; did you mean {shown}?" if found != given else ""
+
+
 def read_text(path: Path, notes: list[str] | None = None) -> str:
     """Read a text that a user gives: UTF-8, UTF-16 or UTF-32 with or without a byte order mark, lines ending in "\\n".
 
@@ -124,7 +149,7 @@ def read_text(path: Path, notes: list[str] | None = None) -> str:
             raise BadData(f"{shown} has {status.st_size >> 20} MiB: a text may have {_MAX_TEXT_BYTES >> 20}")
         data = path.read_bytes()
     except OSError as error:
-        raise BadData(f"cannot read {shown}: {error.strerror or error}") from error
+        raise BadData(f"cannot read {shown}: {error.strerror or error}{suggest_path(path)}") from error
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
     if encoding is None:  # text of two bytes a character without a mark: every other of the first bytes is 0
         zeros = [data[:512][start::2].count(0) for start in (0, 1)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onefold.errors import BadData
+from onefold.file_io import suggest_path
 from onefold.report import ACCURACY_FILE, GATES_FILE, write_report
 from onefold.report.format import format_count, join_words, one_line, parse_json_object
 from onefold.report.study_results import STUDY_SUFFIX
@@ -142,7 +143,8 @@ def find_inputs(places: Sequence[Path]) -> _Found:
             found.results.append(place)  # named by the user: what is wrong with it is said on the page
             continue
         if not place.is_dir():
-            raise BadData(f"{place} is not a folder: give folders with runs, results or artifacts")
+            hint = "" if place.exists() else suggest_path(place)
+            raise BadData(f"{place} is not a folder: give folders with runs, results or artifacts{hint}")
         pending = [(place, 0)]
         while pending:
             folder, depth = pending.pop()

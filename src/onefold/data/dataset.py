@@ -36,7 +36,7 @@ from onefold.data.shard_patterns import SHARD_SUFFIXES
 from onefold.data.splits import split_by_seed, split_into_words
 from onefold.data.table_columns import find_joined_names
 from onefold.errors import BadArgument, BadData, MissingExtra
-from onefold.file_io import normalize_class_name
+from onefold.file_io import normalize_class_name, suggest_path
 
 _DOUBTFUL = frozenset(("background", "clutter", "unknown", "unlabeled", "unlabelled", "undefined", "tbd", "todo"))
 
@@ -356,7 +356,10 @@ def check_places_exist(*places: str | None) -> None:
     for place in filter(None, places):
         elsewhere = "{" in place or place.startswith(REMOTE_PREFIXES) or place.endswith(SHARD_SUFFIXES)
         if place != "digits" and not elsewhere and not os.path.exists(place):
-            raise BadData(f"{printable_name(place)} is not there: expected a folder of images, or the word digits")
+            raise BadData(
+                f"{printable_name(place)} is not there: expected a folder of images, or the word digits"
+                f"{suggest_path(place)}"
+            )
 
 
 def _digits() -> PlaceImages:

@@ -59,6 +59,7 @@ from onefold.data.table_layouts import (
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import LabelTable, read_table
 from onefold.errors import BadData
+from onefold.file_io import suggest_path
 
 _FIRST_WORD = re.compile(r"([^\W\d_]\w*?)[._ -]*\(?\d+\)?\.\w+$")
 _LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say classes, in forms that are not read
@@ -82,7 +83,7 @@ def read_place(place: str | Path) -> PlaceImages:
         return read_tabled(path.parent, listing, [table], [])
     if not os.path.isdir(text):
         if not os.path.exists(text):
-            raise BadData(f"{shown} is not there: expected a folder of images, or the word digits")
+            raise BadData(f"{shown} is not there: expected a folder of images, or the word digits{suggest_path(text)}")
         if path.suffix.lower() in ARCHIVE_SUFFIXES:
             raise BadData(f"{shown} is an archive: unpack it and give the folder")
         kind = left_out_kind(path.name, partial(read_first_bytes, path))

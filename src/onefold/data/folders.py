@@ -38,7 +38,7 @@ from onefold.data.decode import (
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import LocalFile, digest_bytes
 from onefold.errors import BadData
-from onefold.file_io import normalize_name
+from onefold.file_io import normalize_name, suggest_path
 
 _LOG = logging.getLogger("onefold.data")
 _SYSTEM_NAMES = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini")) | {
@@ -109,7 +109,9 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
     for path in map(Path, paths):
         if not os.path.isdir(path):
             if not os.path.lexists(path):
-                raise BadData(f"{printable_name(path)} is not there: expected an image or a folder of images")
+                raise BadData(
+                    f"{printable_name(path)} is not there: expected an image or a folder of images{suggest_path(path)}"
+                )
             images[path] = None
             continue
         listing = list_folder(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
-from onefold.file_io import read_json, read_plain_file
+from onefold.file_io import read_json, read_plain_file, suggest_path
 
 WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
@@ -67,7 +67,7 @@ def check_weights_exist(source: str | Path) -> None:
 def check_weights_file(path: Path) -> None:
     """Raise BadCheckpoint unless there is a file, with something in it."""
     if not path.exists():
-        raise BadCheckpoint(f"there is no file {path}: {WEIGHTS_HINT}")
+        raise BadCheckpoint(f"there is no file {path}: {WEIGHTS_HINT}{suggest_path(path)}")
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise BadCheckpoint(f"{path} is {kind}, not a file of weights: {WEIGHTS_HINT}")
@@ -178,7 +178,9 @@ def _repository(source: str) -> str:
         seen = f"the current folder {Path.cwd()} has no folder {folder}"
     else:
         return source
-    raise BadCheckpoint(f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}")
+    raise BadCheckpoint(
+        f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}{suggest_path(source)}"
+    )
 
 
 def _with_files_beside(file: LocatedWeights) -> LocatedWeights:
@@ -319,6 +321,7 @@ def _download(repo_id: str, name: str) -> Path:
         raise BadCheckpoint(
             f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
             f"path or the id; for a gated or private one `hf auth login` ({one_line_error(error)})"
+            f"{suggest_path(repo_id)}"
         ) from None
     except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
         if cached is not None and not isinstance(cached, str):  # known of before: the repository has no such file
@@ -335,7 +338,7 @@ def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
     return NetworkFailed(
         f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
         f"{one_line_error(first)}): check the network and HF_HUB_OFFLINE; or copy its {WEIGHTS_NAME} here from "
-        "another machine and give the path"
+        f"another machine and give the path{suggest_path(repo_id)}"
     )
 
 

@@ -30,7 +30,7 @@ from onefold.data import (
 )
 from onefold.data.augmentation import with_image_size as steps_at_size
 from onefold.errors import BadArgument, BadCheckpoint
-from onefold.file_io import parse_json, read_json
+from onefold.file_io import parse_json, read_json, suggest_path
 from onefold.train import SGD, Cosine, Epochs, Exponential, Plan, Steps
 
 _Sized = RandomResizedCrop | Resize | CentreCrop
@@ -159,7 +159,8 @@ def read_recipe_file(run: Path) -> Recipe:
     try:
         return Recipe.from_dict(read_json(run / RECIPE_FILE))
     except FileNotFoundError as error:
-        raise BadCheckpoint(f"{run} is not a run: it has no {RECIPE_FILE}") from error
+        hint = "" if run.exists() else suggest_path(run)
+        raise BadCheckpoint(f"{run} is not a run: it has no {RECIPE_FILE}{hint}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadCheckpoint(f"{run / RECIPE_FILE} cannot be read: {error}") from error
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from onefold.errors import BadArgument, BadArtifact
-from onefold.file_io import parse_json, read_json
+from onefold.file_io import parse_json, read_json, suggest_path
 
 _SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
@@ -171,6 +171,7 @@ def read_manifest(folder: Path) -> Artifact:
         actual = "a file" if folder.exists() else "nothing"
         raise BadArtifact(
             f"expected an artifact folder at {folder}, found {actual} there; give the folder of an export"
+            f"{'' if folder.exists() else suggest_path(folder)}"
         )
     path = folder / MANIFEST_FILE
     if not path.is_file():
