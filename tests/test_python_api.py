@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,27 @@ def test_load_model_takes_what_the_command_line_takes(run: onefold.Run, fused, a
             assert isinstance(model, nn.Module)
             assert card.classes == CLASSES
             assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+def test_a_run_that_is_not_at_its_end_is_said(
+    run: onefold.Run, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Its best weights so far were fused and predicted with, without a word."""
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run.folder, stopped)
+    onefold.fuse(stopped, tmp_path / "fused.safetensors")
+    assert "stopped" not in caplog.text
+    recipe = json.loads((stopped / "recipe.json").read_text())
+    recipe["plan"]["epochs"] = 30
+    (stopped / "recipe.json").write_text(json.dumps(recipe))
+    for use in (
+        lambda: onefold.fuse(stopped, tmp_path / "fused.safetensors"),
+        lambda: onefold.predict(stopped, photos / "red"),
+    ):
+        caplog.clear()
+        use()
+        said = f"{stopped}: epoch 1 of 30: stopped, or not finished yet; the best weights so far are taken"
+        assert caplog.text.count(said) == 1
 
 
 def test_a_module_is_fused_and_exported(tmp_path: Path):

@@ -307,7 +307,7 @@ def _why(error: OSError, path: Path) -> str:
 
 
 def _file_size_limit() -> int | None:
-    """Give the most bytes that this process may write to a file; None where nothing limits them, or nobody says."""
+    """Give the most bytes that this process may write to a file; None where nothing limits them, or nothing tells."""
     try:
         import resource
     except ImportError:  # not on Windows

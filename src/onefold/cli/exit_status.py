@@ -36,10 +36,10 @@ def run_command(command: Callable[[], int]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        return _nobody_reads()
+        return _reader_is_gone()
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # click ends with status 1 then, which is that of a gate
-            return _nobody_reads()
+            return _reader_is_gone()
         raise
     except OSError as error:
         if error.errno == errno.ENOENT and _is_current_folder_gone():
@@ -73,7 +73,7 @@ def _is_current_folder_gone() -> bool:
     return False
 
 
-def _nobody_reads() -> int:
+def _reader_is_gone() -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

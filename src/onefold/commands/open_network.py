@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from onefold.commands.predictor import Floats, Predictor, is_timm, resolve_weights_file, untrained_facts
+from onefold.commands.saved_recipe import describe_unfinished_run
 from onefold.commands.timm_networks import load_stored_timm, load_timm, open_timm
 from onefold.data import Preprocessing
 from onefold.data.preprocessing import IMAGENET_PREPROCESSING
@@ -228,6 +229,8 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
         model, card = open_timm(str(source))
         return Network(model=model, card=card, title=str(source))
     file = resolve_weights_file(source)
+    if file != source and (unfinished := describe_unfinished_run(Path(file).parent.parent)):
+        _log.warning("%s", unfinished)
     if name is not None and is_timm(name):
         model, card = load_timm(name, file)
     else:

@@ -19,7 +19,7 @@ from torch import nn
 
 from onefold.checksums import read_sealed_folder
 from onefold.errors import BadArgument, BadCheckpoint, BadData
-from onefold.file_io import parse_json
+from onefold.file_io import parse_json, read_plain_file
 from onefold.recipes import RECIPE_FILE, Recipe, read_recipe_file
 from onefold.report.format import format_count
 from onefold.train import RunFolder
@@ -54,6 +54,23 @@ def read_recipe(out: Path) -> Recipe:
     recipe = read_recipe_file(out)
     _check_settings(out, recipe)
     return recipe
+
+
+def describe_unfinished_run(run: Path) -> str:
+    """Say how many epochs of a run are done where it is not at its end; "" where it is, or where nothing tells."""
+    try:
+        lines = read_plain_file(run / "log.jsonl").decode("utf-8").splitlines()
+        logged = [parse_json(line) for line in lines if line.strip()]
+        done = max((int(each["epoch"]) for each in logged if each.get("kind") == "epoch"), default=0)
+        epochs = read_recipe_file(run).plan.epochs
+    except (BadCheckpoint, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    if done >= epochs:
+        return ""
+    return (
+        f"{run}: epoch {done} of {epochs}: stopped, or not finished yet; the best weights so far are taken "
+        f"(onefold train --resume {run} goes on)"
+    )
 
 
 def _check_settings(out: Path, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What a phone is, and how it fares: heat, battery, screen. Its serial is nobody's business and is not kept."""
+"""What a phone is, and how it fares: heat, battery, screen. Its serial number is not kept."""
 
 from __future__ import annotations
 
