@@ -29,6 +29,7 @@ from onefold.data.dataset_layouts import read_place
 from onefold.data.decode import printable_name
 from onefold.data.folder_roles import class_difference
 from onefold.data.folders import join_names
+from onefold.data.photo_copies import group_by_photo, notes_of_shared_groups
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import notes_of_repeated
@@ -274,12 +275,13 @@ def read_dataset(
             continue
         datasets[part.split or "train"] = whole
         sources[part.split or "train"] = part.source
-    notes += notes_of_repeated(opened)
+    notes += [*notes_of_repeated(opened), *notes_of_shared_groups(parts)]
     is_val_cut = "train" in datasets and "val" not in datasets
     if is_val_cut:
         whole, source = datasets.pop("train"), sources["train"]
         image_names, labels = [whole.name(i) for i in range(len(whole))], [whole.label(i) for i in range(len(whole))]
-        for split, numbers in split_by_seed(image_names, labels, seed, val_fraction).items():
+        groups = _groups(reference, image_names, labels, notes)
+        for split, numbers in split_by_seed(image_names, labels, seed, val_fraction, groups).items():
             side = Subset(whole, numbers)
             if len(side):
                 wanted = val_fraction if split == "val" else 1 - val_fraction
@@ -312,6 +314,25 @@ def read_dataset(
         notes=tuple(dict.fromkeys(notes)),
     )
     return DatasetSplits(info, datasets, is_val_cut, val_fraction)
+
+
+def _groups(part: SplitImages, names: Sequence[str], labels: Sequence[int], notes: list[str]) -> Sequence[str]:
+    """Give of what each image is, where several are of one photo or one thing; says so in `notes`."""
+    if part.groups is not None and len(part.groups) == len(names):
+        things = len({*part.groups} - {""})
+        notes.append(
+            f"the {len(names)} images of {part.source} are of {things} of the column {part.group_column}: val has all "
+            "images of one, or none"
+        )
+        return part.groups
+    groups = group_by_photo(names, labels)
+    if several := [name for name, group in zip(names, groups, strict=True) if group]:
+        photos = len({*groups} - {""})
+        notes.append(
+            f"{len(several)} images are of {photos} photos by their names ({join_names(several, 2)}): val has all "
+            "images of one, or none"
+        )
+    return groups
 
 
 def _order(reference: SplitImages) -> tuple[tuple[str, ...], str]:

@@ -29,7 +29,8 @@ class SplitImages:
     """The images of one split, or (split None) of all, before their classes are numbered.
 
     `labels` has each image's class by name, `numbered` the names in the order of their numbers where the place numbers
-    them. `open` makes a Dataset of the images' class indices and the classes.
+    them. `open` makes a Dataset of the images' class indices and the classes. `groups` says of what each photo is, by a
+    column of a table; photos of one thing are on one side where val is cut out.
     """
 
     split: Split | None
@@ -37,6 +38,8 @@ class SplitImages:
     labels: Sequence[str]
     open: Callable[[Sequence[int], tuple[str, ...]], Dataset]
     numbered: tuple[str, ...] | None = None
+    groups: Sequence[str] | None = None
+    group_column: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

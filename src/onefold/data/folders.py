@@ -35,6 +35,7 @@ from onefold.data.decode import (
     read_first_bytes,
     read_samples,
 )
+from onefold.data.photo_copies import THUMBNAIL_KIND, find_thumbnails
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import LocalFile, digest_bytes
 from onefold.errors import BadData
@@ -232,8 +233,11 @@ def list_folder(folder: Path) -> FolderListing:
             (images if kind is None else others[kind]).append(inner + name)
     if masks := {*find_masks(images), *_masks_in_folders(images)}:
         others[MASK_KIND] = sorted(masks)
+        images = [name for name in images if name not in masks]
+    if thumbnails := {*find_thumbnails(images)}:
+        others[THUMBNAIL_KIND] = sorted(thumbnails)
     return FolderListing(
-        images=sorted((name for name in images if name not in masks), key=normalize_name),
+        images=sorted((name for name in images if name not in thumbnails), key=normalize_name),
         others={kind: sorted(names) for kind, names in others.items()},
         hidden=hidden,
         outputs=sorted(outputs),
@@ -372,6 +376,8 @@ def _what(kind: str, count: int) -> str:
 
 
 def _reason(kind: str) -> str:
+    if kind == THUMBNAIL_KIND:
+        return "smaller copies of other images, by their names"
     return "what they point to is not there" if kind == _LINK_KIND else left_out_reason(kind)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,27 +108,56 @@ def splits_by_folder_name(images: Sequence[str]) -> list[Split] | None:
 
 
 def split_by_seed(
-    names: Sequence[str], labels: Sequence[int], seed: int, val_fraction: float
+    names: Sequence[str], labels: Sequence[int], seed: int, val_fraction: float, groups: Sequence[str] = ()
 ) -> dict[Split, list[int]]:
     """Give the numbers of train's and val's images: val has those of each class whose names' hashes are smallest.
 
     So the split depends on nothing but names and seed, and an image that is added later moves no more than a few
     others. A class of two or more is on both sides, unless `val_fraction` is 0 or 1, which give all to one side: 1 to
-    evaluate on everything.
+    evaluate on everything. Images of one of the `groups` ("" is none) are on one side; a class of one group may be on
+    one side only.
     """
-    members: dict[int, list[int]] = defaultdict(list)
-    for i, label in enumerate(labels):
-        members[label].append(i)
     is_val = [val_fraction == 1] * len(names)
     if 0 < val_fraction < 1:
-        for images in members.values():
-            count = min(max(round(val_fraction * len(images)), 1), len(images) - 1)
-            for i in sorted(images, key=lambda i: _hash(seed, names[i]))[:count]:
+        members: dict[int, list[int]] = defaultdict(list)
+        for i, label in enumerate(labels):
+            members[label].append(i)
+        wanted = {n: min(max(round(val_fraction * len(images)), 1), len(images) - 1) for n, images in members.items()}
+        if any(groups):
+            for i in _whole_groups(names, labels, seed, groups, wanted):
+                is_val[i] = True
+            members.clear()
+        for n, images in members.items():
+            for i in sorted(images, key=lambda i: _hash(seed, names[i]))[: wanted[n]]:
                 is_val[i] = True
     sides: dict[Split, list[int]] = {"train": [], "val": []}
     for i, held_out in enumerate(is_val):
         sides["val" if held_out else "train"].append(i)
     return sides
+
+
+def _whole_groups(
+    names: Sequence[str], labels: Sequence[int], seed: int, groups: Sequence[str], wanted: Mapping[int, int]
+) -> list[int]:
+    """Give val's images: groups in the order of their hashes, as long as no class has more than wanted of it.
+
+    Of a class whose groups are all larger the first is taken that leaves half of its images or more to train on.
+    """
+    together: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for i, group in enumerate(groups):
+        together[(group, -1) if group else (names[i], i)].append(i)
+    units = [images for _, images in sorted(together.items(), key=lambda unit: _hash(seed, unit[0][0]))]
+    of_class, num_val = Counter(labels), Counter[int]()
+    found: list[int] = []
+    for is_last in (False, True):
+        for images in units:
+            added = Counter(labels[i] for i in images)
+            if is_last and all(num_val[n] for n in added):
+                continue
+            if all(num_val[n] + count <= (of_class[n] // 2 if is_last else wanted[n]) for n, count in added.items()):
+                num_val.update(added)
+                found += images
+    return found
 
 
 def _hash(seed: int, name: str) -> bytes:

@@ -382,6 +382,8 @@ def table_split(place: Path, table: LabelTable, split: Split | None, source: str
         source=source,
         labels=labels,
         numbered=None if table.numbered is None else tuple(name for name in table.numbered if name in present),
+        groups=None if table.groups is None else [table.groups[i] for i in rows],
+        group_column=table.group_column,
         open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
     )
 

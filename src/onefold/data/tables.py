@@ -30,6 +30,7 @@ from onefold.data.folders import join_names
 from onefold.data.json_tables import JSON_LINES_SUFFIXES
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.one_hot_columns import read_one_hot
+from onefold.data.photo_copies import find_group_column
 from onefold.data.splits import SPLIT_WORDS, split_into_words
 from onefold.data.table_columns import (
     BOOLEAN_WORDS,
@@ -74,7 +75,7 @@ class LabelTable:
     `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
     each image where a column says it. `notes` says what was not used; `unlabelled` are images that are listed without a
     class or a split, `parts` other files that belong to the table. `is_guessed` is whether its column of classes is
-    one by what it holds alone.
+    one by what it holds alone, `groups` of what each photo is (a lesion, a patient), and `group_column` what says so.
     """
 
     path: str
@@ -86,6 +87,8 @@ class LabelTable:
     unlabelled: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     is_guessed: bool = False
+    groups: tuple[str, ...] | None = None
+    group_column: str = ""
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -221,6 +224,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         ]
     if unused and label_column:
         notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
+    used_columns = [file_column, label_column, *number_columns, *split_columns]
+    group_column = find_group_column(cells, used_columns, labels)
     return LabelTable(
         path=path,
         files=tuple(files[i] for i in kept),
@@ -231,6 +236,8 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         unlabelled=tuple(sorted({*without} - {*files})),
         parts=read.parts,
         is_guessed=bool(only),
+        groups=tuple(cells[group_column][i] for i in kept) if group_column else None,
+        group_column=group_column or "",
     )
 
 

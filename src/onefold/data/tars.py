@@ -25,6 +25,7 @@ from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
 from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
 from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
+from onefold.data.photo_copies import THUMBNAIL_KIND, find_thumbnails
 from onefold.data.remote_files import Blob, BlobReader
 from onefold.data.repeated_images import Files, leave_out_copies
 from onefold.data.splits import parse_split_name, splits_by_folder_name
@@ -267,6 +268,9 @@ def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Cou
     if masks := set(find_masks([m.name for m in images])):
         others[MASK_KIND] += len(masks)
         images = [m for m in images if m.name not in masks]
+    if thumbnails := set(find_thumbnails([m.name for m in images])):
+        others[THUMBNAIL_KIND] += len(thumbnails)
+        images = [m for m in images if m.name not in thumbnails]
     keys = [_sample_key(m.name) for m in images]
     of_images = set(keys)
     labels: dict[str, tuple[str, int | str]] = {}

@@ -1,0 +1,142 @@
+"""Images that are made of another one, by their names, and photos of one thing, by a column of a table.
+
+| images | are |
+|---|---|
+| `thumb_a.jpg`, `a_thumb.jpg`, `a-150x150.jpg` beside `a.jpg`, or below it in `thumbs/` | thumbnails: left out |
+| `a_jpg.rf.1f0c9d.jpg` (Roboflow), `a_flipLR.jpg`, `a_aug3.jpg`, `a-edited.jpg`, `a - Copy.jpg` | of the photo a |
+| `a (1).jpg`, `a 2.jpg` and `IMG_E1234.jpg` beside `a.jpg` and `IMG_1234.jpg`, no more than three | the same |
+| of equal values in a column `lesion_id`, `patient`, `video` or the like | photos of one thing |
+
+A val that is cut out of train has all images of a photo, or of a thing, or none: else a network would be scored on what
+it has learned by heart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from onefold.data.dataset_info import SPLITS, SplitImages
+from onefold.data.splits import split_into_words
+
+THUMBNAIL_KIND = "thumbnails beside their photos"
+
+_THUMBNAIL = re.compile(
+    r"(?:thumb(?:nail)?s?|tn)[ _.-](?P<a>.+)|(?P<b>.+?)[ _.-](?:thumb(?:nail)?|tn)|(?P<c>.+)-(?:\d{2,5}x\d{2,5}|scaled)"
+)
+_THUMBNAIL_FOLDERS = frozenset(("thumb", "thumbs", "thumbnail", "thumbnails", "_thumbs", "previews", "_previews"))
+_PHOTO_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "original", "originals", "full"))
+_MADE = (
+    r"(?:aug(?:mented)?|flip(?:ped)?(?:lr|tb|ud|[hv])?|[hv]flip|mirror(?:ed)?|rot(?:at(?:ed?|ion))?|crop(?:ped)?|blur(?:red)?"
+    r"|nois[ey]|bright(?:ness|er|ened)?|edit(?:ed)?|bearbeitet|copy|kopie|copie|copia|(?:new)?\d{1,3}deg(?:flip(?:lr|tb))?"
+    r"|\d{2,5}x\d{2,5}|scaled|thumb(?:nail)?)"
+)
+_OF_PHOTO = re.compile(rf"(?P<photo>.*?)(?:\.rf\.[0-9a-z]{{6,}}|(?:[ _.-]+{_MADE}[ _-]?\(?\d{{0,4}}\)?)+|~\d)")
+_BESIDE = re.compile(r"(?P<photo>.+?)(?: ?\(\d{1,2}\)| \d)|(?P<phone>img_)e(?P<number>\d{4,})")
+_MAX_COPIES = 20
+_MAX_BESIDE = 4  # a photo and its copies; more are numbered photos: cat (1) to cat (500)
+_THINGS = frozenset(("patient", "lesion", "subject", "participant", "person", "individual", "specimen", "identity")) | {
+    *("video", "clip", "recording", "burst")
+}
+_NUMBERED_THINGS = frozenset(("plant", "tree", "leaf", "animal", "sequence", "scene", "session", "study", "case")) | {
+    *("group", "slide", "trap", "tile", "family", "eye", "wound", "nodule", "scan", "object", "instance", "camera")
+}  # with a word for a key: a column `plant` has kinds
+_KEY_WORDS = frozenset(("id", "ids", "no", "nr", "number", "code", "key", "uid", "idx", "index"))
+
+
+def find_thumbnails(names: Sequence[str]) -> list[str]:
+    """List, of names of images with "/", the thumbnails and smaller copies of another one that is there."""
+    stems = {os.path.splitext(name)[0].casefold() for name in names}
+
+    def is_thumbnail(name: str) -> bool:
+        folder, slash, stem = os.path.splitext(name)[0].casefold().rpartition("/")
+        match = _THUMBNAIL.fullmatch(stem)
+        photo = folder + slash + (match["a"] or match["b"] or match["c"]) if match else ""
+        return bool(match) and (photo in stems or (f"{photo}-scaled" in stems and not stem.endswith("-scaled")))
+
+    found = [name for name in names if is_thumbnail(name)]
+    inside = [name for name in names if not _THUMBNAIL_FOLDERS.isdisjoint(name.casefold().split("/")[:-1])]
+    if inside:
+        photos = {_photo_key(name) for name in set(names).difference(inside)}
+        found += [name for name in inside if name not in found and _photo_key(name) in photos]
+    return found
+
+
+def _photo_key(name: str) -> str:
+    """Give the path of an image without folders for thumbnails and photos, and what marks a thumbnail."""
+    *folders, stem = os.path.splitext(name)[0].casefold().split("/")
+    match = _THUMBNAIL.fullmatch(stem)
+    stem = (match["a"] or match["b"] or match["c"]) if match else stem
+    return "/".join([*(part for part in folders if part not in (*_THUMBNAIL_FOLDERS, *_PHOTO_FOLDERS)), stem])
+
+
+def group_by_photo(names: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """Give for each image the photo that it and others are of, by their names; "" where it is of its own.
+
+    Names that would put a whole class together, or more than half of it and more than 20 images, tell nothing.
+    """
+    stems = [os.path.splitext(name)[0].casefold() for name in names]
+    there = set(stems)
+    beside: dict[str, list[int]] = defaultdict(list)
+    photos = [""] * len(names)
+    for i, path in enumerate(stems):
+        folder, slash, stem = path.rpartition("/")
+        if match := _OF_PHOTO.fullmatch(stem):
+            photos[i] = folder + slash + match["photo"]
+        elif match := _BESIDE.fullmatch(stem):
+            photo = folder + slash + (match["photo"] or match["phone"] + match["number"])
+            if photo in there:
+                beside[photo].append(i)
+    for photo, those in beside.items():
+        if len(those) < _MAX_BESIDE:
+            for i in those:
+                photos[i] = photo
+    known = {*photos}
+    photos = [path if not photo and path in known else photo for photo, path in zip(photos, stems, strict=True)]
+    alone = {photo for photo, count in Counter(photos).items() if count < 2}
+    if len(alone) == len({*photos}):
+        return [""] * len(names)
+    of_class = Counter(labels)
+    for (photo, label), count in Counter(zip(photos, labels, strict=True)).items():
+        if count == of_class[label] or (2 * count > of_class[label] and count > _MAX_COPIES):
+            alone.add(photo)
+    return ["" if photo in alone else photo for photo in photos]
+
+
+def notes_of_shared_groups(parts: Sequence[SplitImages]) -> list[str]:
+    """Say how many things of one split are in another too, where a column says of what the photos are."""
+    notes = []
+    grouped = [(part, {*part.groups} - {""}) for part in parts if part.groups is not None]
+    grouped.sort(key=lambda each: SPLITS.index(each[0].split or "train"))
+    for (one, things), (other, others) in combinations(grouped, 2):
+        if both := sorted(things & others):
+            column = other.group_column
+            notes.append(
+                f"{len(both)} of the {len(others)} {column} of {other.source} are in {one.source} too ({both[0]}): "
+                "photos of one thing are on both sides, and the score flatters"
+            )
+    return notes
+
+
+def find_group_column(
+    cells: Mapping[str, Sequence[str]], used: Sequence[str | None], labels: Sequence[str]
+) -> str | None:
+    """Give the column that says of what thing a photo is (lesion_id, patient): of several the one with fewest things.
+
+    None where no such column has values that recur, or where most classes are of one thing only.
+    """
+    found = []
+    for name, column in cells.items():
+        words = split_into_words(name)
+        is_thing = words[:1] and (words[0] in _THINGS or (words[0] in _NUMBERED_THINGS and len(words) > 1))
+        if name in used or not is_thing or not {*words[1:]} <= _KEY_WORDS:
+            continue
+        things = {*column} - {""}
+        per_class = Counter(label for label, thing in {*zip(labels, column, strict=True)} if thing)
+        num_single = sum(count == 1 for count in per_class.values())
+        if 1 < len(things) < sum(map(bool, column)) and 2 * num_single < len({*labels}):
+            found.append((len(things), name))
+    return min(found)[1] if found else None

@@ -1,0 +1,115 @@
+"""Thumbnails are left out; copies of one photo, and photos of one thing, are on one side of a split that is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_fixtures import write_images
+from onefold.data import read_dataset
+from onefold.data.photo_copies import find_group_column, find_thumbnails, group_by_photo
+from onefold.data.splits import split_by_seed
+
+
+@pytest.mark.parametrize(
+    ("names", "thumbnails"),
+    [
+        (["a/x.jpg", "a/thumb_x.jpg"], ["a/thumb_x.jpg"]),
+        (["a/x.png", "a/X_Thumb.jpg"], ["a/X_Thumb.jpg"]),
+        (["a/x.jpg", "b/thumb_x.jpg"], []),
+        (["a/x.jpg", "a/x-150x150.jpg", "a/x-scaled.jpg"], ["a/x-150x150.jpg", "a/x-scaled.jpg"]),
+        (["a/x-150x150.jpg", "a/x-scaled.jpg"], ["a/x-150x150.jpg"]),
+        (["a/wall-150x150.jpg", "a/roof-150x150.jpg"], []),
+        (["a/x.jpg", "a/thumbs/x.jpg"], ["a/thumbs/x.jpg"]),
+        (["photos/a/x.jpg", "thumbnails/a/x_thumb.jpg"], ["thumbnails/a/x_thumb.jpg"]),
+        (["thumb/a.jpg", "index/b.jpg"], []),  # fingers
+        (["a/thumbtack.jpg", "a/tack.jpg"], []),
+    ],
+)
+def test_thumbnails_are_known_beside_their_photos(names: list[str], thumbnails: list[str]):
+    assert find_thumbnails(names) == thumbnails
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (["a_jpg.rf.1f0c9d.jpg", "a_jpg.rf.2f0c9d.jpg", "b_jpg.rf.3f0c9d.jpg"], [2]),
+        (["leaf.JPG", "leaf_90deg.JPG", "leaf_new30degFlipLR.JPG", "tree.JPG"], [3]),
+        (["a_aug1.png", "a_aug2.png", "b_aug1.png", "b_aug2.png"], [2, 2]),
+        (["IMG_1234.jpg", "IMG_E1234.jpg", "IMG_1235.jpg"], [2]),
+        (["a.jpg", "a (1).jpg", "a - Copy.jpg", "b.jpg"], [3]),
+        (["PXL_1.jpg", "PXL_1-edited.jpg", "PXL_2.jpg", "PXL_2~2.jpg"], [2, 2]),
+        (["cat (1).jpg", "cat (2).jpg", "cat (3).jpg"], []),
+        (["cat.jpg", "cat (1).jpg", "cat (2).jpg", "cat (3).jpg", "cat (4).jpg"], []),
+        (["img_1.jpg", "img_2.jpg", "img_3.jpg"], []),
+        (["scan_crop_1.jpg", "scan_crop_2.jpg", "scan_crop_3.jpg"], []),  # a whole class
+    ],
+)
+def test_copies_of_one_photo_are_known_by_their_names(names: list[str], sizes: list[int]):
+    groups = Counter(group_by_photo(names, [0] * len(names)))
+    assert sorted(count for group, count in groups.items() if group) == sizes
+
+
+@given(st.data())
+def test_groups_are_on_one_side(data: st.DataObject):
+    groups = data.draw(st.lists(st.sampled_from(["", "a", "b", "c", "d"]), min_size=2, max_size=40))
+    labels = [data.draw(st.integers(0, 2)) for _ in groups]
+    names = [f"{i}.jpg" for i in range(len(groups))]
+    fraction = data.draw(st.sampled_from([0.1, 0.25, 0.5, 0.9]))
+    sides = split_by_seed(names, labels, 3, fraction, groups)
+    assert sorted([*sides["train"], *sides["val"]]) == [*range(len(names))]
+    assert {groups[i] for i in sides["train"]} & {groups[i] for i in sides["val"]} <= {""}
+    assert {labels[i] for i in sides["val"]} <= {labels[i] for i in sides["train"]}
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.sampled_from([0.0, 0.1, 0.25, 0.9, 1.0]))
+def test_groups_of_one_image_are_none(labels: list[int], fraction: float):
+    names = [f"{i}.jpg" for i in range(len(labels))]
+    assert split_by_seed(names, labels, 7, fraction, names) == split_by_seed(names, labels, 7, fraction)
+
+
+def test_a_column_says_of_what_thing_a_photo_is():
+    cells = {
+        "image": ["1", "2", "3", "4"],
+        "lesion_id": ["a", "a", "b", "c"],
+        "patient": ["p", "p", "q", "q"],
+        "age": ["5", "5", "6", "6"],
+        "plant": ["x", "x", "y", "y"],
+    }
+    assert find_group_column(cells, ["image"], ["n", "n", "m", "m"]) is None  # n is of p alone
+    assert find_group_column(cells, ["image"], ["n", "m", "n", "m"]) == "patient"
+    assert find_group_column(cells, ["patient"], ["n", "m", "n", "m"]) == "lesion_id"
+    assert find_group_column({"plant": cells["plant"]}, [], ["n", "m", "n", "m"]) is None  # kinds of plants
+
+
+def lesions(place: Path, header: str, rows: list[str]) -> Path:
+    write_images(place, [f"{row.split(',')[1]}.png" for row in rows])
+    (place / "x.csv").write_text("\n".join((header, *rows)), encoding="utf-8")
+    return place
+
+
+def test_photos_of_one_lesion_are_on_one_side_and_it_is_said(tmp_path: Path):
+    rows = [f"L{i // 3},i{i},{'nv' if i // 3 % 2 else 'bkl'}" for i in range(36)]
+    splits = read_dataset(lesions(tmp_path, "lesion_id,image_id,dx", rows), seed=1, val_fraction=0.25)
+    sides = {
+        split: {int(dataset.name(i)[1:-4]) // 3 for i in range(len(dataset))}
+        for split, dataset in splits.datasets.items()
+    }
+    assert not sides["train"] & sides["val"]
+    assert len(sides["val"]) == 2
+    assert (
+        "the 36 images of x.csv are of 12 of the column lesion_id: val has all images of one, or none"
+        in splits.info.notes
+    )
+
+
+def test_patients_on_both_sides_of_splits_that_are_given_are_told(tmp_path: Path):
+    rows = [f"p{i % 5},i{i},{'yes' if i % 2 else 'no'},{'val' if i > 7 else 'train'}" for i in range(10)]
+    info = read_dataset(lesions(tmp_path, "patient_id,image,label,split", rows), seed=1, val_fraction=0.25).info
+    assert any(
+        note.startswith("2 of the 2 patient_id of x.csv (its column says val) are in x.csv") for note in info.notes
+    )
