@@ -15,7 +15,7 @@ from onefold.bench import Comparison, Machine, Procedure, append_results, compar
 from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.commands.predictor import open_predictor
 from onefold.models import CATALOGUE, create_model
-from onefold.models.pretrained import Card, save_weights
+from onefold.models.load_model import Card, save_weights
 
 HERE = Path(__file__).parent
 

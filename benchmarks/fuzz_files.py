@@ -53,7 +53,7 @@ import onefold
 from onefold.cli import main
 from onefold.errors import OnefoldError
 from onefold.models import create_model
-from onefold.models.pretrained import Card, save_pretrained
+from onefold.models.load_model import Card, save_pretrained
 from onefold.runtimes import RUNTIMES
 from onefold.runtimes.artifact import Artifact, hash_files, read_manifest, render_manifest
 from onefold.runtimes.coreml import unzip_mlpackage

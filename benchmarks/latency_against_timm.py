@@ -42,7 +42,7 @@ from onefold.data import Preprocessing
 from onefold.errors import OnefoldError
 from onefold.file_io import write_text
 from onefold.models import CATALOGUE, count_flops, create_model
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.quantize import QuantizedModel
 from onefold.runtimes import export as export_to
 

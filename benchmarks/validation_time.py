@@ -33,7 +33,7 @@ from onefold.commands.validation_loop import Evaluator
 from onefold.data import ImageLoader, Subset
 from onefold.data.folders import ImageFiles
 from onefold.models import create_model
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.recipes import make_recipe
 from onefold.train import World, evaluate, init_world
 from onefold.train.launch import launch

@@ -26,7 +26,7 @@ from onefold.commands.predict import predict
 from onefold.commands.predictor import open_predictor
 from onefold.data import Preprocessing
 from onefold.errors import MissingExtra
-from onefold.models.pretrained import save_weights
+from onefold.models.load_model import save_weights
 from onefold.runtimes import web
 from onefold.runtimes.artifact_readme import list_platforms, render_code
 from test_artifact_readme import PREPARED, SIZES, blocks, fake, python_of

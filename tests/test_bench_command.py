@@ -15,7 +15,7 @@ from onefold.commands.bench import measure_sources as run_bench
 from onefold.commands.export import ExportOptions, export_to_runtimes
 from onefold.errors import BadArgument
 from onefold.models import count_flops, create_model
-from onefold.models.pretrained import Card, save_weights
+from onefold.models.load_model import Card, save_weights
 from onefold.runtimes.layer_times import LayerTime, median_layer_times, profile
 
 SIZE = 32

@@ -17,7 +17,7 @@ from onefold.data import Preprocessing
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadArgument, BadData
 from onefold.models import Classifier, create_model
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 
 TEXT_ORDER = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
 IDS = wordnet_ids()

@@ -45,7 +45,7 @@ from onefold.commands.predictor import open_predictor
 from onefold.commands.saved_recipe import read_recipe
 from onefold.errors import BadCheckpoint, NotWritable, Stopped
 from onefold.file_io import parse_json
-from onefold.models.pretrained import load_model
+from onefold.models.load_model import load_model
 from onefold.models.weights_file import Card, save_weights
 from onefold.recipes import all_recipes
 from onefold.report.load_results import load_report_inputs

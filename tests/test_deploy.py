@@ -37,7 +37,7 @@ from onefold.commands.held_out_images import DeploymentPhotos
 from onefold.commands.open_network import open_network
 from onefold.errors import BadArgument, BadData, GateFailed, GateUndecided
 from onefold.models import create_model
-from onefold.models.pretrained import Card, save_weights
+from onefold.models.load_model import Card, save_weights
 from onefold.reparam import fuse
 from onefold.runtimes import onnx, open_artifact, openvino
 from onefold.runtimes.base import RuntimeEngine

@@ -30,7 +30,7 @@ from onefold.data.imagenet_variants import (
 )
 from onefold.errors import BadData
 from onefold.models import create_model
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.recipes import make_recipe
 from onefold.train import World, compute_accuracy
 from onefold.train.evaluate import NUM_BINS, calibration_error, merge_accuracies

@@ -55,7 +55,7 @@ from onefold.data.dataset import Dataset
 from onefold.data.fingerprint import TrainedOn, image_keys
 from onefold.errors import BadArgument, BadCheckpoint, BadData
 from onefold.models import create_model
-from onefold.models.pretrained import Card, read_card, save_weights
+from onefold.models.load_model import Card, read_card, save_weights
 from onefold.quantize import MINMAX_METHOD, QuantizationMethod
 from onefold.recipes import find_recipe
 from onefold.recipes.recipe import override, with_image_size

@@ -27,7 +27,7 @@ from onefold.commands.train import Callbacks, resume_run, start_run
 from onefold.data import Preprocessing
 from onefold.errors import BadArgument, MissingExtra, NonFiniteLoss
 from onefold.models import create_model
-from onefold.models.pretrained import Card, load_model, read_card, save_weights
+from onefold.models.load_model import Card, load_model, read_card, save_weights
 from onefold.recipes import Recipe, find_recipe, override, with_epochs
 from onefold.reparam import fuse, unfused_norms
 from onefold.train import Checkpoint, Distill, fit_linear_probe

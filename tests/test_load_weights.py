@@ -19,8 +19,8 @@ from torch import Tensor
 
 from onefold.errors import BadCheckpoint
 from onefold.models import create_model
+from onefold.models.load_model import load_model, load_weights_
 from onefold.models.load_weights import detect_layout, guess_model_name
-from onefold.models.pretrained import load_model, load_weights_
 from onefold.models.safe_load import read_tensors
 from onefold.reparam import unfused_norms
 

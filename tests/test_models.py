@@ -436,7 +436,7 @@ def test_weights_go_to_the_hub_and_its_network_is_the_answer(monkeypatch: pytest
         asked.append((weights, name))
         return fuse(model.eval())
 
-    monkeypatch.setattr("onefold.models.pretrained.load_weights_", load_weights_)
+    monkeypatch.setattr("onefold.models.load_model.load_weights_", load_weights_)
     assert unfused_norms(create_model("MobileOne-S1", weights="w.safetensors")) == []
     features = create_model("mobilenetv1_0.25.tf", weights="w.safetensors", features_only=True, out_indices=(4,))
     assert asked == [("w.safetensors", "mobileone_s1"), ("w.safetensors", "mobilenetv1_025.tf")]

@@ -28,7 +28,7 @@ from onefold.data import find_images, open_dataset
 from onefold.data.decode import decode_image
 from onefold.errors import BadArgument
 from onefold.models import create_model
-from onefold.models.pretrained import Card, save_weights
+from onefold.models.load_model import Card, save_weights
 from onefold.quantize import MINMAX_METHOD, QuantizationMethod, integer_model, quantize
 from onefold.quantize.calibrate import calibrate
 from onefold.quantize.convert import calibration_state_dict, from_calibration_state_dict

@@ -32,7 +32,7 @@ from onefold.errors import BadCheckpoint, NetworkFailed
 from onefold.models import create_model
 from onefold.models.catalogue import CATALOGUE
 from onefold.models.checkpoint_metadata import find_class_names
-from onefold.models.pretrained import load_model, read_weights_card
+from onefold.models.load_model import load_model, read_weights_card
 from onefold.models.restricted_unpickler import RefusedError, UnpickledObject, module_tensors
 from onefold.models.safe_load import CheckpointContents, read_tensors
 from onefold.models.weights_file import preprocessing_from_config

@@ -34,7 +34,7 @@ from onefold.studies.study import (
     Published,
     Row,
     Study,
-    Summary,
+    StudySummary,
     Target,
     grouped_by_baseline,
     latency_tables,
@@ -70,9 +70,9 @@ def _points() -> list[Point]:
     ]
 
 
-def _summarize(measured: Measured) -> Summary:
+def _summarize(measured: Measured) -> StudySummary:
     paper = {"width 4": 1.0, "width 6": 1.5, "width 8": 2.5}
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(ratio_figure(measured, "Widths", paper, "the paper"),),
         conclusions=tuple(order_conclusion(target, rows, paper) for target, rows in measured.rows.items()),

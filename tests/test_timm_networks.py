@@ -27,7 +27,7 @@ from onefold.commands.open_network import Network, make_predictor, open_network
 from onefold.commands.predictor import open_predictor
 from onefold.commands.timm_networks import open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, MissingExtra, NetworkFailed
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.quantize import QuantizationMethod, quantize
 from onefold.reparam import UnfoldedWarning, drift, fuse, unfused_norms
 from onefold.runtimes import ModelInfo, exporter

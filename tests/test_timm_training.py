@@ -21,7 +21,7 @@ from onefold.commands.open_network import open_network
 from onefold.commands.saved_recipe import read_recipe
 from onefold.commands.train import Callbacks
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, Stopped
-from onefold.models.pretrained import read_card
+from onefold.models.load_model import read_card
 
 NAME = "timm:test_byobnet.r160_in1k"
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from onefold.errors import OnefoldError as OnefoldError
     from onefold.models import create_model as create_model
     from onefold.models import list_models as list_models
-    from onefold.models.pretrained import Card as Card
-    from onefold.models.pretrained import from_pretrained as from_pretrained
-    from onefold.models.pretrained import push_to_hub as push_to_hub
-    from onefold.models.pretrained import save_pretrained as save_pretrained
-    from onefold.models.pretrained import save_weights as save_weights
+    from onefold.models.load_model import Card as Card
+    from onefold.models.load_model import from_pretrained as from_pretrained
+    from onefold.models.load_model import push_to_hub as push_to_hub
+    from onefold.models.load_model import save_pretrained as save_pretrained
+    from onefold.models.load_model import save_weights as save_weights
     from onefold.reparam import accelerate as accelerate
     from onefold.reparam import drift as drift
     from onefold.reparam import unfused_norms as unfused_norms
@@ -63,7 +63,7 @@ _HOMES = {
     "onefold.commands.train": ("train",),
     "onefold.errors": ("OnefoldError",),
     "onefold.models": ("create_model", "list_models"),
-    "onefold.models.pretrained": (
+    "onefold.models.load_model": (
         "Card",
         "from_pretrained",
         "push_to_hub",

@@ -36,7 +36,8 @@ from onefold.file_io import cache_folder, file_lock
 
 LIBRARY_SOURCES: dict[str, tuple[str, ...]] = {
     "kernels": tuple(
-        f"reparam/kernels/{name}.cpp" for name in ("pointwise", "depthwise", "fused_norms", "moments_algebra", "memory")
+        f"reparam/kernels/{name}.cpp"
+        for name in ("pointwise", "depthwise", "fused_norms", "moments_algebra", "allocator")
     ),
     "resample": ("data/resample.cpp",),
     "nchw_to_nhwc": ("runtimes/nchw_to_nhwc.cpp",),

@@ -41,7 +41,7 @@ from onefold.data.fingerprint import evenly_spaced, find_trained_copies
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed
 from onefold.models import CATALOGUE, count_flops, resolve_name
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.quantize import QuantizationMethod
 from onefold.reparam import unfused_norms
 from onefold.runtimes import RUNTIMES, ModelInfo, import_runtime

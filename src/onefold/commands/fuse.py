@@ -21,7 +21,7 @@ from onefold.commands.progress_bars import show_progress
 from onefold.commands.timm_networks import save_timm
 from onefold.errors import BadArgument
 from onefold.models import ModelCost, count_flops
-from onefold.models.pretrained import save_weights
+from onefold.models.load_model import save_weights
 
 _log = logging.getLogger("onefold")
 

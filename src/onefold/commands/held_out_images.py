@@ -39,7 +39,7 @@ from onefold.data.folders import ImageFiles
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.errors import BadArgument, BadCheckpoint, BadData
-from onefold.models.pretrained import read_card
+from onefold.models.load_model import read_card
 from onefold.recipes import RECIPE_FILE, Data, Recipe
 from onefold.train import RunFolder
 

@@ -38,8 +38,8 @@ from onefold.data.sampler import shuffled_indices
 from onefold.errors import BadArgument, BadCheckpoint, NetworkFailed
 from onefold.models import CATALOGUE, Classifier, create_model, resolve_name
 from onefold.models.layers import set_dropout_
+from onefold.models.load_model import Card, load_model, read_card, read_weights_card
 from onefold.models.mobileone import zero_init_branches_
-from onefold.models.pretrained import Card, load_model, read_card, read_weights_card
 from onefold.recipes import Recipe, with_image_size
 from onefold.reparam import expand, folded, fuse, recalibrate_norms_, set_route_, unfused_norms
 from onefold.train import NORM_LAYERS, RunFolder, fit_linear_probe, frozen_modules, seed_everything

@@ -12,8 +12,8 @@ from onefold.commands.open_network import open_network
 from onefold.commands.predictor import Source, is_timm, resolve_weights_file
 from onefold.commands.timm_networks import stored_timm_name
 from onefold.errors import BadArgument
-from onefold.models import pretrained
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
+from onefold.models.load_model import load_model as load_weights_file
 from onefold.runtimes import Artifact, Session, exporter
 from onefold.runtimes.artifact import is_artifact
 
@@ -46,7 +46,7 @@ def load_model(
         _refuse_changes(path, num_classes, in_chans)
         network = open_network(path, name=name)
         return network.model, network.card
-    return pretrained.load_model(
+    return load_weights_file(
         resolve_weights_file(path), name=name, num_classes=num_classes, in_chans=in_chans, quiet=quiet
     )
 

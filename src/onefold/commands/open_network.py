@@ -21,7 +21,7 @@ from onefold.data.preprocessing import IMAGENET_PREPROCESSING
 from onefold.errors import BadArgument, GateFailed, NonFiniteLoss
 from onefold.models import count_flops
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
-from onefold.models.pretrained import Card, load_model, matching_model_names
+from onefold.models.load_model import Card, load_model, matching_model_names
 from onefold.models.weights_file import tensors_sha256
 from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert

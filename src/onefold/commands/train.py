@@ -59,7 +59,7 @@ from onefold.data.value_range import measure_value_range
 from onefold.errors import BadArgument, BadCheckpoint
 from onefold.file_io import atomic_replace, read_json, write_text
 from onefold.models import resolve_name
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.quantize import ModelQParams, QuantizationMethod, calibrate_qat, prepare_qat_
 from onefold.recipes import RECIPE_FILE, Recipe, make_recipe, option_changes
 from onefold.reparam import unfused_norms

@@ -18,7 +18,7 @@ from onefold.commands.predictor import open_predictor
 from onefold.data import Dataset, ImageLoader
 from onefold.data.loader import max_bad_images
 from onefold.errors import BadData, GateFailed, NonFiniteLoss
-from onefold.models.pretrained import Card
+from onefold.models.load_model import Card
 from onefold.quantize import remove_qat_
 from onefold.recipes import Recipe
 from onefold.train import World

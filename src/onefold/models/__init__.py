@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from onefold.models.flops import count_flops as count_flops
     from onefold.models.layers import Classifier as Classifier
     from onefold.models.layers import FeatureNet as FeatureNet
-    from onefold.models.pretrained import create_model as create_model
+    from onefold.models.load_model import create_model as create_model
 
 _HOMES = {
     "catalogue": ("CATALOGUE", "list_models", "resolve_name"),
     "flops": ("ModelCost", "count_flops"),
     "layers": ("Classifier", "FeatureNet"),
-    "pretrained": ("create_model",),
+    "load_model": ("create_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # for `import *`, which asks no __getattr__

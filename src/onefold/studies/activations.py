@@ -17,7 +17,7 @@ from onefold.studies.study import (
     Point,
     Published,
     Study,
-    Summary,
+    StudySummary,
     latency_tables,
     order_conclusion,
     ratio_figure,
@@ -70,9 +70,9 @@ def _block_groups() -> Sequence[Sequence[Point]]:
     ]
 
 
-def _summarize_blocks(measured: Measured) -> Summary:
+def _summarize_blocks(measured: Measured) -> StudySummary:
     paper = {name: ms / TABLE_3["plain"] for name, ms in TABLE_3.items()}
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(ratio_figure(measured, "What a block costs", paper, "the paper, iPhone 12 (not confirmed)"),),
         conclusions=tuple(
@@ -83,9 +83,9 @@ def _summarize_blocks(measured: Measured) -> Summary:
     )
 
 
-def _summarize(measured: Measured) -> Summary:
+def _summarize(measured: Measured) -> StudySummary:
     paper = {name: ms / TABLE_2["ReLU"] for name, ms in TABLE_2.items()}
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(ratio_figure(measured, "What an activation costs", paper, "the paper, iPhone 12"),),
         conclusions=tuple(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onefold.report.format import format_significant, join_words
 from onefold.report.study_results import Conclusion
-from onefold.studies.study import Measured, Point, Row, Study, Summary, Target, latency_tables, ratio_figure
+from onefold.studies.study import Measured, Point, Row, Study, StudySummary, Target, latency_tables, ratio_figure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,14 +33,14 @@ def _groups() -> Sequence[Sequence[Point]]:
     return [[fused, *unfused]]
 
 
-def _summarize(measured: Measured) -> Summary:
+def _summarize(measured: Measured) -> StudySummary:
     expected = {
         name: row.macs / rows[FUSED].macs
         for rows in list(measured.rows.values())[:1]
         if FUSED in rows
         for name, row in rows.items()
     }
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(ratio_figure(measured, "What branches cost that are not fused", expected, "multiply-adds, counted"),),
         conclusions=tuple(

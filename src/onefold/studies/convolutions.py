@@ -17,7 +17,7 @@ from onefold.studies.study import (
     Published,
     Row,
     Study,
-    Summary,
+    StudySummary,
     Target,
     cost_conclusion,
     latency_tables,
@@ -65,7 +65,7 @@ def _networks() -> Sequence[Sequence[Point]]:
     ]
 
 
-def _summarize_networks(measured: Measured) -> Summary:
+def _summarize_networks(measured: Measured) -> StudySummary:
     claims = {
         "Conv MobileNet": "full convolutions give 1.1 points more of top-1",
         "Shallow MobileNet": "five layers fewer give 3.1 points less of top-1 than three quarters of the width",
@@ -77,7 +77,7 @@ def _summarize_networks(measured: Measured) -> Summary:
         if name in rows and rows[name].baseline in rows
     ]
     expected = _macs_over_baseline(measured)
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(ratio_figure(measured, "Time over the baseline's", expected, "multiply-adds, counted"),),
         conclusions=tuple(conclusions),
@@ -123,10 +123,10 @@ def _layers() -> Sequence[Sequence[Point]]:
     return groups
 
 
-def _summarize_layers(measured: Measured) -> Summary:
+def _summarize_layers(measured: Measured) -> StudySummary:
     conclusions = [each for target, rows in measured.rows.items() for each in _layer_conclusions(target, rows)]
     expected = _macs_over_baseline(measured)
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(ratio_figure(measured, "Time over the separable layer's", expected, "multiply-adds, counted"),),
         conclusions=tuple(conclusions),

@@ -17,7 +17,7 @@ from onefold.studies.study import (
     Published,
     Row,
     Study,
-    Summary,
+    StudySummary,
     Target,
     grouped_by_baseline,
     interval_verdict,
@@ -100,7 +100,7 @@ def table_9_correlations() -> dict[str, dict[str, RankCorrelation]]:
     }
 
 
-def _summarize(measured: Measured) -> Summary:
+def _summarize(measured: Measured) -> StudySummary:
     conclusions, notes = list[Conclusion](), list[str]()
     for target, rows in measured.rows.items():
         try:
@@ -114,7 +114,7 @@ def _summarize(measured: Measured) -> Summary:
             f"Computed from the paper's own Table 9, {column}: {said}. Table 1 states less of the CPU; it does not say "
             "of which networks."
         )
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(_figure(measured, "MACs", 1e6), _figure(measured, "parameters", 1e6)),
         conclusions=tuple(conclusions),

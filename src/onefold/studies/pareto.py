@@ -8,7 +8,7 @@ from onefold.report.format import format_significant, join_words
 from onefold.report.study_results import Conclusion, FigurePoint, FigureSeries, StudyFigure, StudyTable
 from onefold.studies.correlation import network_points
 from onefold.studies.published import TABLE_9
-from onefold.studies.study import Measured, Point, Row, Study, Summary, Target, grouped_by_baseline
+from onefold.studies.study import Measured, Point, Row, Study, StudySummary, Target, grouped_by_baseline
 
 _TOP1 = "top-1 %"
 
@@ -27,7 +27,7 @@ def _groups() -> Sequence[Sequence[Point]]:
     return grouped_by_baseline(network_points())
 
 
-def _summarize(measured: Measured) -> Summary:
+def _summarize(measured: Measured) -> StudySummary:
     tables, conclusions = list[StudyTable](), list[Conclusion]()
     for target, rows in measured.rows.items():
         known = {name: row for name, row in rows.items() if _TOP1 in row.point.published}
@@ -36,7 +36,7 @@ def _summarize(measured: Measured) -> Summary:
             smallest = front((name, _size(row), _top1(row)) for name, row in known.items())
             tables.append(_table(target, known, fastest, smallest))
             conclusions += _conclusions(target, known, fastest)
-    return Summary(
+    return StudySummary(
         tables=tuple(tables),
         figures=(
             _figure(measured, "Accuracy and latency", "median, ms", lambda row: row.ms),

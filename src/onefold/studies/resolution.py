@@ -12,7 +12,7 @@ import numpy.typing as npt
 from onefold.report.format import format_significant
 from onefold.report.study_results import Conclusion, FigurePoint, FigureSeries, StudyFigure
 from onefold.studies.networks import named_point
-from onefold.studies.study import Measured, Point, Row, Study, Summary, Target, latency_tables
+from onefold.studies.study import Measured, Point, Row, Study, StudySummary, Target, latency_tables
 
 SIZES = (128, 192, 256, 384, 512, 640, 768, 896, 1024)
 NETWORKS = {
@@ -76,8 +76,8 @@ def _groups() -> Sequence[Sequence[Point]]:
     ]
 
 
-def _summarize(measured: Measured) -> Summary:
-    return Summary(
+def _summarize(measured: Measured) -> StudySummary:
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(_figure(measured),),
         conclusions=tuple(

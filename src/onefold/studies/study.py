@@ -116,7 +116,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class StudySummary:
     """What a study concludes: tables, figures, one conclusion a claim and target, and notes."""
 
     tables: tuple[StudyTable, ...]
@@ -136,7 +136,7 @@ class Study:
     question: str
     source: str
     groups: Callable[[], Sequence[Sequence[Point]]]
-    summarize: Callable[[Measured], Summary]
+    summarize: Callable[[Measured], StudySummary]
     precisions: tuple[str, ...] = ("fp32",)
     notes: tuple[str, ...] = ()
     measured_as: str = ""

@@ -15,7 +15,7 @@ from onefold.studies.study import (
     Published,
     Row,
     Study,
-    Summary,
+    StudySummary,
     Target,
     latency_tables,
     ratio_figure,
@@ -77,12 +77,12 @@ def _groups() -> Sequence[Sequence[Point]]:
     ]
 
 
-def _summarize(measured: Measured) -> Summary:
+def _summarize(measured: Measured) -> StudySummary:
     parts = {
         target: {name: row for name, row in rows.items() if name in (_WHOLE, *_PARTS)}
         for target, rows in measured.rows.items()
     }
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(
             _figure(measured, "number", "number of tokens, of width 192", lambda values: values.get("width") == 192),

@@ -17,7 +17,7 @@ from onefold.studies.study import (
     Published,
     Row,
     Study,
-    Summary,
+    StudySummary,
     Target,
     grouped_by_baseline,
     latency_tables,
@@ -71,14 +71,14 @@ def _fit(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[
     return np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], dtype=np.float64)
 
 
-def _summarize_grid(measured: Measured) -> Summary:
+def _summarize_grid(measured: Measured) -> StudySummary:
     conclusions = [
         each
         for target, rows in measured.rows.items()
         if len(rows) >= _FEWEST and len({row.point.values["resolution"] for row in rows.values()}) > 1
         for each in _scaling(target, list(rows.values()))
     ]
-    return Summary(
+    return StudySummary(
         tables=latency_tables(measured),
         figures=(
             _figure(measured, "Accuracy and latency", "median, ms", lambda row: row.ms),

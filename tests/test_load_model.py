@@ -40,7 +40,7 @@ from onefold.data import Preprocessing
 from onefold.data.image_inputs import prepare_image
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
 from onefold.models import create_model
-from onefold.models.pretrained import (
+from onefold.models.load_model import (
     from_pretrained,
     load_model,
     load_weights_,
