@@ -386,6 +386,18 @@ def test_distances_tell_a_name_or_that_they_do_not(own, other, is_said, tmp_path
     assert said is None if is_said is None else re.search(is_said, said)
 
 
+def test_plain_weights_are_told_of_in_one_line(tmp_path, photos, capsys):
+    torch.save(create_model("mobilenetv1_025", num_classes=3).state_dict(), tmp_path / "w.pth")
+    photo = str(photos / "val" / "red" / "0.png")
+    assert main(["predict", str(tmp_path / "w.pth"), photo, "--model", "mobilenetv1_025"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"note: {tmp_path / 'w.pth'} does not tell its padding, activation and epsilon or how images are prepared: as "
+        "mobilenetv1_025 (224 pixels, mean 0.485 0.456 0.406); if that is wrong: --model mobilenetv1_025.tf, .timm, "
+        ".leaky"
+    ]
+
+
 def test_a_network_without_a_last_layer_predicts_nothing(tmp_path, photos, capsys):
     torch.save(create_model(NAME, num_classes=0).state_dict(), tmp_path / "b.pth")
     photo = str(photos / "val" / "red" / "0.png")

@@ -173,7 +173,7 @@ class ModelNameCheck:
         if not (best <= _FITS and distance > _CLEARLY * best):
             others = " or ".join(name for name in distances if name != card.model)
             return (
-                f"whether {self.source} is {card.model}, or {others}, cannot be told from these photos at {ours.size} "
+                f"whether {self.source} is {card.model}, or {others}, {_UNDECIDED} at {ours.size} "
                 f"pixels: their maps differ from the statistics stored in its norms by {distance:.2f} and {nearest:.2f}"
             )
         better = [name for name, value in distances.items() if value <= 1.1 * best]
@@ -183,11 +183,12 @@ class ModelNameCheck:
         )
 
     def warn(self, images: Floats) -> None:
-        """Log a warning where photos do not show that the name fits."""
-        if doubt := self(images):
+        """Log a warning where another name fits clearly better; that nothing tells it was said when they were read."""
+        if (doubt := self(images)) and _UNDECIDED not in doubt:
             _log.warning("%s", doubt)
 
 
+_UNDECIDED = "cannot be told from these photos"
 _CHECKED = 8  # photos that a check looks at
 _CLEARLY, _FITS = 1.3, 1.0  # how many times nearer another name has to be, and how near
 _SAME = 0.01  # a distance that leaves no doubt of a name, whatever the others' are

@@ -104,20 +104,12 @@ def load_model(
     file, weights = _open(source, quiet=quiet)
     known = _model_name(weights, name)
     base = known.partition(".")[0]
-    others = [base, *list_models(f"{base}.*")]
-    if weights.variant is None and len(others) > 1 and not quiet:
-        text = "%s does not tell its padding, activation and epsilon: taken as those of %s; if that is wrong: %s%s"
-        tf = (
-            f"; it has {NUM_IMAGENET_CLASSES + 1} classes, as TensorFlow's have"
-            if weights.num_classes == NUM_IMAGENET_CLASSES + 1
-            else ""
-        )
-        _log.info(text, source, known, ", ".join(other for other in others if other != known), tf)
+    others = [other for other in (base, *list_models(f"{base}.*")) if other != known and weights.variant is None]
     classes = weights.num_classes if num_classes is None else num_classes
     channels = weights.in_chans if in_chans is None else in_chans
     fresh = build_model(known, classes, channels)
     model = copy_weights_(fresh, weights, known, quiet=quiet).eval()
-    card = _card(weights, file, known, model is not fresh, classes, quiet)
+    card = _card(weights, file, known, model is not fresh, classes, quiet, others)
     if channels != weights.in_chans:
         card = replace(
             card, in_chans=channels, preprocessing=adapt_preprocessing_to_channels(card.preprocessing, channels)
@@ -195,9 +187,15 @@ def _model_name(weights: MappedWeights, name: str | None) -> str:
 
 
 def _card(
-    weights: MappedWeights, file: LocatedWeights, name: str, fused: bool, num_classes: int, quiet: bool = False
+    weights: MappedWeights,
+    file: LocatedWeights,
+    name: str,
+    fused: bool,
+    num_classes: int,
+    quiet: bool = False,
+    others: Sequence[str] = (),
 ) -> Card:
-    """The card that a file carries, or else what is known of it as a card."""
+    """The card that a file carries, or else what is known of it as a card; `others` are names that it may have too."""
     kept = num_classes == weights.num_classes
     source = f"{file.source} ({weights.origin})" if weights.origin else file.source
     source = source if kept else f"{source}, with a randomly initialized classifier of {num_classes} classes"
@@ -215,9 +213,14 @@ def _card(
     if not quiet and len({**default, **stated}["mean"]) != weights.in_chans:
         kind = "grey images" if weights.in_chans == 1 else f"images of {weights.in_chans} channels"
         _log.info("%s is for %s: its mean and std are the averages of the colours'", file.source, kind)
-    if not stated and not quiet:
-        shown = ", ".join(f"{key} {value}" for key, value in default.items() if key != "channels")
-        _log.info("%s does not say how images are prepared: as the catalogue's %s (%s)", file.source, name, shown)
+    untold = ["its padding, activation and epsilon"] * bool(others) + ["how images are prepared"] * (not stated)
+    if untold and not quiet:
+        size = "" if stated else f" ({default['size']} pixels, mean {' '.join(map(str, default['mean']))})"
+        short = [*others[:1], *(f".{other.partition('.')[2]}" if "." in other else other for other in others[1:])]
+        wrong = f"; if that is wrong: --model {', '.join(short)}" if others else ""
+        if weights.num_classes == NUM_IMAGENET_CLASSES + 1 and others:
+            wrong += f"; it has {NUM_IMAGENET_CLASSES + 1} classes, as TensorFlow's have"
+        _log.info("%s does not tell %s: as %s%s%s", file.source, " or ".join(untold), name, size, wrong)
     return Card(
         model=name,
         num_classes=num_classes,
