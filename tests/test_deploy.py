@@ -185,8 +185,8 @@ def test_a_loss_whose_interval_holds_the_bound_is_undecided(
 
 def test_how_many_photos_would_tell_is_said() -> None:
     assert accuracy_gate(result(2, 0, 48), 1.0).sentence == (
-        "onnx-int8 lost 4.17 points of top-1 (-2.7 to 10.7 on 48 photos), and 1 may be lost: this cannot be told by 48 "
-        "photos; about 177 would (--val FOLDER)"
+        "onnx-int8 lost 4.17 points of top-1 (95 % interval -2.7 to 10.7, 48 photos), and 1 may be lost: this cannot "
+        "be told by 48 photos; about 177 would (--val FOLDER)"
     )
     assert (
         "48 photos (1 photo is 2.08 points, and one may be lost); about"
@@ -341,7 +341,9 @@ def test_one_answer_of_32_bits_that_differs_fails_where_none_may(
     done = build_deployment(weights, tmp_path / "deploy", order, say=lambda line: None)
     (gate,) = done.failed
     assert (gate.name, gate.kind) == ("onnx-fp32", "parity")
-    assert re.match(r"12 of \d+ answers of onnx-fp32 are not the network's", gate.sentence)  # the first of each batch
+    assert re.match(
+        r"12 of \d+ predictions of onnx-fp32 differ from the network's", gate.sentence
+    )  # the first of each batch
     assert accuracy_gate(done.verdicts[0], order.max_drop).passed
 
 
@@ -382,7 +384,7 @@ def test_photos_without_labels_are_compared_with_the_float_network(
     order = ["deploy", str(weights), "--data", str(photos), "--to", "onnx", "--out", str(tmp_path / "deploy")]
     assert main([*order, "--samples", "16", "--quick"]) == 0
     said = capsys.readouterr()
-    assert "0 of 12 answers are not the float network's" in said.out
+    assert "0 of 12 predictions differ from PyTorch fp32" in said.out
     assert "held out  12 photos are scored" in said.out
     assert "note: 12 photos cannot tell 1 point from none" in said.err
     assert "not labelled" in (tmp_path / "deploy" / "README.md").read_text()

@@ -30,6 +30,7 @@ from onefold.commands.report import find_inputs, write_report_page
 from onefold.data import DatasetInfo, LeftOut, SplitInfo
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.report import write_report
+from onefold.report.figures import Curve, draw_curves
 from onefold.report.format import (
     format_count,
     format_latency,
@@ -41,7 +42,7 @@ from onefold.report.format import (
 )
 from onefold.report.grouping import group_by_subject, group_inputs, subject_label
 from onefold.report.load_results import ReportInputs, load_report_inputs
-from onefold.report.page import render_page
+from onefold.report.page import _with_unit, render_page
 from onefold.runtimes.artifact import Artifact, Parity, StoredFile, render_manifest
 
 MACHINE = bench.Machine(
@@ -296,14 +297,14 @@ def test_the_headline_takes_what_keeps_its_accuracy(tmp_path: Path) -> None:
     """It did not look at gates: the fastest was the int8 artifact that had failed its own."""
     text = deployed(tmp_path / "failed", fp32="passed", int8="failed")
     assert "The fastest fused network is mobileone_s0 onnx fp32: median latency 6." in text
-    assert re.search(r"mobileone_s0 onnx int8, median 2\.\d+ ms, failed its accuracy gate\.", text)
+    assert re.search(r"mobileone_s0 onnx int8, median latency 2\.\d+ ms, failed its accuracy gate\.", text)
     assert "Lowest median latency, accuracy kept 6." in text
     assert "A gate FAILED: int8 lost 2 points." in text
     assert "mobileone_s0 onnx int8 fused 1 thread, 1×3×64×64 NO 89.6 % (77.8–95.5) 2." in text
     assert "onnx-fp32 fused yes mobileone_s0 onnx fp32" in text
     text = deployed(tmp_path / "undecided", fp32="passed", int8="undecided")
     assert "The fastest fused network is mobileone_s0 onnx fp32" in text
-    assert "may have lost accuracy: too few photos tell" in text
+    assert "is undecided: whether it keeps its accuracy cannot be told by 48 photos." in text
     assert "Undecided: int8 lost 2 points." in text
     assert "onnx-int8 fused undecided mobileone_s0" in text
     text = deployed(tmp_path / "none", fp32="failed", int8="undecided")
@@ -312,6 +313,15 @@ def test_the_headline_takes_what_keeps_its_accuracy(tmp_path: Path) -> None:
     assert "Lowest median latency – of the measured artifacts none is known" in text
     text = deployed(tmp_path / "both", fp32="passed", int8="passed")
     assert "The fastest fused network is mobileone_s0 onnx int8: median latency 2." in text
+
+
+def test_an_accuracy_is_drawn_below_100_percent(tmp_path: Path) -> None:
+    """Where it is the same in all epochs, the axis went on to 102 %."""
+    drawing = draw_curves("top1", "Top-1", [Curve("a", ((0.0, 97.9), (1.0, 97.9)))], "top-1, %", " %")
+    ticks = [float(text) for text in re.findall(r">([\d.]+)</text>", str(drawing.svg))]
+    assert 98 in ticks
+    assert max(ticks) <= 101
+    assert "9\N{NO-BREAK SPACE}% of" in _with_unit("9 % of 100 %")
 
 
 def test_noise_is_given_with_its_reasons(tmp_path: Path) -> None:

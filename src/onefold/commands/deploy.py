@@ -1,7 +1,7 @@
 """weights -> a folder for devices: an artifact a runtime and precision, verified, scored, timed, and explained.
 
     deploy/  onnx-fp32/ onnx-int8/ ...   the artifacts, each with its manifest, its proof and its own README.md
-             README.md                   which to take: accuracy, answers changed, latency, size; how to load it
+             README.md                   which to take: accuracy, predictions changed, latency, size; how to load it
              MODEL_CARD.md               what the network is, and on what it was scored
              report.html  results/       the measurements, drawn and raw
 
@@ -362,7 +362,8 @@ def _exported(
             say(f"refused   {name:20} {error}")
         else:
             parity = artifacts[name].parity
-            proof = "not run here: its first load proves it" if parity is None else f"parity {parity.difference:.1e}"
+            proof = "not run here: its first load checks its logits"
+            proof = proof if parity is None else f"parity with PyTorch {parity.difference:.1e}"
             say(f"exported  {name:20} {proof}")
         longest = max(longest, time.monotonic() - began)
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]

@@ -85,19 +85,21 @@ class Gate:
 def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool = False) -> Gate:
     """Judge what an artifact lost against `max_drop` points; 0 is judged on these photos alone, without an interval.
 
-    With `exact_fp32` no answer may differ that a 32-bit artifact gives. One that gives every answer of the network in
-    32 bits passes, for its logits were compared when it was exported.
+    With `exact_fp32` no prediction may differ that a 32-bit artifact gives. One that gives all of the network's in 32
+    bits passes, for its logits were compared when it was exported. int8 of random weights is undecided.
     """
     name, precision, count = result.name, result.artifact.precision, result.count
     if exact_fp32 and precision == "fp32" and result.changed:
-        sentence = f"{result.changed} of {count} answers of {name} are not the network's, and none may differ"
+        sentence = f"{result.changed} of {count} predictions of {name} differ from the network's, and none may"
         return Gate(name=name, kind="parity", verdict="failed", sentence=sentence)
     if result.artifact.details.get("untrained") is True and precision != "fp32":
-        sentence = f"{result.changed} of {count} answers of {name} are not the float network's. {RANDOM_WEIGHTS_NOTE}"
-        return Gate(name=name, kind="accuracy", verdict="passed", sentence=sentence)
-    lost = f"{result.drop:.2f} " + ("points of top-1" if result.top1 is not None else "% of the answers")
+        differ = f"{result.changed} of {count} predictions of {name} differ from the fp32 network's"
+        return Gate(name=name, kind="accuracy", verdict="undecided", sentence=f"{differ}. {RANDOM_WEIGHTS_NOTE}")
+    lost = f"{result.drop:.2f} " + ("points of top-1" if result.top1 is not None else "% of the predictions")
     low, high = result.interval
-    sentence = f"{name} lost {lost} ({low:.1f} to {high:.1f} on {count} photos), and {max_drop:g} may be lost"
+    sentence = (
+        f"{name} lost {lost} (95 % interval {low:.1f} to {high:.1f}, {count} photos), and {max_drop:g} may be lost"
+    )
     is_within = result.drop <= max_drop or (one_may_be_lost(count, max_drop) and result.drop <= 100 / count)
     if max_drop <= 0 or (precision == "fp32" and not result.changed):
         verdict: Verdict = "passed" if is_within else "failed"

@@ -172,7 +172,7 @@ def render_readme(done: DeployResult) -> str:
 
 
 def _table(done: DeployResult) -> list[str]:
-    head = ["artifact", "accuracy kept", "top-1 %", "lost, points", "answers changed", "latency, median", "threads"]
+    head = ["artifact", "accuracy kept", "top-1 %", "lost, points", "predictions changed", "latency, median", "threads"]
     head += ["machine", "size"]
     verdicts = {gate.name: gate.verdict for gate in done.gates}
     rows = [_row(each, verdicts.get(each.name, "-")) for each in done.verdicts]
@@ -195,7 +195,7 @@ def _row(each: ArtifactResult, verdict: str) -> list[str]:
         each.name,
         {"passed": "yes", "failed": "NO"}.get(verdict, verdict),
         "-" if each.top1 is None else _share(each.top1, each.count).replace(" %", ""),
-        drop if each.top1 is not None else f"{drop}, % of the answers",
+        drop if each.top1 is not None else f"{drop}, % of the predictions",
         f"{each.changed} of {each.count}{of_more}",
         "-" if timed is None else f"{timed.median_ns / 1e6:.2f} ms ({timed.verdict})",
         "-" if timed is None else str(timed.procedure.threads),
@@ -215,8 +215,8 @@ def _share(top1: float, count: int) -> str:
 
 
 def describe_score(top1: float | None, count: int, *, changed: int | None = None) -> str:
-    """Top-1 where it is known, with its interval, and how many answers are not the float network's."""
+    """Top-1 where it is known, with its interval, and how many predictions differ from PyTorch's in fp32."""
     low, high = wilson_interval(round((top1 or 0.0) / 100 * count), count)
     scored = [] if top1 is None else [f"top-1 {top1:.2f} % (95 % interval {low:.1f} to {high:.1f})"]
-    scored += [] if changed is None else [f"{changed} of {count} answers are not the float network's"]
+    scored += [] if changed is None else [f"{changed} of {count} predictions differ from PyTorch fp32"]
     return ", ".join(scored)

@@ -228,6 +228,9 @@ def draw_curves(key: str, title: str, lines: Sequence[Curve], unit: str, suffix:
 
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set(xlabel="epoch", ylabel=unit)
+        if suffix.strip() == "%":  # no accuracy is more than that
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -1.0), min(high, 101.0))
         return ReportFigure(title=title, svg=to_svg(figure, key, title, caption), caption=caption, legend=tuple(legend))
 
 

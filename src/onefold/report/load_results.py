@@ -76,11 +76,15 @@ class Accuracy(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """What a gate of a deployment found: passed, failed or undecided, and of which artifact's folder."""
+    """What a gate of a deployment found: passed, failed or undecided, and of which artifact's folder.
+
+    `within_bound` is whether an undecided one lost no more than may be lost on the photos that were scored.
+    """
 
     verdict: str
     sentence: str
     folder: Path
+    within_bound: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +319,7 @@ def _read_gates(path: Path, notes: list[str]) -> Iterator[GateResult]:
             verdict=verdict if verdict in VERDICTS else "failed",
             sentence=one_line(gate.get("sentence"), 400),
             folder=path.absolute().parent.parent / one_line(gate.get("name")),
+            within_bound=gate.get("within_bound") is True,
         )
 
 

@@ -7,6 +7,7 @@ Markup, after replacing what cannot be shown, and only the SVG of `figures` is M
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import groupby
@@ -45,7 +46,7 @@ from onefold.report.format import (
     printable,
 )
 from onefold.report.grouping import ComparedPair, MeasurementGroup, ReportData, group_inputs, subject_label
-from onefold.report.load_results import RunLog, load_report_inputs
+from onefold.report.load_results import GateResult, RunLog, load_report_inputs
 from onefold.report.pareto_figure import pareto_figures
 from onefold.report.predictions import Predictions
 from onefold.report.study_figures import study_section
@@ -95,13 +96,14 @@ def write_report(
 def render_page(data: ReportData, notes: Sequence[str] = ()) -> str:
     """Return the page's HTML."""
     inputs, measurements = data.inputs, data.inputs.all_measurements
+    undecided = [_undecided(gate) for gate in inputs.gates if gate.verdict == "undecided" and gate.within_bound]
     packages = {name: version for artifact in inputs.artifacts for name, version in artifact.made_with.items()}
     page = _template().render(
         title=_title(data),
         lead=_lead(data),
         tiles=_tiles(data),
         warnings=_warnings(data),
-        notes=[*notes, *inputs.notes],
+        notes=[*notes, *undecided, *inputs.notes],
         inputs=inputs,
         training=_training(inputs.runs) if inputs.runs else None,
         latency=[_latency(data, machine, index) for index, machine in enumerate(data.machines)],
@@ -116,13 +118,18 @@ def render_page(data: ReportData, notes: Sequence[str] = ()) -> str:
     return f"{page.strip()}\n"
 
 
+def _with_unit(text: str) -> str:
+    """Keep a number and its per cent sign in one line, in sentences that are written for a terminal too."""
+    return re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
+
+
 @cache
 def _template() -> Template:
     # StrictUndefined: a misspelt name is an error here, and not an empty place on the page.
     environment = Environment(
         loader=PackageLoader("onefold.report"),
         autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=lambda value: _with_unit(printable(value)) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -163,7 +170,7 @@ def _lead(data: ReportData) -> str:
     sentences = [f"This report covers {join_words(counts)}." if counts else "There is nothing to report yet."]
     expected = [run for run in inputs.runs if run.expected_top1 is not None]
     if len(inputs.runs) == 1 or len(expected) == 1:
-        sentences.append(_verdict((expected or inputs.runs)[0]))
+        sentences.append(_verdict((expected or inputs.runs)[0], bool(expected)))
     elif expected:
         reached = sum(bool(run.best and run.best[1] >= (run.expected_top1 or 0.0) - 0.05) for run in expected)
         sentences.append(f"{reached} of the {format_count(len(expected), 'run')} with an expected accuracy reached it.")
@@ -179,8 +186,11 @@ def _lead(data: ReportData) -> str:
             f"{format_count(fastest.threads, 'thread')}."
         )
     if other := data.fastest_not_passed:
-        why = "failed its accuracy gate" if other.gate == "failed" else "may have lost accuracy: too few photos tell"
-        sentences.append(f"{other.label}, median {format_latency(other.median_ns)}, {why}.")
+        count = None if other.accuracy is None else other.accuracy.num_images
+        photos = "the photos that were scored" if count is None else format_count(count, "photo")
+        told = f"whether it keeps its accuracy cannot be told by {photos}"
+        why = "failed its accuracy gate" if other.gate == "failed" else f"is undecided: {told}"
+        sentences.append(f"{other.label}, median latency {format_latency(other.median_ns)}, {why}.")
     pair = data.best_fusion or next(iter(data.pairs), None)
     if pair:
         sentences.append(f"{pair.sentence().rstrip('.')} ({pair.context}).")
@@ -225,17 +235,19 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     return [{"title": title, "value": value, "detail": one_line(detail, 200)} for title, value, detail in tiles]
 
 
+def _undecided(gate: GateResult) -> str:
+    return f"Undecided: {gate.sentence.rstrip('.')}."
+
+
 def _warnings(data: ReportData) -> list[str]:
     """Return what must not be overlooked: gates that did not pass, unfused networks, noisy measurements."""
     unfused = [group.label for group in data.groups if group.fused is False]
     unfused += [one_line(artifact.folder.name) for artifact in data.inputs.artifacts if not artifact.fused]
     unstated = [group.label for group in data.groups if group.fused is None]
     num_noisy = sum(bool(group.num_noisy) for group in data.groups)
-    told = {"failed": "A gate FAILED", "undecided": "Undecided"}
-    gates = sorted(
-        (gate for gate in data.inputs.gates if gate.verdict in told), key=lambda gate: gate.verdict != "failed"
-    )
-    warnings = [f"{told[gate.verdict]}: {gate.sentence.rstrip('.')}." for gate in gates]
+    gates = data.inputs.gates
+    warnings = [f"A gate FAILED: {gate.sentence.rstrip('.')}." for gate in gates if gate.verdict == "failed"]
+    warnings += [_undecided(gate) for gate in gates if gate.verdict == "undecided" and not gate.within_bound]
     if unfused:
         names = ", ".join(dict.fromkeys(unfused))
         warnings.append(

@@ -26,7 +26,7 @@ _MAX_CONFUSIONS = 10
 _MAX_CLASSES = 30
 _OF_NETWORK = "network: "
 _GATE_TERM = (
-    "Accuracy kept: what `onefold deploy` found; undecided where the photos are too few to tell whether more was lost "
+    "Accuracy kept: what onefold deploy found; undecided where the photos are too few to tell whether more was lost "
     "than may be."
 )
 
