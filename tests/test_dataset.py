@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -721,3 +722,20 @@ def test_what_is_all_of_a_place_is_called_so(tmp_path: Path) -> None:
     for fraction, sources in [(0.01, ["66.7 %", "33.3 %"]), (0.33, ["67 %", "33 %"]), (0.0, ["all images"])]:
         info = read_dataset(tmp_path, seed=0, val_fraction=fraction).info
         assert [split.source.partition(" of")[0] for split in info.splits] == sources
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_folders_without_end_are_refused_at_once(tmp_path: Path, kind: str):
+    """As deep as a path may be: trees of folders are walked by recursion, and ancestors of ancestors are many."""
+    deep = "/".join(["n"] * 1500)
+    if kind == "folder":
+        (tmp_path / "photos" / "a").mkdir(parents=True)
+        os.makedirs(tmp_path / "photos" / "b" / "/".join(["n"] * 150))
+        place = tmp_path / "photos"
+    else:
+        place = tmp_path / "photos.tar"
+        with tarfile.open(place, "w") as archive:
+            for label in "ab":
+                archive.addfile(tarfile.TarInfo(f"{label}/{deep}/0.png"))
+    with pytest.raises(BadData, match=r"^folders lie in each other more than 100 deep, below [ab]/n/n: name the"):
+        read_dataset(str(place), seed=0, val_fraction=0.2)

@@ -50,6 +50,7 @@ _MASK_FOLDERS = frozenset(
 )
 _IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "jpegimages"))
 _LINK_KIND = "links to nothing"
+_MAX_DEPTH = 100  # folders within each other: more are no work of people
 _CLASS_DEPTH = 3  # folders above which one may be a class or a split
 
 
@@ -213,6 +214,7 @@ def list_folder(folder: Path) -> FolderListing:
         if identity in seen or identity in ancestors:
             continue
         seen.add(identity)
+        check_depth(inner)
         entries = _entries(folder / inner)
         if inner and _is_output({name for name, *_ in entries}):
             outputs.append(inner)
@@ -282,6 +284,7 @@ def build_folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folde
     root = Folder()
     counts = Counter(name.rpartition("/")[0] for name in images)
     for path in [*counts, *empty]:
+        check_depth(path)
         folder, count = root, counts[path]
         folder.num_images += count
         for name in path.split("/") if path else ():
@@ -290,6 +293,15 @@ def build_folder_tree(images: Iterable[str], empty: Iterable[str] = ()) -> Folde
             folder.num_images += count
         folder.num_direct += count
     return root
+
+
+def check_depth(path: str) -> None:
+    """Raise BadData where a file lies in more folders than people make: trees of them are walked by recursion."""
+    if path.count("/") > _MAX_DEPTH:
+        shown = printable_name("/".join(path.split("/")[:3]))
+        raise BadData(
+            f"folders lie in each other more than {_MAX_DEPTH} deep, below {shown}: name the folder with the photos"
+        )
 
 
 def merge_initial_folders(folder: Folder) -> Folder:

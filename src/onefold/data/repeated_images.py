@@ -20,7 +20,7 @@ from pathlib import Path
 
 from onefold.data.dataset_info import SPLITS, LeftOut, SplitImages
 from onefold.data.decode import printable_name
-from onefold.data.folders import FolderListing, ImageFiles, join_names
+from onefold.data.folders import FolderListing, ImageFiles, check_depth, join_names
 from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 
@@ -46,6 +46,8 @@ def without_copies(place: Path, listing: FolderListing) -> tuple[FolderListing, 
 
 def leave_out_copies(images: Sequence[str], files: Files) -> tuple[list[str], list[LeftOut], list[str]]:
     """Give the images that are in no copy of a folder, what is left out, and notes on folders that are the same."""
+    for image in images:
+        check_depth(image)
     copies, same = find_copied_folders(images, files)
     notes = [
         f"{join_names([f'{other}/' for other in others], 3)} and {first}/ hold the same files" for first, others in same
