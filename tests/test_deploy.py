@@ -409,8 +409,8 @@ def test_one_answer_to_all_photos_is_said(caplog: pytest.LogCaptureFixture) -> N
         scored = Labels(labels)
         photos = DeploymentPhotos(calibration=scored, scored=scored, title="", labelled=labelled)  # type: ignore[arg-type]
         found = warn_constant_predictions(np.array(answers), photos, named)  # type: ignore[arg-type]
-        assert found == ("; each is answered 'class 3', so that equal answers show little" if said else "")
-    assert caplog.text.count("has learned nothing of them") == 2
+        assert found == ("; each is predicted as 'class 3', so that equal predictions show little" if said else "")
+    assert caplog.text.count("has not learned to tell them apart") == 2
 
 
 def test_mistakes_are_said_before_anything_is_done(

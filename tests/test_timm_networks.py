@@ -326,9 +326,7 @@ def test_calibration_that_destroys_the_network_is_told(seeded, tmp_path, caplog)
     assert "int8 agrees with fp32 on" in check_int8_agreement(network, made, right)["answers"]
     assert "one colour" not in caplog.text
     broken = dataclasses.replace(made, made=dataclasses.replace(made.made, model=Opposite(network.model)))
-    with pytest.raises(
-        GateFailed, match=r"gives only 0 of 4 of the float network's answers on .*, at most 49 % of all"
-    ):
+    with pytest.raises(GateFailed, match=r"agrees with fp32 on only 0 of 4 photos of .*, at most 49 % of all"):
         check_int8_agreement(network, broken, right)
 
 

@@ -291,7 +291,7 @@ def predict(
     classes: ClassesOption = None,
     img_size: ImgSizeOption = None,
     top: Annotated[
-        int | None, Option(min=1, help="most likely classes to print per image; else 5, without those of 0.0 %")
+        int | None, Option(min=1, help="most likely classes to print per image; by default 5, without those of 0.0 %")
     ] = None,
     batch_size: BatchSizeOption = 32,
     threads: ThreadsOption = 2,

@@ -122,7 +122,7 @@ def calibrated_network(
     if order is None or not order.data or network.card.int8 is not None:
         return Int8Network(made=_as_trained(network, order))
     if not network.is_fused:
-        raise BadArgument(f"{network.title} is not fused: an 8-bit network is made of the folded one")
+        raise BadArgument(f"{network.title} is not fused: int8 is made from the fused network")
     if network.left_norms:
         raise BadArgument(
             f"{network.title} is partly fused, {network.left_norms} norms follow no convolution: int8 is made of "
@@ -184,7 +184,7 @@ def _refuse_empty(images: torch.Tensor, place: str) -> None:
     """
     flat = int((images.flatten(2).std(2).amax(1) < _FLAT).sum())
     advice = "calibrate on photos of the kind that the network will see"
-    ranges = "the ranges of activations that they give would cut off those of any other photo"
+    ranges = "activation ranges observed on them would clip those of any other photo"
     if flat == len(images):
         raise BadData(f"the {flat} photos of {place} to calibrate with are of one colour each, and {ranges}: {advice}")
     if float((images[1:] - images[:1]).flatten(1).std(1).amax()) < _FLAT:
@@ -238,9 +238,9 @@ def _found(network: Network, path: Path) -> QuantizedModel | None:
         made = from_calibration_state_dict(network.model, (network.card.in_chans, size, size), tensors, facts)
         os.utime(path)  # those that are used last are kept
     except (OSError, SafetensorError, BadArgument, ValueError, KeyError, TypeError) as error:
-        _log.info("the calibration that was kept as %s cannot be used (%s): it is done again", path, error)
+        _log.info("the cached calibration %s cannot be used (%s): calibrating again", path, error)
         return None
-    _log.info("calibration found, made at %s, for this network, these photos and this method (%s)", facts["at"], path)
+    _log.info("cached calibration of this network, these photos and this method is used, of %s (%s)", facts["at"], path)
     return made
 
 

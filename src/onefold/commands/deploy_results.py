@@ -144,8 +144,8 @@ def warn_constant_predictions(answers: NDArray[np.int64], photos: DeploymentPhot
     several = len({photos.scored.label(i) for i in range(len(photos.scored))} if photos.labelled else answers) > 1
     if not several or not bool((answers == answers[0]).all()):
         return ""
-    one = f"each is answered {network.class_name(int(answers[0]))!r}, so that equal answers show little"
-    _log.warning("of %d photos %s: the network has learned nothing of them", len(answers), one)
+    one = f"each is predicted as {network.class_name(int(answers[0]))!r}, so that equal predictions show little"
+    _log.warning("of %d photos %s: the network has not learned to tell them apart", len(answers), one)
     return f"; {one}"
 
 

@@ -352,12 +352,12 @@ def check_int8_agreement(network: Network, made: Int8Network, order: Calibration
     same = int((network.model(images).argmax(1) == made.made.model(images).argmax(1)).sum())
     if 100 * same < _FEWEST_SAME * len(images) and not network.card.untrained:
         how = "trained for 8 bits" if made.calibrated_on is None else f"calibrated on {order.data}"
-        found = f"int8 {how} gives only {same} of {len(images)} of the float network's answers on {title}"
+        found = f"int8 {how} agrees with fp32 on only {same} of {len(images)} photos of {title}"
         _, high = wilson_interval(same, len(images))
         if high < _FEWEST_SAME and made.calibrated_on is not None:
             raise GateFailed(
-                f"{found}, at most {high:.0f} % of all, and {_FEWEST_SAME} % are asked for, so that nothing is made of "
-                "it: calibrate on more photos, of the kind that it will see, or train for 8 bits (onefold train --int8)"
+                f"{found}, at most {high:.0f} % of all, and {_FEWEST_SAME} % are required, so no artifact is written: "
+                "calibrate on more photos, of the kind that it will see, or train for 8 bits (onefold train --int8)"
             )
         _log.warning("%s: calibrate on photos of the kind it will see, and score it with `onefold eval`", found)
     return {"answers": f"int8 agrees with fp32 on {same} of {len(images)} photos of {title}"}

@@ -292,7 +292,7 @@ def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, Accura
     for digest, (found, entry) in known.items():
         if trained_on := finite_number(entry, "top1_trained_on"):
             of = f"{found.top1:.4g} % on {one_line(entry.get('top1_on'))}"
-            notes.append(f"The accuracy {of} flatters: {trained_on:.0f} of these images were trained on.")
+            notes.append(f"The accuracy {of} is too high: {trained_on:.0f} of these images were trained on.")
         yield digest, found
 
 

@@ -175,7 +175,9 @@ def _lead(data: ReportData) -> str:
         reached = sum(bool(run.best and run.best[1] >= (run.expected_top1 or 0.0) - 0.05) for run in expected)
         sentences.append(f"{reached} of the {format_count(len(expected), 'run')} with an expected accuracy reached it.")
     elif inputs.runs:
-        sentences.append("None of the runs has an expected accuracy.")
+        runs = [run for run in inputs.runs if run.best]
+        best_run = max(runs, key=lambda run: run.best[1], default=None)  # type: ignore[index]
+        sentences.append("None of the runs has an accuracy." if best_run is None else _verdict(best_run, False))
     if fastest is None and data.fastest_not_passed:
         sentences.append("None of the measured networks is known to keep its accuracy.")
     if fastest:
