@@ -113,3 +113,16 @@ def test_patients_on_both_sides_of_splits_that_are_given_are_told(tmp_path: Path
     assert any(
         note.startswith("2 of the 2 patient_id of x.csv (its column says val) are in x.csv") for note in info.notes
     )
+
+
+def test_lesions_that_a_table_beside_the_one_of_classes_says(tmp_path: Path):
+    rows = [f"L{i // 3},i{i},{'nv' if i // 3 % 2 else 'bkl'}" for i in range(36)]
+    lesions(tmp_path, "lesion_id,image_id,dx", rows)
+    classes = [f"{row.split(',')[1]},{row.split(',')[2]}" for row in rows]
+    (tmp_path / "truth.csv").write_text("\n".join(("image,label", *classes)), encoding="utf-8")
+    (tmp_path / "x.csv").write_text("\n".join(("image,lesion_id", *(f"i{i},L{i // 3}" for i in range(36)))))
+    splits = read_dataset(tmp_path, seed=1, val_fraction=0.25)
+    sides = [{int(dataset.name(i)[1:-4]) // 3 for i in range(len(dataset))} for dataset in splits.datasets.values()]
+    assert not sides[0] & sides[1]
+    assert "x.csv says the lesion_id of each image" in splits.info.notes
+    assert not splits.info.left_out

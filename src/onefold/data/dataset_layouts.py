@@ -21,9 +21,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from onefold.data.class_names import name_numbered_classes
 from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
-from onefold.data.decode import ARCHIVE_SUFFIXES, left_out_kind, left_out_reason, printable_name, read_first_bytes
-from onefold.data.folder_roles import FolderRoles, NoClassFoldersError, assign_images, detect_folder_roles
+from onefold.data.decode import (
+    ARCHIVE_SUFFIXES,
+    HEIC_SUFFIXES,
+    MASK_KIND,
+    left_out_kind,
+    left_out_reason,
+    printable_name,
+    read_first_bytes,
+)
+from onefold.data.folder_roles import (
+    ClassDifferenceError,
+    FolderRoles,
+    NoClassFoldersError,
+    assign_images,
+    detect_folder_roles,
+)
 from onefold.data.folders import (
     Folder,
     FolderListing,
@@ -37,6 +52,7 @@ from onefold.data.folders import (
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
+from onefold.data.photo_copies import THUMBNAIL_KIND
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
 from onefold.data.shard_patterns import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
@@ -56,12 +72,14 @@ from onefold.data.table_layouts import (
     table_split,
     unread_lists_note,
 )
+from onefold.data.table_rows import refuse_pixels
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import LabelTable, read_table
 from onefold.errors import BadData
 from onefold.file_io import suggest_path
 
 _FIRST_WORD = re.compile(r"([^\W\d_]\w*?)[._ -]*\(?\d+\)?\.\w+$")
+_MAX_MOVED = 5  # classes that a command to type names
 _LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say classes, in forms that are not read
 
 
@@ -98,6 +116,8 @@ def _read_folder(place: Path) -> PlaceImages:
     if not listing.images and shards:
         return _sharded_folder(place, listing, shards)
     if not listing.images:
+        for name in (name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())):
+            refuse_pixels(place / name)
         raise no_images_message(place, listing)
     listing, copies, notes = without_copies(place, listing)
     read = _read_listing(place, shown, listing, shards, notes)
@@ -120,9 +140,22 @@ def _read_listing(
         problem = error
     more = _find_split_tables(outer, listing) if isinstance(problem, NoClassFoldersError) else {}
     if more:  # such as LOC_val_solution.csv of val/
+        said: list[str] = []
+        names = {image.rpartition("/")[0].rpartition("/")[2] for image in listing.images}
+        named = {
+            folder: name_numbered_classes(place, listing, [table], said)[0] if not names & {*table.labels} else table
+            for folder, table in more.items()
+        }
         try:
-            arrangement, problem = _detect(tree, shown, inner | more), None
-            inner, outer = inner | more, [table for table in outer if table.path not in {t.path for t in more.values()}]
+            arrangement, problem = _detect(tree, shown, inner | named), None
+            inner, outer = (
+                inner | named,
+                [table for table in outer if table.path not in {t.path for t in named.values()}],
+            )
+            notes += said
+        except ClassDifferenceError as error:
+            if unnamed := _unnamed_numbers(error, shown, list(named.values())):
+                raise unnamed from error
         except BadData:
             pass
     unread_lists = [
@@ -180,6 +213,19 @@ def _read_listing(
     raise problem
 
 
+def _unnamed_numbers(error: ClassDifferenceError, shown: str, tables: Sequence[LabelTable]) -> BadData | None:
+    """Give the error of a val whose table numbers the classes that the folders of train name; None where it is none."""
+    numbering = [table for table in tables if all(map(str.isdecimal, table.labels))]
+    if not numbering or all(map(str.isdecimal, error.classes)):
+        return None
+    names = join_names(sorted(error.classes), 3)
+    seen = f"{join_names([table.path for table in numbering])} numbers its classes, and train names them ({names})"
+    return BadData(
+        f"{shown}: {seen}: nothing says which is which. Write a classes.txt into {shown}, a line a class as train "
+        "calls it, in the order of the numbers"
+    )
+
+
 def _are_no_classes(arrangement: FolderRoles) -> bool:
     """Whether folders are hardly the classes: none, or one, or they differ by numbers alone (patient00017)."""
     names = {name for folder in arrangement.folders for name in folder.classes}
@@ -195,7 +241,14 @@ def _classes_in_names(images: Sequence[str]) -> list[str]:
     num_called = sum(count for count in names.values() if count > 1)
     if 2 * num_called <= len(images) or len(names) < 2 or any(map(parse_split_name, names)):
         return []
-    return [f"its files are called as classes ({join_names(sorted(names), 3)}): a labels.csv can say so"]
+    called = f"its files are called as classes ({join_names(sorted(names), 3)}): a labels.csv can say so"
+    folders = {image.rpartition("/")[0] for image, word in zip(images, words, strict=True) if word}
+    plain = [name for name in names if re.fullmatch(r"\w+", name)]
+    if len(plain) < len(names) or len(names) > _MAX_MOVED or len(folders) > 1:
+        return [called]
+    moves = f"for c in {' '.join(sorted(names))}; do mkdir $c; mv $c[^a-zA-Z]* $c; done"
+    where = folders.pop()
+    return [f"{called}, or, typed in {f'{where}/' if where else 'it'}, {moves}"]
 
 
 def _detect(tree: Folder, shown: str, tables: Mapping[str, LabelTable]) -> FolderRoles:
@@ -275,12 +328,13 @@ def _foldered(
             where = printable_name(place / root)
             raise BadData(f"class folders without images in {where}: {join_names(unfilled)}; fill or remove them")
         empty += unfilled
+    notes = [*notes, *_notes_of_bare_folders(listing, arrangement, printable_name(place))]
     unlabelled = {file for table in tables.values() for file in table.unlabelled} - listed
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
     rest = [image for image in rest if image not in unlabelled]
     kinds = [*(["class folders"] if any(f.classes for f in arrangement.folders) else [])]
     if set(by_split) == {None}:
-        texts = [name for suffix in (".txt", ".json") for name in listing.others.get(suffix, ())]
+        texts = [name for suffix in (".txt", ".json", ".mat") for name in listing.others.get(suffix, ())]
         notes = [*notes, *unread_lists_note(texts)]
     kinds += sorted({table.path.rpartition("/")[2] for table in tables.values()})
     return PlaceImages(
@@ -293,6 +347,28 @@ def _foldered(
         ),
         notes=(*arrangement.notes, *notes, *(note for table in tables.values() for note in table.notes)),
     )
+
+
+def _notes_of_bare_folders(listing: FolderListing, arrangement: FolderRoles, shown: str) -> list[str]:
+    """Say which folders beside the classes hold files and no image, so that they are no classes.
+
+    Raises BadData where these are photos that another package reads.
+    """
+    bare: dict[str, Counter[str]] = defaultdict(Counter)
+    for root in {folder.root for folder in arrangement.folders if folder.classes}:
+        prefix = f"{root}/" if root else ""
+        with_images = {image[len(prefix) :].partition("/")[0] for image in listing.images if image.startswith(prefix)}
+        for kind, names in listing.others.items():
+            for name in names if kind not in (MASK_KIND, THUMBNAIL_KIND) else ():
+                child, slash, _ = name[len(prefix) :].partition("/")
+                if name.startswith(prefix) and slash and child not in with_images and not parse_split_name(child):
+                    bare[prefix + child][kind] += 1
+    for folder, kinds in sorted(bare.items()):
+        if photos := sorted(HEIC_SUFFIXES & kinds.keys()):
+            which = f"{folder}/ holds {kinds[photos[0]]} {photos[0]} files and no image that is read"
+            raise BadData(f"{shown}: {which}: {left_out_reason(photos[0])}; or move the folder away")
+    shown = join_names([f"{folder}/" for folder in sorted(bare)], 3)
+    return [f"no class of {shown}, where there are files and no image"] if bare else []
 
 
 def _check_folders(table: LabelTable, split: str, shown: str) -> None:

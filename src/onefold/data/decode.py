@@ -25,7 +25,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from io import BytesIO
@@ -65,13 +65,16 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
-_HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 ARCHIVE_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz2", ".xz"))
 _RAW_SUFFIXES = frozenset(
     (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw")
 ) | {".raw", ".rwl", ".3fr", ".iiq", ".x3f", ".kdc", ".dcr", ".mrw", ".erf", ".mef", ".mos"}
-_ARRAY_SUFFIXES = frozenset((".npz", ".npy", ".h5", ".hdf5", ".pkl", ".pickle", ".bin", ".tfrecord", ".tfrec", ".mdb"))
+_ARRAY_SUFFIXES = frozenset(
+    (".npz", ".npy", ".mat", ".h5", ".hdf5", ".pkl", ".pickle", ".bin", ".tfrecord", ".tfrec", ".mdb")
+)
 _NO_SUFFIX, MASK_KIND, _ARRAYS = "without a suffix", "masks beside their photos", "arrays without a suffix"
+_IDX = "arrays in .gz"  # MNIST's
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{0,11}[a-z][a-z0-9]{0,11}$")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -80,7 +83,6 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _ARRAY_MAGIC = re.compile(rb"\x80[\x02-\x05]|\0\0\x08[\x01-\x04]\0")  # pickles, as of CIFAR; MNIST's idx files
-_MASK = re.compile(r"[ _.-](?:masks?|seg|segm|segmentation|gt|groundtruth|trimap|labelids|annotation)([ _-]?\d+)?$")
 
 
 def left_out_kind(name: str, head: Callable[[], bytes]) -> str | None:
@@ -100,24 +102,16 @@ def left_out_kind(name: str, head: Callable[[], bytes]) -> str | None:
         elif _MAGIC.match(first):
             return None
         suffix = suffix or _ARRAYS * bool(_ARRAY_MAGIC.match(first))
-    if suffix in SUFFIXES or (suffix in _HEIC_SUFFIXES and _heif_opener() is not None):
+    if lowered.endswith("-ubyte.gz"):
+        return _IDX
+    if suffix in SUFFIXES or (suffix in HEIC_SUFFIXES and _heif_opener() is not None):
         return None
     return suffix or _NO_SUFFIX
 
 
-def find_masks(names: Sequence[str]) -> list[str]:
-    """List, of names of images with "/", the masks: another image's name and `_mask`, `_seg`, `_gt` or the like.
-
-    Only where that other image is in the same folder; its suffix may be another.
-    """
-    stems = {os.path.splitext(name)[0].lower() for name in names}
-    ends = ((name, _MASK.search(os.path.splitext(name)[0].lower())) for name in names)
-    return [name for name, end in ends if end and end.string[: end.start()] in stems]
-
-
 def left_out_reason(kind: str) -> str:
     """Say why files of a kind that `left_out_kind` gave are not used, and what would make them images."""
-    if kind in _HEIC_SUFFIXES:
+    if kind in HEIC_SUFFIXES:
         return 'HEIC photos, which pip install "onefold[heic]" reads'
     if kind == MASK_KIND:
         return "another image's name and _mask, _seg, _gt or the like"
@@ -125,7 +119,7 @@ def left_out_reason(kind: str) -> str:
         return "raw photos: export them as JPEG or 16-bit TIFF"
     if kind in ARCHIVE_SUFFIXES:
         return "archives: unpack them"
-    if kind == _ARRAYS or kind in _ARRAY_SUFFIXES:
+    if kind in (_ARRAYS, _IDX) or kind in _ARRAY_SUFFIXES:
         return "arrays and records are not read: save each picture as a PNG, in the folder of its class"
     return "no image by their first bytes" if kind == _NO_SUFFIX else "no suffix of an image"
 

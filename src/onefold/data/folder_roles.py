@@ -32,6 +32,14 @@ class NoClassFoldersError(BadData):
     """Images that lie in no class folders."""
 
 
+class ClassDifferenceError(BadData):
+    """Classes of a split that train does not have; `classes` are train's."""
+
+    def __init__(self, text: str, classes: frozenset[str]) -> None:
+        self.classes = classes
+        super().__init__(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _SplitFolder:
     """A split, or a part of one, as it lies in a folder; split None where nothing says for what the images are.
@@ -62,11 +70,23 @@ def detect_folder_roles(root: Folder, place: str, tables: Mapping[str, frozenset
     two ways, for splits of different classes, and for images without class folders.
     """
     merged = merge_initial_folders(root)
-    roles = _detect_roles(merged, place, tables)
-    if merged is root:
-        return roles
+    reasons: dict[str, str] = {}
+    roles = _detect_roles(_without_unlabelled(merged, reasons), place, tables)
     note = "folders of one letter hold folders that begin with it, which are the classes"
-    return replace(roles, notes=(note, *roles.notes))
+    notes = roles.notes if merged is root else (note, *roles.notes)
+    return replace(roles, reasons={**roles.reasons, **reasons}, notes=notes)
+
+
+def _without_unlabelled(folder: Folder, reasons: dict[str, str]) -> Folder:
+    """Give a tree without the folders in which tools put what has no class (`_unlabeled`, `no_label`), with reasons."""
+    children = {}
+    for name, child in folder.children.items():
+        words = split_into_words(name)
+        if len(folder.children) > 2 and (words == ["no", "label"] or {*words} <= {"unlabeled", "unlabelled"}):
+            reasons[child.path] = "no class, as the folder is called"
+        else:
+            children[name] = _without_unlabelled(child, reasons)
+    return Folder(folder.path, folder.num_direct, folder.num_images, children)
 
 
 def _detect_roles(root: Folder, place: str, tables: Mapping[str, frozenset[str]]) -> FolderRoles:
@@ -244,6 +264,9 @@ def _choose(named: _Named, place: str) -> _Group:
         shown = join_names([folder.name for stem in several for _, folder in stems[stem]])
         raise BadData(f"{place} holds several sets of splits, {shown}: give the folder of one, or class folders")
     chosen = stems.get("") or (stems[several[0]] if several else [])
+    trains = [stem for stem, those in stems.items() if any(said.split == "train" for said, _ in those)]
+    if chosen and len(trains) == 1 and all(said.split != "train" for said, _ in chosen):  # train_mini beside val
+        chosen = [*chosen, *(each for each in stems[trains[0]] if each[0].split == "train")]
     words = {said.word for said, _ in chosen}
     strong_val = any(SPLIT_WORDS[word] == "val" and word not in WEAK_WORDS for word in words)
     group: dict[Split, list[tuple[SplitName, Folder]]] = defaultdict(list)
@@ -370,13 +393,13 @@ def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, fr
     return FolderRoles(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
 
 
-def class_difference(place: str, sides: Mapping[str, frozenset[str]]) -> BadData:
+def class_difference(place: str, sides: Mapping[str, frozenset[str]]) -> ClassDifferenceError:
     """Say which classes only one of two splits has."""
     (one, these), (other, those) = sides.items()
     parts = [
         f"only in {name}: {join_names(sorted(x))}" for name, x in ((one, these - those), (other, those - these)) if x
     ]
-    return BadData(f"{place}: the classes differ; {'; '.join(parts)}")
+    return ClassDifferenceError(f"{place}: the classes differ; {'; '.join(parts)}", these)
 
 
 def _flat(folder: Folder, place: str) -> NoClassFoldersError:

@@ -28,14 +28,13 @@ from onefold.data.decode import (
     SUFFIXES,
     decode_crop,
     decode_image,
-    find_masks,
     left_out_kind,
     left_out_reason,
     printable_name,
     read_first_bytes,
     read_samples,
 )
-from onefold.data.photo_copies import THUMBNAIL_KIND, find_thumbnails
+from onefold.data.photo_copies import THUMBNAIL_KIND, find_masks, find_thumbnails
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import LocalFile, digest_bytes
 from onefold.errors import BadData

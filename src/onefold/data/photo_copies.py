@@ -2,6 +2,7 @@
 
 | images | are |
 |---|---|
+| `a_mask.png`, `a_seg.png` beside `a.jpg` | masks: left out |
 | `thumb_a.jpg`, `a_thumb.jpg`, `a-150x150.jpg` beside `a.jpg`, or below it in `thumbs/` | thumbnails: left out |
 | `a_jpg.rf.1f0c9d.jpg` (Roboflow), `a_flipLR.jpg`, `a_aug3.jpg`, `a-edited.jpg`, `a - Copy.jpg` | of the photo a |
 | `a (1).jpg`, `a 2.jpg` and `IMG_E1234.jpg` beside `a.jpg` and `IMG_1234.jpg`, no more than three | the same |
@@ -24,6 +25,7 @@ from onefold.data.splits import split_into_words
 
 THUMBNAIL_KIND = "thumbnails beside their photos"
 
+_MASK = re.compile(r"[ _.-](?:masks?|seg|segm|segmentation|gt|groundtruth|trimap|labelids|annotation)([ _-]?\d+)?$")
 _THUMBNAIL = re.compile(
     r"(?:thumb(?:nail)?s?|tn)[ _.-](?P<a>.+)|(?P<b>.+?)[ _.-](?:thumb(?:nail)?|tn)|(?P<c>.+)-(?:\d{2,5}x\d{2,5}|scaled)"
 )
@@ -45,6 +47,16 @@ _NUMBERED_THINGS = frozenset(("plant", "tree", "leaf", "animal", "sequence", "sc
     *("group", "slide", "trap", "tile", "family", "eye", "wound", "nodule", "scan", "object", "instance", "camera")
 }  # with a word for a key: a column `plant` has kinds
 _KEY_WORDS = frozenset(("id", "ids", "no", "nr", "number", "code", "key", "uid", "idx", "index"))
+
+
+def find_masks(names: Sequence[str]) -> list[str]:
+    """List, of names of images with "/", the masks: another image's name and `_mask`, `_seg`, `_gt` or the like.
+
+    Only where that other image is in the same folder; its suffix may be another.
+    """
+    stems = {os.path.splitext(name)[0].lower() for name in names}
+    ends = ((name, _MASK.search(os.path.splitext(name)[0].lower())) for name in names)
+    return [name for name, end in ends if end and end.string[: end.start()] in stems]
 
 
 def find_thumbnails(names: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex, OtherImagesError
 from onefold.data.shard_patterns import SHARD_SUFFIXES
-from onefold.data.split_lists import divide_by_lists, refuse_partitions
+from onefold.data.split_lists import divide_by_lists, group_by_tables, refuse_partitions
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.table_columns import MultiLabelError, NotATableError, normalize_number
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
@@ -130,7 +130,11 @@ def _is_of_one_class_folder(table: LabelTable) -> bool:
 
 
 def choose_tables(tables: Sequence[LabelTable], shown: str, notes: list[str]) -> list[LabelTable]:
-    """Choose the one table that counts, or one for each split. Raises BadData where that is not plain."""
+    """Choose the one table that counts, or one for each split. Raises BadData where that is not plain.
+
+    A table whose column of classes is one by what it holds alone counts where no other has one by its name.
+    """
+    tables = [table for table in tables if not table.is_guessed] or tables
     if len(tables) < 2:
         return list(tables)
     roles = {table.path: said.split if (said := parse_split_name(Path(table.path).stem)) else None for table in tables}
@@ -327,7 +331,7 @@ def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
 def read_tabled(place: Path, listing: FolderListing, tables: Sequence[LabelTable], notes: Sequence[str]) -> PlaceImages:
     """Give the images that tables list; lists may say the splits of a table that says none (train_val_list.txt)."""
     notes = [*notes]
-    tables = divide_by_lists(place, listing, tables, notes)
+    tables = group_by_tables(place, listing, divide_by_lists(place, listing, tables, notes))
     tables = name_numbered_classes(place, listing, tables, notes)
     splits = [split for table in tables for split in _splits_of(place, table)]
     listed = {file for table in tables for file in table.files}

@@ -22,10 +22,10 @@ from functools import partial
 
 from onefold.checksums import read_sealed_text, write_sealed_text
 from onefold.data.dataset_info import LeftOut, Split
-from onefold.data.decode import MASK_KIND, find_masks, left_out_kind, left_out_reason, printable_name
+from onefold.data.decode import MASK_KIND, left_out_kind, left_out_reason, printable_name
 from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
 from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
-from onefold.data.photo_copies import THUMBNAIL_KIND, find_thumbnails
+from onefold.data.photo_copies import THUMBNAIL_KIND, find_masks, find_thumbnails
 from onefold.data.remote_files import Blob, BlobReader
 from onefold.data.repeated_images import Files, leave_out_copies
 from onefold.data.splits import parse_split_name, splits_by_folder_name
