@@ -57,7 +57,7 @@ from onefold.commands.predictor import Source, open_predictor, select_ema_weight
 from onefold.commands.progress_bars import show_progress
 from onefold.commands.report import write_report_page
 from onefold.data.fingerprint import image_keys
-from onefold.errors import BadArgument, BadArtifact, GateFailed
+from onefold.errors import BadArgument, BadArtifact, GateFailed, OnefoldError, options_as_arguments
 from onefold.file_io import atomic_replace, write_text
 from onefold.models.weights_file import render_hub_readme, tensors_sha256
 from onefold.quantize import QuantizationMethod
@@ -153,9 +153,9 @@ def build_deployment(
     network.preprocessing.check_takes_photos()
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
     photos = deployment_photos(network, order, calibrates=calibrates)
-    say(f"held out  {describe_held_out(len(photos.scored), photos.num_held_out)}")
+    say(f"held out  {describe_held_out(len(photos.scored), photos.num_held_out, labelled=photos.labelled)}")
     if too_few := too_few_photos_note(len(photos.scored), order.max_drop, photos.num_held_out):
-        _log.warning("%s", too_few)
+        _log.warning("%s", too_few if OnefoldError.on_command_line else options_as_arguments(too_few))
     order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
     with atomic_replace(out) as aside, _unfinished(out, _key(network, order, calibrates=calibrates), say) as folder:
         if order.quick:

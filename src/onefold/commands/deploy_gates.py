@@ -138,12 +138,13 @@ def one_may_be_lost(count: int, max_drop: float) -> bool:
     return 0 < max_drop < 100 / count and count in _ONE_MAY_BE_LOST
 
 
-def describe_held_out(count: int, num_held_out: int) -> str:
+def describe_held_out(count: int, num_held_out: int, *, labelled: bool = True) -> str:
     """Say before the work how many photos are scored, and what one of them is worth."""
+    unit = "points of top-1" if labelled else "% of the predictions"
     some = f"{count} of {num_held_out} photos are scored, evenly" if count < num_held_out else f"{count} photos"
     if count == num_held_out:
         some += " are scored" if count > 1 else " is scored"
-    return f"{some}; one of them is {100 / count:.2f} points of top-1"
+    return f"{some}; one of them is {100 / count:.2f} {unit}"
 
 
 def too_few_photos_note(count: int, max_drop: float, num_held_out: int | None = None) -> str:
@@ -174,10 +175,10 @@ def gates_error(gates: Sequence[Gate], folder: Path) -> GateFailed | None:
     said = ", ".join(gate.sentence for gate in stopping)
     if len({tail for _, _, tail in parts}) == 1:  # what is the same of all, too few photos, is said once
         said = ", ".join(head for head, _, _ in parts) + "".join(parts[0][1:])
-    table = f"{folder / 'README.md'} has the table"
+    table, keep = f"{folder / 'README.md'} has the table", "keep their" if len(stopping) > 1 else "keeps its"
     if not failed:
         return GateUndecided(
-            f"whether {len(stopping)} of {len(gates)} artifacts keep their accuracy cannot be told: {said}; {table}. "
+            f"whether {len(stopping)} of {len(gates)} artifacts {keep} accuracy cannot be told: {said}; {table}. "
             "More held-out photos tell, and --max-drop sets the largest loss that is accepted"
         )
     undecided = f", of {len(stopping) - len(failed)} it cannot be told" if len(stopping) > len(failed) else ""
