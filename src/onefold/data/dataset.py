@@ -327,9 +327,10 @@ def _groups(part: SplitImages, names: Sequence[str], labels: Sequence[int], note
         return part.groups
     groups = group_by_photo(names, labels)
     if several := [name for name, group in zip(names, groups, strict=True) if group]:
-        photos = len({*groups} - {""})
+        num_photos = len({*groups} - {""})
+        photos = f"{num_photos} photo{'s' * (num_photos > 1)}"
         notes.append(
-            f"{len(several)} images are of {photos} photos by their names ({join_names(several, 2)}): val has all "
+            f"{len(several)} images are of {photos} by their names ({join_names(several, 2)}): val has all "
             "images of one, or none"
         )
     return groups

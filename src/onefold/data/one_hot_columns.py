@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
-from onefold.data.table_columns import BOOLEAN_WORDS, MultiLabelError, NotATableError
+from onefold.data.table_columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, is_measured_column
 from onefold.errors import BadData
 
 _SHOWN = 80
@@ -30,7 +30,11 @@ def read_one_hot(
     """
     columns = list(cells)
     _refuse_findings(shown, {name: cells[name] for name in names}, lines)
-    names = [name for name in names if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name])]
+    names = [
+        name
+        for name in names
+        if all(cell.lower() in BOOLEAN_WORDS for cell in cells[name]) and not is_measured_column(name)
+    ]
     if len(names) < 2:
         raise NotATableError(
             f"{shown}: {expected}; its first line is {printable_name(','.join(columns)[:_SHOWN])!r}: rename its columns"

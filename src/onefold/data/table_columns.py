@@ -52,7 +52,9 @@ _BOXES = (
 NONE_WORD = "none"
 """What a class of words may be called, in any case, though pandas takes it for a cell that says nothing: no defect."""
 _NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored", "unassigned"))
-_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text", "display", "annotation", "annotations", "metadata"))
+_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text", "display", "annotation", "annotations", "metadata")) | {
+    *("ground", "truth", "gt", "true")
+}
 _SPLIT_COLUMNS = frozenset(
     ("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold", "ml use")
 ) | frozenset(("evaluation status", "eval status"))
@@ -146,6 +148,12 @@ def is_box_column(column: str, columns: Collection[str]) -> bool:
     if called in ("x", "y") and {"x", "y"} <= there.keys() and any(rank_class_column(n) is not None for n in others):
         return True
     return any(each <= there.keys() and called in each for each in _BOXES)
+
+
+def is_measured_column(column: str) -> bool:
+    """Whether a column of several words is called as a measurement or a key: file_size, region_count, region_id."""
+    words = split_into_words(column)
+    return len(words) > 1 and words[-1] in _MEASURED | {"id"}
 
 
 def is_class_name_column(column: str) -> bool:

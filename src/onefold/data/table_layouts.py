@@ -156,6 +156,11 @@ def choose_tables(tables: Sequence[LabelTable], shown: str, notes: list[str]) ->
         return [next((table for table in tables if table.splits), tables[0])]
     else:
         paths = [table.path for table in tables]
+        if len(named) > 1 and all({*table.labels} <= {"-1", "0", "1"} for table in named):  # PASCAL VOC's
+            raise BadData(
+                f"{shown}: {join_names(paths, 3)} say yes or no to one class each (1, -1), so that an image may be of "
+                "several (multi-label), which is not supported: write a labels.csv (file,label) with one class an image"
+            )
         refuse_partitions([table.path for table in named], shown)
         raise BadData(
             f"{shown} holds several tables of labels, {join_names(paths)}: give --data {shown}/{paths[0]} for one"

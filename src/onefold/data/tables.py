@@ -31,7 +31,7 @@ from onefold.data.json_tables import JSON_LINES_SUFFIXES
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.one_hot_columns import read_one_hot
 from onefold.data.photo_copies import find_group_column
-from onefold.data.splits import SPLIT_WORDS, split_into_words
+from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words
 from onefold.data.table_columns import (
     BOOLEAN_WORDS,
     NONE_WORD,
@@ -137,6 +137,12 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     cells[file_column] = [*images.without_foreign_folder(path, cells[file_column], notes)]
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
+    for name in class_columns[1:]:  # tags that are train and test, beside labels
+        values = {cell for cell in cells[name] if not is_missing(cell)}
+        if len(values) > 1 and all((word := parse_split_name(value)) and not word.stem for value in values):
+            class_columns.remove(name)
+            split_columns.append(name)
+            break
     cells[file_column] = [*images.with_other_suffix(path, cells[file_column], notes)]
     only = "" if class_columns or number_columns else only_other_column(cells, file_column)
     if only:
