@@ -29,13 +29,13 @@ from onefold.data.decode import (
     UNUSUAL_ALPHA,
     decode_crop,
     decode_image,
-    find_masks,
     left_out_kind,
     left_out_reason,
     printable_name,
 )
 from onefold.data.duplicates import thumbnail_stats
 from onefold.data.folders import ImageFiles, list_folder
+from onefold.data.photo_copies import find_masks
 from onefold.data.preprocessing import Preprocessing
 from onefold.errors import BadData
 from onefold.system_resources import free_memory

@@ -13,6 +13,7 @@ from image_fixtures import write_images
 from onefold.data import read_dataset
 from onefold.data.photo_copies import find_group_column, find_thumbnails, group_by_photo
 from onefold.data.splits import split_by_seed
+from onefold.errors import BadData
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,10 @@ def test_thumbnails_are_known_beside_their_photos(names: list[str], thumbnails: 
         (["IMG_1234.jpg", "IMG_E1234.jpg", "IMG_1235.jpg"], [2]),
         (["a.jpg", "a (1).jpg", "a - Copy.jpg", "b.jpg"], [3]),
         (["PXL_1.jpg", "PXL_1-edited.jpg", "PXL_2.jpg", "PXL_2~2.jpg"], [2, 2]),
+        (["IMG_1.heic", "IMG_1.jpg", "IMG_2.jpg", "IMG_3.png", "IMG_3.jpg"], [2]),
+        (["1IMG_1_BURST20200101120000_COVER.jpg", "2IMG_2_BURST20200101120000.jpg", "IMG_3.jpg"], [2]),
+        (["film1_frame_1.jpg", "film1_frame_2.jpg", "film2-frame1.jpg", "film2-frame2.jpg"], [2, 2]),
+        (["frame_1.jpg", "frame_2.jpg", "frame_3.jpg"], []),
         (["cat (1).jpg", "cat (2).jpg", "cat (3).jpg"], []),
         (["cat.jpg", "cat (1).jpg", "cat (2).jpg", "cat (3).jpg", "cat (4).jpg"], []),
         (["img_1.jpg", "img_2.jpg", "img_3.jpg"], []),
@@ -84,6 +89,17 @@ def test_a_column_says_of_what_thing_a_photo_is():
     assert find_group_column(cells, ["image"], ["n", "m", "n", "m"]) == "patient"
     assert find_group_column(cells, ["patient"], ["n", "m", "n", "m"]) == "lesion_id"
     assert find_group_column({"plant": cells["plant"]}, [], ["n", "m", "n", "m"]) is None  # kinds of plants
+
+
+def test_a_class_of_heic_photos_that_are_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("onefold.data.decode._heif_opener", lambda: None)
+    write_images(tmp_path, [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)])
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "owl" / "1.HEIC").write_bytes(b"x")
+    with pytest.raises(BadData, match=r"owl/ holds 1 \.heic files and no image that is read: HEIC photos, which pip"):
+        read_dataset(tmp_path, seed=0, val_fraction=0.5)
+    (tmp_path / "owl").rename(tmp_path / "cat" / "more")
+    assert [str(one)[:12] for one in read_dataset(tmp_path, seed=0, val_fraction=0.5).info.left_out] == ["1 .heic file"]
 
 
 def lesions(place: Path, header: str, rows: list[str]) -> Path:

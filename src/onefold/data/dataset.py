@@ -327,8 +327,8 @@ def _groups(part: SplitImages, names: Sequence[str], labels: Sequence[int], note
         return part.groups
     groups = group_by_photo(names, labels)
     if several := [name for name, group in zip(names, groups, strict=True) if group]:
-        num_photos = len({*groups} - {""})
-        photos = f"{num_photos} photo{'s' * (num_photos > 1)}"
+        count = len({*groups} - {""})
+        photos = f"{count} photos or videos" if count > 1 else "one photo or video"
         notes.append(
             f"{len(several)} images are of {photos} by their names ({join_names(several, 2)}): val has all "
             "images of one, or none"

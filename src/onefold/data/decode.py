@@ -66,6 +66,7 @@ SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 ) | {".ppm", ".pgm", ".pbm", ".pnm"}
 HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+ICLOUD_KIND = ".icloud"
 ARCHIVE_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".7z", ".zst", ".rar", ".bz2", ".xz"))
 _RAW_SUFFIXES = frozenset(
     (".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw")
@@ -117,6 +118,8 @@ def left_out_reason(kind: str) -> str:
         return "another image's name and _mask, _seg, _gt or the like"
     if kind in _RAW_SUFFIXES:
         return "raw photos: export them as JPEG or 16-bit TIFF"
+    if kind == ICLOUD_KIND:
+        return "photos that iCloud has not downloaded: download them"
     if kind in ARCHIVE_SUFFIXES:
         return "archives: unpack them"
     if kind in (_ARRAYS, _IDX) or kind in _ARRAY_SUFFIXES:

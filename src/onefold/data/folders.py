@@ -24,6 +24,7 @@ from PIL import Image
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import LeftOut
 from onefold.data.decode import (
+    ICLOUD_KIND,
     MASK_KIND,
     SUFFIXES,
     decode_crop,
@@ -219,7 +220,10 @@ def list_folder(folder: Path) -> FolderListing:
             outputs.append(inner)
             continue
         visible = [entry for entry in entries if not is_hidden(entry[0])]
-        hidden += len(entries) - len(visible)
+        waiting = [inner + name for name, *_ in entries if name.startswith(".") and name.endswith(ICLOUD_KIND)]
+        if waiting:
+            others[ICLOUD_KIND] += waiting
+        hidden += len(entries) - len(visible) - len(waiting)
         if inner and not visible:
             empty.append(inner.removesuffix("/"))
         for name, is_folder, is_dangling in visible:

@@ -6,6 +6,7 @@
 | `thumb_a.jpg`, `a_thumb.jpg`, `a-150x150.jpg` beside `a.jpg`, or below it in `thumbs/` | thumbnails: left out |
 | `a_jpg.rf.1f0c9d.jpg` (Roboflow), `a_flipLR.jpg`, `a_aug3.jpg`, `a-edited.jpg`, `a - Copy.jpg` | of the photo a |
 | `a (1).jpg`, `a 2.jpg` and `IMG_E1234.jpg` beside `a.jpg` and `IMG_1234.jpg`, no more than three | the same |
+| `a.heic` beside `a.jpg`; `IMG_BURST20200101120000_1.jpg`; `film_frame_12.jpg` | of one photo, burst or video |
 | of equal values in a column `lesion_id`, `patient`, `video` or the like | photos of one thing |
 
 A val that is cut out of train has all images of a photo, or of a thing, or none: else a network would be scored on what
@@ -29,6 +30,7 @@ _MASK = re.compile(r"[ _.-](?:masks?|seg|segm|segmentation|gt|groundtruth|trimap
 _THUMBNAIL = re.compile(
     r"(?:thumb(?:nail)?s?|tn)[ _.-](?P<a>.+)|(?P<b>.+?)[ _.-](?:thumb(?:nail)?|tn)|(?P<c>.+)-(?:\d{2,5}x\d{2,5}|scaled)"
 )
+_THUMBNAIL_HINTS = re.compile(r"thumb|tn|scaled|\dx\d")  # sooner found than the whole
 _THUMBNAIL_FOLDERS = frozenset(("thumb", "thumbs", "thumbnail", "thumbnails", "_thumbs", "previews", "_previews"))
 _PHOTO_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "original", "originals", "full"))
 _MADE = (
@@ -38,6 +40,9 @@ _MADE = (
 )
 _OF_PHOTO = re.compile(rf"(?P<photo>.*?)(?:\.rf\.[0-9a-z]{{6,}}|(?:[ _.-]+{_MADE}[ _-]?\(?\d{{0,4}}\)?)+|~\d)")
 _BESIDE = re.compile(r"(?P<photo>.+?)(?: ?\(\d{1,2}\)| \d)|(?P<phone>img_)e(?P<number>\d{4,})")
+_HINTS = re.compile(r"\.rf\.|~\d|\dx\d|deg|aug|flip|mirror|rot|crop|blur|nois|bright|edit|bearb|cop|kopie|scaled|thumb")
+_SERIES = re.compile(r".*(?P<burst>burst\d{8,}).*|(?P<video>.*[^\W_].*?)[ _.-]*frame[ _.-]*\d+")
+_CONVERTED = (".heic", ".heif", ".hif", ".avif", ".webp")  # of which phones and tools write a JPEG too
 _MAX_COPIES = 20
 _MAX_BESIDE = 4  # a photo and its copies; more are numbered photos: cat (1) to cat (500)
 _THINGS = frozenset(("patient", "lesion", "subject", "participant", "person", "individual", "specimen", "identity")) | {
@@ -65,7 +70,7 @@ def find_thumbnails(names: Sequence[str]) -> list[str]:
 
     def is_thumbnail(name: str) -> bool:
         folder, slash, stem = os.path.splitext(name)[0].casefold().rpartition("/")
-        match = _THUMBNAIL.fullmatch(stem)
+        match = _THUMBNAIL_HINTS.search(stem) and _THUMBNAIL.fullmatch(stem)
         photo = folder + slash + (match["a"] or match["b"] or match["c"]) if match else ""
         return bool(match) and (photo in stems or (f"{photo}-scaled" in stems and not stem.endswith("-scaled")))
 
@@ -91,16 +96,23 @@ def group_by_photo(names: Sequence[str], labels: Sequence[int]) -> list[str]:
     Names that would put a whole class together, or more than half of it and more than 20 images, tell nothing.
     """
     stems = [os.path.splitext(name)[0].casefold() for name in names]
-    there = set(stems)
+    count_by_stem = Counter(stems)
+    converted = {
+        stem for stem, name in zip(stems, names, strict=True) if os.path.splitext(name)[1].lower() in _CONVERTED
+    }
     beside: dict[str, list[int]] = defaultdict(list)
     photos = [""] * len(names)
     for i, path in enumerate(stems):
         folder, slash, stem = path.rpartition("/")
-        if match := _OF_PHOTO.fullmatch(stem):
+        if _HINTS.search(stem) and (match := _OF_PHOTO.fullmatch(stem)):
             photos[i] = folder + slash + match["photo"]
+        elif ("burst" in stem or "frame" in stem) and (match := _SERIES.fullmatch(stem)):
+            photos[i] = folder + slash + (match["burst"] or match["video"])
+        elif path in converted and count_by_stem[path] > 1:
+            photos[i] = path
         elif match := _BESIDE.fullmatch(stem):
             photo = folder + slash + (match["photo"] or match["phone"] + match["number"])
-            if photo in there:
+            if photo in count_by_stem:
                 beside[photo].append(i)
     for photo, those in beside.items():
         if len(those) < _MAX_BESIDE:
