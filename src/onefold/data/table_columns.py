@@ -52,9 +52,8 @@ _BOXES = (
 NONE_WORD = "none"
 """What a class of words may be called, in any case, though pandas takes it for a cell that says nothing: no defect."""
 _NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored", "unassigned"))
-_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text", "display", "annotation", "annotations", "metadata")) | {
-    *("ground", "truth", "gt", "true")
-}
+_NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
+_REMOTE_WORDS = frozenset(("display", "annotation", "annotations", "metadata", "ground", "truth", "gt"))
 _SPLIT_COLUMNS = frozenset(
     ("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold", "ml use")
 ) | frozenset(("evaluation status", "eval status"))
@@ -99,7 +98,8 @@ def rank_class_column(column: str) -> int | None:
     words = split_into_words(column)
     ranks = [_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS]
     rest = {word for word in words if word not in _CLASS_WORDS} - _NEUTRAL_WORDS
-    return min(ranks) if ranks and not rest else None
+    is_remote = bool(rest & _REMOTE_WORDS)  # after those that are called so alone
+    return min(ranks) + 10 * is_remote if ranks and rest <= _REMOTE_WORDS else None
 
 
 def ends_with_class_word(column: str) -> bool:

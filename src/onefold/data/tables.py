@@ -137,7 +137,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     cells[file_column] = [*images.without_foreign_folder(path, cells[file_column], notes)]
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
-    for name in class_columns[1:]:  # tags that are train and test, beside labels
+    for name in class_columns if len(class_columns) > 1 else ():  # tags that are train and test, beside labels
         values = {cell for cell in cells[name] if not is_missing(cell)}
         if len(values) > 1 and all((word := parse_split_name(value)) and not word.stem for value in values):
             class_columns.remove(name)

@@ -34,7 +34,9 @@ from onefold.data.table_columns import (
     cell_text,
     is_class_index_column,
     is_class_name_column,
+    is_missing,
     is_split_column,
+    missing_words_of_classes,
     normalize_number,
     rank_class_column,
     split_word,
@@ -129,7 +131,12 @@ def tars_by_split(
             splits = [split] * len(names)
         prefixes = dict.fromkeys(set(splits), "")
         classes: list[int | str] = [label for label in labels if label is not None]
-        kept = [True] * len(names)
+        texts = {label for label in classes if isinstance(label, str)}
+        nothing = {text for text in texts if is_missing(text)} - missing_words_of_classes(texts)
+        kept = [label not in nothing for label in classes]
+        if not all(kept):
+            reason = f"no class ({join_names(sorted(map(repr, nothing)), 3)})"
+            left_out.append(LeftOut(count=kept.count(False), what="images", reason=reason))
     else:
         tree = _without_shared_folders(build_folder_tree(names))
         try:
