@@ -66,7 +66,7 @@ from onefold.data.table_layouts import (
     find_split_tables,
     find_tables,
     left_out_files,
-    match_number_forms,
+    match_folder_forms,
     prefer_tables,
     read_tabled,
     table_split,
@@ -146,6 +146,7 @@ def _read_listing(
             folder: name_numbered_classes(place, listing, [table], said)[0] if not names & {*table.labels} else table
             for folder, table in more.items()
         }
+        named = _in_folders_forms(named, listing)
         try:
             arrangement, problem = _detect(tree, shown, inner | named), None
             inner, outer = (
@@ -154,8 +155,7 @@ def _read_listing(
             )
             notes += said
         except ClassDifferenceError as error:
-            if unnamed := _unnamed_numbers(error, shown, list(named.values())):
-                raise unnamed from error
+            raise _unnamed_numbers(error, shown, list(named.values())) or error from error
         except BadData:
             pass
     unread_lists = [
@@ -285,7 +285,7 @@ def _find_split_tables(tables: Sequence[LabelTable], listing: FolderListing) -> 
 def _in_folders_forms(tables: Mapping[str, LabelTable], listing: FolderListing) -> dict[str, LabelTable]:
     """Give tables whose numbers are written as the class folders write theirs."""
     names = {image.rpartition("/")[0].rpartition("/")[2] for image in listing.images}
-    return {folder: match_number_forms(table, names) for folder, table in tables.items()}
+    return {folder: match_folder_forms(table, names) for folder, table in tables.items()}
 
 
 # ----------------------------------------------------------------------------------------- class folders

@@ -105,6 +105,8 @@ def read_image_list(file: Path, path: str, images: ImageIndex, notes: list[str])
         raise NotATableError(f"{line}: expected an image and its class, one word or number")
     said = parse_split_name(file.stem)
     is_held_out = said is not None and said.split != "train"  # perhaps of one image a class
+    if is_name_list and _NAMES.fullmatch(file.name):
+        raise NotATableError(f"{path} numbers names: expected an image and its class")
     if len(rows) > 2 and (is_name_list or ([cells[1] for cells in rows] in numberings and not is_held_out)):
         raise NotATableError(f"{path} numbers its lines: expected an image and its class")
     if num_boxes:

@@ -2,7 +2,7 @@
 
 | file | what a row is |
 |---|---|
-| JSON Lines; an array of objects (Label Studio's JSON and JSON-MIN) | an object |
+| JSON Lines; an array of objects (Label Studio's JSON and JSON-MIN), alone in an object (FiftyOne's) | an object |
 | an object with `labels`, of images and the numbers of their classes, and `classes` (FiftyOne's) | an image |
 | an object whose keys are images and whose values are classes | an image |
 
@@ -60,6 +60,9 @@ def read_json_table(text: str, path: str, shown: str, images: ImageIndex) -> Tab
         raise NotATableError(f"{shown} is not JSON: {error}") from error
     if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
         return _rows(value, range(1, len(value) + 1))
+    rows = [inner for inner in value.values() if isinstance(inner, list) and inner] if isinstance(value, dict) else []
+    if len(rows) == 1 and all(isinstance(record, dict) for record in rows[0]):
+        return _rows(rows[0], range(1, len(rows[0]) + 1))
     labels, names = value, None
     if isinstance(value, dict) and isinstance(value.get("labels"), dict):
         labels, names = value["labels"], value.get("classes")
@@ -67,12 +70,9 @@ def read_json_table(text: str, path: str, shown: str, images: ImageIndex) -> Tab
         raise NotATableError(f"{shown}: expected objects with an image and its class")
     if not images.num_matches(path, [*labels][:_NUM_TRIED]):
         raise NotATableError(f"{shown}: expected images that are there, and their classes")
-    rows = [[image, _class_text(label, names)] for image, label in labels.items()]
-    if names is None:
-        return TableRows(columns=["file", "label"], rows=rows, lines=range(1, len(rows) + 1))
-    numbers = [cell_text(label) for label in labels.values()]
-    rows = [[*row, number] for row, number in zip(rows, numbers, strict=True)]
-    return TableRows(columns=["file", "label", "class_id"], rows=rows, lines=range(1, len(rows) + 1))
+    cells = [[image, _class_text(label, names), cell_text(label)] for image, label in labels.items()]
+    columns = ["file", "label", "class_id"][: 2 if names is None else 3]
+    return TableRows(columns=columns, rows=[row[: len(columns)] for row in cells], lines=range(1, len(cells) + 1))
 
 
 def _class_text(label: object, names: object) -> str:

@@ -307,15 +307,19 @@ def _name_numbers(
     return [rename_classes(table, names) for table in tables]
 
 
-def match_number_forms(table: LabelTable, folder_names: Iterable[str]) -> LabelTable:
-    """Give a table of numbers with them as the class folders write them: 00007 for 7."""
+def match_folder_forms(table: LabelTable, folder_names: Collection[str]) -> LabelTable:
+    """Give a table with its classes as the class folders write them: 00007 for 7, field-wild for Field/Wild."""
+
+    def form(name: str) -> str:
+        return normalize_number(name) or re.sub(r"[\W_]+", " ", name.casefold()).strip()
+
     forms: dict[str, set[str]] = defaultdict(set)
     for name in folder_names:
-        if number := normalize_number(name):
-            forms[number].add(name)
-    if not set(table.labels) <= {number for number, those in forms.items() if len(those) == 1}:
-        return table
-    return rename_classes(table, {number: next(iter(those)) for number, those in forms.items()})
+        forms[form(name)].add(name)
+    names = {label: forms.get(form(label), set()) for label in table.labels}
+    found = {label: next(iter(those)) for label, those in names.items() if len(those) == 1}
+    is_told = len(found) == len(names) == len({*found.values()}) and not names.keys() <= {*folder_names}
+    return rename_classes(table, found) if is_told else table
 
 
 def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
@@ -400,7 +404,8 @@ def table_split(place: Path, table: LabelTable, split: Split | None, source: str
 def unread_lists_note(names: Iterable[str]) -> list[str]:
     """Say which of these texts are called as if they said splits."""
     stems = {name: os.path.splitext(name)[0].rpartition("/")[2] for name in names}
-    lists = [name for name, stem in stems.items() if not {*SPLIT_WORDS}.isdisjoint(split_into_words(stem))]
+    words = {*SPLIT_WORDS, "split", "splits", "partition", "partitions"}
+    lists = [name for name, stem in stems.items() if not words.isdisjoint(split_into_words(stem))]
     sentence = "(lists that may say splits) stay unread: write splits into a table or folders"
     return [f"{join_names(lists, 3)} {sentence}"] if lists else []
 
