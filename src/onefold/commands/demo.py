@@ -54,7 +54,8 @@ def demo(
     recipe, order = demo_recipe(seed, epochs), deploy_options(full=epochs is None)
     say(f"1/5  train   {recipe.model} on scikit-learn's digits, {recipe.plan.epochs} epochs, seed {seed}")
     outcome = start_run(recipe, run, callbacks=Callbacks(on_progress=on_progress))
-    say(f"             top-1 {outcome.top1:.2f} % on {outcome.count} held-out digits")
+    low, high = outcome.interval
+    say(f"             top-1 {outcome.top1:.2f} % ({low:.1f} to {high:.1f}) on {outcome.count} held-out digits")
     try:
         failure = _from_run(run, out, order, say).failure
     except GateFailed as error:  # fusing's: nothing could be deployed

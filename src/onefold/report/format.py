@@ -61,6 +61,11 @@ def format_with_interval(right: float, total: int) -> str:
     return f"{format_percent(right)} ({low:.1f}–{high:.1f})"
 
 
+def format_accuracy(top1: float | None, num_images: int | None) -> str:
+    """Format a top-1 in percent, with its interval where it is known of how many images it is; a dash for None."""
+    return format_percent(top1) if top1 is None or num_images is None else format_with_interval(top1, num_images)
+
+
 def format_scientific(number: float | None) -> str:
     """Format a small number: 4.1e-07; a dash for None."""
     return "–" if number is None else f"{number:.1e}" if number else "0"

@@ -52,6 +52,11 @@ class MeasurementGroup:
         return None if self.accuracy is None else self.accuracy.top1
 
     @property
+    def num_scored(self) -> int | None:
+        """Of how many images the accuracy is; None where that is not known."""
+        return None if self.accuracy is None else self.accuracy.num_images
+
+    @property
     def subject(self) -> Mapping[str, Any]:
         """What was measured: model, runtime, precision, and more."""
         return self.measurements[0].subject

@@ -188,7 +188,7 @@ def _lead(data: ReportData) -> str:
             f"{format_count(fastest.threads, 'thread')}."
         )
     if other := data.fastest_not_passed:
-        count = None if other.accuracy is None else other.accuracy.num_images
+        count = other.num_scored
         photos = "the photos that were scored" if count is None else format_count(count, "photo")
         told = f"whether it keeps its accuracy cannot be told by {photos}"
         why = "failed its accuracy gate" if other.gate == "failed" else f"is undecided: {told}"

@@ -28,7 +28,7 @@ from onefold.report.figures import (
     set_x_scale,
     to_svg,
 )
-from onefold.report.format import format_count, format_latency, format_percent, one_line
+from onefold.report.format import format_accuracy, format_count, format_latency, format_percent, one_line
 from onefold.report.grouping import MeasurementGroup
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class ParetoPoint:
     @property
     def text(self) -> str:
         """The point in words."""
-        return f"{self.group.label}: {format_percent(self.group.top1)}, {format_latency(self.group.median_ns)}"
+        top1 = format_accuracy(self.group.top1, self.group.num_scored)
+        return f"{self.group.label}: {top1}, {format_latency(self.group.median_ns)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from onefold.accuracy_intervals import drop_interval
 from onefold.report.format import (
+    format_accuracy,
     format_count,
     format_latency,
     format_percent,
@@ -18,7 +19,7 @@ from onefold.report.format import (
     one_line,
 )
 from onefold.report.grouping import MeasurementGroup
-from onefold.report.load_results import Accuracy, ReportInputs, RunLog
+from onefold.report.load_results import ReportInputs, RunLog
 from onefold.report.predictions import Predictions
 from onefold.runtimes.artifact import Artifact
 
@@ -178,13 +179,6 @@ def _gate_badge(verdict: str | None) -> str | Badge:
     )
 
 
-def _with_interval(accuracy: Accuracy | None) -> str:
-    """Return a top-1, with its 95 % interval where it is known of how many images it is."""
-    if accuracy is None or accuracy.num_images is None:
-        return format_percent(None if accuracy is None else accuracy.top1)
-    return format_with_interval(accuracy.top1, accuracy.num_images)
-
-
 def _setting(group: MeasurementGroup) -> str:
     shape = group.subject.get("input_shape")
     sizes = "×".join(one_line(length, 12) for length in shape) if isinstance(shape, tuple) else ""
@@ -232,7 +226,7 @@ _LATENCY_COLUMNS: tuple[tuple[Column, Callable[[MeasurementGroup], str | Badge]]
     (Column("state"), lambda group: _fused_badge(group.fused)),
     (Column("threads, input"), _setting),
     (Column("accuracy kept"), lambda group: _gate_badge(group.gate)),
-    (Column("top-1", True), lambda group: _with_interval(group.accuracy)),
+    (Column("top-1", True), lambda group: format_accuracy(group.top1, group.num_scored)),
     (Column("median", True), lambda group: format_latency(group.median_ns)),
     (Column("p90", True), lambda group: format_latency(group.p90_ns)),
     (Column("p99", True), lambda group: format_latency(group.median_of(lambda m: m.p99_ns))),
@@ -289,7 +283,7 @@ def artifact_table(inputs: ReportInputs) -> Table:
 def _artifact_top1(inputs: ReportInputs, artifact: Artifact) -> str:
     own, network = inputs.accuracy_of_artifact(artifact), inputs.float_predictions(artifact)
     if own is not None or network is None:
-        return _with_interval(own)
+        return format_accuracy(own.top1, own.num_images) if own is not None else format_percent(None)
     return f"{_OF_NETWORK}{format_with_interval(network.top1, network.num_images)}"
 
 
