@@ -47,6 +47,9 @@ def test_thumbnails_are_known_beside_their_photos(names: list[str], thumbnails: 
         (["IMG_1.heic", "IMG_1.jpg", "IMG_2.jpg", "IMG_3.png", "IMG_3.jpg"], [2]),
         (["1IMG_1_BURST20200101120000_COVER.jpg", "2IMG_2_BURST20200101120000.jpg", "IMG_3.jpg"], [2]),
         (["film1_frame_1.jpg", "film1_frame_2.jpg", "film2-frame1.jpg", "film2-frame2.jpg"], [2, 2]),
+        (["c/small/a.jpg", "c/large/a.jpg", "c/large/b.jpg"], [2]),
+        (["c/original/a.jpg", "c/augmented/a_flip.jpg", "c/augmented/a_rot90.jpg", "c/original/b.jpg"], [3]),
+        (["c/a.jpg", "c/a.png", "c/b.jpg"], []),
         (["frame_1.jpg", "frame_2.jpg", "frame_3.jpg"], []),
         (["cat (1).jpg", "cat (2).jpg", "cat (3).jpg"], []),
         (["cat.jpg", "cat (1).jpg", "cat (2).jpg", "cat (3).jpg", "cat (4).jpg"], []),
@@ -57,6 +60,10 @@ def test_thumbnails_are_known_beside_their_photos(names: list[str], thumbnails: 
 def test_copies_of_one_photo_are_known_by_their_names(names: list[str], sizes: list[int]):
     groups = Counter(group_by_photo(names, [0] * len(names)))
     assert sorted(count for group, count in groups.items() if group) == sizes
+
+
+def test_sizes_as_classes_hold_different_photos():
+    assert group_by_photo(["small/1.jpg", "small/2.jpg", "large/1.jpg", "large/2.jpg"], [0, 0, 1, 1]) == [""] * 4
 
 
 @given(st.data())

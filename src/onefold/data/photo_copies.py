@@ -6,6 +6,7 @@
 | `thumb_a.jpg`, `a_thumb.jpg`, `a-150x150.jpg` beside `a.jpg`, or below it in `thumbs/` | thumbnails: left out |
 | `a_jpg.rf.1f0c9d.jpg` (Roboflow), `a_flipLR.jpg`, `a_aug3.jpg`, `a-edited.jpg`, `a - Copy.jpg` | of the photo a |
 | `a (1).jpg`, `a 2.jpg` and `IMG_E1234.jpg` beside `a.jpg` and `IMG_1234.jpg`, no more than three | the same |
+| `small/a.jpg`, `large/a.jpg`, `augmented/a_flip.jpg` in one class | of the photo a |
 | `a.heic` beside `a.jpg`; `IMG_BURST20200101120000_1.jpg`; `film_frame_12.jpg` | of one photo, burst or video |
 | of equal values in a column `lesion_id`, `patient`, `video` or the like | photos of one thing |
 
@@ -33,6 +34,11 @@ _THUMBNAIL = re.compile(
 _THUMBNAIL_HINTS = re.compile(r"thumb|tn|scaled|\dx\d")  # sooner found than the whole
 _THUMBNAIL_FOLDERS = frozenset(("thumb", "thumbs", "thumbnail", "thumbnails", "_thumbs", "previews", "_previews"))
 _PHOTO_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "original", "originals", "full"))
+_VERSION_FOLDERS = frozenset(
+    ("small", "medium", "large", "lowres", "highres", "hires", "resized", "cropped", "full")
+) | {
+    *("original", "originals", "augmented", "augmentation", "aug", "flipped", "rotated", "edited"),
+}
 _MADE = (
     r"(?:aug(?:mented)?|flip(?:ped)?(?:lr|tb|ud|[hv])?|[hv]flip|mirror(?:ed)?|rot(?:at(?:ed?|ion))?|crop(?:ped)?|blur(?:red)?"
     r"|nois[ey]|bright(?:ness|er|ened)?|edit(?:ed)?|bearbeitet|copy|kopie|copie|copia|(?:new)?\d{1,3}deg(?:flip(?:lr|tb))?"
@@ -91,43 +97,54 @@ def _photo_key(name: str) -> str:
 
 
 def group_by_photo(names: Sequence[str], labels: Sequence[int]) -> list[str]:
-    """Give for each image the photo that it and others are of, by their names; "" where it is of its own.
+    """Give for each image the photo that it and others of its class are of, by their names; "" where it is of its own.
 
     Names that would put a whole class together, or more than half of it and more than 20 images, tell nothing.
     """
     stems = [os.path.splitext(name)[0].casefold() for name in names]
-    count_by_stem = Counter(stems)
-    converted = {
-        stem for stem, name in zip(stems, names, strict=True) if os.path.splitext(name)[1].lower() in _CONVERTED
+    paths = [_without_versions(stem) for stem in stems]
+    there = Counter(zip(paths, labels, strict=True))
+    versions = {path for path, stem in zip(paths, stems, strict=True) if path != stem}
+    versions |= {
+        path for path, name in zip(paths, names, strict=True) if os.path.splitext(name)[1].lower() in _CONVERTED
     }
-    beside: dict[str, list[int]] = defaultdict(list)
+    beside: dict[tuple[str, int], list[int]] = defaultdict(list)
     photos = [""] * len(names)
-    for i, path in enumerate(stems):
+    for i, path in enumerate(paths):
         folder, slash, stem = path.rpartition("/")
         if _HINTS.search(stem) and (match := _OF_PHOTO.fullmatch(stem)):
             photos[i] = folder + slash + match["photo"]
         elif ("burst" in stem or "frame" in stem) and (match := _SERIES.fullmatch(stem)):
             photos[i] = folder + slash + (match["burst"] or match["video"])
-        elif path in converted and count_by_stem[path] > 1:
+        elif path in versions:
             photos[i] = path
         elif match := _BESIDE.fullmatch(stem):
             photo = folder + slash + (match["photo"] or match["phone"] + match["number"])
-            if photo in count_by_stem:
-                beside[photo].append(i)
-    for photo, those in beside.items():
-        if len(those) < _MAX_BESIDE:
-            for i in those:
-                photos[i] = photo
-    known = {*photos}
-    photos = [path if not photo and path in known else photo for photo, path in zip(photos, stems, strict=True)]
-    alone = {photo for photo, count in Counter(photos).items() if count < 2}
-    if len(alone) == len({*photos}):
-        return [""] * len(names)
+            if there[photo, labels[i]]:
+                beside[photo, labels[i]].append(i)
+    for (photo, _), those in beside.items():
+        for i in those if len(those) < _MAX_BESIDE else ():
+            photos[i] = photo
+    known = {*zip(photos, labels, strict=True)}
+    photos = [
+        path if not photo and (path, label) in known else photo
+        for photo, path, label in zip(photos, paths, labels, strict=True)
+    ]
     of_class = Counter(labels)
-    for (photo, label), count in Counter(zip(photos, labels, strict=True)).items():
-        if count == of_class[label] or (2 * count > of_class[label] and count > _MAX_COPIES):
-            alone.add(photo)
-    return ["" if photo in alone else photo for photo in photos]
+    counts = Counter(each for each in zip(photos, labels, strict=True) if each[0])
+    told = {
+        each
+        for each, count in counts.items()
+        if 1 < count < of_class[each[1]] and (2 * count <= of_class[each[1]] or count <= _MAX_COPIES)
+    }
+    return [f"{label} {photo}" if (photo, label) in told else "" for photo, label in zip(photos, labels, strict=True)]
+
+
+def _without_versions(path: str) -> str:
+    """Give a path without folders that hold the same photos in another form (small, large, augmented)."""
+    if "/" not in path or _VERSION_FOLDERS.isdisjoint(parts := path.split("/")[:-1]):
+        return path
+    return "/".join([*(part for part in parts if part not in _VERSION_FOLDERS), path.rpartition("/")[2]])
 
 
 def notes_of_shared_groups(parts: Sequence[SplitImages]) -> list[str]:
