@@ -192,6 +192,8 @@ def test_how_many_photos_would_tell_is_said() -> None:
         "48 photos (1 photo is 2.08 points, and one may be lost); about"
         in accuracy_gate(result(1, 0, 48), 1.0).sentence
     )
+    quick = accuracy_gate(replace(result(2, 0, 128), num_held_out=300), 1.0)
+    assert quick.sentence.endswith("would (without --quick 300 are scored)")
     for lost, won, count in ((2, 0, 48), (1, 0, 60), (0, 0, 48), (30, 2, 400)):
         number = photos_to_decide(lost, won, count, 1.0)
         assert number is not None
@@ -481,7 +483,7 @@ def test_a_deployment_without_time_makes_one_artifact_and_names_the_rest(weights
     assert any(
         re.match(r"held out  128 of \d+ photos are scored, evenly; one of them is 0\.78 points", x) for x in said
     )
-    assert any(re.match(r"scored    torch-fp32 .* on 128 of \d+ held-out photos$", line) for line in said)
+    assert any(re.match(r"scored    torch-fp32 .*; 128 of \d+ held-out photos$", line) for line in said)
     assert done.failure is None
     assert {QUICK_NOTE, left_out} <= set(said)
     readme = (done.folder / "README.md").read_text()

@@ -277,7 +277,7 @@ def _scored(
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
         title += warn_constant_predictions(true, photos, torch_network)
         held_out = max(photos.num_held_out, len(true))
-        some = f" on {len(true)} of {held_out} held-out photos" if held_out > len(photos.scored) else ""
+        some = f"; {len(true)} of {held_out} held-out photos" if held_out > len(photos.scored) else ""
         say(
             f"scored    {'torch-fp32':20} "
             + (f"{describe_score(top1, len(true))}{some}" if top1 is not None else f"without labels: {title}")

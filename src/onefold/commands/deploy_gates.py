@@ -124,8 +124,10 @@ def _undecided(result: ArtifactResult, max_drop: float) -> str:
     if one_may_be_lost(result.count, max_drop) and max_drop < result.drop <= 100 / result.count:
         one = f" (1 photo is {100 / result.count:.2f} points, and one may be lost)"
     needed = photos_to_decide(result.lost, result.won, result.count, max_drop)
+    more_held_out = result.num_held_out is not None and result.num_held_out > result.count
+    where = f"without --quick {result.num_held_out} are scored" if more_held_out else "--val FOLDER"
     more = "many more would" if needed is None else f"about {needed} would"
-    return f"this cannot be told by {format_count(result.count, 'photo')}{one}; {more} (--val FOLDER)"
+    return f"this cannot be told by {format_count(result.count, 'photo')}{one}; {more} ({where})"
 
 
 def one_may_be_lost(count: int, max_drop: float) -> bool:
