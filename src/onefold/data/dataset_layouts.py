@@ -53,6 +53,7 @@ from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.photo_copies import THUMBNAIL_KIND
+from onefold.data.pixel_tables import find_pixel_columns, read_pixel_tables
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
 from onefold.data.shard_patterns import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
@@ -72,7 +73,6 @@ from onefold.data.table_layouts import (
     table_split,
     unread_lists_note,
 )
-from onefold.data.table_rows import refuse_pixels
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import LabelTable, read_table
 from onefold.errors import BadData
@@ -96,6 +96,8 @@ def read_place(place: str | Path) -> PlaceImages:
         return _sharded(found, text, left_out)
     path = Path(text)
     if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX, JSON_SUFFIX) and path.is_file():
+        if find_pixel_columns(path):
+            return read_pixel_tables(path.parent, [path.name], ())
         listing = list_folder(path.parent)
         table = read_table(path.parent, path.name, ImageIndex(path.parent, listing.images))
         return read_tabled(path.parent, listing, [table], [])
@@ -116,8 +118,9 @@ def _read_folder(place: Path) -> PlaceImages:
     if not listing.images and shards:
         return _sharded_folder(place, listing, shards)
     if not listing.images:
-        for name in (name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())):
-            refuse_pixels(place / name)
+        tables = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
+        if of_pixels := [name for name in tables if find_pixel_columns(place / name)]:
+            return read_pixel_tables(place, of_pixels, listing.left_out({*of_pixels}))
         raise no_images_message(place, listing)
     listing, copies, notes = without_copies(place, listing)
     read = _read_listing(place, shown, listing, shards, notes)

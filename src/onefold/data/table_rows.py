@@ -22,6 +22,7 @@ from onefold.data.json_tables import (
     read_json_table,
 )
 from onefold.data.match_table_paths import ImageIndex
+from onefold.data.pixel_tables import find_pixel_columns
 from onefold.data.splits import parse_split_name
 from onefold.data.table_columns import NotATableError
 from onefold.errors import BadData
@@ -30,8 +31,6 @@ from onefold.file_io import read_text
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
 _LIST_HEAD = 1 << 16  # characters of a list that show how it is divided
-_PIXELS = re.compile(r"pixels?_?\d*|\d{1,4}x\d{1,4}", re.IGNORECASE)
-_MIN_PIXELS = 15  # columns
 _NUM_TRIED = 100  # rows that show which column names the images
 
 
@@ -40,7 +39,9 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
 
     Raises BadData where it cannot be read, NotATableError where it is of other things.
     """
-    refuse_pixels(file)
+    if pixels := find_pixel_columns(file):
+        seen = pixels[0] if len(pixels) == 1 else f"{pixels[0]} and {len(pixels) - 1} more"
+        raise NotATableError(f"{printable_name(file)} holds pixels (columns: {seen}), and names no images")
     is_list, shown = file.suffix.lower() == LIST_SUFFIX, printable_name(file)
     if file.suffix.lower() == JSON_SUFFIX and file.stat().st_size > MAX_JSON_BYTES:
         raise NotATableError(f"{shown} is too large to be tried as a table: save it as JSON Lines or CSV")
@@ -75,25 +76,6 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
     if names := _names_of_columns(rows, path, images):
         return TableRows(columns=names, rows=rows, lines=lines)
     return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
-
-
-def refuse_pixels(file: Path) -> None:
-    """Raise NotATableError where a table holds pixels as numbers: `pixels` (FER2013), `pixel0`, `1x1` (MNIST)."""
-    if file.suffix.lower() not in (".csv", ".tsv"):
-        return
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(_LIST_HEAD).decode("utf-8", "replace").split("\n")[0]
-    except OSError:
-        return
-    columns = [column.strip().strip('"') for column in re.split("[,;\t]", head)]
-    pixels = [column for column in columns if _PIXELS.fullmatch(column)]
-    if pixels and (len(pixels) > _MIN_PIXELS or "pixels" in (pixel.lower() for pixel in pixels)):
-        seen = pixels[0] if len(pixels) == 1 else f"{pixels[0]} and {len(pixels) - 1} more"
-        raise NotATableError(
-            f"{printable_name(file)} holds pixels as numbers (columns: {seen}), which are not read: save each picture "
-            "as a PNG, in the folder of its class"
-        )
 
 
 def _is_separated(text: str) -> bool:
