@@ -204,6 +204,20 @@ def test_how_many_photos_would_tell_is_said() -> None:
     assert photos_to_decide(1, 0, 100, 1.0) is None  # on the bound, no number tells
 
 
+def test_in_python_what_is_undecided_is_said_too(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: by `say` where there is one, else by a warning."""
+    gate = accuracy_gate(result(1, 0, 48), 1.0)
+    done = DeployResult(folder=tmp_path, network=None, verdicts=(), gates=(gate,), top1=None, data="")  # type: ignore[arg-type]
+    monkeypatch.setattr("onefold.commands.deploy.build_deployment", lambda *_, **__: done)
+    onefold.deploy(weights, "digits", say=[].append)
+    assert not caplog.text
+    assert onefold.deploy(weights, "digits").undecided == [gate]
+    assert "undecided: onnx-int8 lost 2.08 points of top-1" in caplog.text
+    assert "would (val=FOLDER)" in caplog.text
+
+
 def test_an_artifact_of_32_bits_with_all_answers_passes_on_any_photos() -> None:
     assert accuracy_gate(result(0, 0, 12, precision="fp32"), 1.0).passed
     assert accuracy_gate(result(1, 0, 12, precision="fp32"), 1.0).verdict == "undecided"

@@ -128,6 +128,8 @@ def deploy(
         done = build_deployment(weights, Path(out), order, name=model, say=say or (lambda _: None))
     if done.failure is not None:
         raise done.failure
+    for gate in done.undecided if say is None else ():  # nothing has said so
+        _log.warning("undecided: %s", options_as_arguments(gate.sentence))
     return done
 
 

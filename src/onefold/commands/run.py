@@ -144,7 +144,7 @@ class Run(SavedResult):
             share = 100 * most / found.num_images
             if len(answers) == 1 and len(found.images_per_class) > 1:
                 remarks.append(
-                    f"every image of val is answered {found.name(next(iter(answers)))!r}: nothing was learned"
+                    f"every image of val is predicted as {found.name(next(iter(answers)))!r}: nothing was learned"
                 )
             elif best.interval[0] <= share:
                 remarks.append(
