@@ -739,3 +739,12 @@ def test_folders_without_end_are_refused_at_once(tmp_path: Path, kind: str):
                 archive.addfile(tarfile.TarInfo(f"{label}/{deep}/0.png"))
     with pytest.raises(BadData, match=r"^folders lie in each other more than 100 deep, below [ab]/n/n: name the"):
         read_dataset(str(place), seed=0, val_fraction=0.2)
+
+
+def test_a_split_alone_has_the_names_of_the_whole(tmp_path: Path):
+    write_images(
+        tmp_path / "flowers", [f"{split}/{n}/{i}.png" for split in ("train", "valid") for n in (1, 2) for i in (3, 4)]
+    )
+    (tmp_path / "flowers" / "cat_to_name.json").write_text('{"1": "rose", "2": "lily"}', encoding="utf-8")
+    for place in ("flowers", "flowers/train", "flowers/valid"):
+        assert read_dataset(tmp_path / place, seed=0, val_fraction=0.5).info.classes == ("rose", "lily")

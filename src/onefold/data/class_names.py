@@ -1,4 +1,4 @@
-"""The names of classes that tables number: in a file beside them, or as the images' own files are called.
+"""The names of classes that tables or folders number: in a file beside them, or as the images' own files are called.
 
 | file | a line, or a value of JSON, has |
 |---|---|
@@ -7,15 +7,16 @@
 | list_category_cloth.txt | a name of 1 on, after a first line with their count |
 | label_num_to_disease_map.json | an object of names by number or numbers by name, an array of names |
 
-A file counts where it is called so and names every number of the tables. Where several name them differently none does.
-Without one the images' names count, where they end in numbers and what is before is one word a class: `beagle_34.jpg`.
+A file counts where it is called so and names every number of the tables, or of folders that are called by numbers.
+Where several name them differently none does. Without one the images' names count for tables, where they end in numbers
+and what is before is one word a class: `beagle_34.jpg`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from onefold.data.decode import SUFFIXES
 from onefold.data.folders import FolderListing, join_names
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.json_tables import JSON_SUFFIX
+from onefold.data.splits import parse_split_name
 from onefold.data.tables import LabelTable
 from onefold.errors import BadData
 from onefold.file_io import normalize_class_name, parse_json, read_lines, read_text
@@ -45,29 +47,37 @@ def name_numbered_classes(
     if not numbers or not all(map(str.isdecimal, numbers)):
         return tables
     used = {path for table in tables for path in (table.path, *table.parts)}
+    names, paths = find_class_names(place, listing, numbers, used, notes)
+    if not names and not paths and (names := _names_by_stem(tables)):
+        notes.append(f"the images' names name the classes: {_said(names)}")
+    return [_rename_numbers(table, names, paths) for table in tables] if names else tables
+
+
+def find_class_names(
+    place: Path, listing: FolderListing, numbers: Collection[str], used: Collection[str], notes: list[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Give the names of numbers that files of a place say, and these files; no names where several differ."""
+    by_value = {int(number): number for number in numbers}
     names: dict[str, dict[str, str]] = {}
     for path in _candidates(place, listing, used):
         read = _read_names(place / path)
-        if found := _match_numbers(read, sorted(map(int, numbers))):
-            names[path] = found
+        if found := _match_numbers(read, sorted(by_value)):
+            names[path] = {by_value[int(number)]: name for number, name in found.items()}
         elif isinstance(read, list) and len(numbers) <= len({*read}) == len(read):
             shown = join_names(sorted(numbers, key=int), 3)
-            notes.append(
-                f"{path} may name the classes, and it cannot be told which of its {len(read)} names is {shown}"
-            )
-    if any(found != next(iter(names.values())) for found in names.values()):
-        notes.append(f"{join_names([*names], 3)} name the classes differently: they stay numbers")
-        return tables
+            notes.append(f"{path} may name the classes: it cannot be told which of its {len(read)} names is {shown}")
     if not names:
-        found = _names_by_stem(tables)
-        source = "the images' names"
-    else:
-        source, found = next(iter(names.items()))
-    if not found:
-        return tables
-    said = [f"{number} is {found[number]}" for number in sorted(found, key=int)]
-    notes.append(f"{source} name{'' if not names else 's'} the classes: {join_names(said, 3)}")
-    return [_rename_numbers(table, found, tuple(names)) for table in tables]
+        return {}, ()
+    first = next(iter(names.values()))
+    if any(found != first for found in names.values()):
+        notes.append(f"{join_names([*names], 3)} name the classes differently: they stay numbers")
+        return {}, tuple(names)
+    notes.append(f"{next(iter(names))} names the classes: {_said(first)}")
+    return first, tuple(names)
+
+
+def _said(names: Mapping[str, str]) -> str:
+    return join_names([f"{number} is {names[number]}" for number in sorted(names, key=int)], 3)
 
 
 def rename_classes(table: LabelTable, names: Mapping[str, str]) -> LabelTable:
@@ -82,7 +92,7 @@ def _rename_numbers(table: LabelTable, names: Mapping[str, str], parts: tuple[st
     return replace(named, numbered=tuple(names[number] for number in present), parts=(*table.parts, *parts))
 
 
-def _candidates(place: Path, listing: FolderListing, used: set[str]) -> list[str]:
+def _candidates(place: Path, listing: FolderListing, used: Collection[str]) -> list[str]:
     """List the files that may name classes, by what they are called."""
     found = [
         path
@@ -90,6 +100,9 @@ def _candidates(place: Path, listing: FolderListing, used: set[str]) -> list[str
         for path in listing.others.get(suffix, ())
         if path.count("/") <= _MAX_DEPTH and path not in used
     ]
+    if parse_split_name(place.name):  # flowers/valid, named as flowers is
+        around = sorted(path for path in place.absolute().parent.iterdir() if path.suffix.lower() in _NAME_SUFFIXES)
+        found += [f"../{path.name}" for path in around if path.is_file()]
     found = [path for path in found if _CALLED.search(os.path.splitext(path.rpartition("/")[2])[0])]
     return [path for path in found[:_MAX_FILES] if (place / path).stat().st_size <= _MAX_BYTES]
 

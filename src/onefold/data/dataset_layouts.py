@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from onefold.data.class_names import name_numbered_classes
+from onefold.data.class_names import find_class_names, name_numbered_classes
 from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
 from onefold.data.decode import (
     ARCHIVE_SUFFIXES,
@@ -302,7 +302,9 @@ def _foldered(
     by_split: dict[Split | None, list[int]] = defaultdict(list)
     for i, folder in enumerate(arrangement.folders):
         by_split[folder.split].append(i)
-    splits, empty = [], []
+    splits: list[SplitImages] = []
+    empty: list[str] = []
+    notes = [*notes]
     tables = {f.root: tables[f.root] for f in arrangement.folders if f.root in tables and not f.classes}
     for where, table in tables.items():
         _check_folders(table, where, printable_name(place))
@@ -331,6 +333,7 @@ def _foldered(
             where = printable_name(place / root)
             raise BadData(f"class folders without images in {where}: {join_names(unfilled)}; fill or remove them")
         empty += unfilled
+    splits, paths = _name_folders(place, listing, splits, notes) if not tables else (splits, ())
     notes = [*notes, *_notes_of_bare_folders(listing, arrangement, printable_name(place))]
     unlabelled = {file for table in tables.values() for file in table.unlabelled} - listed
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
@@ -346,10 +349,31 @@ def _foldered(
         left_out=(
             *left_out_images(rest, arrangement.reasons, "in no class folder"),
             *left_out_images(sorted(unlabelled), {}, "without a class or a split in their table"),
-            *left_out_files(listing, tables.values()),
+            *left_out_files(listing, tables.values(), paths),
         ),
         notes=(*arrangement.notes, *notes, *(note for table in tables.values() for note in table.notes)),
     )
+
+
+def _name_folders(
+    place: Path, listing: FolderListing, splits: list[SplitImages], notes: list[str]
+) -> tuple[list[SplitImages], tuple[str, ...]]:
+    """Give splits of folders that are called by numbers with the names that a file says for these, and this file."""
+    numbers = {label for split in splits for label in split.labels}
+    if not all(map(str.isdecimal, numbers)) or len({*map(int, numbers)}) < len(numbers):
+        return splits, ()
+    names, paths = find_class_names(place, listing, numbers, (), notes)
+    if not names:
+        return splits, ()
+    ordered = [names[number] for number in sorted(numbers, key=int)]
+    return [
+        replace(
+            split,
+            labels=(labels := [names[label] for label in split.labels]),
+            numbered=tuple(name for name in ordered if name in {*labels}),
+        )
+        for split in splits
+    ], paths
 
 
 def _notes_of_bare_folders(listing: FolderListing, arrangement: FolderRoles, shown: str) -> list[str]:
