@@ -92,10 +92,12 @@ def test_a_column_says_of_what_thing_a_photo_is():
         "age": ["5", "5", "6", "6"],
         "plant": ["x", "x", "y", "y"],
     }
-    assert find_group_column(cells, ["image"], ["n", "n", "m", "m"]) is None  # n is of p alone
-    assert find_group_column(cells, ["image"], ["n", "m", "n", "m"]) == "patient"
-    assert find_group_column(cells, ["patient"], ["n", "m", "n", "m"]) == "lesion_id"
-    assert find_group_column({"plant": cells["plant"]}, [], ["n", "m", "n", "m"]) is None  # kinds of plants
+    notes: list[str] = []
+    assert find_group_column(cells, ["image"], ["n", "n", "m", "m"], notes) is None  # n is of p alone
+    assert notes[1] == "most classes are of one patient only: images of one are on both sides where val is cut out"
+    assert find_group_column(cells, ["image"], ["n", "m", "n", "m"], []) == "patient"
+    assert find_group_column(cells, ["patient"], ["n", "m", "n", "m"], []) == "lesion_id"
+    assert find_group_column({"plant": cells["plant"]}, [], ["n", "m", "n", "m"], []) is None  # kinds of plants
 
 
 def test_a_class_of_heic_photos_that_are_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -107,6 +109,13 @@ def test_a_class_of_heic_photos_that_are_not_read_is_refused(tmp_path: Path, mon
         read_dataset(tmp_path, seed=0, val_fraction=0.5)
     (tmp_path / "owl").rename(tmp_path / "cat" / "more")
     assert [str(one)[:12] for one in read_dataset(tmp_path, seed=0, val_fraction=0.5).info.left_out] == ["1 .heic file"]
+
+
+def test_versions_of_one_photo_on_both_sides_are_told(tmp_path: Path):
+    names = [f"train/{c}/{i}_jpg.rf.{i}1f0c9d.jpg" for c in "ab" for i in range(3)]
+    write_images(tmp_path, [*names, "valid/a/1_jpg.rf.2e2e2e.jpg", "valid/b/7_jpg.rf.1e1e1e.jpg"])
+    said = "1 images of valid/ are called as versions of photos in train/ (1_jpg): then the score flatters"
+    assert said in read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
 
 
 def lesions(place: Path, header: str, rows: list[str]) -> Path:

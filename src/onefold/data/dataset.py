@@ -29,7 +29,7 @@ from onefold.data.dataset_layouts import read_place
 from onefold.data.decode import printable_name
 from onefold.data.folder_roles import class_difference
 from onefold.data.folders import join_names
-from onefold.data.photo_copies import group_by_photo, notes_of_shared_groups
+from onefold.data.photo_copies import group_by_photo, notes_of_shared_groups, notes_of_shared_photos
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import notes_of_repeated
@@ -40,6 +40,8 @@ from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.file_io import normalize_class_name, suggest_path
 
 _DOUBTFUL = frozenset(("background", "clutter", "unknown", "unlabeled", "unlabelled", "undefined", "tbd", "todo"))
+
+_NUM_NAMES = 100  # images whose names show whether Roboflow called them
 
 
 class Dataset(Protocol):
@@ -276,6 +278,8 @@ def read_dataset(
         datasets[part.split or "train"] = whole
         sources[part.split or "train"] = part.source
     notes += [*notes_of_repeated(opened), *notes_of_shared_groups(parts)]
+    if any(".rf." in whole.name(i) for _, whole in opened[1:] for i in range(min(len(whole), _NUM_NAMES))):
+        notes += notes_of_shared_photos([(part, [*map(whole.name, range(len(whole)))]) for part, whole in opened])
     is_val_cut = "train" in datasets and "val" not in datasets
     if is_val_cut:
         whole, source = datasets.pop("train"), sources["train"]

@@ -49,6 +49,7 @@ _BESIDE = re.compile(r"(?P<photo>.+?)(?: ?\(\d{1,2}\)| \d)|(?P<phone>img_)e(?P<n
 _HINTS = re.compile(r"\.rf\.|~\d|\dx\d|deg|aug|flip|mirror|rot|crop|blur|nois|bright|edit|bearb|cop|kopie|scaled|thumb")
 _SERIES = re.compile(r".*(?P<burst>burst\d{8,}).*|(?P<video>.*[^\W_].*?)[ _.-]*frame[ _.-]*\d+")
 _CONVERTED = (".heic", ".heif", ".hif", ".avif", ".webp")  # of which phones and tools write a JPEG too
+_ROBOFLOW = re.compile(r"(?P<photo>.+)\.rf\.[0-9A-Za-z]{6,}\.\w+")
 _MAX_COPIES = 20
 _MAX_BESIDE = 4  # a photo and its copies; more are numbered photos: cat (1) to cat (500)
 _THINGS = frozenset(("patient", "lesion", "subject", "participant", "person", "individual", "specimen", "identity")) | {
@@ -162,12 +163,33 @@ def notes_of_shared_groups(parts: Sequence[SplitImages]) -> list[str]:
     return notes
 
 
+def notes_of_shared_photos(parts: Sequence[tuple[SplitImages, Sequence[str]]]) -> list[str]:
+    """Say how many images of one split are versions of photos of another, by the names that Roboflow gives them.
+
+    The parts come with the names of their images.
+    """
+    photos = []
+    for part, names in parts:
+        files = (_ROBOFLOW.fullmatch(name.rpartition("/")[2]) for name in names)
+        photos.append((part, [(m["photo"], label) for m, label in zip(files, part.labels, strict=True) if m]))
+    photos.sort(key=lambda each: SPLITS.index(each[0].split or "train"))
+    notes = []
+    for (one, first), (other, second) in combinations(photos, 2):
+        known = {*first}
+        if both := [photo for photo, label in second if (photo, label) in known]:
+            called = (
+                f"{len(both)} images of {other.source} are called as versions of photos in {one.source} ({both[0]})"
+            )
+            notes.append(f"{called}: then the score flatters")
+    return notes
+
+
 def find_group_column(
-    cells: Mapping[str, Sequence[str]], used: Sequence[str | None], labels: Sequence[str]
+    cells: Mapping[str, Sequence[str]], used: Sequence[str | None], labels: Sequence[str], notes: list[str]
 ) -> str | None:
     """Give the column that says of what thing a photo is (lesion_id, patient): of several the one with fewest things.
 
-    None where no such column has values that recur, or where most classes are of one thing only.
+    None where no such column has values that recur, or where most classes are of one thing only, with a note.
     """
     found = []
     for name, column in cells.items():
@@ -178,6 +200,10 @@ def find_group_column(
         things = {*column} - {""}
         per_class = Counter(label for label, thing in {*zip(labels, column, strict=True)} if thing)
         num_single = sum(count == 1 for count in per_class.values())
-        if 1 < len(things) < sum(map(bool, column)) and 2 * num_single < len({*labels}):
+        if not 1 < len(things) < sum(map(bool, column)):
+            continue
+        if 2 * num_single < len({*labels}):
             found.append((len(things), name))
+        else:
+            notes.append(f"most classes are of one {name} only: images of one are on both sides where val is cut out")
     return min(found)[1] if found else None

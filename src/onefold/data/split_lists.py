@@ -129,7 +129,7 @@ def group_by_tables(place: Path, listing: FolderListing, tables: Sequence[LabelT
         if not rows.keys() >= {*table.files}:
             continue
         cells = {column: [values[rows[file]] for file in table.files] for column, values in columns.items()}
-        if column := find_group_column(cells, [file_column], table.labels):
+        if column := find_group_column(cells, [file_column], table.labels, []):
             notes = (*table.notes, f"{name} says the {column} of each image")
             parts = (*table.parts, name)
             return [replace(table, groups=tuple(cells[column]), group_column=column, notes=notes, parts=parts)]

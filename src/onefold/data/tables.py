@@ -231,7 +231,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     if unused and label_column:
         notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
     used_columns = [file_column, label_column, *number_columns, *split_columns]
-    group_column = find_group_column(cells, used_columns, labels)
+    group_column = find_group_column(cells, used_columns, labels, notes)
     return LabelTable(
         path=path,
         files=tuple(files[i] for i in kept),
