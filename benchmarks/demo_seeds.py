@@ -94,7 +94,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
         "count": done.verdicts[0].count,
         "weight_qmax": order.calibration.method.weight_qmax,
         "artifacts": scores,
-        "failed": [gate.sentence for gate in done.failed],
+        "failed": [gate.sentence for gate in done.gates if not gate.holds],
         "others": others(fused) if case.threads == 1 and case.seed < 10 else {},
         "seconds": round(time.monotonic() - began),
     }

@@ -256,8 +256,8 @@ def _run(
         with world.raise_together():
             splits = run_data.open() if run_data else open_data(recipe.data)
             training, validation = (CachedDataset(splits.open(split)) for split in SPLITS[:2])
-        if world.is_main and not resume and callbacks.on_data:  # before anything that takes long
-            callbacks.on_data(splits.info)
+            if world.is_main and not resume and callbacks.on_data:  # before anything that takes long
+                callbacks.on_data(splits.info)
 
         def checked_recipe() -> Recipe:
             if resume:
