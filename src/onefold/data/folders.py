@@ -38,6 +38,7 @@ from onefold.data.decode import (
 from onefold.data.photo_copies import THUMBNAIL_KIND, find_masks, find_thumbnails
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import LocalFile, digest_bytes
+from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 from onefold.file_io import normalize_name, suggest_path
 
@@ -317,7 +318,8 @@ def merge_initial_folders(folder: Folder) -> Folder:
     if len(letters) > 1 and all(map(_is_initial, letters, letters.values())):
         children: dict[str, Folder] = {}
         for child in (child for letter in letters.values() for child in letter.children.values()):
-            inner = {} if child.num_direct else child.children
+            plain = any(name.casefold() in _IMAGE_FOLDERS or parse_split_name(name) for name in child.children)
+            inner = {} if child.num_direct or plain else child.children
             children |= {f"{child.name}/{name}": each for name, each in inner.items()} or {child.name: child}
     else:
         children = {name: merge_initial_folders(child) for name, child in folder.children.items()}
@@ -327,9 +329,11 @@ def merge_initial_folders(folder: Folder) -> Folder:
 
 
 def _is_initial(name: str, folder: Folder) -> bool:
-    """Whether a folder is called by one letter, and holds nothing but folders that begin with it."""
+    """Whether a folder is called by one letter, and holds nothing but folders that are words with it (not a/a_1)."""
     is_letter = len(name) == 1 and name.isalpha() and not folder.num_direct
-    return is_letter and all(inner.casefold().startswith(name.casefold()) for inner in folder.children)
+    return is_letter and all(
+        inner.casefold().startswith(name.casefold()) and inner[1:2].isalpha() for inner in folder.children
+    )
 
 
 def join_names(names: Sequence[str], most: int = 5) -> str:
