@@ -228,10 +228,11 @@ def test_before_the_work_it_is_said_what_the_photos_can_tell() -> None:
     assert describe_held_out(128, 240).startswith("128 of 240 photos are scored, evenly; one of them is 0.78 points")
     note = too_few_photos_note(48, 1.0)
     assert note == (
-        "48 photos cannot tell 1 point from none, which takes 194 where no answer changes, and more where some do: "
-        "give more held-out photos with --val FOLDER, or set the largest loss to 4 points or more with --max-drop 4"
+        "48 photos cannot tell 1 point from none, which takes 194 where no prediction changes, and more where some "
+        "do: give more held-out photos with --val FOLDER, or set the largest loss to 4 points or more with --max-drop 4"
     )
     assert "without --quick 240 are scored, or set" in too_few_photos_note(128, 1.0, 240)
+    assert "which takes more than a million where" in too_few_photos_note(48, 1e-5)
     for count, max_drop in ((48, 4.0), (194, 1.0), (20, 0.0), (5, 100.0)):
         assert too_few_photos_note(count, max_drop) == ""
 

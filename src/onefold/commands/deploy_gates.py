@@ -143,27 +143,30 @@ def one_may_be_lost(count: int, max_drop: float) -> bool:
 def describe_held_out(count: int, num_held_out: int, *, labelled: bool = True) -> str:
     """Say before the work how many photos are scored, and what one of them is worth."""
     unit = "points of top-1" if labelled else "% of the predictions"
-    some = f"{count} of {num_held_out} photos are scored, evenly" if count < num_held_out else f"{count} photos"
-    if count == num_held_out:
-        some += " are scored" if count > 1 else " is scored"
-    return f"{some}; one of them is {100 / count:.2f} {unit}"
+    if count < num_held_out:
+        scored = f"{count} of {num_held_out} photos are scored, evenly"
+    else:
+        scored = f"{format_count(count, 'photo')} {'is' if count == 1 else 'are'} scored"
+    return f"{scored}; one of them is {100 / count:.2f} {unit}"
 
 
 def too_few_photos_note(count: int, max_drop: float, num_held_out: int | None = None) -> str:
     """Say before the work that `count` photos cannot show a loss below `max_drop` points, and what to type.
 
-    Empty where they can, if no answer changes, and where none may be lost.
+    Empty where they can, if no prediction changes, and where none may be lost.
     """
     needed = photos_to_decide(0, 0, count, max_drop) if max_drop > 0 else 0
-    if needed is None or count >= needed:
+    if needed is not None and count >= needed:
         return ""
     points = f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
     bound = math.ceil(drop_interval(0, 0, count)[1])
-    more = f"without --quick {num_held_out} are scored" if num_held_out and num_held_out >= needed else ""
+    is_enough = needed is not None and num_held_out is not None and num_held_out >= needed
+    more = f"without --quick {num_held_out} are scored" if is_enough else "give more held-out photos with --val FOLDER"
+    takes = "more than a million" if needed is None else str(needed)
     return (
-        f"{format_count(count, 'photo')} cannot tell {points} from none, which takes {needed} where no answer changes, "
-        f"and more where some do: {more or 'give more held-out photos with --val FOLDER'}, or set the largest loss to "
-        f"{bound} points or more with --max-drop {bound}"
+        f"{format_count(count, 'photo')} cannot tell {points} from none, which takes {takes} where no prediction "
+        f"changes, and more where some do: {more}, or set the largest loss to {bound} points or more with "
+        f"--max-drop {bound}"
     )
 
 
