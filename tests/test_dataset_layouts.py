@@ -208,6 +208,44 @@ def table_in_each_split(root: Path, photos: Photos) -> Path:
     return root
 
 
+def json_array(root: Path, photos: Photos) -> Path:
+    records = []
+    for split, name, file in photos:
+        put(root / "data" / file)
+        record = {"filepath": f"data/{file}", "ground_truth": {"label": name}, "predictions": {"label": "owl"}}
+        records.append(record | ({"tags": [photos.values[split]], "split": photos.values[split]} if split else {}))
+    (root / "samples.json").write_text(json.dumps({"samples": records}), encoding="utf-8")
+    return root
+
+
+def vertex(root: Path, photos: Photos) -> Path:
+    lines = []
+    for split, name, file in photos:
+        put(root / file)
+        record: dict[str, object] = {"imageGcsUri": f"gs://b/{file}", "classificationAnnotation": {"displayName": name}}
+        if split:
+            record["dataItemResourceLabels"] = {"aiplatform.googleapis.com/ml_use": photos.values[split]}
+        lines.append(json.dumps(record))
+    (root / "import.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return root
+
+
+def list_of_splits(root: Path, photos: Photos) -> Path:
+    rows = [("image_name", "evaluation_status")]
+    for split, name, file in photos:
+        put(root / name / file)
+        rows.append((f"{name}/{file}", photos.values[split]))
+    if None not in photos.counts:
+        write_csv(root / "list_eval_partition.csv", rows, "utf-8", "\n")
+    return root
+
+
+def initials(root: Path, photos: Photos) -> Path:
+    for split, name, file in photos:
+        put(root / photos.words[split] / name[0] / name / file)
+    return root
+
+
 def write_csv(path: Path, rows: list[tuple[str, ...]], encoding: str, end: str) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator=end).writerows(rows)
@@ -226,6 +264,10 @@ CONTAINERS: dict[str, Callable[[Path, Photos], Path]] = {
     "a table": table,
     "a table for each split": table_for_each_split,
     "a table in each split": table_in_each_split,
+    "JSON": json_array,
+    "Vertex AI": vertex,
+    "a list of splits": list_of_splits,
+    "initials": initials,
 }
 CLASS_FOLDERS = ("split folders", "split folders inside another", "a tar for each split", "one tar")
 
@@ -251,6 +293,9 @@ def is_defined(container: str, photos: Photos) -> bool:
         return None not in photos.counts
     if container == "a tar for each split":
         return "train" in photos.counts or None in photos.counts or len(photos.counts) == 1
+    if container == "initials":
+        initial = {name[0].casefold() for name in photos.classes}
+        return len(initial) > 1 and all(name[:2].isalpha() and len(name) > 1 for name in photos.classes)
     return True
 
 

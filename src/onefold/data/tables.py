@@ -139,7 +139,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     number_columns = [name for name in number_columns if name != file_column]
     for name in class_columns if len(class_columns) > 1 else ():  # tags that are train and test, beside labels
         values = {cell for cell in cells[name] if not is_missing(cell)}
-        if len(values) > 1 and all((word := parse_split_name(value)) and not word.stem for value in values):
+        if values and all((word := parse_split_name(value)) and not word.stem for value in values):
             class_columns.remove(name)
             split_columns.append(name)
             break
