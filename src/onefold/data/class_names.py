@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,8 +102,9 @@ def _candidates(place: Path, listing: FolderListing, used: Collection[str]) -> l
         if path.count("/") <= _MAX_DEPTH and path not in used
     ]
     if parse_split_name(place.name):  # flowers/valid, named as flowers is
-        around = sorted(path for path in place.absolute().parent.iterdir() if path.suffix.lower() in _NAME_SUFFIXES)
-        found += [f"../{path.name}" for path in around if path.is_file()]
+        with suppress(OSError):
+            around = sorted(path for path in place.absolute().parent.iterdir() if path.suffix.lower() in _NAME_SUFFIXES)
+            found += [f"../{path.name}" for path in around if path.is_file()]
     found = [path for path in found if _CALLED.search(os.path.splitext(path.rpartition("/")[2])[0])]
     return [path for path in found[:_MAX_FILES] if (place / path).stat().st_size <= _MAX_BYTES]
 

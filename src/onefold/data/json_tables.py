@@ -92,12 +92,18 @@ def _rows(records: Sequence[Mapping[str, Any]], lines: Sequence[int]) -> TableRo
 
 def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
     """Give the values of an object and of those within it; of several in a list all that differ."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, dict[str, Any]] = {}  # values by how they are written
     for key, value in _leaves(record, "", 0):
-        found.setdefault(key, [])
-        found[key] += [each for each in value if each not in found[key]] if isinstance(value, list) else [value]
+        values = found.setdefault(key, {})
+        if value is record.get(key) and isinstance(value, list):  # as it is: perhaps thousands of numbers
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            values.setdefault(cell_text(each), each)
     plain = {key: value for key, value in record.items() if isinstance(value, list) and key in found}
-    return {key: plain.get(key, values[0] if len(values) == 1 else values) for key, values in found.items()}
+    return {
+        key: plain.get(key, next(iter(values.values())) if len(values) == 1 else [*values.values()])
+        for key, values in found.items()
+    }
 
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
