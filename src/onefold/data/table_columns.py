@@ -120,6 +120,7 @@ def only_other_column(cells: Mapping[str, Sequence[str]], images: str) -> str:
         if name != images
         and not (len(cells) > 2 and rank_image_column(name) is not None)
         and not (is_split_column(name) and any(map(parse_split_name, {*cells[name]})))
+        and not holds_splits(cells[name], 2)
     ]
     if len(others) != 1 or is_split_column(others[0]):
         return ""
@@ -173,6 +174,13 @@ def is_split_column(column: str) -> bool:
     """Whether a column may say the split of an image: by a word, or (is_valid, is_train) by true and false."""
     called = " ".join(split_into_words(column))
     return called in _SPLIT_COLUMNS or called.endswith(_VERTEX_SPLIT) or _flagged(column) is not None
+
+
+def holds_splits(cells: Iterable[str], least: int) -> bool:
+    """Whether all cells that say anything are words for splits, and `least` different ones or more."""
+    found = [parse_split_name(value) for value in {*cells} if not is_missing(value)]
+    splits = {said.split if said and not said.stem else None for said in found}
+    return None not in splits and len(splits) >= least
 
 
 def split_word(column: str, value: str) -> str:

@@ -31,7 +31,7 @@ from onefold.data.json_tables import JSON_LINES_SUFFIXES
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.one_hot_columns import read_one_hot
 from onefold.data.photo_copies import find_group_column
-from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words
+from onefold.data.splits import SPLIT_WORDS, split_into_words
 from onefold.data.table_columns import (
     BOOLEAN_WORDS,
     NONE_WORD,
@@ -39,6 +39,7 @@ from onefold.data.table_columns import (
     NotATableError,
     ends_with_class_word,
     find_class_separator,
+    holds_splits,
     is_box_column,
     is_class_index_column,
     is_missing,
@@ -138,11 +139,19 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     class_columns = [name for name in class_columns if name != file_column]
     number_columns = [name for name in number_columns if name != file_column]
     for name in class_columns if len(class_columns) > 1 else ():  # tags that are train and test, beside labels
-        values = {cell for cell in cells[name] if not is_missing(cell)}
-        if values and all((word := parse_split_name(value)) and not word.stem for value in values):
+        if holds_splits(cells[name], 1):
             class_columns.remove(name)
             split_columns.append(name)
             break
+    others = [name for name in cells if name not in (file_column, *class_columns, *number_columns)]
+    split_columns = split_columns or [name for name in others if holds_splits(cells[name], 2)][:1]
+    for name in others:
+        if split_into_words(name)[-1:] in (["folder"], ["dir"], ["directory"], ["subfolder"]):
+            joined = [f"{folder}/{file}" for folder, file in zip(cells[name], cells[file_column], strict=True)]
+            tried = joined[:_NUM_TRIED]
+            if images.num_matches(path, tried) == len(tried) and tried:
+                cells[file_column] = joined
+                break
     cells[file_column] = [*images.with_other_suffix(path, cells[file_column], notes)]
     only = "" if class_columns or number_columns else only_other_column(cells, file_column)
     if only:
@@ -175,7 +184,9 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         cells[label_column] = labels
     said = [name for name in (label_column, *number_columns) if name]
     words = _missing_words_of_classes(cells, label_column, number_columns, label_column == only)
-    if words and label_column:
+    if is_one_hot:  # what is called none has a column of its own
+        words = frozenset({*labels} - {""})
+    elif words and label_column:
         which = f"is a class of the column {label_column}: leave its cells empty if it is none"
         notes.append(f"{shown}: {join_names(sorted(words))} {which}")
     kept_rows, unlabelled = _labelled_rows(cells, said, splits, words)
