@@ -157,6 +157,34 @@ def test_a_score_on_what_was_trained_on_says_so_in_its_line_and_its_row(
     assert (row["count"], row["trained_on"]) == (24, 0)
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_deployment_says_in_each_place_that_it_scores_what_was_trained_on(
+    is_copied: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = names_of(open_dataset(home / "photos", "train", seed=1, val_fraction=0.25))
+    if is_copied:
+        saved_again(names, home / "photos", tmp_path / "train")
+    for name in () if is_copied else names:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(home / "photos" / name, tmp_path / "train" / name)
+    words = ["deploy", str(home / "run"), "--data", str(home / "photos"), "--val", str(tmp_path / "train")]
+    assert main([*words, "--quick", "--max-drop", "100", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    how = "are by their pixels copies of trained ones (saved again, resized)" if is_copied else "were trained on"
+    seen = f"18 of them {how}: the score is optimistic"
+    lines = [line for line in (said.out + said.err).splitlines() if seen in line]
+    assert [line.split()[:2] for line in lines] == [["to", "score"], ["scored", "torch-fp32"], ["scored", "onnx-fp32"]]
+    assert "held out" not in said.out + said.err
+    assert "held-out" not in "".join(lines)
+    sentence = f"of 18 photos that are scored {seen}"
+    assert read_sealed_json(tmp_path / "out/results/gates.json")["notes"][-1] == sentence
+    for page in ("README.md", "report.html"):
+        assert sentence[3:] in (tmp_path / "out" / page).read_text()
+    assert f"top1 ({seen})" in (tmp_path / "out/MODEL_CARD.md").read_text()
+    (noted,) = read_sealed_json(tmp_path / "out/results" / ACCURACY_FILE).values()
+    assert noted["top1_trained_on"] == 18
+
+
 def test_copies_of_trained_photos_that_were_saved_again_are_known_by_their_pixels(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

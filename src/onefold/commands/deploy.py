@@ -130,6 +130,8 @@ def deploy(
         raise done.failure
     for gate in done.undecided if say is None else ():  # nothing has said so
         _log.warning("undecided: %s", options_as_arguments(gate.sentence))
+    for note in done.seen_notes if say is None else ():
+        _log.warning("%s", note)
     return done
 
 
@@ -155,7 +157,8 @@ def build_deployment(
     network.preprocessing.check_takes_photos()
     calibrates = network.card.int8 is None and any(precision == "int8" for _, precision in wanted)
     photos = deployment_photos(network, order, calibrates=calibrates)
-    say(f"held out  {describe_held_out(len(photos.scored), photos.num_held_out, labelled=photos.labelled)}")
+    counted = describe_held_out(len(photos.scored), photos.num_held_out, labelled=photos.labelled)
+    say(f"to score  {counted}; {photos.seen}" if photos.seen else f"held out  {counted}")
     if too_few := too_few_photos_note(len(photos.scored), order.max_drop, photos.num_held_out):
         _log.warning("%s", too_few if OnefoldError.on_command_line else options_as_arguments(too_few))
     order = replace(order, calibration=replace(order.calibration, photos=photos.calibration))
@@ -168,7 +171,7 @@ def build_deployment(
         artifacts, refused = _exported(network, quantize, wanted, kept, budget, folder, say, details, steps)
         done = _scored(network, artifacts, photos, order, budget, folder, say, steps)
         done = replace(done, gates=(*refused, *done.gates))
-        write_gates(done.gates, folder / "results", done.notes)
+        write_gates(done.gates, folder / "results", [*done.notes, *done.seen_notes])
         steps.begin("explain")
         _explain(done)
         (folder / _KEY).unlink()
@@ -280,6 +283,7 @@ def _scored(
         title += warn_constant_predictions(true, photos, torch_network)
         held_out = max(photos.num_held_out, len(true))
         some = f"; {len(true)} of {held_out} held-out photos" if held_out > len(photos.scored) else ""
+        some = f"; {len(true)} photos, {photos.seen}" if photos.seen else some
         say(
             f"scored    {'torch-fp32':20} "
             + (f"{describe_score(top1, len(true))}{some}" if top1 is not None else f"without labels: {title}")
@@ -295,7 +299,8 @@ def _scored(
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
             answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
-                save_accuracy(predictor, title, scored, out / "results", count=len(answers))
+                num_seen = photos.num_seen
+                save_accuracy(predictor, title, scored, out / "results", count=len(answers), trained_on=num_seen)
         longest = max(longest, time.monotonic() - began)
         changed = int((answers != true).sum())
         lost, won = changed, 0
@@ -327,6 +332,7 @@ def _scored(
         data=title,
         notes=tuple(notes),
         count=len(true),
+        seen=photos.seen,
     )
 
 
@@ -390,7 +396,8 @@ def _timed(
 def _explain(done: DeployResult) -> None:
     """The texts and the page."""
     write_text(done.folder / "README.md", render_readme(done))
-    metrics = {} if done.top1 is None else {"top1": done.top1}
-    metrics |= {f"top1 {each.name}": each.top1 for each in done.verdicts if each.top1 is not None}
+    seen = f" ({done.seen})" if done.seen else ""
+    metrics = {} if done.top1 is None else {f"top1{seen}": done.top1}
+    metrics |= {f"top1 {each.name}{seen}": each.top1 for each in done.verdicts if each.top1 is not None}
     write_text(done.folder / "MODEL_CARD.md", render_hub_readme(done.network.card, metrics, done.count))
     write_report_page([done.folder], done.folder / "report.html")

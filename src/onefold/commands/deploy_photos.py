@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,8 @@ from onefold.commands.deploy_results import QUICK_MAX_SCORED, DeployOptions
 from onefold.commands.evaluate import class_indices
 from onefold.commands.held_out_images import (
     DeploymentPhotos,
-    describe_trained_images,
+    count_trained_images,
+    describe_seen_images,
     open_unlabelled_photos,
     remove_pixel_copies,
     split_photos,
@@ -21,8 +24,10 @@ from onefold.commands.held_out_images import (
 from onefold.commands.open_network import Network, make_predictor
 from onefold.commands.predictor import Predictor
 from onefold.data import Dataset, ImageLoader, Subset
-from onefold.data.fingerprint import evenly_spaced
+from onefold.data.fingerprint import evenly_spaced, find_trained_copies
 from onefold.errors import BadData
+
+_log = logging.getLogger("onefold")
 
 
 def deployment_photos(network: Network, order: DeployOptions, *, calibrates: bool) -> DeploymentPhotos:
@@ -45,14 +50,38 @@ def deployment_photos(network: Network, order: DeployOptions, *, calibrates: boo
         photos = replace(photos, scored=open_unlabelled_photos(place))
     if calibrates:
         photos = remove_pixel_copies(photos, order.calibration.count, network.preprocessing.value_range)
-    seen = describe_trained_images(records, photos.scored, network.preprocessing.value_range)
-    title, count = f"{photos.title}: {len(photos.scored)} photos, {seen}", len(photos.scored)
+    seen, count = _seen_photos(network, photos.scored), len(photos.scored)
+    title = f"{photos.title}: {count} photos, {seen.counted}"
+    if records is None and not network.card.untrained:
+        _log.info("%s: these photos may be among it", seen.counted)
     title += f"; {photos.why_unlabelled}" if photos.why_unlabelled else ""
     scored = photos.scored
     if order.quick and count > QUICK_MAX_SCORED:
         scored = Subset(scored, evenly_spaced(count, QUICK_MAX_SCORED))
         title += f"; {len(scored)} of them scored, evenly"
-    return replace(photos, scored=scored, title=title, num_held_out=count)
+        seen = _seen_photos(network, scored)
+    return replace(
+        photos, scored=scored, title=title, num_held_out=count, num_seen=seen.number, seen=seen.as_in_evaluation
+    )
+
+
+class _SeenPhotos(NamedTuple):
+    """How many photos were trained on or are copies of such; the same in words, and as `eval` says it."""
+
+    number: int
+    counted: str
+    as_in_evaluation: str
+
+
+def _seen_photos(network: Network, photos: Dataset) -> _SeenPhotos:
+    records = training_records(network.title, network.card.trained_on)
+    trained = count_trained_images(records, photos)
+    if trained is None:
+        return _SeenPhotos(0, "what the network was trained on is not recorded", "")
+    copies = find_trained_copies(records or (), photos, network.preprocessing.value_range)
+    more = f", {copies.found} more by their pixels copies of trained ones" if copies and copies.found else ""
+    seen = describe_seen_images(len(photos), {"were trained on": trained}, {"trained ones": copies})
+    return _SeenPhotos(trained + (copies.found if copies else 0), f"{trained} of them trained on{more}", seen)
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,7 +87,8 @@ class DeployResult:
     """The folder, a verdict for each artifact that was scored, and the gates; `top1` of the float network in PyTorch.
 
     An artifact whose export failed its parity gate is not in the folder. `data` names what was scored on, `count`
-    photos; `notes` say how the deployment was cut short, in images, samples or time.
+    photos; `notes` say how the deployment was cut short, in images, samples or time, and `seen` how many of the photos
+    were trained on, where some were.
     """
 
     folder: Path
@@ -98,6 +99,12 @@ class DeployResult:
     data: str
     notes: tuple[str, ...] = ()
     count: int = 0
+    seen: str = ""
+
+    @property
+    def seen_notes(self) -> list[str]:
+        """A sentence where photos that are scored were trained on, else none."""
+        return [f"of {format_count(self.count, 'photo')} that are scored {self.seen}"] if self.seen else []
 
     @property
     def failed(self) -> list[Gate]:
@@ -156,7 +163,7 @@ def render_readme(done: DeployResult) -> str:
     if done.failed:
         lines += [f"**Not to be shipped: {', '.join(gate.sentence for gate in done.failed)}.**", ""]
     lines += [f"**Undecided: {gate.sentence}.**\n" for gate in done.undecided]
-    lines += [f"**{note[:1].upper()}{note[1:]}.**\n" for note in done.notes]
+    lines += [f"**{note[:1].upper()}{note[1:]}.**\n" for note in (*done.seen_notes, *done.notes)]
     float_score = "without labels" if done.top1 is None else "top-1 " + _share(done.top1, done.count)
     float_score += "" if done.top1 is None else " in PyTorch, fp32"
     lines += [f"Scored on {done.data}: {float_score}. In brackets 95 % intervals.", "", *_table(done), ""]
@@ -175,7 +182,8 @@ def _table(done: DeployResult) -> list[str]:
     head = ["artifact", "accuracy kept", "top-1 %", "lost, points", "predictions changed", "latency, median", "threads"]
     head += ["machine", "size"]
     verdicts = {gate.name: gate.verdict for gate in done.gates}
-    rows = [_row(each, verdicts.get(each.name, "-")) for each in done.verdicts]
+    of_all = "in all" if done.seen else "held out"
+    rows = [_row(each, verdicts.get(each.name, "-"), of_all) for each in done.verdicts]
     scored = {each.name for each in done.verdicts}
     folders = sorted(path.name for path in done.folder.iterdir() if (path / "manifest.json").is_file())
     rows += [
@@ -186,10 +194,10 @@ def _table(done: DeployResult) -> list[str]:
     return [_line(head), "|---" * 2 + "|--:" * (len(head) - 2) + "|", *map(_line, rows)]
 
 
-def _row(each: ArtifactResult, verdict: str) -> list[str]:
+def _row(each: ArtifactResult, verdict: str, of_all: str) -> list[str]:
     timed, (low, high) = each.measurement, each.interval
     held_out = each.num_held_out or each.count
-    of_more = f" ({held_out} held out)" if held_out > each.count else ""
+    of_more = f" ({held_out} {of_all})" if held_out > each.count else ""
     drop = f"{each.drop:.2f} ({low:.1f} to {high:.1f})"
     return [
         each.name,

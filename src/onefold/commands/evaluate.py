@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from onefold.checksums import lines_have_checksum, sealed_lines
 from onefold.commands.bench import save_accuracy
 from onefold.commands.class_matching import match_all_classes
-from onefold.commands.held_out_images import count_trained_images, evaluation_sets, records_from_dict, training_records
+from onefold.commands.held_out_images import (
+    count_trained_images,
+    describe_seen_images,
+    evaluation_sets,
+    records_from_dict,
+    training_records,
+)
 from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predict import warn_unusual_images
 from onefold.commands.predictor import Floats, Predictor, Source, open_source, suggest_argument_names
@@ -101,19 +107,14 @@ class EvalResult:
         """One line for a person, with what the network has seen of the images before."""
         score, (low, high) = self.score, self.score.interval
         counted = f" of {score.count + self.unreadable}, as the others cannot be read" if self.unreadable else ""
-        kinds = {"were trained on": self.trained_on, "calibrated it": self.calibrated_on}
-        parts = [f"{count} of them {kind}" for kind, count in kinds.items() if count]
-        for copies, whose in (
-            (self.copies, "trained ones"),
-            (self.calibration_copies, "ones that calibrated it"),
-        ):
-            if copies and copies.found:
-                of = "them" if copies.looked_at == score.count else f"{copies.looked_at} looked at"
-                parts.append(f"{copies.found} of {of} are by their pixels copies of {whose} (saved again, resized)")
-        seen = " and ".join(parts)
+        seen = describe_seen_images(
+            score.count,
+            {"were trained on": self.trained_on, "calibrated it": self.calibrated_on},
+            {"trained ones": self.copies, "ones that calibrated it": self.calibration_copies},
+        )
         rates = f"top-1 {score.top1:.2f} % (95 % interval {low:.1f} to {high:.1f}), top-5 {score.top5:.2f} %"
         line = f"{self.data}: {rates}, loss {score.loss:.4f}, ECE {score.ece:.2f} %, {score.count} images{counted}"
-        return f"{line}, {seen}: the score is optimistic" if seen else line
+        return f"{line}, {seen}" if seen else line
 
 
 @dataclass(frozen=True, eq=False, repr=False)

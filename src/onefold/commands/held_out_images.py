@@ -28,6 +28,7 @@ from onefold.data.fingerprint import (
     MAX_CONTENTS,
     ImageList,
     KeyKind,
+    TrainedCopies,
     TrainedOn,
     evenly_spaced,
     find_trained_copies,
@@ -249,14 +250,19 @@ def count_trained_images(records: TrainingRecords | None, images: Dataset) -> in
     return None if records is None else sum(seen is True for seen in find_trained_images(records, images))
 
 
-def describe_trained_images(records: TrainingRecords | None, images: Dataset, value_range: ValueRange | None) -> str:
-    """Say how many of the images were trained on, and how many more are by their pixels copies of trained ones."""
-    trained = count_trained_images(records, images)
-    if trained is None:
-        return "what the network was trained on is not recorded"
-    copies = find_trained_copies(records or (), images, value_range)
-    more = f", {copies.found} more by their pixels copies of trained ones" if copies and copies.found else ""
-    return f"{trained} of them trained on{more}"
+def describe_seen_images(
+    count: int, counted: Mapping[str, int | None], copies: Mapping[str, TrainedCopies | None]
+) -> str:
+    """Say how many of `count` images the network has seen, and that its score is optimistic; empty where it has none.
+
+    `counted` has the numbers of those known by their content, by how they were seen; `copies` by whose they are.
+    """
+    parts = [f"{number} of them {how}" for how, number in counted.items() if number]
+    for whose, found in copies.items():
+        if found and found.found:
+            of = "them" if found.looked_at == count else f"{found.looked_at} looked at"
+            parts.append(f"{found.found} of {of} are by their pixels copies of {whose} (saved again, resized)")
+    return f"{' and '.join(parts)}: the score is optimistic" if parts else ""
 
 
 # ------------------------------------------------------------------------------- photos for a purpose
@@ -321,6 +327,7 @@ class DeploymentPhotos:
     """Photos to calibrate with, and others to score on; `title` names those, `labelled` is whether they have classes.
 
     `why_unlabelled` says why they have none. `scored` may be some of `num_held_out`, and are all of them where it is 0.
+    `seen` says how many of those scored were trained on, `num_seen`; empty where none is known to be.
     """
 
     calibration: Dataset
@@ -329,6 +336,8 @@ class DeploymentPhotos:
     labelled: bool = True
     why_unlabelled: str = ""
     num_held_out: int = 0
+    num_seen: int = 0
+    seen: str = ""
 
 
 def calibration_photos(place: str, records: TrainingRecords | None) -> Dataset:
