@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from image_fixtures import write_images
 from onefold.data import read_dataset
-from onefold.data.photo_copies import find_group_column, find_thumbnails, group_by_photo
+from onefold.data.photo_copies import called_as_groups, find_group_column, find_thumbnails, group_by_photo
 from onefold.data.splits import split_by_seed
 from onefold.errors import BadData
 
@@ -92,12 +92,13 @@ def test_a_column_says_of_what_thing_a_photo_is():
         "age": ["5", "5", "6", "6"],
         "plant": ["x", "x", "y", "y"],
     }
-    notes: list[str] = []
-    assert find_group_column(cells, ["image"], ["n", "n", "m", "m"], notes) is None  # n is of p alone
-    assert notes[1] == "most classes are of one patient only: images of one are on both sides where val is cut out"
-    assert find_group_column(cells, ["image"], ["n", "m", "n", "m"], []) == "patient"
-    assert find_group_column(cells, ["patient"], ["n", "m", "n", "m"], []) == "lesion_id"
-    assert find_group_column({"plant": cells["plant"]}, [], ["n", "m", "n", "m"], []) is None  # kinds of plants
+    things = {name: cells[name] for name in called_as_groups(cells)}
+    assert [*things] == ["lesion_id", "patient"]  # plant: kinds of plants
+    assert find_group_column(things, ["n", "m", "n", "m"]) == "patient"
+    assert find_group_column({"lesion_id": cells["lesion_id"]}, ["n", "m", "n", "m"]) == "lesion_id"
+    assert find_group_column({"patient": ["p", "q", "", ""]}, ["n", "m", "n", "m"]) is None  # none recurs
+    of_more = {"lesion_id": ["a", "b", "b", "a", "c"], "patient": ["p", "p", "q", "q", "q"]}
+    assert find_group_column(of_more, ["n", "n", "m", "m", "m"]) == "lesion_id"  # n is of p alone
 
 
 def test_a_class_of_heic_photos_that_are_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -158,3 +159,53 @@ def test_lesions_that_a_table_beside_the_one_of_classes_says(tmp_path: Path):
     assert not sides[0] & sides[1]
     assert "x.csv says the lesion_id of each image" in splits.info.notes
     assert not splits.info.left_out
+
+
+def test_a_patient_with_one_photo_in_each_split_is_on_both_sides(tmp_path: Path):
+    write_images(tmp_path, [f"{i}.png" for i in range(1, 7)])
+    (tmp_path / "train.csv").write_text("image,label,patient_id\n1,cat,p0\n2,cat,p1\n3,dog,p2\n4,dog,NaN\n")
+    (tmp_path / "val.csv").write_text("image,label,patient_id\n5,cat,p0\n6,dog,NaN\n")
+    said = "1 of the 1 patient_id of val.csv are in train.csv too (p0): photos of one thing are on both sides"
+    assert any(note.startswith(said) for note in read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes)
+
+
+@pytest.mark.parametrize("header", ["image,label,patient_id", "image,age,patient_id", "image,patient_id"])
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_a_table_says_the_patients_of_class_folders(tmp_path: Path, header: str, is_partial: bool):
+    write_images(tmp_path / "images", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(8)])
+    rows = [
+        f"{c}/{i}.png,{'7,' if ',age' in header else f'{c},' if 'label' in header else ''}p{i // 2}"
+        for c in ("cat", "dog")
+        for i in range(6 if is_partial else 8)
+    ]
+    (tmp_path / "meta.csv").write_text("\n".join((header, *rows)))
+    splits = read_dataset(tmp_path, seed=1, val_fraction=0.5)
+    which = "12 of the 16 images" if is_partial else "each image"
+    assert f"meta.csv says the patient_id of {which}" in splits.info.notes
+    assert splits.info.container == "class folders"
+    assert not splits.info.left_out
+    sides = [
+        {int(dataset.name(i)[-5]) // 2 for i in range(len(dataset))} - ({3} if is_partial else set())
+        for dataset in splits.datasets.values()
+    ]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+
+
+def test_patients_in_split_folders_are_told(tmp_path: Path):
+    write_images(tmp_path, [f"{s}/{c}/{i}.png" for s in ("train", "val") for c in ("cat", "dog") for i in range(2)])
+    rows = [f"{s}/{c}/{i}.png,p{i}" for s in ("train", "val") for c in ("cat", "dog") for i in range(2)]
+    (tmp_path / "meta.csv").write_text("\n".join(("file,patient", *rows)))
+    notes = read_dataset(tmp_path, seed=1, val_fraction=0.5).info.notes
+    assert any(note.startswith("2 of the 2 patient of val/ are in train/ too (p0)") for note in notes)
+
+
+def test_lists_of_splits_keep_the_patients_of_their_table(tmp_path: Path):
+    write_images(tmp_path, [f"{i}.png" for i in range(6)])
+    (tmp_path / "labels.csv").write_text(
+        "\n".join(("file,label,patient", *(f"{i}.png,c{i % 2},p{i % 3}" for i in range(6))))
+    )
+    (tmp_path / "train.txt").write_text("0.png\n1.png\n2.png\n3.png\n")
+    (tmp_path / "val.txt").write_text("4.png\n5.png\n")
+    notes = read_dataset(tmp_path, seed=1, val_fraction=0.5).info.notes
+    assert any(note.startswith("2 of the 2 patient of val.txt are in train.txt too (p1)") for note in notes)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,6 +38,8 @@ _MAX_FILES, _MAX_DEPTH = 50, 2
 _NUMBER_FIRST = re.compile(r"(?P<number>\d{1,6})[\s,;:]+(?P<name>.*\S)")
 _NUMBER_LAST = re.compile(r"(?P<name>\S.*?)[\s,;:]+(?P<number>\d{1,6})")
 _INITIAL = re.compile(r"/?[a-z]/")
+_FIRST_WORD = re.compile(r"([^\W\d_]\w*?)[._ -]*\(?\d+\)?\.\w+$")
+_MAX_MOVED = 5  # classes that a command to type names
 _STEM = re.compile(r"(?P<word>.*[^\W\d_])[\W_]*\d+")
 
 
@@ -181,3 +184,20 @@ def _names_by_stem(tables: Sequence[LabelTable]) -> dict[str, str]:
     names = dict(pairs)
     is_told = len(pairs) == len(names) == len({*names.values()}) and len(names) > 1
     return names if is_told and 2 * len(names) <= num_images else {}
+
+
+def hint_of_names(images: Sequence[str]) -> list[str]:
+    """Say which classes the files' names may say, as cat.0.jpg and dog.0.jpg do; nothing where they say none."""
+    words = [_FIRST_WORD.match(image.rpartition("/")[2]) for image in images]
+    names = Counter(word[1] for word in words if word)
+    num_called = sum(count for count in names.values() if count > 1)
+    if 2 * num_called <= len(images) or len(names) < 2 or any(map(parse_split_name, names)):
+        return []
+    called = f"its files are called as classes ({join_names(sorted(names), 3)}): a labels.csv can say so"
+    folders = {image.rpartition("/")[0] for image, word in zip(images, words, strict=True) if word}
+    plain = [name for name in names if re.fullmatch(r"\w+", name)]
+    if len(plain) < len(names) or len(names) > _MAX_MOVED or len(folders) > 1:
+        return [called]
+    moves = f"for c in {' '.join(sorted(names))}; do mkdir $c; mv $c[^a-zA-Z]* $c; done"
+    where = folders.pop()
+    return [f"{called}, or, typed in {f'{where}/' if where else 'it'}, {moves}"]

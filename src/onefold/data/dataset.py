@@ -29,7 +29,7 @@ from onefold.data.dataset_layouts import read_place
 from onefold.data.decode import printable_name
 from onefold.data.folder_roles import class_difference
 from onefold.data.folders import join_names
-from onefold.data.photo_copies import group_by_photo, notes_of_shared_groups, notes_of_shared_photos
+from onefold.data.photo_copies import are_classes_of_one, group_by_photo, notes_of_shared_groups, notes_of_shared_photos
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import notes_of_repeated
@@ -322,19 +322,25 @@ def read_dataset(
 
 def _groups(part: SplitImages, names: Sequence[str], labels: Sequence[int], notes: list[str]) -> Sequence[str]:
     """Give of what each image is, where several are of one photo or one thing; says so in `notes`."""
-    if part.groups is not None and len(part.groups) == len(names):
+    photos = group_by_photo(names, labels)
+    if part.groups is None or len(part.groups) != len(names):
+        groups = photos
+    elif are_classes_of_one(part.groups, labels):
+        only = f"most classes are of one {part.group_column} only"
+        notes.append(f"{only}: images of one are on both sides where val is cut out")
+        groups = photos
+    else:
         things = len({*part.groups} - {""})
         notes.append(
             f"the {len(names)} images of {part.source} are of {things} of the column {part.group_column}: val has all "
             "images of one, or none"
         )
-        return part.groups
-    groups = group_by_photo(names, labels)
+        return [group or photo for group, photo in zip(part.groups, photos, strict=True)]
     if several := [name for name, group in zip(names, groups, strict=True) if group]:
         count = len({*groups} - {""})
-        photos = f"{count} photos or videos" if count > 1 else "one photo or video"
+        which = f"{count} photos or videos" if count > 1 else "one photo or video"
         notes.append(
-            f"{len(several)} images are of {photos} by their names ({join_names(several, 2)}): val has all "
+            f"{len(several)} images are of {which} by their names ({join_names(several, 2)}): val has all "
             "images of one, or none"
         )
     return groups

@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from onefold.data.class_names import find_class_names, name_numbered_classes
+from onefold.data.class_names import find_class_names, hint_of_names, name_numbered_classes
 from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
 from onefold.data.decode import (
     ARCHIVE_SUFFIXES,
@@ -49,6 +49,7 @@ from onefold.data.folders import (
     list_folder,
     no_images_message,
 )
+from onefold.data.group_columns import group_class_folders, group_tables
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
@@ -78,8 +79,6 @@ from onefold.data.tables import LabelTable, read_table
 from onefold.errors import BadData
 from onefold.file_io import suggest_path
 
-_FIRST_WORD = re.compile(r"([^\W\d_]\w*?)[._ -]*\(?\d+\)?\.\w+$")
-_MAX_MOVED = 5  # classes that a command to type names
 _LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say classes, in forms that are not read
 
 
@@ -210,7 +209,7 @@ def _read_listing(
     if isinstance(problem, NoClassFoldersError) and isinstance(found.refused, MultiLabelError):
         raise found.refused
     if isinstance(problem, NoClassFoldersError):
-        hints = [*found.problems[:2], *unread, *_classes_in_names(listing.images)]
+        hints = [*found.problems[:2], *unread, *hint_of_names(listing.images)]
         raise NoClassFoldersError("; ".join((str(problem), *hints))) from problem
     assert problem is not None
     raise problem
@@ -235,23 +234,6 @@ def _are_no_classes(arrangement: FolderRoles) -> bool:
     return len(names) < 2 or (
         not all(name.isdecimal() for name in names) and len({re.sub(r"\d+", "", name) for name in names}) == 1
     )
-
-
-def _classes_in_names(images: Sequence[str]) -> list[str]:
-    """Say which classes the files' names may say, as cat.0.jpg and dog.0.jpg do; nothing where they say none."""
-    words = [_FIRST_WORD.match(image.rpartition("/")[2]) for image in images]
-    names = Counter(word[1] for word in words if word)
-    num_called = sum(count for count in names.values() if count > 1)
-    if 2 * num_called <= len(images) or len(names) < 2 or any(map(parse_split_name, names)):
-        return []
-    called = f"its files are called as classes ({join_names(sorted(names), 3)}): a labels.csv can say so"
-    folders = {image.rpartition("/")[0] for image, word in zip(images, words, strict=True) if word}
-    plain = [name for name in names if re.fullmatch(r"\w+", name)]
-    if len(plain) < len(names) or len(names) > _MAX_MOVED or len(folders) > 1:
-        return [called]
-    moves = f"for c in {' '.join(sorted(names))}; do mkdir $c; mv $c[^a-zA-Z]* $c; done"
-    where = folders.pop()
-    return [f"{called}, or, typed in {f'{where}/' if where else 'it'}, {moves}"]
 
 
 def _detect(tree: Folder, shown: str, tables: Mapping[str, LabelTable]) -> FolderRoles:
@@ -303,9 +285,11 @@ def _foldered(
     for i, folder in enumerate(arrangement.folders):
         by_split[folder.split].append(i)
     splits: list[SplitImages] = []
+    images_of: list[list[str]] = []
     empty: list[str] = []
     notes = [*notes]
     tables = {f.root: tables[f.root] for f in arrangement.folders if f.root in tables and not f.classes}
+    tables = dict(zip(tables, group_tables(place, listing, [*tables.values()]), strict=True))
     for where, table in tables.items():
         _check_folders(table, where, printable_name(place))
     listed = {file for table in tables.values() for file in table.files}
@@ -326,6 +310,7 @@ def _foldered(
         root = folders[0].root if len(folders) == 1 else os.path.commonpath([f.root or "." for f in folders])
         shown = " and ".join(folder.shown for folder in folders) or "all images"
         labels = [label for label, _ in members]
+        images_of.append([image for _, image in members])
         names = [image[len(root) + 1 :] if root and root != "." else image for _, image in members]
         splits.append(_files(place / root, names, labels, split, shown))
         unfilled = [name for folder in folders for name in folder.classes if name not in set(labels)]
@@ -333,7 +318,11 @@ def _foldered(
             where = printable_name(place / root)
             raise BadData(f"class folders without images in {where}: {join_names(unfilled)}; fill or remove them")
         empty += unfilled
-    splits, paths = _name_folders(place, listing, splits, notes) if not tables else (splits, ())
+    paths: list[str] = []
+    if not tables:
+        splits, names_paths = _name_folders(place, listing, splits, notes)
+        splits, paths = group_class_folders(place, listing, splits, images_of, notes)
+        paths += names_paths
     notes = [*notes, *_notes_of_bare_folders(listing, arrangement, printable_name(place))]
     unlabelled = {file for table in tables.values() for file in table.unlabelled} - listed
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from onefold.data.dataset_info import SPLITS, SplitImages
@@ -184,26 +184,36 @@ def notes_of_shared_photos(parts: Sequence[tuple[SplitImages, Sequence[str]]]) -
     return notes
 
 
-def find_group_column(
-    cells: Mapping[str, Sequence[str]], used: Sequence[str | None], labels: Sequence[str], notes: list[str]
-) -> str | None:
-    """Give the column that says of what thing a photo is (lesion_id, patient): of several the one with fewest things.
-
-    None where no such column has values that recur, or where most classes are of one thing only, with a note.
-    """
+def called_as_groups(names: Iterable[str]) -> list[str]:
+    """Give the columns that are called as one that says of what thing a photo is: lesion_id, patient."""
     found = []
-    for name, column in cells.items():
+    for name in names:
         words = split_into_words(name)
         is_thing = words[:1] and (words[0] in _THINGS or (words[0] in _NUMBERED_THINGS and len(words) > 1))
-        if name in used or not is_thing or not {*words[1:]} <= _KEY_WORDS:
-            continue
+        if is_thing and {*words[1:]} <= _KEY_WORDS:
+            found.append(name)
+    return found
+
+
+def may_hold_groups(text: str) -> bool:
+    """Whether a text, as the beginning of a table, may name such a column: quick, before the table is read."""
+    return any(word in text.casefold() for word in (*_THINGS, *_NUMBERED_THINGS))
+
+
+def find_group_column(columns: Mapping[str, Sequence[str]], labels: Sequence[str]) -> str | None:
+    """Give the column of things whose values recur ("" is none): of several the one with fewest things.
+
+    Those of which most classes have one thing only come last.
+    """
+    found = []
+    for name, column in columns.items():
         things = {*column} - {""}
-        per_class = Counter(label for label, thing in {*zip(labels, column, strict=True)} if thing)
-        num_single = sum(count == 1 for count in per_class.values())
-        if not 1 < len(things) < sum(map(bool, column)):
-            continue
-        if 2 * num_single < len({*labels}):
-            found.append((len(things), name))
-        else:
-            notes.append(f"most classes are of one {name} only: images of one are on both sides where val is cut out")
-    return min(found)[1] if found else None
+        if 1 < len(things) < sum(map(bool, column)):
+            found.append((are_classes_of_one(column, labels), len(things), name))
+    return min(found)[2] if found else None
+
+
+def are_classes_of_one(groups: Sequence[str], labels: Sequence[Hashable]) -> bool:
+    """Whether most classes are of one thing only, so that these cannot be divided."""
+    per_class = Counter(label for label, group in {*zip(labels, groups, strict=True)} if group)
+    return 2 * sum(count == 1 for count in per_class.values()) >= len({*labels})

@@ -20,7 +20,6 @@ from onefold.data.decode import printable_name
 from onefold.data.folders import FolderListing, join_names
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.photo_copies import find_group_column
 from onefold.data.splits import parse_split_name, split_into_words
 from onefold.data.table_columns import is_split_column, read_split_column
 from onefold.data.table_rows import read_rows
@@ -73,7 +72,7 @@ def read_split_lists(
     return [table for table in read if table][:1]
 
 
-def _read_columns(place: Path, name: str, images: ImageIndex) -> tuple[str, dict[str, list[str]]] | None:
+def read_columns(place: Path, name: str, images: ImageIndex) -> tuple[str, dict[str, list[str]]] | None:
     """Give the column of a table that names images, and the cells of all columns; None where none does."""
     try:
         read = read_rows(place / name, name, images, [])
@@ -87,7 +86,7 @@ def _read_columns(place: Path, name: str, images: ImageIndex) -> tuple[str, dict
 
 def _read_partition(place: Path, name: str, images: ImageIndex, classes: Mapping[str, str]) -> LabelTable | None:
     """Read a table of images and splits; None where it is none, or lists hardly any image of `classes`."""
-    read = _read_columns(place, name, images)
+    read = read_columns(place, name, images)
     if read is None:
         return None
     file_column, columns = read
@@ -114,28 +113,6 @@ def _read_partition(place: Path, name: str, images: ImageIndex, classes: Mapping
     )
 
 
-def group_by_tables(place: Path, listing: FolderListing, tables: Sequence[LabelTable]) -> Sequence[LabelTable]:
-    """Give one table with of what each photo is (a lesion, a patient), where a table beside it says that of all."""
-    if len(tables) != 1 or tables[0].groups is not None or tables[0].splits:
-        return tables
-    table, images = tables[0], ImageIndex(place, listing.images)
-    names = [name for suffix in (".csv", ".tsv") for name in listing.others.get(suffix, ()) if name != table.path]
-    for name in [name for name in names if name.count("/") <= _MAX_DEPTH][:_MAX_PARTITIONS]:
-        if (read := _read_columns(place, name, images)) is None:
-            continue
-        file_column, columns = read
-        found = [images.find(name, cell) for cell in columns[file_column]]
-        rows = {those[0]: i for i, those in enumerate(found) if len(those) == 1}
-        if not rows.keys() >= {*table.files}:
-            continue
-        cells = {column: [values[rows[file]] for file in table.files] for column, values in columns.items()}
-        if column := find_group_column(cells, [file_column], table.labels, []):
-            notes = (*table.notes, f"{name} says the {column} of each image")
-            parts = (*table.parts, name)
-            return [replace(table, groups=tuple(cells[column]), group_column=column, notes=notes, parts=parts)]
-    return tables
-
-
 def divide_by_lists(
     place: Path, listing: FolderListing, tables: Sequence[LabelTable], notes: list[str]
 ) -> Sequence[LabelTable]:
@@ -152,8 +129,16 @@ def divide_by_lists(
         return tables
     notes += table.notes
     parts = (table.path, *table.parts)
+    rows = {file: i for i, file in enumerate(table.files)}
     return [
-        replace(each, numbered=table.numbered, parts=parts, unlabelled=table.unlabelled, is_guessed=table.is_guessed)
+        replace(
+            each,
+            numbered=table.numbered,
+            parts=parts,
+            unlabelled=table.unlabelled,
+            is_guessed=table.is_guessed,
+            things={name: tuple(column[rows[file]] for file in each.files) for name, column in table.things.items()},
+        )
         for each in divided
     ]
 

@@ -20,11 +20,12 @@ from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
 from onefold.data.decode import printable_name
 from onefold.data.folder_roles import FolderRoles, assign_images
 from onefold.data.folders import FolderListing, ImageFiles, join_names, left_out_images
+from onefold.data.group_columns import group_tables
 from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex, OtherImagesError
 from onefold.data.shard_patterns import SHARD_SUFFIXES
-from onefold.data.split_lists import divide_by_lists, group_by_tables, refuse_partitions
+from onefold.data.split_lists import divide_by_lists, refuse_partitions
 from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.table_columns import MultiLabelError, NotATableError, normalize_number
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
@@ -340,7 +341,7 @@ def find_split_tables(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
 def read_tabled(place: Path, listing: FolderListing, tables: Sequence[LabelTable], notes: Sequence[str]) -> PlaceImages:
     """Give the images that tables list; lists may say the splits of a table that says none (train_val_list.txt)."""
     notes = [*notes]
-    tables = group_by_tables(place, listing, divide_by_lists(place, listing, tables, notes))
+    tables = group_tables(place, listing, divide_by_lists(place, listing, tables, notes))
     tables = name_numbered_classes(place, listing, tables, notes)
     splits = [split for table in tables for split in _splits_of(place, table)]
     listed = {file for table in tables for file in table.files}

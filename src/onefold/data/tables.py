@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from onefold.data.dataset_info import Split
@@ -30,7 +30,7 @@ from onefold.data.folders import join_names
 from onefold.data.json_tables import JSON_LINES_SUFFIXES
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.one_hot_columns import read_one_hot
-from onefold.data.photo_copies import find_group_column
+from onefold.data.photo_copies import called_as_groups
 from onefold.data.splits import SPLIT_WORDS, split_into_words
 from onefold.data.table_columns import (
     BOOLEAN_WORDS,
@@ -76,7 +76,8 @@ class LabelTable:
     `numbered` are the names of the classes by their numbers, where the table numbers them; `splits` has the split of
     each image where a column says it. `notes` says what was not used; `unlabelled` are images that are listed without a
     class or a split, `parts` other files that belong to the table. `is_guessed` is whether its column of classes is
-    one by what it holds alone, `groups` of what each photo is (a lesion, a patient), and `group_column` what says so.
+    one by what it holds alone. `things` are the columns that may say of what each photo is (a lesion, a patient), ""
+    where they say nothing; `groups` are the cells of the one that does, `group_column`, for all tables of a place.
     """
 
     path: str
@@ -88,6 +89,7 @@ class LabelTable:
     unlabelled: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     is_guessed: bool = False
+    things: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
     group_column: str = ""
 
@@ -242,7 +244,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
     if unused and label_column:
         notes.append(f"{path}: the classes are the column {label_column}, not {join_names(unused)}")
     used_columns = [file_column, label_column, *number_columns, *split_columns]
-    group_column = find_group_column(cells, used_columns, labels, notes)
+    things = [name for name in called_as_groups(cells) if name not in used_columns]
     return LabelTable(
         path=path,
         files=tuple(files[i] for i in kept),
@@ -253,8 +255,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         unlabelled=tuple(sorted({*without} - {*files})),
         parts=read.parts,
         is_guessed=bool(only),
-        groups=tuple(cells[group_column][i] for i in kept) if group_column else None,
-        group_column=group_column or "",
+        things={name: tuple("" if is_missing(cell := cells[name][i]) else cell for i in kept) for name in things},
     )
 
 
