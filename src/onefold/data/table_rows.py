@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from onefold.data.decode import SUFFIXES, printable_name
@@ -24,13 +25,14 @@ from onefold.data.json_tables import (
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.pixel_tables import find_pixel_columns
 from onefold.data.splits import parse_split_name
-from onefold.data.table_columns import NotATableError
+from onefold.data.table_columns import NotATableError, normalize_number
 from onefold.errors import BadData
 from onefold.file_io import read_text
 
 _SEPARATORS = ",;\t|"
 _EXCEL_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*", re.IGNORECASE)  # a first line that Excel writes and reads
 _LIST_HEAD = 1 << 16  # characters of a list that show how it is divided
+_SHOWN = 80
 _NUM_TRIED = 100  # rows that show which column names the images
 
 
@@ -60,10 +62,33 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
         text_lines[at] = ""  # a comment
         at, first = next(((i, line) for i, line in enumerate(text_lines) if line.strip()), (0, ""))
     separator = by_excel[1] if by_excel else max(_SEPARATORS, key=first.count)
-    reader = csv.reader(text_lines, delimiter=separator, skipinitialspace=separator != " ")
+    rows, lines = _parse_lines(text_lines, separator, shown, partial(images.num_matches, path))
+    if rows and all(len(row) == 1 for row in rows):  # each row as a whole in quotes, as Excel may write a column
+        inner = [row[0] for row in rows]
+        separator = max(_SEPARATORS, key=inner[0].count)
+        if inner[0].count(separator):
+            rows, _ = _parse_lines(inner, separator, shown, lambda cells: 0)
+    if not rows:
+        return TableRows(columns=[], rows=[], lines=[])
+    if names := _names_of_columns(rows, path, images):
+        return TableRows(columns=names, rows=rows, lines=lines)
+    return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
+
+
+def _parse_lines(
+    texts: Sequence[str], separator: str, shown: str, num_images: Callable[[Sequence[str]], int]
+) -> tuple[list[list[str]], list[int]]:
+    """Give the rows of a CSV text that hold anything, and the line of each.
+
+    `num_images` counts the cells that name images. Raises BadData where a quote that is not closed joins lines: where
+    it is the last one, or where a line within it holds other values, one of them an image.
+    """
+    reader = csv.reader([f"{line}\n" for line in texts], delimiter=separator, skipinitialspace=separator != " ")
     rows, lines, start = [], [], 1
     try:
         for row in reader:
+            if reader.line_num > start:
+                _check_quotes(texts[start - 1 : reader.line_num], separator, f"{shown}, line {start}", num_images)
             stripped = [value.strip() for value in row]
             if any(stripped):
                 rows.append(stripped)
@@ -71,11 +96,18 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
             start = reader.line_num + 1
     except csv.Error as error:
         raise BadData(f"cannot read {shown}: {error}") from error
-    if not rows:
-        return TableRows(columns=[], rows=[], lines=[])
-    if names := _names_of_columns(rows, path, images):
-        return TableRows(columns=names, rows=rows, lines=lines)
-    return TableRows(columns=rows[0], rows=rows[1:], lines=lines[1:])
+    return rows, lines
+
+
+def _check_quotes(texts: Sequence[str], separator: str, where: str, num_images: Callable[[Sequence[str]], int]) -> None:
+    cells = [[cell.strip(' "') for cell in line.split(separator)] for line in texts[1:]]
+    cells = [[cell for cell in line if normalize_number(cell) is None] for line in cells if len(line) > 1]
+    if "".join(texts).count('"') % 2 or any(map(num_images, cells)):
+        quoted = printable_name(next(line for line in texts if '"' in line).strip()[:_SHOWN])
+        raise BadData(
+            f"{where}: a quote is not closed, so that {len(texts)} lines are one: {quoted}: close it, or write "
+            '"" for a quote within a text'
+        )
 
 
 def _is_separated(text: str) -> bool:

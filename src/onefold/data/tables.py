@@ -344,6 +344,9 @@ def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int],
     if "" in cells:
         i = cells.index("")
         raise BadData(f"{shown}, line {lines[i]}: {printable_name(written[i])} names no class")
+    if broken := [i for i, cell in enumerate(written) if "\n" in cell]:
+        said = printable_name(written[broken[0]][:_SHOWN])
+        raise BadData(f"{shown}, line {lines[broken[0]]}: the class {said} has several lines: is its quote closed?")
     if separator := find_class_separator(set(cells)):
         i = next(i for i, cell in enumerate(cells) if separator in cell)
         both = " and ".join(printable_name(part.strip()) for part in cells[i].split(separator)[:3])
