@@ -380,7 +380,7 @@ def braces(text: str) -> list[str]:
 
 
 def make(place: Path, span: str) -> None:
-    """Write what a code span of the tables says: files, `name = lines / of text`, or `name.tar(members)`."""
+    """Write what a code span of the tables says: files, `name = lines / of text`, tars, Parquet."""
     name, equals, text = span.partition(" = ")
     if equals:
         for each in braces(name):
@@ -400,11 +400,14 @@ def make(place: Path, span: str) -> None:
                         add(tar, one, value.encode() or JPEG + f"{each} {one}".encode())
         else:
             arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-            labels = inner.removesuffix(")").split()
+            cells, _, names = inner.removesuffix(")").partition(":")  # 0 1 1: cat dog are numbers, and their names
+            labels = [int(cell) if re.fullmatch(r"-?\d+", cell) else cell for cell in cells.split()]
+            table = arrow.table({"image": [{"bytes": JPEG, "path": None} for _ in labels], "label": labels})
+            if names:
+                features = {"label": {"names": names.split(), "_type": "ClassLabel"}}
+                table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
             path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(
-                arrow.table({"image": [{"bytes": JPEG, "path": None} for _ in labels], "label": labels}), path
-            )
+            pq.write_table(table, path)
 
 
 @pytest.mark.parametrize(("spans", "result"), ROWS, ids=[" ".join(spans)[:60] for spans, _ in ROWS])

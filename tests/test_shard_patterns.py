@@ -370,3 +370,64 @@ def test_a_pipe_is_no_shard(tmp_path: Path, name: str) -> None:
         read_dataset(str(tmp_path / name), seed=0, val_fraction=0.5)
     with pytest.raises(BadData, match="it is not a plain file"):
         LocalFile(tmp_path / name).read(0, 1)
+
+
+def shard(path: Path, labels: Sequence[object], names: Sequence[str] = ()) -> Path:
+    """Write Parquet whose images have the number of their row as size."""
+    return parquet(path, [{"bytes": jpeg(), "path": None} for _ in labels], labels, names)
+
+
+def classes_by_row(place: Path, side: str = "train") -> list[str]:
+    source = read_dataset(place, seed=0, val_fraction=0.0).datasets[side]  # type: ignore[index]
+    return [source.classes[source.label(i)] for i in range(len(source))]
+
+
+def test_each_parquet_file_numbers_its_classes_as_its_own_schema_names_them(tmp_path: Path) -> None:
+    shard(tmp_path / "train-0.parquet", [0, 0, 1, 1], ["cat", "dog"])
+    shard(tmp_path / "train-1.parquet", [0, 1, 2], ["dog", "cat", "eel"])
+    shard(tmp_path / "validation-0.parquet", [0, 0], ["dog", "cat"])
+    shard(tmp_path / "test-0.parquet", ["dog", "cat", "eel"])
+    assert classes_by_row(tmp_path) == ["cat", "cat", "dog", "dog", "dog", "cat", "eel"]
+    assert classes_by_row(tmp_path, "val") == ["dog", "dog"]
+    assert classes_by_row(tmp_path, "test") == ["dog", "cat", "eel"]
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.0).info
+    assert info.classes == ("cat", "dog", "eel")
+    said = "the schemas of train-0.parquet, train-1.parquet number the classes differently: the names of each count"
+    assert said in info.notes
+
+
+def test_numbers_without_names_have_those_of_the_other_files_where_these_agree(tmp_path: Path) -> None:
+    shard(tmp_path / "train-0.parquet", [0, 1], ["cat", "dog"])
+    shard(tmp_path / "train-1.parquet", [1, 0, 1])
+    assert classes_by_row(tmp_path) == ["cat", "dog", "dog", "cat", "dog"]
+    notes = read_dataset(tmp_path, seed=0, val_fraction=0.0).info.notes
+    assert "train-1.parquet has no names for its numbers: they are called as in train-0.parquet" in notes
+    shard(tmp_path / "train-2.parquet", [0, 1], ["dog", "cat"])
+    with pytest.raises(BadData, match=r"train-1\.parquet numbers the classes without names, and .* different orders"):
+        read_dataset(tmp_path, seed=0, val_fraction=0.0)
+
+
+@pytest.mark.parametrize("chosen", [".", "train-0.tar", "train-*.tar"])
+def test_a_list_of_classes_beside_shards_names_their_numbers(tmp_path: Path, chosen: str) -> None:
+    members = [
+        (f"{i}.{end}", jpeg() if end == "jpg" else str(i % 3).encode()) for i in range(6) for end in ("jpg", "cls")
+    ]
+    tarred(tmp_path / "train-0.tar", members)
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
+    place = str(tmp_path / chosen)
+    info = read_dataset(place, seed=0, val_fraction=0.5).info
+    assert info.classes == ("red", "green", "blue")
+    assert "classes.txt names the classes: 0 is red, 1 is green, 2 is blue" in info.notes
+    assert not info.left_out
+
+
+def test_shards_that_are_not_there_or_empty_are_said(tmp_path: Path) -> None:
+    shard(tmp_path / "train-00000-of-00003.parquet", [0, 1], ["cat", "dog"])
+    shard(tmp_path / "test-00001-of-00002.parquet", [0, 1], ["cat", "dog"])
+    whole = shard(tmp_path / "validation-00000-of-00001.parquet", [0], ["cat", "dog"])
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pq.read_table(whole).slice(0, 0), whole)
+    notes = read_dataset(tmp_path, seed=0, val_fraction=0.0).info.notes
+    assert "2 of 3 shards are not there: train-00001-of-00003.parquet, train-00002-of-00003.parquet" in notes
+    assert "validation-00000-of-00001.parquet has no rows" in notes
+    assert "1 of 2 shards is not there: test-00000-of-00002.parquet" in notes

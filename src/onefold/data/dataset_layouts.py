@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from onefold.data.class_names import find_class_names, hint_of_names, name_numbered_classes
-from onefold.data.dataset_info import LeftOut, PlaceImages, Split, SplitImages
+from onefold.data.dataset_info import PlaceImages, Split, SplitImages
 from onefold.data.decode import (
     ARCHIVE_SUFFIXES,
     HEIC_SUFFIXES,
@@ -57,7 +57,8 @@ from onefold.data.photo_copies import THUMBNAIL_KIND
 from onefold.data.pixel_tables import find_pixel_columns, read_pixel_tables
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
-from onefold.data.shard_patterns import SHARD_SUFFIXES, expand_patterns, expand_split_patterns, find_shards, read_shards
+from onefold.data.shard_folders import read_shard_folder, read_shard_pattern
+from onefold.data.shard_patterns import SHARD_SUFFIXES
 from onefold.data.split_lists import divide_by_lists, read_split_lists
 from onefold.data.splits import parse_split_name
 from onefold.data.table_columns import MultiLabelError
@@ -85,14 +86,9 @@ _LISTS = (".json", ".xlsx", ".xls", ".ods", ".txt", ".xml", ".mat")  # may say c
 def read_place(place: str | Path) -> PlaceImages:
     """Find the images of a place. Raises BadData where it cannot be used, or can be understood in two ways."""
     text, shown = os.fspath(place), printable_name(place)
-    if "{split}" in text:
-        return _sharded(expand_split_patterns(text), text, ())
-    if text.startswith(REMOTE_PREFIXES) or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
-        paths = expand_patterns(text)
-        if not paths:
-            raise BadData(f"{shown} is not there: expected tar shards or Parquet files")
-        found, left_out = find_shards(paths, is_chosen=True)
-        return _sharded(found, text, left_out)
+    is_pattern = "{split}" in text or text.startswith(REMOTE_PREFIXES)
+    if is_pattern or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
+        return read_shard_pattern(text)
     path = Path(text)
     if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX, JSON_SUFFIX) and path.is_file():
         if find_pixel_columns(path):
@@ -115,7 +111,7 @@ def _read_folder(place: Path) -> PlaceImages:
     shown, listing = printable_name(place), list_folder(place)
     shards = [name for suffix in SHARD_SUFFIXES for name in listing.others.get(suffix, ())]
     if not listing.images and shards:
-        return _sharded_folder(place, listing, shards)
+        return read_shard_folder(place, listing, shards)
     if not listing.images:
         tables = [name for suffix in TABLE_SUFFIXES for name in listing.others.get(suffix, ())]
         if of_pixels := [name for name in tables if find_pixel_columns(place / name)]:
@@ -205,7 +201,7 @@ def _read_listing(
     if problem is None and (is_sure or not shards):
         return _foldered(place, listing, arrangement, inner, notes if is_sure else [*notes, *unread])
     if shards and (problem is None or isinstance(problem, NoClassFoldersError)):
-        return _sharded_folder(place, listing, shards)
+        return read_shard_folder(place, listing, shards)
     if isinstance(problem, NoClassFoldersError) and isinstance(found.refused, MultiLabelError):
         raise found.refused
     if isinstance(problem, NoClassFoldersError):
@@ -406,32 +402,3 @@ def _files(root: Path, names: Sequence[str], labels: Sequence[str], split: Split
         labels=labels,
         open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
     )
-
-
-# ------------------------------------------------------------------------------------------------ shards
-
-
-def _sharded_folder(place: Path, listing: FolderListing, names: Sequence[str]) -> PlaceImages:
-    """Read the shards that lie least deep, in one folder or in split folders beside each other."""
-    depth = min(name.count("/") for name in names)
-    used = [name for name in names if name.count("/") == depth]
-    folders = {"/".join(part for part in name.split("/")[:-1] if not parse_split_name(part)) for name in used}
-    if len(folders) > 1:
-        several = join_names([f"{folder}/" for folder in sorted(folders)])
-        raise BadData(f"{printable_name(place)} holds shards in {several}: give the folder of one dataset")
-    found, left_out = find_shards([str(place / name) for name in used], is_chosen=False, below=place)
-    if deeper := [name for name in names if name.count("/") > depth]:
-        reason = "deeper than the shards that are read"
-        left_out.append(LeftOut(count=len(deeper), what="shards", reason=reason, examples=tuple(deeper[:3])))
-    images = left_out_images(listing.images, {}, "beside shards")
-    return _sharded(found, os.fspath(place), (*left_out, *images, *listing.left_out(set(names))))
-
-
-def _sharded(found: Mapping[Split | None, Sequence[str]], shown: str, left_out: Sequence[LeftOut]) -> PlaceImages:
-    splits, more, notes = read_shards(found, printable_name(shown))
-    kind = (
-        "Parquet files"
-        if any(path.endswith(".parquet") for paths in found.values() for path in paths)
-        else "tar shards"
-    )
-    return PlaceImages(container=kind, splits=tuple(splits), left_out=(*more, *left_out), notes=tuple(notes))

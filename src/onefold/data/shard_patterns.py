@@ -7,7 +7,7 @@
 | a folder that holds them, with words for splits in their names, or in those of their folders | as they are |
 | a folder that holds them under other names | as folders, samples or a column inside say, else by seed |
 
-How classes and splits are found inside is said in tars.py and parquet.py.
+How classes and splits are found inside is said in tars.py, parquet.py and shard_classes.py.
 """
 
 from __future__ import annotations
@@ -36,20 +36,13 @@ from onefold.data.parquet import ParquetImages
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
 from onefold.data.repeated_images import find_copied_files
+from onefold.data.shard_classes import FindNames, forget_missing_words_, name_classes
 from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolve_ambiguous_split
 from onefold.data.table_columns import (
-    MultiLabelError,
-    find_class_separator,
-    is_missing,
-    missing_words_of_classes,
-    normalize_numbers,
     read_split_column,
-    refuse_measurements,
 )
-from onefold.data.tables import MAX_CLASSES
 from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
 from onefold.errors import BadData
-from onefold.file_io import normalize_class_name
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 """Of files that hold many images each."""
@@ -184,9 +177,11 @@ def expand_patterns(text: str) -> list[str]:
 
 
 def read_shards(
-    shards: Mapping[Split | None, Sequence[str]], shown: str
+    shards: Mapping[Split | None, Sequence[str]], shown: str, find_names: FindNames
 ) -> tuple[list[SplitImages], list[LeftOut], list[str]]:
     """Read the images of shards, by split; gives also what is left out, and notes.
+
+    `find_names` gives the names of numbered classes, where a file beside the shards has some.
 
     Raises BadData where they cannot be read, or where no image has a class.
     """
@@ -211,14 +206,17 @@ def read_shards(
             for inner, parts in _parquet_by_split(opened, split, shown, left_out, notes).items():
                 files[inner] += parts
             notes += [note for file in opened for note in file.notes]
+            notes += [f"{printable_name(file.path.name)} has no rows" for file in opened if not len(file)]
         else:
             blobs = [open_blob(place) for place in paths]
             indexes = [read_tar_index(blob) for blob in blobs]
             for inner, tars in tars_by_split(blobs, indexes, split, shown, left_out, notes).items():
                 files[inner] += tars
             left_out += left_out_members([index.others for index in indexes])
+            pairs = zip(blobs, indexes, strict=True)
+            notes += [f"{printable_name(blob.name)} holds no images" for blob, index in pairs if not index.members]
     if parquet:
-        _forget_missing_words_([file for those in files.values() for file in those])
+        forget_missing_words_([file for those in files.values() for file in those])
     labels = {split: [label for file in those for label in file.labels] for split, those in files.items()}
     is_labelled = any(label is not None for split in labels if split != "test" for label in labels[split])
     for split, those in labels.items():
@@ -233,36 +231,21 @@ def read_shards(
         ]
         labels[split] = [label for label in those if label is not None]
     labels = {split: those for split, those in labels.items() if those}
-    names = sorted({label for those in labels.values() for label in those if isinstance(label, str)})
-    if separator := find_class_separator(names):
-        both = next(name for name in names if separator in name)
-        raise MultiLabelError(shown, f"{printable_name(both)} is of one image")
-    refuse_measurements(f"{shown}: the class", names)
-    forms = dict(zip(names, normalize_numbers(names), strict=True))
-    numbers, schema_names = _numbered([file for those in files.values() for file in those])
+    named, orders = name_classes({split: files[split] for split in labels}, shown, find_names, notes)
     return (
         [
             SplitImages(
                 split=split,
                 source=sources.get(split) or f"{join_names(list(sources.values()), 3)} ({split} inside)",
-                labels=_names(those, schema_names, forms),
-                numbered=None if numbers is None else schema_names or tuple(map(str, sorted(numbers & {*those}))),
+                labels=named[split],
+                numbered=orders[split],
                 open=partial(_sharded_images, files[split]),
             )
-            for split, those in labels.items()
+            for split in labels
         ],
         left_out,
         notes,
     )
-
-
-def _forget_missing_words_(files: Sequence[TarImages | ParquetImages]) -> None:
-    """Take labels that say nothing, such as None, for no class, unless that is one of two classes."""
-    texts = {label for file in files for label in file.labels if isinstance(label, str)}
-    missing = {text for text in texts if is_missing(text)} - missing_words_of_classes(texts)
-    for file in files:
-        if not missing.isdisjoint(label for label in file.labels if isinstance(label, str)):
-            file.labels[:] = [None if label in missing else label for label in file.labels]
 
 
 def _parquet_by_split(
@@ -293,28 +276,3 @@ def _sharded_images(
 ) -> ShardedImages:
     starts = np.array([0, *accumulate(len(file) for file in files)][:-1], np.int64)
     return ShardedImages(files=files, labels=labels, classes=classes, starts=starts)
-
-
-def _numbered(files: Sequence[TarImages | ParquetImages]) -> tuple[set[int] | None, tuple[str, ...] | None]:
-    """Give the numbers of the classes, and their names where a schema has them; None where the classes are names."""
-    union = {label for file in files for label in file.labels}
-    numbers, names = {x for x in union if isinstance(x, int)}, {x for x in union if isinstance(x, str)}
-    if numbers and names:
-        raise BadData(
-            f"some classes are numbers ({min(numbers)}), others names ({printable_name(min(names))}): use one"
-        )
-    if None in union:
-        raise BadData("no image but those of test has a class: all are -1 or nothing")
-    if names:
-        return None, None
-    schema_names = next((file.classes for file in files if file.classes), None)
-    limit = MAX_CLASSES if schema_names is None else len(schema_names)
-    if min(numbers, default=0) < 0 or max(numbers, default=-1) >= limit:
-        raise BadData(f"the classes are numbered {min(numbers)} to {max(numbers)}: expected 0 to {limit - 1}")
-    return numbers, schema_names
-
-
-def _names(labels: Sequence[int | str | None], names: tuple[str, ...] | None, forms: Mapping[str, str]) -> list[str]:
-    if names is None:
-        return [normalize_class_name(forms.get(str(label), str(label))) for label in labels]
-    return [names[label] for label in labels if isinstance(label, int)]

@@ -1,0 +1,110 @@
+"""Places of shards: a folder that holds them, or files and patterns of them, and what lies beside them.
+
+Beside shards lie lists of classes, which name what the shards number (see class_names.py). Of a counted set
+(train-00000-of-00004.parquet) that is not whole it is said which files are not there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from onefold.data.class_names import find_class_names
+from onefold.data.dataset_info import LeftOut, PlaceImages, Split
+from onefold.data.decode import printable_name
+from onefold.data.folders import FolderListing, join_names, left_out_images
+from onefold.data.remote_files import REMOTE_PREFIXES
+from onefold.data.shard_patterns import expand_patterns, expand_split_patterns, find_shards, read_shards
+from onefold.data.splits import parse_split_name
+from onefold.errors import BadData
+
+_COUNTED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<rest>\.\w+)", re.IGNORECASE)
+
+
+def read_shard_pattern(text: str) -> PlaceImages:
+    """Read a file, URL or pattern of shards. Raises BadData where there is nothing, or it cannot be used."""
+    shown = printable_name(text)
+    left_out: list[LeftOut] = []
+    if "{split}" in text:
+        found = expand_split_patterns(text)
+    else:
+        paths = expand_patterns(text)
+        if not paths:
+            raise BadData(f"{shown} is not there: expected tar shards or Parquet files")
+        found, left_out = find_shards(paths, is_chosen=True)
+    if text.startswith(REMOTE_PREFIXES):
+        return _read(found, text, left_out, None)
+    place = Path(os.path.commonpath([os.path.dirname(os.path.abspath(p)) for paths in found.values() for p in paths]))
+    others: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(os.listdir(place)):
+        others[os.path.splitext(name)[1].lower()].append(name)
+    listing = FolderListing(images=[], others=others, hidden=0, outputs=[], empty=[])
+    return _read(found, text, left_out, (place, listing))
+
+
+def read_shard_folder(place: Path, listing: FolderListing, names: Sequence[str]) -> PlaceImages:
+    """Read the shards that lie least deep, in one folder or in split folders beside each other."""
+    depth = min(name.count("/") for name in names)
+    used = [name for name in names if name.count("/") == depth]
+    folders = {"/".join(part for part in name.split("/")[:-1] if not parse_split_name(part)) for name in used}
+    if len(folders) > 1:
+        several = join_names([f"{folder}/" for folder in sorted(folders)])
+        raise BadData(f"{printable_name(place)} holds shards in {several}: give the folder of one dataset")
+    found, left_out = find_shards([str(place / name) for name in used], is_chosen=False, below=place)
+    if deeper := [name for name in names if name.count("/") > depth]:
+        reason = "deeper than the shards that are read"
+        left_out.append(LeftOut(count=len(deeper), what="shards", reason=reason, examples=tuple(deeper[:3])))
+    left_out += left_out_images(listing.images, {}, "beside shards")
+    return _read(found, os.fspath(place), left_out, (place, listing), {*names})
+
+
+def _read(
+    found: Mapping[Split | None, Sequence[str]],
+    text: str,
+    left_out: Sequence[LeftOut],
+    around: tuple[Path, FolderListing] | None,
+    listed: Collection[str] | None = None,
+) -> PlaceImages:
+    """Read shards, with the names of classes that lie `around` them; `listed` are those of a folder that is given."""
+    said: list[str] = []
+    lists: list[str] = []
+
+    def find_names(numbers: Collection[str]) -> Mapping[str, str]:
+        if around is None:
+            return {}
+        names, paths = find_class_names(*around, numbers, (), said)
+        lists.extend(paths)
+        return names
+
+    splits, more, notes = read_shards(found, printable_name(text), find_names)
+    paths = [path for those in found.values() for path in those]
+    kind = "Parquet files" if any(path.endswith(".parquet") for path in paths) else "tar shards"
+    beside = around[1].left_out({*listed, *lists}) if around and listed is not None else []
+    return PlaceImages(
+        container=kind,
+        splits=tuple(splits),
+        left_out=(*more, *left_out, *beside),
+        notes=(*_notes_of_missing_shards(paths), *notes, *said),
+    )
+
+
+def _notes_of_missing_shards(paths: Sequence[str]) -> list[str]:
+    """Say which files of counted sets are not there, as 00001 of train-00000-of-00002.parquet alone."""
+    there: dict[tuple[str, str, str, str], set[str]] = defaultdict(set)
+    for path in paths:
+        if match := _COUNTED.fullmatch(path):
+            there[match["stem"], match["of"], match["count"], match["rest"]].add(match["number"])
+    notes = []
+    for (stem, of, count, rest), written in there.items():
+        numbers, width = {*map(int, written)}, len(next(iter(written)))
+        first = 1 if int(count) in numbers else 0
+        missing = [number for number in range(first, first + min(int(count), 100_000)) if number not in numbers]
+        if missing:
+            names = [f"{stem.rpartition('/')[2]}{number:0{width}d}{of}{count}{rest}" for number in missing[:4]]
+            names += [""] * (len(missing) - len(names))
+            are = "is" if len(missing) == 1 else "are"
+            notes.append(f"{len(missing)} of {int(count)} shards {are} not there: {join_names(names, 3)}")
+    return notes
