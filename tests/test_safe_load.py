@@ -721,6 +721,20 @@ def test_what_is_assumed_of_names_or_not_taken_for_them_is_said(values: Any, cou
     assert (names is None) == ("not used" in remark or values == {"labels": [1, 0, 1]})
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", [set, frozenset])
+@pytest.mark.parametrize("where", [lambda names: {"classes": names}, lambda names: {"cfg": {"class_names": names}}])
+def test_the_order_of_a_set_is_not_that_of_the_outputs(
+    where: Callable[[Any], dict[str, Any]], kind: type, protocol: int, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": PLAIN, **where(kind(("zebra", "apple", "mango")))}, tmp_path / "w.pth",
+               pickle_protocol=protocol)  # fmt: skip
+    remarks: list[str] = []
+    assert find_class_names(read_tensors(tmp_path / "w.pth").extras, 3, remarks) is None
+    (remark,) = remarks
+    assert remark.partition(" ")[2].endswith("(apple, mango, zebra) are not used: they are a set, which has no order")
+
+
 def test_labels_of_images_and_names_of_an_optimizer_name_no_classes() -> None:
     for values in (
         {"labels": [1, 0, 1]},

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from onefold.file_io import normalize_class_name, parse_json
-from onefold.models.restricted_unpickler import UnpickledObject, iter_objects
+from onefold.models.restricted_unpickler import Unordered, UnpickledObject, iter_objects
 from onefold.models.state_dicts import NON_WEIGHT_KEYS
 from onefold.models.weights_file import MMENGINE_PATTERN
 
@@ -112,7 +112,8 @@ def _plain(value: object, known: dict[int, tuple[object, object]], depth: int) -
                 for name, key in keys
             }
         else:
-            made = [_plain(each, known, depth + 1) for each in value]
+            kind = Unordered if isinstance(value, Unordered) else list
+            made = kind(_plain(each, known, depth + 1) for each in value)
         known[id(value)] = value, made
     return known[id(value)][1]
 
@@ -145,6 +146,10 @@ def _texts(kind: Any, data: Any) -> list[str]:
 def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]) -> tuple[str, ...] | None:
     """One text for each class; None where `given` is anything else. What is assumed or refused is in `remarks`."""
     assumed = ""
+    if isinstance(given, Unordered):
+        if len(given) == num_classes:
+            remarks.append(f"({_first(sorted(map(str, given)))}) are not used: they are a set, which has no order")
+        return None
     if isinstance(given, str) and len(given) < _MAX_TEXT:
         given = _from_text(given, num_classes)
     is_coco = isinstance(given, (list, tuple)) and all(isinstance(each, Mapping) and "id" in each for each in given)

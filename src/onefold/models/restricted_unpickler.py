@@ -42,13 +42,11 @@ _PROGRAMS = re.compile(
     r"|torch\.(load|hub|jit|ops|utils\.cpp_extension|utils\.model_zoo)\b"
 )
 _DICTS = (
-    "collections.OrderedDict",
-    "collections.defaultdict",
-    "collections.Counter",
     "builtins.dict",
     "addict.addict.Dict",
+    *(f"collections.{k}" for k in ("OrderedDict", "defaultdict", "Counter")),
 )
-_SETS = ("builtins.set", "builtins.frozenset", "builtins.list", "builtins.tuple")
+_SETS, _SEQUENCES = ("builtins.set", "builtins.frozenset"), ("builtins.list", "builtins.tuple")
 _LEGACY = 0x1950A86A20F9469CFC6C  # the number at the start of a file of torch.save's older format
 _MAX_MODULES, _MAX_TENSORS = 20_000, 200_000  # of a network; a forged one may contain itself
 _MAX_COPIED = 50_000_000  # elements that calls in one pickle may copy
@@ -58,17 +56,19 @@ class RefusedError(Exception):
     """The pickle calls a program, or is none that is known here; the text is one clause."""
 
 
+class Unordered(list[Any]):
+    """The elements of a set, which need not be hashed, in an order that means nothing."""
+
+
 @dataclass(eq=False, repr=False)
 class UnpickledObject:
-    """An object that was not made: the name of its class or function, its arguments, and what was put into it."""
+    """An object that was not made: its class or function by name, its arguments, what was set by key and appended."""
 
     name: str
     args: Any = ()
     state: Any = None
     items: dict[Any, Any] = field(default_factory=dict)
-    """What was set by key, if its class is a kind of dict."""
     elements: list[Any] = field(default_factory=list)
-    """What was appended, if its class is a kind of list."""
 
     @property
     def values(self) -> Mapping[Any, Any]:
@@ -307,8 +307,9 @@ class _Machine:
                 return first
             pairs = first if isinstance(first, list) else []
             return {_key(pair[0]): pair[1] for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2}
-        if name in _SETS and len(args) <= 1:
-            return first if isinstance(first, (list, tuple)) else []
+        if name in (*_SETS, *_SEQUENCES) and len(args) <= 1:
+            elements = first if isinstance(first, (list, tuple)) else []
+            return Unordered(elements) if name in _SETS else elements
         if name == "torch.Size":
             return first if isinstance(first, tuple) else ()
         if name == "_codecs.encode" and isinstance(first, str):
@@ -350,7 +351,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": list,  # so that what it holds need not be hashed
+    "EMPTY_SET": Unordered,
 }
 _STEPS: dict[str, Callable[[_Machine], Any]] = {
     "MARK": lambda m: m.marks.append(len(m.stack)),
@@ -361,7 +362,7 @@ _STEPS: dict[str, Callable[[_Machine], Any]] = {
     "APPENDS": lambda m: m.append(m.marked()),
     "ADDITEMS": lambda m: m.append(m.marked()),
     "LIST": lambda m: m.stack.append(m.marked()),
-    "FROZENSET": lambda m: m.stack.append(m.marked()),
+    "FROZENSET": lambda m: m.stack.append(Unordered(m.marked())),
     "TUPLE": lambda m: m.stack.append(tuple(m.marked())),
     "TUPLE1": lambda m: m.stack.append(m.pop(1)),
     "TUPLE2": lambda m: m.stack.append(m.pop(2)),
@@ -393,11 +394,8 @@ def _key(value: Any) -> Hashable:
     """
     if isinstance(value, int):
         return value if -(1 << 63) <= value < 1 << 63 else UnpickledObject("a key", args=value)
-    return (
-        value
-        if isinstance(value, (str, bytes, float, type(None), UnpickledObject, _Name))
-        else UnpickledObject("a key", args=value)
-    )
+    kinds = (str, bytes, float, type(None), UnpickledObject, _Name)
+    return value if isinstance(value, kinds) else UnpickledObject("a key", args=value)
 
 
 # ------------------------------------------------------------------------------------------ tensors
