@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onefold.data.class_difference import class_difference
 from onefold.data.crop import Crop, CropBox
 from onefold.data.dataset_info import SPLITS, DatasetInfo, LeftOut, PlaceImages, Split, SplitImages, SplitInfo
 from onefold.data.dataset_layouts import read_place
 from onefold.data.decode import printable_name
-from onefold.data.folder_roles import class_difference
 from onefold.data.folders import join_names
 from onefold.data.photo_copies import are_classes_of_one, group_by_photo, notes_of_shared_groups, notes_of_shared_photos
 from onefold.data.preprocessing import ValueRange
@@ -245,7 +245,9 @@ def read_dataset(
         kind = "case" if only_case else "blanks and signs"
         notes.append(f"classes whose names differ in {kind} only are several: {join_names(alike)}")
     if doubtful := [
-        name for name in classes if _DOUBTFUL & {*split_into_words(name)} or not any(map(str.isalnum, name))
+        name
+        for name in classes
+        if _DOUBTFUL & {*split_into_words(name)} or (name.isascii() and not any(map(str.isalnum, name)))
     ]:
         notes.append(f"{join_names(doubtful)} counts as a class: move it away if it stands for none")
     if len(classes) == 1 and reference.split in ("train", None):
@@ -258,7 +260,8 @@ def read_dataset(
     for part in parts:
         names = frozenset(part.labels)
         if part.split == "val" and names - present - set(classes):
-            raise class_difference(shown, {"train": present, "val": names})
+            sides = ("train", "val") if val is None else (shown, printable_name(val))
+            raise class_difference(shown, dict(zip(sides, (present, names), strict=True)))
         unknown = sum(label not in number for label in part.labels)
         if unknown:
             reason = f"of classes that the others do not have ({join_names(sorted(names - set(classes)), 3)})"

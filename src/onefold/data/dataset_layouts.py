@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from onefold.data.class_difference import ClassDifferenceError
 from onefold.data.class_names import find_class_names, hint_of_names, name_numbered_classes
 from onefold.data.dataset_info import PlaceImages, Split, SplitImages
 from onefold.data.decode import (
@@ -33,7 +34,6 @@ from onefold.data.decode import (
     read_first_bytes,
 )
 from onefold.data.folder_roles import (
-    ClassDifferenceError,
     FolderRoles,
     NoClassFoldersError,
     assign_images,

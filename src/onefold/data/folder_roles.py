@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from onefold.data.class_difference import class_difference
 from onefold.data.dataset_info import SPLITS, Split
 from onefold.data.folders import Folder, join_names, merge_initial_folders
 from onefold.data.splits import (
@@ -30,14 +31,6 @@ _UNLABELLED = frozenset(("unlabeled", "unlabelled", "pred", "predict", "predicti
 
 class NoClassFoldersError(BadData):
     """Images that lie in no class folders."""
-
-
-class ClassDifferenceError(BadData):
-    """Classes of a split that train does not have; `classes` are train's."""
-
-    def __init__(self, text: str, classes: frozenset[str]) -> None:
-        self.classes = classes
-        super().__init__(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +75,9 @@ def _without_unlabelled(folder: Folder, reasons: dict[str, str]) -> Folder:
     children = {}
     for name, child in folder.children.items():
         words = split_into_words(name)
-        if len(folder.children) > 2 and (words == ["no", "label"] or {*words} <= {"unlabeled", "unlabelled"}):
+        if len(folder.children) > 2 and (
+            words == ["no", "label"] or (words and {*words} <= {"unlabeled", "unlabelled"})
+        ):
             reasons[child.path] = "no class, as the folder is called"
         else:
             children[name] = _without_unlabelled(child, reasons)
@@ -102,7 +97,7 @@ def _detect_roles(root: Folder, place: str, tables: Mapping[str, frozenset[str]]
         raise _flat(next(iter(level.children.values())), place)
     _check_classes(level.children.values(), _names(level), place)
     inner = {name: _choose_quietly(folder) for name, folder in level.children.items() if folder.num_images}
-    if len({split for splits in inner.values() for split in splits}) > 1 and all(inner.values()):
+    if {split for splits in inner.values() for split in splits} - {"train"} and all(inner.values()):
         _check_classes([folder for group in inner.values() for folder in group.get("train", ())], frozenset(), place)
         return _splits_within_classes(level, inner)
     for name, folder in level.children.items():
@@ -119,6 +114,7 @@ def _detect_roles(root: Folder, place: str, tables: Mapping[str, frozenset[str]]
             f"{place}: {join_names(words)} are words for splits, and hold images without class folders: put the "
             f"images of each class in a folder of its own ({words[0]}/<class>/), or add a labels.csv (file,label)"
         )
+    _check_held_out(level, "train", place)
     _check_inner_folders(level, place)
     called = (f"{join_names(words)}: a class here, since it holds images as the folders beside it do",) if words else ()
     notes = (*_merged(level), *called, *_nested(level))
@@ -174,9 +170,25 @@ def _check_inner_folders(level: Folder, place: str) -> None:
     )
 
 
+def _check_held_out(level: Folder, split: Split, place: str) -> None:
+    """Raise BadData where a class folder of one split holds a folder that is called as another one: cat/val/."""
+    for folder in level.children.values():
+        for child in folder.children.values():
+            said = parse_split_name(child.name)
+            if said and not said.stem and said.split != split and child.num_images:
+                raise BadData(
+                    f"{place}: {child.path}/ is called as a split and lies within a class folder: move its images to "
+                    f"{said.split}/{folder.name}/, beside train/, or rename it if they are of {split}"
+                )
+
+
 def _nested(level: Folder) -> tuple[str, ...]:
-    """Say which class folders hold several folders of images: these may be the classes, or versions of one dataset."""
-    nested = {name: sorted(folder.children) for name, folder in level.children.items() if len(folder.children) > 1}
+    """Say which class folders hold several folders of images, or one beside images: classes, versions, or trash."""
+    nested = {
+        name: sorted(folder.children)
+        for name, folder in level.children.items()
+        if len(folder.children) > 1 or (folder.children and folder.num_direct)
+    }
     shown = f"{join_names(sorted(nested), 3)}: a class with all folders inside"
     return tuple(f"{shown} ({name}/: {join_names(nested[name], 3)})" for name in sorted(nested)[:1])
 
@@ -374,8 +386,12 @@ def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, fr
                 for child in _class_level(folder, classes).children.values():
                     if normalize_class_name(child.name) not in classes:
                         reasons[child.path] = "a class that train does not have"
-            elif names - classes:
-                raise class_difference(place, {train[0].name if train else "train": classes, folder.name: names})
+            elif extra := names - classes:
+                inside = _class_level(folder, classes).children.items()
+                filled = {normalize_class_name(name) for name, child in inside if child.num_images}
+                if folder.path in tables or extra & filled:
+                    raise class_difference(place, {train[0].name if train else "train": classes, folder.name: names})
+                notes.append(f"{shown}: {join_names(sorted(extra))} holds no images, and is no class of train")
             if split != "train" and (missing := sorted(classes - names)):
                 notes.append(f"{shown} has no images of {join_names(missing)}")
             if folder.path in tables:
@@ -383,6 +399,7 @@ def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, fr
                 continue
             inner = _class_level(folder, classes)
             _check_classes(inner.children.values(), classes, place)
+            _check_held_out(inner, split, place)
             folders.append(_split_folder(split, inner, shown, inner, classes))
             notes += _merged(inner)
             if split == "train":
@@ -391,15 +408,6 @@ def _as_splits(level: Folder, group: _Group, place: str, tables: Mapping[str, fr
     if train:
         reasons |= {folder.path: "beside the splits" for folder in others}
     return FolderRoles(folders=tuple(folders), reasons=reasons, notes=tuple(notes))
-
-
-def class_difference(place: str, sides: Mapping[str, frozenset[str]]) -> ClassDifferenceError:
-    """Say which classes only one of two splits has."""
-    (one, these), (other, those) = sides.items()
-    parts = [
-        f"only in {name}: {join_names(sorted(x))}" for name, x in ((one, these - those), (other, those - these)) if x
-    ]
-    return ClassDifferenceError(f"{place}: the classes differ; {'; '.join(parts)}", these)
 
 
 def _flat(folder: Folder, place: str) -> NoClassFoldersError:

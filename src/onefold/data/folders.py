@@ -49,6 +49,11 @@ _SYSTEM_NAMES = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "eht
 _MASK_FOLDERS = frozenset(
     ("mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "gt", "trimaps")
 )
+_LABEL_FOLDERS = frozenset(
+    ("label", "labels", "lbl", "gts", "groundtruth", "ground_truth", "anno", "annos", "target")
+) | {
+    *("targets", "segmentationclass", "segmentationobject", "segmentationclassaug", "labelimages", "label_images"),
+}  # that hold masks where each of their images has one beside it in images/
 _IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "photo", "photos", "jpegimages"))
 _LINK_KIND = "links to nothing"
 _MAX_DEPTH = 100  # folders within each other: more are no work of people
@@ -256,13 +261,21 @@ def _masks_in_folders(images: Sequence[str]) -> list[str]:
 
     def key(name: str) -> str:
         parts = os.path.splitext(name)[0].split("/")
-        return "/".join(part for part in parts if part.lower() not in (*_MASK_FOLDERS, *_IMAGE_FOLDERS))
+        return "/".join(
+            part for part in parts if part.lower() not in (*_MASK_FOLDERS, *_LABEL_FOLDERS, *_IMAGE_FOLDERS)
+        )
 
-    masks = [name for name in images if not _MASK_FOLDERS.isdisjoint(name.lower().split("/")[:-1])]
-    if not masks:
-        return []
-    photos = {key(name) for name in set(images).difference(masks)}
-    return [name for name in masks if key(name) in photos]
+    folders = {name: frozenset(name.lower().split("/")[:-1]) for name in images}
+    masks = [name for name, around in folders.items() if around & _MASK_FOLDERS]
+    found = []
+    if masks:
+        photos = {key(name) for name in set(images).difference(masks)}
+        found = [name for name in masks if key(name) in photos]
+    labels = [name for name, around in folders.items() if around & _LABEL_FOLDERS and not around & _MASK_FOLDERS]
+    if labels:
+        of_images = {key(name) for name, around in folders.items() if around & _IMAGE_FOLDERS}
+        found += labels if {key(name) for name in labels} <= of_images else []
+    return found
 
 
 @dataclass(eq=False)

@@ -38,7 +38,9 @@ WEAK_WORDS = ("eval", "evaluation", "evaluate", "evaluating", "publictest")
 
 FILLER_WORDS = (
     frozenset(("set", "sets", "data", "dataset", "datasets", "split", "splits", "folder", "subset", "part", "shard"))
-    | frozenset(("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "jpg"))
+    | frozenset(
+        ("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "jpg", "jpeg")
+    )
     | frozenset(("file", "files", "of", "final", "official"))
 )
 """Words beside a word for a split that say nothing more."""

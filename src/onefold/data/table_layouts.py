@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -236,7 +236,10 @@ def prefer_tables(
     )
     says_splits = len(tables) > 1 or any(table.splits for table in tables)
     labelled, listed = {file for file, given in folders.items() if given}, {file for file, _ in rows}
-    covers = labelled < listed if is_split else labelled <= listed  # labels of a test/ without class folders
+    splits = {file: arrangement.folders[given[0]].split for file, given in folders.items() if given}
+    moved = [(file, said, splits[file]) for file, said in _said_splits(tables) if splits.get(file) not in (None, said)]
+    is_finer = "val" not in splits.values() and bool(moved) and all(each[1:] == ("val", "train") for each in moved)
+    covers = labelled < listed if is_split and not is_finer else labelled <= listed  # also a test/ without folders
     class_names = {name for folder in arrangement.folders for name in folder.classes}
     if not is_split and are_parts(class_names) and 2 * len(given_rows) >= len(labelled):
         return tables
@@ -248,6 +251,12 @@ def prefer_tables(
         return tables
     if not pairs:
         return None
+    is_preferred = says_splits and covers and (not differing or _is_renaming(pairs))
+    if moved and not (is_finer and is_preferred):
+        file, said, split = moved[0]
+        which = f"({said}, not {split}, of {file}; {len(moved)} of {len(given_rows)} images)"
+        other = "and counts" if is_preferred else f"which count: give --data {shown}/{tables[0].path} for the table"
+        notes.append(f"{paths} says other splits than the folders {which}, {other}")
     if not differing:
         if says_splits and covers:
             return tables
@@ -285,6 +294,16 @@ def prefer_tables(
         f"{shown}: {paths} says other classes than the folders {seen}: give --data {shown}/{tables[0].path} for the "
         "table, or move the table away for the folders"
     )
+
+
+def _said_splits(tables: Sequence[LabelTable]) -> Iterator[tuple[str, Split]]:
+    """Give the images of tables that say splits, by a column or by the table's name, with these."""
+    for table in tables:
+        said = parse_split_name(Path(table.path).stem)
+        for i, file in enumerate(table.files if table.splits or said else ()):
+            split = table.splits[i] if table.splits else said.split if said else None
+            if split:
+                yield file, split
 
 
 def _name_numbers(
