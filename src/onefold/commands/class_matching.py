@@ -14,14 +14,14 @@ Everything else cannot be decided, and is refused.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from onefold.data.class_lists import read_class_lists
 from onefold.data.imagenet_variants import wordnet_ids
 from onefold.errors import BadData
-from onefold.file_io import normalize_class_name, parse_json, read_lines, read_text
+from onefold.file_io import normalize_class_name, parse_json, read_text
 from onefold.models.checkpoint_metadata import find_class_names
 
 _log = logging.getLogger("onefold")
@@ -29,10 +29,6 @@ _log = logging.getLogger("onefold")
 _IMAGENET = 1000
 _FIRST = (("tench", "goldfish"), ("n01440764", "n01443537"))  # how lists of ImageNet-1k's classes begin
 _SHOWN = 3
-_NUMBER_FIRST = re.compile(r"(?P<number>[0-9]{1,7})(?:\s*[:,;\t]\s*|\.?\s+)(?P<name>\S.*)")
-_NUMBER_LAST = re.compile(r"(?P<name>.*\S)\s*[:,;\t]\s*(?P<number>[0-9]{1,7})")
-_YAML_NAMES = re.compile(r"^(?P<indent> *)(?:names|classes|class_names|labels) *:(?P<inline>.*)$", re.MULTILINE)
-_YAML_ITEMS = re.compile(r"(?:\n(?: +\S| *- ).*)*")
 _HINT = "give data of its classes, or the names of its outputs, in their order, with --classes FILE"
 
 
@@ -95,7 +91,7 @@ def match_all_classes(
 def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...]:
     """Read the names of a network's classes, in the order of its outputs, from a file that a user gives.
 
-    It has one name a line, perhaps with its number (`0 cat`, `0: cat`, `cat,0`) and a line of column names above; or is
+    It has one name a line, perhaps with its number (`0 cat`, `cat 0`, `cat,0`), or columns (see class_lists.py); or is
     JSON: a list of names, or a mapping of numbers to names or of names to numbers; or YAML with such under `names`.
     Raises BadData where it cannot be read, or names another number of classes than the network has.
     """
@@ -117,42 +113,21 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
         for remark in remarks:
             _log.info("%s: %s", path, remark)
         return names
-    lines = _parse_yaml_names(text) or read_lines(path)
-    numbered = _parse_numbered_lines(lines) or (
-        _parse_numbered_lines(lines[1:]) if len(lines) == num_classes + 1 else None
-    )
-    if numbered is not None:
-        _log.info("%s numbers its lines: %s, and so on, in the order of their numbers", path, _shown(numbered))
-        lines = numbered
-    if len(lines) != num_classes:
-        raise BadData(f"{path} names {len(lines)} classes, one per line; {title} has {num_classes}")
-    return tuple(normalize_class_name(line) for line in lines)
-
-
-def _parse_numbered_lines(lines: Sequence[str]) -> list[str] | None:
-    """Give the names of numbered lines in the order of their numbers; None unless these are all from 0 or 1 on."""
-    for pattern in (_NUMBER_FIRST, _NUMBER_LAST):
-        found = [match for line in lines if (match := pattern.fullmatch(line))]
-        table = {int(match["number"]): match["name"].strip(" '\"") for match in found}
-        numbers = sorted(table)
-        is_whole = numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)])
-        if lines and is_whole and len({*table.values()}) == len(lines):
-            return [table[number] for number in numbers]
-    return None
-
-
-def _parse_yaml_names(text: str) -> list[str]:
-    """Give the entries under `names` (or `classes`, `labels`) in a text of YAML; none where there is no such key."""
-    key = _YAML_NAMES.search(text)
-    if key is None:
-        return []
-    inline = key["inline"].strip()
-    if inline[:1] in ("[", "{"):
-        parts = text[key.start("inline") :].strip()[1:].partition("]" if inline[0] == "[" else "}")[0].split(",")
-    else:
-        items = _YAML_ITEMS.match(text, key.end())
-        parts = items[0].split("\n") if items else []
-    return [name for part in parts if (name := part.strip().removeprefix("- ").strip(" '\""))]
+    lists = read_class_lists(text, is_table=path.suffix.lower() in (".csv", ".tsv"))
+    for each in lists:
+        if isinstance(each.names, Mapping):
+            numbers = sorted(each.names)
+            if numbers not in ([*range(num_classes)], [*range(1, num_classes + 1)]):
+                continue
+            ordered = [each.names[number] for number in numbers]
+            _log.info("%s numbers its lines: %s, and so on, in the order of their numbers", path, _shown(ordered))
+            return tuple(map(normalize_class_name, ordered))
+        if len(each.names) == num_classes:
+            return tuple(map(normalize_class_name, each.names))
+    if not lists and text.strip():
+        raise BadData(f"{path}: it cannot be told which column names the classes: call it `name`")
+    count = len(lists[0].names) if lists else 0
+    raise BadData(f"{path} names {count} classes, one per line; {title} has {num_classes}")
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

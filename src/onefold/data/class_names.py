@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from onefold.data.class_lists import ClassList, read_class_lists
 from onefold.data.decode import SUFFIXES
 from onefold.data.folders import FolderListing, join_names
 from onefold.data.image_lists import LIST_SUFFIX
@@ -29,14 +30,13 @@ from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.splits import parse_split_name
 from onefold.data.tables import LabelTable
 from onefold.errors import BadData
-from onefold.file_io import normalize_class_name, parse_json, read_lines, read_text
+from onefold.file_io import normalize_class_name, parse_json, read_text
 
 _CALLED = re.compile(r"class|label|categor|names?$|synset|disease|species|breed|map", re.IGNORECASE)
-_NAME_SUFFIXES = (LIST_SUFFIX, ".csv", ".tsv", JSON_SUFFIX, ".names")
+_TABLE_SUFFIXES = (".csv", ".tsv")
+_NAME_SUFFIXES = (LIST_SUFFIX, *_TABLE_SUFFIXES, JSON_SUFFIX, ".names")
 _MAX_BYTES = 1 << 22
 _MAX_FILES, _MAX_DEPTH = 50, 2
-_NUMBER_FIRST = re.compile(r"(?P<number>\d{1,6})[\s,;:]+(?P<name>.*\S)")
-_NUMBER_LAST = re.compile(r"(?P<name>\S.*?)[\s,;:]+(?P<number>\d{1,6})")
 _INITIAL = re.compile(r"/?[a-z]/")
 _FIRST_WORD = re.compile(r"([^\W\d_]\w*?)[._ -]*\(?\d+\)?\.\w+$")
 _MAX_MOVED = 5  # classes that a command to type names
@@ -64,12 +64,14 @@ def find_class_names(
     by_value = {int(number): number for number in numbers}
     names: dict[str, dict[str, str]] = {}
     for path in _candidates(place, listing, used):
-        read = _read_names(place / path)
-        if found := _match_numbers(read, sorted(by_value)):
+        lists = _read_names(place / path)
+        if found := next(filter(None, (_match_numbers(each, sorted(by_value)) for each in lists)), None):
             names[path] = {by_value[int(number)]: name for number, name in found.items()}
-        elif isinstance(read, list) and len(numbers) <= len({*read}) == len(read):
-            shown = join_names(sorted(numbers, key=int), 3)
-            notes.append(f"{path} may name the classes: it cannot be told which of its {len(read)} names is {shown}")
+        elif read := [each for each in lists if isinstance(each.names, Sequence)][:1]:
+            count = len(read[0].names)
+            if len(numbers) <= len({*read[0].names}) == count:
+                shown = join_names(sorted(numbers, key=int), 3)
+                notes.append(f"{path} may name the classes: it cannot be told which of its {count} names is {shown}")
     if not names:
         return {}, ()
     first = next(iter(names.values()))
@@ -112,27 +114,15 @@ def _candidates(place: Path, listing: FolderListing, used: Collection[str]) -> l
     return [path for path in found[:_MAX_FILES] if (place / path).stat().st_size <= _MAX_BYTES]
 
 
-def _read_names(file: Path) -> dict[int, str] | list[str]:
-    """Read names by their numbers, or in their order; nothing where a file has other things."""
+def _read_names(file: Path) -> list[ClassList]:
+    """Read what a file may say of classes, the likely first; nothing where it has other things."""
     try:
         if file.suffix.lower() == JSON_SUFFIX:
-            return _read_json_names(parse_json(read_text(file)))
-        lines = [line for line in read_lines(file) if not line.startswith("#")]
+            names = _read_json_names(parse_json(read_text(file)))
+            return [ClassList(names)] if names else []
+        return read_class_lists(read_text(file), is_table=file.suffix.lower() in _TABLE_SUFFIXES)
     except (BadData, ValueError, OSError):
         return []
-    is_counted = bool(lines) and lines[0].isdecimal() and 0 <= len(lines) - 1 - int(lines[0]) <= 1
-    if is_counted:  # how many there are, and perhaps what the columns are called
-        lines = lines[1 + (len(lines) - 1 - int(lines[0])) :]
-    for rows in (lines, lines[1:]):  # the first line may name the columns
-        for form in (_NUMBER_FIRST, _NUMBER_LAST):
-            pairs = [match for line in rows if (match := form.fullmatch(line.strip('"')))]
-            if len(pairs) < len(rows) or len(pairs) < 2:
-                continue
-            if len({match["number"] for match in pairs}) == len(pairs):
-                return {int(match["number"]): match["name"].strip("\"' ,;") for match in pairs}
-            if is_counted:  # a name and what kind of class it is
-                return dict(enumerate([match["name"] for match in pairs], 1))
-    return lines
 
 
 def _read_json_names(value: object) -> dict[int, str] | list[str]:
@@ -149,13 +139,15 @@ def _read_json_names(value: object) -> dict[int, str] | list[str]:
     return []
 
 
-def _match_numbers(names: Mapping[int, str] | Sequence[str], numbers: Sequence[int]) -> dict[str, str]:
+def _match_numbers(given: ClassList, numbers: Sequence[int]) -> dict[str, str]:
     """Give the name of each number, where all have one of their own that is no number and no image; else nothing.
 
     A list without numbers begins at 0 where one of the tables' is 0, or at 1 where the last of them is its length.
     """
+    names = given.names
     if not isinstance(names, Mapping):
-        is_from_zero = numbers[0] == 0 and numbers[-1] < len(names)
+        num_needed = len(names) if given.is_exact else numbers[-1] + 1
+        is_from_zero = numbers[0] == 0 and num_needed == numbers[-1] + 1 <= len(names)
         is_from_one = numbers[0] > 0 and numbers[-1] == len(names)
         if len({*names}) < len(names) or not (is_from_zero or is_from_one):
             return {}
