@@ -211,3 +211,26 @@ def test_a_file_that_names_others_is_refused(tmp_path: Path) -> None:
         (tmp_path / "c.txt").write_text(text)
         with pytest.raises(BadData, match=message):
             read_class_names(tmp_path / "c.txt", 2, "w")
+
+
+def test_a_list_that_contradicts_the_names_of_the_network_is_refused_unless_it_numbers_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, path = ("blue", "green", "red"), tmp_path / "c.txt"
+    for text in ("red\ngreen\nblue\n", '["red", "green", "blue"]', "green\nx\ny\n"):
+        path.write_text(text)
+        with pytest.raises(BadData, match=r"w calls its output [012] so \('blue', 'green', 'red'\): leave .* away"):
+            read_class_names(path, 3, "w", own)
+        assert len(read_class_names(path, 3, "w")) == 3
+    for text, names in (
+        ("blau\ngr\u00fcn\nrot\n", ("blau", "gr\u00fcn", "rot")),
+        ("blue\ngreen\nrot", ("blue", "green", "rot")),
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert read_class_names(path, 3, "w", own) == names
+    assert not caplog.text
+    for text in ("0 red\n1 green\n2 blue\n", '{"0": "red", "1": "green", "2": "blue"}'):
+        path.write_text(text)
+        caplog.clear()
+        assert read_class_names(path, 3, "w", own) == ("red", "green", "blue")
+        assert "c.txt has 'red' at output 0, and w calls its output 2 so" in caplog.text

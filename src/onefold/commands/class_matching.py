@@ -88,8 +88,11 @@ def match_all_classes(
     return [output for output in found if output is not None]
 
 
-def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...]:
+def read_class_names(path: Path, num_classes: int, title: str, known: Sequence[str] | None = None) -> tuple[str, ...]:
     """Read the names of a network's classes, in the order of its outputs, from a file that a user gives.
+
+    Where the network's own names, `known`, are at other outputs, a list without numbers is refused, since it may be in
+    any order; one with numbers says itself which output is which, and counts, with a warning.
 
     It has one name a line, perhaps with its number (`0 cat`, `cat 0`, `cat,0`), or columns (see class_lists.py); or is
     JSON: a list of names, or a mapping of numbers to names or of names to numbers; or YAML with such under `names`.
@@ -112,7 +115,7 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
             raise BadData(f"{path} has {count} entries that do not name {num_classes} classes, as {title} has")
         for remark in remarks:
             _log.info("%s: %s", path, remark)
-        return names
+        return _check_order(names, known, path, title, is_numbered=isinstance(value, dict))
     lists = read_class_lists(text, is_table=path.suffix.lower() in (".csv", ".tsv"))
     for each in lists:
         if isinstance(each.names, Mapping):
@@ -121,13 +124,32 @@ def read_class_names(path: Path, num_classes: int, title: str) -> tuple[str, ...
                 continue
             ordered = [each.names[number] for number in numbers]
             _log.info("%s numbers its lines: %s, and so on, in the order of their numbers", path, _shown(ordered))
-            return tuple(map(normalize_class_name, ordered))
+            return _check_order(ordered, known, path, title, is_numbered=True)
         if len(each.names) == num_classes:
-            return tuple(map(normalize_class_name, each.names))
+            return _check_order(each.names, known, path, title, is_numbered=False)
     if not lists and text.strip():
         raise BadData(f"{path}: it cannot be told which column names the classes: call it `name`")
     count = len(lists[0].names) if lists else 0
     raise BadData(f"{path} names {count} classes, one per line; {title} has {num_classes}")
+
+
+def _check_order(
+    names: Sequence[str], known: Sequence[str] | None, path: Path, title: str, *, is_numbered: bool
+) -> tuple[str, ...]:
+    """Give the names of a file, in NFC, where the network does not contradict them."""
+    normalized = tuple(map(normalize_class_name, names))
+    outputs = {normalize_class_name(name): i for i, name in enumerate(known or ())}
+    moved = [(name, i) for i, name in enumerate(normalized) if outputs.get(name, i) != i]
+    if not moved or len({*outputs}) < len(known or ()):
+        return normalized
+    name, i = moved[0]
+    said = f"{path} has {name!r} at output {i}, and {title} calls its output {outputs[name]} so ({_shown(known or ())})"
+    if not is_numbered:
+        raise BadData(
+            f"{said}: leave --classes away, or, where its own names are wrong, number the lines (0 {normalized[0]})"
+        )
+    _log.warning("%s: the file counts", said)
+    return normalized
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

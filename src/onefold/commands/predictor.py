@@ -264,7 +264,7 @@ def with_class_names(predictor: Predictor, classes: Path | None) -> Predictor:
         return predictor
     from onefold.commands.class_matching import read_class_names
 
-    names = read_class_names(classes, predictor.num_classes, predictor.title)
+    names = read_class_names(classes, predictor.num_classes, predictor.title, predictor.classes)
     return replace(predictor, classes=names)
 
 
