@@ -748,3 +748,34 @@ def test_a_split_alone_has_the_names_of_the_whole(tmp_path: Path):
     (tmp_path / "flowers" / "cat_to_name.json").write_text('{"1": "rose", "2": "lily"}', encoding="utf-8")
     for place in ("flowers", "flowers/train", "flowers/valid"):
         assert read_dataset(tmp_path / place, seed=0, val_fraction=0.5).info.classes == ("rose", "lily")
+
+
+def test_what_may_stand_for_no_class_is_said(tmp_path: Path):
+    write_images(tmp_path, [f"{c}/{i}.png" for c in ("cat", "unsorted", "\U0001f431") for i in range(2)])
+    notes = read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
+    assert notes == ("unsorted counts as a class: move it away if it stands for none",)  # and a cat is one
+
+
+def test_numbers_beside_names_of_classes_are_said(tmp_path: Path):
+    write_images(tmp_path, [f"{i}.png" for i in range(6)])
+    rows = [f"{i}.png,{c}" for i, c in enumerate(("cat", "0", "dog", "dog", "cat", "0"))]
+    (tmp_path / "labels.csv").write_text("\n".join(("file,label", *rows)), encoding="utf-8")
+    (note,) = read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
+    assert note.endswith("the column label has the numbers 0 beside names (cat, dog): each is a class of its own")
+
+
+def test_splits_of_a_table_that_contradict_the_folders_are_said(tmp_path: Path):
+    names = [f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("cat", "dog") for i in range(2)]
+    write_images(tmp_path, names)
+    rows = [f"{name},{name.split('/')[1]},{'test' if name[-5] == '1' else 'train'}" for name in names]
+    (tmp_path / "x.csv").write_text("\n".join(("file,label,split", *rows)), encoding="utf-8")
+    notes = read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
+    said = "x.csv says other splits than the folders (test, not train, of train/cat/1.png; 4 of 8 images), which count"
+    assert any(note.startswith(said) for note in notes)
+
+
+def test_a_file_of_names_is_no_table_that_is_not_used(tmp_path: Path):
+    write_images(tmp_path, [f"{c}/{i}.png" for c in range(3) for i in range(3)])
+    (tmp_path / "cat_to_name.json").write_text('{"0": "owl", "1": "emu", "2": "jay"}', encoding="utf-8")
+    notes = read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
+    assert notes == ("cat_to_name.json names the classes: 0 is owl, 1 is emu, 2 is jay",)

@@ -39,7 +39,9 @@ from onefold.data.table_columns import find_joined_names
 from onefold.errors import BadArgument, BadData, MissingExtra
 from onefold.file_io import normalize_class_name, suggest_path
 
-_DOUBTFUL = frozenset(("background", "clutter", "unknown", "unlabeled", "unlabelled", "undefined", "tbd", "todo"))
+_DOUBTFUL = frozenset(("background", "clutter", "unknown", "unlabeled", "unlabelled", "undefined", "tbd", "todo")) | {
+    *("unsorted", "uncategorized", "uncategorised", "unclassified", "trash", "tmp", "temp"),
+}
 
 _NUM_NAMES = 100  # images whose names show whether Roboflow called them
 

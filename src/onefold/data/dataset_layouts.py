@@ -246,7 +246,7 @@ def _tables_in_splits(
         if any(parse_split_name(part) for part in folder.split("/") if part):
             by_folder[folder].append(table)
     chosen = {folder: choose_tables(those, shown, notes) for folder, those in by_folder.items()}
-    inner = {folder: those[0] for folder, those in chosen.items() if len(those) == 1}
+    inner = {f: those[0] for f, those in chosen.items() if len(those) == 1 and not _lists_part(those[0], f, listing)}
     outer = [table for table in tables if table.path.rpartition("/")[0] not in inner]
     for folder, table in [*inner.items()]:  # Final_Test/Images/GT-final_test.csv is of Final_Test
         parts = folder.split("/")
@@ -257,6 +257,12 @@ def _tables_in_splits(
         if split not in inner and 2 * len(table.files) > num_below:
             inner[split] = inner.pop(folder)
     return _in_folders_forms(inner, listing), outer
+
+
+def _lists_part(table: LabelTable, folder: str, listing: FolderListing) -> bool:
+    """Whether a table lists less than half of a split's images, and the others lie in folders as the listed ones do."""
+    below = [image for image in listing.images if image.startswith(f"{folder}/")]
+    return 2 * len(table.files) < len(below) and all("/" in image[len(folder) + 1 :] for image in below)
 
 
 def _find_split_tables(tables: Sequence[LabelTable], listing: FolderListing) -> dict[str, LabelTable]:
@@ -320,6 +326,7 @@ def _foldered(
         splits, paths = group_class_folders(place, listing, splits, images_of, notes)
         paths += names_paths
     notes = [*notes, *_notes_of_bare_folders(listing, arrangement, printable_name(place))]
+    reasons = {folder: f"not listed in {table.path}" for folder, table in tables.items()}
     unlabelled = {file for table in tables.values() for file in table.unlabelled} - listed
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
     rest = [image for image in rest if image not in unlabelled]
@@ -332,7 +339,7 @@ def _foldered(
         container=" and ".join(kinds),
         splits=tuple(splits),
         left_out=(
-            *left_out_images(rest, arrangement.reasons, "in no class folder"),
+            *left_out_images(rest, {**arrangement.reasons, **reasons}, "in no class folder"),
             *left_out_images(sorted(unlabelled), {}, "without a class or a split in their table"),
             *left_out_files(listing, tables.values(), paths),
         ),
@@ -348,6 +355,8 @@ def _name_folders(
     if not all(map(str.isdecimal, numbers)) or len({*map(int, numbers)}) < len(numbers):
         return splits, ()
     names, paths = find_class_names(place, listing, numbers, (), notes)
+    unused = tuple(f"{printable_name(path)} is not used: " for path in paths)  # as tables, which they are none of
+    notes[:] = [note for note in notes if not note.startswith(unused)] if unused else notes
     if not names:
         return splits, ()
     ordered = [names[number] for number in sorted(numbers, key=int)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.match_table_paths import ImageIndex
 from onefold.data.splits import parse_split_name
-from onefold.data.table_columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, rank_image_column
+from onefold.data.table_columns import FLAG_WORDS, MultiLabelError, NotATableError, rank_image_column
 from onefold.errors import BadData
 from onefold.file_io import read_lines, read_text
 
@@ -216,7 +216,7 @@ def _join_numbered(
     else:
         columns["label"] = [image.rpartition("/")[0].rpartition("/")[2] for _, image in pairs]
     if splits:
-        is_flag = {value.lower() for value in splits.values()} <= BOOLEAN_WORDS.keys()
+        is_flag = {value.lower() for value in splits.values()} <= FLAG_WORDS.keys()
         columns["is_train" if is_flag else "split"] = [splits.get(key, "") for key, _ in pairs]
         parts.append(_SPLIT_LIST)
     folder = path.rpartition("/")[0]

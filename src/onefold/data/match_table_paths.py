@@ -10,19 +10,22 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from onefold.data.decode import SUFFIXES, printable_name
 from onefold.data.folders import join_names
-from onefold.data.splits import parse_split_name
+from onefold.data.splits import parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.table_columns import normalize_number
 from onefold.errors import BadData
 from onefold.file_io import normalize_name
 
 _CONVERTED = (".dcm", ".dicom", ".heic", ".heif", ".nef", ".cr2", ".dng", ".arw", ".svg", ".psd")  # to images
 _FOREIGN = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?P<scheme>[a-z][a-z0-9+.-]+://)")  # how absolute paths and URLs begin
+
+_SIDES = frozenset(("a", "b", "left", "right", "l", "r", "first", "second", "one", "two", "query", "reference"))
+_NUM_TRIED = 100  # rows that show whether another column names images
 
 
 class OtherImagesError(BadData):
@@ -41,6 +44,14 @@ def _join(folder: str, name: str) -> str:
     if "/" in name:
         return os.path.normpath(os.path.join(folder, name))
     return f"{folder}/{name}" if folder and name not in ("", ".", "..") else name
+
+
+def _are_called_as_pair(one: str, other: str) -> bool:
+    """Whether columns are called alike but for a number, a letter or a side: img1 and img2, left and right."""
+    words = [split_into_words(name) for name in (one, other)]
+    sides = [[word for word in those if word in _SIDES or word.isdecimal()] for those in words]
+    rest = [[word for word in those if word not in side] for those, side in zip(words, sides, strict=True)]
+    return rest[0] == rest[1] and sides[0] != sides[1] and any(sides)
 
 
 class ImageIndex:
@@ -98,20 +109,32 @@ class ImageIndex:
         return found or ([] if number is None else [self._paths[path] for path in self._by_number.get(int(number), ())])
 
     def find_all(
-        self, table: str, cells: Sequence[str], lines: Sequence[int], shown: str, notes: list[str]
+        self,
+        table: str,
+        cells: Sequence[str],
+        lines: Sequence[int],
+        shown: str,
+        notes: list[str],
+        splits: Sequence[str | None] = (),
     ) -> list[str]:
         """Give the image of each cell, relative to the place; "" where it is not there, with a note.
+
+        Of images of one name in train/ and test/ the split of its line tells which.
 
         Raises BadData where a cell may be two images, and where no more than half of the images are there: then the
         place is probably another than that of the table.
         """
         found, missing, by_number = [], [], []
-        for line, cell in zip(lines, cells, strict=True):
+        for i, (line, cell) in enumerate(zip(lines, cells, strict=True)):
             if not cell:
                 raise BadData(f"{shown}, line {line}: expected a file and its class")
             candidates = self.find(table, cell)
             if candidates and normalize_number(cell) is not None and not self._candidates(table, cell):
                 by_number.append(f"{cell} is {candidates[0]}")
+            if len(candidates) > 1 and splits:
+                said = splits_by_folder_name(candidates) or ()
+                of_split = [path for path, split in zip(candidates, said, strict=False) if split == splits[i]]
+                candidates = of_split if len(of_split) == 1 else candidates
             if len(candidates) > 1:
                 raise BadData(
                     f"{shown}, line {line}: {printable_name(cell)} may be {join_names(candidates, 3)}: write the "
@@ -130,6 +153,27 @@ class ImageIndex:
                 f"{join_names(missing, 3)}"
             )
         return found
+
+    def check_other_columns(
+        self, table: str, column: str, others: Mapping[str, Sequence[str]], cells: Sequence[str], notes: list[str]
+    ) -> None:
+        """Say which other columns name images, too: other ones than the column that counts does.
+
+        Raises BadData where the two are called as a pair: img1 and img2, left and right.
+        """
+        for name, values in others.items():
+            is_pair = _are_called_as_pair(column, name)
+            both = [*zip(cells[:_NUM_TRIED], values[:_NUM_TRIED], strict=True)]
+            named = [(a, b) for a, b in both if b and a != b and (is_pair or normalize_number(b) is None)]
+            num_images = sum(bool(found := self.find(table, b)) and found != self.find(table, a) for a, b in named)
+            if 2 * num_images <= len(both):
+                continue
+            if is_pair:
+                raise BadData(
+                    f"{table}: the columns {column} and {name} both name images, so that a line is a pair: write one "
+                    "image and its class in each line, or call the column that does not count otherwise"
+                )
+            notes.append(f"{table}: the images are the column {column}, not {name}")
 
     def without_foreign_folder(self, table: str, cells: Sequence[str], notes: list[str]) -> Sequence[str]:
         """Give the names alone of files of one folder of another machine, or behind one URL, with a note.

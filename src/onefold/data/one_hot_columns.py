@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
-from onefold.data.table_columns import BOOLEAN_WORDS, MultiLabelError, NotATableError, is_measured_column
+from onefold.data.splits import SPLIT_WORDS
+from onefold.data.table_columns import BOOLEAN_WORDS, FLAG_WORDS, MultiLabelError, NotATableError, is_measured_column
 from onefold.errors import BadData
 
 _SHOWN = 80
@@ -62,3 +63,14 @@ def _refuse_findings(shown: str, cells: Mapping[str, Sequence[str]], lines: Sequ
         ones = [name for name in marks if cells[name][i].removesuffix(".0") == "1"]
         if len(ones) > 1:
             raise MultiLabelError(f"{shown}, line {line}", f"1 in the columns {join_names(ones, 3)}")
+
+
+def without_class_columns(cells: Mapping[str, Sequence[str]], rest: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Give the split columns but for those that are classes: `train` beside bus and car, one 1 in each line."""
+    bare = [name for name in columns if name.casefold() in SPLIT_WORDS]
+    flags = [[FLAG_WORDS.get(cell.lower()) for cell in cells[name]] for name in (*rest, *bare)]
+    flags = [column for column in flags if None not in column]
+    is_class = (
+        bool(bare) and len(flags) > len(bare) and all(sum(map(bool, row)) == 1 for row in zip(*flags, strict=True))
+    )
+    return [name for name in columns if not (is_class and name in bare)]

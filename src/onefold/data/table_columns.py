@@ -51,14 +51,20 @@ _BOXES = (
 )
 NONE_WORD = "none"
 """What a class of words may be called, in any case, though pandas takes it for a cell that says nothing: no defect."""
-_NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored", "unassigned"))
+_NO_SPLIT = frozenset(("unlabeled", "unlabelled", "none", "unused", "excluded", "ignored", "unassigned")) | {
+    *("ignore", "exclude", "skip", "skipped", "drop", "dropped", "discard", "discarded", "unknown"),
+}
 _NEUTRAL_WORDS = frozenset(("name", "names", "fine", "text"))
 _REMOTE_WORDS = frozenset(("display", "annotation", "annotations", "metadata", "ground", "truth", "gt"))
 _SPLIT_COLUMNS = frozenset(
     ("split", "subset", "set", "dataset", "data set", "partition", "phase", "usage", "fold", "ml use")
 ) | frozenset(("evaluation status", "eval status"))
+_SURE_COLUMNS = frozenset(("split", "partition", "ml use"))  # that say nothing else
 _VERTEX_SPLIT = "aiplatform googleapis com ml use"  # how the column ends
 BOOLEAN_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+FLAG_WORDS = {**BOOLEAN_WORDS, "no": False, "n": False, "f": False, "yes": True, "y": True, "t": True}
+"""What a column that is called as one split may say; of columns of classes `yes` is one."""
+
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?")
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
 _LIST_TEXT = re.compile(r"[\[({](.*)[\])}]", re.DOTALL)
@@ -188,7 +194,7 @@ def split_word(column: str, value: str) -> str:
 
     What is not train is test, since test chooses nothing.
     """
-    split, flag = _flagged(column), BOOLEAN_WORDS.get(value.lower())
+    split, flag = _flagged(column), FLAG_WORDS.get(value.lower())
     if split is None or flag is None:
         return value
     return split if flag else "test" if split == "train" else "train"
@@ -235,14 +241,14 @@ def read_split_columns(
         splits = read_split_column(name, cells, shown, notes)
         if splits is None:
             continue
-        if _flagged(name) is None or not all(is_missing(cell) or cell.lower() in BOOLEAN_WORDS for cell in cells):
+        if _flagged(name) is None or not all(is_missing(cell) or cell.lower() in FLAG_WORDS for cell in cells):
             return splits
         flags[name] = splits
     if len(flags) < 2:
         return next(iter(flags.values()), None)
     found: list[Split | None] = []
     for i in range(len(next(iter(flags.values())))):
-        true = {said for name in flags if (said := _flagged(name)) and BOOLEAN_WORDS.get(columns[name][i].lower())}
+        true = {said for name in flags if (said := _flagged(name)) and FLAG_WORDS.get(columns[name][i].lower())}
         if len(true) > 1:
             raise BadData(f"{shown}: an image is of {' and '.join(sorted(true))} by the columns {join_names([*flags])}")
         rest: Split = "test" if any(_flagged(name) == "train" for name in flags) else "train"
@@ -258,20 +264,28 @@ def read_split_column(
 
     None, with a note that says why, where the column divides nothing or has no words for splits.
 
-    Raises BadData where only some of its values are words for splits.
+    Raises BadData where only some of its values are words for splits, and where none is in a column called split.
     """
-    values, where = [split_word(column, cell) for cell in cells], f"the column {printable_name(column)}"
+    is_flag = all(is_missing(cell) or cell.lower() in FLAG_WORDS for cell in {*cells})  # `y` beside `x` is none
+    values, where = (
+        [split_word(column, cell) if is_flag else cell for cell in cells],
+        f"the column {printable_name(column)}",
+    )
     seen = join_names(sorted(set(cells) - {""}), 3) or "empty"
     if _flagged(column) and len(set(values)) == 1:
         notes.append(f"{shown}: {where} is {seen} in all rows, so it divides nothing and is not used")
         return None
     known = {value: parse_split_name(value) for value in set(values)}
-    if not any(known.values()):
+    is_called = " ".join(split_into_words(column)) in _SURE_COLUMNS and len(known) > 1
+    if not any(known.values()) and not is_called:
         notes.append(f"{shown}: {where} ({seen}) is not used: it has no words for splits")
         return None
     if unknown := sorted(value for value, said in known.items() if said is None and not _is_no_split(value)):
         quoted = join_names([repr(value) for value in unknown])
-        raise BadData(f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test")
+        raise BadData(
+            f"{shown}: {where} says {quoted}: expected words for splits, such as train, val and test, or another "
+            "name of the column"
+        )
     strong = any(said.split == "val" and not said.is_ambiguous for said in known.values() if said)
     return tuple(resolve_ambiguous_split(said, strong) if (said := known[value]) else None for value in values)
 

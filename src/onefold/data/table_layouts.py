@@ -430,10 +430,11 @@ def unread_lists_note(names: Iterable[str]) -> list[str]:
     return [f"{join_names(lists, 3)} {sentence}"] if lists else []
 
 
-def left_out_files(listing: FolderListing, tables: Iterable[LabelTable], used: Collection[str] = ()) -> list[LeftOut]:
+def left_out_files(listing: FolderListing, tables: Collection[LabelTable], used: Collection[str] = ()) -> list[LeftOut]:
     """Say which files are left out beside the images, the tables that count and other files that are used."""
     reasons = dict.fromkeys(
         SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
     )
-    reasons |= dict.fromkeys(LABEL_TABLE_SUFFIXES, "no table of labels, or not the one that counts")
-    return listing.left_out({*used, *(path for table in tables for path in (table.path, *table.parts))}, reasons)
+    reasons |= dict.fromkeys((*LABEL_TABLE_SUFFIXES, JSON_SUFFIX), "no table of labels, or not the one that counts")
+    read = {path for table in tables for path in (table.path, *table.parts, *table.files)}  # files: masks too
+    return listing.left_out({*used, *read}, reasons)

@@ -29,9 +29,9 @@ from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.json_tables import JSON_LINES_SUFFIXES
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.one_hot_columns import read_one_hot
+from onefold.data.one_hot_columns import read_one_hot, without_class_columns
 from onefold.data.photo_copies import called_as_groups
-from onefold.data.splits import SPLIT_WORDS, split_into_words
+from onefold.data.splits import split_into_words
 from onefold.data.table_columns import (
     BOOLEAN_WORDS,
     NONE_WORD,
@@ -155,6 +155,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
                 cells[file_column] = joined
                 break
     cells[file_column] = [*images.with_other_suffix(path, cells[file_column], notes)]
+    images.check_other_columns(path, file_column, {name: cells[name] for name in others}, cells[file_column], notes)
     only = "" if class_columns or number_columns else only_other_column(cells, file_column)
     if only:
         is_numbered = all(normalize_number(cell) is not None or is_missing(cell) for cell in cells[only])
@@ -171,8 +172,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
         )
     if not class_columns and not number_columns:
         rest = [name for name in cells if name not in (*file_columns, *split_columns)]
-        split_columns = _without_classes(cells, rest, split_columns)
-    splits = read_split_columns({name: cells[name] for name in split_columns}, shown, notes)
+        split_columns = without_class_columns(cells, rest, split_columns)
     label_column = _label_column(shown, cells, class_columns)
     is_one_hot = label_column is None and not number_columns
     if is_one_hot:
@@ -184,6 +184,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
             error.images = frozenset(those[0] for those in there if len(those) == 1)
             raise
         cells[label_column] = labels
+    splits = read_split_columns({name: cells[name] for name in split_columns}, shown, notes)
     said = [name for name in (label_column, *number_columns) if name]
     words = _missing_words_of_classes(cells, label_column, number_columns, label_column == only)
     if is_one_hot:  # what is called none has a column of its own
@@ -203,7 +204,12 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
             candidates[0] for i in unlabelled if len(candidates := images.find(path, cells[file_column][i])) == 1
         ]
     found = images.find_all(
-        path, [cells[file_column][i] for i in kept_rows], [lines[i] for i in kept_rows], shown, notes
+        path,
+        [cells[file_column][i] for i in kept_rows],
+        [lines[i] for i in kept_rows],
+        shown,
+        notes,
+        [splits[i] for i in kept_rows] if splits else (),
     )
     rows_there = [i for i, file in zip(kept_rows, found, strict=True) if file]
     for name in said:
@@ -285,17 +291,6 @@ def _classes_of_boxes(cell: str) -> str:
     return "|".join(dict.fromkeys(cell.split()[::5]))
 
 
-def _without_classes(cells: Mapping[str, Sequence[str]], rest: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Give the split columns but for those that are classes: `train` beside bus and car, one 1 in each line."""
-    bare = [name for name in columns if name.casefold() in SPLIT_WORDS]
-    flags = [[BOOLEAN_WORDS.get(cell.lower()) for cell in cells[name]] for name in (*rest, *bare)]
-    flags = [column for column in flags if None not in column]
-    is_class = (
-        bool(bare) and len(flags) > len(bare) and all(sum(map(bool, row)) == 1 for row in zip(*flags, strict=True))
-    )
-    return [name for name in columns if not (is_class and name in bare)]
-
-
 def _missing_words_of_classes(
     cells: Mapping[str, Sequence[str]], label_column: str | None, number_columns: Sequence[str], is_guessed: bool
 ) -> frozenset[str]:
@@ -355,6 +350,11 @@ def _labels(shown: str, column: str, cells: Sequence[str], lines: Sequence[int],
         )
     refuse_measurements(f"{shown}: the column {printable_name(column)}", cells)
     plain = normalize_numbers(cells)
+    numbers = sorted(name for name in {*plain} if name.isdecimal())
+    names = sorted(name for name in {*plain} - {*numbers} if len(name) > 1)
+    if numbers and names and 2 * len(numbers) < len({*plain}):
+        both = f"{join_names(numbers, 3)} beside names ({join_names(names, 2)})"
+        notes.append(f"{shown}: the column {printable_name(column)} has the numbers {both}: each is a class of its own")
     if len(set(plain)) < len(set(cells)):
         forms = join_names(sorted({cell for cell in cells if cell not in plain}), 3)
         notes.append(f"{shown}: numbers in several forms are one class each: {forms} are integers too")
