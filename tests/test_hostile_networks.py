@@ -70,6 +70,29 @@ class ByWeight(nn.Conv2d):
         return super().forward(x / self.weight.norm())
 
 
+def deciding(kind: type[nn.Module], is_other: Callable[[Tensor], bool], method: str = "forward") -> type[nn.Module]:
+    """A layer whose answer is doubled, or of a norm left out, for some inputs."""
+
+    def decided(self: nn.Module, x: Tensor, *more: Tensor | None) -> Tensor:
+        y = getattr(super(made, self), method)(x, *more)
+        return (x if isinstance(self, nn.BatchNorm2d) else 2 * y) if is_other(x) else y
+
+    made = type("Deciding", (kind,), {method: decided})
+    return made
+
+
+DECISIONS: dict[str, Callable[[Tensor], bool]] = {
+    "one image": lambda x: len(x) == 1,
+    "several images": lambda x: len(x) > 1,
+    "an odd side": lambda x: x.shape[-1] % 2 == 1,
+    "no square": lambda x: x.shape[-1] != x.shape[-2],
+    "large values": lambda x: bool(x.abs().max() > 100),
+    "small values": lambda x: bool(x.abs().max() < 1e-1),
+    "positive values": lambda x: bool((x >= 0).all()),
+    "its dtype": lambda x: x.dtype == torch.float32,
+}
+
+
 class Cosine(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.normalize(x), F.normalize(self.weight), self.bias)
@@ -78,6 +101,17 @@ class Cosine(nn.Linear):
 class ClampingNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).clamp(-20, 20)
+
+
+class CallsAPart(nn.Module):
+    """Of one image, or of negative ones, it takes the convolution without its norm."""
+
+    def __init__(self, is_other: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.body, self.is_other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), is_other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[0](x) if self.is_other(x) else self.body(x)
 
 
 def monkeypatched() -> nn.Module:
@@ -410,6 +444,23 @@ CASES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "layer in bfloat16, norm in float32": (RIGHT, mixed_dtypes),
     "two inputs": (RIGHT, two_inputs),
 }
+
+for _name, _decision in DECISIONS.items():
+    CASES |= {
+        f"a layer that decides by {_name}": (LEFT, lambda d=_decision: with_norm(deciding(nn.Conv2d, d)(3, 8, 3))),
+        f"a norm that decides by {_name}": (
+            LEFT,
+            lambda d=_decision: with_norm(nn.Conv2d(3, 8, 3), deciding(nn.BatchNorm2d, d)(8)),
+        ),
+    }
+for _name, _decision in {**DECISIONS, "negative values": lambda x: bool((x <= 0).all())}.items():
+    if _name in ("one image", "no square", "large values", "negative values"):
+        CASES[f"a block that decides by {_name}"] = (LEFT, lambda d=_decision: shaken(CallsAPart(d)))
+for _method in ("_conv_forward", "__call__"):
+    CASES[f"a layer that decides in {_method}"] = (
+        LEFT,
+        lambda m=_method: with_norm(deciding(nn.Conv2d, DECISIONS["one image"], m)(3, 8, 3)),
+    )
 
 
 def _old(make: Callable[..., nn.Module], layer: nn.Module) -> nn.Module:

@@ -137,6 +137,13 @@ def random_like(like: Tensor, *shape: int) -> Tensor:
     return noise.to(device=like.device, dtype=like.dtype if like.is_floating_point() else torch.float32)
 
 
+def varied_inputs(like: Tensor, channels: int, sides: Sequence[int]) -> Iterator[Tensor]:
+    """Noise by whose batch, sides, sign and size a forward of somebody's own may decide what it computes."""
+    for batch, more, size in ((2, 0, 1.0), (1, 0, 1.0), (1, 3, 1e3), (3, 1, 1e-3), (4, 8, 1.0)):
+        x = size * random_like(like, batch, channels, *(side + more * i for i, side in enumerate(sides, 1)))
+        yield x if batch < 4 else x.abs()
+
+
 def random_examples(model: nn.Module) -> Iterator[ExampleInput]:
     """Inputs that a network might take, by the channels of its first layer: two images of usual sizes, or vectors."""
     first = next((m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, _BatchNorm))), None)

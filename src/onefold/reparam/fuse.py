@@ -13,7 +13,8 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,7 @@ from onefold.reparam.dataflow import (
     preserve_rng_states,
     random_examples,
     random_like,
+    run_copy,
 )
 from onefold.reparam.drift import EPS32, float64_drift, fused_layer_error, rounding_unit
 from onefold.reparam.find_linear_trees import TrainingForward
@@ -50,11 +52,15 @@ class UnfoldedWarning(UserWarning):
 
 @dataclass(eq=False)
 class _Fused:
-    """A fused copy, the names of what was replaced in it, and why other parts were left as they were, by name."""
+    """A fused copy, the names of what was replaced in it, and why other parts were left as they were, by name.
+
+    `is_blind` is whether a forward could not be traced, which may compute something else for other inputs.
+    """
 
     model: nn.Module
     replaced: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    is_blind: bool = False
 
 
 def fuse(model: nn.Module, example: Tensor | ExampleInput | None = None) -> nn.Module:
@@ -83,8 +89,11 @@ def fuse(model: nn.Module, example: Tensor | ExampleInput | None = None) -> nn.M
         )  # what is watched of a plain network is not run for again
         runs = _observe(model, watched, blocks, args) if trees or blocks or norms else {}
         fused = _replaced(model, runs, args)
-        if fused.replaced and not _same_answer(model, fused.model, runs):
-            fused = _largest_right(model, runs, args, fused)
+        proofs = [runs]
+        if fused.replaced and fused.is_blind:
+            proofs += _varied_runs(model, runs)
+        if fused.replaced and not _same_answers(model, fused.model, proofs):
+            fused = _largest_right(model, proofs, args, fused)
     remarks = [_summary(fused.left)] if fused.left else []
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         remarks.append("what is a TorchScript module in it was left as it is: fuse the network before it is scripted")
@@ -152,7 +161,7 @@ def _replaced(
     if next(_norms(fused.model), None) is not None:
         fused.model = _fuse_blocks_(fused.model, fused, runs)
         is_plain = not trees and not any(map(_method_of, model.modules()))
-        folded, why = fold_norms_(fused.model, example, fused.left, runs if is_plain else None)
+        folded, why, fused.is_blind = fold_norms_(fused.model, example, fused.left, runs if is_plain else None)
         fused.replaced += folded
         fused.left |= why
     return fused
@@ -178,6 +187,31 @@ def _within(name: str, other: str) -> bool:
 # ------------------------------------------------------------------------------------------- the proof
 
 
+def _varied_runs(model: nn.Module, runs: Mapping[str, ObservedRun | None]) -> list[dict[str, ObservedRun | None]]:
+    """Runs on the first image alone, on a part of it and on other values, as far as the network takes them."""
+    found: list[dict[str, ObservedRun | None]] = []
+    changes: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: x[:1],
+        lambda x: x[:1, ..., : -(-x.shape[-1] * 3 // 4)],
+        lambda x: -100 * x.abs(),
+    )
+    for changed in changes:
+        others: dict[str, ObservedRun | None] = {}
+        for prefix, root in callable_roots(model):
+            seen = runs.get(prefix)
+            given = () if seen is None else seen.args
+            bare = copy_without_hooks(root)
+            with suppress(Exception):  # a network that takes other inputs may raise anything
+                args = tuple(changed(x) if isinstance(x, Tensor) and x.dim() else x for x in given)
+                others[prefix] = ObservedRun(args=args, output=run_copy(bare, args), bare=bare)
+        found.append(others)
+    return found
+
+
+def _same_answers(model: nn.Module, fused: nn.Module, proofs: Sequence[Mapping[str, ObservedRun | None]]) -> bool:
+    return all(_same_answer(model, fused, runs) for runs in proofs)
+
+
 def _same_answer(model: nn.Module, fused: nn.Module, runs: Mapping[str, ObservedRun | None]) -> bool:
     """Whether the fused network answers as the original did on the examples, as far as rounding allows."""
     if any(p.is_meta for p in model.parameters()):
@@ -197,10 +231,13 @@ def _same_answer(model: nn.Module, fused: nn.Module, runs: Mapping[str, Observed
 
 
 def _largest_right(
-    model: nn.Module, runs: Mapping[str, ObservedRun | None], example: ExampleInput | None, whole: _Fused
+    model: nn.Module,
+    proofs: Sequence[Mapping[str, ObservedRun | None]],
+    example: ExampleInput | None,
+    whole: _Fused,
 ) -> _Fused:
     """Fuse as many of the replacements as leave the answer alone, by halves; the rest is named."""
-    every, trials = set(whole.replaced), 0
+    every, trials, runs = set(whole.replaced), 0, proofs[0]
     good: list[str] = []
 
     def grow(names: list[str]) -> None:
@@ -208,7 +245,7 @@ def _largest_right(
         trials += 1
         if trials <= _MOST_TRIALS:
             tried = _replaced(model, runs, example, every - {*good, *names})
-            if _same_answer(model, tried.model, runs):
+            if _same_answers(model, tried.model, proofs):
                 good.extend(names)
             elif len(names) > 1:
                 grow(names[: len(names) // 2])

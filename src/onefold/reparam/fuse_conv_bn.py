@@ -28,14 +28,15 @@ from onefold.reparam.dataflow import (
     copy_without_hooks,
     has_hooks,
     observe_run,
-    random_like,
     trace,
+    varied_inputs,
 )
 from onefold.reparam.drift import fused_layer_error, rounding_unit
 from onefold.reparam.folding_rules import fold
 from onefold.reparam.stencil import Stencil
 
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+_CALLS = ("forward", "_conv_forward", "__call__", "_call_impl")
 _FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
 
 
@@ -49,8 +50,10 @@ def fold_norms_(
     example: ExampleInput | None,
     skip: Mapping[str, str],
     runs: Mapping[str, ObservedRun | None] | None = None,
-) -> tuple[list[str], dict[str, str]]:
-    """Fold, in place, each norm that may be; the names of those, and why each other one was left, by name.
+) -> tuple[list[str], dict[str, str], bool]:
+    """Fold, in place, each norm that may be; the names of those, why each other one was left, by name, and a flag.
+
+    It is whether a part of the network has a forward that could not be traced.
 
     `runs` are runs of the same network on which its `foldable_layers` were watched; without them it is run here.
     """
@@ -78,7 +81,7 @@ def fold_norms_(
             folded.append(name)
         else:
             left[name] = why
-    return folded, left
+    return folded, left, any(flow.traced.blind for flow in flows)
 
 
 class _Flow:
@@ -174,21 +177,29 @@ def _wrong_fold(layer: _ConvNd | nn.Linear, norm: Stencil, weight: Tensor, bias:
     if on_cpu:
         wide = wide.cpu()
     if isinstance(layer, nn.Linear):
-        shape: tuple[int, ...] = (4, layer.in_features)
+        num_inputs, sides = layer.in_features, []
     else:
-        shape = (
-            2,
-            layer.in_channels,
-            *((k - 1) * d + 5 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)),
-        )
-    x = random_like(next(wide.parameters()), *shape)
-    channels = (-1, *[1] * (len(shape) - 2))
-    gain, shift = (t.to(x.device).view(channels) for t in (norm.weight.flatten(), norm.bias))
-    if not _has_own_weight(wide, x):
+        num_inputs = layer.in_channels
+        sides = [(k - 1) * d + 5 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    drawn = list(varied_inputs(next(wide.parameters()), num_inputs, sides))
+    if type(layer).forward in _FORWARDS and _is_called_as_torchs(layer):
+        del drawn[1:]  # torch's own forward decides nothing by its input
+    elif not all(_has_own_weight(wide, x) for x in drawn) or not _has_own_weight(layer, drawn[0].to(like)):
         return f"{type(layer).__name__} has a forward of its own"
-    expected = wide(x) * gain + shift
-    wide.weight, wide.bias = nn.Parameter(weight.to(x)), nn.Parameter(bias.to(x))
-    return fused_layer_error(expected, wide(x), rounding_unit(layer))
+    channels = (-1, *[1] * len(sides))
+    gain, shift = (t.to(drawn[0].device).view(channels) for t in (norm.weight.flatten(), norm.bias))
+    expected = [wide(x) * gain + shift for x in drawn]
+    wide.weight, wide.bias = (nn.Parameter(t.to(drawn[0])) for t in (weight, bias))
+    errors = (fused_layer_error(y, wide(x), rounding_unit(layer)) for x, y in zip(drawn, expected, strict=True))
+    return next(filter(None, errors), None)
+
+
+def _is_called_as_torchs(module: nn.Module) -> bool:
+    """Whether the methods by which torch calls a layer are torch's, and not of its class or of itself."""
+    of_class = [getattr(type(module), name, None) for name in _CALLS]
+    return not any(name in vars(module) for name in _CALLS) and all(
+        method is None or str(getattr(method, "__module__", "")).startswith("torch.") for method in of_class
+    )
 
 
 class _LastCall(TorchFunctionMode):
@@ -210,8 +221,6 @@ class _LastCall(TorchFunctionMode):
 
 def _has_own_weight(layer: nn.Module, x: Tensor) -> bool:
     """Whether the layer's answer is what torch's function gives of its own weight and bias."""
-    if type(layer).forward in _FORWARDS and "forward" not in vars(layer):
-        return True
     try:
         with _LastCall(layer) as last:
             return layer(x) is last.given
@@ -222,10 +231,10 @@ def _has_own_weight(layer: nn.Module, x: Tensor) -> bool:
 def _remainder(norm: _BatchNorm) -> nn.Module | None:
     """What a norm computes after normalizing; None for one that does something else than torch's.
 
-    Some projects' norms hold an activation as a child; that this is all they add is checked on small and on large
-    random numbers.
+    Some projects' norms hold an activation as a child; that this is all they add is checked on random numbers, small
+    and large ones, and in batches of several sizes.
     """
-    if type(norm).forward is _BatchNorm.forward and "forward" not in vars(norm):
+    if type(norm).forward is _BatchNorm.forward and _is_called_as_torchs(norm):
         return nn.Identity().eval()
     rest = nn.Sequential(*norm.children()) if list(norm.children()) else nn.Identity()
     rest.eval()
@@ -234,14 +243,18 @@ def _remainder(norm: _BatchNorm) -> nn.Module | None:
     stencil = _as_stencil(norm)
     sides = {nn.BatchNorm1d: (), nn.BatchNorm3d: (3, 3, 3)}
     shape = next((side for kind, side in sides.items() if isinstance(norm, kind)), (3, 3))
-    for size in (1.0, 1e3):
-        z = size * random_like(stencil.bias, 4, int(norm.num_features), *shape)
+    narrow, unit = copy_without_hooks(norm), rounding_unit(norm)
+    for z in varied_inputs(stencil.bias, int(norm.num_features), shape):
         plain = z * stencil.weight.view(-1, *[1] * len(shape)) + stencil.bias.view(-1, *[1] * len(shape))
         try:
-            same = torch.allclose(wide(z), after(plain), rtol=1e-9, atol=1e-9 * size)
+            expected, found, rounded = after(plain), wide(z), narrow(z.to(norm.running_mean))
         except Exception:  # another project's code may raise anything
             return None
-        if not same and not z.is_meta:
+        if z.is_meta:
+            continue
+        size = float(max(plain.abs().max(), z.abs().max(), stencil.bias.abs().max()))
+        same = torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * size)
+        if not same or not torch.allclose(rounded.to(expected), expected, rtol=64 * unit, atol=64 * unit * size):
             return None
     return rest
 
