@@ -184,11 +184,8 @@ def _check_held_out(level: Folder, split: Split, place: str) -> None:
 
 def _nested(level: Folder) -> tuple[str, ...]:
     """Say which class folders hold several folders of images, or one beside images: classes, versions, or trash."""
-    nested = {
-        name: sorted(folder.children)
-        for name, folder in level.children.items()
-        if len(folder.children) > 1 or (folder.children and folder.num_direct)
-    }
+    folders = level.children.items()
+    nested = {n: sorted(f.children) for n, f in folders if len(f.children) > 1 or (f.children and f.num_direct)}
     shown = f"{join_names(sorted(nested), 3)}: a class with all folders inside"
     return tuple(f"{shown} ({name}/: {join_names(nested[name], 3)})" for name in sorted(nested)[:1])
 
@@ -424,8 +421,9 @@ def _flat(folder: Folder, place: str) -> NoClassFoldersError:
 def read_single_split(root: Folder, place: str, split: Split) -> FolderRoles:
     """Find the classes of images that are all of one split, which their file's name says."""
     level = _class_level(merge_initial_folders(root))
-    if not level.children:
+    if not level.children or _is_only_images(level):
         raise _flat(root, place)
+    _check_held_out(level, split, place)
     return FolderRoles(folders=(_split_folder(split, level, "", level),), notes=_merged(level))
 
 

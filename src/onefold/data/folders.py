@@ -242,7 +242,7 @@ def list_folder(folder: Path) -> FolderListing:
                 continue
             kind = left_out_kind(name, partial(read_first_bytes, os.path.join(folder, inner, name)))
             (images if kind is None else others[kind]).append(inner + name)
-    if masks := {*find_masks(images), *_masks_in_folders(images)}:
+    if masks := {*find_masks(images), *find_masks_in_folders(images)}:
         others[MASK_KIND] = sorted(masks)
         images = [name for name in images if name not in masks]
     if thumbnails := {*find_thumbnails(images)}:
@@ -256,7 +256,7 @@ def list_folder(folder: Path) -> FolderListing:
     )
 
 
-def _masks_in_folders(images: Sequence[str]) -> list[str]:
+def find_masks_in_folders(images: Sequence[str]) -> list[str]:
     """List the images in folders called masks or the like that are called as one beside it, or in images/."""
 
     def key(name: str) -> str:

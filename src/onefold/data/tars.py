@@ -24,7 +24,14 @@ from onefold.checksums import read_sealed_text, write_sealed_text
 from onefold.data.dataset_info import LeftOut, Split
 from onefold.data.decode import MASK_KIND, left_out_kind, left_out_reason, printable_name
 from onefold.data.folder_roles import NoClassFoldersError, assign_images, detect_folder_roles, read_single_split
-from onefold.data.folders import Folder, build_folder_tree, is_hidden, join_names, left_out_images
+from onefold.data.folders import (
+    Folder,
+    build_folder_tree,
+    find_masks_in_folders,
+    is_hidden,
+    join_names,
+    left_out_images,
+)
 from onefold.data.photo_copies import THUMBNAIL_KIND, find_masks, find_thumbnails
 from onefold.data.remote_files import Blob, BlobReader
 from onefold.data.repeated_images import Files, leave_out_copies
@@ -272,7 +279,7 @@ def _walk_tar(blob: Blob, others: Counter[str]) -> Iterator[tuple[TarMember, byt
 def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Counter[str]) -> list[TarMember]:
     """Give the images, each with the class and split that members of the same sample give, where there are any."""
     images = [m for m, _ in walked if not m.name.lower().endswith(_CLASS_SUFFIXES)]
-    if masks := set(find_masks([m.name for m in images])):
+    if masks := {*find_masks(names := [m.name for m in images]), *find_masks_in_folders(names)}:
         others[MASK_KIND] += len(masks)
         images = [m for m in images if m.name not in masks]
     if thumbnails := set(find_thumbnails([m.name for m in images])):
