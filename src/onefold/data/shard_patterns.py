@@ -231,6 +231,8 @@ def read_shards(
         ]
         labels[split] = [label for label in those if label is not None]
     labels = {split: those for split, those in labels.items() if those}
+    if not labels:
+        raise BadData(f"{shown}: no image has a class to train on or to score by")
     named, orders = name_classes({split: files[split] for split in labels}, shown, find_names, notes)
     return (
         [

@@ -1,6 +1,7 @@
 """Tars of images: their index, kept under XDG_CACHE_HOME, and the images read in place by their offsets.
 
-The layout of a tar is one of two. Class folders: as on a disk (see splits.py). WebDataset: the members of a sample
+The layout of a tar is one of three. Class folders: as on a disk (see splits.py). A tar a class, of files without
+folders, whose name is the class (ImageNet's n01440764.tar). WebDataset: the members of a sample
 share their name up to the first dot, and one of them gives its class, and perhaps its split:
     .cls    a number or a name, as text
     .json   an object with `label` or another name that a table's column may have (see tables.py); one without any is
@@ -14,6 +15,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +37,7 @@ from onefold.data.folders import (
 from onefold.data.photo_copies import THUMBNAIL_KIND, find_masks, find_thumbnails
 from onefold.data.remote_files import Blob, BlobReader
 from onefold.data.repeated_images import Files, leave_out_copies
-from onefold.data.splits import parse_split_name, splits_by_folder_name
+from onefold.data.splits import parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.table_columns import (
     MultiLabelError,
     cell_text,
@@ -49,13 +51,20 @@ from onefold.data.table_columns import (
     split_word,
 )
 from onefold.errors import BadData, NotWritable
-from onefold.file_io import cache_folder, normalize_name, parse_json
+from onefold.file_io import cache_folder, normalize_class_name, normalize_name, parse_json
 
 _log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
 _CLASS_SUFFIXES = (".cls", ".json")
 _MAX_CLASS_BYTES = _MAX_HEADER_BYTES = 1 << 20
 _INDEX_VERSION = 5
+_TABLES = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".xlsx"))
+_WORDNET_ID = re.compile(r"n\d{8}")
+_DATA_WORDS = frozenset(
+    ("data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "picture", "pictures")
+) | {
+    *("shard", "part", "extra", "all", "archive", "files", "backup", "old", "new", "more", "unlabeled", "unlabelled")
+}  # of tars that are no class
 
 
 @dataclass(frozen=True, slots=True)  # there are as many as images
@@ -78,12 +87,14 @@ class TarIndex:
 
 
 class TarImages:
-    """The images of one tar; `prefix` are the folders that all images of a dataset share."""
+    """The images of one tar; `prefix` are the folders that all images share, `folder` is what stands for them."""
 
     classes: tuple[str, ...] | None = None  # a tar does not name its classes in their order
 
-    def __init__(self, blob: Blob, members: Sequence[TarMember], labels: Sequence[int | str], prefix: str) -> None:
-        self.blob, self._members, self._prefix = blob, members, prefix
+    def __init__(
+        self, blob: Blob, members: Sequence[TarMember], labels: Sequence[int | str], prefix: str, folder: str = ""
+    ) -> None:
+        self.blob, self._members, self._prefix, self._folder = blob, members, prefix, folder
         self.labels: list[int | str | None] = list(labels)
 
     def __len__(self) -> int:
@@ -92,11 +103,12 @@ class TarImages:
     def select(self, rows: Sequence[int]) -> TarImages:
         """Give some of the images."""
         labels = [label for row in rows if (label := self.labels[row]) is not None]
-        return TarImages(self.blob, [self._members[row] for row in rows], labels, self._prefix)
+        return TarImages(self.blob, [self._members[row] for row in rows], labels, self._prefix, self._folder)
 
     def name(self, i: int) -> str:
         """Give the image's name in the tar, without the shared folders, in NFC."""
-        return normalize_name(self._members[i].name.removeprefix(self._prefix))
+        name = normalize_name(self._members[i].name.removeprefix(self._prefix))
+        return f"{self._folder}/{name}" if self._folder else name
 
     def read(self, i: int) -> bytes:
         """Read the bytes of image i. Raises BadData where they cannot be read."""
@@ -123,35 +135,52 @@ def tars_by_split(
     if not names:
         raise BadData(f"{join_names([blob.name for blob in blobs], 3)} holds no images")
     splits: list[Split | None]
+    rows_of: dict[Split | None, list[TarImages]] = defaultdict(list)
     if any(label is not None for label in labels):
         missing = [name for name, label in zip(names, labels, strict=True) if label is None]
-        if missing:
+        if 2 * len(missing) >= len(names) and split != "test":
             raise BadData(
-                f"{shown}: {len(missing)} images have no .cls or .json, the first: {printable_name(missing[0])}"
+                f"{shown}: {len(missing)} of {len(names)} images have no .cls or .json beside them, the first: "
+                f"{printable_name(missing[0])}"
             )
+        if missing:
+            what = f"images of {split}" if split else "images"
+            reason = "no .cls or .json beside them"
+            left_out.append(LeftOut(count=len(missing), what=what, reason=reason, examples=tuple(missing[:3])))
         stated = [member.split for index in indexes for member in index.members]
-        if split is None and None in stated and any(stated):
-            raise BadData(f"{shown}: {stated.count(None)} of {len(stated)} samples say no split, the others do")
+        unsaid = sum(said is None and label is not None for said, label in zip(stated, labels, strict=True))
+        if split is None and unsaid and any(stated):
+            raise BadData(f"{shown}: {unsaid} of {len(stated)} samples say no split, the others do")
+        _check_splits(blobs, split, {said for said in stated if said}, shown)
         by_folders = splits_by_folder_name(names) or []
-        splits = stated if any(stated) else [*by_folders] or [split] * len(names)
+        splits = [split or said for said in stated] if any(stated) else [*by_folders] or [split] * len(names)
         if split is not None:
             splits = [split] * len(names)
         prefixes = dict.fromkeys(set(splits), "")
-        classes: list[int | str] = [label for label in labels if label is not None]
-        texts = {label for label in classes if isinstance(label, str)}
+        classes: list[int | str] = ["" if label is None else label for label in labels]
+        texts = {label for label in labels if isinstance(label, str)}
         nothing = {text for text in texts if is_missing(text)} - missing_words_of_classes(texts)
-        kept = [label not in nothing for label in classes]
-        if not all(kept):
+        kept = [label is not None and label not in nothing for label in labels]
+        if num_nothing := sum(label in nothing for label in labels):
             reason = f"no class ({join_names(sorted(map(repr, nothing)), 3)})"
-            left_out.append(LeftOut(count=kept.count(False), what="images", reason=reason))
+            left_out.append(LeftOut(count=num_nothing, what="images", reason=reason))
+    elif (tar_classes := _classes_by_tar(blobs, indexes)) and all("/" not in name for name in names):
+        which = join_names([os.path.basename(blob.name) for blob in blobs], 3)
+        notes.append(f"each tar is a class, since there are no folders in them: {which}")
+        for blob, index, name in zip(blobs, indexes, tar_classes, strict=True):
+            rows_of[split].append(TarImages(blob, index.members, [name] * len(index.members), "", name))
+        return rows_of
     else:
         tree = _without_shared_folders(build_folder_tree(names))
         try:
             arranged = detect_folder_roles(tree, shown, {}) if split is None else read_single_split(tree, shown, split)
         except NoClassFoldersError as error:
-            flat = next((name for name in names if "/" not in name), names[0])
-            where = f"{blobs[0].name}: {printable_name(flat)}"
-            raise BadData(f"{where} is in no class folder and has no .cls or .json beside it") from error
+            if split == "test":
+                left_out.append(LeftOut(count=len(names), what="images of test", reason="no labels to score by"))
+                return {}
+            raise _unlabelled(blobs, indexes) from error
+        if split:
+            _check_splits(blobs, split, set(splits_by_folder_name(names) or ()), shown)
         assigned = assign_images(names, arranged)
         kept = [each is not None for each in assigned]
         splits = [arranged.folders[each[0]].split if each else None for each in assigned]
@@ -163,7 +192,6 @@ def tars_by_split(
         rest = [name for name, is_kept in zip(names, kept, strict=True) if not is_kept]
         left_out += left_out_images(rest, arranged.reasons, "in no class folder")
         notes += arranged.notes
-    found: dict[Split | None, list[TarImages]] = defaultdict(list)
     start = 0
     for blob, index in zip(blobs, indexes, strict=True):
         rows = range(start, start + len(index.members))
@@ -171,8 +199,45 @@ def tars_by_split(
         for part in dict.fromkeys(splits[row] for row in rows if kept[row]):
             those = [row for row in rows if kept[row] and splits[row] == part]
             members = [index.members[row - rows.start] for row in those]
-            found[part].append(TarImages(blob, members, [classes[row] for row in those], prefixes[part]))
-    return found
+            rows_of[part].append(TarImages(blob, members, [classes[row] for row in those], prefixes[part]))
+    return rows_of
+
+
+def _check_splits(blobs: Sequence[Blob], split: Split | None, inside: set[Split], shown: str) -> None:
+    """Raise BadData where what is inside a tar is of other splits than its name says."""
+    if split and (others := sorted(inside - {split})):
+        which = join_names([os.path.basename(blob.name) for blob in blobs], 3)
+        raise BadData(
+            f"{shown}: {which} is {split} by its name, and {' and '.join(others)} by what it holds: rename it, or give "
+            "it by itself for what it holds"
+        )
+
+
+def _classes_by_tar(blobs: Sequence[Blob], indexes: Sequence[TarIndex]) -> list[str] | None:
+    """Give the class that each tar is by its name (cat.tar, n01440764.tar); None where they are called as parts."""
+    stems = [normalize_class_name(os.path.splitext(os.path.basename(blob.name))[0]) for blob in blobs]
+    words = [split_into_words(stem) for stem in stems]
+    forms = {tuple(word for word in those if not word.isdecimal() and len(word) > 1) for those in words}
+    are_ids = all(map(_WORDNET_ID.fullmatch, stems))
+    is_called = len(forms) == len(stems) and not any(_DATA_WORDS.issuperset(form) for form in forms)
+    if len({*stems}) < 2 or not (are_ids or is_called) or any(map(parse_split_name, stems)):
+        return None
+    return stems if len({*stems}) == len(stems) and all(index.members for index in indexes) else None
+
+
+def _unlabelled(blobs: Sequence[Blob], indexes: Sequence[TarIndex]) -> BadData:
+    """Give the error of images without a class, with what to do about it."""
+    blob, index = next((blob, index) for blob, index in zip(blobs, indexes, strict=True) if index.members)
+    flat = next((member.name for member in index.members if "/" not in member.name), index.members[0].name)
+    if tables := sorted(_TABLES & index.others.keys()):
+        todo = f"tables inside a tar ({tables[0]}) are not read: unpack it and give the folder"
+    elif ".txt" in index.others:
+        todo = "where the .txt beside it is the class, call it .cls; a sentence on the image is none"
+    else:
+        todo = "write its class into a .cls beside it, or unpack the tar and put the images into a folder a class"
+    return BadData(
+        f"{blob.name}: {printable_name(flat)} is in no class folder and has no .cls or .json beside it: {todo}"
+    )
 
 
 def _without_copies(
