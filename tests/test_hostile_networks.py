@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import threading
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -560,6 +562,86 @@ def test_a_sum_that_is_left_keeps_working(seeded):
     with pytest.warns(UnfoldedWarning, match="is shared with another part"):
         fused = fuse(model)
     assert torch.equal(fused.shared.weight, shared.weight)
+
+
+def two_blocks() -> nn.Sequential:
+    return shaken(nn.Sequential(with_norm(nn.Conv2d(3, 8, 3)), with_norm(nn.Conv2d(8, 8, 3))))
+
+
+def patched_block() -> nn.Module:
+    model = two_blocks()
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(x) + 1
+    return model
+
+
+def patched_root() -> nn.Module:
+    model = two_blocks()
+    model.forward = lambda x: model[1](model[0](x)) + 1
+    return model
+
+
+def patched_by_a_default() -> nn.Module:
+    model = two_blocks()
+    model[0].forward = lambda x, plain=model[0].forward: plain(x) + 1
+    return model
+
+
+def patched_by_a_partial() -> nn.Module:
+    model = two_blocks()
+    plain = model[0].forward
+
+    @functools.wraps(plain)
+    def doubled(x: Tensor) -> Tensor:
+        return plain(x) * 2
+
+    model[0].forward = functools.partial(doubled)
+    return model
+
+
+def patched_over_a_mapping() -> nn.Module:
+    model = two_blocks()
+    parts = {"first": model[0], "second": [model[1]]}
+    model.steps = [lambda x: parts["second"][0](parts["first"](x))]
+    model.forward = lambda x: model.steps[0](x)
+    return model
+
+
+def patched_tree() -> nn.Module:
+    model = shaken(nn.Sequential(Chain(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.ReLU()))
+    plain = model.forward
+    model.forward = lambda x: plain(x) + 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [patched_block, patched_root, patched_by_a_default, patched_by_a_partial, patched_over_a_mapping, patched_tree],
+)
+def test_a_forward_that_closes_over_layers_calls_the_copys_own(make, seeded):
+    model = make()
+    fused = fuse(model)
+    assert unfused_norms(fused) == []
+    before = _answer(model, (X,))[0], _answer(fused, (X,))[0]
+    torch.testing.assert_close(*before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(_answer(fused, (X,))[0], before[1])
+    assert not torch.equal(_answer(model, (X,))[0], before[0])
+
+
+def test_a_forward_that_names_the_network_as_a_global_is_refused(seeded):
+    model = two_blocks()
+    scope = {"network": model}
+    exec("network[0].forward = lambda x: network[0][1](network[0][0](x))", scope)
+    kept = {"network": model, "owner": SimpleNamespace(network=model)}
+    exec("def patched(x, plain=network[1].forward, owner=owner): return (owner.network, plain(x))[1]", kept)
+    model[1].forward = kept["patched"]  # an attribute of that name is no global
+    with pytest.raises(TypeError, match=r"'forward' of layer '0' is a function that calls .* a global, 'network'"):
+        fuse(model)
+    del model[0].forward
+    assert unfused_norms(fuse(model)) == []
 
 
 class Locked(nn.Conv2d):

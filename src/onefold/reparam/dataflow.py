@@ -26,8 +26,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+from onefold.reparam.copy_network import HOOKS, copy_network
+
 _SIZES = (64, 224, 32, 28, 256, 384)  # of drawn images, in this order
 _COSTLY = 10**10  # multiply-adds: seconds in float64, in which a network and its fused form run on the same images
 _COUNTED = (F.conv1d, F.conv2d, F.conv3d, F.linear)
@@ -57,41 +57,6 @@ def output_tensors(output: object) -> Iterator[Tensor]:
     elif isinstance(output, Sequence) and not isinstance(output, str):
         for value in output:
             yield from output_tensors(value)
-
-
-def copy_network(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
-    """A deep copy; also of a network that keeps a tensor computed in its last forward, as old `weight_norm` does.
-
-    Raises TypeError, with the name of what hinders it, where a part of the network cannot be copied.
-    """
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # an object may raise anything where it is copied
-        raise TypeError(_why_no_copy(model, error)) from error
-
-
-def _why_no_copy(model: nn.Module, error: Exception) -> str:
-    """Name the attributes, in whatever part of the network, that cannot be copied."""
-    found = []
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            inner = value.items() if name in ("_parameters", "_buffers", *HOOKS) else [(name, value)]
-            for key, each in inner if name != "_modules" else ():
-                try:
-                    copy.deepcopy(each)
-                except Exception:
-                    of = f"layer {path!r}" if path else "the network"
-                    found.append(f"{key!r} of {of}, a {type(each).__module__}.{type(each).__qualname__}")
-    what = "; ".join(found[:3]) or f"a {type(model).__qualname__}"
-    return (
-        f"the network cannot be copied, and fusing changes a copy: its attribute {what} ({error}). Set it to None "
-        "while it is fused, or give its class a __deepcopy__"
-    )
 
 
 def copy_without_hooks(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from onefold.reparam.branches import activation_clamp
-from onefold.reparam.dataflow import copy_network, preserve_rng_states
+from onefold.reparam.copy_network import copy_network
+from onefold.reparam.dataflow import preserve_rng_states
 from onefold.reparam.folding_rules import Scale, is_linear, padding
 from onefold.reparam.linear_trees import (
     Expression,

@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from onefold.reparam.copy_network import HOOK_FLAGS, HOOKS, copy_network
 from onefold.reparam.dataflow import (
-    HOOK_FLAGS,
-    HOOKS,
     ExampleInput,
     ObservedRun,
     callable_roots,
-    copy_network,
     copy_without_hooks,
     has_hooks,
     observe_run,
