@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -431,3 +431,55 @@ def test_shards_that_are_not_there_or_empty_are_said(tmp_path: Path) -> None:
     assert "2 of 3 shards are not there: train-00001-of-00003.parquet, train-00002-of-00003.parquet" in notes
     assert "validation-00000-of-00001.parquet has no rows" in notes
     assert "1 of 2 shards is not there: test-00000-of-00002.parquet" in notes
+
+
+def sides_of(place: Path, group: Callable[[str], str]) -> set[str]:
+    """Give the groups of which images are in train and in val."""
+    splits = read_dataset(place, seed=0, val_fraction=0.34).datasets
+    train, val = ({group(part.name(i)) for i in range(len(part))} for part in (splits["train"], splits["val"]))
+    return train & val
+
+
+def test_photos_of_one_patient_in_shards_are_on_one_side_of_val(tmp_path: Path) -> None:
+    members = []
+    for i in range(24):
+        told = json.dumps({"label": "ab"[i % 2], "Patient ID": f"p{i // 4}"}).encode()
+        members += [(f"{i:02d}.jpg", jpeg()), (f"{i:02d}.json", told)]
+    assert not sides_of(tarred(tmp_path / "s.tar", members), lambda name: str(int(name[:2]) // 4))
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": jpeg(), "path": None} for _ in range(24)]
+    patients = [f"p{i // 4}" for i in range(24)]
+    table = arrow.table({"image": images, "label": ["a", "b"] * 12, "patient_id": patients})
+    (tmp_path / "p").mkdir()
+    pq.write_table(table.slice(0, 10), tmp_path / "p/train-0.parquet")
+    pq.write_table(table.slice(10), tmp_path / "p/train-1.parquet")
+
+    def patient(name: str) -> str:
+        file, row = name.split("/")
+        return str((int(row) + (10 if "-1" in file else 0)) // 4)
+
+    assert not sides_of(tmp_path / "p", patient)
+    pq.write_table(table.slice(0, 3), tmp_path / "p/test-0.parquet")
+    notes = "\n".join(read_dataset(tmp_path / "p", seed=0, val_fraction=0.34).info.notes)
+    assert "images of train-0.parquet, train-1.parquet are of 6 of the column patient_id" in notes
+    assert "1 of the 1 patient_id of test-0.parquet are in train-0.parquet, train-1.parquet too (p0)" in notes
+
+
+def test_images_of_one_sample_and_versions_of_one_photo_in_shards_are_on_one_side_of_val(tmp_path: Path) -> None:
+    for shard_number in range(2):  # each numbers its samples from 0
+        members = []
+        for i in range(12):
+            members += [(f"{i}.left.jpg", jpeg()), (f"{i}.right.jpg", jpeg()), (f"{i}.cls", b"%d" % (i % 2))]
+        tarred(tmp_path / f"s/all-{shard_number}.tar", members)
+    info = read_dataset(tmp_path / "s", seed=0, val_fraction=0.34).info
+    assert "the 48 images of all-0.tar, all-1.tar are of 24 of the column sample" in "\n".join(info.notes)
+    one = tmp_path / "s/all-0.tar"
+    assert not sides_of(one, lambda name: name.partition(".")[0])
+    paths = [f"{i}{end}.jpg" for i in range(12) for end in ("", "_flipLR")]
+    images = [{"bytes": jpeg(), "path": path} for path in paths]
+    parquet(tmp_path / "p.parquet", images, [i // 2 % 2 for i in range(24)])
+    assert not sides_of(tmp_path / "p.parquet", lambda name: str(int(name.rpartition("/")[2]) // 2))
+    parquet(tmp_path / "q.parquet", [{"bytes": jpeg(), "path": "image.jpg"} for _ in range(8)], [0, 1] * 4)
+    info = read_dataset(tmp_path / "q.parquet", seed=0, val_fraction=0.5).info
+    assert [split.num_images for split in info.splits] == [4, 4]
+    assert not info.notes

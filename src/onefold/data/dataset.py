@@ -327,6 +327,7 @@ def read_dataset(
 
 def _groups(part: SplitImages, names: Sequence[str], labels: Sequence[int], notes: list[str]) -> Sequence[str]:
     """Give of what each image is, where several are of one photo or one thing; says so in `notes`."""
+    names = part.photo_names if part.photo_names and len(part.photo_names) == len(names) else names
     photos = group_by_photo(names, labels)
     if part.groups is None or len(part.groups) != len(names):
         groups = photos

@@ -30,7 +30,8 @@ class SplitImages:
 
     `labels` has each image's class by name, `numbered` the names in the order of their numbers where the place numbers
     them. `open` makes a Dataset of the images' class indices and the classes. `groups` says of what each photo is, by a
-    column of a table; photos of one thing are on one side where val is cut out.
+    column of a table; photos of one thing are on one side where val is cut out. `photo_names` are what the photos were
+    called, by which versions of one are known, where the Dataset calls them otherwise (by rows of Parquet).
     """
 
     split: Split | None
@@ -40,6 +41,7 @@ class SplitImages:
     numbered: tuple[str, ...] | None = None
     groups: Sequence[str] | None = None
     group_column: str = ""
+    photo_names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

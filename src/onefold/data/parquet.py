@@ -1,9 +1,9 @@
 """Parquet files of images (the extra `parquet`), as Hugging Face's datasets write them.
 
 One column holds the images, a struct of `bytes` and `path` or the bytes alone; another the classes, numbers or names,
-and perhaps another the split; their names are those of a table's columns (see tables.py). Names of classes that
-`datasets` wrote into the schema are taken. A row group is read at once and the last few are kept, so files with row
-groups of some megabytes are the quickest to read in random order.
+and perhaps others the split and of what each photo is (patient); their names are those of a table's columns (see
+tables.py). Names of classes that `datasets` wrote into the schema are taken. A row group is read at once and the last
+few are kept, so files with row groups of some megabytes are the quickest to read in random order.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
+from onefold.data.photo_copies import called_as_groups
 from onefold.data.remote_files import open_plain_file
 from onefold.data.table_columns import (
     MultiLabelError,
@@ -25,6 +26,7 @@ from onefold.data.table_columns import (
     ends_with_class_word,
     is_class_index_column,
     is_class_name_column,
+    is_missing,
     is_split_column,
     rank_class_column,
     rank_image_column,
@@ -55,6 +57,13 @@ class ParquetImages:
             self.classes = _class_names(schema, self._label)
             labels: list[Any] = self._file.read([self._label]).column(0).to_pylist()
             splits = self._file.read([self.split_column]).column(0).to_pylist() if self.split_column else []
+            used = (self._image, self._label, self.split_column)
+            self._things = {
+                name: [*map(cell_text, self._file.read([name]).column(0).to_pylist())]
+                for name in called_as_groups(dict.fromkeys(schema.names))
+                if name not in used
+            }
+            self._paths = self._read_paths(schema)
         except BadData:
             raise
         except Exception as error:  # pyarrow's errors have no common root but Exception
@@ -87,6 +96,16 @@ class ParquetImages:
     def name(self, i: int) -> str:
         """Give the file's name and the row."""
         return f"{normalize_name(self.path.name)}/{self._numbers[i]:07d}"
+
+    def things(self, i: int) -> Mapping[str, str]:
+        """Give of what image i is, by the columns that say it: patient, lesion_id."""
+        cells = {name: column[self._numbers[i]] for name, column in self._things.items()}
+        return {name: cell for name, cell in cells.items() if not is_missing(cell)}
+
+    def called(self, i: int) -> str:
+        """Give the name by which copies and versions of one photo are known: what the file was called, or its row."""
+        path = self._paths[self._numbers[i]] if self._paths else None
+        return normalize_name(path) if isinstance(path, str) and path else self.name(i)
 
     def read(self, i: int) -> bytes:
         """Read the bytes of image i as stored. Raises BadData where there are none."""
@@ -125,6 +144,15 @@ class ParquetImages:
             raise
         except Exception as error:
             raise BadData(f"cannot read rows of {printable_name(self.path)}: {_first_line(error)}") from error
+
+    def _read_paths(self, schema: Any) -> Sequence[Any]:
+        """Read what the files were called, beside their bytes; nothing where it is not said."""
+        kind = schema.field(self._image).type
+        fields = [kind.field(i).name for i in range(kind.num_fields)]
+        if "path" not in fields:
+            return []
+        table = self._file.read([f"{self._image}.path"])
+        return [value["path"] if value else None for value in table.column(0).to_pylist()]
 
     def _columns(self, schema: Any) -> tuple[str, str, str | None]:
         """Find the columns of the image (by what it holds), of its class and of its split (by their names)."""

@@ -17,6 +17,8 @@ from onefold.data.dataset_info import Split
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.parquet import ParquetImages
+from onefold.data.photo_copies import find_group_column
+from onefold.data.splits import split_into_words
 from onefold.data.table_columns import (
     MultiLabelError,
     find_class_separator,
@@ -26,7 +28,7 @@ from onefold.data.table_columns import (
     refuse_measurements,
 )
 from onefold.data.tables import MAX_CLASSES
-from onefold.data.tars import TarImages
+from onefold.data.tars import SAMPLE, TarImages
 from onefold.errors import BadData
 from onefold.file_io import normalize_class_name
 
@@ -177,3 +179,34 @@ def _notes_of_unused_names(
     present = {label for those in labels.values() for label in those}
     unused = dict.fromkeys(name for order in orders.values() for name in order or () if name not in present)
     return [f"no image is of {join_names([*unused], 3)}, which the schema names"] if unused else []
+
+
+def group_images(
+    files: Mapping[Split | None, Sequence[ShardFile]], labels: Mapping[Split | None, Sequence[str]]
+) -> tuple[str, dict[Split | None, list[str]]]:
+    """Find the column that says of what each photo is, for all splits together, and give its cells; "" where none does.
+
+    Images of one sample are of one thing where no column says more.
+    """
+    things = {split: [_things(file, i) for file in those for i in range(len(file))] for split, those in files.items()}
+    each_label = [label for split in files for label in labels[split]]
+    called = dict.fromkeys(name for those in things.values() for cells in those for name in cells)
+    for names in ([name for name in called if name != SAMPLE], [name for name in called if name == SAMPLE]):
+        words = {" ".join(split_into_words(name)): name for name in names}
+        cells = {split: [_by_words(of) for of in those] for split, those in things.items()}
+        columns = {name: [of.get(w, "") for those in cells.values() for of in those] for w, name in words.items()}
+        if column := find_group_column(columns, each_label):
+            word = " ".join(split_into_words(column))
+            return column, {split: [of.get(word, "") for of in those] for split, those in cells.items()}
+    return "", {}
+
+
+def _things(file: ShardFile, i: int) -> Mapping[str, str]:
+    things = file.things(i)
+    if isinstance(file, TarImages) and SAMPLE in things:  # each tar may number its samples from 0
+        return {**things, SAMPLE: f"{file.blob.name}/{things[SAMPLE]}"}
+    return things
+
+
+def _by_words(cells: Mapping[str, str]) -> dict[str, str]:
+    return {" ".join(split_into_words(name)): cell for name, cell in cells.items()}

@@ -36,7 +36,7 @@ from onefold.data.parquet import ParquetImages
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES, LocalFile, digest_bytes, open_blob
 from onefold.data.repeated_images import find_copied_files
-from onefold.data.shard_classes import FindNames, forget_missing_words_, name_classes
+from onefold.data.shard_classes import FindNames, forget_missing_words_, group_images, name_classes
 from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolve_ambiguous_split
 from onefold.data.table_columns import (
     read_split_column,
@@ -234,6 +234,7 @@ def read_shards(
     if not labels:
         raise BadData(f"{shown}: no image has a class to train on or to score by")
     named, orders = name_classes({split: files[split] for split in labels}, shown, find_names, notes)
+    column, groups = group_images({split: files[split] for split in labels}, named)
     return (
         [
             SplitImages(
@@ -242,6 +243,9 @@ def read_shards(
                 labels=named[split],
                 numbered=orders[split],
                 open=partial(_sharded_images, files[split]),
+                groups=groups.get(split),
+                group_column=column,
+                photo_names=_photo_names(files[split]),
             )
             for split in labels
         ],
@@ -271,6 +275,12 @@ def _parquet_by_split(
             found[inner].append(file.select(those))
         start += len(file)
     return found
+
+
+def _photo_names(files: Sequence[TarImages | ParquetImages]) -> list[str] | None:
+    """Give what the photos were called, where that tells them apart."""
+    names = [file.called(i) for file in files for i in range(len(file))]
+    return names if len({*names}) == len(names) else None
 
 
 def _sharded_images(

@@ -34,7 +34,7 @@ from onefold.data.folders import (
     join_names,
     left_out_images,
 )
-from onefold.data.photo_copies import THUMBNAIL_KIND, find_masks, find_thumbnails
+from onefold.data.photo_copies import THUMBNAIL_KIND, called_as_groups, find_masks, find_thumbnails
 from onefold.data.remote_files import Blob, BlobReader
 from onefold.data.repeated_images import Files, leave_out_copies
 from onefold.data.splits import parse_split_name, split_into_words, splits_by_folder_name
@@ -56,8 +56,10 @@ from onefold.file_io import cache_folder, normalize_class_name, normalize_name, 
 _log = logging.getLogger("onefold")
 _READ_BYTES = 4 << 20  # read at once while a tar's headers are read
 _CLASS_SUFFIXES = (".cls", ".json")
+SAMPLE = "sample"
+"""The column, so to speak, that tells images of one sample: 1.left.jpg and 1.right.jpg."""
 _MAX_CLASS_BYTES = _MAX_HEADER_BYTES = 1 << 20
-_INDEX_VERSION = 5
+_INDEX_VERSION = 6
 _TABLES = frozenset((".csv", ".tsv", ".jsonl", ".parquet", ".xlsx"))
 _WORDNET_ID = re.compile(r"n\d{8}")
 _DATA_WORDS = frozenset(
@@ -69,13 +71,17 @@ _DATA_WORDS = frozenset(
 
 @dataclass(frozen=True, slots=True)  # there are as many as images
 class TarMember:
-    """An image in a tar: its name, where its bytes are, and its class and split if a member beside it gives them."""
+    """An image in a tar: its name, where its bytes are, and what members beside it give: class, split, things.
+
+    `things` has of what the image is by the columns that say it (patient), and its sample where that has several.
+    """
 
     name: str
     offset: int
     size: int
     label: int | str | None = None
     split: Split | None = None
+    things: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,14 @@ class TarImages:
         """Give the image's name in the tar, without the shared folders, in NFC."""
         name = normalize_name(self._members[i].name.removeprefix(self._prefix))
         return f"{self._folder}/{name}" if self._folder else name
+
+    def things(self, i: int) -> Mapping[str, str]:
+        """Give of what image i is, by column; see `TarMember`."""
+        return self._members[i].things or {}
+
+    def called(self, i: int) -> str:
+        """Give the name by which copies and versions of one photo are known."""
+        return self.name(i)
 
     def read(self, i: int) -> bytes:
         """Read the bytes of image i. Raises BadData where they cannot be read."""
@@ -354,13 +368,16 @@ def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Cou
     of_images = set(keys)
     labels: dict[str, tuple[str, int | str]] = {}
     splits: dict[str, Split] = {}
+    things: dict[str, dict[str, str]] = {key: {SAMPLE: key} for key, count in Counter(keys).items() if count > 1}
     for member, content in walked:
         if member.name.lower().endswith(_CLASS_SUFFIXES):
             key = _sample_key(member.name)
             if key not in of_images:  # a file of boxes or of metadata, beside all images
                 others[os.path.splitext(member.name)[1].lower()] += 1
                 continue
-            label, split = _parse_class(blob, member.name, content)
+            label, split, found = _parse_class(blob, member.name, content)
+            if found:
+                things[key] = {**things.get(key, {}), **found}
             if split:
                 splits[key] = split
             if label is None:
@@ -373,7 +390,7 @@ def _with_classes(blob: Blob, walked: list[tuple[TarMember, bytes]], others: Cou
                 )
     nothing: tuple[str, None] = ("", None)
     return [
-        TarMember(m.name, m.offset, m.size, labels.get(key, nothing)[1], splits.get(key))
+        TarMember(m.name, m.offset, m.size, labels.get(key, nothing)[1], splits.get(key), things.get(key))
         for m, key in zip(images, keys, strict=True)
     ]
 
@@ -383,10 +400,10 @@ def _sample_key(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | None, Split | None]:
-    """Give the class and the split that a member says; None where a .json is of other things."""
+def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | None, Split | None, Mapping[str, str]]:
+    """Give the class, the split and the things that a member says; None where a .json is of other things."""
     value: object = content.decode("utf-8", "surrogateescape").strip().removeprefix("\ufeff")
-    split = None
+    split, things = None, dict[str, str]()
     if name.lower().endswith(".json"):
         try:
             parsed = parse_json(content)
@@ -403,8 +420,10 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
             (parse_split_name(split_word(key, cell_text(record[key]))) for key in record if is_split_column(key)), None
         )
         split = said.split if said else None
+        cells = {key: cell_text(record[key]) for key in called_as_groups(record) if key not in columns[:1]}
+        things = {key: cell for key, cell in cells.items() if not is_missing(cell)}
         if not columns:
-            return None, split
+            return None, split, things
         value = record[columns[0]]
         if isinstance(value, list) and len(value) > 1:
             raise MultiLabelError(f"{blob.name}: {printable_name(name)}", f"{columns[0]} holds {value!r:.80}")
@@ -415,4 +434,4 @@ def _parse_class(blob: Blob, name: str, content: bytes) -> tuple[int | str | Non
         raise BadData(
             f"{blob.name}: expected in {printable_name(name)} a class: a number, a name, or an object with label"
         )
-    return value, split
+    return value, split, things
