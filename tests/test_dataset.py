@@ -779,3 +779,20 @@ def test_a_file_of_names_is_no_table_that_is_not_used(tmp_path: Path):
     (tmp_path / "cat_to_name.json").write_text('{"0": "owl", "1": "emu", "2": "jay"}', encoding="utf-8")
     notes = read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
     assert notes == ("cat_to_name.json names the classes: 0 is owl, 1 is emu, 2 is jay",)
+
+
+def test_classes_that_a_run_does_not_have_are_left_out(tmp_path: Path):
+    write_images(tmp_path, [f"{c}/{i}.png" for c in ("ant", "cat", "dog") for i in range(6)])
+    rows = [f"{c}/{i}.png,p{i // 2}" for c in ("ant", "cat", "dog") for i in range(6)]
+    (tmp_path / "meta.csv").write_text("\n".join(("file,patient", *rows)), encoding="utf-8")
+    opened = read_dataset(tmp_path, seed=0, val_fraction=0.5, class_order=("dog", "cat"))
+    assert opened.info.classes == ("dog", "cat")
+    assert [str(one) for one in opened.info.left_out] == [
+        "6 images of all images: of classes that the run does not have (ant)"
+    ]
+    (tmp_path / "ant").rename(tmp_path.parent / "ant")
+    before = read_dataset(tmp_path, seed=0, val_fraction=0.5, class_order=("dog", "cat"))
+    for split, dataset in opened.datasets.items():
+        same = before.datasets[split]
+        assert [*map(dataset.name, range(len(dataset)))] == [*map(same.name, range(len(same)))]
+        assert {dataset.classes[dataset.label(i)] for i in range(len(dataset))} == {"cat", "dog"}

@@ -310,6 +310,17 @@ def test_an_evaluation_says_that_validation_images_are_others(
     assert "these are not the images that" in caplog.text
 
 
+def test_a_class_that_came_after_a_run_is_left_out_of_its_evaluation(
+    home: Path, scratch: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images,) = evaluation_sets(scratch / "run", None, None).values()
+    (scratch / "photos" / "ant").mkdir()
+    shutil.copy(scratch / "photos" / min(held_out_of(home)), scratch / "photos" / "ant" / "new.png")
+    (same,) = evaluation_sets(scratch / "run", None, None).values()
+    assert (names_of(same), same.classes) == (names_of(images), images.classes)
+    assert "left out 1 image of all images: of classes that the run does not have (ant)" in caplog.text
+
+
 # --------------------------------------------------------------------------- deployment and calibration
 
 

@@ -280,8 +280,9 @@ def evaluation_sets(
         run = Path(source)
         if not (run / RECIPE_FILE).is_file():
             raise BadArgument("there is nothing to evaluate on: give --data FOLDER (or digits)")
-        recipe = read_recipe(run)
-        splits = open_run_data(run, recipe)
+        splits = open_run_data(run, recipe := read_recipe(run))
+        if unknown := [str(one) for one in splits.info.left_out if one.what.startswith("images of ")]:
+            _log.warning("left out %s", "; ".join(unknown))  # of classes without an output
         if only not in (None, "val"):
             return {f"{recipe.data.spec} ({only})": splits.open(only)}
         sets = {f"{recipe.data.spec} (held out)": splits.open("val")}

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -206,9 +207,10 @@ def read_dataset(
 ) -> DatasetSplits:
     """Look at a place ("digits", a folder, shards, a table) and give its splits, and what they were read from.
 
-    `class_order` are the classes in an order that counts if they are the same ones, and `test_is_val` takes test where
-    there is no val: both for a run that goes on as it was started. `val` is another place, whose val, or else test, or
-    else all images are val then. Raises BadData for a place that cannot be used or that can be understood in two ways.
+    `class_order` are the classes in an order that counts where the place has all of them (images of others are left
+    out), and `test_is_val` takes test where there is no val: both for a run that goes on as it was started. `val` is
+    another place, whose val, or else test, or else all images are val then. Raises BadData for a place that cannot be
+    used or that can be understood in two ways.
     """
     if not 0 <= val_fraction <= 1:
         raise BadArgument(f"val_fraction is {val_fraction}, expected 0 to 1")
@@ -235,7 +237,8 @@ def read_dataset(
     present = frozenset(reference.labels)
     classes, class_order_rule = _order(reference)
     class_order = [*map(normalize_class_name, class_order or ())]
-    if class_order and sorted(class_order) == sorted(classes):
+    of_run = {*class_order}
+    if len(of_run) > 1 and of_run <= {*classes}:
         classes, class_order_rule = tuple(class_order), "in the order of the run"
     number = {name: i for i, name in enumerate(classes)}
     if gaps := _gaps(reference):
@@ -266,7 +269,8 @@ def read_dataset(
             raise class_difference(shown, dict(zip(sides, (present, names), strict=True)))
         unknown = sum(label not in number for label in part.labels)
         if unknown:
-            reason = f"of classes that the others do not have ({join_names(sorted(names - set(classes)), 3)})"
+            whose = "the run does" if present > {*classes} else "the others do"
+            reason = f"of classes that {whose} not have ({join_names(sorted(names - set(classes)), 3)})"
             left_out.append(LeftOut(count=unknown, what=f"images of {part.source}", reason=reason))
         if part is not reference and (missing := sorted(present - names)):
             notes.append(f"{part.source} has no images of {join_names(missing)}")
@@ -289,7 +293,9 @@ def read_dataset(
     if is_val_cut:
         whole, source = datasets.pop("train"), sources["train"]
         image_names, labels = [whole.name(i) for i in range(len(whole))], [whole.label(i) for i in range(len(whole))]
-        groups = _groups(reference, image_names, labels, notes)
+        is_kept = [label in number for label in reference.labels]
+        things = None if reference.groups is None else [*compress(reference.groups, is_kept)]
+        groups = _groups(replace(reference, groups=things), image_names, labels, notes)
         for split, numbers in split_by_seed(image_names, labels, seed, val_fraction, groups).items():
             side = Subset(whole, numbers)
             if len(side):
