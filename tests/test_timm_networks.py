@@ -25,7 +25,7 @@ from onefold.commands.export import ExportOptions, check_int8_agreement, export_
 from onefold.commands.fuse import fuse as fuse_stage
 from onefold.commands.open_network import Network, make_predictor, open_network
 from onefold.commands.predictor import open_predictor
-from onefold.commands.timm_networks import open_pretrained
+from onefold.commands.timm_networks import load_timm, open_pretrained
 from onefold.errors import BadArgument, BadCheckpoint, BadData, GateFailed, MissingExtra, NetworkFailed
 from onefold.models.load_model import Card
 from onefold.quantize import QuantizationMethod, quantize
@@ -175,7 +175,7 @@ def test_what_cannot_be_opened_is_told(timm, tmp_path, monkeypatch):
     with pytest.raises(BadCheckpoint, match="there is no file"):
         open_network("timm:repvgg_a0@nothing.safetensors")
     torch.save({"head.fc.weight": torch.zeros(5, 1280)}, tmp_path / "w.pth")
-    with pytest.raises(BadCheckpoint, match=r"weights of timm:repvgg_a0@.* cannot be had"):
+    with pytest.raises(BadCheckpoint, match=r"w\.pth does not fit timm:repvgg_a0 .*stem\S+ and \d+ more are missing"):
         open_network(f"timm:repvgg_a0@{tmp_path / 'w.pth'}")
     torch.save({"fc.weight": torch.zeros(5, 1280)}, tmp_path / "w.pth")
     with pytest.raises(BadCheckpoint, match=r"has no head\.fc\.weight"):
@@ -226,6 +226,43 @@ def test_two_classifiers_and_grey_images_are_opened(timm, tmp_path, name, channe
     images = network.random_images()
     with torch.no_grad():
         assert torch.equal(network.model(images), model(images))
+
+
+@pytest.mark.parametrize("given", [1, 2, 3, 4])
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+def test_a_file_of_other_channels_starts_a_network(timm, tmp_path, given, wanted):
+    model = timm.create_model("lcnet_035", num_classes=3, in_chans=given)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded, card = load_timm("timm:lcnet_035", tmp_path / "w.pth", in_chans=wanted)
+    stem, before = loaded.state_dict()["conv_stem.weight"], model.state_dict()["conv_stem.weight"]
+    assert (stem.shape[1], card.num_classes) == (wanted, 3)
+    if given == wanted:
+        assert torch.equal(stem, before)
+    elif wanted == 1:
+        torch.testing.assert_close(stem, before.sum(1, keepdim=True))
+    else:
+        expected = torch.stack([before[:, i % given] for i in range(wanted)], 1) * (given / wanted)
+        torch.testing.assert_close(stem, expected)
+    if given == 3:  # timm's own rule is for these
+        torch.testing.assert_close(stem, timm.models.adapt_input_conv(wanted, before))
+
+
+@pytest.mark.parametrize("name", ["lcnet_035", "levit_128s"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_without_a_last_layer_is_of_features(timm, tmp_path, name, prefix):
+    model = timm.create_model(name, num_classes=0).eval()
+    torch.save({f"{prefix}{key}": tensor for key, tensor in model.state_dict().items()}, tmp_path / "w.pth")
+    loaded, card = load_timm(f"timm:{name}", tmp_path / "w.pth")
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    assert card.num_classes == 0
+    loaded.reset_classifier(4)
+    assert loaded.eval()(x).shape == (2, 4)
+    with pytest.raises(BadCheckpoint, match=r"does not fit timm:lcnet_050 .*conv_pw\.weight is 24x16x1x1, and not 32x"):
+        other = timm.create_model("lcnet_035", num_classes=0)
+        torch.save(other.state_dict(), tmp_path / "w.pth")
+        load_timm("timm:lcnet_050", tmp_path / "w.pth")
 
 
 def test_classifiers_that_differ_are_told(timm, tmp_path):

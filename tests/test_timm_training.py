@@ -196,3 +196,16 @@ def test_a_grey_network_takes_sums_of_the_colours_weights(run, tmp_path):
     )
     assert digits.best.top1 > 20.0
     assert read_card(digits.best.weights).in_chans == 1
+
+
+@pytest.mark.parametrize("kind", ["4 channels", "1 channel", "no head"])
+def test_a_fine_tuning_starts_from_a_file_of_other_channels_or_without_a_head(timm, photos, tmp_path, kind):
+    torch.manual_seed(0)
+    options = {"num_classes": 0} if kind == "no head" else {"num_classes": 3, "in_chans": int(kind[0])}
+    torch.save(timm.create_model("lcnet_035", **options).state_dict(), tmp_path / "w.pth")
+    made = trained(
+        photos, tmp_path / "run", recipe="photos:finetune", model="timm:lcnet_035", weights=tmp_path / "w.pth"
+    )
+    assert made.evaluate()[0].score.count == 12
+    card = read_card(made.best.weights)
+    assert (card.num_classes, card.in_chans) == (3, 1 if kind == "1 channel" else 3)

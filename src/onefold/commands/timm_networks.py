@@ -27,7 +27,7 @@ from onefold.data.folders import join_names
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels, find_class_names, find_preprocessing
 from onefold.models.layers import set_norm_statistics_
-from onefold.models.load_weights import BOOKKEEPING_NOTE, find_bookkeeping
+from onefold.models.load_weights import BOOKKEEPING_NOTE, adapt_first_conv, find_bookkeeping
 from onefold.models.locate_weights import locate_weights
 from onefold.models.safe_load import CheckpointContents, read_tensors
 from onefold.models.weights_file import (
@@ -116,9 +116,9 @@ def load_timm(
 ) -> tuple[nn.Module, Card]:
     """Load timm:NAME, in eval mode, with weights from a file or an id of the hub, and give its card.
 
-    It has as many classes as the weights' last layer, and is fused where the weights are. For other `in_chans` than
-    the weights' the first convolution takes sums or repetitions, as timm does. Raises BadCheckpoint, BadArgument,
-    MissingExtra, NetworkFailed.
+    It has as many classes as the weights' last layer, none where they have no such layer, and is fused where they are.
+    For other `in_chans` than the weights' the first convolution takes sums or repetitions, as timm does. Raises
+    BadCheckpoint, BadArgument, MissingExtra, NetworkFailed.
     """
     card, tensors = _read_timm(model_name, source, quiet=False)
     channels = card.in_chans if in_chans is None else in_chans
@@ -131,12 +131,16 @@ def load_timm(
             _log.info(BOOKKEEPING_NOTE, source, join_names(beside, 3))
         model.load_state_dict({key: tensor for key, tensor in tensors.items() if key not in beside})
     except RuntimeError as error:
+        differs = _differences(tensors, model.state_dict()) or _brief(error)
         if card.fused:
             raise BadCheckpoint(
-                f"{source} does not fit {card.model} of timm {_timm(model_name).__version__} ({_brief(error)}): it is "
+                f"{source} does not fit {card.model} of timm {_timm(model_name).__version__} ({differs}): it is "
                 f"{card.source}; fuse the network again"
             ) from error
-        raise _no_weights(f"{model_name}@{source}", model_name.removeprefix(TIMM_PREFIX), error) from error
+        raise BadCheckpoint(
+            f"{source} does not fit {model_name} of timm {_timm(model_name).__version__} ({differs}): it is of another "
+            "model, or of another timm"
+        ) from error
     return model, card
 
 
@@ -216,6 +220,8 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
     contents = read_tensors(file.path, fits=fits, select=file.select, quiet=quiet)
     tensors = contents.tensors
     heads = {len(tensors[f"{part}.weight"]) for part in last if f"{part}.weight" in tensors}
+    if not heads and any(f"{part}.weight" in tensors for part in first):
+        heads = {0}  # features alone, whose names are compared with the network's when they are loaded
     if len(heads) != 1:
         missing = " or ".join(f"{part}.weight" for part in last)
         found = f"classifiers of {' and '.join(map(str, sorted(heads)))} classes" if heads else f"no {missing}"
@@ -259,9 +265,9 @@ def _with_channels(model_name: str, tensors: Mapping[str, Tensor], channels: int
     """The tensors with a first convolution for images of so many channels."""
     first = _config(model_name).first_conv or ()
     names = {f"{part}.weight" for part in ((first,) if isinstance(first, str) else first)}
-    adapt = _timm(model_name).models.adapt_input_conv
     _log.info("the first convolution of %s is made one for %d channels, as timm does", model_name, channels)
-    return {name: adapt(channels, tensor) if name in names else tensor for name, tensor in tensors.items()}
+    adapted = {name: adapt_first_conv(tensors[name], channels) for name in names if name in tensors}
+    return {**tensors, **adapted}
 
 
 @torch.no_grad()
@@ -380,6 +386,23 @@ def _preprocessing(model_name: str, in_chans: int | None = None, *, quiet: bool 
         "interpolation": config.interpolation or "bilinear",
     }
     return Preprocessing.from_dict(adapt_preprocessing_to_channels(stated, channels if in_chans is None else in_chans))
+
+
+def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What of a file's tensors is not as a network has them: of each kind the first, and how many there are."""
+    parts = []
+    for names, what in (
+        ([name for name in expected if name not in tensors], "missing"),
+        ([name for name in tensors if name not in expected], "not its own"),
+    ):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        parts += [f"{names[0]}{more} {'are' if more else 'is'} {what}"] if names else []
+    others = [name for name, tensor in expected.items() if name in tensors and tensors[name].shape != tensor.shape]
+    if others:
+        shape, wanted = ("x".join(map(str, given[others[0]].shape)) for given in (tensors, expected))
+        more = f", and {len(others) - 1} more have other shapes" if len(others) > 1 else ""
+        parts.append(f"{others[0]} is {shape}, and not {wanted}{more}")
+    return "; ".join(parts)
 
 
 def _no_weights(spec: str, name: str, error: Exception) -> BadCheckpoint:

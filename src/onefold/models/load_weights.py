@@ -239,9 +239,16 @@ def _adapt_stem(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
             continue
         channels = tensor.shape[1]
         _log.info("the stem is for %d channels, and was made one for %d", channels, wanted)
-        repeated = tensor.repeat(1, -(-wanted // channels), 1, 1)[:, :wanted] * (channels / wanted)
-        out[name] = tensor.sum(1, keepdim=True) if wanted == 1 else repeated
+        out[name] = adapt_first_conv(tensor, wanted)
     return out
+
+
+def adapt_first_conv(weight: Tensor, channels: int) -> Tensor:
+    """Give the weight of a first convolution for so many channels: summed for one, else repeated and scaled."""
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    given = weight.shape[1]
+    return weight.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)
 
 
 def _is_stem(name: str) -> bool:
