@@ -400,9 +400,11 @@ def make(place: Path, span: str) -> None:
                         add(tar, one, value.encode() or JPEG + f"{each} {one}".encode())
         else:
             arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-            cells, _, names = inner.removesuffix(")").partition(":")  # 0 1 1: cat dog are numbers, and their names
+            inner, _, files = inner.removesuffix(")").partition(";")  # 0 1 1: cat dog are numbers, and their names
+            cells, _, names = inner.partition(":")
             labels = [int(cell) if re.fullmatch(r"-?\d+", cell) else cell for cell in cells.split()]
-            table = arrow.table({"image": [{"bytes": JPEG, "path": None} for _ in labels], "label": labels})
+            images = {"image": [{"bytes": JPEG, "path": None} for _ in labels]}
+            table = arrow.table({**({"file_name": files.split()} if files else images), "label": labels})
             if names:
                 features = {"label": {"names": names.split(), "_type": "ClassLabel"}}
                 table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})

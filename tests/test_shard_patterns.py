@@ -483,3 +483,25 @@ def test_images_of_one_sample_and_versions_of_one_photo_in_shards_are_on_one_sid
     info = read_dataset(tmp_path / "q.parquet", seed=0, val_fraction=0.5).info
     assert [split.num_images for split in info.splits] == [4, 4]
     assert not info.notes
+
+
+@pytest.mark.parametrize("chosen", [".", "labels.parquet"])
+def test_parquet_that_names_images_is_a_table_of_these(tmp_path: Path, chosen: str) -> None:
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for i in range(8):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{i}.jpg").write_bytes(jpeg())
+    columns = {
+        "file_name": [f"pictures/{i}.jpg" for i in range(8)],
+        "label": [i // 4 for i in range(8)],
+        "patient": [f"p{i // 2}" for i in range(8)],
+        "embedding": [{"x": 1.0}] * 8,
+    }
+    told = {"info": {"features": {"label": {"names": ["owl", "cat"], "_type": "ClassLabel"}}}}
+    table = arrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(told)})
+    pq.write_table(table, tmp_path / "labels.parquet")
+    splits = read_dataset(tmp_path / chosen, seed=0, val_fraction=0.5)
+    assert splits.info.classes == ("cat", "owl")
+    assert [split.images_per_class for split in splits.info.splits] == [(2, 2), (2, 2)]
+    assert "are of 4 of the column patient" in "\n".join(splits.info.notes)
+    assert not splits.info.left_out

@@ -53,6 +53,7 @@ from onefold.data.group_columns import group_class_folders, group_tables
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
+from onefold.data.parquet import is_parquet_table
 from onefold.data.photo_copies import THUMBNAIL_KIND
 from onefold.data.pixel_tables import find_pixel_columns, read_pixel_tables
 from onefold.data.remote_files import REMOTE_PREFIXES
@@ -87,9 +88,10 @@ def read_place(place: str | Path) -> PlaceImages:
     """Find the images of a place. Raises BadData where it cannot be used, or can be understood in two ways."""
     text, shown = os.fspath(place), printable_name(place)
     is_pattern = "{split}" in text or text.startswith(REMOTE_PREFIXES)
-    if is_pattern or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text)):
-        return read_shard_pattern(text)
     path = Path(text)
+    is_table = not is_pattern and text.endswith(".parquet") and is_parquet_table(path)
+    if is_pattern or (text.endswith(SHARD_SUFFIXES) and not os.path.isdir(text) and not is_table):
+        return read_shard_pattern(text)
     if path.suffix.lower() in (*TABLE_SUFFIXES, LIST_SUFFIX, JSON_SUFFIX) and path.is_file():
         if find_pixel_columns(path):
             return read_pixel_tables(path.parent, [path.name], ())

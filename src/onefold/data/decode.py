@@ -122,6 +122,8 @@ def left_out_reason(kind: str) -> str:
         return "photos that iCloud has not downloaded: download them"
     if kind in ARCHIVE_SUFFIXES:
         return "archives: unpack them"
+    if kind == ".arrow":
+        return "what datasets' save_to_disk writes: write each split as Parquet, load_from_disk(...).to_parquet(...)"
     if kind in (_ARRAYS, _IDX) or kind in _ARRAY_SUFFIXES:
         return "arrays and records are not read: save each picture as a PNG, in the folder of its class"
     return "no image by their first bytes" if kind == _NO_SUFFIX else "no suffix of an image"

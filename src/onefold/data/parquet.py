@@ -18,10 +18,12 @@ from typing import Any
 
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
+from onefold.data.image_lists import TableRows
 from onefold.data.photo_copies import called_as_groups
 from onefold.data.remote_files import open_plain_file
 from onefold.data.table_columns import (
     MultiLabelError,
+    NotATableError,
     cell_text,
     ends_with_class_word,
     is_class_index_column,
@@ -158,14 +160,8 @@ class ParquetImages:
         """Find the columns of the image (by what it holds), of its class and of its split (by their names)."""
         import pyarrow.types as kinds
 
-        def holds_images(name: str) -> bool:
-            kind = schema.field(name).type
-            if kinds.is_struct(kind):
-                return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-            return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
-
         names = list(dict.fromkeys(schema.names))
-        images = [name for name in names if holds_images(name)]
+        images = [name for name in names if _holds_images(schema.field(name).type)]
         images.sort(
             key=lambda name: 9 if (rank := rank_image_column(name)) is None else abs(rank - 1)
         )  # image before path
@@ -188,6 +184,57 @@ class ParquetImages:
                 others = join_names(those[1:])
                 self.notes.append(f"the {what} are the column {those[0]}, not {others}")
         return images[0], ranked[0], next((name for name in classes if is_split_column(name)), None)
+
+
+def is_parquet_table(path: Path) -> bool:
+    """Whether a Parquet file has cells of plain values alone, as a table of names of images and their classes."""
+    try:
+        read_parquet_rows(path)
+    except NotATableError:
+        return False
+    return True
+
+
+def read_parquet_rows(path: Path) -> TableRows:
+    """Read a Parquet file that names images and holds none, as Hugging Face's metadata.parquet, as the rows of a table.
+
+    Numbers that `datasets` named in the schema are these names. Raises NotATableError where it is of other things.
+    """
+    shown = printable_name(path)
+    try:
+        import pyarrow.parquet as pq
+        import pyarrow.types as kinds
+    except ImportError as error:
+        raise NotATableError(f"{shown} needs pyarrow (pip install 'onefold[parquet]')") from error
+    try:
+        os.close(open_plain_file(os.fspath(path), os.O_RDONLY))
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        fields = [schema.field(name) for name in dict.fromkeys(schema.names)]
+        if any(_holds_images(field.type) for field in fields):
+            raise NotATableError(f"{shown} holds images, and names none beside it")
+        names = [field.name for field in fields if not kinds.is_nested(field.type) or kinds.is_list(field.type)]
+        columns = [file.read([name]).column(0).to_pylist() for name in names]
+    except BadData:
+        raise
+    except Exception as error:  # pyarrow's errors have no common root but Exception
+        raise NotATableError(f"cannot read {shown}: {_first_line(error)}") from error
+    for i, name in enumerate(names):
+        if known := _class_names(schema, name):
+            columns[i] = [
+                known[cell] if isinstance(cell, int) and 0 <= cell < len(known) else cell for cell in columns[i]
+            ]
+    rows = [[cell_text(cell) for cell in row] for row in zip(*columns, strict=True)]
+    return TableRows(columns=names, rows=rows, lines=range(1, len(rows) + 1))
+
+
+def _holds_images(kind: Any) -> bool:
+    """Whether a column's type is that of images: bytes, or a struct of bytes and a path."""
+    import pyarrow.types as kinds
+
+    if kinds.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
 
 
 def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:

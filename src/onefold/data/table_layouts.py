@@ -435,6 +435,7 @@ def left_out_files(listing: FolderListing, tables: Collection[LabelTable], used:
     reasons = dict.fromkeys(
         SHARD_SUFFIXES, "beside images in folders, which count: give --data with its path to read it"
     )
-    reasons |= dict.fromkeys((*LABEL_TABLE_SUFFIXES, JSON_SUFFIX), "no table of labels, or not the one that counts")
+    tabled = [suffix for suffix in (*LABEL_TABLE_SUFFIXES, JSON_SUFFIX) if suffix not in SHARD_SUFFIXES]
+    reasons |= dict.fromkeys(tabled, "no table of labels, or not the one that counts")
     read = {path for table in tables for path in (table.path, *table.parts, *table.files)}  # files: masks too
     return listing.left_out({*used, *read}, reasons)

@@ -1,4 +1,4 @@
-"""The rows of a table as they stand in its file: CSV with any separator, with or without a line of names; or JSON.
+"""The rows of a table as they stand in its file: CSV with any separator, a line of names or none; JSON; or Parquet.
 
 A first line that holds the name of an image is no line of names. Then the columns are known by what they hold: names of
 images, words for splits, numbers of the rows, and in the one that is left the classes.
@@ -23,6 +23,7 @@ from onefold.data.json_tables import (
     read_json_table,
 )
 from onefold.data.match_table_paths import ImageIndex
+from onefold.data.parquet import read_parquet_rows
 from onefold.data.pixel_tables import find_pixel_columns
 from onefold.data.splits import parse_split_name
 from onefold.data.table_columns import NotATableError, normalize_number
@@ -47,6 +48,8 @@ def read_rows(file: Path, path: str, images: ImageIndex, notes: list[str]) -> Ta
     is_list, shown = file.suffix.lower() == LIST_SUFFIX, printable_name(file)
     if file.suffix.lower() == JSON_SUFFIX and file.stat().st_size > MAX_JSON_BYTES:
         raise NotATableError(f"{shown} is too large to be tried as a table: save it as JSON Lines or CSV")
+    if file.suffix.lower() == ".parquet":
+        return read_parquet_rows(file)
     text = read_text(file, [] if is_list else notes)
     if is_list and not _is_separated(text):
         return read_image_list(file, path, images, notes)

@@ -60,7 +60,7 @@ from onefold.file_io import normalize_class_name
 
 MAX_CLASSES = 1_000_000
 
-LABEL_TABLE_SUFFIXES = (".csv", ".tsv", *JSON_LINES_SUFFIXES)
+LABEL_TABLE_SUFFIXES = (".csv", ".tsv", *JSON_LINES_SUFFIXES, ".parquet")
 """Of files that may be a table of labels."""
 
 _PREDICTION = re.compile(r"(\S+)(( +-?[0-9.]+){4}( +\S+( +-?[0-9.]+){4})*)")  # a class and a box, and more of them
