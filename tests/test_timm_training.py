@@ -136,7 +136,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(timm, weights, photos, t
         trained(photos, tmp_path / "a", model="timm:test_resnet", weights=run)
     with pytest.raises(BadArgument, match="takes images of 224 pixels alone, not of 32"):
         trained(photos, tmp_path / "a", model="timm:levit_128s")
-    with pytest.raises(BadCheckpoint, match="weights of timm:test_resnet"):
+    with pytest.raises(BadCheckpoint, match=r"does not fit timm:test_resnet .*fc\.weight is 1000x256, and not 1000x96"):
         trained(photos, tmp_path / "a", model="timm:test_resnet", weights=weights)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r'needs timm.*pip install "onefold\[timm\]"'):
