@@ -2,7 +2,7 @@
 
 `read_place` finds the images of a place and the splits that it names; here their classes are numbered, and the missing
 split is made. The classes are those of train, in NFC: as the place numbers them where it does, in the order of numbers
-where they are 0 to N - 1, else sorted by code points. val may lack classes but have no others.
+where all are numbers, else sorted by code points. val may lack classes but have no others.
 
 Where a place has no val it is cut out of train (`splits.split_by_seed`). test is never cut, and never chooses anything:
 it is kept aside and scored by `onefold eval`.
@@ -363,8 +363,8 @@ def _order(reference: SplitImages) -> tuple[tuple[str, ...], str]:
     if reference.numbered is not None:
         return reference.numbered, f"as {reference.source} numbers them"
     names = set(reference.labels)
-    if names == set(map(str, range(len(names)))):
-        return tuple(map(str, range(len(names)))), "in the order of their numbers"
+    if all(name.isascii() and name.isdecimal() for name in names) and len({*map(int, names)}) == len(names):
+        return tuple(sorted(names, key=int)), "in the order of their numbers"
     return tuple(sorted(names)), "sorted by name"
 
 
