@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -675,6 +676,12 @@ SMALL = "mobilenetv1_025.timm"
         lambda sd: {"model": sd, "epoch": 3},
         lambda sd: {"model": {f"module.{k}": v for k, v in sd.items()}},
         lambda sd: {"state_dict": {f"module._orig_mod.{k}": v for k, v in sd.items()}},
+        lambda sd: {k.replace("blocks.", "blocks._orig_mod."): v for k, v in sd.items()},
+        lambda sd: {
+            "model": {"_fsdp_wrapped_module." + k.replace(".0.", ".0._fsdp_wrapped_module."): v for k, v in sd.items()}
+        },
+        lambda sd: {"module." + k.replace(".0.", ".0._checkpoint_wrapped_module."): v for k, v in sd.items()},
+        lambda sd: {re.sub("bn([0-9])[.]", r"bn\1._fsdp_wrapped_module._orig_mod.", k): v for k, v in sd.items()},
         lambda sd: {"state_dict": {k: v * 0 for k, v in sd.items()}, "state_dict_ema": sd},
         lambda sd: {k: v.double() for k, v in sd.items()},
         lambda sd: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in sd.items()},
@@ -687,6 +694,13 @@ def test_wrappings_of_trainers_are_undone(wrap: Callable[[Tensors], Any], tmp_pa
         if key == "conv_stem.weight":
             assert torch.equal(model.state_dict()["stem.conv.0.weight"], tensor)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_two_tensors_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    whole = {**small(), "_orig_mod.conv_stem.weight": small()["conv_stem.weight"] + 1}
+    torch.save(whole, tmp_path / "w.pth")
+    with pytest.raises(BadCheckpoint, match=r"1 are unexpected \(_orig_mod\.conv_stem\.weight\)"):
+        load_model(tmp_path / "w.pth")
 
 
 def test_the_older_torch_save_is_read(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from onefold.models.restricted_unpickler import RefusedError, StoredTensor, Unpi
 
 # Words of averaged weights, in a key of a checkpoint or in front of the tensors' names.
 _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)([._-]|$)|modelema|emamodel", re.I)
+# What wraps parts of a network too: torch.compile, FSDP, checkpointed activations. No layer is called so.
+_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
 _WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "network", "backbone")
 NON_WEIGHT_KEYS = re.compile(r"optim|sched|scaler|rng|loss|criterion|hist|metric|message_hub|loops", re.I)  # of keys
 _MAX_CONTAINERS, _MAX_WRAPPERS = 3, 5  # how deep weights lie in a checkpoint's mappings, and in wrappers
@@ -81,7 +83,7 @@ def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
     queue: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), values)]
     visits: Counter[int] = Counter()  # of a mapping: a forged one contains itself, as often as it likes
     for path, mapping in queue:  # grows
-        leaves = {str(key): value for key, value in mapping.items() if is_tensor(value)}
+        leaves = _without_inner_wrappers({str(key): value for key, value in mapping.items() if is_tensor(value)})
         key = ".".join(path)
         if leaves:
             yield StateDict(key=key, tensors=leaves, averaged=swapped.get(key, bool(_AVERAGED.search(key))))
@@ -91,6 +93,12 @@ def _state_dicts(values: Mapping[Any, Any]) -> Iterator[StateDict]:
                 if visits[id(value)] <= _MAX_NAMES and not is_tensor(value) and not NON_WEIGHT_KEYS.search(str(key)):
                     inner = as_mapping(value)
                     queue += [] if inner is None else [((*path, str(key)), inner)]
+
+
+def _without_inner_wrappers(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors by the names that they have without wrappers of parts; as they are where two would have one name."""
+    renamed = {_INNER_WRAPPERS.sub("", name): leaf for name, leaf in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else tensors
 
 
 def _swapped(values: Mapping[Any, Any]) -> dict[str, bool]:
