@@ -505,3 +505,19 @@ def test_parquet_that_names_images_is_a_table_of_these(tmp_path: Path, chosen: s
     assert [split.images_per_class for split in splits.info.splits] == [(2, 2), (2, 2)]
     assert "are of 4 of the column patient" in "\n".join(splits.info.notes)
     assert not splits.info.left_out
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (".", "1 of 4 shards is not there: s-001.tar"),
+        ("s-{000..005}.tar", "3 of 6 shards are not there: s-001.tar, s-004.tar, s-005.tar"),
+        ("s-*.tar", "1 of 4 shards is not there: s-001.tar"),
+        ("s-{002..003}.tar", ""),
+    ],
+)
+def test_a_gap_among_numbered_shards_is_said(tmp_path: Path, place: str, said: str) -> None:
+    for i in (0, 2, 3):
+        tarred(tmp_path / f"s-{i:03d}.tar", [(f"{kind}/{i}.jpg", jpeg()) for kind in "ab"])
+    notes = read_dataset(str(tmp_path / place), seed=0, val_fraction=0.5).info.notes
+    assert said in notes if said else not notes

@@ -138,12 +138,15 @@ def _check_order(
 ) -> tuple[str, ...]:
     """Give the names of a file, in NFC, where the network does not contradict them."""
     normalized = tuple(map(normalize_class_name, names))
-    outputs = {normalize_class_name(name): i for i, name in enumerate(known or ())}
-    moved = [(name, i) for i, name in enumerate(normalized) if outputs.get(name, i) != i]
-    if not moved or len({*outputs}) < len(known or ()):
+    outputs: dict[str, list[int]] = {}  # two may have one name: ImageNet's cranes
+    for i, name in enumerate(known or ()):
+        outputs.setdefault(normalize_class_name(name), []).append(i)
+    moved = [(name, i) for i, name in enumerate(normalized) if i not in outputs.get(name, [i])]
+    if not moved:
         return normalized
     name, i = moved[0]
-    said = f"{path} has {name!r} at output {i}, and {title} calls its output {outputs[name]} so ({_shown(known or ())})"
+    own = f"calls its output {outputs[name][0]} so ({_shown(known or ())})"
+    said = f"{path} has {name!r} at output {i}, and {title} {own}"
     if not is_numbered:
         raise BadData(
             f"{said}: leave --classes away, or, where its own names are wrong, number the lines (0 {normalized[0]})"

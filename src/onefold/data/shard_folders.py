@@ -1,15 +1,17 @@
 """Places of shards: a folder that holds them, or files and patterns of them, and what lies beside them.
 
-Beside shards lie lists of classes, which name what the shards number (see class_names.py). Of a counted set
+Beside shards lie lists of classes, which name what the shards number (see class_names.py). Of a numbered set
 (train-00000-of-00004.parquet) that is not whole it is said which files are not there.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from onefold.data.class_names import find_class_names
@@ -17,11 +19,13 @@ from onefold.data.dataset_info import LeftOut, PlaceImages, Split
 from onefold.data.decode import printable_name
 from onefold.data.folders import FolderListing, join_names, left_out_images
 from onefold.data.remote_files import REMOTE_PREFIXES
-from onefold.data.shard_patterns import expand_patterns, expand_split_patterns, find_shards, read_shards
+from onefold.data.shard_patterns import expand_braces, expand_patterns, expand_split_patterns, find_shards, read_shards
 from onefold.data.splits import parse_split_name
 from onefold.errors import BadData
 
 _COUNTED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<rest>\.\w+)", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(?P<rest>\.\w+)")
+_MAX_COUNT = 100_000
 
 
 def read_shard_pattern(text: str) -> PlaceImages:
@@ -38,11 +42,25 @@ def read_shard_pattern(text: str) -> PlaceImages:
     if text.startswith(REMOTE_PREFIXES):
         return _read(found, text, left_out, None)
     place = Path(os.path.commonpath([os.path.dirname(os.path.abspath(p)) for paths in found.values() for p in paths]))
+    paths = [path for those in found.values() for path in those]
+    notes = _notes_of_pattern(text, paths)
     others: dict[str, list[str]] = defaultdict(list)
     for name in sorted(os.listdir(place)):
         others[os.path.splitext(name)[1].lower()].append(name)
     listing = FolderListing(images=[], others=others, hidden=0, outputs=[], empty=[])
-    return _read(found, text, left_out, (place, listing))
+    read = _read(found, text, left_out, (place, listing))
+    return replace(read, notes=(*notes, *read.notes[len(_notes_of_missing_shards(paths)) if notes else 0 :]))
+
+
+def _notes_of_pattern(text: str, paths: Sequence[str]) -> list[str]:
+    """Say which files that braces name are not there: what {split} stands for is looked for, not named."""
+    named = [] if "{split}" in text else expand_braces(text)
+    missing = [name for name in named if name not in {*paths} and not glob.has_magic(name)]
+    if not missing or glob.has_magic(named[0]):
+        return []
+    names = [name.rpartition("/")[2] for name in missing]
+    are = "is" if len(missing) == 1 else "are"
+    return [f"{len(missing)} of {len(named)} shards {are} not there: {join_names(names, 3)}"]
 
 
 def read_shard_folder(place: Path, listing: FolderListing, names: Sequence[str]) -> PlaceImages:
@@ -92,19 +110,21 @@ def _read(
 
 
 def _notes_of_missing_shards(paths: Sequence[str]) -> list[str]:
-    """Say which files of counted sets are not there, as 00001 of train-00000-of-00002.parquet alone."""
+    """Say which files of numbered sets are not there: 00001 of train-00000-of-00002.parquet, 1 of train-{0,2}.tar."""
     there: dict[tuple[str, str, str, str], set[str]] = defaultdict(set)
     for path in paths:
-        if match := _COUNTED.fullmatch(path):
-            there[match["stem"], match["of"], match["count"], match["rest"]].add(match["number"])
+        if match := _COUNTED.fullmatch(path) or _NUMBERED.fullmatch(path):
+            of, count = (match["of"], match["count"]) if match.re is _COUNTED else ("", "")
+            there[match["stem"], of, count, match["rest"]].add(match["number"])
     notes = []
     for (stem, of, count, rest), written in there.items():
-        numbers, width = {*map(int, written)}, len(next(iter(written)))
-        first = 1 if int(count) in numbers else 0
-        missing = [number for number in range(first, first + min(int(count), 100_000)) if number not in numbers]
-        if missing:
+        numbers, width = {*map(int, written)}, len(min(written, key=len))
+        first = 1 if count and int(count) in numbers else 0 if count else min(numbers)
+        last = first + int(count) if count else max(numbers) + 1
+        missing = [number for number in range(first, min(last, first + _MAX_COUNT)) if number not in numbers]
+        if missing and (count or 2 * len(missing) < last - first):  # numbers such as years are of no set
             names = [f"{stem.rpartition('/')[2]}{number:0{width}d}{of}{count}{rest}" for number in missing[:4]]
             names += [""] * (len(missing) - len(names))
             are = "is" if len(missing) == 1 else "are"
-            notes.append(f"{len(missing)} of {int(count)} shards {are} not there: {join_names(names, 3)}")
+            notes.append(f"{len(missing)} of {last - first} shards {are} not there: {join_names(names, 3)}")
     return notes

@@ -154,8 +154,8 @@ def find_shards(paths: Sequence[str], *, is_chosen: bool, below: Path | None = N
     return dict(found), left_out
 
 
-def expand_patterns(text: str) -> list[str]:
-    """Expand braces and patterns; of files on this disk only those that are there."""
+def expand_braces(text: str) -> list[str]:
+    """Expand numbers in braces, as in train-{000..009}.tar."""
     names, braces = [text], re.compile(r"\{(\d+)\.\.(\d+)\}")
     while match := braces.search(names[0]):
         first, last = match.groups()
@@ -163,6 +163,12 @@ def expand_patterns(text: str) -> list[str]:
             raise BadData(f"{printable_name(text)} stands for more than {_MAX_SHARDS} files")
         numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
         names = [braces.sub(number, name, count=1) for name in names for number in numbers]
+    return names
+
+
+def expand_patterns(text: str) -> list[str]:
+    """Expand braces and patterns; of files on this disk only those that are there."""
+    names = expand_braces(text)
     if text.startswith(REMOTE_PREFIXES):
         return names
     return [
