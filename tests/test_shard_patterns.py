@@ -521,3 +521,10 @@ def test_a_gap_among_numbered_shards_is_said(tmp_path: Path, place: str, said: s
         tarred(tmp_path / f"s-{i:03d}.tar", [(f"{kind}/{i}.jpg", jpeg()) for kind in "ab"])
     notes = read_dataset(str(tmp_path / place), seed=0, val_fraction=0.5).info.notes
     assert said in notes if said else not notes
+
+
+def test_shards_that_are_there_and_were_not_chosen_are_not_missed(tmp_path: Path) -> None:
+    for i in range(3):
+        shard(tmp_path / f"train-0000{i}-of-00003.parquet", ["cat", "dog"])
+    for chosen in ("train-00000-of-00003.parquet", "train-0000[02]-of-*.parquet"):
+        assert not read_dataset(str(tmp_path / chosen), seed=0, val_fraction=0).info.notes

@@ -113,6 +113,8 @@ def _notes_of_missing_shards(paths: Sequence[str]) -> list[str]:
     """Say which files of numbered sets are not there: 00001 of train-00000-of-00002.parquet, 1 of train-{0,2}.tar."""
     there: dict[tuple[str, str, str, str], set[str]] = defaultdict(set)
     for path in paths:
+        if path.startswith(REMOTE_PREFIXES):
+            continue
         if match := _COUNTED.fullmatch(path) or _NUMBERED.fullmatch(path):
             of, count = (match["of"], match["count"]) if match.re is _COUNTED else ("", "")
             there[match["stem"], of, count, match["rest"]].add(match["number"])
@@ -121,10 +123,13 @@ def _notes_of_missing_shards(paths: Sequence[str]) -> list[str]:
         numbers, width = {*map(int, written)}, len(min(written, key=len))
         first = 1 if count and int(count) in numbers else 0 if count else min(numbers)
         last = first + int(count) if count else max(numbers) + 1
-        missing = [number for number in range(first, min(last, first + _MAX_COUNT)) if number not in numbers]
-        if missing and (count or 2 * len(missing) < last - first):  # numbers such as years are of no set
-            names = [f"{stem.rpartition('/')[2]}{number:0{width}d}{of}{count}{rest}" for number in missing[:4]]
-            names += [""] * (len(missing) - len(names))
+        numbers |= {*range(last)} if last - first > _MAX_COUNT else set()
+        absent = [f"{stem}{i:0{width}d}{of}{count}{rest}" for i in range(first, last) if i not in numbers]
+        if absent and (count or 2 * len(absent) < last - first):  # numbers such as years are of no set
+            missing = [path for path in absent if not os.path.exists(path)]  # what was not chosen is there
+            names = [path.rpartition("/")[2] for path in missing]
             are = "is" if len(missing) == 1 else "are"
-            notes.append(f"{len(missing)} of {last - first} shards {are} not there: {join_names(names, 3)}")
+            notes += (
+                [f"{len(missing)} of {last - first} shards {are} not there: {join_names(names, 3)}"] if missing else []
+            )
     return notes
