@@ -41,6 +41,7 @@ def test_thumbnails_are_known_beside_their_photos(names: list[str], thumbnails: 
         (["a_jpg.rf.1f0c9d.jpg", "a_jpg.rf.2f0c9d.jpg", "b_jpg.rf.3f0c9d.jpg"], [2]),
         (["leaf.JPG", "leaf_90deg.JPG", "leaf_new30degFlipLR.JPG", "tree.JPG"], [3]),
         (["a_aug1.png", "a_aug2.png", "b_aug1.png", "b_aug2.png"], [2, 2]),
+        (["a_orig.png", "a_aug_0.png", "a_aug_1.png", "b_orig.png", "c.png"], [3]),
         (["IMG_1234.jpg", "IMG_E1234.jpg", "IMG_1235.jpg"], [2]),
         (["a.jpg", "a (1).jpg", "a - Copy.jpg", "b.jpg"], [3]),
         (["PXL_1.jpg", "PXL_1-edited.jpg", "PXL_2.jpg", "PXL_2~2.jpg"], [2, 2]),
@@ -94,6 +95,8 @@ def test_a_column_says_of_what_thing_a_photo_is():
     }
     things = {name: cells[name] for name in called_as_groups(cells)}
     assert [*things] == ["lesion_id", "patient"]  # plant: kinds of plants
+    called = ["StudyInstanceUID", "seq_id", "video_name", "observation_id", "plant_name", "group", "", "7"]
+    assert called_as_groups(called) == called[:4]
     assert find_group_column(things, ["n", "m", "n", "m"]) == "patient"
     assert find_group_column({"lesion_id": cells["lesion_id"]}, ["n", "m", "n", "m"]) == "lesion_id"
     assert find_group_column({"patient": ["p", "q", "", ""]}, ["n", "m", "n", "m"]) is None  # none recurs

@@ -60,7 +60,7 @@ from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import without_copies
 from onefold.data.shard_folders import read_shard_folder, read_shard_pattern
 from onefold.data.shard_patterns import SHARD_SUFFIXES
-from onefold.data.split_lists import divide_by_lists, read_split_lists
+from onefold.data.split_lists import divide_by_lists, read_split_lists, unread_lists_note
 from onefold.data.splits import parse_split_name
 from onefold.data.table_columns import MultiLabelError
 from onefold.data.table_layouts import (
@@ -74,7 +74,6 @@ from onefold.data.table_layouts import (
     prefer_tables,
     read_tabled,
     table_split,
-    unread_lists_note,
 )
 from onefold.data.tables import LABEL_TABLE_SUFFIXES as TABLE_SUFFIXES
 from onefold.data.tables import LabelTable, read_table
@@ -176,10 +175,10 @@ def _read_listing(
                 raise found.refused
             which = join_names(sorted(class_names), 3)
             notes += [] if tabled else [f"{which} are classes here: if they are parts of one dataset, add a labels.csv"]
-        if not outer:
-            given = zip(listing.images, assign_images(listing.images, arrangement), strict=True)
-            classes = {image: folder[1] for image, folder in given if folder}
-            outer = read_split_lists(place, listing, classes)
+    if problem is None and is_sure and not outer and all(folder.split != "val" for folder in arrangement.folders):
+        given = zip(listing.images, assign_images(listing.images, arrangement), strict=True)
+        classes = {image: folder[1] for image, folder in given if folder}
+        outer = read_split_lists(place, listing, classes)
     try:
         chosen: Sequence[LabelTable] = choose_tables(tabled or outer, shown, notes)
         chosen = divide_by_lists(place, listing, chosen, notes)
@@ -333,7 +332,7 @@ def _foldered(
     rest = [image for image, a in zip(listing.images, assigned, strict=True) if a is None and image not in listed]
     rest = [image for image in rest if image not in unlabelled]
     kinds = [*(["class folders"] if any(f.classes for f in arrangement.folders) else [])]
-    if set(by_split) == {None}:
+    if "val" not in by_split:
         texts = [name for suffix in (".txt", ".json", ".mat") for name in listing.others.get(suffix, ())]
         notes = [*notes, *unread_lists_note(texts)]
     kinds += sorted({table.path.rpartition("/")[2] for table in tables.values()})

@@ -184,8 +184,10 @@ def _check_held_out(level: Folder, split: Split, place: str) -> None:
 
 def _nested(level: Folder) -> tuple[str, ...]:
     """Say which class folders hold several folders of images, or one beside images: classes, versions, or trash."""
-    folders = level.children.items()
-    nested = {n: sorted(f.children) for n, f in folders if len(f.children) > 1 or (f.children and f.num_direct)}
+    nested = {}
+    for name, folder in level.children.items():
+        if len(folder.children) > (not folder.num_direct and folder.children.keys().isdisjoint(level.children)):
+            nested[name] = sorted(folder.children)
     shown = f"{join_names(sorted(nested), 3)}: a class with all folders inside"
     return tuple(f"{shown} ({name}/: {join_names(nested[name], 3)})" for name in sorted(nested)[:1])
 

@@ -42,11 +42,13 @@ _VERSION_FOLDERS = frozenset(
 _MADE = (
     r"(?:aug(?:mented)?|flip(?:ped)?(?:lr|tb|ud|[hv])?|[hv]flip|mirror(?:ed)?|rot(?:at(?:ed?|ion))?|crop(?:ped)?|blur(?:red)?"
     r"|nois[ey]|bright(?:ness|er|ened)?|edit(?:ed)?|bearbeitet|copy|kopie|copie|copia|(?:new)?\d{1,3}deg(?:flip(?:lr|tb))?"
-    r"|\d{2,5}x\d{2,5}|scaled|thumb(?:nail)?)"
+    r"|\d{2,5}x\d{2,5}|scaled|thumb(?:nail)?|orig(?:inal)?)"
 )
 _OF_PHOTO = re.compile(rf"(?P<photo>.*?)(?:\.rf\.[0-9a-z]{{6,}}|(?:[ _.-]+{_MADE}[ _-]?\(?\d{{0,4}}\)?)+|~\d)")
 _BESIDE = re.compile(r"(?P<photo>.+?)(?: ?\(\d{1,2}\)| \d)|(?P<phone>img_)e(?P<number>\d{4,})")
-_HINTS = re.compile(r"\.rf\.|~\d|\dx\d|deg|aug|flip|mirror|rot|crop|blur|nois|bright|edit|bearb|cop|kopie|scaled|thumb")
+_HINTS = re.compile(
+    r"\.rf\.|~\d|\dx\d|deg|aug|flip|mirror|rot|crop|blur|nois|bright|edit|bearb|cop|kopie|scaled|thumb|orig"
+)
 _SERIES = re.compile(r".*(?P<burst>burst\d{8,}).*|(?P<video>.*[^\W_].*?)[ _.-]*frame[ _.-]*\d+")
 _CONVERTED = (".heic", ".heif", ".hif", ".avif", ".webp")  # of which phones and tools write a JPEG too
 _ROBOFLOW = re.compile(r"(?P<photo>.+)\.rf\.[0-9A-Za-z]{6,}\.\w+")
@@ -56,9 +58,11 @@ _THINGS = frozenset(("patient", "lesion", "subject", "participant", "person", "i
     *("video", "clip", "recording", "burst")
 }
 _NUMBERED_THINGS = frozenset(("plant", "tree", "leaf", "animal", "sequence", "scene", "session", "study", "case")) | {
-    *("group", "slide", "trap", "tile", "family", "eye", "wound", "nodule", "scan", "object", "instance", "camera")
+    *("group", "slide", "trap", "tile", "family", "eye", "wound", "nodule", "scan", "object", "instance", "camera"),
+    *("series", "seq", "observation"),
 }  # with a word for a key: a column `plant` has kinds
-_KEY_WORDS = frozenset(("id", "ids", "no", "nr", "number", "code", "key", "uid", "idx", "index"))
+_KEY_WORDS = frozenset(("id", "ids", "no", "nr", "number", "code", "key", "uid", "idx", "index", "instance"))
+_NAME_WORDS = frozenset(("name", "file", "path"))  # of a video; a plant's is a kind
 
 
 def find_masks(names: Sequence[str]) -> list[str]:
@@ -189,8 +193,9 @@ def called_as_groups(names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         words = split_into_words(name)
-        is_thing = words[:1] and (words[0] in _THINGS or (words[0] in _NUMBERED_THINGS and len(words) > 1))
-        if is_thing and {*words[1:]} <= _KEY_WORDS:
+        is_sure = {*words[:1]} <= _THINGS
+        is_thing = is_sure or (words[0] in _NUMBERED_THINGS and len(words) > 1)
+        if words and is_thing and {*words[1:]} <= (_KEY_WORDS | _NAME_WORDS if is_sure else _KEY_WORDS):
             found.append(name)
     return found
 

@@ -11,16 +11,19 @@ knows.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from onefold.data.dataset_info import Split
 from onefold.data.decode import printable_name
+from onefold.data.folder_roles import FolderRoles
 from onefold.data.folders import FolderListing, join_names
 from onefold.data.image_lists import LIST_SUFFIX
 from onefold.data.match_table_paths import ImageIndex
-from onefold.data.splits import parse_split_name, split_into_words
+from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words
 from onefold.data.table_columns import is_split_column, read_split_column
 from onefold.data.table_rows import read_rows
 from onefold.data.tables import LabelTable
@@ -162,3 +165,38 @@ def refuse_partitions(paths: Sequence[str], shown: str) -> None:
             f"{shown} holds {len(partitions)} sets of splits: {first[split]} and {others[split]} may each be {split}: "
             f"keep the files of one ({join_names(list(first.values()))}), and move the others away"
         )
+
+
+def unread_lists_note(names: Iterable[str]) -> list[str]:
+    """Say which of these texts are called as if they said splits."""
+    stems = {name: os.path.splitext(name)[0].rpartition("/")[2] for name in names}
+    words = {*SPLIT_WORDS, "split", "splits", "partition", "partitions"}
+    lists = [name for name, stem in stems.items() if not words.isdisjoint(split_into_words(stem))]
+    sentence = "(lists that may say splits) stay unread: write splits into a table or folders"
+    return [f"{join_names(lists, 3)} {sentence}"] if lists else []
+
+
+def test_beside(
+    tables: Sequence[LabelTable], arrangement: FolderRoles, folders: Mapping[str, tuple[int, str] | None]
+) -> LabelTable | None:
+    """Give the images of test/ as a table of their own, where tables divide all of train/, and list none of these."""
+    split = {file: arrangement.folders[given[0]].split for file, given in folders.items() if given}
+    listed = {file for table in tables for file in table.files}
+    said = {*(said for _, said in said_splits(tables)), *(split.get(file) for file in listed)}
+    test = {file: given[1] for file, given in folders.items() if given and split[file] == "test"}
+    roots = [folder.root for folder in arrangement.folders if folder.split == "test"]
+    if not (len(roots) == 1 and parse_split_name(Path(roots[0]).stem)) or not {*split} - {*test} <= listed:
+        return None
+    files, labels = tuple(test), tuple(test.values())
+    table = LabelTable(path=roots[0], files=files, labels=labels, numbered=None, splits=None, notes=())
+    return None if "test" in said else table
+
+
+def said_splits(tables: Sequence[LabelTable]) -> Iterator[tuple[str, Split]]:
+    """Give the images of tables that say splits, by a column or by the table's name, with these."""
+    for table in tables:
+        said = parse_split_name(Path(table.path).stem)
+        for i, file in enumerate(table.files if table.splits or said else ()):
+            split = table.splits[i] if table.splits else said.split if said else None
+            if split:
+                yield file, split

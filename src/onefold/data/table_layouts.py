@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -25,8 +25,8 @@ from onefold.data.image_lists import LIST_SUFFIX, NUMBERED_IMAGES
 from onefold.data.json_tables import JSON_SUFFIX
 from onefold.data.match_table_paths import ImageIndex, OtherImagesError
 from onefold.data.shard_patterns import SHARD_SUFFIXES
-from onefold.data.split_lists import divide_by_lists, refuse_partitions
-from onefold.data.splits import SPLIT_WORDS, parse_split_name, split_into_words, splits_by_folder_name
+from onefold.data.split_lists import divide_by_lists, refuse_partitions, said_splits, test_beside, unread_lists_note
+from onefold.data.splits import parse_split_name, split_into_words, splits_by_folder_name
 from onefold.data.table_columns import MultiLabelError, NotATableError, normalize_number
 from onefold.data.tables import LABEL_TABLE_SUFFIXES, LabelTable, read_table
 from onefold.errors import BadData
@@ -237,7 +237,7 @@ def prefer_tables(
     says_splits = len(tables) > 1 or any(table.splits for table in tables)
     labelled, listed = {file for file, given in folders.items() if given}, {file for file, _ in rows}
     splits = {file: arrangement.folders[given[0]].split for file, given in folders.items() if given}
-    moved = [(file, said, splits[file]) for file, said in _said_splits(tables) if splits.get(file) not in (None, said)]
+    moved = [(file, said, splits[file]) for file, said in said_splits(tables) if splits.get(file) not in (None, said)]
     is_finer = "val" not in splits.values() and bool(moved) and all(each[1:] == ("val", "train") for each in moved)
     covers = labelled < listed if is_split and not is_finer else labelled <= listed  # also a test/ without folders
     class_names = {name for folder in arrangement.folders for name in folder.classes}
@@ -252,10 +252,14 @@ def prefer_tables(
     if not pairs:
         return None
     is_preferred = says_splits and covers and (not differing or _is_renaming(pairs))
+    if is_finer and not differing and (tested := test_beside(tables, arrangement, folders)):
+        return [*tables, tested]
     if moved and not (is_finer and is_preferred):
         file, said, split = moved[0]
         which = f"({said}, not {split}, of {file}; {len(moved)} of {len(given_rows)} images)"
-        other = "and counts" if is_preferred else f"which count: give --data {shown}/{tables[0].path} for the table"
+        path = tables[0].path
+        advice = "" if path.lower().endswith(LIST_SUFFIX) else f": give --data {shown}/{path} for the table"
+        other = "and counts" if is_preferred else f"which count{advice}"
         notes.append(f"{paths} says other splits than the folders {which}, {other}")
     if not differing:
         if says_splits and covers:
@@ -294,16 +298,6 @@ def prefer_tables(
         f"{shown}: {paths} says other classes than the folders {seen}: give --data {shown}/{tables[0].path} for the "
         "table, or move the table away for the folders"
     )
-
-
-def _said_splits(tables: Sequence[LabelTable]) -> Iterator[tuple[str, Split]]:
-    """Give the images of tables that say splits, by a column or by the table's name, with these."""
-    for table in tables:
-        said = parse_split_name(Path(table.path).stem)
-        for i, file in enumerate(table.files if table.splits or said else ()):
-            split = table.splits[i] if table.splits else said.split if said else None
-            if split:
-                yield file, split
 
 
 def _name_numbers(
@@ -419,15 +413,6 @@ def table_split(place: Path, table: LabelTable, split: Split | None, source: str
         group_column=table.group_column,
         open=lambda numbers, classes: ImageFiles(root, names, numbers, classes),
     )
-
-
-def unread_lists_note(names: Iterable[str]) -> list[str]:
-    """Say which of these texts are called as if they said splits."""
-    stems = {name: os.path.splitext(name)[0].rpartition("/")[2] for name in names}
-    words = {*SPLIT_WORDS, "split", "splits", "partition", "partitions"}
-    lists = [name for name, stem in stems.items() if not words.isdisjoint(split_into_words(stem))]
-    sentence = "(lists that may say splits) stay unread: write splits into a table or folders"
-    return [f"{join_names(lists, 3)} {sentence}"] if lists else []
 
 
 def left_out_files(listing: FolderListing, tables: Collection[LabelTable], used: Collection[str] = ()) -> list[LeftOut]:
