@@ -528,3 +528,9 @@ def test_shards_that_are_there_and_were_not_chosen_are_not_missed(tmp_path: Path
         shard(tmp_path / f"train-0000{i}-of-00003.parquet", ["cat", "dog"])
     for chosen in ("train-00000-of-00003.parquet", "train-0000[02]-of-*.parquet"):
         assert not read_dataset(str(tmp_path / chosen), seed=0, val_fraction=0).info.notes
+
+
+def test_numbers_that_are_keys_count_no_shards(tmp_path: Path) -> None:
+    for key in ("999999999999", "1", "3"):
+        tarred(tmp_path / f"s-{key}.tar", [(f"{kind}/{key}.jpg", jpeg()) for kind in "ab"])
+    assert not read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes

@@ -123,13 +123,13 @@ def _notes_of_missing_shards(paths: Sequence[str]) -> list[str]:
         numbers, width = {*map(int, written)}, len(min(written, key=len))
         first = 1 if count and int(count) in numbers else 0 if count else min(numbers)
         last = first + int(count) if count else max(numbers) + 1
-        numbers |= {*range(last)} if last - first > _MAX_COUNT else set()
+        if last - first > _MAX_COUNT:  # keys and times, not counts
+            continue
         absent = [f"{stem}{i:0{width}d}{of}{count}{rest}" for i in range(first, last) if i not in numbers]
         if absent and (count or 2 * len(absent) < last - first):  # numbers such as years are of no set
             missing = [path for path in absent if not os.path.exists(path)]  # what was not chosen is there
             names = [path.rpartition("/")[2] for path in missing]
             are = "is" if len(missing) == 1 else "are"
-            notes += (
-                [f"{len(missing)} of {last - first} shards {are} not there: {join_names(names, 3)}"] if missing else []
-            )
+            said = f"{len(missing)} of {last - first} shards {are} not there: {join_names(names, 3)}"
+            notes += [said] if missing else []
     return notes
