@@ -85,3 +85,13 @@ def test_names_with_commas_and_words_for_columns_are_names(tmp_path: Path) -> No
     for names in (("tench, Tinca tinca", "goldfish, Carassius auratus"), ("species", "breed"), ("cat, wild", "dog")):
         (tmp_path / "c.txt").write_text("\n".join(names))
         assert read_class_names(tmp_path / "c.txt", 2, "w") == names
+
+
+def test_a_list_of_fewer_classes_than_there_are_is_said(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("owl\nemu\n")
+    (tmp_path / "labels.csv").write_text("file,class_id\n" + "".join(f"{i}.jpg,{i % 3}\n" for i in range(6)))
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(b"\xff\xd8\xff\xe0%d" % i)
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.5).info
+    assert info.classes == ("0", "1", "2")
+    assert "classes.txt is not used: it has 2 names, and the classes are 0, 1, 2" in info.notes

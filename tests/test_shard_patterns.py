@@ -534,3 +534,40 @@ def test_numbers_that_are_keys_count_no_shards(tmp_path: Path) -> None:
     for key in ("999999999999", "1", "3"):
         tarred(tmp_path / f"s-{key}.tar", [(f"{kind}/{key}.jpg", jpeg()) for kind in "ab"])
     assert not read_dataset(tmp_path, seed=0, val_fraction=0.5).info.notes
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "values", "message"),
+    [
+        (
+            "train-0",
+            "split",
+            ["train", "val"] * 2,
+            "train-0.parquet is train by its name, and its column split says train",
+        ),
+        ("validation-0", "split", ["train"] * 4, "is val by its name, and its column split says train"),
+        ("train-0", "is_valid", [False] * 4, ""),
+        ("validation-0", "is_train", [False] * 4, ""),
+        ("train-0", "fold", [0, 1, 2, 3], ""),
+    ],
+)
+def test_a_parquet_file_whose_column_says_another_split_than_its_name_is_refused(
+    tmp_path: Path, file: str, column: str, values: list[object], message: str
+) -> None:
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"image": [jpeg() for _ in range(4)], "label": ["a", "b"] * 2, column: values})
+    pq.write_table(table, tmp_path / f"{file}.parquet")
+    if message:
+        with pytest.raises(BadData, match=message):
+            read_dataset(tmp_path, seed=0, val_fraction=0.5)
+    else:
+        read_dataset(tmp_path, seed=0, val_fraction=0.5)
+
+
+def test_a_column_of_splits_in_some_files_alone_is_refused(tmp_path: Path) -> None:
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": [jpeg() for _ in range(4)], "label": ["a", "b"] * 2}
+    pq.write_table(arrow.table(columns), tmp_path / "x.parquet")
+    pq.write_table(arrow.table({**columns, "split": ["train", "val"] * 2}), tmp_path / "y.parquet")
+    with pytest.raises(BadData, match=r"y\.parquet has the column split, and x\.parquet has none"):
+        read_dataset(tmp_path, seed=0, val_fraction=0.5)

@@ -43,8 +43,8 @@ class ClassList:
 
 def read_class_lists(text: str, *, is_table: bool) -> list[ClassList]:
     """Give what a text may say of classes, the likely first; `is_table` where its suffix is one of tables (.csv)."""
-    if (listed := _parse_yaml_names(text)) is not None:
-        return [*_numbered(listed), ClassList(listed)]
+    if found := read_yaml_lists(text):
+        return found
     whole = [line.strip() for line in text.split("\n") if line.strip()]
     lines = [line for line in whole if not line.startswith("#")]
     if not lines:
@@ -67,6 +67,12 @@ def read_class_lists(text: str, *, is_table: bool) -> list[ClassList]:
     else:
         found.append(ClassList(lines))
     return [*found, ClassList(whole, is_exact=True)]
+
+
+def read_yaml_lists(text: str) -> list[ClassList]:
+    """Give what is under `names` in a text of YAML; nothing where there is no such key."""
+    listed = _parse_yaml_names(text)
+    return [] if listed is None else [*_numbered(listed), ClassList(listed)]
 
 
 def _numbered(lines: Sequence[str]) -> Iterator[ClassList]:

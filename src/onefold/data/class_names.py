@@ -5,6 +5,7 @@
 | categories_places365.txt, label_map.csv | a name and its number, in any order; a `/a/` before it is cut off |
 | classes.txt, synsets.txt | a name: of 0 on, or of 1 on where the tables number so |
 | list_category_cloth.txt | a name of 1 on, after a first line with their count |
+| data.yaml (Ultralytics) | an array or an object under `names` |
 | label_num_to_disease_map.json | an object of names by number or numbers by name, an array of names |
 
 A file counts where it is called so and names every number of the tables, or of folders that are called by numbers.
@@ -22,7 +23,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from onefold.data.class_lists import ClassList, read_class_lists
+from onefold.data.class_lists import ClassList, read_class_lists, read_yaml_lists
 from onefold.data.decode import SUFFIXES
 from onefold.data.folders import FolderListing, join_names
 from onefold.data.image_lists import LIST_SUFFIX
@@ -33,8 +34,10 @@ from onefold.errors import BadData
 from onefold.file_io import normalize_class_name, parse_json, read_text
 
 _CALLED = re.compile(r"class|label|categor|names?$|synset|disease|species|breed|map", re.IGNORECASE)
+_LIST = re.compile(r"(obj[._])?(class(es)?|labels?|categor(y|ies))([ _-]?names?)?|names|synsets", re.IGNORECASE)
+_YAML = re.compile(r"(?:.*/)?(?:data|dataset)\.ya?ml", re.IGNORECASE)  # Ultralytics'
 _TABLE_SUFFIXES = (".csv", ".tsv")
-_NAME_SUFFIXES = (LIST_SUFFIX, *_TABLE_SUFFIXES, JSON_SUFFIX, ".names")
+_NAME_SUFFIXES = (LIST_SUFFIX, *_TABLE_SUFFIXES, JSON_SUFFIX, ".names", ".yaml", ".yml")
 _MAX_BYTES = 1 << 22
 _MAX_FILES, _MAX_DEPTH = 50, 2
 _INITIAL = re.compile(r"/?[a-z]/")
@@ -72,6 +75,9 @@ def find_class_names(
             if len(numbers) <= len({*read[0].names}) == count:
                 shown = join_names(sorted(numbers, key=int), 3)
                 notes.append(f"{path} may name the classes: it cannot be told which of its {count} names is {shown}")
+            elif _LIST.fullmatch(os.path.splitext(path.rpartition("/")[2])[0]) and count > 1:
+                shown = join_names(sorted(numbers, key=int), 3)
+                notes.append(f"{path} is not used: it has {count} names, and the classes are {shown}")
     if not names:
         return {}, ()
     first = next(iter(names.values()))
@@ -110,7 +116,7 @@ def _candidates(place: Path, listing: FolderListing, used: Collection[str]) -> l
         with suppress(OSError):
             around = sorted(path for path in place.absolute().parent.iterdir() if path.suffix.lower() in _NAME_SUFFIXES)
             found += [f"../{path.name}" for path in around if path.is_file()]
-    found = [path for path in found if _CALLED.search(os.path.splitext(path.rpartition("/")[2])[0])]
+    found = [p for p in found if _CALLED.search(os.path.splitext(p.rpartition("/")[2])[0]) or _YAML.fullmatch(p)]
     return [path for path in found[:_MAX_FILES] if (place / path).stat().st_size <= _MAX_BYTES]
 
 
@@ -120,6 +126,8 @@ def _read_names(file: Path) -> list[ClassList]:
         if file.suffix.lower() == JSON_SUFFIX:
             names = _read_json_names(parse_json(read_text(file)))
             return [ClassList(names)] if names else []
+        if file.suffix.lower() in (".yaml", ".yml"):
+            return read_yaml_lists(read_text(file))
         return read_class_lists(read_text(file), is_table=file.suffix.lower() in _TABLE_SUFFIXES)
     except (BadData, ValueError, OSError):
         return []

@@ -40,6 +40,7 @@ from onefold.data.shard_classes import FindNames, forget_missing_words_, group_i
 from onefold.data.splits import SPLIT_WORDS, SplitName, parse_split_name, resolve_ambiguous_split
 from onefold.data.table_columns import (
     read_split_column,
+    split_word,
 )
 from onefold.data.tars import TarImages, left_out_members, read_tar_index, tars_by_split
 from onefold.errors import BadData
@@ -264,7 +265,20 @@ def _parquet_by_split(
     files: Sequence[ParquetImages], split: Split | None, shown: str, left_out: list[LeftOut], notes: list[str]
 ) -> dict[Split | None, list[ParquetImages]]:
     """Divide the images of Parquet files: of `split` all, without one as their column says that tells the split."""
+    for file in files if split else ():
+        said = {parse_split_name(split_word(file.split_column or "", value)) for value in {*file.split_values}}
+        inside = {each.split for each in said if each} if None not in said else set()
+        if inside - {split} if split == "train" else "train" in inside:
+            which = f"{printable_name(file.path.name)} is {split} by its name, and its column {file.split_column}"
+            what = f"says {' and '.join(sorted(inside))}"
+            raise BadData(f"{shown}: {which} {what}: rename it, or give it by itself for what the column says")
     columns = {file.split_column for file in files}
+    if split is None and None in columns and len(columns) > 1:
+        some, none = (next(f for f in files if bool(f.split_column) is has) for has in (True, False))
+        which = f"{printable_name(some.path.name)} has the column {some.split_column}"
+        raise BadData(
+            f"{shown}: {which}, and {printable_name(none.path.name)} has none: write it into all, or into none"
+        )
     splits: Sequence[Split | None] | None = None
     if split is None and len(columns) == 1 and (column := columns.pop()):  # of all files, since each may have one value
         splits = read_split_column(column, [value for file in files for value in file.split_values], shown, notes)
