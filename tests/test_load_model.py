@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import json
@@ -718,6 +719,69 @@ def test_a_size_that_is_no_square_is_said(
     assert stated["size"] == size
     assert ("here they are squares" in caplog.text) == bool(said)
     assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("squash", "the weights' config resizes images without their aspect ratio; here the middle square is taken"),
+        ("border", "the weights' config pads images to squares; here the middle square is taken"),
+        ("corner", "the weights' config states crop_mode 'corner'; here the middle square is taken"),
+        ("center", ""),
+        (None, ""),
+    ],
+)
+@pytest.mark.parametrize("place", ["config.json", "args"])
+def test_another_way_to_crop_is_said(
+    place: str, mode: str | None, said: str, tmp_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    stated = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64], "crop_mode": mode}
+    beside = {"args": argparse.Namespace(**stated)} if place == "args" else {}
+    torch.save({"state_dict": model.state_dict(), **beside}, tmp_path / "w.pth")
+    if place == "config.json":
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": stated}))
+    caplog.set_level(logging.INFO, "onefold")
+    assert load_model(tmp_path / "w.pth", name=NAME)[1].preprocessing["size"] == 64
+    assert said in caplog.text
+    assert ("here the middle square" in caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("args", "size", "untold"),
+    [
+        ({"input_size": 96, "crop_pct": 0.9}, 96, r"the mean and std of images: as \S+ \(mean 0.485 0.456 0.406\)"),
+        ({"input_size": (96, 96)}, 96, "the mean and std of images"),
+        ({"img_size": [96, 96], "mean": [0.5] * 3, "std": [0.5] * 3}, 96, ""),
+        ({"image_size": 96, "mean": [0.5] * 3, "std": [0.5] * 3}, 96, ""),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3}, 224, r"the size of images: as \S+ \(224 pixels\)"),
+        ({"crop_pct": 0.9}, 224, r"how images are prepared: as \S+ \(224 pixels, mean 0.485 0.456 0.406\)"),
+        ({"lr": 0.1}, 224, r"how images are prepared: as \S+ \(224 pixels, mean 0.485 0.456 0.406\)"),
+    ],
+)
+def test_each_part_of_the_preprocessing_that_is_not_told_is_said(
+    args: dict[str, Any], size: int, untold: str, tmp_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(**args)}, tmp_path / "w.pth")
+    caplog.set_level(logging.INFO, "onefold")
+    assert load_model(tmp_path / "w.pth", name=NAME)[1].preprocessing["size"] == size
+    assert re.search(f"does not tell its padding, activation and epsilon{' or ' * bool(untold)}{untold}", caplog.text)
+    assert ("images" in caplog.text) == bool(untold)
+
+
+@pytest.mark.parametrize("key", ["pretrained_cfg", "default_cfg"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_timms_configuration_within_a_file_is_read(
+    suffix: str, key: str, tmp_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.95}
+    if suffix == "pth":
+        torch.save({"state_dict": model.state_dict(), key: config}, tmp_path / "w.pth")
+    else:
+        save_file(dict(model.state_dict()), tmp_path / "w.safetensors", {key: json.dumps(config)})
+    caplog.set_level(logging.INFO, "onefold")
+    told = load_model(tmp_path / f"w.{suffix}", name=NAME)[1].preprocessing
+    assert (told["size"], told["mean"], told["std"], told["crop_pct"]) == (96, (0.5,) * 3, (0.25,) * 3, 0.95)
+    assert "how images are prepared" not in caplog.text
 
 
 def write_shards(model: nn.Module, folder: Path, metadata: dict[str, str] | None = None) -> None:

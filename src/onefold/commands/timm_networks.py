@@ -34,6 +34,7 @@ from onefold.models.weights_file import (
     Card,
     is_onefold_file,
     preprocessing_from_config,
+    tell_crop_mode,
     verify_checksums,
     write_weights,
 )
@@ -82,6 +83,7 @@ def open_pretrained(spec: str) -> tuple[nn.Module, Card]:
         ) from error
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     names = config.get("label_names")
+    tell_crop_mode(config.get("crop_mode"))
     num_classes = int(getattr(model, "num_classes", 0))
     card = replace(
         timm_card(model_name),
@@ -231,7 +233,10 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
     channels = next((int(stem.shape[1]) for stem in stems if stem.dim() == 4), 3)
     preprocessing = _preprocessing(model_name, channels, quiet=quiet).to_dict()
     stated = preprocessing_from_config(file.config, preprocessing)
-    stated = stated or preprocessing_from_config(find_preprocessing(contents.extras), preprocessing)
+    beside = {**contents.metadata, **contents.extras}
+    stated = stated or preprocessing_from_config(find_preprocessing(beside), preprocessing)
+    if not stated and not quiet:
+        tell_crop_mode(config.crop_mode)
     preprocessing |= adapt_preprocessing_to_channels({**preprocessing, **stated}, channels)
     labels = config.label_names
     classes = tuple(labels) if labels and len(labels) == num_classes else None
@@ -245,10 +250,10 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
         licence=file.licence or (str(config.license or "") if "." in name else ""),
         source=f"timm {_timm(model_name).__version__}, from {source}",
     )
-    beside = [name for name in contents.outside if not name.startswith(tuple(f"{part}." for part in last))]
-    if not quiet and (losses := [name for name in beside if tensors[name].ndim > 0]):
+    others = [name for name in contents.outside if not name.startswith(tuple(f"{part}." for part in last))]
+    if not quiet and (losses := [name for name in others if tensors[name].ndim > 0]):
         _log.info("%s: %d tensors beside the network are left out (%s)", source, len(losses), ", ".join(losses[:3]))
-    return card, {name: tensor for name, tensor in tensors.items() if name not in beside}
+    return card, {name: tensor for name, tensor in tensors.items() if name not in others}
 
 
 def _class_names(

@@ -228,16 +228,24 @@ def find_preprocessing(extras: Mapping[str, object]) -> dict[str, Any]:
             inner = inner.values if isinstance(inner, UnpickledObject) else inner
             if key in ("data_preprocessor", "img_norm_cfg") and isinstance(inner, Mapping):
                 return {"data_preprocessor": inner}
+    for key in ("pretrained_cfg", "default_cfg"):  # timm's own, also as JSON in the header of a safetensors file
+        given = extras.get(key)
+        with suppress(ValueError):
+            given = parse_json(given) if isinstance(given, str) and len(given) < _MAX_TEXT else given
+        given = given.values if isinstance(given, UnpickledObject) else given
+        if isinstance(given, Mapping) and given:
+            return {"pretrained_cfg": given}
     for key in ("args", "config", "hyper_parameters", "hparams", "opt"):
         given = extras.get(key)
         table = given.values if isinstance(given, UnpickledObject) else given
         if not isinstance(table, Mapping):
             continue
-        keys = ("mean", "std", "crop_pct", "interpolation", "input_size")
+        keys = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "input_size")
         stated = {key: table[key] for key in keys if table.get(key) is not None}
-        size, resized = table.get("val_crop_size", table.get("img_size")), table.get("val_resize_size")
-        if isinstance(size, int) and "input_size" not in stated:
-            stated["size"] = size
+        sizes = (table.get(key) for key in ("val_crop_size", "img_size", "image_size"))
+        size, resized = next((size for size in sizes if size is not None), None), table.get("val_resize_size")
+        if isinstance(size, (int, list, tuple)) and "input_size" not in stated:
+            stated["input_size"] = size
         if isinstance(size, int) and isinstance(resized, int) and resized:  # torchvision's
             stated["crop_pct"] = size / resized
         if stated:

@@ -213,9 +213,13 @@ def _card(
     if not quiet and len({**default, **stated}["mean"]) != weights.in_chans:
         kind = "grey images" if weights.in_chans == 1 else f"images of {weights.in_chans} channels"
         _log.info("%s is for %s: its mean and std are the averages of the colours'", file.source, kind)
-    untold = ["its padding, activation and epsilon"] * bool(others) + ["how images are prepared"] * (not stated)
+    untold = ["its padding, activation and epsilon"] * bool(others)
+    taken = {"size": f"{default['size']} pixels", "mean": f"mean {' '.join(map(str, default['mean']))}"}
+    assumed = [key for key in taken if key not in stated]
+    what = {"size": "the size of images", "mean": "the mean and std of images"}
+    untold += ["how images are prepared"] if len(assumed) == len(taken) else [what[key] for key in assumed]
     if untold and not quiet:
-        size = "" if stated else f" ({default['size']} pixels, mean {' '.join(map(str, default['mean']))})"
+        size = f" ({', '.join(taken[key] for key in assumed)})" if assumed else ""
         short = [*others[:1], *(f".{other.partition('.')[2]}" if "." in other else other for other in others[1:])]
         wrong = f"; if that is wrong: --model {', '.join(short)}" if others else ""
         if weights.num_classes == NUM_IMAGENET_CLASSES + 1 and others:

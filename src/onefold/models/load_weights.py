@@ -126,7 +126,7 @@ def parse_weights(contents: CheckpointContents, path: Path, *, quiet: bool = Fal
         unexpected={key: contents.tensors[key] for key in keys if key not in names},
         card=card,
         origin=contents.weights,
-        extras=contents.extras,
+        extras={**contents.metadata, **contents.extras},
     )
     head = weights.tensors.get(CLASSIFIER_KEYS[0])
     if head is not None and (head.ndim != 2 or head.shape[1] < _MIN_FEATURES):

@@ -263,7 +263,17 @@ def _of_timm(settings: Mapping[str, Any]) -> dict[str, Any]:
         stated["size"] = settings["size"]
     if isinstance(size, (list, tuple)) and len(size) == 3:
         stated |= {"channels": size[0], "size": _side(list(size[1:]))}
+    elif size is not None:
+        stated["size"] = _side(list(size) if isinstance(size, tuple) else size)
+    tell_crop_mode(settings.get("crop_mode"))
     return stated
+
+
+def tell_crop_mode(mode: object) -> None:
+    """Log where images were cropped otherwise than here, in timm's word for it: the middle square is taken."""
+    how = {"squash": "resizes images without their aspect ratio", "border": "pads images to squares"}.get(str(mode))
+    if how is not None or mode not in (None, "center"):
+        _log.info("the weights' config %s; here the middle square is taken", how or f"states crop_mode {mode!r}")
 
 
 def _of_transformers(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +288,7 @@ def _of_transformers(config: Mapping[str, Any], default: Mapping[str, Any]) -> d
         if resized:
             stated["crop_pct"] = cropped / resized if cropped else 1.0
         if cropped is None and isinstance(config.get("size"), Mapping) and "height" in config["size"]:
-            _log.info("the weights' config resizes images without their aspect ratio; here the middle square is taken")
+            tell_crop_mode("squash")
     if config.get("crop_pct") is not None:
         stated["crop_pct"] = config["crop_pct"]
     if config.get("resample") is not None:
