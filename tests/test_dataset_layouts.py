@@ -177,6 +177,50 @@ def parquet(root: Path, photos: Photos, column: bool) -> Path:
     return root
 
 
+def numbered_parquet(root: Path, photos: Photos, named: bool) -> Path:
+    """Number the classes, with names in the schema of each file, in the other order in all but the first; or beside."""
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root.mkdir(exist_ok=True)
+    order = [*photos.classes] if photos.classes[0] == "0" else sorted(photos.classes)
+    if not named:
+        (root / "classes.txt").write_text("\n".join(order), encoding="utf-8")
+    for i, split in enumerate(photos.counts):
+        names = order[::-1] if named and i else order
+        rows = [one for one in photos if one[0] == split]
+        columns = {
+            "image": [{"bytes": JPEG, "path": file} for *_, file in rows],
+            "label": [names.index(name) for _, name, _ in rows],
+        }
+        features = {"label": {"names": names, "_type": "ClassLabel"}} if named else {}
+        table = arrow.table(columns).replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+        pq.write_table(table, root / f"{photos.words.get(split) or 'all'}-00000-of-00001.parquet")
+    return root
+
+
+def tar_for_each_class(root: Path, photos: Photos) -> Path:
+    for split in photos.counts:
+        folder = root / photos.words[split]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in photos.classes:
+            with tarfile.open(folder / f"{name}.tar", "w") as tar:
+                for file in (file for one, label, file in photos if (one, label) == (split, name)):
+                    add(tar, file, JPEG + os.fsencode(file))
+    return root
+
+
+def parquet_of_names(root: Path, photos: Photos) -> Path:
+    arrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split in photos.counts:
+        rows = [one for one in photos if one[0] == split]
+        for *_, file in rows:
+            put(root / photos.words[split] / file)
+        columns = {"file_name": [file for *_, file in rows], "label": [name for _, name, _ in rows]}
+        pq.write_table(arrow.table(columns), root / photos.words[split] / "metadata.parquet")
+    return root
+
+
 def table(root: Path, photos: Photos) -> Path:
     rows = [("image_id", "breed", "split")[: 2 if None in photos.counts else 3]]
     for split, name, file in photos:
@@ -261,6 +305,10 @@ CONTAINERS: dict[str, Callable[[Path, Photos], Path]] = {
     "WebDataset": webdataset,
     "Parquet for each split": lambda root, photos: parquet(root, photos, column=False),
     "one Parquet file": lambda root, photos: parquet(root, photos, column=True),
+    "Parquet that names its numbers": lambda root, photos: numbered_parquet(root, photos, named=True),
+    "Parquet of numbers beside a list": lambda root, photos: numbered_parquet(root, photos, named=False),
+    "Parquet of names in each split": parquet_of_names,
+    "a tar for each class": tar_for_each_class,
     "a table": table,
     "a table for each split": table_for_each_split,
     "a table in each split": table_in_each_split,
@@ -289,7 +337,11 @@ def is_defined(container: str, photos: Photos) -> bool:
     """Whether a layout can hold these splits at all."""
     if container == "split folders in class folders":
         return len(photos.counts) > 1 or None in photos.counts
-    if container == "a table in each split":
+    if container == "a tar for each class":
+        return all(name.isalpha() for name in photos.classes)
+    if container == "Parquet of numbers beside a list":
+        return photos.classes[0] != "0"
+    if container in ("a table in each split", "Parquet of names in each split"):
         return None not in photos.counts
     if container == "a tar for each split":
         return "train" in photos.counts or None in photos.counts or len(photos.counts) == 1

@@ -231,7 +231,8 @@ def _classes_by_tar(blobs: Sequence[Blob], indexes: Sequence[TarIndex]) -> list[
     """Give the class that each tar is by its name (cat.tar, n01440764.tar); None where they are called as parts."""
     stems = [normalize_class_name(os.path.splitext(os.path.basename(blob.name))[0]) for blob in blobs]
     words = [split_into_words(stem) for stem in stems]
-    forms = {tuple(word for word in those if not word.isdecimal() and len(word) > 1) for those in words}
+    plain = [[w for w in those if not w.isdecimal() and (len(w) > 1 or not w.isascii())] for those in words]
+    forms = {*map(tuple, plain)}  # part_a and part_1 are called part
     are_ids = all(map(_WORDNET_ID.fullmatch, stems))
     is_called = len(forms) == len(stems) and not any(_DATA_WORDS.issuperset(form) for form in forms)
     if len({*stems}) < 2 or not (are_ids or is_called) or any(map(parse_split_name, stems)):
