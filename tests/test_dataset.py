@@ -796,3 +796,16 @@ def test_classes_that_a_run_does_not_have_are_left_out(tmp_path: Path):
         same = before.datasets[split]
         assert [*map(dataset.name, range(len(dataset)))] == [*map(same.name, range(len(same)))]
         assert {dataset.classes[dataset.label(i)] for i in range(len(dataset))} == {"cat", "dog"}
+
+
+def test_lists_in_cells_and_columns_without_a_name_are_read(tmp_path: Path):
+    write_images(tmp_path, [f"{i}.png" for i in range(4)])
+    rows = [
+        {"file": f"{i}.png", "label": "ab"[i % 2], "parts": ["x/y", "z/w"], "folder": ["a", "b/c"]} for i in range(4)
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert read_dataset(tmp_path, seed=0, val_fraction=0.5).info.classes == ("a", "b")
+    (tmp_path / "x.jsonl").unlink()
+    (tmp_path / "x.csv").write_text("file,,class_id\n0.png,u,cat\n1.png,u,dog\n2.png,u,owl\n", encoding="utf-8")
+    with pytest.raises(BadData, match=r"line 2: the index is 'cat', expected a number"):
+        read_dataset(tmp_path, seed=0, val_fraction=0.5)

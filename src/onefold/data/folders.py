@@ -265,16 +265,18 @@ def find_masks_in_folders(images: Sequence[str]) -> list[str]:
             part for part in parts if part.lower() not in (*_MASK_FOLDERS, *_LABEL_FOLDERS, *_IMAGE_FOLDERS)
         )
 
-    folders = {name: frozenset(name.lower().split("/")[:-1]) for name in images}
-    masks = [name for name, around in folders.items() if around & _MASK_FOLDERS]
-    found = []
-    if masks:
-        photos = {key(name) for name in set(images).difference(masks)}
-        found = [name for name in masks if key(name) in photos]
-    labels = [name for name, around in folders.items() if around & _LABEL_FOLDERS and not around & _MASK_FOLDERS]
-    if labels:
-        of_images = {key(name) for name, around in folders.items() if around & _IMAGE_FOLDERS}
-        found += labels if {key(name) for name in labels} <= of_images else []
+    folders = {folder: frozenset(folder.lower().split("/")) for folder in {name.rpartition("/")[0] for name in images}}
+    of_masks = {folder for folder, around in folders.items() if around & _MASK_FOLDERS}
+    of_labels = {folder for folder, around in folders.items() if around & _LABEL_FOLDERS} - of_masks
+    found: list[str] = []
+    if of_masks:
+        photos = {key(name) for name in images if name.rpartition("/")[0] not in of_masks}
+        found = [name for name in images if name.rpartition("/")[0] in of_masks and key(name) in photos]
+    if of_labels:
+        of_images = {folder for folder, around in folders.items() if around & _IMAGE_FOLDERS}
+        photos = {key(name) for name in images if name.rpartition("/")[0] in of_images}
+        labels = [name for name in images if name.rpartition("/")[0] in of_labels]
+        found += labels if {*map(key, labels)} <= photos else []
     return found
 
 

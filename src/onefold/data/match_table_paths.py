@@ -73,7 +73,7 @@ class ImageIndex:
             try:
                 with os.scandir(self._place / folder) as entries:
                     self._files[folder] = {entry.name for entry in entries if not _is_folder(entry)}
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a null byte, as lists in a cell have between their values
                 self._files[folder] = set()
         return name in self._files[folder]
 

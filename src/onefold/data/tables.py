@@ -229,7 +229,7 @@ def read_table(place: Path, path: str, images: ImageIndex) -> LabelTable:
                 label_column, number_columns = name, [numbering]
                 class_columns = [name]
                 break
-    number_column = _number_column(cells, number_columns, cells.get(label_column or ""), notes)
+    number_column = _number_column(cells, number_columns, cells[label_column] if label_column else None, notes)
     if is_one_hot:
         labels, numbered = [normalize_class_name(name) for name in cells[label_column or ""]], None
     else:
