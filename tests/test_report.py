@@ -316,6 +316,31 @@ def test_the_headline_takes_what_keeps_its_accuracy(tmp_path: Path) -> None:
     assert "The fastest fused network is mobileone_s0 onnx int8: median latency 2." in text
 
 
+def test_what_several_deployments_call_alike_is_named_with_their_folders(tmp_path: Path) -> None:
+    artifacts, gates, files = list[Path](), list[Path](), list[Path]()
+    stored = {name: StoredFile(num_bytes=8, sha256="a" * 64) for name in ("model.onnx", "reference.npz")}
+    for name, verdict in (("first", "passed"), ("second", "undecided"), ("third", "undecided")):
+        artifacts.append(an_artifact(tmp_path / name, "onnx-int8", precision="int8", files=stored))
+        gate = Gate(name="onnx-int8", kind="accuracy", verdict=verdict, sentence="onnx-int8 lost 1 point")  # type: ignore[arg-type]
+        place = tmp_path / name / "artifacts" / "results"
+        write_gates([gate], place)
+        gates.append(place / "gates.json")
+        files.append(results(tmp_path / name, compared(6.0, 17.0)))
+    alone = Page(report(tmp_path, results=files[:1], artifacts=artifacts[:1], gates=gates[1:2])).text
+    assert "Undecided: onnx-int8 lost 1 point." in alone
+    assert ", in first" not in alone
+    for name in ("first", "second", "third"):
+        (tmp_path / name / "artifacts").rename(tmp_path / name / name)
+    artifacts = [tmp_path / name / name / "onnx-int8" for name in ("first", "second", "third")]
+    gates = [path.parent / "results" / "gates.json" for path in artifacts]
+    text = Page(report(tmp_path, results=files, artifacts=artifacts, gates=gates)).text
+    for name in ("second", "third"):
+        assert f"Undecided: {name}: onnx-int8 lost 1 point." in text
+    assert "several verdicts (first/onnx-int8 passed, second/onnx-int8 undecided, third/onnx-int8 undecided)" in text
+    for name in ("first", "second", "third"):
+        assert f"1 thread, in {name};" in text
+
+
 def test_an_accuracy_is_drawn_below_100_percent(tmp_path: Path) -> None:
     """Where it is the same in all epochs, the axis went on to 102 %."""
     drawing = draw_curves("top1", "Top-1", [Curve("a", ((0.0, 97.9), (1.0, 97.9)))], "top-1, %", " %")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,7 +113,8 @@ class MeasurementGroup:
 class ComparedPair:
     """Two calls of a comparison: `ratio` is the time of `first` over the time of `second`.
 
-    `second` is the baseline of its comparison; of a network before and after fusing, it is the unfused one.
+    `second` is the baseline of its comparison; of a network before and after fusing, it is the unfused one. `folder`
+    tells it from another pair of the same names; it is empty where there is none.
     """
 
     first: str
@@ -122,6 +124,7 @@ class ComparedPair:
     ratio: Ratio
     measurement: Measurement
     num_processes: int = 1
+    folder: str = ""
 
     @property
     def machine(self) -> Machine:
@@ -144,6 +147,7 @@ class ComparedPair:
             if key in _IDENTITY and self.second_subject.get(key) == value
         }
         threads = format_count(self.measurement.procedure.threads, "thread")
+        threads += f", in {self.folder}" if self.folder else ""
         return f"{subject_label(shared)}, {threads}" if shared else threads
 
     def sentence(self) -> str:
@@ -201,11 +205,22 @@ def group_inputs(inputs: ReportInputs) -> ReportData:
     found = ((subject_key(m.subject), inputs.accuracy_of(m.subject)) for m in measurements)
     accuracies = {key: accuracy for key, accuracy in found if accuracy is not None}
     same: dict[tuple[str, ...], list[Comparison]] = {}
+    folders = dict(zip(map(id, inputs.comparisons), inputs.comparison_folders, strict=False))
     for comparison in inputs.comparisons:
         subjects = (subject_key(m.subject) for m in comparison.measurements.values())
         key = (comparison.twin.machine.slug, str(comparison.twin.procedure.threads), *subjects)
         same.setdefault(key, []).append(comparison)
-    pairs = [pair for comparisons in same.values() for pair in _pairs(comparisons)]
+    pairs = [
+        replace(pair, folder=folders.get(id(comparisons[0]), ""))
+        for alike in same.values()
+        for comparisons in _pooled(alike)
+        for pair in _pairs(comparisons)
+    ]
+    told = Counter((pair.first, pair.second, replace(pair, folder="").context) for pair in pairs)
+    pairs = [
+        pair if told[pair.first, pair.second, replace(pair, folder="").context] > 1 else replace(pair, folder="")
+        for pair in pairs
+    ]
     groups = group_by_subject(measurements, accuracies)
     groups = [replace(group, gate=inputs.gate_of(group.subject)) for group in groups]
     return ReportData(inputs=inputs, groups=tuple(groups), pairs=tuple(pairs))
@@ -259,13 +274,22 @@ def _without_names(comparison: Comparison) -> list[Measurement]:
     return [replace(m, subject=subject) for m, subject in zip(measurements, bare, strict=True)]
 
 
-def _pairs(comparisons: list[Comparison]) -> list[ComparedPair]:
-    """Return one pair a name where there are enough processes to pool, else one a name and comparison."""
-    names = list(comparisons[0].measurements)[1:]
+def _pooled(comparisons: list[Comparison]) -> list[list[Comparison]]:
+    """Return comparisons of the same in one list where there are enough processes to pool, else each in its own."""
     try:
-        return [_pair(comparisons, name, pool_ratios(comparisons, name)) for name in names]
+        for name in list(comparisons[0].measurements)[1:]:
+            pool_ratios(comparisons, name)
     except BadArgument:  # fewer processes than an interval over processes needs
-        return [_pair([one], name, one.ratio(name)) for one in comparisons for name in names]
+        return [[one] for one in comparisons]
+    return [comparisons]
+
+
+def _pairs(comparisons: list[Comparison]) -> list[ComparedPair]:
+    """Return one pair a name."""
+    names = list(comparisons[0].measurements)[1:]
+    if len(comparisons) == 1:
+        return [_pair(comparisons, name, comparisons[0].ratio(name)) for name in names]
+    return [_pair(comparisons, name, pool_ratios(comparisons, name)) for name in names]
 
 
 def _pair(comparisons: list[Comparison], name: str, ratio: Ratio) -> ComparedPair:

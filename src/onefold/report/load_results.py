@@ -7,8 +7,9 @@ left is worth more than none.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,8 @@ class GateResult:
 class ReportInputs:
     """Everything there is to report; `sources` names the result files, `notes` says what could not be used.
 
-    `gates` are those of deployments, `accuracies` the top-1 of what was evaluated, by its SHA-256.
+    `gates` are those of deployments, `accuracies` the top-1 of what was evaluated, by its SHA-256;
+    `comparison_folders` names, for each comparison, the folder with the results folder that it lies in.
     """
 
     runs: tuple[RunLog, ...] = ()
@@ -103,6 +105,7 @@ class ReportInputs:
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     studies: tuple[StudyResult, ...] = ()
     notes: tuple[str, ...] = ()
+    comparison_folders: tuple[str, ...] = ()
 
     @property
     def all_measurements(self) -> tuple[Measurement, ...]:
@@ -162,6 +165,7 @@ def load_report_inputs(
     notes: list[str] = []
     measurements: list[Measurement] = []
     comparisons: list[Comparison] = []
+    folders: list[str] = []
     for path in results:
         try:
             read = read_results(path)
@@ -170,23 +174,28 @@ def load_report_inputs(
             continue
         notes += read.notes if read.measurements or read.comparisons else [f"{one_line(path.name)} holds no results."]
         measurements += read.measurements
-        comparisons += [each for each in read.comparisons if "study" not in each.twin.subject]
+        found = [each for each in read.comparisons if "study" not in each.twin.subject]
+        comparisons += found
+        folders += [one_line(path.absolute().parent.parent.name)] * len(found)
     manifests = []
     for path in artifacts:
         try:
             manifests.append(read_manifest(path))
         except BadArtifact as error:
             notes.append(f"The artifact {one_line(path.name)} could not be used: {_without_folder(error, path)}")
+    judged = tuple(gate for path in gates for gate in _read_gates(path, notes))
+    notes += _opposite_verdicts(manifests, judged)
     return ReportInputs(
         runs=tuple(_read_run(path, notes) for path in runs),
         artifacts=tuple(manifests),
         measurements=tuple(measurements),
         comparisons=tuple(comparisons),
         sources=tuple(one_line(path.name) for path in results),
-        gates=tuple(gate for path in gates for gate in _read_gates(path, notes)),
+        gates=_with_folders(judged),
         studies=tuple(_read_studies(studies, notes)),
         accuracies={digest: found for path in accuracies for digest, found in _read_accuracies(path, notes)},
         notes=tuple(notes),
+        comparison_folders=tuple(folders),
     )
 
 
@@ -321,6 +330,33 @@ def _read_gates(path: Path, notes: list[str]) -> Iterator[GateResult]:
             folder=path.absolute().parent.parent / one_line(gate.get("name")),
             within_bound=gate.get("within_bound") is True,
         )
+
+
+def _with_folders(gates: Sequence[GateResult]) -> tuple[GateResult, ...]:
+    """Name the deployment's folder before the sentence of an artifact that several deployments have one called like."""
+    called = Counter(name for name, _ in {(gate.folder.name, gate.folder) for gate in gates})
+    return tuple(
+        replace(gate, sentence=f"{one_line(gate.folder.parent.name)}: {gate.sentence}")
+        if called[gate.folder.name] > 1
+        else gate
+        for gate in gates
+    )
+
+
+def _opposite_verdicts(artifacts: Sequence[Artifact], gates: Sequence[GateResult]) -> Iterator[str]:
+    """Tell of the same model in several deployments with different verdicts: in the latencies the worst one counts."""
+    verdicts = {gate.folder: gate.verdict for gate in gates}
+    same: dict[str, list[str]] = {}
+    seen: dict[str, set[str]] = {}
+    for artifact in artifacts:
+        folder = artifact.folder.absolute()
+        if folder in verdicts:
+            digest = " ".join(sorted(s.sha256 for name, s in artifact.files.items() if name.startswith("model.")))
+            same.setdefault(digest, []).append(one_line(f"{folder.parent.name}/{folder.name} {verdicts[folder]}"))
+            seen.setdefault(digest, set()).add(verdicts[folder])
+    for digest, told in same.items():
+        if len(seen[digest]) > 1:
+            yield f"The same model has several verdicts ({', '.join(told)}): beside its latency stands the worst."
 
 
 def _read_json(path: Path, notes: list[str], of: str = "") -> Mapping[str, Any]:
