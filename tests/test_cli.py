@@ -512,7 +512,11 @@ MISTAKES: dict[str, tuple[int, str, Callable[[Path], list[object]]]] = {
         lambda h: ["export", h / "run", "--precision", "int7", "--out", h / "n"],
     ),
     "int8 without photos": (2, "give --data", lambda h: ["export", h / "run", "--precision", "int8", "--out", h / "n"]),
-    "photos without int8": (2, "give --data", lambda h: ["export", h / "run", "--data", "digits", "--out", h / "n"]),
+    "photos without int8": (
+        2,
+        "leave --data out",
+        lambda h: ["export", h / "run", "--data", "digits", "--out", h / "n"],
+    ),
     "export of an artifact": (2, "the weights that it was made from", lambda h: ["export", h / "artifacts/onnx-fp32"]),
     "something else in the place": (
         2,
@@ -623,7 +627,11 @@ def test_fusing_what_is_fused_writes_the_file_with_a_note(home: Path, tmp_path: 
     assert run("fuse", home / "fused.safetensors", "--out", tmp_path / "again.safetensors") == 0
     said = capsys.readouterr()
     assert said.err == f"note: {home / 'fused.safetensors'} is fused already: written as it is\n"
-    assert re.fullmatch(rf"{tmp_path}/again.safetensors: parameters [\d,]+, multiply-adds [\d,]+\n", said.out)
+    told, then = said.out.splitlines()
+    assert re.fullmatch(rf"{tmp_path}/again.safetensors: parameters [\d,]+, multiply-adds [\d,]+", told)
+    assert then == f"next: onefold deploy {tmp_path}/again.safetensors --data PHOTOS --to onnx --int8"
+    assert run("fuse", home / "fused.safetensors", "--out", tmp_path / "again.safetensors") == 0
+    assert "again.safetensors was there already, and is replaced\n" in capsys.readouterr().err
     assert run("predict", tmp_path / "again.safetensors", home / "photos/cat/0.png") == 0
 
 
@@ -636,6 +644,7 @@ def test_a_run_has_a_new_folder_each_time_validates_elsewhere_and_is_quiet(scrat
         assert run("train", *options) == 0
         said = capsys.readouterr()
         assert f"weights: {folder}/best/model.safetensors" in said.out
+        assert said.out.endswith(f"next: onefold fuse {folder} --out fused.safetensors\n")
         assert "epoch 1/1" not in said.err
         found = json.loads((scratch / folder / "data.json").read_text())["dataset"]["splits"]
         assert {split["name"]: split["num_images"] for split in found} == {"train": 30, "val": 2}
@@ -647,7 +656,7 @@ def test_a_run_has_a_new_folder_each_time_validates_elsewhere_and_is_quiet(scrat
     assert "other, and are gone: say where they are with --val FOLDER" in capsys.readouterr().err
 
 
-def test_the_changed_fields_have_a_heading_and_leave_out_what_was_typed(capsys):
+def test_the_changed_fields_have_a_heading_and_begin_with_what_was_typed(capsys):
     from onefold.cli import display
     from onefold.recipes import make_recipe
 
@@ -657,8 +666,10 @@ def test_the_changed_fields_have_a_heading_and_leave_out_what_was_typed(capsys):
     display.print_changed_fields(changed, ("train", "--data=Größe", "--plan.seed", "3", "--epochs", "1"))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "changed from photos:scratch:"
-    assert any(re.fullmatch(r'  model "mobilenetv1_025", not "\w+"', line) for line in lines)
-    assert not any(word in line for line in lines for word in ("spec", "seed", "plan.epochs"))
+    assert any(re.fullmatch(r'  model "mobilenetv1_025", not "\w+" \(follows\)', line) for line in lines)
+    assert lines[1:3] == ["  plan.epochs 1, not 60", "  plan.seed 3, not 0"]
+    assert all(line.endswith(" (follows)") for line in lines[3:])
+    assert not any("spec" in line for line in lines)  # the lines about the data have it
     assert not any(re.search(r"\d\.\d{4}", line) for line in lines)
     display.print_changed_fields(changed)
     assert 'data.spec "Größe", not ""' in capsys.readouterr().err

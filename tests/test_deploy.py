@@ -98,7 +98,8 @@ def test_the_folder_holds_everything_and_names_no_place_it_was_made_in(deployed:
 
 def test_the_table_says_what_the_artifacts_do(deployed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = re.findall(
-        r"^\| (\S+-\S+) \| yes \| ([\d.]+) \([\d.]+ to [\d.]+\) \| (-?[\d.]+) \(\S+ to \S+\) \| (\d+) of (\d+) \|",
+        r"^\| (\S+-\S+) \| yes(?:: its logits are PyTorch's, [\de.-]+)? "
+        r"\| ([\d.]+) \([\d.]+ to [\d.]+\) \| (-?[\d.]+) \(\S+ to \S+\) \| (\d+) of (\d+) \|",
         (deployed / "README.md").read_text(),
         re.M,
     )
@@ -137,7 +138,7 @@ def test_the_gate_fails_with_1_and_leaves_the_folder_that_says_why(
 
 
 def result(lost: int, won: int, count: int, *, name: str = "onnx-int8", precision: str = "int8") -> ArtifactResult:
-    artifact = SimpleNamespace(precision=precision, details={})
+    artifact = SimpleNamespace(precision=precision, details={}, parity=None)
     return ArtifactResult(
         name=name,
         artifact=artifact,  # type: ignore[arg-type]
@@ -186,14 +187,20 @@ def test_a_loss_whose_interval_holds_the_bound_is_undecided(
 def test_how_many_photos_would_tell_is_said() -> None:
     assert accuracy_gate(result(2, 0, 48), 1.0).sentence == (
         "onnx-int8 lost 4.17 points of top-1 (95 % interval -2.7 to 10.7, 48 photos), and 1 may be lost: this cannot "
-        "be told by 48 photos; about 177 would (--val FOLDER)"
+        "be told by 48 photos, of which 2 became wrong and none right; if it goes on so about 177 photos tell "
+        "(--val FOLDER)"
     )
-    assert (
-        "48 photos (1 photo is 2.08 points, and one may be lost); about"
-        in accuracy_gate(result(1, 0, 48), 1.0).sentence
-    )
+    one = accuracy_gate(result(1, 0, 48), 1.0).sentence
+    assert "48 photos (1 photo is 2.08 points, and one may be lost), of which 1 became wrong and none right; if" in one
+    assert one.endswith(" photos tell (--val FOLDER, or --max-drop 8 if so much may be lost)")
+    assert accuracy_gate(result(1, 0, 48), 8.0).passed  # as it says
+    none = accuracy_gate(result(0, 0, 48), 1.0).sentence
+    assert "of which none became wrong or right; if it goes on so about 194 photos tell" in none
+    unlabelled = accuracy_gate(replace(result(2, 0, 48), top1=None), 1.0).sentence
+    assert "of which 2 changed; if" in unlabelled
     quick = accuracy_gate(replace(result(2, 0, 128), num_held_out=300), 1.0)
-    assert quick.sentence.endswith("would (without --quick 300 are scored)")
+    assert "photos tell (without --quick 300 are scored, or --max-drop" in quick.sentence
+    assert "many more photos would tell" in accuracy_gate(result(1, 0, 100), 1.0).sentence
     for lost, won, count in ((2, 0, 48), (1, 0, 60), (0, 0, 48), (30, 2, 400)):
         number = photos_to_decide(lost, won, count, 1.0)
         assert number is not None
@@ -215,11 +222,17 @@ def test_in_python_what_is_undecided_is_said_too(
     assert not caplog.text
     assert onefold.deploy(weights, "digits").undecided == [gate]
     assert "undecided: onnx-int8 lost 2.08 points of top-1" in caplog.text
-    assert "would (val=FOLDER)" in caplog.text
+    assert "about 718 photos tell (val=FOLDER, or max_drop=8 if so much may be lost)" in caplog.text
 
 
 def test_an_artifact_of_32_bits_with_all_answers_passes_on_any_photos() -> None:
-    assert accuracy_gate(result(0, 0, 12, precision="fp32"), 1.0).passed
+    exact = result(0, 0, 12, precision="fp32")
+    exact = replace(
+        exact, artifact=SimpleNamespace(precision="fp32", details={}, parity=SimpleNamespace(difference=6e-7))
+    )  # type: ignore[arg-type]
+    gate = accuracy_gate(exact, 1.0)
+    assert gate.passed
+    assert gate.sentence.endswith("and 1 may be lost: its logits are PyTorch's, 6.0e-07")
     assert accuracy_gate(result(1, 0, 12, precision="fp32"), 1.0).verdict == "undecided"
 
 
@@ -228,11 +241,13 @@ def test_before_the_work_it_is_said_what_the_photos_can_tell() -> None:
     assert describe_held_out(128, 240).startswith("128 of 240 photos are scored, evenly; one of them is 0.78 points")
     note = too_few_photos_note(48, 1.0)
     assert note == (
-        "48 photos cannot tell 1 point from none, which takes 194 where no prediction changes, and more where some "
-        "do: give more held-out photos with --val FOLDER, or set the largest loss to 4 points or more with --max-drop 4"
+        "48 photos cannot tell a loss of 1 point from none: that takes at least 194, if no prediction changes, and "
+        "several times as many if some do; give more held-out photos with --val FOLDER, or a larger --max-drop: at "
+        "least 4, by the same rule"
     )
-    assert "without --quick 240 are scored, or set" in too_few_photos_note(128, 1.0, 240)
-    assert "which takes more than a million where" in too_few_photos_note(48, 1e-5)
+    assert "without --quick 240 are scored, or a larger" in too_few_photos_note(128, 1.0, 240)
+    assert "that takes more than a million, if" in too_few_photos_note(48, 1e-5)
+    assert too_few_photos_note(2, 1.0).endswith("with --val FOLDER")  # nobody lets 49 points be lost
     for count, max_drop in ((48, 4.0), (194, 1.0), (20, 0.0), (5, 100.0)):
         assert too_few_photos_note(count, max_drop) == ""
 
@@ -256,12 +271,11 @@ def test_the_fastest_of_those_that_passed_is_recommended(tmp_path: Path) -> None
     done = DeployResult(folder=tmp_path, network=None, verdicts=tuple(results), gates=(failed,), top1=None, data="")  # type: ignore[arg-type]
     assert "those that keep their accuracy: b, 1.00 ms; a 2.00 times as long." in done.recommendation
     assert "recommended" in replace(done, verdicts=tuple(results[2:])).recommendation
-    undecided = replace(done, gates=(replace(failed, verdict="undecided"),)).recommendation
+    undecided = replace(done, gates=(replace(failed, verdict="undecided", remedy="194 tell"),)).recommendation
     assert (
-        "those that keep their accuracy: b, 1.00 ms; a 2.00 times as long. c takes 0.50 times as long: whether it "
-        in (undecided)
+        "those that keep their accuracy: b, 1.00 ms; a 2.00 times as long. c takes 0.50 times as long and lost "
+        "0.00 % (-1.9 to 1.9); whether it keeps its accuracy cannot be told by 100 photos: 194 tell." in undecided
     )
-    assert "cannot be told by 100 photos" in undecided
     none_passed = replace(done, verdicts=tuple(results[2:]), gates=(replace(failed, verdict="undecided"),))
     assert none_passed.recommendation.startswith(
         "Whether an artifact keeps its accuracy cannot be told by 100 photos: c"
@@ -403,7 +417,7 @@ def test_photos_without_labels_are_compared_with_the_float_network(
     said = capsys.readouterr()
     assert "0 of 12 predictions differ from PyTorch fp32" in said.out
     assert "held out  12 photos are scored; one of them is 8.33 % of the predictions" in said.out
-    assert "note: 12 photos cannot tell 1 point from none" in said.err
+    assert "note: 12 photos cannot tell a loss of 1 point from none" in said.err
     assert "not labelled" in (tmp_path / "deploy" / "README.md").read_text()
 
 

@@ -29,9 +29,16 @@ WRONG = [  # what is typed, the exit status, and what stands in the sentence
     ("train --recipe photos:finetun --data photos", 2, "there is no recipe 'photos:finetun': did you mean photos:fine"),
     ("train --data gone", 3, NO_PLACE),
     ("train --data photos --val gone", 3, NO_PLACE),
-    ("train --data photo", 3, "the word digits; did you mean photos?"),
+    ("train --data photo", 3, "photo is not there; did you mean photos?"),
+    ("train --data fotos", 3, "fotos is not there; did you mean photos?"),
+    (f"{FINETUNE} --weights wieghts.npz", 4, "there is no file wieghts.npz; did you mean weights.npz?"),
+    ("fuse photos/a.pgn", 4, "there is no photos/a.pgn; did you mean photos/a.png?"),
+    ("fuse runs/photos-fintune", 4, "there is no runs/photos-fintune; did you mean runs/photos-finetune?"),
+    ("train --data photos --model mobileone_s", 2, "did you mean mobileone_s0 or mobileone_s1 or mobileone_s2?"),
+    ("export weights.npz --data photos", 2, "--data is for int8, not fp32: add --precision int8, or leave --data out"),
+    ("export weights.npz --per-tensor", 2, "--weight-bits and --per-tensor are of int8, not fp32"),
     ("train --resume Photo", 4, "Photo is not a run: it has no recipe.json; did you mean photos?"),
-    ("fuse wieghts.npz", 4, "there is no file wieghts.npz: give weights as .safetensors, .pth, .npz or .h5; did you "),
+    ("fuse wieghts.npz", 4, "there is no file wieghts.npz; did you mean weights.npz?"),
     ("fuse photos/b.npz", 4, "there is no file photos/b.npz: give weights as .safetensors, .pth, .npz or .h5"),
     ("deploy foto/a.safetensors --data photos", 4, "there is no file foto/a.safetensors"),
     ("predict weights.npz photo/a.jpg --classes weigths.npz", 3, "cannot read weigths.npz: No such file or directory;"),
@@ -39,7 +46,7 @@ WRONG = [  # what is typed, the exit status, and what stands in the sentence
     ("train --data photos --model mobileone_s9", 2, "there is no model 'mobileone_s9': did you mean mobileone_s4"),
     ("train --data photos --model mobileone_so", 2, "there is no model 'mobileone_so': did you mean mobileone_s0?"),
     (f"{FINETUNE} --weights gone.safetensors", 4, NO_FILE),
-    (f"{FINETUNE} --weights runs/gone", 4, "there is no runs/gone: the current folder"),
+    (f"{FINETUNE} --weights runs/gone", 4, "there is no runs/gone: the folder runs holds photos-finetune; for"),
     ("train --recipe photos:distill --data photos --teacher gone.safetensors", 4, NO_FILE),
     ("train --recipe photos:distill --data photos --teacher mobileone_s0@gone.safetensors", 4, NO_FILE),
     ("train --resume gone", 4, "gone is not a run: it has no recipe.json"),
@@ -93,6 +100,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     """Exit status and stderr of each command, all of them run in one process in which torch cannot be imported."""
     folder = tmp_path_factory.mktemp("typed")
     (folder / "photos").mkdir()
+    (folder / "runs" / "photos-finetune").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "photos" / "a.png")
     (folder / "weights.npz").write_bytes(b"PK")
     (folder / "empty.npz").write_bytes(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,14 @@ def test_the_chosen_method_is_at_least_as_good_as_where_it_began(seeded: int) ->
     assert noise[0] < 0.7 * noise[1]
     assert made.method.weights == "tensor"
     assert made.images == 32
-    assert [line.split("  ")[0] for line in reported] == [f"candidate {n} of 6" for n in range(1, 7)]
-    assert all("8 held-out photos" in line for line in reported)
+    *tried, chosen = reported
+    assert [line.split("  ")[0] for line in tried] == [f"candidate {n} of 6" for n in range(1, 7)]
+    assert all("8 held-out photos" in line for line in tried)
+    errors = [float(re.search(r"([\d.]+) % relative", line)[1]) for line in tried]  # type: ignore[index]
+    number = int(re.match(r"chosen: candidate (\d)  ", chosen)[1])  # type: ignore[index]
+    assert errors[number - 1] == min(errors)
+    assert f"  {made.method.title}, of 6 tried" in chosen
+    assert f"  {made.method.title}: " in tried[number - 1]
 
 
 def test_a_search_ends_where_there_is_no_time_for_the_next_method(seeded: int) -> None:
@@ -54,7 +61,8 @@ def test_a_search_ends_where_there_is_no_time_for_the_next_method(seeded: int) -
 
     quantize_with_search(model, x, MINMAX_METHOD, reported.append, allows)
     assert [what for what, _ in asked] == [f"{left} of 6 methods of calibration" for left in (5, 4, 3)]
-    assert len(reported) == 3
+    assert len(reported) == 4
+    assert "of 3 tried" in reported[-1]
     assert all(seconds > 0 for _, seconds in asked)
 
 

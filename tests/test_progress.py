@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pty
 import re
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from onefold.cli.progress_writer import Clock, live_line
 from onefold.cli.terminal_progress import _Stages, show_progress
-from onefold.commands.progress_bars import use_progress_handler
+from onefold.commands.progress_bars import training_bar, use_progress_handler
 from onefold.progress_steps import Steps
 
 logger = logging.getLogger("onefold").getChild("progress")
@@ -91,6 +93,14 @@ def test_of_steps_that_are_not_alike_the_costs_tell_how_far_it_is(monkeypatch):
     ]
 
 
+def test_steps_with_numbers_of_their_own_are_not_numbered_again_and_counts_say_of_what():
+    updates = list[str]()
+    with use_progress_handler(_Stages("deploying", updates.append)):
+        Steps([("trying candidate 1 of 1", 1.0), ("calibrating", 1.0)], numbered=False).begin(0)
+        logger.debug("calibrating", extra={"done": 163, "total": 179, "unit": "operation "})
+    assert updates[-1].split("\t")[2] == "trying candidate 1 of 1, calibrating (operation 164 of 179)"
+
+
 def test_what_is_left_is_reckoned_from_the_last_update():
     clock = Clock("exporting", 100.0)
     assert clock.text(104.0) == "exporting: 0:00:04"
@@ -161,6 +171,14 @@ def test_a_log_has_a_line_now_and_then(tmp_path: Path, monkeypatch):
                 time.sleep(0.02)
     assert re.fullmatch(r"(.*: 0:00:00\n)+", log.read_text())
     assert log.read_text().splitlines()[-1] == "reading?b/?[2J (5 of 5): 0:00:00"
+
+
+def test_in_python_a_log_has_a_line_for_each_validation(capsys):
+    with training_bar() as on_progress:
+        at = {"epochs": 2, "epoch": 1, "steps": 3, "loss": 0.5, "eta_s": math.nan}
+        on_progress(SimpleNamespace(**at, step=3, global_step=3, metrics={}, is_evaluation=False))  # type: ignore[arg-type]
+        on_progress(SimpleNamespace(**at, step=3, global_step=3, metrics={"top1": 50.0}, is_evaluation=True))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "epoch 1 of 2: loss 0.500, val top-1 50.00 %\n"
 
 
 def test_a_command_whose_stderr_is_no_file_is_not_disturbed(capsys):

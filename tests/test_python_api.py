@@ -85,6 +85,16 @@ def test_a_run_tells_its_history_its_best_epoch_and_its_data(run: onefold.Run):
     assert "--series-0:" in page
 
 
+def test_a_training_that_gained_nothing_says_so(run: onefold.Run, monkeypatch: pytest.MonkeyPatch):
+    last = run.history[0]
+    for before, said in ((last["top1"], True), (last["top1"] - 1, False)):
+        history = [{**last, "epoch": 0, "top1": before}, last]
+        monkeypatch.setattr(onefold.Run, "history", property(lambda _, history=history: history))
+        found = [remark for remark in run.remarks if "training gained nothing" in remark]
+        assert len(found) == said
+        assert all(f"before the first step it was {before:.2f} % too" in remark for remark in found)
+
+
 def test_every_kind_of_image_is_predicted_alike(run: onefold.Run, photos: Path):
     path = photos / "red/0.png"
     image = Image.open(path)

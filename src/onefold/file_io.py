@@ -124,7 +124,7 @@ def suggest_path(path: str | os.PathLike[str]) -> str:
                 continue
             with os.scandir(found) as entries:
                 names = {name.casefold(): name for entry in islice(entries, _MOST_ENTRIES) if (name := entry.name)}
-            near = difflib.get_close_matches(part.casefold(), names, n=1, cutoff=0.75)
+            near = difflib.get_close_matches(part.casefold(), names, n=1, cutoff=0.7)
             if not near:
                 return ""
             found /= names[near[0]]

@@ -1,8 +1,9 @@
 """How far a command is: steps told to the logger "onefold.progress", and what of its records is under way.
 
-A record says what is done now, with `done` and `total` where steps are counted, and with the `costs` of steps that are
-not alike (`Steps`). A stage within another is the share of a step that it has done (`Stages`). What is left is reckoned
-from the time that was spent on that share; of a stage that is a `part` of something longer, only within that.
+A record says what is done now, with `done` and `total` where steps are counted (`unit` says what these are, where the
+name does not), and with the `costs` of steps that are not alike (`Steps`). A stage within another is the share of a
+step that it has done (`Stages`). What is left is reckoned from the time that was spent on that share; of a stage that
+is a `part` of something longer, only within that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _progress = logging.getLogger("onefold.progress")
@@ -22,12 +24,14 @@ _LEAST_SHARE = 0.05  # that is done, before which nothing is said of what is lef
 class Steps:
     """Steps that are not alike: what each does, and how long that takes, in any unit that is the same for all.
 
-    What is left is reckoned from both, so that the costs need to be right in proportion only.
+    What is left is reckoned from both, so that the costs need to be right in proportion only. Names of steps that
+    have numbers of their own are not `numbered` again.
     """
 
-    def __init__(self, steps: Sequence[tuple[str, float]]) -> None:
+    def __init__(self, steps: Sequence[tuple[str, float]], *, numbered: bool = True) -> None:
         self._names = [name for name, _ in steps]
         self._extra = {"total": len(steps), "costs": [cost for _, cost in steps], "stage": next(_numbers)}
+        self._extra["numbered"] = numbered
 
     def begin(self, number: int) -> None:
         """Tell that a step begins, by its number from 0."""
@@ -38,6 +42,17 @@ class Steps:
         _progress.debug("done", extra={**self._extra, "done": len(self._names)})
 
 
+@contextmanager
+def show_step(what: str) -> Iterator[None]:
+    """Tell what is done while the block runs, where no step of it is counted."""
+    extra: dict[str, object] = {"stage": next(_numbers)}
+    _progress.debug("%s", what, extra=extra)
+    try:
+        yield
+    finally:
+        _progress.debug("done", extra={**extra, "done": 1, "total": 1})
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
     what: str
@@ -46,9 +61,12 @@ class _Stage:
     costs: Sequence[float] | None
     is_part: bool
     began: float
+    unit: str | None = ""
 
     def __str__(self) -> str:
-        return f"{self.what} ({self.done + 1} of {self.total})" if self.total > 1 else self.what
+        if self.unit is None or self.total <= 1:
+            return self.what
+        return f"{self.what} ({self.unit}{self.done + 1} of {self.total})"
 
     def share(self, inner: float) -> float:
         """Give the share that is done, where `inner` is that of the step under way."""
@@ -83,6 +101,7 @@ class Stages:
                 costs=getattr(record, "costs", None),
                 is_part=getattr(record, "part", False),
                 began=began,
+                unit=getattr(record, "unit", "") if getattr(record, "numbered", True) else None,
             )
 
     def progress(self, now: float | None = None) -> tuple[float, float]:

@@ -283,6 +283,8 @@ def _no_limit(m: Measurement) -> str:
 
 def _beside(m: Measurement) -> list[str]:
     """What was found beside the times: the least time, the start in a fresh process, memory, size."""
+    from onefold.report.format import plain_size
+
     parts = []
     if m.roofline_share is not None and m.bound is not None:
         parts.append(
@@ -300,7 +302,7 @@ def _beside(m: Measurement) -> list[str]:
             "memory not visible" if m.cold.peak_bytes is None else f"{_size(m.cold.peak_bytes)} of memory at the peak"
         )
         times = f"opened in {m.cold.open_ns / 1e6:.0f} ms, first call {m.cold.first_ns / 1e6:.1f} ms"
-        file = f", {_size(m.subject['num_bytes'])} on disk" if "num_bytes" in m.subject else ""
+        file = f", model file of {plain_size(m.subject['num_bytes'])}" if "num_bytes" in m.subject else ""
         parts.append(f"in a fresh process {times}, then {m.cold.warm_ns / 1e6:.1f} ms; {peak}{file}")
     return parts
 

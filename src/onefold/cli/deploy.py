@@ -15,9 +15,11 @@ from onefold.cli.shared_options import (
     UseEmaOption,
     WeightsArgument,
     check_inputs,
+    check_int8_options,
     parse_runtimes,
 )
 from onefold.cli.terminal_progress import show_progress
+from onefold.progress_steps import show_step
 from onefold.runtimes import RUNTIMES
 
 
@@ -47,12 +49,15 @@ def export(
     """Export fused networks to runtimes, each verified against PyTorch.
 
     An artifact holds the model, its classes, its preprocessing, and a reference input with its output. Each is run
-    once: its parity is the largest difference of its logits from PyTorch's, relative to the largest logit.
+    once: its parity is the largest difference of its logits from PyTorch's, relative to the largest logit. For int8
+    that is the int8 network computed in PyTorch, not the fp32 one.
     """
     with show_progress("exporting"):
         runtimes = parse_runtimes(to)
+        check_int8_options(precision, data=data, other_method=per_tensor or weight_bits != 8)
         check_inputs(source, places=[data], runtimes=runtimes, precision=precision, model=model)
-        from onefold.commands.export import export as export_to
+        with show_step("importing PyTorch"):
+            from onefold.commands.export import export as export_to
 
         made = export_to(
             source,
@@ -86,7 +91,7 @@ def deploy(
     ] = None,
     max_drop: Annotated[
         float,
-        Option(min=0.0, help="percentage points of top-1 that an artifact may lose"),
+        Option(min=0.0, help="percentage points of top-1 that an artifact may lose; 0: none on these images"),
     ] = 1.0,
     calibrate: Annotated[int, Option(min=2, help="number of calibration images, evenly spaced over --data")] = 200,
     weight_bits: Annotated[int, Option(min=7, max=8, help="7 for x86 processors without VNNI")] = 8,
@@ -117,14 +122,16 @@ def deploy(
     on --data, unless --quick is given.
 
     The exit status is 1 if an artifact loses more than --max-drop points of top-1 or, without labels, changes more
-    than that percentage of the predictions. It is 11 if it did so on so few images that it may be chance (the 95 %
-    interval of the loss contains --max-drop; of 10 to 99 images, one may be lost). Whether the images are enough is
-    said before the work.
+    than that percentage of the predictions. An artifact is "undecided" if the 95 % interval of its loss contains
+    --max-drop. The exit status is then 11 if the loss on these images is above --max-drop (of 10 to 99 images, one may
+    be lost), and 0 if it is not. --max-drop 0 judges by these images alone: 1 if the loss is above 0, else 0. Whether
+    the images are enough is said before the work.
     """
     with show_progress("deploying"):
         runtimes = parse_runtimes(to)
         check_inputs(source, places=[data, val], runtimes=runtimes, extras=["report"], model=model)
-        from onefold.commands.deploy import deploy as deploy_to
+        with show_step("importing PyTorch"):
+            from onefold.commands.deploy import deploy as deploy_to
 
         made = deploy_to(
             source,
@@ -149,3 +156,5 @@ def deploy(
             say=display.print_line,
         )
     display.print_line(f"wrote {made.folder}")
+    if made.recommended is not None:
+        display.print_next("predict", made.folder / made.recommended, "PHOTOS")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -112,7 +114,8 @@ def print_recipe(chosen: Recipe, *, to: TextIO | None = None) -> None:
 def print_changed_fields(chosen: Recipe, typed: Sequence[str] = ()) -> None:
     """The fields in which a recipe differs from the one of its name, on stderr; all of them are in recipe.json.
 
-    What the user has `typed`, the words of the command line, is not repeated. Numbers have three digits.
+    The fields that the user has `typed`, in the words of the command line, come first, but for the place of the data;
+    others were changed by these, or by the data and weights, which is said. Numbers have three digits.
     """
     from onefold.recipes import find_recipe
 
@@ -122,15 +125,18 @@ def print_changed_fields(chosen: Recipe, typed: Sequence[str] = ()) -> None:
     changed = {
         path: value
         for path, value in _fields(chosen.to_dict())
-        if before.get(path) != value and not known & {path, path.rpartition(".")[2]}
+        if before.get(path) != value and not (path in _PLACES and known & {path, path.rpartition(".")[2]})
     }
     if changed:
         print(f"changed from {chosen.name}:", file=sys.stderr)
-    for path, value in changed.items():
+    is_typed = {path: bool(known & {path, path.rpartition(".")[2]}) for path in changed}
+    for path, value in sorted(changed.items(), key=lambda field: not is_typed[field[0]]):
         line = f"  {path} {_rounded(value)}" + (f", not {_rounded(before[path])}" if path in before else "")
+        line += " (follows)" if typed and not is_typed[path] else ""
         print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
+_PLACES = ("data.spec", "data.val")  # which the lines about the data name
 _OTHERWISE = {"b": "batch_size", "data": "spec", "data_dir": "spec", "img_size": "size"}  # option -> field of a recipe
 
 
@@ -152,14 +158,15 @@ def _fields(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def print_artifacts(made: Sequence[Artifact]) -> None:
     """What was exported, with the proof of it."""
+    from onefold.report.format import plain_size
+
     for artifact in made:
         fused = (
             "   NOT FUSED" if not artifact.fused else "   partly fused" if artifact.details.get("left_norms") else ""
         )
         fused += "   random weights: accuracy unknown" if artifact.details.get("untrained") else ""
         fused += f"   {artifact.details['answers']}" if artifact.details.get("answers") else ""
-        size = sum(stored.num_bytes for stored in artifact.files.values()) / 2**20
-        print_line(f"{artifact.folder}  {size:.1f} MiB  {_parity(artifact)}{fused}")
+        print_line(f"{artifact.folder}  {plain_size(artifact.num_bytes)}  {_parity(artifact)}{fused}")
 
 
 def _parity(artifact: Artifact) -> str:
@@ -167,7 +174,8 @@ def _parity(artifact: Artifact) -> str:
     found = artifact.parity
     if found is None:
         return "not run where it was exported: the first load where it runs checks its answer"
-    return f"parity with PyTorch {found.difference:.1e}, top-1 equal on {100 * found.top1_agreement:.0f} %"
+    share = f"{100 * found.top1_agreement:.0f} %"
+    return f"parity with {artifact.compared_with} {found.difference:.1e}, top-1 equal on {share}"
 
 
 # ------------------------------------------------------------------------------------------ outcomes
@@ -184,6 +192,12 @@ def print_training_result(run: Run) -> None:
     for remark in run.remarks:
         print_line(f"note: {remark}")
     print_line(f"weights: {best.weights}")
+    print_next("fuse", run.folder, "--out", "fused.safetensors")
+
+
+def print_next(*words: str | Path) -> None:
+    """The command that is typed next, where one follows; words in capitals are the user's to fill in."""
+    print_line(f"next: onefold {shlex.join(map(str, words))}")
 
 
 def print_fused_weights(made: FusedWeights) -> None:
@@ -191,13 +205,15 @@ def print_fused_weights(made: FusedWeights) -> None:
     before, after = made.before, made.after
     if made.was_fused:  # which a note has said
         print_line(f"{made.path}: parameters {after.params:,}, multiply-adds {after.macs:,}")
-        return
-    print_line(f"{made.path}: drift {made.drift:.1e}")
-    if made.left_norms:
-        print_line(
-            f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay"
-        )
-    print_line(f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}")
+    else:
+        print_line(f"{made.path}: drift {made.drift:.1e}")
+        if made.left_norms:
+            print_line(
+                f"partly fused: {made.left_norms} norms follow no convolution that they could be folded into, and stay"
+            )
+        counts = f"parameters {before.params:,} -> {after.params:,}, multiply-adds {before.macs:,} -> {after.macs:,}"
+        print_line(counts)
+    print_next("deploy", made.path, "--data", "PHOTOS", "--to", "onnx", *([] if made.left_norms else ["--int8"]))
 
 
 def print_prediction(answer: Prediction, *, as_json: bool, listed: bool = True) -> None:

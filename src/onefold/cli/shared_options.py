@@ -34,6 +34,13 @@ def parse_runtimes(to: str) -> list[str]:
     return names
 
 
+def check_int8_options(precision: str, *, data: str | None, other_method: bool) -> None:
+    """Do what the function of that name of `onefold.commands.input_checks` does, which is imported when it is used."""
+    from onefold.commands.input_checks import check_int8_options as check
+
+    check(precision, data=data, other_method=other_method)
+
+
 def check_inputs(*sources: str, **given: Any) -> None:
     """Do what `onefold.commands.input_checks.check_inputs` does, which is imported when a verb runs."""
     from onefold.commands.input_checks import check_inputs as check

@@ -102,9 +102,9 @@ def deploy(
     at most 64 photos calibrate, 128 are scored and 50 calls timed. After `minutes` later candidates, artifacts and the
     timing are left out, and named.
 
-    Raises GateFailed once the folder is written, where an artifact loses more than `max_drop` points of top-1;
-    GateUndecided, which is one, where it lost more on photos too few to tell, and of 10 to 99 photos more than one; the
-    rest as `build_deployment` does.
+    Raises GateFailed once the folder is written, where an artifact loses more than `max_drop` points of top-1 (0: one
+    photo of these, without an interval); GateUndecided, which is one, where it lost more on photos too few to tell, and
+    of 10 to 99 photos more than one; the rest as `build_deployment` does.
 
         onefold.deploy("runs/photos-finetune", "photos/", to=["onnx", "litert"], int8=True).folder
     """
@@ -177,8 +177,7 @@ def build_deployment(
         (folder / _KEY).unlink()
         folder.rename(aside)
     for gate in done.gates:
-        if not gate.passed:
-            say(f"{'FAILED' if gate.verdict == 'failed' else gate.verdict:9} {gate.sentence}")
+        say(f"{'FAILED' if gate.verdict == 'failed' else gate.verdict:9} {gate.sentence}")
     if order.timed:
         say(done.recommendation)
     return replace(done, folder=out)
@@ -371,7 +370,7 @@ def _exported(
         else:
             parity = artifacts[name].parity
             proof = "not run here: its first load checks its logits"
-            proof = proof if parity is None else f"parity with PyTorch {parity.difference:.1e}"
+            proof = proof if parity is None else f"parity with {artifacts[name].compared_with} {parity.difference:.1e}"
             say(f"exported  {name:20} {proof}")
         longest = max(longest, time.monotonic() - began)
     names = [f"{runtime}-{precision}" for runtime, precision in wanted]

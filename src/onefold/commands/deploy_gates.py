@@ -26,6 +26,7 @@ from onefold.runtimes.exporter import RANDOM_WEIGHTS_NOTE
 Verdict = Literal["passed", "failed", "undecided"]
 
 _ONE_MAY_BE_LOST = range(10, 100)  # photos: one of them is more than 1 point, and at most 10
+_MOST_ADVISED = 10  # points: nobody would let an artifact lose more, so that a larger bound is no way out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Gate:
     """A check that an artifact must pass before it is shipped, and in one sentence what was measured and is allowed.
 
     `verdict` is undecided where the photos are too few to tell what was lost from what may be, and then `within_bound`
-    is whether no more was lost on these photos, one photo of 10 to 99 included.
+    is whether no more was lost on these photos, one photo of 10 to 99 included; `remedy` is what would decide it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Gate:
     verdict: Verdict
     sentence: str
     within_bound: bool = True
+    remedy: str = ""
 
     @property
     def passed(self) -> bool:
@@ -101,7 +103,11 @@ def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool =
         f"{name} lost {lost} (95 % interval {low:.1f} to {high:.1f}, {count} photos), and {max_drop:g} may be lost"
     )
     is_within = result.drop <= max_drop or (one_may_be_lost(count, max_drop) and result.drop <= 100 / count)
-    if max_drop <= 0 or (precision == "fp32" and not result.changed):
+    if max_drop > 0 and precision == "fp32" and not result.changed:
+        return Gate(
+            name=name, kind="accuracy", verdict="passed", sentence=f"{sentence}: {describe_same_logits(result)}"
+        )
+    if max_drop <= 0:
         verdict: Verdict = "passed" if is_within else "failed"
     elif high <= max_drop:
         verdict = "passed"
@@ -114,20 +120,42 @@ def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool =
             verdict="undecided",
             sentence=f"{sentence}: {_undecided(result, max_drop)}",
             within_bound=is_within,
+            remedy=_remedy(result, max_drop),
         )
     return Gate(name=name, kind="accuracy", verdict=verdict, sentence=sentence)
 
 
+def describe_same_logits(result: ArtifactResult) -> str:
+    """Say why an artifact in 32 bits passes on any number of photos, when it gives all of the network's answers."""
+    parity = result.artifact.parity
+    found = "" if parity is None else f", {parity.difference:.1e}"
+    return f"its logits are PyTorch's{found}"
+
+
 def _undecided(result: ArtifactResult, max_drop: float) -> str:
-    """Say that it cannot be told, and how many photos would tell if they went on as these did."""
+    """Say that it cannot be told, what became of the photos, and how many would tell if they went on so."""
     one = ""
     if one_may_be_lost(result.count, max_drop) and max_drop < result.drop <= 100 / result.count:
         one = f" (1 photo is {100 / result.count:.2f} points, and one may be lost)"
+    if result.top1 is None:
+        became = f"{result.lost or 'none'} changed"
+    elif result.lost or result.won:
+        became = f"{result.lost or 'none'} became wrong and {result.won or 'none'} right"
+    else:
+        became = "none became wrong or right"
+    photos = format_count(result.count, "photo")
+    return f"this cannot be told by {photos}{one}, of which {became}; {_remedy(result, max_drop)}"
+
+
+def _remedy(result: ArtifactResult, max_drop: float) -> str:
+    """Say what decides it: so many photos, if they go on as these did, or a bound that these are enough for."""
     needed = photos_to_decide(result.lost, result.won, result.count, max_drop)
     more_held_out = result.num_held_out is not None and result.num_held_out > result.count
     where = f"without --quick {result.num_held_out} are scored" if more_held_out else "--val FOLDER"
-    more = "many more would" if needed is None else f"about {needed} would"
-    return f"this cannot be told by {format_count(result.count, 'photo')}{one}; {more} ({where})"
+    more = "many more photos would tell" if needed is None else f"if it goes on so about {needed} photos tell"
+    bound = math.ceil(result.interval[1])
+    larger = f", or --max-drop {bound} if so much may be lost" if bound <= _MOST_ADVISED else ""
+    return f"{more} ({where}{larger})"
 
 
 def one_may_be_lost(count: int, max_drop: float) -> bool:
@@ -162,11 +190,11 @@ def too_few_photos_note(count: int, max_drop: float, num_held_out: int | None = 
     bound = math.ceil(drop_interval(0, 0, count)[1])
     is_enough = needed is not None and num_held_out is not None and num_held_out >= needed
     more = f"without --quick {num_held_out} are scored" if is_enough else "give more held-out photos with --val FOLDER"
-    takes = "more than a million" if needed is None else str(needed)
+    takes = "more than a million" if needed is None else f"at least {needed}"
+    larger = f", or a larger --max-drop: at least {bound}, by the same rule" if bound <= _MOST_ADVISED else ""
     return (
-        f"{format_count(count, 'photo')} cannot tell {points} from none, which takes {takes} where no prediction "
-        f"changes, and more where some do: {more}, or set the largest loss to {bound} points or more with "
-        f"--max-drop {bound}"
+        f"{format_count(count, 'photo')} cannot tell a loss of {points} from none: that takes {takes}, if no "
+        f"prediction changes, and several times as many if some do; {more}{larger}"
     )
 
 

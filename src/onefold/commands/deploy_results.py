@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from onefold.accuracy_intervals import wilson_interval
 from onefold.bench import Procedure
 from onefold.commands.calibration_cache import CalibrationOptions
-from onefold.commands.deploy_gates import ArtifactResult, Gate, gates_error
+from onefold.commands.deploy_gates import ArtifactResult, Gate, describe_same_logits, gates_error
 from onefold.commands.held_out_images import DeploymentPhotos
 from onefold.commands.open_network import Network
 from onefold.commands.predictor import Predictor
 from onefold.errors import BadArgument, GateFailed
 from onefold.quantize import QuantizationMethod
-from onefold.report.format import format_count, join_words
+from onefold.report.format import format_count, join_words, plain_size
 
 _log = logging.getLogger("onefold")
 
@@ -117,6 +117,18 @@ class DeployResult:
         return [gate for gate in self.gates if gate.verdict == "undecided"]
 
     @property
+    def recommended(self) -> str | None:
+        """The artifact to take, by its name: the fastest that passed, else the fastest that is undecided, else None."""
+        verdicts = {gate.name: gate.verdict for gate in self.gates}
+        known = [each for each in self.verdicts if each.measurement and verdicts.get(each.name) != "failed"]
+        ranked = [
+            (verdicts.get(each.name) == "undecided", each.measurement.median_ns, each.name)
+            for each in known
+            if each.measurement
+        ]
+        return min(ranked)[2] if ranked else None
+
+    @property
     def recommendation(self) -> str:
         """Which artifact to take: the fastest on this machine of those that passed, and what the others take."""
         failed, doubted = ({gate.name for gate in gates} for gates in (self.failed, self.undecided))
@@ -134,9 +146,12 @@ class DeployResult:
         compared = f"; {', '.join(others)}" if others else ""
         doubt = ""
         if unsure:
-            beside = join_words([f"{other} takes {ms / best:.2f} times as long" for ms, other in unsure])
+            lost = {each.name: describe_loss(each) for each in self.verdicts}
+            beside = [f"{other} takes {ms / best:.2f} times as long and lost {lost[other]}" for ms, other in unsure]
             they = "they keep their" if len(unsure) > 1 else "it keeps its"
-            doubt = f" {beside}: whether {they} accuracy cannot be told by {count}."
+            remedies = dict.fromkeys(gate.remedy for gate in self.undecided if gate.remedy)
+            decided = f": {next(iter(remedies))}" if len(remedies) == 1 else ""
+            doubt = f" {join_words(beside)}; whether {they} accuracy cannot be told by {count}{decided}."
         best_one = f"Fastest on this machine of those that keep their accuracy: {name}, {best:.2f} ms{compared}."
         return f"{best_one}{doubt} {phone}"
 
@@ -199,17 +214,25 @@ def _row(each: ArtifactResult, verdict: str, of_all: str) -> list[str]:
     held_out = each.num_held_out or each.count
     of_more = f" ({held_out} {of_all})" if held_out > each.count else ""
     drop = f"{each.drop:.2f} ({low:.1f} to {high:.1f})"
+    same = each.artifact.precision == "fp32" and not each.changed
+    why = f": {describe_same_logits(each)}" if same else ""  # its interval holds the bound all the same
     return [
         each.name,
-        {"passed": "yes", "failed": "NO"}.get(verdict, verdict),
+        {"passed": f"yes{why}", "failed": "NO"}.get(verdict, verdict),
         "-" if each.top1 is None else _share(each.top1, each.count).replace(" %", ""),
         drop if each.top1 is not None else f"{drop}, % of the predictions",
         f"{each.changed} of {each.count}{of_more}",
         "-" if timed is None else f"{timed.median_ns / 1e6:.2f} ms ({timed.verdict})",
         "-" if timed is None else str(timed.procedure.threads),
         "-" if timed is None else timed.machine.chip,
-        f"{each.artifact.num_bytes / 2**20:.1f} MiB",
+        plain_size(each.artifact.num_bytes),
     ]
+
+
+def describe_loss(each: ArtifactResult) -> str:
+    """What an artifact lost, with its interval: 0.00 points (-2.6 to 2.6)."""
+    low, high = each.interval
+    return f"{each.drop:.2f} {'points' if each.top1 is not None else '%'} ({low:.1f} to {high:.1f})"
 
 
 def _line(cells: list[str]) -> str:

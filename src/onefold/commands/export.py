@@ -31,6 +31,7 @@ from onefold.commands.held_out_images import (
     training_records,
     validation_images,
 )
+from onefold.commands.input_checks import check_int8_options
 from onefold.commands.open_network import Network, open_network
 from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predict import Predictions, predict
@@ -44,6 +45,7 @@ from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
 from onefold.models.load_model import Card
 from onefold.quantize import QuantizationMethod
 from onefold.reparam import unfused_norms
+from onefold.report.format import plain_size
 from onefold.runtimes import RUNTIMES, ModelInfo, import_runtime
 from onefold.runtimes.exporter import TracedModel
 from onefold.runtimes.onnx import opset_details
@@ -96,7 +98,7 @@ class Artifact(runtimes.Artifact, SavedResult):
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.input_shape))
-        size = f"{self.num_bytes / 2**20:.1f} MiB"
+        size = plain_size(self.num_bytes)
         return f"Artifact({self.title}, {shape} -> {self.num_classes}, {size}, {str(self.folder)!r})"
 
 
@@ -226,11 +228,14 @@ def export_to_runtimes(
         raise BadArgument("--opset is of ONNX files: give it with --to onnx alone")
     for runtime in order.runtimes:
         import_runtime(runtime)  # a wrong name is refused before minutes of calibration
+    given = order.calibration or CalibrationOptions()
+    check_int8_options(order.precision, data=given.data, other_method=given.method != QuantizationMethod())
     data = None if order.calibration is None else order.calibration.data
     require_extras([*order.runtimes, *extras_for_sources(source, data)])
     network = source if isinstance(source, Network) else open_network(source, name=name)
     if order.fused and not network.is_fused:
-        network, _ = network.fused(order.tolerance)
+        network, drift = network.fused(order.tolerance)
+        _log.info("%s is not fused: fused for the export, drift %.1e", network.title, drift)
     network = network.with_size(order.size)
     checked = order.precision == "int8" and order.calibration is not None and bool(order.calibration.data)
     steps = export_steps(order.runtimes, order.calibration if checked else None, _cost(network)["macs"])
@@ -313,12 +318,10 @@ def model_info(network: Network, source: str | Path, made: Int8Network | None = 
 
 
 def _quantized(network: Network, order: ExportOptions) -> Int8Network | None:
-    """The int8 network, where int8 is asked for. BadArgument where photos are missing, or options are of int8 alone."""
+    """The int8 network, where int8 is asked for. BadArgument where photos are missing."""
     given, wanted = order.calibration or CalibrationOptions(), order.precision == "int8"
-    if (given.data and not wanted) or (wanted and not given.data and network.card.int8 is None):
-        raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data with --precision int8")
-    if not wanted and given.method != QuantizationMethod():
-        raise BadArgument(f"--weight-bits and --per-tensor are of int8, not {order.precision}: give --precision int8")
+    if wanted and not given.data and network.card.int8 is None:
+        raise BadArgument("int8 is calibrated on photos of the kind it will see: give --data FOLDER with them")
     return calibrated_network(network, order.calibration) if wanted else None
 
 

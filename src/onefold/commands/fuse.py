@@ -109,6 +109,8 @@ def fuse(
     else:
         with show_progress():
             fused, distance = network.fused(tolerance)
+    if path.is_file():
+        _log.info("%s was there already, and is replaced", path)
     write = save_timm if is_timm(fused.card.model) else save_weights
     write(fused.model, path, replace(fused.card, source=fused.card.source or os.fspath(source)))
     size = network.preprocessing.size

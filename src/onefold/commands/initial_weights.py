@@ -127,7 +127,10 @@ def with_preprocessing_of_weights(recipe: Recipe, stated: Collection[str], *, is
     after = recipe.preprocessing.to_dict()
     changed = [f"{key} {_text(after[key])}, not {_text(before[key])}" for key in after if after[key] != before[key]]
     if changed:
-        of = recipe.model if recipe.weights is None else f"the weights {recipe.weights}"
+        entry = None if is_timm(recipe.model) else CATALOGUE[resolve_name(recipe.model)].input
+        alike = entry is not None and all(given.get(key) == entry[key] for key in ("size", "crop_pct", "interpolation"))
+        # What weights do not state is taken from the catalogue, and not theirs.
+        of = recipe.model if recipe.weights is None or alike else f"the weights {recipe.weights}"
         _log.info("preprocessing is that of %s: %s", of, "; ".join(changed))
     if is_timm(recipe.model):
         only, stages = fixed_image_size(recipe.model), recipe.curriculum.stages if recipe.curriculum else ()

@@ -14,6 +14,7 @@ from typing import Any
 from onefold.commands.optional_dependencies import extras_for_sources, require_extras
 from onefold.commands.predictor import check_source_exists, is_timm
 from onefold.data.dataset import check_places_exist
+from onefold.errors import BadArgument
 from onefold.file_io import read_text
 from onefold.models.catalogue import resolve_name
 from onefold.models.locate_weights import HUB_ID_PATTERN
@@ -47,6 +48,16 @@ def check_inputs(
         resolve_name(model)
     for source in sorted(sources, key=lambda each: re.fullmatch(HUB_ID_PATTERN, each) is not None):
         check_source_exists(source)
+
+
+def check_int8_options(precision: str, *, data: str | None, other_method: bool = False) -> None:
+    """Raise BadArgument for what only an int8 artifact needs, photos or a method, where another is to be made."""
+    if precision == "int8":
+        return
+    if data:
+        raise BadArgument(f"--data is for int8, not {precision}: add --precision int8, or leave --data out")
+    if other_method:
+        raise BadArgument(f"--weight-bits and --per-tensor are of int8, not {precision}: give --precision int8")
 
 
 def check_recipe_inputs(recipe: Recipe, services: Iterable[str]) -> None:

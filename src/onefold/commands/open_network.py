@@ -23,6 +23,7 @@ from onefold.models import count_flops
 from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels
 from onefold.models.load_model import Card, load_model, matching_model_names
 from onefold.models.weights_file import tensors_sha256
+from onefold.progress_steps import show_step
 from onefold.quantize import IntegerModel, ModelQParams
 from onefold.quantize.convert import convert
 from onefold.reparam import drift, fuse, unfused_norms
@@ -80,8 +81,9 @@ class Network:
         Raises GateFailed where the drift is more than that, NonFiniteLoss where the network itself computes no
         finite logits: then its training has diverged, and fusing is not to blame.
         """
-        fused, images = fuse(self.model), self.random_images()
-        distance = drift(self.model, fused, images)
+        with show_step("fusing"):
+            fused, images = fuse(self.model), self.random_images()
+            distance = drift(self.model, fused, images)
         if not math.isfinite(distance):
             with torch.inference_mode():
                 if not self.model(images).isfinite().all():
@@ -226,6 +228,11 @@ def open_network(source: str | Path, *, name: str | None = None) -> Network:
 
     With `name` timm:NAME a file or an id of the hub holds weights of that network of timm.
     """
+    with show_step("opening the network"):
+        return _opened_network(source, name)
+
+
+def _opened_network(source: str | Path, name: str | None) -> Network:
     if is_timm(source):
         model, card = open_timm(str(source))
         return Network(model=model, card=card, title=str(source))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from onefold.progress_steps import Stages, seconds_left
@@ -42,14 +43,21 @@ def _bar(**options: Any) -> Iterator[Any]:
 def training_bar() -> Iterator[Callable[[Progress], None]]:
     """Show a training's steps, loss and accuracy of the last validation; gives the callback for each step.
 
-    Where no bar is shown, a line is written now and then.
+    Before the first step it shows what is done as `show_progress` does. Where no bar is shown, a line is written for
+    each validation, and in a long epoch now and then.
     """
     due = time.monotonic() + _LONG_EPOCH_S
-    with _bar(unit="step", dynamic_ncols=True) as bar:
+    with ExitStack() as preparing, ExitStack() as shown:
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first alone is shown
+            preparing.enter_context(show_progress())
+        bar: Any = None
 
         def on_progress(at: Progress) -> None:
-            nonlocal due
-            if bar.disable and time.monotonic() >= due:
+            nonlocal bar, due
+            if bar is None:
+                preparing.close()
+                bar = shown.enter_context(_bar(unit="step", dynamic_ncols=True))
+            if bar.disable and (at.is_evaluation or time.monotonic() >= due):
                 due = time.monotonic() + _LONG_EPOCH_S
                 sys.stderr.write(f"{training_line(at)}\n")
                 sys.stderr.flush()

@@ -161,6 +161,11 @@ class Run(SavedResult):
             remarks.append(
                 "no epoch was better than the weights it started from, which stay the best: try a lower rate (--lr)"
             )
+        elif history[0]["epoch"] == 0 and best.epoch > 0 and best.top1 <= history[0]["top1"]:
+            remarks.append(
+                f"training gained nothing: before the first step it was {history[0]['top1']:.2f} % too; try more "
+                "epochs, or another rate (--lr)"
+            )
         elif history[-1]["top1"] < best.interval[0]:
             remarks.append(
                 f"it got worse after epoch {best.epoch}, down to {history[-1]['top1']:.1f} %: try fewer epochs, or "

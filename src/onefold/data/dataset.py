@@ -401,8 +401,8 @@ def check_places_exist(*places: str | None) -> None:
         elsewhere = "{" in place or place.startswith(REMOTE_PREFIXES) or place.endswith(SHARD_SUFFIXES)
         if place != "digits" and not elsewhere and not os.path.exists(place):
             raise BadData(
-                f"{printable_name(place)} is not there: expected a folder of images, or the word digits"
-                f"{suggest_path(place)}"
+                f"{printable_name(place)} is not there"
+                f"{suggest_path(place) or ': expected a folder of images, or the word digits'}"
             )
 
 

@@ -175,6 +175,7 @@ _SPELLINGS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 )
 
 
+_FEWEST_LETTERS = 4  # of the beginning of a name, by which it is found
 _ALIKE = str.maketrans("01", "ol")  # characters that are taken for each other
 
 
@@ -188,7 +189,8 @@ def resolve_name(name: str) -> str:
         spelled = re.sub(pattern, proper, spelled)
     if spelled not in CATALOGUE:
         alike = [name for name in CATALOGUE if name.translate(_ALIKE) == spelled.translate(_ALIKE)]
-        near = alike or difflib.get_close_matches(spelled, CATALOGUE, n=3, cutoff=0.5)
+        begun = [name for name in CATALOGUE if len(spelled) >= _FEWEST_LETTERS and name.startswith(spelled)][:3]
+        near = alike or begun or difflib.get_close_matches(spelled, CATALOGUE, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "list_models() gives all names"
         raise BadArgument(f"there is no model {name!r}: {hint}")
     return spelled

@@ -67,7 +67,7 @@ def check_weights_exist(source: str | Path) -> None:
 def check_weights_file(path: Path) -> None:
     """Raise BadCheckpoint unless there is a file, with something in it."""
     if not path.exists():
-        raise BadCheckpoint(f"there is no file {path}: {WEIGHTS_HINT}{suggest_path(path)}")
+        raise BadCheckpoint(f"there is no file {path}{suggest_path(path) or f': {WEIGHTS_HINT}'}")
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise BadCheckpoint(f"{path} is {kind}, not a file of weights: {WEIGHTS_HINT}")
@@ -178,9 +178,8 @@ def _repository(source: str) -> str:
         seen = f"the current folder {Path.cwd()} has no folder {folder}"
     else:
         return source
-    raise BadCheckpoint(
-        f"there is no {source}: {seen}; for the repository of the hub type hf-hub:{source}{suggest_path(source)}"
-    )
+    there_is = suggest_path(source) or f": {seen}; for the repository of the hub type hf-hub:{source}"
+    raise BadCheckpoint(f"there is no {source}{there_is}")
 
 
 def _with_files_beside(file: LocatedWeights) -> LocatedWeights:

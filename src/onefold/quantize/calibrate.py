@@ -80,7 +80,8 @@ def calibrate(graph: GraphModule, batches: Sequence[Tensor], method: Quantizatio
     with parallel_batches():
         calibrator = _Calibrator(graph, batches, method)
         for number, node in enumerate(graph.graph.nodes):
-            _progress.debug("calibrating", extra={"done": number, "total": len(graph.graph.nodes), "part": True})
+            counted = {"done": number, "total": len(graph.graph.nodes), "unit": "operation "}
+            _progress.debug("calibrating", extra={**counted, "part": True})
             if node.op != "output":
                 calibrator.evaluate(node)
         _progress.debug("calibrated", extra={"done": 1, "total": 1})

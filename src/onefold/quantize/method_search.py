@@ -51,8 +51,10 @@ def quantize_with_search(
     traced, total = trace(model, images[:2]), _count_candidates(start)
     compared = -(-len(images) // _step(images))
     last = 0.5 + 0.5 * len(images) / (0.75 * compared)  # of the time that a candidate takes; half of that is its images
-    steps = Steps([("trying a method of calibration", 1.0)] * total + [("calibrating by the best method", last)])
-    method = _search(model, traced, images, start, report, allows, steps)
+    tries = [(f"trying candidate {number} of {total}", 1.0) for number in range(1, total + 1)]
+    steps = Steps([*tries, ("calibrating by the best candidate", last)], numbered=False)
+    method, number, tried = _search(model, traced, images, start, report, allows, steps)
+    report(f"chosen: candidate {number}  {method.title}, of {tried} tried the one with the smallest error")
     steps.begin(total)
     made = quantize(model, images, method, traced)
     steps.end()
@@ -77,8 +79,8 @@ def _search(
     report: Callable[[str], None],
     allows: Callable[[str, float], bool],
     steps: Steps,
-) -> QuantizationMethod:
-    """Find the best method from `start`, compared on some of the images."""
+) -> tuple[QuantizationMethod, int, int]:
+    """Find the best method from `start`, compared on some of the images; its number, from 1, and that of all tried."""
     subset = images[:: _step(images)]
     is_test = torch.arange(len(subset)) % 4 == 3
     expected, batches = _logits(model, subset[is_test]), subset[~is_test].split(BATCH_SIZE)
@@ -107,10 +109,10 @@ def _search(
             method = replace(best, **{option: value})
             if method not in tried:
                 if not allows(f"{total - len(tried)} of {total} methods of calibration", seconds):
-                    return best
+                    return best, [*tried].index(best) + 1, len(tried)
                 tried[method] = relative_noise(method)
             best = min(best, method, key=tried.__getitem__)
-    return best
+    return best, [*tried].index(best) + 1, len(tried)
 
 
 @torch.no_grad()

@@ -80,6 +80,11 @@ def format_size(num_bytes: int | None) -> str:
     return f"{format_significant(num_bytes / 1e3)}{_SPACE}kB"
 
 
+def plain_size(num_bytes: int) -> str:
+    """Format bytes as `format_size` does, for a terminal, where a blank is one."""
+    return format_size(num_bytes).replace(_SPACE, " ")
+
+
 def format_count(number: int, noun: str, nouns: str | None = None) -> str:
     """Return `1 run`, `2 runs`, `no runs`; `nouns` is the plural where it is not made with an s."""
     return f"{number or 'no'} {noun if number == 1 else (nouns or f'{noun}s')}"

@@ -123,6 +123,11 @@ class Artifact:
     files: Mapping[str, StoredFile]
 
     @property
+    def compared_with(self) -> str:
+        """What `parity` compares its logits with: for int8 the same integers in PyTorch, not the float network."""
+        return "the int8 network in PyTorch" if self.precision == "int8" else "PyTorch"
+
+    @property
     def num_bytes(self) -> int:
         """Size of the model's files."""
         return sum(stored.num_bytes for name, stored in self.files.items() if name.startswith("model."))

@@ -204,7 +204,7 @@ def _parity(artifact: Artifact) -> str:
         allowed = "this is not judged, since the weights are random"
     return (
         f"On the machine that exported it, its logits for the {parity.images} images of `reference.npz` differed from "
-        f"PyTorch's by {parity.difference:.1e} of the largest logit ({allowed}), and the top "
+        f"those of {artifact.compared_with} by {parity.difference:.1e} of the largest logit ({allowed}), and the top "
         f"class was the same for {100 * parity.top1_agreement:g} %. Repeat it on your machine: the file holds images "
         "(B, C, H, W) and PyTorch's logits."
     )
