@@ -6,7 +6,7 @@
 | its class | label; class, cls; category; target; breed, species, variety, disease, diagnosis, dx, tag; class_name |
 | the number of its class | index, or a name for the class with id, index, idx, no, number or code (class_id) |
 | its split | split, subset, set, dataset, partition, phase, usage, fold, where its values are words for splits |
-| whether it is of a split | is_valid, is_train, is_test, test, val ...: true or false, 1 or 0 |
+| whether it is of a split | is_valid, is_train, is_test, test, val ...: true or false, yes or no, 1 or 0 |
 | one column a class | of 0 and 1, a single 1 in each line |
 
 Case, blanks and underscores do not count. Of several columns for the image that one counts by which images are found.
