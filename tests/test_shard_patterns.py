@@ -571,3 +571,11 @@ def test_a_column_of_splits_in_some_files_alone_is_refused(tmp_path: Path) -> No
     pq.write_table(arrow.table({**columns, "split": ["train", "val"] * 2}), tmp_path / "y.parquet")
     with pytest.raises(BadData, match=r"y\.parquet has the column split, and x\.parquet has none"):
         read_dataset(tmp_path, seed=0, val_fraction=0.5)
+
+
+def test_a_shard_that_is_in_two_splits_is_said(tmp_path: Path) -> None:
+    files = [(f"{kind}/{i}.jpg", jpeg()) for kind in "ab" for i in range(3)]
+    for name in ("train", "test"):
+        tarred(tmp_path / f"photos/{name}.tar", files)
+    said = "photos/train.tar and photos/test.tar have the same bytes: the images of test are in train too"
+    assert any(note.startswith(said) for note in read_dataset(tmp_path / "photos", seed=0, val_fraction=0.5).info.notes)

@@ -222,6 +222,7 @@ def read_shards(
             left_out += left_out_members([index.others for index in indexes])
             pairs = zip(blobs, indexes, strict=True)
             notes += [f"{printable_name(blob.name)} holds no images" for blob, index in pairs if not index.members]
+    notes += _notes_of_copies(shards)
     if parquet:
         forget_missing_words_([file for those in files.values() for file in those])
     labels = {split: [label for file in those for label in file.labels] for split, those in files.items()}
@@ -295,6 +296,19 @@ def _parquet_by_split(
             found[inner].append(file.select(those))
         start += len(file)
     return found
+
+
+def _notes_of_copies(shards: Mapping[Split | None, Sequence[str]]) -> list[str]:
+    """Say which shards of one split are copies of another split's."""
+    split_of = {path: split for split, paths in shards.items() for path in paths}
+    copies = find_copied_files([*split_of]) if len(shards) > 1 else {}
+    pairs = [sorted(pair, key=lambda path: SPLITS.index(split_of[path] or "train")) for pair in copies.items()]
+    return [
+        f"{' and '.join(printable_name('/'.join(path.split('/')[-2:])) for path in (first, other))} have the same "
+        f"bytes: the images of {split_of[other]} are in {split_of[first]} too, and the score flatters"
+        for first, other in pairs
+        if split_of[first] != split_of[other]
+    ]
 
 
 def _photo_names(files: Sequence[TarImages | ParquetImages]) -> list[str] | None:
