@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +174,30 @@ def test_a_log_has_a_line_now_and_then(tmp_path: Path, monkeypatch):
                 time.sleep(0.02)
     assert re.fullmatch(r"(.*: 0:00:00\n)+", log.read_text())
     assert log.read_text().splitlines()[-1] == "reading?b/?[2J (5 of 5): 0:00:00"
+
+
+TRAINED = """
+import math
+from types import SimpleNamespace
+from onefold.commands.progress_bars import training_bar
+with training_bar() as on_progress:
+    at = dict(epochs=1, epoch=1, steps=1, step=1, global_step=1, loss=0.5, eta_s=math.nan, metrics={"top1": 50.0})
+    on_progress(SimpleNamespace(**at, is_evaluation=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no terminals of this kind")
+@pytest.mark.parametrize("columns", [0, 120])
+def test_in_python_a_terminal_shows_a_bar_though_it_may_not_know_its_width(columns: int):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    done = subprocess.run([sys.executable, "-c", TRAINED], stderr=theirs, check=True)
+    os.close(theirs)
+    text = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert "epoch 1/1: 100%" in text
+    assert "val top-1=50.00" in text
 
 
 def test_in_python_a_log_has_a_line_for_each_validation(capsys):

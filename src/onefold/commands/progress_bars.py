@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onefold.train import Progress
 
 _logger = logging.getLogger("onefold.progress")
+_COLUMNS, _ROWS = 80, 24  # of a terminal that does not know its own
 _LONG_EPOCH_S = 30.0  # without a line, where no bar is shown
 _FIRST_S, _EVERY_S = 2.0, 10.0  # before the first line, and between two, where no bar is shown
 
@@ -26,13 +27,22 @@ def _has_viewer() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
+def _width() -> dict[str, Any]:
+    """Give tqdm's options for the width: a terminal that does not know its own says 0, and tqdm would show nothing."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # no terminal
+        columns = -1
+    return {"ncols": _COLUMNS, "nrows": _ROWS} if columns == 0 else {"dynamic_ncols": True}
+
+
 @contextmanager
 def _bar(**options: Any) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of widgets that are not installed, where text does
         from tqdm.auto import tqdm
 
-        bar = tqdm(disable=not _has_viewer(), **options)
+        bar = tqdm(disable=not _has_viewer(), **_width(), **options)
     try:
         yield bar
     finally:
@@ -56,7 +66,7 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
             nonlocal bar, due
             if bar is None:
                 preparing.close()
-                bar = shown.enter_context(_bar(unit="step", dynamic_ncols=True))
+                bar = shown.enter_context(_bar(unit="step"))
             if bar.disable and (at.is_evaluation or time.monotonic() >= due):
                 due = time.monotonic() + _LONG_EPOCH_S
                 sys.stderr.write(f"{training_line(at)}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 from onefold.errors import BadCheckpoint, NetworkFailed, NotWritable
 from onefold.file_io import read_json, read_plain_file, suggest_path
+from onefold.models.catalogue import CATALOGUE
 
 WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
@@ -320,7 +322,7 @@ def _download(repo_id: str, name: str) -> Path:
         raise BadCheckpoint(
             f"there is no file {repo_id}, and the Hugging Face hub has no such repository that you may read: check the "
             f"path or the id; for a gated or private one `hf auth login` ({one_line_error(error)})"
-            f"{suggest_path(repo_id)}"
+            f"{_suggest(repo_id)}"
         ) from None
     except Exception as error:  # the network raises errors of whatever package the hub's client uses for it
         if cached is not None and not isinstance(cached, str):  # known of before: the repository has no such file
@@ -337,8 +339,15 @@ def _hub_error(repo_id: str, error: Exception) -> NetworkFailed | NotWritable:
     return NetworkFailed(
         f"there is no file {repo_id}, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
         f"{one_line_error(first)}): check the network and HF_HUB_OFFLINE; or copy its {WEIGHTS_NAME} here from "
-        f"another machine and give the path{suggest_path(repo_id)}"
+        f"another machine and give the path{_suggest(repo_id)}"
     )
+
+
+def _suggest(repo_id: str) -> str:
+    """Give the end of an error on an id of the hub: a path here, or an id of released weights, of nearly that name."""
+    released = [entry.weights for entry in CATALOGUE.values() if entry.weights and entry.weights != repo_id]
+    near = difflib.get_close_matches(repo_id, sorted(released), n=1, cutoff=0.9)
+    return suggest_path(repo_id) or (f"; did you mean {near[0]}?" if near else "")
 
 
 def one_line_error(error: BaseException) -> str:
