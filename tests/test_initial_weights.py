@@ -424,3 +424,22 @@ def test_a_strided_pointwise_convolution_of_few_channels_is_computed_on_the_pixe
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert list(conv.state_dict()) == names
     assert isinstance(conv, torch.nn.Conv2d)
+
+
+def test_preprocessing_that_weights_do_not_state_is_not_called_theirs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the catalogue's: of a file without a word on it the crop was called that of the weights."""
+    model = create_model("mobileone_s1", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    save_weights(
+        model.eval(),
+        tmp_path / "own.safetensors",
+        Card(model="mobileone_s1", num_classes=3, preprocessing=Preprocessing(size=64, crop_pct=0.8).to_dict()),
+    )
+    caplog.set_level("INFO", "onefold")
+    for name, of in (("plain.pth", "mobileone_s1:"), ("own.safetensors", f"the weights {tmp_path}/own.safetensors:")):
+        caplog.clear()
+        changes = {"model": "mobileone_s1", "weights": str(tmp_path / name)}
+        with_preprocessing_of_weights(override(find_recipe("photos:finetune"), changes), ())
+        assert f"preprocessing is that of {of} " in caplog.text
