@@ -579,3 +579,11 @@ def test_a_shard_that_is_in_two_splits_is_said(tmp_path: Path) -> None:
         tarred(tmp_path / f"photos/{name}.tar", files)
     said = "photos/train.tar and photos/test.tar have the same bytes: the images of test are in train too"
     assert any(note.startswith(said) for note in read_dataset(tmp_path / "photos", seed=0, val_fraction=0.5).info.notes)
+
+
+def test_two_numbers_of_one_name_are_one_class_and_that_is_said(tmp_path: Path) -> None:
+    shard(tmp_path / "train-0.parquet", [0, 1, 2, 1], ["bat", "owl", "bat"])
+    assert classes_by_row(tmp_path) == ["bat", "owl", "bat", "owl"]
+    info = read_dataset(tmp_path, seed=0, val_fraction=0.0).info
+    assert info.classes == ("bat", "owl")
+    assert "a schema calls several numbers bat: they are one class" in info.notes

@@ -104,6 +104,13 @@ def name_classes(
         if len({tuple(_schema_names(file)) for file in named[split]}) > 1:
             which = join_names([_file_name(file) for file in named[split]], 3)
             notes.append(f"the schemas of {which} number the classes differently: the names of each count")
+    for schema in schemas:
+        if (
+            double := sorted({each for each in schema if schema.count(each) > 1})
+            if len({*schema}) < len(schema)
+            else []
+        ):
+            notes.append(f"a schema calls several numbers {join_names(double, 3)}: they are one class")
     notes += _notes_of_unused_names(labels, orders)
     return labels, orders
 

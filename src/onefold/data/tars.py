@@ -178,9 +178,9 @@ def tars_by_split(
         if num_nothing := sum(label in nothing for label in labels):
             reason = f"no class ({join_names(sorted(map(repr, nothing)), 3)})"
             left_out.append(LeftOut(count=num_nothing, what="images", reason=reason))
-    elif (tar_classes := _classes_by_tar(blobs, indexes)) and all("/" not in name for name in names):
+    elif _are_in_no_folder(names) and (tar_classes := _classes_by_tar(blobs, indexes)):
         which = join_names([os.path.basename(blob.name) for blob in blobs], 3)
-        notes.append(f"each tar is a class, since there are no folders in them: {which}")
+        notes.append(f"each tar is a class, since there are no class folders in them: {which}")
         for blob, index, name in zip(blobs, indexes, tar_classes, strict=True):
             rows_of[split].append(TarImages(blob, index.members, [name] * len(index.members), "", name))
         return rows_of
@@ -225,6 +225,12 @@ def _check_splits(blobs: Sequence[Blob], split: Split | None, inside: set[Split]
             f"{shown}: {which} is {split} by its name, and {' and '.join(others)} by what it holds: rename it, or give "
             "it by itself for what it holds"
         )
+
+
+def _are_in_no_folder(names: Sequence[str]) -> bool:
+    """Whether images are in no folder, or all in one that is called as what it holds: images/."""
+    folders = {name.rpartition("/")[0] for name in names}
+    return len(folders) == 1 and _DATA_WORDS.issuperset(split_into_words(folders.pop()))
 
 
 def _classes_by_tar(blobs: Sequence[Blob], indexes: Sequence[TarIndex]) -> list[str] | None:
