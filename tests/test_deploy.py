@@ -236,6 +236,14 @@ def test_an_artifact_of_32_bits_with_all_answers_passes_on_any_photos() -> None:
     assert accuracy_gate(result(1, 0, 12, precision="fp32"), 1.0).verdict == "undecided"
 
 
+def test_an_artifact_of_8_bits_with_all_logits_to_the_bit_passes_on_any_photos() -> None:
+    exact = replace(result(0, 0, 36), same_logits=True)
+    assert accuracy_gate(exact, 1.0).passed
+    assert accuracy_gate(result(0, 0, 36), 1.0).verdict == "undecided"
+    assert accuracy_gate(replace(exact, artifact=SimpleNamespace(precision="int8", details={"untrained": True})), 1.0
+                         ).verdict == "undecided"  # fmt: skip
+
+
 def test_before_the_work_it_is_said_what_the_photos_can_tell() -> None:
     assert describe_held_out(48, 48) == "48 photos are scored; one of them is 2.08 points of top-1"
     assert describe_held_out(128, 240).startswith("128 of 240 photos are scored, evenly; one of them is 0.78 points")
@@ -459,6 +467,30 @@ def test_mistakes_are_said_before_anything_is_done(
     assert main([*start, "--to", "ncnn"]) == 2
     assert 'pip install "onefold[ncnn]"' in capsys.readouterr().err
     assert not (tmp_path / "deploy").exists()
+
+
+@pytest.mark.parametrize("kind", ["all of them", "unreadable"])
+def test_photos_that_leave_none_to_calibrate_or_to_score_are_refused_before_the_work(
+    kind: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onefold.commands.deploy.export_artifact", lambda *_: pytest.fail("it began"))
+    draw = np.random.default_rng(0)
+    for name in ("1", "2"):
+        (tmp_path / "data/train" / name).mkdir(parents=True)
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data/train" / name / f"{number}.png")
+            (tmp_path / "bad" / name / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    data, val = tmp_path / "data", tmp_path / ("bad" if kind == "unreadable" else "data/train")
+    order = ["deploy", str(weights), "--data", str(data), "--val", str(val), "--out", str(tmp_path / "deploy")]
+    assert main([*order, *(["--int8"] if kind == "all of them" else [])]) == BadData.exit_status
+    error = capsys.readouterr().err.splitlines()[-1]
+    if kind == "unreadable":
+        assert "none of 6 photos to score on can be read: " in error
+    else:
+        assert f"has no photos to calibrate int8 with that are not in {val} too: give more with --data" in error
+    assert not list(tmp_path.glob("deploy*"))
 
 
 @pytest.mark.parametrize(("kind", "said"), [("black", "of one colour each"), ("same", "all the same")])

@@ -589,8 +589,11 @@ def test_a_run_of_batches_of_one_image_is_refused_where_norms_cannot_normalize(h
         start_run(with_image_size(recipe, 32), tmp_path / "run", check=False)
     assert not (tmp_path / "run/recipe.json").exists()
     halves = override(recipe, {"plan.batch_size": "2", "plan.accumulate": "2"})
-    with pytest.raises(BadArgument, match="which 2 share"):
+    with pytest.raises(BadArgument, match=r"which 2 share.* give two or more each \(-b 4\)"):
         start_run(with_image_size(halves, 32), tmp_path / "run", check=False)
+    workers = override(recipe, {"plan.batch_size": "8", "plan.logical_workers": "8"})
+    with pytest.raises(BadArgument, match=r"which 8 share.* give two or more each \(-b 16\)"):
+        start_run(with_image_size(workers, 32), tmp_path / "run", check=False)
 
 
 def test_the_run_keeps_what_its_dataset_is(home: Path) -> None:

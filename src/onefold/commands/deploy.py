@@ -25,6 +25,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from onefold.bench import Comparison, Measurement, Procedure
@@ -275,7 +276,8 @@ def _scored(
     asked = Evaluation(photos.scored, network, photos.labelled)
     steps.begin("score torch")
     with make_predictor(network, threads=order.procedure.threads) as torch_network:
-        true, right, top1 = asked.answers(torch_network)
+        reference = asked.answers(torch_network)
+        _, true, right, top1 = reference
         if asked.bad:
             title += f", without {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read"
             say(f"left out  {len(asked.bad)} of {len(photos.scored)} photos, which cannot be read")
@@ -296,7 +298,7 @@ def _scored(
         steps.begin(f"score {name}")
         began = time.monotonic()
         with open_predictor(out / name, threads=order.procedure.threads) as predictor:
-            answers, still_right, scored = asked.answers(predictor)
+            logits, answers, still_right, scored = asked.answers(predictor)
             if scored is not None:
                 num_seen = photos.num_seen
                 save_accuracy(predictor, title, scored, out / "results", count=len(answers), trained_on=num_seen)
@@ -314,6 +316,7 @@ def _scored(
             lost=lost,
             won=won,
             num_held_out=held_out,
+            same_logits=bool(np.array_equal(logits, reference.logits)),
         )
         verdicts.append(verdict)
         say(f"scored    {name:20} {describe_score(scored, len(true), changed=changed)}{some}")

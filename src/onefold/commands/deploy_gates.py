@@ -35,6 +35,7 @@ class ArtifactResult:
 
     `lost` photos were right in PyTorch and are wrong in it, `won` the other way round; without labels all that changed
     are lost. `drop` is in points of top-1, or in percent of the answers. `num_held_out` photos could have been scored.
+    `same_logits` is whether its logits are the network's to the bit, as those of one trained for int8 may be in int8.
     """
 
     name: str
@@ -46,6 +47,12 @@ class ArtifactResult:
     won: int
     measurement: Measurement | None = None
     num_held_out: int | None = None
+    same_logits: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its logits are known to be the network's: of 32 bits by its parity where no prediction changed."""
+        return not self.changed and (self.same_logits or self.artifact.precision == "fp32")
 
     @property
     def drop(self) -> float:
@@ -88,7 +95,8 @@ def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool =
     """Judge what an artifact lost against `max_drop` points; 0 is judged on these photos alone, without an interval.
 
     With `exact_fp32` no prediction may differ that a 32-bit artifact gives. One that gives all of the network's in 32
-    bits passes, for its logits were compared when it was exported. int8 of random weights is undecided.
+    bits passes, for its logits were compared when it was exported, and so does one in any precision whose logits are
+    the network's to the bit. int8 of random weights is undecided.
     """
     name, precision, count = result.name, result.artifact.precision, result.count
     if exact_fp32 and precision == "fp32" and result.changed:
@@ -103,7 +111,7 @@ def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool =
         f"{name} lost {lost} (95 % interval {low:.1f} to {high:.1f}, {count} photos), and {max_drop:g} may be lost"
     )
     is_within = result.drop <= max_drop or (one_may_be_lost(count, max_drop) and result.drop <= 100 / count)
-    if max_drop > 0 and precision == "fp32" and not result.changed:
+    if max_drop > 0 and result.is_exact:
         return Gate(
             name=name, kind="accuracy", verdict="passed", sentence=f"{sentence}: {describe_same_logits(result)}"
         )
@@ -126,7 +134,9 @@ def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool =
 
 
 def describe_same_logits(result: ArtifactResult) -> str:
-    """Say why an artifact in 32 bits passes on any number of photos, when it gives all of the network's answers."""
+    """Say why an artifact passes on any number of photos: in 32 bits, or to the bit, with all of the network's answers."""
+    if result.artifact.precision != "fp32":
+        return "its logits are the network's, to the bit, on all of these photos"
     parity = result.artifact.parity
     found = "" if parity is None else f", {parity.difference:.1e}"
     return f"its logits are PyTorch's{found}"

@@ -26,6 +26,7 @@ from onefold.commands.predictor import Predictor
 from onefold.data import Dataset, ImageLoader, Subset
 from onefold.data.fingerprint import evenly_spaced, find_trained_copies
 from onefold.errors import BadData
+from onefold.report.format import format_count
 
 _log = logging.getLogger("onefold")
 
@@ -50,6 +51,7 @@ def deployment_photos(network: Network, order: DeployOptions, *, calibrates: boo
         photos = replace(photos, scored=open_unlabelled_photos(place))
     if calibrates:
         photos = remove_pixel_copies(photos, order.calibration.count, network.preprocessing.value_range)
+    _check_photos(photos, order, calibrates=calibrates)
     seen, count = _seen_photos(network, photos.scored), len(photos.scored)
     title = f"{photos.title}: {count} photos, {seen.counted}"
     if records is None and not network.card.untrained:
@@ -63,6 +65,26 @@ def deployment_photos(network: Network, order: DeployOptions, *, calibrates: boo
     return replace(
         photos, scored=scored, title=title, num_held_out=count, num_seen=seen.number, seen=seen.as_in_evaluation
     )
+
+
+def _check_photos(photos: DeploymentPhotos, order: DeployOptions, *, calibrates: bool) -> None:
+    """Raise BadData, before any work, where too few photos are left to calibrate with, or none to score on is one."""
+    if calibrates and len(photos.calibration) < 2:
+        asked = f" that are not in {order.val} too" if order.val is not None else ""
+        raise BadData(
+            f"{order.calibration.data} has {format_count(len(photos.calibration), 'photo')} to calibrate int8 with"
+            f"{asked}: give more with --data, or others to score on with --val"
+        )
+    reasons: list[str] = []
+    for number in range(len(photos.scored)):
+        try:
+            photos.scored.image(number)
+        except BadData as error:
+            reasons.append(str(error))
+        else:
+            return
+    first = f": {reasons[0]}" if reasons else ""
+    raise BadData(f"none of {format_count(len(photos.scored), 'photo')} to score on can be read{first}")
 
 
 class _SeenPhotos(NamedTuple):
@@ -84,6 +106,15 @@ def _seen_photos(network: Network, photos: Dataset) -> _SeenPhotos:
     return _SeenPhotos(trained + (copies.found if copies else 0), f"{trained} of them trained on{more}", seen)
 
 
+class Answers(NamedTuple):
+    """Logits (N, K) of N photos and the best class of each (N,); whether it is right (N,), and top-1 in percent."""
+
+    logits: NDArray[np.float32]
+    best: NDArray[np.int64]
+    right: NDArray[np.bool_] | None
+    top1: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Scores a network, and artifacts of it, on the same photos; `bad` are those that cannot be read (name -> why)."""
@@ -93,8 +124,8 @@ class Evaluation:
     labelled: bool
     bad: dict[str, str] = field(default_factory=dict)
 
-    def answers(self, predictor: Predictor) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None, float | None]:
-        """Give the best class of each photo (N,); with labels whether it is right (N,), and top-1 in percent."""
+    def answers(self, predictor: Predictor) -> Answers:
+        """Give what a network answers; with labels also whether it is right."""
         batches = ImageLoader(
             self.photos,
             self.network.preprocessing,
@@ -103,14 +134,15 @@ class Evaluation:
             max_bad=len(self.photos),
             bad=self.bad,
         )
-        found, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+        found, labels = list[NDArray[np.float32]](), list[NDArray[np.int64]]()
         for images, truth in batches.epoch(0):
             if not found:
                 predictor.warn_if_wrong_model(images.numpy())
-            found.append(predictor.session(images.numpy()).argmax(1))
+            found.append(predictor.session(images.numpy()))
             labels.append(truth.numpy())
-        answers = np.concatenate(found)
+        logits = np.concatenate(found)
+        best = logits.argmax(1)
         if not self.labelled:
-            return answers, None, None
-        right = answers == np.array(class_indices(predictor, self.photos))[np.concatenate(labels)]
-        return answers, right, 100 * float(right.mean())
+            return Answers(logits, best, None, None)
+        right = best == np.array(class_indices(predictor, self.photos))[np.concatenate(labels)]
+        return Answers(logits, best, right, 100 * float(right.mean()))

@@ -214,8 +214,7 @@ def _row(each: ArtifactResult, verdict: str, of_all: str) -> list[str]:
     held_out = each.num_held_out or each.count
     of_more = f" ({held_out} {of_all})" if held_out > each.count else ""
     drop = f"{each.drop:.2f} ({low:.1f} to {high:.1f})"
-    same = each.artifact.precision == "fp32" and not each.changed
-    why = f": {describe_same_logits(each)}" if same else ""  # its interval holds the bound all the same
+    why = f": {describe_same_logits(each)}" if each.is_exact else ""  # its interval holds the bound all the same
     return [
         each.name,
         {"passed": f"yes{why}", "failed": "NO"}.get(verdict, verdict),

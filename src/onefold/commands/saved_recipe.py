@@ -143,8 +143,9 @@ def check_norms_see_several_values(model: nn.Module, recipe: Recipe) -> None:
     image = torch.zeros(1, recipe.preprocessing.channels, size, size)
     lone = [name for name in norms_with_single_value(model, image) if id(model.get_submodule(name)) not in frozen]
     if lone:
+        enough = 2 * plan.batch_size // plan.images_per_batch()
         divided = "" if plan.batch_size == 1 else f", which {plan.batch_size // plan.images_per_batch()} share,"
         raise BadArgument(
             f"plan.batch_size is {plan.batch_size}{divided} and at {size} pixels {len(lone)} norms of {recipe.model} "
-            "see one value a channel of one image, which they cannot normalize: give two images or more (-b 2)"
+            f"see one value a channel of one image, which they cannot normalize: give two or more each (-b {enough})"
         )
