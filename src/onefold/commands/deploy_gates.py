@@ -134,7 +134,7 @@ def accuracy_gate(result: ArtifactResult, max_drop: float, *, exact_fp32: bool =
 
 
 def describe_same_logits(result: ArtifactResult) -> str:
-    """Say why an artifact passes on any number of photos: in 32 bits, or to the bit, with all of the network's answers."""
+    """Say why an artifact passes on any number of photos: one that `is_exact`."""
     if result.artifact.precision != "fp32":
         return "its logits are the network's, to the bit, on all of these photos"
     parity = result.artifact.parity
