@@ -407,6 +407,21 @@ def test_accuracy_is_found_through_the_hash_of_the_artifact(tmp_path: Path) -> N
     assert [group.top1 for group in found.groups] == [70.25, None]
 
 
+def test_an_accuracy_alone_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {"top1": 83.25, "top1_on": "photos (val)", "top1_count": 36}
+    folder = tmp_path / "elsewhere" / "deep" / "res"
+    folder.mkdir(parents=True)
+    write_sealed_json(folder / "accuracy.json", {"a" * 64: kept})
+    assert main(["report", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert re.search(r"top-1 83\.\d.%\son photos \(val\) \(36 images\)\.", page)
+    assert "<title>Accuracy" in page
+    said = capsys.readouterr()
+    assert "1 file of accuracies" in said.out + said.err
+    (folder / "accuracy.json").unlink()
+    assert main(["report", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "r.html")]) == 3
+
+
 def test_an_accuracy_that_was_evaluated_after_measuring_is_found(tmp_path: Path) -> None:
     path, digests = tmp_path / "results" / "accuracy.json", ("a" * 64, "d" * 64, "b" * 64)
     path.parent.mkdir()

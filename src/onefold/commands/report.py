@@ -53,6 +53,8 @@ class _Found:
         counts = ((self.runs, "run"), (self.results, "results file"), (self.artifacts, "artifact"))
         found = join_words([format_count(len(paths), noun) for paths, noun in counts])
         found += f"; {format_count(len(self.studies), 'study', 'studies')}" if self.studies else ""
+        if self.accuracies and not (self.runs or self.results or self.artifacts or self.studies):
+            found = format_count(len(self.accuracies), "file of accuracies", "files of accuracies")
         return "; ".join([found + _not_searched(self.skipped, "; "), *self.damaged_notes])
 
     @property
@@ -107,7 +109,7 @@ def write_report_page(places: Sequence[Path], out: Path) -> _Found:
     Raises BadData where a place does not exist or nothing is found, MissingExtra without matplotlib, NotWritable.
     """
     found = find_inputs(places)
-    if not (found.runs or found.results or found.artifacts or found.gates or found.studies):
+    if not (found.runs or found.results or found.artifacts or found.gates or found.studies or found.accuracies):
         where = join_words([str(place) for place in places])
         raise BadData(
             f"there is no run, result or artifact in {where} or below{_not_searched(found.skipped, ', ')}: give the "

@@ -69,10 +69,11 @@ class RunLog:
 
 
 class Accuracy(NamedTuple):
-    """A top-1 in percent, and of how many images it is; None where that is not known."""
+    """A top-1 in percent, and of how many images it is; None where that is not known. `data` names these."""
 
     top1: float
     num_images: int | None = None
+    data: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +303,7 @@ def _read_accuracies(path: Path, notes: list[str]) -> Iterator[tuple[str, Accura
         if trained_on := finite_number(entry, "top1_trained_on"):
             of = f"{found.top1:.4g} % on {one_line(entry.get('top1_on'))}"
             notes.append(f"The accuracy {of} is too high: {trained_on:.0f} of these images were trained on.")
-        yield digest, found
+        yield digest, found._replace(data=one_line(entry.get("top1_on") or "", 200))
 
 
 def _read_studies(paths: Sequence[Path], notes: list[str]) -> Iterator[StudyResult]:

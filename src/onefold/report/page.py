@@ -82,7 +82,7 @@ def write_report(
     The same inputs give the same bytes. What is missing or damaged is said on the page, after `notes`. Raises BadData
     where nothing at all is given, BadArgument where `path` is a folder, MissingExtra without matplotlib, NotWritable.
     """
-    if not (runs or results or artifacts or gates or studies):
+    if not (runs or results or artifacts or gates or studies or accuracies):
         raise BadData("a report needs something to report: give a run folder, a results file or an artifact folder")
     if Path(path).is_dir():
         raise BadArgument(f"{path} is a folder: give the name of the page to write, as in {Path(path) / 'report.html'}")
@@ -148,7 +148,8 @@ def _title(data: ReportData) -> str:
     models += [one_line(artifact.model) for artifact in inputs.artifacts]
     names = [model for model in dict.fromkeys(models) if model] or list(dict.fromkeys(run.name for run in inputs.runs))
     names = names or list(dict.fromkeys(f"{one_line(study.name, 60)} study" for study in inputs.studies))
-    what = (join_words(names) if len(names) <= 2 else format_count(len(names), "model")) or "An empty report"
+    nothing = "Accuracy" if inputs.accuracies else "An empty report"
+    what = (join_words(names) if len(names) <= 2 else format_count(len(names), "model")) or nothing
     chips = [one_line(machine.chip, 60) for machine in data.machines]
     where = join_words(chips) if len(chips) <= 2 else format_count(len(chips), "machine")
     return f"{what} on {where}" if chips else what
@@ -168,6 +169,13 @@ def _lead(data: ReportData) -> str:
         if items
     ]
     sentences = [f"This report covers {join_words(counts)}." if counts else "There is nothing to report yet."]
+    if not counts and inputs.accuracies:
+        scores = [
+            f"{each.top1:.1f} % on {each.data or 'images'}"
+            + ("" if each.num_images is None else f" ({format_count(each.num_images, 'image')})")
+            for each in inputs.accuracies.values()
+        ]
+        sentences = [f"Evaluated, with no run, artifact or measurement beside it: top-1 {join_words(scores)}."]
     expected = [run for run in inputs.runs if run.expected_top1 is not None]
     if len(inputs.runs) == 1 or len(expected) == 1:
         sentences.append(_verdict((expected or inputs.runs)[0], bool(expected)))
