@@ -652,6 +652,10 @@ CLASS_LISTS: dict[str, Any] = {
     "label2idx": {"label2idx": {"dog": 1, "éa": 2, "cat": 0}},
     "vocab": {"vocab": ["cat", "dog", "éa"]},
     "ids and names": {"classes": {"0": ["n1", "cat"], "1": ["n2", "dog"], "2": ["n3", "éa"]}},
+    "bytes": {"class_to_idx": {b"dog": 1, "éa".encode(): 2, b"cat": 0}},
+    "bytes in a list": {"classes": [b"cat", b"dog", "éa".encode()]},
+    "floats": {"idx_to_class": {1.0: "dog", 0.0: "cat", 2.0: "éa"}},
+    "numbers in floats": {"class_to_idx": {"dog": 1.0, "éa": 2.0, "cat": 0.0}},
     "numbers before a list": {"classes": ["dog", "éa", "cat"], "class_to_idx": {"dog": 1, "éa": 2, "cat": 0}},
 }
 
@@ -708,7 +712,18 @@ def test_what_names_no_classes_is_not_taken_for_names(tmp_path: Path) -> None:
             "its class_to_idx (a, b) is taken, and its classes has another order",
         ),
         ({"classes": ["b", "a"], "class_to_idx": {"a": 1, "b": 0}}, 2, ""),
-        ({"classes": ["b", "a"], "labels": ["x", "y"]}, 2, ""),
+        (
+            {"classes": ["b", "a"], "labels": ["x", "y"]},
+            2,
+            "its classes (b, a) is taken, and its labels (x, y) has others",
+        ),
+        (
+            {"class_to_idx": {"a": torch.tensor(0), "b": torch.tensor(1)}},
+            2,
+            "its class_to_idx (a, b) are not used: their numbers are tensors, not integers",
+        ),
+        ({"names": ["fc.weight", "fc.bias"]}, 2, "its names (fc.weight, fc.bias) are not used: they name parameters"),
+        ({"val": {"labels": ["1.png", "2.JPG"]}}, 2, "its labels (1.png, 2.JPG) are not used: they name files"),
         ({"classes": ["map", "tie"]}, 2, ""),
         ({"labels": [1, 0, 1]}, 2, ""),
         ({"names": ["a", "b"]}, 2, ""),

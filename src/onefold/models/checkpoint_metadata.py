@@ -16,7 +16,7 @@ import numpy as np
 
 from onefold.file_io import normalize_class_name, parse_json
 from onefold.models.restricted_unpickler import Unordered, UnpickledObject, iter_objects
-from onefold.models.state_dicts import NON_WEIGHT_KEYS
+from onefold.models.state_dicts import NON_WEIGHT_KEYS, is_tensor
 from onefold.models.weights_file import MMENGINE_PATTERN
 
 NUM_IMAGENET_CLASSES = 1000  # classes
@@ -36,6 +36,8 @@ _METRICS = frozenset(
     ("acc", "acc1", "acc5", "accuracy", "loss", "top", "top1", "top5", "f1", "auc", "auroc", "ap", "map")
 )
 _METRICS |= {"precision", "recall", "error", "lr", "epoch", "step", "mse", "mae", "miou", "iou", "perplexity"}
+_PARAMETER = re.compile(r"\w\.(weight|bias|running_mean|running_var|num_batches_tracked)$")
+_FILE = re.compile(r"\.(png|jpe?g|bmp|webp|gif|tiff?|pth?|onnx|csv|json)$", re.IGNORECASE)
 _TEXT_SEPARATORS = ("\n", ";", "|", ",")  # of names in one text
 
 
@@ -81,6 +83,10 @@ def find_class_names(
         taken = numbered[0] if numbered else first
         other = first if numbered else others[0] if others else None
         said = taken[2]
+        different = next((each for each in found if sorted(each[1]) != sorted(taken[1])), None)
+        if different is not None and other is None:
+            others_said = f"its {different[0]} ({_first(different[1])}) has others"
+            said = [f"its {taken[0]} ({_first(taken[1])}) is taken, and {others_said}", *said]
         if other is not None:
             said = [f"its {taken[0]} ({_first(taken[1])}) is taken, and its {other[0]} has another order", *said]
     if remarks is not None:
@@ -98,6 +104,9 @@ def _plain_value(value: object) -> object:
 
 def _plain(value: object, known: dict[int, tuple[object, object]], depth: int) -> object:
     """Do the same; `known` has what was made of each object, since a forged file may hold one in itself, or often."""
+    if isinstance(value, bytes) and len(value) < _MAX_TEXT:
+        with suppress(ValueError):
+            return value.decode()
     if not isinstance(value, (list, tuple, Mapping, UnpickledObject)) or depth > _MAX_DEPTH:
         return value
     if id(value) not in known:
@@ -106,9 +115,9 @@ def _plain(value: object, known: dict[int, tuple[object, object]], depth: int) -
         if isinstance(value, UnpickledObject):
             made = _plain(_of_placeholder(value), known, depth + 1)
         elif isinstance(value, Mapping):
-            keys = ((_plain(key, known, depth + 1), key) for key in value)
+            keys = ((_integer(_plain(key, known, depth + 1)), key) for key in value)
             made = {
-                (name if isinstance(name, (str, int)) else key): _plain(value[key], known, depth + 1)
+                (name if isinstance(name, (str, int)) else key): _integer(_plain(value[key], known, depth + 1))
                 for name, key in keys
             }
         else:
@@ -116,6 +125,10 @@ def _plain(value: object, known: dict[int, tuple[object, object]], depth: int) -
             made = kind(_plain(each, known, depth + 1) for each in value)
         known[id(value)] = value, made
     return known[id(value)][1]
+
+
+def _integer(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _of_placeholder(value: UnpickledObject) -> object:
@@ -160,6 +173,8 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
         pairs = ((value, key) if by_name else (key, value) for key, value in given.items())
         table = {int(str(number)): name for number, name in pairs if _NUMBER.fullmatch(str(number))}
         if len(table) < len(given) or not table:
+            if by_name and len(given) == num_classes and any(map(is_tensor, given.values())):
+                remarks.append(f"({_first(map(str, given))}) are not used: their numbers are tensors, not integers")
             return None
         numbers = sorted(table)
         if numbers == list(range(1, len(table) + 1)):
@@ -181,6 +196,10 @@ def _names_of(given: object, num_classes: int, by_name: bool, remarks: list[str]
     if any(type(name) is int for name in given) and len(set(given)) < len(given):
         return None  # the labels of some images
     names = [normalize_class_name(str(name)) for name in given]
+    for pattern, what in ((_PARAMETER, "parameters"), (_FILE, "files")):
+        if len(names) > 1 and all(map(pattern.search, names)):
+            remarks.append(f"({_first(names)}) are not used: they name {what}, not classes")
+            return None
     words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in names]
     if 2 * sum(bool(each & _METRICS) for each in words) > len(names) > 1:
         remarks.append(f"({_first(names)}) are not used: they name metrics, not classes")
