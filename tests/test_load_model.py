@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from onefold.checksums import sealed_safetensors, write_sealed_folder
 from onefold.commands.fuse import fuse as fuse_command
 from onefold.commands.open_network import open_network, resolve_weights_file
+from onefold.commands.predictor import select_ema_weights
 from onefold.data import Preprocessing
 from onefold.data.image_inputs import prepare_image
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed, NotWritable
@@ -782,6 +783,18 @@ def test_timms_configuration_within_a_file_is_read(
     told = load_model(tmp_path / f"w.{suffix}", name=NAME)[1].preprocessing
     assert (told["size"], told["mean"], told["std"], told["crop_pct"]) == (96, (0.5,) * 3, (0.25,) * 3, 0.95)
     assert "how images are prepared" not in caplog.text
+
+
+def test_weights_that_are_named_twice_are_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "e.pth"
+    path.touch()
+    assert select_ema_weights(path, None) == str(path)
+    assert select_ema_weights(path, True) == f"{path}:averaged"
+    assert select_ema_weights(f"{path}:plain", False) == f"{path}:plain"
+    assert select_ema_weights(f"timm:lcnet_035@{path}", False) == f"timm:lcnet_035@{path}:plain"
+    for source in (f"{path}:plain", f"timm:lcnet_035@{path}:plain"):
+        with pytest.raises(BadArgument, match=r"pth:plain names 'plain' weights, and 'averaged' ones are asked for"):
+            select_ema_weights(source, True)
 
 
 def write_shards(model: nn.Module, folder: Path, metadata: dict[str, str] | None = None) -> None:

@@ -141,9 +141,20 @@ class Predictor:
 
 
 def select_ema_weights(source: Source, use_ema: bool | None) -> str:
-    """Give the source with the choice that `use_ema` states among its weights, as FILE:averaged or FILE:plain."""
+    """Give the source with the choice that `use_ema` states among its weights, as FILE:averaged or FILE:plain.
+
+    Raises BadArgument where the source states another.
+    """
     path = os.fspath(source)
-    return path if use_ema is None else f"{path}:{'averaged' if use_ema else 'plain'}"
+    if use_ema is None:
+        return path
+    kind, (before, colon, stated) = "averaged" if use_ema else "plain", path.rpartition(":")
+    file = before.rpartition("@")[2] if is_timm(before) else before
+    if colon and Path(file).exists() and not Path(path).exists():
+        if stated != kind:
+            raise BadArgument(f"{path} names {stated!r} weights, and {kind!r} ones are asked for: give one of the two")
+        return path
+    return f"{path}:{kind}"
 
 
 def is_timm(source: str | Path) -> bool:
