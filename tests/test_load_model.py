@@ -797,6 +797,18 @@ def test_weights_that_are_named_twice_are_named_once(tmp_path: Path) -> None:
             select_ema_weights(source, True)
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_licence_that_a_file_states_is_in_its_card(suffix: str, tmp_path: Path, model: nn.Module) -> None:
+    path, tensors = tmp_path / f"w.{suffix}", dict(model.state_dict())
+    if suffix == "pth":
+        torch.save({"state_dict": tensors, "license": "cc-by-4.0\n"}, path)
+    else:
+        save_file(tensors, path, {"license": "cc-by-4.0"})
+    assert load_model(path, name=NAME)[1].licence == "cc-by-4.0"
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"license": "mit"}}))
+    assert load_model(path, name=NAME)[1].licence == "mit"
+
+
 def write_shards(model: nn.Module, folder: Path, metadata: dict[str, str] | None = None) -> None:
     """Write weights in three files with an index, and config.json beside them, as transformers does."""
     folder.mkdir()

@@ -25,7 +25,12 @@ from onefold.commands.predictor import TIMM_PREFIX, is_timm, parse_timm_spec
 from onefold.data import Preprocessing
 from onefold.data.folders import join_names
 from onefold.errors import BadArgument, BadCheckpoint, MissingExtra, NetworkFailed
-from onefold.models.checkpoint_metadata import adapt_preprocessing_to_channels, find_class_names, find_preprocessing
+from onefold.models.checkpoint_metadata import (
+    adapt_preprocessing_to_channels,
+    find_class_names,
+    find_licence,
+    find_preprocessing,
+)
 from onefold.models.layers import set_norm_statistics_
 from onefold.models.load_weights import BOOKKEEPING_NOTE, adapt_first_conv, find_bookkeeping
 from onefold.models.locate_weights import locate_weights
@@ -247,7 +252,7 @@ def _read_timm(model_name: str, source: str | Path, *, quiet: bool) -> tuple[Car
         classes=classes or _class_names(contents, file.config, num_classes, str(source), quiet),
         preprocessing=preprocessing,
         # without a tag the license is unknown
-        licence=file.licence or (str(config.license or "") if "." in name else ""),
+        licence=file.licence or find_licence(beside) or (str(config.license or "") if "." in name else ""),
         source=f"timm {_timm(model_name).__version__}, from {source}",
     )
     others = [name for name in contents.outside if not name.startswith(tuple(f"{part}." for part in last))]

@@ -23,6 +23,7 @@ NUM_IMAGENET_CLASSES = 1000  # classes
 _MAX_SHOWN = 3  # names in a message
 _MAX_NESTING, _MAX_MAPPINGS, _MAX_TEXT = 4, 2000, 16 << 20  # where names are looked for; bytes, of which
 # the names of 21,841 classes make one million
+_MAX_LICENCE = 200  # characters
 _MAX_DEPTH = 8  # of what stands under a name
 _NUMBER = re.compile(r"[0-9]{1,7}")
 
@@ -270,6 +271,12 @@ def find_preprocessing(extras: Mapping[str, object]) -> dict[str, Any]:
         if stated:
             return {"pretrained_cfg": stated}
     return {}
+
+
+def find_licence(extras: Mapping[str, object]) -> str:
+    """The licence that a checkpoint or the header of a safetensors file states, in one line; empty where none is."""
+    stated = next((extras[key] for key in ("license", "licence") if isinstance(extras.get(key), str)), "")
+    return " ".join(str(stated)[:_MAX_LICENCE].split())
 
 
 def adapt_preprocessing_to_channels(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any]:

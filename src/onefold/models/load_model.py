@@ -24,6 +24,7 @@ from onefold.models.checkpoint_metadata import (
     NUM_IMAGENET_CLASSES,
     adapt_preprocessing_to_channels,
     find_class_names,
+    find_licence,
     find_preprocessing,
 )
 from onefold.models.layers import Classifier, FeatureNet
@@ -232,7 +233,7 @@ def _card(
         classes=classes,
         preprocessing=preprocessing,
         fused=fused,
-        licence=file.licence,
+        licence=file.licence or find_licence(weights.extras),
         source=source,
     )
 
