@@ -54,7 +54,7 @@ def page_of(*found: bench.Measurement | bench.Comparison) -> str:
     comparisons = tuple(each for each in found if isinstance(each, bench.Comparison))
     page = render_page(group_inputs(ReportInputs(measurements=measurements, comparisons=comparisons)))
     latency = page[page.index('<section id="latency">') :]
-    return latency[: latency.index("</section>")].replace("\N{NO-BREAK SPACE}", " ")
+    return latency[: latency.index("</section>")].replace("&nbsp;", " ").replace("\N{NO-BREAK SPACE}", " ")
 
 
 # ---- the fronts ------------------------------------------------------------------------------------------------------
