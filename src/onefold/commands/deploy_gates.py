@@ -26,7 +26,7 @@ from onefold.runtimes.exporter import RANDOM_WEIGHTS_NOTE
 Verdict = Literal["passed", "failed", "undecided"]
 
 _ONE_MAY_BE_LOST = range(10, 100)  # photos: one of them is more than 1 point, and at most 10
-_MOST_ADVISED = 10  # points: nobody would let an artifact lose more, so that a larger bound is no way out
+_MOST_ADVISED = 10  # points: an artifact that loses more is of no use, so a larger bound is no remedy
 
 
 @dataclass(frozen=True, kw_only=True)

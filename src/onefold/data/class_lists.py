@@ -8,7 +8,7 @@
 | `names:` of YAML, its list or mapping | the same |
 
 A text may be readable in several ways, since a first line may name a column or a class. All are given, the likely ones
-first; whoever knows how many classes there are takes the first that fits. One that may hold a line too many fits only
+first; a caller that knows the number of classes takes the first that fits. One that may hold a line too many fits only
 where it names exactly as many.
 """
 

@@ -10,7 +10,6 @@ it is kept aside and scored by `onefold eval`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from onefold.data.dataset_layouts import read_place
 from onefold.data.decode import printable_name
 from onefold.data.folders import join_names
 from onefold.data.photo_copies import are_classes_of_one, group_by_photo, notes_of_shared_groups, notes_of_shared_photos
+from onefold.data.pixel_tables import PixelImages
 from onefold.data.preprocessing import ValueRange
 from onefold.data.remote_files import REMOTE_PREFIXES
 from onefold.data.repeated_images import notes_of_repeated
@@ -81,43 +81,12 @@ class Dataset(Protocol):
         """Give a digest of the stored bytes of image i, as `digest_bytes` does; "" where they cannot be read."""
 
 
-@dataclass(frozen=True, eq=False)
-class Digits:
-    """scikit-learn's handwritten digits: grey, shown as RGB. A Dataset."""
-
-    pixels: NDArray[np.uint8]  # (N, 8, 8)
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...] = tuple(str(digit) for digit in range(10))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def label(self, i: int) -> int:
-        """Give the digit that image i shows."""
-        return int(self.labels[i])
+class Digits(PixelImages):
+    """scikit-learn's handwritten digits, 8 x 8: grey, shown as RGB. A Dataset."""
 
     def name(self, i: int) -> str:
         """Give the number of image i in scikit-learn's order."""
         return f"digit-{i:04d}"
-
-    def image(self, i: int, *, min_side: int = 0, value_range: ValueRange | None = None) -> Image.Image:
-        """Give image i, 8 x 8, RGB."""
-        return Image.fromarray(self.pixels[i]).convert("RGB")
-
-    def raw_samples(self, i: int) -> None:
-        """Give None: digits have 8 bits."""
-
-    def crop(self, i: int, crop_box: CropBox) -> Crop:
-        """Give a crop of image i."""
-        return crop_box.crop_image(self.image(i))
-
-    def num_bytes(self, i: int) -> int:
-        """Give 64, for each."""
-        return int(self.pixels[i].nbytes)
-
-    def digest(self, i: int) -> str:
-        """Give a digest of the pixels of image i."""
-        return hashlib.sha256(self.pixels[i].tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -413,7 +382,8 @@ def _digits() -> PlaceImages:
         raise MissingExtra("the digits need scikit-learn", "digits") from error
     sixteenths, labels = load_digits(return_X_y=True)  # 0 to 16
     pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    digits = Digits(pixels, labels.astype(np.int64))
+    classes = tuple(str(digit) for digit in range(10))
+    digits = Digits("digits", pixels, range(len(pixels)), labels.tolist(), classes)
     part = SplitImages(
         split=None, source="the digits", labels=list(map(str, labels.tolist())), open=lambda numbers, classes: digits
     )

@@ -28,7 +28,7 @@ MAX_JSON_BYTES = 1 << 26
 """Of a larger file it is not tried whether it is a table: boxes of large datasets have such."""
 
 _MAX_DEPTH = 6  # objects within each other that are looked into
-_NO_LABELS = frozenset(("predictions", "prediction", "drafts"))  # what a network says, or nobody has confirmed
+_NO_LABELS = frozenset(("predictions", "prediction", "drafts"))  # what a network says, or was never confirmed
 _PLAIN = "data."  # what Label Studio keeps of an image, beside what people say of it
 _NUM_TRIED = 100
 

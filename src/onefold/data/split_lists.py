@@ -5,8 +5,8 @@
 | train.txt, val.txt ..., two or more | an image |
 | list_eval_partition.txt, splits.csv: a table or list called by a word for splits | an image, its split |
 
-Lists of several partitions (Training_01.txt to Training_10.txt) are refused: which one is meant, nobody but the user
-knows.
+Lists of several partitions (Training_01.txt to Training_10.txt) are refused: only the user knows which one is
+meant.
 """
 
 from __future__ import annotations
